@@ -1,0 +1,1 @@
+"""From pairs of pictures to the latents and prompt embeddings a training step reads."""

@@ -1,0 +1,376 @@
+"""All settings: frozen, checked when made, strict JSON in and out.
+
+Names that SimpleTuner's Qwen edit quickstart uses are kept, so that people find the settings they know.
+A field's `help` is its documentation: unit, effect, typical value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from .errors import ConfigError
+from .qwen_image.flavours import FlavourName
+
+DEMO_MODEL = "demo"
+
+CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
+Preprocessing = Literal["comfyui", "diffusers"]
+BaseModelPrecision = Literal["none", "int8-quanto", "nf4-bnb"]
+MixedPrecision = Literal["bf16", "no"]
+LoraTargets = Literal["image-attention", "attention", "attention-mlp", "all", "pattern"]
+OptimizerName = Literal["adamw", "adamw-8bit"]
+SchedulerName = Literal["constant_with_warmup", "cosine", "linear"]
+SigmaDistribution = Literal["logit_normal", "uniform"]
+
+C = TypeVar("C")
+
+
+def setting(default: Any, help: str) -> Any:  # noqa: A002 - argparse's and click's word for it
+    """A dataclass field with its documentation."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def required(help: str) -> Any:  # noqa: A002
+    """A dataclass field without a default, with its documentation."""
+    return dataclasses.field(metadata={"help": help})
+
+
+def _check(condition: bool, name: str, value: object, allowed: str) -> None:  # noqa: FBT001
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; allowed is {allowed}.")
+
+
+def _check_choice(owner: object, *names: str) -> None:
+    hints = typing.get_type_hints(type(owner))
+    for name in names:
+        allowed, value = get_args(hints[name]), getattr(owner, name)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}.{hint}")
+
+
+def _check_at_least(owner: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _check(value >= least, name, value, f"{least} or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which base model, and how it is held while training."""
+
+    base: str = setting(DEMO_MODEL, "Folder of the base model in diffusers' layout, or `demo` for the embedded model.")
+    flavour: FlavourName = setting(
+        "edit-v1", "edit-v1 is Qwen-Image-Edit (one reference), edit-v2 is 2509, edit-v3 is 2511 (up to three)."
+    )
+    base_model_precision: BaseModelPrecision = setting(
+        "none", "Format of the frozen weights: none keeps them, int8-quanto halves bf16, nf4-bnb quarters it."
+    )
+    mixed_precision: MixedPrecision = setting(
+        "bf16", "Arithmetic of the forward pass: bf16 as usual on GPUs, no for float32 throughout."
+    )
+    tokenizer: str = setting("", "Folder of the Qwen2.5 tokenizer; empty: the one in the base folder.")
+    device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.")
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "flavour", "base_model_precision", "mixed_precision")
+        _check(bool(self.base), "base", self.base, "a folder in diffusers' layout, or `demo`")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetConfig:
+    """Folders of pictures, matched by relative path without extension."""
+
+    target_dir: str = required("Folder of the pictures the model should produce.")
+    reference_dirs: tuple[str, ...] = required("One to three folders of the pictures it starts from.")
+    caption_strategy: CaptionStrategy = setting(
+        "textfile",
+        "Where edit instructions come from: a .txt beside the target (a line is a caption), its file name, "
+        "or instance_prompt for all.",
+    )
+    instance_prompt: str = setting("", "The one edit instruction of all pairs, for caption_strategy instanceprompt.")
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "caption_strategy")
+        _check(bool(self.target_dir), "target_dir", self.target_dir, "a folder of pictures")
+        count = len(self.reference_dirs)
+        _check(1 <= count <= 3, "reference_dirs", self.reference_dirs, "one, two or three folders")
+        if self.caption_strategy == "instanceprompt":
+            _check(bool(self.instance_prompt.strip()), "instance_prompt", self.instance_prompt, "a sentence")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingConfig:
+    """From pictures and captions to latents and prompt embeddings."""
+
+    resolution: int = setting(
+        1024, "Side in pixels of a square with the target's area; the aspect ratio is kept. Typical 512 to 1024."
+    )
+    preprocessing: Preprocessing = setting(
+        "comfyui", "Resize and tokenise exactly as ComfyUI's TextEncodeQwenImageEdit nodes, or as diffusers' pipelines."
+    )
+    match_target_res: bool = setting(
+        False, "References take the target's size instead of about one megapixel. Faster and smaller."
+    )
+    num_eval_images: int = setting(
+        2, "Pairs kept out of training for validation pictures and loss. 0 for none, -1 for all pairs of this dataset."
+    )
+    validation_negative_prompt: str = setting(" ", "Negative prompt of validation pictures, seen with the references.")
+    seed: int = setting(0, "Chooses the pairs that are kept out.")
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "preprocessing")
+        _check(64 <= self.resolution <= 4096, "resolution", self.resolution, "64 to 4096 pixels")
+        _check_at_least(self, -1, "num_eval_images")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """The adapter's shape."""
+
+    lora_rank: int = setting(16, "Width of the adapter. 8 to 32; larger learns more detail and weighs more.")
+    lora_alpha: float = setting(0.0, "Scale is lora_alpha / lora_rank. 0 means equal to the rank, so scale 1.")
+    lora_targets: LoraTargets = setting(
+        "image-attention",
+        "Layers that get an adapter: image-attention, attention (image and text), attention-mlp, all (also "
+        "modulation), or pattern.",
+    )
+    lora_target_pattern: str = setting("", "Regular expression over full module names, for lora_targets pattern.")
+    lora_dropout: float = setting(0.0, "Share of the adapter's inputs zeroed at each step, 0 to below 1.")
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "lora_targets")
+        _check(1 <= self.lora_rank <= 1024, "lora_rank", self.lora_rank, "1 to 1024")
+        _check_at_least(self, 0.0, "lora_alpha")
+        _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 to below 1")
+        if self.lora_targets == "pattern":
+            _check(bool(self.lora_target_pattern), "lora_target_pattern", "", "a regular expression")
+
+    @property
+    def alpha(self) -> float:
+        """The alpha in force."""
+        return self.lora_alpha or float(self.lora_rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """How the adapter is moved."""
+
+    optimizer: OptimizerName = setting("adamw", "adamw, or adamw-8bit (bitsandbytes, CUDA) for a quarter of its state.")
+    learning_rate: float = setting(1e-4, "Peak learning rate. 1e-4 for ranks to 16, 5e-5 above.")
+    lr_scheduler: SchedulerName = setting("constant_with_warmup", "Course of the learning rate after the warm-up.")
+    lr_warmup_steps: int = setting(10, "Steps over which the learning rate rises from zero.")
+    weight_decay: float = setting(0.01, "AdamW's decoupled weight decay.")
+    adam_beta1: float = setting(0.9, "Decay of the gradient's running mean.")
+    adam_beta2: float = setting(0.999, "Decay of the squared gradient's running mean.")
+    adam_epsilon: float = setting(1e-8, "AdamW's denominator offset.")
+    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm; 0 for never.")
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "optimizer", "lr_scheduler")
+        _check(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "above 0 and below 1, usually 1e-4")
+        _check_at_least(self, 0, "lr_warmup_steps", "weight_decay", "max_grad_norm")
+        _check(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "0 to below 1")
+        _check(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "0 to below 1")
+        _check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseConfig:
+    """Which noise levels are trained."""
+
+    sigma_distribution: SigmaDistribution = setting(
+        "logit_normal", "Draw of the noise level before the shift: logit_normal favours the middle, uniform does not."
+    )
+    logit_mean: float = setting(0.0, "Mean of the normal under logit_normal.")
+    logit_std: float = setting(1.0, "Standard deviation of the normal under logit_normal.")
+    flow_schedule_shift: float = setting(
+        1.73, "Moves noise levels up: s·σ / (1 + (s-1)·σ). 1 is no shift; typical 1 to 3."
+    )
+    flow_schedule_auto_shift: bool = setting(
+        False, "Take the shift from the picture's token count as Qwen's schedule does, instead of flow_schedule_shift."
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "sigma_distribution")
+        _check(self.logit_std > 0, "logit_std", self.logit_std, "above 0")
+        _check(self.flow_schedule_shift > 0, "flow_schedule_shift", self.flow_schedule_shift, "above 0, usually 1 to 3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchingConfig:
+    """How many pairs make a step."""
+
+    train_batch_size: int = setting(1, "Pairs per forward pass; only pairs of equal shape are put together.")
+    gradient_accumulation_steps: int = setting(4, "Forward passes per optimizer step.")
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When resumable state is written."""
+
+    checkpoint_step_interval: int = setting(250, "Steps between checkpoints; one is always written at the end.")
+    checkpoints_total_limit: int = setting(2, "Checkpoints kept; older ones are removed.")
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 1, "checkpoint_step_interval", "checkpoints_total_limit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationConfig:
+    """Pictures and loss on held-out pairs while training. Changes nothing about the training itself."""
+
+    validation_step_interval: int = setting(250, "Steps between validations; 0 for only at the end.")
+    validation_num_inference_steps: int = setting(30, "Sampling steps of a validation picture.")
+    validation_guidance: float = setting(4.0, "True classifier-free guidance. Qwen edit likes 3.5 to 4.5; 1 is off.")
+    validation_seed: int = setting(42, "Noise of the validation pictures.")
+    num_validation_images: int = setting(4, "At most so many held-out pairs are drawn; all give the validation loss.")
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, 0, "validation_step_interval", "num_validation_images")
+        _check_at_least(self, 1, "validation_num_inference_steps", "validation_guidance")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """The LoRA file."""
+
+    lora_name: str = setting("", "File name without extension; empty: the run's name.")
+    trigger_words: str = setting("", "Written into the file's header for programs that show it.")
+
+    def __post_init__(self) -> None:
+        _check(Path(self.lora_name).name == self.lora_name, "lora_name", self.lora_name, "a name without folders")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    run_dir: str = required("The run folder: configuration, metrics, samples, checkpoints and the LoRA file.")
+    encoded: str = required("Manifest of the encoded dataset.")
+    validation_encoded: str = setting("", "Manifest of a second encoded dataset to validate on, besides held-out pairs.")
+    max_train_steps: int = setting(1000, "Optimizer steps.")
+    seed: int = setting(0, "Of every random draw: adapter, order, noise.")
+    gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass: less memory, more time.")
+    model: ModelConfig = setting(ModelConfig(), "The base model.")
+    lora: LoraConfig = setting(LoraConfig(), "The adapter.")
+    optimizer: OptimizerConfig = setting(OptimizerConfig(), "The optimizer.")
+    noise: NoiseConfig = setting(NoiseConfig(), "The noise levels.")
+    batching: BatchingConfig = setting(BatchingConfig(), "The batches.")
+    checkpoints: CheckpointConfig = setting(CheckpointConfig(), "The checkpoints.")
+    validation: ValidationConfig = setting(ValidationConfig(), "The validation.")
+    export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
+
+    def __post_init__(self) -> None:
+        _check(1 <= self.max_train_steps <= 1_000_000, "max_train_steps", self.max_train_steps, "1 to 1000000")
+        _check(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """Everything `python -m trainer_core` needs, in one JSON file. Relative paths start at that file."""
+
+    model: ModelConfig = required("The base model.")
+    dataset: DatasetConfig = required("The folders of pictures.")
+    cache_dir: str = required("Where encoded pairs are kept.")
+    run_dir: str = required("The run folder.")
+    encoding: EncodingConfig = setting(EncodingConfig(), "The encoding.")
+    max_train_steps: int = setting(1000, "Optimizer steps.")
+    seed: int = setting(0, "Of every random draw.")
+    gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass.")
+    lora: LoraConfig = setting(LoraConfig(), "The adapter.")
+    optimizer: OptimizerConfig = setting(OptimizerConfig(), "The optimizer.")
+    noise: NoiseConfig = setting(NoiseConfig(), "The noise levels.")
+    batching: BatchingConfig = setting(BatchingConfig(), "The batches.")
+    checkpoints: CheckpointConfig = setting(CheckpointConfig(), "The checkpoints.")
+    validation: ValidationConfig = setting(ValidationConfig(), "The validation.")
+    export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
+
+    def train_config(self, encoded: str) -> TrainConfig:
+        """The training part, for the dataset encoded at `encoded`."""
+        shared = {field.name for field in dataclasses.fields(TrainConfig)} - {"encoded", "validation_encoded"}
+        return TrainConfig(encoded=encoded, **{name: getattr(self, name) for name in shared})
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(cls: type[C], values: object, where: str = "") -> C:
+    """Build a config from parsed JSON.
+
+    Raises:
+        ConfigError: an unknown key (the nearest known one is named), a missing key, a value of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or 'The configuration'} is {values!r}; allowed is an object with named settings.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(fields)}."
+            raise ConfigError(f"Unknown setting {_dotted(where, key)!r}. {hint}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"Missing setting{'s' if len(missing) > 1 else ''} {', '.join(_dotted(where, m) for m in missing)}.")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _value(hints[key], value, _dotted(where, key)) for key, value in values.items()})
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, where)  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} is {value!r}; allowed is a list.")
+        return tuple(_value(get_args(hint)[0], item, where) for item in value)
+    if get_origin(hint) in (Literal, types.UnionType):
+        return value  # choices are checked by the dataclass, with the nearest name
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{where} is {value!r}; allowed is a value of type {hint.__name__}.")
+    return value
+
+
+def digest(values: object) -> str:
+    """A short name for equal JSON values (128 bits, hexadecimal)."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+def resume_key(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the trained weights. A run folder only goes on under equal ones.
+
+    Validation, checkpoints, export and the device may change on the way; so may the number of steps as long as the
+    learning rate does not depend on it.
+    """
+    key = to_json(config)
+    for name in ("run_dir", "validation_encoded", "checkpoints", "validation", "export", "gradient_checkpointing"):
+        del key[name]
+    del key["model"]["device"]
+    if config.optimizer.lr_scheduler == "constant_with_warmup":
+        del key["max_train_steps"]
+    key["encoded"] = Path(config.encoded).stem  # named by its content
+    key["model"]["base"], key["model"]["tokenizer"] = Path(config.model.base).name, ""
+    return key

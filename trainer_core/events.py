@@ -1,0 +1,99 @@
+"""What a long call tells its caller, and how the caller stops it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+from .errors import Interrupted
+
+
+class Stop(Enum):
+    """The caller's wish. False in a condition when there is none."""
+
+    NO = "no"
+    PAUSE = "pause"  # save, so that the same run can go on later
+    KEEP = "keep"  # end here: save and export what there is
+
+    def __bool__(self) -> bool:
+        return self is not Stop.NO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """One optimizer step. Loss is the mean over the step's pairs; bytes are 0 where the device can't tell."""
+
+    step: int
+    num_steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    loss_by_sigma: dict[str, float]
+    seconds: float
+    peak_bytes: int = 0
+    validation_loss: float | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON: the fields, without those that say nothing."""
+        row: dict[str, object] = {name: getattr(self, name) for name in StepReport.__slots__}
+        return {name: value for name, value in row.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleReport:
+    """Validation pictures of one step: the grid's file, and peak signal-to-noise ratios (dB) against the targets."""
+
+    step: int
+    grid_file: Path
+    psnr_base: float
+    psnr_lora: float
+    psnr_vae: float
+
+
+class Observer(Protocol):
+    """Watches a call. `should_stop` is asked at least once per micro-batch, picture, layer and sampling step."""
+
+    def on_progress(self, phase: str, done: int, total: int) -> None:
+        """`phase` is a short sentence for people; `done` of `total` parts of it are finished."""
+
+    def on_step(self, report: StepReport) -> None:
+        """After every optimizer step."""
+
+    def on_samples(self, report: SampleReport) -> None:
+        """After every validation."""
+
+    def should_stop(self) -> Stop:
+        """What the user wants now."""
+        ...
+
+
+class SilentObserver:
+    """Watches nothing and never stops. Also the base of observers that need only a part."""
+
+    def on_progress(self, phase: str, done: int, total: int) -> None:
+        """Ignored."""
+
+    def on_step(self, report: StepReport) -> None:
+        """Ignored."""
+
+    def on_samples(self, report: SampleReport) -> None:
+        """Ignored."""
+
+    def should_stop(self) -> Stop:
+        """Never."""
+        return Stop.NO
+
+
+SILENT = SilentObserver()
+
+
+def raise_if_stopped(observer: Observer) -> None:
+    """For phases whose finished parts are already on disk: end now.
+
+    Raises:
+        Interrupted: the observer wants to stop.
+    """
+    if observer.should_stop():
+        raise Interrupted("Stopped. What is finished is kept; run the same again to go on.")

@@ -1,0 +1,1 @@
+"""The LoRA file that other programs load."""

@@ -1,0 +1,1 @@
+"""Weight formats and placement of frozen layers. Knows nn.Linear, not Qwen."""

@@ -1,0 +1,1 @@
+"""The Qwen-Image-Edit family: flavours, the three networks, latents, prompts and sampling."""

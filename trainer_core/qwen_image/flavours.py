@@ -1,0 +1,92 @@
+"""The edit models as rows of a table. Code asks a row, never a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FlavourName = Literal["edit-v1", "edit-v2", "edit-v3"]
+
+MEGAPIXEL = 1024 * 1024
+VISION_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+_SYSTEM = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain "
+    "how the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate."
+)
+_SYSTEM_WITHOUT_PICTURE = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:"
+)
+
+
+def _chat(system: str, user: str) -> str:
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flavour:
+    """What one release of the model asks of its conditioning.
+
+    Areas are in pixels. `vision_area` is the size at which Qwen2.5-VL sees a reference, `reference_area` the size at
+    which the VAE encodes it. `same_picture` means that both get one and the same resized picture.
+    """
+
+    name: FlavourName
+    released_as: str
+    max_references: int
+    template: str  # {} takes the pictures' markers and the caption
+    template_without_reference: str
+    picture_marker: str  # per reference, {} takes its number; empty where the template holds the one marker
+    vision_area: int
+    reference_area: int
+    same_picture: bool
+    comfyui_reference_step: int  # sides of a reference as ComfyUI's node rounds them
+    zero_cond_t: bool  # references are modulated at timestep zero
+
+
+FLAVOURS: dict[FlavourName, Flavour] = {
+    row.name: row
+    for row in (
+        Flavour(
+            name="edit-v1",
+            released_as="Qwen/Qwen-Image-Edit",
+            max_references=1,
+            template=_chat(_SYSTEM, VISION_PICTURE + "{}"),
+            template_without_reference=_chat(_SYSTEM_WITHOUT_PICTURE, "{}"),
+            picture_marker="",
+            vision_area=MEGAPIXEL,
+            reference_area=MEGAPIXEL,
+            same_picture=True,
+            comfyui_reference_step=1,
+            zero_cond_t=False,
+        ),
+        Flavour(
+            name="edit-v2",
+            released_as="Qwen/Qwen-Image-Edit-2509",
+            max_references=3,
+            template=_chat(_SYSTEM, "{}"),
+            template_without_reference=_chat(_SYSTEM, "{}"),
+            picture_marker="Picture {}: " + VISION_PICTURE,
+            vision_area=384 * 384,
+            reference_area=MEGAPIXEL,
+            same_picture=False,
+            comfyui_reference_step=8,
+            zero_cond_t=False,
+        ),
+        Flavour(
+            name="edit-v3",
+            released_as="Qwen/Qwen-Image-Edit-2511",
+            max_references=3,
+            template=_chat(_SYSTEM, "{}"),
+            template_without_reference=_chat(_SYSTEM, "{}"),
+            picture_marker="Picture {}: " + VISION_PICTURE,
+            vision_area=384 * 384,
+            reference_area=MEGAPIXEL,
+            same_picture=False,
+            comfyui_reference_step=8,
+            zero_cond_t=True,
+        ),
+    )
+}

@@ -1,0 +1,1 @@
+"""Objective, LoRA, optimizer, schedule and the run folder."""
