@@ -1,0 +1,67 @@
+"""From a caption to the token ids that Qwen2.5-VL reads, and back to the ones the transformer sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ModelFileError
+from .flavours import Flavour
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE_PAD, IM_START, USER, NEW_LINE = 151655, 151644, 872, 198
+
+
+def prompt_text(flavour: Flavour, caption: str, num_references: int) -> str:
+    """The caption in the flavour's chat template, with one vision marker per reference.
+
+    Equal to what ComfyUI's TextEncodeQwenImageEdit and ...Plus build (comfy/text_encoders/qwen_image.py) and, with
+    references, to diffusers' edit pipelines.
+    """
+    if num_references == 0:
+        return flavour.template_without_reference.format(caption)
+    markers = "".join(flavour.picture_marker.format(number + 1) for number in range(num_references))
+    return flavour.template.format(markers + caption)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Qwen2.5's tokenizer from a folder with vocab.json and merges.txt.
+
+    Raises:
+        ModelFileError: the folder holds no such tokenizer.
+    """
+    from transformers import Qwen2Tokenizer
+
+    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if missing:
+        raise ModelFileError(
+            f"The tokenizer folder {folder} has no {' and no '.join(missing)}. It should hold the Qwen2.5 tokenizer: "
+            "`tokenizer` of a Qwen-Image-Edit download, or comfy/text_encoders/qwen25_tokenizer of a ComfyUI."
+        )
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, picture_tokens: Sequence[int]) -> list[int]:
+    """Token ids of `text`; each picture's one placeholder stands as often as the picture has vision tokens."""
+    counts = iter(picture_tokens)
+    ids: list[int] = []
+    for token in tokenizer(text)["input_ids"]:
+        # a marker typed into a caption stays one token, as in ComfyUI
+        ids.extend([token] * next(counts, 1) if token == IMAGE_PAD else [token])
+    return ids
+
+
+def first_kept(ids: Sequence[int]) -> int:
+    """Index of the first token after the system turn: all before it is dropped from the embeddings.
+
+    ComfyUI's rule (comfy/text_encoders/qwen_image.py): from the second <|im_start|>, without `user` and the new line.
+    For the edit template that is diffusers' constant 64.
+    """
+    starts = [index for index, token in enumerate(ids) if token == IM_START][:2]
+    if not starts:
+        return 0
+    start = starts[-1]
+    return start + 3 if list(ids[start + 1 : start + 3]) == [USER, NEW_LINE] and len(ids) > start + 3 else start

@@ -1,0 +1,116 @@
+"""Qwen2.5-VL: a prompt and its pictures to embeddings at true length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import DEMO_MODEL, ModelConfig, Preprocessing
+from ..errors import MissingPackageError, ModelFileError
+from . import prompt
+from .flavours import FLAVOURS, Flavour
+from .folder import ModelFolder, model_folder
+from .vision import num_vision_tokens, rotary_positions, vision_patches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+
+Picture = Tensor | Image.Image  # [3, H, W] in 0..1 under comfyui, an 8-bit RGB picture under diffusers
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """Network, tokenizer and the flavour they speak."""
+
+    network: Qwen2_5_VLForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+    flavour: Flavour
+    preprocessing: Preprocessing
+    processor_folder: Path
+
+    @torch.no_grad()
+    def encode(self, caption: str, pictures: Sequence[Picture]) -> Tensor:
+        """Prompt embeddings [L, D] on the CPU: last hidden state after the system turn; pictures in order."""
+        patches, grids = self._patches(pictures)
+        text = prompt.prompt_text(self.flavour, caption, len(pictures))
+        ids = prompt.token_ids(self.tokenizer, text, [num_vision_tokens(grid) for grid in grids])
+        device = self.network.device
+        inputs: dict[str, Tensor] = {}
+        if pictures:
+            inputs["pixel_values"] = torch.cat(patches).to(device, self.network.dtype)
+            inputs["image_grid_thw"] = torch.cat(list(grids)).to(device)
+        if self.preprocessing == "comfyui":
+            inputs["position_ids"] = rotary_positions(ids, grids).unsqueeze(1).to(device)
+        # under diffusers the positions are left to transformers, as the pipelines leave them
+        input_ids = torch.tensor([ids], device=device)
+        hidden = self.network.model(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False, **inputs
+        ).last_hidden_state[0]
+        return hidden[prompt.first_kept(ids) :].float().cpu()
+
+    def _patches(self, pictures: Sequence[Picture]) -> tuple[list[Tensor], list[Tensor]]:
+        if self.preprocessing == "comfyui":
+            pairs = [vision_patches(picture) for picture in pictures if isinstance(picture, Tensor)]
+            return [patches for patches, _ in pairs], [grid for _, grid in pairs]
+        if not pictures:
+            return [], []
+        batch = _image_processor(self.processor_folder)(images=list(pictures), return_tensors="pt")
+        grids = list(batch["image_grid_thw"].split(1))
+        return list(batch["pixel_values"].split([int(grid.prod()) for grid in grids])), grids
+
+
+def _image_processor(folder: Path) -> object:
+    try:
+        from transformers import Qwen2VLImageProcessor
+
+        if (folder / "preprocessor_config.json").is_file():
+            return Qwen2VLImageProcessor.from_pretrained(folder)
+        return Qwen2VLImageProcessor()
+    except ImportError as error:
+        raise MissingPackageError("torchvision", "preprocessing `diffusers`") from error
+
+
+def load_text_encoder(config: ModelConfig, preprocessing: Preprocessing, device: torch.device) -> TextEncoder:
+    """Load the text encoder of a base model, frozen, in bf16 on accelerators.
+
+    Raises:
+        ModelFileError: the folder holds no Qwen2.5-VL.
+    """
+    folder = model_folder(config)
+    network = _demo_network(folder) if config.base == DEMO_MODEL else _stored_network(folder, config, device)
+    return TextEncoder(
+        network=network.to(device).eval().requires_grad_(False),  # noqa: FBT003
+        tokenizer=prompt.load_tokenizer(folder.tokenizer),
+        flavour=FLAVOURS[config.flavour],
+        preprocessing=preprocessing,
+        processor_folder=folder.processor,
+    )
+
+
+def _demo_network(folder: ModelFolder) -> Qwen2_5_VLForConditionalGeneration:
+    from ..demo.text_encoder import build_text_encoder
+
+    return build_text_encoder(folder.text_encoder)
+
+
+def _stored_network(
+    folder: ModelFolder, config: ModelConfig, device: torch.device
+) -> Qwen2_5_VLForConditionalGeneration:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" and device.type != "cpu" else torch.float32
+    try:
+        return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder.text_encoder, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelFileError(
+            f"Can't load the text encoder from {folder.text_encoder}: {error} It should be the text_encoder folder "
+            "of a Qwen-Image-Edit download (Qwen2.5-VL-7B)."
+        ) from error
