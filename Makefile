@@ -1,0 +1,50 @@
+# Qwen Edit Trainer: one command for each thing a person wants.
+#
+#   make demo        train the demo LoRA inside a real ComfyUI
+#   make test        the whole test suite            (make test ARGS="tests/core -k pairing")
+#   make comfyui     ComfyUI's page with the pack in it, for a person
+#   make lint types  formatting and style; types
+#
+# COMFYUI_DIR=folder uses that ComfyUI; TORCH=requirement installs that torch (only if there is none yet).
+
+COMFYUI_DIR ?=
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+export COMFYUI_DIR
+export TORCH
+
+.PHONY: help setup test demo comfyui lint format types clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+
+setup:
+	@$(PYTHON) tools/setup.py
+
+test: setup
+	$(RUN) -m pytest $(ARGS)
+
+demo: setup
+	@$(RUN) tools/demo.py $(ARGS)
+
+comfyui: setup
+	@$(RUN) tools/serve.py $(ARGS)
+
+lint: setup
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+format: setup
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+types: setup
+	$(RUN) -m pyright
+
+clean:
+	rm -rf .demo .pytest_cache .ruff_cache

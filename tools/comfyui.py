@@ -1,0 +1,336 @@
+"""A real ComfyUI as a child process, and its API. For the demo, for `make comfyui`, and for the server tests."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[1]
+PACK_NAME = "qwen-edit-trainer"
+FOLDERS = ("custom_nodes", "input", "output", "temp", "user", "models/loras")
+
+
+class ComfyUIError(RuntimeError):
+    """The server did not start, died, refused a request, or a prompt failed. The message is for people."""
+
+
+def comfyui_dir() -> Path:
+    """The ComfyUI to run: COMFYUI_DIR, else the one that set-up has unpacked.
+
+    Raises:
+        ComfyUIError: there is none.
+    """
+    folder = Path(os.environ.get("COMFYUI_DIR") or REPO / ".comfyui" / "ComfyUI").expanduser().absolute()
+    if not (folder / "main.py").is_file():
+        raise ComfyUIError(f"There is no ComfyUI in {folder}. Run `make setup`, or set COMFYUI_DIR to a ComfyUI folder.")
+    return folder
+
+
+def not_shipped() -> list[str]:
+    """Patterns of .comfyignore: what people who install the pack do not get."""
+    lines = (REPO / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    return [line.strip().strip("/") for line in lines if line.strip() and not line.startswith("#")]
+
+
+def install_pack(base: Path, name: str = PACK_NAME) -> Path:
+    """Copy what is published into `base/custom_nodes/name`, as an installation does. Returns that folder."""
+    patterns, target = not_shipped(), base / "custom_nodes" / name
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        inside = Path(folder).relative_to(REPO)
+        paths = {entry: (inside / entry).as_posix() for entry in names}
+        hidden = {entry for entry in names if entry == "__pycache__" or (entry.startswith(".") and inside == Path())}
+        return hidden | {e for e, path in paths.items() if any(fnmatch.fnmatch(path, p) for p in patterns)}
+
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(REPO, target, ignore=left_out)
+    return target
+
+
+def make_base(base: Path) -> Path:
+    """The folders ComfyUI expects in a --base-directory."""
+    for folder in FOLDERS:
+        (base / folder).mkdir(parents=True, exist_ok=True)
+    return base
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def device_arguments() -> list[str]:
+    """`--cpu` where torch finds no accelerator; ComfyUI would not start without it."""
+    import torch
+
+    return [] if torch.cuda.is_available() or torch.backends.mps.is_available() else ["--cpu"]
+
+
+class ComfyUI:
+    """One server. `start` and `stop` it, or use it in a `with`; in between, ask it things."""
+
+    def __init__(self, base: Path, *arguments: str, log: Path, environment: dict[str, str] | None = None) -> None:
+        self.base, self.log, self.arguments = make_base(base), log, arguments
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        self.client_id = uuid.uuid4().hex
+        self.port = 0
+        self.events: list[dict[str, Any]] = []
+        self.previews = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: Any = None
+        self._news = threading.Condition()
+        self.on_event: Callable[[dict[str, Any]], None] | None = None
+
+    # The process
+
+    def __enter__(self) -> ComfyUI:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self, seconds: float = 180) -> ComfyUI:
+        """Boot, wait until it answers, listen to its messages.
+
+        Raises:
+            ComfyUIError: it ended or did not answer in time; with the end of its log.
+        """
+        tree, self.port = comfyui_dir(), free_port()
+        command = [sys.executable, str(tree / "main.py"), "--port", str(self.port), "--base-directory", str(self.base)]
+        command += ["--database-url", f"sqlite:///{self.base}/user/comfyui.db", "--disable-auto-launch", *self.arguments]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self.base, stdout=log, stderr=subprocess.STDOUT, env=self.environment
+            )
+        deadline = time.monotonic() + seconds
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise ComfyUIError(f"ComfyUI did not start. The end of {self.log}:\n{self.log_end()}")
+            time.sleep(0.2)
+        self._listen()
+        return self
+
+    def stop(self) -> None:
+        """End this server's process, and only it."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+            try:
+                self._process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self._process = None
+
+    def kill(self) -> None:
+        """End it without warning, as a power cut would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def restart(self) -> ComfyUI:
+        """A fresh process over the same folders."""
+        self.stop()
+        return self.start()
+
+    def log_end(self, lines: int = 60) -> str:
+        """The last lines of the server's output."""
+        if not self.log.is_file():
+            return "(no log)"
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def _answers(self) -> bool:
+        try:
+            self.get("/system_stats")
+        except (ComfyUIError, OSError):
+            return False
+        return True
+
+    # Messages
+
+    def _listen(self) -> None:
+        import websocket
+
+        address = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
+        self._socket = websocket.create_connection(address, timeout=30)
+        self._socket.settimeout(None)
+        threading.Thread(target=self._receive, args=(self._socket,), daemon=True).start()
+
+    def _receive(self, connection: Any) -> None:
+        import websocket
+
+        while True:
+            try:
+                message = connection.recv()
+            except (OSError, websocket.WebSocketException):
+                return
+            if isinstance(message, bytes):
+                self.previews += 1
+            elif message:
+                self._note(json.loads(message))
+
+    def _note(self, event: dict[str, Any]) -> None:
+        with self._news:
+            self.events.append(event)
+            self._news.notify_all()
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def events_of(self, prompt_id: str, *types: str) -> list[dict[str, Any]]:
+        """The messages about one prompt, of the named types (all if none is named), oldest first."""
+        about = [event for event in list(self.events) if event.get("data", {}).get("prompt_id") == prompt_id]
+        return [event for event in about if not types or event["type"] in types]
+
+    def wait_for_event(self, matches: Callable[[dict[str, Any]], bool], timeout: float = 60) -> dict[str, Any]:
+        """The first message, past or coming, for which `matches` is true.
+
+        Raises:
+            ComfyUIError: none came in time, or the server is gone.
+        """
+        seen, deadline = 0, time.monotonic() + timeout
+        with self._news:
+            while True:
+                for event in self.events[seen:]:
+                    if matches(event):
+                        return event
+                seen = len(self.events)
+                self._raise_if_dead()
+                if time.monotonic() > deadline:
+                    raise ComfyUIError(f"The awaited message did not come within {timeout} s.\n{self.log_end()}")
+                self._news.wait(0.5)
+
+    # Requests
+
+    def request(self, method: str, path: str, body: bytes | None = None, content: str = "application/json") -> Any:
+        """One HTTP request; the answer parsed from JSON where it is JSON, else bytes.
+
+        Raises:
+            ComfyUIError: the server answered with an error; `status` and `answer` are its attributes.
+        """
+        request = urllib.request.Request(  # noqa: S310 - http to our own child
+            self.url + path, data=body, method=method, headers={"Content-Type": content} if body is not None else {}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
+                return _parsed(response.read(), response.headers.get_content_type())
+        except urllib.error.HTTPError as refused:
+            answer = _parsed(refused.read(), refused.headers.get_content_type())
+            error = ComfyUIError(f"{method} {path} was refused with {refused.code}: {_readable(answer)}")
+            error.status, error.answer = refused.code, answer  # type: ignore[attr-defined]
+            raise error from None
+
+    def get(self, path: str) -> Any:
+        """GET, parsed."""
+        return self.request("GET", path)
+
+    def post(self, path: str, values: Any = None) -> Any:
+        """POST JSON, parsed."""
+        return self.request("POST", path, json.dumps({} if values is None else values).encode())
+
+    def queue(self, prompt: dict[str, Any], targets: Sequence[str] | None = None) -> str:
+        """Queue an API prompt and return its id.
+
+        Raises:
+            ComfyUIError: ComfyUI found it invalid; says which node and why, and holds the whole `answer`.
+        """
+        body: dict[str, Any] = {"prompt": prompt, "client_id": self.client_id, "prompt_id": str(uuid.uuid4())}
+        if targets is not None:
+            body["partial_execution_targets"] = list(targets)
+        return str(self.post("/prompt", body)["prompt_id"])
+
+    def wait(self, prompt_id: str, timeout: float = 300) -> dict[str, Any]:
+        """The prompt's history entry, once it has ended (well or not: see `status_of`).
+
+        Raises:
+            ComfyUIError: it did not end in time, or the server is gone.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            entry = self.get(f"/history/{prompt_id}").get(prompt_id)
+            if entry is not None and entry.get("status"):
+                return entry
+            self._raise_if_dead()
+            if time.monotonic() > deadline:
+                raise ComfyUIError(f"Prompt {prompt_id} did not end within {timeout} s.\n{self.log_end()}")
+            time.sleep(0.1)
+
+    def run(self, prompt: dict[str, Any], timeout: float = 300) -> dict[str, Any]:
+        """Queue, wait, and return the outputs by node.
+
+        Raises:
+            ComfyUIError: invalid, failed, interrupted, or not in time.
+        """
+        entry = self.wait(self.queue(prompt), timeout)
+        if status_of(entry) != "execution_success":
+            raise ComfyUIError(f"{failure(entry)}\n{self.log_end(20)}")
+        return entry["outputs"]
+
+    def interrupt(self) -> None:
+        """Press the page's stop button."""
+        self.post("/interrupt")
+
+    def _raise_if_dead(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            raise ComfyUIError(f"ComfyUI has ended. The end of {self.log}:\n{self.log_end()}")
+
+
+def status_of(entry: dict[str, Any]) -> str:
+    """How a prompt ended: execution_success, execution_error or execution_interrupted."""
+    messages = [name for name, _ in entry["status"]["messages"]]
+    endings = [name for name in messages if name in ("execution_success", "execution_error", "execution_interrupted")]
+    return endings[-1] if endings else str(entry["status"]["status_str"])
+
+
+def failure(entry: dict[str, Any]) -> str:
+    """Why a prompt failed, for people; empty if it did not."""
+    for name, data in entry["status"]["messages"]:
+        if name == "execution_error":
+            node = f"node {data.get('node_id')} ({data.get('node_type')})"
+            return f"{node} failed: {str(data.get('exception_message', '')).strip()}"
+        if name == "execution_interrupted":
+            return f"interrupted at node {data.get('node_id')}"
+    return "" if entry["status"]["status_str"] == "success" else str(entry["status"])
+
+
+def _parsed(body: bytes, content: str) -> Any:
+    return json.loads(body) if content == "application/json" and body else body
+
+
+def _readable(answer: Any) -> str:
+    if not isinstance(answer, dict) or "error" not in answer:
+        return repr(answer)[:500]
+    error = answer["error"]
+    lines = [error.get("message", str(error)) if isinstance(error, dict) else str(error)]
+    for node_id, problem in (answer.get("node_errors") or {}).items():
+        for one in problem.get("errors", []):
+            lines.append(f"node {node_id} ({problem.get('class_type')}): {one.get('message')}: {one.get('details')}")
+    return "\n  ".join(lines)

