@@ -1,0 +1,165 @@
+"""Pictures: from folders to pairs, and a look at them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io, ui
+
+from ..trainer_core.config import DatasetConfig
+from ..trainer_core.errors import TrainerError
+from . import host, sockets
+from .names import folder_below
+from .schema import new_input, new_output, node_schema, setting_input
+
+if TYPE_CHECKING:
+    from ..trainer_core.data.pairing import EditDataset
+
+_BELOW = "A folder below ComfyUI's input or output folder, such as my_edit/target, or below one the server's owner allowed."
+
+
+class PairFolders(io.ComfyNode):
+    """Match pictures of two to four folders."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "PairFolders",
+            "Pair Edit Folders",
+            description="Matches the pictures of a target folder with those of one to three reference folders by name.",
+            search_aliases=["dataset", "training pairs", "before after"],
+            inputs=[
+                new_input(
+                    io.String,
+                    "target_folder",
+                    default="my_edit/target",
+                    tooltip=f"Folder of the pictures the model should produce. {_BELOW}",
+                ),
+                new_input(
+                    io.String,
+                    "reference_folder_1",
+                    default="my_edit/reference",
+                    tooltip=f"Folder of the pictures it starts from, named as their targets. {_BELOW}",
+                ),
+                setting_input(DatasetConfig, "caption_strategy"),
+                setting_input(DatasetConfig, "instance_prompt", multiline=True),
+                new_input(
+                    io.String,
+                    "reference_folder_2",
+                    optional=True,
+                    default="",
+                    tooltip="Second reference of each pair, for edit-v2 and edit-v3; empty for none.",
+                ),
+                new_input(
+                    io.String,
+                    "reference_folder_3",
+                    optional=True,
+                    default="",
+                    tooltip="Third reference of each pair, for edit-v2 and edit-v3; empty for none.",
+                ),
+            ],
+            outputs=[new_output(sockets.Dataset, "dataset", "The pairs, for the preview and encode nodes.")],
+        )
+
+    @classmethod
+    def validate_inputs(  # noqa: PLR0913 - ComfyUI passes the widgets it finds named here
+        cls,
+        target_folder: str | None = None,
+        reference_folder_1: str | None = None,
+        reference_folder_2: str | None = None,
+        reference_folder_3: str | None = None,
+        caption_strategy: str | None = None,
+        instance_prompt: str | None = None,
+    ) -> bool | str:
+        """The folders are allowed and there; linked values come as None and are checked when they are known."""
+        folders = {
+            "target_folder": target_folder,
+            "reference_folder_1": reference_folder_1,
+            "reference_folder_2": reference_folder_2 or None,
+            "reference_folder_3": reference_folder_3 or None,
+        }
+        try:
+            for label, name in folders.items():
+                if name is not None:
+                    folder_below(name, host.dataset_roots(), label)
+            if caption_strategy is not None and instance_prompt is not None:
+                DatasetConfig(
+                    target_dir="-",
+                    reference_dirs=("-",),
+                    caption_strategy=caption_strategy,  # type: ignore[arg-type] - checked there
+                    instance_prompt=instance_prompt,
+                )
+        except TrainerError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **widgets: str) -> str:
+        """Changes when a file in one of the folders does."""
+        from ..trainer_core.data.pairing import folder_state
+
+        try:
+            return folder_state(_dataset_config(**widgets))
+        except TrainerError as error:
+            return str(error)  # the node itself will say so
+
+    @classmethod
+    def execute(cls, **widgets: str) -> io.NodeOutput:
+        """An EditDataset."""
+        from ..trainer_core.data.pairing import pair_folders
+
+        with host.interruptible() as observer:
+            return io.NodeOutput(pair_folders(_dataset_config(**widgets), observer))
+
+
+def _dataset_config(
+    target_folder: str = "", caption_strategy: str = "textfile", instance_prompt: str = "", **references: str
+) -> DatasetConfig:
+    roots = host.dataset_roots()
+    given = [(label, name) for label, name in sorted(references.items()) if name or label == "reference_folder_1"]
+    return DatasetConfig(
+        target_dir=str(folder_below(target_folder, roots, "target_folder")),
+        reference_dirs=tuple(str(folder_below(name, roots, label)) for label, name in given),
+        caption_strategy=caption_strategy,  # type: ignore[arg-type] - checked there
+        instance_prompt=instance_prompt,
+    )
+
+
+class PreviewPairs(io.ComfyNode):
+    """Look at the pairs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "PreviewPairs",
+            "Preview Edit Pairs",
+            description="Shows pairs side by side with their captions, and a report about the whole dataset.",
+            search_aliases=["contact sheet", "dataset preview"],
+            is_output_node=True,
+            inputs=[
+                new_input(sockets.Dataset, "dataset", tooltip="Pairs from Pair Edit Folders."),
+                new_input(
+                    io.Int,
+                    "max_pairs",
+                    default=12,
+                    min=1,
+                    max=100,
+                    tooltip="Pairs on the contact sheet, from the first on. 12 fit well on a screen.",
+                ),
+            ],
+            outputs=[
+                new_output(io.Image, "contact_sheet", "References, target and caption of each pair, a row each."),
+                new_output(io.String, "report", "Number of pairs, sizes, captions and whatever is worth a look."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, dataset: EditDataset, max_pairs: int = 12) -> io.NodeOutput:
+        """A picture and a text."""
+        from ..trainer_core.data.contact_sheet import contact_sheet, report
+        from .pictures import picture_to_image
+
+        sheet, text = picture_to_image(contact_sheet(dataset, max_pairs)), report(dataset)
+        return io.NodeOutput(sheet, text, ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": [text]})

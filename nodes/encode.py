@@ -1,0 +1,49 @@
+"""From pairs to latents and prompt embeddings on disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+
+from ..trainer_core.config import EncodingConfig, ModelConfig
+from . import host, sockets
+from .schema import new_input, new_output, node_schema, setting_input
+
+if TYPE_CHECKING:
+    from ..trainer_core.data.pairing import EditDataset
+
+
+class EncodePairs(io.ComfyNode):
+    """Encode once, train often."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "EncodePairs",
+            "Encode Edit Pairs",
+            description="Encodes pictures and captions once and keeps the results on disk, so that training needs "
+            "neither the text encoder nor the VAE in memory. Continues where it was stopped.",
+            search_aliases=["cache latents", "text embeddings"],
+            inputs=[
+                new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
+                new_input(sockets.Dataset, "dataset", tooltip="Pairs from Pair Edit Folders."),
+                setting_input(EncodingConfig, "resolution", min=64, max=4096, step=32),
+                setting_input(EncodingConfig, "preprocessing"),
+                setting_input(EncodingConfig, "match_target_res"),
+                setting_input(EncodingConfig, "num_eval_images", min=-1, max=1000),
+                setting_input(EncodingConfig, "validation_negative_prompt", multiline=True),
+                setting_input(EncodingConfig, "seed", min=0, max=2**32 - 1, control_after_generate=False),
+            ],
+            outputs=[new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelConfig, dataset: EditDataset, **widgets: Any) -> io.NodeOutput:
+        """An EncodedDataset."""
+        from ..trainer_core.conditioning.encode import encode_dataset
+
+        encoding = EncodingConfig(**widgets)
+        with host.long_call() as observer:
+            return io.NodeOutput(encode_dataset(dataset, model, encoding, host.cache_dir(), observer))

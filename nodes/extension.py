@@ -1,0 +1,32 @@
+"""The list of nodes, and the routes beside them."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import dataset, encode, host, model, result, sample, settings, train
+
+NODES: list[type[io.ComfyNode]] = [
+    model.LoadModel,
+    dataset.PairFolders,
+    dataset.PreviewPairs,
+    encode.EncodePairs,
+    settings.LoraSettings,
+    settings.OptimizerSettings,
+    settings.TrainingSettings,
+    settings.ValidationSettings,
+    train.TrainLora,
+    sample.SampleEdit,
+    result.ApplyLora,
+    result.PlotLoss,
+]
+
+host.register_routes()
+
+
+class QwenEditTrainer(ComfyExtension):
+    """All nodes of this pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Called once by ComfyUI."""
+        return NODES

@@ -1,0 +1,70 @@
+"""Names and folders that come from a workflow, which a stranger may have written."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from ..trainer_core.errors import ConfigError
+
+_RUN_NAME = re.compile(r"\w[\w .+-]{0,79}")
+_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
+
+
+_HOW_TO_ALLOW = (
+    "Whoever runs ComfyUI can allow more: folders under the key qwen_edit_datasets in extra_model_paths.yaml, or in the "
+    "environment variable QWEN_EDIT_DATASET_ROOTS."
+)
+
+
+def checked_run_name(name: str) -> str:
+    """`name`, which will be a folder and a file.
+
+    Raises:
+        ConfigError: not a plain name.
+    """
+    fits = _RUN_NAME.fullmatch(name) and name[-1] not in " ." and name.split(".")[0].upper() not in _WINDOWS_DEVICES
+    if not fits:
+        raise ConfigError(
+            f"run_name is {name[:100]!r}; allowed is a name of 1 to 80 letters, digits, spaces and _ - + . that starts "
+            "with a letter, a digit or _ and does not end in a dot or a space. It names a folder, it is not a path."
+        )
+    return name
+
+
+def free_name(folder: Path, name: str) -> str:
+    """`name`, or `name-2`, `name-3`, ... : the first that `folder` does not hold yet."""
+    candidate, number = name, 1
+    while (folder / candidate).exists():
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
+
+
+def folder_below(name: str, roots: Mapping[str, Path], label: str) -> Path:
+    """The existing folder that `name` means: relative to the first root that has it, or absolute inside a root.
+
+    Raises:
+        ConfigError: not there, or outside all roots (also by a symbolic link). Names the roots, not where they lie.
+    """
+    allowed = f"Allowed is a folder below one of: {', '.join(roots)}. {_HOW_TO_ALLOW}"
+    name = name.strip()
+    parts = re.split(r"[/\\]", name)
+    if not name or "\x00" in name or ".." in parts or name.startswith(("\\\\", "//", "~")):
+        raise ConfigError(f"{label} is {name[:200]!r}, which is not a folder name. {allowed}")
+    absolute = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).drive or PureWindowsPath(name).root)
+    candidates = [Path(name)] if absolute else [root / name for root in roots.values()]
+    folder = next((path for path in candidates if _is_below(path, roots) and path.is_dir()), None)
+    if folder is not None:
+        return Path(os.path.realpath(folder))
+    outside = not all(_is_below(path, roots) for path in candidates)
+    reason = "lies outside the allowed folders" if outside else "is not there"
+    raise ConfigError(f"{label} is {name[:200]!r}, which {reason}. {allowed}")
+
+
+def _is_below(path: Path, roots: Mapping[str, Path]) -> bool:
+    """True if the real place of `path` is one of the roots or inside it."""
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(os.path.realpath(root)) for root in roots.values())

@@ -1,0 +1,78 @@
+"""What came of a run: its LoRA where LoRA loaders list it, and its figures for the node and for scripts."""
+
+from __future__ import annotations
+
+import filecmp
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import host
+
+if TYPE_CHECKING:
+    from ..trainer_core.run import TrainResult
+
+
+def place_lora(lora_file: Path, run_name: str) -> str:
+    """Copy the file to <LoRA folder>/<run name>/ and return its name in the lists of LoRA loaders.
+
+    An equal file that lies there already is it; another one is never overwritten, the copy gets a number.
+    """
+    root = host.lora_dir()
+    folder = root / run_name
+    folder.mkdir(parents=True, exist_ok=True)
+    target, number = folder / lora_file.name, 1
+    while target.exists() and not filecmp.cmp(lora_file, target, shallow=False):
+        number += 1
+        target = folder / f"{lora_file.stem}-{number}{lora_file.suffix}"
+    if not target.exists():
+        _copy(lora_file, target)
+    return str(target.relative_to(root))
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Whole or not at all: a loader never sees half a file."""
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as out, source.open("rb") as file:
+            shutil.copyfileobj(file, out, 1 << 20)
+            out.flush()
+            os.fsync(out.fileno())
+        Path(partial).chmod(source.stat().st_mode)
+        Path(partial).replace(target)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def run_ui(result: TrainResult, lora_name: str) -> dict[str, list[Any]]:
+    """For the node and /history: figures, a line of text, the grid. Paths start at ComfyUI's output folder."""
+    psnr = {name: _finite(getattr(result, name)) for name in ("psnr_base", "psnr_lora", "psnr_vae")}
+    grid = result.grid_file
+    figures = {
+        "run_name": result.run_dir.name,
+        "run_dir": host.output_name(result.run_dir),
+        "lora_file": host.output_name(host.lora_dir() / lora_name),
+        "lora_name": lora_name,
+        "steps": result.steps_done,
+        "stopped": result.stopped.value,
+        "seconds": round(result.seconds, 1),
+        "grid_file": host.output_name(grid) if grid else None,
+        **psnr,
+    }
+    shown = ", ".join(f"{name.removeprefix('psnr_')} {value:.1f} dB" for name, value in psnr.items() if value is not None)
+    text = f"{lora_name}: {result.steps_done} steps" + (f"; held-out pairs: {shown}" if shown else "")
+    images = [_output_picture(grid)] if grid else []
+    return {"qwen_edit_run": [figures], "text": [text], "images": images}
+
+
+def _finite(value: float | None) -> float | None:
+    return round(value, 3) if value is not None and math.isfinite(value) else None
+
+
+def _output_picture(path: Path) -> dict[str, str]:
+    """How ComfyUI's pages ask for a file of the output folder."""
+    name = Path(host.output_name(path))
+    return {"filename": name.name, "subfolder": name.parent.as_posix(), "type": "output"}

@@ -1,0 +1,91 @@
+"""What a finished run is good for in the same graph: its LoRA on a MODEL, its loss as a picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io, ui
+
+from ..trainer_core.errors import ConfigError
+from . import host, sockets
+from .schema import new_input, new_output, node_schema
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+
+class ApplyLora(io.ComfyNode):
+    """The new LoRA on ComfyUI's own model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "ApplyLora",
+            "Apply Trained LoRA",
+            description="Puts the LoRA of a run on a MODEL in the same graph. Fails if any part of it does not fit.",
+            search_aliases=["lora loader", "load trained lora"],
+            inputs=[
+                new_input(io.Model, "model", tooltip="A Qwen-Image-Edit model, from Load Diffusion Model."),
+                new_input(sockets.Run, "run", tooltip="The run, from Train Qwen Edit LoRA."),
+                new_input(
+                    io.Float,
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Factor of the LoRA. 1 is as trained, 0 is off; 0.7 to 1.2 are usual.",
+                ),
+            ],
+            outputs=[new_output(io.Model, "patched_model", "The model with the LoRA, for a sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, run: sockets.FinishedRun, strength: float) -> io.NodeOutput:
+        """A MODEL."""
+        return io.NodeOutput(host.apply_lora(model, run.lora_file, strength))
+
+
+class PlotLoss(io.ComfyNode):
+    """The loss as a picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "PlotLoss",
+            "Plot Loss",
+            description="Draws the loss of a run over its steps: training, smoothed, and validation where there is one.",
+            search_aliases=["loss graph", "loss curve", "chart"],
+            is_output_node=True,
+            inputs=[
+                new_input(
+                    sockets.Run, "run", optional=True, tooltip="The run, from Train Qwen Edit LoRA. Has the most to show."
+                ),
+                new_input(
+                    io.LossMap, "loss_map", optional=True, tooltip="Losses of any training node; used when no run is given."
+                ),
+            ],
+            outputs=[new_output(io.Image, "chart", "Loss over steps.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, run: sockets.FinishedRun | None = None, loss_map: dict[str, Any] | None = None
+    ) -> io.NodeOutput:
+        """An IMAGE."""
+        from ..trainer_core.training.chart import loss_chart
+        from ..trainer_core.training.run_folder import read_metrics
+        from .pictures import picture_to_image
+
+        if run is None and loss_map is None:
+            raise ConfigError("Plot Loss has neither a run nor a loss_map. Connect one of the two.")
+        rows = read_metrics(run.run_dir) if run else _rows(loss_map or {})
+        chart = picture_to_image(loss_chart(rows))
+        return io.NodeOutput(chart, ui=ui.PreviewImage(chart, cls=cls))
+
+
+def _rows(loss_map: dict[str, Any]) -> list[dict[str, Any]]:
+    losses = loss_map.get("loss", [])
+    return [{"step": number + 1, "loss": float(loss)} for number, loss in enumerate(losses)]

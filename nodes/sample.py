@@ -1,0 +1,119 @@
+"""A picture from the base model with a LoRA, by the trainer's own sampler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+
+from ..trainer_core.config import EncodingConfig, ModelConfig, ValidationConfig
+from ..trainer_core.errors import ConfigError, TrainerError
+from . import host, sockets
+from .schema import new_input, new_output, node_schema, setting_input
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+
+class SampleEdit(io.ComfyNode):
+    """Edit one picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "SampleEdit",
+            "Sample With Qwen Edit LoRA",
+            description="Edits a picture with the base model in diffusers' layout and a LoRA, exactly as validation "
+            "does. For everyday use load the LoRA in ComfyUI's own edit graph.",
+            search_aliases=["inference", "generate", "test lora"],
+            inputs=_inputs(),
+            outputs=[new_output(io.Image, "image", "The edited picture.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        """The LoRA is listed."""
+        try:
+            return lora_name in (None, host.NO_LORA) or bool(host.lora_path(lora_name))
+        except TrainerError as error:
+            return str(error)
+
+    @classmethod
+    def execute(cls, model: ModelConfig, reference_1: torch.Tensor, **values: Any) -> io.NodeOutput:
+        """An IMAGE."""
+        from ..trainer_core.geometry import Size, bucket_size
+        from ..trainer_core.sample import SampleRequest, sample_edit
+        from .pictures import image_to_picture, picture_to_image
+
+        images = [reference_1, values.pop("reference_2", None), values.pop("reference_3", None)]
+        references = tuple(image_to_picture(image) for image in images if image is not None)
+        lora_file = _lora_file(values.pop("lora_name"), values.pop("run", None))
+        size = bucket_size(Size(*references[0].size), values.pop("resolution"))
+        request = SampleRequest(model=model, references=references, lora_file=lora_file, size=size, **values)
+        with host.long_call() as observer:
+            return io.NodeOutput(picture_to_image(sample_edit(request, observer)))
+
+
+def _inputs() -> list[io.Input]:
+    reference = "Reference picture of models that take several (edit-v2, edit-v3)."
+    return [
+        new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
+        new_input(io.Image, "reference_1", tooltip="The picture to edit. The first of a batch is used."),
+        new_input(
+            io.String, "prompt", multiline=True, default="", tooltip="The edit instruction, worded as in training."
+        ),
+        new_input(
+            io.String,
+            "negative_prompt",
+            multiline=True,
+            default=" ",
+            tooltip="What to move away from; used when guidance is above 1. A blank is usual.",
+        ),
+        new_input(
+            io.Combo,
+            "lora_name",
+            options=host.lora_names(),
+            default=host.NO_LORA,
+            tooltip="A LoRA file that ComfyUI lists; none for the base model alone, or when a run is connected.",
+        ),
+        new_input(
+            io.Float,
+            "lora_strength",
+            default=1.0,
+            min=-10.0,
+            max=10.0,
+            step=0.05,
+            tooltip="Factor of the LoRA. 1 is as trained, 0 is off; 0.7 to 1.2 are usual.",
+        ),
+        setting_input(
+            ValidationConfig, "validation_num_inference_steps", name="num_inference_steps", min=1, max=1000,
+            tooltip="Sampling steps. 30 is good, 20 is usual with ComfyUI.",
+        ),
+        setting_input(
+            ValidationConfig, "validation_guidance", name="guidance", min=1.0, max=30.0, step=0.1,
+        ),
+        new_input(io.Int, "seed", default=0, min=0, max=2**32 - 1, control_after_generate=True, tooltip="Of the noise."),
+        setting_input(
+            EncodingConfig, "resolution", min=64, max=4096, step=32,
+            tooltip="Side in pixels of a square with the picture's area; the aspect ratio is the first reference's.",
+        ),
+        setting_input(EncodingConfig, "preprocessing"),
+        setting_input(
+            EncodingConfig, "match_target_res",
+            tooltip="References take the result's size instead of about one megapixel. Set it as in training.",
+        ),
+        new_input(sockets.Run, "run", optional=True, tooltip="The run whose LoRA to use, from Train Qwen Edit LoRA."),
+        new_input(io.Image, "reference_2", optional=True, tooltip=f"Second. {reference}"),
+        new_input(io.Image, "reference_3", optional=True, tooltip=f"Third. {reference}"),
+    ]
+
+
+def _lora_file(lora_name: str, run: sockets.FinishedRun | None) -> Path | None:
+    if run is None:
+        return None if lora_name == host.NO_LORA else host.lora_path(lora_name)
+    if lora_name != host.NO_LORA:
+        raise ConfigError(f"A run is connected and lora_name is {lora_name!r}; allowed is one of both. Set it to none.")
+    return run.lora_file

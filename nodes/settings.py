@@ -1,0 +1,148 @@
+"""Settings a person may leave alone: adapter, optimizer, loop, validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainer_core.config import (
+    BatchingConfig,
+    CheckpointConfig,
+    LoraConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from . import sockets
+from .schema import fields_of, new_output, node_schema, setting_input
+
+
+class LoraSettings(io.ComfyNode):
+    """The adapter's shape."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "LoraSettings",
+            "Qwen Edit LoRA Settings",
+            description="Size and place of the adapter. Without this node: rank 16 on the image attention.",
+            search_aliases=["rank", "alpha", "network dim"],
+            inputs=[
+                setting_input(LoraConfig, "lora_rank", min=1, max=1024),
+                setting_input(LoraConfig, "lora_alpha", min=0.0, max=4096.0, step=0.5),
+                setting_input(LoraConfig, "lora_targets"),
+                setting_input(LoraConfig, "lora_target_pattern", placeholder=r"attn\.to_[qkv]$"),
+                setting_input(LoraConfig, "lora_dropout", min=0.0, max=0.95, step=0.01),
+            ],
+            outputs=[new_output(sockets.LoraSettings, "lora_settings", "For Train Qwen Edit LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """A LoraConfig."""
+        return io.NodeOutput(LoraConfig(**widgets))
+
+
+class OptimizerSettings(io.ComfyNode):
+    """How the adapter is moved."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "OptimizerSettings",
+            "Qwen Edit Optimizer Settings",
+            description="Optimizer and learning rate schedule. Without this node: AdamW at 1e-4, constant after a "
+            "short warm-up.",
+            search_aliases=["learning rate", "scheduler", "adamw"],
+            inputs=[
+                setting_input(OptimizerConfig, "optimizer"),
+                setting_input(OptimizerConfig, "learning_rate", min=1e-8, max=0.1, step=1e-6, round=1e-8),
+                setting_input(OptimizerConfig, "lr_scheduler"),
+                setting_input(OptimizerConfig, "lr_warmup_steps", min=0, max=100_000),
+                setting_input(OptimizerConfig, "weight_decay", min=0.0, max=1.0, step=0.001, round=1e-6),
+                setting_input(OptimizerConfig, "adam_beta1", min=0.0, max=0.9999, step=0.01, round=1e-4),
+                setting_input(OptimizerConfig, "adam_beta2", min=0.0, max=0.99999, step=0.001, round=1e-5),
+                setting_input(OptimizerConfig, "adam_epsilon", min=1e-16, max=0.01, step=1e-8, round=1e-16),
+                setting_input(OptimizerConfig, "max_grad_norm", min=0.0, max=1000.0, step=0.1),
+            ],
+            outputs=[new_output(sockets.OptimizerSettings, "optimizer_settings", "For Train Qwen Edit LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """An OptimizerConfig."""
+        return io.NodeOutput(OptimizerConfig(**widgets))
+
+
+class TrainingSettings(io.ComfyNode):
+    """Batches, noise levels, checkpoints, memory."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "TrainingSettings",
+            "Qwen Edit Training Settings",
+            description="Batches, noise levels, checkpoints and memory. Without this node: 4 pairs a step, one at a "
+            "time, with gradient checkpointing.",
+            search_aliases=["batch size", "gradient accumulation", "gradient checkpointing", "timestep"],
+            inputs=[
+                setting_input(BatchingConfig, "train_batch_size", min=1, max=256),
+                setting_input(BatchingConfig, "gradient_accumulation_steps", min=1, max=1024),
+                setting_input(TrainConfig, "gradient_checkpointing"),
+                setting_input(NoiseConfig, "sigma_distribution"),
+                setting_input(NoiseConfig, "logit_mean", min=-10.0, max=10.0, step=0.05),
+                setting_input(NoiseConfig, "logit_std", min=0.01, max=10.0, step=0.05),
+                setting_input(NoiseConfig, "flow_schedule_shift", min=0.01, max=20.0, step=0.01),
+                setting_input(NoiseConfig, "flow_schedule_auto_shift"),
+                setting_input(CheckpointConfig, "checkpoint_step_interval", min=1, max=1_000_000),
+                setting_input(CheckpointConfig, "checkpoints_total_limit", min=1, max=1000),
+            ],
+            outputs=[new_output(sockets.TrainingSettings, "training_settings", "For Train Qwen Edit LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, gradient_checkpointing: bool = True, **widgets: Any) -> io.NodeOutput:  # noqa: FBT001, FBT002
+        """LoopSettings."""
+        return io.NodeOutput(
+            sockets.LoopSettings(
+                noise=NoiseConfig(**fields_of(NoiseConfig, widgets)),
+                batching=BatchingConfig(**fields_of(BatchingConfig, widgets)),
+                checkpoints=CheckpointConfig(**fields_of(CheckpointConfig, widgets)),
+                gradient_checkpointing=gradient_checkpointing,
+            )
+        )
+
+
+class ValidationSettings(io.ComfyNode):
+    """Pictures on the way."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "ValidationSettings",
+            "Qwen Edit Validation Settings",
+            description="When and how pictures of held-out pairs are made while training. Without this node: every "
+            "250 steps and at the end.",
+            search_aliases=["samples", "validation images"],
+            inputs=[
+                setting_input(ValidationConfig, "validation_step_interval", min=0, max=1_000_000),
+                setting_input(ValidationConfig, "validation_num_inference_steps", min=1, max=1000),
+                setting_input(ValidationConfig, "validation_guidance", min=1.0, max=30.0, step=0.1),
+                setting_input(
+                    ValidationConfig, "validation_seed", min=0, max=2**32 - 1, control_after_generate=False
+                ),
+                setting_input(ValidationConfig, "num_validation_images", min=0, max=100),
+            ],
+            outputs=[new_output(sockets.ValidationSettings, "validation_settings", "For Train Qwen Edit LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """A ValidationConfig."""
+        return io.NodeOutput(ValidationConfig(**widgets))

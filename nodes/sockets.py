@@ -1,0 +1,45 @@
+"""What travels on the pack's own sockets: frozen values with a short repr, never a network.
+
+The strings are the type system and stand in people's workflows: they never change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..trainer_core.config import BatchingConfig, CheckpointConfig, NoiseConfig
+
+Model = io.Custom("QWEN_EDIT_MODEL")  # ModelConfig
+Dataset = io.Custom("QWEN_EDIT_DATASET")  # EditDataset
+Encoded = io.Custom("QWEN_EDIT_ENCODED")  # EncodedDataset
+LoraSettings = io.Custom("QWEN_EDIT_LORA_SETTINGS")  # LoraConfig
+OptimizerSettings = io.Custom("QWEN_EDIT_OPTIMIZER_SETTINGS")  # OptimizerConfig
+TrainingSettings = io.Custom("QWEN_EDIT_TRAINING_SETTINGS")  # LoopSettings
+ValidationSettings = io.Custom("QWEN_EDIT_VALIDATION_SETTINGS")  # ValidationConfig
+Run = io.Custom("QWEN_EDIT_RUN")  # FinishedRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSettings:
+    """What the training settings node gathers."""
+
+    noise: NoiseConfig = NoiseConfig()
+    batching: BatchingConfig = BatchingConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """A training that gave a LoRA. `lora_name` is the name under which LoRA loaders list the copied file."""
+
+    run_dir: Path
+    lora_file: Path
+    lora_name: str
+    steps: int
+
+    def __repr__(self) -> str:
+        return f"FinishedRun({self.run_dir.name}, {self.steps} steps)"

@@ -1,0 +1,199 @@
+"""The training node: sockets to one TrainConfig, the run, and what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from comfy_api.latest import io
+
+from ..trainer_core.config import ExportConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from ..trainer_core.config import LoraConfig as Lora
+from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
+from ..trainer_core.events import Stop
+from . import host, publish, sockets
+from .names import checked_run_name, free_name
+from .schema import new_input, new_output, node_schema, setting_input
+
+if TYPE_CHECKING:
+    from ..trainer_core.conditioning.encoded import EncodedDataset
+    from ..trainer_core.run import TrainResult
+
+IfRunExists = Literal["continue", "continue a kept run", "new run"]
+
+
+class TrainLora(io.ComfyNode):
+    """Train a LoRA, or find that it is trained."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "TrainLora",
+            "Train Qwen Edit LoRA",
+            description="Trains a LoRA on encoded pairs and puts it where LoRA loaders list it. Interrupting keeps the "
+            "work; the same graph queued again goes on.",
+            search_aliases=["finetune", "lora training", "trainer"],
+            is_output_node=True,
+            not_idempotent=True,
+            inputs=_inputs(),
+            outputs=[
+                new_output(io.LoraModel, "lora", "The LoRA's tensors, for ComfyUI's Load LoRA Model in the same graph."),
+                new_output(io.LossMap, "loss_map", "The loss of every step, for Plot Loss or ComfyUI's loss graph."),
+                new_output(io.String, "lora_name", "The new file's name in the list of ComfyUI's LoRA loaders."),
+                new_output(io.Image, "grid", "Reference, base, LoRA and target of held-out pairs at the end."),
+                new_output(sockets.Run, "run", "The finished run, for Apply Trained LoRA, Sample and Plot Loss."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, run_name: str | None = None) -> bool | str:
+        """The name is a name."""
+        try:
+            return run_name is None or bool(checked_run_name(run_name))
+        except TrainerError as error:
+            return str(error)
+
+    @classmethod
+    def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:
+        """Train, publish the file, and hand on what later nodes need."""
+        config = _train_config(model, encoded, **values)
+        result = _finished(config, values["if_run_exists"]) or _train(config)
+        return _output(result)
+
+
+def _inputs() -> list[io.Input]:
+    return [
+        new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
+        new_input(sockets.Encoded, "encoded", tooltip="The pairs to learn, from Encode Edit Pairs."),
+        new_input(
+            io.String,
+            "run_name",
+            default="my_edit",
+            tooltip="Name of the run folder and of the LoRA file. A name, not a path.",
+        ),
+        setting_input(TrainConfig, "max_train_steps", min=1, max=1_000_000, tooltip=_STEPS_HELP),
+        setting_input(TrainConfig, "seed", min=0, max=2**32 - 1, control_after_generate=False),
+        new_input(
+            io.Combo,
+            "if_run_exists",
+            options=list(get_args(IfRunExists)),
+            default="continue",
+            tooltip="What to do with a run of this name. continue: go on where it stopped, or give its result if it is "
+            "finished. continue a kept run: also go on with one that was ended early by stop-and-keep. new run: train "
+            "again under a name with a number.",
+        ),
+        new_input(sockets.LoraSettings, "lora_settings", optional=True, tooltip="Adapter. Default: rank 16."),
+        new_input(
+            sockets.OptimizerSettings, "optimizer_settings", optional=True, tooltip="Optimizer. Default: AdamW, 1e-4."
+        ),
+        new_input(
+            sockets.TrainingSettings,
+            "training_settings",
+            optional=True,
+            tooltip="Batches, noise, checkpoints, memory. Default: 4 pairs a step, one at a time.",
+        ),
+        new_input(
+            sockets.ValidationSettings,
+            "validation_settings",
+            optional=True,
+            tooltip="Pictures on the way. Default: every 250 steps and at the end.",
+        ),
+        setting_input(ExportConfig, "trigger_words", optional=True),
+        new_input(
+            sockets.Encoded,
+            "validation_encoded",
+            optional=True,
+            tooltip="A second encoded dataset to validate on, besides the pairs held out of the first.",
+        ),
+    ]
+
+
+_STEPS_HELP = "Optimizer steps. 500 to 3000 for a few dozen pairs; more for an edit far from what the base can do."
+
+
+def _train_config(  # noqa: PLR0913 - one parameter per widget and socket
+    model: ModelConfig,
+    encoded: EncodedDataset,
+    *,
+    run_name: str,
+    max_train_steps: int,
+    seed: int,
+    if_run_exists: IfRunExists,
+    lora_settings: Lora | None = None,
+    optimizer_settings: OptimizerConfig | None = None,
+    training_settings: sockets.LoopSettings | None = None,
+    validation_settings: ValidationConfig | None = None,
+    trigger_words: str = "",
+    validation_encoded: EncodedDataset | None = None,
+) -> TrainConfig:
+    if if_run_exists not in get_args(IfRunExists):
+        raise ConfigError(f"if_run_exists is {if_run_exists!r}; allowed is one of {', '.join(get_args(IfRunExists))}.")
+    name = checked_run_name(run_name)
+    if if_run_exists == "new run":
+        name = free_name(host.runs_dir(), name)
+    loop = training_settings or sockets.LoopSettings()
+    return TrainConfig(
+        run_dir=str(host.runs_dir() / name),
+        encoded=str(encoded.manifest),
+        validation_encoded=str(validation_encoded.manifest) if validation_encoded is not None else "",
+        max_train_steps=max_train_steps,
+        seed=seed,
+        gradient_checkpointing=loop.gradient_checkpointing,
+        model=model,
+        lora=lora_settings or Lora(),
+        optimizer=optimizer_settings or OptimizerConfig(),
+        noise=loop.noise,
+        batching=loop.batching,
+        checkpoints=loop.checkpoints,
+        validation=validation_settings or ValidationConfig(),
+        export=ExportConfig(lora_name=name, trigger_words=trigger_words),
+    )
+
+
+def _finished(config: TrainConfig, if_run_exists: IfRunExists) -> TrainResult | None:
+    """The result of an earlier run with these settings, found in its folder without loading a network."""
+    from ..trainer_core.run import find_result
+
+    result = find_result(config)
+    go_on = result is not None and result.stopped is Stop.KEEP and if_run_exists == "continue a kept run"
+    return None if go_on else result
+
+
+def _train(config: TrainConfig) -> TrainResult:
+    from ..trainer_core.qwen_image.folder import model_folder, read_json
+    from ..trainer_core.run import train_lora
+
+    num_layers = int(str(read_json(model_folder(config.model).transformer / "config.json")["num_layers"]))
+
+    def check(lora_file: Path) -> None:
+        host.check_lora_file(lora_file, num_layers)
+
+    with host.long_call(Path(config.run_dir).name) as observer:
+        result = train_lora(config, observer, check)
+        if result.lora_file is None:
+            raise Interrupted("Stopped. The run is kept; queue the same graph again to go on.")
+        return result
+
+
+def _output(result: TrainResult) -> io.NodeOutput:
+    from ..trainer_core.export.lora_file import read_lora
+    from ..trainer_core.training.run_folder import read_metrics
+    from .pictures import empty_image, file_to_image
+
+    if result.lora_file is None:
+        raise Interrupted("Stopped. The run is kept; queue the same graph again to go on.")
+    lora_name = publish.place_lora(result.lora_file, result.run_dir.name)
+    losses = [float(row["loss"]) for row in read_metrics(result.run_dir) if "loss" in row]
+    grid = file_to_image(result.grid_file) if result.grid_file else empty_image()
+    run = sockets.FinishedRun(
+        run_dir=result.run_dir, lora_file=result.lora_file, lora_name=lora_name, steps=result.steps_done
+    )
+    return io.NodeOutput(
+        read_lora(result.lora_file),
+        {"loss": losses},
+        lora_name,
+        grid,
+        run,
+        ui=publish.run_ui(result, lora_name),
+    )
