@@ -1,0 +1,133 @@
+"""What lies in a folder of pictures, without opening any of them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES, shown
+
+CAPTION_SUFFIX = ".txt"
+
+
+@dataclass(slots=True)
+class Folder:
+    """One folder with all below it. A key is a file's path below the folder without its extension, in Unicode NFC."""
+
+    root: Path
+    pictures: dict[str, Path] = field(default_factory=dict)
+    texts: dict[str, Path] = field(default_factory=dict)
+    unread: dict[str, Path] = field(default_factory=dict)  # pictures of a kind that isn't read
+    caseless: dict[str, Path] = field(default_factory=dict)  # pictures by key in lower case
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def nearest(self, key: str) -> str:
+        """Why there is no picture of this key although one could think so; empty without a reason."""
+        if key in self.unread:
+            return f"; {shown(self.unread[key].name)} is of a kind that isn't read, convert it to PNG or JPEG"
+        other = self.caseless.get(key.casefold())
+        if other is not None:
+            return f"; {shown(other.relative_to(self.root))} differs only in upper and lower case, rename one of them"
+        return ""
+
+
+def scan_folder(root: Path) -> Folder:
+    """List a folder and all below it, in the order of names. Hidden files and files of other kinds are passed over.
+
+    Whatever keeps a picture out of the dataset is named in `problems` or `notes`.
+    """
+    folder = Folder(root)
+    if not root.is_dir():
+        kind = "is a file, not a folder" if root.exists() else "does not exist"
+        folder.problems.append(f"{shown(root)}: the folder {kind}.")
+        return folder
+    resolved = root.resolve()
+    for path in _files(folder, root):
+        kinds = _kind_of(folder, path)
+        if kinds is None:
+            continue
+        reason = _unfit(path, resolved)
+        if reason:
+            folder.problems.append(f"{shown(path)}: {reason}")
+        else:
+            _add(folder, kinds, path)
+    for path in folder.unread.values():
+        folder.notes.append(
+            f"{shown(path)}: not used, {path.suffix.lower()} files aren't read. Convert it to PNG or JPEG if needed."
+        )
+    return folder
+
+
+def file_states(root: Path) -> Iterator[tuple[str, int, int]]:
+    """Path below the folder, bytes and time of change (ns) of each picture and text. Opens none, so it is quick."""
+    for path in _files(Folder(root), root):
+        if path.suffix.lower() in PICTURE_SUFFIXES | UNREAD_PICTURE_SUFFIXES | {CAPTION_SUFFIX}:
+            try:
+                state = path.stat()
+            except OSError:
+                yield path.relative_to(root).as_posix(), -1, -1
+            else:
+                yield path.relative_to(root).as_posix(), state.st_size, state.st_mtime_ns
+
+
+def _files(folder: Folder, start: Path) -> Iterator[Path]:
+    """All that isn't a folder, below `start`, sorted; folders that can't be entered are told to `folder`."""
+    waiting = [start]
+    while waiting:
+        path = waiting.pop()
+        try:
+            with os.scandir(path) as listing:
+                entries = sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            folder.problems.append(f"{shown(path)}: the folder can't be read ({error.strerror}).")
+            continue
+        linked = [entry for entry in entries if entry.is_symlink() and entry.is_dir()]
+        folder.problems += [
+            f"{shown(entry.path)}: links to folders aren't followed. Move the pictures here, or remove the link."
+            for entry in linked
+        ]
+        waiting += [Path(entry.path) for entry in reversed(entries) if entry.is_dir(follow_symlinks=False)]
+        yield from (Path(entry.path) for entry in entries if not entry.is_dir())
+
+
+def _kind_of(folder: Folder, path: Path) -> dict[str, Path] | None:
+    suffix = path.suffix.lower()
+    if suffix in PICTURE_SUFFIXES:
+        return folder.pictures
+    if suffix in UNREAD_PICTURE_SUFFIXES:
+        return folder.unread
+    return folder.texts if suffix == CAPTION_SUFFIX else None
+
+
+def _unfit(path: Path, root: Path) -> str:
+    """Why this file must not be opened; empty if it may be."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "its name isn't valid Unicode. Rename it."
+    try:
+        if path.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
+            return "the link leaves the dataset's folder. Put the file itself here."
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "this is no ordinary file. Remove it."
+    except (OSError, RuntimeError) as error:  # older Pythons raise RuntimeError for a circle of links
+        return f"the file can't be reached ({getattr(error, 'strerror', None) or error}). Remove it or the link."
+    return ""
+
+
+def _add(folder: Folder, kinds: dict[str, Path], path: Path) -> None:
+    key = unicodedata.normalize("NFC", path.relative_to(folder.root).with_suffix("").as_posix())
+    if key not in kinds:
+        kinds[key] = path
+        if kinds is folder.pictures:
+            folder.caseless.setdefault(key.casefold(), path)
+    elif kinds is not folder.unread:
+        folder.problems.append(
+            f"{shown(path)}: {shown(kinds[key].name)} beside it has the same name but for the extension. "
+            "Keep one of the two."
+        )

@@ -1,0 +1,222 @@
+"""Folders of targets and references become pairs, or one report of everything that keeps them from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from ..config import DatasetConfig, digest, to_json
+from ..errors import DatasetError
+from ..events import SILENT, Observer, raise_if_stopped
+from ..geometry import Size
+from .captions import captions_of
+from .folders import Folder, file_states, scan_folder
+from .images import (
+    accepts_cut_pictures,
+    decode_picture,
+    is_animated,
+    open_picture_file,
+    shown,
+    stream_digest,
+)
+
+_DECODERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EditPair:
+    """One target with its references. `digests` (SHA-256 of the files) and `sizes` (upright): the target's first."""
+
+    key: str  # path below the folder without extension, Unicode NFC
+    target: Path
+    references: tuple[Path, ...]
+    captions: tuple[str, ...]
+    digests: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class EditDataset:
+    """Pairs in the order of their keys. Equal fingerprints mean equal names, pictures and captions."""
+
+    pairs: tuple[EditPair, ...]
+    fingerprint: str
+    target_dir: Path
+    reference_dirs: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"EditDataset({len(self.pairs)} pairs, {len(self.reference_dirs)} reference folders, {self.fingerprint})"
+
+
+class FolderScan(NamedTuple):
+    """What was found. `dataset` holds the pairs without a problem; it is complete only when there are no problems."""
+
+    dataset: EditDataset
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class _Checked(NamedTuple):
+    digest: str
+    size: Size
+    animated: bool
+
+
+def pair_folders(config: DatasetConfig, observer: Observer = SILENT) -> EditDataset:
+    """Match targets, references and captions, and decode every picture once to be sure of it.
+
+    Raises:
+        DatasetError: with every problem of the folders, one line each.
+        Interrupted: the observer wants to stop.
+    """
+    scan = scan_folders(config, observer)
+    if scan.problems:
+        count = len(scan.problems)
+        raise DatasetError(
+            f"The dataset can't be used: {count} problem{'s' if count > 1 else ''} beside {len(scan.dataset.pairs)} "
+            "good pairs. Nothing was changed. Mend what is listed, then run again.",
+            scan.problems,
+        )
+    return scan.dataset
+
+
+def scan_folders(config: DatasetConfig, observer: Observer = SILENT) -> FolderScan:
+    """The same as `pair_folders` for a report: problems are returned, not raised.
+
+    Raises:
+        Interrupted: the observer wants to stop.
+    """
+    roots = [Path(config.target_dir), *map(Path, config.reference_dirs)]
+    problems = _clashes(roots)
+    if problems:
+        return FolderScan(_dataset([], roots, ()), tuple(problems), ())
+    target, *references = folders = [scan_folder(root) for root in roots]
+    problems = [problem for folder in folders for problem in folder.problems]
+    notes = [note for folder in folders for note in folder.notes] + _leftovers(target, references)
+    if not target.pictures and not target.problems:
+        problems.append(f"{shown(target.root)}: there are no pictures in this folder of targets.")
+    used = [folder.pictures[key] for key in target.pictures for folder in folders if key in folder.pictures]
+    checked = _check_pictures(used, observer)
+    if accepts_cut_pictures():
+        notes.append(
+            "Another extension in this program set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: pictures that are cut short "
+            "are read half grey, here too, and can't be told from whole ones."
+        )
+    pairs = []
+    for key in sorted(target.pictures):
+        pair, found = _pair(key, folders, checked, config)
+        problems += found
+        if pair is not None:
+            pairs.append(pair)
+    notes += [
+        f"{shown(path)}: has several frames; only the first is used."
+        for path, result in checked.items()
+        if isinstance(result, _Checked) and result.animated
+    ]
+    return FolderScan(_dataset(pairs, roots, tuple(notes)), tuple(problems), tuple(notes))
+
+
+def folder_state(config: DatasetConfig) -> str:
+    """Changes when a picture or text below the folders is added, removed, renamed or written. Opens none of them."""
+    roots = [config.target_dir, *config.reference_dirs]
+    return digest([to_json(config), [sorted(map(_printable, file_states(Path(root)))) for root in roots]])
+
+
+def _printable(state: tuple[str, int, int]) -> tuple[str, int, int]:
+    return (shown(state[0]), *state[1:])
+
+
+def _clashes(roots: list[Path]) -> list[str]:
+    """The same folder twice, or one inside the other: then one picture would play two parts."""
+    names = ["target_dir", *(f"reference_dirs[{index}]" for index in range(len(roots) - 1))]
+    resolved = [root.resolve() for root in roots]
+    problems = []
+    for later in range(1, len(roots)):
+        for earlier in range(later):
+            pair = f"{names[earlier]} ({shown(roots[earlier])}) and {names[later]} ({shown(roots[later])})"
+            if resolved[earlier] == resolved[later]:
+                problems.append(f"{pair} are the same folder. Targets and each set of references need their own.")
+            elif resolved[earlier].is_relative_to(resolved[later]) or resolved[later].is_relative_to(resolved[earlier]):
+                problems.append(f"{pair} lie inside one another. Put them side by side.")
+    return problems
+
+
+def _leftovers(target: Folder, references: list[Folder]) -> list[str]:
+    """Files that belong to no target. They are left out, which is worth saying."""
+    notes = [
+        f"{shown(path)}: not used, no target has this name."
+        for folder in references
+        for key, path in folder.pictures.items()
+        if key not in target.pictures
+    ]
+    return notes + [
+        f"{shown(path)}: not used, no target has this name."
+        for key, path in target.texts.items()
+        if key not in target.pictures
+    ]
+
+
+def _check_pictures(paths: Iterable[Path], observer: Observer) -> dict[Path, _Checked | DatasetError]:
+    """Decode every picture, several at a time, and forget the pixels."""
+    Image.init()  # registers the formats; several threads asking for their first picture would race
+    results: dict[Path, _Checked | DatasetError] = {}
+    decoders = ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1), thread_name_prefix="check-pictures")
+    try:
+        waiting: list[tuple[Path, Future[_Checked | DatasetError]]] = [
+            (path, decoders.submit(_check_picture, path)) for path in paths
+        ]
+        for done, (path, future) in enumerate(waiting):
+            raise_if_stopped(observer)
+            results[path] = future.result()
+            observer.on_progress("Checking pictures", done + 1, len(waiting))
+    finally:
+        decoders.shutdown(wait=True, cancel_futures=True)
+    return results
+
+
+def _check_picture(path: Path) -> _Checked | DatasetError:
+    try:
+        with open_picture_file(path) as file:
+            content = stream_digest(file)
+            size = Size(*decode_picture(file, path).size)
+            return _Checked(content, size, is_animated(file, path))
+    except DatasetError as error:
+        return error
+
+
+def _pair(
+    key: str, folders: list[Folder], checked: dict[Path, _Checked | DatasetError], config: DatasetConfig
+) -> tuple[EditPair | None, list[str]]:
+    """The pair of this key, or what is wrong with it."""
+    target, *references = folders
+    path = target.pictures[key]
+    problems = [
+        f"{shown(path)}: no reference in {shown(folder.root)}; looked for {shown(key)} with a picture's extension"
+        f"{folder.nearest(key)}."
+        for folder in references
+        if key not in folder.pictures and folder.root.is_dir()
+    ]
+    paths = [folder.pictures[key] for folder in folders if key in folder.pictures]
+    problems += [str(result) for result in (checked[path] for path in paths) if isinstance(result, DatasetError)]
+    captions: tuple[str, ...] = ()
+    try:
+        captions = captions_of(path, target.texts.get(key), config)
+    except DatasetError as error:
+        problems.append(str(error))
+    results = [result for result in (checked[path] for path in paths) if isinstance(result, _Checked)]
+    if problems or len(results) < len(folders):
+        return None, problems
+    digests, sizes, _ = zip(*results, strict=True)
+    return EditPair(key, path, tuple(paths[1:]), captions, digests, sizes), []
+
+
+def _dataset(pairs: list[EditPair], roots: list[Path], notes: tuple[str, ...]) -> EditDataset:
+    fingerprint = digest([[pair.key, pair.digests, pair.captions] for pair in pairs])
+    return EditDataset(tuple(pairs), fingerprint, roots[0], tuple(roots[1:]), notes)

@@ -1,0 +1,222 @@
+"""Rows of pictures with headings and captions, drawn as one picture for people."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Colour = tuple[int, int, int]
+
+BACKGROUND: Colour = (30, 32, 36)
+CARD: Colour = (43, 46, 52)
+TEXT: Colour = (236, 237, 240)
+MUTED: Colour = (160, 165, 174)
+
+_GAP, _PAD, _MARGIN = 8, 10, 16
+_WIDEST = 2.0  # width of a picture's place, at most, in heights
+# Pillow's built-in font knows little but ASCII; for other text these are tried, by their files' names.
+_CHART_FONT = "DejaVuSans.ttf"
+_OTHER_FONTS = (
+    _CHART_FONT,
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansSC-Regular.otf",
+    "wqy-microhei.ttc",
+    "msyh.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "Arial Unicode.ttf",
+)
+_NO_LETTER = "\U0010ffff"  # belongs to no script, so that every font draws its mark for unknown letters
+
+
+@dataclass(frozen=True, slots=True)
+class PictureRow:
+    """Pictures side by side, None for an empty place, with text below: the caption, and one small line."""
+
+    pictures: tuple[Image.Image | None, ...]
+    caption: str
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """Sizes in pixels. `columns` is the number of rows put side by side, 0 for as many as give a page-like shape."""
+
+    cell: int = 192
+    columns: int = 1
+    caption_lines: int = 3
+    title: str = ""
+    footer: str = ""
+
+
+def font_for(text: str, size: int) -> Font:
+    """The first font that has every letter of `text`, or else the one that has most."""
+    letters = set(text) - set(" \t\n")
+    best, fewest = _built_in(size), len(letters) + 1
+    if text.isascii():
+        return best
+    for name in ("", *_OTHER_FONTS):
+        font = _font(name, size) if name else best
+        missing = sum(_mask(font, letter) == _mask(font, _NO_LETTER) for letter in letters) if font else fewest
+        if font is not None and missing < fewest:
+            best, fewest = font, missing
+        if fewest == 0:
+            break
+    return best
+
+
+@functools.lru_cache(maxsize=64)
+def _font(name: str, size: int) -> Font | None:
+    """A font of the system by its file's name, or of the chart's package, which brings DejaVu; None without it."""
+    package = importlib.util.find_spec("matplotlib") if name == _CHART_FONT else None
+    if package is not None and package.origin:
+        name = str(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / name)
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=16)
+def _built_in(size: int) -> Font:
+    return ImageFont.load_default(size)
+
+
+def _mask(font: Font, letter: str) -> bytes:
+    drawn = Image.new("1", (64, 64))
+    ImageDraw.Draw(drawn).text((0, 0), letter, 1, font)
+    return drawn.tobytes()
+
+
+def wrapped(text: str, font: Font, width: int, lines: int) -> list[str]:
+    """`text` in at most `lines` lines of `width` pixels; what doesn't fit is replaced by three dots."""
+    done: list[str] = []
+    words = text.split()
+    while words and len(done) < lines:
+        line = words.pop(0)
+        while words and font.getlength(f"{line} {words[0]}") <= width:
+            line = f"{line} {words.pop(0)}"
+        fits = _fitting(line, font, width)
+        if fits < len(line):  # one long word, or a script without spaces
+            words.insert(0, line[fits:])
+            line = line[:fits]
+        done.append(line)
+    if words:
+        done[-1] = _cut(f"{done[-1]} {words[0]}", font, width)
+    return done
+
+
+def _cut(text: str, font: Font, width: int) -> str:
+    """`text` if it fits into `width` pixels, else its beginning and three dots."""
+    if font.getlength(text) <= width:
+        return text
+    dots = "..."
+    return text[: _fitting(text, font, width - round(font.getlength(dots)))].rstrip() + dots
+
+
+def draw_rows(headings: Sequence[str], rows: Sequence[PictureRow], look: Look) -> Image.Image:
+    """One picture of all rows. Pictures are scaled to the height of a cell, small ones enlarged."""
+    widths = [_column_width([row.pictures[index] for row in rows], look.cell) for index in range(len(headings))]
+    card_width = sum(widths) + _GAP * (len(widths) - 1) + 2 * _PAD
+    cards = [_card(row, widths, card_width, look) for row in rows]
+    columns = min(look.columns or _page_columns(cards), max(1, len(cards)))
+    lines = [cards[start : start + columns] for start in range(0, len(cards), columns)]
+    text_size = _text_size(look)
+    top = _MARGIN + (text_size * 2 + _GAP if look.title else 0)
+    heights = [max(card.height for card in line) for line in lines]
+    width = columns * card_width + (columns - 1) * _GAP + 2 * _MARGIN
+    body = sum(heights) + _GAP * len(heights)
+    bottom = text_size * 2 if look.footer else 0
+    sheet = Image.new("RGB", (width, top + text_size + _GAP + body + bottom + _MARGIN - _GAP), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    if look.title:
+        _line(draw, (_MARGIN, _MARGIN), look.title, round(text_size * 1.4), TEXT, width - 2 * _MARGIN)
+    for column in range(columns):
+        x = _MARGIN + column * (card_width + _GAP) + _PAD
+        for heading, place in zip(headings, widths, strict=True):
+            indent = max(0, round(place - font_for(heading, text_size).getlength(heading))) // 2
+            _line(draw, (x + indent, top), heading, text_size, MUTED, place)
+            x += place + _GAP
+    y = top + text_size + _GAP
+    for line, height in zip(lines, heights, strict=True):
+        for column, card in enumerate(line):
+            x = _MARGIN + column * (card_width + _GAP)
+            draw.rounded_rectangle((x, y, x + card_width - 1, y + height - 1), 6, CARD)
+            sheet.paste(card, (x, y), _rounded_mask(card.size))
+        y += height + _GAP
+    if look.footer:
+        _line(draw, (_MARGIN, y), look.footer, text_size, MUTED, width - 2 * _MARGIN)
+    return sheet
+
+
+def _fitting(text: str, font: Font, width: int) -> int:
+    """How many letters fit, at least one."""
+    fits = len(text)
+    while fits > 1 and font.getlength(text[:fits]) > width:
+        fits = min(fits - 1, max(1, int(fits * width / font.getlength(text[:fits])) + 1))
+    return fits
+
+
+def _text_size(look: Look) -> int:
+    return max(13, round(look.cell / 15))
+
+
+def _scaled(picture: Image.Image, cell: int) -> tuple[int, int]:
+    scale = min(cell / picture.height, cell * _WIDEST / picture.width)
+    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+
+
+def _column_width(pictures: Sequence[Image.Image | None], cell: int) -> int:
+    return max([cell // 2, *(_scaled(picture, cell)[0] for picture in pictures if picture is not None)])
+
+
+def _card(row: PictureRow, widths: Sequence[int], card_width: int, look: Look) -> Image.Image:
+    """The pictures of one row, its caption and its small line on a card."""
+    text_size = _text_size(look)
+    caption_font = font_for(row.caption, text_size)
+    lines = wrapped(row.caption, caption_font, card_width - 2 * _PAD, look.caption_lines)
+    line_height = round(text_size * 1.35)
+    text_height = line_height * len(lines) + (line_height if row.label else 0)
+    card = Image.new("RGB", (card_width, look.cell + 2 * _PAD + text_height), CARD)
+    draw = ImageDraw.Draw(card)
+    x = _PAD
+    for picture, width in zip(row.pictures, widths, strict=True):
+        if picture is not None:
+            small = picture.convert("RGB").resize(_scaled(picture, look.cell), Image.Resampling.LANCZOS)
+            card.paste(small, (x + (width - small.width) // 2, _PAD + (look.cell - small.height) // 2))
+        x += width + _GAP
+    y = look.cell + _PAD + _PAD // 2
+    for line in lines:
+        draw.text((_PAD, y), line, TEXT, caption_font)
+        y += line_height
+    if row.label:
+        _line(draw, (_PAD, y), row.label, round(text_size * 0.85), MUTED, card_width - 2 * _PAD)
+    return card
+
+
+def _line(
+    draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str, size: int, colour: Colour, width: int
+) -> None:
+    font = font_for(text, size)
+    draw.text(position, _cut(text, font, width), colour, font)
+
+
+def _page_columns(cards: Sequence[Image.Image]) -> int:
+    """So many cards side by side that the page is about as wide as high, rather wider."""
+    if not cards:
+        return 1
+    height = sum(card.height for card in cards)
+    return max(1, round(math.sqrt(1.3 * height / cards[0].width)))
+
+
+def _rounded_mask(size: tuple[int, int]) -> Image.Image:
+    mask = Image.new("L", size, 0)
+    ImageDraw.Draw(mask).rounded_rectangle((0, 0, size[0] - 1, size[1] - 1), 6, 255)
+    return mask

@@ -1,0 +1,129 @@
+"""The course of a training as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT, _DPI = 900, 560, 100
+_BACKGROUND, _PANEL, _LINES, _TEXT, _MUTED = "#1e2024", "#26292e", "#3a3e45", "#ecedf0", "#a0a5ae"
+_LOSS, _VALIDATION, _RATE = "#5aa9ff", "#ffb454", "#8ec07c"
+
+Rows = Sequence[Mapping[str, object]]
+
+
+def loss_chart(rows: Rows, *, title: str = "") -> Image.Image:
+    """Loss, smoothed loss, validation loss and learning rate over the steps; 900 x 560 pixels, RGB.
+
+    `rows` are those of metrics.jsonl: step, loss, learning_rate and now and then validation_loss.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    figure = Figure(figsize=(WIDTH / _DPI, HEIGHT / _DPI), dpi=_DPI, facecolor=_BACKGROUND)
+    canvas = FigureCanvasAgg(figure)
+    loss_axes, rate_axes = figure.subplots(
+        2, 1, sharex=True, gridspec_kw={"height_ratios": [5, 1], "hspace": 0.12, "left": 0.085, "right": 0.975,
+                                        "top": 0.91, "bottom": 0.1}
+    )  # fmt: skip
+    for axes in (loss_axes, rate_axes):
+        _style(axes)
+    heading = title if len(title) <= 32 else f"{title[:31]}…"
+    figure.text(0.085, 0.945, heading or "Training loss", color=_TEXT, fontsize=13, fontweight="bold", parse_math=False)
+    _draw_loss(loss_axes, rows)
+    _draw_rate(rate_axes, rows)
+    rate_axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True) if rows else NullLocator())
+    canvas.draw()
+    return Image.frombytes("RGBA", (WIDTH, HEIGHT), bytes(canvas.buffer_rgba())).convert("RGB")
+
+
+def smoothed(values: Sequence[float], window: float) -> list[float]:
+    """Exponential moving mean over about `window` values, unbiased at the beginning. Not-a-numbers are passed over."""
+    keep = 1 - 1 / max(1.0, window)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        means.append(total / weight if weight else math.nan)
+    return means
+
+
+def _style(axes: Axes) -> None:
+    axes.set_facecolor(_PANEL)
+    axes.grid(visible=True, color=_LINES, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_MUTED, labelsize=9, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _draw_loss(axes: Axes, rows: Rows) -> None:
+    steps, losses = _series(rows, "loss")
+    axes.set_ylabel("loss", color=_MUTED, fontsize=10)
+    if not steps:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "No step is finished yet", color=_MUTED, fontsize=12, ha="center", transform=axes.transAxes)
+        return
+    dot = "o" if len(steps) == 1 else ""
+    axes.plot(steps, losses, color=_LOSS, alpha=0.35, linewidth=0.9, marker=dot, label="loss of each step")
+    means = smoothed(losses, min(50, max(5, len(losses) / 20)))
+    axes.plot(steps, means, color=_LOSS, linewidth=2.4, solid_capstyle="round", label=f"smoothed, now {means[-1]:.4g}")
+    checked, validation = _series(rows, "validation_loss")
+    if checked:
+        label = f"held-out pairs, now {validation[-1]:.4g}"
+        axes.plot(
+            checked,
+            validation,
+            color=_VALIDATION,
+            linewidth=1.2,
+            marker="D",
+            markersize=5.5,
+            label=label,
+            clip_on=False,
+        )
+    _limit(axes, losses, [*means, *validation])
+    axes.legend(frameon=False, labelcolor=_TEXT, fontsize=9.5, loc="upper right", ncols=3, bbox_to_anchor=(1.0, 1.12))
+
+
+def _draw_rate(axes: Axes, rows: Rows) -> None:
+    steps, rates = _series(rows, "learning_rate")
+    axes.set_xlabel("step", color=_MUTED, fontsize=10)
+    axes.set_ylabel("learning\nrate", color=_MUTED, fontsize=9)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    axes.yaxis.get_offset_text().set(color=_MUTED, fontsize=8)
+    if steps:
+        axes.plot(steps, rates, color=_RATE, linewidth=1.6, marker="o" if len(steps) == 1 else "", markersize=4)
+        axes.set_ylim(0, (max(rates) or 1.0) * 1.2)
+        axes.set_xlim(min(steps) - 0.5 if len(steps) == 1 else min(steps), max(steps) + (0.5 if len(steps) == 1 else 0))
+    else:
+        axes.set_yticks([])
+
+
+def _limit(axes: Axes, losses: Sequence[float], must_show: Sequence[float]) -> None:
+    """Leave out single outliers, so that they don't press the course flat."""
+    finite = sorted(value for value in losses if math.isfinite(value))
+    shown = [value for value in must_show if math.isfinite(value)]
+    if len(finite) < 2:
+        return
+    low, high = finite[0], finite[min(len(finite) - 1, int(len(finite) * 0.99))]
+    low, high = min([low, *shown]), max([high, *shown])
+    margin = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
+    axes.set_ylim(max(0.0, low - margin) if low >= 0 else low - margin, high + margin)
+
+
+def _series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
+    """Steps and finite values of the rows that have one of this name."""
+    found = [
+        (float(step), float(value))
+        for step, value in ((row.get("step"), row.get(name)) for row in rows)
+        if isinstance(step, int | float) and isinstance(value, int | float) and math.isfinite(value)
+    ]
+    return [step for step, _ in found], [value for _, value in found]
