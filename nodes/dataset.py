@@ -15,7 +15,9 @@ from .schema import new_input, new_output, node_schema, setting_input
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
 
-_BELOW = "A folder below ComfyUI's input or output folder, such as my_edit/target, or below one the server's owner allowed."
+_BELOW = (
+    "A folder below ComfyUI's input or output folder, such as my_edit/target, or below one the server's owner allowed."
+)
 
 
 class PairFolders(io.ComfyNode):
@@ -63,7 +65,7 @@ class PairFolders(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(  # noqa: PLR0913 - ComfyUI passes the widgets it finds named here
+    def validate_inputs(
         cls,
         target_folder: str | None = None,
         reference_folder_1: str | None = None,
@@ -146,7 +148,7 @@ class PreviewPairs(io.ComfyNode):
                     default=12,
                     min=1,
                     max=100,
-                    tooltip="Pairs on the contact sheet, from the first on. 12 fit well on a screen.",
+                    tooltip="Pairs on the contact sheet, spread over the dataset. 12 fit well on a screen.",
                 ),
             ],
             outputs=[
@@ -161,5 +163,5 @@ class PreviewPairs(io.ComfyNode):
         from ..trainer_core.data.contact_sheet import contact_sheet, report
         from .pictures import picture_to_image
 
-        sheet, text = picture_to_image(contact_sheet(dataset, max_pairs)), report(dataset)
+        sheet, text = picture_to_image(contact_sheet(dataset, max_pairs=max_pairs)), report(dataset)
         return io.NodeOutput(sheet, text, ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": [text]})

@@ -1,4 +1,4 @@
-"""The only file that touches ComfyUI's runtime: folders, memory, modes, progress, interruption, routes, its LoRA loader."""
+"""The only file that touches ComfyUI at run time: folders, memory, modes, progress, interruption, routes, loader."""
 
 from __future__ import annotations
 
@@ -227,13 +227,13 @@ def _free_memory() -> None:
 @contextmanager
 def _globals_kept() -> Iterator[None]:
     """Global generators and default dtype are afterwards as before, so that other nodes' results don't change."""
-    python_state, numpy_state, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()  # noqa: NPY002
+    python_state, numpy_state, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
     try:
         with torch.random.fork_rng():
             yield
     finally:
         random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        np.random.set_state(numpy_state)
         torch.set_default_dtype(dtype)
 
 
@@ -283,8 +283,8 @@ def _patches(lora: dict[str, torch.Tensor], key_map: dict[str, str], name: str) 
     if unmatched or not patches:
         shown = ", ".join(unmatched[:5]) or "it holds none"
         raise ExportError(
-            f"{name}: ComfyUI finds no counterpart for {len(unmatched)} of {len(lora)} keys ({shown}), so the LoRA would "
-            "not work. Use it with a Qwen-Image-Edit model of the same depth as the one it was trained on."
+            f"{name}: ComfyUI finds no counterpart for {len(unmatched)} of {len(lora)} keys ({shown}), so the LoRA "
+            "would not work. Use it with a Qwen-Image-Edit model of the same depth as the one it was trained on."
         )
     return patches
 

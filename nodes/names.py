@@ -14,8 +14,8 @@ _WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM
 
 
 _HOW_TO_ALLOW = (
-    "Whoever runs ComfyUI can allow more: folders under the key qwen_edit_datasets in extra_model_paths.yaml, or in the "
-    "environment variable QWEN_EDIT_DATASET_ROOTS."
+    "Whoever runs ComfyUI can allow more: folders under the key qwen_edit_datasets in extra_model_paths.yaml, or in "
+    "the environment variable QWEN_EDIT_DATASET_ROOTS."
 )
 
 

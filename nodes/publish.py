@@ -62,7 +62,9 @@ def run_ui(result: TrainResult, lora_name: str) -> dict[str, list[Any]]:
         "grid_file": host.output_name(grid) if grid else None,
         **psnr,
     }
-    shown = ", ".join(f"{name.removeprefix('psnr_')} {value:.1f} dB" for name, value in psnr.items() if value is not None)
+    shown = ", ".join(
+        f"{name.removeprefix('psnr_')} {value:.1f} dB" for name, value in psnr.items() if value is not None
+    )
     text = f"{lora_name}: {result.steps_done} steps" + (f"; held-out pairs: {shown}" if shown else "")
     images = [_output_picture(grid)] if grid else []
     return {"qwen_edit_run": [figures], "text": [text], "images": images}

@@ -56,32 +56,36 @@ class PlotLoss(io.ComfyNode):
         return node_schema(
             "PlotLoss",
             "Plot Loss",
-            description="Draws the loss of a run over its steps: training, smoothed, and validation where there is one.",
+            description="Draws the loss of a run over its steps: each step, smoothed, and on held-out pairs.",
             search_aliases=["loss graph", "loss curve", "chart"],
             is_output_node=True,
             inputs=[
                 new_input(
-                    sockets.Run, "run", optional=True, tooltip="The run, from Train Qwen Edit LoRA. Has the most to show."
+                    sockets.Run,
+                    "run",
+                    optional=True,
+                    tooltip="The run, from Train Qwen Edit LoRA. Has the most to show.",
                 ),
                 new_input(
-                    io.LossMap, "loss_map", optional=True, tooltip="Losses of any training node; used when no run is given."
+                    io.LossMap,
+                    "loss_map",
+                    optional=True,
+                    tooltip="Losses of any training node; used when no run is given.",
                 ),
             ],
             outputs=[new_output(io.Image, "chart", "Loss over steps.")],
         )
 
     @classmethod
-    def execute(
-        cls, run: sockets.FinishedRun | None = None, loss_map: dict[str, Any] | None = None
-    ) -> io.NodeOutput:
+    def execute(cls, run: sockets.FinishedRun | None = None, loss_map: dict[str, Any] | None = None) -> io.NodeOutput:
         """An IMAGE."""
         from ..trainer_core.training.chart import loss_chart
-        from ..trainer_core.training.run_folder import read_metrics
+        from ..trainer_core.training.run_folder import RunFolder
         from .pictures import picture_to_image
 
         if run is None and loss_map is None:
             raise ConfigError("Plot Loss has neither a run nor a loss_map. Connect one of the two.")
-        rows = read_metrics(run.run_dir) if run else _rows(loss_map or {})
+        rows = RunFolder(run.run_dir).metrics() if run else _rows(loss_map or {})
         chart = picture_to_image(loss_chart(rows))
         return io.NodeOutput(chart, ui=ui.PreviewImage(chart, cls=cls))
 

@@ -106,7 +106,7 @@ class TrainingSettings(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, gradient_checkpointing: bool = True, **widgets: Any) -> io.NodeOutput:  # noqa: FBT001, FBT002
+    def execute(cls, gradient_checkpointing: bool = True, **widgets: Any) -> io.NodeOutput:  # noqa: FBT002
         """LoopSettings."""
         return io.NodeOutput(
             sockets.LoopSettings(
@@ -134,9 +134,7 @@ class ValidationSettings(io.ComfyNode):
                 setting_input(ValidationConfig, "validation_step_interval", min=0, max=1_000_000),
                 setting_input(ValidationConfig, "validation_num_inference_steps", min=1, max=1000),
                 setting_input(ValidationConfig, "validation_guidance", min=1.0, max=30.0, step=0.1),
-                setting_input(
-                    ValidationConfig, "validation_seed", min=0, max=2**32 - 1, control_after_generate=False
-                ),
+                setting_input(ValidationConfig, "validation_seed", min=0, max=2**32 - 1, control_after_generate=False),
                 setting_input(ValidationConfig, "num_validation_images", min=0, max=100),
             ],
             outputs=[new_output(sockets.ValidationSettings, "validation_settings", "For Train Qwen Edit LoRA.")],

@@ -5,7 +5,7 @@ The strings are the type system and stand in people's workflows: they never chan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from comfy_api.latest import io
@@ -26,9 +26,9 @@ Run = io.Custom("QWEN_EDIT_RUN")  # FinishedRun
 class LoopSettings:
     """What the training settings node gathers."""
 
-    noise: NoiseConfig = NoiseConfig()
-    batching: BatchingConfig = BatchingConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     gradient_checkpointing: bool = True
 
 

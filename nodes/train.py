@@ -38,7 +38,9 @@ class TrainLora(io.ComfyNode):
             not_idempotent=True,
             inputs=_inputs(),
             outputs=[
-                new_output(io.LoraModel, "lora", "The LoRA's tensors, for ComfyUI's Load LoRA Model in the same graph."),
+                new_output(
+                    io.LoraModel, "lora", "The LoRA's tensors, for ComfyUI's Load LoRA Model in the same graph."
+                ),
                 new_output(io.LossMap, "loss_map", "The loss of every step, for Plot Loss or ComfyUI's loss graph."),
                 new_output(io.String, "lora_name", "The new file's name in the list of ComfyUI's LoRA loaders."),
                 new_output(io.Image, "grid", "Reference, base, LoRA and target of held-out pairs at the end."),
@@ -112,7 +114,7 @@ def _inputs() -> list[io.Input]:
 _STEPS_HELP = "Optimizer steps. 500 to 3000 for a few dozen pairs; more for an edit far from what the base can do."
 
 
-def _train_config(  # noqa: PLR0913 - one parameter per widget and socket
+def _train_config(
     model: ModelConfig,
     encoded: EncodedDataset,
     *,
@@ -178,13 +180,13 @@ def _train(config: TrainConfig) -> TrainResult:
 
 def _output(result: TrainResult) -> io.NodeOutput:
     from ..trainer_core.export.lora_file import read_lora
-    from ..trainer_core.training.run_folder import read_metrics
+    from ..trainer_core.training.run_folder import RunFolder
     from .pictures import empty_image, file_to_image
 
     if result.lora_file is None:
         raise Interrupted("Stopped. The run is kept; queue the same graph again to go on.")
     lora_name = publish.place_lora(result.lora_file, result.run_dir.name)
-    losses = [float(row["loss"]) for row in read_metrics(result.run_dir) if "loss" in row]
+    losses = [float(row["loss"]) for row in RunFolder(result.run_dir).metrics() if "loss" in row]
     grid = file_to_image(result.grid_file) if result.grid_file else empty_image()
     run = sockets.FinishedRun(
         run_dir=result.run_dir, lora_file=result.lora_file, lora_name=lora_name, steps=result.steps_done
