@@ -260,7 +260,9 @@ class TrainConfig:
 
     run_dir: str = required("The run folder: configuration, metrics, samples, checkpoints and the LoRA file.")
     encoded: str = required("Manifest of the encoded dataset.")
-    validation_encoded: str = setting("", "Manifest of a second encoded dataset to validate on, besides held-out pairs.")
+    validation_encoded: str = setting(
+        "", "Manifest of a second encoded dataset to validate on, besides held-out pairs."
+    )
     max_train_steps: int = setting(1000, "Optimizer steps.")
     seed: int = setting(0, "Of every random draw: adapter, order, noise.")
     gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass: less memory, more time.")
@@ -329,7 +331,9 @@ def from_json(cls: type[C], values: object, where: str = "") -> C:
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"Missing setting{'s' if len(missing) > 1 else ''} {', '.join(_dotted(where, m) for m in missing)}.")
+        raise ConfigError(
+            f"Missing setting{'s' if len(missing) > 1 else ''} {', '.join(_dotted(where, m) for m in missing)}."
+        )
     hints = typing.get_type_hints(cls)
     return cls(**{key: _value(hints[key], value, _dotted(where, key)) for key, value in values.items()})
 

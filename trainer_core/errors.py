@@ -1,4 +1,4 @@
-"""What can go wrong in a way the user can mend. Every message names the thing, its value, what is allowed, what to do."""
+"""What can go wrong in a way the user can mend. A message names the thing, its value, what is allowed, what to do."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,3 +16,11 @@ def stream(seed: int, purpose: str, index: int | str = 0) -> torch.Generator:
     """
     digest = hashlib.sha256(f"{seed}\x00{purpose}\x00{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextmanager
+def seeded_globally(seed: int, purpose: str, index: int, device: torch.device) -> Iterator[None]:
+    """For code of others that draws from torch's process-wide generators (dropout): seeded inside, untouched after."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.random.manual_seed(stream(seed, purpose, index).initial_seed())
+        yield

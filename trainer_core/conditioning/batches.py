@@ -1,0 +1,142 @@
+"""Which pairs make micro-batch number i, as a pure function of i, and their tensors side by side."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..config import BatchingConfig
+from ..qwen_image.types import Condition
+from ..rng import stream
+from .encoded import EncodedDataset
+from .types import EncodedPair
+
+MEMORY_BYTES = 1 << 30  # encoded pairs held in host memory so that a small dataset is read once
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A pair's turn in the run. `index` counts turns from the run's start and keys all randomness of this one."""
+
+    pair: int
+    caption: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tensors of one micro-batch. `target_latents` [B, C, H, W]."""
+
+    draws: tuple[Draw, ...]
+    target_latents: Tensor
+    condition: Condition
+
+
+class BatchPlan:
+    """The order of a whole run. An epoch visits every pair once, shuffled by (seed, epoch)."""
+
+    def __init__(self, encoded: EncodedDataset, batching: BatchingConfig, seed: int) -> None:
+        self._pairs = encoded.pairs
+        self._size = batching.train_batch_size
+        self._seed = seed
+        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+        self.batches_per_epoch = len(self._plan_epoch(0))
+
+    def __getitem__(self, micro_batch: int) -> tuple[Draw, ...]:
+        """The turns of micro-batch `micro_batch`, counted from the run's start."""
+        epoch, position = divmod(micro_batch, self.batches_per_epoch)
+        return self._epoch(epoch)[position]
+
+    def _plan_epoch(self, epoch: int) -> list[tuple[Draw, ...]]:
+        """Walk the shuffled pairs and hand out a batch whenever one shape has enough; what is left comes last."""
+        order = torch.randperm(len(self._pairs), generator=stream(self._seed, "order", epoch)).tolist()
+        waiting: dict[object, list[int]] = {}
+        batches: list[list[int]] = []
+        for pair in order:
+            group = waiting.setdefault(self._pairs[pair].shapes, [])
+            group.append(pair)
+            if len(group) == self._size:
+                batches.append(waiting.pop(self._pairs[pair].shapes))
+        batches += waiting.values()
+        index = epoch * len(order)
+        planned = []
+        for pairs in batches:
+            planned.append(tuple(self._draw(pair, index + turn) for turn, pair in enumerate(pairs)))
+            index += len(pairs)
+        return planned
+
+    def _draw(self, pair: int, index: int) -> Draw:
+        captions = len(self._pairs[pair].captions)
+        caption = int(torch.randint(captions, (), generator=stream(self._seed, "caption", index)))
+        return Draw(pair, caption, index)
+
+
+class BatchLoader:
+    """Reads batches one ahead of the step. Use as a context manager; holds at most `memory_bytes` of pairs."""
+
+    def __init__(self, encoded: EncodedDataset, plan: BatchPlan, memory_bytes: int = MEMORY_BYTES) -> None:
+        self.plan = plan
+        self._encoded, self._memory_bytes = encoded, memory_bytes
+        self._held: OrderedDict[tuple[int, int], EncodedPair] = OrderedDict()
+        self._held_bytes = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __getitem__(self, micro_batch: int) -> Batch:
+        """The tensors of a micro-batch; the one after it is read meanwhile."""
+        ready = self._next
+        self._next = None
+        batch = ready[1].result() if ready and ready[0] == micro_batch else self._read(micro_batch)
+        self._next = (micro_batch + 1, self._pool.submit(self._read, micro_batch + 1))
+        return batch
+
+    def _read(self, micro_batch: int) -> Batch:
+        draws = self.plan[micro_batch]
+        return collate(draws, [self._pair(draw) for draw in draws])
+
+    def _pair(self, draw: Draw) -> EncodedPair:
+        key = (draw.pair, draw.caption)
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        pair = self._encoded.load(self._encoded.pairs[draw.pair], draw.caption)
+        self._held[key] = pair
+        self._held_bytes += _num_bytes(pair)
+        while self._held_bytes > self._memory_bytes and len(self._held) > 1:
+            _, oldest = self._held.popitem(last=False)
+            self._held_bytes -= _num_bytes(oldest)
+        return pair
+
+
+def _num_bytes(pair: EncodedPair) -> int:
+    return sum(tensor.nbytes for tensor in (pair.target_latents, pair.prompt_embeds, *pair.reference_latents))
+
+
+def collate(draws: tuple[Draw, ...], pairs: Sequence[EncodedPair]) -> Batch:
+    """Pairs of equal shapes as one batch. Shorter prompts are padded behind and masked."""
+    condition = Condition(
+        tuple(torch.stack(latents) for latents in zip(*(pair.reference_latents for pair in pairs), strict=True)),
+        *pad_prompts([pair.prompt_embeds for pair in pairs]),
+    )
+    return Batch(draws, torch.stack([pair.target_latents for pair in pairs]), condition)
+
+
+def pad_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Embeddings [B, L, D] and their mask [B, L], which is None when all are equally long."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
+    if bool((lengths == lengths[0]).all()):
+        return padded, None
+    return padded, torch.arange(padded.shape[1]) < lengths[:, None]

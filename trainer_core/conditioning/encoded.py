@@ -1,0 +1,132 @@
+"""An encoded dataset: a manifest that names cache entries. The manifest's own name is its content."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import Preprocessing, digest
+from ..errors import DatasetError
+from ..files import is_whole, read_tensors, write_atomically
+from ..qwen_image.flavours import FlavourName
+from .cache import entry_path
+from .types import EncodedPair
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedEntry:
+    """Cache keys of one pair. `shape` is the target's latents [C, H, W], `reference_shapes` the references'.
+    `negative` and `pictures` (target first, then references) are there for held-out pairs only."""
+
+    key: str
+    captions: tuple[str, ...]
+    target: str
+    references: tuple[str, ...]
+    prompts: tuple[str, ...]
+    shape: tuple[int, ...]
+    reference_shapes: tuple[tuple[int, ...], ...]
+    negative: str = ""
+    pictures: tuple[str, ...] = ()
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """What must be equal for pairs to share a batch."""
+        return (self.shape, *self.reference_shapes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class EncodedDataset:
+    """Pairs to train on and pairs held out, as they lie in the cache."""
+
+    manifest: Path
+    flavour: FlavourName
+    preprocessing: Preprocessing
+    prompt_width: int
+    pairs: tuple[EncodedEntry, ...]
+    validation_pairs: tuple[EncodedEntry, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"EncodedDataset({self.manifest.stem}, {self.flavour}, {len(self.pairs)} pairs, "
+            f"{len(self.validation_pairs)} held out)"
+        )
+
+    @property
+    def cache_dir(self) -> Path:
+        """The cache that the keys belong to."""
+        return self.manifest.parent.parent
+
+    def load(self, entry: EncodedEntry, caption: int = 0) -> EncodedPair:
+        """The tensors of a pair under one of its captions."""
+        return EncodedPair(
+            key=entry.key,
+            target_latents=self._tensor("latents", entry.target, entry),
+            reference_latents=tuple(self._tensor("latents", key, entry) for key in entry.references),
+            prompt_embeds=self._tensor("prompt", entry.prompts[caption], entry),
+        )
+
+    def load_negative(self, entry: EncodedEntry) -> Any:
+        """Embeddings [L, D] of the negative prompt, seen with this pair's references."""
+        return self._tensor("prompt", entry.negative, entry)
+
+    def load_pictures(self, entry: EncodedEntry) -> tuple[Any, ...]:
+        """The pair's pictures [3, H, W] uint8 as encoded: target, then references."""
+        return tuple(self._tensor("picture", key, entry) for key in entry.pictures)
+
+    def _tensor(self, kind: str, key: str, entry: EncodedEntry) -> Any:
+        path = entry_path(self.cache_dir, kind, key)
+        if not is_whole(path):
+            raise DatasetError(
+                f"The encoded pair {entry.key!r} is missing its {kind} in the cache {self.cache_dir} "
+                f"({path.name} is not there or cut short). Encode the dataset again: only what is missing is made."
+            )
+        return read_tensors(path)[kind]
+
+    def missing(self) -> tuple[str, ...]:
+        """Keys of pairs with an entry that is not in the cache."""
+        return tuple(entry.key for entry in (*self.pairs, *self.validation_pairs) if not self._is_complete(entry))
+
+    def _is_complete(self, entry: EncodedEntry) -> bool:
+        wanted = [("latents", key) for key in (entry.target, *entry.references)]
+        wanted += [("prompt", key) for key in (*entry.prompts, *filter(None, [entry.negative]))]
+        wanted += [("picture", key) for key in entry.pictures]
+        return all(is_whole(entry_path(self.cache_dir, kind, key)) for kind, key in wanted)
+
+
+def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
+    """Write a manifest below `cache_dir` and return the dataset it describes."""
+    values = {name: _plain(value) for name, value in fields.items()}
+    values["format"] = FORMAT
+    path = cache_dir / "datasets" / f"{digest(values)}.json"
+    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False).encode())
+    return EncodedDataset(manifest=path, **fields)
+
+
+def _plain(value: Any) -> Any:
+    return [dataclasses.asdict(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def load_encoded(manifest: Path) -> EncodedDataset:
+    """Read a manifest.
+
+    Raises:
+        DatasetError: it is missing, damaged, or of another version.
+    """
+    try:
+        values = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"Can't read the encoded dataset {manifest}: {error}. Encode the dataset again.") from error
+    if values.pop("format", None) != FORMAT:
+        raise DatasetError(f"The encoded dataset {manifest} is of another version. Encode the dataset again.")
+    for name in ("pairs", "validation_pairs"):
+        values[name] = tuple(EncodedEntry(**{key: _tuples(item) for key, item in row.items()}) for row in values[name])
+    return EncodedDataset(manifest=manifest, **values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

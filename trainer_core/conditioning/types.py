@@ -1,0 +1,18 @@
+"""What the training loop reads of a pair. C latent channels, H W latent sides, L prompt tokens, D prompt width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """One pair under one of its captions: `target_latents` [C, H, W], a [C, h, w] per reference, and
+    `prompt_embeds` [L, D] at true length, so there is no mask. All float32 on the CPU, latents normalised."""
+
+    key: str
+    target_latents: Tensor
+    reference_latents: tuple[Tensor, ...]
+    prompt_embeds: Tensor

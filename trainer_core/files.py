@@ -1,0 +1,63 @@
+"""Files that are there whole or not at all, and safetensors that know their own length."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+HEADER_LENGTH_BYTES = 8
+
+
+def is_whole(path: Path) -> bool:
+    """True if the file is there and as long as its own header says; one cut short counts as missing."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+            if length > size:
+                return False
+            header = json.loads(file.read(length))
+    except (OSError, ValueError):
+        return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == HEADER_LENGTH_BYTES + length + max(ends, default=0)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in host memory of their own."""
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The header's metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        return dict(file.metadata() or {})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file so that it is there whole or not at all, also when two runs write it at once."""
+    write_atomically(
+        path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Bytes under a name: into a new file in the same folder, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

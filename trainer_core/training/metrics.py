@@ -1,0 +1,41 @@
+"""What a run says of itself while it goes: JSON lines and TensorBoard, both continued after a resume."""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+
+from ..errors import MissingPackageError
+from ..events import StepReport
+from .run_folder import RunFolder
+
+
+class Metrics:
+    """Open files of a run's metrics; a context manager. Steps after `done` are dropped: they will be done again."""
+
+    def __init__(self, run: RunFolder, done: int) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise MissingPackageError("tensorboardX", "a training run") from error
+        run.drop_metrics_after(done)
+        self._lines = run.metrics_file.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=done + 1, flush_secs=10)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._lines.close()
+        self._tensorboard.close()
+
+    def write(self, report: StepReport) -> None:
+        """One step."""
+        self._lines.write(json.dumps(report.as_dict()) + "\n")
+        self._lines.flush()
+        scalars = {"loss": report.loss, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
+        if report.validation_loss is not None:
+            scalars["validation_loss"] = report.validation_loss
+        scalars.update({f"loss_by_sigma/{name}": loss for name, loss in report.loss_by_sigma.items()})
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, report.step)

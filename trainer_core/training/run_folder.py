@@ -1,0 +1,188 @@
+"""A run folder: what belongs to one training, written so that a kill at any moment keeps the last whole state.
+
+run.json          settings that decide the weights, and how the run ended
+config.json       all settings of the last start
+metrics.jsonl     one line per step
+tensorboard/      the same for TensorBoard
+samples/          validation grids, step-000250.png
+checkpoints/      resumable state, step-000250/
+<name>.safetensors  the LoRA file
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import RunFolderError
+from ..files import is_whole, read_tensors, write_atomically, write_tensors
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """State after `step` steps, as tensors by name."""
+
+    step: int
+    lora: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths and atomic writes of one run."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path, key: Mapping[str, Any]) -> RunFolder:
+        """Make the folder, or enter one of the same settings.
+
+        Raises:
+            RunFolderError: the folder belongs to a run with other settings; the message names each with both values.
+        """
+        folder = cls(path)
+        known = folder.state()
+        if known and known["key"] != json.loads(json.dumps(key)):
+            changes = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in differences(known["key"], key))
+            raise RunFolderError(
+                f"The run folder {path.name!r} was started with other settings: {changes}. Set them back to go on with "
+                "it, or choose another run name to start a new run. Nothing was changed."
+            )
+        if not known:
+            if path.exists() and any(path.iterdir()):
+                raise RunFolderError(
+                    f"The folder {path} exists, is not empty and is not a run. Choose another run name."
+                )
+            folder.write_state(key=dict(key), state="started")
+        folder.samples.mkdir(exist_ok=True)
+        folder.checkpoints.mkdir(exist_ok=True)
+        return folder
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Validation grids."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable states."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    def grid_file(self, step: int) -> Path:
+        """The validation grid of a step."""
+        return self.samples / f"step-{step:06d}.png"
+
+    def state(self) -> dict[str, Any]:
+        """run.json; empty where there is none.
+
+        Raises:
+            RunFolderError: it is damaged.
+        """
+        path = self.path / "run.json"
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise RunFolderError(f"{path} is damaged: {error}. Choose another run name.") from error
+
+    def write_state(self, **values: Any) -> None:
+        """Change some of run.json."""
+        merged = {**self.state(), "format": FORMAT, **values}
+        write_atomically(self.path / "run.json", json.dumps(merged, indent=1, ensure_ascii=False).encode())
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Keep the settings of this start beside the results."""
+        write_atomically(self.path / "config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
+
+    def save_checkpoint(self, checkpoint: Checkpoint, limit: int) -> None:
+        """Write a checkpoint under a temporary name, rename it, then remove the oldest above the limit."""
+        final = self.checkpoints / f"step-{checkpoint.step:06d}"
+        if final.exists():
+            return
+        temporary = self.checkpoints / f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        temporary.mkdir()
+        write_tensors(temporary / "lora.safetensors", checkpoint.lora)
+        write_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer)
+        temporary.rename(final)
+        _flush_folder(self.checkpoints)
+        for old in self._checkpoint_folders()[:-limit]:
+            shutil.rmtree(old)
+        for left_over in self.checkpoints.glob(".step-*.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint."""
+        for folder in reversed(self._checkpoint_folders()):
+            files = [folder / f"{part}.safetensors" for part in ("lora", "optimizer")]
+            if all(is_whole(file) for file in files):
+                lora, optimizer = (read_tensors(file) for file in files)
+                return Checkpoint(int(folder.name.removeprefix("step-")), lora, optimizer)
+        return None
+
+    def _checkpoint_folders(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The metrics written so far; a line cut short by a kill is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+        return rows
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Steps that will be done again lose their lines."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        self.write_metrics(kept)
+
+    def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the metrics."""
+        write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of every setting that differs."""
+    found: list[tuple[str, Any, Any]] = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append((prefix + name, before, after))
+    return found
+
+
+def _flush_folder(path: Path) -> None:
+    """Make a rename durable, where the system can (not on Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
