@@ -36,7 +36,9 @@ def comfyui_dir() -> Path:
     """
     folder = Path(os.environ.get("COMFYUI_DIR") or REPO / ".comfyui" / "ComfyUI").expanduser().absolute()
     if not (folder / "main.py").is_file():
-        raise ComfyUIError(f"There is no ComfyUI in {folder}. Run `make setup`, or set COMFYUI_DIR to a ComfyUI folder.")
+        raise ComfyUIError(
+            f"There is no ComfyUI in {folder}. Run `make setup`, or set COMFYUI_DIR to a ComfyUI folder."
+        )
     return folder
 
 
@@ -124,7 +126,12 @@ class ComfyUI:
         """
         tree, self.port = comfyui_dir(), free_port()
         command = [sys.executable, str(tree / "main.py"), "--port", str(self.port), "--base-directory", str(self.base)]
-        command += ["--database-url", f"sqlite:///{self.base}/user/comfyui.db", "--disable-auto-launch", *self.arguments]
+        command += [
+            "--database-url",
+            f"sqlite:///{self.base}/user/comfyui.db",
+            "--disable-auto-launch",
+            *self.arguments,
+        ]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, cwd=self.base, stdout=log, stderr=subprocess.STDOUT, env=self.environment
@@ -236,11 +243,11 @@ class ComfyUI:
         Raises:
             ComfyUIError: the server answered with an error; `status` and `answer` are its attributes.
         """
-        request = urllib.request.Request(  # noqa: S310 - http to our own child
+        request = urllib.request.Request(
             self.url + path, data=body, method=method, headers={"Content-Type": content} if body is not None else {}
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=60) as response:
                 return _parsed(response.read(), response.headers.get_content_type())
         except urllib.error.HTTPError as refused:
             answer = _parsed(refused.read(), refused.headers.get_content_type())

@@ -46,7 +46,9 @@ class Progress:
     """Shows ComfyUI's progress messages: one line per phase or per tenth of it, or a bar on a terminal."""
 
     def __init__(self, prompt: dict[str, Any]) -> None:
-        self.titles = {node_id: node.get("_meta", {}).get("title", node["class_type"]) for node_id, node in prompt.items()}
+        self.titles = {
+            node_id: node.get("_meta", {}).get("title", node["class_type"]) for node_id, node in prompt.items()
+        }
         self.live = sys.stdout.isatty()
         self.shown = ("", -1)
         self.started = time.monotonic()

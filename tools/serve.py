@@ -1,6 +1,6 @@
 """ComfyUI's page for a person, with this pack linked in: edits here are there after a restart of the server.
 
-    make comfyui [ARGS="--base folder --port 8188 -- further ComfyUI arguments"]
+make comfyui [ARGS="--base folder --port 8188 -- further ComfyUI arguments"]
 """
 
 from __future__ import annotations

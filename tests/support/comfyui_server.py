@@ -1,0 +1,45 @@
+"""The real ComfyUI for server tests: booted once, with this pack copied in as an installation would do it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tools.comfyui import ComfyUI, device_arguments, install_pack, make_base
+
+ODD_NAME = "Qwen-Edit.Trainer test"  # people rename folders; a dot and a blank must not matter
+TEST_NODES = "qet_test_nodes"
+
+
+class PackServer(ComfyUI):
+    """A ComfyUI with our pack under an odd folder name, and the helper nodes of tests/support/test_nodes."""
+
+    def __init__(self, base: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        make_base(base)
+        self.pack = install_pack(base, ODD_NAME)
+        helpers = Path(__file__).parent / "test_nodes"
+        shutil.copytree(helpers, base / "custom_nodes" / TEST_NODES, ignore=shutil.ignore_patterns("__pycache__"))
+        only_ours = ["--disable-all-custom-nodes", "--whitelist-custom-nodes", ODD_NAME, TEST_NODES]
+        super().__init__(
+            base,
+            *device_arguments(),
+            "--disable-api-nodes",
+            *only_ours,
+            *arguments,
+            log=base / "comfyui.log",
+            environment={"OMP_NUM_THREADS": "2", **(environment or {})},
+        )
+
+    @property
+    def input(self) -> Path:
+        """ComfyUI's input folder."""
+        return self.base / "input"
+
+    @property
+    def output(self) -> Path:
+        """ComfyUI's output folder."""
+        return self.base / "output"
+
+    def our_nodes(self) -> dict[str, dict]:
+        """This pack's part of /object_info."""
+        return {name: info for name, info in self.get("/object_info").items() if name.startswith("QwenEdit_")}
