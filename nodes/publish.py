@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ..trainer_core.run import TrainResult
 
 
+_RATIOS = ("psnr_base", "psnr_lora", "psnr_vae")  # dB, over the held-out pairs that were drawn
+
+
 def place_lora(lora_file: Path, run_name: str) -> str:
     """Copy the file to <LoRA folder>/<run name>/ and return its name in the lists of LoRA loaders.
 
@@ -47,10 +50,13 @@ def _copy(source: Path, target: Path) -> None:
         Path(partial).unlink(missing_ok=True)
 
 
-def run_ui(result: TrainResult, lora_name: str) -> dict[str, list[Any]]:
-    """For the node and /history: figures, a line of text, the grid. Paths start at ComfyUI's output folder."""
-    psnr = {name: _finite(getattr(result, name)) for name in ("psnr_base", "psnr_lora", "psnr_vae")}
-    grid = result.grid_file
+def run_ui(result: TrainResult, lora_name: str, *, seconds: float) -> dict[str, list[Any]]:
+    """For the node and /history: figures, a line of text, the grid. Paths start at ComfyUI's output folder.
+
+    `seconds` are those of the training steps, over all parts of an interrupted run.
+    """
+    samples = result.samples
+    ratios = {name: _finite(getattr(samples, name)) if samples else None for name in _RATIOS}
     figures = {
         "run_name": result.run_dir.name,
         "run_dir": host.output_name(result.run_dir),
@@ -58,20 +64,18 @@ def run_ui(result: TrainResult, lora_name: str) -> dict[str, list[Any]]:
         "lora_name": lora_name,
         "steps": result.steps_done,
         "stopped": result.stopped.value,
-        "seconds": round(result.seconds, 1),
-        "grid_file": host.output_name(grid) if grid else None,
-        **psnr,
+        "seconds": round(seconds, 1),
+        "grid_file": host.output_name(samples.grid_file) if samples else None,
+        **ratios,
     }
-    shown = ", ".join(
-        f"{name.removeprefix('psnr_')} {value:.1f} dB" for name, value in psnr.items() if value is not None
-    )
-    text = f"{lora_name}: {result.steps_done} steps" + (f"; held-out pairs: {shown}" if shown else "")
-    images = [_output_picture(grid)] if grid else []
+    measured = ", ".join(f"{name[5:]} {value:.1f} dB" for name, value in ratios.items() if value is not None)
+    text = f"{lora_name}: {result.steps_done} steps" + (f"; held-out pairs: {measured}" if measured else "")
+    images = [_output_picture(samples.grid_file)] if samples else []
     return {"qwen_edit_run": [figures], "text": [text], "images": images}
 
 
-def _finite(value: float | None) -> float | None:
-    return round(value, 3) if value is not None and math.isfinite(value) else None
+def _finite(value: float) -> float | None:
+    return round(value, 3) if math.isfinite(value) else None
 
 
 def _output_picture(path: Path) -> dict[str, str]:

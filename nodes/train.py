@@ -10,7 +10,6 @@ from comfy_api.latest import io
 from ..trainer_core.config import ExportConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from ..trainer_core.config import LoraConfig as Lora
 from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
-from ..trainer_core.events import Stop
 from . import host, publish, sockets
 from .names import checked_run_name, free_name
 from .schema import new_input, new_output, node_schema, setting_input
@@ -60,8 +59,8 @@ class TrainLora(io.ComfyNode):
     def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:
         """Train, publish the file, and hand on what later nodes need."""
         config = _train_config(model, encoded, **values)
-        result = _finished(config, values["if_run_exists"]) or _train(config)
-        return _output(result)
+        continue_kept = values["if_run_exists"] == "continue a kept run"
+        return _output(_finished(config, continue_kept=continue_kept) or _train(config, continue_kept=continue_kept))
 
 
 def _inputs() -> list[io.Input]:
@@ -153,16 +152,14 @@ def _train_config(
     )
 
 
-def _finished(config: TrainConfig, if_run_exists: IfRunExists) -> TrainResult | None:
-    """The result of an earlier run with these settings, found in its folder without loading a network."""
+def _finished(config: TrainConfig, *, continue_kept: bool) -> TrainResult | None:
+    """The result of an earlier run with these settings, found in its folder before memory is cleared for a training."""
     from ..trainer_core.run import find_result
 
-    result = find_result(config)
-    go_on = result is not None and result.stopped is Stop.KEEP and if_run_exists == "continue a kept run"
-    return None if go_on else result
+    return find_result(config, continue_kept=continue_kept)
 
 
-def _train(config: TrainConfig) -> TrainResult:
+def _train(config: TrainConfig, *, continue_kept: bool) -> TrainResult:
     from ..trainer_core.qwen_image.folder import model_folder, read_json
     from ..trainer_core.run import train_lora
 
@@ -172,7 +169,7 @@ def _train(config: TrainConfig) -> TrainResult:
         host.check_lora_file(lora_file, num_layers)
 
     with host.long_call(Path(config.run_dir).name) as observer:
-        result = train_lora(config, observer, check)
+        result = train_lora(config, observer, extra_check=check, continue_kept=continue_kept)
         if result.lora_file is None:
             raise Interrupted("Stopped. The run is kept; queue the same graph again to go on.")
         return result
@@ -183,19 +180,18 @@ def _output(result: TrainResult) -> io.NodeOutput:
     from ..trainer_core.training.run_folder import RunFolder
     from .pictures import empty_image, file_to_image
 
-    if result.lora_file is None:
-        raise Interrupted("Stopped. The run is kept; queue the same graph again to go on.")
+    assert result.lora_file is not None
     lora_name = publish.place_lora(result.lora_file, result.run_dir.name)
-    losses = [float(row["loss"]) for row in RunFolder(result.run_dir).metrics() if "loss" in row]
-    grid = file_to_image(result.grid_file) if result.grid_file else empty_image()
+    rows = RunFolder(result.run_dir).metrics()
+    grid = file_to_image(result.samples.grid_file) if result.samples else empty_image()
     run = sockets.FinishedRun(
         run_dir=result.run_dir, lora_file=result.lora_file, lora_name=lora_name, steps=result.steps_done
     )
     return io.NodeOutput(
         read_lora(result.lora_file),
-        {"loss": losses},
+        {"loss": [float(row["loss"]) for row in rows]},
         lora_name,
         grid,
         run,
-        ui=publish.run_ui(result, lora_name),
+        ui=publish.run_ui(result, lora_name, seconds=sum(float(row["seconds"]) for row in rows)),
     )
