@@ -53,14 +53,15 @@ def report(dataset: EditDataset, problems: Sequence[str] = (), notes: Sequence[s
 
 
 def _row(pair: EditPair, cell: int) -> PictureRow:
-    more = f"  (+{len(pair.captions) - 1} more)" if len(pair.captions) > 1 else ""
+    caption, *others = pair.captions
+    more = f" (+{len(others)} more)" if others else ""
     size = "".join(f"   {_pixels(size)}" for size in pair.sizes[:1])
     pictures = []
     for path in (*pair.references, pair.target):
         picture = open_picture(path)
         picture.thumbnail((4 * cell, 2 * cell))
         pictures.append(picture)
-    return PictureRow(tuple(pictures), pair.captions[0] + more, shown(pair.key) + size)
+    return PictureRow(tuple(pictures), caption + more, shown(pair.key) + size)
 
 
 def _sizes(name: str, sizes: Sequence[Size]) -> str:

@@ -86,13 +86,21 @@ def _files(folder: Folder, start: Path) -> Iterator[Path]:
         except OSError as error:
             folder.problems.append(f"{shown(path)}: the folder can't be read ({error.strerror}).")
             continue
-        linked = [entry for entry in entries if entry.is_symlink() and entry.is_dir()]
+        linked = [entry for entry in entries if entry.is_symlink() and _is_folder(entry)]
         folder.problems += [
             f"{shown(entry.path)}: links to folders aren't followed. Move the pictures here, or remove the link."
             for entry in linked
         ]
         waiting += [Path(entry.path) for entry in reversed(entries) if entry.is_dir(follow_symlinks=False)]
-        yield from (Path(entry.path) for entry in entries if not entry.is_dir())
+        yield from (Path(entry.path) for entry in entries if not _is_folder(entry))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; a link to itself is not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _kind_of(folder: Folder, path: Path) -> dict[str, Path] | None:

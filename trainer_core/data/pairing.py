@@ -52,7 +52,8 @@ class EditDataset:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"EditDataset({len(self.pairs)} pairs, {len(self.reference_dirs)} reference folders, {self.fingerprint})"
+        folders = f"{len(self.reference_dirs)} reference folder{'s' if len(self.reference_dirs) > 1 else ''}"
+        return f"EditDataset({len(self.pairs)} pairs, {folders}, {self.fingerprint})"
 
 
 class FolderScan(NamedTuple):

@@ -102,7 +102,8 @@ def _draw_rate(axes: Axes, rows: Rows) -> None:
     if steps:
         axes.plot(steps, rates, color=_RATE, linewidth=1.6, marker="o" if len(steps) == 1 else "", markersize=4)
         axes.set_ylim(0, (max(rates) or 1.0) * 1.2)
-        axes.set_xlim(min(steps) - 0.5 if len(steps) == 1 else min(steps), max(steps) + (0.5 if len(steps) == 1 else 0))
+        beside = 1 if len(steps) == 1 else 0
+        axes.set_xlim(min(steps) - beside, max(steps) + beside)
     else:
         axes.set_yticks([])
 

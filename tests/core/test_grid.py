@@ -1,0 +1,81 @@
+"""Validation pictures side by side, and whole files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer_core.training.grid import GridRow, save_picture, validation_grid
+
+COLOURS = {
+    "reference": (255, 0, 0),
+    "second": (255, 255, 0),
+    "base": (0, 255, 0),
+    "lora": (0, 0, 255),
+    "target": (255, 0, 255),
+}
+
+
+def plain(name: str, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    return Image.new("RGB", size, COLOURS[name])
+
+
+def row(*references: str, caption: str = "Make it blue.", label: str = "") -> GridRow:
+    return GridRow(tuple(map(plain, references)), plain("base"), plain("lora"), plain("target"), caption, label)
+
+
+def span(grid: Image.Image, name: str) -> tuple[int, int, int]:
+    """First column, width and number of rows of pixels of this colour."""
+    found = (np.asarray(grid) == COLOURS[name]).all(-1)
+    columns = np.flatnonzero(found.any(0))
+    return int(columns[0]), len(columns), int(found.any(1).sum())
+
+
+def test_columns_stand_in_their_order_and_small_pictures_are_enlarged():
+    grid = validation_grid([row("reference"), row("reference")], cell=160)
+    spans = [span(grid, name) for name in ("reference", "base", "lora", "target")]
+    assert [first for first, _, _ in spans] == sorted(first for first, _, _ in spans)
+    assert all((width, height) == (160, 320) for _, width, height in spans)
+
+
+def test_rows_may_have_different_numbers_of_references():
+    grid = validation_grid([row("reference", "second"), row("reference")], cell=64)
+    assert span(grid, "second")[2] == 64
+    assert span(grid, "base")[1:] == (64, 128)
+    assert span(grid, "second")[0] < span(grid, "base")[0]
+
+
+def test_captions_labels_and_titles_are_drawn_and_long_ones_make_room():
+    first = validation_grid([row("reference", caption="a")])
+    assert validation_grid([row("reference", caption="b")]).tobytes() != first.tobytes()
+    assert validation_grid([row("reference", caption="a long one " * 40)]).height > first.height + 30
+    assert validation_grid([row("reference", caption="a", label="12 dB")]).height > first.height
+    assert validation_grid([row("reference", caption="a")], title="Step 250").height > first.height
+
+
+def test_no_row_is_a_picture_too():
+    assert validation_grid([]).mode == "RGB"
+
+
+def test_saved_pictures_are_whole_and_leave_nothing_beside_them(tmp_path):
+    path = save_picture(plain("base"), tmp_path / "new" / "a.png")
+    assert Image.open(path).getpixel((3, 3)) == COLOURS["base"]
+    save_picture(plain("lora"), path)
+    assert Image.open(path).getpixel((3, 3)) == COLOURS["lora"]
+    assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+    assert Image.open(save_picture(plain("base"), tmp_path / "b.jpg")).format == "JPEG"
+
+
+def test_a_failed_save_keeps_the_former_file(tmp_path, monkeypatch):
+    path = save_picture(plain("base"), tmp_path / "a.png")
+
+    def full(*args, **kwargs):
+        args[1].write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        save_picture(plain("lora"), path)
+    assert Image.open(path).getpixel((3, 3)) == COLOURS["base"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]

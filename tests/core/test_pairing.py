@@ -1,0 +1,412 @@
+"""Folders become pairs, or one report that names everything that is wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageFile
+
+from trainer_core.config import DatasetConfig
+from trainer_core.data import images
+from trainer_core.data.captions import read_caption_file
+from trainer_core.data.pairing import folder_state, pair_folders, scan_folders
+from trainer_core.errors import DatasetError, Interrupted
+from trainer_core.events import SilentObserver, Stop
+
+
+def picture(path: Path, *, size: tuple[int, int] = (16, 12), seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (seed % 256, 90, 120)).save(path)
+    return path
+
+
+def text(path: Path, content: str | bytes = "Make it blue.") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def pair(
+    root: Path, key: str, *, suffix: str = ".png", seed: int = 0, references: tuple[str, ...] = ("before",)
+) -> None:
+    picture(root / "after" / f"{key}{suffix}", seed=seed)
+    text(root / "after" / f"{key}.txt")
+    for number, name in enumerate(references):
+        picture(root / name / f"{key}.png", size=(20, 10), seed=seed + number + 1)
+
+
+def config(root: Path, *references: str, **settings: str) -> DatasetConfig:
+    dirs = tuple(str(root / name) for name in references or ("before",))
+    return DatasetConfig(target_dir=str(root / "after"), reference_dirs=dirs, **settings)
+
+
+def contents(root: Path) -> dict[str, tuple[bytes, int]]:
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def problems_of(settings: DatasetConfig) -> list[str]:
+    with pytest.raises(DatasetError) as caught:
+        pair_folders(settings)
+    assert str(caught.value).count("\n") == len(caught.value.problems), "each problem is one line"
+    return list(caught.value.problems)
+
+
+def test_pairs_are_matched_by_relative_path_without_extension(tmp_path):
+    pair(tmp_path, "b", suffix=".JPG")
+    pair(tmp_path, "a/b", suffix=".webp")
+    pair(tmp_path, "a/c.d", suffix=".tif")
+    dataset = pair_folders(config(tmp_path))
+    assert [p.key for p in dataset.pairs] == ["a/b", "a/c.d", "b"]
+    first = dataset.pairs[0]
+    assert first.target == tmp_path / "after/a/b.webp"
+    assert first.references == (tmp_path / "before/a/b.png",)
+    assert first.captions == ("Make it blue.",)
+    assert first.sizes == ((16, 12), (20, 10))
+    assert first.digests == tuple(hashlib.sha256(p.read_bytes()).hexdigest() for p in (first.target, *first.references))
+
+
+def test_references_keep_the_order_of_their_folders(tmp_path):
+    pair(tmp_path, "a", references=("one", "two", "three"))
+    for order in (("one", "two", "three"), ("three", "one", "two")):
+        dataset = pair_folders(config(tmp_path, *order))
+        assert [path.parent.name for path in dataset.pairs[0].references] == list(order)
+        assert [path.name for path in dataset.reference_dirs] == list(order)
+
+
+def test_names_match_in_either_unicode_spelling(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "Bäume/größe 木 é") for form in ("NFC", "NFD"))
+    picture(tmp_path / "after" / f"{nfd}.png")
+    text(tmp_path / "after" / f"{nfc}.txt")
+    picture(tmp_path / "before" / f"{nfc}.png")
+    dataset = pair_folders(config(tmp_path))
+    assert [p.key for p in dataset.pairs] == [nfc]
+    assert pair_folders(config(tmp_path, caption_strategy="filename")).pairs[0].captions == (Path(nfc).name,)
+
+
+def test_hidden_and_other_files_are_passed_over(tmp_path):
+    pair(tmp_path, "a")
+    picture(tmp_path / "after/._a.png")
+    picture(tmp_path / "after/.hidden/b.png")
+    text(tmp_path / "after/Thumbs.db", b"\0")
+    text(tmp_path / "after/read.md")
+    scan = scan_folders(config(tmp_path))
+    assert (len(scan.dataset.pairs), scan.problems, scan.notes) == (1, (), ())
+
+
+def test_what_is_left_out_is_noted(tmp_path):
+    pair(tmp_path, "a")
+    picture(tmp_path / "before/extra.png")
+    text(tmp_path / "after/orphan.txt")
+    text(tmp_path / "after/old.HEIC", b"x")
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "before/a.png", save_all=True, append_images=frames[1:])
+    dataset = pair_folders(config(tmp_path))
+    assert len(dataset.notes) == 4
+    for name in ("extra.png", "orphan.txt", "old.HEIC", "a.png"):
+        assert sum(f"/{name}: " in note for note in dataset.notes) == 1, name
+
+
+def test_one_report_names_every_problem_and_no_file_is_touched(tmp_path):
+    for key in ("good", "also_good"):
+        pair(tmp_path, key)
+    for key in ("zero", "cut_target", "cut_reference", "fake", "blank", "none", "latin1", "lonely", "Case", "heic"):
+        pair(tmp_path, key)
+    after, before = tmp_path / "after", tmp_path / "before"
+    text(after / "zero.png", b"")
+    Image.effect_noise((64, 64), 90).save(after / "cut_target.png")
+    text(after / "cut_target.png", (after / "cut_target.png").read_bytes()[:900])
+    (before / "cut_reference.png").unlink()
+    Image.effect_noise((64, 64), 90).save(before / "cut_reference.jpg")
+    text(before / "cut_reference.jpg", (before / "cut_reference.jpg").read_bytes()[:-500])
+    text(before / "fake.png", "I am no picture")
+    text(after / "blank.txt", "\n  \r\n\t\n")
+    (after / "none.txt").unlink()
+    text(after / "latin1.txt", "Mach es größer".encode("latin-1"))
+    (before / "lonely.png").unlink()
+    (before / "Case.png").rename(before / "case.png")
+    (before / "heic.png").rename(before / "heic.heic")
+    picture(after / "good.jpg")
+    untouched = contents(tmp_path)
+
+    problems = problems_of(config(tmp_path))
+
+    expected = {
+        "after/zero.png": "empty",
+        "after/cut_target.png": "damaged",
+        "before/cut_reference.jpg": "damaged",
+        "before/fake.png": "no JPEG, PNG",
+        "after/blank.txt": "caption file is empty",
+        "after/none.png": "no caption; looked for none.txt",
+        "after/latin1.txt": "not UTF-8",
+        "after/lonely.png": f"no reference in {before}",
+        "after/Case.png": "case.png differs only in upper and lower case",
+        "after/heic.png": "heic.heic is of a kind that isn't read",
+        "after/good.png": "same name",
+    }
+    for name, sentence in expected.items():
+        assert sum(line.startswith(f"{tmp_path / name}: ") and sentence in line for line in problems) == 1, name
+    assert len(problems) == len(expected)
+    assert contents(tmp_path) == untouched
+    scan = scan_folders(config(tmp_path))
+    assert list(scan.problems) == problems
+    assert [p.key for p in scan.dataset.pairs] == ["also_good", "good"]
+
+
+def test_a_pair_with_several_problems_has_them_all_named(tmp_path):
+    pair(tmp_path, "a", references=("one", "two"))
+    text(tmp_path / "after/a.png", b"")
+    text(tmp_path / "after/a.txt", b"")
+    (tmp_path / "one/a.png").unlink()
+    text(tmp_path / "two/a.png", b"x")
+    assert len(problems_of(config(tmp_path, "one", "two"))) == 4
+
+
+def test_missing_folders_are_named_all_at_once(tmp_path):
+    text(tmp_path / "after", "a file")
+    problems = problems_of(config(tmp_path, "none"))
+    assert problems == [
+        f"{tmp_path / 'after'}: the folder is a file, not a folder.",
+        f"{tmp_path / 'none'}: the folder does not exist.",
+    ]
+
+
+def test_a_missing_reference_folder_does_not_flood_the_report(tmp_path):
+    for key in "abc":
+        pair(tmp_path, key)
+    assert problems_of(config(tmp_path, "before", "gone")) == [f"{tmp_path / 'gone'}: the folder does not exist."]
+
+
+def test_a_folder_without_pictures_is_an_error(tmp_path):
+    picture(tmp_path / "before/a.png")
+    (tmp_path / "after").mkdir()
+    assert "no pictures" in problems_of(config(tmp_path))[0]
+
+
+@pytest.mark.parametrize(
+    ("references", "sentence"),
+    [
+        (("after",), r"target_dir .* and reference_dirs\[0\] .* are the same folder"),
+        (("before", "before"), r"reference_dirs\[0\] .* and reference_dirs\[1\] .* are the same folder"),
+        (("before", "before/../before"), "are the same folder"),
+        (("link",), "are the same folder"),
+        (("after/sub",), "lie inside one another"),
+        ((".",), "lie inside one another"),
+    ],
+)
+def test_one_folder_can_not_play_two_parts(tmp_path, references, sentence):
+    pair(tmp_path, "a")
+    pair(tmp_path, "sub/b")
+    (tmp_path / "link").symlink_to(tmp_path / "after")
+    with pytest.raises(DatasetError, match=sentence):
+        pair_folders(config(tmp_path, *references))
+
+
+def test_links_may_not_leave_the_folder(tmp_path):
+    for key in ("a", "b", "c", "d"):
+        pair(tmp_path, key)
+    secret = picture(tmp_path / "elsewhere/secret.png")
+    note = text(tmp_path / "elsewhere/secret.txt", "the password")
+    after = tmp_path / "after"
+    for name, goal in (("a.png", secret), ("b.txt", note), ("c.png", after / "nowhere.png")):
+        (after / name).unlink()
+        (after / name).symlink_to(goal)
+    (after / "more").symlink_to(tmp_path / "elsewhere")
+    (after / "round.png").symlink_to(after / "round.png")
+    os.mkfifo(after / "pipe.png")
+    scan = scan_folders(config(tmp_path))
+    for name, sentence in {
+        "a.png": "leaves the dataset's folder",
+        "b.txt": "leaves the dataset's folder",
+        "c.png": "can't be reached",
+        "more": "links to folders aren't followed",
+        "round.png": "can't be reached",
+        "pipe.png": "no ordinary file",
+    }.items():
+        assert sum(f"after/{name}: " in line and sentence in line for line in scan.problems) == 1, name
+    assert [p.key for p in scan.dataset.pairs] == ["d"]
+    assert "password" not in "".join(scan.problems)
+
+
+def test_links_within_the_folder_are_followed(tmp_path):
+    pair(tmp_path, "a")
+    (tmp_path / "after/b.png").symlink_to(tmp_path / "after/a.png")
+    (tmp_path / "before/b.png").symlink_to("a.png")
+    text(tmp_path / "after/b.txt")
+    assert [p.key for p in pair_folders(config(tmp_path)).pairs] == ["a", "b"]
+
+
+def test_names_that_break_lines_or_unicode_do_not_break_the_report(tmp_path):
+    picture(tmp_path / "after/two\nlines.png")
+    bad = os.fsencode(tmp_path / "after") + b"/br\xf8ken.png"
+    try:
+        Path(os.fsdecode(bad)).write_bytes(b"")
+    except OSError:
+        bad = b""  # file systems that only take Unicode
+    problems = problems_of(config(tmp_path, "before"))
+    assert any(r"two\nlines.png" in line for line in problems)
+    if bad:
+        assert any("valid Unicode" in line for line in problems)
+    "\n".join(problems).encode()
+    folder_state(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "captions"),
+    [
+        (b"one", ("one",)),
+        (b"\xef\xbb\xbfone\r\ntwo\r\n", ("one", "two")),
+        (b"  one  \n\n\n two\rthree\n", ("one", "two", "three")),
+        ("变成蓝色\nsmørbrød".encode(), ("变成蓝色", "smørbrød")),
+        ("one\u2028still one".encode(), ("one\u2028still one",)),
+    ],
+)
+def test_each_line_that_is_not_blank_is_a_caption(tmp_path, content, captions):
+    assert read_caption_file(text(tmp_path / "a.txt", content)) == captions
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf\r\n", "is empty"),
+        (b"caf\xe9", "not UTF-8"),
+        ("blue".encode("utf-16"), "looks like UTF-16"),
+        ("blue".encode("utf-16-le"), "looks like UTF-16"),
+        (b"x" * 1_000_001, "larger than 1 MB"),
+    ],
+)
+def test_captions_that_can_not_be_read_name_their_file(tmp_path, content, sentence):
+    with pytest.raises(DatasetError, match=rf"a\.txt: .*{sentence}"):
+        read_caption_file(text(tmp_path / "a.txt", content))
+
+
+def test_caption_strategies(tmp_path):
+    pair(tmp_path, "sub/make_it_blue-ish")
+    (tmp_path / "after/sub/make_it_blue-ish.txt").rename(tmp_path / "after/sub/make_it_blue-ish.TXT")
+    found = {
+        strategy: pair_folders(config(tmp_path, caption_strategy=strategy, instance_prompt=" All of them "))
+        .pairs[0]
+        .captions
+        for strategy in ("textfile", "filename", "instanceprompt")
+    }
+    assert found == {
+        "textfile": ("Make it blue.",),
+        "filename": ("make it blue-ish",),
+        "instanceprompt": ("All of them",),
+    }
+
+
+def test_a_name_without_words_is_no_caption(tmp_path):
+    pair(tmp_path, "___")
+    assert "holds no words" in problems_of(config(tmp_path, caption_strategy="filename"))[0]
+
+
+def test_the_fingerprint_follows_names_pixels_and_captions_and_nothing_else(tmp_path):
+    def fingerprint() -> str:
+        return pair_folders(config(tmp_path)).fingerprint
+
+    pair(tmp_path, "a", seed=1)
+    pair(tmp_path, "b", seed=2)
+    first = fingerprint()
+    os.utime(tmp_path / "after/a.png", (1, 1))
+    text(tmp_path / "after/read.md")
+    picture(tmp_path / "before/extra.png")
+    assert fingerprint() == first
+    seen = {first}
+    for change in (
+        lambda: picture(tmp_path / "before/a.png", seed=77),
+        lambda: picture(tmp_path / "after/a.png", seed=78),
+        lambda: text(tmp_path / "after/a.txt", "Make it red."),
+        lambda: [path.rename(path.with_stem("z")) for path in tmp_path.glob("*/a.*")],
+        lambda: pair(tmp_path, "c", seed=9),
+    ):
+        change()
+        seen.add(fingerprint())
+    assert len(seen) == 6
+
+
+def test_moving_the_folders_leaves_the_fingerprint(tmp_path):
+    pair(tmp_path / "x", "a")
+    first = pair_folders(config(tmp_path / "x")).fingerprint
+    (tmp_path / "x").rename(tmp_path / "y")
+    assert pair_folders(config(tmp_path / "y")).fingerprint == first
+
+
+def test_folder_state_follows_every_change_without_opening_a_file(tmp_path, monkeypatch):
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("opened a file")
+
+    states = []
+    changes = (
+        lambda: pair(tmp_path, "a"),
+        lambda: picture(tmp_path / "before/deep/er/b.png"),
+        lambda: text(tmp_path / "after/a.txt", "x"),
+        lambda: os.utime(tmp_path / "after/a.png", (5, 5)),
+        lambda: (tmp_path / "before/a.png").rename(tmp_path / "before/c.png"),
+        lambda: (tmp_path / "before/c.png").unlink(),
+        lambda: (tmp_path / "after/broken.png").symlink_to(tmp_path / "nowhere"),
+    )
+    for change in changes:
+        change()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", forbidden)
+            patch.setattr(Image, "open", forbidden)
+            states.append(folder_state(config(tmp_path)))
+            assert folder_state(config(tmp_path)) == states[-1]
+    assert len(set(states)) == len(changes)
+    assert folder_state(config(tmp_path, caption_strategy="filename")) != states[-1]
+    assert folder_state(config(tmp_path, "gone"))
+
+
+def test_the_description_of_a_dataset_is_short(tmp_path):
+    for key in "abcdefgh":
+        pair(tmp_path, key)
+    dataset = pair_folders(config(tmp_path))
+    assert repr(dataset) == f"EditDataset(8 pairs, 1 reference folder, {dataset.fingerprint})"
+    with pytest.raises(AttributeError):
+        dataset.fingerprint = "other"
+
+
+class Watcher(SilentObserver):
+    def __init__(self, stop_after: int = 1000) -> None:
+        self.seen: list[tuple[str, int, int]] = []
+        self.stop_after = stop_after
+
+    def on_progress(self, phase: str, done: int, total: int) -> None:
+        self.seen.append((phase, done, total))
+
+    def should_stop(self) -> Stop:
+        return Stop.PAUSE if len(self.seen) >= self.stop_after else Stop.NO
+
+
+def test_progress_counts_every_picture(tmp_path):
+    for key in "abc":
+        pair(tmp_path, key)
+    watcher = Watcher()
+    pair_folders(config(tmp_path), watcher)
+    assert watcher.seen == [("Checking pictures", done, 6) for done in range(1, 7)]
+
+
+def test_a_stop_is_heard_at_the_next_picture(tmp_path, monkeypatch):
+    for number in range(30):
+        pair(tmp_path, f"p{number}")
+    watcher, decoded = Watcher(stop_after=2), []
+    decode = images.open_picture_file
+    monkeypatch.setattr(
+        "trainer_core.data.pairing.open_picture_file", lambda path: decoded.append(path) or decode(path)
+    )
+    with pytest.raises(Interrupted):
+        pair_folders(config(tmp_path), watcher)
+    assert len(watcher.seen) == 2
+    assert len(decoded) < 60
+
+
+def test_grey_filling_by_others_is_noted(tmp_path, monkeypatch):
+    pair(tmp_path, "a")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert "LOAD_TRUNCATED_IMAGES" in pair_folders(config(tmp_path)).notes[0]
