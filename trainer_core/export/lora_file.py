@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,9 +88,7 @@ def check_with_diffusers(path: Path, lora: Mapping[str, Tensor], scale: float, t
     Raises:
         ExportError: a key is lost or unknown, or a change differs by more than `tolerance` (relative).
     """
-    from diffusers.loaders import QwenImageLoraLoaderMixin
-
-    converted = QwenImageLoraLoaderMixin.lora_state_dict(str(path.parent), weight_name=path.name, local_files_only=True)
+    converted = read_with_diffusers(path)
     wanted = to_file_tensors(lora, scale, torch.float32)
     lost, unknown = sorted(wanted.keys() - converted.keys()), sorted(converted.keys() - wanted.keys())
     if lost or unknown:
@@ -108,6 +107,16 @@ def check_with_diffusers(path: Path, lora: Mapping[str, Tensor], scale: float, t
             )
 
 
+def read_with_diffusers(path: Path) -> dict[str, Tensor]:
+    """Tensors of a LoRA file in any layout that diffusers' Qwen-Image pipelines read, in diffusers' names."""
+    from diffusers.loaders import QwenImageLoraLoaderMixin
+
+    state: Any = QwenImageLoraLoaderMixin.lora_state_dict(
+        str(path.parent), weight_name=path.name, local_files_only=True
+    )
+    return dict(state)
+
+
 def read_lora(path: Path) -> dict[str, Tensor]:
     """Tensors of a LoRA file by name."""
     return read_tensors(path)
@@ -119,9 +128,7 @@ def load_into(transformer: torch.nn.Module, path: Path, strength: float = 1.0) -
     Raises:
         ExportError: keys of the file do not belong to this transformer.
     """
-    from diffusers.loaders import QwenImageLoraLoaderMixin
-
-    state = QwenImageLoraLoaderMixin.lora_state_dict(str(path.parent), weight_name=path.name, local_files_only=True)
+    state = read_with_diffusers(path)
     names = {name for name, _ in transformer.named_modules()}
     unknown = [key for key in state if key.removeprefix(PREFIX).split(".lora_")[0] not in names]
     if unknown:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_config({**QWEN_SCHEDULE, **stored})
 
 
-def dynamic_shift(num_tokens: int, config: dict[str, float]) -> float:
+def dynamic_shift(num_tokens: int, config: Mapping[str, Any]) -> float:
     """The schedule's mu for a picture of `num_tokens` tokens: linear between two anchor points."""
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     return config["base_shift"] + slope * (num_tokens - config["base_image_seq_len"])
@@ -63,7 +63,7 @@ def guided_velocity(conditional: Tensor, negative: Tensor, guidance: float) -> T
 
 
 @torch.no_grad()
-def sample_latents(
+def sample_latents(  # noqa: PLR0913 - the call of every sampler
     transformer: QwenImageTransformer2DModel,
     noise_BCHW: Tensor,
     condition: Condition,

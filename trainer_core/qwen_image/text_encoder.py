@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -65,7 +65,7 @@ class TextEncoder:
         return list(batch["pixel_values"].split([int(grid.prod()) for grid in grids])), grids
 
 
-def _image_processor(folder: Path) -> object:
+def _image_processor(folder: Path) -> Any:
     try:
         from transformers import Qwen2VLImageProcessor
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -103,7 +103,7 @@ def without_lora(transformer: nn.Module) -> Iterator[None]:
     """The base model's own output while the context lasts."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(enabled=False)
     try:

@@ -1,0 +1,209 @@
+"""The trainer without ComfyUI: `python -m trainer_core check|encode|train|sample CONFIG.json`.
+
+The configuration is one JSON file, see docs/settings.md. Ctrl-C pauses a run so that the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import DEMO_MODEL, JobConfig, from_json
+from .errors import ConfigError, Interrupted, TrainerError
+from .events import SampleReport, StepReport, Stop
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from .conditioning.encoded import EncodedDataset
+
+_LOG = logging.getLogger(__name__)
+EXIT_OK, EXIT_ERROR, EXIT_STOPPED = 0, 1, 130
+
+
+class ConsoleObserver:
+    """Progress as lines on standard error; an interrupt signal is the wish to pause."""
+
+    def __init__(self) -> None:
+        self._stop = Stop.NO
+        self._last_line = ("", -1)
+
+    def interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        """Handler of SIGINT and SIGTERM: pause; a second SIGINT ends the process at once."""
+        _LOG.warning("Stopping after this micro-batch. Press Ctrl-C again to end now.")
+        self._stop = Stop.PAUSE
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_progress(self, phase: str, done: int, total: int) -> None:
+        """A line for every tenth of a phase."""
+        tenth = 10 * done // max(1, total)
+        if (phase, tenth) != self._last_line:
+            self._last_line = (phase, tenth)
+            _LOG.info("%s: %d of %d", phase, done, total)
+
+    def on_step(self, report: StepReport) -> None:
+        """A line per step."""
+        validation = "" if report.validation_loss is None else f"  validation loss {report.validation_loss:.4f}"
+        _LOG.info(
+            "step %d of %d  loss %.4f  learning rate %.2e  %.2f s%s",
+            *(report.step, report.num_steps, report.loss, report.learning_rate, report.seconds, validation),
+        )
+
+    def on_samples(self, report: SampleReport) -> None:
+        """Where the pictures are, and how near the targets."""
+        _LOG.info(
+            "step %d  pictures %s  psnr base %.2f dB, LoRA %.2f dB, VAE alone %.2f dB",
+            *(report.step, report.grid_file, report.psnr_base, report.psnr_lora, report.psnr_vae),
+        )
+
+    def should_stop(self) -> Stop:
+        """What the signals said."""
+        return self._stop
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "diffusers", "transformers", "torch", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    observer = ConsoleObserver()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, observer.interrupt)
+    try:
+        return int(options.command(options, observer))
+    except Interrupted as stopped:
+        _LOG.warning("%s", stopped)
+        return EXIT_STOPPED
+    except TrainerError as error:
+        _LOG.error("%s", error)
+        return EXIT_ERROR
+
+
+def load_job(path: Path) -> JobConfig:
+    """Read a configuration. Relative paths in it start at its folder.
+
+    Raises:
+        ConfigError: unreadable, not JSON, or with a wrong setting.
+    """
+    try:
+        job = from_json(JobConfig, json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
+
+    def beside(name: str) -> str:
+        return str(path.parent / Path(name).expanduser()) if name else name
+
+    base = job.model.base if job.model.base == DEMO_MODEL else beside(job.model.base)
+    return dataclasses.replace(
+        job,
+        model=dataclasses.replace(job.model, base=base, tokenizer=beside(job.model.tokenizer)),
+        dataset=dataclasses.replace(
+            job.dataset,
+            target_dir=beside(job.dataset.target_dir),
+            reference_dirs=tuple(map(beside, job.dataset.reference_dirs)),
+        ),
+        cache_dir=beside(job.cache_dir),
+        run_dir=beside(job.run_dir),
+    )
+
+
+def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    from .data.contact_sheet import report
+    from .data.pairing import pair_folders
+    from .qwen_image.folder import model_folder
+
+    job = load_job(options.config)
+    model_folder(job.model)
+    sys.stdout.write(report(pair_folders(job.dataset, observer)) + "\n")
+    return EXIT_OK
+
+
+def _encode_job(job: JobConfig, observer: ConsoleObserver) -> EncodedDataset:
+    from .conditioning.encode import encode_dataset
+    from .data.pairing import pair_folders
+
+    return encode_dataset(pair_folders(job.dataset, observer), job.model, job.encoding, Path(job.cache_dir), observer)
+
+
+def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    sys.stdout.write(f"{_encode_job(load_job(options.config), observer).manifest}\n")
+    return EXIT_OK
+
+
+def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    from .run import train_lora
+
+    job = load_job(options.config)
+    encoded = _encode_job(job, observer)
+    result = train_lora(job.train_config(str(encoded.manifest)), observer, continue_kept=options.continue_kept)
+    if result.lora_file is None:
+        _LOG.warning("Paused after %d steps. Run the same command to go on.", result.steps_done)
+        return EXIT_STOPPED
+    sys.stdout.write(f"{result.lora_file}\n")
+    return EXIT_OK
+
+
+def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    from .data.images import open_picture
+    from .sample import SampleRequest, sample_edit
+    from .training.grid import save_picture
+
+    job = load_job(options.config)
+    request = SampleRequest(
+        model=job.model,
+        references=tuple(open_picture(path) for path in options.reference),
+        prompt=options.prompt,
+        negative_prompt=job.encoding.validation_negative_prompt,
+        preprocessing=job.encoding.preprocessing,
+        match_target_res=job.encoding.match_target_res,
+        resolution=job.encoding.resolution,
+        lora_file=options.lora,
+        lora_strength=options.strength,
+        num_inference_steps=job.validation.validation_num_inference_steps,
+        guidance=job.validation.validation_guidance,
+        seed=options.seed,
+    )
+    if options.out.exists():
+        raise ConfigError(f"--out {options.out} exists. Choose another name; nothing is overwritten.")
+    save_picture(sample_edit(request, observer), options.out)
+    sys.stdout.write(f"{options.out}\n")
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer_core", description="Train LoRAs for Qwen-Image-Edit.")
+    commands = parser.add_subparsers(required=True)
+    described = {
+        "check": (_check, "Check the model folder and the dataset, and report on its pairs."),
+        "encode": (_encode, "Encode the dataset; prints the manifest's path."),
+        "train": (_train, "Encode what is missing, train, and print the LoRA file's path."),
+        "sample": (_sample, "Edit one picture with the base model or a LoRA."),
+    }
+    for name, (command, text) in described.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("config", type=Path, help="The JSON configuration.")
+        sub.set_defaults(command=command)
+        if name == "train":
+            sub.add_argument("--continue-kept", action="store_true", help="Go on with a run that was ended early.")
+        if name == "sample":
+            sub.add_argument("--reference", type=Path, nargs="+", required=True, help="One to three pictures.")
+            sub.add_argument("--prompt", required=True, help="The edit instruction.")
+            sub.add_argument("--out", type=Path, required=True, help="The picture to write.")
+            sub.add_argument("--lora", type=Path, help="A LoRA file; without it the base model draws.")
+            sub.add_argument("--strength", type=float, default=1.0, help="Factor of the LoRA.")
+            sub.add_argument("--seed", type=int, default=0, help="Of the noise.")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

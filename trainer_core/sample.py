@@ -1,0 +1,151 @@
+"""Draw one edit, with or without a LoRA, through the same encoding and forward that training uses."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .conditioning.batches import pad_prompts
+from .conditioning.encode import vision_picture
+from .conditioning.pictures import View, plan_reference, render, to_picture
+from .config import EncodingConfig, ModelConfig, Preprocessing
+from .device import pick_device, release_memory
+from .errors import ConfigError
+from .events import SILENT, Observer, raise_if_stopped
+from .export.lora_file import load_into
+from .geometry import Box, Size, bucket_size, centre_crop
+from .qwen_image.flavours import FLAVOURS
+from .qwen_image.folder import model_folder
+from .qwen_image.latents import VAE_FACTOR
+from .qwen_image.sampling import load_scheduler, sample_latents
+from .qwen_image.text_encoder import load_text_encoder
+from .qwen_image.transformer import compute_dtype, load_transformer
+from .qwen_image.types import Condition
+from .qwen_image.vae import decode_latents, encode_picture, load_vae
+from .rng import stream
+
+LATENT_CHANNELS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """One picture to draw.
+
+    `references`: RGB pictures in order. `size`: of the result in pixels, multiples of 16; None takes the first
+    reference's aspect with the area of `resolution`². `lora_file`: None draws the base model.
+    """
+
+    model: ModelConfig
+    references: tuple[Image.Image, ...]
+    prompt: str
+    negative_prompt: str = " "
+    preprocessing: Preprocessing = "comfyui"
+    match_target_res: bool = False
+    lora_file: Path | None = None
+    lora_strength: float = 1.0
+    size: Size | None = None
+    resolution: int = 1024
+    num_inference_steps: int = 30
+    guidance: float = 4.0
+    seed: int = 0
+
+    @property
+    def encoding(self) -> EncodingConfig:
+        """The settings that training encodes with."""
+        return EncodingConfig(
+            resolution=self.resolution, preprocessing=self.preprocessing, match_target_res=self.match_target_res
+        )
+
+
+def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Image:
+    """Encode, draw, decode; one network in memory at a time.
+
+    Raises:
+        ConfigError: more references than the flavour takes, or none; a size that is no multiple of 16.
+        ModelFileError: a part of the model can't be loaded.
+        ExportError: the LoRA file belongs to another model.
+        Interrupted: the observer wants to stop.
+    """
+    size = _checked_size(request)
+    device = pick_device(request.model.device)
+    views = [_views(picture, request, size) for picture in request.references]
+    references = _reference_latents(request, [view for view, _ in views], device)
+    release_memory()
+    raise_if_stopped(observer)
+    prompts = _prompts(request, [view for _, view in views], device)
+    release_memory()
+    raise_if_stopped(observer)
+    latents = _draw(request, references, prompts, size, device, observer)
+    release_memory()
+    return to_picture(decode_latents(load_vae(request.model, device), latents))
+
+
+def _checked_size(request: SampleRequest) -> Size:
+    count, allowed = len(request.references), FLAVOURS[request.model.flavour].max_references
+    if not 1 <= count <= allowed:
+        raise ConfigError(f"{count} reference pictures are given; {request.model.flavour} takes 1 to {allowed}.")
+    if request.size is None:
+        return bucket_size(Size(*request.references[0].size), request.encoding.resolution)
+    if any(side % (2 * VAE_FACTOR) or side <= 0 for side in request.size):
+        raise ConfigError(f"size is {request.size.width} x {request.size.height}; allowed are multiples of 16 pixels.")
+    return request.size
+
+
+def _views(picture: Image.Image, request: SampleRequest, size: Size) -> tuple[View, View]:
+    """As at inference in ComfyUI: the whole reference; under match_target_res its middle in the result's aspect."""
+    own = Size(*picture.size)
+    box = centre_crop(own, size) if request.encoding.match_target_res else Box(0, 0, *own)
+    return plan_reference(box, FLAVOURS[request.model.flavour], request.encoding, size)
+
+
+def _reference_latents(request: SampleRequest, views: list[View], device: torch.device) -> tuple[Tensor, ...]:
+    vae = load_vae(request.model, device)
+    pairs = zip(request.references, views, strict=True)
+    return tuple(encode_picture(vae, render(picture, view)).unsqueeze(0) for picture, view in pairs)
+
+
+def _prompts(request: SampleRequest, views: list[View], device: torch.device) -> list[Tensor]:
+    encoder = load_text_encoder(request.model, request.encoding.preprocessing, device)
+    pictures = [vision_picture(picture, view) for picture, view in zip(request.references, views, strict=True)]
+    return [encoder.encode(text, pictures) for text in (request.prompt, request.negative_prompt)]
+
+
+def _draw(
+    request: SampleRequest,
+    references: tuple[Tensor, ...],
+    prompts: list[Tensor],
+    size: Size,
+    device: torch.device,
+    observer: Observer,
+) -> Tensor:
+    """Latents [C, H, W] of the result."""
+    transformer = load_transformer(request.model, device, observer)
+    if request.lora_file is not None:
+        load_into(transformer, request.lora_file, request.lora_strength)
+    conditions = [Condition(references, *pad_prompts([prompt])).to(device) for prompt in prompts]
+    shape = (1, LATENT_CHANNELS, size.height // VAE_FACTOR, size.width // VAE_FACTOR)
+    noise = torch.randn(shape, generator=stream(request.seed, "sample")).to(device)
+    steps = request.num_inference_steps
+    with arithmetic(request.model, device):
+        drawn = sample_latents(
+            transformer,
+            noise,
+            conditions[0],
+            scheduler=load_scheduler(model_folder(request.model).scheduler),
+            num_steps=steps,
+            guidance=request.guidance,
+            negative=conditions[1],
+            observer=observer,
+            on_step=lambda done: observer.on_progress("Sampling", done, steps),
+        )
+    return drawn[0].cpu()
+
+
+def arithmetic(model: ModelConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bfloat16 matrix products around float32 adapter weights where the model's setting asks for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(model) == torch.bfloat16)
