@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 from tests.support.comfyui_server import PackServer
+from tests.support.fixtures import base_of, encoded, model, tokenizer_dir  # noqa: F401 - fixtures
 from tools.comfyui import REPO
 from tools.comfyui import comfyui_dir as find_comfyui
 
@@ -34,6 +35,21 @@ def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackServer]:
     """The session's ComfyUI server, with the pack in it. Booted by the first test that asks for it."""
     with PackServer(tmp_path_factory.mktemp("comfyui")) as server:
         yield server
+
+
+@pytest.fixture
+def comfyui_of_its_own(tmp_path: Path) -> Iterator[Callable[..., PackServer]]:
+    """Boots a server that the test may kill or start with other arguments: `comfyui_of_its_own("--cache-none")`."""
+    servers: list[PackServer] = []
+
+    def boot(*arguments: str, environment: dict[str, str] | None = None) -> PackServer:
+        servers.append(PackServer(tmp_path / f"comfyui-{len(servers)}", *arguments, environment=environment))
+        servers[-1].start()
+        return servers[-1]
+
+    yield boot
+    for server in servers:
+        server.stop()
 
 
 @pytest.hookimpl(hookwrapper=True)

