@@ -241,7 +241,7 @@ class ComfyUI:
         """One HTTP request; the answer parsed from JSON where it is JSON, else bytes.
 
         Raises:
-            ComfyUIError: the server answered with an error; `status` and `answer` are its attributes.
+            ComfyUIError: no answer, or an error; then `status` and `answer` are attributes of it.
         """
         request = urllib.request.Request(
             self.url + path, data=body, method=method, headers={"Content-Type": content} if body is not None else {}
@@ -254,6 +254,10 @@ class ComfyUI:
             error = ComfyUIError(f"{method} {path} was refused with {refused.code}: {_readable(answer)}")
             error.status, error.answer = refused.code, answer  # type: ignore[attr-defined]
             raise error from None
+        except urllib.error.URLError as gone:
+            raise ComfyUIError(
+                f"ComfyUI does not answer ({gone.reason}). The end of its log:\n{self.log_end()}"
+            ) from None
 
     def get(self, path: str) -> Any:
         """GET, parsed."""
