@@ -28,7 +28,7 @@ def has(picture, colour) -> bool:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 300])
 def test_any_number_of_rows(count):
-    picture = loss_chart(rows(count), title="run $1_a$ {x}")
+    picture = loss_chart(rows(count), title="50 % of $1_a \\frac{ $ {x}")
     assert (picture.mode, picture.size) == ("RGB", (900, 560))
     assert has(picture, RATE) == (count > 0)
     assert has(picture, LOSS) == (count > 0)
