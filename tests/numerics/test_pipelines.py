@@ -1,0 +1,250 @@
+"""Under the policy `diffusers` a sample equals what diffusers' own edit pipelines draw, for every flavour."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit_v1_pipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus_pipeline
+from PIL import Image
+from tests.support.narrow import make_base, picture
+
+import trainer_core.sample
+from trainer_core.conditioning.encode import vision_picture
+from trainer_core.conditioning.pictures import plan_reference
+from trainer_core.config import EncodingConfig, ModelConfig
+from trainer_core.geometry import Box, Size
+from trainer_core.qwen_image.flavours import FLAVOURS
+from trainer_core.qwen_image.folder import model_folder
+from trainer_core.qwen_image.prompt import load_tokenizer
+from trainer_core.qwen_image.sampling import load_scheduler
+from trainer_core.qwen_image.text_encoder import load_text_encoder
+from trainer_core.qwen_image.transformer import load_transformer
+from trainer_core.qwen_image.vae import load_vae
+from trainer_core.qwen_image.vision import rotary_positions
+from trainer_core.rng import stream
+from trainer_core.sample import SampleRequest, sample_edit
+
+PIXEL_TOLERANCE = 1e-3  # of the pixel range, as the product's description asks
+REFERENCE_AREA, VISION_AREA = 128 * 128, 96 * 96  # instead of 1024² and 384², the same on both sides
+SIZE = Size(128, 96)
+PROMPT, NEGATIVE = "turn the sky red and remove the boat", "blurry, grey"
+REFERENCES = ((150, 100), (90, 140), (121, 117))
+CASES = [
+    pytest.param("edit-v1", 1, id="edit-v1"),
+    pytest.param("edit-v2", 2, id="edit-v2, two references"),
+    pytest.param("edit-v2", 3, id="edit-v2, three references"),
+    pytest.param("edit-v3", 2, id="edit-v3, two references"),
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, comfyui_dir: Path) -> dict[str, ModelConfig]:
+    """A narrow base model per flavour; they differ in `zero_cond_t` only."""
+    tokenizer = comfyui_dir / "comfy/text_encoders/qwen25_tokenizer"
+    return {name: make_base(tmp_path_factory.mktemp("base") / name, tokenizer, name) for name in FLAVOURS}
+
+
+@pytest.fixture
+def small_areas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of about 128 pixels a side in the pipelines and in our table of flavours."""
+    dimensions = edit_v1_pipeline.calculate_dimensions
+    monkeypatch.setattr(edit_v1_pipeline, "calculate_dimensions", lambda _, ratio: dimensions(REFERENCE_AREA, ratio))
+    monkeypatch.setattr(edit_plus_pipeline, "VAE_IMAGE_SIZE", REFERENCE_AREA)
+    monkeypatch.setattr(edit_plus_pipeline, "CONDITION_IMAGE_SIZE", VISION_AREA)
+    for name, row in list(FLAVOURS.items()):
+        vision = REFERENCE_AREA if row.same_picture else VISION_AREA
+        small = dataclasses.replace(row, reference_area=REFERENCE_AREA, vision_area=vision)
+        monkeypatch.setitem(FLAVOURS, name, small)
+
+
+def pictures(count: int) -> list[Image.Image]:
+    """Pictures of different odd sizes."""
+    return [picture(number, size) for number, size in enumerate(REFERENCES[:count])]
+
+
+def build_pipeline(model: ModelConfig) -> Any:
+    """diffusers' pipeline for the flavour around the base model's networks."""
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    device, folder = torch.device("cpu"), model_folder(model)
+    tokenizer = load_tokenizer(folder.tokenizer)
+    pipeline = QwenImageEditPipeline if model.flavour == "edit-v1" else QwenImageEditPlusPipeline
+    built = pipeline(
+        scheduler=load_scheduler(folder.scheduler),
+        vae=load_vae(model, device),
+        text_encoder=load_text_encoder(model, "diffusers", device).network,
+        tokenizer=tokenizer,
+        processor=Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()),
+        transformer=load_transformer(model, device),
+    )
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+def for_pipeline(model: ModelConfig, references: list[Image.Image]) -> Any:
+    """The first edit model takes one picture, its successors a list."""
+    return references[0] if model.flavour == "edit-v1" else references
+
+
+def their_sample(model: ModelConfig, references: list[Image.Image], *, seed: int, steps: int) -> torch.Tensor:
+    """Pixels [3, H, W] in 0..1 that the pipeline draws from our noise."""
+    noise = torch.randn((1, 16, SIZE.height // 8, SIZE.width // 8), generator=stream(seed, "sample"))
+    pipeline = build_pipeline(model)
+    return pipeline(
+        image=for_pipeline(model, references),
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        true_cfg_scale=4.0,
+        height=SIZE.height,
+        width=SIZE.width,
+        num_inference_steps=steps,
+        latents=pipeline._pack_latents(noise, 1, 16, SIZE.height // 8, SIZE.width // 8),
+        output_type="pt",
+    ).images[0]
+
+
+def our_sample(
+    monkeypatch: pytest.MonkeyPatch, model: ModelConfig, references: list[Image.Image], **changes: object
+) -> torch.Tensor:
+    """Pixels [3, H, W] in 0..1 that `sample_edit` draws, before they become bytes."""
+    monkeypatch.setattr(trainer_core.sample, "to_picture", lambda pixels: pixels)
+    settings = {"seed": 5, "num_inference_steps": 4, "preprocessing": "diffusers", "prompt": PROMPT, "size": SIZE}
+    request = SampleRequest(
+        model=model, references=tuple(references), negative_prompt=NEGATIVE, guidance=4.0, **{**settings, **changes}
+    )
+    return sample_edit(request)  # type: ignore[return-value]
+
+
+@pytest.mark.usefixtures("small_areas")
+@pytest.mark.parametrize(("flavour", "count"), CASES)
+def test_sample_equals_the_pipelines(
+    monkeypatch: pytest.MonkeyPatch, bases: dict[str, ModelConfig], flavour: str, count: int
+):
+    model, references = bases[flavour], pictures(count)
+    theirs = their_sample(model, references, seed=5, steps=4)
+    ours = our_sample(monkeypatch, model, references)
+    assert ours.shape == theirs.shape == (3, SIZE.height, SIZE.width)
+    assert ((theirs > 0.01) & (theirs < 0.99)).float().mean() > 0.5, "a clipped picture would prove nothing"
+    assert theirs.std() > 0.02, "a flat picture would prove nothing"
+    assert (ours - theirs).abs().max() < PIXEL_TOLERANCE
+
+
+@pytest.mark.usefixtures("small_areas")
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"prompt": "turn the sky blue and remove the boat"}, id="one word"),
+        pytest.param({"preprocessing": "comfyui"}, id="the other policy"),
+        pytest.param({"seed": 6}, id="noise"),
+    ],
+)
+def test_the_comparison_would_notice(
+    monkeypatch: pytest.MonkeyPatch, bases: dict[str, ModelConfig], change: dict[str, object]
+):
+    references = pictures(2)
+    as_asked = our_sample(monkeypatch, bases["edit-v2"], references)
+    otherwise = our_sample(monkeypatch, bases["edit-v2"], references, **change)
+    assert (as_asked - otherwise).abs().max() > 3 * PIXEL_TOLERANCE
+
+
+@pytest.mark.usefixtures("small_areas")
+@pytest.mark.parametrize(("flavour", "count"), CASES)
+def test_prompt_embeds_equal_the_pipelines(bases: dict[str, ModelConfig], flavour: str, count: int):
+    model, references = bases[flavour], pictures(count)
+    encoding = EncodingConfig(preprocessing="diffusers")
+    views = [plan_reference(Box(0, 0, *each.size), FLAVOURS[flavour], encoding, SIZE)[1] for each in references]
+    seen = [vision_picture(each, view) for each, view in zip(references, views, strict=True)]
+    ours = load_text_encoder(model, "diffusers", torch.device("cpu")).encode(PROMPT, seen)
+
+    pipeline = build_pipeline(model)
+    resized = [
+        pipeline.image_processor.resize(each, view.size.height, view.size.width)
+        for each, view in zip(references, views, strict=True)
+    ]
+    theirs, mask = pipeline.encode_prompt(PROMPT, image=for_pipeline(model, resized))
+    assert mask is None
+    assert ours.shape == theirs[0].shape
+    assert (ours - theirs[0]).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_sizes_equal_the_pipelines_at_their_own_areas():
+    rng = np.random.default_rng(0)
+    encoding = EncodingConfig(preprocessing="diffusers")
+    for width, height in rng.integers(40, 5000, (400, 2)).tolist():
+        for flavour in FLAVOURS.values():
+            reference, vision = plan_reference(Box(0, 0, width, height), flavour, encoding, Size(1024, 1024))
+            ratio = width / height
+            if flavour.name == "edit-v1":
+                wanted = [edit_v1_pipeline.calculate_dimensions(1024 * 1024, ratio)[:2]] * 2
+            else:
+                areas = (edit_plus_pipeline.VAE_IMAGE_SIZE, edit_plus_pipeline.CONDITION_IMAGE_SIZE)
+                wanted = [edit_plus_pipeline.calculate_dimensions(area, ratio) for area in areas]
+            if min(map(min, wanted)) == 0:
+                continue  # the pipelines fail on such a ribbon, we give it 32 pixels
+            assert [reference.size, vision.size] == wanted, (width, height, flavour.name)
+
+
+class Positions:
+    """Records the positions that Qwen2.5-VL's language part is given."""
+
+    def __init__(self, network: Any) -> None:
+        self.seen: list[torch.Tensor | None] = []
+        self.lengths: list[int] = []
+        network.model.language_model.rotary_emb.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, _: object, arguments: tuple, named: dict) -> None:
+        positions = named.get("position_ids", arguments[1] if len(arguments) > 1 else None)
+        self.seen.append(positions)
+        self.lengths.append(arguments[0].shape[1])
+
+
+@pytest.mark.usefixtures("small_areas")
+def test_the_pipelines_and_our_diffusers_policy_count_pictures_as_text(bases: dict[str, ModelConfig]):
+    """transformers 5 wants `mm_token_type_ids` for positions in three dimensions, and diffusers 0.42 does not pass them.
+
+    If this fails, diffusers has begun to: both ways of encoding then agree without a change here, but cached prompts
+    of the policy `diffusers` are of the old kind (their key holds transformers' version, not diffusers').
+    """
+    model, references = bases["edit-v2"], pictures(2)
+    pipeline, ours = build_pipeline(model), load_text_encoder(model, "diffusers", torch.device("cpu"))
+    theirs_seen, ours_seen = Positions(pipeline.text_encoder), Positions(ours.network)
+    pipeline.encode_prompt(PROMPT, image=references)
+    ours.encode(PROMPT, references)
+    for record in (theirs_seen, ours_seen):
+        counted = torch.arange(record.lengths[0])
+        assert torch.equal(record.seen[0], counted.expand_as(record.seen[0]))
+
+
+@pytest.mark.usefixtures("small_areas")
+def test_our_comfyui_policy_gives_pictures_rows_and_columns(bases: dict[str, ModelConfig]):
+    encoder = load_text_encoder(bases["edit-v2"], "comfyui", torch.device("cpu"))
+    record = Positions(encoder.network)
+    encoder.encode(PROMPT, [torch.rand(3, 84, 140), torch.rand(3, 112, 56)])
+    positions = record.seen[0].view(3, -1)
+    assert not torch.equal(positions[0], positions[1])
+    assert not torch.equal(positions[1], positions[2])
+    assert positions.max() + 1 < record.lengths[0], "a picture takes fewer positions than tokens"
+
+
+@pytest.mark.parametrize("grids", [[], [(6, 10)], [(10, 6), (4, 4)], [(2, 2), (14, 4), (8, 26)]])
+def test_rotary_positions_equal_transformers_own(bases: dict[str, ModelConfig], grids: list[tuple[int, int]]):
+    network = load_text_encoder(bases["edit-v2"], "comfyui", torch.device("cpu")).network
+    ids = [11, 12, 13]
+    for rows, columns in grids:
+        ids += [151652, *[151655] * (rows * columns // 4), 151653, 14]
+    ids += [15, 16]
+    input_ids, tensors = torch.tensor([ids]), [torch.tensor([[1, *grid]]) for grid in grids]
+    theirs, _ = network.model.get_rope_index(
+        input_ids,
+        mm_token_type_ids=(input_ids == 151655).int(),
+        image_grid_thw=torch.cat(tensors) if tensors else None,
+        attention_mask=torch.ones_like(input_ids),
+    )
+    assert torch.equal(rotary_positions(ids, tensors), theirs[:, 0])

@@ -1,0 +1,47 @@
+"""Narrow models and encoded datasets, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.narrow import make_base, make_pairs, small_encoding
+from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encoded import EncodedDataset
+from trainer_core.config import ModelConfig
+from trainer_core.data.pairing import pair_folders
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(comfyui_dir: Path) -> Path:
+    """The Qwen2.5 tokenizer that ComfyUI ships."""
+    return comfyui_dir / "comfy" / "text_encoders" / "qwen25_tokenizer"
+
+
+@pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Callable[[str], ModelConfig]:
+    """`base_of("edit-v2")`: a narrow base model of that flavour."""
+    made: dict[str, ModelConfig] = {}
+
+    def base(flavour: str = "edit-v1") -> ModelConfig:
+        if flavour not in made:
+            made[flavour] = make_base(tmp_path_factory.mktemp(flavour) / "base", tokenizer_dir, flavour)
+        return made[flavour]
+
+    return base
+
+
+@pytest.fixture(scope="session")
+def model(base_of: Callable[[str], ModelConfig]) -> ModelConfig:
+    """A narrow edit-v1."""
+    return base_of("edit-v1")
+
+
+@pytest.fixture(scope="session")
+def encoded(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> EncodedDataset:
+    """Seven pairs of two shapes for `model`, two of them held out."""
+    root = tmp_path_factory.mktemp("encoded")
+    dataset = pair_folders(make_pairs(root / "pairs", 7, ((96, 96), (128, 96))))
+    return encode_dataset(dataset, model, small_encoding(num_eval_images=2), root / "cache")
