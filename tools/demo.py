@@ -32,6 +32,7 @@ from tools.comfyui import (
 )
 
 WORKFLOW = REPO / "workflows" / "api" / "demo.json"
+MARK = ".made-by-make-demo"  # only a folder with this file in it is emptied
 RESULT = "qwen_edit_run"  # the key of the training node's ui output
 FIGURES = ("psnr_base", "psnr_lora", "psnr_vae")
 
@@ -149,12 +150,19 @@ def run_demo(folder: Path, server: ComfyUI, timeout: float) -> str:
 
 
 def prepare(folder: Path) -> Path:
-    """A fresh ComfyUI base folder with the pack and the demo pairs in it."""
+    """A fresh ComfyUI base folder with the pack and the demo pairs in it.
+
+    Raises:
+        ComfyUIError: the folder holds things that are not a former demo's.
+    """
     from trainer_core.demo.pictures import make_demo_pairs
 
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise ComfyUIError(f"{folder} holds other things; name an empty or a new folder.")
     base = folder / "base"
     shutil.rmtree(folder, ignore_errors=True)
     make_base(base)
+    (folder / MARK).touch()
     install_pack(base)
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     pictures = base / "input" / pictures_folder(prompt)
@@ -170,8 +178,6 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=3600, help="seconds until it gives up")
     given = parser.parse_args()
     folder = given.folder.absolute()
-    if folder.exists() and any(folder.iterdir()) and not (folder / "base").is_dir():
-        raise SystemExit(f"demo: {folder} holds other things; name an empty or new folder.")
     try:
         base = prepare(folder)
         say("starting ComfyUI")
