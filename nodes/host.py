@@ -150,27 +150,34 @@ class NodeObserver:
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
         """A bar per phase."""
-        self._bar.update_absolute(done, max(1, total))
+        self._update(done, max(1, total))
         self._show(f"{phase}: {done} of {total}", final=done >= total)
 
     def on_step(self, report: StepReport) -> None:
         """The training's bar."""
         if self._run is not None:
             self._run.last_step = report
-        self._bar.update_absolute(report.step, report.num_steps)
+        self._update(report.step, report.num_steps)
         self._show(f"Step {report.step} of {report.num_steps}, loss {report.loss:.4f}")
 
     def on_samples(self, report: SampleReport) -> None:
         """The grid as the node's live preview."""
         with Image.open(report.grid_file) as grid:
             preview = ("JPEG", grid.convert("RGB"), _PREVIEW_EDGE)
-        self._bar.update_absolute(self._bar.current, preview=preview)
+        self._update(self._bar.current, self._bar.total, preview)
 
     def should_stop(self) -> Stop:
         """Interrupt pauses, stop-and-keep ends."""
         if comfy.model_management.processing_interrupted():
             return Stop.PAUSE
         return Stop.KEEP if self._run is not None and self._run.keep.is_set() else Stop.NO
+
+    def _update(self, done: int, total: int, preview: tuple[str, Image.Image, int] | None = None) -> None:
+        """ComfyUI's bar raises its interruption and forgets it; here it waits until `should_stop` is asked."""
+        try:
+            self._bar.update_absolute(done, total, preview)
+        except comfy.model_management.InterruptProcessingException:
+            comfy.model_management.interrupt_current_processing()
 
     def _show(self, text: str, *, final: bool = False) -> None:
         send = getattr(getattr(PromptServer, "instance", None), "send_progress_text", None)
