@@ -40,6 +40,11 @@ class EncodePairs(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_widgets: Any) -> str:
+        """Changes when somebody removes the cache folder, so that a queued graph encodes again."""
+        return host.folder_identity(host.cache_dir())
+
+    @classmethod
     def execute(cls, model: ModelConfig, dataset: EditDataset, **widgets: Any) -> io.NodeOutput:
         """An EncodedDataset."""
         from ..trainer_core.conditioning.encode import encode_dataset
