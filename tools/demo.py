@@ -155,10 +155,10 @@ def prepare(folder: Path) -> Path:
     Raises:
         ComfyUIError: the folder holds things that are not a former demo's.
     """
-    from trainer_core.demo.pictures import make_demo_pairs
-
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
         raise ComfyUIError(f"{folder} holds other things; name an empty or a new folder.")
+    from trainer_core.demo.pictures import make_demo_pairs
+
     base = folder / "base"
     shutil.rmtree(folder, ignore_errors=True)
     make_base(base)
