@@ -1,0 +1,140 @@
+"""What workflows depend on: ids, inputs, their order and defaults. And what helps people: names, tooltips, pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "schema.json"
+DEPENDS_ON_FOLDERS = {("QwenEdit_LoadModel", "base_model"), ("QwenEdit_SampleEdit", "lora_name")}
+EXPECTED = {
+    "QwenEdit_LoadModel",
+    "QwenEdit_PairFolders",
+    "QwenEdit_PreviewPairs",
+    "QwenEdit_EncodePairs",
+    "QwenEdit_LoraSettings",
+    "QwenEdit_OptimizerSettings",
+    "QwenEdit_TrainingSettings",
+    "QwenEdit_ValidationSettings",
+    "QwenEdit_TrainLora",
+    "QwenEdit_SampleEdit",
+    "QwenEdit_ApplyLora",
+    "QwenEdit_PlotLoss",
+}
+
+
+def inputs(info: dict[str, Any]) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """(required or optional, id, type, options) in the order of the node."""
+    return [
+        (part, name, spec[0], spec[1] if len(spec) > 1 else {})
+        for part in ("required", "optional")
+        for name, spec in info["input"].get(part, {}).items()
+    ]
+
+
+def schema_of(name: str, info: dict[str, Any]) -> dict[str, Any]:
+    """The part of a node that workflows store or rely on."""
+    rows = []
+    for part, input_id, kind, options in inputs(info):
+        row = {"part": part, "id": input_id, "type": kind}
+        if (name, input_id) not in DEPENDS_ON_FOLDERS:
+            row |= {key: options[key] for key in ("default", "options", "min", "max") if key in options}
+        rows.append(row)
+    outputs = [list(pair) for pair in zip(info["output_name"], info["output"], strict=True)]
+    return {"inputs": rows, "outputs": outputs, "output_node": info["output_node"]}
+
+
+def test_schema_is_as_workflows_know_it(our_nodes: dict[str, Any]):
+    """Ids stay, widgets are only appended. UPDATE_GOLDEN=1 writes the file anew, in a commit of its own."""
+    found = {name: schema_of(name, info) for name, info in sorted(our_nodes.items())}
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert found == json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+def test_every_node_is_there(our_nodes: dict[str, Any]):
+    assert set(our_nodes) == EXPECTED
+    assert {info["category"] for info in our_nodes.values()} == {"training/qwen edit"}
+
+
+def test_names_and_descriptions(our_nodes: dict[str, Any]):
+    display = [info["display_name"] for info in our_nodes.values()]
+    assert len(set(display)) == len(display)
+    for name, info in our_nodes.items():
+        assert info["display_name"] != name
+        assert info["description"].endswith("."), name
+
+
+def test_no_core_node_has_our_display_names(all_nodes: dict[str, Any], our_nodes: dict[str, Any]):
+    others = {info["display_name"] for name, info in all_nodes.items() if name not in our_nodes}
+    assert others.isdisjoint(info["display_name"] for info in our_nodes.values())
+
+
+def test_every_socket_is_explained(our_nodes: dict[str, Any]):
+    for name, info in our_nodes.items():
+        for _, input_id, _, options in inputs(info):
+            assert len(options.get("tooltip", "")) > 10, (name, input_id)
+            assert options.get("display_name"), (name, input_id)
+        assert all(len(tip or "") > 10 for tip in info["output_tooltips"]), name
+
+
+def test_ids_are_unique_between_inputs_and_outputs(our_nodes: dict[str, Any]):
+    for name, info in our_nodes.items():
+        ids = [input_id for _, input_id, _, _ in inputs(info)]
+        outputs = [output.replace(" ", "_") for output in info["output_name"]]
+        assert len({*ids, *outputs}) == len(ids) + len(outputs), name
+
+
+def test_own_types_have_our_prefix(our_nodes: dict[str, Any]):
+    core = {"IMAGE", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO", "MODEL", "LORA_MODEL", "LOSS_MAP"}
+    for name, info in our_nodes.items():
+        kinds = {kind for _, _, kind, _ in inputs(info)} | set(info["output"])
+        assert all(kind.startswith("QWEN_EDIT_") for kind in kinds - core), name
+
+
+def test_core_sockets_at_both_ends(our_nodes: dict[str, Any]):
+    made = {kind for info in our_nodes.values() for kind in info["output"]}
+    taken = {kind for info in our_nodes.values() for _, _, kind, _ in inputs(info)}
+    assert made >= {"LORA_MODEL", "LOSS_MAP", "IMAGE", "STRING", "MODEL"}
+    assert taken >= {"LOSS_MAP", "IMAGE", "MODEL"}
+
+
+def test_training_runs_once_per_node_and_shows_itself(our_nodes: dict[str, Any]):
+    assert our_nodes["QwenEdit_TrainLora"]["output_node"]
+    assert our_nodes["QwenEdit_PreviewPairs"]["output_node"]
+    assert our_nodes["QwenEdit_PlotLoss"]["output_node"]
+
+
+def test_help_pages(our_nodes: dict[str, Any], repo: Path):
+    """One for every node, none left over, each naming every input and output."""
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (repo / "web" / "docs").glob("*.md")}
+    assert set(pages) == set(our_nodes)
+    for name, info in our_nodes.items():
+        page = pages[name]
+        labels = [options["display_name"] for _, _, _, options in inputs(info)] + info["output_name"]
+        assert all(re.search(rf"^\| {re.escape(label)}( \(optional\))? \|", page, re.MULTILINE) for label in labels), (
+            name
+        )
+        for heading in ("## Inputs", "## Outputs", "## Typical values", "## Example", "## Pitfalls"):
+            assert heading in page, (name, heading)
+
+
+def test_help_pages_repeat_defaults_and_tooltips(our_nodes: dict[str, Any], repo: Path):
+    """What a page says about an input is what the node says."""
+    for name, info in our_nodes.items():
+        page = (repo / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        for _, input_id, kind, options in inputs(info):
+            assert options["tooltip"].replace("|", "\\|") in page, (name, input_id)
+            if kind in ("INT", "FLOAT"):
+                label = re.escape(options["display_name"])
+                assert re.search(rf"^\| {label}[^|]*\| {kind} \| `{options['default']:g}` \|", page, re.MULTILINE)
+
+
+def test_help_pages_lie_where_comfyui_looks(repo: Path):
+    """ComfyUI serves WEB_DIRECTORY; the page asks for docs/<node id>.md in it."""
+    root = (repo / "__init__.py").read_text(encoding="utf-8")
+    assert re.search(r'^WEB_DIRECTORY = "\./web"$', root, re.MULTILINE)
+    assert "NODE_CLASS_MAPPINGS" not in root  # would keep ComfyUI from calling comfy_entrypoint

@@ -1,0 +1,95 @@
+"""Errors that can be known early appear at the node, before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.comfyui_server import PackServer
+from tools.comfyui import REPO, ComfyUIError
+
+from .conftest import read_json
+
+
+@pytest.fixture
+def prompt(comfyui: PackServer) -> dict[str, Any]:
+    """The demo, as an API prompt, with folders that are there."""
+    for part in ("target", "reference"):
+        (comfyui.input / "validation" / part).mkdir(parents=True, exist_ok=True)
+    demo = read_json(REPO / "workflows" / "api" / "demo.json")
+    _, inputs = node_of(demo, "PairFolders")
+    inputs.update(target_folder="validation/target", reference_folder_1="validation/reference")
+    return demo
+
+
+def node_of(prompt: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
+    """Id and inputs of the node of a class."""
+    return next((key, node["inputs"]) for key, node in prompt.items() if node["class_type"] == f"QwenEdit_{name}")
+
+
+def refusal(server: PackServer, prompt: dict[str, Any], targets: list[str]) -> dict[str, Any]:
+    """The answer to a prompt that must not be queued."""
+    with pytest.raises(ComfyUIError) as caught:
+        server.queue(prompt, targets)
+    return caught.value.answer["node_errors"]
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "C:\\x", "//server/share", "not_there"])
+@pytest.mark.parametrize("widget", ["target_folder", "reference_folder_1", "reference_folder_3"])
+def test_folders(name: str, widget: str, prompt: dict[str, Any], comfyui: PackServer):
+    pairing, inputs = node_of(prompt, "PairFolders")
+    preview, _ = node_of(prompt, "PreviewPairs")
+    inputs[widget] = name
+    errors = refusal(comfyui, prompt, [preview])
+    assert list(errors) == [pairing]
+    details = errors[pairing]["errors"][0]["details"]
+    assert f"{widget} is {name!r}" in details
+    assert "Allowed is a folder below one of: input, output" in details
+    assert str(comfyui.base) not in details
+
+
+def test_instance_prompt_is_missing(prompt: dict[str, Any], comfyui: PackServer):
+    pairing, inputs = node_of(prompt, "PairFolders")
+    preview, _ = node_of(prompt, "PreviewPairs")
+    inputs.update(caption_strategy="instanceprompt", instance_prompt=" ")
+    assert "instance_prompt is" in refusal(comfyui, prompt, [preview])[pairing]["errors"][0]["details"]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "nul", "a" * 81])
+def test_run_names(name: str, prompt: dict[str, Any], comfyui: PackServer):
+    training, inputs = node_of(prompt, "TrainLora")
+    inputs["run_name"] = name
+    errors = refusal(comfyui, prompt, [training])
+    assert list(errors) == [training]
+    assert "run_name is" in errors[training]["errors"][0]["details"]
+
+
+def test_base_model_is_missing(prompt: dict[str, Any], comfyui: PackServer):
+    loader, inputs = node_of(prompt, "LoadModel")
+    training, _ = node_of(prompt, "TrainLora")
+    inputs["base_model"] = "../../etc"
+    details = refusal(comfyui, prompt, [training])[loader]["errors"][0]["details"]
+    assert "found are demo (embedded)" in details
+
+
+def test_lora_is_missing(prompt: dict[str, Any], comfyui: PackServer):
+    sample, inputs = node_of(prompt, "SampleEdit")
+    shown = next(key for key, node in prompt.items() if node["class_type"] == "PreviewImage")
+    inputs["lora_name"] = "../../secret.safetensors"
+    errors = refusal(comfyui, prompt, [shown])
+    assert "is not there" in str(errors[sample]["errors"])
+
+
+def test_stop_refuses_what_it_does_not_know(comfyui: PackServer):
+    assert comfyui.get("/qwen_edit_trainer/runs") == {"runs": []}
+    for body in ({"run_name": "x"}, {"run_name": "../x"}, {}, [], "x"):
+        with pytest.raises(ComfyUIError) as caught:
+            comfyui.post("/qwen_edit_trainer/stop", body)
+        assert caught.value.status == 404
+    with pytest.raises(ComfyUIError) as caught:
+        comfyui.request("POST", "/qwen_edit_trainer/stop", b'{"run_name": "x"}', "text/plain")
+    assert caught.value.status == 400
+    with pytest.raises(ComfyUIError) as caught:
+        comfyui.request("POST", "/qwen_edit_trainer/stop", b'{"run_name": "' + b"x" * 5000 + b'"}')
+    assert caught.value.status == 400

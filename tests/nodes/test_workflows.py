@@ -1,0 +1,158 @@
+"""The templates: they open without missing nodes or values, and their API twins are the same graphs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tools.comfyui import REPO, install_pack
+
+from .conftest import read_json
+from .ui_to_api import NOTES, to_prompt, widgets_of
+
+FOLDER = REPO / "workflows"
+NAMES = ("train_edit_v1_24gb", "train_edit_v2_24gb", "demo", "use_lora_in_edit_graph")
+OUR_VERSION = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """A template's name."""
+    return request.param
+
+
+@pytest.fixture
+def graph(name: str) -> dict[str, Any]:
+    """The template as the page saved it."""
+    return read_json(FOLDER / f"{name}.json")
+
+
+def test_every_file_belongs_to_a_template():
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(NAMES)
+    assert {path.stem for path in FOLDER.glob("*.jpg")} == set(NAMES)
+    assert {path.stem for path in (FOLDER / "api").glob("*.json")} == set(NAMES)
+
+
+def test_known_classes_and_values(graph: dict[str, Any], all_nodes: dict[str, Any]):
+    for node in graph["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        info = all_nodes[node["type"]]
+        assert len(node["widgets_values"]) == sum(count for _, count in widgets_of(info)), node["type"]
+        assert [(output["name"], output["type"]) for output in node["outputs"]] == [
+            *zip(info["output_name"], info["output"], strict=True)
+        ]
+        named = [entry["name"] for entry in node["inputs"]]
+        specs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        assert sorted(named) == sorted(specs)
+        linked = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
+        widgets = {widget for widget, _ in widgets_of(info)}
+        assert set(info["input"].get("required", {})) <= linked | widgets, node["type"]
+
+
+def test_links_are_consistent(graph: dict[str, Any]):
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert len(nodes) == len(graph["nodes"]) == graph["last_node_id"]
+    seen = set()
+    for link, source, source_slot, target, target_slot, kind in graph["links"]:
+        assert link in nodes[source]["outputs"][source_slot]["links"]
+        assert nodes[source]["outputs"][source_slot]["type"] == kind
+        assert nodes[target]["inputs"][target_slot]["link"] == link
+        assert nodes[target]["inputs"][target_slot]["type"] == kind
+        seen.add(link)
+    ends = [entry["link"] for node in graph["nodes"] for entry in node["inputs"] if entry["link"] is not None]
+    starts = [link for node in graph["nodes"] for output in node["outputs"] for link in output["links"] or []]
+    assert sorted(ends) == sorted(starts) == sorted(seen)
+
+
+def test_flat_and_for_old_pages(graph: dict[str, Any]):
+    assert graph["version"] == 0.4
+    assert "definitions" not in graph  # subgraphs
+    assert {"id", "nodes", "links", "groups", "last_link_id"} <= set(graph)
+
+
+def test_api_twin(name: str, graph: dict[str, Any], all_nodes: dict[str, Any]):
+    twin = read_json(FOLDER / "api" / f"{name}.json")
+    for node in twin.values():
+        assert node.pop("_meta")["title"]
+    assert twin == to_prompt(graph, all_nodes)
+
+
+def test_values_are_allowed(name: str, all_nodes: dict[str, Any]):
+    """Choices are among the choices (except files that a person downloads), numbers within their range."""
+    for node in read_json(FOLDER / "api" / f"{name}.json").values():
+        info = all_nodes[node["class_type"]]["input"]
+        specs = {**info.get("required", {}), **info.get("optional", {})}
+        for input_id, value in node["inputs"].items():
+            kind, options = specs[input_id][0], specs[input_id][1] if len(specs[input_id]) > 1 else {}
+            choices = kind if isinstance(kind, list) else options.get("options")
+            file = (isinstance(value, str) and value.endswith((".safetensors", ".png"))) or input_id == "base_model"
+            if isinstance(value, list) or (choices is not None and file):
+                continue
+            if choices is not None:
+                assert value in choices, (node["class_type"], input_id)
+            elif kind in ("INT", "FLOAT"):
+                assert options["min"] <= value <= options["max"], (node["class_type"], input_id)
+
+
+def test_nothing_private(name: str):
+    for path in (FOLDER / f"{name}.json", FOLDER / "api" / f"{name}.json"):
+        for text in strings(read_json(path)):
+            assert not re.match(r"[A-Za-z]:[\\/]|/|~|\\\\", text), text
+            assert not re.search(r"/(home|root|Users|work|tmp)/", text), text
+
+
+def test_notes_and_downloads(name: str, graph: dict[str, Any]):
+    notes = " ".join(node["widgets_values"][0] for node in graph["nodes"] if node["type"] in NOTES)
+    assert len(notes) > 300
+    for node in graph["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        ours = node["type"].startswith("QwenEdit_")
+        assert node["properties"]["cnr_id"] == ("qwen-edit-trainer" if ours else "comfy-core")
+        assert not ours or node["properties"]["ver"] == OUR_VERSION
+        if node["type"] in ("UNETLoader", "CLIPLoader", "VAELoader"):
+            (model,) = node["properties"]["models"]
+            assert model["name"] == node["widgets_values"][0]
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith(model["name"])
+            assert model["directory"]
+    if name.startswith("train_"):
+        assert "https://huggingface.co/Qwen/" in notes
+
+
+def test_thumbnail(name: str):
+    with Image.open(FOLDER / f"{name}.jpg") as picture:
+        assert picture.format == "JPEG"
+        assert 320 <= picture.width <= 1280
+    assert (FOLDER / f"{name}.jpg").stat().st_size < 200_000
+
+
+def test_demo_reads_what_make_demo_writes():
+    from trainer_core.demo.pictures import CAPTION, DEMO_PHOTOGRAPHS
+
+    prompt = read_json(FOLDER / "api" / "demo.json")
+    text = json.dumps(prompt)
+    assert CAPTION in text
+    first = next(iter(DEMO_PHOTOGRAPHS)).split(".")[0]
+    assert f"demo/reference/00_{first}.png" in text
+
+
+def test_templates_are_published(comfyui: Any, tmp_path: Path):
+    pack = install_pack(tmp_path)
+    assert {path.stem for path in (pack / "workflows").glob("*.json")} == set(NAMES)
+    listed = comfyui.get("/api/workflow_templates")
+    assert any(set(NAMES) <= set(templates) for templates in listed.values())
+
+
+def strings(value: Any) -> list[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for item in items for text in strings(item)]
