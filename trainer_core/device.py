@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def release_memory() -> None:
-    """Return freed memory of the accelerator to its allocator's owner."""
-    gc.collect()
+    """Return the accelerator's memory of networks that are no longer used, so that others can have it."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()

@@ -19,8 +19,15 @@ def stream(seed: int, purpose: str, index: int | str = 0) -> torch.Generator:
 
 
 @contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Torch's process-wide generators are afterwards as they were, whatever code of others draws inside."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
 def seeded_globally(seed: int, purpose: str, index: int, device: torch.device) -> Iterator[None]:
     """For code of others that draws from torch's process-wide generators (dropout): seeded inside, untouched after."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with undisturbed(device):
         torch.random.manual_seed(stream(seed, purpose, index).initial_seed())
         yield

@@ -78,7 +78,9 @@ def test_instance_prompt_needs_its_sentence() -> None:
 
 def test_resume_key_names_what_decides_the_weights() -> None:
     config = TrainConfig(run_dir="a", encoded="x/abc.json")
-    same = dataclasses.replace(config, run_dir="b", encoded="y/abc.json", max_train_steps=7, gradient_checkpointing=False)
+    same = dataclasses.replace(
+        config, run_dir="b", encoded="y/abc.json", max_train_steps=7, gradient_checkpointing=False
+    )
     assert resume_key(same) == resume_key(config)
     for change in (
         {"seed": 1},

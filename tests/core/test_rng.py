@@ -12,7 +12,9 @@ def test_equal_arguments_draw_equally_and_others_do_not() -> None:
         return torch.rand(4, generator=stream(*arguments)).tolist()
 
     assert draw(1, "noise", 5) == draw(1, "noise", 5)
-    assert len({tuple(draw(*each)) for each in ((1, "noise", 5), (2, "noise", 5), (1, "sigma", 5), (1, "noise", 6))}) == 4
+    assert (
+        len({tuple(draw(*each)) for each in ((1, "noise", 5), (2, "noise", 5), (1, "sigma", 5), (1, "noise", 6))}) == 4
+    )
 
 
 def test_pinned_across_platforms_and_versions() -> None:

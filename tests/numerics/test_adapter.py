@@ -169,5 +169,7 @@ def test_patterns(model: ModelConfig) -> None:
 
 
 def test_zero_timestep_references_belong_to_edit_v3_alone(base_of: Callable[[str], ModelConfig]) -> None:
-    outputs = {name: predict_velocity(load_transformer(base_of(name), CPU), *inputs()) for name in ("edit-v2", "edit-v3")}
+    outputs = {
+        name: predict_velocity(load_transformer(base_of(name), CPU), *inputs()) for name in ("edit-v2", "edit-v3")
+    }
     assert not torch.allclose(outputs["edit-v2"], outputs["edit-v3"], atol=1e-3)  # equal weights, other modulation

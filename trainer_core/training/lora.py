@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config import LoraConfig, LoraTargets
 from ..errors import ConfigError
-from ..rng import stream
+from ..rng import stream, undisturbed
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -67,17 +67,15 @@ def inject_lora(transformer: QwenImageTransformer2DModel, lora: LoraConfig, seed
     import peft
 
     modules = target_modules(transformer, lora)
-    peft.inject_adapter_in_model(
-        peft.LoraConfig(
-            r=lora.lora_rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type] - a float scales as well
-            lora_dropout=lora.lora_dropout,
-            target_modules=modules,
-            init_lora_weights=False,
-        ),
-        transformer,
-        ADAPTER,
+    settings = peft.LoraConfig(
+        r=lora.lora_rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type] - a float scales as well
+        lora_dropout=lora.lora_dropout,
+        target_modules=modules,
+        init_lora_weights=False,
     )
+    with undisturbed(transformer.device):
+        peft.inject_adapter_in_model(settings, transformer, ADAPTER)
     parameters: dict[str, nn.Parameter] = {}
     for module in modules:
         layer = transformer.get_submodule(module)
