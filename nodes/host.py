@@ -262,19 +262,24 @@ def check_lora_file(path: Path, num_layers: int) -> None:
     Raises:
         ExportError: keys without a counterpart, or another weight change than up @ down.
     """
-    config = comfy.supported_models.QwenImage(
-        {"image_model": "qwen_image", "num_layers": num_layers, "in_channels": 64}
-    )
-    config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, device=torch.device("meta"))
     lora = comfy.utils.load_torch_file(str(path), safe_load=True)
-    patches = _patches(lora, comfy.lora.model_lora_keys_unet(model, {}), "The LoRA file")
+    patches = _patches(lora, _key_map(num_layers), "The LoRA file")
     for key, patch in patches.items():
         module = "transformer." + key.removeprefix("diffusion_model.").removesuffix(".weight")
         up, down = lora[f"{module}.lora_B.weight"].float(), lora[f"{module}.lora_A.weight"].float()
         change = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], up.new_zeros(len(up), down.shape[1]), key)
         if not torch.allclose(change, up @ down, rtol=1e-4, atol=1e-6 * float(up.abs().max() * down.abs().max())):
             raise ExportError(f"ComfyUI would change {key} by another amount than was trained.")
+
+
+def _key_map(num_layers: int) -> dict[str, str]:
+    """ComfyUI's names of the layers of a Qwen-Image model in LoRA files, to its own."""
+    config = comfy.supported_models.QwenImage(
+        {"image_model": "qwen_image", "num_layers": num_layers, "in_channels": 64}
+    )
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, device=torch.device("meta"))
+    return comfy.lora.model_lora_keys_unet(model, {})
 
 
 def apply_lora(model: ModelPatcher, path: Path, strength: float) -> ModelPatcher:

@@ -1,0 +1,101 @@
+"""nodes/host.py on ComfyUI's own modules: its LoRA loader, its modes and interruption, its folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.comfy_subprocess import run_in_comfyui
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ComfyUI's folders for these tests, with a base model and a LoRA in a format that can hold code."""
+    base = tmp_path_factory.mktemp("host")
+    for name in ("input", "output/loras", "named", "named_by_variable", "diffusers/Some-Model/transformer"):
+        (base / name).mkdir(parents=True)
+    (base / "diffusers/Some-Model/transformer/config.json").write_text("{}")
+    (base / "diffusers/no_model").mkdir()
+    (base / "output/loras/pickled.pt").write_bytes(b"x")
+    return base
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path, comfyui_dir: Path, repo: Path) -> dict[str, Any]:
+    """What tests/support/comfy_subprocess_host.py found."""
+    values = {"repo": str(repo), "folder": str(folder), "named": str(folder / "named")}
+    with pytest.MonkeyPatch.context() as patch:
+        roots = os.pathsep.join(["relative", "", str(folder / "named_by_variable")])
+        patch.setenv("QWEN_EDIT_DATASET_ROOTS", roots)
+        return run_in_comfyui(comfyui_dir, "comfy_subprocess_host.py", folder / "work", {}, values).values
+
+
+def test_a_good_file_passes(answers: dict[str, Any]):
+    assert answers["check"]["good"] == "None"
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("halved", "another amount than was trained"),
+        ("raw names", "no counterpart for 8 of 8 keys"),
+        ("one wrong", "no counterpart for 2 of 8 keys"),
+        ("too shallow", "no counterpart for 4 of 8 keys"),
+    ],
+)
+def test_bad_files_are_refused(file: str, says: str, answers: dict[str, Any]):
+    assert answers["check"][file].startswith("ExportError: ")
+    assert says in answers["check"][file]
+
+
+def test_apply_changes_weights_by_strength_times_up_times_down(answers: dict[str, Any]):
+    found = answers["apply"]
+    assert (found["applied"], found["number of patches"], found["base is untouched"]) == ("True", "4", "True")
+
+
+def test_apply_fails_when_a_part_does_not_fit(answers: dict[str, Any]):
+    assert "no counterpart for 4 of 8 keys" in answers["apply"]["does not fit"]
+
+
+def test_modes_in_a_long_call(answers: dict[str, Any]):
+    found = answers["long"]
+    assert found["inside"] == "(False, True)"
+    assert found["as before"] == "True"
+    assert found["as before after it"] == "True"
+
+
+def test_wishes_in_a_long_call(answers: dict[str, Any]):
+    found = answers["long"]
+    assert found["listed"] == "['name']"
+    assert [found[name] for name in ("no wish", "keep", "pause")] == ["NO", "KEEP", "PAUSE"]
+
+
+def test_an_interruption_ends_as_comfyuis(answers: dict[str, Any]):
+    assert answers["long"]["interrupted"] == "as ComfyUI's"
+    assert answers["long"]["flag is cleared"] == "True"
+
+
+def test_a_file_is_placed_once_and_never_over_another(answers: dict[str, Any]):
+    one, two = "mine/mine.safetensors", "mine/mine-2.safetensors"
+    assert answers["placed"]["names"] == str([one, one, two, two])
+
+
+def test_dataset_roots(answers: dict[str, Any], folder: Path):
+    names = ("input", "output", "named", "named_by_variable")
+    assert answers["folders"]["roots"] == str({name: str(folder / name) for name in names})
+
+
+def test_listed_files(answers: dict[str, Any]):
+    found = answers["folders"]
+    assert "pickled.pt" not in found["lora names"]
+    assert "mine.safetensors" in found["lora names"]
+    assert found["secret"].startswith("ConfigError: ")
+    assert found["base models"] == str(["Some-Model", "demo (embedded)"])
+
+
+def test_reported_paths_hide_where_they_lie(answers: dict[str, Any]):
+    assert answers["folders"]["inside"] == "a/x.png"
+    assert answers["folders"]["outside"] == "x.png"

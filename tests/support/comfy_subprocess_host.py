@@ -1,0 +1,208 @@
+"""Inside ComfyUI: nodes/host.py and nodes/publish.py with ComfyUI's own modules under them.
+
+Asked for the repository, a base folder and LoRA tensors; answers what each call did, as text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RANK, DEPTH = 2, 2
+# what 4 x 8-wide heads give: 32 in and out of the attention, 128 in the middle of the MLP
+NARROW = {
+    "image_model": "qwen_image",
+    "num_layers": DEPTH,
+    "in_channels": 64,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+def pack(repo: str) -> Callable[[str], types.ModuleType]:
+    """Imports modules of the pack as ComfyUI does, under another name."""
+    parent = types.ModuleType("qwen_edit_pack")
+    parent.__path__ = [repo]
+    sys.modules["qwen_edit_pack"] = parent
+    return lambda name: importlib.import_module(f"qwen_edit_pack.{name}")
+
+
+def outcome(call: Callable[[], Any]) -> str:
+    """The result's text, or the error's class and text."""
+    try:
+        return str(call())
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> Path:
+    """A LoRA file."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / name)
+    return folder / name
+
+
+def good_lora(width: int = 32) -> dict[str, Tensor]:
+    """Adapters of both attention outputs of every block."""
+    generator = torch.Generator().manual_seed(1)
+    names = [f"transformer_blocks.{block}.attn.{layer}" for block in range(DEPTH) for layer in ("to_q", "to_out.0")]
+    return {
+        f"transformer.{name}.lora_{part}.weight": torch.randn(shape, generator=generator)
+        for name in names
+        for part, shape in (("A", (RANK, width)), ("B", (width, RANK)))
+    }
+
+
+def check_files(host: types.ModuleType, folder: Path) -> dict[str, str]:
+    """The check of an exported file, on a good one and on some bad ones."""
+    good = good_lora()
+    halved = {**good, "transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(RANK / 2)}
+    raw_names = {f"base_model.model.{key}": tensor for key, tensor in good.items()}
+    one_wrong = {key.replace("blocks.1.attn.to_q", "blocks.1.attn.query"): tensor for key, tensor in good.items()}
+    files = {"good": good, "halved": halved, "raw names": raw_names, "one wrong": one_wrong}
+    found = {
+        label: outcome(lambda tensors=tensors: host.check_lora_file(write(folder, "a.safetensors", tensors), DEPTH))
+        for label, tensors in files.items()
+    }
+    path = write(folder, "a.safetensors", good)
+    return {**found, "too shallow": outcome(lambda: host.check_lora_file(path, DEPTH - 1))}
+
+
+def apply_files(host: types.ModuleType, folder: Path) -> dict[str, str]:
+    """A file on a narrow model: the change of one weight against up @ down, and a file that does not fit."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.QwenImage(dict(NARROW))
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, device=torch.device("cpu"))
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    good = good_lora()
+    patched = host.apply_lora(patcher, write(folder, "b.safetensors", good), 0.5)
+    key = "diffusion_model.transformer_blocks.1.attn.to_out.0.weight"
+    patched.patch_weight_to_device(key)
+    name = "transformer.transformer_blocks.1.attn.to_out.0"
+    wanted = 0.5 * good[f"{name}.lora_B.weight"] @ good[f"{name}.lora_A.weight"]
+    change = patched.model.state_dict()[key]
+    deeper = {key.replace("blocks.1", "blocks.7"): tensor for key, tensor in good.items()}
+    return {
+        "applied": str(bool(torch.allclose(change, wanted, atol=1e-6) and wanted.abs().max() > 0.1)),
+        "number of patches": str(len(patched.patches)),
+        "base is untouched": str(len(patcher.patches) == 0),
+        "does not fit": outcome(lambda: host.apply_lora(patcher, write(folder, "c.safetensors", deeper), 1.0)),
+    }
+
+
+def long_calls(host: types.ModuleType, errors: types.ModuleType) -> dict[str, str]:
+    """Modes inside, everything as before afterwards, and an interruption as ComfyUI knows it."""
+    import comfy.model_management as management
+
+    def state() -> tuple[Any, ...]:
+        modes = (torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.get_default_dtype())
+        return (
+            *modes,
+            torch.get_rng_state().sum().item(),
+            random.getstate()[1][:3],
+            np.random.get_state()[1][:3].tolist(),
+        )
+
+    found = {}
+    with torch.inference_mode():
+        before = state()
+        with host.long_call("name") as observer:
+            found["inside"] = str((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+            found["listed"] = str([row["run_name"] for row in host.active_runs()])
+            found["no wish"] = observer.should_stop().name
+            torch.rand(3), random.random(), np.random.rand()
+            torch.set_default_dtype(torch.float64)
+            host.stop_and_keep("name")
+            found["keep"] = observer.should_stop().name
+        found["as before"] = str(state() == before)
+
+        def interrupted() -> None:
+            with host.long_call("name") as observer:
+                management.interrupt_current_processing()
+                observer.on_progress("phase", 1, 2)  # ComfyUI's bar would raise here
+                found["pause"] = observer.should_stop().name
+                raise errors.Interrupted("stopped")
+
+        try:
+            interrupted()
+        except management.InterruptProcessingException:
+            found["interrupted"] = "as ComfyUI's"
+        found["flag is cleared"] = str(not management.processing_interrupted())
+        found["as before after it"] = str(state() == before)
+    return found
+
+
+def bar_that_raises() -> None:
+    """ComfyUI's server puts a hook under progress bars which raises when the user has interrupted."""
+    import comfy.model_management
+    import comfy.utils
+
+    def hook(*_: Any, **__: Any) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+
+
+def placed(publish: types.ModuleType, folder: Path) -> dict[str, str]:
+    """Names under which LoRA loaders list files that were put there."""
+    good = good_lora()
+    first = write(folder, "mine.safetensors", good)
+    names = [publish.place_lora(first, "mine"), publish.place_lora(first, "mine")]
+    write(folder, "mine.safetensors", {key: tensor * 2 for key, tensor in good.items()})
+    names += [publish.place_lora(first, "mine"), publish.place_lora(first, "mine")]
+    return {"names": str([name.replace("\\", "/") for name in names])}
+
+
+def folders(host: types.ModuleType, values: dict[str, Any]) -> dict[str, str]:
+    """Roots and names of folders."""
+    import folder_paths
+
+    folder_paths.add_model_folder_path(host._ROOTS_KEY, values["named"])
+    return {
+        "roots": str({name: str(path) for name, path in host.dataset_roots().items()}),
+        "lora names": str(host.lora_names()),
+        "secret": outcome(lambda: host.lora_path("../secret.safetensors")),
+        "base models": str(host.base_models()),
+        "outside": host.output_name(Path(values["named"]) / "x.png"),
+        "inside": host.output_name(host.output_dir() / "a" / "x.png"),
+    }
+
+
+def main(_: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything above."""
+    import folder_paths
+    import utils.extra_config  # noqa: F401 - before another package named utils is found
+
+    folder = Path(values["folder"])
+    folder_paths.set_output_directory(str(folder / "output"))
+    folder_paths.set_input_directory(str(folder / "input"))
+    folder_paths.add_model_folder_path("loras", str(folder / "output" / "loras"))
+    folder_paths.folder_names_and_paths["diffusers"] = ([str(folder / "diffusers")], {"folder"})
+    bar_that_raises()
+    module = pack(values["repo"])
+    host, publish, errors = module("nodes.host"), module("nodes.publish"), module("trainer_core.errors")
+    answers = {
+        "check": check_files(host, folder),
+        "apply": apply_files(host, folder),
+        "long": long_calls(host, errors),
+        "placed": placed(publish, folder),
+        "folders": folders(host, values),
+    }
+    return {"nothing": torch.zeros(1)}, answers
