@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,16 @@ from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit_v1_pipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus_pipeline
 from PIL import Image
-from tests.support.narrow import make_base, picture
 
 import trainer_core.sample
+from tests.support.narrow import make_base, picture
 from trainer_core.conditioning.encode import vision_picture
 from trainer_core.conditioning.pictures import plan_reference
 from trainer_core.config import EncodingConfig, ModelConfig
 from trainer_core.geometry import Box, Size
+from trainer_core.qwen_image import prompt
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.folder import model_folder
-from trainer_core.qwen_image.prompt import load_tokenizer
 from trainer_core.qwen_image.sampling import load_scheduler
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.transformer import load_transformer
@@ -51,6 +53,16 @@ def bases(tmp_path_factory: pytest.TempPathFactory, comfyui_dir: Path) -> dict[s
     return {name: make_base(tmp_path_factory.mktemp("base") / name, tokenizer, name) for name in FLAVOURS}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_tokenizer(comfyui_dir: Path) -> Iterator[None]:
+    """Reads the tokenizer's files once: that takes longer than all the rest. (They are one folder's copies.)"""
+    with pytest.MonkeyPatch.context() as patch:
+        read = prompt.load_tokenizer
+        known = lru_cache(lambda: read(comfyui_dir / "comfy/text_encoders/qwen25_tokenizer"))
+        patch.setattr(prompt, "load_tokenizer", lambda folder: known())
+        yield
+
+
 @pytest.fixture
 def small_areas(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of about 128 pixels a side in the pipelines and in our table of flavours."""
@@ -74,14 +86,14 @@ def build_pipeline(model: ModelConfig) -> Any:
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     device, folder = torch.device("cpu"), model_folder(model)
-    tokenizer = load_tokenizer(folder.tokenizer)
+    encoder = load_text_encoder(model, "diffusers", device)
     pipeline = QwenImageEditPipeline if model.flavour == "edit-v1" else QwenImageEditPlusPipeline
     built = pipeline(
         scheduler=load_scheduler(folder.scheduler),
         vae=load_vae(model, device),
-        text_encoder=load_text_encoder(model, "diffusers", device).network,
-        tokenizer=tokenizer,
-        processor=Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()),
+        text_encoder=encoder.network,
+        tokenizer=encoder.tokenizer,
+        processor=Qwen2VLProcessor(Qwen2VLImageProcessor(), encoder.tokenizer, Qwen2VLVideoProcessor()),
         transformer=load_transformer(model, device),
     )
     built.set_progress_bar_config(disable=True)
@@ -207,7 +219,7 @@ class Positions:
 
 @pytest.mark.usefixtures("small_areas")
 def test_the_pipelines_and_our_diffusers_policy_count_pictures_as_text(bases: dict[str, ModelConfig]):
-    """transformers 5 wants `mm_token_type_ids` for positions in three dimensions, and diffusers 0.42 does not pass them.
+    """transformers 5 wants `mm_token_type_ids` for three-dimensional positions; diffusers 0.42 does not pass them.
 
     If this fails, diffusers has begun to: both ways of encoding then agree without a change here, but cached prompts
     of the policy `diffusers` are of the old kind (their key holds transformers' version, not diffusers').

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import DEMO_MODEL, ModelConfig, Preprocessing
-from ..errors import MissingPackageError, ModelFileError
+from ..errors import DatasetError, MissingPackageError, ModelFileError
 from . import prompt
 from .flavours import FLAVOURS, Flavour
 from .folder import ModelFolder, model_folder
@@ -21,6 +21,7 @@ from .vision import num_vision_tokens, rotary_positions, vision_patches
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
+PICTURE_TOKEN = "<|image_pad|>"
 Picture = Tensor | Image.Image  # [3, H, W] in 0..1 under comfyui, an 8-bit RGB picture under diffusers
 
 
@@ -36,10 +37,13 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, caption: str, pictures: Sequence[Picture]) -> Tensor:
-        """Prompt embeddings [L, D] on the CPU: last hidden state after the system turn; pictures in order."""
+        """Prompt embeddings [L, D] on the CPU: last hidden state after the system turn; pictures in order.
+
+        Raises:
+            DatasetError: the caption itself holds a picture's placeholder.
+        """
         patches, grids = self._patches(pictures)
-        text = prompt.prompt_text(self.flavour, caption, len(pictures))
-        ids = prompt.token_ids(self.tokenizer, text, [num_vision_tokens(grid) for grid in grids])
+        ids = self.token_ids(caption, [num_vision_tokens(grid) for grid in grids])
         device = self.network.device
         inputs: dict[str, Tensor] = {}
         if pictures:
@@ -53,6 +57,19 @@ class TextEncoder:
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False, **inputs
         ).last_hidden_state[0]
         return hidden[prompt.first_kept(ids) :].float().cpu()
+
+    def token_ids(self, caption: str, picture_tokens: Sequence[int]) -> list[int]:
+        """Ids of the whole prompt; each picture's placeholder stands as often as the picture has vision tokens.
+
+        Raises:
+            DatasetError: the caption itself holds a picture's placeholder.
+        """
+        if picture_tokens and PICTURE_TOKEN in caption:
+            raise DatasetError(f"The caption {caption!r} holds {PICTURE_TOKEN}, which stands for a picture. Remove it.")
+        text = prompt.prompt_text(self.flavour, caption, len(picture_tokens))
+        if self.preprocessing == "comfyui":  # its tokenizer takes the backslash from an escaped bracket
+            text = text.replace("\\(", "(").replace("\\)", ")")
+        return prompt.token_ids(self.tokenizer, text, picture_tokens)
 
     def _patches(self, pictures: Sequence[Picture]) -> tuple[list[Tensor], list[Tensor]]:
         if self.preprocessing == "comfyui":

@@ -1,0 +1,52 @@
+"""Runs a function of ours inside a ComfyUI tree, in a process of its own: their `nodes` and ours never meet.
+
+The other side is `comfy_subprocess_main.py`. Tensors travel as safetensors, the rest as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MAIN = Path(__file__).with_name("comfy_subprocess_main.py")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a script's `main` gave back, and ComfyUI's log."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+    log: list[str]
+
+
+def run_in_comfyui(
+    tree: Path, script: str, work: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], seconds: float = 300
+) -> Answer:
+    """Call `main(tensors, values)` of tests/support/`script` with the tree on sys.path; files go to `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work / "question.safetensors")
+    (work / "question.json").write_text(json.dumps(dict(values)), encoding="utf-8")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
+    finished = subprocess.run(
+        [sys.executable, str(MAIN), str(tree), str(MAIN.with_name(script)), str(work)],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    if finished.returncode != 0:
+        raise AssertionError(f"{script} failed inside ComfyUI:\n{finished.stderr[-4000:]}")
+    answer = json.loads((work / "answer.json").read_text(encoding="utf-8"))
+    return Answer(load_file(work / "answer.safetensors"), answer["values"], answer["log"])

@@ -1,0 +1,49 @@
+"""The inside of `comfy_subprocess.py`: python comfy_subprocess_main.py <ComfyUI tree> <script> <work folder>."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import sys
+from pathlib import Path
+
+
+class LogLines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def main(tree: str, script: str, work: str) -> None:
+    """Boot ComfyUI's library on the CPU, call the script's `main`, write down what it answers."""
+    own = Path(__file__).resolve().parent
+    sys.path[:] = [tree, *(path for path in sys.path if path and Path(path).resolve() != own)]
+    sys.argv = ["main.py"]
+    from comfy.cli_args import args
+
+    args.cpu = True
+    from safetensors.torch import load_file, save_file
+
+    log = LogLines()
+    logging.getLogger().addHandler(log)
+    spec = importlib.util.spec_from_file_location("script", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = Path(work)
+    values = json.loads((folder / "question.json").read_text(encoding="utf-8"))
+    tensors, values = module.main(load_file(folder / "question.safetensors"), values)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "answer.safetensors")
+    answer = {"values": values, "log": log.lines}
+    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
