@@ -1,0 +1,76 @@
+"""python -m trainer_core, as a person without ComfyUI uses it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.narrow import make_pairs
+from trainer_core.config import ModelConfig
+from trainer_core.files import read_metadata
+
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def job(model: ModelConfig, tmp_path: Path) -> Path:
+    """A configuration with relative paths, in a folder that is not the working directory."""
+    make_pairs(tmp_path / "pairs", 4)
+    path = tmp_path / "job.json"
+    path.write_text(
+        json.dumps(
+            {
+                "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
+                "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
+                "encoding": {"resolution": 96, "match_target_res": True, "num_eval_images": 1},
+                "cache_dir": "cache",
+                "run_dir": "runs/first",
+                "max_train_steps": 2,
+                "batching": {"gradient_accumulation_steps": 1},
+                "validation": {"validation_num_inference_steps": 2},
+            }
+        )
+    )
+    return path
+
+
+def trainer(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trainer_core", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_check_encode_train_and_sample(job: Path) -> None:
+    checked = trainer("check", job)
+    assert checked.returncode == 0 and "4 pairs" in checked.stdout, checked
+    trained = trainer("train", job)
+    assert trained.returncode == 0, trained.stderr
+    lora = Path(trained.stdout.strip())
+    assert lora == job.parent / "runs" / "first" / "first.safetensors"
+    assert read_metadata(lora)["ss_steps"] == "2"
+    assert "step 2 of 2" in trained.stderr
+    out = job.parent / "edited.png"
+    reference = job.parent / "pairs" / "reference_1" / "000.png"
+    sampled = ("sample", job, "--reference", reference, "--prompt", "x", "--lora", lora, "--out", out)
+    assert trainer(*sampled).returncode == 0
+    assert out.is_file()
+    again = trainer(*sampled)
+    assert again.returncode == 1 and "nothing is overwritten" in again.stderr
+
+
+def test_mistakes_are_sentences(job: Path) -> None:
+    settings = json.loads(job.read_text())
+    (job.parent / "pairs" / "reference_1" / "002.png").unlink()
+    (job.parent / "pairs" / "target" / "001.txt").write_text("\n")
+    failed = trainer("encode", job)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "002" in failed.stderr and "001.txt" in failed.stderr
+    job.write_text(json.dumps({**settings, "max_train_step": 3}))
+    failed = trainer("train", job)
+    assert failed.returncode == 1 and "Did you mean 'max_train_steps'" in failed.stderr
+    job.write_text("{")
+    assert "is not JSON" in trainer("check", job).stderr
+    assert "No such file" in trainer("check", job.with_name("none.json")).stderr

@@ -1,0 +1,211 @@
+"""Encoding: found again when nothing changed, made again when anything did, and never lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.support.narrow import make_pairs, small_encoding
+from trainer_core.conditioning import encode as encode_module
+from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
+from trainer_core.conditioning.pictures import plan_pair, render
+from trainer_core.config import DatasetConfig, EncodingConfig, ModelConfig
+from trainer_core.data.pairing import pair_folders
+from trainer_core.errors import ConfigError, DatasetError, Interrupted
+from trainer_core.events import SilentObserver, Stop
+from trainer_core.geometry import Size
+from trainer_core.qwen_image.flavours import FLAVOURS
+
+
+class Work(SilentObserver):
+    """Counts what was encoded; wants to stop after `limit` results."""
+
+    def __init__(self, limit: int = 10**9) -> None:
+        self.done: dict[str, int] = {"Encoding pictures": 0, "Encoding prompts": 0}
+        self.limit = limit
+
+    def on_progress(self, phase: str, done: int, total: int) -> None:
+        if phase in self.done:
+            self.done[phase] += 1
+
+    def should_stop(self) -> Stop:
+        return Stop.PAUSE if sum(self.done.values()) >= self.limit else Stop.NO
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return self.done["Encoding pictures"], self.done["Encoding prompts"]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> DatasetConfig:
+    """Three pairs in tmp_path/pairs."""
+    return make_pairs(tmp_path / "pairs", 3)
+
+
+Encode = Callable[..., tuple[EncodedDataset, tuple[int, int]]]
+
+
+@pytest.fixture
+def encode(model: ModelConfig, pairs: DatasetConfig, tmp_path: Path) -> Encode:
+    """Encode into one cache; the dataset and how many pictures and prompts were made."""
+
+    def run(
+        encoding: EncodingConfig | None = None, model_: ModelConfig = model
+    ) -> tuple[EncodedDataset, tuple[int, int]]:
+        work = Work()
+        encoded = encode_dataset(pair_folders(pairs), model_, encoding or small_encoding(), tmp_path / "cache", work)
+        return encoded, work.counts
+
+    return run
+
+
+def test_the_second_time_nothing_is_made(encode: Encode) -> None:
+    first, made = encode()
+    assert made == (6, 4)  # three targets and references; three captions and a negative prompt
+    second, again = encode()
+    assert again == (0, 0) and second == first == load_encoded(first.manifest)
+
+
+def test_one_changed_pixel_makes_that_picture_and_what_was_seen_with_it(encode: Encode, pairs: DatasetConfig) -> None:
+    first, _ = encode()
+    held_out = first.validation_pairs[0].key
+    key = next(entry.key for entry in first.pairs if entry.key != held_out)
+    path = Path(pairs.reference_dirs[0]) / f"{key}.png"
+    pixels = np.asarray(Image.open(path)).copy()
+    pixels[0, 0, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+    second, made = encode()
+    assert made == (1, 1)
+    assert second.manifest != first.manifest
+
+
+def test_one_changed_word_makes_that_prompt(encode: Encode, pairs: DatasetConfig) -> None:
+    encode()
+    (Path(pairs.target_dir) / "000.txt").write_text("turn it into a positive")
+    assert encode()[1] == (0, 1)
+
+
+@pytest.mark.parametrize("change", ["size", "policy", "flavour", "vae", "text encoder"])
+def test_every_thing_that_decides_the_result_is_in_the_key(
+    encode: Encode, model: ModelConfig, base_of: Callable[[str], ModelConfig], tmp_path: Path, change: str
+) -> None:
+    encode()
+    if change == "size":
+        assert encode(small_encoding(resolution=128))[1] == (6, 4)
+    if change == "policy":
+        assert encode(small_encoding(preprocessing="diffusers"))[1] == (3, 4)  # targets are resized alike
+    if change == "flavour":
+        assert encode(model_=base_of("edit-v2"))[1][1] == 4
+    if change in ("vae", "text encoder"):
+        copy = tmp_path / "copy"
+        shutil.copytree(model.base, copy)
+        weights = next((copy / change.replace(" ", "_")).glob("*.safetensors"))
+        data = bytearray(weights.read_bytes())
+        data[-5000] ^= 1
+        data[-4090:-2] = bytes(4088)
+        weights.write_bytes(data)
+        assert encode(model_=dataclasses.replace(model, base=str(copy)))[1] == ((6, 0) if change == "vae" else (0, 4))
+
+
+def test_another_place_or_time_of_the_same_files_is_found(
+    encode: Encode, model: ModelConfig, pairs: DatasetConfig, tmp_path: Path
+) -> None:
+    encode()
+    shutil.copytree(model.base, tmp_path / "moved")
+    for path in Path(pairs.target_dir).iterdir():
+        path.touch()
+    assert encode(model_=dataclasses.replace(model, base=str(tmp_path / "moved")))[1] == (0, 0)
+
+
+def test_a_stop_keeps_what_was_made(model: ModelConfig, pairs: DatasetConfig, tmp_path: Path, encode: Encode) -> None:
+    total = 0
+    for limit in (1, 2, 3, 2, 1):
+        work = Work(limit)
+        with pytest.raises(Interrupted):
+            encode_dataset(pair_folders(pairs), model, small_encoding(), tmp_path / "cache", work)
+        assert sum(work.counts) == limit
+        total += limit
+    assert sum(encode()[1]) == 10 - total
+
+
+def test_an_entry_cut_short_is_made_again(encode: Encode) -> None:
+    first, _ = encode()
+    path = first.cache_dir / "latents" / first.pairs[0].target[:2] / f"{first.pairs[0].target}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert first.missing() == (first.pairs[0].key,)
+    with pytest.raises(DatasetError, match=first.pairs[0].key):
+        first.load(first.pairs[0])
+    assert encode()[1] == (1, 0)
+    assert path.read_bytes() == whole
+
+
+def test_prompts_see_their_own_pictures(encode: Encode) -> None:
+    encoded, _ = encode(small_encoding(num_eval_images=0))
+    a, b = (encoded.load(entry).prompt_embeds for entry in encoded.pairs[:2])
+    length = min(len(a), len(b))
+    assert not torch.allclose(a[:length], b[:length], atol=1e-2)
+
+
+def test_held_out_pairs_are_kept_whole_and_out_of_training(encode: Encode) -> None:
+    encoded, _ = encode(small_encoding(num_eval_images=2))
+    assert len(encoded.pairs) == 1 and len(encoded.validation_pairs) == 2
+    assert {entry.key for entry in encoded.pairs}.isdisjoint(entry.key for entry in encoded.validation_pairs)
+    entry = encoded.validation_pairs[0]
+    target, reference = encoded.load_pictures(entry)
+    assert target.shape == reference.shape == (3, 96, 96) and target.dtype == torch.uint8
+    assert abs(int(target.int().add(reference.int()).median()) - 255) <= 1  # targets are negatives
+    negative, prompt = encoded.load_negative(entry), encoded.load(entry).prompt_embeds
+    assert len(negative) < len(prompt) and negative.shape[1] == prompt.shape[1]
+    everything, _ = encode(small_encoding(num_eval_images=-1))
+    assert not everything.pairs and len(everything.validation_pairs) == 3
+
+
+def test_too_many_held_out_is_refused(encode: Encode) -> None:
+    with pytest.raises(DatasetError, match=r"num_eval_images is 3, but the dataset has only 3 pairs"):
+        encode(small_encoding(num_eval_images=3))
+
+
+def test_more_references_than_the_flavour_takes(model: ModelConfig, tmp_path: Path) -> None:
+    dataset = pair_folders(make_pairs(tmp_path / "two", 2, num_references=2))
+    with pytest.raises(ConfigError, match="2 references per pair; edit-v1 takes 1"):
+        encode_dataset(dataset, model, small_encoding(), tmp_path / "cache")
+
+
+def test_two_references_are_two_latents_in_order(base_of: Callable[[str], ModelConfig], tmp_path: Path) -> None:
+    dataset = pair_folders(make_pairs(tmp_path / "pairs", 2, num_references=2))
+    encoded = encode_dataset(dataset, base_of("edit-v2"), small_encoding(num_eval_images=0), tmp_path / "cache")
+    first, second = encoded.load(encoded.pairs[0]).reference_latents
+    assert first.shape == second.shape == (16, 12, 12) and not torch.allclose(first, second, atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [Size(1777, 1003), Size(641, 480), Size(333, 1000)])
+@pytest.mark.parametrize("flavour", ["edit-v1", "edit-v2"])
+@pytest.mark.parametrize("preprocessing", ["comfyui", "diffusers"])
+def test_target_and_reference_show_the_same_rectangle(size: Size, flavour: str, preprocessing: str) -> None:
+    """On sizes that don't divide: the same picture as target and reference has the same pixels up to the filter."""
+    encoding = EncodingConfig(resolution=256, match_target_res=True, preprocessing=preprocessing)
+    plan = plan_pair((size, size), FLAVOURS[flavour], encoding)
+    assert plan.target.box == plan.references[0].box and plan.target.size == plan.references[0].size
+    x, y = np.meshgrid(np.linspace(0, 12, size.width), np.linspace(0, 9, size.height))
+    waves = np.stack([np.sin(x), np.cos(y), np.sin(x + y)], axis=-1)
+    picture = Image.fromarray(((waves + 1) * 127).astype(np.uint8))
+    difference = (render(picture, plan.target) - render(picture, plan.references[0])).abs()
+    shifted = (render(picture, plan.target)[..., 1:] - render(picture, plan.references[0])[..., :-1]).abs()
+    assert float(difference.mean()) < 0.25 * float(shifted.mean())
+
+
+def test_reading_ahead_keeps_order_and_raises_what_was_raised() -> None:
+    assert [pair for pair in encode_module.read_ahead(range(50), lambda number: number * 2)] == [
+        (number, number * 2) for number in range(50)
+    ]
+    with pytest.raises(ZeroDivisionError):
+        list(encode_module.read_ahead([1, 0], lambda number: 1 / number))
