@@ -60,3 +60,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     server = getattr(item, "funcargs", {}).get("comfyui")
     if report.failed and isinstance(server, PackServer):
         report.sections.append(("end of ComfyUI's log", server.log_end()))
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """tests/gpu is for machines with a CUDA device."""
+    import torch
+
+    return True if "gpu" in collection_path.parts and not torch.cuda.is_available() else None

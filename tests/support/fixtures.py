@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support.narrow import make_base, make_pairs, small_encoding
+from tools.comfyui import comfyui_dir
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import ModelConfig
@@ -15,9 +17,10 @@ from trainer_core.data.pairing import pair_folders
 
 
 @pytest.fixture(scope="session")
-def tokenizer_dir(comfyui_dir: Path) -> Path:
+def tokenizer_dir() -> Path:
     """The Qwen2.5 tokenizer that ComfyUI ships."""
-    return comfyui_dir / "comfy" / "text_encoders" / "qwen25_tokenizer"
+    named = os.environ.get("QWEN_TOKENIZER_DIR")  # a machine without ComfyUI
+    return Path(named) if named else comfyui_dir() / "comfy" / "text_encoders" / "qwen25_tokenizer"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,99 @@
+"""The CUDA path on a real card, with narrow models. Collected only where there is one: see tests/conftest.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.numerics.test_run import Steps, StopAfter, equal, lora_tensors
+from tests.support.narrow import small_encoding
+from trainer_core.conditioning.encoded import EncodedDataset
+from trainer_core.config import BatchingConfig, CheckpointConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from trainer_core.device import release_memory
+from trainer_core.run import train_lora
+from trainer_core.sample import SampleRequest, sample_edit
+
+
+@pytest.fixture
+def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
+    """Eight steps on the card."""
+    return TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        encoded=str(encoded.manifest),
+        model=dataclasses.replace(model, device="cuda"),
+        max_train_steps=8,
+        lora=LoraConfig(lora_rank=4, lora_targets="attention-mlp"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, lr_warmup_steps=0),
+        batching=BatchingConfig(train_batch_size=2, gradient_accumulation_steps=2),
+        checkpoints=CheckpointConfig(checkpoint_step_interval=3),
+    )
+
+
+def losses(config: TrainConfig) -> list[float]:
+    observer = Steps()
+    train_lora(config, observer)
+    return [report.loss for report in observer.reports]
+
+
+def elsewhere(config: TrainConfig, name: str, **model: object) -> TrainConfig:
+    return dataclasses.replace(
+        config, run_dir=str(Path(config.run_dir).parent / name), model=dataclasses.replace(config.model, **model)
+    )
+
+
+def test_the_card_and_the_cpu_take_the_same_course(config: TrainConfig) -> None:
+    on_cpu = losses(elsewhere(config, "cpu", device="cpu"))
+    torch.testing.assert_close(torch.tensor(losses(config)), torch.tensor(on_cpu), rtol=2e-3, atol=2e-3)
+
+
+def test_bf16_stays_near_float32(config: TrainConfig) -> None:
+    near = losses(elsewhere(config, "bf16", mixed_precision="bf16"))
+    torch.testing.assert_close(torch.tensor(near), torch.tensor(losses(config)), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb"])
+@pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
+def test_quantised_bases_train(config: TrainConfig, precision: str, mixed_precision: str) -> None:
+    quantised = losses(elsewhere(config, "q", base_model_precision=precision, mixed_precision=mixed_precision))
+    bound = 0.03 if precision == "int8-quanto" else 0.15
+    torch.testing.assert_close(torch.tensor(quantised), torch.tensor(losses(config)), rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_stopped_and_continued(config: TrainConfig, optimizer: str) -> None:
+    settings = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, optimizer=optimizer))
+    unbroken, broken = train_lora(settings), elsewhere(settings, "broken")
+    first = train_lora(broken, StopAfter(14))
+    assert 0 < first.steps_done < 8 and first.lora_file is None
+    assert equal(lora_tensors(train_lora(broken)), lora_tensors(unbroken))
+
+
+def test_memory_is_given_back(config: TrainConfig) -> None:
+    release_memory()
+    before = torch.cuda.memory_allocated()
+    train_lora(config)
+    release_memory()
+    assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+def test_sampling_with_the_lora(config: TrainConfig) -> None:
+    from tests.support.narrow import picture
+
+    result = train_lora(elsewhere(config, "bf16", mixed_precision="bf16"))
+    assert result.lora_file is not None and all(
+        tensor.isfinite().all() for tensor in load_file(result.lora_file).values()
+    )
+    request = SampleRequest(
+        model=dataclasses.replace(config.model, mixed_precision="bf16"),
+        references=(picture(3),),
+        prompt="turn it into a negative",
+        lora_file=result.lora_file,
+        resolution=96,
+        match_target_res=small_encoding().match_target_res,
+        num_inference_steps=4,
+    )
+    assert sample_edit(request).size == (96, 96)
