@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
+from .narrow import Condition, Latent, NarrowModel
+from .state import Digest, DrawGlobally, GlobalState, SeedGlobally
+from .values import PassOn, SaveText, Wait
 
-import torch
-
-
-class SaveText:
-    """Makes any value visible in /history under `text`."""
-
-    CATEGORY = "tests"
-    FUNCTION = "run"
-    OUTPUT_NODE = True
-    RETURN_TYPES = ()
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802 - ComfyUI's name
-        return {"required": {"value": ("*",)}}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, input_types):  # noqa: N802
-        return True
-
-    def run(self, value):
-        return {"ui": {"text": [str(value)]}}
-
-
-class GlobalState:
-    """A fingerprint of the state a node must leave as it found it. Never cached; `after` only orders the nodes."""
-
-    CATEGORY = "tests"
-    FUNCTION = "run"
-    OUTPUT_NODE = True
-    RETURN_TYPES = ("STRING",)
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {}, "optional": {"after": ("*",)}}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, input_types):  # noqa: N802
-        return True
-
-    @classmethod
-    def IS_CHANGED(cls, after=None):  # noqa: N802
-        return float("nan")
-
-    def run(self, after=None):
-        generator = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()[:16]
-        state = {
-            "generator": generator,
-            "grad": torch.is_grad_enabled(),
-            "inference": torch.is_inference_mode_enabled(),
-            "dtype": str(torch.get_default_dtype()),
-            "threads": torch.get_num_threads(),
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-        }
-        return {"ui": {"state": [state]}, "result": (str(state),)}
-
-
-NODE_CLASS_MAPPINGS = {"QetTest_SaveText": SaveText, "QetTest_GlobalState": GlobalState}
+NODE_CLASS_MAPPINGS = {
+    "QetTest_SaveText": SaveText,
+    "QetTest_GlobalState": GlobalState,
+    "QetTest_SeedGlobally": SeedGlobally,
+    "QetTest_DrawGlobally": DrawGlobally,
+    "QetTest_Digest": Digest,
+    "QetTest_PassOn": PassOn,
+    "QetTest_Wait": Wait,
+    "QetTest_NarrowModel": NarrowModel,
+    "QetTest_Condition": Condition,
+    "QetTest_Latent": Latent,
+}

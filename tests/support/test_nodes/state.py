@@ -1,0 +1,129 @@
+"""State that belongs to the process, and pictures as numbers."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import os
+import random
+import sys
+import warnings
+
+import numpy as np
+import torch
+
+from .base import ANY, Node, Uncached
+
+LARGE = 100_000  # elements
+
+
+def sha(data: bytes) -> str:
+    """A short name for equal bytes."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def large_tensors() -> int:
+    """Tensors that somebody still holds."""
+    gc.collect()
+    return sum(1 for thing in gc.get_objects() if type(thing).__name__ in ("Tensor", "Parameter") and is_large(thing))
+
+
+def is_large(thing: object) -> bool:
+    """True for a tensor of many elements."""
+    return isinstance(thing, torch.Tensor) and thing.numel() >= LARGE
+
+
+class GlobalState(Uncached):
+    """A fingerprint of the state a node must leave as it found it. Never cached; `after` only orders the nodes."""
+
+    OUTPUT_NODE = True
+    RETURN_TYPES = (ANY,)
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802 - ComfyUI's name
+        return {"required": {}, "optional": {"after": (ANY,)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):  # noqa: N802
+        return True
+
+    def run(self, after=None):
+        state = {
+            "generator": sha(torch.get_rng_state().numpy().tobytes()),
+            "numpy": sha(np.random.get_state()[1].tobytes()),
+            "python": sha(repr(random.getstate()).encode()),
+            "grad": torch.is_grad_enabled(),
+            "inference": torch.is_inference_mode_enabled(),
+            "autocast": [torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")],
+            "dtype": str(torch.get_default_dtype()),
+            "device": str(torch.get_default_device()),
+            "threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "matmul": torch.get_float32_matmul_precision(),
+            "tf32": [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32],
+            "anomaly": torch.is_anomaly_enabled(),
+            "folder": str(os.path.realpath(".")),
+            "arguments": sys.argv[1:],
+            "search path": sys.path,
+            "log level": logging.getLogger().level,
+            "log handlers": len(logging.getLogger().handlers),
+            "warning filters": len(warnings.filters),
+            "environment": sha(repr(sorted(os.environ.items())).encode()),
+            "large tensors": large_tensors(),
+        }
+        return {"ui": {"state": [state]}, "result": (str(state),)}
+
+
+class SeedGlobally(Uncached):
+    """Sets the process's generators, as some nodes do."""
+
+    RETURN_TYPES = (ANY,)
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"seed": ("INT", {"default": 7})}}
+
+    def run(self, seed):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        return (seed,)
+
+
+class DrawGlobally(Uncached):
+    """Draws from the process's generators, as some nodes do."""
+
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"after": (ANY,)}}
+
+    def run(self, after):
+        return {"ui": {"drawn": [[torch.rand(()).item(), float(np.random.rand()), random.random()]]}}
+
+
+class Digest(Node):
+    """The numbers of an IMAGE or LATENT, in /history under `digest`: shape, mean, extent, and a name for the bytes."""
+
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"value": (ANY,)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):  # noqa: N802
+        return True
+
+    def run(self, value):
+        tensor = (value["samples"] if isinstance(value, dict) else value).detach().float().cpu().contiguous()
+        numbers = {
+            "shape": list(tensor.shape),
+            "mean": tensor.mean().item(),
+            "extent": (tensor.max() - tensor.min()).item(),
+            "finite": bool(tensor.isfinite().all()),
+            "sha": sha(tensor.numpy().tobytes()),
+        }
+        return {"ui": {"digest": [numbers]}}

@@ -1,0 +1,57 @@
+"""Values on their way."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import comfy.model_management
+
+from .base import ANY, Node, Uncached
+
+
+class SaveText(Node):
+    """Makes any value visible in /history under `text`."""
+
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802 - ComfyUI's name
+        return {"required": {"value": (ANY,)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):  # noqa: N802
+        return True
+
+    def run(self, value):
+        return {"ui": {"text": [str(value)]}}
+
+
+class PassOn(Node):
+    """A JSON value for any input, which validation can't see. `after` only orders the nodes."""
+
+    RETURN_TYPES = (ANY,)
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"value": ("STRING", {"default": ""})}, "optional": {"after": (ANY,)}}
+
+    def run(self, value, after=None):
+        return (json.loads(value),)
+
+
+class Wait(Uncached):
+    """Keeps the queue busy until it is interrupted."""
+
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"seconds": ("FLOAT", {"default": 60.0})}}
+
+    def run(self, seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            time.sleep(0.02)
+        return {"ui": {}}

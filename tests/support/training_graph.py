@@ -1,0 +1,268 @@
+"""API prompts that train on a narrow model, and what came of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.comfyui_server import PackServer
+from tests.support.narrow import make_base, make_pairs
+from tools.comfyui import status_of
+from trainer_core.export.lora_file import read_lora
+
+BASE = "narrow"
+PAIRS = "pairs"
+TRAIN, PLOT, ENCODE, PAIR, LOAD = "train", "plot", "encode", "pair", "load"
+
+Prompt = dict[str, Any]
+
+
+def place_base(server: PackServer, tokenizer: Path, name: str = BASE, flavour: str = "edit-v1") -> str:
+    """A narrow base model where ComfyUI looks for models in diffusers' layout."""
+    make_base(server.base / "models" / "diffusers" / name, tokenizer, flavour)
+    return name
+
+
+def place_pairs(server: PackServer, name: str = PAIRS, count: int = 5, **options: Any) -> str:
+    """Pictures below ComfyUI's input folder."""
+    make_pairs(server.input / name, count, **options)
+    return name
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    """One node."""
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def ours(class_type: str, **inputs: Any) -> dict[str, Any]:
+    """One node of this pack."""
+    return node(f"QwenEdit_{class_type}", **inputs)
+
+
+def helper(class_type: str, **inputs: Any) -> dict[str, Any]:
+    """One node of tests/support/test_nodes."""
+    return node(f"QetTest_{class_type}", **inputs)
+
+
+def pairing(folder: str = PAIRS, **inputs: Any) -> Prompt:
+    """Only the pairing, with a preview to ask for it."""
+    widgets = {
+        "target_folder": f"{folder}/target",
+        "reference_folder_1": f"{folder}/reference_1",
+        "caption_strategy": "textfile",
+        "instance_prompt": "",
+        **inputs,
+    }
+    return {PAIR: ours("PairFolders", **widgets), "preview": ours("PreviewPairs", dataset=[PAIR, 0], max_pairs=4)}
+
+
+def encoding(folder: str = PAIRS, base: str = BASE, **inputs: Any) -> Prompt:
+    """Pairing and encoding, with a node that asks for it."""
+    widgets = {
+        "resolution": 96,
+        "preprocessing": "comfyui",
+        "match_target_res": True,
+        "num_eval_images": 1,
+        "validation_negative_prompt": " ",
+        "seed": 0,
+        **inputs,
+    }
+    return {
+        LOAD: ours("LoadModel", base_model=base, flavour="edit-v1", base_model_precision="none", mixed_precision="no"),
+        PAIR: pairing(folder)[PAIR],
+        ENCODE: ours("EncodePairs", model=[LOAD, 0], dataset=[PAIR, 0], **widgets),
+        "encoded": helper("SaveText", value=[ENCODE, 0]),
+    }
+
+
+def training(
+    run_name: Any, steps: Any = 4, *, folder: str = PAIRS, validate: int = 0, draw: int = 2, **inputs: Any
+) -> Prompt:
+    """The whole path: load, pair, encode, settings, train, plot. Validates every `validate` steps in `draw` steps."""
+    prompt = encoding(folder)
+    del prompt["encoded"]
+    return {
+        **prompt,
+        "lora": ours(
+            "LoraSettings",
+            lora_rank=4,
+            lora_alpha=2.0,
+            lora_targets="attention",
+            lora_target_pattern="",
+            lora_dropout=0.0,
+        ),
+        "optimizer": ours(
+            "OptimizerSettings",
+            optimizer="adamw",
+            learning_rate=0.01,
+            lr_scheduler="constant_with_warmup",
+            lr_warmup_steps=0,
+            weight_decay=0.01,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_epsilon=1e-8,
+            max_grad_norm=1.0,
+        ),
+        "loop": ours(
+            "TrainingSettings",
+            train_batch_size=1,
+            gradient_accumulation_steps=1,
+            gradient_checkpointing=False,
+            sigma_distribution="logit_normal",
+            logit_mean=0.0,
+            logit_std=1.0,
+            flow_schedule_shift=1.73,
+            flow_schedule_auto_shift=False,
+            checkpoint_step_interval=1000,
+            checkpoints_total_limit=2,
+        ),
+        "validation": ours(
+            "ValidationSettings",
+            validation_step_interval=validate,
+            validation_num_inference_steps=draw,
+            validation_guidance=1.0,
+            validation_seed=42,
+            num_validation_images=1,
+        ),
+        TRAIN: ours(
+            "TrainLora",
+            **{
+                "model": [LOAD, 0],
+                "encoded": [ENCODE, 0],
+                "run_name": run_name,
+                "max_train_steps": steps,
+                "seed": 0,
+                "if_run_exists": "continue",
+                "lora_settings": ["lora", 0],
+                "optimizer_settings": ["optimizer", 0],
+                "training_settings": ["loop", 0],
+                "validation_settings": ["validation", 0],
+                "trigger_words": "negative",
+                **inputs,
+            },
+        ),
+        PLOT: ours("PlotLoss", run=[TRAIN, 4]),
+    }
+
+
+def changed(prompt: Prompt, node_id: str, **inputs: Any) -> Prompt:
+    """A copy with other inputs at one node."""
+    prompt = copy.deepcopy(prompt)
+    prompt[node_id]["inputs"].update(inputs)
+    return prompt
+
+
+def hidden(value: Any, after: list[Any] | None = None) -> dict[str, Any]:
+    """A node that hands `value` to any input, so that ComfyUI can't check it before the run."""
+    return helper("PassOn", value=json.dumps(value), **({"after": after} if after else {}))
+
+
+def figures(outputs: dict[str, Any], node_id: str = TRAIN) -> dict[str, Any]:
+    """What the training node reports."""
+    return outputs[node_id]["qwen_edit_run"][0]
+
+
+def run_dir(server: PackServer, name: str) -> Path:
+    """A run's folder."""
+    return server.output / "qwen_edit_trainer" / "runs" / name
+
+
+def cache_entries(server: PackServer, kind: str) -> dict[Path, int]:
+    """Encoded results, with the time of their writing."""
+    folder = server.output / "qwen_edit_trainer" / "cache" / kind
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*/*.safetensors")}
+
+
+def state_of(server: PackServer, name: str) -> dict[str, Any]:
+    """run.json."""
+    return json.loads((run_dir(server, name) / "run.json").read_text(encoding="utf-8"))
+
+
+def steps_written(server: PackServer, name: str) -> list[int]:
+    """Steps in the metrics file."""
+    lines = (run_dir(server, name) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def assert_same_lora(one: Path, other: Path) -> None:
+    """Equal bit for bit."""
+    left, right = read_lora(one), read_lora(other)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def error_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """The data of a prompt's execution_error."""
+    assert status_of(entry) == "execution_error", entry["status"]
+    return next(data for name, data in entry["status"]["messages"] if name == "execution_error")
+
+
+def progress_of(node_id: str, value: int = 1, total: int | None = None) -> Callable[[dict[str, Any]], bool]:
+    """True for a progress message of a node that has come to `value`, of a bar with `total` parts if given."""
+
+    def matches(event: dict[str, Any]) -> bool:
+        data = event.get("data", {})
+        mine = event["type"] == "progress" and data.get("node") == node_id
+        return mine and data["value"] >= value and total in (None, data["max"])
+
+    return matches
+
+
+class NodeTimes(dict[str, float]):
+    """Seconds that each node was at work while the block lasted."""
+
+    def __init__(self, server: PackServer) -> None:
+        super().__init__()
+        self._server, self._at = server, ("", 0.0)
+
+    def __enter__(self) -> NodeTimes:
+        self._server.on_event = self._note
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.on_event = None
+
+    def _note(self, event: dict[str, Any]) -> None:
+        if event["type"] == "executing":
+            (node_id, began), now = self._at, time.monotonic()
+            if node_id:
+                self[node_id] = self.get(node_id, 0.0) + now - began
+            self._at = (event["data"].get("node") or "", now)
+
+
+class Interruption:
+    """How a prompt ended that was interrupted when a message came."""
+
+    def __init__(self, server: PackServer, prompt: Prompt, when: Callable[[dict[str, Any]], bool]) -> None:
+        pressed: list[float] = []
+        prompt_id = ""
+        ready = threading.Event()
+
+        def press(event: dict[str, Any]) -> None:
+            ready.wait()
+            mine = event.get("data", {}).get("prompt_id") == prompt_id
+            if mine and not pressed and when(event):
+                pressed.append(time.monotonic())
+                server.interrupt()
+
+        server.on_event = press
+        try:
+            prompt_id = server.queue(prompt)
+            ready.set()
+            entry = server.wait(prompt_id, 120)
+        finally:
+            ready.set()
+            server.on_event = None
+        assert pressed, "the awaited message did not come"
+        self.status = status_of(entry)
+        self.seconds = time.monotonic() - pressed[0]
+        messages = entry["status"]["messages"]
+        self.node = next((data["node_id"] for name, data in messages if name == "execution_interrupted"), None)
+        self.events = server.events_of(prompt_id, "progress")
