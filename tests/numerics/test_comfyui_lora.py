@@ -1,0 +1,283 @@
+"""An exported LoRA acts in the real ComfyUI and in diffusers as in training: full width and shallow, or narrow."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTransformer2DModel
+from diffusers.loaders import QwenImageLoraLoaderMixin
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tests.support.comfy_subprocess import Answer, run_in_comfyui
+from tests.support.narrow import NARROW
+from trainer_core.config import LoraConfig, ModelConfig, TrainConfig
+from trainer_core.export.lora_file import LoraMetadata, export_lora
+from trainer_core.qwen_image.latents import denormalise
+from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
+from trainer_core.qwen_image.types import Condition
+from trainer_core.rng import stream
+from trainer_core.training.lora import inject_lora, without_lora
+
+TOLERANCE = 1e-3  # relative, as the product's description asks
+FULL_WIDTH = {"num_layers": 1}  # all else is Qwen-Image's own: 24 heads of 128, prompts of 3584
+LORA = LoraConfig(lora_rank=8, lora_alpha=12, lora_targets="all")
+WIDTHS = {"full width": FULL_WIDTH, "narrow": NARROW}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Latent sides of the target and of its references, and ComfyUI's name for what is done with them."""
+
+    target: tuple[int, int]
+    references: tuple[tuple[int, int], ...]
+    method: str = "index"
+
+
+CASES = {
+    "one reference": Case((12, 8), ((12, 8),)),
+    "odd latents": Case((12, 12), ((7, 11),)),  # continued circularly to 4 by 6 tokens
+    "three references": Case((12, 12), ((8, 8), (7, 12), (12, 4))),
+    "2511": Case((12, 8), ((12, 8), (8, 4)), "index_timestep_zero"),
+    "reference larger than the target": Case((8, 8), ((12, 8),)),
+    "odd tokens": Case((12, 12), ((9, 6),)),
+}
+# ComfyUI and diffusers give tokens of these other rotary positions, see ComfyuiPositions.
+OTHER_POSITIONS = ("reference larger than the target", "odd tokens")
+
+
+class ComfyuiPositions(nn.Module):
+    """Rotary frequencies at ComfyUI's positions (comfy/ldm/qwen_image/model.py), in the place of diffusers'.
+
+    A side of n tokens runs from -(n // 2); in diffusers from -(n - n // 2), which differs for odd n. The prompt begins
+    where the target ends; in diffusers where the largest of target and references ends.
+    """
+
+    def __init__(self, diffusers: nn.Module) -> None:
+        super().__init__()
+        self.diffusers = diffusers
+
+    def _at(self, *positions: Tensor) -> Tensor:
+        axes = zip(positions, self.diffusers.axes_dim, strict=True)
+        return torch.cat([self.diffusers.rope_params(each.flatten(), size) for each, size in axes], dim=1)
+
+    def forward(self, img_shapes: Any, max_txt_seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        pictures = []
+        for index, (_, rows, columns) in enumerate(img_shapes[0]):
+            row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            pictures.append(self._at(torch.full_like(row, index), row - rows // 2, column - columns // 2))
+        start = max(side // 2 for side in img_shapes[0][0][1:])
+        text = torch.arange(start, start + max_txt_seq_len)
+        return torch.cat(pictures), self._at(text, text, text)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Velocities by case, without and with the LoRA (`moved`: at ComfyUI's positions), and the layers that have one."""
+
+    ours: dict[str, Tensor]
+    diffusers: dict[str, Tensor]
+    comfyui: Answer
+    layers: list[str]
+
+
+def draw(name: str, *shape: int) -> Tensor:
+    """Normal numbers from a name."""
+    return torch.randn(shape, generator=stream(0, "comfyui lora", name))
+
+
+def save_base(folder: Path, config: dict[str, Any]) -> Path:
+    """A transformer of random bfloat16 weights in diffusers' layout; ComfyUI reads the same file."""
+    with torch.device("meta"):
+        empty = QwenImageTransformer2DModel(**config)
+    generator, weights = stream(0, "comfyui base"), {}
+    for name, parameter in empty.named_parameters():
+        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.bfloat16)
+        is_matrix = parameter.ndim > 1
+        weights[name] = drawn / parameter.shape[1] ** 0.5 if is_matrix else drawn * 0.1 + ("norm" in name)
+    empty.save_config(folder / "transformer")
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    save_file(weights, path)
+    for part in ("vae", "text_encoder"):
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text("{}")
+    return path
+
+
+def condition_of(name: str, case: Case, width: int) -> tuple[Tensor, Tensor, Condition]:
+    """Noisy latents, sigma and condition of a case."""
+    references = tuple(draw(f"{name} reference {n}", 1, 16, *size) for n, size in enumerate(case.references))
+    return (
+        draw(f"{name} latents", 1, 16, *case.target),
+        torch.tensor([0.63]),
+        Condition(references, draw(f"{name} prompt", 1, 19, width)),
+    )
+
+
+def for_comfyui(width: int) -> dict[str, Tensor]:
+    """The same cases; reference latents as ComfyUI's VAE gives them, before normalisation."""
+    vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1).config
+    tensors = {}
+    for name, case in CASES.items():
+        latents, sigma, condition = condition_of(name, case, width)
+        tensors |= {f"{name}.latents": latents, f"{name}.sigma": sigma, f"{name}.prompt": condition.prompt_embeds}
+        for number, reference in enumerate(condition.reference_latents):
+            raw = denormalise(reference, vae.latents_mean, vae.latents_std)
+            tensors[f"{name}.reference.{number}"] = raw
+    return tensors
+
+
+@torch.no_grad()
+def our_velocities(model: ModelConfig, lora_file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Velocities with a trained adapter, which is then exported, and without; the layers that have one."""
+    transformer = load_transformer(model, torch.device("cpu"))
+    lora = inject_lora(transformer, LORA, seed=0)
+    for name, weight in lora.items():
+        if name.endswith("lora_B"):
+            weight.copy_(draw(name, *weight.shape) * 0.1)
+    found: dict[str, Tensor] = {}
+    for name, case in CASES.items():
+        latents, sigma, condition = condition_of(name, case, transformer.config.joint_attention_dim)
+        transformer.zero_cond_t = case.method == "index_timestep_zero"
+        for block in transformer.transformer_blocks:
+            block.zero_cond_t = transformer.zero_cond_t
+        found[f"lora.{name}"] = predict_velocity(transformer, latents, sigma, condition)
+        with without_lora(transformer):
+            found[f"base.{name}"] = predict_velocity(transformer, latents, sigma, condition)
+        positions = transformer.pos_embed
+        transformer.pos_embed = ComfyuiPositions(positions)
+        found[f"moved.{name}"] = predict_velocity(transformer, latents, sigma, condition)
+        transformer.pos_embed = positions
+    config = TrainConfig(run_dir="run", encoded="none", model=model, lora=LORA)
+    export_lora(lora, lora_file, LoraMetadata(config, 1))
+    return found, sorted({name.rsplit(".", 1)[0] for name in lora})
+
+
+@torch.no_grad()
+def diffusers_velocities(folder: Path, lora_file: Path) -> dict[str, Tensor]:
+    """A fresh transformer with the file, through diffusers' own loader and packing. Even sides only, as there."""
+    transformer = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
+    state = QwenImageLoraLoaderMixin.lora_state_dict(str(lora_file.parent), weight_name=lora_file.name)
+    QwenImageLoraLoaderMixin.load_lora_into_transformer(state, transformer=transformer)
+    latents, sigma, condition = condition_of(
+        "one reference", CASES["one reference"], transformer.config.joint_attention_dim
+    )
+    tensors = (latents, *condition.reference_latents)
+    packed = [QwenImageEditPipeline._pack_latents(each, 1, 16, *each.shape[-2:]) for each in tensors]
+    found: dict[str, Tensor] = {}
+    for name in ("lora", "base"):
+        if name == "base":
+            transformer.disable_adapters()
+        tokens = transformer(
+            hidden_states=torch.cat(packed, dim=1),
+            timestep=sigma,
+            encoder_hidden_states=condition.prompt_embeds,
+            encoder_hidden_states_mask=None,
+            img_shapes=[[(1, each.shape[-2] // 2, each.shape[-1] // 2) for each in tensors]],
+            return_dict=False,
+        )[0][:, : packed[0].shape[1]]
+        height, width = latents.shape[-2:]
+        unpacked = QwenImageEditPipeline._unpack_latents(tokens, height * 8, width * 8, 8)
+        found[f"{name}.one reference"] = unpacked.squeeze(2)
+    return found
+
+
+@pytest.fixture(scope="module", params=list(WIDTHS))
+def outcome(request: pytest.FixtureRequest, comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """One adapter, three programs. One network is in memory at a time."""
+    config, folder = WIDTHS[request.param], tmp_path_factory.mktemp("lora")
+    base, lora_file = save_base(folder, config), folder / "edit.safetensors"
+    model = ModelConfig(base=str(folder), mixed_precision="no", device="cpu")
+    ours, layers = our_velocities(model, lora_file)
+    gc.collect()
+    diffusers = diffusers_velocities(folder, lora_file)
+    gc.collect()
+    width = json.loads((folder / "transformer/config.json").read_text())["joint_attention_dim"]
+    cases = [{"name": name, "references": len(case.references), "method": case.method} for name, case in CASES.items()]
+    question = {
+        "model_file": str(base),
+        "lora_file": str(lora_file),
+        "narrow": config if request.param == "narrow" else None,
+        "cases": cases,
+    }
+    answer = run_in_comfyui(comfyui_dir, "comfy_subprocess_lora.py", folder / "comfyui", for_comfyui(width), question)
+    base.unlink()  # three quarters of a gigabyte
+    return Outcome(ours, diffusers, answer, layers)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    assert found.shape == wanted.shape
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_the_lora_matters(outcome: Outcome):
+    for name in CASES:
+        assert relative_error(outcome.ours[f"lora.{name}"], outcome.ours[f"base.{name}"]) > 50 * TOLERANCE
+
+
+def test_comfyui_takes_every_key(outcome: Outcome):
+    assert outcome.comfyui.values["layers"] == outcome.layers
+    assert len(outcome.layers) >= 10
+    complaints = [line for line in outcome.comfyui.log if "not loaded" in line.lower() or "error" in line.lower()]
+    assert complaints == []
+
+
+@pytest.mark.parametrize("with_lora", ["base", "lora"])
+def test_comfyui_predicts_the_same(outcome: Outcome, with_lora: str):
+    known = outcome.comfyui.values["supports_timestep_zero"]
+    names = [name for name, case in CASES.items() if known or case.method == "index"]
+    assert sorted(outcome.comfyui.tensors) == sorted(f"{each}.{name}" for each in ("base", "lora") for name in names)
+    for name in names:
+        key = f"{with_lora}.{name}"
+        if name not in OTHER_POSITIONS:
+            assert relative_error(outcome.comfyui.tensors[key], outcome.ours[key]) < TOLERANCE, key
+
+
+@pytest.mark.parametrize("name", OTHER_POSITIONS)
+def test_where_comfyui_differs_it_is_the_rotary_positions_alone(outcome: Outcome, name: str):
+    """Known and small: our forward is diffusers', which is Qwen's own."""
+    theirs = outcome.comfyui.tensors[f"lora.{name}"]
+    assert relative_error(theirs, outcome.ours[f"moved.{name}"]) < TOLERANCE
+    assert TOLERANCE < relative_error(theirs, outcome.ours[f"lora.{name}"]) < 0.05
+
+
+def test_elsewhere_the_positions_are_the_same(outcome: Outcome):
+    for name in CASES:
+        if name not in OTHER_POSITIONS:
+            assert relative_error(outcome.ours[f"moved.{name}"], outcome.ours[f"lora.{name}"]) < 1e-5
+
+
+@pytest.mark.parametrize("with_lora", ["base", "lora"])
+def test_diffusers_predicts_the_same(outcome: Outcome, with_lora: str):
+    key = f"{with_lora}.one reference"
+    assert relative_error(outcome.diffusers[key], outcome.ours[key]) < TOLERANCE
+
+
+def test_comfyui_says_when_it_does_not_take_a_key(comfyui_dir: Path, tmp_path: Path):
+    """So that the silence above means something."""
+    base = save_base(tmp_path, NARROW)
+    model = ModelConfig(base=str(tmp_path), mixed_precision="no", device="cpu")
+    our_velocities(model, tmp_path / "edit.safetensors")
+    raw = {
+        f"base_model.model.{key.removeprefix('transformer.')}": each
+        for key, each in load_file(tmp_path / "edit.safetensors").items()
+    }
+    save_file(raw, tmp_path / "raw.safetensors")
+    question = {
+        "model_file": str(base),
+        "lora_file": str(tmp_path / "raw.safetensors"),
+        "narrow": NARROW,
+        "cases": [],
+    }
+    answer = run_in_comfyui(
+        comfyui_dir, "comfy_subprocess_lora.py", tmp_path / "comfyui", {"none": torch.zeros(1)}, question
+    )
+    assert answer.values["layers"] == []
+    assert sum("lora key not loaded" in line for line in answer.log) == len(raw)

@@ -1,0 +1,73 @@
+"""Inside ComfyUI: a transformer from a file or built narrow, with and without a LoRA file, and its velocities."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import comfy.ldm.qwen_image.model
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from torch import Tensor
+
+SUPPORTS_TIMESTEP_ZERO = "timestep_zero" in inspect.getsource(comfy.ldm.qwen_image.model)
+
+
+def load(values: dict[str, Any]) -> comfy.model_patcher.ModelPatcher:
+    """The model as UNETLoader makes it, or a narrow one that its detection would refuse, over the same classes."""
+    if not values["narrow"]:
+        return comfy.sd.load_diffusion_model(values["model_file"], model_options={"dtype": torch.float32})
+    config = comfy.supported_models.QwenImage({"image_model": "qwen_image", "in_channels": 64, **values["narrow"]})
+    config.set_inference_dtype(torch.float32, None)
+    state = comfy.utils.load_torch_file(values["model_file"])
+    model = config.get_model(state, "")
+    model.load_model_weights(state, "")
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def velocity(model: Any, case: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    """[B, 16, H, W], as the sampler asks the model; reference latents are raw, as conditioning carries them."""
+    latents, sigma = tensors[f"{case['name']}.latents"].unsqueeze(2), tensors[f"{case['name']}.sigma"]
+    references = [tensors[f"{case['name']}.reference.{n}"].unsqueeze(2) for n in range(case["references"])]
+    conditions = model.extra_conds(
+        noise=latents,
+        device=latents.device,
+        cross_attn=tensors[f"{case['name']}.prompt"],
+        reference_latents=references,
+        reference_latents_method=case["method"],
+    )
+    conditions = {name: each.cond for name, each in conditions.items()}
+    denoised = model.apply_model(latents, sigma, **conditions)
+    return ((latents - denoised) / sigma.view(-1, 1, 1, 1, 1)).squeeze(2)
+
+
+def velocities(
+    patcher: comfy.model_patcher.ModelPatcher, values: dict[str, Any], tensors: dict[str, Tensor], name: str
+) -> dict[str, Tensor]:
+    """All cases this ComfyUI knows."""
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+    cases = [each for each in values["cases"] if SUPPORTS_TIMESTEP_ZERO or each["method"] != "index_timestep_zero"]
+    return {f"{name}.{case['name']}": velocity(patcher.model, case, tensors) for case in cases}
+
+
+@torch.no_grad()
+def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Velocities of all cases before and after the LoRA, the layers it patched, the keys nobody took."""
+    patcher = load(values)
+    answer = velocities(patcher, values, tensors, "base")
+    lora = comfy.utils.load_torch_file(values["lora_file"], safe_load=True)
+    patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 1.0)
+    answer.update(velocities(patched, values, tensors, "lora"))
+    facts = {
+        "layers": sorted(key.removeprefix("diffusion_model.").removesuffix(".weight") for key in patched.patches),
+        "supports_timestep_zero": SUPPORTS_TIMESTEP_ZERO,
+        "file": Path(values["lora_file"]).name,
+    }
+    return answer, facts
