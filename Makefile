@@ -4,6 +4,7 @@
 #   make test        the whole test suite            (make test ARGS="tests/core -k pairing")
 #   make comfyui     ComfyUI's page with the pack in it, for a person
 #   make lint types  formatting and style; types
+#   make docs        writes docs/settings.md from the settings' definitions
 #
 # COMFYUI_DIR=folder uses that ComfyUI; TORCH=requirement installs that torch (only if there is none yet).
 
@@ -17,11 +18,11 @@ RUN := $(VENV)/bin/python
 export COMFYUI_DIR
 export TORCH
 
-.PHONY: help setup test demo comfyui lint format types clean
+.PHONY: help setup test demo comfyui lint format types docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 setup:
 	@$(PYTHON) tools/setup.py
@@ -45,6 +46,9 @@ format: setup
 
 types: setup
 	$(RUN) -m pyright
+
+docs: setup
+	$(RUN) tools/settings_reference.py
 
 clean:
 	rm -rf .demo .pytest_cache .ruff_cache
