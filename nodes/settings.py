@@ -34,7 +34,7 @@ class LoraSettings(io.ComfyNode):
                 setting_input(LoraConfig, "lora_rank", min=1, max=1024),
                 setting_input(LoraConfig, "lora_alpha", min=0.0, max=4096.0, step=0.5),
                 setting_input(LoraConfig, "lora_targets"),
-                setting_input(LoraConfig, "lora_target_pattern", placeholder=r"attn\.to_[qkv]$"),
+                setting_input(LoraConfig, "lora_target_pattern", placeholder=r".*\.attn\.to_[qkv]"),
                 setting_input(LoraConfig, "lora_dropout", min=0.0, max=0.95, step=0.01),
             ],
             outputs=[new_output(sockets.LoraSettings, "lora_settings", "For Train Qwen Edit LoRA.")],

@@ -76,8 +76,8 @@ def test_report_counts_and_measures(tmp_path):
         "References 1: 40 x 30, all 4:3.",
         "References 2: 40 x 30 to 90 x 90, mostly 4:3 (2 of 3).",
         "Captions: 2 per pair, 6 in all, 2 different.",
-        "Aspect ratios of reference and target differ in 1 pair (p01): what sticks out of the target's shape is "
-        "cropped from the reference.",
+        "Aspect ratios of reference and target differ in 1 pair (p01): such references are used whole, or with "
+        "match_target_res their middle in the target's shape.",
         "",
         "Notes:",
         "  - a note",

@@ -92,8 +92,8 @@ def _other_aspect(pairs: Sequence[EditPair]) -> list[str]:
         return []
     examples = ", ".join(map(shown, keys[:3])) + (", …" if len(keys) > 3 else "")
     return [
-        f"Aspect ratios of reference and target differ in {_counted(len(keys), 'pair')} ({examples}): what sticks out "
-        "of the target's shape is cropped from the reference."
+        f"Aspect ratios of reference and target differ in {_counted(len(keys), 'pair')} ({examples}): such references "
+        "are used whole, or with match_target_res their middle in the target's shape."
     ]
 
 
