@@ -88,6 +88,15 @@ def _inputs() -> list[io.Input]:
             step=0.05,
             tooltip="Factor of the LoRA. 1 is as trained, 0 is off; 0.7 to 1.2 are usual.",
         ),
+        *_sampling_inputs(),
+        new_input(sockets.Run, "run", optional=True, tooltip="The run whose LoRA to use, from Train Qwen Edit LoRA."),
+        new_input(io.Image, "reference_2", optional=True, tooltip=f"Second. {reference}"),
+        new_input(io.Image, "reference_3", optional=True, tooltip=f"Third. {reference}"),
+    ]
+
+
+def _sampling_inputs() -> list[io.Input]:
+    return [
         setting_input(
             ValidationConfig,
             "validation_num_inference_steps",
@@ -121,9 +130,6 @@ def _inputs() -> list[io.Input]:
             "match_target_res",
             tooltip="References take the result's size instead of about one megapixel. Set it as in training.",
         ),
-        new_input(sockets.Run, "run", optional=True, tooltip="The run whose LoRA to use, from Train Qwen Edit LoRA."),
-        new_input(io.Image, "reference_2", optional=True, tooltip=f"Second. {reference}"),
-        new_input(io.Image, "reference_3", optional=True, tooltip=f"Third. {reference}"),
     ]
 
 
