@@ -232,13 +232,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
             if next(steps) == 3:
                 poison(True)
 
-    import trainer_core.run as run_module
+    import trainer_core.training.step as step_module
 
-    original = run_module.velocity_loss
+    original = step_module.velocity_loss
 
     def poison(on: bool) -> None:
         wrong = (lambda *tensors: original(*tensors) * float("nan")) if on else original
-        monkeypatch.setattr(run_module, "velocity_loss", wrong)
+        monkeypatch.setattr(step_module, "velocity_loss", wrong)
 
     with monkeypatch.context() as patch:
         patch.setattr(optimizer_module.torch.optim, "AdamW", Poisoned)
@@ -251,17 +251,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
 
 
 def test_a_crash_keeps_the_last_whole_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trainer_core.run as run_module
+    import trainer_core.training.step as step_module
 
     calls = iter(range(1000))
-    original = run_module.predict_velocity
+    original = step_module.predict_velocity
 
     def out_of_memory(*arguments: Any) -> Any:
         if next(calls) == 9:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(*arguments)
 
-    monkeypatch.setattr(run_module, "predict_velocity", out_of_memory)
+    monkeypatch.setattr(step_module, "predict_velocity", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         train_lora(config)
     assert (Path(config.run_dir) / "checkpoints" / "step-000004").is_dir()
@@ -326,8 +326,8 @@ def test_a_dataset_of_another_flavour_or_with_lost_entries_is_refused(
 
 
 def test_validation_loss_is_the_same_number_for_the_same_weights(config: TrainConfig) -> None:
-    from trainer_core.qwen_image.transformer import load_transformer
     from trainer_core.conditioning.encoded import load_encoded
+    from trainer_core.qwen_image.transformer import load_transformer
 
     transformer = load_transformer(config.model, torch.device("cpu"))
     losses = []

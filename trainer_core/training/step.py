@@ -1,0 +1,147 @@
+"""One optimizer step: forward and backward of its micro-batches, clipping, the check, the update."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
+
+from ..conditioning.batches import Batch, BatchLoader
+from ..config import TrainConfig
+from ..device import pick_device
+from ..errors import NonFiniteLossError
+from ..events import Observer, StepReport, Stop, raise_if_stopped
+from ..qwen_image.transformer import load_transformer, predict_velocity
+from ..rng import seeded_globally
+from .lora import inject_lora
+from .objective import add_noise, loss_by_sigma, velocity_loss
+from .optimizer import build_optimizer
+from .schedule import learning_rate_at
+
+if TYPE_CHECKING:
+    from diffusers import QwenImageTransformer2DModel
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Networks:
+    """The frozen transformer with its adapter's parameters by name, the only trainable weights."""
+
+    transformer: QwenImageTransformer2DModel
+    lora: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+
+def build_networks(config: TrainConfig, observer: Observer) -> Networks:
+    device = pick_device(config.model.device)
+    transformer = load_transformer(config.model, device, observer)
+    raise_if_stopped(observer)
+    lora = inject_lora(transformer, config.lora, config.seed)
+    transformer.train(config.lora.lora_dropout > 0)  # the only dropout there is
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing(
+            partial(checkpoint, use_reentrant=False, preserve_rng_state=config.lora.lora_dropout > 0)
+        )
+    return Networks(transformer, lora, build_optimizer(lora, config.optimizer), device)
+
+
+def train_step(
+    networks: Networks, loader: BatchLoader, done: int, config: TrainConfig, observer: Observer
+) -> StepReport | Stop:
+    """One optimizer step, or the wish to stop, which leaves weights and optimizer as they were.
+
+    Raises:
+        NonFiniteLossError: before the weights are touched.
+    """
+    began = time.perf_counter()
+    learning_rate = learning_rate_at(done, config.max_train_steps, config.optimizer)
+    for group in networks.optimizer.param_groups:
+        group["lr"] = learning_rate
+    accumulated = _accumulate(networks, loader, done, config, observer)
+    if isinstance(accumulated, Stop):
+        networks.optimizer.zero_grad(set_to_none=True)
+        return accumulated
+    losses, sigmas = accumulated
+    grad_norm = clip_grad_norm_(networks.lora.values(), config.optimizer.max_grad_norm or math.inf)
+    numbers = torch.cat([losses, sigmas, grad_norm.float().view(1)]).tolist()  # the step's one wait for the device
+    loss = sum(numbers[: len(losses)]) / len(losses)
+    _raise_if_not_finite(loss, numbers[-1], done, config)
+    networks.optimizer.step()
+    networks.optimizer.zero_grad(set_to_none=True)
+    return StepReport(
+        step=done + 1,
+        num_steps=config.max_train_steps,
+        loss=loss,
+        grad_norm=numbers[-1],
+        learning_rate=learning_rate,
+        loss_by_sigma=loss_by_sigma(numbers[: len(losses)], numbers[len(losses) : -1]),
+        seconds=time.perf_counter() - began,
+        peak_bytes=torch.cuda.max_memory_allocated() if networks.device.type == "cuda" else 0,
+    )
+
+
+def _accumulate(
+    networks: Networks, loader: BatchLoader, done: int, config: TrainConfig, observer: Observer
+) -> tuple[Tensor, Tensor] | Stop:
+    """Forward and backward of each micro-batch of a step: losses and sigmas of its pairs, on the device.
+
+    Every pair weighs the same, so 1 x 4 and 4 x 1 give equal gradients.
+    """
+    count = config.batching.gradient_accumulation_steps
+    batches = range(done * count, (done + 1) * count)
+    num_pairs = sum(len(loader.plan[number]) for number in batches)
+    losses, sigmas = [], []
+    for number in batches:
+        if stop := observer.should_stop():
+            return stop
+        loss, sigma = _pair_losses(networks, loader[number], config)
+        (loss.sum() / num_pairs).backward()
+        losses.append(loss.detach())
+        sigmas.append(sigma)
+    return torch.cat(losses), torch.cat(sigmas)
+
+
+def _pair_losses(networks: Networks, batch: Batch, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Loss and sigma [B] of a micro-batch's pairs."""
+    latents = batch.target_latents.to(networks.device, non_blocking=True)
+    indices = [draw.index for draw in batch.draws]
+    noisy = add_noise(latents, config.noise, config.seed, indices)
+    condition = batch.condition.to(networks.device)
+    with autocast(networks.device, config), _dropout(config, indices[0], networks.device):
+        velocity = predict_velocity(networks.transformer, noisy.latents, noisy.sigma, condition)
+    return velocity_loss(velocity, noisy.target_velocity), noisy.sigma
+
+
+def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
+    """bfloat16 matrix products over float32 adapter weights, or nothing under mixed_precision `no`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.model.mixed_precision == "bf16")
+
+
+def _dropout(config: TrainConfig, index: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    if config.lora.lora_dropout == 0:
+        return contextlib.nullcontext()
+    return seeded_globally(config.seed, "dropout", index, device)
+
+
+def _raise_if_not_finite(loss: float, grad_norm: float, done: int, config: TrainConfig) -> None:
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    raise NonFiniteLossError(
+        f"The loss became {loss} (gradient norm {grad_norm}) at step {done + 1}. The weights are still those of step "
+        f"{done} and a checkpoint of them is kept. Usual causes: learning_rate too high (it is "
+        f"{config.optimizer.learning_rate}), or a damaged picture or model file."
+    )
+
+
+def autocast_like(networks: Networks) -> torch.autocast:
+    """The training's arithmetic for sampling: bfloat16 where the transformer's unquantised weights are."""
+    dtype = networks.transformer.proj_out.weight.dtype
+    return torch.autocast(networks.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
