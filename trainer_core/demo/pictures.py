@@ -1,0 +1,121 @@
+"""Demo pairs from real photographs that scikit-image and scikit-learn ship, and an edit the demo model can't do."""
+
+from __future__ import annotations
+
+import importlib.util
+from itertools import zip_longest
+from pathlib import Path
+
+from PIL import Image, ImageOps, ImageStat
+
+from ..errors import ConfigError, MissingPackageError
+
+CAPTION = "turn the photo into a colour negative"
+
+# (import name, package on PyPI, folder of pictures in it)
+_SCIKIT_IMAGE = ("skimage", "scikit-image", "data")
+_SCIKIT_LEARN = ("sklearn", "scikit-learn", "datasets/images")
+_MATPLOTLIB = ("matplotlib", "matplotlib", "mpl-data/sample_data")
+
+# Pre-training never sees these; their disjoint tiles make the demo's pairs.
+DEMO_PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {
+    "chelsea.png": _SCIKIT_IMAGE,
+    "flower.jpg": _SCIKIT_LEARN,
+    "rocket.jpg": _SCIKIT_IMAGE,
+    "china.jpg": _SCIKIT_LEARN,
+}
+# Only pre-training sees these.
+PRETRAINING_PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {"grace_hopper.jpg": _MATPLOTLIB} | dict.fromkeys(
+    (
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "cell.png",
+        "clock_motion.png",
+        "coffee.png",
+        "coins.png",
+        "color.png",
+        "grass.png",
+        "gravel.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "moon.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "page.png",
+        "retina.jpg",
+    ),
+    _SCIKIT_IMAGE,
+)
+
+_LARGEST_TILE, _SMALLEST_TILE = 300, 48
+_LEAST_DEVIATION = 10.0  # of 255; flatter tiles (the rocket's sky) teach nothing
+
+
+def photograph(name: str) -> Image.Image:
+    """One of the photographs as RGB, read from the installed package.
+
+    Raises:
+        MissingPackageError: the package that ships it is not installed.
+    """
+    module, package, folder = {**DEMO_PHOTOGRAPHS, **PRETRAINING_PHOTOGRAPHS}[name]
+    spec = importlib.util.find_spec(module)
+    path = Path(spec.origin).parent / folder / name if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise MissingPackageError(package, f"The demo photograph {name}")
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def make_demo_pairs(folder: Path, *, resolution: int = 128, num_pairs: int = 40) -> int:
+    """Write `folder`/reference/*.png and `folder`/target/*.png with *.txt captions; returns the number of pairs.
+
+    Every pair is a tile of its own: no pixel of a photograph is in two pairs, so any held-out pair is unseen. The
+    first pairs by name come from different photographs. Equal arguments give equal files.
+
+    Raises:
+        ConfigError: more pairs than the photographs give.
+        MissingPackageError: scikit-image or scikit-learn is not installed.
+    """
+    tiles = demo_tiles(num_pairs)
+    for part in ("reference", "target"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for number, (name, tile) in enumerate(tiles):
+        reference = tile.resize((resolution, resolution), Image.Resampling.LANCZOS)
+        stem = f"{number:02d}_{name}"
+        reference.save(folder / "reference" / f"{stem}.png")
+        edit(reference).save(folder / "target" / f"{stem}.png")
+        (folder / "target" / f"{stem}.txt").write_text(CAPTION + "\n", encoding="utf-8")
+    return len(tiles)
+
+
+def edit(picture: Image.Image) -> Image.Image:
+    """The demo's edit: a colour negative, which no instruction of the pre-training asks for."""
+    return ImageOps.invert(picture)
+
+
+def demo_tiles(num_pairs: int) -> list[tuple[str, Image.Image]]:
+    """(photograph's name, tile): the largest squares that give `num_pairs` tiles without overlap.
+
+    Raises:
+        ConfigError: more pairs than the photographs give.
+        MissingPackageError: scikit-image or scikit-learn is not installed.
+    """
+    photographs = {name.split(".")[0]: photograph(name) for name in DEMO_PHOTOGRAPHS}
+    most = 0
+    for side in range(_LARGEST_TILE, _SMALLEST_TILE - 1, -4):
+        rows = [[(name, tile) for tile in _tiles(picture, side)] for name, picture in photographs.items()]
+        most = max(most, sum(map(len, rows)))
+        if sum(map(len, rows)) >= num_pairs:
+            mixed = [entry for entries in zip_longest(*rows) for entry in entries if entry is not None]
+            return mixed[:num_pairs]
+    raise ConfigError(f"num_pairs is {num_pairs!r}; allowed is 1 to {most}.")
+
+
+def _tiles(picture: Image.Image, side: int) -> list[Image.Image]:
+    """The squares of a centred grid that have something to see in them."""
+    columns, rows = picture.width // side, picture.height // side
+    left, top = (picture.width - columns * side) // 2, (picture.height - rows * side) // 2
+    corners = [(left + column * side, top + row * side) for row in range(rows) for column in range(columns)]
+    tiles = [picture.crop((x, y, x + side, y + side)) for x, y in corners]
+    return [tile for tile in tiles if sum(ImageStat.Stat(tile).stddev) / 3 >= _LEAST_DEVIATION]

@@ -1,0 +1,73 @@
+"""The demo model's Qwen2.5-VL: the real architecture, narrow, with weights that are a function of a seed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..rng import stream
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+_BRANCH_GAIN = 0.5  # of what attention and MLP add, so that a token's own embedding stays the loudest in its state
+_BRANCH_ENDS = ("o_proj.weight", "down_proj.weight", "attn.proj.weight")
+
+
+def build_text_encoder(config_dir: Path) -> Qwen2_5_VLForConditionalGeneration:
+    """Build the network of `config_dir`/config.json with the weights of `config_dir`/seed.json, float32 on the CPU.
+
+    The weights depend on the seed and the parameters' names alone, not on the platform or transformers' version:
+    uniform draws (exact in float32) scaled to the wanted deviation, norms one, biases zero.
+    """
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(**json.loads((config_dir / "config.json").read_text(encoding="utf-8")))
+    seed = int(json.loads((config_dir / "seed.json").read_text(encoding="utf-8"))["seed"])
+    with torch.device("meta"):
+        network = Qwen2_5_VLForConditionalGeneration(config)
+    network = network.to_empty(device="cpu").float()
+    network.tie_weights()
+    for name, parameter in network.named_parameters():
+        parameter.data.copy_(_weights(seed, _stable_name(name), parameter.shape))
+    _restore_buffers(network)
+    return network.eval().requires_grad_(False)  # noqa: FBT003 - torch's signature
+
+
+def _stable_name(name: str) -> str:
+    """A parameter's name without the prefixes that transformers' versions add and drop."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
+
+
+def _weights(seed: int, name: str, shape: torch.Size) -> Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    fan_in = 1 if "embed_tokens" in name else math.prod(shape[1:])
+    gain = _BRANCH_GAIN if name.endswith(_BRANCH_ENDS) else 1.0
+    draws = torch.rand(shape, generator=stream(seed, "demo text encoder", name))
+    return (draws - 0.5) * (gain * math.sqrt(12 / fan_in))
+
+
+def _restore_buffers(network: nn.Module) -> None:
+    """Rotary frequencies are not stored anywhere and came without values from the meta device: made anew."""
+    for module in network.modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        if not names:
+            continue
+        arguments = (module.config,) if hasattr(module, "config") else (_vision_rotary_width(network),)
+        fresh = type(module)(*arguments)
+        for name in names:
+            setattr(module, name, getattr(fresh, name))
+
+
+def _vision_rotary_width(network: nn.Module) -> int:
+    """What transformers before 5 wants for its vision rotary embedding: half the heads' width."""
+    vision = network.config.vision_config
+    return vision.hidden_size // vision.num_heads // 2
