@@ -15,7 +15,7 @@ def tables(info: dict[str, Any]) -> str:
     for part in ("required", "optional"):
         for name, (kind, options) in info["input"].get(part, {}).items():
             label = options["display_name"] + (" (optional)" if part == "optional" else "")
-            default = "" if name in DEPENDS_ON_FOLDERS or "default" not in options else _shown(options["default"])
+            default = "" if name == "base_model" or "default" not in options else _shown(options["default"])
             shown_kind = "choice" if kind == "COMBO" else kind
             rows.append(
                 f"| {label} | {shown_kind} | {default} | {_cell(options['tooltip'])}{_allowed(name, options)} |"
