@@ -1,0 +1,51 @@
+"""The loop adds little to the network's own work and keeps nothing. benchmarks/loop.py measures the same at length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.loop import encode, measure_memory, measure_overhead, train_config
+from tests.support.narrow import make_base
+from trainer_core.config import ModelConfig
+
+STEPS, LOOK_EVERY = 60, 10
+# The narrow network's step is 40 ms or so, the demo model's at 256 pixels 200 ms: there the target is 1.03.
+MOST_OVERHEAD = 1.2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, comfyui_dir: Path) -> tuple[Path, ModelConfig]:
+    """A folder with a narrow base model."""
+    folder = tmp_path_factory.mktemp("overhead")
+    return folder, make_base(folder / "base", comfyui_dir / "comfy/text_encoders/qwen25_tokenizer")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Processor time is comparable on a busy machine only where no thread spins for another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_step_of_the_loop_takes_little_more_than_the_network(base: tuple[Path, ModelConfig]):
+    folder, model = base
+    encoded, _ = encode(folder / "overhead", model, resolution=160, pairs=4)
+    overhead = measure_overhead(train_config(folder / "overhead/run", encoded, model, 35))
+    assert overhead.cpu_ratio < MOST_OVERHEAD
+
+
+def test_nothing_grows_from_step_to_step(base: tuple[Path, ModelConfig]):
+    folder, model = base
+    encoded, _ = encode(folder / "memory", model, resolution=64, pairs=4)
+    looks = measure_memory(train_config(folder / "memory/run", encoded, model, STEPS), LOOK_EVERY)
+    settled = looks[1:]
+    assert len(settled) == STEPS // LOOK_EVERY - 1
+    assert len({look.tensors for look in settled}) == 1, [look.tensors for look in settled]
+    assert settled[-1].objects - settled[0].objects < STEPS, "less than one object in a step"
+    assert settled[-1].resident_bytes - settled[0].resident_bytes < 16 * 2**20
