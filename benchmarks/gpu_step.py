@@ -58,7 +58,7 @@ def build(precision: str, layers: int, device: torch.device) -> Any:
     from diffusers import QwenImageTransformer2DModel
 
     with torch.device("meta"):
-        transformer = QwenImageTransformer2DModel(num_layers=layers).to(torch.bfloat16)
+        transformer = QwenImageTransformer2DModel(num_layers=layers).bfloat16()
     transformer.requires_grad_(False)
     blocks = list(transformer.transformer_blocks)
     for index, block in enumerate(blocks):
