@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from ..trainer_core.errors import ConfigError
 
 _RUN_NAME = re.compile(r"\w[\w .+-]{0,79}")
+_NEVER_IN_NAMES = re.compile(r"[\x00\ud800-\udfff]")  # the systems' calls and encodings refuse them
 _WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 
 
@@ -52,16 +53,43 @@ def folder_below(name: str, roots: Mapping[str, Path], label: str) -> Path:
     allowed = f"Allowed is a folder below one of: {', '.join(roots)}. {_HOW_TO_ALLOW}"
     name = name.strip()
     parts = re.split(r"[/\\]", name)
-    if not name or "\x00" in name or ".." in parts or name.startswith(("\\\\", "//", "~")):
+    if not name or _NEVER_IN_NAMES.search(name) or ".." in parts or name.startswith(("\\\\", "//", "~")):
         raise ConfigError(f"{label} is {name[:200]!r}, which is not a folder name. {allowed}")
     absolute = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).drive or PureWindowsPath(name).root)
     candidates = [Path(name)] if absolute else [root / name for root in roots.values()]
-    folder = next((path for path in candidates if _is_below(path, roots) and path.is_dir()), None)
+    folder = next((path for path in candidates if _is_below(path, roots) and _is_folder(path)), None)
     if folder is not None:
         return Path(os.path.realpath(folder))
     outside = not all(_is_below(path, roots) for path in candidates)
     reason = "lies outside the allowed folders" if outside else "is not there"
     raise ConfigError(f"{label} is {name[:200]!r}, which {reason}. {allowed}")
+
+
+def file_below(name: str, folder: Path, roots: Mapping[str, Path], label: str) -> Path:
+    """The existing file that `name` means: relative to `folder`, or absolute; inside a root either way.
+
+    Raises:
+        ConfigError: not there, or outside all roots (also by a symbolic link). Names the roots, not where they lie.
+    """
+    name = name.strip()
+    path = folder / name
+    if not name or "\x00" in name or name.startswith(("\\\\", "//", "~")) or not _is_below(path, roots):
+        reason = "is not a file in an allowed folder"
+    elif not path.is_file():
+        reason = "is not there"
+    else:
+        return Path(os.path.realpath(path))
+    raise ConfigError(
+        f"{label} is {name[:200]!r}, which {reason}. Allowed is a file below the target folder, or one below: "
+        f"{', '.join(roots)}. {_HOW_TO_ALLOW}"
+    )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a longer name than the file system has
+        return False
 
 
 def _is_below(path: Path, roots: Mapping[str, Path]) -> bool:
