@@ -22,6 +22,7 @@ from tests.support.training_graph import (
     changed,
     error_of,
     figures,
+    forget,
     helper,
     node,
     ours,
@@ -50,7 +51,7 @@ def first(studio: PackServer) -> dict[str, Any]:
     prompt["shown"] = helper("Digest", value=[PLOT, 0])
     prompt["preview"] = ours("PreviewPairs", dataset=["pair", 0], max_pairs=4)
     before = studio.previews
-    outputs = studio.run(prompt, 120)
+    outputs = studio.run(prompt)
     return {**outputs, "previews": studio.previews - before}
 
 
@@ -112,10 +113,10 @@ def stamps(folder: Path) -> dict[str, int]:
 
 def test_again_is_cached(first: dict[str, Any], studio: PackServer):
     prompt = training("first", STEPS, validate=3)
-    studio.run(prompt, 60)
+    studio.run(prompt)
     before, began = stamps(run_dir(studio, "first")), time.monotonic()
     prompt_id = studio.queue(prompt)
-    entry = studio.wait(prompt_id, 60)
+    entry = studio.wait(prompt_id)
     assert time.monotonic() - began < 2
     assert status_of(entry) == "execution_success"
     (cached,) = studio.events_of(prompt_id, "execution_cached")
@@ -125,11 +126,11 @@ def test_again_is_cached(first: dict[str, Any], studio: PackServer):
 
 def test_another_graph_finds_the_finished_run(first: dict[str, Any], studio: PackServer):
     """Nothing cached, as after an eviction: the result comes from the folder, without a training step."""
-    studio.post("/free", {"unload_models": True, "free_memory": True})
+    forget(studio)
     before = stamps(run_dir(studio, "first"))
     with NodeTimes(studio) as times:
         prompt_id = studio.queue(training("first", STEPS, validate=3))
-        outputs = studio.wait(prompt_id, 60)["outputs"]
+        outputs = studio.wait(prompt_id)["outputs"]
     assert times[TRAIN] < 1
     assert figures(outputs)["lora_name"] == figures(first)["lora_name"]
     assert not [event for event in studio.events_of(prompt_id, "progress") if event["data"]["node"] == TRAIN]
@@ -142,11 +143,11 @@ def test_without_any_cache(comfyui_of_its_own: Callable[..., PackServer], tokeni
     place_pairs(server)
     prompt = training("none", 3)
     prompt["name"] = helper("SaveText", value=[TRAIN, 2])
-    first = figures(server.run(prompt, 120))
+    first = figures(server.run(prompt))
     before, began = stamps(run_dir(server, "none")), time.monotonic()
     with NodeTimes(server) as times:
         prompt_id = server.queue(prompt)
-        entry = server.wait(prompt_id, 60)
+        entry = server.wait(prompt_id)
     assert times[TRAIN] < 1
     assert time.monotonic() - began < 4  # with pairing and a look into the cache of encoded pairs
     assert figures(entry["outputs"]) == first
@@ -163,7 +164,7 @@ def test_two_trainings_in_one_graph(studio: PackServer):
     prompt = training("one", 3)
     prompt["second"] = changed(prompt, TRAIN, run_name="two", seed=1)[TRAIN]
     prompt["twin"] = changed(prompt, TRAIN, run_name="three")[TRAIN]
-    outputs = studio.run(prompt, 120)
+    outputs = studio.run(prompt)
     one, two, twin = (studio.output / figures(outputs, node_id)["lora_file"] for node_id in (TRAIN, "second", "twin"))
     assert [state_of(studio, name)["state"] for name in ("one", "two", "three")] == ["finished"] * 3
     assert_same_lora(one, twin)
@@ -173,7 +174,7 @@ def test_two_trainings_in_one_graph(studio: PackServer):
 
 def test_a_name_in_use_is_an_error_at_the_node(first: dict[str, Any], studio: PackServer):
     before = stamps(run_dir(studio, "first"))
-    entry = studio.wait(studio.queue(training("first", STEPS, seed=5)), 60)
+    entry = studio.wait(studio.queue(training("first", STEPS, seed=5)))
     error = error_of(entry)
     assert error["node_id"] == TRAIN
     assert "seed 0 -> 5" in error["exception_message"]
@@ -181,14 +182,14 @@ def test_a_name_in_use_is_an_error_at_the_node(first: dict[str, Any], studio: Pa
 
 
 def test_new_run_gets_a_number(first: dict[str, Any], studio: PackServer):
-    found = figures(studio.run(training("first", 2, if_run_exists="new run"), 60))
+    found = figures(studio.run(training("first", 2, if_run_exists="new run")))
     assert (found["run_name"], found["steps"]) == ("first-2", 2)
     assert "first-2" in found["lora_name"]
 
 
 def test_more_steps_go_on_with_a_finished_run(studio: PackServer):
-    studio.run(training("longer", 2), 60)
-    found = figures(studio.run(training("longer", 4), 60))
+    studio.run(training("longer", 2))
+    found = figures(studio.run(training("longer", 4)))
     assert found["steps"] == 4
     assert steps_written(studio, "longer") == [1, 2, 3, 4]
 
@@ -221,7 +222,7 @@ def sampling(model: list[Any]) -> dict[str, Any]:
 def drawn_with(server: PackServer, graph: dict[str, Any], model: list[Any]) -> str:
     """The picture's fingerprint."""
     prompt = {**graph, "narrow": helper("NarrowModel", base=BASE, num_layers=2), **sampling(model)}
-    (digest,) = server.run(prompt, 60)["digest"]["digest"]
+    (digest,) = server.run(prompt)["digest"]["digest"]
     assert digest["finite"]
     assert digest["extent"] > 0.1
     return digest["sha"]
@@ -251,7 +252,7 @@ def test_apply_to_a_model_of_another_depth_is_an_error(first: dict[str, Any], st
     prompt = training("first", STEPS, validate=3)
     prompt["narrow"] = helper("NarrowModel", base=BASE, num_layers=1)
     prompt["applied"] = ours("ApplyLora", model=["narrow", 0], run=[TRAIN, 4], strength=1.0)
-    entry = studio.wait(studio.queue({**prompt, **sampling(["applied", 0])}), 60)
+    entry = studio.wait(studio.queue({**prompt, **sampling(["applied", 0])}))
     error = error_of(entry)
     assert error["node_id"] == "applied"
     assert "finds no counterpart for" in error["exception_message"]
@@ -280,7 +281,7 @@ def test_sample_with_the_run(first: dict[str, Any], studio: PackServer):
     prompt["with name"] = ours("SampleEdit", **{**widgets, "lora_name": figures(first)["lora_name"]})
     for name in ("base", "with run", "with name"):
         prompt[f"{name} digest"] = helper("Digest", value=[name, 0])
-    outputs = studio.run(prompt, 60)
+    outputs = studio.run(prompt)
     base, run, named = (outputs[f"{name} digest"]["digest"][0] for name in ("base", "with run", "with name"))
     assert base["shape"] == [1, 96, 96, 3]
     assert base["extent"] > 0.1

@@ -27,7 +27,7 @@ class PackServer(ComfyUI):
             *only_ours,
             *arguments,
             log=base / "comfyui.log",
-            environment={"OMP_NUM_THREADS": "2", **(environment or {})},
+            environment={"OMP_NUM_THREADS": "1", **(environment or {})},  # narrow models wait for threads
         )
 
     @property

@@ -164,6 +164,12 @@ def hidden(value: Any, after: list[Any] | None = None) -> dict[str, Any]:
     return helper("PassOn", value=json.dumps(value), **({"after": after} if after else {}))
 
 
+def forget(server: PackServer) -> None:
+    """Empty ComfyUI's cache of results and models. It happens between two prompts, so here is one."""
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    server.run({"state": helper("GlobalState")})
+
+
 def figures(outputs: dict[str, Any], node_id: str = TRAIN) -> dict[str, Any]:
     """What the training node reports."""
     return outputs[node_id]["qwen_edit_run"][0]
@@ -237,32 +243,43 @@ class NodeTimes(dict[str, float]):
             self._at = (event["data"].get("node") or "", now)
 
 
-class Interruption:
-    """How a prompt ended that was interrupted when a message came."""
+class Pressed:
+    """How a prompt ended when a button was pressed at a message: ComfyUI's interruption, or another `button`."""
 
-    def __init__(self, server: PackServer, prompt: Prompt, when: Callable[[dict[str, Any]], bool]) -> None:
-        pressed: list[float] = []
-        prompt_id = ""
-        ready = threading.Event()
+    def __init__(
+        self,
+        server: PackServer,
+        prompt: Prompt,
+        when: Callable[[dict[str, Any]], bool],
+        button: Callable[[], Any] | None = None,
+    ) -> None:
+        queued = threading.Event()
+        self.pressed_at = 0.0
+        self.answer: Any = None
+        self._prompt_id = ""
 
-        def press(event: dict[str, Any]) -> None:
-            ready.wait()
-            mine = event.get("data", {}).get("prompt_id") == prompt_id
-            if mine and not pressed and when(event):
-                pressed.append(time.monotonic())
-                server.interrupt()
+        def listen(event: dict[str, Any]) -> None:
+            queued.wait()
+            mine = event.get("data", {}).get("prompt_id") == self._prompt_id
+            if mine and not self.pressed_at and when(event):
+                self.pressed_at = time.monotonic()
+                self.answer = (button or server.interrupt)()
 
-        server.on_event = press
+        server.on_event = listen
         try:
-            prompt_id = server.queue(prompt)
-            ready.set()
-            entry = server.wait(prompt_id, 120)
+            self._prompt_id = server.queue(prompt)
+            queued.set()
+            self.entry = server.wait(self._prompt_id)
         finally:
-            ready.set()
+            queued.set()
             server.on_event = None
-        assert pressed, "the awaited message did not come"
-        self.status = status_of(entry)
-        self.seconds = time.monotonic() - pressed[0]
-        messages = entry["status"]["messages"]
-        self.node = next((data["node_id"] for name, data in messages if name == "execution_interrupted"), None)
-        self.events = server.events_of(prompt_id, "progress")
+        assert self.pressed_at, f"the awaited message did not come; the prompt ended as {status_of(self.entry)}"
+        self.seconds = time.monotonic() - self.pressed_at
+        self.progress = [event["data"] for event in server.events_of(self._prompt_id, "progress")]
+
+    def assert_interrupted_at(self, node_id: str) -> None:
+        """Soon, at this node, and as ComfyUI knows it."""
+        assert status_of(self.entry) == "execution_interrupted", self.entry["status"]
+        messages = dict(self.entry["status"]["messages"])
+        assert messages["execution_interrupted"]["node_id"] == node_id
+        assert self.seconds < 10

@@ -15,7 +15,7 @@ import torch
 
 from .base import ANY, Node, Uncached
 
-LARGE = 100_000  # elements
+LARGE = 1_000_000  # elements: no picture that ComfyUI keeps as a node's output
 
 
 def sha(data: bytes) -> str:
@@ -23,15 +23,14 @@ def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def large_tensors() -> int:
-    """Tensors that somebody still holds."""
+def tensors_held() -> dict[str, int]:
+    """Weights of networks and other large tensors that somebody still holds."""
     gc.collect()
-    return sum(1 for thing in gc.get_objects() if type(thing).__name__ in ("Tensor", "Parameter") and is_large(thing))
-
-
-def is_large(thing: object) -> bool:
-    """True for a tensor of many elements."""
-    return isinstance(thing, torch.Tensor) and thing.numel() >= LARGE
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return {
+        "weights": sum(1 for tensor in tensors if isinstance(tensor, torch.nn.Parameter)),
+        "large": sum(1 for tensor in tensors if tensor.numel() >= LARGE),
+    }
 
 
 class GlobalState(Uncached):
@@ -70,7 +69,7 @@ class GlobalState(Uncached):
             "log handlers": len(logging.getLogger().handlers),
             "warning filters": len(warnings.filters),
             "environment": sha(repr(sorted(os.environ.items())).encode()),
-            "large tensors": large_tensors(),
+            "tensors": tensors_held(),
         }
         return {"ui": {"state": [state]}, "result": (str(state),)}
 

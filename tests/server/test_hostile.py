@@ -1,0 +1,259 @@
+"""A stranger's workflow, a page of another origin, and honest mistakes: refused in words, and nothing is touched.
+
+Linked values can't be checked by ComfyUI before the run, so each value comes both ways.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.comfyui_server import PackServer
+from tests.support.narrow import picture
+from tests.support.training_graph import (
+    ENCODE,
+    LOAD,
+    PAIR,
+    TRAIN,
+    changed,
+    error_of,
+    helper,
+    hidden,
+    node,
+    ours,
+    pairing,
+    place_pairs,
+    training,
+)
+from tools.comfyui import ComfyUIError
+
+pytestmark = pytest.mark.server
+
+FOLDERS = [
+    "{outside}/target",
+    "../outside/target",
+    "pairs/../../../outside/target",
+    "pairs\\..\\..\\outside",
+    "leads_out/target",
+    "\\\\server\\share",
+    "//server/share",
+    "C:\\Windows",
+    "~/pictures",
+    "file:///etc",
+    "/etc",
+    "pairs/target\x00.png",
+    "pairs/target\ud800",
+    "x" * 5000,
+    "",
+]
+RUN_NAMES = ["../x", "a/b", "C:\\x", "nul", "NUL.txt", "", ".", "..", "x" * 300, "a\x00b", "a\n", "a\ud800", "-x", "x "]
+
+
+@pytest.fixture(scope="module")
+def outside(studio: PackServer) -> Path:
+    """Pictures beside ComfyUI's folders, and a link to them that somebody left in the input folder."""
+    folder = studio.base.parent / "outside"
+    for part in ("target", "reference_1"):
+        (folder / part).mkdir(parents=True)
+        picture(7).save(folder / part / "secret.png")
+    (folder / "target" / "secret.txt").write_text("a secret")
+    (studio.input / "leads_out").symlink_to(folder, target_is_directory=True)
+    return folder
+
+
+def files(studio: PackServer) -> dict[str, int]:
+    """All files that nobody may touch here, with the time of their last change."""
+    found = [studio.base.parent / "outside", studio.output, studio.input, studio.base / "models"]
+    paths = [path for folder in found for path in folder.rglob("*")]
+    return {str(path): path.stat().st_mtime_ns for path in paths if path.is_file()}
+
+
+def refusal(server: PackServer, prompt: dict[str, Any], node_id: str) -> str:
+    """Why the prompt was not queued."""
+    with pytest.raises(ComfyUIError) as caught:
+        server.queue(prompt)
+    assert caught.value.status == 400
+    problems = caught.value.answer["node_errors"][node_id]["errors"]
+    assert {problem["type"] for problem in problems} == {"custom_validation_failed"}, problems  # once for each widget
+    return problems[0]["details"]
+
+
+def failure_at(server: PackServer, prompt: dict[str, Any], node_id: str) -> str:
+    """What the node said that failed."""
+    error = error_of(server.wait(server.queue(prompt)))
+    assert error["node_id"] == node_id
+    assert "trainer_core.errors." in error["exception_type"], error["exception_message"]
+    return error["exception_message"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda name: ascii(name)[:30])
+def test_folders(folder: str, outside: Path, studio: PackServer):
+    name, before = folder.format(outside=outside), files(studio)
+    for prompt in (pairing(target_folder=name), pairing(reference_folder_2=name or "..")):
+        assert "Allowed is a folder below one of: input, output" in refusal(studio, prompt, PAIR)
+    linked = {**pairing(target_folder=["value", 0]), "value": hidden(name)}
+    said = failure_at(studio, linked, PAIR)
+    assert "target_folder is" in said
+    assert str(studio.base) not in said
+    assert files(studio) == before
+
+
+def test_a_linked_picture_is_not_read(outside: Path, studio: PackServer):
+    place_pairs(studio, "with_link", 2)
+    (studio.input / "with_link" / "target" / "001.png").unlink()
+    (studio.input / "with_link" / "target" / "001.png").symlink_to(outside / "target" / "secret.png")
+    said = failure_at(studio, pairing("with_link"), PAIR)
+    assert "001.png" in said
+    assert "the link leaves the dataset's folder" in said
+
+
+@pytest.mark.parametrize("name", RUN_NAMES, ids=lambda name: ascii(name)[:30])
+def test_run_names(name: str, outside: Path, studio: PackServer):
+    before = files(studio)
+    assert "run_name is" in refusal(studio, training(name), TRAIN)
+    linked = {**training(["value", 0]), "value": hidden(name)}
+    said = failure_at(studio, linked, TRAIN)
+    assert "it is not a path" in said
+    assert len(said) < 500
+    after = {path for path, time in files(studio).items() if before.get(path) != time}
+    assert not [path for path in after if "/cache/" not in path]
+
+
+@pytest.mark.parametrize("name", ["../../etc", "{outside}", "../../../outside", "narrow/../../..", ""])
+def test_base_models(name: str, outside: Path, studio: PackServer):
+    name = name.format(outside=outside)
+    prompt = training("nothing", 2)
+    assert "found are" in refusal(studio, changed(prompt, LOAD, base_model=name), LOAD)
+    linked = {**changed(prompt, LOAD, base_model=["value", 0]), "value": hidden(name)}
+    assert "found are" in failure_at(studio, linked, LOAD)
+
+
+@pytest.mark.parametrize("name", ["unknown.safetensors", "../../secret.safetensors", "{outside}/x.safetensors"])
+def test_lora_names(name: str, outside: Path, studio: PackServer):
+    name = name.format(outside=outside)
+    (outside / "x.safetensors").write_bytes(b"x")
+    sample = {
+        "picture": node("LoadImage", image="pairs/reference_1/000.png"),
+        LOAD: training("nothing")[LOAD],
+        "sample": ours(
+            "SampleEdit",
+            model=[LOAD, 0],
+            reference_1=["picture", 0],
+            prompt="",
+            negative_prompt="",
+            lora_name=name,
+            lora_strength=1.0,
+            num_inference_steps=1,
+            guidance=1.0,
+            seed=0,
+            resolution=96,
+            preprocessing="comfyui",
+            match_target_res=True,
+        ),
+        "digest": helper("Digest", value=["sample", 0]),
+    }
+    assert "is not there" in refusal(studio, sample, "sample")
+    linked = {**changed(sample, "sample", lora_name=["value", 0]), "value": hidden(name)}
+    assert "is not there" in failure_at(studio, linked, "sample")
+
+
+@pytest.mark.parametrize(
+    ("node_id", "setting", "value"),
+    [
+        (PAIR, "caption_strategy", "exec"),
+        (ENCODE, "resolution", 1_000_000),
+        (ENCODE, "num_eval_images", -5),
+        (ENCODE, "num_eval_images", 5),
+        (ENCODE, "preprocessing", "evil"),
+        ("lora", "lora_rank", 10**9),
+        ("lora", "lora_targets", "everything"),
+        ("optimizer", "learning_rate", math.nan),
+        ("optimizer", "weight_decay", math.nan),
+        ("optimizer", "optimizer", "torch.load"),
+        ("loop", "train_batch_size", 0),
+        ("loop", "flow_schedule_shift", 0.0),
+        ("validation", "validation_guidance", math.nan),
+        (TRAIN, "max_train_steps", 0),
+        (TRAIN, "max_train_steps", 10**12),
+        (TRAIN, "if_run_exists", "destroy"),
+        (LOAD, "base_model_precision", "int1"),
+        (LOAD, "flavour", "edit-v9"),
+    ],
+)
+def test_settings(node_id: str, setting: str, value: Any, studio: PackServer):
+    prompt = training("nothing", 2)
+    linked = {**changed(prompt, node_id, **{setting: ["value", 0]}), "value": hidden(value)}
+    said = failure_at(studio, linked, node_id)
+    assert setting in said
+    assert str(value) in said
+    assert "llowed is" in said
+    assert not (studio.output / "qwen_edit_trainer" / "runs" / "nothing").exists()
+
+
+def test_every_missing_and_damaged_file_is_named(studio: PackServer):
+    place_pairs(studio, "torn", 6)
+    folder = studio.input / "torn"
+    for index in (1, 3):
+        (folder / "reference_1" / f"{index:03d}.png").unlink()
+    damaged = folder / "target" / "004.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    (folder / "target" / "005.txt").write_text("  \n")
+    said = failure_at(studio, pairing("torn"), PAIR)
+    lines = [line for line in said.splitlines() if line.startswith("  - ")]
+    assert len(lines) == 4
+    for name in ("001", "003", "004", "005"):
+        assert sum(name in line for line in lines) == 1, name
+
+
+def test_a_missing_folder_is_named(studio: PackServer):
+    assert "no_such_folder" in refusal(studio, pairing("no_such_folder"), PAIR)
+
+
+# Routes
+
+
+def ask(server: PackServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
+    """Status and answer."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read()
+
+
+JSON = {"Content-Type": "application/json"}
+STOP = "/qwen_edit_trainer/stop"
+
+
+@pytest.mark.parametrize("prefix", ["", "/api"])
+def test_another_origin_is_refused(prefix: str, studio: PackServer):
+    body = {"run_name": "x"}
+    assert ask(studio, "POST", prefix + STOP, body, Origin="http://evil.example", **JSON)[0] == 403
+    assert ask(studio, "GET", prefix + "/qwen_edit_trainer/runs", Origin="http://evil.example")[0] == 403
+    assert ask(studio, "POST", prefix + STOP, body, Origin=studio.url, **JSON)[0] == 404  # it may ask
+
+
+def test_stop_changes_nothing_by_get(studio: PackServer):
+    assert ask(studio, "GET", STOP + "?run_name=x")[0] in (404, 405)
+
+
+def test_stop_of_an_unknown_run(studio: PackServer):
+    status, answer = ask(studio, "POST", STOP, {"run_name": "unknown"}, **JSON)
+    assert status == 404
+    assert "error" in json.loads(answer)
+    for body in (None, [], {"run_name": ["unknown"]}, {"run_name": {"a": 1}}, {"run_name": None}, "x", 5):
+        assert ask(studio, "POST", STOP, body, **JSON)[0] in (400, 404), body
+
+
+@pytest.mark.parametrize("content", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_stop_takes_no_forms(content: str, studio: PackServer):
+    """Those a foreign page may send without being asked."""
+    assert ask(studio, "POST", STOP, {"run_name": "x"}, **{"Content-Type": content})[0] == 400

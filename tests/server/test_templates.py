@@ -1,0 +1,109 @@
+"""The templates' API twins on a running server: accepted as they are, and run at small size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.comfyui_server import PackServer
+from tests.support.narrow import picture
+from tests.support.training_graph import figures, helper, place_base, place_pairs, steps_written
+from tools.comfyui import REPO
+
+pytestmark = pytest.mark.server
+
+FOLDER = REPO / "workflows" / "api"
+MODELS = {"unet_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae", "lora_name": "loras"}
+
+
+def template(name: str) -> dict[str, Any]:
+    """An API prompt that people get."""
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def inputs_of(prompt: dict[str, Any], class_type: str) -> dict[str, Any]:
+    """Of the node of a class."""
+    return next(each["inputs"] for each in prompt.values() if each["class_type"] == class_type)
+
+
+@pytest.fixture(scope="module")
+def furnished(studio: PackServer, tokenizer_dir: Path) -> PackServer:
+    """Everything that the templates name lies there: models small, other people's files empty."""
+    for name, flavour in (("Qwen-Image-Edit", "edit-v1"), ("Qwen-Image-Edit-2509", "edit-v2")):
+        place_base(studio, tokenizer_dir, name, flavour)
+    place_pairs(studio, "my_edit")
+    (studio.input / "my_edit" / "reference_1").rename(studio.input / "my_edit" / "reference")
+    for path in FOLDER.glob("*.json"):
+        for node in template(path.stem).values():
+            for key, value in node["inputs"].items():
+                if key in MODELS and value != "none":
+                    place = studio.base / "models" / MODELS[key] / str(value)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.touch()
+    picture(0).save(studio.input / "example.png")
+    return studio
+
+
+@pytest.fixture
+def busy(furnished: PackServer) -> Iterator[PackServer]:
+    """The server at work, so that what is queued is looked at and not begun."""
+    waiting = furnished.queue({"wait": helper("Wait", seconds=60.0)})
+    yield furnished
+    furnished.post("/queue", {"clear": True})
+    furnished.interrupt()
+    furnished.wait(waiting)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.json")))
+def test_accepted_as_it_is(name: str, busy: PackServer):
+    prompt = template(name)
+    for part in ("target", "reference"):
+        (busy.input / "demo" / part).mkdir(parents=True, exist_ok=True)
+    picture(0).save(busy.input / "demo" / "reference" / "00_chelsea.png")
+    answer = busy.post("/prompt", {"prompt": prompt, "client_id": busy.client_id})
+    assert answer["node_errors"] == {}
+    assert answer["prompt_id"]
+
+
+@pytest.mark.parametrize("name", ["train_edit_v1_24gb", "train_edit_v2_24gb"])
+def test_training_templates(name: str, furnished: PackServer):
+    """With the template's own precision and settings, but two steps on narrow models."""
+    prompt = template(name)
+    inputs_of(prompt, "QwenEdit_EncodePairs")["resolution"] = 96
+    inputs_of(prompt, "QwenEdit_TrainLora")["max_train_steps"] = 2
+    inputs_of(prompt, "QwenEdit_ValidationSettings")["validation_num_inference_steps"] = 2
+    outputs = furnished.run(prompt)
+    training = next(key for key, node in prompt.items() if node["class_type"] == "QwenEdit_TrainLora")
+    found = figures(outputs, training)
+    assert found["steps"] == 2
+    assert (furnished.output / found["lora_file"]).is_file()
+    assert steps_written(furnished, found["run_name"]) == [1, 2]
+    saved = [name for output in outputs.values() for name in output.get("images", ())]
+    assert any(image["filename"].startswith("grid") for image in saved)
+
+
+def test_demo_at_small_size(furnished: PackServer):
+    """The embedded model and the demo's own pictures; `make demo` runs it whole."""
+    from trainer_core.demo.pictures import make_demo_pairs
+
+    prompt = template("demo")
+    make_demo_pairs(furnished.input / "small demo")
+    inputs_of(prompt, "QwenEdit_PairFolders").update(
+        target_folder="small demo/target", reference_folder_1="small demo/reference"
+    )
+    loader = inputs_of(prompt, "LoadImage")
+    loader["image"] = loader["image"].replace("demo/", "small demo/", 1)
+    inputs_of(prompt, "QwenEdit_TrainLora")["max_train_steps"] = 3
+    inputs_of(prompt, "QwenEdit_ValidationSettings").update(validation_num_inference_steps=2, num_validation_images=1)
+    inputs_of(prompt, "QwenEdit_SampleEdit")["num_inference_steps"] = 2
+    inputs_of(prompt, "QwenEdit_TrainingSettings")["train_batch_size"] = 2
+    outputs = furnished.run(prompt)
+    training = next(key for key, node in prompt.items() if node["class_type"] == "QwenEdit_TrainLora")
+    found = figures(outputs, training)
+    assert found["steps"] == 3
+    assert found["psnr_vae"] > 15
+    assert (furnished.output / found["lora_file"]).is_file()
