@@ -25,7 +25,7 @@ DEMO_PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {
     "china.jpg": _SCIKIT_LEARN,
 }
 # Only pre-training sees these.
-PRETRAINING_PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {"grace_hopper.jpg": _MATPLOTLIB} | dict.fromkeys(
+PRETRAINING_PHOTOGRAPHS: dict[str, tuple[str, str, str]] = dict.fromkeys(
     (
         "astronaut.png",
         "brick.png",
@@ -47,9 +47,10 @@ PRETRAINING_PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {"grace_hopper.jpg": 
     ),
     _SCIKIT_IMAGE,
 )
+PRETRAINING_PHOTOGRAPHS["grace_hopper.jpg"] = _MATPLOTLIB
 
 _LARGEST_TILE, _SMALLEST_TILE = 300, 48
-_LEAST_DEVIATION = 10.0  # of 255; flatter tiles (the rocket's sky) teach nothing
+_LEAST_DEVIATION = 20.0  # of 255; flatter tiles (plain sky) teach nothing and show little
 
 
 def photograph(name: str) -> Image.Image:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..rng import stream
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 _BRANCH_GAIN = 0.5  # of what attention and MLP add, so that a token's own embedding stays the loudest in its state
 _BRANCH_ENDS = ("o_proj.weight", "down_proj.weight", "attn.proj.weight")
@@ -55,19 +56,20 @@ def _weights(seed: int, name: str, shape: torch.Size) -> Tensor:
     return (draws - 0.5) * (gain * math.sqrt(12 / fan_in))
 
 
-def _restore_buffers(network: nn.Module) -> None:
+def _restore_buffers(network: Qwen2_5_VLForConditionalGeneration) -> None:
     """Rotary frequencies are not stored anywhere and came without values from the meta device: made anew."""
     for module in network.modules():
         names = [name for name, _ in module.named_buffers(recurse=False)]
         if not names:
             continue
-        arguments = (module.config,) if hasattr(module, "config") else (_vision_rotary_width(network),)
+        arguments = (
+            (module.config,) if hasattr(module, "config") else (_vision_rotary_width(network.config.vision_config),)
+        )
         fresh = type(module)(*arguments)
         for name in names:
             setattr(module, name, getattr(fresh, name))
 
 
-def _vision_rotary_width(network: nn.Module) -> int:
+def _vision_rotary_width(vision: Qwen2_5_VLVisionConfig) -> int:
     """What transformers before 5 wants for its vision rotary embedding: half the heads' width."""
-    vision = network.config.vision_config
     return vision.hidden_size // vision.num_heads // 2

@@ -92,7 +92,7 @@ def begin(network: torch.nn.Module, resume: Path | None, part: str) -> torch.nn.
 def save(network: torch.nn.Module, folder: Path) -> None:
     """In diffusers' layout, fp16; the network stays as it is."""
     weights = {name: weight.half().contiguous() for name, weight in network.state_dict().items()}
-    network.save_config(folder)
+    network.save_config(folder)  # type: ignore[operator]
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 

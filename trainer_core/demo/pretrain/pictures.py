@@ -129,7 +129,7 @@ def _pages(photo: Image.Image) -> list[Tensor]:
     shrink = min(1.0, _ATLAS_SIDE / max(photo.size))
     pages = []
     for level in _LEVELS:
-        size = tuple(round(side * shrink * level) for side in photo.size)
+        size = round(photo.width * shrink * level), round(photo.height * shrink * level)
         pixels = np.asarray(photo.resize(size, Image.Resampling.LANCZOS))
         pages.append(torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255)
     return pages
