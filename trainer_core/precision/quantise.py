@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -11,6 +13,9 @@ from torch import nn
 from ..config import BaseModelPrecision
 from ..errors import MissingPackageError
 from ..events import Observer, raise_if_stopped
+
+Convert = Callable[[nn.Linear, torch.device], nn.Module]
+_QUANTO_TYPES = {"int8-quanto": "qint8", "int4-quanto": "qint4", "int2-quanto": "qint2", "fp8-quanto": "qfloat8"}
 
 
 def quantise(
@@ -28,31 +33,53 @@ def quantise(
         MissingPackageError: the precision's package is not installed.
         Interrupted: the observer wants to stop.
     """
-    if precision == "none":
+    convert = converter(precision)
+    if convert is None:
         return
     layers = list(_linears(network, keep))
-    convert = _to_int8_quanto if precision == "int8-quanto" else _to_nf4
     for done, (parent, name) in enumerate(layers):
         raise_if_stopped(observer)
         setattr(parent, name, convert(getattr(parent, name), device))
         observer.on_progress(f"Quantising to {precision}", done + 1, len(layers))
 
 
+def converter(precision: BaseModelPrecision) -> Convert | None:
+    """What makes a quantised layer, computed and placed on a device, of an ordinary one. None where nothing changes.
+
+    Raises:
+        MissingPackageError: the precision's package is not installed.
+    """
+    if precision in ("none", "file"):
+        return None
+    if precision == "nf4-bnb":
+        return _to_nf4
+    _need_quanto(precision)
+    return partial(_to_quanto, _QUANTO_TYPES[precision])
+
+
+def is_kept(name: str, keep: Sequence[str]) -> bool:
+    """Whether the layer's full name matches one of the patterns."""
+    return any(fnmatch(name, pattern) for pattern in keep)
+
+
 def _linears(network: nn.Module, keep: Sequence[str]) -> Iterator[tuple[nn.Module, str]]:
     for parent_name, parent in network.named_modules():
         for name, child in parent.named_children():
             full_name = f"{parent_name}.{name}" if parent_name else name
-            if type(child) is nn.Linear and not any(fnmatch(full_name, pattern) for pattern in keep):
+            if type(child) is nn.Linear and not is_kept(full_name, keep):
                 yield parent, name
 
 
-def _to_int8_quanto(layer: nn.Linear, device: torch.device) -> nn.Module:
-    try:
-        from optimum.quanto import freeze, qint8
-        from optimum.quanto.nn import QLinear
-    except ImportError as error:
-        raise MissingPackageError("optimum-quanto", "base_model_precision int8-quanto") from error
-    quantised = QLinear.from_module(layer.to(device), weights=qint8)
+def _need_quanto(precision: str) -> None:
+    if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
+        raise MissingPackageError("optimum-quanto", f"base_model_precision {precision}")
+
+
+def _to_quanto(type_name: str, layer: nn.Linear, device: torch.device) -> nn.Module:
+    from optimum.quanto import freeze, qtypes
+    from optimum.quanto.nn import QLinear
+
+    quantised = QLinear.from_module(layer.to(device), weights=qtypes[type_name])
     freeze(quantised)
     return quantised.requires_grad_(False)  # noqa: FBT003
 
@@ -75,4 +102,6 @@ def _to_nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
         weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=quantised
     )
     quantised.bias = layer.bias
+    # On some CPUs it would, in a forward without gradients, put the weights into an order that has no backward.
+    quantised.support_avx512bf16_for_cpu = False
     return quantised.to(device)
