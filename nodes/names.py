@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..trainer_core.errors import ConfigError
@@ -57,7 +57,7 @@ def folder_below(name: str, roots: Mapping[str, Path], label: str) -> Path:
         raise ConfigError(f"{label} is {name[:200]!r}, which is not a folder name. {allowed}")
     absolute = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).drive or PureWindowsPath(name).root)
     candidates = [Path(name)] if absolute else [root / name for root in roots.values()]
-    folder = next((path for path in candidates if _is_below(path, roots) and _is_folder(path)), None)
+    folder = next((path for path in candidates if _is_below(path, roots) and _is_there(path.is_dir)), None)
     if folder is not None:
         return Path(os.path.realpath(folder))
     outside = not all(_is_below(path, roots) for path in candidates)
@@ -73,9 +73,10 @@ def file_below(name: str, folder: Path, roots: Mapping[str, Path], label: str) -
     """
     name = name.strip()
     path = folder / name
-    if not name or "\x00" in name or name.startswith(("\\\\", "//", "~")) or not _is_below(path, roots):
+    unusable = not name or _NEVER_IN_NAMES.search(name) or name.startswith(("\\\\", "//", "~"))
+    if unusable or not _is_below(path, roots):
         reason = "is not a file in an allowed folder"
-    elif not path.is_file():
+    elif not _is_there(path.is_file):
         reason = "is not there"
     else:
         return Path(os.path.realpath(path))
@@ -85,9 +86,9 @@ def file_below(name: str, folder: Path, roots: Mapping[str, Path], label: str) -
     )
 
 
-def _is_folder(path: Path) -> bool:
+def _is_there(test: Callable[[], bool]) -> bool:
     try:
-        return path.is_dir()
+        return test()
     except OSError:  # a longer name than the file system has
         return False
 
