@@ -9,13 +9,14 @@ import os
 import random
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
 
 from .base import ANY, Node, Uncached
 
-LARGE = 1_000_000  # elements: no picture that ComfyUI keeps as a node's output
+LARGE = 1_000_000  # elements
 
 
 def sha(data: bytes) -> str:
@@ -23,13 +24,20 @@ def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def tensors_held() -> dict[str, int]:
+def is_image(tensor: torch.Tensor) -> bool:
+    """ComfyUI keeps nodes' pictures."""
+    return tensor.ndim == 4 and tensor.shape[-1] == 3
+
+
+def tensors_held() -> dict[str, Any]:
     """Weights of networks and other large tensors that somebody still holds."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     return {
         "weights": sum(1 for tensor in tensors if isinstance(tensor, torch.nn.Parameter)),
-        "large": sum(1 for tensor in tensors if tensor.numel() >= LARGE),
+        "large": sorted(
+            str(list(tensor.shape)) for tensor in tensors if tensor.numel() >= LARGE and not is_image(tensor)
+        ),
     }
 
 
