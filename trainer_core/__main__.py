@@ -104,9 +104,10 @@ def load_job(path: Path) -> JobConfig:
         return str(path.parent / Path(name).expanduser()) if name else name
 
     base = job.model.base if job.model.base == DEMO_MODEL else beside(job.model.base)
+    files = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
     return dataclasses.replace(
         job,
-        model=dataclasses.replace(job.model, base=base, tokenizer=beside(job.model.tokenizer)),
+        model=dataclasses.replace(job.model, base=base, **{name: beside(getattr(job.model, name)) for name in files}),
         dataset=dataclasses.replace(
             job.dataset,
             target_dir=beside(job.dataset.target_dir),

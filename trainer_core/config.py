@@ -23,7 +23,8 @@ DEMO_MODEL = "demo"
 
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
 Preprocessing = Literal["comfyui", "diffusers"]
-BaseModelPrecision = Literal["none", "int8-quanto", "nf4-bnb"]
+BaseModelPrecision = Literal["none", "int8-quanto", "nf4-bnb", "int4-quanto", "int2-quanto", "fp8-quanto", "file"]
+QuantizeVia = Literal["accelerator", "cpu"]
 MixedPrecision = Literal["bf16", "no"]
 LoraTargets = Literal["image-attention", "attention", "attention-mlp", "all", "pattern"]
 OptimizerName = Literal["adamw", "adamw-8bit"]
@@ -73,16 +74,31 @@ class ModelConfig:
         "edit-v1", "edit-v1 is Qwen-Image-Edit (one reference), edit-v2 is 2509, edit-v3 is 2511 (up to three)."
     )
     base_model_precision: BaseModelPrecision = setting(
-        "none", "Format of the frozen weights: none keeps them, int8-quanto halves bf16, nf4-bnb quarters it."
+        "none",
+        "Format of the frozen weights: none is that of mixed_precision, int8-quanto and fp8-quanto halve bf16, "
+        "nf4-bnb and int4-quanto quarter it, int2-quanto is an eighth and coarse, file keeps the fp8 or int8 of the "
+        "file.",
+    )
+    quantize_via: QuantizeVia = setting(
+        "accelerator", "Where weights are brought into base_model_precision: accelerator is faster, cpu spares VRAM."
     )
     mixed_precision: MixedPrecision = setting(
         "bf16", "Arithmetic of the forward pass: bf16 as usual on GPUs, no for float32 throughout."
     )
+    transformer_file: str = setting(
+        "", "Transformer as ComfyUI keeps it (.safetensors: bf16, fp8, int8; .gguf); empty: that of the base folder."
+    )
+    text_encoder_file: str = setting(
+        "", "Text encoder as ComfyUI keeps it (.safetensors: bf16, fp8); empty: that of the base folder."
+    )
+    vae_file: str = setting("", "VAE as ComfyUI keeps it (.safetensors); empty: that of the base folder.")
     tokenizer: str = setting("", "Folder of the Qwen2.5 tokenizer; empty: the one in the base folder.")
     device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.")
 
     def __post_init__(self) -> None:
-        _check_choice(self, "flavour", "base_model_precision", "mixed_precision")
+        if str(self.base_model_precision) == "no_change":  # SimpleTuner's word
+            object.__setattr__(self, "base_model_precision", "none")
+        _check_choice(self, "flavour", "base_model_precision", "quantize_via", "mixed_precision")
         _check(bool(self.base), "base", self.base, "a folder in diffusers' layout, or `demo`")
 
 
@@ -372,9 +388,11 @@ def resume_key(config: TrainConfig) -> dict[str, Any]:
     key = to_json(config)
     for name in ("run_dir", "validation_encoded", "checkpoints", "validation", "export", "gradient_checkpointing"):
         del key[name]
-    del key["model"]["device"]
     if config.optimizer.lr_scheduler == "constant_with_warmup":
         del key["max_train_steps"]
     key["encoded"] = Path(config.encoded).stem  # named by its content
-    key["model"]["base"], key["model"]["tokenizer"] = Path(config.model.base).name, ""
+    model = key["model"]
+    del model["device"], model["quantize_via"], model["text_encoder_file"], model["vae_file"]
+    model["base"], model["tokenizer"] = Path(config.model.base).name, ""
+    model["transformer_file"] = Path(config.model.transformer_file).name
     return key

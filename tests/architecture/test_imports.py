@@ -16,6 +16,7 @@ NODES = REPO / "nodes"
 # Each part imports only parts on a lower row, and itself.
 ROWS = (
     ("errors", "config", "events", "rng", "geometry", "device", "files"),
+    ("weights",),
     ("precision",),
     ("qwen_image",),
     ("data",),

@@ -43,6 +43,7 @@ def test_what_the_core_imports_is_asked_for(pyproject: dict):
     """Each third-party import of shipped code is ComfyUI's, a requirement, or named here with its reason."""
     names = {re.split(r"[>=;\s]", line)[0].lower().replace("-", "_") for line in requirements()}
     known = names | {name.replace("-", "_") for name in BROUGHT_BY_COMFYUI} | {"pil", "yaml", "optimum"}
+    known |= {"gguf"}  # optional: a .gguf file without it is refused in words
     known |= {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server"}  # ComfyUI itself
     found = {}
     for folder in ("nodes", "trainer_core"):

@@ -25,9 +25,10 @@ from ..errors import ConfigError, DatasetError
 from ..events import SILENT, Observer, raise_if_stopped
 from ..files import is_whole, write_tensors
 from ..qwen_image.flavours import FLAVOURS
-from ..qwen_image.folder import model_folder, read_json, weights_digest
+from ..qwen_image.folder import model_folder, weights_digest
 from ..qwen_image.latents import VAE_FACTOR
 from ..qwen_image.text_encoder import Picture, load_text_encoder
+from ..qwen_image.transformer import transformer_settings
 from ..qwen_image.vae import encode_picture, load_vae
 from .cache import entry_path
 from .encoded import EncodedDataset, EncodedEntry, save_manifest
@@ -223,7 +224,7 @@ def _encode_prompts(
     total = sum(len(missing) for _, missing in jobs)
     if total:
         raise_if_stopped(observer)
-        encoder = load_text_encoder(model, encoding.preprocessing, device)
+        encoder = load_text_encoder(model, encoding.preprocessing, device, observer)
         progress = count(1)
         for (_, missing), pictures in read_ahead(jobs, lambda job: _vision_pictures(job[0])):
             for key, text in missing.items():
@@ -233,8 +234,8 @@ def _encode_prompts(
 
 
 def prompt_width(model: ModelConfig) -> int:
-    """Width D of the prompt embeddings, from the transformer's configuration."""
-    return int(read_json(model_folder(model).transformer / "config.json").get("joint_attention_dim", 3584))  # type: ignore[call-overload]
+    """Width D of the prompt embeddings, from the transformer's configuration or file."""
+    return int(transformer_settings(model_folder(model).transformer).get("joint_attention_dim", 3584))
 
 
 def _has_prompt(cache_dir: Path, key: str) -> bool:

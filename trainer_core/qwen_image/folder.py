@@ -1,4 +1,4 @@
-"""Where a base model's parts lie: a folder in diffusers' layout, or the embedded demo model."""
+"""Where a base model's parts lie: a folder in diffusers' layout, single files, or the embedded demo model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..errors import ModelFileError
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_PARTS = ("transformer", "vae", "text_encoder")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """The folders of a base model's parts."""
+    """Where a base model's parts lie: folders in diffusers' layout, or single files for the three networks."""
 
-    root: Path
     transformer: Path
     vae: Path
     text_encoder: Path
@@ -31,28 +31,49 @@ def model_folder(config: ModelConfig) -> ModelFolder:
     """Find the parts, without reading weights.
 
     Raises:
-        ModelFileError: not a folder in diffusers' layout; the message lists what is missing.
+        ModelFileError: a file or folder is missing; the message lists what.
     """
-    root = DEMO_FOLDER if config.base == DEMO_MODEL else Path(config.base).expanduser()
+    files = {part: Path(file).expanduser() for part, file in part_files(config).items() if file}
+    for part, file in files.items():
+        if not file.exists():
+            raise ModelFileError(f"{part}_file is {str(file)!r}, which does not exist.")
+    root = Path() if len(files) == len(_PARTS) else _root(config, [part for part in _PARTS if part not in files])
+    tokenizer = Path(config.tokenizer) if config.tokenizer else root / "tokenizer"
+    if not config.tokenizer and (config.base == DEMO_MODEL or len(files) == len(_PARTS)):
+        raise ModelFileError(
+            f"{'Single files come' if files else 'The demo model comes'} without a tokenizer. Set `tokenizer` to the "
+            "folder comfy/text_encoders/qwen25_tokenizer of a ComfyUI installation."
+        )
+    parts = {part: files.get(part, root / part) for part in _PARTS}
+    return ModelFolder(tokenizer=tokenizer, processor=root / "processor", scheduler=root / "scheduler", **parts)
+
+
+def part_files(config: ModelConfig) -> dict[str, str]:
+    """Single files by part, empty where the base folder is used."""
+    return {part: getattr(config, f"{part}_file") for part in _PARTS}
+
+
+def _root(config: ModelConfig, parts: list[str]) -> Path:
+    """The base folder, which must have `parts`."""
+    is_demo = config.base == DEMO_MODEL
+    if is_demo and len(parts) < len(_PARTS):
+        raise ModelFileError(
+            f"The base model is given by single files, but {' and '.join(f'{part}_file' for part in parts)} is empty. "
+            "Set it too, or `base` to a folder in diffusers' layout that has the rest."
+        )
+    root = DEMO_FOLDER if is_demo else Path(config.base).expanduser()
     if not root.is_dir():
         raise ModelFileError(
             f"The base model folder {config.base!r} does not exist. Allowed is a folder in diffusers' layout "
             f"(with transformer, vae and text_encoder in it), or `{DEMO_MODEL}`."
         )
-    missing = [part for part in ("transformer", "vae", "text_encoder") if not (root / part / "config.json").is_file()]
+    missing = [part for part in parts if not (root / part / "config.json").is_file()]
     if missing:
         raise ModelFileError(
             f"The base model folder {config.base!r} has no {', '.join(f'{part}/config.json' for part in missing)}. "
             "It should be a whole Qwen-Image-Edit download in diffusers' layout."
         )
-    tokenizer = Path(config.tokenizer) if config.tokenizer else root / "tokenizer"
-    if config.base == DEMO_MODEL and not config.tokenizer:
-        raise ModelFileError(
-            "The demo model has no tokenizer of its own. Set `tokenizer` to the folder "
-            "comfy/text_encoders/qwen25_tokenizer of a ComfyUI installation."
-        )
-    parts = {part: root / part for part in ("transformer", "vae", "text_encoder", "processor", "scheduler")}
-    return ModelFolder(root=root, tokenizer=tokenizer, **parts)
+    return root
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -69,18 +90,18 @@ def read_json(path: Path) -> dict[str, object]:
         raise ModelFileError(f"{path} is not a JSON object ({error}). Download it again.") from error
 
 
-def weights_digest(folder: Path) -> str:
-    """A short name for the network in `folder`: equal for equal files, whatever their place or time.
+def weights_digest(place: Path) -> str:
+    """A short name for the network in a folder or single file: equal for equal files, whatever their place or time.
 
     Reads names, sizes, JSON files whole, and 64 samples of 4 KiB of each weight file, so it takes milliseconds on
     16 GB; two different downloads of one size differ in the samples.
     """
     hasher = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix not in (".json", ".safetensors") or not path.is_file():
+    for path in [place] if place.is_file() else sorted(place.glob("*")):
+        if path.suffix not in (".json", ".safetensors", ".gguf") or not path.is_file():
             continue
         size = path.stat().st_size
-        hasher.update(f"{path.name}\x00{size}\x00".encode())
+        hasher.update(f"{path.name if path != place else path.suffix}\x00{size}\x00".encode())
         with path.open("rb") as file:
             if path.suffix == ".json" or size <= _SAMPLES * _SAMPLE_BYTES:
                 hasher.update(file.read())

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import DEMO_MODEL, ModelConfig, Preprocessing
+from ..config import ModelConfig, Preprocessing
 from ..errors import DatasetError, MissingPackageError, ModelFileError
+from ..events import SILENT, Observer
 from . import prompt
 from .flavours import FLAVOURS, Flavour
-from .folder import ModelFolder, model_folder
+from .folder import DEMO_FOLDER, ModelFolder, model_folder
+from .text_encoder_file import load_single_file
 from .vision import num_vision_tokens, rotary_positions, vision_patches
 
 if TYPE_CHECKING:
@@ -93,14 +95,18 @@ def _image_processor(folder: Path) -> Any:
         raise MissingPackageError("torchvision", "preprocessing `diffusers`") from error
 
 
-def load_text_encoder(config: ModelConfig, preprocessing: Preprocessing, device: torch.device) -> TextEncoder:
+def load_text_encoder(
+    config: ModelConfig, preprocessing: Preprocessing, device: torch.device, observer: Observer = SILENT
+) -> TextEncoder:
     """Load the text encoder of a base model, frozen, in bf16 on accelerators.
 
     Raises:
-        ModelFileError: the folder holds no Qwen2.5-VL.
+        ModelFileError: the folder or file holds no Qwen2.5-VL.
+        Interrupted: the observer wants to stop.
     """
     folder = model_folder(config)
-    network = _demo_network(folder) if config.base == DEMO_MODEL else _stored_network(folder, config, device)
+    is_demo = folder.text_encoder.is_relative_to(DEMO_FOLDER)
+    network = _demo_network(folder) if is_demo else _stored_network(folder, config, device, observer)
     return TextEncoder(
         network=network.to(device).eval().requires_grad_(False),  # noqa: FBT003
         tokenizer=prompt.load_tokenizer(folder.tokenizer),
@@ -117,11 +123,13 @@ def _demo_network(folder: ModelFolder) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def _stored_network(
-    folder: ModelFolder, config: ModelConfig, device: torch.device
+    folder: ModelFolder, config: ModelConfig, device: torch.device, observer: Observer
 ) -> Qwen2_5_VLForConditionalGeneration:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" and device.type != "cpu" else torch.float32
+    if folder.text_encoder.is_file():
+        return load_single_file(folder.text_encoder, dtype, device, observer)
     try:
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder.text_encoder, dtype=dtype, local_files_only=True, use_safetensors=True

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..config import DEMO_MODEL, ModelConfig
+from ..config import ModelConfig
 from ..errors import ModelFileError
 from ..events import SILENT, Observer
-from ..precision.quantise import quantise
+from ..precision.materialise import Placement, materialise
+from ..weights.source import WeightSource, open_weights
 from .flavours import FLAVOURS
-from .folder import model_folder, read_json
+from .folder import DEMO_FOLDER, model_folder, read_json
 from .latents import pack, pad_to_patches, token_shape, unpack
 from .types import Condition
 
@@ -21,33 +25,110 @@ if TYPE_CHECKING:
 
 # Layers at the network's borders: under 2 % of the weights, and every token passes through them.
 SENSITIVE_LAYERS = ("img_in", "txt_in", "time_text_embed.*", "norm_out.*", "proj_out")
+# What programs put before all names of a transformer in a single file.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+# Rotary axes (frame, row, column) by the heads' width; nothing in a file tells them.
+ROPE_AXES = {128: (16, 56, 56)}
 
 
 def load_transformer(
     config: ModelConfig, device: torch.device, observer: Observer = SILENT
 ) -> QwenImageTransformer2DModel:
-    """The frozen transformer of a base model on `device`, in the wanted precision.
+    """The frozen transformer of a base model on `device`, in the wanted precision, read block by block.
 
     Raises:
-        ModelFileError: no such transformer, or one of another flavour.
+        ModelFileError: no such transformer, a damaged one, or one of another flavour.
+        MissingPackageError: the precision or the file's format needs one.
         Interrupted: the observer wants to stop.
     """
+    place = model_folder(config).transformer
+    settings = transformer_settings(place)
+    _check_flavour(config, place, settings)
+    source = open_weights(place, PREFIXES)
+    if place.suffix == ".gguf" and config.base_model_precision == "file":
+        raise ModelFileError(
+            f"{place.name} is a .gguf file, whose blocks are not kept as they are. Choose another base_model_precision."
+        )
+    network = empty_transformer(settings)
+    _set_zero_cond_t(network, FLAVOURS[config.flavour].zero_cond_t)
+    placement = Placement(
+        precision=config.base_model_precision,
+        dtype=compute_dtype(config),
+        device=device,
+        quantise_on=torch.device("cpu") if config.quantize_via == "cpu" else device,
+        keep=SENSITIVE_LAYERS,
+    )
+    materialise(network, source, placement, "Loading the transformer", observer)
+    return network
+
+
+def transformer_settings(place: Path) -> dict[str, Any]:
+    """The network's configuration, from config.json or from the shapes in a single file. Reads no weights.
+
+    `zero_cond_t` is None where the file does not tell: only a marker says that it is a 2511.
+
+    Raises:
+        ModelFileError: not a Qwen-Image transformer.
+    """
+    if not place.is_dir():
+        return _settings_of_file(open_weights(place, PREFIXES))
+    stored = read_json(place / "config.json")
+    if stored.get("_class_name") != "QwenImageTransformer2DModel":
+        raise ModelFileError(
+            f"{str(place)!r} holds a {stored.get('_class_name')}, not a QwenImageTransformer2DModel. "
+            "Choose a Qwen-Image-Edit download."
+        )
+    return {"zero_cond_t": False, **stored}
+
+
+def _settings_of_file(source: WeightSource) -> dict[str, Any]:
+    shapes, name = source.shapes, source.place.name
+    first = "transformer_blocks.0.attn."
+    marks = ("txt_norm.weight", "img_in.weight", "txt_in.weight", "proj_out.weight", f"{first}norm_added_k.weight")
+    missing = [mark for mark in marks if mark not in shapes]
+    if missing:
+        raise ModelFileError(
+            f"{name} is no Qwen-Image transformer: it has no {missing[0]}{_looks_like(shapes)}. Choose a "
+            "Qwen-Image-Edit file from models/diffusion_models."
+        )
+    head = shapes[f"{first}norm_added_k.weight"][0]
+    if head not in ROPE_AXES:
+        raise ModelFileError(f"{name} has attention heads of width {head}; Qwen-Image's have 128. It is another model.")
+    numbers = {int(key.split(".")[1]) for key in shapes if key.startswith("transformer_blocks.")}
+    return {
+        "num_layers": max(numbers) + 1,
+        "in_channels": shapes["img_in.weight"][1],
+        "out_channels": shapes["proj_out.weight"][0] // 4,
+        "attention_head_dim": head,
+        "num_attention_heads": shapes["img_in.weight"][0] // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "axes_dims_rope": ROPE_AXES[head],
+        "zero_cond_t": True if "__index_timestep_zero__" in source.markers else None,
+    }
+
+
+def _looks_like(names: Collection[str]) -> str:
+    """What a wrong file seems to be, as the rest of a sentence."""
+    if any("lora" in name for name in names):
+        return "; it looks like a LoRA"
+    if any("self_attn.k_proj" in name for name in names):
+        return "; it looks like a text encoder"
+    if any(name.startswith(("decoder.", "encoder.")) for name in names):
+        return "; it looks like a VAE"
+    return ""
+
+
+def empty_transformer(settings: dict[str, Any]) -> QwenImageTransformer2DModel:
+    """The network on the meta device, without weights; what it computes at build time has its values."""
     from diffusers import QwenImageTransformer2DModel
 
-    folder = model_folder(config).transformer
-    _check_flavour(config, read_json(folder / "config.json"))
-    observer.on_progress("Loading the transformer", 0, 1)
-    try:
-        transformer = QwenImageTransformer2DModel.from_pretrained(
-            folder, torch_dtype=compute_dtype(config), local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelFileError(f"Can't load the transformer from {folder}: {error}") from error
-    _set_zero_cond_t(transformer, FLAVOURS[config.flavour].zero_cond_t)
-    transformer.requires_grad_(False).eval()  # noqa: FBT003
-    quantise(transformer, config.base_model_precision, SENSITIVE_LAYERS, device, observer)
-    observer.on_progress("Loading the transformer", 1, 1)
-    return transformer.to(device)
+    known = inspect.signature(QwenImageTransformer2DModel.__init__).parameters
+    chosen = {key: value for key, value in settings.items() if key in known}
+    with torch.device("meta"):
+        network = QwenImageTransformer2DModel(**chosen)
+    axes = list(network.config.axes_dims_rope)
+    network.pos_embed = type(network.pos_embed)(theta=10000, axes_dim=axes, scale_rope=True)
+    return network
 
 
 def compute_dtype(config: ModelConfig) -> torch.dtype:
@@ -55,17 +136,15 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
     return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
 
 
-def _check_flavour(config: ModelConfig, stored: dict[str, object]) -> None:
-    if stored.get("_class_name") != "QwenImageTransformer2DModel":
+def _check_flavour(config: ModelConfig, place: Path, settings: dict[str, Any]) -> None:
+    """A single file without the marker may be any flavour, so only the marker speaks there."""
+    is_2511 = settings["zero_cond_t"]
+    if place.is_relative_to(DEMO_FOLDER) or is_2511 is None:
+        return
+    if bool(is_2511) != FLAVOURS[config.flavour].zero_cond_t:
         raise ModelFileError(
-            f"{config.base!r} holds a {stored.get('_class_name')}, not a QwenImageTransformer2DModel. "
-            "Choose a Qwen-Image-Edit download."
-        )
-    is_2511 = bool(stored.get("zero_cond_t"))
-    if config.base != DEMO_MODEL and is_2511 != FLAVOURS[config.flavour].zero_cond_t:
-        raise ModelFileError(
-            f"{config.base!r} {'is' if is_2511 else 'is not'} a Qwen-Image-Edit-2511 (zero_cond_t is {is_2511} in "
-            f"its config), but the flavour is {config.flavour}. Choose "
+            f"{place.name if place.is_file() else config.base!r} {'is' if is_2511 else 'is not'} a "
+            f"Qwen-Image-Edit-2511 (zero_cond_t is {bool(is_2511)}), but the flavour is {config.flavour}. Choose "
             f"{'edit-v3' if is_2511 else 'edit-v1 (Qwen-Image-Edit) or edit-v2 (2509)'}."
         )
 

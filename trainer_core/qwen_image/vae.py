@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,28 +10,62 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import ModelFileError
+from ..weights.source import open_weights
 from .folder import model_folder
 from .latents import VAE_FACTOR, denormalise, normalise
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage
 
+_WAN_MARK, _WIDTH_FROM = "decoder.middle.0.residual.0.gamma", "decoder.norm_out.gamma"
+
 
 def load_vae(config: ModelConfig, device: torch.device) -> AutoencoderKLQwenImage:
     """The VAE of a base model, frozen; bf16 on accelerators, float32 on the CPU.
 
     Raises:
-        ModelFileError: the folder holds no AutoencoderKLQwenImage.
+        ModelFileError: the folder or file holds no AutoencoderKLQwenImage.
     """
     from diffusers import AutoencoderKLQwenImage
 
-    folder = model_folder(config).vae
+    place = model_folder(config).vae
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" and device.type != "cpu" else torch.float32
+    if place.is_file():
+        return _from_file(place, dtype).to(device).eval().requires_grad_(False)  # noqa: FBT003
     try:
-        vae = AutoencoderKLQwenImage.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        vae = AutoencoderKLQwenImage.from_pretrained(place, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelFileError(f"Can't load the VAE from {folder}: {error}") from error
+        raise ModelFileError(f"Can't load the VAE from {place}: {error}") from error
     return vae.to(device).eval().requires_grad_(False)  # noqa: FBT003
+
+
+def _from_file(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
+    """A VAE of Qwen-Image's depth and the file's width, with Wan's or diffusers' names. It has 127 M parameters."""
+    from diffusers import AutoencoderKLQwenImage
+
+    source = open_weights(place, ("vae.", "first_stage_model."))
+    with source.opened() as read:
+        weights = {name: read(name).dequantise(dtype) for name in source.shapes}
+    if _WAN_MARK in weights:
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+        weights = convert_wan_vae_to_diffusers(weights)
+    if _WIDTH_FROM not in weights:
+        raise ModelFileError(
+            f"{place.name} is no Qwen-Image VAE: it has neither {_WAN_MARK} nor {_WIDTH_FROM}. Choose "
+            "qwen_image_vae.safetensors from models/vae."
+        )
+    vae = AutoencoderKLQwenImage(base_dim=len(weights[_WIDTH_FROM])).to(dtype)
+    wanted = vae.state_dict()
+    wrong = [name for name, each in wanted.items() if name not in weights or weights[name].shape != each.shape]
+    if wrong or len(weights) != len(wanted):
+        unknown = [name for name in weights if name not in wanted]
+        raise ModelFileError(
+            f"{place.name} is no Qwen-Image VAE, or not whole: {len(wrong)} of {len(wanted)} weights are missing or of "
+            f"another shape and {len(unknown)} are unknown, among them {(wrong + unknown)[0]}."
+        )
+    vae.load_state_dict(weights)
+    return vae
 
 
 @torch.no_grad()

@@ -1,0 +1,132 @@
+"""Qwen2.5-VL-7B from a single file, as ComfyUI keeps it: bf16, fp8 or fp8 with scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelFileError
+from ..events import Observer
+from ..precision.materialise import Placement, materialise
+from ..weights.source import Read, WeightSource, open_weights
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+_MARK = "model.layers.0.self_attn.k_proj.bias"
+# What ComfyUI's loaders, and other programs, put before all names.
+_PREFIXES = ("text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "text_encoder.")
+
+
+def qwen25_vl_7b() -> dict[str, Any]:
+    """The configuration of Qwen2.5-VL-7B-Instruct, which is Qwen-Image's text encoder; no file holds it."""
+    return {
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "qwen2_5_vl_text",
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "tie_word_embeddings": False,
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "in_channels": 3,
+            "in_chans": 3,
+            "patch_size": 14,
+            "spatial_patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": 112,
+            "out_hidden_size": 3584,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    }
+
+
+def load_single_file(
+    place: Path, dtype: torch.dtype, device: torch.device, observer: Observer
+) -> Qwen2_5_VLForConditionalGeneration:
+    """The network without its language head, which nobody asks; on `device`, layer by layer.
+
+    Raises:
+        ModelFileError: no Qwen2.5-VL-7B.
+        Interrupted: the observer wants to stop.
+    """
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    source = _Renamed(open_weights(place, _PREFIXES))
+    if _in_transformers(_MARK) not in source.shapes:
+        raise ModelFileError(
+            f"{place.name} is no Qwen2.5-VL: it has no {_MARK}. Choose qwen_2.5_vl_7b.safetensors or "
+            "qwen_2.5_vl_7b_fp8_scaled.safetensors from models/text_encoders."
+        )
+    with torch.device("meta"):
+        network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**qwen25_vl_7b()))
+    network.lm_head = nn.Identity()
+    placement = Placement(precision="none", dtype=dtype, device=device, quantise_on=device)
+    materialise(network, source, placement, "Loading the text encoder", observer)
+    _restore_rotary(network)
+    return network
+
+
+def _in_transformers(name: str) -> str:
+    """A stored name as transformers 5 has it: `visual.x` and `model.x` lie below `model.`."""
+    if name.startswith("visual."):
+        return f"model.{name}"
+    if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
+        return "model.language_model." + name.removeprefix("model.")
+    return name
+
+
+class _Renamed:
+    """A source whose names are transformers'."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._stored = {_in_transformers(name): name for name in source.shapes}
+        self.place, self.markers = source.place, source.markers
+        self.shapes = {name: source.shapes[stored] for name, stored in self._stored.items()}
+
+    def opened(self) -> AbstractContextManager[Read]:
+        return self._opened()
+
+    @contextmanager
+    def _opened(self) -> Iterator[Read]:
+        with self._source.opened() as read:
+            yield lambda name: read(self._stored[name])
+
+
+def _restore_rotary(network: Any) -> None:
+    """Rotary frequencies are in no file and came without values from the meta device: made anew."""
+    vision = network.config.vision_config
+    for module in network.modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        if names:  # transformers before 5 wants half the heads' width for its vision rotary embedding
+            argument = module.config if hasattr(module, "config") else vision.hidden_size // vision.num_heads // 2
+            fresh = type(module)(argument)
+            for name in names:
+                setattr(module, name, getattr(fresh, name))

@@ -1,0 +1,63 @@
+"""Weights in a .gguf file, through the optional package of that name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import MissingPackageError, ModelFileError
+from .source import Read
+from .stored import StoredWeight
+
+
+class GgufSource:
+    """See WeightSource. Blocks of any of GGUF's types are dequantised when read."""
+
+    def __init__(self, place: Path, prefixes: Sequence[str] = ()) -> None:
+        self.place = place
+        tensors = {tensor.name: tensor for tensor in _reader(place).tensors}
+        prefix = next((each for each in prefixes if sum(name.startswith(each) for name in tensors) > 5), "")
+        names = [name for name in tensors if name.startswith(prefix)]
+        self._prefix = prefix
+        self.markers = frozenset(name.removeprefix(prefix) for name in names if "__" in name)
+        self.shapes = {  # GGUF counts dimensions from the last
+            name.removeprefix(prefix): tuple(int(side) for side in reversed(tensors[name].shape))
+            for name in names
+            if name.removeprefix(prefix) not in self.markers
+        }
+
+    @contextmanager
+    def opened(self) -> Iterator[Read]:
+        """See WeightSource."""
+        from gguf import quants
+
+        tensors = {tensor.name: tensor for tensor in _reader(self.place).tensors}
+
+        def read(name: str) -> StoredWeight:
+            tensor = tensors[self._prefix + name]
+            try:
+                values = quants.dequantize(tensor.data, tensor.tensor_type)
+            except NotImplementedError as error:
+                raise ModelFileError(
+                    f"{self.place.name} holds {name} as {tensor.tensor_type.name}, which the package gguf can't read."
+                ) from error
+            return StoredWeight(torch.from_numpy(values.copy()).reshape(self.shapes[name]))
+
+        yield read
+
+
+def _reader(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingPackageError("gguf", "A .gguf base model") from error
+    try:
+        return GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise ModelFileError(
+            f"{path.name} is not a whole .gguf file ({error}). It may be an interrupted download: get it again."
+        ) from error
