@@ -52,12 +52,12 @@ def train_lora(
         return finished
     encoded = load_encoded(Path(config.encoded))
     validator = Validator(_validation_set(config, encoded), config.model, config.validation)
+    plan = BatchPlan(encoded, config.batching, config.seed)  # micro-batch i of the run, a pure function of i
     run = RunFolder.open(Path(config.run_dir), resume_key(config))  # refuses a folder of another run
     run.write_config(to_json(config))
 
-    networks = build_networks(config, observer)
+    networks = build_networks(config, encoded.preprocessing, observer)
     done, stop = _restore(run, networks), Stop.NO  # 0 in a fresh folder
-    plan = BatchPlan(encoded, config.batching, config.seed)  # micro-batch i of the run, a pure function of i
     with Metrics(run, done) as metrics, BatchLoader(encoded, plan) as loader:
         while done < config.max_train_steps and not stop:
             try:

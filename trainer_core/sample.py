@@ -22,6 +22,7 @@ from .geometry import Box, Size, bucket_size, centre_crop
 from .qwen_image.flavours import FLAVOURS
 from .qwen_image.folder import model_folder
 from .qwen_image.latents import VAE_FACTOR
+from .qwen_image.positions import use_comfyui_positions
 from .qwen_image.sampling import load_scheduler, sample_latents
 from .qwen_image.text_encoder import load_text_encoder
 from .qwen_image.transformer import compute_dtype, load_transformer
@@ -125,6 +126,8 @@ def _draw(
 ) -> Tensor:
     """Latents [C, H, W] of the result."""
     transformer = load_transformer(request.model, device, observer)
+    if request.preprocessing == "comfyui":
+        use_comfyui_positions(transformer)
     if request.lora_file is not None:
         load_into(transformer, request.lora_file, request.lora_strength)
     conditions = [Condition(references, *pad_prompts([prompt])).to(device) for prompt in prompts]

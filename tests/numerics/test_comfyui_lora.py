@@ -13,13 +13,14 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageTransformer2DModel
 from diffusers.loaders import QwenImageLoraLoaderMixin
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
 from tests.support.narrow import NARROW
 from trainer_core.config import LoraConfig, ModelConfig, TrainConfig
 from trainer_core.export.lora_file import LoraMetadata, export_lora
 from trainer_core.qwen_image.latents import denormalise
+from trainer_core.qwen_image.positions import ComfyuiPositions
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
@@ -50,31 +51,6 @@ CASES = {
 }
 # ComfyUI and diffusers give tokens of these other rotary positions, see ComfyuiPositions.
 OTHER_POSITIONS = ("reference larger than the target", "odd tokens")
-
-
-class ComfyuiPositions(nn.Module):
-    """Rotary frequencies at ComfyUI's positions (comfy/ldm/qwen_image/model.py), in the place of diffusers'.
-
-    A side of n tokens runs from -(n // 2); in diffusers from -(n - n // 2), which differs for odd n. The prompt begins
-    where the target ends; in diffusers where the largest of target and references ends.
-    """
-
-    def __init__(self, diffusers: nn.Module) -> None:
-        super().__init__()
-        self.diffusers = diffusers
-
-    def _at(self, *positions: Tensor) -> Tensor:
-        axes = zip(positions, self.diffusers.axes_dim, strict=True)
-        return torch.cat([self.diffusers.rope_params(each.flatten(), size) for each, size in axes], dim=1)
-
-    def forward(self, img_shapes: Any, max_txt_seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        pictures = []
-        for index, (_, rows, columns) in enumerate(img_shapes[0]):
-            row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-            pictures.append(self._at(torch.full_like(row, index), row - rows // 2, column - columns // 2))
-        start = max(side // 2 for side in img_shapes[0][0][1:])
-        text = torch.arange(start, start + max_txt_seq_len)
-        return torch.cat(pictures), self._at(text, text, text)
 
 
 @dataclass(frozen=True)

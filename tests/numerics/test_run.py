@@ -35,6 +35,7 @@ from trainer_core.errors import DatasetError, NonFiniteLossError, RunFolderError
 from trainer_core.events import SILENT, SilentObserver, StepReport, Stop
 from trainer_core.run import TrainResult, find_result, train_lora
 from trainer_core.training import optimizer as optimizer_module
+from trainer_core.training import step as step_module
 from trainer_core.training import validation as validation_module
 
 
@@ -232,8 +233,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
             if next(steps) == 3:
                 poison(True)
 
-    import trainer_core.training.step as step_module
-
     original = step_module.velocity_loss
 
     def poison(on: bool) -> None:
@@ -251,8 +250,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
 
 
 def test_a_crash_keeps_the_last_whole_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trainer_core.training.step as step_module
-
     calls = iter(range(1000))
     original = step_module.predict_velocity
 
@@ -336,3 +333,16 @@ def test_validation_loss_is_the_same_number_for_the_same_weights(config: TrainCo
         validator = validation_module.Validator(load_encoded(Path(config.encoded)), config.model, config.validation)
         losses.append(validator.loss(transformer, torch.device("cpu"), SILENT))
     assert losses[0] == losses[1] > 0
+
+
+def test_tokens_stand_where_the_policy_has_them(model: ModelConfig) -> None:
+    """ComfyUI and diffusers place odd sides and larger references differently, and so does a training for them."""
+    odd, even = [[(1, 6, 7), (1, 8, 9)]], [[(1, 6, 8), (1, 6, 8)]]
+    config, cpu = TrainConfig(run_dir="x", encoded="y", model=model), torch.device("cpu")
+    placed = {}
+    for policy in ("comfyui", "diffusers"):
+        embed = step_module.build_networks(config, policy, SILENT).transformer.pos_embed
+        placed[policy] = [embed(shapes, max_txt_seq_len=5, device=cpu) for shapes in (odd, even)]
+    for part in (0, 1):  # pictures, prompt
+        assert not torch.equal(placed["comfyui"][0][part], placed["diffusers"][0][part])
+        assert torch.equal(placed["comfyui"][1][part], placed["diffusers"][1][part])

@@ -15,10 +15,11 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from ..conditioning.batches import Batch, BatchLoader
-from ..config import TrainConfig
+from ..config import Preprocessing, TrainConfig
 from ..device import pick_device
 from ..errors import NonFiniteLossError
 from ..events import Observer, StepReport, Stop, raise_if_stopped
+from ..qwen_image.positions import use_comfyui_positions
 from ..qwen_image.transformer import load_transformer, predict_velocity
 from ..rng import seeded_globally
 from .lora import inject_lora
@@ -40,10 +41,18 @@ class Networks:
     device: torch.device
 
 
-def build_networks(config: TrainConfig, observer: Observer) -> Networks:
+def build_networks(config: TrainConfig, preprocessing: Preprocessing, observer: Observer) -> Networks:
+    """Load, quantise and adapt the transformer. Its tokens stand where the dataset's preprocessing policy has them.
+
+    Raises:
+        ModelFileError: the base model can't be loaded.
+        Interrupted: the observer wants to stop.
+    """
     device = pick_device(config.model.device)
     transformer = load_transformer(config.model, device, observer)
     raise_if_stopped(observer)
+    if preprocessing == "comfyui":
+        use_comfyui_positions(transformer)
     lora = inject_lora(transformer, config.lora, config.seed)
     transformer.train(config.lora.lora_dropout > 0)  # the only dropout there is
     if config.gradient_checkpointing:

@@ -1,0 +1,56 @@
+"""Rotary positions as ComfyUI gives them, for LoRAs that are used there.
+
+diffusers and ComfyUI place tokens alike as long as sides are even and no reference is larger than the target.
+Otherwise they differ: a side of n tokens runs from -(n // 2) in ComfyUI and from -(n - n // 2) in diffusers; the prompt
+begins where the target ends in ComfyUI, and where the largest of target and references ends in diffusers.
+Source: comfy/ldm/qwen_image/model.py, diffusers' transformer_qwenimage.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, int, int]  # frames, rows, columns of one picture's tokens
+
+
+class ComfyuiPositions(nn.Module):
+    """Takes the place of a transformer's `pos_embed`; frequencies are made by the one it replaces."""
+
+    def __init__(self, replaced: Any) -> None:
+        super().__init__()
+        self._replaced = replaced
+        self._cached = lru_cache(maxsize=64)(self._frequencies)
+
+    def forward(
+        self, img_shapes: Sequence[Sequence[Shape]], max_txt_seq_len: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Complex frequencies of the picture tokens and of `max_txt_seq_len` prompt tokens, on `device`.
+
+        The shapes of the batch's first sample hold for all, as in diffusers.
+        """
+        return self._cached(tuple(img_shapes[0]), int(max_txt_seq_len), device)
+
+    def _frequencies(
+        self, shapes: tuple[Shape, ...], prompt_tokens: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        pictures = []
+        for index, (_, rows, columns) in enumerate(shapes):
+            row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            pictures.append(self._at(torch.full_like(row, index), row - rows // 2, column - columns // 2))
+        start = max(side // 2 for side in shapes[0][1:])
+        prompt = torch.arange(start, start + prompt_tokens)
+        return torch.cat(pictures).to(device), self._at(prompt, prompt, prompt).to(device)
+
+    def _at(self, *positions: Tensor) -> Tensor:
+        axes = zip(positions, self._replaced.axes_dim, strict=True)
+        return torch.cat([self._replaced.rope_params(each.flatten(), size) for each, size in axes], dim=1)
+
+
+def use_comfyui_positions(transformer: Any) -> None:
+    """Place tokens as ComfyUI does from now on."""
+    transformer.pos_embed = ComfyuiPositions(transformer.pos_embed)
