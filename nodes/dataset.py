@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from ..trainer_core.config import DatasetConfig
+from ..trainer_core.config import CaptionConfig, DatasetConfig
+from ..trainer_core.dataset_config import CAPTION_TABLES
 from ..trainer_core.errors import TrainerError
 from . import host, sockets
-from .names import folder_below
+from .names import file_below, folder_below
 from .schema import new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
@@ -60,6 +62,12 @@ class PairFolders(io.ComfyNode):
                     default="",
                     tooltip="Third reference of each pair, for edit-v2 and edit-v3; empty for none.",
                 ),
+                new_input(
+                    sockets.CaptionSettings,
+                    "caption_settings",
+                    optional=True,
+                    tooltip="Tables of captions, words before and behind. Default: captions as they are written.",
+                ),
             ],
             outputs=[new_output(sockets.Dataset, "dataset", "The pairs, for the preview and encode nodes.")],
         )
@@ -91,13 +99,14 @@ class PairFolders(io.ComfyNode):
                     reference_dirs=("-",),
                     caption_strategy=caption_strategy,  # type: ignore[arg-type] - checked there
                     instance_prompt=instance_prompt,
+                    captions=CaptionConfig(caption_file="-"),  # comes on a socket and is checked when it is known
                 )
         except TrainerError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, **widgets: str) -> str:
+    def fingerprint_inputs(cls, **widgets: Any) -> str:
         """Changes when a file in one of the folders does."""
         from ..trainer_core.data.pairing import folder_state
 
@@ -107,7 +116,7 @@ class PairFolders(io.ComfyNode):
             return str(error)  # the node itself will say so
 
     @classmethod
-    def execute(cls, **widgets: str) -> io.NodeOutput:
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
         """An EditDataset."""
         from ..trainer_core.data.pairing import pair_folders
 
@@ -116,16 +125,56 @@ class PairFolders(io.ComfyNode):
 
 
 def _dataset_config(
-    target_folder: str = "", caption_strategy: str = "textfile", instance_prompt: str = "", **references: str
+    target_folder: str = "",
+    caption_strategy: str = "textfile",
+    instance_prompt: str = "",
+    caption_settings: CaptionConfig | None = None,
+    **references: str,
 ) -> DatasetConfig:
     roots = host.dataset_roots()
     given = [(label, name) for label, name in sorted(references.items()) if name or label == "reference_folder_1"]
+    target = folder_below(target_folder, roots, "target_folder")
+    captions = caption_settings or CaptionConfig()
+    if caption_strategy in CAPTION_TABLES and captions.caption_file:
+        table = file_below(captions.caption_file, target, roots, "caption_file")
+        captions = dataclasses.replace(captions, caption_file=str(table))
     return DatasetConfig(
-        target_dir=str(folder_below(target_folder, roots, "target_folder")),
+        target_dir=str(target),
         reference_dirs=tuple(str(folder_below(name, roots, label)) for label, name in given),
         caption_strategy=caption_strategy,  # type: ignore[arg-type] - checked there
         instance_prompt=instance_prompt,
+        captions=captions,
     )
+
+
+class CaptionSettings(io.ComfyNode):
+    """What is made of captions."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "CaptionSettings",
+            "Qwen Edit Caption Settings",
+            description="Captions from a table, words before and behind every caption. Without this node: captions as "
+            "they are written, a line of a .txt each.",
+            search_aliases=["trigger word", "csv captions", "parquet", "jsonl"],
+            inputs=[
+                setting_input(CaptionConfig, "disable_multiline_split"),
+                setting_input(CaptionConfig, "prepend_instance_prompt"),
+                setting_input(CaptionConfig, "caption_prefix"),
+                setting_input(CaptionConfig, "caption_suffix"),
+                setting_input(CaptionConfig, "caption_file"),
+                setting_input(CaptionConfig, "caption_column"),
+                setting_input(CaptionConfig, "filename_column"),
+            ],
+            outputs=[new_output(sockets.CaptionSettings, "caption_settings", "For Pair Edit Folders.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """A CaptionConfig."""
+        return io.NodeOutput(CaptionConfig(**widgets))
 
 
 class PreviewPairs(io.ComfyNode):

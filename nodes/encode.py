@@ -35,6 +35,7 @@ class EncodePairs(io.ComfyNode):
                 setting_input(EncodingConfig, "num_eval_images", min=-1, max=1000),
                 setting_input(EncodingConfig, "validation_negative_prompt", multiline=True),
                 setting_input(EncodingConfig, "seed", min=0, max=2**32 - 1, control_after_generate=False),
+                setting_input(EncodingConfig, "encode_empty_caption", optional=True, advanced=True),
             ],
             outputs=[new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA.")],
         )

@@ -9,6 +9,7 @@ from . import dataset, encode, host, model, result, sample, settings, train
 NODES: list[type[io.ComfyNode]] = [
     model.LoadModel,
     dataset.PairFolders,
+    dataset.CaptionSettings,
     dataset.PreviewPairs,
     encode.EncodePairs,
     settings.LoraSettings,

@@ -101,6 +101,9 @@ class TrainingSettings(io.ComfyNode):
                 setting_input(NoiseConfig, "flow_schedule_auto_shift"),
                 setting_input(CheckpointConfig, "checkpoint_step_interval", min=1, max=1_000_000),
                 setting_input(CheckpointConfig, "checkpoints_total_limit", min=1, max=1000),
+                setting_input(
+                    BatchingConfig, "caption_dropout_probability", optional=True, min=0.0, max=0.99, step=0.01
+                ),
             ],
             outputs=[new_output(sockets.TrainingSettings, "training_settings", "For Train Qwen Edit LoRA.")],
         )

@@ -25,6 +25,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.JobConfig, "", "`run_dir` follows from `run_name` of **Train Qwen Edit LoRA**, `cache_dir` is fixed."),
     (config.ModelConfig, "model", "**Load Qwen Edit Model**; tokenizer and device are chosen by ComfyUI."),
     (config.DatasetConfig, "dataset", "**Pair Edit Folders**, as `target_folder` and `reference_folder_1` to `_3`."),
+    (config.CaptionConfig, "dataset.captions", "**Qwen Edit Caption Settings**."),
     (config.EncodingConfig, "encoding", "**Encode Edit Pairs**."),
     (config.LoraConfig, "lora", "**Qwen Edit LoRA Settings**."),
     (config.OptimizerConfig, "optimizer", "**Qwen Edit Optimizer Settings**."),

@@ -133,7 +133,9 @@ def _encode_job(job: JobConfig, observer: ConsoleObserver) -> EncodedDataset:
     from .conditioning.encode import encode_dataset
     from .data.pairing import pair_folders
 
-    return encode_dataset(pair_folders(job.dataset, observer), job.model, job.encoding, Path(job.cache_dir), observer)
+    return encode_dataset(
+        pair_folders(job.dataset, observer), job.model, job.encoding_config(), Path(job.cache_dir), observer
+    )
 
 
 def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:

@@ -7,22 +7,26 @@ A field's `help` is its documentation: unit, effect, typical value.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
-import json
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal
 
-from .errors import ConfigError
+from .dataset_config import CaptionConfig, CaptionStrategy, DatasetConfig, EncodingConfig, Preprocessing
 from .qwen_image.flavours import FlavourName
+from .settings import check, check_at_least, check_choice, digest, from_json, required, setting, to_json
+
+__all__ = [
+    "CaptionConfig",
+    "CaptionStrategy",
+    "DatasetConfig",
+    "EncodingConfig",
+    "Preprocessing",
+    "digest",
+    "from_json",
+]
 
 DEMO_MODEL = "demo"
 
-CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
-Preprocessing = Literal["comfyui", "diffusers"]
 BaseModelPrecision = Literal["none", "int8-quanto", "nf4-bnb", "int4-quanto", "int2-quanto", "fp8-quanto", "file"]
 QuantizeVia = Literal["accelerator", "cpu"]
 MixedPrecision = Literal["bf16", "no"]
@@ -30,39 +34,6 @@ LoraTargets = Literal["image-attention", "attention", "attention-mlp", "all", "p
 OptimizerName = Literal["adamw", "adamw-8bit"]
 SchedulerName = Literal["constant_with_warmup", "cosine", "linear"]
 SigmaDistribution = Literal["logit_normal", "uniform"]
-
-C = TypeVar("C")
-
-
-def setting(default: Any, help: str) -> Any:  # noqa: A002 - argparse's and click's word for it
-    """A dataclass field with its documentation."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def required(help: str) -> Any:  # noqa: A002
-    """A dataclass field without a default, with its documentation."""
-    return dataclasses.field(metadata={"help": help})
-
-
-def _check(condition: bool, name: str, value: object, allowed: str) -> None:  # noqa: FBT001
-    if not condition:
-        raise ConfigError(f"{name} is {value!r}; allowed is {allowed}.")
-
-
-def _check_choice(owner: object, *names: str) -> None:
-    hints = typing.get_type_hints(type(owner))
-    for name in names:
-        allowed, value = get_args(hints[name]), getattr(owner, name)
-        if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}.{hint}")
-
-
-def _check_at_least(owner: object, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _check(value >= least, name, value, f"{least} or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,55 +69,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if str(self.base_model_precision) == "no_change":  # SimpleTuner's word
             object.__setattr__(self, "base_model_precision", "none")
-        _check_choice(self, "flavour", "base_model_precision", "quantize_via", "mixed_precision")
-        _check(bool(self.base), "base", self.base, "a folder in diffusers' layout, or `demo`")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DatasetConfig:
-    """Folders of pictures, matched by relative path without extension."""
-
-    target_dir: str = required("Folder of the pictures the model should produce.")
-    reference_dirs: tuple[str, ...] = required("One to three folders of the pictures it starts from.")
-    caption_strategy: CaptionStrategy = setting(
-        "textfile",
-        "Where edit instructions come from: a .txt beside the target (a line is a caption), its file name, "
-        "or instance_prompt for all.",
-    )
-    instance_prompt: str = setting("", "The one edit instruction of all pairs, for caption_strategy instanceprompt.")
-
-    def __post_init__(self) -> None:
-        _check_choice(self, "caption_strategy")
-        _check(bool(self.target_dir), "target_dir", self.target_dir, "a folder of pictures")
-        count = len(self.reference_dirs)
-        _check(1 <= count <= 3, "reference_dirs", self.reference_dirs, "one, two or three folders")
-        if self.caption_strategy == "instanceprompt":
-            _check(bool(self.instance_prompt.strip()), "instance_prompt", self.instance_prompt, "a sentence")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodingConfig:
-    """From pictures and captions to latents and prompt embeddings."""
-
-    resolution: int = setting(
-        1024, "Side in pixels of a square with the target's area; the aspect ratio is kept. Typical 512 to 1024."
-    )
-    preprocessing: Preprocessing = setting(
-        "comfyui", "Resize and tokenise exactly as ComfyUI's TextEncodeQwenImageEdit nodes, or as diffusers' pipelines."
-    )
-    match_target_res: bool = setting(
-        False, "References take the target's size instead of about one megapixel. Faster and smaller."
-    )
-    num_eval_images: int = setting(
-        2, "Pairs kept out of training for validation pictures and loss. 0 for none, -1 for all pairs of this dataset."
-    )
-    validation_negative_prompt: str = setting(" ", "Negative prompt of validation pictures, seen with the references.")
-    seed: int = setting(0, "Chooses the pairs that are kept out.")
-
-    def __post_init__(self) -> None:
-        _check_choice(self, "preprocessing")
-        _check(64 <= self.resolution <= 4096, "resolution", self.resolution, "64 to 4096 pixels")
-        _check_at_least(self, -1, "num_eval_images")
+        check_choice(self, "flavour", "base_model_precision", "quantize_via", "mixed_precision")
+        check(bool(self.base), "base", self.base, "a folder in diffusers' layout, or `demo`")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,12 +88,12 @@ class LoraConfig:
     lora_dropout: float = setting(0.0, "Share of the adapter's inputs zeroed at each step, 0 to below 1.")
 
     def __post_init__(self) -> None:
-        _check_choice(self, "lora_targets")
-        _check(1 <= self.lora_rank <= 1024, "lora_rank", self.lora_rank, "1 to 1024")
-        _check_at_least(self, 0.0, "lora_alpha")
-        _check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 to below 1")
+        check_choice(self, "lora_targets")
+        check(1 <= self.lora_rank <= 1024, "lora_rank", self.lora_rank, "1 to 1024")
+        check_at_least(self, 0.0, "lora_alpha")
+        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 to below 1")
         if self.lora_targets == "pattern":
-            _check(bool(self.lora_target_pattern), "lora_target_pattern", "", "a regular expression")
+            check(bool(self.lora_target_pattern), "lora_target_pattern", "", "a regular expression")
 
     @property
     def alpha(self) -> float:
@@ -192,12 +116,12 @@ class OptimizerConfig:
     max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm; 0 for never.")
 
     def __post_init__(self) -> None:
-        _check_choice(self, "optimizer", "lr_scheduler")
-        _check(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "above 0 and below 1, usually 1e-4")
-        _check_at_least(self, 0, "lr_warmup_steps", "weight_decay", "max_grad_norm")
-        _check(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "0 to below 1")
-        _check(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "0 to below 1")
-        _check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "above 0")
+        check_choice(self, "optimizer", "lr_scheduler")
+        check(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "above 0 and below 1, usually 1e-4")
+        check_at_least(self, 0, "lr_warmup_steps", "weight_decay", "max_grad_norm")
+        check(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "0 to below 1")
+        check(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "0 to below 1")
+        check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,9 +141,9 @@ class NoiseConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choice(self, "sigma_distribution")
-        _check(self.logit_std > 0, "logit_std", self.logit_std, "above 0")
-        _check(self.flow_schedule_shift > 0, "flow_schedule_shift", self.flow_schedule_shift, "above 0, usually 1 to 3")
+        check_choice(self, "sigma_distribution")
+        check(self.logit_std > 0, "logit_std", self.logit_std, "above 0")
+        check(self.flow_schedule_shift > 0, "flow_schedule_shift", self.flow_schedule_shift, "above 0, usually 1 to 3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,9 +152,14 @@ class BatchingConfig:
 
     train_batch_size: int = setting(1, "Pairs per forward pass; only pairs of equal shape are put together.")
     gradient_accumulation_steps: int = setting(4, "Forward passes per optimizer step.")
+    caption_dropout_probability: float = setting(
+        0.0, "Share of turns seen with an empty caption; the references stay. Usually 0 for edits; needs such captions."
+    )
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps")
+        check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps")
+        share = self.caption_dropout_probability
+        check(0 <= share < 1, "caption_dropout_probability", share, "0 to below 1, usually 0 and at most 0.1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +170,7 @@ class CheckpointConfig:
     checkpoints_total_limit: int = setting(2, "Checkpoints kept; older ones are removed.")
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 1, "checkpoint_step_interval", "checkpoints_total_limit")
+        check_at_least(self, 1, "checkpoint_step_interval", "checkpoints_total_limit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,8 +184,8 @@ class ValidationConfig:
     num_validation_images: int = setting(4, "At most so many held-out pairs are drawn; all give the validation loss.")
 
     def __post_init__(self) -> None:
-        _check_at_least(self, 0, "validation_step_interval", "num_validation_images")
-        _check_at_least(self, 1, "validation_num_inference_steps", "validation_guidance")
+        check_at_least(self, 0, "validation_step_interval", "num_validation_images")
+        check_at_least(self, 1, "validation_num_inference_steps", "validation_guidance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +196,7 @@ class ExportConfig:
     trigger_words: str = setting("", "Written into the file's header for programs that show it.")
 
     def __post_init__(self) -> None:
-        _check(Path(self.lora_name).name == self.lora_name, "lora_name", self.lora_name, "a name without folders")
+        check(Path(self.lora_name).name == self.lora_name, "lora_name", self.lora_name, "a name without folders")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,8 +221,8 @@ class TrainConfig:
     export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
 
     def __post_init__(self) -> None:
-        _check(1 <= self.max_train_steps <= 1_000_000, "max_train_steps", self.max_train_steps, "1 to 1000000")
-        _check(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
+        check(1 <= self.max_train_steps <= 1_000_000, "max_train_steps", self.max_train_steps, "1 to 1000000")
+        check(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,67 +245,16 @@ class JobConfig:
     validation: ValidationConfig = setting(ValidationConfig(), "The validation.")
     export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
 
+    def encoding_config(self) -> EncodingConfig:
+        """The encoding, with the empty caption if the training will ask for it."""
+        if self.batching.caption_dropout_probability == 0:
+            return self.encoding
+        return dataclasses.replace(self.encoding, encode_empty_caption=True)
+
     def train_config(self, encoded: str) -> TrainConfig:
         """The training part, for the dataset encoded at `encoded`."""
         shared = {field.name for field in dataclasses.fields(TrainConfig)} - {"encoded", "validation_encoded"}
         return TrainConfig(encoded=encoded, **{name: getattr(self, name) for name in shared})
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_json(cls: type[C], values: object, where: str = "") -> C:
-    """Build a config from parsed JSON.
-
-    Raises:
-        ConfigError: an unknown key (the nearest known one is named), a missing key, a value of the wrong type.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'The configuration'} is {values!r}; allowed is an object with named settings.")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(fields)}."
-            raise ConfigError(f"Unknown setting {_dotted(where, key)!r}. {hint}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(
-            f"Missing setting{'s' if len(missing) > 1 else ''} {', '.join(_dotted(where, m) for m in missing)}."
-        )
-    hints = typing.get_type_hints(cls)
-    return cls(**{key: _value(hints[key], value, _dotted(where, key)) for key, value in values.items()})
-
-
-def _dotted(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_json(hint, value, where)  # type: ignore[arg-type]
-    if get_origin(hint) is tuple:
-        if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} is {value!r}; allowed is a list.")
-        return tuple(_value(get_args(hint)[0], item, where) for item in value)
-    if get_origin(hint) in (Literal, types.UnionType):
-        return value  # choices are checked by the dataclass, with the nearest name
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{where} is {value!r}; allowed is a value of type {hint.__name__}.")
-    return value
-
-
-def digest(values: object) -> str:
-    """A short name for equal JSON values (128 bits, hexadecimal)."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 def resume_key(config: TrainConfig) -> dict[str, Any]:

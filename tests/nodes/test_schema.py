@@ -15,6 +15,7 @@ DEPENDS_ON_FOLDERS = {("QwenEdit_LoadModel", "base_model"), ("QwenEdit_SampleEdi
 EXPECTED = {
     "QwenEdit_LoadModel",
     "QwenEdit_PairFolders",
+    "QwenEdit_CaptionSettings",
     "QwenEdit_PreviewPairs",
     "QwenEdit_EncodePairs",
     "QwenEdit_LoraSettings",

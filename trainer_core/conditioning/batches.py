@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..config import BatchingConfig
+from ..errors import ConfigError
 from ..qwen_image.types import Condition
 from ..rng import stream
-from .encoded import EncodedDataset
+from .encoded import EMPTY_CAPTION, EncodedDataset
 from .types import EncodedPair
 
 MEMORY_BYTES = 1 << 30  # encoded pairs held in host memory so that a small dataset is read once
@@ -22,7 +23,8 @@ MEMORY_BYTES = 1 << 30  # encoded pairs held in host memory so that a small data
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A pair's turn in the run. `index` counts turns from the run's start and keys all randomness of this one."""
+    """A pair's turn in the run. `caption` is its number or EMPTY_CAPTION. `index` counts turns from the run's start
+    and keys all randomness of this one."""
 
     pair: int
     caption: int
@@ -39,11 +41,17 @@ class Batch:
 
 
 class BatchPlan:
-    """The order of a whole run. An epoch visits every pair once, shuffled by (seed, epoch)."""
+    """The order of a whole run. An epoch visits every pair once, shuffled by (seed, epoch).
+
+    Raises:
+        ConfigError: captions are to be dropped, and the empty caption was not encoded.
+    """
 
     def __init__(self, encoded: EncodedDataset, batching: BatchingConfig, seed: int) -> None:
+        _check_empty_captions(encoded, batching)
         self._pairs = encoded.pairs
         self._size = batching.train_batch_size
+        self._dropout = batching.caption_dropout_probability
         self._seed = seed
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
         self.batches_per_epoch = len(self._plan_epoch(0))
@@ -74,7 +82,21 @@ class BatchPlan:
     def _draw(self, pair: int, index: int) -> Draw:
         captions = len(self._pairs[pair].captions)
         caption = int(torch.randint(captions, (), generator=stream(self._seed, "caption", index)))
+        if (
+            self._dropout
+            and float(torch.rand((), generator=stream(self._seed, "caption dropout", index))) < self._dropout
+        ):
+            caption = EMPTY_CAPTION
         return Draw(pair, caption, index)
+
+
+def _check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> None:
+    if batching.caption_dropout_probability > 0 and not all(pair.empty for pair in encoded.pairs):
+        raise ConfigError(
+            f"caption_dropout_probability is {batching.caption_dropout_probability}, and the dataset was encoded "
+            "without the empty caption. Encode it again with encode_empty_caption on (only that is made), or set "
+            "caption_dropout_probability to 0, which suits most edits."
+        )
 
 
 class BatchLoader:

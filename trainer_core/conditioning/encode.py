@@ -65,6 +65,8 @@ class _PlannedPair:
         yield from zip(self.entry.prompts, self.pair.captions, strict=True)
         if self.entry.negative:
             yield self.entry.negative, self.negative_prompt
+        if self.entry.empty:
+            yield self.entry.empty, ""
 
 
 def encode_dataset(
@@ -175,6 +177,7 @@ def _entry(
         reference_shapes=tuple(shapes[1:]),
         negative=prompt_key(encoding.validation_negative_prompt) if keep_pictures else "",
         pictures=tuple(digest(["picture", *file]) for file in files) if keep_pictures else (),
+        empty=prompt_key("") if encoding.encode_empty_caption else "",
     )
 
 

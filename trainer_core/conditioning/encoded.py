@@ -16,12 +16,14 @@ from .cache import entry_path
 from .types import EncodedPair
 
 FORMAT = 1
+EMPTY_CAPTION = -1  # in the place of a caption's number: the pair seen without words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedEntry:
     """Cache keys of one pair. `shape` is the target's latents [C, H, W], `reference_shapes` the references'.
-    `negative` and `pictures` (target first, then references) are there for held-out pairs only."""
+    `negative` and `pictures` (target first, then references) are there for held-out pairs only, `empty` (the prompt
+    without words) where it was asked for."""
 
     key: str
     captions: tuple[str, ...]
@@ -32,6 +34,11 @@ class EncodedEntry:
     reference_shapes: tuple[tuple[int, ...], ...]
     negative: str = ""
     pictures: tuple[str, ...] = ()
+    empty: str = ""
+
+    def prompt(self, caption: int) -> str:
+        """Key of the prompt of caption number `caption`, or of EMPTY_CAPTION."""
+        return self.empty if caption == EMPTY_CAPTION else self.prompts[caption]
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -62,12 +69,12 @@ class EncodedDataset:
         return self.manifest.parent.parent
 
     def load(self, entry: EncodedEntry, caption: int = 0) -> EncodedPair:
-        """The tensors of a pair under one of its captions."""
+        """The tensors of a pair under one of its captions, or under EMPTY_CAPTION."""
         return EncodedPair(
             key=entry.key,
             target_latents=self._tensor("latents", entry.target, entry),
             reference_latents=tuple(self._tensor("latents", key, entry) for key in entry.references),
-            prompt_embeds=self._tensor("prompt", entry.prompts[caption], entry),
+            prompt_embeds=self._tensor("prompt", entry.prompt(caption), entry),
         )
 
     def load_negative(self, entry: EncodedEntry) -> Any:
@@ -93,7 +100,7 @@ class EncodedDataset:
 
     def _is_complete(self, entry: EncodedEntry) -> bool:
         wanted = [("latents", key) for key in (entry.target, *entry.references)]
-        wanted += [("prompt", key) for key in (*entry.prompts, *filter(None, [entry.negative]))]
+        wanted += [("prompt", key) for key in (*entry.prompts, *filter(None, [entry.negative, entry.empty]))]
         wanted += [("picture", key) for key in entry.pictures]
         return all(is_whole(entry_path(self.cache_dir, kind, key)) for kind, key in wanted)
 
@@ -108,7 +115,15 @@ def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
 
 
 def _plain(value: Any) -> Any:
-    return [dataclasses.asdict(entry) for entry in value] if isinstance(value, tuple) else value
+    return [_row(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _row(entry: EncodedEntry) -> dict[str, Any]:
+    """Its fields but for those a later version added and this entry does not use, so that old names stay."""
+    return {name: item for name, item in dataclasses.asdict(entry).items() if item or name not in _ADDED}
+
+
+_ADDED = ("empty",)
 
 
 def load_encoded(manifest: Path) -> EncodedDataset:

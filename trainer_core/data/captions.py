@@ -1,4 +1,4 @@
-"""Edit instructions: from a text file beside the target, from its name, or one for all."""
+"""Edit instructions: from a text file beside the target, from its name, from a table, or one for all."""
 
 from __future__ import annotations
 
@@ -7,32 +7,54 @@ import unicodedata
 from pathlib import Path
 
 from ..config import DatasetConfig
+from ..dataset_config import CAPTION_TABLES
 from ..errors import DatasetError
 from .images import shown
 
 MAX_CAPTION_FILE_BYTES = 1_000_000
 
 
-def captions_of(target: Path, text_file: Path | None, config: DatasetConfig) -> tuple[str, ...]:
-    """The captions of a pair, at least one; `text_file` is the .txt of the target's name, None where there is none.
+def captions_of(
+    target: Path, text_file: Path | None, config: DatasetConfig, listed: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """The captions of a pair, at least one, with what the settings put before and behind them.
+
+    `text_file` is the .txt of the target's name, None where there is none; `listed` is what the table says.
 
     Raises:
         DatasetError: one sentence that names the file and what to do.
     """
+    settings = config.captions
+    first = settings.caption_prefix
+    if settings.prepend_instance_prompt and config.caption_strategy != "instanceprompt":
+        first += config.instance_prompt.strip() + " "
+    return tuple(first + each + settings.caption_suffix for each in _written(target, text_file, config, listed))
+
+
+def _written(target: Path, text_file: Path | None, config: DatasetConfig, listed: tuple[str, ...]) -> tuple[str, ...]:
     if config.caption_strategy == "instanceprompt":
         return (config.instance_prompt.strip(),)
     if config.caption_strategy == "filename":
         return (_caption_from_name(target),)
+    if config.caption_strategy in CAPTION_TABLES:
+        if listed:
+            return listed
+        raise DatasetError(
+            f"{shown(target)}: no caption in {shown(config.captions.caption_file)}. Add a row with its path below the "
+            f"target folder in the column {config.captions.filename_column!r}."
+        )
     if text_file is None:
         raise DatasetError(
             f"{shown(target)}: no caption; looked for {shown(target.with_suffix('.txt').name)} beside it. Write the "
             "edit instruction into that file, or choose caption_strategy filename or instanceprompt."
         )
-    return read_caption_file(text_file)
+    return read_caption_file(text_file, split=not config.captions.disable_multiline_split)
 
 
-def read_caption_file(path: Path) -> tuple[str, ...]:
-    """Each line that isn't blank, without surrounding spaces. UTF-8, with or without a byte order mark.
+def read_caption_file(path: Path, *, split: bool = True) -> tuple[str, ...]:
+    """Each line that isn't blank, without surrounding spaces; not `split`: the whole text as one caption.
+
+    UTF-8, with or without a byte order mark.
 
     Raises:
         DatasetError: the file can't be read, is no UTF-8 text, is larger than 1 MB, or has only blank lines.
@@ -44,7 +66,8 @@ def read_caption_file(path: Path) -> tuple[str, ...]:
         raise DatasetError(f"{shown(path)}: the caption file can't be read ({error.strerror}).") from error
     if len(content) > MAX_CAPTION_FILE_BYTES:
         raise DatasetError(f"{shown(path)}: the caption file is larger than 1 MB; is it another kind of file?")
-    lines = (line.strip() for line in _decoded(content, path).replace("\r", "\n").split("\n"))
+    text = _decoded(content, path).replace("\r\n", "\n").replace("\r", "\n")
+    lines = (line.strip() for line in (text.split("\n") if split else [text]))
     captions = tuple(line for line in lines if line)
     if not captions:
         raise DatasetError(f"{shown(path)}: the caption file is empty. Write the edit instruction into it.")

@@ -15,6 +15,7 @@ from ..config import DatasetConfig, digest, to_json
 from ..errors import DatasetError
 from ..events import SILENT, Observer, raise_if_stopped
 from ..geometry import Size
+from .caption_table import read_caption_table, table_path
 from .captions import captions_of
 from .folders import Folder, file_states, scan_folder
 from .images import (
@@ -110,9 +111,12 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT) -> FolderSc
             "Another extension in this program set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: pictures that are cut short "
             "are read half grey, here too, and can't be told from whole ones."
         )
+    table, table_problems = _caption_table(config)
+    problems += table_problems
+    notes += _unused_rows(table, target, config)
     pairs = []
     for key in sorted(target.pictures):
-        pair, found = _pair(key, folders, checked, config)
+        pair, found = _pair(key, folders, checked, config, None if table is None else table.get(key, ()))
         problems += found
         if pair is not None:
             pairs.append(pair)
@@ -127,11 +131,29 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT) -> FolderSc
 def folder_state(config: DatasetConfig) -> str:
     """Changes when a picture or text below the folders is added, removed, renamed or written. Opens none of them."""
     roots = [config.target_dir, *config.reference_dirs]
-    return digest([to_json(config), [sorted(map(_printable, file_states(Path(root)))) for root in roots]])
+    table = table_path(config)
+    rows = (table.stat().st_size, table.stat().st_mtime_ns) if table is not None and table.is_file() else ()
+    return digest([to_json(config), rows, [sorted(map(_printable, file_states(Path(root)))) for root in roots]])
 
 
 def _printable(state: tuple[str, int, int]) -> tuple[str, int, int]:
     return (shown(state[0]), *state[1:])
+
+
+def _caption_table(config: DatasetConfig) -> tuple[dict[str, tuple[str, ...]] | None, list[str]]:
+    """The table of captions, empty where none is wanted; None and why if it can't be used."""
+    try:
+        return read_caption_table(config), []
+    except DatasetError as error:
+        return None, [str(error)]
+
+
+def _unused_rows(table: dict[str, tuple[str, ...]] | None, target: Folder, config: DatasetConfig) -> list[str]:
+    unused = [key for key in table or () if key not in target.pictures]
+    if not unused:
+        return []
+    examples = ", ".join(map(shown, unused[:3])) + (", …" if len(unused) > 3 else "")
+    return [f"{shown(config.captions.caption_file)}: names without a target, not used: {len(unused)} ({examples})."]
 
 
 def _clashes(roots: list[Path]) -> list[str]:
@@ -193,9 +215,13 @@ def _check_picture(path: Path) -> _Checked | DatasetError:
 
 
 def _pair(
-    key: str, folders: list[Folder], checked: dict[Path, _Checked | DatasetError], config: DatasetConfig
+    key: str,
+    folders: list[Folder],
+    checked: dict[Path, _Checked | DatasetError],
+    config: DatasetConfig,
+    listed: tuple[str, ...] | None,
 ) -> tuple[EditPair | None, list[str]]:
-    """The pair of this key, or what is wrong with it."""
+    """The pair of this key, or what is wrong with it. `listed`: what the table of captions says, None if unknown."""
     target, *references = folders
     path = target.pictures[key]
     problems = [
@@ -208,11 +234,11 @@ def _pair(
     problems += [str(result) for result in (checked[path] for path in paths) if isinstance(result, DatasetError)]
     captions: tuple[str, ...] = ()
     try:
-        captions = captions_of(path, target.texts.get(key), config)
+        captions = () if listed is None else captions_of(path, target.texts.get(key), config, listed)
     except DatasetError as error:
         problems.append(str(error))
     results = [result for result in (checked[path] for path in paths) if isinstance(result, _Checked)]
-    if problems or len(results) < len(folders):
+    if problems or len(results) < len(folders) or not captions:
         return None, problems
     digests, sizes, _ = zip(*results, strict=True)
     return EditPair(key, path, tuple(paths[1:]), captions, digests, sizes), []

@@ -1,0 +1,151 @@
+"""Captions from text files and tables, with what is put before and behind them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from trainer_core.config import CaptionConfig, DatasetConfig
+from trainer_core.data.caption_table import key_of
+from trainer_core.data.pairing import folder_state, pair_folders, scan_folders
+from trainer_core.errors import ConfigError, DatasetError, MissingPackageError
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Pairs a and b/c without captions."""
+    for part in ("after", "before"):
+        for key in ("a", "b/c"):
+            path = tmp_path / part / f"{key}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (len(part), len(key), 0)).save(path)
+    return tmp_path
+
+
+def config(root: Path, strategy: str, instance_prompt: str = "", **settings: object) -> DatasetConfig:
+    return DatasetConfig(
+        target_dir=str(root / "after"),
+        reference_dirs=(str(root / "before"),),
+        caption_strategy=strategy,
+        instance_prompt=instance_prompt,
+        captions=CaptionConfig(**settings),
+    )
+
+
+def captions(settings: DatasetConfig) -> dict[str, tuple[str, ...]]:
+    return {pair.key: pair.captions for pair in pair_folders(settings).pairs}
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def test_lines_are_captions_unless_the_text_is_one(folders: Path) -> None:
+    for key in ("a", "b/c"):
+        write(folders / "after" / f"{key}.txt", " one\r\n\r\ntwo \n")
+    assert captions(config(folders, "textfile"))["a"] == ("one", "two")
+    assert captions(config(folders, "textfile", disable_multiline_split=True))["a"] == ("one\n\ntwo",)
+
+
+def test_words_before_and_behind(folders: Path) -> None:
+    settings = {"prepend_instance_prompt": True, "caption_prefix": "QWE: ", "caption_suffix": " now"}
+    found = captions(config(folders, "filename", " make it ", **settings))
+    assert found == {"a": ("QWE: make it a now",), "b/c": ("QWE: make it c now",)}
+    assert captions(config(folders, "instanceprompt", "blue", **settings))["a"] == ("QWE: blue now",)
+
+
+def test_csv(folders: Path) -> None:
+    table = '\ufeffpicture,words\r\na.PNG," one, ""two"" "\r\nb\\c,"[""x"", ""y""]"\r\n./a,three\r\nz,unused\r\n'
+    write(folders / "after" / "table.csv", table)
+    settings = config(folders, "csv", caption_file="table.csv", caption_column="words", filename_column="picture")
+    assert captions(settings) == {"a": ('one, "two"', "three"), "b/c": ("x", "y")}
+    assert [note for note in scan_folders(settings).notes if "names without a target, not used: 1 (z)" in note]
+
+
+def test_jsonl(folders: Path) -> None:
+    rows = [{"filename": "a.png", "caption": ["eins", "größer"]}, {"filename": "b/c", "caption": "[sic] drei"}]
+    write(folders / "t.jsonl", "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    found = captions(config(folders, "jsonl", caption_file=str(folders / "t.jsonl")))
+    assert found == {"a": ("eins", "größer"), "b/c": ("[sic] drei",)}
+
+
+def test_parquet(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is not needed for the tests: its one function is stood in for."""
+    (folders / "after" / "t.parquet").write_bytes(b"PAR1")
+    settings = config(folders, "parquet", caption_file="t.parquet")
+    for name in ("pyarrow", "pandas"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingPackageError, match=r"caption_strategy parquet needs the package pyarrow.*pip install"):
+        pair_folders(settings)
+    rows = [{"filename": "a.png", "caption": "one"}, {"filename": "b/c.png", "caption": ["two", "three"]}]
+    table = types.SimpleNamespace(to_pylist=lambda: rows)
+    arrow = types.SimpleNamespace(
+        ArrowException=KeyError, parquet=types.SimpleNamespace(read_table=lambda _path: table)
+    )
+    monkeypatch.setitem(sys.modules, "pyarrow", arrow)
+    assert captions(settings) == {"a": ("one",), "b/c": ("two", "three")}
+
+
+def test_real_parquet(folders: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"filename": ["a.png", "b/c"], "caption": [["one", "two"], ["three"]]})
+    parquet.write_table(table, folders / "after" / "t.parquet")
+    found = captions(config(folders, "parquet", caption_file="t.parquet"))
+    assert found == {"a": ("one", "two"), "b/c": ("three",)}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "text", "words"),
+    [
+        ("csv", None, ["t.csv", "no such file", "caption_file"]),
+        ("csv", "file,caption\na,b\n", ["row 1", "no column 'filename'", "file, caption"]),
+        ("csv", "filename,caption\n,b\n", ["row 1", "file name is ''"]),
+        ("jsonl", '{"filename": "a", "caption": "x"}\n{', ["line 2", "no JSON"]),
+        ("jsonl", "[1]", ["line 1", "one JSON object a line"]),
+        ("jsonl", '{"filename": "a", "caption": {"x": 1}}', ["row 1", "text or a list of texts"]),
+        ("csv", "filename,caption\na,b\n", ["c.png: no caption in t.csv", "'filename'"]),
+        ("csv", "filename,caption\na,b\nb/c, \n", ["c.png: no caption in t.csv"]),
+    ],
+)
+def test_what_is_wrong_with_a_table(folders: Path, strategy: str, text: str | None, words: list[str]) -> None:
+    (folders / "before" / "a.png").unlink()  # other problems are told as well
+    if text is not None:
+        write(folders / "after" / f"t.{strategy}", text)
+    with pytest.raises(DatasetError) as caught:
+        pair_folders(config(folders, strategy, caption_file=f"t.{strategy}"))
+    assert len(caught.value.problems) == 2
+    assert any(all(word in problem for word in words) for problem in caught.value.problems), caught.value
+    assert any("no reference in" in problem for problem in caught.value.problems)
+
+
+def test_a_table_that_is_no_text(folders: Path) -> None:
+    (folders / "after" / "t.csv").write_bytes("filename,caption\na,größer\n".encode("latin-1"))
+    with pytest.raises(DatasetError, match="not UTF-8"):
+        pair_folders(config(folders, "csv", caption_file="t.csv"))
+
+
+def test_a_changed_table_changes_the_state(folders: Path) -> None:
+    settings = config(folders, "csv", caption_file="t.csv")
+    states = {folder_state(settings)}
+    for text in ("filename,caption\na,b\n", "filename,caption\na,bb\n"):
+        write(folders / "after" / "t.csv", text)
+        states.add(folder_state(settings))
+    assert len(states) == 3
+
+
+def test_settings_that_need_others() -> None:
+    with pytest.raises(ConfigError, match="caption_file"):
+        config(Path("x"), "csv")
+    with pytest.raises(ConfigError, match="instance_prompt"):
+        config(Path("x"), "filename", prepend_instance_prompt=True)
+    with pytest.raises(ConfigError, match="caption_column"):
+        CaptionConfig(caption_column="")
+
+
+def test_keys_of_names() -> None:
+    assert [key_of(name) for name in ("./a/b.JPG", "a\\b", "a/b.c", "a.b.png")] == ["a/b", "a/b", "a/b.c", "a.b"]

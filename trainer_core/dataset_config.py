@@ -1,0 +1,96 @@
+"""Settings of datasets and their encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .settings import check, check_at_least, check_choice, required, setting
+
+CaptionStrategy = Literal["textfile", "filename", "instanceprompt", "csv", "parquet", "jsonl"]
+CAPTION_TABLES: tuple[CaptionStrategy, ...] = ("csv", "parquet", "jsonl")
+Preprocessing = Literal["comfyui", "diffusers"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionConfig:
+    """What is made of captions, and the table they stand in."""
+
+    disable_multiline_split: bool = setting(
+        False, "A .txt beside a target is one caption, line breaks and all, instead of a caption a line."
+    )
+    prepend_instance_prompt: bool = setting(
+        False, "Every caption begins with instance_prompt, so that trigger words stand in front of all of them."
+    )
+    caption_prefix: str = setting("", "Put before every caption as it is; end it with a blank or a comma.")
+    caption_suffix: str = setting("", "Put behind every caption as it is; begin it with a blank or a comma.")
+    caption_file: str = setting(
+        "", "Table of captions for caption_strategy csv, parquet or jsonl; a relative path starts at target_dir."
+    )
+    caption_column: str = setting(
+        "caption", "Column with the edit instruction; a list in a cell is several captions of that pair."
+    )
+    filename_column: str = setting(
+        "filename",
+        "Column with the target's path below target_dir, with or without extension; rows of a target add up.",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("caption_column", "filename_column"):
+            check(bool(getattr(self, name)), name, getattr(self, name), "the name of a column")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetConfig:
+    """Folders of pictures, matched by relative path without extension."""
+
+    target_dir: str = required("Folder of the pictures the model should produce.")
+    reference_dirs: tuple[str, ...] = required("One to three folders of the pictures it starts from.")
+    caption_strategy: CaptionStrategy = setting(
+        "textfile",
+        "Where edit instructions come from: a .txt beside the target (a line is a caption), its file name, "
+        "instance_prompt for all, or a table (csv, parquet, jsonl) named in the caption settings.",
+    )
+    instance_prompt: str = setting(
+        "", "The one edit instruction of all pairs, for caption_strategy instanceprompt, or the words to prepend."
+    )
+    captions: CaptionConfig = setting(CaptionConfig(), "What is made of captions.")
+
+    def __post_init__(self) -> None:
+        check_choice(self, "caption_strategy")
+        check(bool(self.target_dir), "target_dir", self.target_dir, "a folder of pictures")
+        count = len(self.reference_dirs)
+        check(1 <= count <= 3, "reference_dirs", self.reference_dirs, "one, two or three folders")
+        if self.caption_strategy == "instanceprompt" or self.captions.prepend_instance_prompt:
+            check(bool(self.instance_prompt.strip()), "instance_prompt", self.instance_prompt, "a sentence")
+        if self.caption_strategy in CAPTION_TABLES:
+            allowed = f"the path of a {self.caption_strategy} file, for caption_strategy {self.caption_strategy}"
+            check(bool(self.captions.caption_file), "caption_file", self.captions.caption_file, allowed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingConfig:
+    """From pictures and captions to latents and prompt embeddings."""
+
+    resolution: int = setting(
+        1024, "Side in pixels of a square with the target's area; the aspect ratio is kept. Typical 512 to 1024."
+    )
+    preprocessing: Preprocessing = setting(
+        "comfyui", "Resize and tokenise exactly as ComfyUI's TextEncodeQwenImageEdit nodes, or as diffusers' pipelines."
+    )
+    match_target_res: bool = setting(
+        False, "References take the target's size instead of about one megapixel. Faster and smaller."
+    )
+    num_eval_images: int = setting(
+        2, "Pairs kept out of training for validation pictures and loss. 0 for none, -1 for all pairs of this dataset."
+    )
+    validation_negative_prompt: str = setting(" ", "Negative prompt of validation pictures, seen with the references.")
+    seed: int = setting(0, "Chooses the pairs that are kept out.")
+    encode_empty_caption: bool = setting(
+        False, "Also encode every pair without words, as caption_dropout_probability of the training needs it."
+    )
+
+    def __post_init__(self) -> None:
+        check_choice(self, "preprocessing")
+        check(64 <= self.resolution <= 4096, "resolution", self.resolution, "64 to 4096 pixels")
+        check_at_least(self, -1, "num_eval_images")

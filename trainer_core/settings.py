@@ -1,0 +1,103 @@
+"""What all settings share: documentation of fields, checks, strict JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from .errors import ConfigError
+
+C = TypeVar("C")
+
+
+def setting(default: Any, help: str) -> Any:  # noqa: A002 - argparse's and click's word for it
+    """A dataclass field with its documentation."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def required(help: str) -> Any:  # noqa: A002
+    """A dataclass field without a default, with its documentation."""
+    return dataclasses.field(metadata={"help": help})
+
+
+def check(condition: bool, name: str, value: object, allowed: str) -> None:  # noqa: FBT001
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; allowed is {allowed}.")
+
+
+def check_choice(owner: object, *names: str) -> None:
+    hints = typing.get_type_hints(type(owner))
+    for name in names:
+        allowed, value = get_args(hints[name]), getattr(owner, name)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}.{hint}")
+
+
+def check_at_least(owner: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        check(value >= least, name, value, f"{least} or more")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(cls: type[C], values: object, where: str = "") -> C:
+    """Build a config from parsed JSON.
+
+    Raises:
+        ConfigError: an unknown key (the nearest known one is named), a missing key, a value of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or 'The configuration'} is {values!r}; allowed is an object with named settings.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(fields)}."
+            raise ConfigError(f"Unknown setting {_dotted(where, key)!r}. {hint}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(
+            f"Missing setting{'s' if len(missing) > 1 else ''} {', '.join(_dotted(where, m) for m in missing)}."
+        )
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _value(hints[key], value, _dotted(where, key)) for key, value in values.items()})
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, where)  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} is {value!r}; allowed is a list.")
+        return tuple(_value(get_args(hint)[0], item, where) for item in value)
+    if get_origin(hint) in (Literal, types.UnionType):
+        return value  # choices are checked by the dataclass, with the nearest name
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{where} is {value!r}; allowed is a value of type {hint.__name__}.")
+    return value
+
+
+def digest(values: object) -> str:
+    """A short name for equal JSON values (128 bits, hexadecimal)."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
