@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from ..trainer_core.config import EncodingConfig, ModelConfig
+from ..trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
 from . import host, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 
@@ -36,8 +36,17 @@ class EncodePairs(io.ComfyNode):
                 setting_input(EncodingConfig, "validation_negative_prompt", multiline=True),
                 setting_input(EncodingConfig, "seed", min=0, max=2**32 - 1, control_after_generate=False),
                 setting_input(EncodingConfig, "encode_empty_caption", optional=True, advanced=True),
+                new_input(
+                    sockets.SizeSettings,
+                    "size_settings",
+                    optional=True,
+                    tooltip="Sizes and crops. Default: the aspect ratio stays, the area is resolution squared.",
+                ),
             ],
-            outputs=[new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA.")],
+            outputs=[
+                new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA."),
+                new_output(io.String, "report", "Numbers of pairs and their sizes, and what was left out."),
+            ],
         )
 
     @classmethod
@@ -49,7 +58,42 @@ class EncodePairs(io.ComfyNode):
     def execute(cls, model: ModelConfig, dataset: EditDataset, **widgets: Any) -> io.NodeOutput:
         """An EncodedDataset."""
         from ..trainer_core.conditioning.encode import encode_dataset
+        from ..trainer_core.conditioning.report import encoding_report
 
-        encoding = EncodingConfig(**widgets)
+        encoding = EncodingConfig(sizes=widgets.pop("size_settings", None) or SizeConfig(), **widgets)
         with host.long_call() as observer:
-            return io.NodeOutput(encode_dataset(dataset, model, encoding, host.cache_dir(), observer))
+            encoded = encode_dataset(dataset, model, encoding, host.cache_dir(), observer)
+        return io.NodeOutput(encoded, encoding_report(encoded))
+
+
+class SizeSettings(io.ComfyNode):
+    """Sizes and crops."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "SizeSettings",
+            "Qwen Edit Size Settings",
+            description="Sizes and crops of the pictures. Without this node: every picture keeps its aspect ratio and "
+            "has the area of a square of resolution.",
+            search_aliases=["crop", "resolution type", "aspect bucket"],
+            inputs=[
+                setting_input(SizeConfig, "resolution_type"),
+                setting_input(SizeConfig, "megapixels", min=0.01, max=17.0, step=0.01),
+                setting_input(SizeConfig, "aspect_bucket_alignment", min=16, max=32, step=16),
+                setting_input(SizeConfig, "crop"),
+                setting_input(SizeConfig, "crop_aspect"),
+                setting_input(SizeConfig, "crop_style"),
+                setting_input(SizeConfig, "minimum_image_size", min=0.0, max=100_000.0, step=0.01),
+                setting_input(SizeConfig, "leave_out_small"),
+                setting_input(SizeConfig, "maximum_image_size", min=0.0, max=100_000.0, step=0.01),
+                setting_input(SizeConfig, "target_downsample_size", min=0.0, max=100_000.0, step=0.01),
+            ],
+            outputs=[new_output(sockets.SizeSettings, "size_settings", "For Encode Edit Pairs.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """A SizeConfig."""
+        return io.NodeOutput(SizeConfig(**widgets))

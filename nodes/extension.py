@@ -11,6 +11,7 @@ NODES: list[type[io.ComfyNode]] = [
     dataset.PairFolders,
     dataset.CaptionSettings,
     dataset.PreviewPairs,
+    encode.SizeSettings,
     encode.EncodePairs,
     settings.LoraSettings,
     settings.OptimizerSettings,

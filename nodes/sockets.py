@@ -16,6 +16,7 @@ Model = io.Custom("QWEN_EDIT_MODEL")  # ModelConfig
 Dataset = io.Custom("QWEN_EDIT_DATASET")  # EditDataset
 Encoded = io.Custom("QWEN_EDIT_ENCODED")  # EncodedDataset
 CaptionSettings = io.Custom("QWEN_EDIT_CAPTION_SETTINGS")  # CaptionConfig
+SizeSettings = io.Custom("QWEN_EDIT_SIZE_SETTINGS")  # SizeConfig
 LoraSettings = io.Custom("QWEN_EDIT_LORA_SETTINGS")  # LoraConfig
 OptimizerSettings = io.Custom("QWEN_EDIT_OPTIMIZER_SETTINGS")  # OptimizerConfig
 TrainingSettings = io.Custom("QWEN_EDIT_TRAINING_SETTINGS")  # LoopSettings

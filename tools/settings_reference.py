@@ -27,6 +27,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.DatasetConfig, "dataset", "**Pair Edit Folders**, as `target_folder` and `reference_folder_1` to `_3`."),
     (config.CaptionConfig, "dataset.captions", "**Qwen Edit Caption Settings**."),
     (config.EncodingConfig, "encoding", "**Encode Edit Pairs**."),
+    (config.SizeConfig, "encoding.sizes", "**Qwen Edit Size Settings**."),
     (config.LoraConfig, "lora", "**Qwen Edit LoRA Settings**."),
     (config.OptimizerConfig, "optimizer", "**Qwen Edit Optimizer Settings**."),
     (config.NoiseConfig, "noise", "**Qwen Edit Training Settings**."),

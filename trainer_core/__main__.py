@@ -139,7 +139,11 @@ def _encode_job(job: JobConfig, observer: ConsoleObserver) -> EncodedDataset:
 
 
 def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
-    sys.stdout.write(f"{_encode_job(load_job(options.config), observer).manifest}\n")
+    from .conditioning.report import encoding_report
+
+    encoded = _encode_job(load_job(options.config), observer)
+    _LOG.info(encoding_report(encoded))
+    sys.stdout.write(f"{encoded.manifest}\n")
     return EXIT_OK
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .dataset_config import CaptionConfig, CaptionStrategy, DatasetConfig, EncodingConfig, Preprocessing
+from .dataset_config import CaptionConfig, CaptionStrategy, DatasetConfig, EncodingConfig, Preprocessing, SizeConfig
 from .qwen_image.flavours import FlavourName
 from .settings import check, check_at_least, check_choice, digest, from_json, required, setting, to_json
 
@@ -21,6 +21,7 @@ __all__ = [
     "DatasetConfig",
     "EncodingConfig",
     "Preprocessing",
+    "SizeConfig",
     "digest",
     "from_json",
 ]

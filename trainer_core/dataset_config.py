@@ -9,6 +9,9 @@ from .settings import check, check_at_least, check_choice, required, setting
 
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt", "csv", "parquet", "jsonl"]
 CAPTION_TABLES: tuple[CaptionStrategy, ...] = ("csv", "parquet", "jsonl")
+ResolutionType = Literal["pixel_area", "pixel", "area"]
+CropAspect = Literal["square", "preserve"]
+CropStyle = Literal["center", "random", "corner"]
 Preprocessing = Literal["comfyui", "diffusers"]
 
 
@@ -69,6 +72,49 @@ class DatasetConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SizeConfig:
+    """How large targets are trained, and which part of them."""
+
+    resolution_type: ResolutionType = setting(
+        "pixel_area",
+        "What resolution counts: pixel_area the side of a square of equal area, pixel the shorter edge; area takes "
+        "megapixels instead.",
+    )
+    megapixels: float = setting(1.0, "Area of targets in million pixels, for resolution_type area.")
+    aspect_bucket_alignment: int = setting(32, "Sides of targets are multiples of this many pixels: 32, or 16.")
+    crop: bool = setting(
+        False, "Cut targets to crop_aspect. Off: the aspect ratio stays, and only what rounding leaves over is cut off."
+    )
+    crop_aspect: CropAspect = setting("square", "Shape under crop: a square, or preserve for the picture's own.")
+    crop_style: CropStyle = setting(
+        "center",
+        "Place of the cut: center, corner (top left), or random (by seed and pair). References follow targets.",
+    )
+    minimum_image_size: float = setting(
+        0.0, "Smallest target that may be trained, in the unit of resolution_type (area: megapixels); 0 for any."
+    )
+    leave_out_small: bool = setting(
+        False, "Leave targets below minimum_image_size out instead of refusing the dataset."
+    )
+    maximum_image_size: float = setting(
+        0.0, "Under crop: a target above this is cut as if shrunk to target_downsample_size first; 0 for never."
+    )
+    target_downsample_size: float = setting(0.0, "What targets above maximum_image_size are shrunk to before the cut.")
+
+    def __post_init__(self) -> None:
+        check_choice(self, "resolution_type", "crop_aspect", "crop_style")
+        check(0.01 <= self.megapixels <= 17, "megapixels", self.megapixels, "0.01 to 17 million pixels")
+        step = self.aspect_bucket_alignment
+        check(step in (16, 32), "aspect_bucket_alignment", step, "16 or 32 pixels")
+        check_at_least(self, 0, "minimum_image_size", "maximum_image_size", "target_downsample_size")
+        maximum, shrunk = self.maximum_image_size, self.target_downsample_size
+        if maximum or shrunk:
+            allowed = f"above 0 and at most maximum_image_size ({maximum:g}); set both or neither"
+            check(0 < shrunk <= maximum, "target_downsample_size", shrunk, allowed)
+            check(self.crop, "crop", self.crop, "true with maximum_image_size, which decides what is cut")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EncodingConfig:
     """From pictures and captions to latents and prompt embeddings."""
 
@@ -89,6 +135,7 @@ class EncodingConfig:
     encode_empty_caption: bool = setting(
         False, "Also encode every pair without words, as caption_dropout_probability of the training needs it."
     )
+    sizes: SizeConfig = setting(SizeConfig(), "Sizes and crops.")
 
     def __post_init__(self) -> None:
         check_choice(self, "preprocessing")

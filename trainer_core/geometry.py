@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+Place = tuple[float, float]
+CENTRE: Place = (0.5, 0.5)
+
 
 class Size(NamedTuple):
     """Width and height in pixels."""
@@ -29,7 +32,11 @@ class Box(NamedTuple):
 
 def bucket_size(size: Size, resolution: int, step: int = 32) -> Size:
     """The size to train `size` at: about `resolution`² pixels in its own aspect ratio, sides multiples of `step`."""
-    scale = resolution / math.sqrt(size.width * size.height)
+    return scaled_size(size, resolution / math.sqrt(size.width * size.height), step)
+
+
+def scaled_size(size: Size, scale: float, step: int) -> Size:
+    """`size` times `scale`, each side rounded to a multiple of `step`, at least one step."""
     return Size(*(max(step, round(side * scale / step) * step) for side in size))
 
 
@@ -52,11 +59,20 @@ def aspect_area_size(size: Size, area: int, step: int = 32) -> Size:
 
 def centre_crop(size: Size, aspect: Size) -> Box:
     """The largest centred rectangle of `size` with the aspect ratio of `aspect`."""
+    return crop_box(size, aspect)
+
+
+def crop_box(size: Size, aspect: Size, place: Place = CENTRE, share: float = 1.0) -> Box:
+    """A rectangle of `size` with the aspect ratio of `aspect`: the largest, or a `share` of its sides.
+
+    `place` is where it lies between left and right, top and bottom, each 0 to 1.
+    """
     if size.width * aspect.height > size.height * aspect.width:
         width, height = max(1, round(size.height * aspect.width / aspect.height)), size.height
     else:
         width, height = size.width, max(1, round(size.width * aspect.height / aspect.width))
-    left, top = (size.width - width) // 2, (size.height - height) // 2
+    width, height = max(1, round(width * share)), max(1, round(height * share))
+    left, top = int((size.width - width) * place[0]), int((size.height - height) * place[1])
     return Box(left, top, left + width, top + height)
 
 

@@ -17,6 +17,7 @@ EXPECTED = {
     "QwenEdit_PairFolders",
     "QwenEdit_CaptionSettings",
     "QwenEdit_PreviewPairs",
+    "QwenEdit_SizeSettings",
     "QwenEdit_EncodePairs",
     "QwenEdit_LoraSettings",
     "QwenEdit_OptimizerSettings",

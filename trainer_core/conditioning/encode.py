@@ -6,6 +6,7 @@ time. A run that was killed goes on where it stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from ..qwen_image.vae import encode_picture, load_vae
 from .cache import entry_path
 from .encoded import EncodedDataset, EncodedEntry, save_manifest
 from .pictures import PairPlan, View, plan_pair, render, render_picture
+from .sizes import large_enough
 
 READ_AHEAD = 4  # pictures decoded while the network works on the one before
 
@@ -80,10 +82,13 @@ def encode_dataset(
 
     Raises:
         ConfigError: the dataset does not fit the flavour.
+        DatasetError: targets are too small, or none would be left to train on.
         ModelFileError: the VAE or text encoder can't be loaded.
         Interrupted: the observer wants to stop; what was encoded stays.
     """
     _check_references(dataset, model)
+    pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
+    dataset = dataclasses.replace(dataset, pairs=pairs)
     planned = _plan(dataset, model, encoding)
     device = pick_device(model.device)
     _encode_latents(planned, model, cache_dir, device, observer)
@@ -98,6 +103,7 @@ def encode_dataset(
         prompt_width=prompt_width(model),
         pairs=tuple(each.entry for each in planned if each.pair.key not in held_out),
         validation_pairs=tuple(each.entry for each in planned if each.pair.key in held_out),
+        left_out=left_out,
     )
 
 
@@ -132,7 +138,7 @@ def _plan(dataset: EditDataset, model: ModelConfig, encoding: EncodingConfig) ->
     held_out = _held_out(dataset, encoding)
     planned = []
     for pair in dataset.pairs:
-        plan = plan_pair(pair.sizes, flavour, encoding)
+        plan = plan_pair(pair.sizes, flavour, encoding, pair.key)
         entry = _entry(pair, plan, digests, encoding, keep_pictures=pair.key in held_out)
         planned.append(_PlannedPair(pair, plan, entry, encoding.validation_negative_prompt))
     return planned

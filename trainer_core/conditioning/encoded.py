@@ -48,7 +48,7 @@ class EncodedEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class EncodedDataset:
-    """Pairs to train on and pairs held out, as they lie in the cache."""
+    """Pairs to train on and pairs held out, as they lie in the cache. `left_out`: keys of pairs that are too small."""
 
     manifest: Path
     flavour: FlavourName
@@ -56,6 +56,7 @@ class EncodedDataset:
     prompt_width: int
     pairs: tuple[EncodedEntry, ...]
     validation_pairs: tuple[EncodedEntry, ...]
+    left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -107,7 +108,7 @@ class EncodedDataset:
 
 def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
     """Write a manifest below `cache_dir` and return the dataset it describes."""
-    values = {name: _plain(value) for name, value in fields.items()}
+    values = {name: _plain(value) for name, value in fields.items() if value or name not in _ADDED}
     values["format"] = FORMAT
     path = cache_dir / "datasets" / f"{digest(values)}.json"
     write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False).encode())
@@ -115,7 +116,7 @@ def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
 
 
 def _plain(value: Any) -> Any:
-    return [_row(entry) for entry in value] if isinstance(value, tuple) else value
+    return [each if isinstance(each, str) else _row(each) for each in value] if isinstance(value, tuple) else value
 
 
 def _row(entry: EncodedEntry) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _row(entry: EncodedEntry) -> dict[str, Any]:
     return {name: item for name, item in dataclasses.asdict(entry).items() if item or name not in _ADDED}
 
 
-_ADDED = ("empty",)
+_ADDED = ("empty", "left_out")
 
 
 def load_encoded(manifest: Path) -> EncodedDataset:
@@ -140,7 +141,7 @@ def load_encoded(manifest: Path) -> EncodedDataset:
         raise DatasetError(f"The encoded dataset {manifest} is of another version. Encode the dataset again.")
     for name in ("pairs", "validation_pairs"):
         values[name] = tuple(EncodedEntry(**{key: _tuples(item) for key, item in row.items()}) for row in values[name])
-    return EncodedDataset(manifest=manifest, **values)
+    return EncodedDataset(manifest=manifest, **{**values, "left_out": tuple(values.get("left_out", ()))})
 
 
 def _tuples(value: Any) -> Any:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..config import EncodingConfig
-from ..geometry import Box, Size, area_size, aspect_area_size, bucket_size, centre_crop, scale_box
+from ..geometry import Box, Size, area_size, aspect_area_size, crop_box, scale_box
 from ..qwen_image.flavours import Flavour
+from .sizes import crop_place, target_box, target_size
 
 SAME_FRAMING = 0.01  # references whose aspect ratio is within 1 % of the target's show the same scene
 
@@ -45,12 +46,11 @@ class PairPlan:
     vision: tuple[View, ...]
 
 
-def plan_pair(sizes: Sequence[Size], flavour: Flavour, encoding: EncodingConfig) -> PairPlan:
-    """Views for a pair whose pictures have these sizes, the target's first."""
-    target_size = sizes[0]
-    bucket = bucket_size(target_size, encoding.resolution)
-    box = centre_crop(target_size, bucket)
-    boxes = [_reference_box(box, target_size, size, bucket, encoding) for size in sizes[1:]]
+def plan_pair(sizes: Sequence[Size], flavour: Flavour, encoding: EncodingConfig, key: str = "") -> PairPlan:
+    """Views for a pair whose pictures have these sizes, the target's first. `key` decides a random crop."""
+    bucket = target_size(sizes[0], encoding)
+    box = target_box(sizes[0], bucket, encoding, key)
+    boxes = [_reference_box(box, (sizes[0], size), bucket, encoding, key) for size in sizes[1:]]
     views = [plan_reference(each, flavour, encoding, bucket) for each in boxes]
     return PairPlan(
         target=View(box, bucket, "lanczos"),
@@ -59,12 +59,20 @@ def plan_pair(sizes: Sequence[Size], flavour: Flavour, encoding: EncodingConfig)
     )
 
 
-def _reference_box(box: Box, target: Size, size: Size, bucket: Size, encoding: EncodingConfig) -> Box:
-    """The target's rectangle where both show the same scene; else all of the reference (or its middle)."""
-    ratio = (size.width * target.height) / (size.height * target.width)
-    if abs(ratio - 1) <= SAME_FRAMING:
+def _reference_box(box: Box, sizes: tuple[Size, Size], bucket: Size, encoding: EncodingConfig, key: str) -> Box:
+    """The target's rectangle where target and reference (`sizes`) show the same scene; else all of the reference, or
+    under match_target_res as much of it as has the target's shape."""
+    target, size = sizes
+    if same_framing(target, size):
         return scale_box(box, target, size)
-    return centre_crop(size, bucket) if encoding.match_target_res else Box(0, 0, *size)
+    if encoding.match_target_res:
+        return crop_box(size, bucket, crop_place(encoding, key))
+    return Box(0, 0, *size)
+
+
+def same_framing(target: Size, reference: Size) -> bool:
+    """Whether the aspect ratios are so near that both show the same scene."""
+    return abs((reference.width * target.height) / (reference.height * target.width) - 1) <= SAME_FRAMING
 
 
 def plan_reference(box: Box, flavour: Flavour, encoding: EncodingConfig, target: Size) -> tuple[View, View]:

@@ -1,0 +1,30 @@
+"""What was encoded, for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..data.images import shown
+from ..qwen_image.latents import VAE_FACTOR
+from .encoded import EncodedDataset
+
+_MOST_KEYS = 20
+
+
+def encoding_report(encoded: EncodedDataset) -> str:
+    """Numbers of pairs, their sizes, and what was left out. A size of few pairs is told, and trained all the same."""
+    lines = [f"{len(encoded.pairs)} pairs to train on, {len(encoded.validation_pairs)} held out for validation."]
+    sizes = Counter(entry.shape for entry in encoded.pairs)
+    for (_, height, width), count in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        lines.append(f"  {width * VAE_FACTOR} x {height * VAE_FACTOR}: {count}")
+    lonely = sum(count == 1 for count in sizes.values())
+    if lonely:
+        lines.append(
+            f"Sizes of a single pair: {lonely}. They are trained like all others, but a train_batch_size above 1 can't "
+            "put them together with another pair."
+        )
+    if encoded.left_out:
+        names = ", ".join(map(shown, encoded.left_out[:_MOST_KEYS]))
+        more = ", …" if len(encoded.left_out) > _MOST_KEYS else ""
+        lines.append(f"Left out, smaller than minimum_image_size: {len(encoded.left_out)} ({names}{more}).")
+    return "\n".join(lines)

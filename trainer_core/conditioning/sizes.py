@@ -1,0 +1,97 @@
+"""How large a target is trained, and which rectangle of it: resolution, crop and limits of size.
+
+The words are SimpleTuner's: `pixel` counts the shorter edge, `area` megapixels, `pixel_area` the side of a square of
+equal area. One rectangle of the original and one size come out, so that a picture is resized once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..config import EncodingConfig
+from ..data.images import shown
+from ..data.pairing import EditPair
+from ..dataset_config import SizeConfig
+from ..errors import DatasetError
+from ..geometry import CENTRE, Box, Place, Size, crop_box, scaled_size
+from ..rng import stream
+
+_UNITS = {
+    "pixel": "pixels (shorter edge)",
+    "area": "megapixels",
+    "pixel_area": "pixels (side of a square of equal area)",
+}
+
+
+def measure(size: Size, sizes: SizeConfig) -> float:
+    """How large a picture is in the unit of resolution_type."""
+    if sizes.resolution_type == "pixel":
+        return min(size)
+    area = size.width * size.height
+    return area / 1e6 if sizes.resolution_type == "area" else math.sqrt(area)
+
+
+def target_size(size: Size, encoding: EncodingConfig) -> Size:
+    """The size to train a target of this size at: sides are multiples of aspect_bucket_alignment."""
+    sizes = encoding.sizes
+    side = math.sqrt(sizes.megapixels * 1e6) if sizes.resolution_type == "area" else encoding.resolution
+    if sizes.crop and sizes.crop_aspect == "square":
+        return scaled_size(Size(1, 1), side, sizes.aspect_bucket_alignment)
+    edge = min(size) if sizes.resolution_type == "pixel" else math.sqrt(size.width * size.height)
+    return scaled_size(size, side / edge, sizes.aspect_bucket_alignment)
+
+
+def target_box(size: Size, bucket: Size, encoding: EncodingConfig, key: str) -> Box:
+    """The rectangle that is seen: the largest of the bucket's aspect ratio, or one cut from the shrunk picture.
+
+    A picture above maximum_image_size is thought shrunk to target_downsample_size, and of that the bucket is cut.
+    """
+    return crop_box(size, bucket, crop_place(encoding, key), _share(size, bucket, encoding.sizes))
+
+
+def crop_place(encoding: EncodingConfig, key: str) -> Place:
+    """Where in the slack the rectangle lies, 0 to 1 from the left and the top; a function of seed and pair."""
+    style = encoding.sizes.crop_style
+    if style == "random":
+        x, y = torch.rand(2, generator=stream(encoding.seed, "crop", key)).tolist()
+        return x, y
+    return (0.0, 0.0) if style == "corner" else CENTRE
+
+
+def _share(size: Size, bucket: Size, sizes: SizeConfig) -> float:
+    """The rectangle's side as a share of the largest one's."""
+    if not sizes.crop or not sizes.maximum_image_size or measure(size, sizes) <= sizes.maximum_image_size:
+        return 1.0
+    shrunk = sizes.target_downsample_size / measure(size, sizes)
+    shrunk = math.sqrt(shrunk) if sizes.resolution_type == "area" else shrunk
+    return min(1.0, bucket.width / (shrunk * crop_box(size, bucket).size.width))
+
+
+def large_enough(pairs: Sequence[EditPair], sizes: SizeConfig) -> tuple[tuple[EditPair, ...], tuple[str, ...]]:
+    """The pairs whose target reaches minimum_image_size, and the keys of those that are left out.
+
+    Raises:
+        DatasetError: a target is smaller, and leave_out_small is off; lists all of them.
+    """
+    small = [pair for pair in pairs if measure(pair.sizes[0], sizes) < sizes.minimum_image_size]
+    if not small:
+        return tuple(pairs), ()
+    wanted = f"{sizes.minimum_image_size:g} {_UNITS[sizes.resolution_type]}"
+    if not sizes.leave_out_small:
+        raise DatasetError(
+            f"{len(small)} targets are smaller than minimum_image_size, {wanted}. Use larger pictures, lower it, or "
+            "turn leave_out_small on:",
+            [_described(pair, sizes) for pair in small],
+        )
+    if len(small) == len(pairs):
+        raise DatasetError(f"All {len(pairs)} targets are smaller than minimum_image_size, {wanted}. Lower it.")
+    keys = {pair.key for pair in small}
+    return tuple(pair for pair in pairs if pair.key not in keys), tuple(sorted(keys))
+
+
+def _described(pair: EditPair, sizes: SizeConfig) -> str:
+    size = pair.sizes[0]
+    return f"{shown(pair.target)}: {size.width} x {size.height}, which is {measure(size, sizes):.4g}"
