@@ -8,6 +8,7 @@ from . import dataset, encode, host, model, result, sample, settings, train
 
 NODES: list[type[io.ComfyNode]] = [
     model.LoadModel,
+    model.LoadModelFiles,
     dataset.PairFolders,
     dataset.CaptionSettings,
     dataset.PreviewPairs,

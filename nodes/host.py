@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEMO_CHOICE = "demo (embedded)"
 NO_LORA = "none"
+NO_FILE = "none found"
 _OWN_FOLDER = "qwen_edit_trainer"
 _ROOTS_KEY, _ROOTS_VARIABLE = "qwen_edit_datasets", "QWEN_EDIT_DATASET_ROOTS"
 _PREVIEW_EDGE = 768  # pixels
@@ -102,13 +103,43 @@ def base_model(name: str) -> tuple[str, str]:
         ModelFileError: no such base model.
     """
     if name == DEMO_CHOICE:
-        return DEMO_MODEL, str(Path(comfy.sd.__file__).parent / "text_encoders" / "qwen25_tokenizer")
+        return DEMO_MODEL, tokenizer_dir()
     if name in base_models():
         return next(str(root / name) for root in _diffusers_dirs() if (root / name / "transformer").is_dir()), ""
     raise ModelFileError(
         f"The base model {name[:200]!r} is not there; found are {', '.join(base_models())}. Download a Qwen-Image-Edit "
         "in diffusers' layout into a folder of its own below models/diffusers, then press R to refresh the list."
     )
+
+
+def model_files(folder: str) -> list[str]:
+    """Names of ComfyUI's files of a kind (diffusion_models, text_encoders, vae) in formats that can't hold code."""
+    suffixes = (".safetensors", ".gguf") if folder == "diffusion_models" else (".safetensors",)
+    named = set(folder_paths.get_filename_list(folder))
+    for root in folder_paths.get_folder_paths(folder):  # ComfyUI itself lists no .gguf
+        if ".gguf" in suffixes:
+            named |= {path.relative_to(root).as_posix() for path in Path(root).rglob("*.gguf")}
+    return sorted(name for name in named if name.endswith(suffixes)) or [NO_FILE]
+
+
+def model_file(folder: str, name: str) -> str:
+    """The path of a listed file.
+
+    Raises:
+        ModelFileError: not in the list.
+    """
+    roots = folder_paths.get_folder_paths(folder) if name in model_files(folder) else []
+    found = next((str(Path(root) / name) for root in roots if (Path(root) / name).is_file()), "")
+    if not found:
+        raise ModelFileError(
+            f"There is no file {name[:200]!r} in models/{folder}. Put it there, then press R to refresh the list."
+        )
+    return found
+
+
+def tokenizer_dir() -> str:
+    """The Qwen2.5 tokenizer that ComfyUI brings."""
+    return str(Path(comfy.sd.__file__).parent / "text_encoders" / "qwen25_tokenizer")
 
 
 def _diffusers_dirs() -> list[Path]:

@@ -57,3 +57,64 @@ class LoadModel(io.ComfyNode):
         config = ModelConfig(base=base, tokenizer=tokenizer, device=host.device_name(), **widgets)
         model_folder(config)  # raises if parts are missing
         return io.NodeOutput(config)
+
+
+_KINDS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
+_TOOLTIPS = {
+    "transformer": "A Qwen-Image-Edit file in models/diffusion_models: bf16, fp16, fp8, int8 or GGUF. bf16 is best.",
+    "text_encoder": "The Qwen2.5-VL-7B file in models/text_encoders: bf16 or fp8.",
+    "vae": "The Qwen-Image VAE file in models/vae.",
+}
+
+
+class LoadModelFiles(io.ComfyNode):
+    """Choose the base model by the three files that ComfyUI infers with."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        files = [
+            new_input(io.Combo, f"{part}_file", options=host.model_files(folder), tooltip=_TOOLTIPS[part])
+            for part, folder in _KINDS.items()
+        ]
+        return node_schema(
+            "LoadModelFiles",
+            "Load Qwen Edit Model Files",
+            description="Chooses the base model by ComfyUI's own files, and how it is held. Nothing is loaded yet.",
+            search_aliases=["qwen image edit", "base model", "fp8", "gguf", "single file", "lora training"],
+            inputs=[
+                *files,
+                setting_input(ModelConfig, "flavour"),
+                setting_input(ModelConfig, "base_model_precision"),
+                setting_input(ModelConfig, "mixed_precision"),
+                setting_input(ModelConfig, "quantize_via"),
+            ],
+            outputs=[new_output(sockets.Model, "model", "The choice, for the encode, train and sample nodes.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, transformer_file: str | None = None, text_encoder_file: str | None = None, vae_file: str | None = None
+    ) -> bool | str:
+        """The files are there."""
+        named = zip(_KINDS.values(), (transformer_file, text_encoder_file, vae_file), strict=True)
+        try:
+            return all(name is None or host.model_file(folder, name) for folder, name in named)
+        except TrainerError as error:
+            return str(error)
+
+    @classmethod
+    def execute(cls, transformer_file: str, text_encoder_file: str, vae_file: str, **widgets: Any) -> io.NodeOutput:
+        """A ModelConfig. The transformer's header is read, so that a wrong file is refused at once."""
+        from ..trainer_core.qwen_image.transformer import check_transformer
+
+        config = ModelConfig(
+            transformer_file=host.model_file("diffusion_models", transformer_file),
+            text_encoder_file=host.model_file("text_encoders", text_encoder_file),
+            vae_file=host.model_file("vae", vae_file),
+            tokenizer=host.tokenizer_dir(),
+            device=host.device_name(),
+            **widgets,
+        )
+        check_transformer(config)
+        return io.NodeOutput(config)

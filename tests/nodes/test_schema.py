@@ -12,8 +12,10 @@ from .help_tables import tables, tables_in, with_tables
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema.json"
 DEPENDS_ON_FOLDERS = {("QwenEdit_LoadModel", "base_model"), ("QwenEdit_SampleEdit", "lora_name")}
+DEPENDS_ON_FOLDERS |= {("QwenEdit_LoadModelFiles", f"{part}_file") for part in ("transformer", "text_encoder", "vae")}
 EXPECTED = {
     "QwenEdit_LoadModel",
+    "QwenEdit_LoadModelFiles",
     "QwenEdit_PairFolders",
     "QwenEdit_CaptionSettings",
     "QwenEdit_PreviewPairs",

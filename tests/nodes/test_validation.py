@@ -73,6 +73,16 @@ def test_base_model_is_missing(prompt: dict[str, Any], comfyui: PackServer):
     assert "found are demo (embedded)" in details
 
 
+def test_base_model_file_is_missing(prompt: dict[str, Any], comfyui: PackServer):
+    loader, _ = node_of(prompt, "LoadModel")
+    training, _ = node_of(prompt, "TrainLora")
+    files = {"transformer_file": "../../x.safetensors", "text_encoder_file": "y.safetensors", "vae_file": "z.ckpt"}
+    widgets = {"flavour": "edit-v1", "base_model_precision": "none", "mixed_precision": "no", "quantize_via": "cpu"}
+    prompt[loader] = {"class_type": "QwenEdit_LoadModelFiles", "inputs": {**files, **widgets}}
+    details = refusal(comfyui, prompt, [training])[loader]["errors"][0]["details"]
+    assert "There is no file '../../x.safetensors' in models/diffusion_models" in details
+
+
 def test_lora_is_missing(prompt: dict[str, Any], comfyui: PackServer):
     sample, inputs = node_of(prompt, "SampleEdit")
     shown = next(key for key, node in prompt.items() if node["class_type"] == "PreviewImage")

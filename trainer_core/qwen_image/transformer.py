@@ -41,14 +41,8 @@ def load_transformer(
         MissingPackageError: the precision or the file's format needs one.
         Interrupted: the observer wants to stop.
     """
-    place = model_folder(config).transformer
-    settings = transformer_settings(place)
-    _check_flavour(config, place, settings)
-    source = open_weights(place, PREFIXES)
-    if place.suffix == ".gguf" and config.base_model_precision == "file":
-        raise ModelFileError(
-            f"{place.name} is a .gguf file, whose blocks are not kept as they are. Choose another base_model_precision."
-        )
+    settings = check_transformer(config)
+    source = open_weights(model_folder(config).transformer, PREFIXES)
     network = empty_transformer(settings)
     _set_zero_cond_t(network, FLAVOURS[config.flavour].zero_cond_t)
     placement = Placement(
@@ -60,6 +54,22 @@ def load_transformer(
     )
     materialise(network, source, placement, "Loading the transformer", observer)
     return network
+
+
+def check_transformer(config: ModelConfig) -> dict[str, Any]:
+    """See whether the transformer can be loaded as wished, from its header alone; its `transformer_settings`.
+
+    Raises:
+        ModelFileError: no such transformer, one of another flavour, or one that has no codes of its own to keep.
+    """
+    place = model_folder(config).transformer
+    settings = transformer_settings(place)
+    _check_flavour(config, place, settings)
+    if place.suffix == ".gguf" and config.base_model_precision == "file":
+        raise ModelFileError(
+            f"{place.name} is a .gguf file, whose blocks are not kept as they are. Choose another base_model_precision."
+        )
+    return settings
 
 
 def transformer_settings(place: Path) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+"""Files that can't be used: each refused in one clear sentence, before weights are read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import QwenImageTransformer2DModel
+from safetensors.torch import save_file
+
+from tests.support.layouts import Weights, as_bytes, gguf, int8_rows, random_weights
+from tests.support.narrow import NARROW
+from trainer_core.config import ModelConfig
+from trainer_core.errors import Interrupted, ModelFileError
+from trainer_core.events import SilentObserver, Stop
+from trainer_core.qwen_image import transformer
+from trainer_core.qwen_image.folder import model_folder
+from trainer_core.qwen_image.text_encoder import load_text_encoder
+from trainer_core.qwen_image.transformer import load_transformer, transformer_settings
+from trainer_core.qwen_image.vae import load_vae
+
+CPU = torch.device("cpu")
+LAYER = "transformer_blocks.1.attn.to_q"
+
+
+@pytest.fixture(autouse=True)
+def narrow_heads(monkeypatch: pytest.MonkeyPatch):
+    """Files of narrow transformers are refused otherwise."""
+    monkeypatch.setitem(transformer.ROPE_AXES, NARROW["attention_head_dim"], NARROW["axes_dims_rope"])
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    return random_weights(NARROW)
+
+
+def config_of(path: Path, **changes: object) -> ModelConfig:
+    given = {"tokenizer": "none", "mixed_precision": "no", "device": "cpu", **changes}
+    return ModelConfig(transformer_file=str(path), text_encoder_file=str(path), vae_file=str(path), **given)  # type: ignore[arg-type]
+
+
+def write(path: Path, tensors: Weights) -> Path:
+    save_file(tensors, path)
+    return path
+
+
+def complaint(path: Path, **changes: object) -> str:
+    with pytest.raises(ModelFileError) as caught:
+        load_transformer(config_of(path, **changes), CPU)
+    assert path.name in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_narrow_file_loads(weights: Weights, tmp_path: Path):
+    """So that the refusals below mean something; and it equals diffusers' own loading."""
+    network = load_transformer(config_of(write(tmp_path / "a.safetensors", weights)), CPU)
+    assert all(torch.equal(each, weights[name].float()) for name, each in network.named_parameters())
+    assert not any(each.requires_grad for each in network.parameters())
+    assert not any(each.is_meta for each in [*network.parameters(), *network.buffers()])
+    theirs = QwenImageTransformer2DModel(**NARROW)
+    assert torch.equal(network.pos_embed.pos_freqs, theirs.pos_embed.pos_freqs)
+    assert {key: network.config[key] for key in NARROW} == NARROW
+
+
+def test_another_kind_of_file(tmp_path: Path, weights: Weights):
+    lora = {f"transformer.{LAYER}.lora_A.weight": torch.zeros(2, 48)}
+    assert "looks like a LoRA" in complaint(write(tmp_path / "lora.safetensors", lora))
+    encoder = {"model.layers.0.self_attn.k_proj.bias": torch.zeros(2)}
+    assert "looks like a text encoder" in complaint(write(tmp_path / "clip.safetensors", encoder))
+    vae = {"decoder.conv1.weight": torch.zeros(2)}
+    path = write(tmp_path / "vae.safetensors", vae)
+    assert "looks like a VAE" in complaint(path)
+    with pytest.raises(ModelFileError, match="no Qwen-Image VAE"):
+        load_vae(config_of(path), CPU)
+    with pytest.raises(ModelFileError, match=r"no Qwen2\.5-VL.*text_encoders"):
+        load_text_encoder(config_of(path), "comfyui", CPU)
+    assert "128" in complaint(write(tmp_path / "w.safetensors", _other_heads(weights)))
+
+
+def _other_heads(weights: Weights) -> Weights:
+    return {**weights, "transformer_blocks.0.attn.norm_added_k.weight": torch.zeros(24)}
+
+
+def test_not_whole(tmp_path: Path, weights: Weights):
+    whole = write(tmp_path / "whole.safetensors", weights).read_bytes()
+    for name, content in (("half", whole[: len(whole) // 2]), ("page", b"<html>not found</html>"), ("none", b"")):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(content)
+        assert "interrupted download" in complaint(path)
+    path = tmp_path / "half.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00")
+    assert "interrupted download" in complaint(path)
+
+
+def test_missing_and_misshapen_weights(tmp_path: Path, weights: Weights):
+    fewer = {name: each for name, each in weights.items() if not name.startswith(f"{LAYER}.")}
+    text = complaint(write(tmp_path / "fewer.safetensors", fewer))
+    assert "lacks 2 of" in text
+    assert f"{LAYER}.weight" in text
+    other = {**weights, f"{LAYER}.weight": torch.zeros(48, 32)}
+    assert "[48, 32] in the place of [48, 48]" in complaint(write(tmp_path / "other.safetensors", other))
+
+
+def test_unknown_formats(tmp_path: Path, weights: Weights):
+    codes, scale = int8_rows(weights[f"{LAYER}.weight"])
+    bare = {**weights, f"{LAYER}.weight": codes}
+    assert "without its scale" in complaint(write(tmp_path / "bare.safetensors", bare))
+    noted = {**bare, f"{LAYER}.weight_scale": scale}
+    nvfp4 = {**noted, f"{LAYER}.comfy_quant": as_bytes({"format": "nvfp4"})}
+    assert "'nvfp4', which is not known" in complaint(write(tmp_path / "nvfp4.safetensors", nvfp4))
+    odd = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 32}
+    rotated = {**noted, f"{LAYER}.comfy_quant": as_bytes(odd)}
+    assert "power of four" in complaint(write(tmp_path / "odd.safetensors", rotated))
+    blocks = {**noted, f"{LAYER}.weight_scale": torch.ones(3, 3)}
+    assert "one per row" in complaint(write(tmp_path / "blocks.safetensors", blocks))
+    garbled = {**noted, f"{LAYER}.comfy_quant": torch.zeros(3, dtype=torch.uint8)}
+    assert "not JSON" in complaint(write(tmp_path / "garbled.safetensors", garbled))
+
+
+def test_formats_that_hold_code_and_missing_files(tmp_path: Path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"x")
+    assert "can hold code" in complaint(path)
+    with pytest.raises(ModelFileError, match="does not exist"):
+        model_folder(config_of(tmp_path / "nowhere.safetensors"))
+
+
+def test_a_missing_part(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"_class_name": "QwenImageTransformer2DModel"}')
+    index = {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks 1 of 1 parts" in complaint(tmp_path)
+
+
+def test_single_files_need_each_other_or_a_folder(tmp_path: Path, weights: Weights):
+    path = write(tmp_path / "a.safetensors", weights)
+    with pytest.raises(ModelFileError, match="vae_file and text_encoder_file is empty"):
+        model_folder(ModelConfig(transformer_file=str(path), tokenizer="x"))
+    with pytest.raises(ModelFileError, match="without a tokenizer"):
+        model_folder(replace(config_of(path), tokenizer=""))
+
+
+def test_flavour_by_the_marker(tmp_path: Path, weights: Weights):
+    marked = write(tmp_path / "2511.safetensors", {**weights, "__index_timestep_zero__": torch.zeros(0)})
+    assert transformer_settings(marked)["zero_cond_t"]
+    assert "Choose edit-v3" in complaint(marked, flavour="edit-v2")
+    assert load_transformer(config_of(marked, flavour="edit-v3"), CPU).zero_cond_t
+    bare = write(tmp_path / "bare.safetensors", weights)
+    assert load_transformer(config_of(bare, flavour="edit-v3"), CPU).zero_cond_t
+    assert not load_transformer(config_of(bare, flavour="edit-v2"), CPU).zero_cond_t
+
+
+def test_gguf_is_not_kept_as_it_is(tmp_path: Path, weights: Weights):
+    path = gguf(weights, tmp_path / "a.gguf", "F16")
+    assert "not kept as they are" in complaint(path, base_model_precision="file")
+    load_transformer(config_of(path), CPU)
+
+
+def test_loading_can_be_stopped(tmp_path: Path, weights: Weights):
+    class AfterOneBlock(SilentObserver):
+        done = 0
+
+        def on_progress(self, phase: str, done: int, total: int) -> None:
+            assert phase == "Loading the transformer"
+            assert total == NARROW["num_layers"] + 1
+            self.done = done
+
+        def should_stop(self) -> Stop:
+            return Stop.PAUSE if self.done else Stop.NO
+
+    observer = AfterOneBlock()
+    with pytest.raises(Interrupted):
+        load_transformer(config_of(write(tmp_path / "a.safetensors", weights)), CPU, observer)
+    assert observer.done == 1
