@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import dataset, encode, host, model, result, sample, settings, train
+from . import check, dataset, encode, host, model, result, sample, settings, train
 
 NODES: list[type[io.ComfyNode]] = [
     model.LoadModel,
@@ -12,6 +12,7 @@ NODES: list[type[io.ComfyNode]] = [
     dataset.PairFolders,
     dataset.CaptionSettings,
     dataset.PreviewPairs,
+    check.CheckPairs,
     encode.SizeSettings,
     encode.EncodePairs,
     settings.LoraSettings,

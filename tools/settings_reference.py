@@ -28,6 +28,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.CaptionConfig, "dataset.captions", "**Qwen Edit Caption Settings**."),
     (config.EncodingConfig, "encoding", "**Encode Edit Pairs**."),
     (config.SizeConfig, "encoding.sizes", "**Qwen Edit Size Settings**."),
+    (config.PairCheckConfig, "pair_check", "**Check Edit Pairs**."),
     (config.LoraConfig, "lora", "**Qwen Edit LoRA Settings**."),
     (config.OptimizerConfig, "optimizer", "**Qwen Edit Optimizer Settings**."),
     (config.NoiseConfig, "noise", "**Qwen Edit Training Settings**."),

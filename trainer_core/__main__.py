@@ -119,13 +119,17 @@ def load_job(path: Path) -> JobConfig:
 
 
 def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    from .data.check_report import check_report
     from .data.contact_sheet import report
+    from .data.pair_check import check_pairs
     from .data.pairing import pair_folders
     from .qwen_image.folder import model_folder
 
     job = load_job(options.config)
     model_folder(job.model)
-    sys.stdout.write(report(pair_folders(job.dataset, observer)) + "\n")
+    dataset = pair_folders(job.dataset, observer)
+    check = check_pairs(dataset, job.pair_check, observer)
+    sys.stdout.write(f"{report(dataset)}\n\n{check_report(dataset, check)}\n")
     return EXIT_OK
 
 

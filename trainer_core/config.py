@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .dataset_config import CaptionConfig, CaptionStrategy, DatasetConfig, EncodingConfig, Preprocessing, SizeConfig
+from .dataset_config import (
+    CaptionConfig,
+    CaptionStrategy,
+    DatasetConfig,
+    EncodingConfig,
+    PairCheckConfig,
+    Preprocessing,
+    SizeConfig,
+)
 from .qwen_image.flavours import FlavourName
 from .settings import check, check_at_least, check_choice, digest, from_json, required, setting, to_json
 
@@ -20,6 +28,7 @@ __all__ = [
     "CaptionStrategy",
     "DatasetConfig",
     "EncodingConfig",
+    "PairCheckConfig",
     "Preprocessing",
     "SizeConfig",
     "digest",
@@ -245,6 +254,7 @@ class JobConfig:
     checkpoints: CheckpointConfig = setting(CheckpointConfig(), "The checkpoints.")
     validation: ValidationConfig = setting(ValidationConfig(), "The validation.")
     export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
+    pair_check: PairCheckConfig = setting(PairCheckConfig(), "Limits of `check`.")
 
     def encoding_config(self) -> EncodingConfig:
         """The encoding, with the empty caption if the training will ask for it."""

@@ -141,3 +141,28 @@ class EncodingConfig:
         check_choice(self, "preprocessing")
         check(64 <= self.resolution <= 4096, "resolution", self.resolution, "64 to 4096 pixels")
         check_at_least(self, -1, "num_eval_images")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairCheckConfig:
+    """What the pair checker calls worth a look. All are limits; nothing is changed or left out by them."""
+
+    max_shift: float = setting(
+        0.75, "Pixels of the target by which a reference may lie beside it outside the edit. 0.5 to 1 is usual."
+    )
+    max_zoom_percent: float = setting(0.3, "Percent by which a reference may be larger or smaller than its target.")
+    max_colour_offset: float = setting(
+        3.0, "8-bit steps by which brightness or a colour may differ outside the edit. Higher if the edit is a colour."
+    )
+    min_difference: float = setting(
+        6.0, "8-bit steps that some spot of target and reference should differ by; below, a pair teaches nothing."
+    )
+    duplicate_bits: int = setting(
+        6, "Bits of 128 by which two pairs' pictures may differ and still be called near-duplicates; 0 for equal ones."
+    )
+    check_side: int = setting(512, "Pictures are measured at this longer side in pixels; 512 is quick, 1024 finer.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "max_shift", "max_zoom_percent", "max_colour_offset", "min_difference")
+        check(0 <= self.duplicate_bits <= 40, "duplicate_bits", self.duplicate_bits, "0 to 40 bits")
+        check(128 <= self.check_side <= 4096, "check_side", self.check_side, "128 to 4096 pixels")

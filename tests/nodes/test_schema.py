@@ -19,6 +19,7 @@ EXPECTED = {
     "QwenEdit_PairFolders",
     "QwenEdit_CaptionSettings",
     "QwenEdit_PreviewPairs",
+    "QwenEdit_CheckPairs",
     "QwenEdit_SizeSettings",
     "QwenEdit_EncodePairs",
     "QwenEdit_LoraSettings",

@@ -1,0 +1,168 @@
+"""The pair checker, on pairs with known offsets."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trainer_core.config import DatasetConfig, PairCheckConfig
+from trainer_core.data.alignment import align
+from trainer_core.data.check_report import check_report, check_sheet
+from trainer_core.data.pair_check import PairCheck, check_pairs
+from trainer_core.data.pairing import EditDataset, pair_folders
+from trainer_core.errors import ConfigError, Interrupted
+from trainer_core.events import SilentObserver, Stop
+
+WIDTH, HEIGHT = 192, 144
+CONFIG = PairCheckConfig()
+
+
+@functools.lru_cache(maxsize=64)
+def scene(seed: int = 0, shift: tuple[float, float] = (0, 0), zoom: float = 1.0, colour: int = 0) -> np.ndarray:
+    """Waves, evaluated where they are, so that the offset is exact."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.arange(WIDTH) - (WIDTH - 1) / 2, np.arange(HEIGHT) - (HEIGHT - 1) / 2)
+    x, y = (x - shift[0]) / zoom, (y - shift[1]) / zoom
+    waves = np.zeros((HEIGHT, WIDTH, 3))
+    for channel in range(3):
+        for _ in range(20):
+            frequency, angle, phase = rng.uniform(0.02, 0.5), rng.uniform(0, 6.3), rng.uniform(0, 6.3)
+            waves[..., channel] += np.sin(frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase)
+    return np.clip(127 + waves * 14 + colour, 0, 255).round().astype(np.uint8)
+
+
+def edited(seed: int = 0) -> np.ndarray:
+    """A target whose middle quarter shows something else."""
+    target = scene(seed).copy()
+    target[36:108, 48:144] = scene(seed + 50)[:72, :96]
+    return target
+
+
+OFFSETS = [(0.0, 0.0), (1.5, 0.0), (0.0, 3.0), (-3.0, 1.5)]
+CASES = [(shift, *other) for shift in OFFSETS for other in ((1.0, 0), (1.01, 0), (1.0, 8), (0.99, -8))]
+
+
+@pytest.mark.parametrize(("shift", "zoom", "colour"), [*CASES, ((12.0, -9.0), 1.0, 0), ((12.0, -9.0), 1.0, 8)])
+def test_known_offsets_are_measured(shift: tuple[float, float], zoom: float, colour: int) -> None:
+    found = align(edited().astype(np.float32), scene(0, shift, zoom, colour).astype(np.float32))
+    assert found.measured
+    assert found.shift == pytest.approx(shift, abs=0.1)
+    assert found.zoom == pytest.approx(zoom, abs=1e-3)
+    assert found.colour == pytest.approx((-colour,) * 3, abs=0.5)
+    assert found.unedited == pytest.approx(0.75, abs=0.1)
+
+
+def test_what_has_nothing_in_common_is_not_measured() -> None:
+    plain = np.full((HEIGHT, WIDTH, 3), 90, np.float32)
+    for target, reference in ((scene(1), scene(2)), (plain, plain), (255 - scene(1), scene(1))):
+        found = align(target.astype(np.float32), reference.astype(np.float32))
+        assert not found.measured, found.unedited
+
+
+def dataset(root: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], captions: dict[str, str]) -> EditDataset:
+    for key, (target, reference) in pairs.items():
+        for part, pixels in (("after", target), ("before", reference)):
+            (root / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / part / f"{key}.png")
+        (root / "after" / f"{key}.txt").write_text(captions.get(key, f"turn the middle into number {key}"))
+    return pair_folders(DatasetConfig(target_dir=str(root / "after"), reference_dirs=(str(root / "before"),)))
+
+
+def kinds(check: PairCheck) -> dict[str, list[str]]:
+    return {key: [finding.kind for finding in check.of(key)] for key in dict.fromkeys(f.key for f in check.findings)}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> EditDataset:
+    """One pair of each kind."""
+    pairs = {
+        "a_good": (edited(0), scene(0)),
+        "b_shifted": (edited(1), scene(1, (3.0, 0.0))),
+        "c_zoomed": (edited(2), scene(2, (0.0, 0.0), 1.01)),
+        "d_bright": (edited(3), scene(3, (0.0, 0.0), 1.0, 8)),
+        "e_equal": (scene(4), scene(4)),
+        "f_repeated": (edited(0) ^ 1, scene(0)),
+        "g_framing": (edited(6), scene(6)[:, :150]),
+        "h_caption": (edited(7), scene(7)),
+        "i_small_shift": (edited(8), scene(8, (0.5, 0.0))),
+        "j_all_new": (edited(9), scene(10)),
+    }
+    return dataset(tmp_path_factory.mktemp("mixed"), pairs, {"h_caption": "IMG_1234"})
+
+
+def test_every_kind_is_found_and_no_more(mixed: EditDataset) -> None:
+    check = check_pairs(mixed, CONFIG)
+    assert kinds(check) == {
+        "b_shifted": ["shift"],
+        "c_zoomed": ["zoom"],
+        "d_bright": ["colour"],
+        "e_equal": ["equal"],
+        "f_repeated": ["duplicate"],
+        "g_framing": ["framing"],
+        "h_caption": ["caption"],
+        "j_all_new": ["unmeasured"],
+    }
+    assert check.shifts["b_shifted", 0] == pytest.approx((3, 0), abs=0.1)
+    report = check_report(mixed, check)
+    assert report.startswith("Pair check: 8 of 10 pairs are worth a look: 1 shifted, 1 scaled, 1 of another colour")
+    for words in (
+        "b_shifted: reference lies 3.0 px right and 0.0 px",
+        "c_zoomed: reference shows things 1.0",
+        "red +8.0, green +8.0, blue +8.0 of 255",
+        "f_repeated: looks almost like the pair a_good",
+        "the caption says little: 'IMG_1234'",
+    ):
+        assert words in report, report
+
+
+def test_limits_are_settings(mixed: EditDataset) -> None:
+    wide = PairCheckConfig(max_shift=5, max_zoom_percent=5, max_colour_offset=20, min_difference=0)
+    assert set(kinds(check_pairs(mixed, wide))) == {"f_repeated", "g_framing", "h_caption", "j_all_new"}
+    strict = check_pairs(mixed, PairCheckConfig(max_shift=0.3))
+    assert "i_small_shift" in kinds(strict)
+    with pytest.raises(ConfigError, match="duplicate_bits"):
+        PairCheckConfig(duplicate_bits=99)
+
+
+def test_large_pictures_are_measured_small_and_told_in_their_own_pixels(tmp_path: Path) -> None:
+    target, reference = (
+        np.asarray(Image.fromarray(pixels).resize((4 * WIDTH, 4 * HEIGHT), Image.Resampling.BICUBIC))
+        for pixels in (edited(1), scene(1, (1.0, 0.0)))
+    )
+    check = check_pairs(dataset(tmp_path, {"a": (target, reference)}, {}), PairCheckConfig(check_side=256))
+    assert re.search(r"lies (3\.9|4\.0|4\.1) px right", check.findings[0].text)
+
+
+def red_pixels(sheet: Image.Image) -> int:
+    """Of the frame's colour, which scaling changes a little."""
+    return int((np.abs(np.asarray(sheet).astype(int) - (235, 87, 87)) < 16).all(axis=-1).sum())
+
+
+def test_the_sheet_shows_marked_pairs_first(mixed: EditDataset) -> None:
+    check = check_pairs(mixed, CONFIG)
+    sheet = check_sheet(mixed, check, CONFIG, max_pairs=2, cell=64)
+    assert sheet.width > 3 * 64 and red_pixels(sheet) > 50
+
+
+def test_nothing_to_mend_and_captions_alike(tmp_path: Path) -> None:
+    pairs = {str(seed): (edited(seed), scene(seed)) for seed in range(2)}
+    good = dataset(tmp_path, pairs, dict.fromkeys(pairs, "turn the middle into waves"))
+    check = check_pairs(good, CONFIG)
+    report = check_report(good, check)
+    assert report.startswith("Pair check: nothing to mend in 2 pairs.")
+    assert "all pairs have 'turn the middle into waves'" in report
+    assert red_pixels(check_sheet(good, check, CONFIG, cell=64)) < 40
+
+
+def test_a_stop_is_heard(mixed: EditDataset) -> None:
+    class Impatient(SilentObserver):
+        def should_stop(self) -> Stop:
+            return Stop.PAUSE
+
+    with pytest.raises(Interrupted):
+        check_pairs(mixed, CONFIG, Impatient())

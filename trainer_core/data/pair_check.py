@@ -1,0 +1,255 @@
+"""What is worth a look before anything is encoded: pairs that don't lie on each other, differ in colour, hardly differ,
+repeat each other, or have captions that say nothing. Nothing is changed."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..config import PairCheckConfig
+from ..events import SILENT, Observer, raise_if_stopped
+from ..geometry import Size
+from .alignment import Alignment, Pixels, align
+from .images import open_picture, shown
+from .pairing import EditDataset, EditPair
+
+SAME_FRAMING = 0.01  # as in encoding: aspect ratios within 1 % show the same scene
+_HASH_SIDE = 8
+_FLAT = 4.0  # a small picture whose values spread less has no shape to compare
+_THREADS = 2
+
+Kind = Literal["shift", "zoom", "colour", "size", "framing", "unmeasured", "equal", "duplicate", "caption"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something about a pair that a person should look at."""
+
+    key: str
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPair:
+    """A pair's findings, the alignment of each reference (None: another framing), and what near-duplicates share."""
+
+    key: str
+    alignments: tuple[Alignment | None, ...]
+    findings: tuple[Finding, ...]
+    bits: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PairCheck:
+    """Everything found in a dataset; `shifts`, `zooms` and `colours` are what was measured, by pair and reference."""
+
+    num_pairs: int
+    findings: tuple[Finding, ...]
+    shifts: dict[tuple[str, int], tuple[float, float]]
+    zooms: dict[tuple[str, int], float]
+    colours: dict[tuple[str, int], tuple[float, float, float]]
+
+    def of(self, key: str) -> tuple[Finding, ...]:
+        """The findings of one pair."""
+        return tuple(finding for finding in self.findings if finding.key == key)
+
+
+def check_pairs(dataset: EditDataset, config: PairCheckConfig, observer: Observer = SILENT) -> PairCheck:
+    """Look at every pair. Memory does not grow with the dataset but for a few numbers a pair.
+
+    Raises:
+        DatasetError: a picture has gone or changed since the dataset was made.
+        Interrupted: the observer wants to stop.
+    """
+    findings: list[Finding] = []
+    bits: list[NDArray[np.bool_]] = []
+    shifts, zooms, colours = {}, {}, {}
+    pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="check-pairs")
+    try:
+        for start in range(0, len(dataset.pairs), 16):
+            some = dataset.pairs[start : start + 16]
+            for pair in pool.map(lambda each: measure_pair(each, config), some):
+                raise_if_stopped(observer)
+                findings += pair.findings
+                bits.append(pair.bits)
+                for number, found in enumerate(pair.alignments):
+                    if found is not None and found.measured:
+                        place = (pair.key, number)
+                        shifts[place], zooms[place], colours[place] = found.shift, found.zoom, found.colour
+                observer.on_progress("Checking pairs", len(bits), len(dataset.pairs))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    findings += _duplicates(dataset.pairs, bits, config)
+    findings += _captions(dataset.pairs)
+    order = {pair.key: number for number, pair in enumerate(dataset.pairs)}
+    findings.sort(key=lambda finding: order[finding.key])
+    return PairCheck(len(dataset.pairs), tuple(findings), shifts, zooms, colours)
+
+
+def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
+    """Decode one pair and compare each reference with its target."""
+    target = open_picture(pair.target)
+    original = Size(*target.size)
+    small = _at_side(target, config.check_side)
+    wanted, alignments, findings = _pixels(small), [], []
+    bits = [_shape_bits(small)]
+    for number, path in enumerate(pair.references):
+        reference = open_picture(path)
+        name = "reference" if len(pair.references) == 1 else f"reference {number + 1}"
+        bits.append(_shape_bits(reference))
+        found = None
+        findings += _size_findings(pair.key, name, original, Size(*reference.size))
+        if _same_framing(original, Size(*reference.size)):
+            found = align(wanted, _pixels(reference.resize(small.size, Image.Resampling.LANCZOS)))
+            findings += _findings(pair.key, name, found, original.width / small.width, config, first=number == 0)
+        alignments.append(found)
+    return MeasuredPair(pair.key, tuple(alignments), tuple(findings), np.concatenate(bits[:2]))
+
+
+def _at_side(picture: Image.Image, side: int) -> Image.Image:
+    scale = side / max(picture.size)
+    if scale >= 1:
+        return picture
+    size = (max(16, round(picture.width * scale)), max(16, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _pixels(picture: Image.Image) -> Pixels:
+    return np.asarray(picture, dtype=np.float32)
+
+
+def _same_framing(target: Size, reference: Size) -> bool:
+    return abs((reference.width * target.height) / (reference.height * target.width) - 1) <= SAME_FRAMING
+
+
+def _size_findings(key: str, name: str, target: Size, reference: Size) -> Iterator[Finding]:
+    if target == reference:
+        return
+    sizes = f"{name} is {reference.width} x {reference.height}, the target {target.width} x {target.height}"
+    if _same_framing(target, reference):
+        yield Finding(key, "size", f"{sizes}: the same shape, so it is scaled; equal sizes are sharper.")
+    else:
+        yield Finding(
+            key, "framing", f"{sizes}: another shape, so it is used whole. Crop it alike if both show the same scene."
+        )
+
+
+def _findings(
+    key: str, name: str, found: Alignment, scale: float, config: PairCheckConfig, *, first: bool
+) -> Iterator[Finding]:
+    """What of an alignment is beyond the limits; `scale` is pixels of the target per measured pixel."""
+    if (
+        first
+        and float(found.difference.max(initial=0)) < config.min_difference
+        and abs(np.array(found.colour)).max() < (config.min_difference)
+    ):
+        yield Finding(
+            key, "equal", f"target and {name} hardly differ. Is the target the edited picture? Or remove the pair."
+        )
+        return
+    if not found.measured:
+        text = (
+            f"{name} can't be measured against the target ({found.unedited:.0%} of it look unedited, or it is plain)."
+        )
+        yield Finding(
+            key, "unmeasured", f"{text} Fine for an edit of the whole picture; look whether both belong together."
+        )
+        return
+    right, down = (part * scale for part in found.shift)
+    if max(abs(right), abs(down)) > config.max_shift:
+        yield Finding(
+            key,
+            "shift",
+            f"{name} lies {_toward(right, 'right', 'left')} and {_toward(down, 'down', 'up')} of the target. Align "
+            "them, or the LoRA learns to move the picture.",
+        )
+    percent = 100 * (found.zoom - 1)
+    if abs(percent) > config.max_zoom_percent:
+        larger = "larger" if percent > 0 else "smaller"
+        yield Finding(
+            key,
+            "zoom",
+            f"{name} shows things {abs(percent):.2f} % {larger} than the target. Scale and crop both alike.",
+        )
+    offset = max(found.colour, key=abs)
+    if abs(offset) > config.max_colour_offset:
+        channels = ", ".join(f"{c} {-v:+.1f}" for c, v in zip(("red", "green", "blue"), found.colour, strict=True))
+        yield Finding(
+            key,
+            "colour",
+            f"{name} differs in colour from the target outside the edit ({channels} of 255). Unless that is the edit, "
+            "make them equal, or the LoRA learns it.",
+        )
+
+
+def _toward(pixels: float, positive: str, negative: str) -> str:
+    return f"{abs(pixels):.1f} px {positive if pixels >= 0 else negative}"
+
+
+def _shape_bits(picture: Image.Image) -> NDArray[np.bool_]:
+    """64 bits: is a spot brighter than the one to its left, in a picture of 9 x 8 spots. All False for a plain one."""
+    spots = np.asarray(picture.convert("L").resize((_HASH_SIDE + 1, _HASH_SIDE), Image.Resampling.BOX), dtype=np.int16)
+    if spots.std() < _FLAT:
+        return np.zeros(_HASH_SIDE**2, bool)
+    return (spots[:, 1:] > spots[:, :-1]).ravel()
+
+
+def _duplicates(
+    pairs: Sequence[EditPair], bits: Sequence[NDArray[np.bool_]], config: PairCheckConfig
+) -> Iterator[Finding]:
+    """Pairs whose target and first reference both look like those of an earlier pair."""
+    if not pairs:
+        return
+    signs = np.stack(bits).astype(np.float32) * 2 - 1
+    plain = np.logical_not(np.any(np.stack(bits), axis=1))
+    for number in range(1, len(pairs)):
+        if plain[number]:
+            continue
+        distances = (signs.shape[1] - signs[:number] @ signs[number]) / 2
+        distances[plain[:number]] = np.inf
+        nearest = int(np.argmin(distances))
+        if distances[nearest] <= config.duplicate_bits:
+            yield Finding(
+                pairs[number].key,
+                "duplicate",
+                f"looks almost like the pair {shown(pairs[nearest].key)}. Keep one of them unless both are meant.",
+            )
+
+
+def _captions(pairs: Sequence[EditPair]) -> Iterator[Finding]:
+    for pair in pairs:
+        for caption in pair.captions:
+            words = [word for word in caption.replace("_", " ").split() if sum(c.isalpha() for c in word) > 1]
+            wordless = not any(ord(letter) > 0x2E7F for letter in caption)  # scripts that write no blanks between words
+            if len(words) < 2 and wordless:
+                text = f"the caption says little: {shown(caption[:60])!r}. Write what the edit does, in a sentence."
+                yield Finding(pair.key, "caption", text)
+        repeated = [caption for caption, count in Counter(pair.captions).items() if count > 1]
+        if repeated:
+            yield Finding(pair.key, "caption", f"a caption stands there twice: {shown(repeated[0][:60])!r}.")
+
+
+def alike_captions(pairs: Sequence[EditPair]) -> str:
+    """A sentence about captions that several pairs share; empty if there are none."""
+    owners: dict[str, int] = defaultdict(int)
+    for pair in pairs:
+        for caption in set(pair.captions):
+            owners[caption] += 1
+    shared = {caption: count for caption, count in owners.items() if count > 1}
+    if not shared:
+        return ""
+    caption, count = max(shared.items(), key=lambda item: item[1])
+    whole = "all pairs" if count == len(pairs) else f"{count} pairs"
+    return (
+        f"Captions shared by pairs: {len(shared)}; {whole} have {shown(caption[:60])!r}. Right for one edit of all, "
+        "wrong if the pairs' edits differ."
+    )
