@@ -33,6 +33,9 @@ class Bound:
 BOUNDS: dict[BaseModelPrecision, Bound] = {
     "int8-quanto": Bound(error=1e-3, cosine=0.999, share=0.28),
     "nf4-bnb": Bound(error=2e-2, cosine=0.98, share=0.14),
+    "fp8-quanto": Bound(error=5e-3, cosine=0.997, share=0.28),
+    "int4-quanto": Bound(error=1.2e-2, cosine=0.98, share=0.2),
+    "int2-quanto": Bound(error=7e-2, cosine=0.8, share=0.14),
 }
 SENSITIVE = ("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out")
 LORA = LoraConfig(lora_rank=4, lora_targets="all")
@@ -97,6 +100,8 @@ def num_bytes(weight: Tensor) -> int:
     if hasattr(weight, "quant_state"):
         state = weight.quant_state
         return weight.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    if hasattr(weight, "_shift"):
+        return weight._data._data.nbytes + weight._scale.nbytes + weight._shift.nbytes
     if hasattr(weight, "_data"):
         return weight._data.nbytes + weight._scale.nbytes
     return weight.nbytes

@@ -81,9 +81,14 @@ def plain_fp8(weights: Weights, path: Path) -> Path:
 
 
 def older_fp8(weights: Weights, path: Path) -> Path:
-    tensors = {**rest(weights), "scaled_fp8": torch.empty(2, dtype=E4M3)}
-    for layer, weight in matrices(weights).items():
-        tensors[f"{layer}.weight"], tensors[f"{layer}.scale_weight"] = scaled_fp8(weight)
+    """Every linear layer, not only the blocks': ComfyUI rounds all of such a file to fp8, biases without scale."""
+    tensors = {"scaled_fp8": torch.empty(2, dtype=E4M3)}
+    for name, weight in weights.items():
+        layer, _, kind = name.rpartition(".")
+        if weight.ndim == 2:
+            tensors[name], tensors[f"{layer}.scale_weight"] = scaled_fp8(weight)
+        else:
+            tensors[name] = weight.to(E4M3).bfloat16() if kind == "bias" else weight
     save_file(tensors, path)
     return path
 

@@ -1,0 +1,133 @@
+"""Seconds and host memory of loading a transformer of several GB, in a process of its own.
+
+    python benchmarks/loading.py --blocks 7 --precision int8-quanto
+
+Writes a bf16 file of that many blocks with random weights, then loads it in two fresh processes: `ours` block by block
+and `whole`, which is diffusers' from_pretrained followed by quantising. Peaks: `anonymous` is memory of the process
+itself (what must fit into RAM), `resident` counts pages of the mapped file as well, which the system takes back at
+will.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+GIB = 2**30
+
+
+class PeakMemory(threading.Thread):
+    """Polls this process's anonymous memory; bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.anonymous, self.resident, self._over = 0, 0, threading.Event()
+
+    def read(self) -> tuple[int, int]:
+        """Anonymous and resident bytes now."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
+        return found["RssAnon"], sum(found.values())
+
+    def run(self) -> None:
+        """Until stopped."""
+        while not self._over.wait(0.005):
+            anonymous, resident = self.read()
+            self.anonymous, self.resident = max(self.anonymous, anonymous), max(self.resident, resident)
+
+    def stop(self) -> None:
+        """And wait."""
+        self._over.set()
+        self.join()
+
+
+def write(folder: Path, blocks: int) -> int:
+    """A transformer in diffusers' layout, one file per part; its bytes."""
+    from diffusers import QwenImageTransformer2DModel
+    from safetensors.torch import save_file
+
+    with torch.device("meta"):
+        empty = QwenImageTransformer2DModel(num_layers=blocks)
+    empty.save_config(folder / "transformer")
+    shapes, index, total = {name: each.shape for name, each in empty.named_parameters()}, {}, 0
+    groups = [f"transformer_blocks.{number}." for number in range(blocks)] + [""]
+    for number, prefix in enumerate(groups):
+        names = [n for n in shapes if n.startswith(prefix) and (prefix or not n.startswith("transformer_blocks."))]
+        file = f"diffusion_pytorch_model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {n: torch.empty(shapes[n], dtype=torch.bfloat16).uniform_(-0.03, 0.03) for n in names}
+        total += sum(each.nbytes for each in tensors.values())
+        save_file(tensors, folder / "transformer" / file)
+        index |= dict.fromkeys(names, file)
+    listed = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(listed))
+    for part in ("vae", "text_encoder"):
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text("{}")
+    return total
+
+
+def load(way: str, folder: Path, precision: str) -> None:
+    """One way, in this process; prints its figures as JSON."""
+    from diffusers import QwenImageTransformer2DModel
+
+    from trainer_core.config import ModelConfig
+    from trainer_core.events import SILENT
+    from trainer_core.precision.quantise import converter, quantise
+    from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, load_transformer
+
+    config, cpu = ModelConfig(base=str(folder), base_model_precision=precision, device="cpu"), torch.device("cpu")
+    converter(config.base_model_precision)  # its imports are no part of the loading
+    peak = PeakMemory()
+    before, start = peak.read()[0], time.monotonic()
+    peak.start()
+    if way == "ours":
+        network = load_transformer(config, cpu)
+    else:
+        network = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+        quantise(network, config.base_model_precision, SENSITIVE_LAYERS, cpu, SILENT)
+    seconds = time.monotonic() - start
+    peak.stop()
+    figures = {"seconds": seconds, "anonymous": peak.anonymous - before, "resident": peak.resident}
+    print(json.dumps({**figures, "left": peak.read()[0] - before, "blocks": len(network.transformer_blocks)}))
+
+
+def main() -> None:
+    """Write, load twice, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--precision", default="int8-quanto")
+    parser.add_argument("--way", choices=("ours", "whole"))
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    if given.way:
+        load(given.way, given.folder, given.precision)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        size = write(Path(name), given.blocks)
+        print(
+            f"{size / GIB:.2f} GiB in bf16, {given.blocks} blocks, {given.precision}, {torch.get_num_threads()} threads"
+        )
+        print(
+            "| way | seconds | peak anonymous, GiB | left after, GiB | peak resident, GiB |\n"
+            "| --- | --- | --- | --- | --- |"
+        )
+        for way in ("ours", "whole"):
+            command = [sys.executable, __file__, "--way", way, "--folder", name, "--precision", given.precision]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            row = json.loads(output.splitlines()[-1])
+            sizes = " | ".join(f"{row[key] / GIB:.2f}" for key in ("anonymous", "left", "resident"))
+            print(f"| {way} | {row['seconds']:.1f} | {sizes} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
