@@ -68,6 +68,14 @@ class PairFolders(io.ComfyNode):
                     optional=True,
                     tooltip="Tables of captions, words before and behind. Default: captions as they are written.",
                 ),
+                new_input(
+                    io.String,
+                    "mask_folder",
+                    optional=True,
+                    advanced=True,
+                    default="",
+                    tooltip="Masks named as their targets: white counts in the loss, black does not; empty for none.",
+                ),
             ],
             outputs=[new_output(sockets.Dataset, "dataset", "The pairs, for the preview and encode nodes.")],
         )
@@ -81,6 +89,7 @@ class PairFolders(io.ComfyNode):
         reference_folder_3: str | None = None,
         caption_strategy: str | None = None,
         instance_prompt: str | None = None,
+        mask_folder: str | None = None,
     ) -> bool | str:
         """The folders are allowed and there; linked values come as None and are checked when they are known."""
         folders = {
@@ -88,6 +97,7 @@ class PairFolders(io.ComfyNode):
             "reference_folder_1": reference_folder_1,
             "reference_folder_2": reference_folder_2 or None,
             "reference_folder_3": reference_folder_3 or None,
+            "mask_folder": mask_folder or None,
         }
         try:
             for label, name in folders.items():
@@ -129,6 +139,7 @@ def _dataset_config(
     caption_strategy: str = "textfile",
     instance_prompt: str = "",
     caption_settings: CaptionConfig | None = None,
+    mask_folder: str = "",
     **references: str,
 ) -> DatasetConfig:
     roots = host.dataset_roots()
@@ -144,6 +155,7 @@ def _dataset_config(
         caption_strategy=caption_strategy,  # type: ignore[arg-type] - checked there
         instance_prompt=instance_prompt,
         captions=captions,
+        mask_dir=str(folder_below(mask_folder, roots, "mask_folder")) if mask_folder else "",
     )
 
 

@@ -112,6 +112,7 @@ def load_job(path: Path) -> JobConfig:
             job.dataset,
             target_dir=beside(job.dataset.target_dir),
             reference_dirs=tuple(map(beside, job.dataset.reference_dirs)),
+            mask_dir=beside(job.dataset.mask_dir),
         ),
         cache_dir=beside(job.cache_dir),
         run_dir=beside(job.run_dir),

@@ -58,6 +58,9 @@ class DatasetConfig:
         "", "The one edit instruction of all pairs, for caption_strategy instanceprompt, or the words to prepend."
     )
     captions: CaptionConfig = setting(CaptionConfig(), "What is made of captions.")
+    mask_dir: str = setting(
+        "", "Folder of masks named as their targets: white counts in the loss, black does not; empty for no masks."
+    )
 
     def __post_init__(self) -> None:
         check_choice(self, "caption_strategy")

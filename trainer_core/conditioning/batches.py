@@ -33,11 +33,12 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tensors of one micro-batch. `target_latents` [B, C, H, W]."""
+    """Tensors of one micro-batch. `target_latents` [B, C, H, W], `loss_weights` [B, 1, H, W] or None for all alike."""
 
     draws: tuple[Draw, ...]
     target_latents: Tensor
     condition: Condition
+    loss_weights: Tensor | None = None
 
 
 class BatchPlan:
@@ -143,7 +144,8 @@ class BatchLoader:
 
 
 def _num_bytes(pair: EncodedPair) -> int:
-    return sum(tensor.nbytes for tensor in (pair.target_latents, pair.prompt_embeds, *pair.reference_latents))
+    weights = () if pair.loss_weights is None else (pair.loss_weights,)
+    return sum(each.nbytes for each in (pair.target_latents, pair.prompt_embeds, *pair.reference_latents, *weights))
 
 
 def collate(draws: tuple[Draw, ...], pairs: Sequence[EncodedPair]) -> Batch:
@@ -152,7 +154,15 @@ def collate(draws: tuple[Draw, ...], pairs: Sequence[EncodedPair]) -> Batch:
         tuple(torch.stack(latents) for latents in zip(*(pair.reference_latents for pair in pairs), strict=True)),
         *pad_prompts([pair.prompt_embeds for pair in pairs]),
     )
-    return Batch(draws, torch.stack([pair.target_latents for pair in pairs]), condition)
+    return Batch(draws, torch.stack([pair.target_latents for pair in pairs]), condition, _stacked_weights(pairs))
+
+
+def _stacked_weights(pairs: Sequence[EncodedPair]) -> Tensor | None:
+    """Of pairs of which some or all have a mask; the others count everywhere alike."""
+    if all(pair.loss_weights is None for pair in pairs):
+        return None
+    ones = torch.ones(1, *pairs[0].target_latents.shape[1:])
+    return torch.stack([ones if pair.loss_weights is None else pair.loss_weights for pair in pairs])
 
 
 def pad_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

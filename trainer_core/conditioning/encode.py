@@ -20,11 +20,13 @@ from torch import Tensor
 
 from ..config import EncodingConfig, ModelConfig, digest
 from ..data.images import open_picture
+from ..data.masks import loss_weights
 from ..data.pairing import EditDataset, EditPair
 from ..device import pick_device, release_memory
 from ..errors import ConfigError, DatasetError
 from ..events import SILENT, Observer, raise_if_stopped
 from ..files import is_whole, write_tensors
+from ..geometry import Box, Size
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.folder import model_folder, weights_digest
 from ..qwen_image.latents import VAE_FACTOR
@@ -91,6 +93,7 @@ def encode_dataset(
     dataset = dataclasses.replace(dataset, pairs=pairs)
     planned = _plan(dataset, model, encoding)
     device = pick_device(model.device)
+    _encode_masks(planned, cache_dir, observer)
     _encode_latents(planned, model, cache_dir, device, observer)
     release_memory()
     _encode_prompts(planned, model, encoding, cache_dir, device, observer)
@@ -184,7 +187,27 @@ def _entry(
         negative=prompt_key(encoding.validation_negative_prompt) if keep_pictures else "",
         pictures=tuple(digest(["picture", *file]) for file in files) if keep_pictures else (),
         empty=prompt_key("") if encoding.encode_empty_caption else "",
+        mask=digest(["mask", pair.mask.digest, list(_mask_box(pair, plan)), shapes[0]]) if pair.mask else "",
     )
+
+
+def _mask_box(pair: EditPair, plan: PairPlan) -> Box:
+    assert pair.mask is not None
+    return plan.mask_box(pair.sizes[0], pair.mask.size)
+
+
+def _encode_masks(planned: list[_PlannedPair], cache_dir: Path, observer: Observer) -> None:
+    jobs = [each for each in planned if each.pair.mask and not is_whole(entry_path(cache_dir, "mask", each.entry.mask))]
+    for done, (each, weights) in enumerate(read_ahead(jobs, _loss_weights)):
+        raise_if_stopped(observer)
+        write_tensors(entry_path(cache_dir, "mask", each.entry.mask), {"mask": weights})
+        observer.on_progress("Encoding masks", done + 1, len(jobs))
+
+
+def _loss_weights(planned: _PlannedPair) -> Tensor:
+    assert planned.pair.mask is not None
+    _, height, width = planned.entry.shape
+    return loss_weights(planned.pair.mask.path, _mask_box(planned.pair, planned.plan), Size(width, height))
 
 
 def _encode_latents(

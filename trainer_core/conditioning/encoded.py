@@ -23,7 +23,7 @@ EMPTY_CAPTION = -1  # in the place of a caption's number: the pair seen without 
 class EncodedEntry:
     """Cache keys of one pair. `shape` is the target's latents [C, H, W], `reference_shapes` the references'.
     `negative` and `pictures` (target first, then references) are there for held-out pairs only, `empty` (the prompt
-    without words) where it was asked for."""
+    without words) and `mask` (the loss's weights) where they were asked for."""
 
     key: str
     captions: tuple[str, ...]
@@ -35,6 +35,7 @@ class EncodedEntry:
     negative: str = ""
     pictures: tuple[str, ...] = ()
     empty: str = ""
+    mask: str = ""
 
     def prompt(self, caption: int) -> str:
         """Key of the prompt of caption number `caption`, or of EMPTY_CAPTION."""
@@ -76,6 +77,7 @@ class EncodedDataset:
             target_latents=self._tensor("latents", entry.target, entry),
             reference_latents=tuple(self._tensor("latents", key, entry) for key in entry.references),
             prompt_embeds=self._tensor("prompt", entry.prompt(caption), entry),
+            loss_weights=self._tensor("mask", entry.mask, entry) if entry.mask else None,
         )
 
     def load_negative(self, entry: EncodedEntry) -> Any:
@@ -103,6 +105,7 @@ class EncodedDataset:
         wanted = [("latents", key) for key in (entry.target, *entry.references)]
         wanted += [("prompt", key) for key in (*entry.prompts, *filter(None, [entry.negative, entry.empty]))]
         wanted += [("picture", key) for key in entry.pictures]
+        wanted += [("mask", entry.mask)] if entry.mask else []
         return all(is_whole(entry_path(self.cache_dir, kind, key)) for kind, key in wanted)
 
 
@@ -124,7 +127,7 @@ def _row(entry: EncodedEntry) -> dict[str, Any]:
     return {name: item for name, item in dataclasses.asdict(entry).items() if item or name not in _ADDED}
 
 
-_ADDED = ("empty", "left_out")
+_ADDED = ("empty", "mask", "left_out")
 
 
 def load_encoded(manifest: Path) -> EncodedDataset:

@@ -45,6 +45,10 @@ class PairPlan:
     references: tuple[View, ...]
     vision: tuple[View, ...]
 
+    def mask_box(self, target: Size, mask: Size) -> Box:
+        """The target's rectangle in a mask, for pictures of these sizes."""
+        return scale_box(self.target.box, target, mask)
+
 
 def plan_pair(sizes: Sequence[Size], flavour: Flavour, encoding: EncodingConfig, key: str = "") -> PairPlan:
     """Views for a pair whose pictures have these sizes, the target's first. `key` decides a random crop."""

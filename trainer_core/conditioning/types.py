@@ -10,9 +10,11 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
     """One pair under one of its captions: `target_latents` [C, H, W], a [C, h, w] per reference, and
-    `prompt_embeds` [L, D] at true length, so there is no mask. All float32 on the CPU, latents normalised."""
+    `prompt_embeds` [L, D] at true length, so there is no mask. `loss_weights` [1, H, W] of mean 1, None where all count
+    alike. All float32 on the CPU, latents normalised."""
 
     key: str
     target_latents: Tensor
     reference_latents: tuple[Tensor, ...]
     prompt_embeds: Tensor
+    loss_weights: Tensor | None = None

@@ -26,8 +26,17 @@ from .images import (
     shown,
     stream_digest,
 )
+from .masks import mask_problem
 
 _DECODERS = 4
+
+
+class PairMask(NamedTuple):
+    """A picture of the loss's weight, white for all and black for none. Never shown to the model."""
+
+    path: Path
+    digest: str
+    size: Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,7 @@ class EditPair:
     captions: tuple[str, ...]
     digests: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
+    mask: PairMask | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -96,12 +106,12 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT) -> FolderSc
         Interrupted: the observer wants to stop.
     """
     roots = [Path(config.target_dir), *map(Path, config.reference_dirs)]
-    problems = _clashes(roots)
+    problems = _clashes([*roots, *_mask_roots(config)], with_masks=bool(config.mask_dir))
     if problems:
         return FolderScan(_dataset([], roots, ()), tuple(problems), ())
-    target, *references = folders = [scan_folder(root) for root in roots]
+    target, *others = folders = [scan_folder(root) for root in [*roots, *_mask_roots(config)]]
     problems = [problem for folder in folders for problem in folder.problems]
-    notes = [note for folder in folders for note in folder.notes] + _leftovers(target, references)
+    notes = [note for folder in folders for note in folder.notes] + _leftovers(target, others)
     if not target.pictures and not target.problems:
         problems.append(f"{shown(target.root)}: there are no pictures in this folder of targets.")
     used = [folder.pictures[key] for key in target.pictures for folder in folders if key in folder.pictures]
@@ -130,7 +140,7 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT) -> FolderSc
 
 def folder_state(config: DatasetConfig) -> str:
     """Changes when a picture or text below the folders is added, removed, renamed or written. Opens none of them."""
-    roots = [config.target_dir, *config.reference_dirs]
+    roots = [config.target_dir, *config.reference_dirs, *map(str, _mask_roots(config))]
     table = table_path(config)
     rows = (table.stat().st_size, table.stat().st_mtime_ns) if table is not None and table.is_file() else ()
     return digest([to_json(config), rows, [sorted(map(_printable, file_states(Path(root)))) for root in roots]])
@@ -156,9 +166,15 @@ def _unused_rows(table: dict[str, tuple[str, ...]] | None, target: Folder, confi
     return [f"{shown(config.captions.caption_file)}: names without a target, not used: {len(unused)} ({examples})."]
 
 
-def _clashes(roots: list[Path]) -> list[str]:
+def _mask_roots(config: DatasetConfig) -> list[Path]:
+    return [Path(config.mask_dir)] if config.mask_dir else []
+
+
+def _clashes(roots: list[Path], *, with_masks: bool) -> list[str]:
     """The same folder twice, or one inside the other: then one picture would play two parts."""
     names = ["target_dir", *(f"reference_dirs[{index}]" for index in range(len(roots) - 1))]
+    if with_masks:
+        names[-1] = "mask_dir"
     resolved = [root.resolve() for root in roots]
     problems = []
     for later in range(1, len(roots)):
@@ -222,12 +238,12 @@ def _pair(
     listed: tuple[str, ...] | None,
 ) -> tuple[EditPair | None, list[str]]:
     """The pair of this key, or what is wrong with it. `listed`: what the table of captions says, None if unknown."""
-    target, *references = folders
+    target, *others = folders
     path = target.pictures[key]
     problems = [
-        f"{shown(path)}: no reference in {shown(folder.root)}; looked for {shown(key)} with a picture's extension"
-        f"{folder.nearest(key)}."
-        for folder in references
+        f"{shown(path)}: no {_part(folder, config)} in {shown(folder.root)}; looked for {shown(key)} with a picture's "
+        f"extension{folder.nearest(key)}."
+        for folder in others
         if key not in folder.pictures and folder.root.is_dir()
     ]
     paths = [folder.pictures[key] for folder in folders if key in folder.pictures]
@@ -240,10 +256,19 @@ def _pair(
     results = [result for result in (checked[path] for path in paths) if isinstance(result, _Checked)]
     if problems or len(results) < len(folders) or not captions:
         return None, problems
+    mask = PairMask(paths.pop(), *results.pop()[:2]) if config.mask_dir else None
+    if mask is not None and (problem := mask_problem(mask.path, mask.size, results[0].size)):
+        return None, [problem]
     digests, sizes, _ = zip(*results, strict=True)
-    return EditPair(key, path, tuple(paths[1:]), captions, digests, sizes), []
+    return EditPair(key, path, tuple(paths[1:]), captions, digests, sizes, mask), []
+
+
+def _part(folder: Folder, config: DatasetConfig) -> str:
+    return "mask" if config.mask_dir and folder.root == Path(config.mask_dir) else "reference"
 
 
 def _dataset(pairs: list[EditPair], roots: list[Path], notes: tuple[str, ...]) -> EditDataset:
-    fingerprint = digest([[pair.key, pair.digests, pair.captions] for pair in pairs])
+    masks = {pair.key: pair.mask.digest for pair in pairs if pair.mask is not None}
+    content: list[object] = [[pair.key, pair.digests, pair.captions] for pair in pairs]
+    fingerprint = digest([*content, masks] if masks else content)
     return EditDataset(tuple(pairs), fingerprint, roots[0], tuple(roots[1:]), notes)

@@ -59,9 +59,12 @@ def noisy_latents(latents_BCHW: Tensor, sigma_B: Tensor, noise_BCHW: Tensor) -> 
     return NoisyLatents((1 - sigma) * latents_BCHW + sigma * noise_BCHW, sigma_B, noise_BCHW - latents_BCHW)
 
 
-def velocity_loss(velocity_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared error per pair [B], in float32."""
-    return (velocity_BCHW.float() - target_BCHW.float()).square().mean(dim=(1, 2, 3))
+def velocity_loss(velocity_BCHW: Tensor, target_BCHW: Tensor, weights_B1HW: Tensor | None = None) -> Tensor:
+    """Mean squared error per pair [B], in float32; weighted by a mask of mean 1 where there is one."""
+    error = (velocity_BCHW.float() - target_BCHW.float()).square()
+    if weights_B1HW is not None:
+        error = error * weights_B1HW
+    return error.mean(dim=(1, 2, 3))
 
 
 def loss_by_sigma(losses: Sequence[float], sigmas: Sequence[float]) -> dict[str, float]:

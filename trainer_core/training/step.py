@@ -126,7 +126,8 @@ def _pair_losses(networks: Networks, batch: Batch, config: TrainConfig) -> tuple
     condition = batch.condition.to(networks.device)
     with autocast(networks.device, config), _dropout(config, indices[0], networks.device):
         velocity = predict_velocity(networks.transformer, noisy.latents, noisy.sigma, condition)
-    return velocity_loss(velocity, noisy.target_velocity), noisy.sigma
+    weights = None if batch.loss_weights is None else batch.loss_weights.to(networks.device, non_blocking=True)
+    return velocity_loss(velocity, noisy.target_velocity, weights), noisy.sigma
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:

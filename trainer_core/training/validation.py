@@ -36,12 +36,14 @@ LOSS_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """One held-out pair as tensors on the device: `target` [1, C, H, W], conditions with and without the caption."""
+    """One held-out pair as tensors on the device: `target` [1, C, H, W], conditions with and without the caption,
+    the loss's weights [1, 1, H, W] if there is a mask."""
 
     entry: EncodedEntry
     target: Tensor
     condition: Condition
     negative: Condition
+    loss_weights: Tensor | None
 
 
 class Validator:
@@ -67,7 +69,7 @@ class Validator:
                     raise_if_stopped(observer)
                     noisy = noisy_latents(pair.target, torch.tensor([sigma], device=device), noise)
                     velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, pair.condition)
-                    losses.append(velocity_loss(velocity, noisy.target_velocity))
+                    losses.append(velocity_loss(velocity, noisy.target_velocity, pair.loss_weights))
         return float(torch.cat(losses).mean())
 
     @torch.no_grad()
@@ -133,7 +135,8 @@ class Validator:
                 Condition(references, *pad_prompts([embeds])).to(device)
                 for embeds in (pair.prompt_embeds, self._encoded.load_negative(entry))
             ]
-            yield HeldOut(entry, pair.target_latents.unsqueeze(0).to(device), *conditions)
+            weights = None if pair.loss_weights is None else pair.loss_weights.unsqueeze(0).to(device)
+            yield HeldOut(entry, pair.target_latents.unsqueeze(0).to(device), *conditions, loss_weights=weights)
 
     def _report(
         self,
