@@ -92,6 +92,18 @@ def test_resume_key_names_what_decides_the_weights() -> None:
         assert resume_key(dataclasses.replace(config, **change)) != resume_key(config), change
 
 
+def test_model_files_count_by_their_name_and_placement_does_not() -> None:
+    def key(**model: str) -> dict:
+        return resume_key(TrainConfig(run_dir="a", encoded="x.json", model=ModelConfig(**model)))
+
+    assert key(transformer_file="a/x.safetensors") == key(transformer_file="b/x.safetensors", quantize_via="cpu")
+    assert key(transformer_file="a/x.safetensors") != key(transformer_file="a/y.safetensors")
+
+
+def test_no_change_is_another_word_for_none() -> None:
+    assert ModelConfig(base_model_precision="no_change") == ModelConfig()  # type: ignore[arg-type]
+
+
 def test_number_of_steps_matters_where_the_learning_rate_depends_on_it() -> None:
     cosine = TrainConfig(run_dir="a", encoded="x.json", optimizer=OptimizerConfig(lr_scheduler="cosine"))
     assert resume_key(cosine) != resume_key(dataclasses.replace(cosine, max_train_steps=7))

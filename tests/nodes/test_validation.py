@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.support.comfyui_server import PackServer
-from tools.comfyui import REPO, ComfyUIError
+from tools.comfyui import REPO, ComfyUIError, failure
 
 from .conftest import read_json
 
@@ -81,6 +83,29 @@ def test_base_model_file_is_missing(prompt: dict[str, Any], comfyui: PackServer)
     prompt[loader] = {"class_type": "QwenEdit_LoadModelFiles", "inputs": {**files, **widgets}}
     details = refusal(comfyui, prompt, [training])[loader]["errors"][0]["details"]
     assert "There is no file '../../x.safetensors' in models/diffusion_models" in details
+
+
+def test_base_model_files_are_listed_and_looked_into(prompt: dict[str, Any], comfyui: PackServer):
+    """A wrong one is refused by the node itself, before anything is loaded."""
+    files = {"transformer_file": "diffusion_models", "text_encoder_file": "text_encoders", "vae_file": "vae"}
+    wrong = {"x.lora_A.weight": torch.zeros(2)}
+    for folder in files.values():
+        place = comfyui.base / "models" / folder / "below"
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("wrong.safetensors", "wrong.ckpt", "wrong.gguf"):
+            save_file(wrong, place / name)
+    listed = comfyui.get("/object_info/QwenEdit_LoadModelFiles")["QwenEdit_LoadModelFiles"]["input"]["required"]
+    options = {name: [each for each in listed[name][1]["options"] if each.startswith("below/")] for name in files}
+    assert {name for each in options.values() for name in each} == {"below/wrong.safetensors", "below/wrong.gguf"}
+    assert options["vae_file"] == ["below/wrong.safetensors"]
+    loader, _ = node_of(prompt, "LoadModel")
+    widgets = {"flavour": "edit-v1", "base_model_precision": "none", "mixed_precision": "no", "quantize_via": "cpu"}
+    chosen = dict.fromkeys(files, "below/wrong.safetensors")
+    prompt[loader] = {"class_type": "QwenEdit_LoadModelFiles", "inputs": {**chosen, **widgets}}
+    training, _ = node_of(prompt, "TrainLora")
+    entry = comfyui.wait(comfyui.queue(prompt, [training]))
+    assert "wrong.safetensors is no Qwen-Image transformer" in failure(entry)
+    assert "looks like a LoRA" in failure(entry)
 
 
 def test_lora_is_missing(prompt: dict[str, Any], comfyui: PackServer):
