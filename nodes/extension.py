@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import check, dataset, encode, host, model, result, sample, settings, train
+from . import check, dataset, encode, graph_pairs, host, model, result, sample, settings, train
 
 NODES: list[type[io.ComfyNode]] = [
     model.LoadModel,
     model.LoadModelFiles,
     dataset.PairFolders,
     dataset.CaptionSettings,
+    graph_pairs.PairImages,
     dataset.PreviewPairs,
     check.CheckPairs,
     encode.SizeSettings,

@@ -1,0 +1,87 @@
+"""Pairs that a program made: written once under the name of their content, then a dataset like any other."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..config import CaptionConfig, DatasetConfig
+from ..errors import DatasetError
+from ..events import SILENT, Observer
+from .pairing import EditDataset, pair_folders
+
+
+def pair_pictures(
+    targets: Sequence[Image.Image],
+    references: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    root: Path,
+    *,
+    observer: Observer = SILENT,
+) -> EditDataset:
+    """Number i of the targets goes with number i of each set of references and of the captions; one caption serves all.
+
+    Pictures (RGB) become PNG files in a folder below `root` that is named by their content, there whole or not at all.
+
+    Raises:
+        DatasetError: the numbers don't agree, or a caption is empty; all of it at once.
+        Interrupted: the observer wants to stop.
+    """
+    captions = list(captions) * len(targets) if len(captions) == 1 else list(captions)
+    if problems := _problems(targets, references, captions):
+        raise DatasetError("These pictures make no pairs:", problems)
+    sets = {"target": targets} | {f"reference_{number}": each for number, each in enumerate(references, 1)}
+    folder = root / _content(sets, captions)
+    if not folder.is_dir():
+        _write(folder, sets, captions)
+    dirs = tuple(str(folder / name) for name in sets)
+    whole = CaptionConfig(disable_multiline_split=True)
+    return pair_folders(DatasetConfig(target_dir=dirs[0], reference_dirs=dirs[1:], captions=whole), observer)
+
+
+def _problems(
+    targets: Sequence[Image.Image], references: Sequence[Sequence[Image.Image]], captions: Sequence[str]
+) -> list[str]:
+    count = len(targets)
+    problems = [] if count else ["target holds no picture. Connect at least one."]
+    problems += [
+        f"reference_{number} holds {len(each)} pictures, target {count}. Give one reference for each target, in order."
+        for number, each in enumerate(references, 1)
+        if len(each) != count
+    ]
+    if len(captions) != count:
+        problems.append(f"There are {len(captions)} captions for {count} targets. Give one for all, or one for each.")
+    empty = [str(number) for number, caption in enumerate(captions) if not caption.strip()]
+    if empty:
+        problems.append(f"Captions are empty: number {', '.join(empty[:20])} (from 0). Write what the edit does.")
+    return problems
+
+
+def _content(sets: dict[str, Sequence[Image.Image]], captions: Sequence[str]) -> str:
+    digest = hashlib.sha256(repr([list(sets), list(captions)]).encode())
+    for pictures in sets.values():
+        for picture in pictures:
+            digest.update(f"{picture.mode} {picture.size}".encode())
+            digest.update(picture.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _write(folder: Path, sets: dict[str, Sequence[Image.Image]], captions: Sequence[str]) -> None:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        for name, pictures in sets.items():
+            (temporary / name).mkdir(parents=True)
+            for number, picture in enumerate(pictures):
+                picture.save(temporary / name / f"{number:05d}.png", compress_level=1)
+        for number, caption in enumerate(captions):
+            (temporary / "target" / f"{number:05d}.txt").write_text(caption, encoding="utf-8")
+        if not folder.is_dir():  # another prompt may have been quicker
+            temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
