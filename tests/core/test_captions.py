@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import types
@@ -92,7 +93,8 @@ def test_parquet(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_real_parquet(folders: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pyarrow = importlib.import_module("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
     table = pyarrow.table({"filename": ["a.png", "b/c"], "caption": [["one", "two"], ["three"]]})
     parquet.write_table(table, folders / "after" / "t.parquet")
     found = captions(config(folders, "parquet", caption_file="t.parquet"))

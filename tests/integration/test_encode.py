@@ -204,7 +204,7 @@ def test_target_and_reference_show_the_same_rectangle(size: Size, flavour: str, 
 
 
 def test_reading_ahead_keeps_order_and_raises_what_was_raised() -> None:
-    assert [pair for pair in encode_module.read_ahead(range(50), lambda number: number * 2)] == [
+    assert list(encode_module.read_ahead(range(50), lambda number: number * 2)) == [
         (number, number * 2) for number in range(50)
     ]
     with pytest.raises(ZeroDivisionError):

@@ -82,14 +82,9 @@ def encoding(folder: str = PAIRS, base: str = BASE, **inputs: Any) -> Prompt:
     }
 
 
-def training(
-    run_name: Any, steps: Any = 4, *, folder: str = PAIRS, validate: int = 0, draw: int = 2, **inputs: Any
-) -> Prompt:
-    """The whole path: load, pair, encode, settings, train, plot. Validates every `validate` steps in `draw` steps."""
-    prompt = encoding(folder)
-    del prompt["encoded"]
+def settings(validate: int, draw: int) -> Prompt:
+    """The settings nodes of a small training."""
     return {
-        **prompt,
         "lora": ours(
             "LoraSettings",
             lora_rank=4,
@@ -131,6 +126,18 @@ def training(
             validation_seed=42,
             num_validation_images=1,
         ),
+    }
+
+
+def training(
+    run_name: Any, steps: Any = 4, *, folder: str = PAIRS, validate: int = 0, draw: int = 2, **inputs: Any
+) -> Prompt:
+    """The whole path: load, pair, encode, settings, train, plot. Validates every `validate` steps in `draw` steps."""
+    prompt = encoding(folder)
+    del prompt["encoded"]
+    return {
+        **prompt,
+        **settings(validate, draw),
         TRAIN: ours(
             "TrainLora",
             **{
