@@ -16,7 +16,7 @@ from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
 from .training.metrics import Metrics
 from .training.optimizer import optimizer_tensors, restore_optimizer
 from .training.run_folder import Checkpoint, RunFolder
-from .training.step import Networks, autocast_like, build_networks, train_step
+from .training.step import Networks, autocast, build_networks, train_step
 from .training.validation import Validator
 
 
@@ -139,7 +139,7 @@ def _validate_at(
 ) -> float | None:
     if not validator:
         return None
-    with autocast_like(networks):
+    with autocast(networks):
         loss = validator.loss(networks.transformer, networks.device, observer)
         samples = validator.sample(
             networks.transformer, networks.device, step=step, grid_file=run.grid_file(step), observer=observer

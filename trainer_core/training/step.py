@@ -124,15 +124,16 @@ def _pair_losses(networks: Networks, batch: Batch, config: TrainConfig) -> tuple
     indices = [draw.index for draw in batch.draws]
     noisy = add_noise(latents, config.noise, config.seed, indices)
     condition = batch.condition.to(networks.device)
-    with autocast(networks.device, config), _dropout(config, indices[0], networks.device):
+    with autocast(networks), _dropout(config, indices[0], networks.device):
         velocity = predict_velocity(networks.transformer, noisy.latents, noisy.sigma, condition)
     weights = None if batch.loss_weights is None else batch.loss_weights.to(networks.device, non_blocking=True)
     return velocity_loss(velocity, noisy.target_velocity, weights), noisy.sigma
 
 
-def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
-    """bfloat16 matrix products over float32 adapter weights, or nothing under mixed_precision `no`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.model.mixed_precision == "bf16")
+def autocast(networks: Networks) -> torch.autocast:
+    """bfloat16 matrix products over float32 adapter weights where the transformer's unquantised ones are that too."""
+    dtype = networks.transformer.proj_out.weight.dtype
+    return torch.autocast(networks.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def _dropout(config: TrainConfig, index: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -149,9 +150,3 @@ def _raise_if_not_finite(loss: float, grad_norm: float, done: int, config: Train
         f"{done} and a checkpoint of them is kept. Usual causes: learning_rate too high (it is "
         f"{config.optimizer.learning_rate}), or a damaged picture or model file."
     )
-
-
-def autocast_like(networks: Networks) -> torch.autocast:
-    """The training's arithmetic for sampling: bfloat16 where the transformer's unquantised weights are."""
-    dtype = networks.transformer.proj_out.weight.dtype
-    return torch.autocast(networks.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
