@@ -104,6 +104,7 @@ class TrainingSettings(io.ComfyNode):
                 setting_input(
                     BatchingConfig, "caption_dropout_probability", optional=True, min=0.0, max=0.99, step=0.01
                 ),
+                setting_input(NoiseConfig, "edit_weight", optional=True, min=0.0, max=1.0, step=0.05),
             ],
             outputs=[new_output(sockets.TrainingSettings, "training_settings", "For Train Qwen Edit LoRA.")],
         )

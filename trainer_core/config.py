@@ -149,9 +149,13 @@ class NoiseConfig:
     flow_schedule_auto_shift: bool = setting(
         False, "Take the shift from the picture's token count as Qwen's schedule does, instead of flow_schedule_shift."
     )
+    edit_weight: float = setting(
+        0.0, "How much the loss follows the edit: 0 counts all alike, 1 mostly where target and reference differ."
+    )
 
     def __post_init__(self) -> None:
         check_choice(self, "sigma_distribution")
+        check(0 <= self.edit_weight <= 1, "edit_weight", self.edit_weight, "0 to 1; 0.5 is a strong effect")
         check(self.logit_std > 0, "logit_std", self.logit_std, "above 0")
         check(self.flow_schedule_shift > 0, "flow_schedule_shift", self.flow_schedule_shift, "above 0, usually 1 to 3")
 

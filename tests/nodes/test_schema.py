@@ -20,6 +20,7 @@ EXPECTED = {
     "QwenEdit_CaptionSettings",
     "QwenEdit_PreviewPairs",
     "QwenEdit_CheckPairs",
+    "QwenEdit_PreviewEditWeight",
     "QwenEdit_PairImages",
     "QwenEdit_SizeSettings",
     "QwenEdit_EncodePairs",

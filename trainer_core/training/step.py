@@ -22,6 +22,7 @@ from ..events import Observer, StepReport, Stop, raise_if_stopped
 from ..qwen_image.positions import use_comfyui_positions
 from ..qwen_image.transformer import load_transformer, predict_velocity
 from ..rng import seeded_globally
+from .edit_weight import combined_weights
 from .lora import inject_lora
 from .objective import add_noise, loss_by_sigma, velocity_loss
 from .optimizer import build_optimizer
@@ -127,6 +128,7 @@ def _pair_losses(networks: Networks, batch: Batch, config: TrainConfig) -> tuple
     with autocast(networks), _dropout(config, indices[0], networks.device):
         velocity = predict_velocity(networks.transformer, noisy.latents, noisy.sigma, condition)
     weights = None if batch.loss_weights is None else batch.loss_weights.to(networks.device, non_blocking=True)
+    weights = combined_weights(latents, condition.reference_latents, weights, config.noise.edit_weight)
     return velocity_loss(velocity, noisy.target_velocity, weights), noisy.sigma
 
 

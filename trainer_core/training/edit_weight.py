@@ -1,0 +1,68 @@
+"""Where a pair's edit is: a weight of the loss from the difference of reference and target latents. Off by default.
+
+No mask has to be painted. The mean of the weights is 1, so that losses stay comparable and the learning rate its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
+
+from ..conditioning.encoded import EncodedDataset
+from ..data.picture_rows import Look, PictureRow, draw_rows
+
+FLOOR = 0.1  # of the strongest spot's weight that the unedited region keeps at strength 1
+_SMOOTHING = 3  # latents, each 8 pixels
+_SAME_SHAPE = 0.05  # relative; references of another shape don't show the same scene
+
+
+def edit_weights(target_BCHW: Tensor, reference_BCHW: Tensor, strength: float) -> Tensor:
+    """Weights [B, 1, H, W] of mean 1 per pair: all alike at strength 0, by the difference at 1."""
+    ones = torch.ones_like(target_BCHW[:, :1])
+    (height, width), (rows, columns) = target_BCHW.shape[-2:], reference_BCHW.shape[-2:]
+    if abs(columns * height / (rows * width) - 1) > _SAME_SHAPE:
+        return ones
+    reference = reference_BCHW
+    if (rows, columns) != (height, width):
+        reference = interpolate(reference_BCHW, size=(height, width), mode="bilinear", antialias=True)
+    difference = (target_BCHW - reference).abs().mean(dim=1, keepdim=True)
+    smooth = avg_pool2d(difference, _SMOOTHING, 1, _SMOOTHING // 2, count_include_pad=False)
+    largest = smooth.amax(dim=(2, 3), keepdim=True)
+    level = FLOOR + (1 - FLOOR) * torch.where(largest > 0, smooth / largest.clamp_min(1e-9), ones)
+    return (1 - strength) * ones + strength * level / level.mean(dim=(2, 3), keepdim=True)
+
+
+def combined_weights(
+    target_BCHW: Tensor, references: tuple[Tensor, ...], mask_B1HW: Tensor | None, strength: float
+) -> Tensor | None:
+    """The loss's weights from a mask and from the edit (the first reference), of mean 1; None where all count alike."""
+    if strength == 0 or not references:
+        return mask_B1HW
+    weights = edit_weights(target_BCHW, references[0], strength)
+    if mask_B1HW is None:
+        return weights
+    weights = weights * mask_B1HW
+    return weights / weights.mean(dim=(2, 3), keepdim=True)
+
+
+def edit_weight_preview(
+    encoded: EncodedDataset, strength: float, *, max_pairs: int = 12, cell: int = 160
+) -> Image.Image:
+    """The weights of pairs as pictures: grey for 1, white for 3 and more, black for 0."""
+    rows = []
+    for entry in (*encoded.pairs, *encoded.validation_pairs)[:max_pairs]:
+        pair = encoded.load(entry)
+        references = tuple(each[None] for each in pair.reference_latents)
+        mask = None if pair.loss_weights is None else pair.loss_weights[None]
+        weights = combined_weights(pair.target_latents[None], references, mask, strength)
+        level = np.ones(entry.shape[1:]) if weights is None else weights[0, 0].numpy()
+        grey = Image.fromarray((np.clip(level / 3, 0, 1) * 255).round().astype(np.uint8))
+        size = (grey.width * 8, grey.height * 8)
+        label = f"{entry.key}   weights {level.min():.2f} to {level.max():.2f}"
+        rows.append(PictureRow((grey.resize(size, Image.Resampling.NEAREST),), entry.captions[0], label))
+    return draw_rows(
+        ["weight"], rows, Look(cell=cell, columns=0, title=f"Weight of the loss at edit_weight {strength:g}")
+    )
