@@ -86,7 +86,9 @@ def load(way: str, folder: Path, precision: str) -> None:
     from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, load_transformer
 
     config, cpu = ModelConfig(base=str(folder), base_model_precision=precision, device="cpu"), torch.device("cpu")
-    converter(config.base_model_precision)  # its imports are no part of the loading
+    convert = converter(config.base_model_precision)
+    if convert is not None:
+        convert(torch.nn.Linear(64, 64).bfloat16(), cpu)  # its imports are no part of the loading
     peak = PeakMemory()
     before, start = peak.read()[0], time.monotonic()
     peak.start()

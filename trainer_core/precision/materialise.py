@@ -102,7 +102,7 @@ def _fill(network: nn.Module, name: str, read: Read, placement: Placement, conve
     changes = may_change and convert is not None
     device = placement.quantise_on if changes else placement.device
     for each, weight in stored.items():
-        value = weight.to(device).dequantise(placement.dtype)
+        value = weight.to(device).dequantise(placement.dtype, copy=not changes or each != "weight")
         setattr(module, each, nn.Parameter(value, requires_grad=False))
     if changes and convert is not None:
         _replace(network, name, convert(module, device).to(placement.device))  # type: ignore[arg-type]

@@ -37,9 +37,11 @@ def model_folder(config: ModelConfig) -> ModelFolder:
     for part, file in files.items():
         if not file.exists():
             raise ModelFileError(f"{part}_file is {str(file)!r}, which does not exist.")
-    root = Path() if len(files) == len(_PARTS) else _root(config, [part for part in _PARTS if part not in files])
+    # three files bring nothing else: below a file there is no tokenizer, processor or scheduler
+    whole = len(files) == len(_PARTS)
+    root = files["transformer"] if whole else _root(config, [part for part in _PARTS if part not in files])
     tokenizer = Path(config.tokenizer) if config.tokenizer else root / "tokenizer"
-    if not config.tokenizer and (config.base == DEMO_MODEL or len(files) == len(_PARTS)):
+    if not config.tokenizer and (config.base == DEMO_MODEL or whole):
         raise ModelFileError(
             f"{'Single files come' if files else 'The demo model comes'} without a tokenizer. Set `tokenizer` to the "
             "folder comfy/text_encoders/qwen25_tokenizer of a ComfyUI installation."

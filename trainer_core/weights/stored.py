@@ -40,12 +40,15 @@ class StoredWeight:
         nf4 = {key: each.to(device) if isinstance(each, Tensor) else each for key, each in self.nf4.items()}
         return replace(self, codes=self.codes.to(device), scale=scale, nf4=nf4)
 
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """A copy in ordinary numbers, on the codes' device; through float32 where there is a scale."""
+    def dequantise(self, dtype: torch.dtype, *, copy: bool = True) -> Tensor:
+        """Ordinary numbers, on the codes' device; through float32 where there is a scale.
+
+        Without `copy` they may still lie in the file's memory map, so they must not outlive their use.
+        """
         if self.nf4:
             return _from_nf4(self.codes, self.nf4).to(dtype)
         if self.scale is None:
-            return self.codes.to(dtype, copy=True)
+            return self.codes.to(dtype, copy=copy)
         return dequantise(self.codes, self.scale, self.rotation, dtype)
 
 
