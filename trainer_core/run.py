@@ -57,27 +57,28 @@ def train_lora(
     run.write_config(to_json(config))
 
     networks = build_networks(config, encoded.preprocessing, observer)
-    done, stop = _restore(run, networks), Stop.NO  # 0 in a fresh folder
+    done, report, stop = _restore(run, networks), None, Stop.NO  # 0 steps in a fresh folder
+    _make_up_for_validation(validator, networks, run, done, config, observer)
     with Metrics(run, done) as metrics, BatchLoader(encoded, plan) as loader:
         while done < config.max_train_steps and not stop:
             try:
-                report = train_step(networks, loader, done, config, observer)
+                outcome = train_step(networks, loader, done, config, observer)
             except BaseException:  # the weights are still those of the last whole step
-                _save(run, done, networks, config)
+                _save(run, report, networks, config)
                 raise
-            if isinstance(report, Stop):
-                stop = report
+            if isinstance(outcome, Stop):
+                stop = outcome
                 break
-            done = report.step
+            done, report = outcome.step, outcome
             if done % config.checkpoints.checkpoint_step_interval == 0:
-                _save(run, done, networks, config)
+                _save(run, report, networks, config)
             if _validation_is_due(done, config):
                 report = _validate(validator, networks, run, report, observer)
             metrics.write(report)
             observer.on_step(report)
             stop = observer.should_stop()  # asked once here: two answers may differ
-    _save(run, done, networks, config)
-    return _finish(config, run, networks, validator, done, stop, observer, extra_check)
+    _save(run, report, networks, config)
+    return _finish(config, run, networks, done, stop, extra_check)
 
 
 def find_result(config: TrainConfig, *, continue_kept: bool = False) -> TrainResult | None:
@@ -134,6 +135,21 @@ def _validate(
     return dataclasses.replace(report, validation_loss=loss)
 
 
+def _make_up_for_validation(
+    validator: Validator, networks: Networks, run: RunFolder, done: int, config: TrainConfig, observer: Observer
+) -> None:
+    """Validate a step whose validation was due and came to no end before a stop or a kill."""
+    if done == 0 or not _validation_is_due(done, config) or run.state().get("validated") == done:
+        return
+    try:
+        loss = _validate_at(validator, networks, run, done, observer)
+    except Interrupted:
+        return
+    if loss is not None:
+        *rows, last = run.metrics()
+        run.write_metrics([*rows, {**last, "validation_loss": loss}])
+
+
 def _validate_at(
     validator: Validator, networks: Networks, run: RunFolder, step: int, observer: Observer
 ) -> float | None:
@@ -145,9 +161,9 @@ def _validate_at(
             networks.transformer, networks.device, step=step, grid_file=run.grid_file(step), observer=observer
         )
     if samples is not None:
-        record = {**dataclasses.asdict(samples), "grid_file": samples.grid_file.name}
-        run.write_state(samples=record)
+        run.write_state(samples={**dataclasses.asdict(samples), "grid_file": samples.grid_file.name})
         observer.on_samples(samples)
+    run.write_state(validated=step)
     return loss
 
 
@@ -159,6 +175,7 @@ def _recorded_samples(run: RunFolder) -> SampleReport | None:
 def _restore(run: RunFolder, networks: Networks) -> int:
     """Put the newest checkpoint into adapter and optimizer; the number of steps it stands for."""
     checkpoint = run.latest_checkpoint()
+    run.metrics_until(checkpoint)
     if checkpoint is None:
         return 0
     with torch.no_grad():
@@ -168,10 +185,10 @@ def _restore(run: RunFolder, networks: Networks) -> int:
     return checkpoint.step
 
 
-def _save(run: RunFolder, done: int, networks: Networks, config: TrainConfig) -> None:
-    """A checkpoint of `done` steps; nothing to keep before the first."""
-    if done > 0:
-        state = Checkpoint(done, dict(networks.lora), optimizer_tensors(networks.optimizer, networks.lora))
+def _save(run: RunFolder, report: StepReport | None, networks: Networks, config: TrainConfig) -> None:
+    """A checkpoint of the last step; nothing to keep before this process has made one."""
+    if report is not None:
+        state = Checkpoint(report.as_dict(), dict(networks.lora), optimizer_tensors(networks.optimizer, networks.lora))
         run.save_checkpoint(state, config.checkpoints.checkpoints_total_limit)
 
 
@@ -179,23 +196,17 @@ def _finish(
     config: TrainConfig,
     run: RunFolder,
     networks: Networks,
-    validator: Validator,
     done: int,
     stop: Stop,
-    observer: Observer,
     extra_check: ExtraCheck | None,
 ) -> TrainResult:
     """Export unless the run was paused, and note in the folder how it ended."""
     if stop is Stop.PAUSE or done == 0:
         run.write_state(state="paused", steps=done)
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
-    samples = _recorded_samples(run)
-    if stop is Stop.NO and (samples is None or samples.step != done):  # a kill came between checkpoint and pictures
-        _validate_at(validator, networks, run, done, observer)
-        samples = _recorded_samples(run)
     path = run.path / f"{config.export.lora_name or run.path.name}.safetensors"
     export_lora(networks.lora, path, LoraMetadata(config, done), extra_check)
     kept = stop is Stop.KEEP
     result = {"lora_file": path.name, "steps": done, "kept": kept, "export": to_json(config.export)}
     run.write_state(state="kept" if kept else "finished", steps=done, result=result)
-    return TrainResult(run_dir=run.path, steps_done=done, stopped=stop, lora_file=path, samples=samples)
+    return TrainResult(run_dir=run.path, steps_done=done, stopped=stop, lora_file=path, samples=_recorded_samples(run))

@@ -73,13 +73,16 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 
 class StopAfter(SilentObserver):
-    """Wants to stop at the n-th time of asking."""
+    """Wants to stop at the n-th time of asking after this process's first step."""
 
     def __init__(self, asked: int, stop: Stop = Stop.PAUSE) -> None:
-        self.left, self.stop = asked, stop
+        self.left, self.stop, self.training = asked, stop, False
+
+    def on_step(self, report: StepReport) -> None:
+        self.training = True
 
     def should_stop(self) -> Stop:
-        self.left -= 1
+        self.left -= self.training
         return self.stop if self.left < 0 else Stop.NO
 
 
@@ -95,7 +98,7 @@ class Steps(SilentObserver):
 
 def test_stopped_at_every_moment_and_continued_equals_the_unbroken_run(config: TrainConfig) -> None:
     unbroken = train_lora(config)
-    moments = range(9, 60, 9)
+    moments = range(0, 25, 4)
     broken = named(config, "broken")
     pauses = []
     for asked in [*moments, 10**9]:
@@ -183,7 +186,7 @@ def test_one_batch_of_four_equals_four_of_one(model: ModelConfig, tmp_path: Path
 
 
 def test_stop_and_keep_exports_and_is_answered_from_its_folder(config: TrainConfig) -> None:
-    kept = train_lora(config, StopAfter(20, Stop.KEEP))
+    kept = train_lora(config, StopAfter(8, Stop.KEEP))
     assert kept.stopped is Stop.KEEP and kept.lora_file and 0 < kept.steps_done < 12
     assert find_result(config) == kept == train_lora(config)
     unbroken = train_lora(named(config, "unbroken"))
@@ -202,7 +205,7 @@ def test_a_finished_run_is_answered_at_once_and_goes_on_when_more_steps_are_want
 
 
 def test_a_run_folder_refuses_other_settings(config: TrainConfig) -> None:
-    train_lora(dataclasses.replace(config), StopAfter(20))
+    train_lora(dataclasses.replace(config), StopAfter(8))
     before = {path: path.read_bytes() for path in Path(config.run_dir).rglob("*") if path.is_file()}
     other = dataclasses.replace(config, lora=LoraConfig(lora_rank=8), noise=NoiseConfig(flow_schedule_shift=3.0))
     with pytest.raises(RunFolderError) as caught:
@@ -277,6 +280,18 @@ def test_checkpoints_are_limited_and_a_cut_one_is_passed_over(config: TrainConfi
     again = Steps()
     assert equal(lora_tensors(train_lora(config, again)), lora_tensors(unbroken))
     assert [report.step for report in again.reports] == [10, 11, 12]
+
+
+def test_a_line_lost_between_checkpoint_and_metrics_comes_back(config: TrainConfig) -> None:
+    unbroken = train_lora(named(config, "unbroken"))
+    paused = train_lora(config, StopAfter(8))
+    metrics = Path(config.run_dir) / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    assert len(lines) == paused.steps_done > 1
+    metrics.write_text("".join(lines[:-1]) + lines[-1][:20])
+    train_lora(config)
+    rows, expected = read_rows(metrics), read_rows(unbroken.run_dir / "metrics.jsonl")
+    assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in expected]
 
 
 def test_metrics_and_tensorboard_and_samples_are_written(config: TrainConfig) -> None:

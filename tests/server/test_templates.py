@@ -101,6 +101,7 @@ def test_demo_at_small_size(furnished: PackServer):
     inputs_of(prompt, "QwenEdit_PairFolders").update(
         target_folder="small demo/target", reference_folder_1="small demo/reference"
     )
+    inputs_of(prompt, "QwenEdit_EncodePairs")["num_eval_images"] = 2
     loader = inputs_of(prompt, "LoadImage")
     loader["image"] = loader["image"].replace("demo/", "small demo/", 1)
     inputs_of(prompt, "QwenEdit_TrainLora")["max_train_steps"] = 3

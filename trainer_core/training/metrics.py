@@ -11,14 +11,13 @@ from .run_folder import RunFolder
 
 
 class Metrics:
-    """Open files of a run's metrics; a context manager. Steps after `done` are dropped: they will be done again."""
+    """Open files of a run's metrics, which end at step `done`; a context manager."""
 
     def __init__(self, run: RunFolder, done: int) -> None:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise MissingPackageError("tensorboardX", "a training run") from error
-        run.drop_metrics_after(done)
         self._lines = run.metrics_file.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=done + 1, flush_secs=10)
 

@@ -30,11 +30,16 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """State after `step` steps, as tensors by name."""
+    """State after a step, as tensors by name. `report` is the step's line in the metrics, which a kill may have cut."""
 
-    step: int
+    report: dict[str, Any]
     lora: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.report["step"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,7 @@ class RunFolder:
         temporary.mkdir()
         write_tensors(temporary / "lora.safetensors", checkpoint.lora)
         write_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer)
+        write_atomically(temporary / "report.json", json.dumps(checkpoint.report).encode())
         temporary.rename(final)
         _flush_folder(self.checkpoints)
         for old in self._checkpoint_folders()[:-limit]:
@@ -136,8 +142,8 @@ class RunFolder:
         for folder in reversed(self._checkpoint_folders()):
             files = [folder / f"{part}.safetensors" for part in ("lora", "optimizer")]
             if all(is_whole(file) for file in files):
-                lora, optimizer = (read_tensors(file) for file in files)
-                return Checkpoint(int(folder.name.removeprefix("step-")), lora, optimizer)
+                report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+                return Checkpoint(report, *(read_tensors(file) for file in files))
         return None
 
     def _checkpoint_folders(self) -> list[Path]:
@@ -155,9 +161,14 @@ class RunFolder:
                 break
         return rows
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Steps that will be done again lose their lines."""
-        kept = [row for row in self.metrics() if row["step"] <= step]
+    def metrics_until(self, checkpoint: Checkpoint | None) -> None:
+        """Lines up to the checkpoint's step: those of steps that will be done again go, and a lost one comes back."""
+        if checkpoint is None:
+            self.write_metrics([])
+            return
+        kept = [row for row in self.metrics() if row["step"] <= checkpoint.step]
+        if not kept or kept[-1]["step"] < checkpoint.step:
+            kept.append(checkpoint.report)
         self.write_metrics(kept)
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
