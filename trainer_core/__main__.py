@@ -1,4 +1,4 @@
-"""The trainer without ComfyUI: `python -m trainer_core check|encode|train|sample CONFIG.json`.
+"""The trainer without ComfyUI: `python -m trainer_core check|encode|train|sample|import-simpletuner CONFIG.json`.
 
 The configuration is one JSON file, see docs/settings.md. Ctrl-C pauses a run so that the same command goes on.
 """
@@ -192,6 +192,23 @@ def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     return EXIT_OK
 
 
+def _import_simpletuner(options: argparse.Namespace, _observer: ConsoleObserver) -> int:
+    from .foreign.simpletuner import import_simpletuner
+
+    imported = import_simpletuner(options.config, options.data, base=options.base, root=Path.cwd())
+    for line in imported.report:
+        _LOG.info("%s", line)
+    try:
+        with options.out.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(imported.values, indent=2, ensure_ascii=False) + "\n")
+    except FileExistsError as error:
+        raise ConfigError(f"--out {options.out} exists. Choose another name; nothing is overwritten.") from error
+    except OSError as error:
+        raise ConfigError(f"Can't write --out {options.out}: {error.strerror}.") from error
+    sys.stdout.write(f"{options.out}\n")
+    return EXIT_OK
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer_core", description="Train LoRAs for Qwen-Image-Edit.")
     commands = parser.add_subparsers(required=True)
@@ -200,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         "encode": (_encode, "Encode the dataset; prints the manifest's path."),
         "train": (_train, "Encode what is missing, train, and print the LoRA file's path."),
         "sample": (_sample, "Edit one picture with the base model or a LoRA."),
+        "import-simpletuner": (_import_simpletuner, "Turn SimpleTuner's config.json into a configuration."),
     }
     for name, (command, text) in described.items():
         sub = commands.add_parser(name, help=text, description=text)
@@ -207,6 +225,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         if name == "train":
             sub.add_argument("--continue-kept", action="store_true", help="Go on with a run that was ended early.")
+        if name == "import-simpletuner":
+            sub.add_argument("--data", type=Path, help="multidatabackend.json; without it the one that CONFIG names.")
+            sub.add_argument("--base", default="", help="Folder of the base model, or demo.")
+            sub.add_argument("--out", type=Path, default=Path("job.json"), help="The configuration to write.")
         if name == "sample":
             sub.add_argument("--reference", type=Path, nargs="+", required=True, help="One to three pictures.")
             sub.add_argument("--prompt", required=True, help="The edit instruction.")

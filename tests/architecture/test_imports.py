@@ -29,8 +29,13 @@ ROWS = (
 LEVEL = {part: level for level, row in enumerate(ROWS) for part in row}
 # The demo's files and pictures stand beside the rows: what makes and describes them imports only the foundations.
 LEVEL["demo"] = 1
+LEVEL["foreign"] = 1  # other trainers' settings, turned into ours
 # Leaves that lower rows may read, because they import nothing of ours but errors.
-ALLOWED_UPWARD = {("config", "qwen_image.flavours"), ("geometry", "qwen_image.flavours")}
+ALLOWED_UPWARD = {
+    ("config", "qwen_image.flavours"),
+    ("geometry", "qwen_image.flavours"),
+    ("foreign", "qwen_image.flavours"),
+}
 COMFYUI_RUNTIME = {
     "comfy",
     "comfy_execution",

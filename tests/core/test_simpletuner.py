@@ -1,0 +1,267 @@
+"""SimpleTuner's two files become one of our configurations, with a word on every key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.narrow import make_pairs
+from trainer_core.__main__ import load_job, main
+from trainer_core.config import ModelConfig
+from trainer_core.data.pair_check import check_pairs
+from trainer_core.data.pairing import pair_folders
+from trainer_core.errors import ConfigError
+from trainer_core.foreign.loose_json import plain_json
+from trainer_core.foreign.simpletuner import Imported, convert
+from trainer_core.foreign.simpletuner_keys import CONFIG_KEYS, CONFIG_REASONS, DATA_KEYS, DATA_REASONS
+
+CONFIG = """{
+  "model_type": "lora",
+  "model_family": "qwen_image",
+  "model_flavour": "edit-v1",      // or "edit-v2"
+  "train_batch_size": 1,
+  "gradient_accumulation_steps": 4,
+  "validation_resolution": "1024x1024",
+  "validation_guidance": 4.0,
+  "validation_num_inference_steps": 30,
+  "mixed_precision": "bf16",
+  "gradient_checkpointing": true,
+  "base_model_precision": "int8-quanto",
+  "quantize_via": "cpu",
+  "quantize_activations": false,
+  "flow_schedule_shift": 1.73,
+  "data_backend_config": "config/qwen_edit/multidatabackend.json",
+}
+"""
+TARGETS = """{
+    "id": "my-edited-images",
+    "type": "local",
+    "instance_data_dir": "/datasets/edited-images",
+    "caption_strategy": "textfile",
+    "resolution": 1024,
+    "conditioning_data": [%s],
+    "cache_dir_vae": "cache/vae/edited-images"
+  }"""
+REFERENCES = """{
+    "id": "my-reference-images%s",
+    "type": "local",
+    "dataset_type": "conditioning",
+    "instance_data_dir": "/datasets/reference-images%s",
+    "conditioning_type": "reference_strict",
+    "resolution": 1024,
+    "cache_dir_vae": "cache/vae/reference-images%s"
+  }"""
+EMBEDS = """{
+    "id": "my-reference-embeds",
+    "type": "local",
+    "dataset_type": "conditioning_image_embeds",
+    "cache_dir": "cache/conditioning_image_embeds/reference"
+  }"""
+LINKED = TARGETS.replace('"cache_dir_vae"', '"conditioning_image_embeds": "my-reference-embeds",\n    "cache_dir_vae"')
+SUFFIXES = ("-a", "-b", "-c")
+ONE, THREE = '"my-reference-images"', ", ".join(f'"my-reference-images{each}"' for each in SUFFIXES)
+EDIT_V1 = "[" + ", ".join((LINKED % ONE, REFERENCES % ("", "", ""), EMBEDS)) + "]"
+EDIT_V2 = "[" + ", ".join((TARGETS % THREE, *(REFERENCES % (each, each, each) for each in SUFFIXES))) + ",]"
+ROOT = Path("/somewhere")
+
+
+def read(changes: dict[str, Any] | None = None, datasets: list | None = None, **first: Any) -> Imported:
+    """The edit-v1 example with `changes`, and `first` in its data set."""
+    settings = {**json.loads(plain_json(CONFIG)), **(changes or {})}
+    datasets = datasets if datasets is not None else json.loads(EDIT_V1)
+    datasets[0] = {**datasets[0], **first}
+    return convert(settings, datasets, root=ROOT)
+
+
+def line(imported: Imported, start: str) -> str:
+    found = [each for each in imported.report if each.startswith(start)]
+    assert len(found) == 1, imported.report
+    return found[0]
+
+
+def files(folder: Path, config: str, data: str, references: int) -> Path:
+    """Both files, with their folders replaced by small ones, read by the command line; the configuration written."""
+    pairs = make_pairs(folder / "pairs", 4, num_references=references)
+    config = config.replace('"flow_schedule_shift"', '"num_eval_images": 1, "flow_schedule_shift"')
+    data = data.replace('"/datasets/edited-images"', json.dumps(pairs.target_dir))
+    for suffix, each in zip(SUFFIXES if references > 1 else ("",), pairs.reference_dirs, strict=True):
+        data = data.replace(f'"/datasets/reference-images{suffix}"', json.dumps(each))
+    (folder / "config.json").write_text(config)
+    (folder / "data.json").write_text(data)
+    arguments = (str(folder / "config.json"), "--data", str(folder / "data.json"), "--out", str(folder / "job.json"))
+    assert main(["import-simpletuner", *arguments]) == 0
+    return folder / "job.json"
+
+
+def test_comments_and_trailing_commas_but_not_in_strings():
+    text = '{"a": "http://x, ]", /* b\n */ "c": ["\\",]//", 1,], // d\n}'
+    assert json.loads(plain_json(text)) == {"a": "http://x, ]", "c": ['",]//', 1]}
+    assert plain_json(text).count("\n") == text.count("\n") and len(plain_json(text)) == len(text)
+
+
+def test_first_example(tmp_path: Path):
+    job = load_job(files(tmp_path, CONFIG, EDIT_V1, 1))
+    assert (job.model.flavour, job.model.quantize_via) == ("edit-v1", "cpu")
+    assert job.model.base_model_precision == "int8-quanto"
+    assert (job.noise.flow_schedule_shift, job.batching.gradient_accumulation_steps) == (1.73, 4)
+    assert (job.encoding.resolution, job.validation.validation_guidance) == (1024, 4.0)
+    dataset = pair_folders(job.dataset)
+    assert len(dataset.pairs) == 4 and check_pairs(dataset, job.pair_check)
+
+
+def test_second_example_has_three_references(tmp_path: Path):
+    job = load_job(files(tmp_path, CONFIG.replace('"edit-v1"', '"edit-v2"'), EDIT_V2, 3))
+    assert [Path(each).name for each in job.dataset.reference_dirs] == ["reference_1", "reference_2", "reference_3"]
+    dataset = pair_folders(job.dataset)
+    assert all(len(pair.references) == 3 for pair in dataset.pairs) and check_pairs(dataset, job.pair_check)
+
+
+def test_first_example_trains(tmp_path: Path, model: ModelConfig):
+    """All as imported but for what a narrow model on a CPU can't do."""
+    from trainer_core.conditioning.encode import encode_dataset
+    from trainer_core.run import train_lora
+
+    job = load_job(files(tmp_path, CONFIG, EDIT_V1, 1))
+    encoding = dataclasses.replace(job.encoding, resolution=96, match_target_res=True, num_eval_images=0)
+    job = dataclasses.replace(job, model=model, encoding=encoding, max_train_steps=1)
+    encoded = encode_dataset(pair_folders(job.dataset), model, job.encoding_config(), Path(job.cache_dir))
+    result = train_lora(job.train_config(str(encoded.manifest)))
+    assert result.steps_done == 1 and result.lora_file
+
+
+def test_every_key_of_the_documents_is_taken_or_explained():
+    assert not set(CONFIG_KEYS) & set(CONFIG_REASONS) and not set(DATA_KEYS) & set(DATA_REASONS)
+    imported = read(dict.fromkeys(CONFIG_REASONS, "x"), **dict.fromkeys(DATA_REASONS, "x"))
+    for key in CONFIG_REASONS:
+        line(imported, f"{key}: left out; ")
+    for key in DATA_REASONS:
+        line(imported, f"my-edited-images.{key}: left out; ")
+    given = {"model_flavour": "edit-v1"}
+    assert not [each for each in read(dict.fromkeys(CONFIG_KEYS) | given).report if "has no effect" in each]
+    based = convert(json.loads(plain_json(CONFIG)), json.loads(EDIT_V1), base="models/x", root=ROOT)
+    assert based.job.model.base == str(ROOT / "models/x")
+    assert "drawn at the size" in line(imported, "validation_resolution:")
+    assert "EMA is not built" in line(imported, "use_ema:")
+
+
+def test_an_unknown_key_gets_the_nearest():
+    imported = read({"learning_rte": 1e-4}, resolutoin=512)
+    assert imported.report[0] == "my-edited-images.resolutoin: UNKNOWN, left out. Did you mean 'resolution'?"
+    assert "'learning_rate'" in line(imported, "learning_rte: UNKNOWN")
+
+
+def test_settings_are_carried_over():
+    job = read(
+        {
+            "--learning_rate": "1e-4",
+            "gradient_checkpointing": "true",
+            "optimizer": "bnb-adamw8bit",
+            "lr_scheduler": "constant",
+            "lora_rank": 8,
+            "max_train_steps": 300,
+            "max_grad_norm": 0.5,
+            "grad_clip_method": "norm",
+            "flow_sigmoid_scale": 2.0,
+            "flow_use_uniform_schedule": True,
+            "base_model_precision": "no_change",
+            "caption_dropout_probability": 0.05,
+            "checkpointing_steps": 50,
+            "validation_guidance_real": 3.5,
+            "validation_seed": 7,
+            "output_dir": "output/my lora",
+            "model_kwargs": {"match_target_res": True},
+            "peft_lora_target_modules": ["to_q", "to_out.0"],
+        },
+        resolution_type="area",
+        resolution=0.5,
+        crop="true",
+        crop_style="centre",
+        minimum_image_size=0.2,
+        maximum_image_size=2.0,
+        target_downsample_size=1.0,
+        timestep_sampling_offset=-0.5,
+        prepend_instance_prompt=True,
+        instance_prompt="sks,",
+    ).job
+    assert job.optimizer.learning_rate == 1e-4 and job.optimizer.optimizer == "adamw-8bit"
+    assert (job.optimizer.lr_scheduler, job.optimizer.lr_warmup_steps) == ("constant_with_warmup", 0)
+    assert job.optimizer.max_grad_norm == 0.5 and job.max_train_steps == 300
+    assert (job.noise.logit_std, job.noise.logit_mean, job.noise.sigma_distribution) == (2.0, -1.0, "uniform")
+    assert job.model.base_model_precision == "none" and job.batching.caption_dropout_probability == 0.05
+    assert job.checkpoints.checkpoint_step_interval == 50
+    assert (job.validation.validation_guidance, job.validation.validation_seed) == (3.5, 7)
+    assert job.run_dir == str(ROOT / "output/my lora/qwen_edit_trainer") and job.export.lora_name == "my_lora"
+    assert job.encoding.match_target_res and job.lora.lora_target_pattern == r"(?:.*\.)?(?:to_q|to_out\.0)"
+    sizes = job.encoding.sizes
+    assert (sizes.resolution_type, sizes.megapixels, sizes.crop, sizes.crop_style) == ("area", 0.5, True, "center")
+    assert (sizes.minimum_image_size, sizes.leave_out_small, sizes.maximum_image_size) == (0.2, True, 2.0)
+    assert job.dataset.instance_prompt == "sks," and job.dataset.captions.prepend_instance_prompt
+
+
+def test_what_changes_is_said():
+    imported = read({"optimizer": "optimi-lion", "max_grad_norm": 0.01, "num_train_epochs": 3, "use_ema": True})
+    assert imported.job.optimizer.max_grad_norm == 1.0 and imported.job.optimizer.optimizer == "adamw"
+    assert "becomes adamw" in line(imported, "optimizer:")
+    assert "each element" in line(imported, "max_grad_norm:")
+    assert "3 x pairs" in line(imported, "num_train_epochs:")
+    assert "learning_rate (SimpleTuner's 4e-7)" in line(imported, "Not in your files")
+    assert "'match_target_res'" in line(read({"model_kwargs": {"match_target_rez": True}}), "model_kwargs.match")
+    assert "Qwen/Qwen-Image-Edit" in line(imported, "pretrained_model_name_or_path:")
+
+
+def test_tables_of_captions():
+    table = {"path": "captions.jsonl", "filename_column": "id", "caption_column": "text", "width_column": "w"}
+    imported = read(caption_strategy="parquet", parquet=table)
+    dataset = imported.job.dataset
+    assert "read from the pictures" in line(imported, "my-edited-images.parquet.width_column:")
+    assert dataset.caption_strategy == "jsonl" and dataset.captions.caption_file == "captions.jsonl"
+    assert (dataset.captions.filename_column, dataset.captions.caption_column) == ("id", "text")
+    dataset = read(caption_strategy="csv", csv_file="c.csv", csv_caption_column="text").job.dataset
+    assert Path(dataset.captions.caption_file) == ROOT / "c.csv" and dataset.captions.caption_column == "text"
+
+
+def test_masks_and_further_data_sets():
+    data = json.loads(EDIT_V1)
+    mask = {"id": "m", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "masks"}
+    data += [mask, {**data[0], "id": "more"}, {**data[0], "id": "held-out"}]
+    data.append({"id": "text", "dataset_type": "text_embeds", "cache_dir": "cache/text", "type": "local"})
+    imported = read({"eval_dataset_id": "held-out"}, data, conditioning_data=["m", "my-reference-images"])
+    assert imported.job.dataset.mask_dir == str(ROOT / "masks")
+    assert imported.job.dataset.reference_dirs == ("/datasets/reference-images",)
+    assert "not supported yet" in line(imported, "more: LEFT OUT")
+    assert "validation" in line(imported, "held-out:") and "cache" in line(imported, "text:")
+
+
+@pytest.mark.parametrize(
+    ("config", "first", "words"),
+    [
+        ({}, {"conditioning_image_embeds": "my-reference-embds"}, ["my-reference-embds", "Known are my-reference-emb"]),
+        ({}, {"conditioning_data": "my-reference"}, ["'my-reference'", "Did you mean 'my-reference-images'"]),
+        ({}, {"conditioning_data": None}, ["conditioning_data", "my-reference-images"]),
+        ({}, {"type": "aws"}, ["my-edited-images.type", "local"]),
+        ({}, {"caption_strategy": "txtfile"}, ["Did you mean 'textfile'"]),
+        ({"model_flavour": "v1.0"}, {}, ["edit-v1, edit-v2, edit-v3"]),
+        ({"model_type": "full"}, {}, ["model_type", "lora"]),
+        ({"eval_dataset_id": "val"}, {}, ["eval_dataset_id", "'val'"]),
+        ({"train_batch_size": "one"}, {}, ["train_batch_size", "a number"]),
+        ({"base_model_precision": "int3"}, {}, ["base_model_precision", "int8-quanto"]),
+    ],
+)
+def test_mistakes_name_what_there_is(config: dict, first: dict, words: list[str]):
+    with pytest.raises(ConfigError) as error:
+        read(config, **first)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_nothing_is_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    job = files(tmp_path, CONFIG, EDIT_V1, 1)
+    (tmp_path / "again.json").write_text("{")
+    data = ("--data", str(tmp_path / "data.json"))
+    assert main(["import-simpletuner", str(tmp_path / "config.json"), *data, "--out", str(job)]) == 1
+    assert "nothing is overwritten" in caplog.text
+    assert main(["import-simpletuner", str(tmp_path / "again.json"), *data]) == 1
+    assert "line 1, column 2" in caplog.text
