@@ -76,6 +76,7 @@ class PairFolders(io.ComfyNode):
                     default="",
                     tooltip="Masks named as their targets: white counts in the loss, black does not; empty for none.",
                 ),
+                setting_input(DatasetConfig, "references_optional", optional=True, advanced=True),
             ],
             outputs=[new_output(sockets.Dataset, "dataset", "The pairs, for the preview and encode nodes.")],
         )
@@ -140,6 +141,7 @@ def _dataset_config(
     instance_prompt: str = "",
     caption_settings: CaptionConfig | None = None,
     mask_folder: str = "",
+    references_optional: bool = False,  # noqa: FBT002 - a widget
     **references: str,
 ) -> DatasetConfig:
     roots = host.dataset_roots()
@@ -156,6 +158,7 @@ def _dataset_config(
         instance_prompt=instance_prompt,
         captions=captions,
         mask_dir=str(folder_below(mask_folder, roots, "mask_folder")) if mask_folder else "",
+        references_optional=references_optional,
     )
 
 

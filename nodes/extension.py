@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import check, dataset, edit_weight, encode, graph_pairs, host, model, result, sample, settings, train
+from . import check, dataset, edit_weight, encode, graph_pairs, host, mix, model, result, sample, settings, train
 
 NODES: list[type[io.ComfyNode]] = [
     model.LoadModel,
@@ -16,6 +16,7 @@ NODES: list[type[io.ComfyNode]] = [
     check.CheckPairs,
     encode.SizeSettings,
     encode.EncodePairs,
+    mix.MixPairs,
     edit_weight.PreviewEditWeight,
     settings.LoraSettings,
     settings.OptimizerSettings,

@@ -61,6 +61,11 @@ class DatasetConfig:
     mask_dir: str = setting(
         "", "Folder of masks named as their targets: white counts in the loss, black does not; empty for no masks."
     )
+    references_optional: bool = setting(
+        False,
+        "A target that has no reference in a folder is taken with those it has, or as text-to-image with none. Off: a "
+        "missing reference is a problem.",
+    )
 
     def __post_init__(self) -> None:
         check_choice(self, "caption_strategy")

@@ -24,6 +24,7 @@ EXPECTED = {
     "QwenEdit_PairImages",
     "QwenEdit_SizeSettings",
     "QwenEdit_EncodePairs",
+    "QwenEdit_MixPairs",
     "QwenEdit_LoraSettings",
     "QwenEdit_OptimizerSettings",
     "QwenEdit_TrainingSettings",

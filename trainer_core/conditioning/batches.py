@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from bisect import bisect_right
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +45,16 @@ class Batch:
     loss_weights: Tensor | None = None
 
 
+class _Begin(NamedTuple):
+    """An epoch's first micro-batch and first turn."""
+
+    batch: int
+    turn: int
+
+
 class BatchPlan:
-    """The order of a whole run. An epoch visits every pair once, shuffled by (seed, epoch).
+    """The order of a whole run, a pure function of the micro-batch's number. An epoch visits every pair once, or as a
+    mix's repeats and probability say, shuffled by (seed, epoch).
 
     Raises:
         ConfigError: captions are to be dropped, and the empty caption was not encoded.
@@ -55,16 +67,52 @@ class BatchPlan:
         self._dropout = batching.caption_dropout_probability
         self._seed = seed
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
-        self.batches_per_epoch = len(self._plan_epoch(0))
+        self._all_turns = [index for index, pair in enumerate(self._pairs) for _ in range(1 + pair.repeats)]
+        self._draws_pairs = any(pair.probability < 1 for pair in self._pairs)
+        self._begins = [_Begin(0, 0)]  # of the epochs so far asked for, where they differ in length
+        self._lock = Lock()  # the loader's thread and the step's ask alike
 
     def __getitem__(self, micro_batch: int) -> tuple[Draw, ...]:
         """The turns of micro-batch `micro_batch`, counted from the run's start."""
-        epoch, position = divmod(micro_batch, self.batches_per_epoch)
+        epoch, position = self._place(micro_batch)
         return self._epoch(epoch)[position]
 
+    def batches_in_epoch(self, epoch: int) -> int:
+        """Micro-batches of epoch `epoch`; none where it happens to draw no pair."""
+        shapes = Counter(self._pairs[pair].shapes for pair in self._turns(epoch))
+        return sum(math.ceil(count / self._size) for count in shapes.values())
+
+    @cached_property
+    def _even_length(self) -> int:
+        """Micro-batches of every epoch, where all pairs are drawn."""
+        return self.batches_in_epoch(0)
+
+    def _place(self, micro_batch: int) -> tuple[int, int]:
+        """Epoch and position in it."""
+        if not self._draws_pairs:
+            return divmod(micro_batch, self._even_length)
+        with self._lock:
+            while self._begins[-1].batch <= micro_batch:
+                self._add_begin()
+            epoch = bisect_right(self._begins, micro_batch, key=lambda begin: begin.batch) - 1
+            return epoch, micro_batch - self._begins[epoch].batch
+
+    def _add_begin(self) -> None:
+        epoch, last = len(self._begins) - 1, self._begins[-1]
+        turns = len(self._turns(epoch))
+        self._begins.append(_Begin(last.batch + self.batches_in_epoch(epoch), last.turn + turns))
+
+    def _turns(self, epoch: int) -> list[int]:
+        """Pairs of an epoch in their own order, each as often as it is visited."""
+        if not self._draws_pairs:
+            return self._all_turns
+        drawn = torch.rand(len(self._pairs), generator=stream(self._seed, "probability", epoch)).tolist()
+        return [pair for pair in self._all_turns if drawn[pair] < self._pairs[pair].probability]
+
     def _plan_epoch(self, epoch: int) -> list[tuple[Draw, ...]]:
-        """Walk the shuffled pairs and hand out a batch whenever one shape has enough; what is left comes last."""
-        order = torch.randperm(len(self._pairs), generator=stream(self._seed, "order", epoch)).tolist()
+        """Walk the shuffled turns and hand out a batch whenever one shape has enough; what is left comes last."""
+        turns = self._turns(epoch)
+        order = [turns[at] for at in torch.randperm(len(turns), generator=stream(self._seed, "order", epoch)).tolist()]
         waiting: dict[object, list[int]] = {}
         batches: list[list[int]] = []
         for pair in order:
@@ -73,7 +121,7 @@ class BatchPlan:
             if len(group) == self._size:
                 batches.append(waiting.pop(self._pairs[pair].shapes))
         batches += waiting.values()
-        index = epoch * len(order)
+        index = self._begins[epoch].turn if self._draws_pairs else epoch * len(order)
         planned = []
         for pairs in batches:
             planned.append(tuple(self._draw(pair, index + turn) for turn, pair in enumerate(pairs)))

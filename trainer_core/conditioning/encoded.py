@@ -23,7 +23,8 @@ EMPTY_CAPTION = -1  # in the place of a caption's number: the pair seen without 
 class EncodedEntry:
     """Cache keys of one pair. `shape` is the target's latents [C, H, W], `reference_shapes` the references'.
     `negative` and `pictures` (target first, then references) are there for held-out pairs only, `empty` (the prompt
-    without words) and `mask` (the loss's weights) where they were asked for."""
+    without words) and `mask` (the loss's weights) where they were asked for. `repeats` (extra turns an epoch) and
+    `probability` (that an epoch draws the pair) are a mix's."""
 
     key: str
     captions: tuple[str, ...]
@@ -36,6 +37,8 @@ class EncodedEntry:
     pictures: tuple[str, ...] = ()
     empty: str = ""
     mask: str = ""
+    repeats: int = 0
+    probability: float = 1.0
 
     def prompt(self, caption: int) -> str:
         """Key of the prompt of caption number `caption`, or of EMPTY_CAPTION."""
@@ -111,7 +114,7 @@ class EncodedDataset:
 
 def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
     """Write a manifest below `cache_dir` and return the dataset it describes."""
-    values = {name: _plain(value) for name, value in fields.items() if value or name not in _ADDED}
+    values = {name: _plain(value) for name, value in fields.items() if _is_written(name, value)}
     values["format"] = FORMAT
     path = cache_dir / "datasets" / f"{digest(values)}.json"
     write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False).encode())
@@ -124,10 +127,14 @@ def _plain(value: Any) -> Any:
 
 def _row(entry: EncodedEntry) -> dict[str, Any]:
     """Its fields but for those a later version added and this entry does not use, so that old names stay."""
-    return {name: item for name, item in dataclasses.asdict(entry).items() if item or name not in _ADDED}
+    return {name: item for name, item in dataclasses.asdict(entry).items() if _is_written(name, item)}
 
 
-_ADDED = ("empty", "mask", "left_out")
+_ADDED: dict[str, object] = {"empty": "", "mask": "", "left_out": (), "repeats": 0, "probability": 1.0}
+
+
+def _is_written(name: str, value: object) -> bool:
+    return name not in _ADDED or value != _ADDED[name]
 
 
 def load_encoded(manifest: Path) -> EncodedDataset:

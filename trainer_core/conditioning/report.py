@@ -23,8 +23,21 @@ def encoding_report(encoded: EncodedDataset) -> str:
             f"Sizes of a single pair: {lonely}. They are trained like all others, but a train_batch_size above 1 can't "
             "put them together with another pair."
         )
+    lines += _epoch(encoded)
     if encoded.left_out:
         names = ", ".join(map(shown, encoded.left_out[:_MOST_KEYS]))
         more = ", …" if len(encoded.left_out) > _MOST_KEYS else ""
         lines.append(f"Left out, smaller than minimum_image_size: {len(encoded.left_out)} ({names}{more}).")
     return "\n".join(lines)
+
+
+def _epoch(encoded: EncodedDataset) -> list[str]:
+    """How long an epoch of a mix is, and how many pairs have no reference."""
+    lines = []
+    if any(pair.repeats or pair.probability < 1 for pair in encoded.pairs):
+        turns = sum((1 + pair.repeats) * pair.probability for pair in encoded.pairs)
+        lines.append(f"An epoch has about {turns:.0f} turns, by repeats and probability.")
+    alone = sum(not pair.references for pair in encoded.pairs)
+    if alone:
+        lines.append(f"Pairs without a reference, trained as text-to-image: {alone}.")
+    return lines

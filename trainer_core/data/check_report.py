@@ -57,13 +57,17 @@ def check_sheet(
     names = ["reference"] if count == 1 else [f"reference {number + 1}" for number in range(count)]
     title = f"{len(marked)} of {check.num_pairs} pairs are worth a look" if marked else "Nothing to mend"
     look = Look(cell=cell, columns=0, title=title, footer="" if chosen else "There is no pair to show.")
-    return draw_rows([*names, "target", "difference"], [_row(pair, check, config, cell) for pair in chosen], look)
+    rows = [_row(pair, check, config, cell, count) for pair in chosen]
+    return draw_rows([*names, "target", "difference"], rows, look)
 
 
-def _row(pair: EditPair, check: PairCheck, config: PairCheckConfig, cell: int) -> PictureRow:
-    findings = check.of(pair.key)
+def _row(pair: EditPair, check: PairCheck, config: PairCheckConfig, cell: int, num_references: int) -> PictureRow:
+    findings, lacking = check.of(pair.key), num_references - len(pair.references)
     pictures: list[Image.Image | None] = []
-    for path in (*pair.references, pair.target):
+    for path in (*pair.references, *[None] * lacking, pair.target):
+        if path is None:
+            pictures.append(None)
+            continue
         picture = open_picture(path)
         picture.thumbnail((4 * cell, 2 * cell))
         pictures.append(_framed(picture) if findings else picture)

@@ -31,17 +31,18 @@ def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, cell: int = 192)
     headings = [*(_numbered("reference", index, num_references) for index in range(num_references)), "target"]
     title = f"{len(chosen)} of {count} pairs" if count > len(chosen) else _counted(count, "pair")
     look = Look(cell=cell, columns=0, title=title, footer="" if count else "There is no pair to show.")
-    return draw_rows(headings, [_row(pair, cell) for pair in chosen], look)
+    return draw_rows(headings, [_row(pair, cell, num_references) for pair in chosen], look)
 
 
 def report(dataset: EditDataset, problems: Sequence[str] = (), notes: Sequence[str] | None = None) -> str:
     """Counts, sizes, captions, problems and notes for people. Without `notes` the dataset's own are listed."""
-    lines = [f"{_counted(len(dataset.pairs), 'pair')} with {_counted(len(dataset.reference_dirs), 'reference')} each."]
+    lines = [f"{_counted(len(dataset.pairs), 'pair')} with {_references(dataset)} each."]
     if dataset.pairs:
         lines.append(_sizes("Targets", [pair.sizes[0] for pair in dataset.pairs]))
         for index in range(len(dataset.reference_dirs)):
             name = _numbered("References", index, len(dataset.reference_dirs))
-            lines.append(_sizes(name, [pair.sizes[index + 1] for pair in dataset.pairs]))
+            sizes = [pair.sizes[index + 1] for pair in dataset.pairs if len(pair.references) > index]
+            lines += [_sizes(name, sizes)] if sizes else []
         lines.append(_captions(dataset.pairs))
         lines += _other_aspect(dataset.pairs)
     if problems:
@@ -52,16 +53,24 @@ def report(dataset: EditDataset, problems: Sequence[str] = (), notes: Sequence[s
     return "\n".join(lines)
 
 
-def _row(pair: EditPair, cell: int) -> PictureRow:
+def _row(pair: EditPair, cell: int, num_references: int) -> PictureRow:
     caption, *others = pair.captions
     more = f" (+{len(others)} more)" if others else ""
     size = "".join(f"   {_pixels(size)}" for size in pair.sizes[:1])
-    pictures = []
+    pictures: list[Image.Image | None] = []
     for path in (*pair.references, pair.target):
         picture = open_picture(path)
         picture.thumbnail((4 * cell, 2 * cell))
         pictures.append(picture)
+    pictures[-1:-1] = [None] * (num_references - len(pair.references))
     return PictureRow(tuple(pictures), caption + more, shown(pair.key) + size)
+
+
+def _references(dataset: EditDataset) -> str:
+    counts = {len(pair.references) for pair in dataset.pairs} or {len(dataset.reference_dirs)}
+    if len(counts) == 1:
+        return _counted(max(counts), "reference")
+    return f"{min(counts)} to {_counted(max(counts), 'reference')}"
 
 
 def _sizes(name: str, sizes: Sequence[Size]) -> str:

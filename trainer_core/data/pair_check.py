@@ -112,7 +112,7 @@ def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
             found = align(wanted, _pixels(reference.resize(small.size, Image.Resampling.LANCZOS)))
             findings += _findings(pair.key, name, found, original.width / small.width, config, first=number == 0)
         alignments.append(found)
-    return MeasuredPair(pair.key, tuple(alignments), tuple(findings), np.concatenate(bits[:2]))
+    return MeasuredPair(pair.key, tuple(alignments), tuple(findings), np.concatenate((bits * 2)[:2]))
 
 
 def _at_side(picture: Image.Image, side: int) -> Image.Image:

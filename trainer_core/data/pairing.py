@@ -121,6 +121,7 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT) -> FolderSc
             "Another extension in this program set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: pictures that are cut short "
             "are read half grey, here too, and can't be told from whole ones."
         )
+    notes += _without_reference(folders, config)
     table, table_problems = _caption_table(config)
     problems += table_problems
     notes += _unused_rows(table, target, config)
@@ -244,7 +245,7 @@ def _pair(
         f"{shown(path)}: no {_part(folder, config)} in {shown(folder.root)}; looked for {shown(key)} with a picture's "
         f"extension{folder.nearest(key)}."
         for folder in others
-        if key not in folder.pictures and folder.root.is_dir()
+        if key not in folder.pictures and folder.root.is_dir() and not _may_lack(folder, config)
     ]
     paths = [folder.pictures[key] for folder in folders if key in folder.pictures]
     problems += [str(result) for result in (checked[path] for path in paths) if isinstance(result, DatasetError)]
@@ -254,7 +255,8 @@ def _pair(
     except DatasetError as error:
         problems.append(str(error))
     results = [result for result in (checked[path] for path in paths) if isinstance(result, _Checked)]
-    if problems or len(results) < len(folders) or not captions:
+    lacking = any(key not in folder.pictures and not _may_lack(folder, config) for folder in folders)
+    if problems or lacking or not captions:
         return None, problems
     mask = PairMask(paths.pop(), *results.pop()[:2]) if config.mask_dir else None
     if mask is not None and (problem := mask_problem(mask.path, mask.size, results[0].size)):
@@ -265,6 +267,22 @@ def _pair(
 
 def _part(folder: Folder, config: DatasetConfig) -> str:
     return "mask" if config.mask_dir and folder.root == Path(config.mask_dir) else "reference"
+
+
+def _may_lack(folder: Folder, config: DatasetConfig) -> bool:
+    return config.references_optional and _part(folder, config) == "reference"
+
+
+def _without_reference(folders: list[Folder], config: DatasetConfig) -> list[str]:
+    """Of each folder that may lack references, how many it lacks: a wrong extension or name would show here."""
+    target, *others = folders
+    notes = []
+    for folder in others:
+        keys = [key for key in sorted(target.pictures) if key not in folder.pictures]
+        if keys and _may_lack(folder, config):
+            examples = ", ".join(map(shown, keys[:3])) + (", …" if len(keys) > 3 else "")
+            notes.append(f"{shown(folder.root)}: targets taken without a reference of it: {len(keys)} ({examples}).")
+    return notes
 
 
 def _dataset(pairs: list[EditPair], roots: list[Path], notes: tuple[str, ...]) -> EditDataset:

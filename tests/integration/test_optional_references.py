@@ -1,0 +1,104 @@
+"""References optional per pair: edits and text-to-image in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.narrow import make_pairs, small_encoding
+from trainer_core.conditioning.batches import BatchPlan
+from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.report import encoding_report
+from trainer_core.config import (
+    BatchingConfig,
+    DatasetConfig,
+    LoraConfig,
+    ModelConfig,
+    PairCheckConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from trainer_core.data.check_report import check_sheet
+from trainer_core.data.contact_sheet import contact_sheet, report
+from trainer_core.data.pair_check import check_pairs
+from trainer_core.data.pairing import pair_folders
+from trainer_core.errors import DatasetError
+from trainer_core.run import train_lora
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> DatasetConfig:
+    """Five pairs of two references: 001 lacks the first, 002 the second, 003 both."""
+    config = make_pairs(tmp_path / "pairs", 5, num_references=2)
+    for number, keys in ((0, ("001", "003")), (1, ("002", "003"))):
+        for key in keys:
+            (Path(config.reference_dirs[number]) / f"{key}.png").unlink()
+    return dataclasses.replace(config, references_optional=True)
+
+
+def test_those_that_are_there_keep_their_order(folders: DatasetConfig) -> None:
+    dataset = pair_folders(folders)
+    names = [[path.parent.name for path in pair.references] for pair in dataset.pairs]
+    both = ["reference_1", "reference_2"]
+    assert names == [both, ["reference_2"], ["reference_1"], [], both]
+    assert all(len(pair.sizes) == len(pair.digests) == 1 + len(pair.references) for pair in dataset.pairs)
+    assert any("taken without a reference of it: 2 (001, 003)" in note for note in dataset.notes)
+    assert report(dataset).startswith("5 pairs with 0 to 2 references each.")
+    assert contact_sheet(dataset).width > 0
+    check = PairCheckConfig()
+    assert check_sheet(dataset, check_pairs(dataset, check), check).width > 0
+
+
+def test_without_the_setting_they_are_problems(folders: DatasetConfig) -> None:
+    with pytest.raises(DatasetError, match="4 problems"):
+        pair_folders(dataclasses.replace(folders, references_optional=False))
+
+
+def test_a_mask_is_not_optional(folders: DatasetConfig, tmp_path: Path) -> None:
+    (tmp_path / "mask").mkdir()
+    with pytest.raises(DatasetError, match="5 problems") as caught:
+        pair_folders(dataclasses.replace(folders, mask_dir=str(tmp_path / "mask")))
+    assert "no mask in" in str(caught.value)
+
+
+@pytest.mark.parametrize("flavour", ["edit-v2", "edit-v3"])
+def test_they_are_trained_and_validated(
+    folders: DatasetConfig, base_of: Callable[[str], ModelConfig], tmp_path: Path, flavour: str
+) -> None:
+    model, cache = base_of(flavour), tmp_path / "cache"
+    everything = encode_dataset(pair_folders(folders), model, small_encoding(num_eval_images=-1), cache)
+    encoded = encode_dataset(pair_folders(folders), model, small_encoding(num_eval_images=0), cache)
+    lengths = [len(encoded.load(entry).prompt_embeds) for entry in encoded.pairs]
+    assert [len(entry.references) for entry in encoded.pairs] == [2, 1, 1, 0, 2]
+    assert lengths[3] < min(lengths[1], lengths[2]) < lengths[0]
+    assert "Pairs without a reference, trained as text-to-image: 1." in encoding_report(encoded)
+    plan = BatchPlan(encoded, BatchingConfig(train_batch_size=4), 0)
+    assert plan.batches_in_epoch(0) == 3
+    result = train_lora(
+        TrainConfig(
+            run_dir=str(tmp_path / "run"),
+            encoded=str(encoded.manifest),
+            validation_encoded=str(everything.manifest),
+            model=model,
+            max_train_steps=3,
+            lora=LoraConfig(lora_rank=2),
+            batching=BatchingConfig(train_batch_size=4, gradient_accumulation_steps=1),
+            validation=ValidationConfig(validation_num_inference_steps=1, num_validation_images=5),
+        )
+    )
+    assert result.lora_file is not None and result.samples is not None and result.samples.grid_file.is_file()
+
+
+def test_edit_v1_without_any_reference(model: ModelConfig, tmp_path: Path) -> None:
+    """A folder of targets alone is text-to-image, in the template ComfyUI uses without a picture."""
+    config = make_pairs(tmp_path / "pairs", 2)
+    for path in Path(config.reference_dirs[0]).iterdir():
+        path.unlink()
+    dataset = pair_folders(dataclasses.replace(config, references_optional=True))
+    encoded = encode_dataset(dataset, model, small_encoding(num_eval_images=1), tmp_path / "cache")
+    (entry,) = encoded.validation_pairs
+    assert len(encoded.load_pictures(entry)) == 1 and entry.reference_shapes == ()
+    assert encoded.load(entry).reference_latents == ()

@@ -1,0 +1,99 @@
+"""Several encoded datasets as one: each with its repeats and the share of it that an epoch draws."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError, DatasetError
+from ..settings import check
+from .encoded import EncodedDataset, EncodedEntry, save_manifest
+
+LEAST_PROBABILITY = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixPart:
+    """`repeats`: extra turns of every pair in an epoch, 0 for one turn. `probability`: the share of the pairs that an
+    epoch draws, each pair by itself; 0 trains none of them and keeps the part's held-out pairs."""
+
+    encoded: EncodedDataset
+    repeats: int = 0
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(0 <= self.repeats <= 10_000, "repeats", self.repeats, "0 to 10000")
+        drawn = self.probability == 0 or LEAST_PROBABILITY <= self.probability <= 1
+        check(drawn, "probability", self.probability, f"{LEAST_PROBABILITY} to 1, or 0 to leave the part out")
+
+
+def mix_encoded(parts: Sequence[MixPart], cache_dir: Path) -> EncodedDataset:
+    """Write the manifest of a dataset that holds all pairs of the parts, their held-out ones too.
+
+    Keys of pairs begin with the part's number, counted from 1. A part may be a mix itself.
+
+    Raises:
+        ConfigError: there is no part, or the parts were not encoded alike, or lie in another cache.
+        DatasetError: no pair is left to train on.
+    """
+    _check_alike(parts, cache_dir)
+    pairs = tuple(
+        _entry(entry, number, part)
+        for number, part in enumerate(parts, 1)
+        for entry in part.encoded.pairs
+        if part.probability > 0
+    )
+    if not pairs:
+        raise DatasetError(
+            "The mix has no pair to train on: in every part all pairs are held out or probability is 0. Lower "
+            "num_eval_images or raise probability."
+        )
+    first = parts[0].encoded
+    return save_manifest(
+        cache_dir,
+        flavour=first.flavour,
+        preprocessing=first.preprocessing,
+        prompt_width=first.prompt_width,
+        pairs=pairs,
+        validation_pairs=tuple(
+            dataclasses.replace(entry, key=_key(number, entry.key))
+            for number, part in enumerate(parts, 1)
+            for entry in part.encoded.validation_pairs
+        ),
+        left_out=tuple(_key(number, key) for number, part in enumerate(parts, 1) for key in part.encoded.left_out),
+    )
+
+
+def _entry(entry: EncodedEntry, number: int, part: MixPart) -> EncodedEntry:
+    """The entry in its part; what an inner mix says of it is multiplied."""
+    return dataclasses.replace(
+        entry,
+        key=_key(number, entry.key),
+        repeats=(1 + entry.repeats) * (1 + part.repeats) - 1,
+        probability=entry.probability * part.probability,
+    )
+
+
+def _key(number: int, key: str) -> str:
+    return f"{number}/{key}"
+
+
+def _check_alike(parts: Sequence[MixPart], cache_dir: Path) -> None:
+    if not parts:
+        raise ConfigError("There is nothing to mix. Give at least one encoded dataset.")
+    first = parts[0].encoded
+    for number, part in enumerate(parts, 1):
+        for name in ("flavour", "preprocessing", "prompt_width"):
+            wanted, found = getattr(first, name), getattr(part.encoded, name)
+            if wanted != found:
+                raise ConfigError(
+                    f"Encoded dataset 1 has {name} {wanted!r}, and number {number} has {found!r}. Encode both with the "
+                    "same model and preprocessing."
+                )
+        if part.encoded.cache_dir.resolve() != cache_dir.resolve():
+            raise ConfigError(
+                f"Encoded dataset {number} lies in the cache {str(part.encoded.cache_dir)!r}, and the mix is for "
+                f"{str(cache_dir)!r}. Encode it into that one."
+            )
