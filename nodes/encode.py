@@ -42,6 +42,20 @@ class EncodePairs(io.ComfyNode):
                     optional=True,
                     tooltip="Sizes and crops. Default: the aspect ratio stays, the area is resolution squared.",
                 ),
+                new_input(
+                    io.Clip,
+                    "clip",
+                    optional=True,
+                    tooltip="Encode prompts with this text encoder, the one you make pictures with, instead of the "
+                    "base model's. Goes with preprocessing comfyui.",
+                ),
+                new_input(
+                    io.Vae,
+                    "vae",
+                    optional=True,
+                    tooltip="Encode pictures with this VAE instead of the base model's. Goes with preprocessing "
+                    "comfyui.",
+                ),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA."),
@@ -59,10 +73,13 @@ class EncodePairs(io.ComfyNode):
         """An EncodedDataset."""
         from ..trainer_core.conditioning.encode import encode_dataset
         from ..trainer_core.conditioning.report import encoding_report
+        from .host_encoders import connected_encoders
 
+        connected = {name: widgets.pop(name) for name in ("clip", "vae") if name in widgets}
         encoding = EncodingConfig(sizes=widgets.pop("size_settings", None) or SizeConfig(), **widgets)
         with host.long_call() as observer:
-            encoded = encode_dataset(dataset, model, encoding, host.cache_dir(), observer)
+            encoders = connected_encoders(connected, model.flavour)
+            encoded = encode_dataset(dataset, model, encoding, host.cache_dir(), observer, encoders)
         return io.NodeOutput(encoded, encoding_report(encoded))
 
 

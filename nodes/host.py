@@ -1,4 +1,4 @@
-"""The only file that touches ComfyUI at run time: folders, memory, modes, progress, interruption, routes, loader."""
+"""ComfyUI at run time, with host_encoders alone: folders, memory, modes, progress, interruption, routes, loader."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def long_call(run_name: str = "") -> Iterator[NodeObserver]:
 
     ComfyUI runs nodes in inference mode, where autograd is off for good; networks must be loaded outside of it.
     """
-    _free_memory()
+    free_memory()
     try:
         with (
             active_run(run_name) if run_name else nullcontext() as run,
@@ -260,10 +260,11 @@ def long_call(run_name: str = "") -> Iterator[NodeObserver]:
         ):
             yield observer
     finally:
-        _free_memory()
+        free_memory()
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Without ComfyUI's networks; their weights are then their files', without LoRAs."""
     comfy.model_management.unload_all_models()
     gc.collect()
     comfy.model_management.soft_empty_cache()

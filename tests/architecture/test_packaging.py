@@ -44,7 +44,7 @@ def test_what_the_core_imports_is_asked_for(pyproject: dict):
     names = {re.split(r"[>=;\s]", line)[0].lower().replace("-", "_") for line in requirements()}
     known = names | {name.replace("-", "_") for name in BROUGHT_BY_COMFYUI} | {"pil", "yaml", "optimum"}
     known |= {"gguf"}  # optional: a .gguf file without it is refused in words
-    known |= {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server"}  # ComfyUI itself
+    known |= {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "server"}  # ComfyUI itself
     known |= {"pyarrow", "pandas"}  # only for captions in Parquet files; the error says how to install one
     found = {}
     for folder in ("nodes", "trainer_core"):

@@ -99,7 +99,7 @@ def test_ids_are_unique_between_inputs_and_outputs(our_nodes: dict[str, Any]):
 
 
 def test_own_types_have_our_prefix(our_nodes: dict[str, Any]):
-    core = {"IMAGE", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO", "MODEL", "LORA_MODEL", "LOSS_MAP"}
+    core = {"IMAGE", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO", "MODEL", "CLIP", "VAE", "LORA_MODEL", "LOSS_MAP"}
     for name, info in our_nodes.items():
         kinds = {kind for _, _, kind, _ in inputs(info)} | set(info["output"])
         assert all(kind.startswith("QWEN_EDIT_") for kind in kinds - core), name
@@ -109,7 +109,7 @@ def test_core_sockets_at_both_ends(our_nodes: dict[str, Any]):
     made = {kind for info in our_nodes.values() for kind in info["output"]}
     taken = {kind for info in our_nodes.values() for _, _, kind, _ in inputs(info)}
     assert made >= {"LORA_MODEL", "LOSS_MAP", "IMAGE", "STRING", "MODEL"}
-    assert taken >= {"LOSS_MAP", "IMAGE", "MODEL"}
+    assert taken >= {"LOSS_MAP", "IMAGE", "MODEL", "CLIP", "VAE"}
 
 
 def test_training_runs_once_per_node_and_shows_itself(our_nodes: dict[str, Any]):

@@ -28,8 +28,8 @@ def velocity(path: str, tensors: dict[str, Tensor]) -> Tensor:
     return found
 
 
-def vae(width: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as the file has them, latents [1, 16, h, w] before normalisation, and the picture decoded again."""
+def vae_weights(width: int) -> dict[str, Tensor]:
+    """A VAE of Qwen-Image's depth, in Wan's names, random but lively."""
     network = comfy.ldm.wan.vae.WanVAE(
         dim=width, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], dropout=0.0,
         temperal_downsample=[False, True, True],
@@ -39,6 +39,12 @@ def vae(width: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, parameter in network.state_dict().items():
         drawn = torch.randn(parameter.shape, generator=generator)
         weights[name] = drawn / parameter[0].numel() ** 0.5 if parameter.ndim > 3 else drawn * 0.1 + ("gamma" in name)
+    return weights
+
+
+def vae(width: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as the file has them, latents [1, 16, h, w] before normalisation, and the picture decoded again."""
+    weights = vae_weights(width)
     loaded = comfy.sd.VAE(sd=dict(weights))
     latents = loaded.encode(tensors["picture"])
     picture = loaded.decode(latents)

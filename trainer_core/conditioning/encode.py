@@ -7,7 +7,6 @@ time. A run that was killed goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,26 +27,21 @@ from ..events import SILENT, Observer, raise_if_stopped
 from ..files import is_whole, write_tensors
 from ..geometry import Box, Size
 from ..qwen_image.flavours import FLAVOURS
-from ..qwen_image.folder import model_folder, weights_digest
+from ..qwen_image.folder import model_folder
 from ..qwen_image.latents import VAE_FACTOR
-from ..qwen_image.text_encoder import Picture, load_text_encoder
+from ..qwen_image.text_encoder import Picture
 from ..qwen_image.transformer import transformer_settings
-from ..qwen_image.vae import encode_picture, load_vae
 from .cache import entry_path
 from .encoded import EncodedDataset, EncodedEntry, save_manifest
+from .encoders import Encoders, PictureEncoder, PromptEncoder, own_pictures, own_prompts
 from .pictures import PairPlan, View, plan_pair, render, render_picture
 from .sizes import large_enough
 
+LATENT_CHANNELS = 16
 READ_AHEAD = 4  # pictures decoded while the network works on the one before
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class _Digests:
-    vae: str
-    text_encoder: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +73,31 @@ def encode_dataset(
     encoding: EncodingConfig,
     cache_dir: Path,
     observer: Observer = SILENT,
+    encoders: Encoders | None = None,
 ) -> EncodedDataset:
-    """Encode what is missing and write the manifest.
+    """Encode what is missing and write the manifest. `encoders` stand in the place of the base model's.
 
     Raises:
-        ConfigError: the dataset does not fit the flavour.
+        ConfigError: the dataset does not fit the flavour, or `encoders` the model or the preprocessing.
         DatasetError: targets are too small, or none would be left to train on.
         ModelFileError: the VAE or text encoder can't be loaded.
         Interrupted: the observer wants to stop; what was encoded stays.
     """
     _check_references(dataset, model)
+    encoders = encoders or Encoders()
+    encoders.check(encoding)
     pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
     dataset = dataclasses.replace(dataset, pairs=pairs)
-    planned = _plan(dataset, model, encoding)
     device = pick_device(model.device)
-    _encode_masks(planned, cache_dir, observer)
-    _encode_latents(planned, model, cache_dir, device, observer)
-    release_memory()
-    _encode_prompts(planned, model, encoding, cache_dir, device, observer)
-    release_memory()
+    vae = encoders.pictures or own_pictures(model, device)
+    text_encoder = encoders.prompts or own_prompts(model, encoding, device)
     held_out = _held_out(dataset, encoding)
+    planned = [_plan(pair, model, encoding, (vae.digest, text_encoder.digest), held_out) for pair in dataset.pairs]
+    _encode_masks(planned, cache_dir, observer)
+    _encode_latents(planned, vae, cache_dir, observer)
+    release_memory()
+    _encode_prompts(planned, text_encoder, prompt_width(model), cache_dir, observer)
+    release_memory()
     return save_manifest(
         cache_dir,
         flavour=model.flavour,
@@ -132,49 +131,27 @@ def _held_out(dataset: EditDataset, encoding: EncodingConfig) -> set[str]:
     return {pair.key for pair in keys[:wanted]}
 
 
-def _plan(dataset: EditDataset, model: ModelConfig, encoding: EncodingConfig) -> list[_PlannedPair]:
-    folder, flavour = model_folder(model), FLAVOURS[model.flavour]
-    digests = _Digests(
-        vae=digest([weights_digest(folder.vae), model.mixed_precision]),
-        text_encoder=_text_encoder_digest(model, encoding),
-    )
-    held_out = _held_out(dataset, encoding)
-    planned = []
-    for pair in dataset.pairs:
-        plan = plan_pair(pair.sizes, flavour, encoding, pair.key)
-        entry = _entry(pair, plan, digests, encoding, keep_pictures=pair.key in held_out)
-        planned.append(_PlannedPair(pair, plan, entry, encoding.validation_negative_prompt))
-    return planned
-
-
-def _text_encoder_digest(model: ModelConfig, encoding: EncodingConfig) -> str:
-    """Of all that decides embeddings besides pictures and captions."""
-    folder = model_folder(model)
-    parts: list[object] = [model.flavour, encoding.preprocessing, model.mixed_precision]
-    parts += [weights_digest(folder.text_encoder), weights_digest(folder.tokenizer), _bytes_digest(folder.tokenizer)]
-    if encoding.preprocessing == "diffusers":  # transformers decides the positions there, see text_encoder.py
-        import transformers
-
-        parts += [weights_digest(folder.processor), transformers.__version__]
-    return digest(parts)
-
-
-def _bytes_digest(folder: Path) -> str:
-    path = folder / "merges.txt"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+def _plan(
+    pair: EditPair, model: ModelConfig, encoding: EncodingConfig, digests: tuple[str, str], held_out: set[str]
+) -> _PlannedPair:
+    """`digests` are the VAE's and the text encoder's."""
+    plan = plan_pair(pair.sizes, FLAVOURS[model.flavour], encoding, pair.key)
+    entry = _entry(pair, plan, digests, encoding, keep_pictures=pair.key in held_out)
+    return _PlannedPair(pair, plan, entry, encoding.validation_negative_prompt)
 
 
 def _entry(
-    pair: EditPair, plan: PairPlan, digests: _Digests, encoding: EncodingConfig, *, keep_pictures: bool
+    pair: EditPair, plan: PairPlan, digests: tuple[str, str], encoding: EncodingConfig, *, keep_pictures: bool
 ) -> EncodedEntry:
     views = (plan.target, *plan.references)
     files = [[file, view.as_json()] for file, view in zip(pair.digests, views, strict=True)]
     seen = [[file, view.as_json()] for file, view in zip(pair.digests[1:], plan.vision, strict=True)]
-    latents = [digest([digests.vae, *file]) for file in files]
-    shapes = [(16, view.size.height // VAE_FACTOR, view.size.width // VAE_FACTOR) for view in views]
+    vae, text_encoder = digests
+    latents = [digest([vae, *file]) for file in files]
+    shapes = [_latents_shape(view) for view in views]
 
     def prompt_key(caption: str) -> str:
-        return digest([digests.text_encoder, seen, caption])
+        return digest([text_encoder, seen, caption])
 
     return EncodedEntry(
         key=pair.key,
@@ -210,9 +187,7 @@ def _loss_weights(planned: _PlannedPair) -> Tensor:
     return loss_weights(planned.pair.mask.path, _mask_box(planned.pair, planned.plan), Size(width, height))
 
 
-def _encode_latents(
-    planned: list[_PlannedPair], model: ModelConfig, cache_dir: Path, device: torch.device, observer: Observer
-) -> None:
+def _encode_latents(planned: list[_PlannedPair], encoder: PictureEncoder, cache_dir: Path, observer: Observer) -> None:
     jobs: dict[str, tuple[Path, View]] = {}
     pictures: dict[str, str] = {}  # latents key -> picture key, for held-out pairs
     for each in planned:
@@ -226,14 +201,29 @@ def _encode_latents(
     if not jobs:
         return
     raise_if_stopped(observer)
-    vae = load_vae(model, device)
-    for done, ((key, _), pixels) in enumerate(read_ahead(jobs.items(), lambda job: _view_of_file(*job[1]))):
-        raise_if_stopped(observer)
-        if key in pictures:
-            as_bytes = (pixels * 255).round().to(torch.uint8)
-            write_tensors(entry_path(cache_dir, "picture", pictures[key]), {"picture": as_bytes})
-        write_tensors(entry_path(cache_dir, "latents", key), {"latents": encode_picture(vae, pixels)})
-        observer.on_progress("Encoding pictures", done + 1, len(jobs))
+    with encoder.loaded(observer) as encode:
+        for done, ((key, (_, view)), pixels) in enumerate(read_ahead(jobs.items(), lambda job: _view_of_file(*job[1]))):
+            raise_if_stopped(observer)
+            if key in pictures:
+                as_bytes = (pixels * 255).round().to(torch.uint8)
+                write_tensors(entry_path(cache_dir, "picture", pictures[key]), {"picture": as_bytes})
+            latents = encode(pixels)
+            _check_shape("VAE", latents, _latents_shape(view))
+            write_tensors(entry_path(cache_dir, "latents", key), {"latents": latents})
+            observer.on_progress("Encoding pictures", done + 1, len(jobs))
+
+
+def _latents_shape(view: View) -> tuple[int, int, int]:
+    return LATENT_CHANNELS, view.size.height // VAE_FACTOR, view.size.width // VAE_FACTOR
+
+
+def _check_shape(network: str, made: Tensor, wanted: tuple[int, ...]) -> None:
+    """Raises ConfigError where the network is not the base model's kind; only the last sizes count."""
+    if tuple(made.shape[-len(wanted) :]) != wanted:
+        raise ConfigError(
+            f"The {network} gives {list(made.shape)} where the base model takes {list(wanted)}, so it is that of "
+            f"another model. Use Qwen-Image-Edit's."
+        )
 
 
 def _view_of_file(path: Path, view: View) -> Tensor:
@@ -241,12 +231,7 @@ def _view_of_file(path: Path, view: View) -> Tensor:
 
 
 def _encode_prompts(
-    planned: list[_PlannedPair],
-    model: ModelConfig,
-    encoding: EncodingConfig,
-    cache_dir: Path,
-    device: torch.device,
-    observer: Observer,
+    planned: list[_PlannedPair], encoder: PromptEncoder, width: int, cache_dir: Path, observer: Observer
 ) -> None:
     jobs = [
         (each, missing)
@@ -254,14 +239,17 @@ def _encode_prompts(
         if (missing := {key: text for key, text in each.prompts() if not _has_prompt(cache_dir, key)})
     ]
     total = sum(len(missing) for _, missing in jobs)
-    if total:
-        raise_if_stopped(observer)
-        encoder = load_text_encoder(model, encoding.preprocessing, device, observer)
-        progress = count(1)
+    if not total:
+        return
+    raise_if_stopped(observer)
+    progress = count(1)
+    with encoder.loaded(observer) as encode:
         for (_, missing), pictures in read_ahead(jobs, lambda job: _vision_pictures(job[0])):
             for key, text in missing.items():
                 raise_if_stopped(observer)
-                write_tensors(entry_path(cache_dir, "prompt", key), {"prompt": encoder.encode(text, pictures)})
+                embeds = encode(text, pictures)
+                _check_shape("text encoder", embeds, (width,))
+                write_tensors(entry_path(cache_dir, "prompt", key), {"prompt": embeds})
                 observer.on_progress("Encoding prompts", next(progress), total)
 
 

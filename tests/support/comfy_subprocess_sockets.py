@@ -1,0 +1,148 @@
+"""Inside ComfyUI: Encode Edit Pairs with a CLIP and a VAE of ComfyUI's, next to ComfyUI's own Qwen edit nodes.
+
+Both are ComfyUI's classes, built narrow. Asked with the narrow text encoder's weights, and cases of a base model, its
+flavour, folders of pairs and the pictures in them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.supported_models
+import numpy as np
+import torch
+from comfy.text_encoders import qwen_image
+from comfy_extras.nodes_qwen import TextEncodeQwenImageEdit, TextEncodeQwenImageEditPlus
+from PIL import Image
+from torch import Tensor
+
+VAE_WIDTH = 8
+
+
+def sibling(name: str) -> types.ModuleType:
+    """Another script of this folder, which is not on sys.path here."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_clip(config: dict[str, Any], weights: dict[str, Tensor]) -> comfy.sd.CLIP:
+    """A CLIP through ComfyUI's own constructor; `build_narrow` has made the classes narrow."""
+    sibling("comfy_subprocess_encoders").build_narrow(config, weights)
+    target = types.SimpleNamespace(params={}, clip=qwen_image.QwenImageTEModel, tokenizer=qwen_image.QwenImageTokenizer)
+    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
+    network = clip.cond_stage_model.qwen25_7b.transformer
+    network.load_state_dict(weights, strict=True)
+    network.visual.restores_order = False  # the tree's own forward, as it is
+    return clip
+
+
+def opened(path: str) -> Tensor:
+    """[1, H, W, 3] as LoadImage."""
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255).unsqueeze(0)
+
+
+def by_comfyui(case: dict[str, Any], clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:
+    """What the node puts into CONDITIONING, references as the model gets them."""
+    images = [opened(path) for path in case["references"]]
+    if case["flavour"] == "edit-v1":
+        output = TextEncodeQwenImageEdit.execute(clip, case["caption"], vae, images[0])
+    else:
+        named = {f"image{number + 1}": image for number, image in enumerate(images)}
+        output = TextEncodeQwenImageEditPlus.execute(clip, case["caption"], vae, **named)
+    embeds, options = output.args[0][0]
+    process_in = comfy.supported_models.QwenImage.latent_format().process_in
+    references = {f"reference.{n}": process_in(each)[0, :, 0] for n, each in enumerate(options["reference_latents"])}
+    return {"embeds": embeds[0], **references}
+
+
+class Runner:
+    """Encode Edit Pairs of one case."""
+
+    def __init__(self, module: Any, case: dict[str, Any], *, small: bool = False) -> None:
+        self.small = small
+        self.node = module("nodes.encode").EncodePairs
+        config, pairing = module("trainer_core.config"), module("trainer_core.data.pairing")
+        folders = {"target_dir": case["target_dir"], "reference_dirs": tuple(case["reference_dirs"])}
+        self.dataset = pairing.pair_folders(config.DatasetConfig(**folders))
+        self.model = config.ModelConfig(base=case["base"], flavour=case["flavour"], mixed_precision="no", device="cpu")
+
+    def __call__(self, preprocessing: str = "comfyui", **sockets: Any) -> Any:
+        widgets = {
+            "resolution": 96,
+            "match_target_res": self.small,
+            "num_eval_images": 0,
+            "validation_negative_prompt": " ",
+            "seed": 0,
+        }
+        return self.node.execute(self.model, self.dataset, preprocessing=preprocessing, **widgets, **sockets).args[0]
+
+    def stored(self, **sockets: Any) -> dict[str, Tensor]:
+        """What lies in the cache for the one pair."""
+        encoded = self(**sockets)
+        pair = encoded.load(encoded.pairs[0])
+        references = {f"reference.{n}": each for n, each in enumerate(pair.reference_latents)}
+        return {"embeds": pair.prompt_embeds, **references}
+
+
+def keys_of(run: Runner, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, str]:
+    """Keys of target and prompt with the same and other networks; the flags are about the first ones."""
+    both, own, only_clip, only_vae = run(clip=clip, vae=vae), run(), run(clip=clip), run(vae=vae)
+    rows = {"both": both, "again": run(clip=clip, vae=vae), "own": own, "only clip": only_clip, "only vae": only_vae}
+    weight = clip.cond_stage_model.qwen25_7b.transformer.model.layers[0].mlp.up_proj.weight
+    comfy.model_management.unload_all_models()
+    weight.data += 0.1
+    rows["other clip"] = run(clip=clip, vae=vae)
+    weight.data -= 0.1
+    return {name: [each.pairs[0].target, each.pairs[0].prompts[0]] for name, each in rows.items()}
+
+
+def refusals(run: Runner, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, outcome: Any) -> dict[str, str]:
+    """What each thing that can't be says."""
+    patched = clip.clone()
+    key = next(iter(patched.patcher.model.state_dict()))
+    patched.add_patches({key: ("diff", (torch.zeros(1),))})
+    flat = types.SimpleNamespace(
+        patcher=vae.patcher, vae_dtype=torch.float16, encode=lambda _: torch.zeros(1, 16, 12, 12)
+    )
+    other = clip.clone()
+    other.tokenizer = types.SimpleNamespace(tokenize_with_weights=lambda *_, **__: {"l": [], "t5xxl": []})
+    other.layer_idx = -2  # else the prompt is in the cache
+    return {
+        "diffusers": outcome(lambda: run("diffusers", clip=clip)),
+        "diffusers, vae": outcome(lambda: run("diffusers", vae=vae)),
+        "patched": outcome(lambda: run(clip=patched)),
+        "nothing": outcome(lambda: run(clip=None, vae=None)),
+        "flat vae": outcome(lambda: run(vae=flat)),
+        "other clip": outcome(lambda: run(clip=other)),
+    }
+
+
+@torch.inference_mode()
+def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All cases; keys and refusals of the first one."""
+    import folder_paths
+    import utils.extra_config  # noqa: F401 - before another package named utils is found
+
+    host = sibling("comfy_subprocess_host")
+    module = host.pack(values["repo"])
+    folder_paths.set_output_directory(values["output"])
+    clip = make_clip(values["config"], tensors)
+    vae = comfy.sd.VAE(sd=sibling("comfy_subprocess_weights").vae_weights(VAE_WIDTH))
+    answer = {}
+    for number, case in enumerate(values["cases"]):
+        ours = Runner(module, case).stored(clip=clip, vae=vae)
+        theirs = by_comfyui(case, clip, vae)
+        answer.update({f"{number}.ours.{name}": tensor for name, tensor in ours.items()})
+        answer.update({f"{number}.theirs.{name}": tensor.float().clone() for name, tensor in theirs.items()})
+    run = Runner(module, values["cases"][0], small=True)
+    facts = {"keys": keys_of(run, clip, vae), "refusals": refusals(run, clip, vae, host.outcome)}
+    return answer, facts

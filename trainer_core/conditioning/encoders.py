@@ -1,0 +1,94 @@
+"""The two networks of encoding as `encode_dataset` uses them: a digest for the cache's keys, and a way to load.
+
+Here are our own loaders. Others may stand in their place, as nodes/host_encoders.py does with ComfyUI's objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import EncodingConfig, ModelConfig, digest
+from ..errors import ConfigError
+from ..events import Observer
+from ..qwen_image.folder import model_folder, weights_digest
+from ..qwen_image.text_encoder import Picture, load_text_encoder
+from ..qwen_image.vae import encode_picture, load_vae
+
+EncodePicture = Callable[[Tensor], Tensor]  # [3, H, W] in 0..1 to normalised latents [C, H/8, W/8], float32, CPU
+EncodePrompt = Callable[[str, Sequence[Picture]], Tensor]  # caption and pictures to [L, D], float32, CPU
+
+
+@dataclass(frozen=True, slots=True)
+class PictureEncoder:
+    """`digest`: of all that decides latents besides the picture. The network is in memory while `loaded` is open."""
+
+    digest: str
+    loaded: Callable[[Observer], AbstractContextManager[EncodePicture]]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoder:
+    """`digest`: of all that decides embeddings besides caption and pictures, the flavour and policy among it."""
+
+    digest: str
+    loaded: Callable[[Observer], AbstractContextManager[EncodePrompt]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoders:
+    """What stands in the place of our own loaders; none does by default."""
+
+    pictures: PictureEncoder | None = None
+    prompts: PromptEncoder | None = None
+
+    def check(self, encoding: EncodingConfig) -> None:
+        """Raises ConfigError where the policy is not that of the encoders given here, which are ComfyUI's."""
+        if (self.pictures or self.prompts) and encoding.preprocessing != "comfyui":
+            raise ConfigError(
+                f"preprocessing is {encoding.preprocessing!r}, but ComfyUI's own CLIP or VAE is connected, which goes "
+                "with `comfyui` only. Choose that, or disconnect clip and vae."
+            )
+
+
+def own_pictures(model: ModelConfig, device: torch.device) -> PictureEncoder:
+    """The VAE of the base model."""
+
+    @contextmanager
+    def loaded(_observer: Observer) -> Iterator[EncodePicture]:
+        vae = load_vae(model, device)
+        yield lambda pixels: encode_picture(vae, pixels)
+
+    return PictureEncoder(digest([weights_digest(model_folder(model).vae), model.mixed_precision]), loaded)
+
+
+def own_prompts(model: ModelConfig, encoding: EncodingConfig, device: torch.device) -> PromptEncoder:
+    """The text encoder of the base model."""
+
+    @contextmanager
+    def loaded(observer: Observer) -> Iterator[EncodePrompt]:
+        yield load_text_encoder(model, encoding.preprocessing, device, observer).encode
+
+    return PromptEncoder(_text_encoder_digest(model, encoding), loaded)
+
+
+def _text_encoder_digest(model: ModelConfig, encoding: EncodingConfig) -> str:
+    folder = model_folder(model)
+    parts: list[object] = [model.flavour, encoding.preprocessing, model.mixed_precision]
+    parts += [weights_digest(folder.text_encoder), weights_digest(folder.tokenizer), _bytes_digest(folder.tokenizer)]
+    if encoding.preprocessing == "diffusers":  # transformers decides the positions there, see text_encoder.py
+        import transformers
+
+        parts += [weights_digest(folder.processor), transformers.__version__]
+    return digest(parts)
+
+
+def _bytes_digest(folder: Path) -> str:
+    path = folder / "merges.txt"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
