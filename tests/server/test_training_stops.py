@@ -92,7 +92,7 @@ def test_training(unbroken: Path, studio: PackServer):
     assert paused["state"] == "paused"
     assert 3 <= paused["steps"] <= MIDDLE
     checkpoint = run_dir(studio, "broken") / "checkpoints" / f"step-{paused['steps']:06d}"
-    assert {path.name for path in checkpoint.iterdir()} == {"lora.safetensors", "optimizer.safetensors"}
+    assert {path.name for path in checkpoint.iterdir()} == {"lora.safetensors", "optimizer.safetensors", "report.json"}
     assert steps_written(studio, "broken") == list(range(1, paused["steps"] + 1))
 
     drawing = Pressed(studio, prompt, progress_of(TRAIN, 2, DRAW))
