@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from trainer_core.config import NoiseConfig, OptimizerConfig
+from trainer_core.qwen_image.sampling import load_scheduler, sigma_schedule
 from trainer_core.rng import stream
 from trainer_core.training.objective import (
     add_noise,
@@ -84,6 +86,14 @@ def test_loss_is_per_pair_and_in_float32() -> None:
 
 def test_loss_by_sigma() -> None:
     assert loss_by_sigma([1.0, 3.0, 5.0], [0.05, 0.15, 1.0]) == {"0.0-0.2": 2.0, "0.8-1.0": 5.0}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_sampling_goes_from_noise_to_picture(steps: int) -> None:
+    sigmas = sigma_schedule(load_scheduler(Path("none")), steps, 256)
+    assert len(sigmas) == steps + 1
+    assert float(sigmas[0]) == 1 and float(sigmas[-1]) == 0
+    assert bool((sigmas.diff() < 0).all())
 
 
 def test_learning_rates() -> None:

@@ -48,6 +48,8 @@ def dynamic_shift(num_tokens: int, config: Mapping[str, Any]) -> float:
 
 def sigma_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, num_tokens: int) -> Tensor:
     """Noise levels [num_steps + 1] from 1 down to 0."""
+    if num_steps == 1:
+        return torch.tensor([1.0, 0.0])  # diffusers' terminal shift divides zero by zero there
     sigmas = torch.linspace(1.0, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
     mu = dynamic_shift(num_tokens, scheduler.config) if scheduler.config.use_dynamic_shifting else None
     scheduler.set_timesteps(sigmas=sigmas, mu=mu, device="cpu")
