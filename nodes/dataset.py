@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..trainer_core.config import CaptionConfig, DatasetConfig
-from ..trainer_core.dataset_config import CAPTION_TABLES
+from ..trainer_core.config.dataset import CAPTION_TABLES
 from ..trainer_core.errors import TrainerError
 from . import host, sockets
 from .names import file_below, folder_below

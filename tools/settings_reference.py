@@ -51,7 +51,7 @@ TYPES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "
 HEAD = """# Settings
 
 Every setting, its type or allowed values, its default, and what it does. This page is made by `make docs` from
-`trainer_core/config.py`; nodes take their widgets, defaults and tooltips from there as well, so all three agree. Some
+`trainer_core/config`; nodes take their widgets, defaults and tooltips from there as well, so all three agree. Some
 widgets have narrower limits.
 
 The sections with a key are the JSON file of `python -m trainer_core`: an object with the settings of *The whole file*,

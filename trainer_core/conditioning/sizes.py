@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from ..config import EncodingConfig
+from ..config.dataset import SizeConfig
 from ..data.images import shown
 from ..data.pairing import EditPair
-from ..dataset_config import SizeConfig
 from ..errors import DatasetError
 from ..geometry import CENTRE, Box, Place, Size, crop_box, scaled_size
 from ..rng import stream

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..config import DatasetConfig
-from ..dataset_config import CAPTION_TABLES
+from ..config.dataset import CAPTION_TABLES
 from ..errors import DatasetError, MissingPackageError
 from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES, shown
 

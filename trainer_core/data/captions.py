@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 
 from ..config import DatasetConfig
-from ..dataset_config import CAPTION_TABLES
+from ..config.dataset import CAPTION_TABLES
 from ..errors import DatasetError
 from .images import shown
 

@@ -1,0 +1,65 @@
+"""All settings: frozen, checked when made, strict JSON in and out.
+
+Names that SimpleTuner's Qwen edit quickstart uses are kept, so that people find the settings they know.
+A field's `help` is its documentation: unit, effect, typical value.
+"""
+
+from __future__ import annotations
+
+from ..settings import digest, from_json, to_json
+from .dataset import (
+    CaptionConfig,
+    CaptionStrategy,
+    DatasetConfig,
+    EncodingConfig,
+    PairCheckConfig,
+    Preprocessing,
+    SizeConfig,
+)
+from .job import JobConfig, TrainConfig, resume_key
+from .model import DEMO_MODEL, BaseModelPrecision, MixedPrecision, ModelConfig, QuantizeVia
+from .training import (
+    BatchingConfig,
+    CheckpointConfig,
+    ExportConfig,
+    LoraConfig,
+    LoraTargets,
+    NoiseConfig,
+    OptimizerConfig,
+    OptimizerName,
+    SchedulerName,
+    SigmaDistribution,
+    ValidationConfig,
+)
+
+__all__ = [
+    "DEMO_MODEL",
+    "BaseModelPrecision",
+    "BatchingConfig",
+    "CaptionConfig",
+    "CaptionStrategy",
+    "CheckpointConfig",
+    "DatasetConfig",
+    "EncodingConfig",
+    "ExportConfig",
+    "JobConfig",
+    "LoraConfig",
+    "LoraTargets",
+    "MixedPrecision",
+    "ModelConfig",
+    "NoiseConfig",
+    "OptimizerConfig",
+    "OptimizerName",
+    "PairCheckConfig",
+    "Preprocessing",
+    "QuantizeVia",
+    "SchedulerName",
+    "SigmaDistribution",
+    "SizeConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "digest",
+    "from_json",
+    "resume_key",
+    "to_json",
+]

@@ -1,0 +1,144 @@
+"""Settings of a training's parts: adapter, optimizer, noise, batches, checkpoints, validation, export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..settings import check, check_at_least, check_choice, setting
+
+LoraTargets = Literal["image-attention", "attention", "attention-mlp", "all", "pattern"]
+OptimizerName = Literal["adamw", "adamw-8bit"]
+SchedulerName = Literal["constant_with_warmup", "cosine", "linear"]
+SigmaDistribution = Literal["logit_normal", "uniform"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """The adapter's shape."""
+
+    lora_rank: int = setting(16, "Width of the adapter. 8 to 32; larger learns more detail and weighs more.")
+    lora_alpha: float = setting(0.0, "Scale is lora_alpha / lora_rank. 0 means equal to the rank, so scale 1.")
+    lora_targets: LoraTargets = setting(
+        "image-attention",
+        "Layers that get an adapter: image-attention, attention (image and text), attention-mlp, all (also "
+        "modulation), or pattern.",
+    )
+    lora_target_pattern: str = setting("", "Regular expression over full module names, for lora_targets pattern.")
+    lora_dropout: float = setting(0.0, "Share of the adapter's inputs zeroed at each step, 0 to below 1.")
+
+    def __post_init__(self) -> None:
+        check_choice(self, "lora_targets")
+        check(1 <= self.lora_rank <= 1024, "lora_rank", self.lora_rank, "1 to 1024")
+        check_at_least(self, 0.0, "lora_alpha")
+        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 to below 1")
+        if self.lora_targets == "pattern":
+            check(bool(self.lora_target_pattern), "lora_target_pattern", "", "a regular expression")
+
+    @property
+    def alpha(self) -> float:
+        """The alpha in force."""
+        return self.lora_alpha or float(self.lora_rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """How the adapter is moved."""
+
+    optimizer: OptimizerName = setting("adamw", "adamw, or adamw-8bit (bitsandbytes, CUDA) for a quarter of its state.")
+    learning_rate: float = setting(1e-4, "Peak learning rate. 1e-4 for ranks to 16, 5e-5 above.")
+    lr_scheduler: SchedulerName = setting("constant_with_warmup", "Course of the learning rate after the warm-up.")
+    lr_warmup_steps: int = setting(10, "Steps over which the learning rate rises from zero.")
+    weight_decay: float = setting(0.01, "AdamW's decoupled weight decay.")
+    adam_beta1: float = setting(0.9, "Decay of the gradient's running mean.")
+    adam_beta2: float = setting(0.999, "Decay of the squared gradient's running mean.")
+    adam_epsilon: float = setting(1e-8, "AdamW's denominator offset.")
+    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm; 0 for never.")
+
+    def __post_init__(self) -> None:
+        check_choice(self, "optimizer", "lr_scheduler")
+        check(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "above 0 and below 1, usually 1e-4")
+        check_at_least(self, 0, "lr_warmup_steps", "weight_decay", "max_grad_norm")
+        check(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "0 to below 1")
+        check(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "0 to below 1")
+        check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseConfig:
+    """Which noise levels are trained."""
+
+    sigma_distribution: SigmaDistribution = setting(
+        "logit_normal", "Draw of the noise level before the shift: logit_normal favours the middle, uniform does not."
+    )
+    logit_mean: float = setting(0.0, "Mean of the normal under logit_normal.")
+    logit_std: float = setting(1.0, "Standard deviation of the normal under logit_normal.")
+    flow_schedule_shift: float = setting(
+        1.73, "Moves noise levels up: s·σ / (1 + (s-1)·σ). 1 is no shift; typical 1 to 3."
+    )
+    flow_schedule_auto_shift: bool = setting(
+        False, "Take the shift from the picture's token count as Qwen's schedule does, instead of flow_schedule_shift."
+    )
+    edit_weight: float = setting(
+        0.0, "How much the loss follows the edit: 0 counts all alike, 1 mostly where target and reference differ."
+    )
+
+    def __post_init__(self) -> None:
+        check_choice(self, "sigma_distribution")
+        check(0 <= self.edit_weight <= 1, "edit_weight", self.edit_weight, "0 to 1; 0.5 is a strong effect")
+        check(self.logit_std > 0, "logit_std", self.logit_std, "above 0")
+        check(self.flow_schedule_shift > 0, "flow_schedule_shift", self.flow_schedule_shift, "above 0, usually 1 to 3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchingConfig:
+    """How many pairs make a step."""
+
+    train_batch_size: int = setting(1, "Pairs per forward pass; only pairs of equal shape are put together.")
+    gradient_accumulation_steps: int = setting(4, "Forward passes per optimizer step.")
+    caption_dropout_probability: float = setting(
+        0.0, "Share of turns seen with an empty caption; the references stay. Usually 0 for edits; needs such captions."
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps")
+        share = self.caption_dropout_probability
+        check(0 <= share < 1, "caption_dropout_probability", share, "0 to below 1, usually 0 and at most 0.1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When resumable state is written."""
+
+    checkpoint_step_interval: int = setting(250, "Steps between checkpoints; one is always written at the end.")
+    checkpoints_total_limit: int = setting(2, "Checkpoints kept; older ones are removed.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "checkpoint_step_interval", "checkpoints_total_limit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationConfig:
+    """Pictures and loss on held-out pairs while training. Changes nothing about the training itself."""
+
+    validation_step_interval: int = setting(250, "Steps between validations; 0 for only at the end.")
+    validation_num_inference_steps: int = setting(30, "Sampling steps of a validation picture.")
+    validation_guidance: float = setting(4.0, "True classifier-free guidance. Qwen edit likes 3.5 to 4.5; 1 is off.")
+    validation_seed: int = setting(42, "Noise of the validation pictures.")
+    num_validation_images: int = setting(4, "At most so many held-out pairs are drawn; all give the validation loss.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "validation_step_interval", "num_validation_images")
+        check_at_least(self, 1, "validation_num_inference_steps", "validation_guidance")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """The LoRA file."""
+
+    lora_name: str = setting("", "File name without extension; empty: the run's name.")
+    trigger_words: str = setting("", "Written into the file's header for programs that show it.")
+
+    def __post_init__(self) -> None:
+        check(Path(self.lora_name).name == self.lora_name, "lora_name", self.lora_name, "a name without folders")
