@@ -98,7 +98,9 @@ def test_run_folder(first: dict[str, Any], studio: PackServer):
     assert steps_written(studio, "first") == list(range(1, STEPS + 1))
     assert state_of(studio, "first")["state"] == "finished"
     assert {path.name for path in (run_dir(studio, "first") / "samples").iterdir()} == {
+        "step-000003",
         "step-000003.png",
+        "step-000006",
         "step-000006.png",
     }
 

@@ -4,7 +4,7 @@ run.json          settings that decide the weights, and how the run ended
 config.json       all settings of the last start
 metrics.jsonl     one line per step
 tensorboard/      the same for TensorBoard
-samples/          validation grids, step-000250.png
+samples/          validation grids, step-000250.png, and their single pictures, step-000250/
 checkpoints/      resumable state, step-000250/
 <name>.safetensors  the LoRA file
 """

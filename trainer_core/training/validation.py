@@ -27,6 +27,7 @@ from ..rng import stream
 from .grid import GridRow, save_picture, validation_grid
 from .lora import without_lora
 from .objective import noisy_latents, velocity_loss
+from .sample_pictures import save_sample_pictures
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -164,6 +165,7 @@ class Validator:
             )
         del vae
         release_memory()
+        save_sample_pictures(rows, grid_file.with_suffix(""))
         save_picture(validation_grid(rows), grid_file)
         base_db, lora_db, vae_db = (sum(column) / len(ratios) for column in zip(*ratios, strict=True))
         return SampleReport(step=step, grid_file=grid_file, psnr_base=base_db, psnr_lora=lora_db, psnr_vae=vae_db)

@@ -1,0 +1,49 @@
+"""The single pictures behind a validation grid, so that pages can lay one over another.
+
+samples/step-000250/0-reference-1.png  0-base.png  0-lora.png  0-target.png  1-reference-1.png  ...
+samples/step-000250/index.json         what belongs together, written last: without it the folder is not whole
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..files import write_atomically
+from .grid import GridRow, save_picture
+
+INDEX = "index.json"
+
+
+def save_sample_pictures(rows: Sequence[GridRow], folder: Path) -> None:
+    """Write each picture of each row, then the index."""
+    pairs = []
+    for number, row in enumerate(rows):
+        files = {column: f"{number}-{column}.png" for column in _columns(row)}
+        for column, picture in _columns(row).items():
+            save_picture(picture, folder / files[column])
+        pairs.append({"caption": row.caption, "pictures": files})
+    write_atomically(folder / INDEX, json.dumps({"pairs": pairs}, indent=1, ensure_ascii=False).encode())
+
+
+def read_sample_index(folder: Path) -> list[dict[str, Any]]:
+    """The pairs of a step's folder: `caption`, and `pictures` by column. Empty where the folder is not whole."""
+    try:
+        pairs = json.loads((folder / INDEX).read_text(encoding="utf-8"))["pairs"]
+        return [{"caption": str(pair["caption"]), "pictures": _plain_names(pair["pictures"])} for pair in pairs]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _plain_names(pictures: Mapping[str, str]) -> dict[str, str]:
+    """A run folder may be somebody else's: only names of files in the folder itself."""
+    return {column: name for column, name in pictures.items() if Path(name).name == name and name.endswith(".png")}
+
+
+def _columns(row: GridRow) -> dict[str, Image.Image]:
+    references = {f"reference-{number + 1}": picture for number, picture in enumerate(row.references)}
+    return {**references, "base": row.base, "lora": row.lora, "target": row.target}
