@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,11 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.CaptionConfig, "dataset.captions", "**Qwen Edit Caption Settings**."),
     (config.EncodingConfig, "encoding", "**Encode Edit Pairs**."),
     (config.SizeConfig, "encoding.sizes", "**Qwen Edit Size Settings**."),
+    (
+        config.DatasetPartConfig,
+        "datasets[]",
+        "**Pair Edit Folders** and **Encode Edit Pairs** for each, and **Mix Encoded Pairs**.",
+    ),
     (config.PairCheckConfig, "pair_check", "**Check Edit Pairs**."),
     (config.LoraConfig, "lora", "**Qwen Edit LoRA Settings**."),
     (config.OptimizerConfig, "optimizer", "**Qwen Edit Optimizer Settings**."),
@@ -44,7 +50,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     ),
 )
 EXAMPLES: dict[str, Any] = {"target_dir": "target", "reference_dirs": ("reference",), "run_dir": "run"}
-EXAMPLES |= {"encoded": "manifest.json", "cache_dir": "cache", "model": config.ModelConfig()}
+EXAMPLES |= {"encoded": "manifest.json", "cache_dir": "cache", "model": config.ModelConfig(), "id": "a"}
 EXAMPLES |= {"dataset": config.DatasetConfig(target_dir="target", reference_dirs=("reference",))}
 TYPES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text"}
 
@@ -83,26 +89,38 @@ def _title(cls: type) -> str:
 def _default(field: Any) -> str:
     if field.default is dataclasses.MISSING:
         return "must be given"
+    if field.metadata.get("unless"):
+        return f"must be given, or `{field.metadata['unless']}`"
     return "that section's" if dataclasses.is_dataclass(field.default) else f"`{json.dumps(field.default)}`"
 
 
 def _allowed(cls: type, field: Any) -> str:
     hint = typing.get_type_hints(cls)[field.name]
+    if typing.get_origin(hint) is types.UnionType:
+        hint = typing.get_args(hint)[0]
     if dataclasses.is_dataclass(hint):
         title = _title(typing.cast(type, hint))
         return f"object, see [{title}](#{title.lower()})"
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return f"list of {TYPES[typing.get_args(hint)[0]]}: {_limits(cls, field.name, ())}"
+        return _list(cls, field, typing.get_args(hint)[0])
     wrong = {int: (-(10**9), 10**9), float: (-1e9, 1e9), str: ("", "a/b"), bool: ()}[hint]
     limits = next((found for found in (_limits(cls, field.name, value) for value in wrong) if found), "")
     return TYPES[hint] + (f": {limits}" if limits else "")
 
 
+def _list(cls: type, field: Any, of: Any) -> str:
+    if dataclasses.is_dataclass(of):
+        title = _title(typing.cast(type, of))
+        return f"list of objects, see [{title}](#{title.lower()})"
+    limits = _limits(cls, field.name, ())
+    return f"list of {TYPES[of]}" + (f": {limits}" if limits else "")
+
+
 def _limits(cls: type, name: str, wrong: object) -> str:
     """What the class itself says is allowed when it is given a wrong value; empty if it takes the value."""
-    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING or f.metadata["unless"]]
     try:
         cls(**{**{key: EXAMPLES[key] for key in required}, name: wrong})
     except ConfigError as error:

@@ -6,7 +6,6 @@ The configuration is one JSON file, see docs/settings.md. Ctrl-C pauses a run so
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import signal
@@ -15,14 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import DEMO_MODEL, JobConfig, from_json
 from .errors import ConfigError, Interrupted, TrainerError
 from .events import SampleReport, StepReport, Stop
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    from .conditioning.encoded import EncodedDataset
 
 _LOG = logging.getLogger(__name__)
 EXIT_OK, EXIT_ERROR, EXIT_STOPPED = 0, 1, 130
@@ -87,77 +83,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def load_job(path: Path) -> JobConfig:
-    """Read a configuration. Relative paths in it start at its folder.
-
-    Raises:
-        ConfigError: unreadable, not JSON, or with a wrong setting.
-    """
-    try:
-        job = from_json(JobConfig, json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
-
-    def beside(name: str) -> str:
-        return str(path.parent / Path(name).expanduser()) if name else name
-
-    base = job.model.base if job.model.base == DEMO_MODEL else beside(job.model.base)
-    files = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
-    return dataclasses.replace(
-        job,
-        model=dataclasses.replace(job.model, base=base, **{name: beside(getattr(job.model, name)) for name in files}),
-        dataset=dataclasses.replace(
-            job.dataset,
-            target_dir=beside(job.dataset.target_dir),
-            reference_dirs=tuple(map(beside, job.dataset.reference_dirs)),
-            mask_dir=beside(job.dataset.mask_dir),
-        ),
-        cache_dir=beside(job.cache_dir),
-        run_dir=beside(job.run_dir),
-    )
-
-
 def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .data.check_report import check_report
     from .data.contact_sheet import report
     from .data.pair_check import check_pairs
-    from .data.pairing import pair_folders
+    from .job import load_job, pair_job
     from .qwen_image.folder import model_folder
 
     job = load_job(options.config)
     model_folder(job.model)
-    dataset = pair_folders(job.dataset, observer)
-    check = check_pairs(dataset, job.pair_check, observer)
-    sys.stdout.write(f"{report(dataset)}\n\n{check_report(dataset, check)}\n")
+    for part, dataset in pair_job(job, observer):
+        check = check_pairs(dataset, job.pair_check, observer)
+        heading = f"# {part.id}\n\n" if job.datasets else ""
+        sys.stdout.write(f"{heading}{report(dataset)}\n\n{check_report(dataset, check)}\n")
     return EXIT_OK
-
-
-def _encode_job(job: JobConfig, observer: ConsoleObserver) -> EncodedDataset:
-    from .conditioning.encode import encode_dataset
-    from .data.pairing import pair_folders
-
-    return encode_dataset(
-        pair_folders(job.dataset, observer), job.model, job.encoding_config(), Path(job.cache_dir), observer
-    )
 
 
 def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .conditioning.report import encoding_report
+    from .job import encode_job, load_job
 
-    encoded = _encode_job(load_job(options.config), observer)
-    _LOG.info(encoding_report(encoded))
-    sys.stdout.write(f"{encoded.manifest}\n")
+    for encoded in encode_job(load_job(options.config), observer):
+        if encoded is not None:
+            _LOG.info(encoding_report(encoded))
+            sys.stdout.write(f"{encoded.manifest}\n")
     return EXIT_OK
 
 
 def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    from .job import encode_job, load_job
     from .run import train_lora
 
     job = load_job(options.config)
-    encoded = _encode_job(job, observer)
-    result = train_lora(job.train_config(str(encoded.manifest)), observer, continue_kept=options.continue_kept)
+    encoded, validation = encode_job(job, observer)
+    config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
+    result = train_lora(config, observer, continue_kept=options.continue_kept)
     if result.lora_file is None:
         _LOG.warning("Paused after %d steps. Run the same command to go on.", result.steps_done)
         return EXIT_STOPPED
@@ -167,6 +127,7 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .data.images import open_picture
+    from .job import load_job
     from .sample import SampleRequest, sample_edit
     from .training.grid import save_picture
 

@@ -15,14 +15,14 @@ from .errors import ConfigError
 C = TypeVar("C")
 
 
-def setting(default: Any, help: str) -> Any:  # noqa: A002 - argparse's and click's word for it
-    """A dataclass field with its documentation."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, *, unless: str = "") -> Any:  # noqa: A002 - argparse's and click's word for it
+    """A dataclass field with its documentation. With `unless` it must be given in JSON that lacks that other key."""
+    return dataclasses.field(default=default, metadata={"help": help, "unless": unless})
 
 
 def required(help: str) -> Any:  # noqa: A002
     """A dataclass field without a default, with its documentation."""
-    return dataclasses.field(metadata={"help": help})
+    return dataclasses.field(metadata={"help": help, "unless": ""})
 
 
 def check(condition: bool, name: str, value: object, allowed: str) -> None:  # noqa: FBT001
@@ -52,7 +52,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[C], values: object, where: str = "") -> C:
-    """Build a config from parsed JSON.
+    """Build a config from parsed JSON. A class's own `prepare_json(values)` may complete the values first.
 
     Raises:
         ConfigError: an unknown key (the nearest known one is named), a missing key, a value of the wrong type.
@@ -60,16 +60,13 @@ def from_json(cls: type[C], values: object, where: str = "") -> C:
     if not isinstance(values, dict):
         raise ConfigError(f"{where or 'The configuration'} is {values!r}; allowed is an object with named settings.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = typing.cast("dict[str, Any]", getattr(cls, "prepare_json", dict)(values))
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(fields)}."
             raise ConfigError(f"Unknown setting {_dotted(where, key)!r}. {hint}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
+    missing = [name for name, field in fields.items() if name not in values and _must_be_given(field, values)]
     if missing:
         raise ConfigError(
             f"Missing setting{'s' if len(missing) > 1 else ''} {', '.join(_dotted(where, m) for m in missing)}."
@@ -78,17 +75,25 @@ def from_json(cls: type[C], values: object, where: str = "") -> C:
     return cls(**{key: _value(hints[key], value, _dotted(where, key)) for key, value in values.items()})
 
 
+def _must_be_given(field: dataclasses.Field[Any], values: dict[str, Any]) -> bool:
+    if unless := field.metadata.get("unless"):
+        return unless not in values
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 def _dotted(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    if get_origin(hint) is types.UnionType and dataclasses.is_dataclass(get_args(hint)[0]):
+        return None if value is None else from_json(get_args(hint)[0], value, where)
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, where)  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise ConfigError(f"{where} is {value!r}; allowed is a list.")
-        return tuple(_value(get_args(hint)[0], item, where) for item in value)
+        return tuple(_value(get_args(hint)[0], item, f"{where}[{number}]") for number, item in enumerate(value))
     if get_origin(hint) in (Literal, types.UnionType):
         return value  # choices are checked by the dataclass, with the nearest name
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

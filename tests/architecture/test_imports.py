@@ -23,7 +23,7 @@ ROWS = (
     ("conditioning",),
     ("training",),
     ("export",),
-    ("run", "sample"),
+    ("run", "sample", "job"),
     ("__main__", "demo.pretrain"),  # programs
 )
 LEVEL = {part: level for level, row in enumerate(ROWS) for part in row}

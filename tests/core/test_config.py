@@ -8,6 +8,7 @@ import pytest
 
 from trainer_core.config import (
     DatasetConfig,
+    DatasetPartConfig,
     EncodingConfig,
     JobConfig,
     LoraConfig,
@@ -64,8 +65,55 @@ def test_all_missing_settings_are_named_at_once() -> None:
         from_json(JobConfig, {})
 
 
+PART = {"id": "a", "dataset": {"target_dir": "after", "reference_dirs": ["before"]}}
+SEVERAL = {**{key: JOB[key] for key in ("model", "cache_dir", "run_dir")}, "datasets": [PART, {**PART, "id": "b"}]}
+
+
+def test_several_datasets_share_what_they_do_not_say_of_their_encoding() -> None:
+    shared = {"resolution": 512, "match_target_res": True, "sizes": {"crop": True}}
+    own = {"resolution": 768, "sizes": {"crop_style": "corner"}}
+    values = {**SEVERAL, "encoding": shared, "datasets": [{**PART, "encoding": own}, {**PART, "id": "b", "repeats": 2}]}
+    job = from_json(JobConfig, values)
+    first, second = job.parts()
+    assert (first.encoding.resolution, first.encoding.match_target_res) == (768, True)
+    assert (first.encoding.sizes.crop, first.encoding.sizes.crop_style) == (True, "corner")
+    assert second.encoding == job.encoding and second.repeats == 2
+    assert from_json(JobConfig, to_json(job)) == job
+
+
+def test_a_dataset_to_validate_on_is_held_out_whole_and_nothing_else() -> None:
+    job = from_json(JobConfig, {**SEVERAL, "eval_dataset_id": "b", "batching": {"caption_dropout_probability": 0.1}})
+    assert [part.encoding.num_eval_images for part in job.parts()] == [0, -1]
+    assert all(part.encoding.encode_empty_caption for part in job.parts())
+    assert from_json(JobConfig, JOB).parts()[0].encoding.num_eval_images == EncodingConfig().num_eval_images
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dataset": JOB["dataset"]}, ["dataset and datasets are both"]),
+        ({"datasets": []}, ["neither"]),
+        ({"datasets": [PART, PART]}, ["'a'", "id of its own"]),
+        ({"datasets": [{**PART, "id": " "}]}, ["id is"]),
+        ({"datasets": [{**PART, "probability": 2}]}, ["probability", "0.01 to 1"]),
+        ({"datasets": [{**PART, "encoding": {"resolutoin": 1}}]}, ["datasets[0].encoding.resolutoin", "'resolution'"]),
+        ({"datasets": [{**PART, "encoding": 3}]}, ["datasets[0].encoding", "object"]),
+        ({"datasets": [{**PART, "encoding": {"sizes": 3}}]}, ["datasets[0].encoding.sizes", "object"]),
+        ({"datasets": {}}, ["datasets is {}", "a list"]),
+        ({"datasets": [3]}, ["datasets[0] is 3", "object"]),
+        ({"eval_dataset_id": "c"}, ["eval_dataset_id", "'c'", "a, b"]),
+        ({"eval_dataset_id": ["a", "b"]}, ["eval_dataset_id", "a dataset to train on"]),
+        ({"encoding": 3}, ["encoding is 3", "object"]),
+    ],
+)
+def test_wrong_datasets_are_refused_by_name(change: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_json(JobConfig, {**SEVERAL, **change})
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
 def test_every_setting_is_documented() -> None:
-    configs = (JobConfig, TrainConfig, ModelConfig, DatasetConfig, EncodingConfig, LoraConfig, OptimizerConfig)
+    configs = (JobConfig, TrainConfig, DatasetConfig, DatasetPartConfig, EncodingConfig, LoraConfig, OptimizerConfig)
     for config in configs:
         for field in dataclasses.fields(config):
             assert len(field.metadata["help"]) > 10, field.name

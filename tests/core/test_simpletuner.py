@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.narrow import make_pairs
-from trainer_core.__main__ import load_job, main
+from trainer_core.__main__ import main
 from trainer_core.config import ModelConfig
 from trainer_core.data.pair_check import check_pairs
 from trainer_core.data.pairing import pair_folders
@@ -18,6 +18,7 @@ from trainer_core.errors import ConfigError
 from trainer_core.foreign.loose_json import plain_json
 from trainer_core.foreign.simpletuner import Imported, convert
 from trainer_core.foreign.simpletuner_keys import CONFIG_KEYS, CONFIG_REASONS, DATA_KEYS, DATA_REASONS
+from trainer_core.job import load_job
 
 CONFIG = """{
   "model_type": "lora",
@@ -128,7 +129,7 @@ def test_first_example_trains(tmp_path: Path, model: ModelConfig):
     job = load_job(files(tmp_path, CONFIG, EDIT_V1, 1))
     encoding = dataclasses.replace(job.encoding, resolution=96, match_target_res=True, num_eval_images=0)
     job = dataclasses.replace(job, model=model, encoding=encoding, max_train_steps=1)
-    encoded = encode_dataset(pair_folders(job.dataset), model, job.encoding_config(), Path(job.cache_dir))
+    encoded = encode_dataset(pair_folders(job.dataset), model, job.parts()[0].encoding, Path(job.cache_dir))
     result = train_lora(job.train_config(str(encoded.manifest)))
     assert result.steps_done == 1 and result.lora_file
 

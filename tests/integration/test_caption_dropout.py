@@ -92,7 +92,7 @@ def test_the_command_line_needs_one_setting_only_and_it_is_part_of_the_run() -> 
         run_dir="d",
         batching=BatchingConfig(caption_dropout_probability=0.1),
     )
-    assert job.encoding == EncodingConfig() and job.encoding_config().encode_empty_caption
+    assert job.encoding == EncodingConfig() and job.parts()[0].encoding.encode_empty_caption
     plain = dataclasses.replace(job, batching=BatchingConfig())
     assert resume_key(job.train_config("x.json")) != resume_key(plain.train_config("x.json"))
     with pytest.raises(ConfigError, match="caption_dropout_probability"):

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.dataset import check_turns
 from ..errors import ConfigError, DatasetError
-from ..settings import check
 from .encoded import EncodedDataset, EncodedEntry, save_manifest
-
-LEAST_PROBABILITY = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +22,14 @@ class MixPart:
     probability: float = 1.0
 
     def __post_init__(self) -> None:
-        check(0 <= self.repeats <= 10_000, "repeats", self.repeats, "0 to 10000")
-        drawn = self.probability == 0 or LEAST_PROBABILITY <= self.probability <= 1
-        check(drawn, "probability", self.probability, f"{LEAST_PROBABILITY} to 1, or 0 to leave the part out")
+        check_turns(self.repeats, self.probability)
 
 
-def mix_encoded(parts: Sequence[MixPart], cache_dir: Path) -> EncodedDataset:
+def mix_encoded(parts: Sequence[MixPart], cache_dir: Path, *, validation_only: bool = False) -> EncodedDataset:
     """Write the manifest of a dataset that holds all pairs of the parts, their held-out ones too.
 
-    Keys of pairs begin with the part's number, counted from 1. A part may be a mix itself.
+    Keys of pairs begin with the part's number, counted from 1. A part may be a mix itself. With `validation_only` all
+    pairs may be held out.
 
     Raises:
         ConfigError: there is no part, or the parts were not encoded alike, or lie in another cache.
@@ -45,7 +42,7 @@ def mix_encoded(parts: Sequence[MixPart], cache_dir: Path) -> EncodedDataset:
         for entry in part.encoded.pairs
         if part.probability > 0
     )
-    if not pairs:
+    if not pairs and not validation_only:
         raise DatasetError(
             "The mix has no pair to train on: in every part all pairs are held out or probability is 0. Lower "
             "num_eval_images or raise probability."

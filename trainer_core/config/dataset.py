@@ -13,6 +13,7 @@ ResolutionType = Literal["pixel_area", "pixel", "area"]
 CropAspect = Literal["square", "preserve"]
 CropStyle = Literal["center", "random", "corner"]
 Preprocessing = Literal["comfyui", "diffusers"]
+LEAST_PROBABILITY = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +150,28 @@ class EncodingConfig:
         check_choice(self, "preprocessing")
         check(64 <= self.resolution <= 4096, "resolution", self.resolution, "64 to 4096 pixels")
         check_at_least(self, -1, "num_eval_images")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetPartConfig:
+    """One of several datasets in a run."""
+
+    id: str = required("Its name, for eval_dataset_id and in reports.")
+    dataset: DatasetConfig = required("The folders of pictures.")
+    encoding: EncodingConfig = setting(EncodingConfig(), "What differs from the file's own `encoding`.")
+    repeats: int = setting(0, "Extra turns of each pair in an epoch; 0 is one turn, 2 are three.")
+    probability: float = setting(1.0, "Share of the pairs that an epoch draws, anew each time; 0 for none.")
+
+    def __post_init__(self) -> None:
+        check(bool(self.id.strip()), "id", self.id, "a name")
+        check_turns(self.repeats, self.probability)
+
+
+def check_turns(repeats: int, probability: float) -> None:
+    """How often the pairs of one of several datasets have their turn."""
+    check(0 <= repeats <= 10_000, "repeats", repeats, "0 to 10000")
+    drawn = probability == 0 or LEAST_PROBABILITY <= probability <= 1
+    check(drawn, "probability", probability, f"{LEAST_PROBABILITY} to 1, or 0 to leave the dataset out")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

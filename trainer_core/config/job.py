@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError
 from ..settings import check, required, setting, to_json
-from .dataset import DatasetConfig, EncodingConfig, PairCheckConfig
+from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
 from .model import ModelConfig
 from .training import (
     BatchingConfig,
@@ -52,7 +53,7 @@ class JobConfig:
     """Everything `python -m trainer_core` needs, in one JSON file. Relative paths start at that file."""
 
     model: ModelConfig = required("The base model.")
-    dataset: DatasetConfig = required("The folders of pictures.")
+    dataset: DatasetConfig | None = setting(None, "The folders of pictures.", unless="datasets")
     cache_dir: str = required("Where encoded pairs are kept.")
     run_dir: str = required("The run folder.")
     encoding: EncodingConfig = setting(EncodingConfig(), "The encoding.")
@@ -67,17 +68,70 @@ class JobConfig:
     validation: ValidationConfig = setting(ValidationConfig(), "The validation.")
     export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
     pair_check: PairCheckConfig = setting(PairCheckConfig(), "Limits of `check`.")
+    datasets: tuple[DatasetPartConfig, ...] = setting((), "Several datasets in one run, instead of `dataset`.")
+    eval_dataset_id: tuple[str, ...] = setting(
+        (),
+        "Id, or list of ids, of those `datasets` that are validated on and not trained on; nothing else is held out "
+        "then.",
+    )
 
-    def encoding_config(self) -> EncodingConfig:
-        """The encoding, with the empty caption if the training will ask for it."""
-        if self.batching.caption_dropout_probability == 0:
-            return self.encoding
-        return dataclasses.replace(self.encoding, encode_empty_caption=True)
+    def __post_init__(self) -> None:
+        if bool(self.datasets) == (self.dataset is not None):
+            given = "both" if self.datasets else "neither"
+            raise ConfigError(f"dataset and datasets are {given}; allowed is one of them: datasets is for several.")
+        ids = [part.id for part in self.datasets]
+        for each in ids:
+            check(ids.count(each) == 1, "datasets", each, "an id of its own for each dataset")
+        for each in self.eval_dataset_id:
+            check(each in ids, "eval_dataset_id", each, f"an id of `datasets`: {', '.join(ids) or 'there is none'}")
+        trained = not ids or set(ids) > set(self.eval_dataset_id)
+        check(trained, "eval_dataset_id", list(self.eval_dataset_id), "to leave a dataset to train on")
 
-    def train_config(self, encoded: str) -> TrainConfig:
-        """The training part, for the dataset encoded at `encoded`."""
+    @staticmethod
+    def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
+        """What a dataset does not say of its encoding is as in `encoding`; one eval_dataset_id is a list of one."""
+        values, shared = dict(values), values.get("encoding", {})
+        if isinstance(values.get("eval_dataset_id"), str):
+            values["eval_dataset_id"] = [values["eval_dataset_id"]]
+        parts = values.get("datasets")
+        if isinstance(parts, list) and isinstance(shared, dict):
+            values["datasets"] = [_with_shared(part, shared) if isinstance(part, dict) else part for part in parts]
+        return values
+
+    def parts(self) -> tuple[DatasetPartConfig, ...]:
+        """The datasets to encode: with empty captions if the training asks for them, held out as eval_dataset_id says.
+
+        A single one has the id `dataset`.
+        """
+        if self.dataset is not None:
+            return (DatasetPartConfig(id="dataset", dataset=self.dataset, encoding=self._encoding(self.encoding)),)
+        return tuple(
+            dataclasses.replace(part, encoding=self._encoding(part.encoding, part.id)) for part in self.datasets
+        )
+
+    def _encoding(self, encoding: EncodingConfig, part_id: str = "") -> EncodingConfig:
+        if self.batching.caption_dropout_probability > 0:
+            encoding = dataclasses.replace(encoding, encode_empty_caption=True)
+        if not self.eval_dataset_id:
+            return encoding
+        return dataclasses.replace(encoding, num_eval_images=-1 if part_id in self.eval_dataset_id else 0)
+
+    def train_config(self, encoded: str, validation_encoded: str = "") -> TrainConfig:
+        """The training part, for datasets encoded at these manifests."""
         shared = {field.name for field in dataclasses.fields(TrainConfig)} - {"encoded", "validation_encoded"}
-        return TrainConfig(encoded=encoded, **{name: getattr(self, name) for name in shared})
+        own = {name: getattr(self, name) for name in shared}
+        return TrainConfig(encoded=encoded, validation_encoded=validation_encoded, **own)
+
+
+def _with_shared(part: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    own = part.get("encoding", {})
+    if not isinstance(own, dict):
+        return part  # refused where it is read
+    merged = {**shared, **own}
+    sizes = [each["sizes"] for each in (shared, own) if isinstance(each.get("sizes"), dict)]
+    if len(sizes) == 2:
+        merged["sizes"] = {**sizes[0], **sizes[1]}
+    return {**part, "encoding": merged}
 
 
 def resume_key(config: TrainConfig) -> dict[str, Any]:

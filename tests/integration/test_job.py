@@ -1,0 +1,81 @@
+"""A job of several datasets: one to validate on, one at two sizes; as the command line runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.narrow import make_pairs, read_rows
+from trainer_core.__main__ import main
+from trainer_core.conditioning.encoded import load_encoded
+from trainer_core.config import ModelConfig
+from trainer_core.errors import DatasetError
+from trainer_core.job import encode_job, load_job, pair_job
+
+
+def part(name: str, folder: str, **settings: Any) -> dict[str, Any]:
+    folders = {"target_dir": f"{folder}/target", "reference_dirs": [f"{folder}/reference_1"]}
+    return {"id": name, "dataset": folders, **settings}
+
+
+@pytest.fixture
+def job(model: ModelConfig, tmp_path: Path) -> Path:
+    """Relative paths, in a folder that is not the working directory."""
+    make_pairs(tmp_path / "pairs", 3)
+    make_pairs(tmp_path / "more", 2)
+    values = {
+        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
+        "datasets": [
+            part("small", "pairs", repeats=1),
+            part("large", "pairs", encoding={"resolution": 128}, probability=0.5),
+            part("held-out", "more"),
+        ],
+        "eval_dataset_id": "held-out",
+        "encoding": {"resolution": 96, "match_target_res": True},
+        "cache_dir": "cache",
+        "run_dir": "runs/first",
+        "max_train_steps": 2,
+        "batching": {"gradient_accumulation_steps": 1},
+        "validation": {"validation_num_inference_steps": 1},
+    }
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def test_check_and_train(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(job)]) == 0
+    out = capsys.readouterr().out
+    assert [out.count(f"# {name}\n") for name in ("small", "large", "held-out")] == [1, 1, 1]
+    assert main(["train", str(job)]) == 0
+    assert Path(capsys.readouterr().out.strip()) == job.parent / "runs" / "first" / "first.safetensors"
+    config = json.loads((job.parent / "runs" / "first" / "config.json").read_text())
+    trained, validated = (load_encoded(Path(config[key])) for key in ("encoded", "validation_encoded"))
+    assert [(each.repeats, each.probability) for each in trained.pairs] == [(1, 1.0)] * 3 + [(0, 0.5)] * 3
+    assert not trained.validation_pairs and len(validated.validation_pairs) == 2 and not validated.pairs
+    assert read_rows(job.parent / "runs" / "first" / "metrics.jsonl")[-1]["validation_loss"] > 0
+    assert main(["encode", str(job)]) == 0
+    assert capsys.readouterr().out.split() == [config["encoded"], config["validation_encoded"]]
+
+
+def test_one_of_the_datasets_is_no_mix_and_without_eval_pairs_are_held_out_of_each(job: Path) -> None:
+    values = json.loads(job.read_text())
+    del values["eval_dataset_id"]
+    values["encoding"]["num_eval_images"] = 1
+    job.write_text(json.dumps(values))
+    encoded, validation = encode_job(load_job(job))
+    assert validation is None
+    assert (len(encoded.pairs), len(encoded.validation_pairs)) == (2 + 2 + 1, 3)
+
+
+def test_problems_of_all_datasets_come_at_once(job: Path) -> None:
+    (job.parent / "pairs" / "reference_1" / "001.png").unlink()
+    (job.parent / "more" / "target" / "000.txt").write_text("\n")
+    with pytest.raises(DatasetError) as caught:
+        pair_job(load_job(job))
+    assert len(caught.value.problems) == 3, caught.value
+    assert any(each.startswith("held-out: ") and "000.txt" in each for each in caught.value.problems)
+    assert all(any(each.startswith(f"{name}: ") for each in caught.value.problems) for name in ("small", "large"))

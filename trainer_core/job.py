@@ -1,0 +1,99 @@
+"""A whole job from its JSON file: read it, pair its folders, encode its datasets into one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from .conditioning.encode import encode_dataset
+from .conditioning.encoded import EncodedDataset
+from .conditioning.mix import MixPart, mix_encoded
+from .config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, from_json
+from .data.pairing import EditDataset, pair_folders
+from .errors import ConfigError, DatasetError
+from .events import SILENT, Observer
+
+_MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
+
+PairedPart = tuple[DatasetPartConfig, EditDataset]
+
+
+def load_job(path: Path) -> JobConfig:
+    """Read a configuration. Relative paths in it start at its folder.
+
+    Raises:
+        ConfigError: unreadable, not JSON, or with a wrong setting.
+    """
+    try:
+        job = from_json(JobConfig, json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
+    return resolve_job(job, path.parent)
+
+
+def resolve_job(job: JobConfig, folder: Path) -> JobConfig:
+    """The job with its relative paths below `folder`."""
+
+    def beside(name: str) -> str:
+        return str(folder / Path(name).expanduser()) if name else name
+
+    def resolved(dataset: DatasetConfig) -> DatasetConfig:
+        return dataclasses.replace(
+            dataset,
+            target_dir=beside(dataset.target_dir),
+            reference_dirs=tuple(map(beside, dataset.reference_dirs)),
+            mask_dir=beside(dataset.mask_dir),
+        )
+
+    base = job.model.base if job.model.base == DEMO_MODEL else beside(job.model.base)
+    files = {name: beside(getattr(job.model, name)) for name in _MODEL_FILES}
+    return dataclasses.replace(
+        job,
+        model=dataclasses.replace(job.model, base=base, **files),
+        dataset=resolved(job.dataset) if job.dataset else None,
+        datasets=tuple(dataclasses.replace(part, dataset=resolved(part.dataset)) for part in job.datasets),
+        cache_dir=beside(job.cache_dir),
+        run_dir=beside(job.run_dir),
+    )
+
+
+def pair_job(job: JobConfig, observer: Observer = SILENT) -> list[PairedPart]:
+    """Each dataset of the job with its pairs.
+
+    Raises:
+        DatasetError: with the problems of all datasets.
+    """
+    if not job.datasets:
+        return [(part, pair_folders(part.dataset, observer)) for part in job.parts()]
+    paired: list[PairedPart] = []
+    problems: list[str] = []
+    for part in job.parts():
+        try:
+            paired.append((part, pair_folders(part.dataset, observer)))
+        except DatasetError as error:
+            problems += [f"{part.id}: {each}" for each in error.problems or (error.summary,)]
+    if problems:
+        raise DatasetError(f"The datasets have {len(problems)} problems:", problems)
+    return paired
+
+
+def encode_job(job: JobConfig, observer: Observer = SILENT) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """What to train on, and what `eval_dataset_id` says to validate on instead of held-out pairs.
+
+    Raises:
+        DatasetError, ConfigError, ModelFileError, Interrupted: as pairing and encoding do.
+    """
+    cache_dir = Path(job.cache_dir)
+    parts: dict[bool, list[MixPart]] = {False: [], True: []}
+    for part, dataset in pair_job(job, observer):
+        encoded = encode_dataset(dataset, job.model, part.encoding, cache_dir, observer)
+        turns = MixPart(encoded=encoded, repeats=part.repeats, probability=part.probability)
+        parts[part.id in job.eval_dataset_id].append(turns)
+    trained, validated = parts[False], parts[True]
+    if not job.datasets:
+        return trained[0].encoded, None
+    validation = mix_encoded(validated, cache_dir, validation_only=True) if validated else None
+    return mix_encoded(trained, cache_dir), validation
