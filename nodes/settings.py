@@ -89,7 +89,7 @@ class TrainingSettings(io.ComfyNode):
             "Qwen Edit Training Settings",
             description="Batches, noise levels, checkpoints and memory. Without this node: 4 pairs a step, one at a "
             "time, with gradient checkpointing.",
-            search_aliases=["batch size", "gradient accumulation", "gradient checkpointing", "timestep"],
+            search_aliases=["batch size", "gradient accumulation", "gradient checkpointing", "timestep", "huber"],
             inputs=[
                 setting_input(BatchingConfig, "train_batch_size", min=1, max=256),
                 setting_input(BatchingConfig, "gradient_accumulation_steps", min=1, max=1024),
@@ -105,6 +105,11 @@ class TrainingSettings(io.ComfyNode):
                     BatchingConfig, "caption_dropout_probability", optional=True, min=0.0, max=0.99, step=0.01
                 ),
                 setting_input(NoiseConfig, "edit_weight", optional=True, min=0.0, max=1.0, step=0.05),
+                setting_input(NoiseConfig, "mode_scale", optional=True, min=-1.0, max=1.75, step=0.05),
+                setting_input(NoiseConfig, "stratified_sigmas", optional=True),
+                setting_input(NoiseConfig, "loss_type", optional=True),
+                setting_input(NoiseConfig, "huber_c", optional=True, min=0.001, max=1.0, step=0.01, round=0.001),
+                setting_input(NoiseConfig, "huber_schedule", optional=True),
             ],
             outputs=[new_output(sockets.TrainingSettings, "training_settings", "For Train Qwen Edit LoRA.")],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,10 @@ from ..settings import check, check_at_least, check_choice, setting
 LoraTargets = Literal["image-attention", "attention", "attention-mlp", "all", "pattern"]
 OptimizerName = Literal["adamw", "adamw-8bit"]
 SchedulerName = Literal["constant_with_warmup", "cosine", "linear"]
-SigmaDistribution = Literal["logit_normal", "uniform"]
+SigmaDistribution = Literal["logit_normal", "uniform", "mode", "cosmap"]
+LossType = Literal["l2", "huber", "smooth_l1"]
+HuberSchedule = Literal["snr", "exponential", "constant"]
+LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # beyond it the mapping turns back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +71,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseConfig:
-    """Which noise levels are trained."""
+    """Which noise levels are trained, and how an error counts."""
 
     sigma_distribution: SigmaDistribution = setting(
-        "logit_normal", "Draw of the noise level before the shift: logit_normal favours the middle, uniform does not."
+        "logit_normal",
+        "Draw of the noise level before the shift: logit_normal favours the middle, uniform does not, mode favours the "
+        "middle and keeps both ends, cosmap doubles the middle against the ends.",
     )
     logit_mean: float = setting(0.0, "Mean of the normal under logit_normal.")
     logit_std: float = setting(1.0, "Standard deviation of the normal under logit_normal.")
@@ -83,9 +89,30 @@ class NoiseConfig:
     edit_weight: float = setting(
         0.0, "How much the loss follows the edit: 0 counts all alike, 1 mostly where target and reference differ."
     )
+    mode_scale: float = setting(
+        1.29, "How much sigma_distribution mode favours the middle: 0 is uniform, below 0 favours the ends."
+    )
+    stratified_sigmas: bool = setting(
+        False,
+        "A step's pairs share the range of noise levels evenly between them instead of drawing by themselves: a "
+        "quieter gradient, the same levels in the long run.",
+    )
+    loss_type: LossType = setting(
+        "l2",
+        "How an error of the velocity counts: l2 squared; huber squared when small, linear when large; smooth_l1 the "
+        "same divided by its width. Spoilt pictures pull less with the latter two. Validation loss is always l2.",
+    )
+    huber_c: float = setting(0.1, "Error at which huber and smooth_l1 turn from squared to linear.")
+    huber_schedule: HuberSchedule = setting(
+        "snr",
+        "Width over the noise level: snr and exponential lead from 1 without noise to huber_c at pure noise, by "
+        "(1-σ)² and by huber_c^σ; constant is huber_c everywhere.",
+    )
 
     def __post_init__(self) -> None:
-        check_choice(self, "sigma_distribution")
+        check_choice(self, "sigma_distribution", "loss_type", "huber_schedule")
+        check(-1 <= self.mode_scale <= LARGEST_MODE_SCALE, "mode_scale", self.mode_scale, "-1 to 1.75, usually 1.29")
+        check(0 < self.huber_c <= 1, "huber_c", self.huber_c, "above 0 and at most 1, usually 0.1")
         check(0 <= self.edit_weight <= 1, "edit_weight", self.edit_weight, "0 to 1; 0.5 is a strong effect")
         check(self.logit_std > 0, "logit_std", self.logit_std, "above 0")
         check(self.flow_schedule_shift > 0, "flow_schedule_shift", self.flow_schedule_shift, "above 0, usually 1 to 3")

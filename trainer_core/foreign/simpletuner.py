@@ -44,6 +44,9 @@ _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("optimizer.adam_epsilon", ("adam_epsilon",), Section.number),
     ("noise.flow_schedule_auto_shift", ("flow_schedule_auto_shift",), Section.truth),
     ("noise.logit_std", ("flow_sigmoid_scale",), Section.number),
+    ("noise.loss_type", ("loss_type",), Section.text),
+    ("noise.huber_c", ("huber_c",), Section.number),
+    ("noise.huber_schedule", ("huber_schedule",), Section.text),
     (
         "checkpoints.checkpoint_step_interval",
         ("checkpoint_step_interval", "checkpointing_steps", "checkpointing_step_interval", "checkpoint_steps_interval"),

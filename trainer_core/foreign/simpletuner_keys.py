@@ -33,11 +33,11 @@ _CONFIG = {
             "reflexflow reflexflow_alpha reflexflow_beta1 reflexflow_beta2"
         )
     ),
-    "noise levels are drawn logit-normal or uniform": "flow_use_beta_schedule flow_beta_schedule_alpha "
+    "noise levels are drawn logit-normal, uniform, mode or cosmap": "flow_use_beta_schedule flow_beta_schedule_alpha "
     "flow_beta_schedule_beta flow_custom_timesteps flux_fast_schedule input_perturbation input_perturbation_steps "
     "noise_offset offset_noise noise_offset_probability",
-    "the loss is the squared error of the velocity, unweighted": "loss_type huber_c huber_schedule snr_gamma "
-    "use_soft_min_snr prediction_type masked_loss_probability",
+    "the loss is that of the velocity, with equal weight for every noise level": "snr_gamma use_soft_min_snr "
+    "prediction_type masked_loss_probability",
     "a run goes on from its newest checkpoint by itself": "resume_from_checkpoint delete_invalid_checkpoints "
     "checkpointing_use_tempdir checkpoint_epoch_interval checkpointing_rolling_steps checkpoint_step_rolling_interval "
     "checkpoints_rolling_total_limit",
@@ -125,6 +125,7 @@ CONFIG_KEYS = words(
     "optimizer_beta1 optimizer_beta2 adam_beta1 adam_beta2 adam_weight_decay optimizer_weight_decay adam_epsilon "
     "lora_rank lora_alpha lora_dropout peft_lora_target_modules seed mixed_precision base_model_precision quantize_via "
     "gradient_checkpointing flow_schedule_shift flow_schedule_auto_shift flow_use_uniform_schedule flow_sigmoid_scale "
+    "loss_type huber_c huber_schedule "
     "max_grad_norm grad_clip_method checkpoint_step_interval checkpointing_steps checkpoints_total_limit "
     "validation_step_interval validation_steps validation_guidance validation_guidance_real "
     "validation_num_inference_steps validation_seed validation_negative_prompt validation_disable num_eval_images "

@@ -8,7 +8,7 @@ Rectified Flow Transformers", 2024).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..qwen_image.types import NoisyLatents
 from ..rng import stream
 
 SIGMA_BUCKETS = 5
+Penalty = Callable[[Tensor], Tensor]  # of an error, element by element
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
@@ -34,23 +35,58 @@ def shift_for(num_tokens: int, noise: NoiseConfig) -> float:
     return math.exp(dynamic_shift(num_tokens, QWEN_SCHEDULE))
 
 
-def draw_sigma(noise: NoiseConfig, num_tokens: int, generator: torch.Generator) -> Tensor:
-    """One noise level [] in (0, 1)."""
-    if noise.sigma_distribution == "uniform":
-        sigma = torch.rand((), generator=generator)
+def draw_sigma(
+    noise: NoiseConfig, num_tokens: int, generator: torch.Generator, part: int = 0, parts: int = 1
+) -> Tensor:
+    """One noise level [] in (0, 1), out of number `part` of `parts` equally likely parts of the distribution."""
+    if noise.sigma_distribution == "logit_normal" and parts == 1:
+        sigma = torch.sigmoid(noise.logit_mean + noise.logit_std * torch.randn((), generator=generator))
     else:
-        normal = torch.randn((), generator=generator)
-        sigma = torch.sigmoid(noise.logit_mean + noise.logit_std * normal)
+        sigma = sigma_of_quantile((part + torch.rand((), generator=generator)) / parts, noise)
     return shift_sigma(sigma, shift_for(num_tokens, noise))
 
 
-def add_noise(latents_BCHW: Tensor, noise: NoiseConfig, seed: int, indices: Sequence[int]) -> NoisyLatents:
-    """Noisy latents for training; every pair's draw depends on (seed, its index) alone, on any device."""
+def sigma_of_quantile(quantile: Tensor, noise: NoiseConfig) -> Tensor:
+    """Noise levels before the shift: uniform numbers in (0, 1) brought into the chosen distribution.
+
+    logit-normal, mode and cosmap are those of Esser et al. 2024 (arXiv 2403.03206), section 3.1. cosmap's density
+    2 / (pi (1 - 2 σ + 2 σ²)) is what diffusers applies as a weight of the loss to uniform levels.
+    """
+    u = quantile.clamp(1e-6, 1 - 1e-6)
+    if noise.sigma_distribution == "logit_normal":
+        return torch.sigmoid(noise.logit_mean + noise.logit_std * torch.special.ndtri(u))
+    if noise.sigma_distribution == "mode":
+        return 1 - u - noise.mode_scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+    if noise.sigma_distribution == "cosmap":
+        return 1 - 1 / (torch.tan(math.pi / 2 * u) + 1)
+    return u
+
+
+def add_noise(
+    latents_BCHW: Tensor, noise: NoiseConfig, seed: int, indices: Sequence[int], step_turns: range | None = None
+) -> NoisyLatents:
+    """Noisy latents for training; every pair's draw depends on (seed, its index) alone, on any device.
+
+    Stratified ones depend also on which turns are in the step, `step_turns`: there each takes another part of the range.
+    """
     _, rows, columns = token_shape(latents_BCHW)
-    sigmas = [draw_sigma(noise, rows * columns, stream(seed, "sigma", index)) for index in indices]
+    parts = _parts(seed, indices, step_turns if noise.stratified_sigmas else None)
+    sigmas = [
+        draw_sigma(noise, rows * columns, stream(seed, "sigma", index), *part)
+        for index, part in zip(indices, parts, strict=True)
+    ]
     noises = [torch.randn(latents_BCHW.shape[1:], generator=stream(seed, "noise", index)) for index in indices]
     device = latents_BCHW.device
     return noisy_latents(latents_BCHW, torch.stack(sigmas).to(device), torch.stack(noises).to(device))
+
+
+def _parts(seed: int, indices: Sequence[int], step_turns: range | None) -> list[tuple[int, int]]:
+    """(part, parts) of the range for each index: shuffled anew every step, so that over time each turn sees all."""
+    if step_turns is None:
+        return [(0, 1)] * len(indices)
+    count = len(step_turns)
+    order = torch.randperm(count, generator=stream(seed, "strata", step_turns.start)).tolist()
+    return [(order[index - step_turns.start], count) for index in indices]
 
 
 def noisy_latents(latents_BCHW: Tensor, sigma_B: Tensor, noise_BCHW: Tensor) -> NoisyLatents:
@@ -59,12 +95,44 @@ def noisy_latents(latents_BCHW: Tensor, sigma_B: Tensor, noise_BCHW: Tensor) -> 
     return NoisyLatents((1 - sigma) * latents_BCHW + sigma * noise_BCHW, sigma_B, noise_BCHW - latents_BCHW)
 
 
-def velocity_loss(velocity_BCHW: Tensor, target_BCHW: Tensor, weights_B1HW: Tensor | None = None) -> Tensor:
-    """Mean squared error per pair [B], in float32; weighted by a mask of mean 1 where there is one."""
-    error = (velocity_BCHW.float() - target_BCHW.float()).square()
+def velocity_loss(
+    velocity_BCHW: Tensor, target_BCHW: Tensor, weights_B1HW: Tensor | None = None, penalty: Penalty = torch.square
+) -> Tensor:
+    """Mean penalty of the error per pair [B], in float32; weighted by a mask of mean 1 where there is one."""
+    counted = penalty(velocity_BCHW.float() - target_BCHW.float())
     if weights_B1HW is not None:
-        error = error * weights_B1HW
-    return error.mean(dim=(1, 2, 3))
+        counted = counted * weights_B1HW
+    return counted.mean(dim=(1, 2, 3))
+
+
+def penalty_at(sigma_B: Tensor, noise: NoiseConfig) -> Penalty:
+    """What an error counts at these noise levels: its square, or pseudo-Huber with width c.
+
+    huber is 2c (sqrt(e² + c²) - c), which is e² for small errors; smooth_l1 is the same without the c in front, 2|e|
+    for large ones. Written as a fraction, so that small errors don't vanish in the difference.
+    """
+    if noise.loss_type == "l2":
+        return torch.square
+    width = huber_width(sigma_B, noise).view(-1, 1, 1, 1)
+    factor = 2 * width if noise.loss_type == "huber" else 2.0
+
+    def penalty(error: Tensor) -> Tensor:
+        square = error.square()
+        return factor * square / (torch.sqrt(square + width.square()) + width)
+
+    return penalty
+
+
+def huber_width(sigma_B: Tensor, noise: NoiseConfig) -> Tensor:
+    """Width c [B] of the penalty. Errors of the velocity are largest where there is little noise, and so is c there.
+
+    snr is SimpleTuner's and sd-scripts' (1 - c) / (1 + s)² + c with a flow's noise-to-signal ratio s = σ / (1 - σ).
+    """
+    if noise.huber_schedule == "snr":
+        return (1 - noise.huber_c) * (1 - sigma_B).square() + noise.huber_c
+    if noise.huber_schedule == "exponential":
+        return noise.huber_c**sigma_B
+    return torch.full_like(sigma_B, noise.huber_c)
 
 
 def loss_by_sigma(losses: Sequence[float], sigmas: Sequence[float]) -> dict[str, float]:

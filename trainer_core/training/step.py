@@ -24,7 +24,7 @@ from ..qwen_image.transformer import load_transformer, predict_velocity
 from ..rng import seeded_globally
 from .edit_weight import combined_weights
 from .lora import inject_lora
-from .objective import add_noise, loss_by_sigma, velocity_loss
+from .objective import add_noise, loss_by_sigma, penalty_at, velocity_loss
 from .optimizer import build_optimizer
 from .schedule import learning_rate_at
 
@@ -107,29 +107,31 @@ def _accumulate(
     """
     count = config.batching.gradient_accumulation_steps
     batches = range(done * count, (done + 1) * count)
-    num_pairs = sum(len(loader.plan[number]) for number in batches)
+    draws = [draw for number in batches for draw in loader.plan[number]]
+    turns = range(draws[0].index, draws[0].index + len(draws))
     losses, sigmas = [], []
     for number in batches:
         if stop := observer.should_stop():
             return stop
-        loss, sigma = _pair_losses(networks, loader[number], config)
-        (loss.sum() / num_pairs).backward()
+        loss, sigma = _pair_losses(networks, loader[number], turns, config)
+        (loss.sum() / len(draws)).backward()
         losses.append(loss.detach())
         sigmas.append(sigma)
     return torch.cat(losses), torch.cat(sigmas)
 
 
-def _pair_losses(networks: Networks, batch: Batch, config: TrainConfig) -> tuple[Tensor, Tensor]:
+def _pair_losses(networks: Networks, batch: Batch, step_turns: range, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Loss and sigma [B] of a micro-batch's pairs."""
     latents = batch.target_latents.to(networks.device, non_blocking=True)
     indices = [draw.index for draw in batch.draws]
-    noisy = add_noise(latents, config.noise, config.seed, indices)
+    noisy = add_noise(latents, config.noise, config.seed, indices, step_turns)
     condition = batch.condition.to(networks.device)
     with autocast(networks), _dropout(config, indices[0], networks.device):
         velocity = predict_velocity(networks.transformer, noisy.latents, noisy.sigma, condition)
     weights = None if batch.loss_weights is None else batch.loss_weights.to(networks.device, non_blocking=True)
     weights = combined_weights(latents, condition.reference_latents, weights, config.noise.edit_weight)
-    return velocity_loss(velocity, noisy.target_velocity, weights), noisy.sigma
+    penalty = penalty_at(noisy.sigma, config.noise)
+    return velocity_loss(velocity, noisy.target_velocity, weights, penalty), noisy.sigma
 
 
 def autocast(networks: Networks) -> torch.autocast:
