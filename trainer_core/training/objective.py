@@ -67,7 +67,7 @@ def add_noise(
 ) -> NoisyLatents:
     """Noisy latents for training; every pair's draw depends on (seed, its index) alone, on any device.
 
-    Stratified ones depend also on which turns are in the step, `step_turns`: there each takes another part of the range.
+    Stratified ones depend on which turns the step has, too (`step_turns`): each takes another part of the range.
     """
     _, rows, columns = token_shape(latents_BCHW)
     parts = _parts(seed, indices, step_turns if noise.stratified_sigmas else None)
