@@ -12,30 +12,48 @@ from ..trainer_core.events import StepReport
 _runs: dict[str, ActiveRun] = {}
 
 
+_SPEED_KEEPS = 0.9  # of the mean time of a step, when the next one comes
+
+
 @dataclass(slots=True)
 class ActiveRun:
-    """One training under way."""
+    """One training under way, at the node that the user sees."""
 
     name: str
+    node_id: str | None = None
     keep: threading.Event = field(default_factory=threading.Event)
     last_step: StepReport | None = None
+    seconds_per_step: float | None = None
+    phase: str = ""
+
+    def note(self, report: StepReport) -> None:
+        """One more step is done."""
+        mean = self.seconds_per_step
+        faster = report.seconds if mean is None else _SPEED_KEEPS * mean + (1 - _SPEED_KEEPS) * report.seconds
+        self.last_step, self.seconds_per_step, self.phase = report, faster, ""
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
-        step = self.last_step
+        step, seconds = self.last_step, self.seconds_per_step
+        left = (step.num_steps - step.step) * seconds if step and seconds is not None else None
+        known = {"step": step.step, "num_steps": step.num_steps, "loss": step.loss} if step else {}
         return {
             "run_name": self.name,
-            "step": step.step if step else 0,
-            "num_steps": step.num_steps if step else 0,
-            "loss": step.loss if step else None,
+            "node_id": self.node_id,
+            "phase": self.phase,
+            "seconds_per_step": seconds,
+            "seconds_left": left,
+            "peak_bytes": step.peak_bytes if step else 0,
+            "learning_rate": step.learning_rate if step else None,
             "stopping": self.keep.is_set(),
+            **known,
         }
 
 
 @contextmanager
-def active_run(name: str) -> Iterator[ActiveRun]:
+def active_run(name: str, node_id: str | None = None) -> Iterator[ActiveRun]:
     """Lists the run while the block lasts."""
-    run = ActiveRun(name)
+    run = ActiveRun(name, node_id)
     _runs[name] = run
     try:
         yield run

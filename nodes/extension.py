@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import check, dataset, edit_weight, encode, graph_pairs, host, mix, model, result, sample, settings, train
+from . import check, dataset, edit_weight, encode, graph_pairs, mix, model, result, routes, sample, settings, train
 
 NODES: list[type[io.ComfyNode]] = [
     model.LoadModel,
@@ -28,7 +28,7 @@ NODES: list[type[io.ComfyNode]] = [
     result.PlotLoss,
 ]
 
-host.register_routes()
+routes.register_routes()
 
 
 class QwenEditTrainer(ComfyExtension):

@@ -1,4 +1,4 @@
-"""ComfyUI at run time, with host_encoders alone: folders, memory, modes, progress, interruption, routes, loader."""
+"""ComfyUI at run time, with host_encoders alone: folders, memory, modes, progress, interruption, messages, loader."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,14 @@ import comfy.utils
 import folder_paths
 import numpy as np
 import torch
-from aiohttp import web
 from PIL import Image
 from server import PromptServer
 
 from ..trainer_core.config import DEMO_MODEL
 from ..trainer_core.errors import ConfigError, ExportError, Interrupted, ModelFileError
 from ..trainer_core.events import SampleReport, StepReport, Stop
-from .active_runs import ActiveRun, active_run, active_runs, stop_and_keep
+from .active_runs import ActiveRun, active_run
+from .live import RUN_MESSAGE, LiveMessages
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -39,7 +39,6 @@ _OWN_FOLDER = "qwen_edit_trainer"
 _ROOTS_KEY, _ROOTS_VARIABLE = "qwen_edit_datasets", "QWEN_EDIT_DATASET_ROOTS"
 _PREVIEW_EDGE = 768  # pixels
 _TEXT_EVERY_SECONDS = 1.0
-_REQUEST_BYTES = 4096
 
 
 # Folders
@@ -178,10 +177,11 @@ def lora_path(name: str) -> Path:
 
 
 class NodeObserver:
-    """Progress bar, text and preview on the node being executed; the user's wish to stop."""
+    """Progress bar, text and preview on the node being executed; messages for pages; the user's wish to stop."""
 
-    def __init__(self, run: ActiveRun | None = None) -> None:
-        self._run = run
+    def __init__(self, run: ActiveRun | None = None, on_first_step: Callable[[], None] | None = None) -> None:
+        self._run, self._on_first_step = run, on_first_step
+        self._live = LiveMessages(run, send_message) if run is not None else None
         self._bar = comfy.utils.ProgressBar(1)
         self._node_id = _executing_node()
         self._text_at = 0.0
@@ -190,11 +190,16 @@ class NodeObserver:
         """A bar per phase."""
         self._update(done, max(1, total))
         self._show(f"{phase}: {done} of {total}", final=done >= total)
+        if self._live is not None:
+            self._live.phase(f"{phase}: {done} of {total}")
 
     def on_step(self, report: StepReport) -> None:
         """The training's bar."""
-        if self._run is not None:
-            self._run.last_step = report
+        if self._live is not None:
+            self._live.step(report)
+        if self._on_first_step is not None:
+            self._on_first_step()
+            self._on_first_step = None
         self._update(report.step, report.num_steps)
         self._show(f"Step {report.step} of {report.num_steps}, loss {report.loss:.4f}")
 
@@ -203,6 +208,8 @@ class NodeObserver:
         with Image.open(report.grid_file) as grid:
             preview = ("JPEG", grid.convert("RGB"), _PREVIEW_EDGE)
         self._update(self._bar.current, self._bar.total, preview)
+        if self._live is not None:
+            self._live.samples(report.step)
 
     def should_stop(self) -> Stop:
         """Interrupt pauses, stop-and-keep ends."""
@@ -218,12 +225,24 @@ class NodeObserver:
             comfy.model_management.interrupt_current_processing()
 
     def _show(self, text: str, *, final: bool = False) -> None:
-        send = getattr(getattr(PromptServer, "instance", None), "send_progress_text", None)
+        send = getattr(server(), "send_progress_text", None)
         now = time.monotonic()
         if send is None or self._node_id is None or (now - self._text_at < _TEXT_EVERY_SECONDS and not final):
             return
         self._text_at = now
         send(text, self._node_id)
+
+
+def server() -> PromptServer | None:
+    """ComfyUI's server, where this process is one."""
+    return getattr(PromptServer, "instance", None)
+
+
+def send_message(event: str, values: dict[str, Any]) -> None:
+    """To every page that is open, from any thread."""
+    instance = server()
+    if instance is not None:
+        instance.send_sync(event, values, None)
 
 
 def _executing_node() -> str | None:
@@ -234,17 +253,19 @@ def _executing_node() -> str | None:
 
 
 @contextmanager
-def interruptible(run: ActiveRun | None = None) -> Iterator[NodeObserver]:
+def interruptible(
+    run: ActiveRun | None = None, on_first_step: Callable[[], None] | None = None
+) -> Iterator[NodeObserver]:
     """An observer for a call; if that ends interrupted, so does the prompt, as ComfyUI knows it."""
     try:
-        yield NodeObserver(run)
+        yield NodeObserver(run, on_first_step)
     except Interrupted:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise
 
 
 @contextmanager
-def long_call(run_name: str = "") -> Iterator[NodeObserver]:
+def long_call(run_name: str = "", on_first_step: Callable[[], None] | None = None) -> Iterator[NodeObserver]:
     """The whole machine for one interruptible call, given back as it was. With a name it is listed as a training.
 
     ComfyUI runs nodes in inference mode, where autograd is off for good; networks must be loaded outside of it.
@@ -252,8 +273,8 @@ def long_call(run_name: str = "") -> Iterator[NodeObserver]:
     free_memory()
     try:
         with (
-            active_run(run_name) if run_name else nullcontext() as run,
-            interruptible(run) as observer,
+            active_run(run_name, _executing_node()) if run_name else nullcontext() as run,
+            interruptible(run, on_first_step) as observer,
             _globals_kept(),
             torch.inference_mode(mode=False),
             torch.enable_grad(),
@@ -261,6 +282,8 @@ def long_call(run_name: str = "") -> Iterator[NodeObserver]:
             yield observer
     finally:
         free_memory()
+        if run_name:
+            send_message(RUN_MESSAGE, {"run_name": run_name, "active": False})  # how it ended is in its folder
 
 
 def free_memory() -> None:
@@ -338,33 +361,3 @@ def _patches(lora: dict[str, torch.Tensor], key_map: dict[str, str], name: str) 
             "would not work. Use it with a Qwen-Image-Edit model of the same depth as the one it was trained on."
         )
     return patches
-
-
-# Routes
-
-
-def register_routes() -> None:
-    """GET /qwen_edit_trainer/runs and POST /qwen_edit_trainer/stop, where there is a server."""
-    server = getattr(PromptServer, "instance", None)
-    if server is None or any(getattr(route, "path", "") == f"/{_OWN_FOLDER}/runs" for route in server.routes):
-        return
-    server.routes.get(f"/{_OWN_FOLDER}/runs")(_list_runs)
-    server.routes.post(f"/{_OWN_FOLDER}/stop")(_stop_run)
-
-
-async def _list_runs(_request: web.Request) -> web.Response:
-    return web.json_response({"runs": active_runs()})
-
-
-async def _stop_run(request: web.Request) -> web.Response:
-    """Body {"run_name": ...}. JSON only: a page of another origin can't send that type unasked."""
-    if request.content_type != "application/json" or (request.content_length or 0) > _REQUEST_BYTES:
-        return web.json_response({"error": 'Send a small JSON object: {"run_name": "..."}'}, status=400)
-    try:
-        body = await request.json()
-    except ValueError:
-        body = None
-    name = body.get("run_name") if isinstance(body, dict) else None
-    if stop_and_keep(name):
-        return web.json_response({"stopping": name})
-    return web.json_response({"error": "No training of that name is under way."}, status=404)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -10,7 +11,7 @@ from comfy_api.latest import io
 from ..trainer_core.config import ExportConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from ..trainer_core.config import LoraConfig as Lora
 from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
-from . import host, publish, sockets
+from . import graph_file, host, publish, sockets
 from .names import checked_run_name, free_name
 from .schema import new_input, new_output, node_schema, setting_input
 
@@ -35,6 +36,7 @@ class TrainLora(io.ComfyNode):
             search_aliases=["finetune", "lora training", "trainer"],
             is_output_node=True,
             not_idempotent=True,
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             inputs=_inputs(),
             outputs=[
                 new_output(
@@ -60,7 +62,15 @@ class TrainLora(io.ComfyNode):
         """Train, publish the file, and hand on what later nodes need."""
         config = _train_config(model, encoded, **values)
         continue_kept = values["if_run_exists"] == "continue a kept run"
-        return _output(_finished(config, continue_kept=continue_kept) or _train(config, continue_kept=continue_kept))
+        result = _finished(config, continue_kept=continue_kept)
+        if result is not None:
+            return _output(result, is_new=False)
+
+        def keep_graph() -> None:
+            hidden = cls.hidden
+            graph_file.keep_graph(Path(config.run_dir), hidden.unique_id, hidden.prompt, hidden.extra_pnginfo)
+
+        return _output(_train(config, keep_graph, continue_kept=continue_kept), is_new=True)
 
 
 def _inputs() -> list[io.Input]:
@@ -159,7 +169,7 @@ def _finished(config: TrainConfig, *, continue_kept: bool) -> TrainResult | None
     return find_result(config, continue_kept=continue_kept)
 
 
-def _train(config: TrainConfig, *, continue_kept: bool) -> TrainResult:
+def _train(config: TrainConfig, on_first_step: Callable[[], None], *, continue_kept: bool) -> TrainResult:
     from ..trainer_core.qwen_image.folder import model_folder, read_json
     from ..trainer_core.run import train_lora
 
@@ -168,20 +178,22 @@ def _train(config: TrainConfig, *, continue_kept: bool) -> TrainResult:
     def check(lora_file: Path) -> None:
         host.check_lora_file(lora_file, num_layers)
 
-    with host.long_call(Path(config.run_dir).name) as observer:
+    with host.long_call(Path(config.run_dir).name, on_first_step) as observer:
         result = train_lora(config, observer, extra_check=check, continue_kept=continue_kept)
         if result.lora_file is None:
             raise Interrupted("Stopped. The run is kept; queue the same graph again to go on.")
         return result
 
 
-def _output(result: TrainResult) -> io.NodeOutput:
+def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
     from ..trainer_core.export.lora_file import read_lora
     from ..trainer_core.training.run_folder import RunFolder
     from .pictures import empty_image, file_to_image
 
     assert result.lora_file is not None
     lora_name = publish.place_lora(result.lora_file, result.run_dir.name)
+    if is_new:
+        host.send_message("qwen_edit_trainer.lora", {"run_name": result.run_dir.name, "lora_name": lora_name})
     rows = RunFolder(result.run_dir).metrics()
     grid = file_to_image(result.samples.grid_file) if result.samples else empty_image()
     run = sockets.FinishedRun(

@@ -31,6 +31,7 @@ from tests.support.training_graph import (
     state_of,
     steps_written,
     training,
+    under_way,
 )
 from tools.comfyui import status_of
 
@@ -85,7 +86,7 @@ def test_training(unbroken: Path, studio: PackServer):
     prompt = training("broken", STEPS, validate=MIDDLE, draw=DRAW)
 
     Pressed(studio, prompt, progress_of(TRAIN, 0)).assert_interrupted_at(TRAIN)
-    assert studio.get("/qwen_edit_trainer/runs") == {"runs": []}
+    assert under_way(studio) == []
 
     Pressed(studio, prompt, progress_of(TRAIN, 3, STEPS)).assert_interrupted_at(TRAIN)
     paused = state_of(studio, "broken")
@@ -153,7 +154,7 @@ def test_sampling(studio: PackServer):
 
 def stop(server: PackServer, name: str) -> dict[str, Any]:
     """What the server says about a run before it is asked to end, and to that."""
-    (listed,) = server.get("/qwen_edit_trainer/runs")["runs"]
+    (listed,) = under_way(server)
     return {**listed, **server.post("/qwen_edit_trainer/stop", {"run_name": name})}
 
 
@@ -177,7 +178,7 @@ def test_stop_and_keep(studio: PackServer):
     assert (studio.output / found["lora_file"]).is_file()
     assert pressed.entry["outputs"][PLOT]["images"]  # the graph went on
     assert state_of(studio, "kept")["state"] == "kept"
-    assert studio.get("/qwen_edit_trainer/runs") == {"runs": []}
+    assert under_way(studio) == []
 
     forget(studio)
     assert figures(studio.run(prompt)) == found  # it was meant to end there

@@ -107,7 +107,7 @@ def apply_files(host: types.ModuleType, folder: Path) -> dict[str, str]:
     }
 
 
-def long_calls(host: types.ModuleType, errors: types.ModuleType) -> dict[str, str]:
+def long_calls(host: types.ModuleType, runs: types.ModuleType, errors: types.ModuleType) -> dict[str, str]:
     """Modes inside, everything as before afterwards, and an interruption as ComfyUI knows it."""
     import comfy.model_management as management
 
@@ -125,11 +125,11 @@ def long_calls(host: types.ModuleType, errors: types.ModuleType) -> dict[str, st
         before = state()
         with host.long_call("name") as observer:
             found["inside"] = str((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
-            found["listed"] = str([row["run_name"] for row in host.active_runs()])
+            found["listed"] = str([row["run_name"] for row in runs.active_runs()])
             found["no wish"] = observer.should_stop().name
             torch.rand(3), random.random(), np.random.rand()
             torch.set_default_dtype(torch.float64)
-            host.stop_and_keep("name")
+            runs.stop_and_keep("name")
             found["keep"] = observer.should_stop().name
         found["as before"] = str(state() == before)
 
@@ -201,7 +201,7 @@ def main(_: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor
     answers = {
         "check": check_files(host, folder),
         "apply": apply_files(host, folder),
-        "long": long_calls(host, errors),
+        "long": long_calls(host, module("nodes.active_runs"), errors),
         "placed": placed(publish, folder),
         "folders": folders(host, values),
     }

@@ -198,6 +198,11 @@ def state_of(server: PackServer, name: str) -> dict[str, Any]:
     return json.loads((run_dir(server, name) / "run.json").read_text(encoding="utf-8"))
 
 
+def under_way(server: PackServer) -> list[dict[str, Any]]:
+    """Trainings that the server lists as going on."""
+    return [run for run in server.get("/qwen_edit_trainer/runs")["runs"] if run["active"]]
+
+
 def steps_written(server: PackServer, name: str) -> list[int]:
     """Steps in the metrics file."""
     lines = (run_dir(server, name) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

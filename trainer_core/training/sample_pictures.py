@@ -35,7 +35,7 @@ def read_sample_index(folder: Path) -> list[dict[str, Any]]:
     try:
         pairs = json.loads((folder / INDEX).read_text(encoding="utf-8"))["pairs"]
         return [{"caption": str(pair["caption"]), "pictures": _plain_names(pair["pictures"])} for pair in pairs]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 

@@ -1,0 +1,33 @@
+"""The graph that started a run, kept in its folder, so that a page can open it again or go on with the run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from ..trainer_core.files import write_atomically
+from ..trainer_core.training.run_view import MAX_FILE_BYTES, read_graph
+
+
+def keep_graph(run_dir: Path, node_id: str | None, prompt: Any, extra: Any) -> None:
+    """Write graph.json: `prompt` as the API takes it, and the page's `workflow` where the graph came from a page."""
+    if node_id is None or not isinstance(prompt, dict) or node_id not in prompt:
+        return
+    workflow = extra.get("workflow") if isinstance(extra, dict) else None
+    data = json.dumps({"node_id": node_id, "prompt": prompt, "workflow": workflow}, ensure_ascii=False).encode()
+    if len(data) <= MAX_FILE_BYTES:
+        write_atomically(run_dir / "graph.json", data)
+
+
+def graph_to_continue(run_dir: Path) -> dict[str, Any]:
+    """`prompt` and `workflow` of a run, the prompt so that it goes on with this very run. Empty if none was kept."""
+    graph = read_graph(run_dir)
+    prompt, node_id = graph.get("prompt"), str(graph.get("node_id"))
+    node = prompt.get(node_id) if isinstance(prompt, dict) else None
+    if not isinstance(prompt, dict) or not isinstance(node, dict) or not isinstance(node.get("inputs"), dict):
+        return {}
+    prompt = copy.deepcopy(prompt)
+    prompt[node_id]["inputs"] |= {"run_name": run_dir.name, "if_run_exists": "continue a kept run"}
+    return {"node_id": node_id, "prompt": prompt, "workflow": graph.get("workflow")}

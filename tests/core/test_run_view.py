@@ -1,0 +1,111 @@
+"""What a page shows of a run folder, whole or damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from trainer_core.training import run_view
+from trainer_core.training.grid import GridRow
+from trainer_core.training.sample_pictures import save_sample_pictures
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "num_steps": 100, "loss": float(step), "learning_rate": 1e-4, "seconds": 0.5, **more}
+
+
+def make_run(folder: Path, rows: list[dict[str, Any]], **state: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"key": {}, "state": "started", **state}))
+    (folder / "config.json").write_text(json.dumps({"max_train_steps": 100, "run_dir": str(folder)}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return folder
+
+
+def test_newest_first_and_only_runs(tmp_path: Path):
+    assert run_view.run_folders(tmp_path / "none", 5) == []
+    for number in range(3):
+        make_run(tmp_path / f"run{number}", [])
+        os.utime(tmp_path / f"run{number}" / "run.json", (number, number))
+    (tmp_path / "no run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run0")
+    names = [folder.name for folder in run_view.run_folders(tmp_path, 5)]
+    assert names == ["run2", "run1", "run0"]
+    assert len(run_view.run_folders(tmp_path, 2)) == 2
+
+
+def test_summary(tmp_path: Path):
+    samples = {"psnr_base": 9.0, "psnr_lora": float("inf"), "psnr_vae": 20.0}
+    run = make_run(tmp_path / "mine", [row(1), row(2, peak_bytes=7)], state="paused", samples=samples)
+    found = run_view.summary(run)
+    assert (found["run_name"], found["state"], found["step"], found["num_steps"]) == ("mine", "paused", 2, 100)
+    assert (found["loss"], found["peak_bytes"]) == (2.0, 7)
+    assert found["psnr"] == {"base": 9.0, "lora": None, "vae": 20.0}  # JSON as pages read it knows no infinity
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_a_line_cut_short_is_passed_over(tmp_path: Path):
+    run = make_run(tmp_path / "mine", [row(1), row(2)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert run_view.summary(run)["step"] == 2
+    assert run_view.curve(run, 10)["steps"] == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", '"x"', "[" * 20_000])
+def test_damaged_files_are_as_missing_ones(text: str, tmp_path: Path):
+    run = make_run(tmp_path / "mine", [])
+    for name in ("run.json", "config.json", "metrics.jsonl", "graph.json"):
+        (run / name).write_text(text)
+    assert run_view.summary(run)["step"] == 0
+    assert run_view.curve(run, 10) == {"steps": [], "loss": [], "learning_rate": [], "measured": {}}
+    assert run_view.read_config(run) == {} and run_view.read_graph(run) == {} and run_view.samples(run) == []
+
+
+def test_a_long_curve_is_thinned_to_means(tmp_path: Path):
+    rows = [row(step, **({"validation_loss": 0.5} if step % 250 == 0 else {})) for step in range(1, 1001)]
+    found = run_view.curve(make_run(tmp_path / "mine", rows), 100)
+    assert len(found["steps"]) == len(found["loss"]) == len(found["learning_rate"]) == 100
+    assert (found["steps"][0], found["loss"][0]) == (10, 5.5)
+    assert found["steps"][-1] == 1000
+    assert found["measured"] == {"validation_loss": [[step, 0.5] for step in (250, 500, 750, 1000)]}
+
+
+def test_of_a_very_long_file_not_every_line_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_view, "_MAX_ROWS", 50)
+    rows = [row(step, **({"validation_loss": 0.5} if step == 333 else {})) for step in range(1, 1001)]
+    found = run_view.curve(make_run(tmp_path / "mine", rows), 1000)
+    assert 40 <= len(found["steps"]) <= 60
+    assert found["measured"] == {"validation_loss": [[333, 0.5]]}
+
+
+def test_settings_hide_where_things_lie(tmp_path: Path):
+    run = make_run(tmp_path / "mine", [])
+    settings = {"model": {"base": "/data/models/Edit", "flavour": "edit-v1"}, "list": ["C:\\x\\y.txt"], "rate": 1e-4}
+    (run / "config.json").write_text(json.dumps(settings))
+    assert run_view.read_config(run) == {
+        "model": {"base": "Edit", "flavour": "edit-v1"},
+        "list": ["y.txt"],
+        "rate": 1e-4,
+    }
+
+
+def test_samples(tmp_path: Path):
+    run, picture = make_run(tmp_path / "mine", []), Image.new("RGB", (8, 8))
+    for step in (500, 250):
+        save_sample_pictures(
+            [GridRow((picture,), picture, picture, picture, "x")], run / "samples" / f"step-{step:06d}"
+        )
+    (run / "samples" / "step-000750").mkdir()  # drawn just now
+    (run / "samples" / "step-x").mkdir()
+    found = run_view.samples(run)
+    assert [each["step"] for each in found] == [250, 500]
+    assert found[0]["pairs"] == [{"caption": "x", "columns": ["reference-1", "base", "lora", "target"]}]
+    assert run_view.picture_name(run, 250, 0, "lora") == "samples/step-000250/0-lora.png"
+    for asked in ((250, 1, "lora"), (250, -1, "lora"), (250, 0, "../x"), (251, 0, "lora")):
+        assert run_view.picture_name(run, *asked) == ""
