@@ -114,6 +114,8 @@ def _list(cls: type, field: Any, of: Any) -> str:
     if dataclasses.is_dataclass(of):
         title = _title(typing.cast(type, of))
         return f"list of objects, see [{title}](#{title.lower()})"
+    if typing.get_origin(of) is typing.Literal:
+        return f"list of {', '.join(f'`{choice}`' for choice in typing.get_args(of))}; one may stand without the list"
     limits = _limits(cls, field.name, ())
     return f"list of {TYPES[of]}" + (f": {limits}" if limits else "")
 

@@ -81,3 +81,10 @@ def scale_box(box: Box, source: Size, destination: Size) -> Box:
     x, y = destination.width / source.width, destination.height / source.height
     left, top = min(round(box.left * x), destination.width - 1), min(round(box.top * y), destination.height - 1)
     return Box(left, top, max(left + 1, round(box.right * x)), max(top + 1, round(box.bottom * y)))
+
+
+def same_shape(size: Size, other: Size) -> bool:
+    """Whether one may be the other resized as a whole: their sides have one ratio but for the rounding to pixels."""
+    least = max((other.width - 1) / size.width, (other.height - 1) / size.height)
+    most = min((other.width + 1) / size.width, (other.height + 1) / size.height)
+    return least <= most

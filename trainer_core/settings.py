@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -33,11 +34,27 @@ def check(condition: bool, name: str, value: object, allowed: str) -> None:  # n
 def check_choice(owner: object, *names: str) -> None:
     hints = typing.get_type_hints(type(owner))
     for name in names:
-        allowed, value = get_args(hints[name]), getattr(owner, name)
-        if value not in allowed:
-            near = difflib.get_close_matches(str(value), allowed, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}.{hint}")
+        _check_among(get_args(hints[name]), name, getattr(owner, name))
+
+
+def check_choices(owner: object, *names: str) -> None:
+    """The same for settings that are tuples of choices."""
+    hints = typing.get_type_hints(type(owner))
+    for name in names:
+        for value in getattr(owner, name):
+            _check_among(get_args(get_args(hints[name])[0]), name, value)
+
+
+def _check_among(allowed: tuple[str, ...], name: str, value: object) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}.{hint}")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it can name a file or folder everywhere, and no other place than where it is put."""
+    return bool(re.fullmatch(r"[\w][\w .()+-]{0,99}", name)) and not name.endswith((".", " "))
 
 
 def check_at_least(owner: object, least: float, *names: str) -> None:

@@ -83,6 +83,7 @@ def encode_dataset(
         ModelFileError: the VAE or text encoder can't be loaded.
         Interrupted: the observer wants to stop; what was encoded stays.
     """
+    _check_built(encoding)
     _check_references(dataset, model)
     encoders = encoders or Encoders()
     encoders.check(encoding)
@@ -107,6 +108,14 @@ def encode_dataset(
         validation_pairs=tuple(each.entry for each in planned if each.pair.key in held_out),
         left_out=left_out,
     )
+
+
+def _check_built(encoding: EncodingConfig) -> None:
+    """Settings whose work is not done yet are refused, never ignored."""
+    for name in ("conditioning_multidataset_sampling", "conditioning_image_embeds", "reference_latents"):
+        usual = next(field.default for field in dataclasses.fields(encoding) if field.name == name)
+        if getattr(encoding, name) != usual:
+            raise ConfigError(f"{name} is {getattr(encoding, name)!r}; this version has {usual!r} only.")
 
 
 def _check_references(dataset: EditDataset, model: ModelConfig) -> None:
@@ -135,7 +144,8 @@ def _plan(
     pair: EditPair, model: ModelConfig, encoding: EncodingConfig, digests: tuple[str, str], held_out: set[str]
 ) -> _PlannedPair:
     """`digests` are the VAE's and the text encoder's."""
-    plan = plan_pair(pair.sizes, FLAVOURS[model.flavour], encoding, pair.key)
+    flavour, kinds = FLAVOURS[model.flavour], pair.conditioning_types
+    plan = plan_pair(pair.sizes, flavour, encoding, pair.key, conditioning_types=kinds)
     entry = _entry(pair, plan, digests, encoding, keep_pictures=pair.key in held_out)
     return _PlannedPair(pair, plan, entry, encoding.validation_negative_prompt)
 

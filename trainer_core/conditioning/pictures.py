@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..config import EncodingConfig
+from ..config import ConditioningType, EncodingConfig
 from ..geometry import Box, Size, area_size, aspect_area_size, crop_box, scale_box
 from ..qwen_image.flavours import Flavour
 from .sizes import crop_place, target_box, target_size
@@ -50,28 +50,57 @@ class PairPlan:
         return scale_box(self.target.box, target, mask)
 
 
-def plan_pair(sizes: Sequence[Size], flavour: Flavour, encoding: EncodingConfig, key: str = "") -> PairPlan:
-    """Views for a pair whose pictures have these sizes, the target's first. `key` decides a random crop."""
+def plan_pair(
+    sizes: Sequence[Size],
+    flavour: Flavour,
+    encoding: EncodingConfig,
+    key: str = "",
+    *,
+    conditioning_types: Sequence[ConditioningType] = (),
+) -> PairPlan:
+    """Views for a pair whose pictures have these sizes, the target's first. `key` decides a random crop.
+
+    `conditioning_types` are the references', all auto where there are none.
+    """
     bucket = target_size(sizes[0], encoding)
     box = target_box(sizes[0], bucket, encoding, key)
-    boxes = [_reference_box(box, (sizes[0], size), bucket, encoding, key) for size in sizes[1:]]
-    views = [plan_reference(each, flavour, encoding, bucket) for each in boxes]
+    target = View(box, bucket, "lanczos")
+    kinds = conditioning_types or ("auto",) * (len(sizes) - 1)
+    seen = [
+        _reference(size, kind, Framing(sizes[0], target, key), flavour, encoding)
+        for size, kind in zip(sizes[1:], kinds, strict=True)
+    ]
     return PairPlan(
-        target=View(box, bucket, "lanczos"),
-        references=tuple(reference for reference, _ in views),
-        vision=tuple(vision for _, vision in views),
+        target=target,
+        references=tuple(reference for reference, _ in seen),
+        vision=tuple(vision for _, vision in seen),
     )
 
 
-def _reference_box(box: Box, sizes: tuple[Size, Size], bucket: Size, encoding: EncodingConfig, key: str) -> Box:
-    """The target's rectangle where target and reference (`sizes`) show the same scene; else all of the reference, or
-    under match_target_res as much of it as has the target's shape."""
-    target, size = sizes
-    if same_framing(target, size):
-        return scale_box(box, target, size)
-    if encoding.match_target_res:
-        return crop_box(size, bucket, crop_place(encoding, key))
-    return Box(0, 0, *size)
+class Framing(NamedTuple):
+    """What is seen of a target of size `size`, and the pair's key."""
+
+    size: Size
+    view: View
+    key: str
+
+
+def _reference(
+    size: Size, kind: ConditioningType, target: Framing, flavour: Flavour, encoding: EncodingConfig
+) -> tuple[View, View]:
+    """Views of a reference of this size.
+
+    reference_strict is cut by the target's rectangle, and so is auto where both show the same scene. reference_loose is
+    seen whole, and so is any other auto; but under match_target_res as much of it as has the target's shape.
+    """
+    bucket = target.view.size
+    if kind == "reference_strict" or (kind == "auto" and same_framing(target.size, size)):
+        box = scale_box(target.view.box, target.size, size)
+    elif kind == "auto" and encoding.match_target_res:
+        box = crop_box(size, bucket, crop_place(encoding, target.key))
+    else:
+        box = Box(0, 0, *size)
+    return plan_reference(box, flavour, encoding, bucket, keep_aspect=kind == "reference_loose")
 
 
 def same_framing(target: Size, reference: Size) -> bool:
@@ -79,15 +108,21 @@ def same_framing(target: Size, reference: Size) -> bool:
     return abs((reference.width * target.height) / (reference.height * target.width) - 1) <= SAME_FRAMING
 
 
-def plan_reference(box: Box, flavour: Flavour, encoding: EncodingConfig, target: Size) -> tuple[View, View]:
-    """Views of one reference for the VAE and for Qwen2.5-VL, in the sizes of the preprocessing policy."""
+def plan_reference(
+    box: Box, flavour: Flavour, encoding: EncodingConfig, target: Size, *, keep_aspect: bool = False
+) -> tuple[View, View]:
+    """Views of one reference for the VAE and for Qwen2.5-VL, in the sizes of the preprocessing policy.
+
+    Under match_target_res it takes the target's size, or with `keep_aspect` no more than the target's area.
+    """
+    area = target.width * target.height if encoding.match_target_res and keep_aspect else flavour.reference_area
     if encoding.preprocessing == "comfyui":
-        reference = area_size(box.size, flavour.reference_area, flavour.comfyui_reference_step)
+        reference = area_size(box.size, area, flavour.comfyui_reference_step)
         vision, resample = area_size(box.size, flavour.vision_area), "area"
     else:
-        reference = aspect_area_size(box.size, flavour.reference_area)
+        reference = aspect_area_size(box.size, area)
         vision, resample = aspect_area_size(box.size, flavour.vision_area), "lanczos"
-    if encoding.match_target_res:
+    if encoding.match_target_res and not keep_aspect:
         reference = target
     if flavour.same_picture:
         vision = reference

@@ -10,6 +10,7 @@ from ..settings import digest, from_json, to_json
 from .dataset import (
     CaptionConfig,
     CaptionStrategy,
+    ConditioningType,
     DatasetConfig,
     DatasetPartConfig,
     EncodingConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "CaptionConfig",
     "CaptionStrategy",
     "CheckpointConfig",
+    "ConditioningType",
     "DatasetConfig",
     "DatasetPartConfig",
     "EncodingConfig",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ..settings import check, check_at_least, check_choice, required, setting
+from ..settings import check, check_at_least, check_choice, check_choices, is_plain_name, required, setting
 
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt", "csv", "parquet", "jsonl"]
 CAPTION_TABLES: tuple[CaptionStrategy, ...] = ("csv", "parquet", "jsonl")
@@ -13,6 +13,9 @@ ResolutionType = Literal["pixel_area", "pixel", "area"]
 CropAspect = Literal["square", "preserve"]
 CropStyle = Literal["center", "random", "corner"]
 Preprocessing = Literal["comfyui", "diffusers"]
+ConditioningType = Literal["auto", "reference_strict", "reference_loose"]
+MultidatasetSampling = Literal["combined", "random"]
+ReferenceLatents = Literal["cached", "on_the_fly"]
 LEAST_PROBABILITY = 0.01
 
 
@@ -67,12 +70,28 @@ class DatasetConfig:
         "A target that has no reference in a folder is taken with those it has, or as text-to-image with none. Off: a "
         "missing reference is a problem.",
     )
+    conditioning_type: tuple[ConditioningType, ...] = setting(
+        ("auto",),
+        "How references are cut, one for all folders or one per folder: reference_strict by the target's rectangle, "
+        "and a reference of another shape is a problem; reference_loose not at all; auto strictly where the shape is "
+        "the target's within 1 %.",
+    )
+
+    @staticmethod
+    def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
+        """One conditioning_type is a list of one."""
+        kind = values.get("conditioning_type")
+        return {**values, "conditioning_type": [kind]} if isinstance(kind, str) else values
 
     def __post_init__(self) -> None:
         check_choice(self, "caption_strategy")
+        check_choices(self, "conditioning_type")
         check(bool(self.target_dir), "target_dir", self.target_dir, "a folder of pictures")
         count = len(self.reference_dirs)
         check(1 <= count <= 3, "reference_dirs", self.reference_dirs, "one, two or three folders")
+        given = len(self.conditioning_type)
+        allowed = "one for all reference folders, or one for each"
+        check(given in (1, count), "conditioning_type", self.conditioning_type, allowed)
         if self.caption_strategy == "instanceprompt" or self.captions.prepend_instance_prompt:
             check(bool(self.instance_prompt.strip()), "instance_prompt", self.instance_prompt, "a sentence")
         if self.caption_strategy in CAPTION_TABLES:
@@ -145,9 +164,29 @@ class EncodingConfig:
         False, "Also encode every pair without words, as caption_dropout_probability of the training needs it."
     )
     sizes: SizeConfig = setting(SizeConfig(), "Sizes and crops.")
+    conditioning_multidataset_sampling: MultidatasetSampling = setting(
+        "combined",
+        "Several reference folders: combined shows all references of a pair together, random one of them a turn, with "
+        "the prompt as encoded with that one.",
+    )
+    conditioning_image_embeds: str = setting(
+        "",
+        "Name of the cache of references' visual tokens, which all captions share; it must exist. Empty: a cache of "
+        "the first reference folder's name, made if there is none.",
+    )
+    create_image_embeds: bool = setting(
+        False, "Make the cache that conditioning_image_embeds names if there is none. Off: a wrong name is an error."
+    )
+    reference_latents: ReferenceLatents = setting(
+        "cached",
+        "cached encodes references once, onto the disk. on_the_fly encodes those that are trained on anew at every "
+        "turn, with the VAE in memory all the time: for little disk.",
+    )
 
     def __post_init__(self) -> None:
-        check_choice(self, "preprocessing")
+        check_choice(self, "preprocessing", "conditioning_multidataset_sampling", "reference_latents")
+        name = self.conditioning_image_embeds
+        check(not name or is_plain_name(name), "conditioning_image_embeds", name, "a name without folders")
         check(64 <= self.resolution <= 4096, "resolution", self.resolution, "64 to 4096 pixels")
         check_at_least(self, -1, "num_eval_images")
 

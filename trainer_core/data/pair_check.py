@@ -102,11 +102,15 @@ def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
     small = _at_side(target, config.check_side)
     wanted, alignments, findings = _pixels(small), [], []
     bits = [_shape_bits(small)]
-    for number, path in enumerate(pair.references):
+    kinds = pair.conditioning_types or ("auto",) * len(pair.references)
+    for number, (path, kind) in enumerate(zip(pair.references, kinds, strict=True)):
         reference = open_picture(path)
         name = "reference" if len(pair.references) == 1 else f"reference {number + 1}"
         bits.append(_shape_bits(reference))
         found = None
+        if kind == "reference_loose":  # of another scene, by its own word
+            alignments.append(found)
+            continue
         findings += _size_findings(pair.key, name, original, Size(*reference.size))
         if _same_framing(original, Size(*reference.size)):
             found = align(wanted, _pixels(reference.resize(small.size, Image.Resampling.LANCZOS)))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..config import DatasetConfig, digest, to_json
+from ..config import ConditioningType, DatasetConfig, digest, to_json
 from ..errors import DatasetError
 from ..events import SILENT, Observer, raise_if_stopped
 from ..geometry import Size
@@ -27,6 +27,7 @@ from .images import (
     stream_digest,
 )
 from .masks import mask_problem
+from .reference_types import reference_types, shape_problems
 
 _DECODERS = 4
 
@@ -50,11 +51,13 @@ class EditPair:
     digests: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
     mask: PairMask | None = None
+    conditioning_types: tuple[ConditioningType, ...] = ()  # of the references; none: all auto
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class EditDataset:
-    """Pairs in the order of their keys. Equal fingerprints mean equal names, pictures and captions."""
+    """Pairs in the order of their keys. Equal fingerprints mean equal names, pictures,
+    captions and ways to see them."""
 
     pairs: tuple[EditPair, ...]
     fingerprint: str
@@ -262,7 +265,10 @@ def _pair(
     if mask is not None and (problem := mask_problem(mask.path, mask.size, results[0].size)):
         return None, [problem]
     digests, sizes, _ = zip(*results, strict=True)
-    return EditPair(key, path, tuple(paths[1:]), captions, digests, sizes, mask), []
+    kinds = reference_types(config, [key in folder.pictures for folder in others[: len(config.reference_dirs)]])
+    if problems := shape_problems(paths, sizes, kinds):
+        return None, problems
+    return EditPair(key, path, tuple(paths[1:]), captions, digests, sizes, mask, kinds), []
 
 
 def _part(folder: Folder, config: DatasetConfig) -> str:
@@ -287,6 +293,7 @@ def _without_reference(folders: list[Folder], config: DatasetConfig) -> list[str
 
 def _dataset(pairs: list[EditPair], roots: list[Path], notes: tuple[str, ...]) -> EditDataset:
     masks = {pair.key: pair.mask.digest for pair in pairs if pair.mask is not None}
+    kinds = {pair.key: pair.conditioning_types for pair in pairs if pair.conditioning_types}
     content: list[object] = [[pair.key, pair.digests, pair.captions] for pair in pairs]
-    fingerprint = digest([*content, masks] if masks else content)
+    fingerprint = digest([*content, *filter(None, (masks, kinds))])
     return EditDataset(tuple(pairs), fingerprint, roots[0], tuple(roots[1:]), notes)
