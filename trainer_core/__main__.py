@@ -90,7 +90,7 @@ def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .job import load_job, pair_job
     from .qwen_image.folder import model_folder
 
-    job = load_job(options.config)
+    job = load_job(options.config, options.set)
     model_folder(job.model)
     for part, dataset in pair_job(job, observer):
         check = check_pairs(dataset, job.pair_check, observer)
@@ -103,7 +103,7 @@ def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .conditioning.report import encoding_report
     from .job import encode_job, load_job
 
-    for encoded in encode_job(load_job(options.config), observer):
+    for encoded in encode_job(load_job(options.config, options.set), observer):
         if encoded is not None:
             _LOG.info(encoding_report(encoded))
             sys.stdout.write(f"{encoded.manifest}\n")
@@ -114,7 +114,7 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .job import encode_job, load_job
     from .run import train_lora
 
-    job = load_job(options.config)
+    job = load_job(options.config, options.set)
     encoded, validation = encode_job(job, observer)
     config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
     result = train_lora(config, observer, continue_kept=options.continue_kept)
@@ -131,7 +131,7 @@ def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .sample import SampleRequest, sample_edit
     from .training.grid import save_picture
 
-    job = load_job(options.config)
+    job = load_job(options.config, options.set)
     request = SampleRequest(
         model=job.model,
         references=tuple(open_picture(path) for path in options.reference),
@@ -156,7 +156,7 @@ def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 def _import_simpletuner(options: argparse.Namespace, _observer: ConsoleObserver) -> int:
     from .foreign.simpletuner import import_simpletuner
 
-    imported = import_simpletuner(options.config, options.data, base=options.base, root=Path.cwd())
+    imported = import_simpletuner(options.config, options.data, base=options.base, root=Path.cwd(), changes=options.set)
     for line in imported.report:
         _LOG.info("%s", line)
     try:
@@ -183,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, (command, text) in described.items():
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("config", type=Path, help="The JSON configuration.")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="NAME=VALUE", help="Change a setting; repeatable."
+        )
         sub.set_defaults(command=command)
         if name == "train":
             sub.add_argument("--continue-kept", action="store_true", help="Go on with a run that was ended early.")

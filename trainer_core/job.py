@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from .conditioning.encode import encode_dataset
@@ -13,25 +14,28 @@ from .config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, fro
 from .data.pairing import EditDataset, pair_folders
 from .errors import ConfigError, DatasetError
 from .events import SILENT, Observer
+from .settings import changed
 
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
 
 PairedPart = tuple[DatasetPartConfig, EditDataset]
 
 
-def load_job(path: Path) -> JobConfig:
-    """Read a configuration. Relative paths in it start at its folder.
+def load_job(path: Path, changes: Sequence[str] = ()) -> JobConfig:
+    """Read a configuration, with `changes` (`name=value`) in it. Relative paths in it start at its folder.
 
     Raises:
         ConfigError: unreadable, not JSON, or with a wrong setting.
     """
     try:
-        job = from_json(JobConfig, json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
-    return resolve_job(job, path.parent)
+    if changes and isinstance(values, dict):
+        values = changed(values, changes)
+    return resolve_job(from_json(JobConfig, values), path.parent)
 
 
 def resolve_job(job: JobConfig, folder: Path) -> JobConfig:

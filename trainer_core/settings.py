@@ -9,6 +9,7 @@ import json
 import re
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from .errors import ConfigError
@@ -90,6 +91,42 @@ def from_json(cls: type[C], values: object, where: str = "") -> C:
         )
     hints = typing.get_type_hints(cls)
     return cls(**{key: _value(hints[key], value, _dotted(where, key)) for key, value in values.items()})
+
+
+def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Parsed JSON with some values replaced. A change is `name=value`, such as `encoding.resolution=512`.
+
+    Values are JSON or else text. An object in a list is named by its `id` or number.
+
+    Raises:
+        ConfigError: a change without `=`, or into something that is no object.
+    """
+    values = json.loads(json.dumps(values))
+    for change in changes:
+        name, equals, text = change.partition("=")
+        *parts, last = name.strip().split(".")
+        if not equals or not last:
+            raise ConfigError(f"A change is {change!r}; allowed is name=value, such as encoding.resolution=512.")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text.strip()
+        place: Any = values
+        for part in parts:
+            place = _inside(place, part, change)
+        if not isinstance(place, dict):
+            raise ConfigError(f"A change is {change!r}, but {'.'.join(parts)} is {place!r} and holds no settings.")
+        place[last] = value
+    return values
+
+
+def _inside(place: Any, part: str, change: str) -> Any:
+    if isinstance(place, dict):
+        return place.setdefault(part, {})
+    named = [item for item in place if isinstance(item, dict) and item.get("id") == part] if place else []
+    if isinstance(place, list) and (named or (part.isdigit() and int(part) < len(place))):
+        return named[0] if named else place[int(part)]
+    raise ConfigError(f"A change is {change!r}, but there is no {part!r}.")
 
 
 def _must_be_given(field: dataclasses.Field[Any], values: dict[str, Any]) -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.narrow import make_pairs
+from tests.support.quickstart import CONFIG, EDIT_V1, EDIT_V2, as_edit_v2, in_folders
 from trainer_core.__main__ import main
-from trainer_core.config import ModelConfig
 from trainer_core.data.pair_check import check_pairs
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
@@ -20,60 +18,13 @@ from trainer_core.foreign.simpletuner import Imported, convert
 from trainer_core.foreign.simpletuner_keys import CONFIG_KEYS, CONFIG_REASONS, DATA_KEYS, DATA_REASONS
 from trainer_core.job import load_job
 
-CONFIG = """{
-  "model_type": "lora",
-  "model_family": "qwen_image",
-  "model_flavour": "edit-v1",      // or "edit-v2"
-  "train_batch_size": 1,
-  "gradient_accumulation_steps": 4,
-  "validation_resolution": "1024x1024",
-  "validation_guidance": 4.0,
-  "validation_num_inference_steps": 30,
-  "mixed_precision": "bf16",
-  "gradient_checkpointing": true,
-  "base_model_precision": "int8-quanto",
-  "quantize_via": "cpu",
-  "quantize_activations": false,
-  "flow_schedule_shift": 1.73,
-  "data_backend_config": "config/qwen_edit/multidatabackend.json",
-}
-"""
-TARGETS = """{
-    "id": "my-edited-images",
-    "type": "local",
-    "instance_data_dir": "/datasets/edited-images",
-    "caption_strategy": "textfile",
-    "resolution": 1024,
-    "conditioning_data": [%s],
-    "cache_dir_vae": "cache/vae/edited-images"
-  }"""
-REFERENCES = """{
-    "id": "my-reference-images%s",
-    "type": "local",
-    "dataset_type": "conditioning",
-    "instance_data_dir": "/datasets/reference-images%s",
-    "conditioning_type": "reference_strict",
-    "resolution": 1024,
-    "cache_dir_vae": "cache/vae/reference-images%s"
-  }"""
-EMBEDS = """{
-    "id": "my-reference-embeds",
-    "type": "local",
-    "dataset_type": "conditioning_image_embeds",
-    "cache_dir": "cache/conditioning_image_embeds/reference"
-  }"""
-LINKED = TARGETS.replace('"cache_dir_vae"', '"conditioning_image_embeds": "my-reference-embeds",\n    "cache_dir_vae"')
-SUFFIXES = ("-a", "-b", "-c")
-ONE, THREE = '"my-reference-images"', ", ".join(f'"my-reference-images{each}"' for each in SUFFIXES)
-EDIT_V1 = "[" + ", ".join((LINKED % ONE, REFERENCES % ("", "", ""), EMBEDS)) + "]"
-EDIT_V2 = "[" + ", ".join((TARGETS % THREE, *(REFERENCES % (each, each, each) for each in SUFFIXES))) + ",]"
 ROOT = Path("/somewhere")
 
 
 def read(changes: dict[str, Any] | None = None, datasets: list | None = None, **first: Any) -> Imported:
     """The edit-v1 example with `changes`, and `first` in its data set."""
     settings = {**json.loads(plain_json(CONFIG)), **(changes or {})}
-    datasets = datasets if datasets is not None else json.loads(EDIT_V1)
+    datasets = datasets if datasets is not None else json.loads(plain_json(EDIT_V1))
     datasets[0] = {**datasets[0], **first}
     return convert(settings, datasets, root=ROOT)
 
@@ -84,15 +35,10 @@ def line(imported: Imported, start: str) -> str:
     return found[0]
 
 
-def files(folder: Path, config: str, data: str, references: int) -> Path:
+def files(folder: Path, config: str, data: str) -> Path:
     """Both files, with their folders replaced by small ones, read by the command line; the configuration written."""
-    pairs = make_pairs(folder / "pairs", 4, num_references=references)
-    config = config.replace('"flow_schedule_shift"', '"num_eval_images": 1, "flow_schedule_shift"')
-    data = data.replace('"/datasets/edited-images"', json.dumps(pairs.target_dir))
-    for suffix, each in zip(SUFFIXES if references > 1 else ("",), pairs.reference_dirs, strict=True):
-        data = data.replace(f'"/datasets/reference-images{suffix}"', json.dumps(each))
     (folder / "config.json").write_text(config)
-    (folder / "data.json").write_text(data)
+    (folder / "data.json").write_text(in_folders(data, folder / "pairs"))
     arguments = (str(folder / "config.json"), "--data", str(folder / "data.json"), "--out", str(folder / "job.json"))
     assert main(["import-simpletuner", *arguments]) == 0
     return folder / "job.json"
@@ -105,7 +51,7 @@ def test_comments_and_trailing_commas_but_not_in_strings():
 
 
 def test_first_example(tmp_path: Path):
-    job = load_job(files(tmp_path, CONFIG, EDIT_V1, 1))
+    job = load_job(files(tmp_path, CONFIG, EDIT_V1))
     assert (job.model.flavour, job.model.quantize_via) == ("edit-v1", "cpu")
     assert job.model.base_model_precision == "int8-quanto"
     assert (job.noise.flow_schedule_shift, job.batching.gradient_accumulation_steps) == (1.73, 4)
@@ -115,23 +61,10 @@ def test_first_example(tmp_path: Path):
 
 
 def test_second_example_has_three_references(tmp_path: Path):
-    job = load_job(files(tmp_path, CONFIG.replace('"edit-v1"', '"edit-v2"'), EDIT_V2, 3))
+    job = load_job(files(tmp_path, as_edit_v2(CONFIG), EDIT_V2))
     assert [Path(each).name for each in job.dataset.reference_dirs] == ["reference_1", "reference_2", "reference_3"]
     dataset = pair_folders(job.dataset)
     assert all(len(pair.references) == 3 for pair in dataset.pairs) and check_pairs(dataset, job.pair_check)
-
-
-def test_first_example_trains(tmp_path: Path, model: ModelConfig):
-    """All as imported but for what a narrow model on a CPU can't do."""
-    from trainer_core.conditioning.encode import encode_dataset
-    from trainer_core.run import train_lora
-
-    job = load_job(files(tmp_path, CONFIG, EDIT_V1, 1))
-    encoding = dataclasses.replace(job.encoding, resolution=96, match_target_res=True, num_eval_images=0)
-    job = dataclasses.replace(job, model=model, encoding=encoding, max_train_steps=1)
-    encoded = encode_dataset(pair_folders(job.dataset), model, job.parts()[0].encoding, Path(job.cache_dir))
-    result = train_lora(job.train_config(str(encoded.manifest)))
-    assert result.steps_done == 1 and result.lora_file
 
 
 def test_every_key_of_the_documents_is_taken_or_explained():
@@ -143,7 +76,7 @@ def test_every_key_of_the_documents_is_taken_or_explained():
         line(imported, f"my-edited-images.{key}: left out; ")
     given = {"model_flavour": "edit-v1"}
     assert not [each for each in read(dict.fromkeys(CONFIG_KEYS) | given).report if "has no effect" in each]
-    based = convert(json.loads(plain_json(CONFIG)), json.loads(EDIT_V1), base="models/x", root=ROOT)
+    based = convert(json.loads(plain_json(CONFIG)), json.loads(plain_json(EDIT_V1)), base="models/x", root=ROOT)
     assert based.job.model.base == str(ROOT / "models/x")
     assert "drawn at the size" in line(imported, "validation_resolution:")
     assert "EMA is not built" in line(imported, "use_ema:")
@@ -225,16 +158,56 @@ def test_tables_of_captions():
     assert Path(dataset.captions.caption_file) == ROOT / "c.csv" and dataset.captions.caption_column == "text"
 
 
-def test_masks_and_further_data_sets():
-    data = json.loads(EDIT_V1)
+def test_masks_and_several_data_sets():
+    data = json.loads(plain_json(EDIT_V1))
     mask = {"id": "m", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "masks"}
-    data += [mask, {**data[0], "id": "more"}, {**data[0], "id": "held-out"}]
+    data += [mask, {**data[0], "id": "more", "resolution": 512, "crop": True, "repeats": 3, "probability": 0.4}]
+    data += [{**data[0], "id": "held-out"}, {"id": "plain", "instance_data_dir": "plain"}, {**mask, "id": "spare"}]
     data.append({"id": "text", "dataset_type": "text_embeds", "cache_dir": "cache/text", "type": "local"})
-    imported = read({"eval_dataset_id": "held-out"}, data, conditioning_data=["m", "my-reference-images"])
-    assert imported.job.dataset.mask_dir == str(ROOT / "masks")
-    assert imported.job.dataset.reference_dirs == ("/datasets/reference-images",)
-    assert "not supported yet" in line(imported, "more: LEFT OUT")
-    assert "validation" in line(imported, "held-out:") and "cache" in line(imported, "text:")
+    changes = {"eval_dataset_id": "held-out", "num_eval_images": 3}
+    imported = read(changes, data, conditioning_data=["m", "my-reference-images"], crop=False, disable_validation=True)
+    first, more, held_out = imported.job.datasets
+    assert first.dataset.mask_dir == str(ROOT / "masks") and not more.dataset.mask_dir
+    assert first.dataset.reference_dirs == more.dataset.reference_dirs == ("/datasets/reference-images",)
+    assert [part.encoding.resolution for part in imported.job.datasets] == [1024, 512, 1024]
+    assert [part.encoding.sizes.crop for part in imported.job.datasets] == [False, True, False]
+    assert (more.repeats, more.probability, first.repeats) == (3, 0.4, 0)
+    assert imported.job.eval_dataset_id == ("held-out",) and held_out.id == "held-out"
+    assert imported.job.validation.num_validation_images == 3
+    assert "conditioning_data" in line(imported, "plain: LEFT OUT") and "no data set" in line(imported, "spare: LEFT")
+    assert "cache" in line(imported, "text:") and "probability" in line(imported, "more.probability:")
+
+
+def test_what_data_sets_share_stands_once_and_can_be_changed():
+    data = json.loads(plain_json(EDIT_V2))
+    data.append({**data[0], "id": "more", "crop": True})
+    settings = {**json.loads(plain_json(as_edit_v2(CONFIG))), "num_eval_images": 1}
+    changes = ["encoding.resolution=96", "datasets.more.repeats=2", "datasets.0.probability=0.5", "export.lora_name=x"]
+    imported = convert(settings, data, root=ROOT, changes=changes)
+    assert imported.values["encoding"] == {"resolution": 96, "num_eval_images": 1}
+    assert imported.values["datasets"][1]["encoding"] == {"sizes": {"crop": True}}
+    first, more = imported.job.parts()
+    assert (first.encoding.resolution, first.probability, more.repeats) == (96, 0.5, 2)
+    assert imported.job.export.lora_name == "x"
+    for wrong, words in (
+        ("encoding.resolution", "name=value"),
+        ("datasets.none.repeats=1", "no 'none'"),
+        ("seed.x=1", "holds no"),
+        ("run_dir.x=1", "holds no"),
+        ("encoding.resolutoin=1", "Did you mean 'resolution'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            convert({**settings, "seed": 1}, data, root=ROOT, changes=[wrong])
+
+
+def test_a_data_set_of_type_eval_is_validated_on():
+    data = json.loads(plain_json(EDIT_V1))
+    data.append({**data[0], "id": "held-out", "dataset_type": "eval"})
+    job = read({}, data).job
+    assert job.eval_dataset_id == ("held-out",) and [part.id for part in job.datasets] == [
+        "my-edited-images",
+        "held-out",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +232,7 @@ def test_mistakes_name_what_there_is(config: dict, first: dict, words: list[str]
 
 
 def test_nothing_is_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    job = files(tmp_path, CONFIG, EDIT_V1, 1)
+    job = files(tmp_path, CONFIG, EDIT_V1)
     (tmp_path / "again.json").write_text("{")
     data = ("--data", str(tmp_path / "data.json"))
     assert main(["import-simpletuner", str(tmp_path / "config.json"), *data, "--out", str(job)]) == 1

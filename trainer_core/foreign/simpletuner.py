@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 from ..config import DEMO_MODEL, JobConfig, from_json
 from ..errors import ConfigError
 from ..qwen_image.flavours import FLAVOURS, Flavour
+from ..settings import changed
 from .loose_json import read_loose_json
 from .section import Section
-from .simpletuner_data import INHERITED, Backends, read_data
+from .simpletuner_backends import Backends, ids_of
+from .simpletuner_data import INHERITED, read_data
 from .simpletuner_keys import CONFIG_KEYS, CONFIG_REASONS
 
 _PRECISIONS = {
@@ -86,8 +88,12 @@ class Imported:
     report: tuple[str, ...]
 
 
-def import_simpletuner(config: Path, data: Path | None = None, *, base: str = "", root: Path) -> Imported:
+def import_simpletuner(
+    config: Path, data: Path | None = None, *, base: str = "", root: Path, changes: Sequence[str] = ()
+) -> Imported:
     """Read both files. Relative paths in them start at `root`, as SimpleTuner's do where it is started.
+
+    `changes` are settings of the job to put in place of theirs, each `name=value`.
 
     Raises:
         ConfigError: not readable, not an edit LoRA, ids that don't exist, values out of range.
@@ -98,32 +104,32 @@ def import_simpletuner(config: Path, data: Path | None = None, *, base: str = ""
         if not isinstance(named, str):
             raise ConfigError(f"{config} names no data_backend_config. Give the data file with --data.")
         data = root / named
-    return convert(settings, read_loose_json(data), base=base, root=root)
+    return convert(settings, read_loose_json(data), base=base, root=root, changes=changes)
 
 
-def convert(settings: object, datasets: object, *, base: str = "", root: Path) -> Imported:
+def convert(settings: object, datasets: object, *, base: str = "", root: Path, changes: Sequence[str] = ()) -> Imported:
     """Parsed `settings` (config.json) and `datasets` (multidatabackend.json) as a job."""
     notes: list[str] = []
     section = Section(settings, "", notes)
     values: dict[str, Any] = {}
     flavour = _kind(section)
     inherited = {key: section.take(key) for key in INHERITED}
-    eval_ids = section.take("eval_dataset_id") or []
-    backends = Backends(datasets, [eval_ids] if isinstance(eval_ids, str) else list(eval_ids), notes)
+    backends = Backends(datasets, ids_of(section.take("eval_dataset_id")), notes)
     found = read_data(backends, inherited, root, flavour.max_references, notes)
-    values |= {"model": _model(section, flavour, base, root), "dataset": found["dataset"], "cache_dir": "cache"}
-    values |= {"run_dir": f"runs/{_file_name(found['name'])}", "encoding": found["encoding"]}
+    values |= {"model": _model(section, flavour, base, root), **found.values}
+    values |= {"cache_dir": "cache", "run_dir": f"runs/{_file_name(found.name)}"}
     missing = [name for name in _THEIR_DEFAULTS if name not in section]
     for ours, theirs, read in _SAME:
         value = read(section, *theirs)
         if value is not None:
             _put(values, ours, value)
     _optimizer(section, values)
-    _noise(section, values, found["offset"])
+    _noise(section, values, found.offset)
     _validation(section, values)
     _steps_and_folders(section, values, root)
     _rest(section, values)
     section.explain(CONFIG_REASONS, CONFIG_KEYS)
+    values = changed(values, changes)
     job = from_json(JobConfig, values)
     listed = ", ".join(f"{name} (SimpleTuner's {_THEIR_DEFAULTS[name]})" for name in missing)
     notes += [f"Not in your files, so this trainer's own defaults hold: {listed}."] if missing else []
@@ -261,9 +267,12 @@ def _validation(section: Section, values: dict[str, Any]) -> None:
         _put(values, "validation.validation_guidance", max(1.0, guidance))
     count = section.whole("num_eval_images")
     if count is not None:
-        _put(values, "encoding.num_eval_images", count)
         _put(values, "validation.num_validation_images", max(0, count))
-        section.note("num_eval_images", f"{count} pairs are kept out of training. Fewer for a small data set.")
+    if count is not None and not values.get("eval_dataset_id"):
+        values["encoding"].setdefault("num_eval_images", count)
+        section.note(
+            "num_eval_images", f"{count} pairs of each data set are kept out of training. Fewer for a small one."
+        )
     if section.truth("validation_disable"):
         _put(values, "validation.num_validation_images", 0)
     if not values["encoding"].get("validation_negative_prompt", " "):

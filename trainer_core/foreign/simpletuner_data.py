@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from .section import Section, words
+from .simpletuner_backends import CACHES, MASKS, Backends, ids_of
 from .simpletuner_keys import DATA_KEYS, DATA_REASONS, TABLE_REASONS
 
-_CACHES = ("text_embeds", "image_embeds", "conditioning_image_embeds")
-_MASKS = ("mask", "segmentation")
 _SIZE_LIMITS = ("maximum_image_size", "target_downsample_size")
 # Settings of all data sets may stand in config.json.
 INHERITED = words(
@@ -20,97 +19,118 @@ INHERITED = words(
 )
 
 
-class Backends:
-    """The entries by id, with what each of them is for."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportedData:
+    """What the data file decides of a job: the parts `dataset` or `datasets`, `encoding` and `eval_dataset_id` of its
+    JSON, a name for the run, and the mean of the noise level's normal in units of its deviation."""
 
-    def __init__(self, entries: object, eval_ids: list[str], notes: list[str]) -> None:
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ConfigError("The data file is not a list of data sets, each an object with an `id`.")
-        self.entries: dict[str, dict[str, Any]] = {}
-        for number, entry in enumerate(entries):
-            name = entry.get("id")
-            if not isinstance(name, str) or not name:
-                raise ConfigError(f"Data set {number + 1} of the data file has no `id`.")
-            if name in self.entries:
-                raise ConfigError(f"Two data sets have the id {name!r}. Give each its own.")
-            if any(str(entry.get(word, False)).lower() == "true" for word in ("disabled", "disable")):
-                notes.append(f"{name}: left out; it is disabled.")
-            else:
-                self.entries[name] = entry
-        self.eval_ids = eval_ids
-        for name in eval_ids:
-            self.named(name, "eval_dataset_id", tuple(self.entries))
-
-    def kind(self, name: str) -> str:
-        """image, conditioning, or what else dataset_type says."""
-        entry = self.entries[name]
-        # as in the Kontext document, where references have a conditioning_type and no dataset_type
-        return entry.get("dataset_type") or ("conditioning" if entry.get("conditioning_type") else "image")
-
-    def of_kind(self, *kinds: str) -> tuple[str, ...]:
-        """Their ids, in the file's order."""
-        return tuple(name for name in self.entries if self.kind(name) in kinds)
-
-    def named(self, name: object, key: str, known: tuple[str, ...]) -> str:
-        """The name, if it is known.
-
-        Raises:
-            ConfigError: it is not; with those that are.
-        """
-        if isinstance(name, str) and name in known:
-            return name
-        near = difflib.get_close_matches(str(name), known, 1)
-        there = f"Known are {', '.join(known)}." if known else "There is none of that kind in the data file."
-        raise ConfigError(f"{key} names {name!r}. {there}" + (f" Did you mean {near[0]!r}?" if near else ""))
-
-    def main(self) -> str:
-        """The data set that is trained on: the first one with references."""
-        candidates = [name for name in self.of_kind("image") if name not in self.eval_ids]
-        linked = {self.entries[name].get("source_dataset_id") for name in self.of_kind("conditioning")}
-        paired = [name for name in candidates if self.entries[name].get("conditioning_data") or name in linked]
-        if paired:
-            return paired[0]
-        references = ", ".join(self.of_kind("conditioning")) or "none in this file"
-        raise ConfigError(
-            f"No data set to train on: one of {', '.join(candidates) or 'type image'} needs `conditioning_data` with "
-            f"the ids of its references (data sets with dataset_type conditioning: {references})."
-        )
+    values: dict[str, Any]
+    name: str
+    offset: float
 
 
-def read_data(backends: Backends, inherited: dict[str, Any], root: Path, max_references: int, notes: list[str]) -> dict:
-    """The parts `dataset`, `encoding` and `noise` of a job, as far as the data file decides them.
+def read_data(
+    backends: Backends, inherited: dict[str, Any], root: Path, max_references: int, notes: list[str]
+) -> ImportedData:
+    """Read all entries.
 
     Raises:
         ConfigError: ids that don't exist, data sets that are not local folders, references missing.
     """
-    name = backends.main()
-    entry = {**{key: value for key, value in inherited.items() if value is not None}, **backends.entries[name]}
-    section = Section(entry, name, notes)
-    references, masks = _linked(backends, section, name, notes)
-    if len(references) > max_references:
-        notes.append(f"{name}.conditioning_data: this flavour takes {max_references}; the first ones are used.")
-    folders = [_folder(backends.entries[each], each, root) for each in references[:max_references]]
-    dataset: dict[str, Any] = {"target_dir": _folder(entry, name, root), "reference_dirs": folders}
+    names = backends.main()
+    parts, offsets, used = [], {}, set(names)
+    for name in names:
+        entry = {**{key: value for key, value in inherited.items() if value is not None}, **backends.entries[name]}
+        section = Section(entry, name, notes)
+        references, masks = _linked(backends, section, name, max_references, notes)
+        used |= {*references, *masks}
+        parts.append(_part(backends, section, references, masks, root))
+        offset = section.number("timestep_sampling_offset")
+        if name not in backends.eval_ids:
+            offsets[name] = offset or 0.0
+        section.explain(DATA_REASONS, DATA_KEYS)
+    for other in backends.entries:
+        if other not in names:
+            _other(backends, other, other in used, notes)
+    first = next(iter(offsets))
+    if len(set(offsets.values())) > 1:
+        notes.append(f"timestep_sampling_offset: there is one for the whole run; that of {first} is used.")
+    evals = [name for name in names if name in backends.eval_ids]
+    return ImportedData(values=_job_values(parts, evals, notes), name=first, offset=offsets[first])
+
+
+def _job_values(parts: list[dict[str, Any]], evals: list[str], notes: list[str]) -> dict[str, Any]:
+    """One data set as `dataset`; several as `datasets`, with what they share of their encoding in `encoding`."""
+    if len(parts) == 1:
+        part = parts[0]
+        if part.get("repeats", 0) or part.get("probability", 1) != 1:
+            notes.append(f"{part['id']}.repeats, probability: with one data set they change the length of epochs only.")
+        return {"dataset": part["dataset"], "encoding": part["encoding"]}
+    shared = _take_shared([part["encoding"] for part in parts])
+    sizes = [part["encoding"].get("sizes", {}) for part in parts]
+    if shared_sizes := _take_shared(sizes):
+        shared["sizes"] = shared_sizes
+    for part in parts:
+        part["encoding"] = {key: value for key, value in part["encoding"].items() if value != {}}
+    own = [{key: value for key, value in part.items() if value != {}} for part in parts]
+    return {"datasets": own, "encoding": shared, **({"eval_dataset_id": evals} if evals else {})}
+
+
+def _take_shared(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is equal in all of them, taken out of each."""
+    shared = {
+        key: value
+        for key, value in objects[0].items()
+        if key != "sizes" and all(key in each and each[key] == value for each in objects)
+    }
+    for each in objects:
+        for key in shared:
+            del each[key]
+    return shared
+
+
+def _part(backends: Backends, section: Section, references: list[str], masks: list[str], root: Path) -> dict[str, Any]:
+    """One of `datasets`."""
+    name = section.take("id")
+    folders = [_folder(backends.entries[each], each, root) for each in references]
+    dataset: dict[str, Any] = {
+        "target_dir": _folder(backends.entries[name], name, root),
+        "reference_dirs": folders,
+    }
     if masks:
         dataset["mask_dir"] = _folder(backends.entries[masks[0]], masks[0], root)
         section.note("conditioning_data", f"masks from {masks[0]}: white counts in the loss, black does not.")
-    section.take("id", "type", "disabled", "disable", "dataset_type", "instance_data_dir")
+    section.take("type", "disabled", "disable", "dataset_type", "instance_data_dir")
     _captions(section, dataset, root)
     encoding = _sizes(section)
-    offset = section.number("timestep_sampling_offset")
-    section.explain(DATA_REASONS, DATA_KEYS)
-    for other in backends.entries:
-        if other != name:
-            _other(backends, other, other in (*references[:max_references], *masks[:1]), notes)
-    return {"name": name, "dataset": dataset, "encoding": encoding, "offset": offset or 0.0}
+    if section.truth("disable_validation"):
+        encoding["num_eval_images"] = 0
+    return {"id": name, "dataset": dataset, "encoding": encoding, **_turns(section)}
 
 
-def _linked(backends: Backends, section: Section, name: str, notes: list[str]) -> tuple[list[str], list[str]]:
-    """Ids of references, in their order, and of masks."""
-    value = section.take("conditioning_data")
+def _turns(section: Section) -> dict[str, Any]:
+    """repeats and probability, as far as they change anything."""
+    repeats, probability = section.whole("repeats") or 0, section.number("probability")
+    turns: dict[str, Any] = {"repeats": max(0, repeats)} if repeats > 0 else {}
+    if probability is not None and not (probability == 0 or 0.01 <= probability <= 1):
+        section.note(
+            "probability", f"{probability:g} becomes {min(1.0, max(0.01, probability)):g}; allowed is 0.01 to 1."
+        )
+        probability = min(1.0, max(0.01, probability))
+    if probability not in (None, 1):
+        turns["probability"] = probability
+        section.note("probability", "here the share of the pairs that an epoch draws, anew each time.")
+    return turns
+
+
+def _linked(
+    backends: Backends, section: Section, name: str, max_references: int, notes: list[str]
+) -> tuple[list[str], list[str]]:
+    """Ids of references, in their order, and of the mask."""
     known = tuple(each for each in backends.of_kind("conditioning", "image") if each != name)
-    ids = [value] if isinstance(value, str) else list(value or [])
-    ids = [backends.named(each, f"{name}.conditioning_data", known) for each in ids]
+    ids = [
+        backends.named(each, f"{name}.conditioning_data", known) for each in ids_of(section.take("conditioning_data"))
+    ]
     ids += [
         each
         for each in backends.of_kind("conditioning")
@@ -122,17 +142,21 @@ def _linked(backends: Backends, section: Section, name: str, notes: list[str]) -
         notes.append(f"{name}.conditioning_image_embeds: references are encoded once into the one cache.")
     for each in ids:
         kind = backends.entries[each].get("conditioning_type")
-        if kind not in (None, "reference_strict", "reference_loose", *_MASKS):
+        if kind not in (None, "reference_strict", "reference_loose", *MASKS):
             raise ConfigError(
                 f"{each}.conditioning_type is {kind!r}; allowed for edit models is reference_strict, reference_loose, "
                 "mask, segmentation."
             )
-    masks = [each for each in ids if backends.entries[each].get("conditioning_type") in _MASKS]
+    masks = [each for each in ids if backends.entries[each].get("conditioning_type") in MASKS]
     references = [each for each in ids if each not in masks]
     if not references:
         raise ConfigError(f"{name}.conditioning_data names no references, only masks. An edit starts from a picture.")
     section.note("conditioning_data", f"references, in this order: {', '.join(references)}.")
-    return references, masks
+    if len(references) > max_references:
+        section.note("conditioning_data", f"this flavour takes {max_references}; the first is used.")
+    if len(masks) > 1:
+        section.note("conditioning_data", f"one set of masks is used, {masks[0]}.")
+    return references[:max_references], masks[:1]
 
 
 def _folder(entry: dict[str, Any], name: str, root: Path) -> str:
@@ -211,16 +235,14 @@ def _sizes(section: Section) -> dict[str, Any]:
 def _other(backends: Backends, name: str, used: bool, notes: list[str]) -> None:  # noqa: FBT001
     """Why an entry that is not the main one, or one of its keys, is not taken."""
     section, kind = Section(backends.entries[name], name, notes), backends.kind(name)
-    if not used and kind in _CACHES:
+    if not used and kind in CACHES:
         notes.append(f"{name}: a cache of {kind}; here is one cache for everything, keyed by content.")
-    elif not used and (name in backends.eval_ids or kind == "eval"):
-        notes.append(
-            f"{name}: for validation, so not trained on. In ComfyUI give it a Pair Edit Folders and an Encode Edit "
-            "Pairs of its own with num_eval_images -1, into validation_encoded; on the command line pairs are held out "
-            "instead."
-        )
+    elif not used and kind in ("image", "eval"):
+        notes.append(f"{name}: LEFT OUT; it has no conditioning_data, and an edit starts from a picture.")
+    elif not used and kind == "conditioning":
+        notes.append(f"{name}: LEFT OUT; no data set names it in its conditioning_data.")
     elif not used:
-        notes.append(f"{name}: LEFT OUT; several data sets in one run are not supported yet.")
+        notes.append(f"{name}: LEFT OUT; data sets of type {kind} have no part in edits.")
     if not used:
         return
     section.take("id", "type", "disabled", "disable", "dataset_type", "instance_data_dir", "source_dataset_id")

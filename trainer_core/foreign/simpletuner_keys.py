@@ -54,7 +54,7 @@ _CONFIG = {
     "preserve_data_backend_cache override_dataset_config compress_disk_cache metadata_update_interval",
     "buckets need no minimum; a small one gives smaller batches": "disable_bucket_pruning "
     "allow_dataset_oversubscription aspect_bucket_rounding ignore_missing_files",
-    "one data set is trained on": "data_backend_sampling",
+    "each pair has its turn once an epoch, times repeats and probability of its data set": "data_backend_sampling",
     "no picture is ever deleted": "delete_unwanted_images delete_problematic_images delete_nsfw_images",
     "pictures are not classified": "enable_nsfw_check nsfw_check_models nsfw_check_min_votes "
     "nsfw_check_backend_types nsfw_check_sample_types",
@@ -81,7 +81,6 @@ _DATA = {
     "cache_file_suffix text_embeds image_embeds default",
     "batches of the encoding need no setting": "write_batch_size text_encoder_batch_size "
     "conditioning_image_embed_batch_size vae_batch_size",
-    "with one data set it changes nothing but the length of an epoch": "repeats probability",
     "the data set takes part from the first to the last step": "start_epoch start_step end_epoch end_step",
     "pictures of every aspect ratio are trained; take out those you don't want": "minimum_aspect_ratio "
     "maximum_aspect_ratio",
@@ -96,9 +95,6 @@ _DATA = {
     "aws_secret_access_key aws_data_prefix csv_cache_dir csv_url_column huggingface webshart dataset_name config "
     "memory_filesystem_path memory_filesystem_size memory_filesystem_sudo",
     "only pictures are trained": "video audio grounding s2v_datasets",
-    "pairs of this data set are kept out for validation; encoding.num_eval_images 0 keeps out none": (
-        "disable_validation"
-    ),
 }
 
 _TABLE = {
@@ -137,5 +133,6 @@ DATA_KEYS = words(
     "id type disabled disable dataset_type instance_data_dir conditioning_data conditioning_type source_dataset_id "
     "conditioning_image_embeds caption_strategy instance_prompt prepend_instance_prompt only_instance_prompt "
     "disable_multiline_split parquet csv_file csv_caption_column resolution resolution_type crop crop_aspect "
-    "crop_style minimum_image_size maximum_image_size target_downsample_size timestep_sampling_offset"
+    "crop_style minimum_image_size maximum_image_size target_downsample_size timestep_sampling_offset "
+    "repeats probability disable_validation"
 )

@@ -1,0 +1,52 @@
+"""The quickstart's two configurations train on the demo model, from its two files to a LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.narrow import read_rows
+from tests.support.quickstart import CONFIG, EDIT_V1, EDIT_V2, as_edit_v2, in_folders
+from trainer_core.__main__ import main
+from trainer_core.export.lora_file import read_lora
+from trainer_core.files import read_metadata
+
+SMALLER = (  # what a demo on a CPU can't do; all else is as printed
+    "encoding.resolution=96",
+    "encoding.match_target_res=true",
+    "max_train_steps=1",
+    "validation.num_validation_images=1",
+    "validation.validation_num_inference_steps=1",
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "references"),
+    [(CONFIG, EDIT_V1, 1), (as_edit_v2(CONFIG), EDIT_V2, 3)],
+    ids=["edit-v1 with its embeds cache", "edit-v2 with three reference sets"],
+)
+def test_an_example_trains(
+    config: str, data: str, references: int, tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "data.json").write_text(in_folders(data, tmp_path / "pairs", 3))
+    files = (str(tmp_path / "config.json"), "--data", str(tmp_path / "data.json"))
+    job = str(tmp_path / "job.json")
+    changes = [part for change in (*SMALLER, f"model.tokenizer={tokenizer_dir}") for part in ("--set", change)]
+    assert main(["import-simpletuner", *files, "--base", "demo", "--out", job, *changes]) == 0
+    assert main(["train", job]) == 0
+    lora = Path(capsys.readouterr().out.split()[-1])
+    assert any(float(tensor.abs().max()) > 0 for name, tensor in read_lora(lora).items() if "lora_B" in name)
+    assert read_metadata(lora)["ss_steps"] == "1"
+    run = json.loads((lora.parent / "config.json").read_text())
+    assert run["model"]["base_model_precision"] == "int8-quanto" and run["noise"]["flow_schedule_shift"] == 1.73
+    assert run["batching"] == {
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "caption_dropout_probability": 0.0,
+    }
+    pair = json.loads(Path(run["encoded"]).read_text())["pairs"][0]
+    assert len(pair["references"]) == references
+    assert read_rows(lora.parent / "metrics.jsonl")[-1]["validation_loss"] > 0
