@@ -132,7 +132,8 @@ class PairFolders(io.ComfyNode):
         from ..trainer_core.data.pairing import pair_folders
 
         with host.interruptible() as observer:
-            return io.NodeOutput(pair_folders(_dataset_config(**widgets), observer))
+            checked_dir = host.cache_dir() / "checked"
+            return io.NodeOutput(pair_folders(_dataset_config(**widgets), observer, checked_dir=checked_dir))
 
 
 def _dataset_config(

@@ -70,13 +70,14 @@ def pair_job(job: JobConfig, observer: Observer = SILENT) -> list[PairedPart]:
     Raises:
         DatasetError: with the problems of all datasets.
     """
+    checked_dir = Path(job.cache_dir) / "checked"
     if not job.datasets:
-        return [(part, pair_folders(part.dataset, observer)) for part in job.parts()]
+        return [(part, pair_folders(part.dataset, observer, checked_dir=checked_dir)) for part in job.parts()]
     paired: list[PairedPart] = []
     problems: list[str] = []
     for part in job.parts():
         try:
-            paired.append((part, pair_folders(part.dataset, observer)))
+            paired.append((part, pair_folders(part.dataset, observer, checked_dir=checked_dir)))
         except DatasetError as error:
             problems += [f"{part.id}: {each}" for each in error.problems or (error.summary,)]
     if problems:

@@ -108,7 +108,7 @@ def test_a_stop_is_heard_at_the_next_picture(tmp_path, monkeypatch):
     watcher, decoded = Watcher(stop_after=2), []
     decode = images.open_picture_file
     monkeypatch.setattr(
-        "trainer_core.data.pairing.open_picture_file", lambda path: decoded.append(path) or decode(path)
+        "trainer_core.data.checking.open_picture_file", lambda path: decoded.append(path) or decode(path)
     )
     with pytest.raises(Interrupted):
         pair_folders(config(tmp_path), watcher)

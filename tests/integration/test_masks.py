@@ -17,7 +17,8 @@ from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.pictures import render
 from trainer_core.conditioning.sizes import target_box, target_size
 from trainer_core.config import BatchingConfig, DatasetConfig, ModelConfig, SizeConfig, TrainConfig, ValidationConfig
-from trainer_core.data.masks import loss_weights
+from trainer_core.data.images import file_digest
+from trainer_core.data.masks import PairMask, loss_weights
 from trainer_core.data.pairing import folder_state, pair_folders, scan_folders
 from trainer_core.errors import DatasetError
 from trainer_core.geometry import Size
@@ -109,7 +110,7 @@ def weights_of(picture: Image.Image, box: tuple[int, int, int, int], latents: Si
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mask.png"
         picture.save(path)
-        return loss_weights(path, box, latents)
+        return loss_weights(PairMask(path, file_digest(path), Size(*picture.size)), box, latents)
 
 
 def test_black_is_not_learned_and_a_small_region_counts_as_much() -> None:
@@ -150,12 +151,11 @@ def test_problems_of_masks(masked: DatasetConfig, tmp_path: Path) -> None:
         pair_folders(same)
 
 
-def test_a_crop_of_black_only_is_told(tmp_path: Path) -> None:
+def test_a_crop_of_black_only_is_told() -> None:
     mask = Image.new("L", SIZE, 0)
     mask.paste(255, (0, 0, 5, 77))
-    mask.save(tmp_path / "m.png")
     with pytest.raises(DatasetError, match="in the part of the picture that is trained"):
-        loss_weights(tmp_path / "m.png", (27, 0, 104, 77), Size(10, 10))  # type: ignore[arg-type]
+        weights_of(mask, (27, 0, 104, 77), Size(10, 10))
 
 
 def test_a_changed_mask_changes_the_state_of_the_folders(masked: DatasetConfig, tmp_path: Path) -> None:

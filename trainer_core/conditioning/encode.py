@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,53 +17,30 @@ import torch
 from torch import Tensor
 
 from ..config import EncodingConfig, ModelConfig, digest
-from ..data.images import open_picture
+from ..data.folders import changed_files
+from ..data.images import open_checked_picture
 from ..data.masks import loss_weights
-from ..data.pairing import EditDataset, EditPair
+from ..data.pairing import EditDataset, dataset_states
 from ..device import pick_device, release_memory
 from ..errors import ConfigError, DatasetError
 from ..events import SILENT, Observer, raise_if_stopped
 from ..files import is_whole, write_tensors
-from ..geometry import Box, Size
+from ..geometry import Size
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.folder import model_folder
-from ..qwen_image.latents import VAE_FACTOR
 from ..qwen_image.text_encoder import Picture
 from ..qwen_image.transformer import transformer_settings
 from .cache import entry_path
-from .encoded import EncodedDataset, EncodedEntry, save_manifest
+from .encoded import EncodedDataset, save_manifest
 from .encoders import Encoders, PictureEncoder, PromptEncoder, own_pictures, own_prompts
-from .pictures import PairPlan, View, plan_pair, render, render_picture
+from .jobs import LatentJob, PlannedPair, latents_shape, mask_box, missing_jobs, plan_encoding
+from .pictures import View, render, render_picture
 from .sizes import large_enough
 
-LATENT_CHANNELS = 16
 READ_AHEAD = 4  # pictures decoded while the network works on the one before
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class _PlannedPair:
-    """A pair, its views and its cache keys."""
-
-    pair: EditPair
-    plan: PairPlan
-    entry: EncodedEntry
-    negative_prompt: str
-
-    def latent_views(self) -> Iterator[tuple[str, Path, View]]:
-        """Key, file and view of every picture that goes through the VAE."""
-        yield self.entry.target, self.pair.target, self.plan.target
-        yield from zip(self.entry.references, self.pair.references, self.plan.references, strict=True)
-
-    def prompts(self) -> Iterator[tuple[str, str]]:
-        """Key and caption of every prompt."""
-        yield from zip(self.entry.prompts, self.pair.captions, strict=True)
-        if self.entry.negative:
-            yield self.entry.negative, self.negative_prompt
-        if self.entry.empty:
-            yield self.entry.empty, ""
 
 
 def encode_dataset(
@@ -79,7 +55,8 @@ def encode_dataset(
 
     Raises:
         ConfigError: the dataset does not fit the flavour, or `encoders` the model or the preprocessing.
-        DatasetError: targets are too small, or none would be left to train on.
+        DatasetError: targets are too small, none would be left to train on, or pictures changed since they were paired;
+            then the others are encoded first.
         ModelFileError: the VAE or text encoder can't be loaded.
         Interrupted: the observer wants to stop; what was encoded stays.
     """
@@ -93,13 +70,18 @@ def encode_dataset(
     vae = encoders.pictures or own_pictures(model, device)
     text_encoder = encoders.prompts or own_prompts(model, encoding, device)
     held_out = _held_out(dataset, encoding)
-    planned = [_plan(pair, model, encoding, (vae.digest, text_encoder.digest), held_out) for pair in dataset.pairs]
-    _encode_masks(planned, cache_dir, observer)
-    _encode_latents(planned, vae, cache_dir, observer)
+    planned = [
+        plan_encoding(pair, model, encoding, (vae.digest, text_encoder.digest), held_out) for pair in dataset.pairs
+    ]
+    jobs = missing_jobs(planned, cache_dir)
+    before = dataset_states(dataset) if any(jobs) else {}
+    problems = _encode_masks(jobs.masks, cache_dir, observer)
+    problems += _encode_latents(jobs.latents, vae, cache_dir, observer)
     release_memory()
-    _encode_prompts(planned, text_encoder, prompt_width(model), cache_dir, observer)
+    problems += _encode_prompts(jobs.prompts, text_encoder, prompt_width(model), cache_dir, observer)
     release_memory()
-    return save_manifest(
+    _raise_unread(problems)
+    encoded = save_manifest(
         cache_dir,
         flavour=model.flavour,
         preprocessing=encoding.preprocessing,
@@ -108,6 +90,17 @@ def encode_dataset(
         validation_pairs=tuple(each.entry for each in planned if each.pair.key in held_out),
         left_out=left_out,
     )
+    changed = changed_files(before, dataset_states(dataset)) if any(jobs) else ()
+    return dataclasses.replace(encoded, changed=changed)
+
+
+def _raise_unread(problems: list[str]) -> None:
+    if problems:
+        raise DatasetError(
+            "Some pictures could not be encoded as they were paired. All others are in the cache, and nothing of these "
+            "is. Run again with the folders at rest:",
+            list(dict.fromkeys(problems)),
+        )
 
 
 def _check_built(encoding: EncodingConfig) -> None:
@@ -140,91 +133,47 @@ def _held_out(dataset: EditDataset, encoding: EncodingConfig) -> set[str]:
     return {pair.key for pair in keys[:wanted]}
 
 
-def _plan(
-    pair: EditPair, model: ModelConfig, encoding: EncodingConfig, digests: tuple[str, str], held_out: set[str]
-) -> _PlannedPair:
-    """`digests` are the VAE's and the text encoder's."""
-    flavour, kinds = FLAVOURS[model.flavour], pair.conditioning_types
-    plan = plan_pair(pair.sizes, flavour, encoding, pair.key, conditioning_types=kinds)
-    entry = _entry(pair, plan, digests, encoding, keep_pictures=pair.key in held_out)
-    return _PlannedPair(pair, plan, entry, encoding.validation_negative_prompt)
-
-
-def _entry(
-    pair: EditPair, plan: PairPlan, digests: tuple[str, str], encoding: EncodingConfig, *, keep_pictures: bool
-) -> EncodedEntry:
-    views = (plan.target, *plan.references)
-    files = [[file, view.as_json()] for file, view in zip(pair.digests, views, strict=True)]
-    seen = [[file, view.as_json()] for file, view in zip(pair.digests[1:], plan.vision, strict=True)]
-    vae, text_encoder = digests
-    latents = [digest([vae, *file]) for file in files]
-    shapes = [_latents_shape(view) for view in views]
-
-    def prompt_key(caption: str) -> str:
-        return digest([text_encoder, seen, caption])
-
-    return EncodedEntry(
-        key=pair.key,
-        captions=pair.captions,
-        target=latents[0],
-        references=tuple(latents[1:]),
-        prompts=tuple(prompt_key(caption) for caption in pair.captions),
-        shape=shapes[0],
-        reference_shapes=tuple(shapes[1:]),
-        negative=prompt_key(encoding.validation_negative_prompt) if keep_pictures else "",
-        pictures=tuple(digest(["picture", *file]) for file in files) if keep_pictures else (),
-        empty=prompt_key("") if encoding.encode_empty_caption else "",
-        mask=digest(["mask", pair.mask.digest, list(_mask_box(pair, plan)), shapes[0]]) if pair.mask else "",
-    )
-
-
-def _mask_box(pair: EditPair, plan: PairPlan) -> Box:
-    assert pair.mask is not None
-    return plan.mask_box(pair.sizes[0], pair.mask.size)
-
-
-def _encode_masks(planned: list[_PlannedPair], cache_dir: Path, observer: Observer) -> None:
-    jobs = [each for each in planned if each.pair.mask and not is_whole(entry_path(cache_dir, "mask", each.entry.mask))]
-    for done, (each, weights) in enumerate(read_ahead(jobs, _loss_weights)):
+def _encode_masks(jobs: list[PlannedPair], cache_dir: Path, observer: Observer) -> list[str]:
+    problems = []
+    for done, (each, weights) in enumerate(read_ahead(jobs, _or_error(_loss_weights))):
         raise_if_stopped(observer)
+        if isinstance(weights, DatasetError):
+            problems.append(str(weights))
+            continue
         write_tensors(entry_path(cache_dir, "mask", each.entry.mask), {"mask": weights})
         observer.on_progress("Encoding masks", done + 1, len(jobs))
+    return problems
 
 
-def _loss_weights(planned: _PlannedPair) -> Tensor:
+def _loss_weights(planned: PlannedPair) -> Tensor:
     assert planned.pair.mask is not None
     _, height, width = planned.entry.shape
-    return loss_weights(planned.pair.mask.path, _mask_box(planned.pair, planned.plan), Size(width, height))
+    return loss_weights(planned.pair.mask, mask_box(planned.pair, planned.plan), Size(width, height))
 
 
-def _encode_latents(planned: list[_PlannedPair], encoder: PictureEncoder, cache_dir: Path, observer: Observer) -> None:
-    jobs: dict[str, tuple[Path, View]] = {}
-    pictures: dict[str, str] = {}  # latents key -> picture key, for held-out pairs
-    for each in planned:
-        picture_keys = each.entry.pictures or ("",) * (1 + len(each.pair.references))
-        for (key, path, view), picture in zip(each.latent_views(), picture_keys, strict=True):
-            missing = not is_whole(entry_path(cache_dir, "latents", key))
-            if missing or (picture and not is_whole(entry_path(cache_dir, "picture", picture))):
-                jobs[key] = (path, view)
-            if picture:
-                pictures[key] = picture
+def _encode_latents(
+    jobs: dict[str, LatentJob], encoder: PictureEncoder, cache_dir: Path, observer: Observer
+) -> list[str]:
+    problems: list[str] = []
     if not jobs:
-        return
+        return problems
     raise_if_stopped(observer)
     with encoder.loaded(observer) as encode:
-        for done, ((key, (_, view)), pixels) in enumerate(read_ahead(jobs.items(), lambda job: _view_of_file(*job[1]))):
+        for done, (job, pixels) in enumerate(read_ahead(jobs.values(), _or_error(LatentJob.read))):
             raise_if_stopped(observer)
-            if key in pictures:
+            if isinstance(pixels, DatasetError):
+                problems.append(str(pixels))
+                continue
+            if job.picture:
                 as_bytes = (pixels * 255).round().to(torch.uint8)
-                write_tensors(entry_path(cache_dir, "picture", pictures[key]), {"picture": as_bytes})
-            latents = encode(pixels)
-            _check_shape("VAE", latents, _latents_shape(view))
-            write_tensors(entry_path(cache_dir, "latents", key), {"latents": latents})
+                write_tensors(entry_path(cache_dir, "picture", job.picture), {"picture": as_bytes})
+            path = entry_path(cache_dir, "latents", job.key)
+            if not is_whole(path):  # another run may have made it meanwhile
+                latents = encode(pixels)
+                _check_shape("VAE", latents, latents_shape(job.view))
+                write_tensors(path, {"latents": latents})
             observer.on_progress("Encoding pictures", done + 1, len(jobs))
-
-
-def _latents_shape(view: View) -> tuple[int, int, int]:
-    return LATENT_CHANNELS, view.size.height // VAE_FACTOR, view.size.width // VAE_FACTOR
+    return problems
 
 
 def _check_shape(network: str, made: Tensor, wanted: tuple[int, ...]) -> None:
@@ -236,31 +185,34 @@ def _check_shape(network: str, made: Tensor, wanted: tuple[int, ...]) -> None:
         )
 
 
-def _view_of_file(path: Path, view: View) -> Tensor:
-    return render(open_picture(path), view)
-
-
 def _encode_prompts(
-    planned: list[_PlannedPair], encoder: PromptEncoder, width: int, cache_dir: Path, observer: Observer
-) -> None:
-    jobs = [
-        (each, missing)
-        for each in planned
-        if (missing := {key: text for key, text in each.prompts() if not _has_prompt(cache_dir, key)})
-    ]
+    jobs: list[tuple[PlannedPair, dict[str, str]]],
+    encoder: PromptEncoder,
+    width: int,
+    cache_dir: Path,
+    observer: Observer,
+) -> list[str]:
+    """`jobs`: pairs with keys and texts of the prompts they lack."""
+    problems: list[str] = []
     total = sum(len(missing) for _, missing in jobs)
     if not total:
-        return
+        return problems
     raise_if_stopped(observer)
     progress = count(1)
     with encoder.loaded(observer) as encode:
-        for (_, missing), pictures in read_ahead(jobs, lambda job: _vision_pictures(job[0])):
+        for (_, missing), pictures in read_ahead(jobs, _or_error(lambda job: _vision_pictures(job[0]))):
+            if isinstance(pictures, DatasetError):
+                problems.append(str(pictures))
+                continue
             for key, text in missing.items():
                 raise_if_stopped(observer)
-                embeds = encode(text, pictures)
-                _check_shape("text encoder", embeds, (width,))
-                write_tensors(entry_path(cache_dir, "prompt", key), {"prompt": embeds})
+                path = entry_path(cache_dir, "prompt", key)
+                if not is_whole(path):
+                    embeds = encode(text, pictures)
+                    _check_shape("text encoder", embeds, (width,))
+                    write_tensors(path, {"prompt": embeds})
                 observer.on_progress("Encoding prompts", next(progress), total)
+    return problems
 
 
 def prompt_width(model: ModelConfig) -> int:
@@ -268,18 +220,26 @@ def prompt_width(model: ModelConfig) -> int:
     return int(transformer_settings(model_folder(model).transformer).get("joint_attention_dim", 3584))
 
 
-def _has_prompt(cache_dir: Path, key: str) -> bool:
-    return is_whole(entry_path(cache_dir, "prompt", key))
-
-
-def _vision_pictures(planned: _PlannedPair) -> list[Picture]:
-    views = zip(planned.pair.references, planned.plan.vision, strict=True)
-    return [vision_picture(open_picture(path), view) for path, view in views]
+def _vision_pictures(planned: PlannedPair) -> list[Picture]:
+    views = zip(planned.pair.references, planned.pair.digests[1:], planned.plan.vision, strict=True)
+    return [vision_picture(open_checked_picture(path, content), view) for path, content, view in views]
 
 
 def vision_picture(picture: Any, view: View) -> Picture:
     """What the text encoder takes: pixels under the comfyui policy, an 8-bit picture under diffusers'."""
     return render(picture, view) if view.resample == "area" else render_picture(picture, view)
+
+
+def _or_error(read: Callable[[T], R]) -> Callable[[T], R | DatasetError]:
+    """`read`, whose DatasetError is handed on, not raised, so that the other pictures are encoded all the same."""
+
+    def attempt(item: T) -> R | DatasetError:
+        try:
+            return read(item)
+        except DatasetError as error:
+            return error
+
+    return attempt
 
 
 def read_ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T, R]]:

@@ -52,7 +52,8 @@ class EncodedEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class EncodedDataset:
-    """Pairs to train on and pairs held out, as they lie in the cache. `left_out`: keys of pairs that are too small."""
+    """Pairs to train on and pairs held out, as they lie in the cache. `left_out`: keys of pairs that are too small;
+    `changed`: files that changed while encoding, which is told and not kept."""
 
     manifest: Path
     flavour: FlavourName
@@ -61,6 +62,7 @@ class EncodedDataset:
     pairs: tuple[EncodedEntry, ...]
     validation_pairs: tuple[EncodedEntry, ...]
     left_out: tuple[str, ...] = ()
+    changed: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def __repr__(self) -> str:
         return (

@@ -28,6 +28,14 @@ def encoding_report(encoded: EncodedDataset) -> str:
         names = ", ".join(map(shown, encoded.left_out[:_MOST_KEYS]))
         more = ", …" if len(encoded.left_out) > _MOST_KEYS else ""
         lines.append(f"Left out, smaller than minimum_image_size: {len(encoded.left_out)} ({names}{more}).")
+    if encoded.changed:
+        names = ", ".join(map(shown, encoded.changed[:_MOST_KEYS])) + (
+            ", …" if len(encoded.changed) > _MOST_KEYS else ""
+        )
+        lines.append(
+            f"Files that changed, came or went while encoding: {len(encoded.changed)} ({names}). What is encoded is "
+            "what was paired before; run again to take the changes in."
+        )
     return "\n".join(lines)
 
 

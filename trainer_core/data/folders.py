@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES, shown
 
 CAPTION_SUFFIX = ".txt"
+FileState = tuple[int, int]  # bytes, time of change (ns)
 
 
 @dataclass(slots=True)
@@ -73,6 +74,12 @@ def file_states(root: Path) -> Iterator[tuple[str, int, int]]:
                 yield path.relative_to(root).as_posix(), -1, -1
             else:
                 yield path.relative_to(root).as_posix(), state.st_size, state.st_mtime_ns
+
+
+def changed_files(before: Mapping[str, FileState], after: Mapping[str, FileState]) -> tuple[str, ...]:
+    """Names that were added, removed or written, in order."""
+    names = sorted(before.keys() | after.keys())
+    return tuple(name for name in names if before.get(name) != after.get(name))
 
 
 def _files(folder: Folder, start: Path) -> Iterator[Path]:

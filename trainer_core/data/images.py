@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
@@ -53,6 +54,22 @@ def open_picture(path: Path) -> Image.Image:
     """
     with open_picture_file(path) as file:
         return decode_picture(file, path)
+
+
+def open_checked_picture(path: Path, digest: str) -> Image.Image:
+    """`open_picture`, if the file's SHA-256 is still `digest`, also when decoding has come to its end.
+
+    Raises:
+        DatasetError: the file changed or went away, or it can't be read.
+    """
+    with open_picture_file(path) as file:
+        before = os.fstat(file.fileno())
+        same = stream_digest(file) == digest
+        picture = decode_picture(file, path) if same else None
+        after = os.fstat(file.fileno())
+    if picture is None or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise DatasetError(f"{shown(path)}: the file is another one than when the folders were checked.")
+    return picture
 
 
 def decode_picture(file: BinaryIO, path: Path) -> Image.Image:

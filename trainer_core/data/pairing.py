@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from ..config import ConditioningType, DatasetConfig, digest, to_json
 from ..errors import DatasetError
-from ..events import SILENT, Observer, raise_if_stopped
+from ..events import SILENT, Observer
 from ..geometry import Size
 from .caption_table import read_caption_table, table_path
 from .captions import captions_of
-from .folders import Folder, file_states, scan_folder
-from .images import (
-    accepts_cut_pictures,
-    decode_picture,
-    is_animated,
-    open_picture_file,
-    shown,
-    stream_digest,
-)
-from .masks import mask_problem
+from .checking import Checked, Found, check_pictures
+from .folders import FileState, Folder, file_states, scan_folder
+from .images import accepts_cut_pictures, shown
+from .masks import PairMask, mask_problem
 from .reference_types import reference_types, shape_problems
-
-_DECODERS = 4
-
-
-class PairMask(NamedTuple):
-    """A picture of the loss's weight, white for all and black for none. Never shown to the model."""
-
-    path: Path
-    digest: str
-    size: Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +57,17 @@ class FolderScan(NamedTuple):
     notes: tuple[str, ...]
 
 
-class _Checked(NamedTuple):
-    digest: str
-    size: Size
-    animated: bool
-
-
-def pair_folders(config: DatasetConfig, observer: Observer = SILENT) -> EditDataset:
+def pair_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_dir: Path | None = None) -> EditDataset:
     """Match targets, references and captions, and decode every picture once to be sure of it.
+
+    In `checked_dir`, if there is one, a file per set of folders remembers what was found, so that only pictures whose
+    files have changed are decoded the next time.
 
     Raises:
         DatasetError: with every problem of the folders, one line each.
         Interrupted: the observer wants to stop.
     """
-    scan = scan_folders(config, observer)
+    scan = scan_folders(config, observer, checked_dir=checked_dir)
     if scan.problems:
         count = len(scan.problems)
         raise DatasetError(
@@ -102,7 +78,7 @@ def pair_folders(config: DatasetConfig, observer: Observer = SILENT) -> EditData
     return scan.dataset
 
 
-def scan_folders(config: DatasetConfig, observer: Observer = SILENT) -> FolderScan:
+def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_dir: Path | None = None) -> FolderScan:
     """The same as `pair_folders` for a report: problems are returned, not raised.
 
     Raises:
@@ -118,7 +94,8 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT) -> FolderSc
     if not target.pictures and not target.problems:
         problems.append(f"{shown(target.root)}: there are no pictures in this folder of targets.")
     used = [folder.pictures[key] for key in target.pictures for folder in folders if key in folder.pictures]
-    checked = _check_pictures(used, observer)
+    masks = set(others[-1].pictures.values()) if config.mask_dir else set()
+    checked = check_pictures(used, observer, masks=masks, memory=_memory(checked_dir, folders))
     if accepts_cut_pictures():
         notes.append(
             "Another extension in this program set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: pictures that are cut short "
@@ -137,9 +114,14 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT) -> FolderSc
     notes += [
         f"{shown(path)}: has several frames; only the first is used."
         for path, result in checked.items()
-        if isinstance(result, _Checked) and result.animated
+        if isinstance(result, Checked) and result.animated
     ]
     return FolderScan(_dataset(pairs, roots, tuple(notes)), tuple(problems), tuple(notes))
+
+
+def _memory(checked_dir: Path | None, folders: list[Folder]) -> Path | None:
+    """Where what was found in these folders is remembered."""
+    return checked_dir and checked_dir / f"{digest([shown(folder.root.absolute()) for folder in folders])}.json"
 
 
 def folder_state(config: DatasetConfig) -> str:
@@ -148,6 +130,13 @@ def folder_state(config: DatasetConfig) -> str:
     table = table_path(config)
     rows = (table.stat().st_size, table.stat().st_mtime_ns) if table is not None and table.is_file() else ()
     return digest([to_json(config), rows, [sorted(map(_printable, file_states(Path(root)))) for root in roots]])
+
+
+def dataset_states(dataset: EditDataset) -> dict[str, FileState]:
+    """Bytes and time of change of every picture and text in the dataset's folders, and of its masks, by their names."""
+    masks = {pair.mask.path.parent for pair in dataset.pairs if pair.mask is not None}
+    roots = {*masks, dataset.target_dir, *dataset.reference_dirs}
+    return {str(root / name): (size, time) for root in roots for name, size, time in file_states(root)}
 
 
 def _printable(state: tuple[str, int, int]) -> tuple[str, int, int]:
@@ -206,38 +195,10 @@ def _leftovers(target: Folder, references: list[Folder]) -> list[str]:
     ]
 
 
-def _check_pictures(paths: Iterable[Path], observer: Observer) -> dict[Path, _Checked | DatasetError]:
-    """Decode every picture, several at a time, and forget the pixels."""
-    Image.init()  # registers the formats; several threads asking for their first picture would race
-    results: dict[Path, _Checked | DatasetError] = {}
-    decoders = ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1), thread_name_prefix="check-pictures")
-    try:
-        waiting: list[tuple[Path, Future[_Checked | DatasetError]]] = [
-            (path, decoders.submit(_check_picture, path)) for path in paths
-        ]
-        for done, (path, future) in enumerate(waiting):
-            raise_if_stopped(observer)
-            results[path] = future.result()
-            observer.on_progress("Checking pictures", done + 1, len(waiting))
-    finally:
-        decoders.shutdown(wait=True, cancel_futures=True)
-    return results
-
-
-def _check_picture(path: Path) -> _Checked | DatasetError:
-    try:
-        with open_picture_file(path) as file:
-            content = stream_digest(file)
-            size = Size(*decode_picture(file, path).size)
-            return _Checked(content, size, is_animated(file, path))
-    except DatasetError as error:
-        return error
-
-
 def _pair(
     key: str,
     folders: list[Folder],
-    checked: dict[Path, _Checked | DatasetError],
+    checked: Found,
     config: DatasetConfig,
     listed: tuple[str, ...] | None,
 ) -> tuple[EditPair | None, list[str]]:
@@ -257,14 +218,17 @@ def _pair(
         captions = () if listed is None else captions_of(path, target.texts.get(key), config, listed)
     except DatasetError as error:
         problems.append(str(error))
-    results = [result for result in (checked[path] for path in paths) if isinstance(result, _Checked)]
+    results = [result for result in (checked[path] for path in paths) if isinstance(result, Checked)]
     lacking = any(key not in folder.pictures and not _may_lack(folder, config) for folder in folders)
     if problems or lacking or not captions:
         return None, problems
-    mask = PairMask(paths.pop(), *results.pop()[:2]) if config.mask_dir else None
-    if mask is not None and (problem := mask_problem(mask.path, mask.size, results[0].size)):
-        return None, [problem]
-    digests, sizes, _ = zip(*results, strict=True)
+    mask = None
+    if config.mask_dir:
+        found = results.pop()
+        mask = PairMask(paths.pop(), found.digest, found.size)
+        if problem := mask_problem(mask, results[0].size, found.brightest):
+            return None, [problem]
+    digests, sizes = tuple(each.digest for each in results), tuple(each.size for each in results)
     kinds = reference_types(config, [key in folder.pictures for folder in others[: len(config.reference_dirs)]])
     if problems := shape_problems(paths, sizes, kinds):
         return None, problems

@@ -1,0 +1,110 @@
+"""Encoding at scale: pairs per second and peak memory, and seconds to start when all is in the cache.
+
+    python -m benchmarks.encode --tokenizer <ComfyUI>/comfy/text_encoders/qwen25_tokenizer --pairs 10 1000 10000
+
+The demo model on small pictures, so that what is measured is the work around the networks. Every figure is of a process
+of its own: `first` encodes, `again` finds everything encoded and gets as far as a training does before it loads a
+network: folders read, pictures compared with what is known of them, cache entries looked up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tests.support.narrow import small_encoding
+from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encoded import load_encoded
+from trainer_core.config import DatasetConfig, ModelConfig
+from trainer_core.data.pairing import pair_folders
+
+MIB = 2**20
+
+
+def make_folders(folder: Path, pairs: int, side: int) -> None:
+    """PNG files of noise, no two alike, and a caption for each."""
+    draws = np.random.default_rng(0)
+    for part in ("target", "reference"):
+        (folder / part).mkdir(parents=True)
+        for number in range(pairs):
+            pixels = draws.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / part / f"{number:05d}.png", compress_level=1)
+    for number in range(pairs):
+        (folder / "target" / f"{number:05d}.txt").write_text(f"Make it number {number}.\n")
+
+
+def one_start(folder: Path, tokenizer: str, side: int) -> dict[str, float]:
+    """Figures of a start in this process, in seconds and bytes."""
+    memory_before = peak_bytes()
+    began = time.perf_counter()
+    dataset = pair_folders(
+        DatasetConfig(target_dir=str(folder / "target"), reference_dirs=(str(folder / "reference"),)),
+        checked_dir=folder / "cache" / "checked",
+    )
+    paired = time.perf_counter()
+    model = ModelConfig(tokenizer=tokenizer, mixed_precision="no", device="cpu")
+    made = encode_dataset(dataset, model, small_encoding(resolution=side), folder / "cache")
+    encoded = time.perf_counter()
+    assert not load_encoded(made.manifest).missing()
+    ended = time.perf_counter()
+    return {
+        "pairing": paired - began,
+        "encoding": encoded - paired,
+        "reading": ended - encoded,
+        "peak": peak_bytes(),
+        "before": memory_before,
+    }
+
+
+def peak_bytes() -> int:
+    """The most resident memory this process has had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measured(folder: Path, tokenizer: str, side: int) -> dict[str, float]:
+    """`one_start` in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.encode", "--tokenizer", tokenizer, "--side", str(side)]
+    done = subprocess.run([*command, "--folder", str(folder)], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="comfy/text_encoders/qwen25_tokenizer")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[10, 1000, 10_000])
+    parser.add_argument("--side", type=int, default=64, help="of the pictures, in pixels")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.folder:
+        print(json.dumps(one_start(given.folder, given.tokenizer, given.side)))
+        return
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("| pairs | start | pairing, s | encoding, s | reading, s | pairs/s | peak memory, MiB | of it growth, MiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for pairs in given.pairs:
+        with tempfile.TemporaryDirectory() as name:
+            make_folders(Path(name), pairs, given.side)
+            time.sleep(3)  # files that have just been written are not yet remembered as checked
+            for start in ("first", "again"):
+                row = measured(Path(name), given.tokenizer, given.side)
+                total = row["pairing"] + row["encoding"] + row["reading"]
+                seconds = " | ".join(f"{row[key]:.2f}" for key in ("pairing", "encoding", "reading"))
+                memory = f"{row['peak'] / MIB:.0f} | {(row['peak'] - row['before']) / MIB:.0f}"
+                print(f"| {pairs} | {start} | {seconds} | {pairs / total:.1f} | {memory} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Encoding that is killed, shared between runs, or whose folders change under it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.support.narrow import make_pairs, small_encoding
+from tools.comfyui import REPO
+from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encoded import load_encoded
+from trainer_core.conditioning.report import encoding_report
+from trainer_core.config import DatasetConfig, ModelConfig, to_json
+from trainer_core.data.pairing import pair_folders
+from trainer_core.errors import DatasetError
+from trainer_core.events import SilentObserver
+from trainer_core.files import is_whole, read_tensors
+
+
+class Count(SilentObserver):
+    """Of results."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def on_progress(self, phase: str, done: int, total: int) -> None:
+        self.made += phase.startswith("Encoding")
+
+
+def other_pixels(path: Path) -> None:
+    """Another picture of the same size under the name."""
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> DatasetConfig:
+    """Eight pairs."""
+    return make_pairs(tmp_path / "pairs", 8)
+
+
+def entries(cache: Path) -> dict[str, Path]:
+    """Files in the cache by name below it, without manifests and notes."""
+    return {str(path.relative_to(cache)): path for path in cache.rglob("*.safetensors")}
+
+
+def test_pictures_that_changed_are_named_and_all_others_encoded(
+    model: ModelConfig, pairs: DatasetConfig, tmp_path: Path
+) -> None:
+    paired = pair_folders(pairs)
+    target, reference = (Path(folder) for folder in (pairs.target_dir, pairs.reference_dirs[0]))
+    other_pixels(target / "003.png")
+    (reference / "005.png").unlink()
+    (target / "006.png").write_bytes((target / "006.png").read_bytes()[:300])
+    encoding = small_encoding(num_eval_images=0)
+    with pytest.raises(DatasetError, match="Run again with the folders at rest") as caught:
+        encode_dataset(paired, model, encoding, tmp_path / "cache")
+    assert len(caught.value.problems) == 3
+    for name, words in (("target/003.png", "another one"), ("reference_1/005.png", "no such"), ("006.png", "another")):
+        assert sum(f"{name}: " in line and words in line for line in caught.value.problems) == 1, name
+    assert not (tmp_path / "cache" / "datasets").exists()
+    (target / "006.png").unlink()
+    (target / "005.png").unlink()
+    (target / "006.txt").unlink()
+    (target / "005.txt").unlink()
+    rest, work = pair_folders(pairs), Count()
+    encoded = encode_dataset(rest, model, encoding, tmp_path / "cache", work)
+    assert work.made == 1, "the changed target; all else was there"
+    fresh = encode_dataset(rest, model, encoding, tmp_path / "fresh")
+    for one, two in zip(encoded.pairs, fresh.pairs, strict=True):
+        assert torch.equal(encoded.load(one).target_latents, fresh.load(two).target_latents)
+        assert torch.equal(encoded.load(one).prompt_embeds, fresh.load(two).prompt_embeds)
+
+
+class Meddler(SilentObserver):
+    """Adds, writes and removes files when the first result is there."""
+
+    def __init__(self, config: DatasetConfig) -> None:
+        self.folder, self.over = Path(config.target_dir), False
+
+    def on_progress(self, phase: str, done: int, total: int) -> None:
+        if not self.over:
+            self.over = True
+            other_pixels(self.folder / "000.png")
+            (self.folder / "001.txt").write_text("something else entirely")
+            Image.new("RGB", (96, 96)).save(self.folder / "new.png")
+
+
+def test_a_folder_that_changes_while_encoding_is_reported(
+    model: ModelConfig, pairs: DatasetConfig, tmp_path: Path
+) -> None:
+    paired = pair_folders(pairs)
+    encoded = encode_dataset(paired, model, small_encoding(), tmp_path / "cache", Meddler(pairs))
+    assert [Path(name).name for name in encoded.changed] == ["000.png", "001.txt", "new.png"]
+    report = encoding_report(encoded)
+    assert "while encoding: 3 (" in report and "001.txt" in report
+    again = encode_dataset(paired, model, small_encoding(), tmp_path / "cache")
+    assert again == encoded == load_encoded(encoded.manifest), "what was encoded is what was paired"
+    assert not again.changed and "while encoding" not in encoding_report(again)
+
+
+def start(job: Path) -> subprocess.Popen[str]:
+    """`python -m trainer_core encode` in a process of its own."""
+    command = [sys.executable, "-m", "trainer_core", "encode", str(job)]
+    return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_after_a_kill_two_runs_finish_it_together(model: ModelConfig, pairs: DatasetConfig, tmp_path: Path) -> None:
+    encoding, cache, job = small_encoding(), tmp_path / "cache", tmp_path / "job.json"
+    values = {"model": to_json(model), "dataset": to_json(pairs), "encoding": to_json(encoding)}
+    job.write_text(json.dumps({**values, "cache_dir": str(cache), "run_dir": str(tmp_path / "run")}))
+    killed, deadline = start(job), time.monotonic() + 120
+    while len(entries(cache)) < 3 and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.kill()
+    killed.communicate()
+    left = entries(cache)
+    assert 3 <= len(left) < 20
+    assert all(map(is_whole, left.values()))
+    torn = next(iter(left.values()))
+    torn.write_bytes(torn.read_bytes()[:-7])  # as a disk that ran full may leave it
+
+    together = [start(job), start(job)]
+    answers = [each.communicate(timeout=300) for each in together]
+    assert [each.returncode for each in together] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    work = Count()
+    encoded = encode_dataset(pair_folders(pairs), model, encoding, cache, work)
+    assert work.made == 0 and str(encoded.manifest) == answers[0][0].strip()
+    encode_dataset(pair_folders(pairs), model, encoding, tmp_path / "fresh")
+    shared, fresh = entries(cache), entries(tmp_path / "fresh")
+    assert shared.keys() == fresh.keys()
+    for name, path in fresh.items():
+        one, two = read_tensors(shared[name]), read_tensors(path)
+        assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one), name
