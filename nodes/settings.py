@@ -57,10 +57,10 @@ class OptimizerSettings(io.ComfyNode):
             "Qwen Edit Optimizer Settings",
             description="Optimizer and learning rate schedule. Without this node: AdamW at 1e-4, constant after a "
             "short warm-up.",
-            search_aliases=["learning rate", "scheduler", "adamw"],
+            search_aliases=["learning rate", "scheduler", "adamw", "lion", "prodigy", "adafactor", "schedule-free"],
             inputs=[
                 setting_input(OptimizerConfig, "optimizer"),
-                setting_input(OptimizerConfig, "learning_rate", min=1e-8, max=0.1, step=1e-6, round=1e-8),
+                setting_input(OptimizerConfig, "learning_rate", min=1e-8, max=10.0, step=1e-6, round=1e-8),
                 setting_input(OptimizerConfig, "lr_scheduler"),
                 setting_input(OptimizerConfig, "lr_warmup_steps", min=0, max=100_000),
                 setting_input(OptimizerConfig, "weight_decay", min=0.0, max=1.0, step=0.001, round=1e-6),
@@ -68,6 +68,13 @@ class OptimizerSettings(io.ComfyNode):
                 setting_input(OptimizerConfig, "adam_beta2", min=0.0, max=0.99999, step=0.001, round=1e-5),
                 setting_input(OptimizerConfig, "adam_epsilon", min=1e-16, max=0.01, step=1e-8, round=1e-16),
                 setting_input(OptimizerConfig, "max_grad_norm", min=0.0, max=1000.0, step=0.1),
+                setting_input(OptimizerConfig, "lr_num_cycles", optional=True, min=1, max=1000),
+                setting_input(OptimizerConfig, "lr_power", optional=True, min=0.1, max=10.0, step=0.1),
+                setting_input(OptimizerConfig, "lr_end", optional=True, min=0.0, max=0.1, step=1e-7, round=1e-10),
+                setting_input(
+                    OptimizerConfig, "lion_beta2", optional=True, min=0.0, max=0.99999, step=0.01, round=1e-5
+                ),
+                setting_input(OptimizerConfig, "prodigy_d_coef", optional=True, min=0.01, max=100.0, step=0.1),
             ],
             outputs=[new_output(sockets.OptimizerSettings, "optimizer_settings", "For Train Qwen Edit LoRA.")],
         )

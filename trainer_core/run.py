@@ -14,7 +14,7 @@ from .errors import ConfigError, DatasetError, Interrupted
 from .events import SILENT, Observer, SampleReport, StepReport, Stop
 from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
 from .training.metrics import Metrics
-from .training.optimizer import optimizer_tensors, restore_optimizer
+from .training.optimizer_state import optimizer_tensors, restore_optimizer, weights_to_use
 from .training.run_folder import Checkpoint, RunFolder
 from .training.step import Networks, autocast, build_networks, train_step
 from .training.validation import Validator
@@ -155,7 +155,7 @@ def _validate_at(
 ) -> float | None:
     if not validator:
         return None
-    with autocast(networks):
+    with weights_to_use(networks.optimizer, networks.lora), autocast(networks):
         loss = validator.loss(networks.transformer, networks.device, observer)
         samples = validator.sample(
             networks.transformer, networks.device, step=step, grid_file=run.grid_file(step), observer=observer
@@ -205,7 +205,8 @@ def _finish(
         run.write_state(state="paused", steps=done)
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
     path = run.path / f"{config.export.lora_name or run.path.name}.safetensors"
-    export_lora(networks.lora, path, LoraMetadata(config, done), extra_check)
+    with weights_to_use(networks.optimizer, networks.lora):
+        export_lora(networks.lora, path, LoraMetadata(config, done), extra_check)
     kept = stop is Stop.KEEP
     result = {"lora_file": path.name, "steps": done, "kept": kept, "export": to_json(config.export)}
     run.write_state(state="kept" if kept else "finished", steps=done, result=result)

@@ -153,7 +153,9 @@ def test_no_change_is_another_word_for_none() -> None:
 
 
 def test_number_of_steps_matters_where_the_learning_rate_depends_on_it() -> None:
-    cosine = TrainConfig(run_dir="a", encoded="x.json", optimizer=OptimizerConfig(lr_scheduler="cosine"))
+    cosine = TrainConfig(
+        run_dir="a", encoded="x.json", optimizer=OptimizerConfig(lr_scheduler="cosine", lr_warmup_steps=2)
+    )
     assert resume_key(cosine) != resume_key(dataclasses.replace(cosine, max_train_steps=7))
 
 

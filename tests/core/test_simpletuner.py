@@ -122,7 +122,7 @@ def test_settings_are_carried_over():
         instance_prompt="sks,",
     ).job
     assert job.optimizer.learning_rate == 1e-4 and job.optimizer.optimizer == "adamw-8bit"
-    assert (job.optimizer.lr_scheduler, job.optimizer.lr_warmup_steps) == ("constant_with_warmup", 0)
+    assert (job.optimizer.lr_scheduler, job.optimizer.lr_warmup_steps) == ("constant", 0)
     assert job.optimizer.max_grad_norm == 0.5 and job.max_train_steps == 300
     assert (job.noise.logit_std, job.noise.logit_mean, job.noise.sigma_distribution) == (2.0, -1.0, "uniform")
     assert job.model.base_model_precision == "none" and job.batching.caption_dropout_probability == 0.05
@@ -136,8 +136,20 @@ def test_settings_are_carried_over():
     assert job.dataset.instance_prompt == "sks," and job.dataset.captions.prepend_instance_prompt
 
 
+def test_optimizers_and_courses_are_carried_over():
+    prodigy = read({"optimizer": "prodigy", "learning_rate": 1e-4, "lr_scheduler": "cosine_with_restarts"})
+    assert prodigy.job.optimizer.learning_rate == 1.0 and "finds" in line(prodigy, "learning_rate:")
+    assert prodigy.job.optimizer.lr_scheduler == "cosine_with_restarts"
+    free = read({"optimizer": "adamw_schedulefree", "lr_scheduler": "polynomial", "lr_end": "1e-8"})
+    assert free.job.optimizer.optimizer == "adamw-schedulefree"
+    assert free.job.optimizer.lr_scheduler == "constant_with_warmup" and "takes no other" in line(free, "lr_scheduler:")
+    lion = read({"optimizer": "optimi-lion", "learning_rate": 3e-5, "loss_type": "huber", "huber_c": 0.2})
+    assert (lion.job.optimizer.optimizer, lion.job.optimizer.learning_rate) == ("lion", 3e-5)
+    assert (lion.job.noise.loss_type, lion.job.noise.huber_c) == ("huber", 0.2)
+
+
 def test_what_changes_is_said():
-    imported = read({"optimizer": "optimi-lion", "max_grad_norm": 0.01, "num_train_epochs": 3, "use_ema": True})
+    imported = read({"optimizer": "soap", "max_grad_norm": 0.01, "num_train_epochs": 3, "use_ema": True})
     assert imported.job.optimizer.max_grad_norm == 1.0 and imported.job.optimizer.optimizer == "adamw"
     assert "becomes adamw" in line(imported, "optimizer:")
     assert "each element" in line(imported, "max_grad_norm:")

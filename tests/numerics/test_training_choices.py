@@ -1,4 +1,4 @@
-"""Every choice of noise and loss: a run stopped on the way and continued equals the unbroken one bit for bit."""
+"""Every choice of noise, loss and optimizer: a stopped and continued run equals the unbroken one bit for bit."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.numerics.test_run import Steps, StopAfter, equal, lora_tensors, named
-from trainer_core.conditioning.encoded import EncodedDataset
+from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.config import (
     BatchingConfig,
     LoraConfig,
@@ -20,12 +21,23 @@ from trainer_core.config import (
     TrainConfig,
     ValidationConfig,
 )
+from trainer_core.events import SILENT
 from trainer_core.run import train_lora
+from trainer_core.training.run_folder import RunFolder
+from trainer_core.training.step import build_networks
+from trainer_core.training.validation import Validator
 
 NOISE: dict[str, dict[str, Any]] = {
     "stratified": {"stratified_sigmas": True},
     "mode, huber": {"sigma_distribution": "mode", "stratified_sigmas": True, "loss_type": "huber"},
     "cosmap, smooth_l1": {"sigma_distribution": "cosmap", "loss_type": "smooth_l1", "huber_schedule": "exponential"},
+}
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adafactor": {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
+    "lion": {"learning_rate": 1e-3, "lr_scheduler": "polynomial"},
+    "prodigy": {"learning_rate": 1.0, "lr_scheduler": "constant", "lr_warmup_steps": 0},
+    "adamw-schedulefree": {"lr_scheduler": "constant_with_warmup"},
 }
 
 
@@ -64,6 +76,48 @@ def test_noise_and_loss(config: TrainConfig, row: str) -> None:
     assert [report.loss for report in seen.reports] != [report.loss for report in plain.reports]
     for report in seen.reports:
         assert report.loss_by_sigma and torch.isfinite(torch.tensor(list(report.loss_by_sigma.values()))).all()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(config: TrainConfig, name: str) -> None:
+    """Validated on the way, which must leave no trace either."""
+    settings = {"learning_rate": 3e-3, "lr_warmup_steps": 2, **OPTIMIZERS[name]}
+    chosen = dataclasses.replace(config, optimizer=OptimizerConfig(optimizer=name, **settings))
+    seen = stopped_and_continued(chosen)
+    never = ValidationConfig(validation_step_interval=0, num_validation_images=0)
+    unseen = train_lora(named(chosen, "unseen", validation=never))
+    assert equal(lora_tensors(unseen), load_file(Path(config.run_dir).parent / "unbroken" / "unbroken.safetensors"))
+    assert all(report.learning_rate > 0 for report in seen.reports)
+
+
+def test_schedule_free_is_validated_and_exported_as_its_average(config: TrainConfig) -> None:
+    free = OptimizerConfig(optimizer="adamw-schedulefree", learning_rate=3e-2, lr_warmup_steps=0)
+    chosen = dataclasses.replace(config, optimizer=free, lora=LoraConfig(lora_rank=4, lora_alpha=4))
+    seen = Steps()
+    result = train_lora(chosen, seen)
+    checkpoint = RunFolder(result.run_dir).latest_checkpoint()
+    assert checkpoint is not None
+    exported = {
+        name.removeprefix("transformer.").removesuffix(".weight"): value for name, value in lora_tensors(result).items()
+    }
+    assert exported.keys() == checkpoint.lora.keys()
+    for name, trained in checkpoint.lora.items():
+        average = torch.lerp(trained, checkpoint.optimizer[f"{name}/z"], 1 - 1 / 0.9)
+        torch.testing.assert_close(exported[name], average)
+        assert not torch.equal(exported[name], trained)
+    on_average = validation_loss_of(chosen, exported)
+    assert seen.reports[-1].validation_loss == pytest.approx(on_average, rel=1e-6)
+    assert validation_loss_of(chosen, checkpoint.lora) != pytest.approx(on_average, rel=1e-4)
+
+
+def validation_loss_of(config: TrainConfig, lora: dict[str, torch.Tensor]) -> float:
+    """Of a transformer with these adapter weights."""
+    networks = build_networks(config, "comfyui", SILENT)
+    with torch.no_grad():
+        for name, parameter in networks.lora.items():
+            parameter.copy_(lora[name])
+    validator = Validator(load_encoded(Path(config.encoded)), config.model, config.validation)
+    return validator.loss(networks.transformer, networks.device, SILENT)
 
 
 def test_validation_loss_is_squared_whatever_the_training_counts(config: TrainConfig) -> None:

@@ -20,6 +20,7 @@ from .dataset import (
 )
 from .job import JobConfig, TrainConfig, resume_key
 from .model import DEMO_MODEL, BaseModelPrecision, MixedPrecision, ModelConfig, QuantizeVia
+from .optimizer import ENDLESS, OptimizerConfig, OptimizerName, SchedulerName
 from .training import (
     BatchingConfig,
     CheckpointConfig,
@@ -27,15 +28,13 @@ from .training import (
     LoraConfig,
     LoraTargets,
     NoiseConfig,
-    OptimizerConfig,
-    OptimizerName,
-    SchedulerName,
     SigmaDistribution,
     ValidationConfig,
 )
 
 __all__ = [
     "DEMO_MODEL",
+    "ENDLESS",
     "BaseModelPrecision",
     "BatchingConfig",
     "CaptionConfig",

@@ -11,13 +11,13 @@ from ..errors import ConfigError
 from ..settings import check, required, setting, to_json
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
 from .model import ModelConfig
+from .optimizer import ENDLESS, OptimizerConfig, check_warmup
 from .training import (
     BatchingConfig,
     CheckpointConfig,
     ExportConfig,
     LoraConfig,
     NoiseConfig,
-    OptimizerConfig,
     ValidationConfig,
 )
 
@@ -46,6 +46,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(1 <= self.max_train_steps <= 1_000_000, "max_train_steps", self.max_train_steps, "1 to 1000000")
         check(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
+        check_warmup(self.optimizer, self.max_train_steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,7 @@ class JobConfig:
             check(each in ids, "eval_dataset_id", each, f"an id of `datasets`: {', '.join(ids) or 'there is none'}")
         trained = not ids or set(ids) > set(self.eval_dataset_id)
         check(trained, "eval_dataset_id", list(self.eval_dataset_id), "to leave a dataset to train on")
+        check_warmup(self.optimizer, self.max_train_steps)
 
     @staticmethod
     def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def resume_key(config: TrainConfig) -> dict[str, Any]:
     key = to_json(config)
     for name in ("run_dir", "validation_encoded", "checkpoints", "validation", "export", "gradient_checkpointing"):
         del key[name]
-    if config.optimizer.lr_scheduler == "constant_with_warmup":
+    if config.optimizer.lr_scheduler in ENDLESS:
         del key["max_train_steps"]
     key["encoded"] = Path(config.encoded).stem  # named by its content
     model = key["model"]

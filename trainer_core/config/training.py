@@ -1,4 +1,4 @@
-"""Settings of a training's parts: adapter, optimizer, noise, batches, checkpoints, validation, export."""
+"""Settings of a training's parts: adapter, noise, batches, checkpoints, validation, export."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Literal
 from ..settings import check, check_at_least, check_choice, setting
 
 LoraTargets = Literal["image-attention", "attention", "attention-mlp", "all", "pattern"]
-OptimizerName = Literal["adamw", "adamw-8bit"]
-SchedulerName = Literal["constant_with_warmup", "cosine", "linear"]
 SigmaDistribution = Literal["logit_normal", "uniform", "mode", "cosmap"]
 LossType = Literal["l2", "huber", "smooth_l1"]
 HuberSchedule = Literal["snr", "exponential", "constant"]
@@ -44,29 +42,6 @@ class LoraConfig:
     def alpha(self) -> float:
         """The alpha in force."""
         return self.lora_alpha or float(self.lora_rank)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimizerConfig:
-    """How the adapter is moved."""
-
-    optimizer: OptimizerName = setting("adamw", "adamw, or adamw-8bit (bitsandbytes, CUDA) for a quarter of its state.")
-    learning_rate: float = setting(1e-4, "Peak learning rate. 1e-4 for ranks to 16, 5e-5 above.")
-    lr_scheduler: SchedulerName = setting("constant_with_warmup", "Course of the learning rate after the warm-up.")
-    lr_warmup_steps: int = setting(10, "Steps over which the learning rate rises from zero.")
-    weight_decay: float = setting(0.01, "AdamW's decoupled weight decay.")
-    adam_beta1: float = setting(0.9, "Decay of the gradient's running mean.")
-    adam_beta2: float = setting(0.999, "Decay of the squared gradient's running mean.")
-    adam_epsilon: float = setting(1e-8, "AdamW's denominator offset.")
-    max_grad_norm: float = setting(1.0, "Gradients are scaled down to this norm; 0 for never.")
-
-    def __post_init__(self) -> None:
-        check_choice(self, "optimizer", "lr_scheduler")
-        check(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "above 0 and below 1, usually 1e-4")
-        check_at_least(self, 0, "lr_warmup_steps", "weight_decay", "max_grad_norm")
-        check(0 <= self.adam_beta1 < 1, "adam_beta1", self.adam_beta1, "0 to below 1")
-        check(0 <= self.adam_beta2 < 1, "adam_beta2", self.adam_beta2, "0 to below 1")
-        check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import DEMO_MODEL, JobConfig, from_json
+from ..config import DEMO_MODEL, ENDLESS, JobConfig, from_json
 from ..errors import ConfigError
 from ..qwen_image.flavours import FLAVOURS, Flavour
 from ..settings import changed
@@ -26,8 +26,16 @@ _PRECISIONS = {
     "fp8-torchao": "fp8-quanto",
     "int4-torchao": "int4-quanto",
 }
-_SCHEDULERS = {"constant": "constant_with_warmup", "cosine_with_restarts": "cosine", "sine": "cosine"}
-_SCHEDULERS["polynomial"] = "linear"
+_SCHEDULERS = {"sine": "cosine"}
+# A part of their optimizer's name, and ours. The first that fits is taken.
+_OPTIMIZERS = {
+    "schedulefree": "adamw-schedulefree",
+    "adamw8bit": "adamw-8bit",
+    "adamw": "adamw",
+    "lion": "lion",
+    "prodigy": "prodigy",
+    "adafactor": "adafactor",
+}
 # ours: (part, name), spellings of theirs, how it is read
 _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("seed", ("seed",), Section.whole),
@@ -40,6 +48,9 @@ _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("lora.lora_dropout", ("lora_dropout",), Section.number),
     ("optimizer.learning_rate", ("learning_rate",), Section.number),
     ("optimizer.lr_warmup_steps", ("lr_warmup_steps",), Section.whole),
+    ("optimizer.lr_num_cycles", ("lr_num_cycles",), Section.whole),
+    ("optimizer.lr_power", ("lr_power",), Section.number),
+    ("optimizer.lr_end", ("lr_end",), Section.number),
     ("optimizer.adam_beta1", ("adam_beta1", "optimizer_beta1"), Section.number),
     ("optimizer.adam_beta2", ("adam_beta2", "optimizer_beta2"), Section.number),
     ("optimizer.weight_decay", ("adam_weight_decay", "optimizer_weight_decay"), Section.number),
@@ -205,16 +216,14 @@ def _model(section: Section, flavour: Flavour, base: str, root: Path) -> dict[st
 
 
 def _optimizer(section: Section, values: dict[str, Any]) -> None:
-    name = (section.text("optimizer") or "").replace("_", "-")
+    name = section.text("optimizer")
     if name:
-        taken = "adamw-8bit" if "adamw" in name and "8bit" in name else "adamw"
+        plain = name.lower().replace("_", "").replace("-", "")
+        taken = next((ours for part, ours in _OPTIMIZERS.items() if part in plain), "adamw")
         _put(values, "optimizer.optimizer", taken)
-        if name != taken:
+        if name.replace("_", "-") != taken:
             section.note("optimizer", f"{name} becomes {taken}.")
-    if name and "adam" not in name:
-        section.note("learning_rate", f"was meant for {name}; AdamW usually wants 1e-4 for ranks to 16, 5e-5 above.")
-        if not 0 < values.get("optimizer", {}).get("learning_rate", 1e-4) < 0.01:
-            del values["optimizer"]["learning_rate"]
+        _learning_rate_for(name, taken, section, values["optimizer"])
     scheduler = section.text("lr_scheduler")
     if scheduler in _SCHEDULERS:
         section.note("lr_scheduler", f"{scheduler} becomes {_SCHEDULERS[scheduler]}.")
@@ -222,7 +231,29 @@ def _optimizer(section: Section, values: dict[str, Any]) -> None:
         _put(values, "optimizer.lr_warmup_steps", 0)
     if scheduler:
         _put(values, "optimizer.lr_scheduler", _SCHEDULERS.get(scheduler, scheduler))
+    _course_for(section, values)
     _clipping_and_targets(section, values)
+
+
+def _learning_rate_for(theirs: str, ours: str, section: Section, optimizer: dict[str, Any]) -> None:
+    """Leave out a rate that was meant for an optimizer we don't have."""
+    rate = optimizer.get("learning_rate")
+    if ours == "prodigy" and (rate is None or not 0.1 <= rate <= 10):
+        optimizer["learning_rate"] = 1.0
+        section.note("learning_rate", "1, a factor on the rate that prodigy finds.")
+    elif ours == "adamw" and "adam" not in theirs.lower():
+        section.note("learning_rate", f"was meant for {theirs}; AdamW usually wants 1e-4 for ranks to 16, 5e-5 above.")
+        if rate is not None and not 0 < rate < 0.01:
+            del optimizer["learning_rate"]
+
+
+def _course_for(section: Section, values: dict[str, Any]) -> None:
+    """What our optimizers and courses don't take together, SimpleTuner ignores in silence."""
+    optimizer = values.get("optimizer", {})
+    falling = optimizer.get("lr_scheduler", "constant_with_warmup") not in ENDLESS
+    if optimizer.get("optimizer") == "adamw-schedulefree" and falling:
+        optimizer["lr_scheduler"] = "constant_with_warmup"
+        section.note("lr_scheduler", "becomes constant_with_warmup; adamw-schedulefree takes no other.")
 
 
 def _clipping_and_targets(section: Section, values: dict[str, Any]) -> None:

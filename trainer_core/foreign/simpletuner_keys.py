@@ -58,11 +58,10 @@ _CONFIG = {
     "no picture is ever deleted": "delete_unwanted_images delete_problematic_images delete_nsfw_images",
     "pictures are not classified": "enable_nsfw_check nsfw_check_models nsfw_check_min_votes "
     "nsfw_check_backend_types nsfw_check_sample_types",
-    "every run uses AdamW as torch or bitsandbytes have it": "optimizer_config optimizer_cpu_offload_method "
+    "optimizers are used as their libraries have them": "optimizer_config optimizer_cpu_offload_method "
     "optimizer_offload_gradients optimizer_release_gradients fuse_optimizer adam_bfloat16 use_8bit_adam "
     "use_adafactor_optimizer",
-    "the learning rate runs to the scheduler's own end": "lr_end lr_num_cycles lr_power lr_scale lr_scale_sqrt "
-    "lr_warmup_epochs",
+    "the learning rate is taken as it stands, and its course in steps": "lr_scale lr_scale_sqrt lr_warmup_epochs",
     "the LoRA starts from zero, in peft's usual shape": "init_lora init_lora_step lora_init_type peft_lora_mode "
     "use_dora use_rslora lycoris_config lora_format flux_lora_target singlora_ramp_up_steps",
     "one process on one device": "num_processes num_machines accelerator_cache_clear_interval ddp_backend "
@@ -118,6 +117,7 @@ CONFIG_KEYS = words(
     "model_type model_family model_flavour lora_type pretrained_model_name_or_path "
     "pretrained_transformer_model_name_or_path pretrained_vae_model_name_or_path train_batch_size "
     "gradient_accumulation_steps max_train_steps num_train_epochs learning_rate lr_scheduler lr_warmup_steps optimizer "
+    "lr_end lr_num_cycles lr_power "
     "optimizer_beta1 optimizer_beta2 adam_beta1 adam_beta2 adam_weight_decay optimizer_weight_decay adam_epsilon "
     "lora_rank lora_alpha lora_dropout peft_lora_target_modules seed mixed_precision base_model_precision quantize_via "
     "gradient_checkpointing flow_schedule_shift flow_schedule_auto_shift flow_use_uniform_schedule flow_sigmoid_scale "

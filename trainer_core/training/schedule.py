@@ -10,14 +10,23 @@ from ..config import OptimizerConfig
 def learning_rate_at(step: int, num_steps: int, optimizer: OptimizerConfig) -> float:
     """Learning rate of step `step` (counted from 0) of `num_steps`: a linear warm-up, then the chosen course.
 
-    `linear` and `cosine` reach zero after the last step.
+    The courses are diffusers' and transformers' `get_scheduler`, without their first step at a rate of zero: step s
+    here is step s + 1 there, with one more step of warm-up and of training. All but the constant ones reach their end
+    (zero; `lr_end` for polynomial) after the last step.
     """
-    warmup = optimizer.lr_warmup_steps
+    peak, warmup = optimizer.learning_rate, optimizer.lr_warmup_steps
     if step < warmup:
-        return optimizer.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    if optimizer.lr_scheduler == "linear":
-        return optimizer.learning_rate * (1 - progress)
-    if optimizer.lr_scheduler == "cosine":
-        return optimizer.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-    return optimizer.learning_rate
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    match optimizer.lr_scheduler:
+        case "linear":
+            return peak * (1 - progress)
+        case "cosine":
+            return peak * (1 + math.cos(math.pi * progress)) / 2
+        case "cosine_with_restarts":
+            cycle = optimizer.lr_num_cycles * progress % 1
+            return peak * (1 + math.cos(math.pi * cycle)) / 2 if progress < 1 else 0.0
+        case "polynomial":
+            return optimizer.lr_end + (peak - optimizer.lr_end) * (1 - progress) ** optimizer.lr_power
+        case _:
+            return peak

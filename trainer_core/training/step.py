@@ -25,7 +25,7 @@ from ..rng import seeded_globally
 from .edit_weight import combined_weights
 from .lora import inject_lora
 from .objective import add_noise, loss_by_sigma, penalty_at, velocity_loss
-from .optimizer import build_optimizer
+from .optimizer import optimizer_builder, set_learning_rate
 from .schedule import learning_rate_at
 
 if TYPE_CHECKING:
@@ -46,10 +46,12 @@ def build_networks(config: TrainConfig, preprocessing: Preprocessing, observer: 
     """Load, quantise and adapt the transformer. Its tokens stand where the dataset's preprocessing policy has them.
 
     Raises:
+        ConfigError: the optimizer can't run on this device.
         ModelFileError: the base model can't be loaded.
         Interrupted: the observer wants to stop.
     """
     device = pick_device(config.model.device)
+    build_optimizer = optimizer_builder(config.optimizer, device)  # refused here rather than after loading
     transformer = load_transformer(config.model, device, observer)
     raise_if_stopped(observer)
     if preprocessing == "comfyui":
@@ -60,7 +62,7 @@ def build_networks(config: TrainConfig, preprocessing: Preprocessing, observer: 
         transformer.enable_gradient_checkpointing(
             partial(checkpoint, use_reentrant=False, preserve_rng_state=config.lora.lora_dropout > 0)
         )
-    return Networks(transformer, lora, build_optimizer(lora, config.optimizer), device)
+    return Networks(transformer, lora, build_optimizer(list(lora.values())), device)
 
 
 def train_step(
@@ -72,9 +74,8 @@ def train_step(
         NonFiniteLossError: before the weights are touched.
     """
     began = time.perf_counter()
-    learning_rate = learning_rate_at(done, config.max_train_steps, config.optimizer)
-    for group in networks.optimizer.param_groups:
-        group["lr"] = learning_rate
+    rate = learning_rate_at(done, config.max_train_steps, config.optimizer)
+    learning_rate = set_learning_rate(networks.optimizer, rate)
     accumulated = _accumulate(networks, loader, done, config, observer)
     if isinstance(accumulated, Stop):
         networks.optimizer.zero_grad(set_to_none=True)
