@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import comfy.latent_formats
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import CLIP, VAE
 
-    from ..trainer_core.conditioning.encoders import EncodePicture, EncodePrompt, Encoders
+    from ..trainer_core.conditioning.encoders import EncodePicture, EncodePrompts, Encoders
 
 _TOKENS = "qwen25_7b"  # the one key of the tokens of ComfyUI's tokenizer for Qwen-Image
 _SAMPLES = 256  # values of each weight that a digest reads
@@ -61,9 +62,23 @@ def _vae_loaded(vae: VAE) -> Iterator[EncodePicture]:
     free_memory()
 
 
+@dataclass(frozen=True, slots=True)
+class _ClipPrompts:
+    """ComfyUI's CLIP sees the pictures anew with every caption: what it would keep of them is inside its tokens."""
+
+    clip: CLIP
+    flavour: Flavour
+
+    def see(self, picture: Any) -> Any:
+        return picture
+
+    def encode_seen(self, caption: str, seen: Sequence[Any]) -> Tensor:
+        return encode_prompt(self.clip, self.flavour, caption, seen)
+
+
 @contextmanager
-def _clip_loaded(clip: CLIP, flavour: Flavour) -> Iterator[EncodePrompt]:
-    yield lambda caption, pictures: encode_prompt(clip, flavour, caption, pictures)
+def _clip_loaded(clip: CLIP, flavour: Flavour) -> Iterator[EncodePrompts]:
+    yield _ClipPrompts(clip, flavour)
     free_memory()
 
 

@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .conditioning.batches import pad_prompts
-from .conditioning.encode import vision_picture
-from .conditioning.pictures import View, plan_reference, render, to_picture
+from .conditioning.pictures import View, plan_reference, render, to_picture, vision_picture
 from .config import EncodingConfig, ModelConfig, Preprocessing
 from .device import pick_device, release_memory
 from .errors import ConfigError
@@ -113,7 +112,8 @@ def _reference_latents(request: SampleRequest, views: list[View], device: torch.
 def _prompts(request: SampleRequest, views: list[View], device: torch.device) -> list[Tensor]:
     encoder = load_text_encoder(request.model, request.encoding.preprocessing, device)
     pictures = [vision_picture(picture, view) for picture, view in zip(request.references, views, strict=True)]
-    return [encoder.encode(text, pictures) for text in (request.prompt, request.negative_prompt)]
+    seen = [encoder.see(picture) for picture in pictures]
+    return [encoder.encode_seen(text, seen) for text in (request.prompt, request.negative_prompt)]
 
 
 def _draw(

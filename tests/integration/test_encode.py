@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from tests.support.narrow import make_pairs, small_encoding
-from trainer_core.conditioning import encode as encode_module
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.pictures import plan_pair, render
+from trainer_core.conditioning.read_ahead import read_ahead
 from trainer_core.config import DatasetConfig, EncodingConfig, ModelConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, DatasetError, Interrupted
@@ -204,8 +204,6 @@ def test_target_and_reference_show_the_same_rectangle(size: Size, flavour: str, 
 
 
 def test_reading_ahead_keeps_order_and_raises_what_was_raised() -> None:
-    assert list(encode_module.read_ahead(range(50), lambda number: number * 2)) == [
-        (number, number * 2) for number in range(50)
-    ]
+    assert list(read_ahead(range(50), lambda number: number * 2)) == [(number, number * 2) for number in range(50)]
     with pytest.raises(ZeroDivisionError):
-        list(encode_module.read_ahead([1, 0], lambda number: 1 / number))
+        list(read_ahead([1, 0], lambda number: 1 / number))

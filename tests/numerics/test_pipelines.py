@@ -18,8 +18,7 @@ from PIL import Image
 
 import trainer_core.sample
 from tests.support.narrow import make_base, picture
-from trainer_core.conditioning.encode import vision_picture
-from trainer_core.conditioning.pictures import plan_reference
+from trainer_core.conditioning.pictures import plan_reference, vision_picture
 from trainer_core.config import EncodingConfig, ModelConfig
 from trainer_core.geometry import Box, Size
 from trainer_core.qwen_image import prompt

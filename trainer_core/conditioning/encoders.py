@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +18,11 @@ from torch import Tensor
 from ..config import EncodingConfig, ModelConfig, digest
 from ..errors import ConfigError
 from ..events import Observer
-from ..qwen_image.folder import model_folder, weights_digest
+from ..qwen_image.folder import ModelFolder, model_folder, weights_digest
 from ..qwen_image.text_encoder import Picture, load_text_encoder
 from ..qwen_image.vae import encode_picture, load_vae
 
 EncodePicture = Callable[[Tensor], Tensor]  # [3, H, W] in 0..1 to normalised latents [C, H/8, W/8], float32, CPU
-EncodePrompt = Callable[[str, Sequence[Picture]], Tensor]  # caption and pictures to [L, D], float32, CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,25 @@ class PictureEncoder:
     loaded: Callable[[Observer], AbstractContextManager[EncodePicture]]
 
 
+class EncodePrompts(Protocol):
+    """A text encoder at work: it sees a picture once, and then encodes captions with what it saw."""
+
+    def see(self, picture: Picture) -> Any:
+        """What it keeps of a picture: VisualTokens where PromptEncoder has a `visual_digest`."""
+
+    def encode_seen(self, caption: str, seen: Sequence[Any]) -> Tensor:
+        """Embeddings [L, D], float32, on the CPU."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
-    """`digest`: of all that decides embeddings besides caption and pictures, the flavour and policy among it."""
+    """`digest`: of all that decides embeddings besides caption and pictures, the flavour and policy among it.
+    `visual_digest`: of all that decides visual tokens besides the picture; empty where they can't be kept."""
 
     digest: str
-    loaded: Callable[[Observer], AbstractContextManager[EncodePrompt]]
+    loaded: Callable[[Observer], AbstractContextManager[EncodePrompts]]
+    visual_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,21 +85,23 @@ def own_prompts(model: ModelConfig, encoding: EncodingConfig, device: torch.devi
     """The text encoder of the base model."""
 
     @contextmanager
-    def loaded(observer: Observer) -> Iterator[EncodePrompt]:
-        yield load_text_encoder(model, encoding.preprocessing, device, observer).encode
+    def loaded(observer: Observer) -> Iterator[EncodePrompts]:
+        yield load_text_encoder(model, encoding.preprocessing, device, observer)
 
-    return PromptEncoder(_text_encoder_digest(model, encoding), loaded)
-
-
-def _text_encoder_digest(model: ModelConfig, encoding: EncodingConfig) -> str:
     folder = model_folder(model)
-    parts: list[object] = [model.flavour, encoding.preprocessing, model.mixed_precision]
-    parts += [weights_digest(folder.text_encoder), weights_digest(folder.tokenizer), _bytes_digest(folder.tokenizer)]
-    if encoding.preprocessing == "diffusers":  # transformers decides the positions there, see text_encoder.py
-        import transformers
+    network = [encoding.preprocessing, model.mixed_precision, weights_digest(folder.text_encoder)]
+    tokenizer = [weights_digest(folder.tokenizer), _bytes_digest(folder.tokenizer)]
+    libraries = _libraries(folder) if encoding.preprocessing == "diffusers" else []
+    return PromptEncoder(
+        digest([model.flavour, *network, *tokenizer, *libraries]), loaded, digest([*network, *libraries])
+    )
 
-        parts += [weights_digest(folder.processor), transformers.__version__]
-    return digest(parts)
+
+def _libraries(folder: ModelFolder) -> list[str]:
+    """What decides patches and positions where transformers makes them, see text_encoder.py."""
+    import transformers
+
+    return [weights_digest(folder.processor), transformers.__version__]
 
 
 def _bytes_digest(folder: Path) -> str:

@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 from ..config import ConditioningType, EncodingConfig
 from ..geometry import Box, Size, area_size, aspect_area_size, crop_box, scale_box
 from ..qwen_image.flavours import Flavour
+from ..qwen_image.text_encoder import Picture
 from .sizes import crop_place, target_box, target_size
 
 SAME_FRAMING = 0.01  # references whose aspect ratio is within 1 % of the target's show the same scene
@@ -143,6 +144,11 @@ def render(picture: Image.Image, view: View) -> Tensor:
 def render_picture(picture: Image.Image, view: View) -> Image.Image:
     """The view as an 8-bit RGB picture, through Pillow's Lanczos filter."""
     return picture.resize(view.size, Image.Resampling.LANCZOS, box=view.box)
+
+
+def vision_picture(picture: Image.Image, view: View) -> Picture:
+    """What the text encoder takes: pixels under the comfyui policy, an 8-bit picture under diffusers'."""
+    return render(picture, view) if view.resample == "area" else render_picture(picture, view)
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

@@ -28,6 +28,15 @@ Picture = Tensor | Image.Image  # [3, H, W] in 0..1 under comfyui, an 8-bit RGB 
 
 
 @dataclass(frozen=True, slots=True)
+class VisualTokens:
+    """A picture as Qwen2.5-VL's language part takes it, on the CPU: `tokens` [N, D] in the network's precision, and the
+    `grid` [1, 3] of patches they were merged from."""
+
+    tokens: Tensor
+    grid: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class TextEncoder:
     """Network, tokenizer and the flavour they speak."""
 
@@ -37,24 +46,44 @@ class TextEncoder:
     preprocessing: Preprocessing
     processor_folder: Path
 
-    @torch.no_grad()
     def encode(self, caption: str, pictures: Sequence[Picture]) -> Tensor:
         """Prompt embeddings [L, D] on the CPU: last hidden state after the system turn; pictures in order.
 
         Raises:
             DatasetError: the caption itself holds a picture's placeholder.
         """
-        patches, grids = self._patches(pictures)
+        return self.encode_seen(caption, [self.see(picture) for picture in pictures])
+
+    @torch.no_grad()
+    def see(self, picture: Picture) -> VisualTokens:
+        """What the vision tower makes of a picture, the same for every caption. Each picture is seen by itself."""
+        patches, grid = self._patches(picture)
+        seen = self.network.model.visual(
+            patches.to(self.network.device, self.network.dtype), grid_thw=grid.to(self.network.device)
+        )
+        tokens: Tensor = getattr(seen, "pooler_output", seen)  # transformers before 5 gives the tensor itself
+        return VisualTokens(tokens.cpu(), grid)
+
+    @torch.no_grad()
+    def encode_seen(self, caption: str, seen: Sequence[VisualTokens]) -> Tensor:
+        """The same as `encode`, of pictures that were seen before.
+
+        Raises:
+            DatasetError: the caption itself holds a picture's placeholder.
+        """
+        grids = [each.grid for each in seen]
         ids = self.token_ids(caption, [num_vision_tokens(grid) for grid in grids])
         device = self.network.device
-        inputs: dict[str, Tensor] = {}
-        if pictures:
-            inputs["pixel_values"] = torch.cat(patches).to(device, self.network.dtype)
-            inputs["image_grid_thw"] = torch.cat(list(grids)).to(device)
+        input_ids = torch.tensor([ids], device=device)
+        inputs: dict[str, Tensor] = {"inputs_embeds": self.network.get_input_embeddings()(input_ids)}
+        if seen:
+            tokens = torch.cat([each.tokens for each in seen]).to(device, inputs["inputs_embeds"].dtype)
+            places = (input_ids == prompt.IMAGE_PAD).unsqueeze(-1)
+            inputs["inputs_embeds"] = inputs["inputs_embeds"].masked_scatter(places, tokens)
+            inputs["image_grid_thw"] = torch.cat(grids).to(device)
         if self.preprocessing == "comfyui":
             inputs["position_ids"] = rotary_positions(ids, grids).unsqueeze(1).to(device)
         # under diffusers the positions are left to transformers, as the pipelines leave them
-        input_ids = torch.tensor([ids], device=device)
         hidden = self.network.model(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False, **inputs
         ).last_hidden_state[0]
@@ -73,15 +102,11 @@ class TextEncoder:
             text = text.replace("\\(", "(").replace("\\)", ")")
         return prompt.token_ids(self.tokenizer, text, picture_tokens)
 
-    def _patches(self, pictures: Sequence[Picture]) -> tuple[list[Tensor], list[Tensor]]:
-        if self.preprocessing == "comfyui":
-            pairs = [vision_patches(picture) for picture in pictures if isinstance(picture, Tensor)]
-            return [patches for patches, _ in pairs], [grid for _, grid in pairs]
-        if not pictures:
-            return [], []
-        batch = _image_processor(self.processor_folder)(images=list(pictures), return_tensors="pt")
-        grids = list(batch["image_grid_thw"].split(1))
-        return list(batch["pixel_values"].split([int(grid.prod()) for grid in grids])), grids
+    def _patches(self, picture: Picture) -> tuple[Tensor, Tensor]:
+        if isinstance(picture, Tensor):
+            return vision_patches(picture)
+        batch = _image_processor(self.processor_folder)(images=[picture], return_tensors="pt")
+        return batch["pixel_values"], batch["image_grid_thw"]
 
 
 def _image_processor(folder: Path) -> Any:
