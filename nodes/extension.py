@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import check, dataset, edit_weight, encode, graph_pairs, mix, model, result, routes, sample, settings, train
+from . import (
+    check,
+    dataset,
+    edit_weight,
+    encode,
+    foreign,
+    graph_pairs,
+    mix,
+    model,
+    result,
+    routes,
+    sample,
+    settings,
+    train,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     model.LoadModel,
@@ -17,6 +31,8 @@ NODES: list[type[io.ComfyNode]] = [
     encode.SizeSettings,
     encode.EncodePairs,
     mix.MixPairs,
+    foreign.ImportSimpleTuner,
+    foreign.EncodeImported,
     edit_weight.PreviewEditWeight,
     settings.LoraSettings,
     settings.OptimizerSettings,

@@ -52,11 +52,9 @@ def folder_below(name: str, roots: Mapping[str, Path], label: str) -> Path:
     """
     allowed = f"Allowed is a folder below one of: {', '.join(roots)}. {_HOW_TO_ALLOW}"
     name = name.strip()
-    parts = re.split(r"[/\\]", name)
-    if not name or _NEVER_IN_NAMES.search(name) or ".." in parts or name.startswith(("\\\\", "//", "~")):
+    if not _is_path_of_names(name):
         raise ConfigError(f"{label} is {name[:200]!r}, which is not a folder name. {allowed}")
-    absolute = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).drive or PureWindowsPath(name).root)
-    candidates = [Path(name)] if absolute else [root / name for root in roots.values()]
+    candidates = [Path(name)] if _is_absolute(name) else [root / name for root in roots.values()]
     folder = next((path for path in candidates if _is_below(path, roots) and _is_there(path.is_dir)), None)
     if folder is not None:
         return Path(os.path.realpath(folder))
@@ -84,6 +82,43 @@ def file_below(name: str, folder: Path, roots: Mapping[str, Path], label: str) -
         f"{label} is {name[:200]!r}, which {reason}. Allowed is a file below the target folder, or one below: "
         f"{', '.join(roots)}. {_HOW_TO_ALLOW}"
     )
+
+
+def file_below_roots(name: str, roots: Mapping[str, Path], label: str) -> Path:
+    """The existing file that `name` means: relative to the first root that has it, or absolute inside a root.
+
+    Raises:
+        ConfigError: not there, or outside all roots (also by a symbolic link). Names the roots, not where they lie.
+    """
+    folder, _, file = name.strip().replace("\\", "/").rpartition("/")
+    places = [root / folder for root in roots.values() if not folder] or [folder_below(folder, roots, label)]
+    there = (place for place in places if file and _is_path_of_names(file) and _is_there((place / file).is_file))
+    return file_below(file, next(there, places[0]), roots, label)
+
+
+def near(name: str, folder: Path, roots: Mapping[str, Path], kind: Callable[[Path], bool]) -> str:
+    """A relative `name` as an absolute path if `folder`, or one above it inside a root, has it; else as it is.
+
+    The result is a name from a stranger still: `folder_below` and `file_below` decide whether it is allowed.
+    """
+    if _is_path_of_names(name.strip()) and not _is_absolute(name.strip()):
+        for place in (folder, *folder.parents):
+            if not _is_below(place, roots):
+                break
+            path = place / name.strip()
+            if _is_below(path, roots) and _is_there(lambda path=path: kind(path)):
+                return str(path)
+    return name
+
+
+def _is_path_of_names(name: str) -> bool:
+    """Nothing in it that leads up, to another machine or to a home."""
+    hostile = ".." in re.split(r"[/\\]", name) or name.startswith(("\\\\", "//", "~"))
+    return bool(name) and not _NEVER_IN_NAMES.search(name) and not hostile
+
+
+def _is_absolute(name: str) -> bool:
+    return PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).drive or PureWindowsPath(name).root)
 
 
 def _is_there(test: Callable[[], bool]) -> bool:

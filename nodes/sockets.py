@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..trainer_core.config import BatchingConfig, CheckpointConfig, NoiseConfig
+from ..trainer_core.config import BatchingConfig, CheckpointConfig, JobConfig, NoiseConfig
+
+if TYPE_CHECKING:
+    from ..trainer_core.job import PairedPart
 
 Model = io.Custom("QWEN_EDIT_MODEL")  # ModelConfig
 Dataset = io.Custom("QWEN_EDIT_DATASET")  # EditDataset
@@ -22,6 +26,7 @@ OptimizerSettings = io.Custom("QWEN_EDIT_OPTIMIZER_SETTINGS")  # OptimizerConfig
 TrainingSettings = io.Custom("QWEN_EDIT_TRAINING_SETTINGS")  # LoopSettings
 ValidationSettings = io.Custom("QWEN_EDIT_VALIDATION_SETTINGS")  # ValidationConfig
 Run = io.Custom("QWEN_EDIT_RUN")  # FinishedRun
+Imported = io.Custom("QWEN_EDIT_IMPORTED")  # ImportedJob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +37,17 @@ class LoopSettings:
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportedJob:
+    """A job of another trainer: its settings, and its datasets with their pairs."""
+
+    job: JobConfig
+    paired: tuple[PairedPart, ...]
+
+    def __repr__(self) -> str:
+        return f"ImportedJob({', '.join(part.id for part, _ in self.paired)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

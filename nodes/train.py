@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -117,6 +118,12 @@ def _inputs() -> list[io.Input]:
             optional=True,
             tooltip="A second encoded dataset to validate on, besides the pairs held out of the first.",
         ),
+        new_input(
+            sockets.Imported,
+            "imported",
+            optional=True,
+            tooltip="All settings of an imported configuration; a settings node that is connected counts instead.",
+        ),
     ]
 
 
@@ -137,28 +144,28 @@ def _train_config(
     validation_settings: ValidationConfig | None = None,
     trigger_words: str = "",
     validation_encoded: EncodedDataset | None = None,
+    imported: sockets.ImportedJob | None = None,
 ) -> TrainConfig:
     if if_run_exists not in get_args(IfRunExists):
         raise ConfigError(f"if_run_exists is {if_run_exists!r}; allowed is one of {', '.join(get_args(IfRunExists))}.")
     name = checked_run_name(run_name)
     if if_run_exists == "new run":
         name = free_name(host.runs_dir(), name)
-    loop = training_settings or sockets.LoopSettings()
-    return TrainConfig(
+    base = imported.job.train_config("-") if imported else TrainConfig(run_dir="-", encoded="-")
+    connected = {"lora": lora_settings, "optimizer": optimizer_settings, "validation": validation_settings}
+    sections = {key: section for key, section in connected.items() if section is not None}
+    if training_settings is not None:
+        sections |= {field.name: getattr(training_settings, field.name) for field in fields(training_settings)}
+    return replace(
+        base,
         run_dir=str(host.runs_dir() / name),
         encoded=str(encoded.manifest),
         validation_encoded=str(validation_encoded.manifest) if validation_encoded is not None else "",
         max_train_steps=max_train_steps,
         seed=seed,
-        gradient_checkpointing=loop.gradient_checkpointing,
         model=model,
-        lora=lora_settings or Lora(),
-        optimizer=optimizer_settings or OptimizerConfig(),
-        noise=loop.noise,
-        batching=loop.batching,
-        checkpoints=loop.checkpoints,
-        validation=validation_settings or ValidationConfig(),
-        export=ExportConfig(lora_name=name, trigger_words=trigger_words),
+        export=ExportConfig(lora_name=name, trigger_words=trigger_words or base.export.trigger_words),
+        **sections,
     )
 
 

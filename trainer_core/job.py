@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .conditioning.encode import encode_dataset
 from .conditioning.encoded import EncodedDataset
+from .conditioning.encoders import Encoders
 from .conditioning.mix import MixPart, mix_encoded
 from .config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, from_json
 from .data.pairing import EditDataset, pair_folders
@@ -91,10 +92,17 @@ def encode_job(job: JobConfig, observer: Observer = SILENT) -> tuple[EncodedData
     Raises:
         DatasetError, ConfigError, ModelFileError, Interrupted: as pairing and encoding do.
     """
+    return encode_paired(job, pair_job(job, observer), observer)
+
+
+def encode_paired(
+    job: JobConfig, paired: Sequence[PairedPart], observer: Observer = SILENT, encoders: Encoders | None = None
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """`encode_job` for datasets that are paired already; `encoders` stand in the place of the base model's."""
     cache_dir = Path(job.cache_dir)
     parts: dict[bool, list[MixPart]] = {False: [], True: []}
-    for part, dataset in pair_job(job, observer):
-        encoded = encode_dataset(dataset, job.model, part.encoding, cache_dir, observer)
+    for part, dataset in paired:
+        encoded = encode_dataset(dataset, job.model, part.encoding, cache_dir, observer, encoders)
         turns = MixPart(encoded=encoded, repeats=part.repeats, probability=part.probability)
         parts[part.id in job.eval_dataset_id].append(turns)
     trained, validated = parts[False], parts[True]

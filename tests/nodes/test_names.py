@@ -143,3 +143,29 @@ def test_free_names(names: ModuleType, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run-2").mkdir()
     assert names.free_name(tmp_path, "run") == "run-3"
+
+
+@pytest.mark.parametrize("name", [*HOSTILE_FOLDERS[:-1], "set", "../config.json", "link_out/x.json"])
+def test_hostile_files_are_refused(name: str, names: ModuleType, roots: dict[str, Path], config_error, tmp_path: Path):
+    (tmp_path / "outside" / "x.json").write_text("{}")
+    for each in (name, names.near(name, roots["input"] / "set", roots, Path.is_file)):
+        with pytest.raises(config_error) as caught:
+            names.file_below_roots(each, roots, "config_file")
+        assert str(caught.value).startswith("config_file is ") and str(tmp_path) not in str(caught.value)
+
+
+def test_names_in_a_file_are_looked_for_from_the_file_upwards(
+    names: ModuleType, roots: dict[str, Path], tmp_path: Path
+):
+    deep = roots["input"] / "set" / "config"
+    deep.mkdir()
+    for place in (deep, roots["input"] / "set", tmp_path / "private", roots["pictures"]):
+        (place / "data.json").write_text("{}")
+    found = names.file_below_roots(names.near("data.json", deep, roots, Path.is_file), roots, "data_file")
+    assert found == deep / "data.json"
+    (deep / "data.json").unlink()
+    assert Path(names.near("data.json", deep, roots, Path.is_file)) == roots["input"] / "set" / "data.json"
+    (roots["input"] / "set" / "data.json").unlink()
+    assert names.near("data.json", deep, roots, Path.is_file) == "data.json"  # not above the root
+    assert names.file_below_roots("data.json", roots, "data_file") == roots["pictures"] / "data.json"
+    assert names.near("only_here", deep, roots, Path.is_dir) == "only_here"

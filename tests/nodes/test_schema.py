@@ -12,6 +12,7 @@ from .help_tables import tables, tables_in, with_tables
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema.json"
 DEPENDS_ON_FOLDERS = {("QwenEdit_LoadModel", "base_model"), ("QwenEdit_SampleEdit", "lora_name")}
+DEPENDS_ON_FOLDERS |= {("QwenEdit_ImportSimpleTuner", "base_model")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoadModelFiles", f"{part}_file") for part in ("transformer", "text_encoder", "vae")}
 EXPECTED = {
     "QwenEdit_LoadModel",
@@ -25,6 +26,8 @@ EXPECTED = {
     "QwenEdit_SizeSettings",
     "QwenEdit_EncodePairs",
     "QwenEdit_MixPairs",
+    "QwenEdit_ImportSimpleTuner",
+    "QwenEdit_EncodeImported",
     "QwenEdit_LoraSettings",
     "QwenEdit_OptimizerSettings",
     "QwenEdit_TrainingSettings",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -49,6 +50,31 @@ def test_folders(name: str, widget: str, prompt: dict[str, Any], comfyui: PackSe
     assert f"{widget} is {name!r}" in details
     assert "Allowed is a folder below one of: input, output" in details
     assert str(comfyui.base) not in details
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/etc/passwd", "C:\\x.json", "not_there.json", "validation"])
+def test_imported_files(name: str, comfyui: PackServer):
+    node = {"class_type": "QwenEdit_ImportSimpleTuner"}
+    inputs = {"config_file": name, "data_file": "", "base_model": "demo (embedded)", "changes": ""}
+    prompt = {"1": {**node, "inputs": inputs}, "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 5]}}}
+    details = refusal(comfyui, prompt, ["2"])["1"]["errors"][0]["details"]
+    assert "config_file is" in details and str(comfyui.base) not in details
+
+
+def test_folders_that_an_imported_file_names_must_be_allowed(comfyui: PackServer):
+    """The file may come from a stranger, so it opens nothing that a graph could not name."""
+    (comfyui.input / "imported").mkdir()
+    entries = [
+        {"id": "a", "instance_data_dir": "/etc", "conditioning_data": "b"},
+        {"id": "b", "dataset_type": "conditioning", "instance_data_dir": "."},
+    ]
+    (comfyui.input / "imported" / "config.json").write_text('{"model_flavour": "edit-v1",} // short')
+    (comfyui.input / "imported" / "data.json").write_text(json.dumps(entries))
+    inputs = {"config_file": "imported/config.json", "data_file": "data.json", "base_model": "demo (embedded)"}
+    node = {"class_type": "QwenEdit_ImportSimpleTuner", "inputs": {**inputs, "changes": ""}}
+    prompt = {"1": node, "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 5]}}}
+    message = failure(comfyui.wait(comfyui.queue(prompt, ["2"])))
+    assert "instance_data_dir is '/etc', which lies outside the allowed folders" in message
 
 
 def test_instance_prompt_is_missing(prompt: dict[str, Any], comfyui: PackServer):

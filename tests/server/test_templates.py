@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.comfyui_server import PackServer
 from tests.support.narrow import picture
+from tests.support.quickstart import CONFIG, EDIT_V1, in_folders
 from tests.support.training_graph import figures, helper, place_base, place_pairs, steps_written
 from tools.comfyui import REPO
 
@@ -37,6 +38,9 @@ def furnished(studio: PackServer, tokenizer_dir: Path) -> PackServer:
         place_base(studio, tokenizer_dir, name, flavour)
     place_pairs(studio, "my_edit")
     (studio.input / "my_edit" / "reference_1").rename(studio.input / "my_edit" / "reference")
+    (studio.input / "my_edit" / "config.json").write_text(CONFIG)
+    data = in_folders(EDIT_V1, studio.input / "my_edit" / "datasets" / "edits", place="datasets/edits")
+    (studio.input / "my_edit" / "multidatabackend.json").write_text(data)
     for path in FOLDER.glob("*.json"):
         for node in template(path.stem).values():
             for key, value in node["inputs"].items():
@@ -86,6 +90,28 @@ def test_training_templates(name: str, furnished: PackServer):
     assert steps_written(furnished, found["run_name"]) == [1, 2]
     saved = [name for output in outputs.values() for name in output.get("images", ())]
     assert any(image["filename"].startswith("grid") for image in saved)
+
+
+def test_import_template(furnished: PackServer):
+    """The quickstart's two files as they are printed, but one step of small pictures."""
+    prompt = template("import_simpletuner")
+    changes = ("encoding.resolution=96", "encoding.match_target_res=true", "max_train_steps=1", "seed=7")
+    smaller = ("validation.validation_num_inference_steps=1", "validation.num_validation_images=1")
+    inputs_of(prompt, "QwenEdit_ImportSimpleTuner")["changes"] = "\n".join((*changes, *smaller))
+    inputs_of(prompt, "QwenEdit_TrainLora")["run_name"] = "imported"
+    outputs = furnished.run(prompt)
+    found = figures(outputs, next(key for key, node in prompt.items() if node["class_type"] == "QwenEdit_TrainLora"))
+    assert found["steps"] == 1 and (furnished.output / found["lora_file"]).is_file()
+    report = "".join(text for output in outputs.values() for text in output.get("text", ()))
+    assert "my-edited-images.conditioning_data: references, in this order: my-reference-images." in report
+    run = json.loads((furnished.output / "qwen_edit_trainer" / "runs" / "imported" / "config.json").read_text())
+    assert (run["seed"], run["model"]["base_model_precision"], run["model"]["quantize_via"]) == (
+        7,
+        "int8-quanto",
+        "cpu",
+    )
+    assert (run["noise"]["flow_schedule_shift"], run["batching"]["gradient_accumulation_steps"]) == (1.73, 4)
+    assert run["validation"]["validation_guidance"] == 4.0
 
 
 def test_demo_at_small_size(furnished: PackServer):

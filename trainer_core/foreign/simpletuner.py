@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -115,7 +116,9 @@ def import_simpletuner(
         if not isinstance(named, str):
             raise ConfigError(f"{config} names no data_backend_config. Give the data file with --data.")
         data = root / named
-    return convert(settings, read_loose_json(data), base=base, root=root, changes=changes)
+    imported = convert(settings, read_loose_json(data), base=base, root=root, changes=changes)
+    places = f"Relative paths were taken to start at {root}; encoded pairs go to `cache` beside the job."
+    return dataclasses.replace(imported, report=(*imported.report, places))
 
 
 def convert(settings: object, datasets: object, *, base: str = "", root: Path, changes: Sequence[str] = ()) -> Imported:
@@ -144,7 +147,6 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     job = from_json(JobConfig, values)
     listed = ", ".join(f"{name} (SimpleTuner's {_THEIR_DEFAULTS[name]})" for name in missing)
     notes += [f"Not in your files, so this trainer's own defaults hold: {listed}."] if missing else []
-    notes.append(f"Relative paths were taken to start at {root}; encoded pairs go to `cache` beside the job.")
     notes.sort(key=lambda line: "UNKNOWN" not in line and "LEFT OUT" not in line)
     return Imported(job, values, tuple(notes))
 
