@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
 from . import host, sockets
-from .schema import new_input, new_output, node_schema, setting_input
+from .schema import help_of, new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
@@ -56,6 +56,14 @@ class EncodePairs(io.ComfyNode):
                     tooltip="Encode pictures with this VAE instead of the base model's. Goes with preprocessing "
                     "comfyui.",
                 ),
+                new_input(
+                    io.String,
+                    "validation_prompts",
+                    optional=True,
+                    multiline=True,
+                    default="",
+                    tooltip=help_of(EncodingConfig, "validation_prompts") + " One on each line.",
+                ),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA."),
@@ -76,7 +84,9 @@ class EncodePairs(io.ComfyNode):
         from .host_encoders import connected_encoders
 
         connected = {name: widgets.pop(name) for name in ("clip", "vae") if name in widgets}
-        encoding = EncodingConfig(sizes=widgets.pop("size_settings", None) or SizeConfig(), **widgets)
+        prompts = filter(None, map(str.strip, widgets.pop("validation_prompts", "").splitlines()))
+        sizes = widgets.pop("size_settings", None) or SizeConfig()
+        encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets)
         with host.long_call() as observer:
             encoders = connected_encoders(connected, model.flavour)
             encoded = encode_dataset(dataset, model, encoding, host.cache_dir(), observer, encoders)

@@ -68,14 +68,14 @@ def run_ui(result: TrainResult, lora_name: str, *, seconds: float) -> dict[str, 
         "grid_file": host.output_name(samples.grid_file) if samples else None,
         **ratios,
     }
-    measured = ", ".join(f"{name[5:]} {value:.1f} dB" for name, value in ratios.items() if value is not None)
+    measured = samples.as_text() if samples else ""
     text = f"{lora_name}: {result.steps_done} steps" + (f"; held-out pairs: {measured}" if measured else "")
     images = [_output_picture(samples.grid_file)] if samples else []
     return {"qwen_edit_run": [figures], "text": [text], "images": images}
 
 
-def _finite(value: float) -> float | None:
-    return round(value, 3) if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return round(value, 3) if value is not None and math.isfinite(value) else None
 
 
 def _output_picture(path: Path) -> dict[str, str]:

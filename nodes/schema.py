@@ -30,6 +30,11 @@ def new_input(kind: Any, name: str, **keywords: Any) -> io.Input:
     return kind.Input(name, **{key: value for key, value in keywords.items() if key in known})
 
 
+def help_of(config: type, setting: str) -> str:
+    """The documentation of one field of a config class."""
+    return next(field for field in dataclasses.fields(config) if field.name == setting).metadata["help"]
+
+
 def setting_input(config: type, setting: str, name: str = "", **keywords: Any) -> io.Input:
     """A widget for one field of a config class: its type, default and documentation; `keywords` add limits."""
     field = next(field for field in dataclasses.fields(config) if field.name == setting)

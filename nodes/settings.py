@@ -152,6 +152,9 @@ class ValidationSettings(io.ComfyNode):
                 setting_input(ValidationConfig, "validation_guidance", min=1.0, max=30.0, step=0.1),
                 setting_input(ValidationConfig, "validation_seed", min=0, max=2**32 - 1, control_after_generate=False),
                 setting_input(ValidationConfig, "num_validation_images", min=0, max=100),
+                setting_input(
+                    ValidationConfig, "validation_resolution", optional=True, placeholder="1024x1024, 768x768"
+                ),
             ],
             outputs=[new_output(sockets.ValidationSettings, "validation_settings", "For Train Qwen Edit LoRA.")],
         )

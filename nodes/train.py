@@ -116,7 +116,7 @@ def _inputs() -> list[io.Input]:
             sockets.Encoded,
             "validation_encoded",
             optional=True,
-            tooltip="A second encoded dataset to validate on, besides the pairs held out of the first.",
+            tooltip="A second encoded dataset, whose held-out pairs are validated on instead of the first one's.",
         ),
         new_input(
             sockets.Imported,

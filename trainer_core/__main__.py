@@ -54,10 +54,7 @@ class ConsoleObserver:
 
     def on_samples(self, report: SampleReport) -> None:
         """Where the pictures are, and how near the targets."""
-        _LOG.info(
-            "step %d  pictures %s  psnr base %.2f dB, LoRA %.2f dB, VAE alone %.2f dB",
-            *(report.step, report.grid_file, report.psnr_base, report.psnr_lora, report.psnr_vae),
-        )
+        _LOG.info("step %d  pictures %s  %s", report.step, report.grid_file, report.as_text())
 
     def should_stop(self) -> Stop:
         """What the signals said."""

@@ -38,6 +38,10 @@ class NonFiniteLossError(TrainerError, ArithmeticError):
     """Loss or gradient became NaN or infinite; the weights are still those of the last good step."""
 
 
+class OutOfMemoryError(TrainerError, MemoryError):
+    """The accelerator's memory is too small for what was asked; the run is kept up to its last step."""
+
+
 class MissingPackageError(TrainerError, ImportError):
     """An optional package is needed for the chosen setting."""
 

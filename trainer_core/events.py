@@ -43,13 +43,19 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleReport:
-    """Validation pictures of one step: the grid's file, and peak signal-to-noise ratios (dB) against the targets."""
+    """Validation pictures of one step: the grid's file, and mean peak signal-to-noise ratios (dB) against the targets.
+    None where no picture can be held against its target."""
 
     step: int
     grid_file: Path
-    psnr_base: float
-    psnr_lora: float
-    psnr_vae: float
+    psnr_base: float | None
+    psnr_lora: float | None
+    psnr_vae: float | None
+
+    def as_text(self) -> str:
+        """The figures for people; empty where there is none."""
+        ratios = {"base": self.psnr_base, "LoRA": self.psnr_lora, "VAE alone": self.psnr_vae}
+        return ", ".join(f"{name} {value:.1f} dB" for name, value in ratios.items() if value is not None)
 
 
 class Observer(Protocol):

@@ -10,7 +10,7 @@ import torch
 from .conditioning.batches import BatchLoader, BatchPlan
 from .conditioning.encoded import EncodedDataset, load_encoded
 from .config import TrainConfig, resume_key, to_json
-from .errors import ConfigError, DatasetError, Interrupted
+from .errors import ConfigError, DatasetError, Interrupted, OutOfMemoryError
 from .events import SILENT, Observer, SampleReport, StepReport, Stop
 from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
 from .training.metrics import Metrics
@@ -63,17 +63,17 @@ def train_lora(
         while done < config.max_train_steps and not stop:
             try:
                 outcome = train_step(networks, loader, done, config, observer)
+                if isinstance(outcome, Stop):
+                    stop = outcome
+                    break
+                done, report = outcome.step, outcome
+                if done % config.checkpoints.checkpoint_step_interval == 0:
+                    _save(run, report, networks, config)
+                if _validation_is_due(done, config):
+                    report = _validate(validator, networks, run, report, observer)
             except BaseException:  # the weights are still those of the last whole step
                 _save(run, report, networks, config)
                 raise
-            if isinstance(outcome, Stop):
-                stop = outcome
-                break
-            done, report = outcome.step, outcome
-            if done % config.checkpoints.checkpoint_step_interval == 0:
-                _save(run, report, networks, config)
-            if _validation_is_due(done, config):
-                report = _validate(validator, networks, run, report, observer)
             metrics.write(report)
             observer.on_step(report)
             stop = observer.should_stop()  # asked once here: two answers may differ
@@ -155,11 +155,19 @@ def _validate_at(
 ) -> float | None:
     if not validator:
         return None
-    with weights_to_use(networks.optimizer, networks.lora), autocast(networks):
-        loss = validator.loss(networks.transformer, networks.device, observer)
-        samples = validator.sample(
-            networks.transformer, networks.device, step=step, grid_file=run.grid_file(step), observer=observer
-        )
+    try:
+        with weights_to_use(networks.optimizer, networks.lora), autocast(networks):
+            loss = validator.loss(networks.transformer, networks.device, observer)
+            samples = validator.sample(
+                networks.transformer, networks.device, step=step, grid_file=run.grid_file(step), observer=observer
+            )
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"Out of memory during the validation of step {step}. The training is kept up to this step. Lower "
+            "validation_resolution (768x768, 512x512), or set num_validation_images to 0, which leaves the validation "
+            "loss; then the same run goes on. Another base_model_precision (nf4-bnb, int2-quanto) takes less as well, "
+            "in a new run."
+        ) from error
     if samples is not None:
         run.write_state(samples={**dataclasses.asdict(samples), "grid_file": samples.grid_file.name})
         observer.on_samples(samples)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -44,6 +46,21 @@ def test_rows_may_have_different_numbers_of_references():
     assert span(grid, "second")[2] == 64
     assert span(grid, "base")[1:] == (64, 128)
     assert span(grid, "second")[0] < span(grid, "base")[0]
+
+
+def test_a_row_without_a_target_and_a_third_drawn_picture():
+    first = dataclasses.replace(row("reference"), ema=plain("second"))
+    grid = validation_grid([first, dataclasses.replace(first, target=None)], cell=64)
+    order = [span(grid, name)[0] for name in ("reference", "base", "lora", "second", "target")]
+    assert order == sorted(order)
+    assert span(grid, "second")[2] == 128 and span(grid, "target")[2] == 64
+    without = validation_grid([dataclasses.replace(first, lora=None)], cell=64)
+    assert without.width < grid.width and span(without, "second")[2] == 64
+
+
+def test_many_rows_stand_side_by_side():
+    assert validation_grid([row("reference")] * 12, cell=64).height < 12 * 64
+    assert validation_grid([row("reference")] * 4, cell=64).height > 4 * 64
 
 
 def test_captions_labels_and_titles_are_drawn_and_long_ones_make_room():

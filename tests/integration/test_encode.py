@@ -163,7 +163,7 @@ def test_held_out_pairs_are_kept_whole_and_out_of_training(encode: Encode) -> No
     target, reference = encoded.load_pictures(entry)
     assert target.shape == reference.shape == (3, 96, 96) and target.dtype == torch.uint8
     assert abs(int(target.int().add(reference.int()).median()) - 255) <= 1  # targets are negatives
-    negative, prompt = encoded.load_negative(entry), encoded.load(entry).prompt_embeds
+    negative, prompt = encoded.load_prompt(entry, entry.negative), encoded.load(entry).prompt_embeds
     assert len(negative) < len(prompt) and negative.shape[1] == prompt.shape[1]
     everything, _ = encode(small_encoding(num_eval_images=-1))
     assert not everything.pairs and len(everything.validation_pairs) == 3

@@ -154,6 +154,10 @@ def test_validation_changes_nothing_that_follows(config: TrainConfig) -> None:
     assert equal(lora_tensors(with_pictures), lora_tensors(without))
     assert without.samples is None and with_pictures.samples is not None
     assert with_pictures.samples.grid_file.is_file()
+    often = dataclasses.replace(
+        config.validation, validation_step_interval=2, validation_resolution="64x128,96", num_validation_images=2
+    )
+    assert equal(lora_tensors(train_lora(named(config, "often", validation=often))), lora_tensors(without))
 
 
 def test_memory_settings_change_nothing(config: TrainConfig) -> None:

@@ -24,7 +24,8 @@ class EncodedEntry:
     """Cache keys of one pair. `shape` is the target's latents [C, H, W], `reference_shapes` the references'.
     `negative` and `pictures` (target first, then references) are there for held-out pairs only, `empty` (the prompt
     without words) and `mask` (the loss's weights) where they were asked for. `repeats` (extra turns an epoch) and
-    `probability` (that an epoch draws the pair) are a mix's."""
+    `probability` (that an epoch draws the pair) are a mix's. `validation_captions` and their `validation_prompts` are
+    drawn of a held-out pair besides its own."""
 
     key: str
     captions: tuple[str, ...]
@@ -39,6 +40,8 @@ class EncodedEntry:
     mask: str = ""
     repeats: int = 0
     probability: float = 1.0
+    validation_captions: tuple[str, ...] = ()
+    validation_prompts: tuple[str, ...] = ()
 
     def prompt(self, caption: int) -> str:
         """Key of the prompt of caption number `caption`, or of EMPTY_CAPTION."""
@@ -85,9 +88,9 @@ class EncodedDataset:
             loss_weights=self._tensor("mask", entry.mask, entry) if entry.mask else None,
         )
 
-    def load_negative(self, entry: EncodedEntry) -> Any:
-        """Embeddings [L, D] of the negative prompt, seen with this pair's references."""
-        return self._tensor("prompt", entry.negative, entry)
+    def load_prompt(self, entry: EncodedEntry, key: str) -> Any:
+        """Embeddings [L, D] of one of the pair's prompts by its key: a caption, a validation prompt, the negative."""
+        return self._tensor("prompt", key, entry)
 
     def load_pictures(self, entry: EncodedEntry) -> tuple[Any, ...]:
         """The pair's pictures [3, H, W] uint8 as encoded: target, then references."""
@@ -108,17 +111,24 @@ class EncodedDataset:
 
     def _is_complete(self, entry: EncodedEntry) -> bool:
         wanted = [("latents", key) for key in (entry.target, *entry.references)]
-        wanted += [("prompt", key) for key in (*entry.prompts, *filter(None, [entry.negative, entry.empty]))]
+        wanted += [("prompt", key) for key in (*entry.prompts, *entry.validation_prompts)]
+        wanted += [("prompt", key) for key in (entry.negative, entry.empty) if key]
         wanted += [("picture", key) for key in entry.pictures]
         wanted += [("mask", entry.mask)] if entry.mask else []
         return all(is_whole(entry_path(self.cache_dir, kind, key)) for kind, key in wanted)
 
 
 def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
-    """Write a manifest below `cache_dir` and return the dataset it describes."""
+    """Write a manifest below `cache_dir` and return the dataset it describes.
+
+    Its name has two parts: the content that is trained on, and what is validated on. A run goes on as long as the
+    first is the same.
+    """
     values = {name: _plain(value) for name, value in fields.items() if _is_written(name, value)}
     values["format"] = FORMAT
-    path = cache_dir / "datasets" / f"{digest(values)}.json"
+    validated = values.get("validation_pairs", [])
+    trained = {name: value for name, value in values.items() if name != "validation_pairs"}
+    path = cache_dir / "datasets" / f"{digest(trained)}-{digest(validated)[:16]}.json"
     write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False).encode())
     return EncodedDataset(manifest=path, **fields)
 
@@ -133,6 +143,7 @@ def _row(entry: EncodedEntry) -> dict[str, Any]:
 
 
 _ADDED: dict[str, object] = {"empty": "", "mask": "", "left_out": (), "repeats": 0, "probability": 1.0}
+_ADDED |= {"validation_captions": (), "validation_prompts": ()}
 
 
 def _is_written(name: str, value: object) -> bool:

@@ -55,6 +55,7 @@ class PlannedPair:
     def prompts(self) -> Iterator[tuple[str, str]]:
         """Key and caption of every prompt."""
         yield from zip(self.entry.prompts, self.pair.captions, strict=True)
+        yield from zip(self.entry.validation_prompts, self.entry.validation_captions, strict=True)
         if self.entry.negative:
             yield self.entry.negative, self.negative_prompt
         if self.entry.empty:
@@ -101,6 +102,8 @@ def _entry(
         shape=shapes[0],
         reference_shapes=tuple(shapes[1:]),
         negative=prompt_key(encoding.validation_negative_prompt) if keep_pictures else "",
+        validation_captions=encoding.validation_prompts if keep_pictures else (),
+        validation_prompts=tuple(map(prompt_key, encoding.validation_prompts)) if keep_pictures else (),
         pictures=tuple(digest(["picture", *file]) for file in files) if keep_pictures else (),
         empty=prompt_key("") if encoding.encode_empty_caption else "",
         mask=digest(["mask", pair.mask.digest, list(mask_box(pair, plan)), shapes[0]]) if pair.mask else "",

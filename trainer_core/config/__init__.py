@@ -29,8 +29,8 @@ from .training import (
     LoraTargets,
     NoiseConfig,
     SigmaDistribution,
-    ValidationConfig,
 )
+from .validation import ValidationConfig
 
 __all__ = [
     "DEMO_MODEL",

@@ -182,6 +182,9 @@ class EncodingConfig:
         "cached encodes references once, onto the disk. on_the_fly encodes those that are trained on anew at every "
         "turn, with the VAE in memory all the time: for little disk.",
     )
+    validation_prompts: tuple[str, ...] = setting(
+        (), "Edit instructions to draw of every held-out pair besides its caption. They are seen with its references."
+    )
 
     def __post_init__(self) -> None:
         check_choice(self, "preprocessing", "conditioning_multidataset_sampling", "reference_latents")
@@ -189,6 +192,8 @@ class EncodingConfig:
         check(not name or is_plain_name(name), "conditioning_image_embeds", name, "a name without folders")
         check(64 <= self.resolution <= 4096, "resolution", self.resolution, "64 to 4096 pixels")
         check_at_least(self, -1, "num_eval_images")
+        prompts = self.validation_prompts
+        check(all(prompt.strip() for prompt in prompts), "validation_prompts", prompts, "a list of edit instructions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ from .training import (
     ExportConfig,
     LoraConfig,
     NoiseConfig,
-    ValidationConfig,
 )
+from .validation import ValidationConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class TrainConfig:
     run_dir: str = required("The run folder: configuration, metrics, samples, checkpoints and the LoRA file.")
     encoded: str = required("Manifest of the encoded dataset.")
     validation_encoded: str = setting(
-        "", "Manifest of a second encoded dataset to validate on, besides held-out pairs."
+        "", "Manifest of a second encoded dataset, whose held-out pairs are validated on instead of the first one's."
     )
     max_train_steps: int = setting(1000, "Optimizer steps.")
     seed: int = setting(0, "Of every random draw: adapter, order, noise.")
@@ -147,7 +147,7 @@ def resume_key(config: TrainConfig) -> dict[str, Any]:
         del key[name]
     if config.optimizer.lr_scheduler in ENDLESS:
         del key["max_train_steps"]
-    key["encoded"] = Path(config.encoded).stem  # named by its content
+    key["encoded"] = Path(config.encoded).stem.split("-")[0]  # named by the content that is trained on
     model = key["model"]
     del model["device"], model["quantize_via"], model["text_encoder_file"], model["vae_file"]
     model["base"], model["tokenizer"] = Path(config.model.base).name, ""

@@ -1,4 +1,4 @@
-"""Settings of a training's parts: adapter, noise, batches, checkpoints, validation, export."""
+"""Settings of a training's parts: adapter, noise, batches, checkpoints, export."""
 
 from __future__ import annotations
 
@@ -118,21 +118,6 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "checkpoint_step_interval", "checkpoints_total_limit")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationConfig:
-    """Pictures and loss on held-out pairs while training. Changes nothing about the training itself."""
-
-    validation_step_interval: int = setting(250, "Steps between validations; 0 for only at the end.")
-    validation_num_inference_steps: int = setting(30, "Sampling steps of a validation picture.")
-    validation_guidance: float = setting(4.0, "True classifier-free guidance. Qwen edit likes 3.5 to 4.5; 1 is off.")
-    validation_seed: int = setting(42, "Noise of the validation pictures.")
-    num_validation_images: int = setting(4, "At most so many held-out pairs are drawn; all give the validation loss.")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 0, "validation_step_interval", "num_validation_images")
-        check_at_least(self, 1, "validation_num_inference_steps", "validation_guidance")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,30 +15,45 @@ from ..data.picture_rows import Look, PictureRow, draw_rows
 
 @dataclass(frozen=True, slots=True)
 class GridRow:
-    """One held-out pair: its references, what the base model and the LoRA make of them, and the target."""
+    """One held-out pair under one instruction: its references, what base model, LoRA and its running average (EMA) make
+    of them, and the target. None where it is not drawn or, for the target, not asked for."""
 
     references: tuple[Image.Image, ...]
     base: Image.Image
-    lora: Image.Image
-    target: Image.Image
+    lora: Image.Image | None
+    target: Image.Image | None
     caption: str
-    label: str = ""  # a small line below the caption, such as the pair's name and its dB
+    label: str = ""  # a small line below the caption, such as the picture's size and its dB
+    ema: Image.Image | None = None
+
+    def columns(self) -> dict[str, Image.Image]:
+        """What there is to see, by name, from left to right."""
+        references = {f"reference-{number + 1}": picture for number, picture in enumerate(self.references)}
+        others = {"base": self.base, "lora": self.lora, "ema": self.ema, "target": self.target}
+        return {**references, **{name: picture for name, picture in others.items() if picture is not None}}
+
+
+_HEADINGS = {"base": "base", "lora": "LoRA", "ema": "EMA", "target": "target"}
 
 
 def validation_grid(rows: Sequence[GridRow], *, title: str = "", cell: int = 256) -> Image.Image:
-    """Columns reference(s) | base | LoRA | target, a row per pair, each picture `cell` pixels high."""
+    """Columns reference(s) | base | LoRA | EMA | target, a row per picture, each `cell` pixels high.
+
+    A column that no row has is left out. From five rows on they also stand side by side, for a page-like shape.
+    """
     num_references = max((len(row.references) for row in rows), default=1)
-    names = ["reference"] if num_references == 1 else [f"reference {index + 1}" for index in range(num_references)]
+    headings = {f"reference-{number + 1}": f"reference {number + 1}" for number in range(num_references)}
+    if num_references == 1:
+        headings = {"reference-1": "reference"}
+    shown = [row.columns() for row in rows]
+    headings |= {name: words for name, words in _HEADINGS.items() if not rows or any(name in row for row in shown)}
     drawn = [
-        PictureRow(
-            (*row.references, *[None] * (num_references - len(row.references)), row.base, row.lora, row.target),
-            row.caption,
-            row.label,
-        )
-        for row in rows
+        PictureRow(tuple(pictures.get(name) for name in headings), row.caption, row.label)
+        for row, pictures in zip(rows, shown, strict=True)
     ]
-    look = Look(cell=cell, caption_lines=6, title=title, footer="" if rows else "There is no held-out pair to show.")
-    return draw_rows([*names, "base", "LoRA", "target"], drawn, look)
+    footer = "" if rows else "There is no held-out pair to show."
+    look = Look(cell=cell, columns=1 if len(rows) < 5 else 0, caption_lines=6, title=title, footer=footer)
+    return draw_rows(list(headings.values()), drawn, look)
 
 
 def save_picture(picture: Image.Image, path: Path) -> Path:

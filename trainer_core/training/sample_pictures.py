@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..files import write_atomically
 from .grid import GridRow, save_picture
 
@@ -23,8 +21,8 @@ def save_sample_pictures(rows: Sequence[GridRow], folder: Path) -> None:
     """Write each picture of each row, then the index."""
     pairs = []
     for number, row in enumerate(rows):
-        files = {column: f"{number}-{column}.png" for column in _columns(row)}
-        for column, picture in _columns(row).items():
+        files = {column: f"{number}-{column}.png" for column in row.columns()}
+        for column, picture in row.columns().items():
             save_picture(picture, folder / files[column])
         pairs.append({"caption": row.caption, "pictures": files})
     write_atomically(folder / INDEX, json.dumps({"pairs": pairs}, indent=1, ensure_ascii=False).encode())
@@ -42,8 +40,3 @@ def read_sample_index(folder: Path) -> list[dict[str, Any]]:
 def _plain_names(pictures: Mapping[str, str]) -> dict[str, str]:
     """A run folder may be somebody else's: only names of files in the folder itself."""
     return {column: name for column, name in pictures.items() if Path(name).name == name and name.endswith(".png")}
-
-
-def _columns(row: GridRow) -> dict[str, Image.Image]:
-    references = {f"reference-{number + 1}": picture for number, picture in enumerate(row.references)}
-    return {**references, "base": row.base, "lora": row.lora, "target": row.target}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..conditioning.batches import pad_prompts
-from ..conditioning.encoded import EncodedDataset, EncodedEntry
-from ..conditioning.pictures import to_picture
+from ..conditioning.encoded import EncodedDataset
+from ..conditioning.types import EncodedPair
 from ..config import ModelConfig, ValidationConfig
 from ..device import release_memory
 from ..events import Observer, SampleReport, raise_if_stopped
@@ -22,12 +20,11 @@ from ..qwen_image.folder import model_folder
 from ..qwen_image.sampling import load_scheduler, sample_latents
 from ..qwen_image.transformer import predict_velocity
 from ..qwen_image.types import Condition
-from ..qwen_image.vae import decode_latents, load_vae
+from ..qwen_image.vae import load_vae
 from ..rng import stream
-from .grid import GridRow, save_picture, validation_grid
 from .lora import without_lora
 from .objective import noisy_latents, velocity_loss
-from .sample_pictures import save_sample_pictures
+from .validation_pictures import Shot, plan_shots, report_pictures
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -35,25 +32,15 @@ if TYPE_CHECKING:
 LOSS_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """One held-out pair as tensors on the device: `target` [1, C, H, W], conditions with and without the caption,
-    the loss's weights [1, 1, H, W] if there is a mask."""
-
-    entry: EncodedEntry
-    target: Tensor
-    condition: Condition
-    negative: Condition
-    loss_weights: Tensor | None
-
-
 class Validator:
-    """Keeps the held-out pairs' tensors and the base model's pictures, which never change, between validations."""
+    """Holds what never changes between validations: the shots, and what base model and VAE make of them."""
 
     def __init__(self, encoded: EncodedDataset, model: ModelConfig, config: ValidationConfig) -> None:
         self._encoded, self._model, self._config = encoded, model, config
         self._scheduler = load_scheduler(model_folder(model).scheduler)
-        self._base: dict[str, Tensor] = {}
+        self._shots = plan_shots(encoded.validation_pairs[: config.num_validation_images], config.sizes)
+        self._base: dict[Shot, Tensor] = {}
+        self._ceilings: dict[Shot, float] = {}
 
     def __bool__(self) -> bool:
         """False when no pair is held out."""
@@ -64,13 +51,17 @@ class Validator:
         """Mean loss over all held-out pairs at four fixed noise levels, with noise fixed per pair."""
         losses = []
         with _evaluating(transformer):
-            for pair in self._pairs(device, self._encoded.validation_pairs):
-                noise = self._noise(pair, "validation-loss")
+            for entry in self._encoded.validation_pairs:
+                pair = self._encoded.load(entry)
+                target = pair.target_latents.unsqueeze(0).to(device)
+                condition = _condition(pair, pair.prompt_embeds, device)
+                weights = None if pair.loss_weights is None else pair.loss_weights.unsqueeze(0).to(device)
+                noise = self._noise("validation-loss", entry.key, entry.shape, device)
                 for sigma in LOSS_SIGMAS:
                     raise_if_stopped(observer)
-                    noisy = noisy_latents(pair.target, torch.tensor([sigma], device=device), noise)
-                    velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, pair.condition)
-                    losses.append(velocity_loss(velocity, noisy.target_velocity, pair.loss_weights))
+                    noisy = noisy_latents(target, torch.tensor([sigma], device=device), noise)
+                    velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition)
+                    losses.append(velocity_loss(velocity, noisy.target_velocity, weights))
         return float(torch.cat(losses).mean())
 
     @torch.no_grad()
@@ -88,35 +79,43 @@ class Validator:
         Raises:
             Interrupted: the observer wants to stop.
         """
-        chosen = self._encoded.validation_pairs[: self._config.num_validation_images]
-        if not chosen:
+        if not self._shots:
             return None
-        drawn: dict[str, Tensor] = {}
+        drawn: dict[Shot, Tensor] = {}
         with _evaluating(transformer):
-            for number, pair in enumerate(self._pairs(device, chosen)):
-                if pair.entry.key not in self._base:
+            for number, shot in enumerate(self._shots):
+                if shot not in self._base:
                     with without_lora(transformer):
-                        self._base[pair.entry.key] = self._draw(transformer, pair, observer, number, len(chosen))
-                drawn[pair.entry.key] = self._draw(transformer, pair, observer, number, len(chosen))
-        return self._report(chosen, drawn, device, step, grid_file)
+                        self._base[shot] = self._draw(transformer, shot, device, observer, number)
+                drawn[shot] = self._draw(transformer, shot, device, observer, number)
+        vae = load_vae(self._model, device)
+        pictures = {"base": self._base, "LoRA": drawn}
+        report = report_pictures(self._encoded, vae, pictures, self._ceilings, step=step, grid_file=grid_file)
+        del vae
+        release_memory()
+        return report
 
     def _draw(
         self,
         transformer: QwenImageTransformer2DModel,
-        pair: HeldOut,
+        shot: Shot,
+        device: torch.device,
         observer: Observer,
         number: int,
-        total: int,
     ) -> Tensor:
-        steps = self._config.validation_num_inference_steps
+        """Latents [C, H, W] of shot number `number`. The noise is the pair's own at its own size."""
+        steps, total = self._config.validation_num_inference_steps, len(self._shots)
+        pair = self._encoded.load(shot.entry)
+        prompt, negative = (self._encoded.load_prompt(shot.entry, key) for key in (shot.prompt, shot.entry.negative))
+        at_size = "" if shot.at_own_size else f"\x00{shot.size.width}x{shot.size.height}"
         latents = sample_latents(
             transformer,
-            self._noise(pair, "validation"),
-            pair.condition,
+            self._noise("validation", shot.entry.key + at_size, shot.latents_shape, device),
+            _condition(pair, prompt, device),
             scheduler=self._scheduler,
             num_steps=steps,
             guidance=self._config.validation_guidance,
-            negative=pair.negative,
+            negative=_condition(pair, negative, device),
             observer=observer,
             on_step=lambda done: observer.on_progress(
                 "Drawing validation pictures", number * steps + done, total * steps
@@ -124,57 +123,16 @@ class Validator:
         )
         return latents[0].cpu()
 
-    def _noise(self, pair: HeldOut, purpose: str) -> Tensor:
-        generator = stream(self._config.validation_seed, purpose, pair.entry.key)
-        return torch.randn(pair.target.shape, generator=generator).to(pair.target.device)
-
-    def _pairs(self, device: torch.device, entries: tuple[EncodedEntry, ...]) -> Iterator[HeldOut]:
-        for entry in entries:
-            pair = self._encoded.load(entry)
-            references = tuple(latents.unsqueeze(0) for latents in pair.reference_latents)
-            conditions = [
-                Condition(references, *pad_prompts([embeds])).to(device)
-                for embeds in (pair.prompt_embeds, self._encoded.load_negative(entry))
-            ]
-            weights = None if pair.loss_weights is None else pair.loss_weights.unsqueeze(0).to(device)
-            yield HeldOut(entry, pair.target_latents.unsqueeze(0).to(device), *conditions, loss_weights=weights)
-
-    def _report(
-        self,
-        entries: tuple[EncodedEntry, ...],
-        drawn: dict[str, Tensor],
-        device: torch.device,
-        step: int,
-        grid_file: Path,
-    ) -> SampleReport:
-        vae = load_vae(self._model, device)
-        rows, ratios = [], []
-        for entry in entries:
-            target, *references = (picture.float() / 255 for picture in self._encoded.load_pictures(entry))
-            base, lora = (decode_latents(vae, latents[entry.key]) for latents in (self._base, drawn))
-            ceiling = decode_latents(vae, self._encoded.load(entry).target_latents)
-            ratios.append([psnr(picture, target) for picture in (base, lora, ceiling)])
-            rows.append(
-                GridRow(
-                    references=tuple(map(to_picture, references)),
-                    base=to_picture(base),
-                    lora=to_picture(lora),
-                    target=to_picture(target),
-                    caption=entry.captions[0],
-                )
-            )
-        del vae
-        release_memory()
-        save_sample_pictures(rows, grid_file.with_suffix(""))
-        save_picture(validation_grid(rows), grid_file)
-        base_db, lora_db, vae_db = (sum(column) / len(ratios) for column in zip(*ratios, strict=True))
-        return SampleReport(step=step, grid_file=grid_file, psnr_base=base_db, psnr_lora=lora_db, psnr_vae=vae_db)
+    def _noise(self, purpose: str, index: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """[1, C, H, W]."""
+        generator = stream(self._config.validation_seed, purpose, index)
+        return torch.randn((1, *shape), generator=generator).to(device)
 
 
-def psnr(picture: Tensor, target: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in 0..1."""
-    error = float((picture - target).square().mean())
-    return math.inf if error == 0 else -10 * math.log10(error)
+def _condition(pair: EncodedPair, prompt: Tensor, device: torch.device) -> Condition:
+    """A prompt [L, D] with the pair's own references, whatever their sizes."""
+    references = tuple(latents.unsqueeze(0) for latents in pair.reference_latents)
+    return Condition(references, *pad_prompts([prompt])).to(device)
 
 
 @contextmanager

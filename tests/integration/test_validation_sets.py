@@ -1,0 +1,180 @@
+"""A dataset of its own for validation, sizes and prompts of its pictures, and what to do when memory is short."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.support.narrow import make_pairs, picture, read_rows, small_encoding
+from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encoded import EncodedDataset
+from trainer_core.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig, resume_key
+from trainer_core.data.pairing import EditDataset, pair_folders
+from trainer_core.errors import OutOfMemoryError
+from trainer_core.geometry import Size
+from trainer_core.qwen_image.flavours import FLAVOURS
+from trainer_core.run import train_lora
+from trainer_core.training import validation as validation_module
+from trainer_core.training.validation_pictures import plan_shots
+
+PROMPTS = ("paint it red", "draw it with a pencil")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> EditDataset:
+    """Three pairs of two shapes."""
+    return pair_folders(make_pairs(tmp_path_factory.mktemp("pairs"), 3, ((96, 96), (128, 96))))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def encoded(pairs: EditDataset, model: ModelConfig, cache: Path) -> EncodedDataset:
+    return encode_dataset(pairs, model, small_encoding(num_eval_images=1, validation_prompts=PROMPTS), cache)
+
+
+def config_of(encoded: EncodedDataset, model: ModelConfig, run: Path, **validation: Any) -> TrainConfig:
+    quick = {"validation_step_interval": 2, "validation_num_inference_steps": 1, "validation_guidance": 1.0}
+    return TrainConfig(
+        run_dir=str(run),
+        encoded=str(encoded.manifest),
+        model=model,
+        max_train_steps=4,
+        lora=LoraConfig(lora_rank=2),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        validation=ValidationConfig(**{**quick, **validation}),
+    )
+
+
+class Spy:
+    """In the place of sample_latents: remembers what is asked for, and runs out of memory above a size."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, too_large: int = 10**9) -> None:
+        self.asked: list[tuple[tuple[int, ...], list[tuple[int, ...]], torch.Tensor]] = []
+        self._too_large, self._original = too_large, validation_module.sample_latents
+        monkeypatch.setattr(validation_module, "sample_latents", self)
+
+    def __call__(self, transformer: Any, noise: torch.Tensor, condition: Any, **rest: Any) -> torch.Tensor:
+        references = [tuple(latents.shape[-2:]) for latents in condition.reference_latents]
+        self.asked.append((tuple(noise.shape[-2:]), references, condition.prompt_embeds))
+        if noise[0, 0].numel() > self._too_large:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._original(transformer, noise, condition, **rest)
+
+
+def equal_files(one: Path | None, other: Path | None) -> bool:
+    assert one is not None and other is not None
+    left, right = load_file(one), load_file(other)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_prompts_are_encoded_with_the_held_out_pairs_own_references(
+    pairs: EditDataset, model: ModelConfig, encoded: EncodedDataset, cache: Path
+) -> None:
+    (entry,) = encoded.validation_pairs
+    assert entry.validation_captions == PROMPTS
+    assert all(not pair.validation_captions for pair in encoded.pairs)
+    embeds = [encoded.load_prompt(entry, key) for key in (*entry.prompts, *entry.validation_prompts)]
+    assert len({len(each) for each in embeds}) > 1 and not encoded.missing()
+    asked = dataclasses.replace(
+        pairs, pairs=tuple(dataclasses.replace(pair, captions=(PROMPTS[0],)) for pair in pairs.pairs)
+    )
+    as_caption = encode_dataset(asked, model, small_encoding(num_eval_images=1), cache)
+    assert as_caption.validation_pairs[0].prompts == entry.validation_prompts[:1]
+
+
+def test_validation_prompts_are_no_reason_for_a_new_run(
+    pairs: EditDataset, model: ModelConfig, encoded: EncodedDataset, cache: Path, tmp_path: Path
+) -> None:
+    without = encode_dataset(pairs, model, small_encoding(num_eval_images=1), cache)
+    assert without.manifest != encoded.manifest
+    keys = [resume_key(config_of(each, model, tmp_path)) for each in (without, encoded)]
+    assert keys[0] == keys[1]
+    fewer = encode_dataset(pairs, model, small_encoding(num_eval_images=2), cache)
+    assert resume_key(config_of(fewer, model, tmp_path))["encoded"] != keys[0]["encoded"]
+
+
+def test_every_pair_is_planned_under_every_prompt_at_every_size(encoded: EncodedDataset) -> None:
+    entry = dataclasses.replace(encoded.validation_pairs[0], shape=(16, 12, 16))
+    shots = plan_shots([entry], ValidationConfig(validation_resolution="64x128, 128,128").sizes)
+    sizes = [Size(64, 128), Size(144, 112)]  # 128 is the area of 128 x 128 in the pair's shape, and asked for once
+    assert [(shot.caption, shot.size) for shot in shots] == [
+        (caption, size) for caption in (entry.captions[0], *PROMPTS) for size in sizes
+    ]
+    assert [shot.has_target for shot in shots] == [False, True, False, False, False, False]
+    (own,) = plan_shots([dataclasses.replace(entry, validation_captions=(), validation_prompts=())], ())
+    assert own.size == Size(128, 96) and own.at_own_size and own.has_target
+
+
+def test_pictures_have_their_size_and_keep_the_references(
+    encoded: EncodedDataset, model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy(monkeypatch)
+    config = config_of(encoded, model, tmp_path / "run", validation_resolution="64x128,160x160")
+    result = train_lora(config)
+    (entry,) = encoded.validation_pairs
+    references = [shape[1:] for shape in entry.reference_shapes]
+    assert [(size, seen) for size, seen, _ in spy.asked[:2]] == [((16, 8), references)] * 2  # base, then LoRA
+    assert {size for size, _, _ in spy.asked} == {(16, 8), (20, 20)}
+    assert len(spy.asked) == 2 * 3 * 3  # two sizes under three instructions: base once, LoRA at steps 2 and 4
+    prompts = [encoded.load_prompt(entry, key) for key in (*entry.prompts[:1], *entry.validation_prompts)]
+    seen = [embeds[0] for _, _, embeds in spy.asked[:12:4]]
+    assert all(torch.equal(one, other) for one, other in zip(seen, prompts, strict=True))
+    assert result.samples is not None and result.samples.psnr_vae is not None
+    with Image.open(result.samples.grid_file) as grid:
+        assert grid.height > 3 * 256
+
+
+def test_no_picture_that_can_be_held_against_its_target_gives_no_figure(
+    encoded: EncodedDataset, model: ModelConfig, tmp_path: Path
+) -> None:
+    samples = train_lora(config_of(encoded, model, tmp_path / "run", validation_resolution="64x128")).samples
+    assert samples is not None and (samples.psnr_lora, samples.as_text()) == (None, "")
+
+
+def test_a_dataset_of_its_own_with_references_of_different_sizes(
+    base_of: Callable[[str], ModelConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As eval_dataset_id asks: none of its pairs is trained on, and its own references are seen."""
+    monkeypatch.setitem(FLAVOURS, "edit-v2", dataclasses.replace(FLAVOURS["edit-v2"], reference_area=96 * 96))
+    model = base_of("edit-v2")
+    folders = make_pairs(tmp_path / "eval", 2, ((96, 96),), num_references=2)
+    picture(7, (160, 80)).save(Path(folders.reference_dirs[1]) / "001.png")
+    apart = small_encoding(num_eval_images=-1, match_target_res=False)
+    second = encode_dataset(pair_folders(folders), model, apart, tmp_path / "cache")
+    trained = encode_dataset(
+        pair_folders(make_pairs(tmp_path / "train", 2)), model, small_encoding(num_eval_images=0), tmp_path / "cache"
+    )
+    spy = Spy(monkeypatch)
+    config = config_of(trained, model, tmp_path / "run", num_validation_images=2)
+    result = train_lora(dataclasses.replace(config, validation_encoded=str(second.manifest)))
+    assert [references for _, references, _ in spy.asked[:4:2]] == [[(12, 12), (12, 12)], [(12, 12), (8, 17)]]
+    assert result.samples is not None and read_rows(result.run_dir / "metrics.jsonl")[-1]["validation_loss"] > 0
+    alone = train_lora(config_of(trained, model, tmp_path / "alone"))
+    assert alone.samples is None and equal_files(alone.lora_file, result.lora_file)
+
+
+def test_out_of_memory_is_mended_by_a_lower_resolution_and_the_run_goes_on(
+    encoded: EncodedDataset, model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = train_lora(config_of(encoded, model, tmp_path / "unbroken"))
+    Spy(monkeypatch, too_large=12 * 12)
+    with pytest.raises(OutOfMemoryError, match=r"validation of step 2.*validation_resolution \(768x768"):
+        train_lora(config_of(encoded, model, tmp_path / "run", validation_resolution="160x160"))
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+    result = train_lora(config_of(encoded, model, tmp_path / "run", validation_resolution="64x64"))
+    assert equal_files(result.lora_file, unbroken.lora_file)
+    rows = read_rows(result.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows if "validation_loss" in row] == [2, 4]
+    assert np.asarray(Image.open(result.run_dir / "samples" / "step-000002.png")).std() > 5
