@@ -37,6 +37,7 @@ NODES: list[type[io.ComfyNode]] = [
     settings.LoraSettings,
     settings.OptimizerSettings,
     settings.TrainingSettings,
+    settings.RolloutSettings,
     settings.ValidationSettings,
     train.TrainLora,
     sample.SampleEdit,

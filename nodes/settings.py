@@ -12,6 +12,7 @@ from ..trainer_core.config import (
     LoraConfig,
     NoiseConfig,
     OptimizerConfig,
+    RolloutConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -132,6 +133,48 @@ class TrainingSettings(io.ComfyNode):
                 gradient_checkpointing=gradient_checkpointing,
             )
         )
+
+
+class RolloutSettings(io.ComfyNode):
+    """Scheduled sampling."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+
+        def widget(name: str, **limits: Any) -> io.Input:
+            return setting_input(RolloutConfig, f"scheduled_sampling_{name}", **limits)
+
+        share = {"min": 0.0, "max": 1.0, "step": 0.05}
+        return node_schema(
+            "RolloutSettings",
+            "Qwen Edit Rollout Settings",
+            description="Scheduled sampling: trains also on what the model itself has sampled, so that it learns to "
+            "mend its own errors. Costs forward passes. Without this node: off.",
+            search_aliases=["scheduled sampling", "rollout", "reflexflow", "exposure bias"],
+            inputs=[
+                widget("max_step_offset", min=0, max=999),
+                widget("probability", **share),
+                widget("strategy"),
+                widget("start_step", min=0, max=1_000_000),
+                widget("ramp_steps", min=0, max=1_000_000),
+                widget("ramp_shape"),
+                widget("prob_start", **share),
+                widget("prob_end", **share),
+                widget("sampler"),
+                widget("order", min=1, max=3),
+                widget("reflexflow"),
+                widget("reflexflow_alpha", min=0.0, max=100.0, step=0.1),
+                widget("reflexflow_beta1", min=0.0, max=1000.0, step=0.5),
+                widget("reflexflow_beta2", min=0.0, max=100.0, step=0.1),
+            ],
+            outputs=[new_output(sockets.RolloutSettings, "rollout_settings", "For Train Qwen Edit LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """A RolloutConfig."""
+        return io.NodeOutput(RolloutConfig(**widgets))
 
 
 class ValidationSettings(io.ComfyNode):

@@ -24,6 +24,7 @@ SizeSettings = io.Custom("QWEN_EDIT_SIZE_SETTINGS")  # SizeConfig
 LoraSettings = io.Custom("QWEN_EDIT_LORA_SETTINGS")  # LoraConfig
 OptimizerSettings = io.Custom("QWEN_EDIT_OPTIMIZER_SETTINGS")  # OptimizerConfig
 TrainingSettings = io.Custom("QWEN_EDIT_TRAINING_SETTINGS")  # LoopSettings
+RolloutSettings = io.Custom("QWEN_EDIT_ROLLOUT_SETTINGS")  # RolloutConfig
 ValidationSettings = io.Custom("QWEN_EDIT_VALIDATION_SETTINGS")  # ValidationConfig
 Run = io.Custom("QWEN_EDIT_RUN")  # FinishedRun
 Imported = io.Custom("QWEN_EDIT_IMPORTED")  # ImportedJob

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from comfy_api.latest import io
 
-from ..trainer_core.config import ExportConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from ..trainer_core.config import (
+    ExportConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from ..trainer_core.config import LoraConfig as Lora
 from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
 from . import graph_file, host, publish, sockets
@@ -124,6 +131,12 @@ def _inputs() -> list[io.Input]:
             optional=True,
             tooltip="All settings of an imported configuration; a settings node that is connected counts instead.",
         ),
+        new_input(
+            sockets.RolloutSettings,
+            "rollout_settings",
+            optional=True,
+            tooltip="Scheduled sampling: training on the model's own samples. Default: off.",
+        ),
     ]
 
 
@@ -145,6 +158,7 @@ def _train_config(
     trigger_words: str = "",
     validation_encoded: EncodedDataset | None = None,
     imported: sockets.ImportedJob | None = None,
+    rollout_settings: RolloutConfig | None = None,
 ) -> TrainConfig:
     if if_run_exists not in get_args(IfRunExists):
         raise ConfigError(f"if_run_exists is {if_run_exists!r}; allowed is one of {', '.join(get_args(IfRunExists))}.")
@@ -152,7 +166,12 @@ def _train_config(
     if if_run_exists == "new run":
         name = free_name(host.runs_dir(), name)
     base = imported.job.train_config("-") if imported else TrainConfig(run_dir="-", encoded="-")
-    connected = {"lora": lora_settings, "optimizer": optimizer_settings, "validation": validation_settings}
+    connected = {
+        "lora": lora_settings,
+        "optimizer": optimizer_settings,
+        "validation": validation_settings,
+        "rollout": rollout_settings,
+    }
     sections = {key: section for key, section in connected.items() if section is not None}
     if training_settings is not None:
         sections |= {field.name: getattr(training_settings, field.name) for field in fields(training_settings)}

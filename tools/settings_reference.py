@@ -38,6 +38,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.LoraConfig, "lora", "**Qwen Edit LoRA Settings**."),
     (config.OptimizerConfig, "optimizer", "**Qwen Edit Optimizer Settings**."),
     (config.NoiseConfig, "noise", "**Qwen Edit Training Settings**."),
+    (config.RolloutConfig, "rollout", "**Qwen Edit Rollout Settings**."),
     (config.BatchingConfig, "batching", "**Qwen Edit Training Settings**."),
     (config.CheckpointConfig, "checkpoints", "**Qwen Edit Training Settings**."),
     (config.ValidationConfig, "validation", "**Qwen Edit Validation Settings**."),

@@ -23,7 +23,10 @@ class Stop(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One optimizer step. Loss is the mean over the step's pairs; bytes are 0 where the device can't tell."""
+    """One optimizer step. Loss is the mean over the step's pairs; bytes are 0 where the device can't tell.
+
+    `extra_forwards` are those of rollouts; None in a step that could have none.
+    """
 
     step: int
     num_steps: int
@@ -34,6 +37,7 @@ class StepReport:
     seconds: float
     peak_bytes: int = 0
     validation_loss: float | None = None
+    extra_forwards: int | None = None
 
     def as_dict(self) -> dict[str, object]:
         """For JSON: the fields, without those that say nothing."""

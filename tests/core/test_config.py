@@ -15,6 +15,7 @@ from trainer_core.config import (
     ModelConfig,
     NoiseConfig,
     OptimizerConfig,
+    RolloutConfig,
     TrainConfig,
     digest,
     from_json,
@@ -118,6 +119,7 @@ def test_wrong_datasets_are_refused_by_name(change: dict, words: list[str]) -> N
 
 def test_every_setting_is_documented() -> None:
     configs = (JobConfig, TrainConfig, DatasetConfig, DatasetPartConfig, EncodingConfig, LoraConfig, OptimizerConfig)
+    configs += (NoiseConfig, RolloutConfig)
     for config in configs:
         for field in dataclasses.fields(config):
             assert len(field.metadata["help"]) > 10, field.name

@@ -148,6 +148,27 @@ def test_optimizers_and_courses_are_carried_over():
     assert (lion.job.noise.loss_type, lion.job.noise.huber_c) == ("huber", 0.2)
 
 
+def test_scheduled_sampling_is_carried_over():
+    imported = read(
+        {
+            "scheduled_sampling_max_step_offset": 10,
+            "scheduled_sampling_probability": "1.0",
+            "scheduled_sampling_ramp_steps": 100,
+            "scheduled_sampling_prob_end": 0,
+            "scheduled_sampling_sampler": "rk4",
+            "scheduled_sampling_reflexflow": None,
+            "scheduled_sampling_reflexflow_beta1": 5,
+            "scheduled_sampling_max_step_ofset": 3,
+        }
+    )
+    rollout = imported.job.rollout
+    assert (rollout.scheduled_sampling_max_step_offset, rollout.scheduled_sampling_probability) == (10, 1.0)
+    assert (rollout.scheduled_sampling_ramp_steps, rollout.scheduled_sampling_prob_end) == (100, 0.0)
+    assert rollout.scheduled_sampling_sampler == "rk4" and rollout.scheduled_sampling_reflexflow
+    assert rollout.scheduled_sampling_reflexflow_beta1 == 5.0
+    assert "'scheduled_sampling_max_step_offset'" in line(imported, "scheduled_sampling_max_step_ofset: UNKNOWN")
+
+
 def test_what_changes_is_said():
     imported = read({"optimizer": "soap", "max_grad_norm": 0.01, "num_train_epochs": 3, "use_ema": True})
     assert imported.job.optimizer.max_grad_norm == 1.0 and imported.job.optimizer.optimizer == "adamw"

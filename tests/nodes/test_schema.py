@@ -32,6 +32,7 @@ EXPECTED = {
     "QwenEdit_OptimizerSettings",
     "QwenEdit_TrainingSettings",
     "QwenEdit_ValidationSettings",
+    "QwenEdit_RolloutSettings",
     "QwenEdit_TrainLora",
     "QwenEdit_SampleEdit",
     "QwenEdit_ApplyLora",

@@ -1,4 +1,4 @@
-"""Every choice of noise, loss and optimizer: a stopped and continued run equals the unbroken one bit for bit."""
+"""Choices of noise, loss, optimizer and rollout: a stopped and continued run equals the unbroken one bit for bit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.numerics.test_run import Steps, StopAfter, equal, lora_tensors, named
+from tests.support.narrow import read_rows
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.config import (
     BatchingConfig,
@@ -18,11 +19,13 @@ from trainer_core.config import (
     ModelConfig,
     NoiseConfig,
     OptimizerConfig,
+    RolloutConfig,
     TrainConfig,
     ValidationConfig,
 )
 from trainer_core.events import SILENT
 from trainer_core.run import train_lora
+from trainer_core.training import step as step_module
 from trainer_core.training.run_folder import RunFolder
 from trainer_core.training.step import build_networks
 from trainer_core.training.validation import Validator
@@ -39,6 +42,15 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "prodigy": {"learning_rate": 1.0, "lr_scheduler": "constant", "lr_warmup_steps": 0},
     "adamw-schedulefree": {"lr_scheduler": "constant_with_warmup"},
 }
+
+ROLLOUTS: dict[str, dict[str, Any]] = {
+    "unipc with ReflexFlow": {"probability": 0.5},
+    "euler on a ramp": {"sampler": "euler", "ramp_steps": 3, "start_step": 1, "prob_end": 1.0, "reflexflow": False},
+}
+
+
+def rollout_config(**changes: Any) -> RolloutConfig:
+    return RolloutConfig(**{f"scheduled_sampling_{name}": value for name, value in changes.items()})
 
 
 @pytest.fixture
@@ -118,6 +130,34 @@ def validation_loss_of(config: TrainConfig, lora: dict[str, torch.Tensor]) -> fl
             parameter.copy_(lora[name])
     validator = Validator(load_encoded(Path(config.encoded)), config.model, config.validation)
     return validator.loss(networks.transformer, networks.device, SILENT)
+
+
+@pytest.mark.parametrize("row", ROLLOUTS)
+def test_rollouts(config: TrainConfig, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, which a rollout must not draw from; the extra forwards reported are those that were made."""
+    calls, original = [], step_module.predict_velocity
+    monkeypatch.setattr(step_module, "predict_velocity", lambda *a: calls.append(a[1].shape[0]) or original(*a))
+    dropping = dataclasses.replace(config, lora=LoraConfig(lora_rank=4, lora_dropout=0.2))
+    chosen = dataclasses.replace(dropping, rollout=rollout_config(max_step_offset=3, **ROLLOUTS[row]))
+    seen = stopped_and_continued(chosen)
+    made = [report.extra_forwards for report in seen.reports]
+    calls.clear()
+    again = Steps()
+    train_lora(named(chosen, "again"), again)
+    assert [report.extra_forwards for report in again.reports] == made
+    assert sum(count or 0 for count in made) == len(calls) - 2 * config.max_train_steps > 0
+    if row == "euler on a ramp":
+        assert made[:2] == [None, None] and made[2] is not None  # begins at step 1 with a probability of 0
+
+
+def test_a_rollout_of_probability_zero_changes_nothing(config: TrainConfig) -> None:
+    plain = train_lora(named(config, "plain"))
+    for name, changes in {"zero": {"probability": 0.0}, "later": {"probability": 1.0, "start_step": 99}}.items():
+        idle = dataclasses.replace(named(config, name), rollout=rollout_config(max_step_offset=10, **changes))
+        result = train_lora(idle)
+        assert equal(lora_tensors(result), lora_tensors(plain))
+        rows, expected = (read_rows(each.run_dir / "metrics.jsonl") for each in (result, plain))
+        assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in expected]
 
 
 def test_validation_loss_is_squared_whatever_the_training_counts(config: TrainConfig) -> None:

@@ -28,6 +28,8 @@ from .training import (
     LoraConfig,
     LoraTargets,
     NoiseConfig,
+    RolloutConfig,
+    RolloutSampler,
     SigmaDistribution,
 )
 from .validation import ValidationConfig
@@ -56,6 +58,8 @@ __all__ = [
     "PairCheckConfig",
     "Preprocessing",
     "QuantizeVia",
+    "RolloutConfig",
+    "RolloutSampler",
     "SchedulerName",
     "SigmaDistribution",
     "SizeConfig",

@@ -18,6 +18,7 @@ from .training import (
     ExportConfig,
     LoraConfig,
     NoiseConfig,
+    RolloutConfig,
 )
 from .validation import ValidationConfig
 
@@ -42,6 +43,7 @@ class TrainConfig:
     checkpoints: CheckpointConfig = setting(CheckpointConfig(), "The checkpoints.")
     validation: ValidationConfig = setting(ValidationConfig(), "The validation.")
     export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
+    rollout: RolloutConfig = setting(RolloutConfig(), "Scheduled sampling.")
 
     def __post_init__(self) -> None:
         check(1 <= self.max_train_steps <= 1_000_000, "max_train_steps", self.max_train_steps, "1 to 1000000")
@@ -75,6 +77,7 @@ class JobConfig:
         "Id, or list of ids, of those `datasets` that are validated on and not trained on; nothing else is held out "
         "then.",
     )
+    rollout: RolloutConfig = setting(RolloutConfig(), "Scheduled sampling.")
 
     def __post_init__(self) -> None:
         if bool(self.datasets) == (self.dataset is not None):

@@ -1,4 +1,4 @@
-"""Settings of a training's parts: adapter, noise, batches, checkpoints, export."""
+"""Settings of a training's parts: adapter, noise, rollout, batches, checkpoints, export."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ LoraTargets = Literal["image-attention", "attention", "attention-mlp", "all", "p
 SigmaDistribution = Literal["logit_normal", "uniform", "mode", "cosmap"]
 LossType = Literal["l2", "huber", "smooth_l1"]
 HuberSchedule = Literal["snr", "exponential", "constant"]
+RolloutStrategy = Literal["uniform", "biased_early", "biased_late"]
+RolloutSampler = Literal["unipc", "euler", "dpm", "rk4"]
+RampShape = Literal["linear", "cosine"]
 LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # beyond it the mapping turns back
 
 
@@ -91,6 +94,56 @@ class NoiseConfig:
         check(0 <= self.edit_weight <= 1, "edit_weight", self.edit_weight, "0 to 1; 0.5 is a strong effect")
         check(self.logit_std > 0, "logit_std", self.logit_std, "above 0")
         check(self.flow_schedule_shift > 0, "flow_schedule_shift", self.flow_schedule_shift, "above 0, usually 1 to 3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """Scheduled sampling: training on points that the model has sampled itself. Off while max_step_offset is 0."""
+
+    scheduled_sampling_max_step_offset: int = setting(
+        0,
+        "A rolled-out pair begins 1 to this many thousandths of the noise range further up and is sampled down, with a "
+        "forward pass for each. 0 is off; begin with 5 to 10.",
+    )
+    scheduled_sampling_probability: float = setting(
+        0.0, "Share of pairs that are rolled out, from start_step on. While it is 0 nothing changes."
+    )
+    scheduled_sampling_strategy: RolloutStrategy = setting(
+        "uniform", "Draw of the offset: all alike, or biased_early for small and biased_late for large ones."
+    )
+    scheduled_sampling_start_step: int = setting(0, "Optimizer step at which rollouts begin.")
+    scheduled_sampling_ramp_steps: int = setting(
+        0, "Steps over which the probability goes from prob_start to prob_end, in place of probability. 0 is no ramp."
+    )
+    scheduled_sampling_ramp_shape: RampShape = setting("linear", "Course of that ramp; cosine begins and ends gently.")
+    scheduled_sampling_prob_start: float = setting(0.0, "Probability where the ramp begins.")
+    scheduled_sampling_prob_end: float = setting(0.5, "Probability from the ramp's end on.")
+    scheduled_sampling_sampler: RolloutSampler = setting(
+        "unipc", "Sampler of the rollout; rk4 takes four forward passes a step, the others one."
+    )
+    scheduled_sampling_order: int = setting(2, "Order of unipc and dpm, 1 to 3.")
+    scheduled_sampling_reflexflow: bool = setting(
+        True, "ReflexFlow for rolled-out pairs: the three terms below, against drifting off."
+    )
+    scheduled_sampling_reflexflow_alpha: float = setting(
+        1.0, "How much more the loss counts where drifting changed the prediction. Above 0 it takes a forward pass."
+    )
+    scheduled_sampling_reflexflow_beta1: float = setting(
+        10.0, "Factor of the term that turns the velocity towards the way back."
+    )
+    scheduled_sampling_reflexflow_beta2: float = setting(1.0, "Factor of the usual loss beside it.")
+
+    def __post_init__(self) -> None:
+        prefix = "scheduled_sampling_"
+        check_choice(self, *(prefix + name for name in ("strategy", "ramp_shape", "sampler")))
+        offset = self.scheduled_sampling_max_step_offset
+        check(0 <= offset < 1000, f"{prefix}max_step_offset", offset, "0 to 999, usually 0 or 5 to 10")
+        check_at_least(self, 0, *(prefix + name for name in ("start_step", "ramp_steps", "reflexflow_alpha")))
+        check_at_least(self, 0, f"{prefix}reflexflow_beta1", f"{prefix}reflexflow_beta2")
+        for name in ("probability", "prob_start", "prob_end"):
+            check(0 <= getattr(self, prefix + name) <= 1, prefix + name, getattr(self, prefix + name), "0 to 1")
+        order = self.scheduled_sampling_order
+        check(1 <= order <= 3, f"{prefix}order", order, "1 to 3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

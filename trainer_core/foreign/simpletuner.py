@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import DEMO_MODEL, ENDLESS, JobConfig, from_json
+from ..config import DEMO_MODEL, ENDLESS, JobConfig, RolloutConfig, from_json
 from ..errors import ConfigError
 from ..qwen_image.flavours import FLAVOURS, Flavour
 from ..settings import changed
@@ -138,6 +139,7 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
         if value is not None:
             _put(values, ours, value)
     _optimizer(section, values)
+    _rollout(section, values)
     _noise(section, values, found.offset)
     _validation(section, values)
     _steps_and_folders(section, values, root)
@@ -274,6 +276,15 @@ def _clipping_and_targets(section: Section, values: dict[str, Any]) -> None:
         endings = "|".join(re.escape(str(each)) for each in ([targets] if isinstance(targets, str) else targets))
         _put(values, "lora.lora_targets", "pattern")
         _put(values, "lora.lora_target_pattern", rf"(?:.*\.)?(?:{endings})")
+
+
+def _rollout(section: Section, values: dict[str, Any]) -> None:
+    """Scheduled sampling has SimpleTuner's names here too."""
+    readers = {int: Section.whole, float: Section.number, bool: Section.truth}
+    for name, hint in typing.get_type_hints(RolloutConfig).items():
+        value = readers.get(hint, Section.text)(section, name)
+        if value is not None:
+            _put(values, f"rollout.{name}", value)
 
 
 def _noise(section: Section, values: dict[str, Any], offset: float) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from ..config import RolloutConfig
 from .section import words
 
 _CONFIG = {
@@ -25,13 +28,6 @@ _CONFIG = {
     "activations stay in mixed_precision": "quantize_activations",
     "the text encoder is loaded in the model's own precision; name a smaller file as model.text_encoder_file": (
         "text_encoder_1_precision text_encoder_2_precision text_encoder_precision"
-    ),
-    "scheduled sampling (rollout) is not built yet": " ".join(
-        "scheduled_sampling_" + name
-        for name in words(
-            "max_step_offset probability ramp_steps start_step ramp_shape prob_start prob_end sampler order strategy "
-            "reflexflow reflexflow_alpha reflexflow_beta1 reflexflow_beta2"
-        )
     ),
     "noise levels are drawn logit-normal, uniform, mode or cosmap": "flow_use_beta_schedule flow_beta_schedule_alpha "
     "flow_beta_schedule_beta flow_custom_timesteps flux_fast_schedule input_perturbation input_perturbation_steps "
@@ -128,7 +124,7 @@ CONFIG_KEYS = words(
     "caption_dropout_probability output_dir model_kwargs eval_dataset_id conditioning_multidataset_sampling resolution "
     "resolution_type caption_strategy instance_prompt crop crop_style crop_aspect minimum_image_size "
     "maximum_image_size target_downsample_size aspect_bucket_alignment data_backend_config"
-)
+) + tuple(field.name for field in dataclasses.fields(RolloutConfig))
 DATA_KEYS = words(
     "id type disabled disable dataset_type instance_data_dir conditioning_data conditioning_type source_dataset_id "
     "conditioning_image_embeds caption_strategy instance_prompt prepend_instance_prompt only_instance_prompt "

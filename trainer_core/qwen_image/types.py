@@ -26,6 +26,12 @@ class Condition:
         references = tuple(latents.to(device, non_blocking=True) for latents in self.reference_latents)
         return Condition(references, self.prompt_embeds.to(device, non_blocking=True), mask)
 
+    def of_pair(self, row: int) -> Condition:
+        """That of one pair of the batch."""
+        one = slice(row, row + 1)
+        mask = None if self.prompt_mask is None else self.prompt_mask[one]
+        return Condition(tuple(latents[one] for latents in self.reference_latents), self.prompt_embeds[one], mask)
+
 
 @dataclass(frozen=True, slots=True)
 class NoisyLatents:

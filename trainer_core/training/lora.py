@@ -109,3 +109,14 @@ def without_lora(transformer: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(enabled=True)
+
+
+@contextmanager
+def without_dropout(transformer: nn.Module) -> Iterator[None]:
+    """As it is used after the training, while the context lasts."""
+    was_training = transformer.training
+    transformer.eval()
+    try:
+        yield
+    finally:
+        transformer.train(was_training)

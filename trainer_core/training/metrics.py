@@ -33,8 +33,9 @@ class Metrics:
         self._lines.write(json.dumps(report.as_dict()) + "\n")
         self._lines.flush()
         scalars = {"loss": report.loss, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
-        if report.validation_loss is not None:
-            scalars["validation_loss"] = report.validation_loss
+        for name in ("validation_loss", "extra_forwards"):
+            if getattr(report, name) is not None:
+                scalars[name] = getattr(report, name)
         scalars.update({f"loss_by_sigma/{name}": loss for name, loss in report.loss_by_sigma.items()})
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, report.step)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,14 @@ from ..errors import NonFiniteLossError
 from ..events import Observer, StepReport, Stop, raise_if_stopped
 from ..qwen_image.positions import use_comfyui_positions
 from ..qwen_image.transformer import load_transformer, predict_velocity
+from ..qwen_image.types import Condition, NoisyLatents
 from ..rng import seeded_globally
 from .edit_weight import combined_weights
-from .lora import inject_lora
+from .lora import inject_lora, without_dropout
 from .objective import add_noise, loss_by_sigma, penalty_at, velocity_loss
 from .optimizer import optimizer_builder, set_learning_rate
+from .reflexflow import reflexflow_loss
+from .rollout import RolledOut, draw_offsets, roll_out, rollout_probability
 from .schedule import learning_rate_at
 
 if TYPE_CHECKING:
@@ -80,7 +84,7 @@ def train_step(
     if isinstance(accumulated, Stop):
         networks.optimizer.zero_grad(set_to_none=True)
         return accumulated
-    losses, sigmas = accumulated
+    losses, sigmas, extra_forwards = accumulated
     grad_norm = clip_grad_norm_(networks.lora.values(), config.optimizer.max_grad_norm or math.inf)
     numbers = torch.cat([losses, sigmas, grad_norm.float().view(1)]).tolist()  # the step's one wait for the device
     loss = sum(numbers[: len(losses)]) / len(losses)
@@ -96,13 +100,15 @@ def train_step(
         loss_by_sigma=loss_by_sigma(numbers[: len(losses)], numbers[len(losses) : -1]),
         seconds=time.perf_counter() - began,
         peak_bytes=torch.cuda.max_memory_allocated() if networks.device.type == "cuda" else 0,
+        extra_forwards=extra_forwards if rollout_probability(done, config.rollout) else None,
     )
 
 
 def _accumulate(
     networks: Networks, loader: BatchLoader, done: int, config: TrainConfig, observer: Observer
-) -> tuple[Tensor, Tensor] | Stop:
-    """Forward and backward of each micro-batch of a step: losses and sigmas of its pairs, on the device.
+) -> tuple[Tensor, Tensor, int] | Stop:
+    """Forward and backward of each micro-batch of a step: losses and sigmas of its pairs, on the device, and the
+    number of forwards that rollouts took besides.
 
     Every pair weighs the same, so 1 x 4 and 4 x 1 give equal gradients.
     """
@@ -110,29 +116,52 @@ def _accumulate(
     batches = range(done * count, (done + 1) * count)
     draws = [draw for number in batches for draw in loader.plan[number]]
     turns = range(draws[0].index, draws[0].index + len(draws))
-    losses, sigmas = [], []
+    losses, sigmas, extra_forwards = [], [], 0
     for number in batches:
         if stop := observer.should_stop():
             return stop
-        loss, sigma = _pair_losses(networks, loader[number], turns, config)
+        loss, rolled = _pair_losses(networks, loader[number], turns, done, config)
         (loss.sum() / len(draws)).backward()
         losses.append(loss.detach())
-        sigmas.append(sigma)
-    return torch.cat(losses), torch.cat(sigmas)
+        sigmas.append(rolled.noisy.sigma)
+        extra_forwards += rolled.forwards
+    return torch.cat(losses), torch.cat(sigmas), extra_forwards
 
 
-def _pair_losses(networks: Networks, batch: Batch, step_turns: range, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Loss and sigma [B] of a micro-batch's pairs."""
+def _pair_losses(
+    networks: Networks, batch: Batch, step_turns: range, done: int, config: TrainConfig
+) -> tuple[Tensor, RolledOut]:
+    """Loss [B] of a micro-batch's pairs, and what went into the network."""
     latents = batch.target_latents.to(networks.device, non_blocking=True)
     indices = [draw.index for draw in batch.draws]
     noisy = add_noise(latents, config.noise, config.seed, indices, step_turns)
     condition = batch.condition.to(networks.device)
+    rolled = _rolled_out(networks, noisy, condition, draw_offsets(config.rollout, done, config.seed, indices), config)
+    noisy = rolled.noisy
     with autocast(networks), _dropout(config, indices[0], networks.device):
         velocity = predict_velocity(networks.transformer, noisy.latents, noisy.sigma, condition)
     weights = None if batch.loss_weights is None else batch.loss_weights.to(networks.device, non_blocking=True)
     weights = combined_weights(latents, condition.reference_latents, weights, config.noise.edit_weight)
     penalty = penalty_at(noisy.sigma, config.noise)
-    return velocity_loss(velocity, noisy.target_velocity, weights, penalty), noisy.sigma
+    if rolled.rows and config.rollout.scheduled_sampling_reflexflow:
+        loss = reflexflow_loss(velocity, latents, rolled, weights=weights, penalty=penalty, rollout=config.rollout)
+    else:
+        loss = velocity_loss(velocity, noisy.target_velocity, weights, penalty)
+    return loss, rolled
+
+
+def _rolled_out(
+    networks: Networks, noisy: NoisyLatents, condition: Condition, offsets: Sequence[int], config: TrainConfig
+) -> RolledOut:
+    """The pairs with an offset sampled by the model as it stands; the rest as they are."""
+    if not any(offsets):
+        return RolledOut(noisy)
+
+    def velocity(row: int, latents: Tensor, sigma: Tensor) -> Tensor:
+        return predict_velocity(networks.transformer, latents, sigma, condition.of_pair(row))
+
+    with autocast(networks), without_dropout(networks.transformer):
+        return roll_out(velocity, noisy, offsets, config.rollout)
 
 
 def autocast(networks: Networks) -> torch.autocast:

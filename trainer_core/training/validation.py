@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +20,7 @@ from ..qwen_image.transformer import predict_velocity
 from ..qwen_image.types import Condition
 from ..qwen_image.vae import load_vae
 from ..rng import stream
-from .lora import without_lora
+from .lora import without_dropout, without_lora
 from .objective import noisy_latents, velocity_loss
 from .validation_pictures import Shot, plan_shots, report_pictures
 
@@ -50,7 +48,7 @@ class Validator:
     def loss(self, transformer: QwenImageTransformer2DModel, device: torch.device, observer: Observer) -> float:
         """Mean loss over all held-out pairs at four fixed noise levels, with noise fixed per pair."""
         losses = []
-        with _evaluating(transformer):
+        with without_dropout(transformer):
             for entry in self._encoded.validation_pairs:
                 pair = self._encoded.load(entry)
                 target = pair.target_latents.unsqueeze(0).to(device)
@@ -82,7 +80,7 @@ class Validator:
         if not self._shots:
             return None
         drawn: dict[Shot, Tensor] = {}
-        with _evaluating(transformer):
+        with without_dropout(transformer):
             for number, shot in enumerate(self._shots):
                 if shot not in self._base:
                     with without_lora(transformer):
@@ -133,14 +131,3 @@ def _condition(pair: EncodedPair, prompt: Tensor, device: torch.device) -> Condi
     """A prompt [L, D] with the pair's own references, whatever their sizes."""
     references = tuple(latents.unsqueeze(0) for latents in pair.reference_latents)
     return Condition(references, *pad_prompts([prompt])).to(device)
-
-
-@contextmanager
-def _evaluating(transformer: torch.nn.Module) -> Iterator[None]:
-    """Without dropout while the context lasts."""
-    was_training = transformer.training
-    transformer.eval()
-    try:
-        yield
-    finally:
-        transformer.train(was_training)
