@@ -35,6 +35,7 @@ _BASE = "/qwen_edit_trainer"
 _BODY_BYTES = 4096
 _MAX_RUNS, _MAX_POINTS, _POINTS = 500, 2000, 600
 _MIN_EDGE, _MAX_EDGE, _MAX_PIXELS = 32, 512, 64_000_000
+_NO_STEP = {"step": 0, "num_steps": 0, "loss": None}
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 _PICTURE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=86400"}  # see `version`
@@ -97,7 +98,9 @@ async def _stop(request: web.Request) -> web.Response:
 def _list_runs(_request: web.Request) -> web.Response:
     under_way = {str(run["run_name"]): run for run in active_runs()}
     listed = [run_view.summary(folder) for folder in run_view.run_folders(host.runs_dir(), _MAX_RUNS)]
-    starting = [_summary({"run_name": name}, run) for name, run in under_way.items() if name not in _names(listed)]
+    starting = [
+        _summary({**_NO_STEP, "run_name": name}, run) for name, run in under_way.items() if name not in _names(listed)
+    ]
     return _json({"runs": [*starting, *(_summary(run, under_way.get(run["run_name"])) for run in listed)]})
 
 

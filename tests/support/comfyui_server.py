@@ -12,14 +12,16 @@ TEST_NODES = "qet_test_nodes"
 
 
 class PackServer(ComfyUI):
-    """A ComfyUI with our pack under an odd folder name, and the helper nodes of tests/support/test_nodes."""
+    """A ComfyUI with our pack, under an odd folder name, and the helper nodes of tests/support/test_nodes."""
 
-    def __init__(self, base: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, base: Path, *arguments: str, environment: dict[str, str] | None = None, name: str = ODD_NAME
+    ) -> None:
         make_base(base)
-        self.pack = install_pack(base, ODD_NAME)
+        self.pack = install_pack(base, name)
         helpers = Path(__file__).parent / "test_nodes"
         shutil.copytree(helpers, base / "custom_nodes" / TEST_NODES, ignore=shutil.ignore_patterns("__pycache__"))
-        only_ours = ["--disable-all-custom-nodes", "--whitelist-custom-nodes", ODD_NAME, TEST_NODES]
+        only_ours = ["--disable-all-custom-nodes", "--whitelist-custom-nodes", name, TEST_NODES]
         super().__init__(
             base,
             *device_arguments(),

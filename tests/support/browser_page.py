@@ -1,0 +1,146 @@
+"""ComfyUI's page in a Chromium without a window: what a person does with it, and what it complains about."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page
+
+from tests.support.comfyui_server import PackServer
+
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",  # of containers, where the tests may run as root
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SECONDS = 1000.0  # of playwright, which counts milliseconds
+# What ComfyUI's page says by itself on a fresh folder, without this pack as well. Address and text, in one line.
+HARMLESS = (
+    r"/user\.css .*404",
+    r"/userdata/user\.css .*404",
+    r"/userdata\?dir=(workflows|subgraphs).* .*404",
+    r"/userdata/comfy\.templates\.json .*404",
+    r"/favicon\.ico .*404",
+    r"Cannot read properties of undefined \(reading 'id'\)\s+at onChange ",  # of its own settings, frontend 1.32.9
+    r"api\.comfy\.org.*Content Security Policy",  # it may look up node packs; --disable-api-nodes forbids it
+)
+
+
+class ComfyPage:
+    """One tab. `problems` are errors on its console that are not HARMLESS."""
+
+    def __init__(self, browser: Browser, server: PackServer) -> None:
+        self.server, self.problems = server, list[str]()
+        self._context = browser.new_context(viewport={"width": 1600, "height": 1000})
+        self.page: Page = self._context.new_page()
+        self.page.set_default_timeout(60 * SECONDS)
+        self.page.on("console", self._hear)
+        self.page.on("pageerror", lambda error: self.problems.append(f"uncaught: {error}"))
+        self.load()
+
+    def close(self) -> None:
+        """Close the tab and forget its storage."""
+        self._context.close()
+
+    def load(self) -> None:
+        """Open the page, or reload it, until this pack's part of it is there."""
+        self.page.goto(self.server.url, wait_until="domcontentloaded")
+        self.page.wait_for_selector(".qwen-edit-trainer-tab-button")
+        self.page.wait_for_function("() => window.app?.graph && window.app.extensionManager")
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        line = f"{message.location.get('url', '')} {message.text}"
+        if message.type == "error" and not any(re.search(known, line) for known in HARMLESS):
+            self.problems.append(line)
+
+    # The graph
+
+    def open_template(self, name: str) -> None:
+        """Open one of this pack's templates, as its entry in the list of templates does."""
+        address = f"/api/workflow_templates/{self.server.pack.name}/{name}.json"
+        self.page.evaluate(
+            "async ([address, name]) => app.loadGraphData(await (await fetch(address)).json(), true, true, name)",
+            [address, name],
+        )
+
+    def missing(self) -> list[str]:
+        """Kinds of nodes in the graph that the page does not know, and what a dialog says is missing."""
+        unknown = self.page.evaluate(
+            "() => app.graph.nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])"
+            ".map(n => n.type).filter(t => t !== 'MarkdownNote')"
+        )
+        return [*unknown, *self.page.locator(".p-dialog:visible").all_inner_texts()]
+
+    def set_widgets(self, class_type: str, **values: Any) -> None:
+        """What a person types into one of our nodes."""
+        self.page.evaluate(
+            """([type, values]) => {
+                const node = app.graph.nodes.find(each => each.comfyClass === type);
+                for (const [name, value] of Object.entries(values)) {
+                    const widget = node.widgets.find(each => each.name === name);
+                    widget.value = value;
+                    widget.callback?.(value);
+                }
+            }""",
+            [f"QwenEdit_{class_type}", values],
+        )
+
+    def widgets(self, class_type: str) -> dict[str, Any]:
+        """Name and value of the widgets of one of our nodes."""
+        return self.page.evaluate(
+            "type => Object.fromEntries("
+            "app.graph.nodes.find(n => n.comfyClass === type).widgets.map(w => [w.name, w.value]))",
+            f"QwenEdit_{class_type}",
+        )
+
+    def run(self) -> None:
+        """Press Run."""
+        self.page.evaluate("() => app.queuePrompt(0)")
+
+    # This pack's part of the page
+
+    @property
+    def node_view(self) -> Locator:
+        """What the training node shows."""
+        return self.page.locator(".qet-node")
+
+    @property
+    def panel(self) -> Locator:
+        """The side panel."""
+        return self.page.locator(".qet-panel")
+
+    def open_panel(self, run_name: str = "") -> None:
+        """Show the runs, or one of them."""
+        if not self.panel.is_visible():
+            self.page.locator(".qwen-edit-trainer-tab-button").click()
+        if run_name:
+            self.panel.locator(".qet-run", has=self.page.get_by_text(run_name, exact=True)).click()
+
+    def points(self, place: Locator, line: str = "qet-line-smooth") -> int:
+        """Points of a line in the chart there."""
+        text = place.locator(f"polyline.{line}").first.get_attribute("points", timeout=60 * SECONDS)
+        return len((text or "").split())
+
+    def wait_for_points(self, place: Locator, count: int) -> None:
+        """Until the chart there has so many."""
+        self.page.wait_for_function(
+            "([place, count]) => (place.querySelector('polyline.qet-line-smooth')?.getAttribute('points') ?? '')"
+            ".split(' ').length >= count",
+            arg=[place.element_handle(), count],
+            polling=200,
+            timeout=150 * SECONDS,  # the model has to be loaded and the pairs to be encoded
+        )
+
+    def picture(self, name: str) -> None:
+        """A picture of the page for the documents, where UI_PICTURES names a folder."""
+        folder = os.environ.get("UI_PICTURES")
+        if folder:
+            self.page.screenshot(path=Path(folder) / f"{name}.png")

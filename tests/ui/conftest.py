@@ -1,0 +1,71 @@
+"""A browser, and a ComfyUI with a small demo in it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from tests.support.browser_page import ARGUMENTS, ComfyPage
+from tests.support.comfyui_server import PackServer
+from tools.comfyui import PACK_NAME
+from tools.setup import find_browser
+from trainer_core.demo.pictures import make_demo_pairs
+
+OpenPage = Callable[..., ComfyPage]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium without a window, with a folder of its own that is gone afterwards."""
+    path = find_browser()
+    assert path, "There is no Chromium. `make setup` gets it on Debian and Ubuntu; else name one in CHROMIUM."
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackServer]:
+    """With six demo pairs. Not the session's server: ComfyUI serves no script of a pack with a blank in its name."""
+    server = PackServer(tmp_path_factory.mktemp("comfyui-page"), name=PACK_NAME)
+    folder = server.input / "demo"
+    make_demo_pairs(folder)
+    for name in sorted(path.stem for path in (folder / "target").glob("*.png"))[6:]:
+        for path in folder.glob(f"*/{name}.*"):
+            path.unlink()
+    shutil.copy(
+        folder / "reference" / "00_chelsea.png", server.input / "example.png"
+    )  # ComfyUI brings one of that name
+    with server:
+        yield server
+
+
+@pytest.fixture
+def open_page(browser: Browser, demo_server: PackServer) -> Iterator[OpenPage]:
+    """Opens tabs in a renderer of nodes, `classic` or `nodes 2.0`, and a palette. None may complain on its console."""
+    pages: list[ComfyPage] = []
+
+    def opened(renderer: str = "classic", palette: str = "dark") -> ComfyPage:
+        settings = {"Comfy.VueNodes.Enabled": renderer != "classic", "Comfy.ColorPalette": palette}
+        demo_server.post("/settings", {**settings, "Comfy.TutorialCompleted": True})
+        pages.append(ComfyPage(browser, demo_server))
+        return pages[-1]
+
+    yield opened
+    problems = [problem for page in pages for problem in page.problems]
+    for page in pages:
+        page.close()
+    if demo_server.get("/queue")["queue_running"]:  # of a test that failed
+        demo_server.interrupt()
+    assert not problems, "\n".join(problems)
+
+
+@pytest.fixture(scope="session")
+def runs_dir(demo_server: PackServer) -> Path:
+    """Where the server keeps its runs."""
+    return demo_server.output / "qwen_edit_trainer" / "runs"

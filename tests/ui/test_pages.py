@@ -1,0 +1,108 @@
+"""Templates and the side panel on their own: nothing missing, by keyboard, and with a stranger's texts in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import expect
+
+from tests.support.comfyui_server import PackServer
+from tools.comfyui import REPO
+from trainer_core.training.grid import GridRow
+from trainer_core.training.sample_pictures import save_sample_pictures
+
+from .conftest import OpenPage
+
+pytestmark = pytest.mark.server
+
+TEMPLATES = sorted(path.stem for path in (REPO / "workflows").glob("*.json"))
+HOSTILE = "<img src=x onerror='window.hacked = true'><script>window.hacked = true</script>"
+
+
+def place_models(server: PackServer) -> None:
+    """Files of the names that templates link downloads for, so that the page does not offer them."""
+    for path in (REPO / "workflows").glob("*.json"):
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            for model in node["properties"].get("models", ()):
+                place = server.base / "models" / model["directory"] / model["name"]
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.touch()
+
+
+@pytest.mark.parametrize("renderer", ["classic", "nodes 2.0"])
+def test_every_template_opens_with_nothing_missing(renderer: str, open_page: OpenPage, demo_server: PackServer):
+    place_models(demo_server)
+    page = open_page(renderer)
+    assert TEMPLATES
+    for name in TEMPLATES:
+        page.open_template(name)
+        assert page.missing() == [], name
+        kinds = {node["type"] for node in json.loads((REPO / "workflows" / f"{name}.json").read_text())["nodes"]}
+        assert set(page.page.evaluate("() => app.graph.nodes.map(n => n.type)")) == kinds
+
+
+@pytest.fixture(scope="module")
+def told(runs_dir: Path) -> str:
+    """A run folder from somebody else."""
+    folder = runs_dir / "from a stranger"
+    rows = [{"step": step, "num_steps": 60, "loss": 1 / step, "learning_rate": 1e-4} for step in range(1, 41)]
+    for row in rows[9::10]:
+        row["validation_loss"] = row["loss"] + 0.02
+    (folder / "samples").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"key": {}, "state": "paused", "steps": 40}))
+    settings = {"max_train_steps": 60, "seed": 77, "lora": {"lora_rank": 48}, "optimizer": {"optimizer": HOSTILE}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in (10, 20, 30):
+        pictures = [Image.new("RGB", (64, 48), (step * 8, shade, 90)) for shade in (0, 80, 160, 240)]
+        row = GridRow((pictures[0],), pictures[1], pictures[2], pictures[3], HOSTILE)
+        save_sample_pictures([row], folder / "samples" / f"step-{step:06d}")
+    return folder.name
+
+
+def test_by_keyboard_and_with_hostile_texts(told: str, open_page: OpenPage):
+    page = open_page()
+    page.open_panel()
+    run = page.panel.locator(".qet-run", has=page.page.get_by_text(told, exact=True))
+    run.focus()
+    page.page.keyboard.press("Enter")
+    expect(page.panel.get_by_role("heading", name=told)).to_be_focused()
+    expect(page.panel.locator(".qet-caption")).to_have_text(HOSTILE)
+    page.panel.locator("summary").focus()
+    page.page.keyboard.press("Enter")
+    expect(page.panel.locator(".qet-settings")).to_contain_text(HOSTILE)
+    assert page.page.evaluate("() => window.hacked") is None
+
+    page.panel.get_by_role("slider", name="Step").focus()
+    page.page.keyboard.press("ArrowLeft")
+    expect(page.panel.get_by_text("LoRA, step 20")).to_be_visible()
+    divider = page.panel.get_by_role("slider", name="How much of base")
+    divider.focus()
+    page.page.keyboard.press("Home")
+    assert (
+        page.page.evaluate("() => document.querySelector('.qet-stack').style.getPropertyValue('--qet-divide')") == "0%"
+    )
+    page.panel.get_by_role("combobox", name="Compare with").select_option("target")
+    expect(page.panel.locator(".qet-stack .qet-left")).to_have_text("target")
+    widths = "() => [...document.querySelectorAll('.qet-stack img')].map(picture => picture.naturalWidth)"
+    page.page.wait_for_function(f"() => ({widths})().every(width => width === 64)")
+
+    page.panel.get_by_role("button", name="All runs").focus()
+    page.page.keyboard.press("Enter")
+    expect(run).to_be_focused()
+
+
+def test_settings_go_into_an_empty_graph(told: str, open_page: OpenPage):
+    page = open_page()
+    page.page.evaluate("() => app.graph.clear()")
+    page.open_panel(told)
+    page.panel.get_by_role("button", name="Settings into graph").click()
+    page.page.wait_for_function("() => app.graph.nodes.length >= 2")
+    train, lora = page.widgets("TrainLora"), page.widgets("LoraSettings")
+    assert (train["seed"], train["max_train_steps"], lora["lora_rank"]) == (77, 60, 48)
+    trains = "app.graph.nodes.filter(node => node.comfyClass === 'QwenEdit_TrainLora')"
+    link = f"() => {trains}[0].inputs.find(input => input.name === 'lora_settings').link"
+    assert page.page.evaluate(link) is not None

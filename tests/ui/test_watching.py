@@ -1,0 +1,84 @@
+"""A demo training watched in the browser: on the node, in the side panel, after a reload, from a second browser."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.support.browser_page import SECONDS, ComfyPage
+from tests.support.comfyui_server import PackServer
+
+from .conftest import OpenPage
+
+pytestmark = pytest.mark.server
+
+
+def small_demo(page: ComfyPage, run_name: str) -> None:
+    """The demo's template on six pairs, with a training that goes on until it is ended."""
+    page.open_template("demo")
+    assert page.missing() == []
+    page.set_widgets("EncodePairs", num_eval_images=2)
+    page.set_widgets("TrainingSettings", train_batch_size=1)
+    page.set_widgets("OptimizerSettings", lr_scheduler="constant_with_warmup")
+    page.set_widgets(
+        "ValidationSettings", validation_step_interval=8, validation_num_inference_steps=4, num_validation_images=2
+    )
+    page.set_widgets("TrainLora", run_name=run_name, max_train_steps=100_000)
+    page.set_widgets("SampleEdit", num_inference_steps=1)
+
+
+@pytest.mark.parametrize(("renderer", "palette"), [("classic", "dark"), ("nodes 2.0", "light")])
+def test_a_training(renderer: str, palette: str, open_page: OpenPage, demo_server: PackServer):
+    name = f"watched in {renderer}"
+    page = open_page(renderer, palette)
+    small_demo(page, name)
+    expect(page.node_view).to_contain_text("curve and pictures appear here")
+    page.run()
+
+    page.wait_for_points(page.node_view, 10)
+    expect(page.node_view.locator(".qet-badge")).to_have_text("training")
+    expect(page.node_view.get_by_role("status")).to_contain_text("of 100000")
+    expect(page.node_view.get_by_role("status")).to_contain_text("left")
+    expect(page.node_view.locator(".qet-thumb")).to_have_count(3)  # base, step 8, target
+
+    page.open_panel(name)
+    comparison = page.panel.locator(".qet-compare")
+    expect(comparison.get_by_text("LoRA, step")).to_be_visible()
+    page.wait_for_points(page.panel, 10)
+    assert page.points(page.panel, "qet-line-held") >= 1
+    page.picture(f"panel {renderer}")
+
+    second = open_page(renderer, palette)  # another browser, which has seen no message
+    second.open_panel(name)
+    second.wait_for_points(second.panel, page.points(page.panel))
+
+    seen = page.points(page.panel)
+    page.load()  # in mid-run
+    page.open_panel(name)
+    page.wait_for_points(page.panel, seen)
+    small_demo(page, name)
+    page.wait_for_points(page.node_view, seen)
+    page.wait_for_points(page.node_view, page.points(page.node_view) + 3)  # and it goes on
+    page.picture(f"node {renderer}")
+
+    assert name not in loras(page)
+    page.panel.get_by_role("button", name="Stop and keep").click()
+    expect(page.panel.locator(".qet-badge:visible")).to_have_text("ended early", timeout=60 * SECONDS)
+    expect(second.panel.locator(".qet-badge:visible")).to_have_text("ended early")
+    page.page.wait_for_function(
+        "name => app.graph.nodes.some(n => n.widgets?.some(w => w.name === 'lora_name' && "
+        "(w.options.values ?? []).some(value => String(value).startsWith(name))))",
+        arg=name,
+    )
+    assert name in loras(page)
+    assert [run["state"] for run in demo_server.get("/qwen_edit_trainer/runs")["runs"] if run["run_name"] == name] == [
+        "kept"
+    ]
+
+
+def loras(page: ComfyPage) -> str:
+    """What the graph's loader offers."""
+    return page.page.evaluate(
+        "() => JSON.stringify("
+        "app.graph.nodes.flatMap(n => n.widgets ?? []).find(w => w.name === 'lora_name').options.values)"
+    )

@@ -1,0 +1,50 @@
+// @ts-check
+/** Runs on ComfyUI's page: live on the training node, and all of them in a side panel. Training needs none of it. */
+// @ts-ignore - served by ComfyUI
+import { app } from "../../scripts/app.js";
+// @ts-ignore
+import { api } from "../../scripts/api.js";
+import { loadStyle } from "./trainer/dom.js";
+import { isTrainNode, openSidebar, refreshLists } from "./trainer/graph.js";
+import { attachView } from "./trainer/node_view.js";
+import { createPanel } from "./trainer/panel.js";
+import { createStore } from "./trainer/store.js";
+
+const TAB = "qwen-edit-trainer";
+const store = createStore(api);
+const panel = createPanel(app, api, store);
+
+app.registerExtension({
+  name: "qwen_edit_trainer.runs",
+
+  async setup() {
+    loadStyle();
+    let unmount = () => {};
+    app.extensionManager.registerSidebarTab({
+      id: TAB,
+      icon: "pi pi-chart-line",
+      title: "Training runs",
+      tooltip: "Training runs of Qwen Edit Trainer",
+      type: "custom",
+      render(/** @type {HTMLElement} */ place) {
+        unmount();
+        unmount = panel.mount(place);
+      },
+      destroy() {
+        unmount();
+        unmount = () => {};
+      },
+    });
+    api.addEventListener("qwen_edit_trainer.lora", () => refreshLists(app));
+    store.refresh().catch(() => {}); // the panel asks again and says what is wrong
+  },
+
+  nodeCreated(/** @type {any} */ node) {
+    if (!isTrainNode(node)) return;
+    const onPick = (/** @type {string} */ run, /** @type {number} */ step) => {
+      openSidebar(app, TAB);
+      panel.open(run, step);
+    };
+    attachView(node, { app, store, onPick });
+  },
+});

@@ -1,0 +1,196 @@
+// @ts-check
+/** Loss of each step and smoothed, what validation measured, and the learning rate, as SVG in the page's colours. */
+import { nearest, range, smoothed, smoothingWindow, ticks } from "./chart_data.js";
+import { element, onceAFrame, svg } from "./dom.js";
+import * as format from "./format.js";
+
+/** @typedef {import("./store.js").Curve} Curve */
+
+const LEFT = 46;
+const RIGHT = 10;
+const TOP = 6;
+const BOTTOM = 18;
+const RATE_BAND = 22; // pixels at the foot of the plot
+const LABELS = /** @type {Record<string, string>} */ ({
+  loss: "loss",
+  smooth: "smoothed",
+  validation_loss: "held-out",
+  rate: "learning rate",
+});
+
+export function createChart() {
+  const legend = element("div", { class: "qet-legend", "aria-hidden": "true" });
+  const plot = svg("svg", { class: "qet-plot", role: "img", "aria-label": "Loss: no step is finished yet" });
+  const box = element("div", { class: "qet-chart" }, legend, plot);
+  /** @type {Curve|undefined} */
+  let curve;
+  /** @type {number|undefined} A step that is pointed at. */
+  let pointed;
+
+  const paint = onceAFrame(() => {
+    const view = curve && curve.steps.length ? prepare(curve, plot.clientWidth, plot.clientHeight) : undefined;
+    plot.replaceChildren(...(view ? [...axes(view), ...lines(view), ...pointer(view, pointed)] : [note()]));
+    legend.replaceChildren(...(view ? entries(view, pointed) : []));
+    plot.setAttribute("aria-label", view ? spoken(view) : "Loss: no step is finished yet");
+  });
+
+  plot.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => {
+    if (!curve?.steps.length) return;
+    const place = plot.getBoundingClientRect(); // scaled with the graph, unlike clientWidth
+    const inside = ((event.clientX - place.left) / place.width) * plot.clientWidth;
+    const share = (inside - LEFT) / Math.max(1, plot.clientWidth - LEFT - RIGHT);
+    const [first, last] = [curve.steps[0], curve.steps[curve.steps.length - 1]];
+    pointed = curve.steps[nearest(curve.steps, first + share * (last - first))];
+    paint();
+  });
+  plot.addEventListener("pointerleave", () => {
+    pointed = undefined;
+    paint();
+  });
+  new ResizeObserver(paint).observe(plot);
+
+  return {
+    element: box,
+    /** @param {Curve|undefined} next */
+    show(next) {
+      if (next === curve) return;
+      curve = next;
+      paint();
+    },
+  };
+}
+
+function note() {
+  const middle = { x: "50%", y: "50%", "text-anchor": "middle" };
+  return svg("text", { ...middle, text: "No step is finished yet" });
+}
+
+/**
+ * Scales and series of one painting.
+ * @param {Curve} curve
+ * @param {number} width
+ * @param {number} height
+ */
+function prepare(curve, width, height) {
+  const { steps, loss } = curve;
+  const means = smoothed(loss, smoothingWindow(loss.length));
+  const held = Object.entries(curve.measured).filter(([name]) => name.startsWith("validation_"));
+  const others = Object.entries(curve.measured).filter(([name]) => !name.startsWith("validation_"));
+  const [low, high] = range(loss, [...means, ...held.flatMap(([, points]) => points.map((point) => point[1]))]);
+  const [first, last] = [steps[0], Math.max(steps[steps.length - 1], steps[0] + 1)];
+  const foot = height - BOTTOM - RATE_BAND - 4;
+  return {
+    curve, means, held, others, low, high, first, last, width, height, foot,
+    x: (/** @type {number} */ step) => LEFT + ((step - first) / (last - first)) * (width - LEFT - RIGHT),
+    y: (/** @type {number} */ value) => Math.max(TOP, foot - ((value - low) / (high - low)) * (foot - TOP)),
+  }; // prettier-ignore
+}
+
+/** @typedef {ReturnType<typeof prepare>} View */
+
+/** @param {View} view */
+function axes(view) {
+  const { width, height, foot } = view;
+  const before = { x: LEFT - 5, "text-anchor": "end" };
+  const rows = ticks(view.low, view.high, Math.max(2, Math.floor((foot - TOP) / 34))).flatMap((value) => [
+    svg("line", { x1: LEFT, x2: width - RIGHT, y1: view.y(value), y2: view.y(value), class: "qet-grid" }),
+    svg("text", { ...before, y: view.y(value) + 3.5, text: String(Number(value.toPrecision(6))) }),
+  ]);
+  const whole = ticks(view.first, view.last, Math.max(2, Math.floor((width - LEFT) / 60))).filter(Number.isInteger);
+  const columns = whole.map((step) =>
+    svg("text", { x: view.x(step), y: height - 4, "text-anchor": "middle", text: String(step) }),
+  );
+  return [...rows, ...columns, svg("text", { ...before, y: height - BOTTOM - 6, text: "rate" })];
+}
+
+/** @param {View} view */
+function lines(view) {
+  const { curve } = view;
+  const highest = Math.max(...curve.learning_rate.map((value) => value ?? 0)) || 1;
+  const base = view.height - BOTTOM;
+  const rates = curve.steps.map((step, index) => [
+    view.x(step),
+    base - ((curve.learning_rate[index] ?? 0) / highest) * (RATE_BAND - 4),
+  ]);
+  const at = (/** @type {number[]} */ values) =>
+    curve.steps.map((step, index) => [view.x(step), view.y(values[index])]);
+  return [
+    path(rates, "qet-line-rate"),
+    path(at(curve.loss), "qet-line-loss"),
+    path(at(view.means), "qet-line-smooth"),
+    ...view.others.flatMap(([, points]) => scaled(view, points)),
+    ...view.held.flatMap(([, points], index) => marked(view, points, `qet-line-held qet-held-${index}`)),
+  ];
+}
+
+/**
+ * A measure with a scale of its own: zero at the foot, its largest value at the top.
+ * @param {View} view
+ * @param {number[][]} points
+ */
+function scaled(view, points) {
+  const top = Math.max(...points.map((point) => point[1])) || 1;
+  const own = points.map(([step, value]) => [view.x(step), view.foot - (value / top) * (view.foot - TOP) * 0.9]);
+  return [path(own, "qet-line-other")];
+}
+
+/** @param {View} view @param {number[][]} points @param {string} name */
+function marked(view, points, name) {
+  const places = points.map(([step, value]) => [view.x(step), view.y(value)]);
+  const marks = places.map(([x, y]) => svg("circle", { cx: x.toFixed(1), cy: y.toFixed(1), r: 3, class: name }));
+  return [path(places, name), ...marks];
+}
+
+/** @param {number[][]} places @param {string} name */
+function path(places, name) {
+  const drawn = places.filter((place) => place.every(Number.isFinite));
+  const points = drawn.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ");
+  return svg("polyline", { points, class: `qet-line ${name}` });
+}
+
+/** @param {View} view @param {number|undefined} step */
+function pointer(view, step) {
+  if (step === undefined) return [];
+  return [svg("line", { x1: view.x(step), x2: view.x(step), y1: TOP, y2: view.height - BOTTOM, class: "qet-pointer" })];
+}
+
+/** Value of a measure at `step` or before it. @param {number[][]} points @param {number} step */
+function latest(points, step) {
+  return points.filter((point) => point[0] <= step).pop()?.[1];
+}
+
+/** @param {View} view @param {number|undefined} pointed @returns {[string, string, string][]} Style, label, value. */
+function values(view, pointed) {
+  const { curve } = view;
+  const index = pointed === undefined ? curve.steps.length - 1 : nearest(curve.steps, pointed);
+  const step = curve.steps[index];
+  return [
+    ["loss", LABELS.loss, format.loss(curve.loss[index])],
+    ["smooth", LABELS.smooth, format.loss(view.means[index])],
+    ...view.held.map(([name, points], number) =>
+      /** @type {[string, string, string]} */ ([
+        `held-${number}`,
+        LABELS[name] ?? name.replace("validation_loss_", "held-out ").replaceAll("_", " "),
+        format.loss(latest(points, step)),
+      ]),
+    ),
+    ...view.others.map(([name, points]) =>
+      /** @type {[string, string, string]} */ (["other", name.replaceAll("_", " "), format.loss(latest(points, step))]),
+    ),
+    ["rate", LABELS.rate, format.rate(curve.learning_rate[index])],
+  ];
+}
+
+/** @param {View} view @param {number|undefined} pointed */
+function entries(view, pointed) {
+  const found = values(view, pointed).map(([style, label, value]) =>
+    element("span", { class: `qet-entry qet-entry-${style}` }, `${label} `, element("b", { text: value })),
+  );
+  return pointed === undefined ? found : [element("span", { class: "qet-entry", text: `step ${pointed}` }), ...found];
+}
+
+/** @param {View} view */
+function spoken(view) {
+  const said = values(view, undefined).map(([, label, value]) => `${label} ${value}`);
+  return `Loss up to step ${view.curve.steps[view.curve.steps.length - 1]}: ${said.join(", ")}`;
+}

@@ -1,0 +1,68 @@
+// @ts-check
+/** Numbers as people read them. */
+
+const UNKNOWN = "–";
+
+/** @param {number|null|undefined} value */
+export function loss(value) {
+  if (typeof value !== "number" || !Number.isFinite(value)) return UNKNOWN;
+  return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(2) : value.toPrecision(4);
+}
+
+/** @param {number|null|undefined} value */
+export function rate(value) {
+  if (typeof value !== "number" || !Number.isFinite(value)) return UNKNOWN;
+  return value === 0 ? "0" : value.toExponential(1).replace(".0e", "e");
+}
+
+/** @param {number|null|undefined} seconds */
+export function duration(seconds) {
+  if (typeof seconds !== "number" || !Number.isFinite(seconds)) return UNKNOWN;
+  const whole = Math.max(0, Math.round(seconds));
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+}
+
+/** @param {number|null|undefined} seconds Of one step. */
+export function speed(seconds) {
+  if (typeof seconds !== "number" || !(seconds > 0)) return UNKNOWN;
+  return seconds < 1 ? `${(1 / seconds).toFixed(1)} steps/s` : `${seconds.toFixed(1)} s/step`;
+}
+
+/** @param {number|null|undefined} bytes */
+export function memory(bytes) {
+  return bytes ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : UNKNOWN;
+}
+
+const STATES = {
+  training: "training",
+  started: "starting",
+  interrupted: "interrupted",
+  paused: "paused",
+  kept: "ended early",
+  finished: "finished",
+};
+
+/**
+ * @param {import("./store.js").Run} run
+ * @returns {string}
+ */
+export function state(run) {
+  if (run.active && run.stopping) return "ending";
+  return STATES[/** @type {keyof typeof STATES} */ (run.state)] ?? String(run.state);
+}
+
+/**
+ * One line: steps, and while the training goes on its speed, the time left and the memory.
+ * @param {import("./store.js").Run} run
+ */
+export function progress(run) {
+  const parts = [run.num_steps ? `step ${run.step} of ${run.num_steps}` : `step ${run.step}`];
+  if (run.active) {
+    if (run.phase) parts.push(run.phase);
+    else if (run.seconds_per_step) parts.push(speed(run.seconds_per_step), `${duration(run.seconds_left)} left`);
+  }
+  if (run.peak_bytes) parts.push(`VRAM ${memory(run.peak_bytes)}`);
+  return parts.join(" · ");
+}

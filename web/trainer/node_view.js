@@ -1,0 +1,110 @@
+// @ts-check
+/** What the training node shows: how the run stands, its curve, and the pictures as they come. */
+import { createChart } from "./chart.js";
+import { element, setText } from "./dom.js";
+import * as format from "./format.js";
+import { hasId, widget } from "./graph.js";
+import { createStrip } from "./samples.js";
+
+/**
+ * @typedef {import("./store.js").Run} Run
+ * @typedef {import("./store.js").Store} Store
+ */
+
+const EMPTY_HEIGHT = 26; // pixels
+const CURVE_HEIGHT = 210;
+const STRIP_HEIGHT = 84;
+
+/**
+ * @param {any} node
+ * @param {{app: any, store: Store, onPick: (run: string, step: number) => void}} given
+ */
+export function attachView(node, { app, store, onPick }) {
+  const badge = element("span", { class: "qet-badge" });
+  const line = element("span", { class: "qet-quiet", role: "status" });
+  const chart = createChart();
+  /** @type {Run|undefined} */
+  let run;
+  const strip = createStrip(store, (step) => run && onPick(run.run_name, step));
+  const head = element("div", { class: "qet-row" }, line, badge);
+  const box = element("div", { class: "qet-node" }, head, chart.element, strip.element);
+  let height = EMPTY_HEIGHT;
+  const view = node.addDOMWidget("training", "qwen_edit_training", box, {
+    serialize: false, // not in the prompt
+    hideOnZoom: false,
+    getMinHeight: () => height,
+  });
+  view.serialize = false; // nor in the saved graph
+  chart.element.addEventListener("wheel", (/** @type {WheelEvent} */ event) => {
+    const { LiteGraph } = /** @type {any} */ (window);
+    if (!LiteGraph?.vueNodesMode) app.canvas?.processMouseWheel?.(event); // zooms as elsewhere on the canvas
+  });
+
+  function paint() {
+    const next = runOf(node, store);
+    const wanted = wantedHeight(next);
+    box.style.minHeight = `${wanted}px`;
+    chart.element.hidden = !next;
+    badge.hidden = !next;
+    if (next && !store.isLoaded(next.run_name)) store.load(next.run_name).catch(() => {}); // told by the side panel
+    setText(line, next ? format.progress(next) : "The run's curve and pictures appear here.");
+    if (next && next !== run) {
+      setText(badge, format.state(next));
+      badge.dataset.state = next.state;
+      chart.show(next.curve);
+    }
+    if (next) strip.show(next, 0);
+    else strip.element.hidden = true;
+    run = next;
+    if (wanted > height) grow(wanted);
+    height = wanted;
+  }
+
+  /** @param {number} wanted */
+  function grow(wanted) {
+    height = wanted;
+    const [width, tall] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], tall)]);
+    app.graph?.setDirtyCanvas?.(true, true);
+  }
+
+  const name = widget(node, "run_name");
+  if (name) chain(name, "callback", paint);
+  chain(node, "onConfigure", paint);
+  const end = store.subscribe(paint);
+  chain(node, "onRemoved", end);
+  paint();
+}
+
+/** @param {Run|undefined} run */
+function wantedHeight(run) {
+  if (!run) return EMPTY_HEIGHT;
+  return CURVE_HEIGHT + (run.samples?.length ? STRIP_HEIGHT : 0);
+}
+
+/**
+ * The run of this node's name, or the one that this node is training under a name with a number.
+ * @param {any} node
+ * @param {Store} store
+ * @returns {Run|undefined}
+ */
+function runOf(node, store) {
+  const name = String(widget(node, "run_name")?.value ?? "");
+  const mine = store.list().find((run) => run.active && hasId(node, run.node_id) && run.run_name.startsWith(name));
+  return mine ?? store.find(name);
+}
+
+/**
+ * Call `also` after whatever is called there already.
+ * @param {any} object
+ * @param {string} method
+ * @param {() => void} also
+ */
+function chain(object, method, also) {
+  const before = object[method];
+  object[method] = function chained(/** @type {any[]} */ ...given) {
+    const answer = before?.apply(this, given);
+    also();
+    return answer;
+  };
+}

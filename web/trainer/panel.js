@@ -1,0 +1,222 @@
+// @ts-check
+/** The side panel: all runs, and one of them with its curve, pictures, settings and what can be done with it. */
+import { createChart } from "./chart.js";
+import { element, setText } from "./dom.js";
+import * as format from "./format.js";
+import { applySettings, leaves, openGraph, queueGraph, toast } from "./graph.js";
+import { createComparison } from "./samples.js";
+
+/**
+ * @typedef {import("./store.js").Run} Run
+ * @typedef {import("./store.js").Store} Store
+ */
+
+const OWN_KEYS = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Enter", " ", "Delete", "Backspace"];
+
+/**
+ * @param {any} app
+ * @param {any} api
+ * @param {Store} store
+ */
+export function createPanel(app, api, store) {
+  const problem = element("p", { class: "qet-problem", role: "alert", hidden: true });
+  const list = createList(store, (name) => select(name, true));
+  const detail = createDetail({ app, api, store, back: () => select(undefined, true) });
+  const keydown = (/** @type {KeyboardEvent} */ event) => OWN_KEYS.includes(event.key) && event.stopPropagation();
+  const root = element("div", { class: "qet-panel", on: { keydown } }, problem, list.element, detail.element);
+  /** @type {string|undefined} */
+  let selected;
+
+  /** @param {string|undefined} name @param {boolean} [focus] */
+  function select(name, focus = false) {
+    const before = selected;
+    selected = name;
+    if (name !== undefined && !store.isLoaded(name)) store.load(name).catch(complain);
+    paint();
+    if (focus) (name === undefined ? list.focus(before) : detail.focus());
+  }
+
+  /** @param {Error} error */
+  function complain(error) {
+    problem.hidden = false;
+    setText(problem, `The server does not answer as expected: ${error.message}`);
+  }
+
+  function paint() {
+    const run = selected === undefined ? undefined : store.find(selected);
+    list.element.hidden = Boolean(run);
+    detail.element.hidden = !run;
+    if (run) detail.show(run);
+    else list.show(store.list());
+  }
+
+  return {
+    /** @param {HTMLElement} place */
+    mount(place) {
+      place.append(root);
+      const end = store.subscribe(paint);
+      store.refresh().then(() => (problem.hidden = true), complain);
+      paint();
+      return () => {
+        end();
+        root.remove();
+      };
+    },
+    /** @param {string} name @param {number} [step] */
+    open(name, step) {
+      select(name);
+      if (step !== undefined) detail.chooseStep(step);
+    },
+  };
+}
+
+/** @param {Store} store @param {(name: string) => void} onPick */
+function createList(store, onPick) {
+  const heading = element("h3", { class: "qet-heading", text: "Runs" });
+  const invitation = "No run yet. Queue a graph with Train Qwen Edit LoRA in it.";
+  const empty = element("p", { class: "qet-quiet", text: invitation });
+  const rows = element("ul", { class: "qet-runs" });
+  const box = element("section", { "aria-label": "Runs" }, heading, empty, rows);
+  /** @type {Map<string, ReturnType<typeof createRow>>} */
+  const known = new Map();
+
+  return {
+    element: box,
+    /** @param {Run[]} runs */
+    show(runs) {
+      empty.hidden = runs.length > 0;
+      const order = runs.map((run) => {
+        const row = known.get(run.run_name) ?? createRow(run.run_name, onPick);
+        known.set(run.run_name, row);
+        row.show(run);
+        return row.element;
+      });
+      const same = order.length === rows.children.length && order.every((row, index) => row === rows.children[index]);
+      if (!same) rows.replaceChildren(...order);
+    },
+    /** @param {string|undefined} name */
+    focus(name) {
+      (name === undefined ? undefined : known.get(name))?.element.firstElementChild?.focus();
+    },
+  };
+}
+
+/** @param {string} name @param {(name: string) => void} onPick */
+function createRow(name, onPick) {
+  const badge = element("span", { class: "qet-badge" });
+  const line = element("span", { class: "qet-quiet" });
+  const bar = element("progress", { class: "qet-progress", max: 1, "aria-hidden": "true" });
+  const title = element("span", { class: "qet-name", text: name });
+  const button = element(
+    "button", { type: "button", class: "qet-run", on: { click: () => onPick(name) } },
+    element("span", { class: "qet-row" }, title, badge), bar, line,
+  ); // prettier-ignore
+  return {
+    element: element("li", {}, button),
+    /** @param {Run} run */
+    show(run) {
+      setText(badge, format.state(run));
+      badge.dataset.state = run.state;
+      bar.value = run.num_steps ? run.step / run.num_steps : 0;
+      bar.hidden = !run.active;
+      setText(line, `${format.progress(run)} · loss ${format.loss(run.loss)}`);
+    },
+  };
+}
+
+/** @param {{app: any, api: any, store: Store, back: () => void}} given */
+function createDetail({ app, api, store, back }) {
+  const title = element("h3", { class: "qet-heading qet-name", tabindex: "-1" });
+  const badge = element("span", { class: "qet-badge" });
+  const line = element("p", { class: "qet-quiet", role: "status" });
+  const bar = element("progress", { class: "qet-progress", max: 1, "aria-label": "Steps done" });
+  const chart = createChart();
+  const comparison = createComparison(store);
+  const table = element("dl", { class: "qet-settings" });
+  const settings = element("details", {}, element("summary", { text: "Settings" }), table);
+  /** @type {Run|undefined} */
+  let run;
+  /** @type {string|undefined} */
+  let tableOf;
+
+  const name = () => /** @type {Run} */ (run).run_name;
+  const load = async () => (await store.get(`${store.runPath(name())}/settings`)).settings;
+  const graph = () => store.get(`${store.runPath(name())}/graph`);
+  const actions = {
+    stop: action(app, "Stop and keep", "End this training now and keep its LoRA", () => store.stopAndKeep(name())),
+    go: action(app, "Continue", "Queue the graph that started this run; it goes on where it stopped", async () => {
+      await queueGraph(api, await graph());
+      toast(app, "success", "Queued", `${name()} goes on`);
+    }),
+    open: action(app, "Open graph", "Open the graph that started this run", async () => {
+      const { workflow } = await graph();
+      if (!workflow) throw new Error("This run was queued without a page, so there is only its prompt.");
+      await openGraph(app, workflow, name());
+    }),
+    apply: action(app, "Settings into graph", "Copy this run's settings into the nodes of the graph", async () => {
+      const { changed, made } = applySettings(app, await load());
+      toast(app, "success", "Settings copied", `${changed} widgets changed, ${made} nodes added`);
+    }),
+    copy: action(app, "Copy as JSON", "Copy this run's settings to the clipboard", async () => {
+      await navigator.clipboard.writeText(JSON.stringify(await load(), null, 1));
+      toast(app, "success", "Settings copied to the clipboard");
+    }),
+  };
+  const box = element(
+    "section", { "aria-label": "Run" },
+    element("button", { type: "button", class: "qet-button qet-back", on: { click: back } }, "‹ All runs"),
+    element("div", { class: "qet-row" }, title, badge), bar, line,
+    element("div", { class: "qet-actions" }, ...Object.values(actions)),
+    chart.element, comparison.element, settings,
+  ); // prettier-ignore
+
+  settings.addEventListener("toggle", async () => {
+    if (!settings.open || tableOf === name()) return;
+    tableOf = name();
+    const rows = Object.entries(leaves(await load())).map(([key, value]) => [
+      element("dt", { text: key }),
+      element("dd", { text: typeof value === "string" ? value || "(empty)" : JSON.stringify(value) }),
+    ]);
+    table.replaceChildren(...rows.flat());
+  });
+
+  return {
+    element: box,
+    focus: () => title.focus(),
+    chooseStep: comparison.choose,
+    /** @param {Run} next */
+    show(next) {
+      if (next.run_name !== run?.run_name) settings.open = false;
+      run = next;
+      setText(title, run.run_name);
+      setText(badge, format.state(run));
+      badge.dataset.state = run.state;
+      bar.value = run.num_steps ? run.step / run.num_steps : 0;
+      setText(line, [format.progress(run), ...ratios(run)].join(" · "));
+      actions.stop.hidden = !run.active;
+      actions.stop.disabled = Boolean(run.stopping);
+      actions.go.hidden = run.active || run.state === "finished" || !run.has_graph;
+      actions.open.hidden = !run.has_graph;
+      chart.show(run.curve);
+      comparison.show(run);
+    },
+  };
+}
+
+/** How near the pictures of the held-out pairs come to their targets. @param {Run} run */
+function ratios({ psnr }) {
+  if (typeof psnr?.lora !== "number") return [];
+  return [`LoRA ${psnr.lora.toFixed(1)} dB, base ${psnr.base?.toFixed(1) ?? "–"} dB`];
+}
+
+/**
+ * A button whose failure is told.
+ * @param {any} app
+ * @param {string} text
+ * @param {string} title
+ * @param {() => Promise<void>} call
+ */
+function action(app, text, title, call) {
+  const click = () => call().catch((error) => toast(app, "error", text, String(error?.message ?? error)));
+  return element("button", { type: "button", class: "qet-button", title, on: { click } }, text);
+}

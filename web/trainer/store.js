@@ -1,0 +1,177 @@
+// @ts-check
+/**
+ * What this page knows of the runs. The truth is on the server: it is asked at the start, after a lost connection and
+ * when a run begins or ends; in between its messages keep this up to date.
+ *
+ * @typedef {{steps: number[], loss: number[], learning_rate: (number|null)[],
+ *   measured: Record<string, number[][]>}} Curve
+ * @typedef {{caption: string, columns: string[]}} Pair
+ * @typedef {{step: number, version: number, pairs: Pair[]}} Sample
+ * @typedef {{run_name: string, state: string, active: boolean, step: number, num_steps: number, loss: number|null,
+ *   learning_rate?: number|null, seconds_per_step?: number|null, seconds_left?: number|null, peak_bytes?: number,
+ *   phase?: string, stopping?: boolean, node_id?: string|null, changed?: number, has_graph?: boolean,
+ *   psnr?: Record<string, number|null>, curve?: Curve, samples?: Sample[], revision: number}} Run
+ */
+import { onceAFrame } from "./dom.js";
+
+const BASE = "/qwen_edit_trainer";
+const POINTS = 600; // asked of the server
+const MAX_POINTS = 2400; // kept here; then the server's thinned curve is asked for again
+
+/** @param {any} api ComfyUI's. */
+export function createStore(api) {
+  /** @type {Map<string, Run>} */
+  const runs = new Map();
+  /** @type {Set<string>} */
+  const loaded = new Set();
+  /** @type {Set<() => void>} */
+  const listeners = new Set();
+  const tell = onceAFrame(() => listeners.forEach((listener) => listener()));
+
+  /** @param {string} path */
+  async function get(path) {
+    const answer = await api.fetchApi(BASE + path);
+    const value = await answer.json();
+    if (!answer.ok) throw new Error(value.error ?? answer.statusText);
+    return value;
+  }
+
+  /** @param {string} name */
+  function runPath(name) {
+    return `/runs/${encodeURIComponent(name)}`;
+  }
+
+  /** @param {any} values */
+  function merge(values) {
+    const before = runs.get(values.run_name) ?? { state: "started", step: 0, num_steps: 0, loss: null, revision: 0 };
+    const run = { ...before, ...values, revision: before.revision + 1 };
+    runs.set(run.run_name, run);
+    tell();
+    return run;
+  }
+
+  async function refresh() {
+    const listed = (await get("/runs")).runs;
+    const names = new Set(listed.map((/** @type {Run} */ run) => run.run_name));
+    [...runs.keys()].filter((name) => !names.has(name)).forEach((name) => runs.delete(name));
+    const order = new Map();
+    listed.forEach((/** @type {Run} */ run) => order.set(run.run_name, merge(run)));
+    runs.clear();
+    order.forEach((run, name) => runs.set(name, run));
+    tell();
+  }
+
+  /** Curve and samples of a run, from now on kept up to date. @param {string} name */
+  async function load(name) {
+    loaded.add(name);
+    const [run, curve] = await Promise.all([get(runPath(name)), get(`${runPath(name)}/curve?points=${POINTS}`)]);
+    const newer = runs.get(name)?.curve;
+    merge({ ...run, curve: run.active && newer ? joined(curve, newer) : curve });
+  }
+
+  /** @param {string} name */
+  function reload(name) {
+    if (loaded.has(name)) load(name).catch(() => loaded.delete(name)); // its folder is gone, or the server is
+  }
+
+  function reloadAll() {
+    refresh().then(() => [...loaded].forEach(reload), () => {}); // asked again when the connection is back
+  }
+
+  /** @param {CustomEvent} event */
+  function onMessage({ detail }) {
+    const { points = [], samples, ...values } = detail;
+    const before = runs.get(detail.run_name);
+    if (!detail.active || !before?.active) {
+      merge({ ...values, state: detail.active ? "training" : before?.state });
+      reloadAll();
+      return;
+    }
+    const curve = before.curve && extended(before.curve, points);
+    merge({ ...values, curve });
+    if (samples !== undefined || (curve && curve.steps.length > MAX_POINTS)) reload(detail.run_name);
+  }
+
+  api.addEventListener("qwen_edit_trainer.run", onMessage);
+  api.addEventListener("reconnected", reloadAll);
+
+  return {
+    refresh,
+    load,
+    get,
+    runPath,
+    /** @returns {Run[]} Newest first. */
+    list: () => [...runs.values()],
+    /** @param {string} name @returns {Run|undefined} */
+    find: (name) => runs.get(name),
+    /** @param {string} name */
+    isLoaded: (name) => loaded.has(name),
+    /** @param {() => void} listener @returns {() => void} Ends it. */
+    subscribe(listener) {
+      listeners.add(listener);
+      return () => listeners.delete(listener);
+    },
+    /**
+     * @param {string} name
+     * @param {Sample} sample
+     * @param {number} pair
+     * @param {string} column
+     * @param {number} [edge] Of a small one, in pixels.
+     */
+    pictureAddress(name, sample, pair, column, edge) {
+      const place = `${runPath(name)}/samples/${sample.step}/${pair}/${encodeURIComponent(column)}`;
+      return api.apiURL(`${BASE}${place}?v=${sample.version}${edge ? `&edge=${edge}` : ""}`);
+    },
+    /** End a training and keep its LoRA. @param {string} name */
+    async stopAndKeep(name) {
+      const body = JSON.stringify({ run_name: name });
+      const headers = { "Content-Type": "application/json" };
+      const answer = await api.fetchApi(`${BASE}/stop`, { method: "POST", headers, body });
+      if (!answer.ok) throw new Error((await answer.json()).error);
+      merge({ run_name: name, stopping: true });
+    },
+  };
+}
+
+/** @typedef {ReturnType<typeof createStore>} Store */
+
+/**
+ * @param {Curve} curve
+ * @param {any[]} points Steps as the server reports them.
+ * @returns {Curve}
+ */
+export function extended(curve, points) {
+  const last = curve.steps[curve.steps.length - 1] ?? 0;
+  const fresh = points.filter((point) => point.step > last);
+  const measured = { ...curve.measured };
+  for (const point of fresh) {
+    for (const [name, value] of Object.entries(point)) {
+      if (/^(validation_|drift)/.test(name) && typeof value === "number") {
+        measured[name] = [...(measured[name] ?? []), [point.step, value]];
+      }
+    }
+  }
+  return {
+    steps: [...curve.steps, ...fresh.map((point) => point.step)],
+    loss: [...curve.loss, ...fresh.map((point) => point.loss)],
+    learning_rate: [...curve.learning_rate, ...fresh.map((point) => point.learning_rate)],
+    measured,
+  };
+}
+
+/**
+ * The server's curve, and what came by message while it was on its way.
+ * @param {Curve} curve
+ * @param {Curve} live
+ */
+function joined(curve, live) {
+  const last = curve.steps[curve.steps.length - 1] ?? 0;
+  const start = live.steps.findIndex((step) => step > last);
+  if (start < 0) return curve;
+  return {
+    steps: [...curve.steps, ...live.steps.slice(start)],
+    loss: [...curve.loss, ...live.loss.slice(start)],
+    learning_rate: [...curve.learning_rate, ...live.learning_rate.slice(start)],
+    measured: curve.measured,
+  };
+}
