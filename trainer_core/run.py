@@ -9,6 +9,7 @@ import torch
 
 from .conditioning.batches import BatchLoader, BatchPlan
 from .conditioning.encoded import EncodedDataset, load_encoded
+from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
 from .errors import ConfigError, DatasetError, Interrupted, OutOfMemoryError
 from .events import SILENT, Observer, SampleReport, StepReport, Stop
@@ -59,7 +60,11 @@ def train_lora(
     networks = build_networks(config, encoded.preprocessing, observer)
     done, report, stop = _restore(run, networks), None, Stop.NO  # 0 steps in a fresh folder
     _make_up_for_validation(validator, networks, run, done, config, observer)
-    with Metrics(run, done) as metrics, BatchLoader(encoded, plan) as loader:
+    with (
+        Metrics(run, done) as metrics,
+        reference_encoder(encoded, config.model, observer) as encode_reference,
+        BatchLoader(encoded, plan, encode_reference=encode_reference) as loader,
+    ):
         while done < config.max_train_steps and not stop:
             try:
                 outcome = train_step(networks, loader, done, config, observer)

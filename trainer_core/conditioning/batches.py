@@ -19,7 +19,7 @@ from ..config import BatchingConfig
 from ..errors import ConfigError
 from ..qwen_image.types import Condition
 from ..rng import stream
-from .encoded import EMPTY_CAPTION, EncodedDataset
+from .encoded import EMPTY_CAPTION, EncodedDataset, EncodedEntry, EncodeReference
 from .types import EncodedPair
 
 MEMORY_BYTES = 1 << 30  # encoded pairs held in host memory so that a small dataset is read once
@@ -28,11 +28,12 @@ MEMORY_BYTES = 1 << 30  # encoded pairs held in host memory so that a small data
 @dataclass(frozen=True, slots=True)
 class Draw:
     """A pair's turn in the run. `caption` is its number or EMPTY_CAPTION. `index` counts turns from the run's start
-    and keys all randomness of this one."""
+    and keys all randomness of this one. `reference_set`: number of the reference seen, where a turn sees one alone."""
 
     pair: int
     caption: int
     index: int
+    reference_set: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,13 @@ class _Begin(NamedTuple):
     turn: int
 
 
+class _Turn(NamedTuple):
+    """A pair with one of its reference sets."""
+
+    pair: int
+    reference_set: int
+
+
 class BatchPlan:
     """The order of a whole run, a pure function of the micro-batch's number. An epoch visits every pair once, or as a
     mix's repeats and probability say, shuffled by (seed, epoch).
@@ -69,6 +77,8 @@ class BatchPlan:
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
         self._all_turns = [index for index, pair in enumerate(self._pairs) for _ in range(1 + pair.repeats)]
         self._draws_pairs = any(pair.probability < 1 for pair in self._pairs)
+        self._draws_references = any(pair.alone for pair in self._pairs)
+        self._epochs_differ = self._draws_pairs or any(len(_shapes_alone(pair)) > 1 for pair in self._pairs)
         self._begins = [_Begin(0, 0)]  # of the epochs so far asked for, where they differ in length
         self._lock = Lock()  # the loader's thread and the step's ask alike
 
@@ -79,7 +89,7 @@ class BatchPlan:
 
     def batches_in_epoch(self, epoch: int) -> int:
         """Micro-batches of epoch `epoch`; none where it happens to draw no pair."""
-        shapes = Counter(self._pairs[pair].shapes for pair in self._turns(epoch))
+        shapes = Counter(map(self._shapes, self._turns(epoch)))
         return sum(math.ceil(count / self._size) for count in shapes.values())
 
     @cached_property
@@ -89,7 +99,7 @@ class BatchPlan:
 
     def _place(self, micro_batch: int) -> tuple[int, int]:
         """Epoch and position in it."""
-        if not self._draws_pairs:
+        if not self._epochs_differ:
             return divmod(micro_batch, self._even_length)
         with self._lock:
             while self._begins[-1].batch <= micro_batch:
@@ -102,7 +112,22 @@ class BatchPlan:
         turns = len(self._turns(epoch))
         self._begins.append(_Begin(last.batch + self.batches_in_epoch(epoch), last.turn + turns))
 
-    def _turns(self, epoch: int) -> list[int]:
+    def _shapes(self, turn: _Turn) -> object:
+        """What must be equal for turns to share a batch."""
+        return self._pairs[turn.pair].seen(turn.reference_set).shapes
+
+    def _turns(self, epoch: int) -> list[_Turn]:
+        """Turns of an epoch in the order of their pairs, each with the references that it sees."""
+        pairs = self._visited(epoch)
+        if not self._draws_references:
+            return [_Turn(pair, 0) for pair in pairs]
+        drawn = torch.rand(len(pairs), generator=stream(self._seed, "reference set", epoch)).tolist()
+        return [
+            _Turn(pair, int(share * max(1, len(self._pairs[pair].alone))))
+            for pair, share in zip(pairs, drawn, strict=True)
+        ]
+
+    def _visited(self, epoch: int) -> list[int]:
         """Pairs of an epoch in their own order, each as often as it is visited."""
         if not self._draws_pairs:
             return self._all_turns
@@ -113,34 +138,39 @@ class BatchPlan:
         """Walk the shuffled turns and hand out a batch whenever one shape has enough; what is left comes last."""
         turns = self._turns(epoch)
         order = [turns[at] for at in torch.randperm(len(turns), generator=stream(self._seed, "order", epoch)).tolist()]
-        waiting: dict[object, list[int]] = {}
-        batches: list[list[int]] = []
-        for pair in order:
-            group = waiting.setdefault(self._pairs[pair].shapes, [])
-            group.append(pair)
+        waiting: dict[object, list[_Turn]] = {}
+        batches: list[list[_Turn]] = []
+        for turn in order:
+            group = waiting.setdefault(self._shapes(turn), [])
+            group.append(turn)
             if len(group) == self._size:
-                batches.append(waiting.pop(self._pairs[pair].shapes))
+                batches.append(waiting.pop(self._shapes(turn)))
         batches += waiting.values()
-        index = self._begins[epoch].turn if self._draws_pairs else epoch * len(order)
+        index = self._begins[epoch].turn if self._epochs_differ else epoch * len(order)
         planned = []
-        for pairs in batches:
-            planned.append(tuple(self._draw(pair, index + turn) for turn, pair in enumerate(pairs)))
-            index += len(pairs)
+        for batch in batches:
+            planned.append(tuple(self._draw(turn, index + number) for number, turn in enumerate(batch)))
+            index += len(batch)
         return planned
 
-    def _draw(self, pair: int, index: int) -> Draw:
-        captions = len(self._pairs[pair].captions)
+    def _draw(self, turn: _Turn, index: int) -> Draw:
+        captions = len(self._pairs[turn.pair].captions)
         caption = int(torch.randint(captions, (), generator=stream(self._seed, "caption", index)))
         if (
             self._dropout
             and float(torch.rand((), generator=stream(self._seed, "caption dropout", index))) < self._dropout
         ):
             caption = EMPTY_CAPTION
-        return Draw(pair, caption, index)
+        return Draw(turn.pair, caption, index, turn.reference_set)
+
+
+def _shapes_alone(pair: EncodedEntry) -> set[object]:
+    """Of a pair's turns, where it has one reference at a time."""
+    return {pair.seen(number).shapes for number in range(len(pair.alone))}
 
 
 def _check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> None:
-    if batching.caption_dropout_probability > 0 and not all(pair.empty for pair in encoded.pairs):
+    if batching.caption_dropout_probability > 0 and not all(pair.has_empty for pair in encoded.pairs):
         raise ConfigError(
             f"caption_dropout_probability is {batching.caption_dropout_probability}, and the dataset was encoded "
             "without the empty caption. Encode it again with encode_empty_caption on (only that is made), or set "
@@ -149,12 +179,21 @@ def _check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> 
 
 
 class BatchLoader:
-    """Reads batches one ahead of the step. Use as a context manager; holds at most `memory_bytes` of pairs."""
+    """Reads batches one ahead of the step. Use as a context manager; holds at most `memory_bytes` of pairs.
+    `encode_reference` makes the latents of references that are encoded on the fly."""
 
-    def __init__(self, encoded: EncodedDataset, plan: BatchPlan, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(
+        self,
+        encoded: EncodedDataset,
+        plan: BatchPlan,
+        memory_bytes: int = MEMORY_BYTES,
+        *,
+        encode_reference: EncodeReference | None = None,
+    ) -> None:
         self.plan = plan
         self._encoded, self._memory_bytes = encoded, memory_bytes
-        self._held: OrderedDict[tuple[int, int], EncodedPair] = OrderedDict()
+        self._encode_reference = encode_reference
+        self._held: OrderedDict[tuple[int, int, int], EncodedPair] = OrderedDict()
         self._held_bytes = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: tuple[int, Future[Batch]] | None = None
@@ -178,11 +217,12 @@ class BatchLoader:
         return collate(draws, [self._pair(draw) for draw in draws])
 
     def _pair(self, draw: Draw) -> EncodedPair:
-        key = (draw.pair, draw.caption)
+        key = (draw.pair, draw.caption, draw.reference_set)
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
-        pair = self._encoded.load(self._encoded.pairs[draw.pair], draw.caption)
+        entry = self._encoded.pairs[draw.pair]
+        pair = self._encoded.load(entry, draw.caption, draw.reference_set, encode_reference=self._encode_reference)
         self._held[key] = pair
         self._held_bytes += _num_bytes(pair)
         while self._held_bytes > self._memory_bytes and len(self._held) > 1:

@@ -24,6 +24,7 @@ from .encoded import EncodedDataset, save_manifest
 from .encoders import Encoders, own_pictures, own_prompts
 from .image_embeds import open_image_embeds
 from .jobs import missing_jobs, plan_encoding
+from .reference_sets import entries_of_pairs, seen_at_once
 from .sizes import large_enough
 
 
@@ -45,8 +46,7 @@ def encode_dataset(
         ModelFileError: the VAE or text encoder can't be loaded.
         Interrupted: the observer wants to stop; what was encoded stays.
     """
-    _check_built(encoding)
-    _check_references(dataset, model)
+    _check_references(dataset, model, encoding)
     encoders = encoders or Encoders()
     encoders.check(encoding)
     pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
@@ -56,9 +56,9 @@ def encode_dataset(
     text_encoder = encoders.prompts or own_prompts(model, encoding, device)
     image_embeds = open_image_embeds(encoding, cache_dir, dataset.reference_dirs[0], text_encoder)
     held_out = _held_out(dataset, encoding)
-    planned = [
-        plan_encoding(pair, model, encoding, (vae.digest, text_encoder.digest), held_out) for pair in dataset.pairs
-    ]
+    digests = (vae.digest, text_encoder.digest)
+    pairs = seen_at_once(dataset.pairs, encoding, held_out)
+    planned = [plan_encoding(pair, model, encoding, digests, held_out) for pair in pairs]
     jobs = missing_jobs(planned, cache_dir)
     before = dataset_states(dataset) if any(jobs) else {}
     problems = encode_masks(jobs.masks, cache_dir, observer)
@@ -67,13 +67,14 @@ def encode_dataset(
     problems += encode_prompts(jobs.prompts, text_encoder, image_embeds, prompt_width(model), observer)
     release_memory()
     _raise_unread(problems)
+    entries = list(entries_of_pairs([each.entry for each in planned]))
     encoded = save_manifest(
         cache_dir,
         flavour=model.flavour,
         preprocessing=encoding.preprocessing,
         prompt_width=prompt_width(model),
-        pairs=tuple(each.entry for each in planned if each.pair.key not in held_out),
-        validation_pairs=tuple(each.entry for each in planned if each.pair.key in held_out),
+        pairs=tuple(entry for entry in entries if entry.key not in held_out),
+        validation_pairs=tuple(entry for entry in entries if entry.key in held_out),
         left_out=left_out,
     )
     changed = changed_files(before, dataset_states(dataset)) if any(jobs) else ()
@@ -89,21 +90,14 @@ def _raise_unread(problems: list[str]) -> None:
         )
 
 
-def _check_built(encoding: EncodingConfig) -> None:
-    """Settings whose work is not done yet are refused, never ignored."""
-    for name in ("conditioning_multidataset_sampling", "reference_latents"):
-        usual = next(field.default for field in dataclasses.fields(encoding) if field.name == name)
-        if getattr(encoding, name) != usual:
-            raise ConfigError(f"{name} is {getattr(encoding, name)!r}; this version has {usual!r} only.")
-
-
-def _check_references(dataset: EditDataset, model: ModelConfig) -> None:
+def _check_references(dataset: EditDataset, model: ModelConfig, encoding: EncodingConfig) -> None:
     allowed = FLAVOURS[model.flavour].max_references
     most = max((len(pair.references) for pair in dataset.pairs), default=0)
-    if most > allowed:
+    if most > allowed and encoding.conditioning_multidataset_sampling == "combined":
         raise ConfigError(
             f"The dataset has {most} references per pair; {model.flavour} takes {allowed}. "
-            "Use one reference folder, or a model of flavour edit-v2 or edit-v3."
+            "Use one reference folder, or a model of flavour edit-v2 or edit-v3, or conditioning_multidataset_sampling "
+            "random, which shows one of them at a time."
         )
 
 

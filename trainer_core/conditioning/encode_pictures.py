@@ -18,9 +18,9 @@ from .jobs import LatentJob, PlannedPair, latents_shape, mask_box
 from .read_ahead import or_error, read_ahead
 
 
-def encode_masks(jobs: list[PlannedPair], cache_dir: Path, observer: Observer) -> list[str]:
+def encode_masks(jobs: dict[str, PlannedPair], cache_dir: Path, observer: Observer) -> list[str]:
     problems = []
-    for done, (each, weights) in enumerate(read_ahead(jobs, or_error(_loss_weights))):
+    for done, (each, weights) in enumerate(read_ahead(jobs.values(), or_error(_loss_weights))):
         raise_if_stopped(observer)
         if isinstance(weights, DatasetError):
             problems.append(str(weights))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..config import Preprocessing, digest
-from ..errors import DatasetError
+from ..errors import ConfigError, DatasetError
 from ..files import is_whole, read_tensors, write_atomically
 from ..qwen_image.flavours import FlavourName
 from .cache import entry_path
-from .types import EncodedPair
+from .types import EncodedPair, ReferenceFile
 
 FORMAT = 1
+EncodeReference = Callable[[ReferenceFile], Tensor]  # to normalised latents [C, H/8, W/8]
 EMPTY_CAPTION = -1  # in the place of a caption's number: the pair seen without words
 
 
@@ -25,7 +29,9 @@ class EncodedEntry:
     `negative` and `pictures` (target first, then references) are there for held-out pairs only, `empty` (the prompt
     without words) and `mask` (the loss's weights) where they were asked for. `repeats` (extra turns an epoch) and
     `probability` (that an epoch draws the pair) are a mix's. `validation_captions` and their `validation_prompts` are
-    drawn of a held-out pair besides its own."""
+    drawn of a held-out pair besides its own. Where a turn sees one reference alone, `alone` has the prompts by
+    reference and `alone_empty` the empty ones, instead of `prompts` and `empty`. `reference_files` are there where
+    references are encoded on the fly: then their keys are not in the cache."""
 
     key: str
     captions: tuple[str, ...]
@@ -42,6 +48,30 @@ class EncodedEntry:
     probability: float = 1.0
     validation_captions: tuple[str, ...] = ()
     validation_prompts: tuple[str, ...] = ()
+    alone: tuple[tuple[str, ...], ...] = ()
+    alone_empty: tuple[str, ...] = ()
+    reference_files: tuple[ReferenceFile, ...] = ()
+
+    def seen(self, reference_set: int) -> EncodedEntry:
+        """The pair in a turn: as it is, or with the one reference of this number and the prompts encoded with it."""
+        if not self.alone:
+            return self
+        one = slice(reference_set, reference_set + 1)
+        return dataclasses.replace(
+            self,
+            references=self.references[one],
+            reference_shapes=self.reference_shapes[one],
+            reference_files=self.reference_files[one],
+            prompts=self.alone[reference_set],
+            empty=self.alone_empty[reference_set] if self.alone_empty else "",
+            alone=(),
+            alone_empty=(),
+        )
+
+    @property
+    def has_empty(self) -> bool:
+        """Whether the prompt without words was encoded."""
+        return bool(self.empty or self.alone_empty)
 
     def prompt(self, caption: int) -> str:
         """Key of the prompt of caption number `caption`, or of EMPTY_CAPTION."""
@@ -78,12 +108,24 @@ class EncodedDataset:
         """The cache that the keys belong to."""
         return self.manifest.parent.parent
 
-    def load(self, entry: EncodedEntry, caption: int = 0) -> EncodedPair:
-        """The tensors of a pair under one of its captions, or under EMPTY_CAPTION."""
+    def load(
+        self,
+        entry: EncodedEntry,
+        caption: int = 0,
+        reference_set: int = 0,
+        *,
+        encode_reference: EncodeReference | None = None,
+    ) -> EncodedPair:
+        """The tensors of a pair under one of its captions, or under EMPTY_CAPTION.
+
+        Raises:
+            ConfigError: its references are encoded on the fly, and there is no `encode_reference`.
+        """
+        entry = entry.seen(reference_set)
         return EncodedPair(
             key=entry.key,
             target_latents=self._tensor("latents", entry.target, entry),
-            reference_latents=tuple(self._tensor("latents", key, entry) for key in entry.references),
+            reference_latents=self._references(entry, encode_reference),
             prompt_embeds=self._tensor("prompt", entry.prompt(caption), entry),
             loss_weights=self._tensor("mask", entry.mask, entry) if entry.mask else None,
         )
@@ -95,6 +137,16 @@ class EncodedDataset:
     def load_pictures(self, entry: EncodedEntry) -> tuple[Any, ...]:
         """The pair's pictures [3, H, W] uint8 as encoded: target, then references."""
         return tuple(self._tensor("picture", key, entry) for key in entry.pictures)
+
+    def _references(self, entry: EncodedEntry, encode_reference: EncodeReference | None) -> tuple[Tensor, ...]:
+        if not entry.reference_files:
+            return tuple(self._tensor("latents", key, entry) for key in entry.references)
+        if encode_reference is None:
+            raise ConfigError(
+                f"The references of {entry.key!r} are encoded on the fly, which only a training does. Encode the "
+                "dataset with reference_latents cached to see them here."
+            )
+        return tuple(map(encode_reference, entry.reference_files))
 
     def _tensor(self, kind: str, key: str, entry: EncodedEntry) -> Any:
         path = entry_path(self.cache_dir, kind, key)
@@ -110,24 +162,27 @@ class EncodedDataset:
         return tuple(entry.key for entry in (*self.pairs, *self.validation_pairs) if not self._is_complete(entry))
 
     def _is_complete(self, entry: EncodedEntry) -> bool:
-        wanted = [("latents", key) for key in (entry.target, *entry.references)]
-        wanted += [("prompt", key) for key in (*entry.prompts, *entry.validation_prompts)]
-        wanted += [("prompt", key) for key in (entry.negative, entry.empty) if key]
+        latents = [entry.target] if entry.reference_files else [entry.target, *entry.references]
+        prompts = [*entry.prompts, *entry.validation_prompts, entry.negative, entry.empty, *entry.alone_empty]
+        prompts += [key for alone in entry.alone for key in alone]
+        wanted = [("latents", key) for key in latents] + [("prompt", key) for key in prompts if key]
         wanted += [("picture", key) for key in entry.pictures]
         wanted += [("mask", entry.mask)] if entry.mask else []
-        return all(is_whole(entry_path(self.cache_dir, kind, key)) for kind, key in wanted)
+        whole = all(is_whole(entry_path(self.cache_dir, kind, key)) for kind, key in wanted)
+        return whole and all(Path(file.path).is_file() for file in entry.reference_files)
 
 
 def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
     """Write a manifest below `cache_dir` and return the dataset it describes.
 
     Its name has two parts: the content that is trained on, and what is validated on. A run goes on as long as the
-    first is the same.
+    first is the same. Where files lie is in neither.
     """
     values = {name: _plain(value) for name, value in fields.items() if _is_written(name, value)}
     values["format"] = FORMAT
     validated = values.get("validation_pairs", [])
     trained = {name: value for name, value in values.items() if name != "validation_pairs"}
+    trained["pairs"] = [_without_places(row) for row in trained["pairs"]]
     path = cache_dir / "datasets" / f"{digest(trained)}-{digest(validated)[:16]}.json"
     write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False).encode())
     return EncodedDataset(manifest=path, **fields)
@@ -142,8 +197,14 @@ def _row(entry: EncodedEntry) -> dict[str, Any]:
     return {name: item for name, item in dataclasses.asdict(entry).items() if _is_written(name, item)}
 
 
+def _without_places(row: dict[str, Any]) -> dict[str, Any]:
+    files = row.get("reference_files", ())
+    return {**row, "reference_files": [each[1:] for each in files]} if files else row
+
+
 _ADDED: dict[str, object] = {"empty": "", "mask": "", "left_out": (), "repeats": 0, "probability": 1.0}
 _ADDED |= {"validation_captions": (), "validation_prompts": ()}
+_ADDED |= {"alone": (), "alone_empty": (), "reference_files": ()}
 
 
 def _is_written(name: str, value: object) -> bool:
@@ -163,8 +224,14 @@ def load_encoded(manifest: Path) -> EncodedDataset:
     if values.pop("format", None) != FORMAT:
         raise DatasetError(f"The encoded dataset {manifest} is of another version. Encode the dataset again.")
     for name in ("pairs", "validation_pairs"):
-        values[name] = tuple(EncodedEntry(**{key: _tuples(item) for key, item in row.items()}) for row in values[name])
+        values[name] = tuple(map(_entry, values[name]))
     return EncodedDataset(manifest=manifest, **{**values, "left_out": tuple(values.get("left_out", ()))})
+
+
+def _entry(row: dict[str, Any]) -> EncodedEntry:
+    values = {name: _tuples(item) for name, item in row.items()}
+    files = tuple(ReferenceFile(*each) for each in values.get("reference_files", ()))
+    return EncodedEntry(**{**values, "reference_files": files})
 
 
 def _tuples(value: Any) -> Any:

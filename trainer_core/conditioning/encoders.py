@@ -62,7 +62,12 @@ class Encoders:
     prompts: PromptEncoder | None = None
 
     def check(self, encoding: EncodingConfig) -> None:
-        """Raises ConfigError where the policy is not that of the encoders given here, which are ComfyUI's."""
+        """Raises ConfigError where the settings are not for the encoders given here, which are ComfyUI's."""
+        if self.pictures and encoding.reference_latents == "on_the_fly":
+            raise ConfigError(
+                "reference_latents is 'on_the_fly', which encodes with the base model's VAE while training, but "
+                "ComfyUI's own VAE is connected. Choose cached, or disconnect vae."
+            )
         if (self.pictures or self.prompts) and encoding.preprocessing != "comfyui":
             raise ConfigError(
                 f"preprocessing is {encoding.preprocessing!r}, but ComfyUI's own CLIP or VAE is connected, which goes "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from ..qwen_image.latents import VAE_FACTOR
 from .cache import entry_path
 from .encoded import EncodedEntry
 from .pictures import PairPlan, View, plan_pair, render
+from .types import ReferenceFile
 
 LATENT_CHANNELS = 16
 
@@ -47,10 +49,11 @@ class PlannedPair:
     negative_prompt: str
 
     def latent_jobs(self) -> Iterator[LatentJob]:
-        """Every picture that goes through the VAE."""
+        """Every picture that goes through the VAE now: the target, and references that aren't encoded on the fly."""
         keys, views = (self.entry.target, *self.entry.references), (self.plan.target, *self.plan.references)
-        for job in zip(keys, (self.pair.target, *self.pair.references), self.pair.digests, views, strict=True):
-            yield LatentJob(*job)
+        files, pictures = (self.pair.target, *self.pair.references), self.entry.pictures or ("",) * len(keys)
+        jobs = [LatentJob(*each) for each in zip(keys, files, self.pair.digests, views, pictures, strict=True)]
+        yield from jobs[:1] if self.entry.reference_files else jobs
 
     def prompts(self) -> Iterator[tuple[str, str]]:
         """Key and caption of every prompt."""
@@ -63,9 +66,9 @@ class PlannedPair:
 
 
 class Jobs(NamedTuple):
-    """What is to be made: masks, latents by their key, and the prompts (text by key) of pairs."""
+    """What is to be made: masks and latents by their key, and the prompts (text by key) of pairs."""
 
-    masks: list[PlannedPair]
+    masks: dict[str, PlannedPair]
     latents: dict[str, LatentJob]
     prompts: list[tuple[PlannedPair, dict[str, str]]]
 
@@ -77,7 +80,14 @@ def plan_encoding(
     flavour, kinds = FLAVOURS[model.flavour], pair.conditioning_types
     plan = plan_pair(pair.sizes, flavour, encoding, pair.key, conditioning_types=kinds)
     entry = _entry(pair, plan, digests, encoding, keep_pictures=pair.key in held_out)
+    if encoding.reference_latents == "on_the_fly" and pair.key not in held_out:
+        entry = dataclasses.replace(entry, reference_files=tuple(_reference_files(pair, plan)))
     return PlannedPair(pair, plan, entry, encoding.validation_negative_prompt)
+
+
+def _reference_files(pair: EditPair, plan: PairPlan) -> Iterator[ReferenceFile]:
+    for path, content, view in zip(pair.references, pair.digests[1:], plan.references, strict=True):
+        yield ReferenceFile(str(path.absolute()), content, (tuple(view.box), tuple(view.size), view.resample))
 
 
 def _entry(
@@ -87,7 +97,7 @@ def _entry(
     files = [[file, view.as_json()] for file, view in zip(pair.digests, views, strict=True)]
     seen = [[file, view.as_json()] for file, view in zip(pair.digests[1:], plan.vision, strict=True)]
     vae, text_encoder = digests
-    latents = [digest([vae, *file]) for file in files]
+    latents = [latents_key(vae, *file) for file in files]
     shapes = [latents_shape(view) for view in views]
 
     def prompt_key(caption: str) -> str:
@@ -110,6 +120,11 @@ def _entry(
     )
 
 
+def latents_key(vae: str, content: str, view: Sequence[Any]) -> str:
+    """Of a picture by its file's SHA-256 and what is seen of it; `vae` is the network's digest."""
+    return digest([vae, content, view])
+
+
 def mask_box(pair: EditPair, plan: PairPlan) -> Box:
     assert pair.mask is not None
     return plan.mask_box(pair.sizes[0], pair.mask.size)
@@ -121,14 +136,13 @@ def missing_jobs(planned: list[PlannedPair], cache_dir: Path) -> Jobs:
     def lacks(kind: str, key: str) -> bool:
         return bool(key) and not is_whole(entry_path(cache_dir, kind, key))
 
-    jobs = Jobs([], {}, [])
+    jobs = Jobs({}, {}, [])
     for each in planned:
         if lacks("mask", each.entry.mask):
-            jobs.masks.append(each)
-        pictures = each.entry.pictures or ("",) * (1 + len(each.pair.references))
-        for job, picture in zip(each.latent_jobs(), pictures, strict=True):
-            if lacks("latents", job.key) or lacks("picture", picture):
-                jobs.latents[job.key] = job._replace(picture=picture or jobs.latents.get(job.key, job).picture)
+            jobs.masks[each.entry.mask] = each
+        for job in each.latent_jobs():
+            if lacks("latents", job.key) or lacks("picture", job.picture):
+                jobs.latents[job.key] = job._replace(picture=job.picture or jobs.latents.get(job.key, job).picture)
         prompts = {key: text for key, text in each.prompts() if lacks("prompt", key)}
         if prompts:
             jobs.prompts.append((each, prompts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,12 @@ class View:
     def as_json(self) -> list[object]:
         """For cache keys."""
         return [list(self.box), list(self.size), self.resample]
+
+    @staticmethod
+    def from_json(values: Sequence[Any]) -> View:
+        """What `as_json` says."""
+        box, size, resample = values
+        return View(Box(*box), Size(*size), resample)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,11 +40,16 @@ def encoding_report(encoded: EncodedDataset) -> str:
 
 
 def _epoch(encoded: EncodedDataset) -> list[str]:
-    """How long an epoch of a mix is, and how many pairs have no reference."""
+    """How long an epoch of a mix is, and how references are seen."""
     lines = []
     if any(pair.repeats or pair.probability < 1 for pair in encoded.pairs):
         turns = sum((1 + pair.repeats) * pair.probability for pair in encoded.pairs)
         lines.append(f"An epoch has about {turns:.0f} turns, by repeats and probability.")
+    several = Counter(len(pair.alone) for pair in encoded.pairs if pair.alone)
+    lines += [f"Pairs that show one of {sets} references a turn: {count}." for sets, count in sorted(several.items())]
+    flying = sum(len(pair.reference_files) for pair in encoded.pairs)
+    if flying:
+        lines.append(f"References encoded on the fly while training, with the VAE in memory: {flying}.")
     alone = sum(not pair.references for pair in encoded.pairs)
     if alone:
         lines.append(f"Pairs without a reference, trained as text-to-image: {alone}.")

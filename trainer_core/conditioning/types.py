@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class ReferenceFile(NamedTuple):
+    """A reference that is encoded on the fly: its file, the file's SHA-256, and what is seen of it, as View has it."""
+
+    path: str
+    content: str
+    view: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)

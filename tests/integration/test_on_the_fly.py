@@ -1,0 +1,139 @@
+"""reference_latents on_the_fly: no latents of references on the disk, and not a bit of the training changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.narrow import make_pairs, picture, small_encoding
+from trainer_core.conditioning.batches import BatchLoader, BatchPlan
+from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
+from trainer_core.conditioning.encoders import EncodePicture, Encoders, PictureEncoder
+from trainer_core.conditioning.on_the_fly import reference_encoder
+from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, ModelConfig, TrainConfig, ValidationConfig
+from trainer_core.data.pairing import pair_folders
+from trainer_core.errors import ConfigError, DatasetError
+from trainer_core.events import Observer
+from trainer_core.run import train_lora
+from trainer_core.training.edit_weight import edit_weight_preview
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> DatasetConfig:
+    """Four pairs of two references, whose sides don't divide."""
+    return make_pairs(tmp_path / "pairs", 4, ((131, 97), (120, 77)), num_references=2)
+
+
+@pytest.fixture
+def model(base_of: Callable[[str], ModelConfig]) -> ModelConfig:
+    return base_of("edit-v2")
+
+
+def encode(folders: DatasetConfig, model: ModelConfig, cache: Path, **changes: object) -> EncodedDataset:
+    return encode_dataset(pair_folders(folders), model, small_encoding(**changes), cache)
+
+
+def num_latents(encoded: EncodedDataset) -> int:
+    return len(list((encoded.cache_dir / "latents").rglob("*.safetensors")))
+
+
+@pytest.mark.parametrize("preprocessing", ["comfyui", "diffusers"])
+def test_latents_equal_those_of_the_cache(
+    folders: DatasetConfig, model: ModelConfig, tmp_path: Path, preprocessing: str
+) -> None:
+    cached = encode(folders, model, tmp_path / "cached", preprocessing=preprocessing)
+    flying = encode(folders, model, tmp_path / "flying", preprocessing=preprocessing, reference_latents="on_the_fly")
+    assert num_latents(cached) == 12 and num_latents(flying) == 6  # targets, and references of the held-out pair
+    assert load_encoded(flying.manifest) == flying and flying.missing() == ()
+    assert flying.validation_pairs == cached.validation_pairs
+    with reference_encoder(cached, model) as none, reference_encoder(flying, model) as encode_reference:
+        assert none is None
+        for entry, other in zip(flying.pairs, cached.pairs, strict=True):
+            assert (entry.references, entry.prompts) == (other.references, other.prompts)
+            made = flying.load(entry, encode_reference=encode_reference).reference_latents
+            kept = cached.load(other).reference_latents
+            assert len(made) == 2 and all(torch.equal(*each) for each in zip(made, kept, strict=True))
+
+
+def config(encoded: EncodedDataset, model: ModelConfig, run_dir: Path) -> TrainConfig:
+    return TrainConfig(
+        run_dir=str(run_dir),
+        encoded=str(encoded.manifest),
+        model=model,
+        max_train_steps=4,
+        lora=LoraConfig(lora_rank=2),
+        batching=BatchingConfig(train_batch_size=2, gradient_accumulation_steps=1),
+        validation=ValidationConfig(validation_num_inference_steps=1),
+    )
+
+
+def test_a_training_is_the_same_to_the_bit(folders: DatasetConfig, model: ModelConfig, tmp_path: Path) -> None:
+    files = []
+    for kind in ("cached", "on_the_fly"):
+        encoded = encode(
+            folders, model, tmp_path / kind, reference_latents=kind, conditioning_multidataset_sampling="random"
+        )
+        result = train_lora(config(encoded, model, tmp_path / f"run {kind}"))
+        assert result.lora_file is not None and result.samples is not None
+        files.append(load_file(result.lora_file))
+    assert all(torch.equal(each, files[1][name]) for name, each in files[0].items())
+
+
+def test_a_changed_or_missing_file_is_named(folders: DatasetConfig, model: ModelConfig, tmp_path: Path) -> None:
+    encoded = encode(folders, model, tmp_path / "cache", reference_latents="on_the_fly")
+    entry = encoded.pairs[0]
+    path = Path(folders.reference_dirs[1]) / f"{entry.key}.png"
+    picture(99, (131, 97)).save(path)
+    with reference_encoder(encoded, model) as encode_reference:
+        with pytest.raises(DatasetError, match=rf"reference_2/{entry.key}\.png: the file is another one"):
+            encoded.load(entry, encode_reference=encode_reference)
+        plan = BatchPlan(encoded, BatchingConfig(), 0)
+        with (
+            BatchLoader(encoded, plan, encode_reference=encode_reference) as loader,
+            pytest.raises(DatasetError, match=rf"reference_2/{entry.key}\.png"),
+        ):
+            [loader[number] for number in range(3)]
+    path.unlink()
+    assert encoded.missing() == (entry.key,)
+    with pytest.raises(DatasetError, match=entry.key):
+        train_lora(config(encoded, model, tmp_path / "run"))
+
+
+def test_pictures_may_move_between_two_parts_of_a_run(
+    folders: DatasetConfig, model: ModelConfig, tmp_path: Path
+) -> None:
+    before = encode(folders, model, tmp_path / "cache", reference_latents="on_the_fly")
+    shutil.move(tmp_path / "pairs", tmp_path / "elsewhere")
+    moved = dataclasses.replace(
+        folders,
+        target_dir=folders.target_dir.replace("pairs", "elsewhere"),
+        reference_dirs=tuple(each.replace("pairs", "elsewhere") for each in folders.reference_dirs),
+    )
+    after = encode(moved, model, tmp_path / "cache", reference_latents="on_the_fly")
+    assert after.manifest == before.manifest and after.pairs != before.pairs
+    assert "elsewhere" in after.pairs[0].reference_files[0].path and after.missing() == ()
+
+
+def test_another_vae_is_refused(folders: DatasetConfig, model: ModelConfig, tmp_path: Path) -> None:
+    encoded = encode(folders, model, tmp_path / "cache", reference_latents="on_the_fly")
+    other = dataclasses.replace(model, mixed_precision="bf16")
+    with pytest.raises(ConfigError, match="another VAE or mixed_precision"), reference_encoder(encoded, other):
+        pass
+
+    @contextmanager
+    def loaded(_: Observer) -> Iterator[EncodePicture]:
+        yield lambda pixels: pixels
+
+    given = Encoders(pictures=PictureEncoder("theirs", loaded))
+    with pytest.raises(ConfigError, match=r"on_the_fly.*disconnect vae"):
+        given.check(small_encoding(reference_latents="on_the_fly"))
+    with pytest.raises(ConfigError, match="reference_latents cached"):
+        edit_weight_preview(encoded, 0.5)

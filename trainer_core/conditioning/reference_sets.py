@@ -1,0 +1,62 @@
+"""conditioning_multidataset_sampling random: a turn sees one of a pair's references, and the prompt encoded with it.
+
+For encoding such a pair is several, one for each reference; their entries become one that has all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
+
+import torch
+
+from ..config import EncodingConfig
+from ..data.pairing import EditPair
+from ..rng import stream
+from .encoded import EncodedEntry
+
+
+def seen_at_once(pairs: Sequence[EditPair], encoding: EncodingConfig, held_out: Collection[str]) -> list[EditPair]:
+    """The pairs as they are encoded. A held-out one has one reference for good, which seed and pair decide."""
+    if encoding.conditioning_multidataset_sampling == "combined":
+        return list(pairs)
+    seen: list[EditPair] = []
+    for pair in pairs:
+        numbers = range(len(pair.references))
+        if pair.key in held_out and numbers:
+            generator = stream(encoding.seed, "validation reference", pair.key)
+            numbers = (int(torch.randint(len(numbers), (), generator=generator)),)
+        seen += [_with_one(pair, number) for number in numbers] or [pair]
+    return seen
+
+
+def _with_one(pair: EditPair, number: int) -> EditPair:
+    """The pair as if it had this reference only."""
+    return dataclasses.replace(
+        pair,
+        references=(pair.references[number],),
+        digests=(pair.digests[0], pair.digests[number + 1]),
+        sizes=(pair.sizes[0], pair.sizes[number + 1]),
+        conditioning_types=pair.conditioning_types[number : number + 1],
+    )
+
+
+def entries_of_pairs(entries: Sequence[EncodedEntry]) -> Iterator[EncodedEntry]:
+    """One entry for each pair, of entries that stand side by side where they are of one pair."""
+    for _, group in groupby(entries, key=lambda entry: entry.key):
+        first, *others = group
+        yield _together((first, *others)) if others else first
+
+
+def _together(entries: tuple[EncodedEntry, ...]) -> EncodedEntry:
+    return dataclasses.replace(
+        entries[0],
+        references=tuple(key for entry in entries for key in entry.references),
+        reference_shapes=tuple(shape for entry in entries for shape in entry.reference_shapes),
+        reference_files=tuple(file for entry in entries for file in entry.reference_files),
+        prompts=(),
+        empty="",
+        alone=tuple(entry.prompts for entry in entries),
+        alone_empty=tuple(entry.empty for entry in entries if entry.empty),
+    )
