@@ -1,0 +1,29 @@
+"""benchmarks/features.py: every row is a run that its settings allow, and none is another one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from benchmarks.features import ROWS, job_of
+from trainer_core.config.optimizer import OptimizerName, SchedulerName
+from trainer_core.config.training import LossType, SigmaDistribution
+
+ARGUMENTS = argparse.Namespace(steps=100, tokenizer=Path("tokenizer"), device="cpu")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_is_allowed_and_changes_something(row: str) -> None:
+    plain, changed = (job_of(changes, "row", Path("work"), ARGUMENTS) for changes in ({}, ROWS[row]))
+    assert (changed == plain) == (not ROWS[row])
+
+
+def test_every_choice_has_a_row() -> None:
+    jobs = [job_of(changes, "row", Path("work"), ARGUMENTS) for changes in ROWS.values()]
+    assert {job.optimizer.optimizer for job in jobs} == set(get_args(OptimizerName)) - {"adamw-8bit"}  # CUDA only
+    assert {job.optimizer.lr_scheduler for job in jobs} == set(get_args(SchedulerName))
+    assert {job.noise.sigma_distribution for job in jobs} == set(get_args(SigmaDistribution))
+    assert {job.noise.loss_type for job in jobs} == set(get_args(LossType))
