@@ -33,7 +33,8 @@ from trainer_core.events import SILENT
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.transformer import predict_velocity
 from trainer_core.qwen_image.types import Condition
-from trainer_core.training.lora import TARGET_PATTERNS, inject_lora
+from trainer_core.training.lora import inject_lora
+from trainer_core.training.lora_plan import TARGET_PATTERNS
 from trainer_core.training.objective import add_noise, velocity_loss
 from trainer_core.training.optimizer import build_optimizer
 

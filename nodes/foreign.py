@@ -203,6 +203,7 @@ def _read(
     job = dataclasses.replace(
         imported.job,
         model=_model(imported.job.model, base_model, other_model),
+        lora=dataclasses.replace(imported.job.lora, init_lora=_listed(imported.job.lora.init_lora)),
         dataset=_allowed(imported.job.dataset, config) if imported.job.dataset else None,
         datasets=tuple(
             dataclasses.replace(part, dataset=_allowed(part.dataset, config)) for part in imported.job.datasets
@@ -224,6 +225,14 @@ def _model(wanted: ModelConfig, base_model: str, given: ModelConfig | None) -> M
             f"{wanted.flavour}, or change it with a line `model.flavour={given.flavour}` in changes."
         )
     return given
+
+
+def _listed(init_lora: str) -> str:
+    """The LoRA that ComfyUI lists under the name, or under the last part of it."""
+    if not init_lora:
+        return ""
+    listed = host.lora_names()
+    return str(host.lora_path(init_lora if init_lora in listed else Path(init_lora).name))
 
 
 def _file_near(name: str, config: Path, label: str) -> Path:

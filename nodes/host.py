@@ -26,6 +26,7 @@ from server import PromptServer
 from ..trainer_core.config import DEMO_MODEL
 from ..trainer_core.errors import ConfigError, ExportError, Interrupted, ModelFileError
 from ..trainer_core.events import SampleReport, StepReport, Stop
+from ..trainer_core.weights.adapter_file import adapter_parts, changed_weight
 from .active_runs import ActiveRun, active_run
 from .live import RUN_MESSAGE, LiveMessages
 
@@ -315,15 +316,17 @@ def check_lora_file(path: Path, num_layers: int) -> None:
     The model is built without weights (on the meta device), which takes a fraction of a second.
 
     Raises:
-        ExportError: keys without a counterpart, or another weight change than up @ down.
+        ExportError: keys without a counterpart, or another weight change than the file means.
     """
     lora = comfy.utils.load_torch_file(str(path), safe_load=True)
     patches = _patches(lora, _key_map(num_layers), "The LoRA file")
-    for key, patch in patches.items():
-        module = "transformer." + key.removeprefix("diffusion_model.").removesuffix(".weight")
-        up, down = lora[f"{module}.lora_B.weight"].float(), lora[f"{module}.lora_A.weight"].float()
-        change = comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], up.new_zeros(len(up), down.shape[1]), key)
-        if not torch.allclose(change, up @ down, rtol=1e-4, atol=1e-6 * float(up.abs().max() * down.abs().max())):
+    layers = {key.removeprefix("diffusion_model.").removesuffix(".weight"): key for key in patches}
+    for layer, part in adapter_parts(lora, layers, path.name).items():
+        like_the_change = part.change().abs().mean().clamp_min(1e-12)  # else a DoRA's norms would drown it
+        base = like_the_change.expand(part.shape).clone() if part.kind == "dora" else torch.zeros(part.shape)
+        wanted, key = changed_weight(part, base), layers[layer]
+        found = comfy.lora.calculate_weight([(1.0, patches[key], 1.0, None, None)], base, key)
+        if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())):
             raise ExportError(f"ComfyUI would change {key} by another amount than was trained.")
 
 

@@ -71,7 +71,17 @@ def run_ui(result: TrainResult, lora_name: str, *, seconds: float) -> dict[str, 
     measured = samples.as_text() if samples else ""
     text = f"{lora_name}: {result.steps_done} steps" + (f"; held-out pairs: {measured}" if measured else "")
     images = [_output_picture(samples.grid_file)] if samples else []
+    if result.lora_file is not None and (note := _readers(result.lora_file)):
+        text += f". {note}"
     return {"qwen_edit_run": [figures], "text": [text], "images": images}
+
+
+def _readers(lora_file: Path) -> str:
+    """What people have to know about the file's kind."""
+    from ..trainer_core.export.keys import LORA_TYPE, READERS
+    from ..trainer_core.files import read_metadata
+
+    return next((note for kind, note in READERS.items() if kind == read_metadata(lora_file).get(LORA_TYPE)), "")
 
 
 def _finite(value: float | None) -> float | None:

@@ -42,9 +42,16 @@ def setting_input(config: type, setting: str, name: str = "", **keywords: Any) -
     keywords.setdefault("tooltip", field.metadata["help"])
     if field.default is not dataclasses.MISSING:
         keywords.setdefault("default", field.default)
+    if typing.get_origin(hint) is tuple:  # of texts: a line each, see `lines`
+        return new_input(io.String, name, **{**keywords, "default": "", "multiline": True})
     if typing.get_origin(hint) is Literal:
         return new_input(io.Combo, name, options=list(typing.get_args(hint)), **keywords)
     return new_input({bool: io.Boolean, int: io.Int, float: io.Float, str: io.String}[hint], name, **keywords)
+
+
+def lines(text: str) -> tuple[str, ...]:
+    """The lines of a widget with several, without empty ones."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def fields_of(config: type, values: dict[str, Any]) -> dict[str, Any]:

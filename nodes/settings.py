@@ -16,8 +16,9 @@ from ..trainer_core.config import (
     TrainConfig,
     ValidationConfig,
 )
-from . import sockets
-from .schema import fields_of, new_output, node_schema, setting_input
+from ..trainer_core.errors import TrainerError
+from . import host, sockets
+from .schema import fields_of, lines, new_input, new_output, node_schema, setting_input
 
 
 class LoraSettings(io.ComfyNode):
@@ -37,14 +38,39 @@ class LoraSettings(io.ComfyNode):
                 setting_input(LoraConfig, "lora_targets"),
                 setting_input(LoraConfig, "lora_target_pattern", placeholder=r".*\.attn\.to_[qkv]"),
                 setting_input(LoraConfig, "lora_dropout", min=0.0, max=0.95, step=0.01),
+                setting_input(LoraConfig, "lora_type", optional=True),
+                setting_input(LoraConfig, "use_rslora", optional=True),
+                setting_input(LoraConfig, "lokr_factor", optional=True, min=-1, max=256),
+                setting_input(LoraConfig, "rank_pattern", optional=True, placeholder="0-9 = 8"),
+                setting_input(LoraConfig, "alpha_pattern", optional=True, placeholder="0-9 = 8"),
+                new_input(
+                    io.Combo,
+                    "init_lora",
+                    optional=True,
+                    options=host.lora_names(),
+                    default=host.NO_LORA,
+                    tooltip="A LoRA that ComfyUI lists, to start from. Its layers keep its ranks; others start fresh.",
+                ),
             ],
             outputs=[new_output(sockets.LoraSettings, "lora_settings", "For Train Qwen Edit LoRA.")],
         )
 
     @classmethod
-    def execute(cls, **widgets: Any) -> io.NodeOutput:
+    def validate_inputs(cls, init_lora: str | None = None) -> bool | str:
+        """The LoRA is listed."""
+        try:
+            return init_lora in (None, host.NO_LORA) or bool(host.lora_path(init_lora))
+        except TrainerError as error:
+            return str(error)
+
+    @classmethod
+    def execute(
+        cls, *, init_lora: str = host.NO_LORA, rank_pattern: str = "", alpha_pattern: str = "", **widgets: Any
+    ) -> io.NodeOutput:
         """A LoraConfig."""
-        return io.NodeOutput(LoraConfig(**widgets))
+        start = "" if init_lora == host.NO_LORA else str(host.lora_path(init_lora))
+        ranks, alphas = lines(rank_pattern), lines(alpha_pattern)
+        return io.NodeOutput(LoraConfig(**widgets, rank_pattern=ranks, alpha_pattern=alphas, init_lora=start))
 
 
 class OptimizerSettings(io.ComfyNode):

@@ -196,10 +196,11 @@ def _finished(config: TrainConfig, *, continue_kept: bool) -> TrainResult | None
 
 
 def _train(config: TrainConfig, on_first_step: Callable[[], None], *, continue_kept: bool) -> TrainResult:
-    from ..trainer_core.qwen_image.folder import model_folder, read_json
+    from ..trainer_core.qwen_image.folder import model_folder
+    from ..trainer_core.qwen_image.transformer import transformer_settings
     from ..trainer_core.run import train_lora
 
-    num_layers = int(str(read_json(model_folder(config.model).transformer / "config.json")["num_layers"]))
+    num_layers = int(transformer_settings(model_folder(config.model).transformer)["num_layers"])
 
     def check(lora_file: Path) -> None:
         host.check_lora_file(lora_file, num_layers)

@@ -108,6 +108,7 @@ def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 
 def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    from .export.keys import READERS
     from .job import encode_job, load_job
     from .run import train_lora
 
@@ -118,6 +119,8 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     if result.lora_file is None:
         _LOG.warning("Paused after %d steps. Run the same command to go on.", result.steps_done)
         return EXIT_STOPPED
+    if note := READERS[job.lora.lora_type]:
+        _LOG.info("%s", note)
     sys.stdout.write(f"{result.lora_file}\n")
     return EXIT_OK
 

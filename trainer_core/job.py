@@ -58,6 +58,7 @@ def resolve_job(job: JobConfig, folder: Path) -> JobConfig:
     return dataclasses.replace(
         job,
         model=dataclasses.replace(job.model, base=base, **files),
+        lora=dataclasses.replace(job.lora, init_lora=beside(job.lora.init_lora)),
         dataset=resolved(job.dataset) if job.dataset else None,
         datasets=tuple(dataclasses.replace(part, dataset=resolved(part.dataset)) for part in job.datasets),
         cache_dir=beside(job.cache_dir),

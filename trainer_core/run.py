@@ -14,6 +14,7 @@ from .config import TrainConfig, resume_key, to_json
 from .errors import ConfigError, DatasetError, Interrupted, OutOfMemoryError
 from .events import SILENT, Observer, SampleReport, StepReport, Stop
 from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
+from .training.lora import for_file
 from .training.metrics import Metrics
 from .training.optimizer_state import optimizer_tensors, restore_optimizer, weights_to_use
 from .training.run_folder import Checkpoint, RunFolder
@@ -219,7 +220,8 @@ def _finish(
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
     path = run.path / f"{config.export.lora_name or run.path.name}.safetensors"
     with weights_to_use(networks.optimizer, networks.lora):
-        export_lora(networks.lora, path, LoraMetadata(config, done), extra_check)
+        tensors = for_file(networks.transformer, networks.lora)
+        export_lora(tensors, path, LoraMetadata(config, done), extra_check)
     kept = stop is Stop.KEEP
     result = {"lora_file": path.name, "steps": done, "kept": kept, "export": to_json(config.export)}
     run.write_state(state="kept" if kept else "finished", steps=done, result=result)

@@ -16,7 +16,6 @@ from .config import EncodingConfig, ModelConfig, Preprocessing
 from .device import pick_device, release_memory
 from .errors import ConfigError
 from .events import SILENT, Observer, raise_if_stopped
-from .export.lora_file import load_into
 from .geometry import Box, Size, bucket_size, centre_crop
 from .qwen_image.flavours import FLAVOURS
 from .qwen_image.folder import model_folder
@@ -28,6 +27,7 @@ from .qwen_image.transformer import compute_dtype, load_transformer
 from .qwen_image.types import Condition
 from .qwen_image.vae import decode_latents, encode_picture, load_vae
 from .rng import stream
+from .training.lora_apply import load_into
 
 LATENT_CHANNELS = 16
 
@@ -67,8 +67,7 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
 
     Raises:
         ConfigError: more references than the flavour takes, or none; a size that is no multiple of 16.
-        ModelFileError: a part of the model can't be loaded.
-        ExportError: the LoRA file belongs to another model.
+        ModelFileError: a part of the model can't be loaded, or the LoRA file belongs to another model.
         Interrupted: the observer wants to stop.
     """
     size = _checked_size(request)

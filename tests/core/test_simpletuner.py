@@ -109,6 +109,9 @@ def test_settings_are_carried_over():
             "output_dir": "output/my lora",
             "model_kwargs": {"match_target_res": True},
             "peft_lora_target_modules": ["to_q", "to_out.0"],
+            "use_dora": True,
+            "use_rslora": "true",
+            "init_lora": "loras/first.safetensors",
         },
         resolution_type="area",
         resolution=0.5,
@@ -130,6 +133,8 @@ def test_settings_are_carried_over():
     assert (job.validation.validation_guidance, job.validation.validation_seed) == (3.5, 7)
     assert job.run_dir == str(ROOT / "output/my lora/qwen_edit_trainer") and job.export.lora_name == "my_lora"
     assert job.encoding.match_target_res and job.lora.lora_target_pattern == r"(?:.*\.)?(?:to_q|to_out\.0)"
+    assert (job.lora.lora_type, job.lora.use_rslora) == ("dora", True)
+    assert job.lora.init_lora == str(ROOT / "loras/first.safetensors")
     sizes = job.encoding.sizes
     assert (sizes.resolution_type, sizes.megapixels, sizes.crop, sizes.crop_style) == ("area", 0.5, True, "center")
     assert (sizes.minimum_image_size, sizes.leave_out_small, sizes.maximum_image_size) == (0.2, True, 2.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-DEPENDS_ON_FOLDERS = {"base_model", "lora_name", "transformer_file", "text_encoder_file", "vae_file"}
+DEPENDS_ON_FOLDERS = {"base_model", "lora_name", "init_lora", "transformer_file", "text_encoder_file", "vae_file"}
 _SECTIONS = re.compile(r"## Inputs\n.*?(?=\n## Typical values\n)", re.DOTALL)
 
 

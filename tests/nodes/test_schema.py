@@ -13,6 +13,7 @@ from .help_tables import tables, tables_in, with_tables
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema.json"
 DEPENDS_ON_FOLDERS = {("QwenEdit_LoadModel", "base_model"), ("QwenEdit_SampleEdit", "lora_name")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_ImportSimpleTuner", "base_model")}
+DEPENDS_ON_FOLDERS |= {("QwenEdit_LoraSettings", "init_lora")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoadModelFiles", f"{part}_file") for part in ("transformer", "text_encoder", "vae")}
 EXPECTED = {
     "QwenEdit_LoadModel",

@@ -142,6 +142,13 @@ def test_lora_is_missing(prompt: dict[str, Any], comfyui: PackServer):
     assert "is not there" in str(errors[sample]["errors"])
 
 
+def test_lora_to_start_from_is_missing(prompt: dict[str, Any], comfyui: PackServer):
+    settings, inputs = node_of(prompt, "LoraSettings")
+    inputs["init_lora"] = "../../secret.safetensors"
+    training, _ = node_of(prompt, "TrainLora")
+    assert "is not there" in str(refusal(comfyui, prompt, [training])[settings]["errors"])
+
+
 def test_stop_refuses_what_it_does_not_know(comfyui: PackServer):
     assert comfyui.get("/qwen_edit_trainer/runs") == {"runs": []}
     for body in ({"run_name": "x"}, {"run_name": "../x"}, {}, [], "x"):

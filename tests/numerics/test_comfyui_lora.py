@@ -178,7 +178,7 @@ def outcome(request: pytest.FixtureRequest, comfyui_dir: Path, tmp_path_factory:
     cases = [{"name": name, "references": len(case.references), "method": case.method} for name, case in CASES.items()]
     question = {
         "model_file": str(base),
-        "lora_file": str(lora_file),
+        "lora_files": {"lora": str(lora_file)},
         "narrow": config if request.param == "narrow" else None,
         "cases": cases,
     }
@@ -199,7 +199,7 @@ def test_the_lora_matters(outcome: Outcome):
 
 
 def test_comfyui_takes_every_key(outcome: Outcome):
-    assert outcome.comfyui.values["layers"] == outcome.layers
+    assert outcome.comfyui.values["layers"]["lora"] == outcome.layers
     assert len(outcome.layers) >= 10
     complaints = [line for line in outcome.comfyui.log if "not loaded" in line.lower() or "error" in line.lower()]
     assert complaints == []
@@ -248,12 +248,12 @@ def test_comfyui_says_when_it_does_not_take_a_key(comfyui_dir: Path, tmp_path: P
     save_file(raw, tmp_path / "raw.safetensors")
     question = {
         "model_file": str(base),
-        "lora_file": str(tmp_path / "raw.safetensors"),
+        "lora_files": {"lora": str(tmp_path / "raw.safetensors")},
         "narrow": NARROW,
         "cases": [],
     }
     answer = run_in_comfyui(
         comfyui_dir, "comfy_subprocess_lora.py", tmp_path / "comfyui", {"none": torch.zeros(1)}, question
     )
-    assert answer.values["layers"] == []
+    assert answer.values["layers"]["lora"] == []
     assert sum("lora key not loaded" in line for line in answer.log) == len(raw)

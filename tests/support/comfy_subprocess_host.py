@@ -65,13 +65,29 @@ def good_lora(width: int = 32) -> dict[str, Tensor]:
     }
 
 
+def other_kinds() -> dict[str, dict[str, Tensor]]:
+    """A DoRA and a LoKr of the same layers; a DoRA that scales columns, which is another one."""
+    generator = torch.Generator().manual_seed(2)
+    good = good_lora()
+    names = {key.split(".lora_")[0] for key in good}
+    dora = {**good, **{f"{name}.dora_scale": 1 + torch.rand(32, 1, generator=generator) for name in sorted(names)}}
+    columns = {**good, **{f"{name}.dora_scale": torch.ones(1, 32) for name in names}}
+    shapes = {"lokr_w1": (4, 4), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 8)}
+    lokr = {
+        f"{name}.{part}": torch.randn(shape, generator=generator)
+        for name in sorted(names)
+        for part, shape in shapes.items()
+    }
+    return {"dora": dora, "lokr": lokr, "columns": columns}
+
+
 def check_files(host: types.ModuleType, folder: Path) -> dict[str, str]:
     """The check of an exported file, on a good one and on some bad ones."""
     good = good_lora()
     halved = {**good, "transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(RANK / 2)}
     raw_names = {f"base_model.model.{key}": tensor for key, tensor in good.items()}
     one_wrong = {key.replace("blocks.1.attn.to_q", "blocks.1.attn.query"): tensor for key, tensor in good.items()}
-    files = {"good": good, "halved": halved, "raw names": raw_names, "one wrong": one_wrong}
+    files = {"good": good, "halved": halved, "raw names": raw_names, "one wrong": one_wrong, **other_kinds()}
     found = {
         label: outcome(lambda tensors=tensors: host.check_lora_file(write(folder, "a.safetensors", tensors), DEPTH))
         for label, tensors in files.items()

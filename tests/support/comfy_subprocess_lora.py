@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import comfy.ldm.qwen_image.model
@@ -59,15 +58,13 @@ def velocities(
 
 @torch.no_grad()
 def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Velocities of all cases before and after the LoRA, the layers it patched, the keys nobody took."""
+    """Velocities of all cases without a LoRA and with each of `lora_files`, by name; the layers that each patched."""
     patcher = load(values)
     answer = velocities(patcher, values, tensors, "base")
-    lora = comfy.utils.load_torch_file(values["lora_file"], safe_load=True)
-    patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 1.0)
-    answer.update(velocities(patched, values, tensors, "lora"))
-    facts = {
-        "layers": sorted(key.removeprefix("diffusion_model.").removesuffix(".weight") for key in patched.patches),
-        "supports_timestep_zero": SUPPORTS_TIMESTEP_ZERO,
-        "file": Path(values["lora_file"]).name,
-    }
-    return answer, facts
+    layers = {}
+    for name, file in values["lora_files"].items():
+        lora = comfy.utils.load_torch_file(file, safe_load=True)
+        patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, values.get("strength", 1.0), 1.0)
+        answer.update(velocities(patched, values, tensors, name))
+        layers[name] = sorted(key.removeprefix("diffusion_model.").removesuffix(".weight") for key in patched.patches)
+    return answer, {"layers": layers, "supports_timestep_zero": SUPPORTS_TIMESTEP_ZERO}

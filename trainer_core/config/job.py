@@ -155,4 +155,5 @@ def resume_key(config: TrainConfig) -> dict[str, Any]:
     del model["device"], model["quantize_via"], model["text_encoder_file"], model["vae_file"]
     model["base"], model["tokenizer"] = Path(config.model.base).name, ""
     model["transformer_file"] = Path(config.model.transformer_file).name
+    key["lora"]["init_lora"] = Path(config.lora.init_lora).name
     return key

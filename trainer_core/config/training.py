@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..settings import check, check_at_least, check_choice, setting
+from .layer_patterns import layer_patterns, value_for
 
+LoraType = Literal["lora", "dora", "lokr"]
 LoraTargets = Literal["image-attention", "attention", "attention-mlp", "all", "pattern"]
 SigmaDistribution = Literal["logit_normal", "uniform", "mode", "cosmap"]
 LossType = Literal["l2", "huber", "smooth_l1"]
@@ -24,7 +26,11 @@ class LoraConfig:
     """The adapter's shape."""
 
     lora_rank: int = setting(16, "Width of the adapter. 8 to 32; larger learns more detail and weighs more.")
-    lora_alpha: float = setting(0.0, "Scale is lora_alpha / lora_rank. 0 means equal to the rank, so scale 1.")
+    lora_alpha: float = setting(
+        0.0,
+        "Scale is lora_alpha / lora_rank, or lora_alpha / √lora_rank under use_rslora. 0 means equal to the rank, so "
+        "scale 1 or √rank.",
+    )
     lora_targets: LoraTargets = setting(
         "image-attention",
         "Layers that get an adapter: image-attention, attention (image and text), attention-mlp, all (also "
@@ -32,19 +38,58 @@ class LoraConfig:
     )
     lora_target_pattern: str = setting("", "Regular expression over full module names, for lora_targets pattern.")
     lora_dropout: float = setting(0.0, "Share of the adapter's inputs zeroed at each step, 0 to below 1.")
+    lora_type: LoraType = setting(
+        "lora",
+        "lora; dora also learns the length of each weight row, for more detail at low ranks and more time; lokr is a "
+        "Kronecker product, a much smaller file. diffusers reads lora alone.",
+    )
+    use_rslora: bool = setting(
+        False, "Scale by 1 / √rank instead of 1 / rank, so that high ranks (64 and more) learn as fast as low ones."
+    )
+    lokr_factor: int = setting(
+        8, "Side of LoKr's first factor: 4 to 16, smaller is a larger file; -1 is near the root of the layer's width."
+    )
+    rank_pattern: tuple[str, ...] = setting(
+        (),
+        "Other ranks for some layers, a line each, the first that matches counts: '0-9 = 8' for blocks, "
+        r"'.*attn\.to_q = 32' for full names.",
+    )
+    alpha_pattern: tuple[str, ...] = setting((), "Other alphas for some layers, written like rank_pattern.")
+    init_lora: str = setting(
+        "",
+        "LoRA file to start from, in any layout that ComfyUI loads. Its layers keep its ranks; others start fresh.",
+    )
 
     def __post_init__(self) -> None:
-        check_choice(self, "lora_targets")
+        check_choice(self, "lora_targets", "lora_type")
+        self._check_patterns()
+        self._check_lokr()
         check(1 <= self.lora_rank <= 1024, "lora_rank", self.lora_rank, "1 to 1024")
         check_at_least(self, 0.0, "lora_alpha")
         check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 to below 1")
         if self.lora_targets == "pattern":
             check(bool(self.lora_target_pattern), "lora_target_pattern", "", "a regular expression")
 
-    @property
-    def alpha(self) -> float:
-        """The alpha in force."""
-        return self.lora_alpha or float(self.lora_rank)
+    def _check_patterns(self) -> None:
+        layer_patterns("alpha_pattern", self.alpha_pattern)
+        for pattern in layer_patterns("rank_pattern", self.rank_pattern):
+            whole = pattern.value == int(pattern.value) and pattern.value <= 1024
+            check(whole, "rank_pattern", pattern.line, "lines with a whole rank from 1 to 1024")
+
+    def _check_lokr(self) -> None:
+        check(self.lokr_factor == -1 or self.lokr_factor >= 2, "lokr_factor", self.lokr_factor, "-1, or 2 and more")
+        if self.lora_type == "lokr":
+            check(self.lora_dropout == 0, "lora_dropout", self.lora_dropout, "0 for lora_type lokr")
+            check(not self.use_rslora, "use_rslora", self.use_rslora, "false for lora_type lokr")
+
+    def rank_of(self, layer: str) -> int:
+        """The rank in force for the layer of this full name."""
+        return int(value_for(layer_patterns("rank_pattern", self.rank_pattern), layer) or self.lora_rank)
+
+    def scale_of(self, layer: str, rank: int) -> float:
+        """The factor of the layer's weight change, whose rank this is."""
+        alpha = value_for(layer_patterns("alpha_pattern", self.alpha_pattern), layer) or self.lora_alpha or float(rank)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig, digest, resume_key
+from ..config import LoraConfig, TrainConfig, digest, resume_key
 from ..errors import ExportError
 from ..files import read_tensors, write_tensors
 from ..qwen_image.flavours import FLAVOURS
-from .keys import PREFIX, to_file_tensors, weight_changes
+from ..weights.adapter_file import AdapterPart, LowRank, adapter_parts
+from .keys import LORA_TYPE, to_file_tensors
 
 ExtraCheck = Callable[[Path], None]
 # Relative error of a weight change after rounding its two factors: 2 * 2^-9 for bfloat16's 8 bits, with room.
@@ -33,6 +34,8 @@ class LoraMetadata:
     def as_header(self) -> dict[str, str]:
         """Keys that LoRA managers know (modelspec.*, ss_*) and our own."""
         config, flavour = self.config, FLAVOURS[self.config.model.flavour]
+        mixed = config.lora.rank_pattern or config.lora.init_lora
+        rank = "Dynamic" if mixed else str(config.lora.lora_rank)  # as LoRA managers write it
         name = config.export.lora_name or Path(config.run_dir).name
         header = {
             "format": "pt",
@@ -44,11 +47,12 @@ class LoraMetadata:
             "ss_base_model_version": "qwen_image",
             "ss_sd_model_name": flavour.released_as,
             "ss_network_module": "peft",
-            "ss_network_dim": str(config.lora.lora_rank),
-            "ss_network_alpha": str(config.lora.lora_rank),  # folded: the file applies at scale 1
+            "ss_network_dim": rank,
+            "ss_network_alpha": rank,  # folded: the file applies at scale 1
             "ss_steps": str(self.steps),
             "ss_learning_rate": str(config.optimizer.learning_rate),
             "ss_seed": str(config.seed),
+            LORA_TYPE: config.lora.lora_type,
             "qwen_edit_trainer.flavour": flavour.name,
             "qwen_edit_trainer.config_digest": digest(resume_key(config)),
         }
@@ -59,9 +63,9 @@ class LoraMetadata:
 
 
 def export_lora(
-    lora: Mapping[str, Tensor], path: Path, metadata: LoraMetadata, extra_check: ExtraCheck | None = None
+    tensors: Mapping[str, Tensor], path: Path, metadata: LoraMetadata, extra_check: ExtraCheck | None = None
 ) -> Path:
-    """Write adapter tensors (named `<module>.lora_A` / `.lora_B`) as a LoRA file.
+    """Write an adapter's tensors, from `training.lora.for_file`, as a LoRA file.
 
     Raises:
         ExportError: a reader would not apply the whole adapter with the trained effect. Nothing has the file's name
@@ -69,11 +73,10 @@ def export_lora(
     """
     config = metadata.config
     dtype = torch.bfloat16 if config.model.mixed_precision == "bf16" else torch.float32
-    scale = config.lora.alpha / config.lora.lora_rank
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.safetensors")
     try:
-        write_tensors(temporary, to_file_tensors(lora, scale, dtype), metadata.as_header())
-        check_with_diffusers(temporary, lora, scale, _TOLERANCE[dtype])
+        write_tensors(temporary, to_file_tensors(tensors, config.lora, dtype), metadata.as_header())
+        check_file(temporary, tensors, config.lora, _TOLERANCE[dtype])
         if extra_check is not None:
             extra_check(temporary)
         temporary.replace(path)
@@ -82,29 +85,38 @@ def export_lora(
     return path
 
 
-def check_with_diffusers(path: Path, lora: Mapping[str, Tensor], scale: float, tolerance: float) -> None:
-    """Read a file as diffusers' pipelines do, and compare every weight change with the trained one.
+def check_file(path: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, tolerance: float) -> None:
+    """Read a file back, a LoRA as diffusers' pipelines do, and compare every weight change with the trained one.
 
     Raises:
         ExportError: a key is lost or unknown, or a change differs by more than `tolerance` (relative).
     """
-    converted = read_with_diffusers(path)
-    wanted = to_file_tensors(lora, scale, torch.float32)
-    lost, unknown = sorted(wanted.keys() - converted.keys()), sorted(converted.keys() - wanted.keys())
+    found = read_with_diffusers(path) if lora.lora_type == "lora" else read_tensors(path)
+    reader = "diffusers" if lora.lora_type == "lora" else "ComfyUI"
+    wanted = to_file_tensors(tensors, lora, torch.float32)
+    lost, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if lost or unknown:
         raise ExportError(
-            f"The LoRA file would not load completely in diffusers: {len(lost)} tensors lost {lost[:3]}, "
+            f"The LoRA file would not load completely in {reader}: {len(lost)} tensors lost {lost[:3]}, "
             f"{len(unknown)} unknown {unknown[:3]}. The file was not saved; the checkpoint is kept."
         )
-    read = weight_changes(converted)
-    for module, (down, up) in weight_changes(wanted).items():
-        change, trained = read[module][1].float() @ read[module][0].float(), up @ down
-        error = float((change - trained).norm() / trained.norm().clamp_min(1e-12))
+    layers = {name.rpartition(".")[0] for name in tensors}
+    read, trained = (adapter_parts(each, layers, path.name) for each in (found, wanted))
+    for layer, part in trained.items():
+        error = _difference(read[layer], part)
         if not error <= tolerance:
             raise ExportError(
-                f"The LoRA file changes {module} by another amount than was trained (relative error {error:.1e}, "
+                f"The LoRA file changes {layer} by another amount than was trained (relative error {error:.1e}, "
                 f"allowed {tolerance:.0e}). The file was not saved; the checkpoint is kept."
             )
+
+
+def _difference(found: AdapterPart, wanted: AdapterPart) -> float:
+    """Relative, of the change and of the scales of rows."""
+    pairs = [(found.change(), wanted.change())]
+    if isinstance(found, LowRank) and isinstance(wanted, LowRank) and wanted.dora_scale is not None:
+        pairs.append((found.dora_scale if found.dora_scale is not None else torch.zeros(1), wanted.dora_scale))
+    return max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
 
 
 def read_with_diffusers(path: Path) -> dict[str, Tensor]:
@@ -120,21 +132,3 @@ def read_with_diffusers(path: Path) -> dict[str, Tensor]:
 def read_lora(path: Path) -> dict[str, Tensor]:
     """Tensors of a LoRA file by name."""
     return read_tensors(path)
-
-
-def load_into(transformer: torch.nn.Module, path: Path, strength: float = 1.0) -> None:
-    """Apply a LoRA file to a diffusers transformer for sampling.
-
-    Raises:
-        ExportError: keys of the file do not belong to this transformer.
-    """
-    state = read_with_diffusers(path)
-    names = {name for name, _ in transformer.named_modules()}
-    unknown = [key for key in state if key.removeprefix(PREFIX).split(".lora_")[0] not in names]
-    if unknown:
-        raise ExportError(
-            f"{path.name} has {len(unknown)} of {len(state)} tensors that this model does not know, such as "
-            f"{unknown[0]}. It was trained for another model."
-        )
-    transformer.load_lora_adapter(state, prefix="transformer", adapter_name="sampled")  # type: ignore[operator]
-    transformer.set_adapters("sampled", strength)  # type: ignore[operator]

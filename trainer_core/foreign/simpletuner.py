@@ -48,6 +48,7 @@ _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("lora.lora_rank", ("lora_rank",), Section.whole),
     ("lora.lora_alpha", ("lora_alpha",), Section.number),
     ("lora.lora_dropout", ("lora_dropout",), Section.number),
+    ("lora.use_rslora", ("use_rslora",), Section.truth),
     ("optimizer.learning_rate", ("learning_rate",), Section.number),
     ("optimizer.lr_warmup_steps", ("lr_warmup_steps",), Section.whole),
     ("optimizer.lr_num_cycles", ("lr_num_cycles",), Section.whole),
@@ -173,7 +174,7 @@ def _kind(section: Section) -> Flavour:
         elif value not in (None, allowed):
             raise ConfigError(f"{key} is {value!r}; allowed is {allowed}: only LoRAs for Qwen-Image-Edit are trained.")
     if (section.text("lora_type") or "standard") != "standard":
-        section.note("lora_type", "LyCORIS is not built; a standard LoRA is trained.")
+        section.note("lora_type", "a standard LoRA is trained; of LyCORIS there is LoKr, as lora_type lokr.")
     name = section.text("model_flavour", "model_flavor")
     if name == "edit-v2+":
         section.note("model_flavour", "edit-v2+ (2509 with 2511's timestep of references) is trained as edit-v2.")
@@ -270,6 +271,8 @@ def _clipping_and_targets(section: Section, values: dict[str, Any]) -> None:
             f"left out; SimpleTuner cuts each element at {norm:g} (grad_clip_method value), here the whole gradient's "
             "norm is limited, by default to 1.",
         )
+    if section.truth("use_dora"):
+        _put(values, "lora.lora_type", "dora")
     targets = section.take("peft_lora_target_modules")
     if targets:
         targets = json.loads(targets) if isinstance(targets, str) and targets.startswith("[") else targets
@@ -338,6 +341,8 @@ def _steps_and_folders(section: Section, values: dict[str, Any], root: Path) -> 
         values["run_dir"] = str(root / Path(folder).expanduser() / "qwen_edit_trainer")
         _put(values, "export.lora_name", _file_name(Path(folder).name))
         section.note("output_dir", f"the run goes to {values['run_dir']}, beside what SimpleTuner has left.")
+    if start := section.text("init_lora"):
+        _put(values, "lora.init_lora", str(root / Path(start).expanduser()))
 
 
 def _rest(section: Section, values: dict[str, Any]) -> None:

@@ -58,8 +58,8 @@ _CONFIG = {
     "optimizer_offload_gradients optimizer_release_gradients fuse_optimizer adam_bfloat16 use_8bit_adam "
     "use_adafactor_optimizer",
     "the learning rate is taken as it stands, and its course in steps": "lr_scale lr_scale_sqrt lr_warmup_epochs",
-    "the LoRA starts from zero, in peft's usual shape": "init_lora init_lora_step lora_init_type peft_lora_mode "
-    "use_dora use_rslora lycoris_config lora_format flux_lora_target singlora_ramp_up_steps",
+    "the LoRA starts from zero, in peft's usual shape": "init_lora_step lora_init_type peft_lora_mode "
+    "lycoris_config lora_format flux_lora_target singlora_ramp_up_steps",
     "one process on one device": "num_processes num_machines accelerator_cache_clear_interval ddp_backend "
     "dynamo_backend fsdp_enable deepspeed_config i_know_what_i_am_doing",
     "only edit LoRAs are trained": "controlnet control tread_config text_encoder_lora train_text_encoder "
@@ -115,7 +115,8 @@ CONFIG_KEYS = words(
     "gradient_accumulation_steps max_train_steps num_train_epochs learning_rate lr_scheduler lr_warmup_steps optimizer "
     "lr_end lr_num_cycles lr_power "
     "optimizer_beta1 optimizer_beta2 adam_beta1 adam_beta2 adam_weight_decay optimizer_weight_decay adam_epsilon "
-    "lora_rank lora_alpha lora_dropout peft_lora_target_modules seed mixed_precision base_model_precision quantize_via "
+    "lora_rank lora_alpha lora_dropout use_dora use_rslora init_lora peft_lora_target_modules seed "
+    "mixed_precision base_model_precision quantize_via "
     "gradient_checkpointing flow_schedule_shift flow_schedule_auto_shift flow_use_uniform_schedule flow_sigmoid_scale "
     "loss_type huber_c huber_schedule "
     "max_grad_norm grad_clip_method checkpoint_step_interval checkpointing_steps checkpoints_total_limit "

@@ -27,6 +27,10 @@ class FrozenLinear(nn.Linear):
         self.register_buffer("scale", scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in ordinary numbers, made anew."""
+        return dequantise(self.weight, self.get_buffer("scale"), self.rotation, dtype)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """See the class."""
         kind = input.device.type

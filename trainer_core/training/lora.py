@@ -1,99 +1,181 @@
-"""The adapter: which layers get one, peft puts it in, and its weights start from the seed."""
+"""The adapter: peft puts it in, and its weights start from the seed or from a file."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..config import LoraConfig, LoraTargets
-from ..errors import ConfigError
+from ..config import LoraConfig, LoraType
 from ..rng import stream, undisturbed
+from ..weights.adapter_file import Kronecker, LowRank
+from .lora_plan import LayerPlan, lokr_shapes, plan_layers
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
 ADAPTER = "default"
-_ATTENTION_IMAGE = r"attn\.(to_q|to_k|to_v|to_out\.0)"
-_ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-_MLP = r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)"
-_MODULATION = r"(img_mod|txt_mod)\.1"
-
-TARGET_PATTERNS: dict[LoraTargets, str] = {
-    "image-attention": rf"transformer_blocks\.\d+\.{_ATTENTION_IMAGE}",
-    "attention": rf"transformer_blocks\.\d+\.{_ATTENTION}",
-    "attention-mlp": rf"transformer_blocks\.\d+\.({_ATTENTION}|{_MLP})",
-    "all": rf"transformer_blocks\.\d+\.({_ATTENTION}|{_MLP}|{_MODULATION})",
-}
-# Of the last block only the image stream is read: these layers get no gradient there.
-_WITHOUT_GRADIENT = re.compile(r"attn\.(to_add_out|add_q_proj)|txt_mlp\..*")
-
-
-def target_modules(transformer: nn.Module, lora: LoraConfig) -> list[str]:
-    """Full names of the layers that get an adapter.
-
-    Raises:
-        ConfigError: the pattern is no regular expression, or matches no linear layer.
-    """
-    pattern = TARGET_PATTERNS.get(lora.lora_targets, lora.lora_target_pattern)
-    try:
-        matcher = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"lora_target_pattern {pattern!r} is not a regular expression: {error}.") from error
-    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}."  # type: ignore[arg-type]
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [
-        name
-        for name in names
-        if matcher.fullmatch(name)
-        and not (name.startswith(last) and _WITHOUT_GRADIENT.fullmatch(name.removeprefix(last)))
-    ]
-    if not chosen:
-        raise ConfigError(f"lora_target_pattern {pattern!r} matches no layer. Layers are named like {names[2]!r}.")
-    return chosen
+_LOKR = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
 def inject_lora(transformer: QwenImageTransformer2DModel, lora: LoraConfig, seed: int) -> dict[str, nn.Parameter]:
-    """Put a fresh adapter into the frozen transformer; its float32 parameters by name, the only trainable ones.
+    """Put an adapter into the frozen transformer; its float32 parameters by name, the only trainable ones.
 
-    Names are `<module>.lora_A` and `<module>.lora_B`. A is drawn uniformly (Kaiming, as peft) from (seed, name),
-    B is zero, so the output does not change.
+    Names are those in the file: `<module>.lora_A` and `.lora_B`; for a DoRA also `.dora_scale`, here the rows' lengths;
+    for a LoKr `.lokr_w1`, and `.lokr_w2` or its factors `.lokr_w2_a` and `.lokr_w2_b`. A fresh adapter changes nothing:
+    B or w1 is zero, and the others are drawn uniformly (Kaiming, as peft) from (seed, name).
+
+    Raises:
+        ConfigError, ModelFileError: as `plan_layers`.
     """
-    import peft
-
-    modules = target_modules(transformer, lora)
-    settings = peft.LoraConfig(
-        r=lora.lora_rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type] - a float scales as well
-        lora_dropout=lora.lora_dropout,
-        target_modules=modules,
-        init_lora_weights=False,
-    )
-    with undisturbed(transformer.device):
-        peft.inject_adapter_in_model(settings, transformer, ADAPTER)
-    parameters: dict[str, nn.Parameter] = {}
-    for module in modules:
-        layer = transformer.get_submodule(module)
-        for side in ("lora_A", "lora_B"):
-            weight = getattr(layer, side)[ADAPTER].weight
-            weight.data = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            weight.requires_grad_(True)  # noqa: FBT003
-            parameters[f"{module}.{side}"] = weight
-    _draw_initial_weights(parameters, seed)
+    plan = plan_layers(transformer, lora)
+    parameters = inject_planned(transformer, plan, lora.lora_type, dropout=lora.lora_dropout, factor=lora.lokr_factor)
+    with torch.no_grad():
+        _draw_initial_weights(parameters, seed)
+        for name, layer in plan.items():
+            put_start(transformer, parameters, name, layer)
     return parameters
 
 
-def _draw_initial_weights(parameters: dict[str, nn.Parameter], seed: int) -> None:
+def inject_planned(
+    transformer: nn.Module, plan: Mapping[str, LayerPlan], kind: LoraType, *, dropout: float = 0.0, factor: int = -1
+) -> dict[str, nn.Parameter]:
+    """Adapters of one kind in the planned layers: their parameters by name, all zero but a DoRA's lengths."""
+    with undisturbed(next(transformer.parameters()).device):
+        if kind == "lokr":
+            _inject_lokr(transformer, plan, factor)
+        else:
+            _inject_lora(transformer, plan, use_dora=kind == "dora", dropout=dropout)
+    for name, planned in plan.items():
+        transformer.get_submodule(name).scaling[ADAPTER] = planned.scale  # type: ignore[union-attr, operator]
+    parameters = {f"{module}.{name}": each for module in plan for name, each in _of_layer(transformer, module)}
     for name, weight in parameters.items():
-        if name.endswith(".lora_A"):
+        if not name.endswith(".dora_scale"):
+            weight.data = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        weight.requires_grad_(True)  # noqa: FBT003
+    return parameters
+
+
+def _inject_lora(transformer: nn.Module, plan: Mapping[str, LayerPlan], *, use_dora: bool, dropout: float) -> None:
+    import peft
+
+    settings = peft.LoraConfig(
+        r=1,
+        rank_pattern=_ranks(plan),
+        lora_dropout=dropout,
+        target_modules=list(plan),
+        init_lora_weights=False,
+        use_dora=use_dora,
+    )
+    if use_dora:
+        from .dora import DoraLinear
+
+        settings._register_custom_module({nn.Linear: DoraLinear})  # peft's way for layers of one's own
+    peft.inject_adapter_in_model(settings, transformer, ADAPTER)
+
+
+def _inject_lokr(transformer: nn.Module, plan: Mapping[str, LayerPlan], factor: int) -> None:
+    import peft
+
+    from .lokr import LokrModel
+
+    settings = peft.LoKrConfig(
+        r=1,
+        rank_pattern=_ranks(plan),
+        decompose_factor=factor,
+        target_modules=list(plan),
+        init_weights=False,
+    )
+    LokrModel(transformer, settings, ADAPTER)
+    for name, planned in plan.items():
+        if planned.start is not None:
+            _reshape_lokr(transformer.get_submodule(name), lokr_shapes(planned, factor))
+
+
+def _ranks(plan: Mapping[str, LayerPlan]) -> dict[str, int]:
+    """peft's rank_pattern: it tries each pattern on each layer, so layers of one rank share a pattern."""
+    grouped: dict[int, list[str]] = {}
+    for name, layer in plan.items():
+        grouped.setdefault(layer.rank, []).append(re.escape(name))
+    return {"|".join(names): rank for rank, names in grouped.items()}
+
+
+def _reshape_lokr(layer: Any, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Parameters in the shapes of the file that the layer starts from, whatever factors peft chose."""
+    device = layer.lokr_w1[ADAPTER].device
+    for name in _LOKR:
+        entries = getattr(layer, name)
+        if ADAPTER in entries:
+            del entries[ADAPTER]
+        if name in shapes:
+            entries[ADAPTER] = nn.Parameter(torch.zeros(shapes[name], device=device))
+
+
+def _of_layer(transformer: nn.Module, module: str) -> list[tuple[str, nn.Parameter]]:
+    layer: Any = transformer.get_submodule(module)
+    if hasattr(layer, "lokr_w1"):
+        return [(name, getattr(layer, name)[ADAPTER]) for name in _LOKR if ADAPTER in getattr(layer, name)]
+    found = [(name, getattr(layer, name)[ADAPTER].weight) for name in ("lora_A", "lora_B")]
+    if ADAPTER in layer.lora_magnitude_vector:
+        found.append(("dora_scale", layer.lora_magnitude_vector[ADAPTER].weight))
+    return found
+
+
+def _draw_initial_weights(parameters: Mapping[str, Tensor], seed: int) -> None:
+    for name, weight in parameters.items():
+        if name.endswith((".lora_A", ".lokr_w2", ".lokr_w2_a", ".lokr_w2_b")):
             bound = 1 / math.sqrt(weight.shape[1])
             drawn = torch.rand(weight.shape, generator=stream(seed, "lora", name))
-            weight.data.copy_((drawn * 2 - 1) * bound)
+            weight.copy_((drawn * 2 - 1) * bound)
+
+
+def put_start(transformer: nn.Module, parameters: Mapping[str, Tensor], name: str, layer: LayerPlan) -> None:
+    """What the layer starts from, at the layer's own scale, into its parameters. Call it without gradients."""
+    start = layer.start
+    if isinstance(start, LowRank):
+        parameters[f"{name}.lora_A"].copy_(start.down)
+        parameters[f"{name}.lora_B"].copy_(start.up.float() * (start.scale / layer.scale))
+        if f"{name}.dora_scale" in parameters:
+            parameters[f"{name}.dora_scale"].copy_(_lengths(transformer.get_submodule(name), start))
+    elif isinstance(start, Kronecker):
+        parameters[f"{name}.lokr_w1"].copy_(start.first.float() * (start.scale / layer.scale))
+        names = ["lokr_w2"] if len(start.second) == 1 else ["lokr_w2_a", "lokr_w2_b"]
+        for each, matrix in zip(names, start.second, strict=True):
+            parameters[f"{name}.{each}"].copy_(matrix)
+
+
+def _lengths(layer: Any, start: LowRank) -> Tensor:
+    """Of a DoRA's rows: what the file says, or those of the weight that a plain LoRA file makes."""
+    from .dora import merged_length
+
+    length = merged_length(layer, ADAPTER)
+    if start.dora_scale is None:
+        return length
+    return length * start.dora_scale.to(length) / layer.lora_magnitude_vector[ADAPTER].base_square.sqrt()
+
+
+def for_file(transformer: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's tensors (its own, or an average of them) as files hold them.
+
+    ComfyUI divides by the length of the base weight's rows where DoRA divides by that of the changed ones: `dora_scale`
+    takes the quotient in. All other tensors are as they are.
+    """
+    tensors = dict(parameters)
+    for name, length in parameters.items():
+        if name.endswith(".dora_scale"):
+            from .dora import merged_lengths
+
+            module = name.removesuffix(".dora_scale")
+            layer: Any = transformer.get_submodule(module)
+            lora_a, lora_b = (parameters[f"{module}.{side}"].detach().float() for side in ("lora_A", "lora_B"))
+            base = layer.lora_magnitude_vector[ADAPTER].base_square.sqrt()
+            tensors[name] = length.detach() * base / merged_lengths(layer, ADAPTER, lora_a, lora_b)
+    return tensors
 
 
 @contextmanager

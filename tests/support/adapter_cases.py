@@ -1,0 +1,39 @@
+"""Adapters of every kind, filled with numbers that do something."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trainer_core.config import LoraConfig
+from trainer_core.qwen_image.types import Condition
+from trainer_core.rng import stream
+
+# With a rank of its own for one layer, and an alpha for the second block.
+PATTERNS = {"rank_pattern": (r".*attn\.to_q = 6",), "alpha_pattern": ("1 = 3",)}
+KINDS = {
+    "lora": LoraConfig(lora_rank=4, lora_alpha=10, lora_targets="all", **PATTERNS),
+    "rslora": LoraConfig(lora_rank=4, lora_targets="attention-mlp", use_rslora=True, **PATTERNS),
+    "dora": LoraConfig(lora_rank=4, lora_alpha=6, lora_targets="all", lora_type="dora", **PATTERNS),
+    "lokr": LoraConfig(
+        lora_rank=2, lora_alpha=3, lora_targets="all", lora_type="lokr", lokr_factor=4, alpha_pattern=("1 = 5",)
+    ),
+    "lokr, whole": LoraConfig(
+        lora_rank=1024, lora_alpha=700, lora_targets="image-attention", lora_type="lokr", lokr_factor=-1
+    ),
+}
+
+
+def randomise(parameters: dict[str, nn.Parameter], scale: float = 0.3) -> None:
+    """Normal numbers from the names; a DoRA's row lengths move by a few percent."""
+    for name, weight in parameters.items():
+        drawn = torch.randn(weight.shape, generator=stream(1, "adapter cases", name))
+        weight.data.copy_(weight.detach() * (1 + 0.1 * drawn) if name.endswith("dora_scale") else drawn * scale)
+
+
+def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Condition]:
+    """Latents, sigma and condition for a narrow model."""
+    generator = stream(0, "adapter cases")
+    latents, reference = (torch.randn(batch, 16, 12, 12, generator=generator) for _ in range(2))
+    prompt = torch.randn(batch, 9, 128, generator=generator)
+    return latents, torch.full((batch,), 0.6), Condition((reference,), prompt)

@@ -1,0 +1,68 @@
+"""Settings that name layers: lines such as `0-9 = 8` (blocks) or `.*attn\\.to_q = 32` (a regular expression)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+_BLOCKS = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+_BLOCK_OF_LAYER = re.compile(r"transformer_blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPattern:
+    """A number for some layers: those of `blocks`, or whose full name matches `name` entirely."""
+
+    line: str
+    value: float
+    blocks: range | None
+    name: re.Pattern[str] | None
+
+    def matches(self, layer: str) -> bool:
+        """Whether the layer of this full name is meant."""
+        if self.name is not None:
+            return self.name.fullmatch(layer) is not None
+        block = _BLOCK_OF_LAYER.match(layer)
+        return block is not None and self.blocks is not None and int(block.group(1)) in self.blocks
+
+
+def layer_patterns(setting: str, lines: Sequence[str]) -> tuple[LayerPattern, ...]:
+    """The lines' meaning, in their order: the first that matches a layer counts.
+
+    Raises:
+        ConfigError: a line is not of this form.
+    """
+    return tuple(_pattern(setting, line) for line in lines)
+
+
+def value_for(patterns: Sequence[LayerPattern], layer: str) -> float | None:
+    """The number of the first pattern that matches, if one does."""
+    return next((pattern.value for pattern in patterns if pattern.matches(layer)), None)
+
+
+def _pattern(setting: str, line: str) -> LayerPattern:
+    where, equals, number = (part.strip() for part in line.rpartition("="))
+    try:
+        value = float(number)
+        blocks = _BLOCKS.fullmatch(where)
+        name = None if blocks else re.compile(where)
+    except (ValueError, re.error) as error:
+        raise _wrong(setting, line, f" ({error})") from error
+    if not equals or not where or not 0 < value <= 4096:
+        raise _wrong(setting, line)
+    if blocks is None:
+        return LayerPattern(line, value, None, name)
+    first, last = int(blocks.group(1)), int(blocks.group(2) or blocks.group(1))
+    if last < first:
+        raise _wrong(setting, line)
+    return LayerPattern(line, value, range(first, last + 1), None)
+
+
+def _wrong(setting: str, line: str, reason: str = "") -> ConfigError:
+    return ConfigError(
+        f"{setting} has the line {line!r}{reason}; allowed is 'blocks = number' or 'pattern = number', such as "
+        r"'0-9 = 8', '59 = 32' or '.*attn\.to_q = 32', with a number above 0."
+    )
