@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 _RATIOS = ("psnr_base", "psnr_lora", "psnr_vae")  # dB, over the held-out pairs that were drawn
+_DRIFT = ("drift_shift", "drift_zoom", "drift_colour")  # pixels, percent, of 255
 
 
 def place_lora(lora_file: Path, run_name: str) -> str:
@@ -56,7 +57,7 @@ def run_ui(result: TrainResult, lora_name: str, *, seconds: float) -> dict[str, 
     `seconds` are those of the training steps, over all parts of an interrupted run.
     """
     samples = result.samples
-    ratios = {name: _finite(getattr(samples, name)) if samples else None for name in _RATIOS}
+    ratios = {name: _finite(getattr(samples, name)) if samples else None for name in (*_RATIOS, *_DRIFT)}
     figures = {
         "run_name": result.run_dir.name,
         "run_dir": host.output_name(result.run_dir),

@@ -25,7 +25,8 @@ class Stop(Enum):
 class StepReport:
     """One optimizer step. Loss is the mean over the step's pairs; bytes are 0 where the device can't tell.
 
-    `extra_forwards` are those of rollouts; None in a step that could have none.
+    `extra_forwards` are those of rollouts; None in a step that could have none. What a validation found is None where
+    there was none; drift (see SampleReport) also where it can't be measured.
     """
 
     step: int
@@ -38,6 +39,9 @@ class StepReport:
     peak_bytes: int = 0
     validation_loss: float | None = None
     extra_forwards: int | None = None
+    drift_shift: float | None = None
+    drift_zoom: float | None = None
+    drift_colour: float | None = None
 
     def as_dict(self) -> dict[str, object]:
         """For JSON: the fields, without those that say nothing."""
@@ -48,18 +52,32 @@ class StepReport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleReport:
     """Validation pictures of one step: the grid's file, and mean peak signal-to-noise ratios (dB) against the targets.
-    None where no picture can be held against its target."""
+
+    `drift_shift` (pixels), `drift_zoom` (percent) and `drift_colour` (of 255) say how far the LoRA's pictures are off
+    the targets outside the edited region. None where no picture can be held against its target.
+    """
 
     step: int
     grid_file: Path
     psnr_base: float | None
     psnr_lora: float | None
     psnr_vae: float | None
+    drift_shift: float | None = None
+    drift_zoom: float | None = None
+    drift_colour: float | None = None
 
     def as_text(self) -> str:
         """The figures for people; empty where there is none."""
         ratios = {"base": self.psnr_base, "LoRA": self.psnr_lora, "VAE alone": self.psnr_vae}
-        return ", ".join(f"{name} {value:.1f} dB" for name, value in ratios.items() if value is not None)
+        found = ", ".join(f"{name} {value:.1f} dB" for name, value in ratios.items() if value is not None)
+        if self.drift_shift is None:
+            return found
+        return f"{found}; drift {self.drift_shift:.2f} px, {self.drift_zoom:.2f} %, {self.drift_colour:.1f} of 255"
+
+    def drift(self) -> dict[str, float]:
+        """The drift by its names; empty where there is none."""
+        found = {name: getattr(self, name) for name in ("drift_shift", "drift_zoom", "drift_colour")}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Observer(Protocol):

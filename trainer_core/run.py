@@ -133,12 +133,12 @@ def _validation_is_due(done: int, config: TrainConfig) -> bool:
 def _validate(
     validator: Validator, networks: Networks, run: RunFolder, report: StepReport, observer: Observer
 ) -> StepReport:
-    """The step's report with the validation loss in it; pictures go to the run folder and the observer."""
+    """The step's report with what validation found; pictures go to the run folder and the observer."""
     try:
-        loss = _validate_at(validator, networks, run, report.step, observer)
+        found = _validate_at(validator, networks, run, report.step, observer)
     except Interrupted:
         return report  # the loop asks the observer next
-    return dataclasses.replace(report, validation_loss=loss)
+    return dataclasses.replace(report, **found)
 
 
 def _make_up_for_validation(
@@ -148,19 +148,20 @@ def _make_up_for_validation(
     if done == 0 or not _validation_is_due(done, config) or run.state().get("validated") == done:
         return
     try:
-        loss = _validate_at(validator, networks, run, done, observer)
+        found = _validate_at(validator, networks, run, done, observer)
     except Interrupted:
         return
-    if loss is not None:
+    if found:
         *rows, last = run.metrics()
-        run.write_metrics([*rows, {**last, "validation_loss": loss}])
+        run.write_metrics([*rows, {**last, **found}])
 
 
 def _validate_at(
     validator: Validator, networks: Networks, run: RunFolder, step: int, observer: Observer
-) -> float | None:
+) -> dict[str, float]:
+    """What belongs into the step's report; empty where no pair is held out."""
     if not validator:
-        return None
+        return {}
     try:
         with weights_to_use(networks.optimizer, networks.lora), autocast(networks):
             loss = validator.loss(networks.transformer, networks.device, observer)
@@ -178,7 +179,7 @@ def _validate_at(
         run.write_state(samples={**dataclasses.asdict(samples), "grid_file": samples.grid_file.name})
         observer.on_samples(samples)
     run.write_state(validated=step)
-    return loss
+    return {"validation_loss": loss, **(samples.drift() if samples else {})}
 
 
 def _recorded_samples(run: RunFolder) -> SampleReport | None:

@@ -11,6 +11,7 @@ import pytest
 
 from trainer_core.training.chart import loss_chart, smoothed
 
+DRIFT = ((0xE0, 0x6C, 0x9F), (0xC3, 0xA6, 0xFF), (0x56, 0xC8, 0xC8))
 VALIDATION, RATE, LOSS = (0xFF, 0xB4, 0x54), (0x8E, 0xC0, 0x7C), (0x5A, 0xA9, 0xFF)
 
 
@@ -40,6 +41,14 @@ def test_validation_is_drawn_where_there_is_some():
     assert has(
         loss_chart([{"step": 1, "validation_loss": 0.4}, {"step": 2, "loss": 0.1, "validation_loss": 0.3}]), VALIDATION
     )
+
+
+def test_drift_is_drawn_where_there_is_some():
+    course = [row | {"drift_shift": 0.5, "drift_zoom": 0.1, "drift_colour": 30.0} for row in rows(3)]
+    picture = loss_chart([*course, *rows(3)])
+    assert all(has(picture, colour) for colour in DRIFT)
+    assert not any(has(loss_chart(rows(3)), colour) for colour in DRIFT)
+    assert loss_chart([{**row, "drift_shift": 0.0} for row in rows(3)]).size == (900, 560)
 
 
 def test_rows_without_numbers_are_passed_over():

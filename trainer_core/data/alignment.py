@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import avg_pool2d, grid_sample
 
 Pixels = NDArray[np.float32]  # [H, W, 3] in 0..255
+Where = NDArray[np.bool_]  # [H, W]
 
 UNEDITED = 8.0  # 8-bit steps that noise and compression may make
 _STEPS = 12
@@ -44,22 +45,27 @@ class _State:
     zoom: float = 0.0
 
 
-def align(target: Pixels, reference: Pixels) -> Alignment:
-    """Measure a reference against its target; both [H, W, 3] in 0..255 and of equal size."""
-    levels = [(target, reference)]
+def align(target: Pixels, reference: Pixels, where: Where | None = None) -> Alignment:
+    """Measure a reference against its target; both [H, W, 3] in 0..255 and of equal size.
+
+    `where` is the part of the target that counts; None for all of it.
+    """
+    where = np.ones(target.shape[:2], np.bool_) if where is None else where
+    levels = [(target, reference, where)]
     while min(levels[-1][0].shape[:2]) >= 2 * _LEAST_SIDE and len(levels) < 4:
-        levels.append((_halved(levels[-1][0]), _halved(levels[-1][1])))
+        above = levels[-1]
+        levels.append((_halved(above[0]), _halved(above[1]), _halved_where(above[2])))
     fine = phase_shift(target.mean(axis=2), reference.mean(axis=2)) / 2 ** (len(levels) - 1)
     state = _best_start(*levels[-1], fine)
     error = math.inf
-    for number, (wanted, given) in enumerate(reversed(levels)):
+    for number, (wanted, given, place) in enumerate(reversed(levels)):
         if number:
             state.shift = state.shift * 2
-        error = _refine(wanted, given, state)
-    residual, inside, colour = _residual(target, reference, state)
+        error = _refine(wanted, given, place, state)
+    residual, inside, colour = _residual(target, reference, where, state)
     difference = np.abs(residual).max(axis=2) * inside
     smooth = avg_pool2d(torch.from_numpy(difference)[None, None], 3, 1, 1)[0, 0].numpy()
-    unedited = float((smooth < UNEDITED).mean())
+    unedited = float((smooth < UNEDITED)[where].mean()) if where.any() else 0.0
     return Alignment(
         shift=(float(state.shift[0]), float(state.shift[1])),
         zoom=1 + state.zoom,
@@ -75,16 +81,21 @@ def _halved(pixels: Pixels) -> Pixels:
     return pooled[0].permute(1, 2, 0).contiguous().numpy()
 
 
-def _best_start(target: Pixels, reference: Pixels, fine: NDArray[np.float64]) -> _State:
+def _halved_where(where: Where) -> Where:
+    pooled = avg_pool2d(torch.from_numpy(where.astype(np.float32))[None], 2)
+    return pooled[0].numpy() > 0.5
+
+
+def _best_start(target: Pixels, reference: Pixels, where: Where, fine: NDArray[np.float64]) -> _State:
     """No shift, or one of the phase correlations (of the whole pictures, `fine`, and of these) if it fits better."""
     coarse = phase_shift(target.mean(axis=2), reference.mean(axis=2))
     starts = [_State(shift) for shift in (np.zeros(2), fine, coarse)]
-    return min(starts, key=lambda state: _cost(target, reference, state))
+    return min(starts, key=lambda state: _cost(target, reference, where, state))
 
 
-def _cost(target: Pixels, reference: Pixels, state: _State) -> float:
-    residual, inside, _ = _residual(target, reference, state)
-    return float(np.minimum(np.abs(residual), _FARTHEST)[inside].mean())
+def _cost(target: Pixels, reference: Pixels, where: Where, state: _State) -> float:
+    residual, inside, _ = _residual(target, reference, where, state)
+    return float(np.minimum(np.abs(residual), _FARTHEST)[inside].mean()) if inside.any() else _FARTHEST
 
 
 def phase_shift(target: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -101,9 +112,10 @@ def phase_shift(target: NDArray[np.float32], reference: NDArray[np.float32]) -> 
     return np.array([right[column], down[row]], dtype=np.float64)
 
 
-def _residual(target: Pixels, reference: Pixels, state: _State) -> tuple[Pixels, NDArray[np.bool_], Pixels]:
+def _residual(target: Pixels, reference: Pixels, where: Where, state: _State) -> tuple[Pixels, Where, Pixels]:
     """Target minus aligned reference without the colour offset [H, W, 3], where it is defined, and the offset [3]."""
     aligned, inside = _warped(reference, state)
+    inside &= where
     residual = target - aligned
     colour = np.median(residual[inside], axis=0) if inside.any() else np.zeros(3, np.float32)
     near = inside & (np.abs(residual - colour).max(axis=2) < _FARTHEST)
@@ -112,7 +124,7 @@ def _residual(target: Pixels, reference: Pixels, state: _State) -> tuple[Pixels,
     return residual - colour, inside, colour
 
 
-def _warped(reference: Pixels, state: _State) -> tuple[Pixels, NDArray[np.bool_]]:
+def _warped(reference: Pixels, state: _State) -> tuple[Pixels, Where]:
     """The reference brought onto the target, and where there is one."""
     x, y = _from_centre(reference)
     height, width = reference.shape[:2]
@@ -131,13 +143,15 @@ def _from_centre(pixels: Pixels) -> tuple[NDArray[np.float64], NDArray[np.float6
     return (np.arange(width) - (width - 1) / 2)[None], (np.arange(height) - (height - 1) / 2)[:, None]
 
 
-def _refine(target: Pixels, reference: Pixels, state: _State) -> float:
+def _refine(target: Pixels, reference: Pixels, where: Where, state: _State) -> float:
     """Gauss-Newton on shift and zoom; the standard error of the shift in pixels."""
     x, y = _from_centre(target)
     half = max(target.shape[:2]) / 2
     scale, normal = _FARTHEST, np.eye(3)
     for _ in range(_STEPS):
-        residual, inside, _ = _residual(target, reference, state)
+        residual, inside, _ = _residual(target, reference, where, state)
+        if not inside.any():
+            return math.inf
         aligned, _ = _warped(reference, state)
         down, right = np.gradient(aligned, axis=(0, 1))
         slopes = np.stack([right, down, (right * x[..., None] + down * y[..., None]) / half], axis=-1)

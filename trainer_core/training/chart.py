@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, _DPI = 900, 560, 100
 _BACKGROUND, _PANEL, _LINES, _TEXT, _MUTED = "#1e2024", "#26292e", "#3a3e45", "#ecedf0", "#a0a5ae"
 _LOSS, _VALIDATION, _RATE = "#5aa9ff", "#ffb454", "#8ec07c"
+_DRIFT = {"drift_shift": ("shift, px", "#e06c9f"), "drift_zoom": ("zoom, %", "#c3a6ff"),
+          "drift_colour": ("colour, of 255", "#56c8c8")}  # fmt: skip
 
 Rows = Sequence[Mapping[str, object]]
 
 
 def loss_chart(rows: Rows, *, title: str = "") -> Image.Image:
-    """Loss, smoothed loss, validation loss and learning rate over the steps; 900 x 560 pixels, RGB.
+    """Loss, smoothed loss, validation loss, drift if any, and learning rate over the steps; 900 x 560 pixels, RGB.
 
-    `rows` are those of metrics.jsonl: step, loss, learning_rate and now and then validation_loss.
+    `rows` are those of metrics.jsonl: step, loss, learning_rate and now and then validation_loss and drift_...
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -29,15 +31,19 @@ def loss_chart(rows: Rows, *, title: str = "") -> Image.Image:
 
     figure = Figure(figsize=(WIDTH / _DPI, HEIGHT / _DPI), dpi=_DPI, facecolor=_BACKGROUND)
     canvas = FigureCanvasAgg(figure)
-    loss_axes, rate_axes = figure.subplots(
-        2, 1, sharex=True, gridspec_kw={"height_ratios": [5, 1], "hspace": 0.12, "left": 0.085, "right": 0.975,
-                                        "top": 0.91, "bottom": 0.1}
+    drifts = any(_series(rows, name)[0] for name in _DRIFT)
+    loss_axes, *drift_axes, rate_axes = figure.subplots(
+        3 if drifts else 2, 1, sharex=True,
+        gridspec_kw={"height_ratios": [5, 2, 1] if drifts else [5, 1], "hspace": 0.12, "left": 0.085, "right": 0.975,
+                     "top": 0.91, "bottom": 0.1}
     )  # fmt: skip
-    for axes in (loss_axes, rate_axes):
+    for axes in (loss_axes, *drift_axes, rate_axes):
         _style(axes)
     heading = title if len(title) <= 32 else f"{title[:31]}…"
     figure.text(0.085, 0.945, heading or "Training loss", color=_TEXT, fontsize=13, fontweight="bold", parse_math=False)
     _draw_loss(loss_axes, rows)
+    for axes in drift_axes:
+        _draw_drift(axes, rows)
     _draw_rate(rate_axes, rows)
     rate_axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True) if rows else NullLocator())
     canvas.draw()
@@ -91,6 +97,22 @@ def _draw_loss(axes: Axes, rows: Rows) -> None:
         )
     _limit(axes, losses, [*means, *validation])
     axes.legend(frameon=False, labelcolor=_TEXT, fontsize=9.5, loc="upper right", ncols=3, bbox_to_anchor=(1.0, 1.12))
+
+
+def _draw_drift(axes: Axes, rows: Rows) -> None:
+    """Three quantities on one axis, linear up to 1 and logarithmic above, so that small ones stay visible."""
+    highest = 1.0
+    for name, (words, colour) in _DRIFT.items():
+        steps, values = _series(rows, name)
+        if steps:
+            highest, label = max(highest, *values), f"{words}, now {values[-1]:.2g}"
+            axes.plot(steps, values, color=colour, linewidth=1.2, marker="D", markersize=4, label=label, clip_on=False)
+    axes.set_yscale("symlog", linthresh=1.0)
+    axes.set_yticks([0, 1, 2, 5, 10, 20, 50, 100], minor=False)
+    axes.set_ylim(0, highest * 1.15)
+    axes.set_ylabel("drift", color=_MUTED, fontsize=9)
+    axes.yaxis.set_major_formatter(lambda value, _position: f"{value:g}")
+    axes.legend(frameon=False, labelcolor=_TEXT, fontsize=8.5, loc="upper right", ncols=3, bbox_to_anchor=(1.0, 1.2))
 
 
 def _draw_rate(axes: Axes, rows: Rows) -> None:

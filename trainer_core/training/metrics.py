@@ -9,6 +9,8 @@ from ..errors import MissingPackageError
 from ..events import StepReport
 from .run_folder import RunFolder
 
+_NOT_ALWAYS = ("validation_loss", "drift_shift", "drift_zoom", "drift_colour", "extra_forwards")
+
 
 class Metrics:
     """Open files of a run's metrics, which end at step `done`; a context manager."""
@@ -33,9 +35,8 @@ class Metrics:
         self._lines.write(json.dumps(report.as_dict()) + "\n")
         self._lines.flush()
         scalars = {"loss": report.loss, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}
-        for name in ("validation_loss", "extra_forwards"):
-            if getattr(report, name) is not None:
-                scalars[name] = getattr(report, name)
+        found = {name: getattr(report, name) for name in _NOT_ALWAYS}
+        scalars |= {name: value for name, value in found.items() if value is not None}
         scalars.update({f"loss_by_sigma/{name}": loss for name, loss in report.loss_by_sigma.items()})
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, report.step)

@@ -22,7 +22,7 @@ from ..qwen_image.vae import load_vae
 from ..rng import stream
 from .lora import without_dropout, without_lora
 from .objective import noisy_latents, velocity_loss
-from .validation_pictures import Shot, plan_shots, report_pictures
+from .validation_pictures import Shot, Standard, plan_shots, report_pictures
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -38,7 +38,7 @@ class Validator:
         self._scheduler = load_scheduler(model_folder(model).scheduler)
         self._shots = plan_shots(encoded.validation_pairs[: config.num_validation_images], config.sizes)
         self._base: dict[Shot, Tensor] = {}
-        self._ceilings: dict[Shot, float] = {}
+        self._standards: dict[Shot, Standard] = {}
 
     def __bool__(self) -> bool:
         """False when no pair is held out."""
@@ -88,7 +88,7 @@ class Validator:
                 drawn[shot] = self._draw(transformer, shot, device, observer, number)
         vae = load_vae(self._model, device)
         pictures = {"base": self._base, "LoRA": drawn}
-        report = report_pictures(self._encoded, vae, pictures, self._ceilings, step=step, grid_file=grid_file)
+        report = report_pictures(self._encoded, vae, pictures, self._standards, step=step, grid_file=grid_file)
         del vae
         release_memory()
         return report

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ..conditioning.encoded import EncodedDataset, EncodedEntry
 from ..conditioning.pictures import to_picture, to_tensor
+from ..data.alignment import Where
 from ..events import SampleReport
 from ..geometry import Size, bucket_size
 from ..qwen_image.latents import VAE_FACTOR
 from ..qwen_image.vae import decode_latents, encode_picture
+from .drift import Drift, mean_drift, measure_drift, unedited_region
 from .grid import GridRow, save_picture, validation_grid
 from .sample_pictures import save_sample_pictures
 
@@ -60,6 +62,28 @@ class Shot:
         return self.asks_for_target and abs(stretched - 1) < _SAME_SHAPE
 
 
+@dataclass(frozen=True, slots=True)
+class Standard:
+    """What the pictures of a shot are held against: the target at its size, how near (dB) the VAE alone comes to that,
+    and where the target shows its reference unedited (None where that can't be told)."""
+
+    target: Image.Image
+    vae_psnr: float
+    unedited: Where | None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One drawn picture against its target."""
+
+    psnr: float
+    drift: Drift | None
+
+    def as_text(self) -> str:
+        """For people."""
+        return f"{self.psnr:.1f} dB" + (f", {self.drift.as_text()}" if self.drift else "")
+
+
 def plan_shots(entries: Sequence[EncodedEntry], sizes: Sequence[Size | int]) -> tuple[Shot, ...]:
     """Every pair under its first caption and under the validation prompts, each at every size."""
     shots = []
@@ -86,53 +110,74 @@ def report_pictures(
     encoded: EncodedDataset,
     vae: AutoencoderKLQwenImage,
     drawn: Drawn,
-    ceilings: dict[Shot, float],
+    standards: dict[Shot, Standard],
     *,
     step: int,
     grid_file: Path,
 ) -> SampleReport:
-    """Decode, measure, save the grid. `ceilings` remembers what the VAE alone makes of targets."""
-    rows, ratios = [], []
+    """Decode, measure, save the grid. `standards` are remembered from one validation to the next."""
+    rows = []
+    measured: dict[str, list[Measured]] = {name: [] for name in drawn}
     for shot in drawn["base"]:
         pixels = {name: decode_latents(vae, latents[shot]) for name, latents in drawn.items()}
-        target, *references = (to_picture(picture.float() / 255) for picture in encoded.load_pictures(shot.entry))
-        found = {}
+        pictures = {name: to_picture(each) for name, each in pixels.items()}
+        target, *references = (to_picture(each.float() / 255) for each in encoded.load_pictures(shot.entry))
+        label = f"{shot.size.width} x {shot.size.height}"
         if shot.has_target:
-            wanted = to_tensor(target.resize(shot.size, Image.Resampling.LANCZOS))
-            if shot not in ceilings:
-                ceilings[shot] = _ceiling(encoded, vae, shot, wanted)
-            found = {name: psnr(picture, wanted) for name, picture in pixels.items()}
-            ratios.append({**found, "VAE": ceilings[shot]})
-        shown = {name: to_picture(picture) for name, picture in pixels.items()}
-        rows.append(
-            GridRow(
-                references=tuple(references),
-                base=shown["base"],
-                lora=shown["LoRA"],
-                target=target if shot.asks_for_target else None,
-                caption=shot.caption,
-                label=_label(shot, found),
-            )
-        )
+            if shot not in standards:
+                standards[shot] = _standard(encoded, vae, shot, target, references)
+            for name in drawn:
+                measured[name].append(_measure(pixels[name], pictures[name], standards[shot]))
+                label += f"  ·  {name} {measured[name][-1].as_text()}"
+        wanted = target if shot.asks_for_target else None
+        shown = {_COLUMNS[name]: picture for name, picture in pictures.items()}
+        rows.append(GridRow(references=tuple(references), target=wanted, caption=shot.caption, label=label, **shown))
     save_sample_pictures(rows, grid_file.with_suffix(""))
     save_picture(validation_grid(rows), grid_file)
-    base, lora, vae_alone = (_mean(ratios, name) for name in ("base", "LoRA", "VAE"))
-    return SampleReport(step=step, grid_file=grid_file, psnr_base=base, psnr_lora=lora, psnr_vae=vae_alone)
+    ceiling = _mean([standards[shot].vae_psnr for shot in drawn["base"] if shot.has_target])
+    return _report(measured, ceiling, step, grid_file)
 
 
-def _ceiling(encoded: EncodedDataset, vae: AutoencoderKLQwenImage, shot: Shot, wanted: Tensor) -> float:
-    """PSNR of the target through the VAE, at the shot's size and no larger: memory is short just now."""
+_COLUMNS = {"base": "base", "LoRA": "lora"}
+
+
+def _report(
+    measured: Mapping[str, Sequence[Measured]], vae_psnr: float | None, step: int, grid_file: Path
+) -> SampleReport:
+    drift = mean_drift(each.drift for each in measured["LoRA"])
+    return SampleReport(
+        step=step,
+        grid_file=grid_file,
+        psnr_base=_mean([each.psnr for each in measured["base"]]),
+        psnr_lora=_mean([each.psnr for each in measured["LoRA"]]),
+        psnr_vae=vae_psnr,
+        drift_shift=drift and drift.shift,
+        drift_zoom=drift and drift.zoom,
+        drift_colour=drift and drift.colour,
+    )
+
+
+def _standard(
+    encoded: EncodedDataset,
+    vae: AutoencoderKLQwenImage,
+    shot: Shot,
+    target: Image.Image,
+    references: Sequence[Image.Image],
+) -> Standard:
+    """At the shot's size and no larger: memory is short just now."""
+    at_size = target.resize(shot.size, Image.Resampling.LANCZOS)
+    wanted = to_tensor(at_size)
     latents = encoded.load(shot.entry).target_latents if shot.at_own_size else encode_picture(vae, wanted)
-    return psnr(decode_latents(vae, latents), wanted)
+    return Standard(at_size, psnr(decode_latents(vae, latents), wanted), unedited_region(at_size, references))
 
 
-def _label(shot: Shot, ratios: Mapping[str, float]) -> str:
-    measured = ", ".join(f"{name} {value:.1f} dB" for name, value in ratios.items())
-    return f"{shot.size.width} x {shot.size.height}" + (f"  ·  {measured}" if measured else "")
+def _measure(pixels: Tensor, picture: Image.Image, standard: Standard) -> Measured:
+    drift = measure_drift(picture, standard.target, standard.unedited)
+    return Measured(psnr(pixels, to_tensor(standard.target)), drift)
 
 
-def _mean(ratios: Sequence[Mapping[str, float]], name: str) -> float | None:
-    return sum(row[name] for row in ratios) / len(ratios) if ratios else None
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def psnr(picture: Tensor, target: Tensor) -> float:
