@@ -77,6 +77,12 @@ class PairFolders(io.ComfyNode):
                     tooltip="Masks named as their targets: white counts in the loss, black does not; empty for none.",
                 ),
                 setting_input(DatasetConfig, "references_optional", optional=True, advanced=True),
+                new_input(
+                    sockets.ReferenceSettings,
+                    "reference_settings",
+                    optional=True,
+                    tooltip="How references are cut. Default: as their targets where they have the same shape.",
+                ),
             ],
             outputs=[new_output(sockets.Dataset, "dataset", "The pairs, for the preview and encode nodes.")],
         )
@@ -143,10 +149,12 @@ def _dataset_config(
     caption_settings: CaptionConfig | None = None,
     mask_folder: str = "",
     references_optional: bool = False,  # noqa: FBT002 - a widget
+    reference_settings: sockets.ReferencesSeen | None = None,
     **references: str,
 ) -> DatasetConfig:
     roots = host.dataset_roots()
     given = [(label, name) for label, name in sorted(references.items()) if name or label == "reference_folder_1"]
+    types = (reference_settings or sockets.ReferencesSeen()).conditioning_types
     target = folder_below(target_folder, roots, "target_folder")
     captions = caption_settings or CaptionConfig()
     if caption_strategy in CAPTION_TABLES and captions.caption_file:
@@ -160,6 +168,7 @@ def _dataset_config(
         captions=captions,
         mask_dir=str(folder_below(mask_folder, roots, "mask_folder")) if mask_folder else "",
         references_optional=references_optional,
+        conditioning_type=tuple(types[int(label[-1]) - 1] for label, _ in given),
     )
 
 

@@ -64,6 +64,12 @@ class EncodePairs(io.ComfyNode):
                     default="",
                     tooltip=help_of(EncodingConfig, "validation_prompts") + " One on each line.",
                 ),
+                new_input(
+                    sockets.ReferenceSettings,
+                    "reference_settings",
+                    optional=True,
+                    tooltip="How references are shown and kept. Default: all of a pair together, encoded once.",
+                ),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA."),
@@ -86,7 +92,8 @@ class EncodePairs(io.ComfyNode):
         connected = {name: widgets.pop(name) for name in ("clip", "vae") if name in widgets}
         prompts = filter(None, map(str.strip, widgets.pop("validation_prompts", "").splitlines()))
         sizes = widgets.pop("size_settings", None) or SizeConfig()
-        encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets)
+        seen = widgets.pop("reference_settings", None) or sockets.ReferencesSeen()
+        encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
         with host.long_call() as observer:
             encoders = connected_encoders(connected, model.flavour)
             encoded = encode_dataset(dataset, model, encoding, host.cache_dir(), observer, encoders)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
@@ -21,6 +21,7 @@ Dataset = io.Custom("QWEN_EDIT_DATASET")  # EditDataset
 Encoded = io.Custom("QWEN_EDIT_ENCODED")  # EncodedDataset
 CaptionSettings = io.Custom("QWEN_EDIT_CAPTION_SETTINGS")  # CaptionConfig
 SizeSettings = io.Custom("QWEN_EDIT_SIZE_SETTINGS")  # SizeConfig
+ReferenceSettings = io.Custom("QWEN_EDIT_REFERENCE_SETTINGS")  # ReferencesSeen
 LoraSettings = io.Custom("QWEN_EDIT_LORA_SETTINGS")  # LoraConfig
 OptimizerSettings = io.Custom("QWEN_EDIT_OPTIMIZER_SETTINGS")  # OptimizerConfig
 TrainingSettings = io.Custom("QWEN_EDIT_TRAINING_SETTINGS")  # LoopSettings
@@ -28,6 +29,14 @@ RolloutSettings = io.Custom("QWEN_EDIT_ROLLOUT_SETTINGS")  # RolloutConfig
 ValidationSettings = io.Custom("QWEN_EDIT_VALIDATION_SETTINGS")  # ValidationConfig
 Run = io.Custom("QWEN_EDIT_RUN")  # FinishedRun
 Imported = io.Custom("QWEN_EDIT_IMPORTED")  # ImportedJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferencesSeen:
+    """What the reference settings node gathers: types by folder, and settings of EncodingConfig."""
+
+    conditioning_types: tuple[Any, ...] = ("auto", "auto", "auto")
+    encoding: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

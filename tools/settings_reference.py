@@ -27,7 +27,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.ModelConfig, "model", "**Load Qwen Edit Model**; tokenizer and device are chosen by ComfyUI."),
     (config.DatasetConfig, "dataset", "**Pair Edit Folders**, as `target_folder` and `reference_folder_1` to `_3`."),
     (config.CaptionConfig, "dataset.captions", "**Qwen Edit Caption Settings**."),
-    (config.EncodingConfig, "encoding", "**Encode Edit Pairs**."),
+    (config.EncodingConfig, "encoding", "**Encode Edit Pairs** and **Qwen Edit Reference Settings**."),
     (config.SizeConfig, "encoding.sizes", "**Qwen Edit Size Settings**."),
     (
         config.DatasetPartConfig,

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from tests.support.narrow import make_pairs, small_encoding
+from trainer_core.conditioning import pictures
+from trainer_core.conditioning.batches import BatchPlan
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import load_encoded
 from trainer_core.conditioning.report import encoding_report
-from trainer_core.config import ModelConfig, SizeConfig
+from trainer_core.config import BatchingConfig, LoraConfig, ModelConfig, SizeConfig, TrainConfig
 from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.errors import DatasetError
+from trainer_core.geometry import Size
+from trainer_core.qwen_image.flavours import FLAVOURS
+from trainer_core.run import train_lora
 
 
 @pytest.fixture
@@ -49,3 +57,55 @@ def test_small_targets_are_all_listed_or_left_out(dataset: EditDataset, model: M
     assert "Sizes of a single pair: 1" in report
     with pytest.raises(DatasetError, match="All 4 targets are smaller"):
         encode(minimum_image_size=90.0, leave_out_small=True)
+
+
+def test_sizes_of_a_single_pair_are_reported_and_trained(model: ModelConfig, tmp_path: Path) -> None:
+    """Three sizes, each smaller than a batch and than a step: told, never fatal, and every pair has its turn."""
+    shapes = ((96, 96), (192, 96), (96, 192))
+    dataset = pair_folders(make_pairs(tmp_path / "pairs", 3, shapes))
+    encoded = encode_dataset(dataset, model, small_encoding(num_eval_images=0), tmp_path / "cache")
+    assert "Sizes of a single pair: 3." in encoding_report(encoded)
+    batching = BatchingConfig(train_batch_size=4, gradient_accumulation_steps=4)
+    plan = BatchPlan(encoded, batching, 0)
+    assert {draw.pair for number in range(3) for draw in plan[number]} == {0, 1, 2}
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        encoded=str(encoded.manifest),
+        model=model,
+        max_train_steps=1,
+        lora=LoraConfig(lora_rank=2),
+        batching=batching,
+    )
+    assert train_lora(config).lora_file is not None
+
+
+@pytest.mark.parametrize("preprocessing", ["comfyui", "diffusers"])
+@pytest.mark.parametrize("flavour", ["edit-v1", "edit-v2"])
+def test_no_picture_is_resized_twice(
+    base_of: Callable[[str], ModelConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preprocessing: str,
+    flavour: str,
+) -> None:
+    """Target, reference, and reference for Qwen2.5-VL: one resize each, of pixels as they are in the file."""
+    original = (131, 97)
+    dataset = pair_folders(make_pairs(tmp_path / "pairs", 1, (original,)))
+    seen: list[tuple[int, int]] = []
+    resize, area = Image.Image.resize, pictures.interpolate
+
+    def by_pillow(picture: Image.Image, *arguments: object, **named: object) -> Image.Image:
+        seen.append(picture.size)
+        return resize(picture, *arguments, **named)
+
+    def by_torch(pixels: torch.Tensor, **named: object) -> torch.Tensor:
+        seen.append((pixels.shape[-1], pixels.shape[-2]))
+        return area(pixels, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", by_pillow)
+    monkeypatch.setattr(pictures, "interpolate", by_torch)
+    encoding = small_encoding(num_eval_images=0, preprocessing=preprocessing)
+    encode_dataset(dataset, base_of(flavour), encoding, tmp_path / "cache")
+    box = pictures.plan_pair((Size(*original),) * 2, FLAVOURS[base_of(flavour).flavour], encoding).target.box
+    of_file = [original, original, original] if preprocessing == "diffusers" else [original, box.size, box.size]
+    assert seen == of_file and box.size != original

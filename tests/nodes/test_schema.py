@@ -25,6 +25,7 @@ EXPECTED = {
     "QwenEdit_PreviewEditWeight",
     "QwenEdit_PairImages",
     "QwenEdit_SizeSettings",
+    "QwenEdit_ReferenceSettings",
     "QwenEdit_EncodePairs",
     "QwenEdit_MixPairs",
     "QwenEdit_ImportSimpleTuner",
