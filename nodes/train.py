@@ -19,6 +19,7 @@ from ..trainer_core.config import (
 )
 from ..trainer_core.config import LoraConfig as Lora
 from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
+from ..trainer_core.presets import preset_names, training_preset
 from . import graph_file, host, publish, sockets
 from .names import checked_run_name, free_name
 from .schema import new_input, new_output, node_schema, setting_input
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.run import TrainResult
 
+NO_PRESET = "none"
 IfRunExists = Literal["continue", "continue a kept run", "new run"]
 
 
@@ -137,7 +139,20 @@ def _inputs() -> list[io.Input]:
             optional=True,
             tooltip="Scheduled sampling: training on the model's own samples. Default: off.",
         ),
+        _preset_input(),
     ]
+
+
+def _preset_input() -> io.Input:
+    return new_input(
+        io.Combo,
+        "preset",
+        optional=True,
+        options=[NO_PRESET, *preset_names()],
+        default=NO_PRESET,
+        tooltip="Settings that go together. A connected settings node or import counts instead of its part of the "
+        "preset, and this node's own widgets always count; resolution and precision are set at their nodes.",
+    )
 
 
 _STEPS_HELP = "Optimizer steps. 500 to 3000 for a few dozen pairs; more for an edit far from what the base can do."
@@ -159,13 +174,16 @@ def _train_config(
     validation_encoded: EncodedDataset | None = None,
     imported: sockets.ImportedJob | None = None,
     rollout_settings: RolloutConfig | None = None,
+    preset: str = NO_PRESET,
 ) -> TrainConfig:
     if if_run_exists not in get_args(IfRunExists):
         raise ConfigError(f"if_run_exists is {if_run_exists!r}; allowed is one of {', '.join(get_args(IfRunExists))}.")
     name = checked_run_name(run_name)
     if if_run_exists == "new run":
         name = free_name(host.runs_dir(), name)
-    base = imported.job.train_config("-") if imported else TrainConfig(run_dir="-", encoded="-")
+    base = TrainConfig(run_dir="-", encoded="-") if preset == NO_PRESET else training_preset(preset)
+    if imported is not None:
+        base = imported.job.train_config("-")
     connected = {
         "lora": lora_settings,
         "optimizer": optimizer_settings,

@@ -20,6 +20,8 @@ from .events import SampleReport, StepReport, Stop
 if TYPE_CHECKING:
     from types import FrameType
 
+    from .config import JobConfig
+
 _LOG = logging.getLogger(__name__)
 EXIT_OK, EXIT_ERROR, EXIT_STOPPED = 0, 1, 130
 
@@ -80,14 +82,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
 
 
+def _job(options: argparse.Namespace) -> JobConfig:
+    """CONFIG over the preset, or an example by itself in the working directory."""
+    from .example import example_job
+    from .job import load_job
+
+    if options.config is not None:
+        return load_job(options.config, options.set, preset=options.example)
+    if options.example:
+        return example_job(options.example, Path.cwd(), options.set)
+    raise ConfigError("There is no configuration. Name a JSON file, or an example with --example.")
+
+
 def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .data.check_report import check_report
     from .data.contact_sheet import report
     from .data.pair_check import check_pairs
-    from .job import load_job, pair_job
+    from .job import pair_job
     from .qwen_image.folder import model_folder
 
-    job = load_job(options.config, options.set)
+    job = _job(options)
     model_folder(job.model)
     for part, dataset in pair_job(job, observer):
         check = check_pairs(dataset, job.pair_check, observer)
@@ -98,9 +112,9 @@ def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .conditioning.report import encoding_report
-    from .job import encode_job, load_job
+    from .job import encode_job
 
-    for encoded in encode_job(load_job(options.config, options.set), observer):
+    for encoded in encode_job(_job(options), observer):
         if encoded is not None:
             _LOG.info(encoding_report(encoded))
             sys.stdout.write(f"{encoded.manifest}\n")
@@ -109,10 +123,10 @@ def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .export.keys import READERS
-    from .job import encode_job, load_job
+    from .job import encode_job
     from .run import train_lora
 
-    job = load_job(options.config, options.set)
+    job = _job(options)
     encoded, validation = encode_job(job, observer)
     config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
     result = train_lora(config, observer, continue_kept=options.continue_kept)
@@ -127,11 +141,10 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .data.images import open_picture
-    from .job import load_job
     from .sample import SampleRequest, sample_edit
     from .training.grid import save_picture
 
-    job = load_job(options.config, options.set)
+    job = _job(options)
     request = SampleRequest(
         model=job.model,
         references=tuple(open_picture(path) for path in options.reference),
@@ -182,7 +195,10 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, (command, text) in described.items():
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("config", type=Path, help="The JSON configuration.")
+        foreign = name == "import-simpletuner"
+        sub.add_argument("config", type=Path, nargs=None if foreign else "?", help="The JSON configuration.")
+        if not foreign:
+            sub.add_argument("--example", default="", metavar="PRESET", help="A preset, under CONFIG or by itself.")
         sub.add_argument(
             "--set", action="append", default=[], metavar="NAME=VALUE", help="Change a setting; repeatable."
         )

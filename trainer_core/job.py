@@ -15,6 +15,7 @@ from .config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, fro
 from .data.pairing import EditDataset, pair_folders
 from .errors import ConfigError, DatasetError
 from .events import SILENT, Observer
+from .presets import with_preset
 from .settings import changed
 
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
@@ -22,8 +23,10 @@ _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer"
 PairedPart = tuple[DatasetPartConfig, EditDataset]
 
 
-def load_job(path: Path, changes: Sequence[str] = ()) -> JobConfig:
-    """Read a configuration, with `changes` (`name=value`) in it. Relative paths in it start at its folder.
+def load_job(path: Path, changes: Sequence[str] = (), *, preset: str = "") -> JobConfig:
+    """Read a configuration, with `changes` (`name=value`) in it and `preset` beneath it.
+
+    Relative paths in it start at its folder.
 
     Raises:
         ConfigError: unreadable, not JSON, or with a wrong setting.
@@ -34,8 +37,8 @@ def load_job(path: Path, changes: Sequence[str] = ()) -> JobConfig:
         raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
-    if changes and isinstance(values, dict):
-        values = changed(values, changes)
+    if isinstance(values, dict):
+        values = changed(with_preset(values, preset) if preset else values, changes)
     return resolve_job(from_json(JobConfig, values), path.parent)
 
 

@@ -93,6 +93,15 @@ def from_json(cls: type[C], values: object, where: str = "") -> C:
     return cls(**{key: _value(hints[key], value, _dotted(where, key)) for key, value in values.items()})
 
 
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Parsed JSON objects laid over each other: what `above` does not say is as in `below`, inside objects too."""
+    both = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            both[key] = merged(below[key], above[key])
+    return both
+
+
 def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
     """Parsed JSON with some values replaced. A change is `name=value`, such as `encoding.resolution=512`.
 

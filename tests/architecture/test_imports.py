@@ -23,12 +23,13 @@ ROWS = (
     ("conditioning",),
     ("training",),
     ("export",),
-    ("run", "sample", "job"),
+    ("run", "sample", "job", "example"),
     ("__main__", "demo.pretrain"),  # programs
 )
 LEVEL = {part: level for level, row in enumerate(ROWS) for part in row}
 # The demo's files and pictures stand beside the rows: what makes and describes them imports only the foundations.
 LEVEL["demo"] = 1
+LEVEL["presets"] = 1
 LEVEL["foreign"] = 1  # other trainers' settings, turned into ours
 # Leaves that lower rows may read, because they import nothing of ours but errors.
 ALLOWED_UPWARD = {

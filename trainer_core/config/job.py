@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import check, required, setting, to_json
+from ..settings import check, merged, required, setting, to_json
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
 from .model import ModelConfig
 from .optimizer import ENDLESS, OptimizerConfig, check_warmup
@@ -100,7 +100,8 @@ class JobConfig:
             values["eval_dataset_id"] = [values["eval_dataset_id"]]
         parts = values.get("datasets")
         if isinstance(parts, list) and isinstance(shared, dict):
-            values["datasets"] = [_with_shared(part, shared) if isinstance(part, dict) else part for part in parts]
+            common = {"encoding": shared} if shared else {}
+            values["datasets"] = [merged(common, part) if isinstance(part, dict) else part for part in parts]
         return values
 
     def parts(self) -> tuple[DatasetPartConfig, ...]:
@@ -126,17 +127,6 @@ class JobConfig:
         shared = {field.name for field in dataclasses.fields(TrainConfig)} - {"encoded", "validation_encoded"}
         own = {name: getattr(self, name) for name in shared}
         return TrainConfig(encoded=encoded, validation_encoded=validation_encoded, **own)
-
-
-def _with_shared(part: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-    own = part.get("encoding", {})
-    if not isinstance(own, dict):
-        return part  # refused where it is read
-    merged = {**shared, **own}
-    sizes = [each["sizes"] for each in (shared, own) if isinstance(each.get("sizes"), dict)]
-    if len(sizes) == 2:
-        merged["sizes"] = {**sizes[0], **sizes[1]}
-    return {**part, "encoding": merged}
 
 
 def resume_key(config: TrainConfig) -> dict[str, Any]:

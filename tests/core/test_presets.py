@@ -1,0 +1,65 @@
+"""Presets: data that our own settings accept, under what a person says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.comfyui import REPO
+from trainer_core.__main__ import main
+from trainer_core.config import JobConfig, from_json, to_json
+from trainer_core.errors import ConfigError
+from trainer_core.job import load_job
+from trainer_core.presets import preset_names, read_preset, training_preset, with_preset
+
+JOB = {"dataset": {"target_dir": "a", "reference_dirs": ["b"]}, "cache_dir": "c", "run_dir": "r", "model": {}}
+EXAMPLES = ("qwen_image.edit-v1-lora", "qwen_image.edit-v2-lora")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_settings_are_ours_and_documented(name: str) -> None:
+    preset = read_preset(name)
+    job = from_json(JobConfig, with_preset(JOB, name))
+    training = to_json(training_preset(name))
+    for section, values in preset["job"].items():
+        if section not in ("model", "encoding"):
+            said = values if isinstance(values, dict) else {}
+            assert {key: training[section][key] for key in said} == said and training[section] == to_json(job)[section]
+    guide = (REPO / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert f"| `{name}` | {preset['about']} |" in guide
+    assert ("demo" in preset) == (name in EXAMPLES)
+
+
+def test_the_file_wins_over_the_preset_and_a_change_over_both(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps({**JOB, "lora": {"lora_rank": 4}}))
+    job = load_job(path, ["encoding.resolution=640"], preset="quality")
+    assert (job.lora.lora_rank, job.lora.lora_targets, job.encoding.resolution) == (4, "attention-mlp", 640)
+    assert job.max_train_steps == 3000
+
+
+def test_what_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"'qualty' is not there; there are qwen_image.*Did you mean 'quality'"):
+        read_preset("qualty")
+    assert main(["train"]) == 1 and "no configuration" in caplog.text
+    assert main(["train", "--example", "quality"]) == 1 and "needs a configuration" in caplog.text
+    assert main(["check", str(tmp_path / "none.json"), "--example", "quality"]) == 1
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_a_whole_training(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an empty folder, by one command; here shorter and smaller than it is."""
+    monkeypatch.chdir(tmp_path)
+    smaller = ("max_train_steps=1", "encoding.resolution=64", "validation.num_validation_images=0")
+    changes = [part for change in smaller for part in ("--set", change)]
+    assert main(["train", "--example", name, *changes]) == 0
+    lora = Path(capsys.readouterr().out.strip())
+    assert lora.is_file() and lora.is_relative_to(tmp_path)
+    config = json.loads((lora.parent / "config.json").read_text())
+    pair = json.loads(Path(config["encoded"]).read_text())["pairs"][0]
+    assert len(pair["references"]) == (3 if "v2" in name else 1)
+    assert config["model"]["base_model_precision"] == "int8-quanto"

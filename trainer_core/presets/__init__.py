@@ -1,0 +1,50 @@
+"""Settings that go together, as data: one JSON file each, with a sentence about it.
+
+`job` holds any of the job file's settings. `demo`, where there is one, makes it a whole job on the demo model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig, from_json
+from ..errors import ConfigError
+from ..settings import merged
+
+_FOLDER = Path(__file__).parent
+_PLACES = {"run_dir": "-", "encoded": "-"}
+_NOT_TRAINING = ("model", "dataset", "datasets", "eval_dataset_id", "encoding", "cache_dir", "run_dir", "pair_check")
+
+
+def preset_names() -> tuple[str, ...]:
+    """All of them, examples first."""
+    names = sorted(path.stem for path in _FOLDER.glob("*.json"))
+    return tuple(sorted(names, key=lambda name: not name.startswith("qwen_image.")))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """`about`, `job` and perhaps `demo` of a preset.
+
+    Raises:
+        ConfigError: there is no such preset; with those that there are.
+    """
+    names = preset_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"The preset {name!r} is not there; there are {', '.join(names)}.{hint}")
+    return json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def with_preset(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A job's parsed JSON with the preset's settings wherever it does not say otherwise."""
+    return merged(read_preset(name)["job"], values)
+
+
+def training_preset(name: str) -> TrainConfig:
+    """The preset's settings of the training itself, with its defaults; places and model are still to be filled in."""
+    job = read_preset(name)["job"]
+    return from_json(TrainConfig, {**_PLACES, **{key: job[key] for key in job if key not in _NOT_TRAINING}})
