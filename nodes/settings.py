@@ -107,6 +107,29 @@ class OptimizerSettings(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls,
+        optimizer: str | None = None,
+        learning_rate: float | None = None,
+        lr_scheduler: str | None = None,
+        lr_warmup_steps: int | None = None,
+    ) -> bool | str:
+        """Pairings that can't work are said before anything runs. A value that another node gives is None here."""
+        values: dict[str, Any] = {
+            "optimizer": optimizer,
+            "learning_rate": learning_rate,
+            "lr_scheduler": lr_scheduler,
+            "lr_warmup_steps": lr_warmup_steps,
+        }
+        if None in values.values():
+            return True
+        try:
+            OptimizerConfig(**values, lr_end=0.0)
+        except TrainerError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """An OptimizerConfig."""
         return io.NodeOutput(OptimizerConfig(**widgets))

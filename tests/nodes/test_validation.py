@@ -161,3 +161,22 @@ def test_stop_refuses_what_it_does_not_know(comfyui: PackServer):
     with pytest.raises(ComfyUIError) as caught:
         comfyui.request("POST", "/qwen_edit_trainer/stop", b'{"run_name": "' + b"x" * 5000 + b'"}')
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("widgets", "words"),
+    [
+        ({"optimizer": "prodigy"}, "Set learning_rate to 1"),
+        ({"optimizer": "adamw-schedulefree", "lr_scheduler": "cosine"}, "takes the place of a falling rate"),
+        ({"lr_scheduler": "constant"}, "Set lr_warmup_steps to 0"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; allowed is one of adamw"),
+    ],
+)
+def test_optimizers_and_schedules_that_do_not_go_together(
+    widgets: dict[str, Any], words: str, prompt: dict[str, Any], comfyui: PackServer
+):
+    settings, inputs = node_of(prompt, "OptimizerSettings")
+    inputs.update(widgets)
+    errors = refusal(comfyui, prompt, [node_of(prompt, "TrainLora")[0]])
+    assert list(errors) == [settings]
+    assert words in errors[settings]["errors"][0]["details"]
