@@ -2,10 +2,12 @@
 
     python benchmarks/gpu_step.py --layers 60 --device cuda
 
-One row per setting. `plain` is the same step written directly with diffusers and peft, in the same run: the peer to
-beat. Weights are drawn block by block and quantised at once, so the bf16 network is never held whole unless it is the
-wanted precision. Figures: median seconds of the timed steps; TFLOP/s from the matrix products counted below; peak
-bytes as torch's allocator reports them.
+One row per setting. `plain` is the same step as diffusers' and peft's examples write it (autocast, their checkpoints,
+quanto's and bitsandbytes' own layers), in the same run: the peer to beat. Weights are drawn block by block and at once
+quantised, so the bf16 network is never held whole unless it is the wanted precision. A `--memory` is a list of words:
+`full` or `none` for gradient checkpointing of all or no blocks, `blocks=40`, `stream=60`, `buffers=3`, `offload`,
+`compile`. Figures: median seconds of the timed steps; TFLOP/s from the matrix products counted below; peak bytes as
+torch's allocator reports them.
 """
 
 from __future__ import annotations
@@ -13,34 +15,40 @@ from __future__ import annotations
 import argparse
 import gc
 import platform
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from trainer_core.config import LoraConfig, NoiseConfig, OptimizerConfig
+from trainer_core.config import LoraConfig, MemoryConfig, NoiseConfig, OptimizerConfig, TrainConfig
 from trainer_core.events import SILENT
 from trainer_core.precision.quantise import quantise
-from trainer_core.qwen_image.transformer import predict_velocity
+from trainer_core.qwen_image.transformer import leave_out_unread, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.training.lora import inject_lora
 from trainer_core.training.lora_plan import TARGET_PATTERNS
+from trainer_core.training.master_weights import master_weights
+from trainer_core.training.memory import apply_memory, blocks_on_host, recomputed_blocks, stream_blocks
 from trainer_core.training.objective import add_noise, velocity_loss
-from trainer_core.training.optimizer import build_optimizer
+from trainer_core.training.optimizer import optimizer_builder
 
 GIB = 2**30
 PROMPT_TOKENS = 230  # edit-v2 with one reference: 196 vision tokens and a sentence
 RANK = 16
+HEAD = (
+    "| step | weights | side | references | memory | s/step | TFLOP/s | of peak | weights GiB | peak allocated GiB "
+    "| peak reserved GiB | host GiB | built in s |"
+)
+Step = Callable[[Tensor, Condition], None]
 
 
 @dataclass(frozen=True)
@@ -51,29 +59,63 @@ class Setting:
     precision: str
     side: int
     references: int
-    checkpointing: bool
+    memory: str
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's settings, of which only the memory's and the adapter's are read."""
+        words = dict(word.partition("=")[::2] for word in self.memory.split(","))
+        memory = MemoryConfig(
+            gradient_checkpointing_blocks=int(words.get("blocks", -1)),
+            blocks_to_stream=int(words.get("stream", 0)),
+            stream_buffers=int(words.get("buffers", 2)),
+            activation_offload="offload" in words,
+            compile_blocks="compile" in words,
+        )
+        checkpointing = "none" not in words
+        return TrainConfig(
+            run_dir="-",
+            encoded="-",
+            gradient_checkpointing=checkpointing,
+            memory=memory,
+            lora=LoraConfig(lora_rank=RANK),
+        )
 
 
-def build(precision: str, layers: int, device: torch.device) -> Any:
-    """A frozen transformer with random weights, in `precision` on `device`."""
+def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[int, ...]) -> Any:
+    """A frozen transformer with random weights in the setting's precision; blocks in `on_host` in host memory."""
     from diffusers import QwenImageTransformer2DModel
+    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel(num_layers=layers).bfloat16()
     transformer.requires_grad_(False)
+    if setting.step == "ours":
+        leave_out_unread(transformer)
     blocks = list(transformer.transformer_blocks)
     for index, block in enumerate(blocks):
         draw(block, device)
         holder = nn.ModuleList([block])
-        quantise(holder, precision, (), device, SILENT)
-        transformer.transformer_blocks[index] = holder[0]
+        if setting.step == "plain" and setting.precision.endswith("quanto"):
+            quantise_plainly(block, setting.precision)
+        else:
+            quantise(holder, setting.precision, (), device, SILENT)  # type: ignore[arg-type]
+        blocks[index] = holder[0].to("cpu") if index in on_host else holder[0]
     transformer.transformer_blocks = nn.ModuleList()
     draw(transformer, device)
     transformer.transformer_blocks = nn.ModuleList(blocks)
-    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
-
     transformer.pos_embed = QwenEmbedRope(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
     return transformer.eval()
+
+
+def quantise_plainly(block: nn.Module, precision: str) -> None:
+    """quanto's own layers."""
+    from optimum.quanto import freeze, qtypes
+    from optimum.quanto import quantize as quanto_quantise
+
+    kinds = {"int8-quanto": "qint8", "fp8-quanto": "qfloat8", "int4-quanto": "qint4", "int2-quanto": "qint2"}
+    quanto_quantise(block, weights=qtypes[kinds[precision]])
+    freeze(block)
 
 
 def draw(module: nn.Module, device: torch.device) -> None:
@@ -86,34 +128,38 @@ def draw(module: nn.Module, device: torch.device) -> None:
             weight.data.fill_(1.0 if "norm" in name else 0.0)
 
 
-def our_step(transformer: Any, setting: Setting, device: torch.device) -> Callable[[Tensor, Condition], None]:
-    """The product's step: its adapter, objective, forward and optimizer."""
-    lora = inject_lora(transformer, LoraConfig(lora_rank=RANK), seed=0)
-    if setting.checkpointing:
-        transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
-    optimizer = build_optimizer(lora, OptimizerConfig())
+def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, Step]:
+    """The product's step: its placement, adapter, objective, forward and optimizer."""
+    config = setting.config
+    on_host = blocks_on_host(config.memory, layers, checkpointing=config.gradient_checkpointing)
+    transformer = build(setting, layers, device, on_host)
+    stream = stream_blocks(transformer, on_host, device, config.memory)
+    weights = master_weights(inject_lora(transformer, config.lora, seed=0), torch.bfloat16)
+    apply_memory(transformer, stream, device, config)
+    optimizer = optimizer_builder(OptimizerConfig(), device)(list(weights.masters.values()))
 
     def step(latents: Tensor, condition: Condition) -> None:
         noisy = add_noise(latents, NoiseConfig(), 0, [0])
-        with torch.autocast(device.type, torch.bfloat16):
-            velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition)
+        velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition)
         velocity_loss(velocity, noisy.target_velocity).sum().backward()
-        nn.utils.clip_grad_norm_(lora.values(), 1.0)
+        nn.utils.clip_grad_norm_(weights.masters.values(), 1.0)
         optimizer.step()
+        weights.publish()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return transformer, step
 
 
-def plain_step(transformer: Any, setting: Setting, device: torch.device) -> Callable[[Tensor, Condition], None]:
+def plain_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, Step]:
     """The step as diffusers' training examples write it."""
     import peft
 
+    transformer = build(setting, layers, device, ())
     transformer.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGET_PATTERNS["image-attention"]))
     weights = [weight for weight in transformer.parameters() if weight.requires_grad]
     for weight in weights:
         weight.data = weight.data.float()
-    if setting.checkpointing:
+    if setting.config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
 
@@ -128,7 +174,7 @@ def plain_step(transformer: Any, setting: Setting, device: torch.device) -> Call
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return transformer, step
 
 
 def flops(setting: Setting, layers: int, width: int = 3072) -> float:
@@ -136,21 +182,20 @@ def flops(setting: Setting, layers: int, width: int = 3072) -> float:
     none of their own), and once more when recomputed; attention counts 2 products forward and 4 (5 with
     FlashAttention's own recomputation, not counted) backward. The adapter's own are under 1 %."""
     image = (setting.side // 16) ** 2 * (1 + setting.references)
-    text = PROMPT_TOKENS
-    linear = 2 * (image + text) * (4 * width * width + 8 * width * width)
-    attention = 4 * (image + text) ** 2 * width
-    passes = 2 + setting.checkpointing
-    return layers * (linear * passes + attention * (passes + 1))
+    tokens = image + PROMPT_TOKENS
+    linear = 2 * tokens * (4 * width * width + 8 * width * width)
+    attention = 4 * tokens**2 * width
+    config = setting.config
+    again = recomputed_blocks(config.memory, layers, checkpointing=config.gradient_checkpointing)
+    return layers * (linear * 2 + attention * 3) + again * (linear + attention)
 
 
 def measure(setting: Setting, arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Seconds, bytes and rate of a setting."""
     began = time.perf_counter()
-    transformer = build(setting.precision, arguments.layers, device)
+    _transformer, step = (our_step if setting.step == "ours" else plain_step)(setting, arguments.layers, device)
     wait(device)
-    built = time.perf_counter() - began
-    weights = allocated(device)
-    step = (our_step if setting.step == "ours" else plain_step)(transformer, setting, device)
+    built, weights = time.perf_counter() - began, allocated(device)
     latent = setting.side // 8
     latents = torch.randn(1, 16, latent, latent, device=device)
     references = tuple(torch.randn(1, 16, latent, latent, device=device) for _ in range(setting.references))
@@ -164,20 +209,44 @@ def measure(setting: Setting, arguments: argparse.Namespace, device: torch.devic
         step(latents, condition)
         wait(device)
         seconds.append(time.perf_counter() - began)
+    if arguments.profile:
+        profile(lambda: step(latents, condition), device)
     median = statistics.median(seconds[arguments.warmup :])
     cuda = device.type == "cuda"
     return {
-        "build": built,
+        "built": built,
         "weights": weights,
         "seconds": median,
         "tflops": flops(setting, arguments.layers) / median / 1e12,
         "allocated": torch.cuda.max_memory_allocated() if cuda else 0,
         "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
+        "host": host_bytes(),
     }
+
+
+def profile(step: Callable[[], None], device: torch.device) -> None:
+    """Where the device's time goes, kernel by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as found:
+        step()
+        wait(device)
+    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=24, max_name_column_width=70))
 
 
 def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def host_bytes() -> int:
+    """This process's resident memory now; its peak where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def wait(device: torch.device) -> None:
@@ -199,7 +268,7 @@ def bf16_peak(device: torch.device) -> float:
     return 2 * size**3 / statistics.median(times[3:]) / 1e12
 
 
-def main() -> None:
+def arguments_of_the_command() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=60)
@@ -208,42 +277,46 @@ def main() -> None:
     parser.add_argument("--side", type=int, nargs="+", default=[1024])
     parser.add_argument("--references", type=int, nargs="+", default=[1])
     parser.add_argument("--precision", nargs="+", default=["none", "int8-quanto", "nf4-bnb"])
-    parser.add_argument("--checkpointing", nargs="+", default=["on"], choices=["on", "off"])
+    parser.add_argument("--memory", nargs="+", default=["full"])
     parser.add_argument("--step", nargs="+", default=["plain", "ours"], choices=["plain", "ours"])
     parser.add_argument("--seconds", type=float, default=1e9, help="Begin no setting after so long.")
-    arguments = parser.parse_args()
-    device, began = torch.device(arguments.device), time.perf_counter()
+    parser.add_argument("--profile", action="store_true", help="Also print the kernels of one step.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments, began = arguments_of_the_command(), time.perf_counter()
+    device = torch.device(arguments.device)
     peak = bf16_peak(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{name}, torch {torch.__version__}, {arguments.layers} blocks, rank {RANK}, bf16 peak {peak:.1f} TFLOP/s")
-    print(
-        "| step | precision | side | references | checkpointing | s/step | TFLOP/s | of peak "
-        "| weights GiB | peak allocated GiB | peak reserved GiB | built in s |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for precision in arguments.precision:
-        for side in arguments.side:
-            for references in arguments.references:
-                for checkpointing in arguments.checkpointing:
-                    for step in arguments.step:
-                        if time.perf_counter() - began > arguments.seconds:
-                            print("out of time", flush=True)
-                            return
-                        row(Setting(step, precision, side, references, checkpointing == "on"), arguments, device, peak)
+    print(HEAD)
+    print(f"|{' --- |' * (HEAD.count('|') - 1)}", flush=True)
+    settings = [
+        Setting(step, precision, side, references, memory)
+        for precision in arguments.precision
+        for side in arguments.side
+        for references in arguments.references
+        for memory in arguments.memory
+        for step in arguments.step
+        if step == "ours" or memory in ("full", "none")
+    ]
+    for setting in settings:
+        if time.perf_counter() - began > arguments.seconds:
+            print("out of time", flush=True)
+            return
+        print_row(setting, arguments, device, peak)
 
 
-def row(setting: Setting, arguments: argparse.Namespace, device: torch.device, peak: float) -> None:
-    """Measure and print a setting."""
-    label = (
-        f"| {setting.step} | {setting.precision} | {setting.side} | {setting.references} "
-        f"| {'on' if setting.checkpointing else 'off'} |"
-    )
+def print_row(setting: Setting, arguments: argparse.Namespace, device: torch.device, peak: float) -> None:
+    """Measure a setting."""
+    label = f"| {setting.step} | {setting.precision} | {setting.side} | {setting.references} | {setting.memory} |"
     try:
         got = measure(setting, arguments, device)
         print(
             f"{label} {got['seconds']:.3f} | {got['tflops']:.0f} | {got['tflops'] / peak:.0%} "
             f"| {got['weights'] / GIB:.2f} | {got['allocated'] / GIB:.2f} | {got['reserved'] / GIB:.2f} "
-            f"| {got['build']:.0f} |",
+            f"| {got['host'] / GIB:.1f} | {got['built']:.0f} |",
             flush=True,
         )
     except torch.OutOfMemoryError:

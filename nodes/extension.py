@@ -41,6 +41,7 @@ NODES: list[type[io.ComfyNode]] = [
     settings.TrainingSettings,
     settings.RolloutSettings,
     settings.ValidationSettings,
+    settings.MemorySettings,
     train.TrainLora,
     sample.SampleEdit,
     result.ApplyLora,

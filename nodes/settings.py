@@ -10,6 +10,7 @@ from ..trainer_core.config import (
     BatchingConfig,
     CheckpointConfig,
     LoraConfig,
+    MemoryConfig,
     NoiseConfig,
     OptimizerConfig,
     RolloutConfig,
@@ -255,3 +256,33 @@ class ValidationSettings(io.ComfyNode):
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """A ValidationConfig."""
         return io.NodeOutput(ValidationConfig(**widgets))
+
+
+class MemorySettings(io.ComfyNode):
+    """What is kept on the device."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "MemorySettings",
+            "Qwen Edit Memory Settings",
+            description="What stays on the device, what is computed again and what waits in host memory. Nothing of it "
+            "changes what is learned. Without this node: everything is computed again, nothing waits elsewhere.",
+            search_aliases=["block swap", "offload", "low vram", "gradient checkpointing"],
+            inputs=[
+                setting_input(MemoryConfig, "memory"),
+                setting_input(MemoryConfig, "gradient_checkpointing_blocks", min=-1, max=1000),
+                setting_input(MemoryConfig, "activation_offload"),
+                setting_input(MemoryConfig, "blocks_to_stream", min=0, max=1000),
+                setting_input(MemoryConfig, "stream_buffers", min=2, max=16),
+                setting_input(MemoryConfig, "compile_blocks"),
+                setting_input(MemoryConfig, "vram_gib", min=0.0, max=1000.0, step=0.5),
+            ],
+            outputs=[new_output(sockets.MemorySettings, "memory_settings", "For Train Qwen Edit LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """A MemoryConfig."""
+        return io.NodeOutput(MemoryConfig(**widgets))

@@ -26,6 +26,7 @@ LoraSettings = io.Custom("QWEN_EDIT_LORA_SETTINGS")  # LoraConfig
 OptimizerSettings = io.Custom("QWEN_EDIT_OPTIMIZER_SETTINGS")  # OptimizerConfig
 TrainingSettings = io.Custom("QWEN_EDIT_TRAINING_SETTINGS")  # LoopSettings
 RolloutSettings = io.Custom("QWEN_EDIT_ROLLOUT_SETTINGS")  # RolloutConfig
+MemorySettings = io.Custom("QWEN_EDIT_MEMORY_SETTINGS")  # MemoryConfig
 ValidationSettings = io.Custom("QWEN_EDIT_VALIDATION_SETTINGS")  # ValidationConfig
 Run = io.Custom("QWEN_EDIT_RUN")  # FinishedRun
 Imported = io.Custom("QWEN_EDIT_IMPORTED")  # ImportedJob

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import (
     ExportConfig,
+    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     RolloutConfig,
@@ -140,6 +141,12 @@ def _inputs() -> list[io.Input]:
             tooltip="Scheduled sampling: training on the model's own samples. Default: off.",
         ),
         _preset_input(),
+        new_input(
+            sockets.MemorySettings,
+            "memory_settings",
+            optional=True,
+            tooltip="What stays on the device and what waits elsewhere. Default: activations are computed again.",
+        ),
     ]
 
 
@@ -175,6 +182,7 @@ def _train_config(
     imported: sockets.ImportedJob | None = None,
     rollout_settings: RolloutConfig | None = None,
     preset: str = NO_PRESET,
+    memory_settings: MemoryConfig | None = None,
 ) -> TrainConfig:
     if if_run_exists not in get_args(IfRunExists):
         raise ConfigError(f"if_run_exists is {if_run_exists!r}; allowed is one of {', '.join(get_args(IfRunExists))}.")
@@ -189,6 +197,7 @@ def _train_config(
         "optimizer": optimizer_settings,
         "validation": validation_settings,
         "rollout": rollout_settings,
+        "memory": memory_settings,
     }
     sections = {key: section for key, section in connected.items() if section is not None}
     if training_settings is not None:

@@ -42,6 +42,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.BatchingConfig, "batching", "**Qwen Edit Training Settings**."),
     (config.CheckpointConfig, "checkpoints", "**Qwen Edit Training Settings**."),
     (config.ValidationConfig, "validation", "**Qwen Edit Validation Settings**."),
+    (config.MemoryConfig, "memory", "**Qwen Edit Memory Settings**."),
     (config.ExportConfig, "export", "**Train Qwen Edit LoRA**, `trigger_words`; the file has the run's name."),
     (
         config.TrainConfig,

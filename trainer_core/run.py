@@ -16,9 +16,9 @@ from .events import SILENT, Observer, SampleReport, StepReport, Stop
 from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
 from .training.lora import for_file
 from .training.metrics import Metrics
-from .training.optimizer_state import optimizer_tensors, restore_optimizer, weights_to_use
+from .training.optimizer_state import optimizer_tensors, restore_optimizer
 from .training.run_folder import Checkpoint, RunFolder
-from .training.step import Networks, autocast, build_networks, train_step
+from .training.step import Networks, build_networks, train_step
 from .training.validation import Validator
 
 
@@ -163,7 +163,7 @@ def _validate_at(
     if not validator:
         return {}
     try:
-        with weights_to_use(networks.optimizer, networks.lora), autocast(networks):
+        with networks.weights_to_use():
             loss = validator.loss(networks.transformer, networks.device, observer)
             samples = validator.sample(
                 networks.transformer, networks.device, step=step, grid_file=run.grid_file(step), observer=observer
@@ -196,6 +196,7 @@ def _restore(run: RunFolder, networks: Networks) -> int:
     with torch.no_grad():
         for name, parameter in networks.lora.items():
             parameter.copy_(checkpoint.lora[name])
+    networks.weights.publish()
     restore_optimizer(networks.optimizer, networks.lora, checkpoint.optimizer)
     return checkpoint.step
 
@@ -220,7 +221,7 @@ def _finish(
         run.write_state(state="paused", steps=done)
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
     path = run.path / f"{config.export.lora_name or run.path.name}.safetensors"
-    with weights_to_use(networks.optimizer, networks.lora):
+    with networks.weights_to_use():
         tensors = for_file(networks.transformer, networks.lora)
         export_lora(tensors, path, LoraMetadata(config, done), extra_check)
     kept = stop is Stop.KEEP

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from .qwen_image.latents import VAE_FACTOR
 from .qwen_image.positions import use_comfyui_positions
 from .qwen_image.sampling import load_scheduler, sample_latents
 from .qwen_image.text_encoder import load_text_encoder
-from .qwen_image.transformer import compute_dtype, load_transformer
+from .qwen_image.transformer import load_transformer
 from .qwen_image.types import Condition
 from .qwen_image.vae import decode_latents, encode_picture, load_vae
 from .rng import stream
@@ -133,21 +132,15 @@ def _draw(
     shape = (1, LATENT_CHANNELS, size.height // VAE_FACTOR, size.width // VAE_FACTOR)
     noise = torch.randn(shape, generator=stream(request.seed, "sample")).to(device)
     steps = request.num_inference_steps
-    with arithmetic(request.model, device):
-        drawn = sample_latents(
-            transformer,
-            noise,
-            conditions[0],
-            scheduler=load_scheduler(model_folder(request.model).scheduler),
-            num_steps=steps,
-            guidance=request.guidance,
-            negative=conditions[1],
-            observer=observer,
-            on_step=lambda done: observer.on_progress("Sampling", done, steps),
-        )
+    drawn = sample_latents(
+        transformer,
+        noise,
+        conditions[0],
+        scheduler=load_scheduler(model_folder(request.model).scheduler),
+        num_steps=steps,
+        guidance=request.guidance,
+        negative=conditions[1],
+        observer=observer,
+        on_step=lambda done: observer.on_progress("Sampling", done, steps),
+    )
     return drawn[0].cpu()
-
-
-def arithmetic(model: ModelConfig, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bfloat16 matrix products around float32 adapter weights where the model's setting asks for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(model) == torch.bfloat16)

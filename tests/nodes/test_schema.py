@@ -31,6 +31,7 @@ EXPECTED = {
     "QwenEdit_ImportSimpleTuner",
     "QwenEdit_EncodeImported",
     "QwenEdit_LoraSettings",
+    "QwenEdit_MemorySettings",
     "QwenEdit_OptimizerSettings",
     "QwenEdit_TrainingSettings",
     "QwenEdit_ValidationSettings",

@@ -19,6 +19,7 @@ from .dataset import (
     SizeConfig,
 )
 from .job import JobConfig, TrainConfig, resume_key
+from .memory import MemoryConfig, MemoryPlanning
 from .model import DEMO_MODEL, BaseModelPrecision, MixedPrecision, ModelConfig, QuantizeVia
 from .optimizer import ENDLESS, OptimizerConfig, OptimizerName, SchedulerName
 from .training import (
@@ -52,6 +53,8 @@ __all__ = [
     "LoraConfig",
     "LoraTargets",
     "LoraType",
+    "MemoryConfig",
+    "MemoryPlanning",
     "MixedPrecision",
     "ModelConfig",
     "NoiseConfig",

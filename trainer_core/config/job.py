@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..settings import check, merged, required, setting, to_json
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
+from .memory import MemoryConfig
 from .model import ModelConfig
 from .optimizer import ENDLESS, OptimizerConfig, check_warmup
 from .training import (
@@ -44,11 +45,14 @@ class TrainConfig:
     validation: ValidationConfig = setting(ValidationConfig(), "The validation.")
     export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
     rollout: RolloutConfig = setting(RolloutConfig(), "Scheduled sampling.")
+    memory: MemoryConfig = setting(MemoryConfig(), "The memory.")
 
     def __post_init__(self) -> None:
         check(1 <= self.max_train_steps <= 1_000_000, "max_train_steps", self.max_train_steps, "1 to 1000000")
         check(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
         check_warmup(self.optimizer, self.max_train_steps)
+        streams_dora = self.lora.lora_type == "dora" and self.memory.blocks_to_stream > 0
+        check(not streams_dora, "blocks_to_stream", self.memory.blocks_to_stream, "0 with lora_type dora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,7 @@ class JobConfig:
     checkpoints: CheckpointConfig = setting(CheckpointConfig(), "The checkpoints.")
     validation: ValidationConfig = setting(ValidationConfig(), "The validation.")
     export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
+    memory: MemoryConfig = setting(MemoryConfig(), "The memory.")
     pair_check: PairCheckConfig = setting(PairCheckConfig(), "Limits of `check`.")
     datasets: tuple[DatasetPartConfig, ...] = setting((), "Several datasets in one run, instead of `dataset`.")
     eval_dataset_id: tuple[str, ...] = setting(
@@ -136,7 +141,15 @@ def resume_key(config: TrainConfig) -> dict[str, Any]:
     learning rate does not depend on it.
     """
     key = to_json(config)
-    for name in ("run_dir", "validation_encoded", "checkpoints", "validation", "export", "gradient_checkpointing"):
+    for name in (
+        "run_dir",
+        "validation_encoded",
+        "checkpoints",
+        "validation",
+        "export",
+        "gradient_checkpointing",
+        "memory",
+    ):
         del key[name]
     if config.optimizer.lr_scheduler in ENDLESS:
         del key["max_train_steps"]

@@ -1,4 +1,4 @@
-"""A linear layer that keeps a file's own fp8 or int8 codes and trains through them."""
+"""A linear layer whose weight is fp8 or int8 codes, a file's own or quanto's, and that is trained through."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..weights.stored import StoredWeight, dequantise
 class FrozenLinear(nn.Linear):
     """y = x · dequantised(weight)ᵀ + bias, x [..., in], y [..., out]. Only x gets a gradient.
 
-    The weight is dequantised anew in the forward and in the backward pass, to the arithmetic's dtype, so that nothing
-    but codes and scales stays in memory.
+    The weight is dequantised anew in the forward and in the backward pass, to x's dtype, so that nothing but codes and
+    scales stays in memory. x itself is not kept for the backward pass, as a frozen weight has no gradient.
     """
 
     def __init__(self, stored: StoredWeight, bias: Tensor | None) -> None:
@@ -33,21 +33,18 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """See the class."""
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        output: Tensor = _Product.apply(input.to(dtype), self.weight, self.scale, self.rotation)  # type: ignore[no-untyped-call]
-        return output if self.bias is None else output + self.bias.to(dtype)
+        return _Product.apply(input, self.weight, self.scale, self.rotation, self.bias)  # type: ignore[no-untyped-call]
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, rotation: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, rotation: int, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes, scale)
         ctx.rotation = rotation
-        return functional.linear(x, dequantise(codes, scale, rotation, x.dtype))
+        return functional.linear(x, dequantise(codes, scale, rotation, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         codes, scale = ctx.saved_tensors
         gradient = gradients[0]
-        return gradient @ dequantise(codes, scale, ctx.rotation, gradient.dtype), None, None, None
+        return gradient @ dequantise(codes, scale, ctx.rotation, gradient.dtype), None, None, None, None

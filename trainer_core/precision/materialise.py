@@ -22,7 +22,8 @@ _SHOWN = 3
 class Placement:
     """How weights end: `dtype` of those that are not quantised, `keep` patterns of layers that never are.
 
-    `quantise_on` is the device that computes the quantised codes; they then go to `device`.
+    `quantise_on` is the device that computes the quantised codes; they then go to `device`, or to host memory in
+    modules whose names begin with one of `on_host`.
     """
 
     precision: BaseModelPrecision
@@ -30,6 +31,11 @@ class Placement:
     device: torch.device
     quantise_on: torch.device
     keep: tuple[str, ...] = ()
+    on_host: tuple[str, ...] = ()
+
+    def device_of(self, name: str) -> torch.device:
+        """Where a module's weights end."""
+        return torch.device("cpu") if name.startswith(self.on_host) else self.device
 
 
 def materialise(
@@ -97,21 +103,21 @@ def _fill(network: nn.Module, name: str, read: Read, placement: Placement, conve
     stored = {each: read(f"{name}.{each}" if name else each) for each, _ in module.named_parameters(recurse=False)}
     may_change = type(module) is nn.Linear and not is_kept(name, placement.keep)
     if may_change and placement.precision == "file" and stored["weight"].is_quantised:
-        _replace(network, name, _as_it_is(stored, placement))
+        _replace(network, name, _as_it_is(stored, placement, placement.device_of(name)))
         return
     changes = may_change and convert is not None
-    device = placement.quantise_on if changes else placement.device
+    device = placement.quantise_on if changes else placement.device_of(name)
     for each, weight in stored.items():
         value = weight.to(device).dequantise(placement.dtype, copy=not changes or each != "weight")
         setattr(module, each, nn.Parameter(value, requires_grad=False))
     if changes and convert is not None:
-        _replace(network, name, convert(module, device).to(placement.device))  # type: ignore[arg-type]
+        _replace(network, name, convert(module, device).to(placement.device_of(name)))  # type: ignore[arg-type]
 
 
-def _as_it_is(stored: dict[str, StoredWeight], placement: Placement) -> FrozenLinear:
-    weight = stored["weight"].to(placement.device)
+def _as_it_is(stored: dict[str, StoredWeight], placement: Placement, device: torch.device) -> FrozenLinear:
+    weight = stored["weight"].to(device)
     own = StoredWeight(_owned(weight.codes), weight.scale, weight.rotation)
-    bias = stored["bias"].to(placement.device).dequantise(placement.dtype) if "bias" in stored else None
+    bias = stored["bias"].to(device).dequantise(placement.dtype) if "bias" in stored else None
     return FrozenLinear(own, bias)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from torch import nn
 from ..config import BaseModelPrecision
 from ..errors import MissingPackageError
 from ..events import Observer, raise_if_stopped
+from ..weights.stored import StoredWeight
+from .frozen_linear import FrozenLinear
 
 Convert = Callable[[nn.Linear, torch.device], nn.Module]
 _QUANTO_TYPES = {"int8-quanto": "qint8", "int4-quanto": "qint4", "int2-quanto": "qint2", "fp8-quanto": "qfloat8"}
@@ -79,9 +82,21 @@ def _to_quanto(type_name: str, layer: nn.Linear, device: torch.device) -> nn.Mod
     from optimum.quanto import freeze, qtypes
     from optimum.quanto.nn import QLinear
 
-    quantised = QLinear.from_module(layer.to(device), weights=qtypes[type_name])
+    layer, codes = layer.to(device), qtypes[type_name]
+    if codes.bits == 8:
+        return _to_quanto_codes(layer, codes)
+    quantised = QLinear.from_module(layer, weights=codes)
     freeze(quantised)
     return quantised.requires_grad_(False)  # noqa: FBT003
+
+
+def _to_quanto_codes(layer: nn.Linear, codes: Any) -> FrozenLinear:
+    """quanto's 8-bit codes and row scales in our own layer, which keeps no input for the backward pass."""
+    from optimum.quanto import AbsmaxOptimizer, quantize_weight
+
+    scale = AbsmaxOptimizer()(layer.weight.data, qtype=codes, axis=0)
+    weight: Any = quantize_weight(layer.weight.data, qtype=codes, axis=0, scale=scale, optimized=False)
+    return FrozenLinear(StoredWeight(weight._data, scale.float()), layer.bias)
 
 
 def _to_nf4(layer: nn.Linear, device: torch.device) -> nn.Module:

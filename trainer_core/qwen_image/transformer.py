@@ -32,9 +32,12 @@ ROPE_AXES = {128: (16, 56, 56)}
 
 
 def load_transformer(
-    config: ModelConfig, device: torch.device, observer: Observer = SILENT
+    config: ModelConfig, device: torch.device, observer: Observer = SILENT, *, on_host: Collection[int] = ()
 ) -> QwenImageTransformer2DModel:
     """The frozen transformer of a base model on `device`, in the wanted precision, read block by block.
+
+    Blocks whose numbers are in `on_host` end in host memory. The end of the last block's text side, which nobody reads,
+    is left out.
 
     Raises:
         ModelFileError: no such transformer, a damaged one, or one of another flavour.
@@ -45,12 +48,14 @@ def load_transformer(
     source = open_weights(model_folder(config).transformer, PREFIXES)
     network = empty_transformer(settings)
     _set_zero_cond_t(network, FLAVOURS[config.flavour].zero_cond_t)
+    leave_out_unread(network)
     placement = Placement(
         precision=config.base_model_precision,
         dtype=compute_dtype(config),
         device=device,
         quantise_on=torch.device("cpu") if config.quantize_via == "cpu" else device,
         keep=SENSITIVE_LAYERS,
+        on_host=tuple(f"transformer_blocks.{number}." for number in on_host),
     )
     materialise(network, source, placement, "Loading the transformer", observer)
     return network
@@ -141,6 +146,18 @@ def empty_transformer(settings: dict[str, Any]) -> QwenImageTransformer2DModel:
     return network
 
 
+def leave_out_unread(transformer: QwenImageTransformer2DModel) -> None:
+    """Take away what the last block computes of the text after its attention: only its image is read."""
+    last = transformer.transformer_blocks[-1]
+    last.attn.to_add_out, last.txt_norm2, last.txt_mlp = (torch.nn.Identity() for _ in range(3))
+
+
+def is_unread(name: str, num_layers: int) -> bool:
+    """Whether a module, or a weight in it, is one that `leave_out_unread` takes away."""
+    last = f"transformer_blocks.{num_layers - 1}."
+    return name.startswith(tuple(f"{last}{part}" for part in ("attn.to_add_out", "txt_norm2", "txt_mlp")))
+
+
 def compute_dtype(config: ModelConfig) -> torch.dtype:
     """The dtype of unquantised weights and of matrix products."""
     return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
@@ -172,7 +189,7 @@ def predict_velocity(
     """Velocity [B, C, H, W] (noise minus latents) at noise level sigma in [0, 1].
 
     Tokens are [target, reference 1, reference 2, ...], as in the edit pipelines of diffusers; the prediction is cut
-    to the target. Runs in the caller's autocast and grad mode.
+    to the target. Computes in the transformer's own dtype, as at inference, and in the caller's grad mode.
     """
     height, width = latents_BCHW.shape[-2:]
     tokens = pack(latents_BCHW)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..config import LoraType
-from ..weights.adapter_file import AdapterPart, LowRank, read_adapter
+from ..weights.adapter_file import AdapterPart, LowRank
 from .lora import ADAPTER, inject_planned, put_start
-from .lora_plan import LayerPlan, check_shapes, linear_layers
+from .lora_plan import LayerPlan, read_parts
+from .master_weights import copy_for_network
 
 KINDS: tuple[LoraType, ...] = ("lora", "dora", "lokr")
 
@@ -23,8 +24,8 @@ def load_into(transformer: nn.Module, path: Path, strength: float = 1.0) -> None
     Raises:
         ModelFileError: the file is damaged, belongs to another model, or is of another kind.
     """
-    parts = read_adapter(path, linear_layers(transformer))
-    check_shapes(transformer, parts, path.name)
+    parts = read_parts(transformer, path)
+    dtype: torch.dtype = transformer.proj_out.weight.dtype  # type: ignore[assignment, union-attr]
     for kind in KINDS:
         plan = {name: _planned(part, strength) for name, part in parts.items() if part.kind == kind}
         if not plan:
@@ -38,6 +39,7 @@ def load_into(transformer: nn.Module, path: Path, strength: float = 1.0) -> None
                 adapted.lora_magnitude_vector[ADAPTER].strength = strength
         for parameter in parameters.values():
             parameter.requires_grad_(False)  # noqa: FBT003
+            parameter.data = copy_for_network(parameter.data, dtype)
 
 
 def _planned(part: AdapterPart, strength: float) -> LayerPlan:

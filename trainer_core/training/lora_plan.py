@@ -59,8 +59,27 @@ def target_modules(transformer: nn.Module, lora: LoraConfig) -> list[str]:
 
 
 def linear_layers(transformer: nn.Module) -> list[str]:
-    """Full names of all linear layers, in the network's order."""
-    return [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    """Full names of the model's linear layers, in the network's order; last those that were left out as nobody reads
+    them (qwen_image/transformer.py)."""
+    found = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    return found + [name for name in _unread_layers(transformer) if name not in found]
+
+
+def _unread_layers(transformer: nn.Module) -> list[str]:
+    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}."  # type: ignore[arg-type]
+    return [f"{last}{part}" for part in ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")]
+
+
+def read_parts(transformer: nn.Module, path: Path) -> dict[str, AdapterPart]:
+    """A LoRA file's weight changes by layer, without those that could change nothing.
+
+    Raises:
+        ModelFileError: the file is damaged, belongs to another model, or is of another kind.
+    """
+    parts = read_adapter(path, linear_layers(transformer))
+    parts = {name: part for name, part in parts.items() if name not in _unread_layers(transformer)}
+    check_shapes(transformer, parts, path.name)
+    return parts
 
 
 def _is_dead_end(transformer: nn.Module, name: str) -> bool:
@@ -97,7 +116,7 @@ def _starts(transformer: nn.Module, lora: LoraConfig, names: list[str]) -> Mappi
     if not lora.init_lora:
         return {}
     path = Path(lora.init_lora)
-    parts = read_adapter(path, linear_layers(transformer))
+    parts = read_parts(transformer, path)
     kinds = {part.kind for part in parts.values()}
     if not kinds <= {"lora": {"lora"}, "dora": {"lora", "dora"}, "lokr": {"lokr"}}[lora.lora_type]:
         raise ConfigError(
@@ -110,7 +129,6 @@ def _starts(transformer: nn.Module, lora: LoraConfig, names: list[str]) -> Mappi
             f"init_lora {path.name} changes {len(left)} layers that would not be trained on, such as {left[0]}. Choose "
             "lora_targets that hold them, or another file."
         )
-    check_shapes(transformer, parts, path.name)
     return parts
 
 

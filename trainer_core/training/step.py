@@ -6,14 +6,12 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.checkpoint import checkpoint
 
 from ..conditioning.batches import Batch, BatchLoader
 from ..config import Preprocessing, TrainConfig
@@ -21,13 +19,16 @@ from ..device import pick_device
 from ..errors import NonFiniteLossError
 from ..events import Observer, StepReport, Stop, raise_if_stopped
 from ..qwen_image.positions import use_comfyui_positions
-from ..qwen_image.transformer import load_transformer, predict_velocity
+from ..qwen_image.transformer import check_transformer, compute_dtype, load_transformer, predict_velocity
 from ..qwen_image.types import Condition, NoisyLatents
 from ..rng import seeded_globally
 from .edit_weight import combined_weights
 from .lora import inject_lora, without_dropout
+from .master_weights import MasterWeights, master_weights
+from .memory import apply_memory, blocks_on_host, stream_blocks
 from .objective import add_noise, loss_by_sigma, penalty_at, velocity_loss
 from .optimizer import optimizer_builder, set_learning_rate
+from .optimizer_state import weights_to_use
 from .reflexflow import reflexflow_loss
 from .rollout import RolledOut, draw_offsets, roll_out, rollout_probability
 from .schedule import learning_rate_at
@@ -38,12 +39,27 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Networks:
-    """The frozen transformer with its adapter's parameters by name, the only trainable weights."""
+    """The frozen transformer, its adapter's weights, the only trainable ones, and what moves them."""
 
     transformer: QwenImageTransformer2DModel
-    lora: dict[str, nn.Parameter]
+    weights: MasterWeights
     optimizer: torch.optim.Optimizer
     device: torch.device
+
+    @property
+    def lora(self) -> dict[str, nn.Parameter]:
+        """The adapter's float32 weights by name. Whoever changes them calls `weights.publish` afterwards."""
+        return self.weights.masters
+
+    @contextlib.contextmanager
+    def weights_to_use(self) -> Iterator[None]:
+        """The network computes with the weights to validate and export while the context lasts."""
+        try:
+            with weights_to_use(self.optimizer, self.lora):
+                self.weights.publish()
+                yield
+        finally:
+            self.weights.publish()
 
 
 def build_networks(config: TrainConfig, preprocessing: Preprocessing, observer: Observer) -> Networks:
@@ -56,17 +72,18 @@ def build_networks(config: TrainConfig, preprocessing: Preprocessing, observer: 
     """
     device = pick_device(config.model.device)
     build_optimizer = optimizer_builder(config.optimizer, device)  # refused here rather than after loading
-    transformer = load_transformer(config.model, device, observer)
+    num_layers = int(check_transformer(config.model)["num_layers"])
+    on_host = blocks_on_host(config.memory, num_layers, checkpointing=config.gradient_checkpointing)
+    transformer = load_transformer(config.model, device, observer, on_host=on_host)
+    stream = stream_blocks(transformer, on_host, device, config.memory)  # before the adapter, which stays on the device
     raise_if_stopped(observer)
     if preprocessing == "comfyui":
         use_comfyui_positions(transformer)
-    lora = inject_lora(transformer, config.lora, config.seed)
+    parameters = inject_lora(transformer, config.lora, config.seed)
+    weights = master_weights(parameters, compute_dtype(config.model))
     transformer.train(config.lora.lora_dropout > 0)  # the only dropout there is
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing(
-            partial(checkpoint, use_reentrant=False, preserve_rng_state=config.lora.lora_dropout > 0)
-        )
-    return Networks(transformer, lora, build_optimizer(list(lora.values())), device)
+    apply_memory(transformer, stream, device, config)
+    return Networks(transformer, weights, build_optimizer(list(weights.masters.values())), device)
 
 
 def train_step(
@@ -90,6 +107,7 @@ def train_step(
     loss = sum(numbers[: len(losses)]) / len(losses)
     _raise_if_not_finite(loss, numbers[-1], done, config)
     networks.optimizer.step()
+    networks.weights.publish()
     networks.optimizer.zero_grad(set_to_none=True)
     return StepReport(
         step=done + 1,
@@ -138,7 +156,7 @@ def _pair_losses(
     condition = batch.condition.to(networks.device)
     rolled = _rolled_out(networks, noisy, condition, draw_offsets(config.rollout, done, config.seed, indices), config)
     noisy = rolled.noisy
-    with autocast(networks), _dropout(config, indices[0], networks.device):
+    with _dropout(config, indices[0], networks.device):
         velocity = predict_velocity(networks.transformer, noisy.latents, noisy.sigma, condition)
     weights = None if batch.loss_weights is None else batch.loss_weights.to(networks.device, non_blocking=True)
     weights = combined_weights(latents, condition.reference_latents, weights, config.noise.edit_weight)
@@ -160,14 +178,8 @@ def _rolled_out(
     def velocity(row: int, latents: Tensor, sigma: Tensor) -> Tensor:
         return predict_velocity(networks.transformer, latents, sigma, condition.of_pair(row))
 
-    with autocast(networks), without_dropout(networks.transformer):
+    with without_dropout(networks.transformer):
         return roll_out(velocity, noisy, offsets, config.rollout)
-
-
-def autocast(networks: Networks) -> torch.autocast:
-    """bfloat16 matrix products over float32 adapter weights where the transformer's unquantised ones are that too."""
-    dtype = networks.transformer.proj_out.weight.dtype
-    return torch.autocast(networks.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def _dropout(config: TrainConfig, index: int, device: torch.device) -> contextlib.AbstractContextManager[None]:

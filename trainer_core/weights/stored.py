@@ -53,12 +53,16 @@ class StoredWeight:
 
 
 def dequantise(codes: Tensor, scale: Tensor, rotation: int, dtype: torch.dtype) -> Tensor:
-    """codes × scale [out, in], with the columns' rotation undone."""
-    weight = codes.to(torch.float32).mul_(scale.to(torch.float32))
+    """codes × scale [out, in], with the columns' rotation undone. Computed in float32 and rounded once."""
+    factor = scale.to(torch.float32)
     if rotation:
-        matrix = hadamard(rotation).to(weight.device)
-        weight = (weight.unflatten(-1, (-1, rotation)) @ matrix).flatten(-2)
-    return weight.to(dtype)
+        matrix = hadamard(rotation).to(codes.device)
+        weight = codes.to(torch.float32).mul_(factor)
+        return (weight.unflatten(-1, (-1, rotation)) @ matrix).flatten(-2).to(dtype)
+    # One pass over the weight: the product is taken in float32 and stored in dtype, without a float32 copy.
+    exact = codes if codes.dtype == torch.int8 else codes.to(dtype)  # float8 has no products of its own
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    return torch.mul(exact, factor, out=weight)
 
 
 @cache

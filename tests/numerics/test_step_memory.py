@@ -1,0 +1,222 @@
+"""Computing again, offloading and streaming change where tensors are, and nothing of what is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.numerics.test_quantised import gradients, predict, with_adapter
+from tests.support.narrow import NARROW, fill
+from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
+from trainer_core.errors import ConfigError
+from trainer_core.precision.streaming import BlockStream
+from trainer_core.qwen_image.transformer import load_transformer
+from trainer_core.training.memory import apply_memory, blocks_on_host, stream_blocks
+from trainer_core.training.offload import HostCopies
+from trainer_core.training.recompute import Recomputation
+
+CPU = torch.device("cpu")
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow transformer of five blocks, which all differ."""
+    from diffusers import QwenImageTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("base")
+    transformer = QwenImageTransformer2DModel(**{**NARROW, "num_layers": LAYERS})
+    fill(transformer, seed=3)
+    transformer.save_pretrained(folder / "transformer")
+    for part in ("vae", "text_encoder"):
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text("{}")
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A velocity and the adapter's gradients."""
+
+    velocity: Tensor
+    gradients: dict[str, Tensor]
+
+
+def run(base: Path, precision: BaseModelPrecision = "none", **memory: object) -> Outcome:
+    """Forward and backward under settings of memory; without any, nothing is computed again."""
+    config = TrainConfig(
+        run_dir="-",
+        encoded="-",
+        model=ModelConfig(base=str(base), base_model_precision=precision, mixed_precision="no", device="cpu"),
+        gradient_checkpointing=bool(memory),
+        memory=MemoryConfig(**memory),
+        lora=LoraConfig(lora_rank=4, lora_targets="all"),
+    )
+    on_host = blocks_on_host(config.memory, LAYERS, checkpointing=config.gradient_checkpointing)
+    transformer = load_transformer(config.model, CPU, on_host=on_host)
+    stream = stream_blocks(transformer, on_host, CPU, config.memory)
+    lora = with_adapter(transformer)
+    apply_memory(transformer, stream, CPU, config)
+    found = gradients(transformer, lora)
+    with torch.no_grad():
+        velocity = predict(transformer)  # after the step, so that a stream that broke off shows
+    return Outcome(velocity, found)
+
+
+def assert_equal(one: Outcome, other: Outcome) -> None:
+    assert torch.equal(one.velocity, other.velocity)
+    assert one.gradients.keys() == other.gradients.keys()
+    assert len(one.gradients) > 50
+    different = [name for name, gradient in one.gradients.items() if not torch.equal(gradient, other.gradients[name])]
+    assert different == []
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path) -> Outcome:
+    return run(base)
+
+
+@pytest.mark.parametrize("blocks", [-1, 0, 1, 3, LAYERS, 99])
+def test_computing_again_is_bit_equal(base: Path, plain: Outcome, blocks: int):
+    assert_equal(run(base, gradient_checkpointing_blocks=blocks), plain)
+
+
+def test_fewer_blocks_keep_more(base: Path):
+    """The saved tensors of blocks that are not computed again are there at the end of the forward pass."""
+
+    def saved(blocks: int) -> int:
+        transformer = load_transformer(ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU)
+        with_adapter(transformer)
+        transformer.enable_gradient_checkpointing(Recomputation(list(transformer.transformer_blocks), blocks))
+        total = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            predict(transformer)
+        return total
+
+    kept = [saved(blocks) for blocks in (LAYERS, 3, 1, 0)]
+    assert kept == sorted(kept)
+    assert kept[0] < kept[-1] / 10
+
+
+@pytest.mark.parametrize("streamed", [1, 2, 3, LAYERS])
+@pytest.mark.parametrize("buffers", [2, 3, 8])
+def test_streaming_is_bit_equal(base: Path, plain: Outcome, streamed: int, buffers: int):
+    assert_equal(run(base, blocks_to_stream=streamed, stream_buffers=buffers), plain)
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "fp8-quanto", "int4-quanto", "int2-quanto", "nf4-bnb"])
+def test_quantised_weights_stream_too(base: Path, precision: BaseModelPrecision):
+    assert_equal(run(base, precision, blocks_to_stream=LAYERS, activation_offload=True), run(base, precision))
+
+
+def test_streamed_weights_keep_their_addresses_and_share_them(base: Path):
+    memory = MemoryConfig(blocks_to_stream=LAYERS)
+    numbers = blocks_on_host(memory, LAYERS, checkpointing=True)
+    transformer = load_transformer(
+        ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU, on_host=numbers
+    )
+    stream = stream_blocks(transformer, numbers, CPU, memory)
+    assert stream is not None
+    frozen = sum(each.nbytes for block in transformer.transformer_blocks for each in block.parameters())
+    assert frozen <= stream.host_bytes < frozen * 1.2
+    assert stream.device_bytes < stream.host_bytes * 0.45
+
+    def addresses() -> list[int]:
+        return [block.attn.to_q.weight.data_ptr() for block in transformer.transformer_blocks]
+
+    before = addresses()
+    with torch.no_grad():
+        predict(transformer)
+    assert addresses() == before
+    assert before[0] == before[2] == before[4] != before[1] == before[3]
+
+
+def test_each_weight_comes_over_once_a_pass(base: Path, monkeypatch: pytest.MonkeyPatch):
+    """Forward and backward copy each block once, but for the last two, which are still there when the order turns."""
+    copies: list[int] = []
+    copy = BlockStream._fetch
+
+    def counted(self: BlockStream, index: int) -> None:
+        if self._there[index % len(self._buffers)] != index:
+            copies.append(index)
+        copy(self, index)
+
+    monkeypatch.setattr(BlockStream, "_fetch", counted)
+    run(base, blocks_to_stream=LAYERS)
+    forward_and_backward = [0, 1, 2, 3, 4, 2, 1, 0]
+    assert copies[: len(forward_and_backward)] == forward_and_backward
+
+
+class Pinned(HostCopies):
+    """Offloads even small tensors, and counts them."""
+
+    kept = 0
+
+    def keep(self, tensor: Tensor) -> object:
+        kept = super().keep(tensor)
+        self.kept += kept is not tensor
+        return kept
+
+
+def test_offloading_is_bit_equal_and_uses_its_buffers_again(base: Path, plain: Outcome):
+    transformer = load_transformer(ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU)
+    lora = with_adapter(transformer)
+    offload = Pinned(CPU, small_bytes=1)
+    transformer.enable_gradient_checkpointing(
+        Recomputation(list(transformer.transformer_blocks), LAYERS, offload=offload)
+    )
+    for _ in range(2):
+        for weight in lora.values():
+            weight.grad = None
+        found = gradients(transformer, lora)
+        buffers = sum(map(len, offload._unused.values()))
+    assert all(torch.equal(found[name], gradient) for name, gradient in plain.gradients.items())
+    assert offload.kept == 2 * buffers > 2 * LAYERS
+    assert all(reference() is None for reference in offload._order)
+
+
+def test_dropout_drops_the_same_twice(base: Path):
+    def dropped(blocks: int) -> dict[str, Tensor]:
+        from trainer_core.training.lora import inject_lora
+
+        transformer = load_transformer(ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU)
+        lora = inject_lora(transformer, LoraConfig(lora_rank=4, lora_dropout=0.5), seed=1)
+        for weight in lora.values():
+            nn.init.constant_(weight, 0.02)
+        transformer.train()
+        transformer.enable_gradient_checkpointing(
+            Recomputation(list(transformer.transformer_blocks), blocks, dropout=True)
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            return gradients(transformer, lora)
+
+    kept, again = dropped(0), dropped(LAYERS)
+    assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
+
+
+def test_more_streamed_than_computed_again_is_refused():
+    with pytest.raises(ConfigError, match="at most the 3 blocks"):
+        blocks_on_host(MemoryConfig(blocks_to_stream=4, gradient_checkpointing_blocks=3), LAYERS, checkpointing=True)
+    with pytest.raises(ConfigError, match="gradient_checkpointing on"):
+        blocks_on_host(MemoryConfig(blocks_to_stream=1), LAYERS, checkpointing=False)
+
+
+def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):
+    numbers = tuple(range(LAYERS))
+    transformer = load_transformer(
+        ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU, on_host=numbers
+    )
+    stream_blocks(transformer, numbers, CPU, MemoryConfig(blocks_to_stream=LAYERS))
+    with pytest.raises(AssertionError, match="held"):
+        predict(transformer)

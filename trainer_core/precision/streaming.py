@@ -1,0 +1,215 @@
+"""Blocks whose frozen weights stay in host memory and are copied to the device just in time.
+
+Host to device only: frozen weights never change. Each streamed block belongs to one of a few buffers on the device, in
+turn, and its weights are views into that buffer for good, so their addresses stay the same and a compiled block can use
+them. A block's bytes lie in one piece of pinned host memory and come over in one copy on a stream of their own, begun
+as soon as the block that used the buffer before is through. Going backward the order turns round; the last blocks of a
+forward pass are still there then.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LOG = logging.getLogger(__name__)
+_ALIGNMENT = 256  # bytes; kernels read faster from such addresses
+
+
+class BlockStream:
+    """Streams the frozen weights of `blocks`, which run in this order forward and in the opposite one backward.
+
+    The blocks' hooks see to forward passes without gradients. Whoever runs one with gradients, to go through it
+    backward at once, opens `held` around both. Weights that get gradients stay on the device; make them afterwards.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, num_buffers: int) -> None:
+        layouts = [_layout(block) for block in blocks]
+        sizes = [size for _, size in layouts]
+        count = min(num_buffers, len(blocks))
+        self.device = device
+        self._host = [_packed(places, size) for places, size in layouts]
+        self._buffers = [
+            torch.empty(max(sizes[index::count]), dtype=torch.uint8, device=device) for index in range(count)
+        ]
+        self._there: list[int | None] = [None] * count  # which block's bytes a buffer has, or gets
+        self._holding = False
+        for index, (places, _) in enumerate(layouts):
+            _point_into(places, self._buffers[index % count])
+        self._number = {block: index for index, block in enumerate(blocks)}
+        self._queue = _CopyQueue(device, count)
+        if device.type == "cuda":
+            _pin(self, self._host)
+        for block in blocks:
+            block.register_forward_pre_hook(self._before)
+            block.register_forward_hook(self._after)
+        for index in range(count):
+            self._fetch(index)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of the weights."""
+        return sum(each.nbytes for each in self._host)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of the buffers."""
+        return sum(each.nbytes for each in self._buffers)
+
+    def __contains__(self, block: nn.Module) -> bool:
+        return block in self._number
+
+    @contextmanager
+    def held(self, block: nn.Module) -> Iterator[None]:
+        """The block's weights are there until the context ends; then that of the block before it is fetched."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+            if block in self:
+                self._release(self._number[block], forward=False)
+
+    def _before(self, block: nn.Module, *_: object) -> None:
+        index = self._number[block]
+        self._fetch(index)
+        self._queue.wait(index % len(self._buffers))
+
+    def _after(self, block: nn.Module, *_: object) -> None:
+        if self._holding:
+            return
+        assert not torch.is_grad_enabled(), "a streamed block with gradients needs `held`"
+        self._release(self._number[block], forward=True)
+
+    def _fetch(self, index: int) -> None:
+        buffer = index % len(self._buffers)
+        if self._there[buffer] != index:
+            self._queue.copy(buffer, self._buffers[buffer][: self._host[index].nbytes], self._host[index])
+            self._there[buffer] = index
+
+    def _release(self, index: int, *, forward: bool) -> None:
+        """The block's buffer is free; fetch into it what will need it next, if this pass still does."""
+        count = len(self._buffers)
+        self._queue.free(index % count)
+        following = index + count if forward else index - count
+        if 0 <= following < len(self._host):
+            self._fetch(following)
+
+
+class _CopyQueue:
+    """Copies on a stream of their own, ordered with the stream that computes. On the CPU they are done at once."""
+
+    def __init__(self, device: torch.device, num_buffers: int) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied = [torch.cuda.Event() for _ in range(num_buffers)] if self._stream else []
+        self._freed = [torch.cuda.Event() for _ in range(num_buffers)] if self._stream else []
+
+    def copy(self, buffer: int, target: Tensor, source: Tensor) -> None:
+        if self._stream is None:
+            target.copy_(source)
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._freed[buffer])
+            target.copy_(source, non_blocking=True)
+            self._copied[buffer].record(self._stream)
+
+    def wait(self, buffer: int) -> None:
+        """What is computed from here on sees the buffer's last copy."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._copied[buffer])
+
+    def free(self, buffer: int) -> None:
+        """The next copy into the buffer waits for what is computed up to here."""
+        if self._stream is not None:
+            self._freed[buffer].record(torch.cuda.current_stream(self._stream.device))
+
+
+class _Place:
+    """An ordinary tensor of a module, reached through subclasses and quantisation states, that can be exchanged."""
+
+    def __init__(self, owner: Any, name: str, tensor: Tensor, offset: int) -> None:
+        self.owner, self.name, self.tensor, self.offset = owner, name, tensor, offset
+
+    def view(self, buffer: Tensor) -> Tensor:
+        """This tensor's part of a buffer of bytes."""
+        part = buffer[self.offset : self.offset + self.tensor.nbytes]
+        return part.view(self.tensor.dtype).view(self.tensor.shape)
+
+    def exchange(self, tensor: Tensor) -> None:
+        """Put another tensor of the same shape and type into the place."""
+        if self.name == "data":
+            self.owner.data = tensor
+        else:
+            setattr(self.owner, self.name, tensor)
+
+
+def _layout(block: nn.Module) -> tuple[list[_Place], int]:
+    """The block's frozen tensors with offsets into one piece of memory, and its size in bytes."""
+    places, size = [], 0
+    for owner, name, tensor in _frozen_tensors(block):
+        places.append(_Place(owner, name, tensor, size))
+        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return places, size
+
+
+def _frozen_tensors(block: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
+    for module in block.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                yield from _inner(parameter, "data", parameter)
+                yield from _companions(getattr(parameter, "quant_state", None))
+        for name, buffer in module.named_buffers(recurse=False):
+            yield module, name, buffer
+
+
+def _inner(owner: Any, name: str, tensor: Any) -> Iterator[tuple[Any, str, Tensor]]:
+    """The ordinary tensors of a tensor subclass such as quanto's, or the tensor itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield owner, name, tensor.data if name == "data" else tensor
+        return
+    for inner_name in tensor.__tensor_flatten__()[0]:
+        yield from _inner(tensor, inner_name, getattr(tensor, inner_name))
+
+
+def _companions(state: Any) -> Iterator[tuple[Any, str, Tensor]]:
+    """The tensors of bitsandbytes' quantisation state, and of the state of its scales."""
+    for each in (state, getattr(state, "state2", None)):
+        for name in ("absmax", "code", "offset"):
+            if isinstance(getattr(each, name, None), Tensor):
+                yield each, name, getattr(each, name)
+
+
+def _packed(places: list[_Place], size: int) -> Tensor:
+    """The tensors' bytes in one piece of host memory; the tensors' own memory is given up."""
+    host = torch.empty(size, dtype=torch.uint8)
+    for place in places:
+        place.view(host).copy_(place.tensor)
+        place.tensor = torch.empty_like(place.tensor, device="meta")
+    return host
+
+
+def _point_into(places: list[_Place], buffer: Tensor) -> None:
+    for place in places:
+        place.exchange(place.view(buffer))
+
+
+def _pin(owner: object, tensors: Sequence[Tensor]) -> None:
+    """Lock host memory for fast copies while `owner` lives. Torch's own pinned memory comes in powers of two."""
+    runtime: Any = torch.cuda.cudart()
+    for tensor in tensors:
+        if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
+            _LOG.warning("%.1f GiB of host memory can't be locked; streaming will be slow.", tensor.nbytes / 2**30)
+            continue
+        weakref.finalize(owner, _unpin, tensor)
+
+
+def _unpin(tensor: Tensor) -> None:
+    torch.cuda.synchronize()
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(tensor.data_ptr())
