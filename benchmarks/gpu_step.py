@@ -321,6 +321,7 @@ def print_row(setting: Setting, arguments: argparse.Namespace, device: torch.dev
         )
     except torch.OutOfMemoryError:
         print(f"{label} out of memory |", flush=True)
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.numerics.test_quantised import gradients, predict, with_adapter
 from tests.support.narrow import NARROW, fill
 from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
-from trainer_core.errors import ConfigError
+from trainer_core.errors import ConfigError, MissingPackageError
 from trainer_core.precision.streaming import BlockStream
 from trainer_core.qwen_image.transformer import load_transformer
 from trainer_core.training.memory import apply_memory, blocks_on_host, stream_blocks
@@ -220,3 +220,9 @@ def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):
     stream_blocks(transformer, numbers, CPU, MemoryConfig(blocks_to_stream=LAYERS))
     with pytest.raises(AssertionError, match="held"):
         predict(transformer)
+
+
+def test_compiling_without_triton_names_the_package(base: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("trainer_core.training.memory.find_spec", lambda _: None)
+    with pytest.raises(MissingPackageError, match="compile_blocks needs the package triton"):
+        run(base, compile_blocks=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -56,13 +57,23 @@ def apply_memory(
     blocks = list(transformer.transformer_blocks)
     again = recomputed_blocks(config.memory, len(blocks), checkpointing=config.gradient_checkpointing)
     if config.memory.compile_blocks:
-        if find_spec("triton") is None:
-            raise MissingPackageError("triton", "compile_blocks")
-        for block in blocks:
-            block.forward = torch.compile(block.forward)
+        _compile(blocks)
     if again:
         offload = HostCopies(device) if config.memory.activation_offload else None
         dropout = config.lora.lora_dropout > 0
         transformer.enable_gradient_checkpointing(
             Recomputation(blocks, again, stream=stream, offload=offload, dropout=dropout)
         )
+
+
+def _compile(blocks: Sequence[torch.nn.Module]) -> None:
+    """All blocks share one piece of code. Its variants (with and without gradients, the first block, the last) times the
+    sizes of pictures pass torch's limit of 8, beyond which it would compile nothing more and only log it."""
+    if find_spec("triton") is None:
+        raise MissingPackageError("triton", "compile_blocks")
+    import torch._dynamo.config as dynamo
+
+    name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # as before torch 2.6
+    setattr(dynamo, name, max(64, getattr(dynamo, name)))
+    for block in blocks:
+        block.forward = torch.compile(block.forward)

@@ -39,7 +39,7 @@ class HostCopies:
     def keep(self, tensor: Tensor) -> Kept | Tensor:
         """Copy to host memory; the tensor's own memory is free as soon as nobody else holds it. Small ones are given
         back as they are."""
-        if tensor.nbytes < self._small_bytes or tensor.device != self._device:
+        if tensor.nbytes < self._small_bytes or tensor.device.type != self._device.type:
             return tensor
         kept = Kept(self._buffer(tensor), torch.empty_like(tensor, device="meta"), tensor.device)
         if self._stream is None:
