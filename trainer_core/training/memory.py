@@ -67,8 +67,8 @@ def apply_memory(
 
 
 def _compile(blocks: Sequence[torch.nn.Module]) -> None:
-    """All blocks share one piece of code. Its variants (with and without gradients, the first block, the last) times the
-    sizes of pictures pass torch's limit of 8, beyond which it would compile nothing more and only log it."""
+    """All blocks share one piece of code. Its variants (with and without gradients, the first block, the last) times
+    the sizes of pictures pass torch's limit of 8, beyond which it would compile nothing more and only log it."""
     if find_spec("triton") is None:
         raise MissingPackageError("triton", "compile_blocks")
     import torch._dynamo.config as dynamo
