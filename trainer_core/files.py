@@ -13,17 +13,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 HEADER_LENGTH_BYTES = 8
+_BEGIN_BYTES = 1024  # a cache entry's header and more, in one go: thousands are looked at when a run starts
 
 
 def is_whole(path: Path) -> bool:
     """True if the file is there and as long as its own header says; one cut short counts as missing."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            begin = file.read(_BEGIN_BYTES)
+            length = int.from_bytes(begin[:HEADER_LENGTH_BYTES], "little")
             if length > size:
                 return False
-            header = json.loads(file.read(length))
+            begin += file.read(max(0, HEADER_LENGTH_BYTES + length - len(begin)))
+            header = json.loads(begin[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length])
     except (OSError, ValueError):
         return False
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]

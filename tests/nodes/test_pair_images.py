@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,59 @@ def test_a_table_of_captions_and_masks_through_the_nodes(comfyui: PackServer):
         "3": node("QwenEdit_PreviewPairs", dataset=["2", 0], max_pairs=2),
     }
     assert "Captions: 2 per pair, 2 in all" in text_of(comfyui.run(prompt), "3")
+
+
+def coloured(folder: Path, values: list[int]) -> None:
+    """Pictures of one colour and unlike sizes, and a caption each that says which."""
+    folder.mkdir(parents=True)
+    for value in values:
+        Image.fromarray(np.full((40, 32 + value, 3), value, np.uint8)).save(folder / f"{value:03d}.png")
+        (folder / f"{value:03d}.txt").write_text(f"value {value}")
+
+
+def pairs_written(server: PackServer, before: set[Path]) -> list[tuple[int, int, str]]:
+    """Target's and reference's grey values and the caption of each pair in the folder that is new."""
+    (folder,) = set((server.output / "qwen_edit_trainer" / "graph_pairs").iterdir()) - before
+    found = []
+    for target in sorted((folder / "target").glob("*.png")):
+        pictures = (target, folder / "reference_1" / target.name)
+        first, second = (int(np.asarray(Image.open(path))[0, 0, 0]) for path in pictures)
+        found.append((first, second, target.with_suffix(".txt").read_text()))
+    return found
+
+
+def test_comfyui_own_nodes_for_folders_of_images_and_texts(comfyui: PackServer):
+    """LoadImageTextDataSetFromFolder gives lists of pictures of unlike sizes; its resizing node stays in between."""
+    coloured(comfyui.input / "own_nodes", [10, 20, 30, 40])
+    graph_pairs = comfyui.output / "qwen_edit_trainer" / "graph_pairs"
+    before = set(graph_pairs.iterdir()) if graph_pairs.is_dir() else set()
+    prompt = {
+        "1": node("LoadImageTextDataSetFromFolder", folder="own_nodes"),
+        "2": node("ResizeImagesByShorterEdge", images=["1", 0], shorter_edge=64),
+        "3": node("ImageInvert", image=["2", 0]),
+        "4": node("QwenEdit_PairImages", target=["2", 0], reference_1=["3", 0], captions=["1", 1]),
+        "5": node("QwenEdit_PreviewPairs", dataset=["4", 0], max_pairs=2),
+    }
+    assert text_of(comfyui.run(prompt), "5").startswith("4 pairs with 1 reference each.")
+    found = pairs_written(comfyui, before)
+    assert sorted(found) == [(value, 255 - value, f"value {value}") for value in (10, 20, 30, 40)]
+
+
+def test_two_folders_through_comfyui_own_nodes(comfyui: PackServer):
+    """References from the node without texts. Both list a folder as the disk does, and the numbers go together."""
+    coloured(comfyui.input / "own_targets", [11, 21, 31])
+    coloured(comfyui.input / "own_references", [101, 121, 131])
+    listed = [
+        [int(path.stem) for path in (comfyui.input / folder).iterdir() if path.suffix == ".png"]
+        for folder in ("own_targets", "own_references")
+    ]
+    before = set((comfyui.output / "qwen_edit_trainer" / "graph_pairs").iterdir())
+    prompt = {
+        "1": node("LoadImageTextDataSetFromFolder", folder="own_targets"),
+        "2": node("LoadImageDataSetFromFolder", folder="own_references"),
+        "3": node("QwenEdit_PairImages", target=["1", 0], reference_1=["2", 0], captions=["1", 1]),
+        "4": node("QwenEdit_PreviewPairs", dataset=["3", 0], max_pairs=2),
+    }
+    assert text_of(comfyui.run(prompt), "4").startswith("3 pairs with 1 reference each.")
+    wanted = [(target, reference, f"value {target}") for target, reference in zip(*listed, strict=True)]
+    assert pairs_written(comfyui, before) == wanted

@@ -16,7 +16,15 @@ from .conftest import read_json
 from .ui_to_api import NOTES, to_prompt, widgets_of
 
 FOLDER = REPO / "workflows"
-NAMES = ("train_edit_v1_24gb", "train_edit_v2_24gb", "demo", "use_lora_in_edit_graph", "import_simpletuner")
+NAMES = (
+    "train_edit_v1_24gb",
+    "train_edit_v2_24gb",
+    "train_edit_v2_three_references",
+    "train_edit_v1_two_datasets_with_masks",
+    "demo",
+    "use_lora_in_edit_graph",
+    "import_simpletuner",
+)
 OUR_VERSION = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 

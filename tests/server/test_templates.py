@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.support.comfyui_server import PackServer
 from tests.support.narrow import picture
@@ -31,6 +32,25 @@ def inputs_of(prompt: dict[str, Any], class_type: str) -> dict[str, Any]:
     return next(each["inputs"] for each in prompt.values() if each["class_type"] == class_type)
 
 
+def place_scenes(studio: PackServer) -> None:
+    """Three references, the folders named as in the template."""
+    place_pairs(studio, "my_scenes", num_references=3)
+    for number, part in enumerate(("person", "clothes", "place"), 1):
+        (studio.input / "my_scenes" / f"reference_{number}").rename(studio.input / "my_scenes" / part)
+
+
+def place_masked(studio: PackServer, name: str) -> None:
+    """Pairs with masks, half white."""
+    place_pairs(studio, name, 3)
+    folder = studio.input / name
+    (folder / "reference_1").rename(folder / "reference")
+    (folder / "mask").mkdir()
+    for target in (folder / "target").glob("*.png"):
+        mask = Image.new("L", (48, 48), 0)
+        mask.paste(255, (0, 0, 24, 48))
+        mask.save(folder / "mask" / target.name)
+
+
 @pytest.fixture(scope="module")
 def furnished(studio: PackServer, tokenizer_dir: Path) -> PackServer:
     """Everything that the templates name lies there: models small, other people's files empty."""
@@ -41,6 +61,9 @@ def furnished(studio: PackServer, tokenizer_dir: Path) -> PackServer:
     (studio.input / "my_edit" / "config.json").write_text(CONFIG)
     data = in_folders(EDIT_V1, studio.input / "my_edit" / "datasets" / "edits", place="datasets/edits")
     (studio.input / "my_edit" / "multidatabackend.json").write_text(data)
+    place_scenes(studio)
+    for name in ("my_faces", "my_people"):
+        place_masked(studio, name)
     for path in FOLDER.glob("*.json"):
         for node in template(path.stem).values():
             for key, value in node["inputs"].items():
@@ -73,11 +96,13 @@ def test_accepted_as_it_is(name: str, busy: PackServer):
     assert answer["prompt_id"]
 
 
-@pytest.mark.parametrize("name", ["train_edit_v1_24gb", "train_edit_v2_24gb"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("train_*.json")))
 def test_training_templates(name: str, furnished: PackServer):
     """With the template's own precision and settings, but two steps on narrow models, pictures after each."""
     prompt = template(name)
-    inputs_of(prompt, "QwenEdit_EncodePairs")["resolution"] = 96
+    for node in prompt.values():
+        if node["class_type"] == "QwenEdit_EncodePairs":
+            node["inputs"]["resolution"] = 96
     inputs_of(prompt, "QwenEdit_TrainLora")["max_train_steps"] = 2
     inputs_of(prompt, "QwenEdit_ValidationSettings").update(
         validation_step_interval=1, validation_num_inference_steps=2

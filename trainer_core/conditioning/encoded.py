@@ -184,8 +184,19 @@ def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
     trained = {name: value for name, value in values.items() if name != "validation_pairs"}
     trained["pairs"] = [_without_places(row) for row in trained["pairs"]]
     path = cache_dir / "datasets" / f"{digest(trained)}-{digest(validated)[:16]}.json"
-    write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False).encode())
+    write_atomically(path, _lines(values).encode())
     return EncodedDataset(manifest=path, **fields)
+
+
+def _lines(values: dict[str, Any]) -> str:
+    """JSON with a line for each pair: to be read by people, and quickly written."""
+
+    def shown(value: Any) -> str:
+        if not isinstance(value, list) or not value:
+            return json.dumps(value, ensure_ascii=False)
+        return "[\n" + ",\n".join(json.dumps(each, ensure_ascii=False) for each in value) + "\n]"
+
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {shown(value)}" for name, value in values.items()) + "\n}\n"
 
 
 def _plain(value: Any) -> Any:
@@ -194,7 +205,7 @@ def _plain(value: Any) -> Any:
 
 def _row(entry: EncodedEntry) -> dict[str, Any]:
     """Its fields but for those a later version added and this entry does not use, so that old names stay."""
-    return {name: item for name, item in dataclasses.asdict(entry).items() if _is_written(name, item)}
+    return {name: item for name in EncodedEntry.__slots__ if _is_written(name, item := getattr(entry, name))}
 
 
 def _without_places(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""Everything that people's folders have in them, at once: one report that can be read, and no file is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from tests.support.pair_files import config, contents, pair, picture, problems_of, text
+from trainer_core.data.pairing import pair_folders, scan_folders
+
+LONG = f"{'folder with a long name ' * 6}/{'and one more below it ' * 7}/{'x' * 240}"  # 540 characters; 255 a part
+
+
+def frames(path: Path, kind: str) -> None:
+    """An animation of three frames."""
+    colours = [Image.new("RGB", (16, 12), colour) for colour in ("red", "green", "blue")]
+    colours[0].save(path, kind, save_all=True, append_images=colours[1:])
+
+
+def hostile(root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Folders of trouble; what has to be told as a problem, and what as a note, by the file's place."""
+    after, before = root / "after", root / "before"
+    for key in ("good", "zero", "cut_png", "cut_jpg", "words", "alone", "mute", "linked", "chain", "twice", "huge"):
+        pair(root, key)
+    for key in ("large", "animated", "loop", "disguised", LONG):
+        pair(root, key)
+    text(after / "zero.png", b"")
+    Image.effect_noise((64, 64), 90).save(after / "cut_png.png")
+    text(after / "cut_png.png", (after / "cut_png.png").read_bytes()[:900])
+    (before / "cut_jpg.png").unlink()
+    Image.effect_noise((64, 64), 90).save(before / "cut_jpg.jpg")
+    text(before / "cut_jpg.jpg", (before / "cut_jpg.jpg").read_bytes()[:-400])
+    text(before / "words.png", "I am a text")
+    (before / "alone.png").unlink()
+    (after / "mute.txt").unlink()
+    secret = picture(root / "elsewhere/secret.png")
+    (before / "linked.png").unlink()
+    (before / "linked.png").symlink_to(secret)
+    (after / "chain.txt").unlink()
+    (after / "chain.txt").symlink_to(root / "elsewhere" / "chain.txt")
+    picture(after / "twice.jpg")
+    Image.new("1", (14_000, 14_000)).save(before / "huge.png")
+    Image.new("1", (10_000, 10_000)).save(after / "large.png")
+    frames(after / "animated.png", "PNG")
+    frames(before / "loop.png", "GIF")
+    frames(after / "cinema.gif", "GIF")
+    Image.new("RGB", (16, 12), "red").save(after / "disguised.png", "JPEG")
+    picture(before / "nobody.png")
+    problems = {
+        "after/zero.png": "is empty (0 bytes)",
+        "after/cut_png.png": "damaged or cut short",
+        "before/cut_jpg.jpg": "damaged or cut short",
+        "before/words.png": "no JPEG, PNG",
+        "after/alone.png": "no reference in",
+        "after/mute.png": "looked for mute.txt",
+        "before/linked.png": "the link leaves the dataset's folder",
+        "after/linked.png": "no reference in",
+        "after/chain.txt": "can't be reached",
+        "after/chain.png": "looked for chain.txt",
+        "after/twice.png": "same name but for the extension",
+        "before/huge.png": "allowed are up to 178 million",
+        "before/loop.png": "no JPEG, PNG",
+    }
+    notes = {
+        "after/animated.png": "only the first is used",
+        "after/cinema.gif": "aren't read",
+        "before/nobody.png": "no target has this name",
+    }
+    return problems, notes
+
+
+def test_a_hostile_folder_gives_one_readable_report_and_changes_nothing(tmp_path: Path) -> None:
+    expected, noted = hostile(tmp_path)
+    untouched = contents(tmp_path)
+    problems = problems_of(config(tmp_path))
+    for name, words in expected.items():
+        assert sum(line.startswith(f"{tmp_path / name}: ") and words in line for line in problems) == 1, (
+            name,
+            problems,
+        )
+    assert len(problems) == len(expected)
+    assert all(line.isprintable() and line.endswith(".") and len(line) < 900 for line in problems)
+
+    scan = scan_folders(config(tmp_path))
+    assert list(scan.problems) == problems
+    for name, words in noted.items():
+        assert sum(line.startswith(f"{tmp_path / name}: ") and words in line for line in scan.notes) == 1, name
+    assert len(scan.notes) == len(noted)
+    good = {each.key: each for each in scan.dataset.pairs}
+    assert set(good) == {"good", "twice", "large", "animated", "disguised", LONG}
+    assert good["large"].sizes[0] == (10_000, 10_000)
+    assert contents(tmp_path) == untouched
+
+
+def test_what_was_listed_can_be_mended(tmp_path: Path) -> None:
+    expected, _ = hostile(tmp_path)
+    for name in expected:
+        path = tmp_path / name
+        for twin in (*path.parent.parent.glob(f"*/{path.stem}.*"),):
+            twin.unlink()
+    assert {each.key for each in pair_folders(config(tmp_path)).pairs} == {
+        "good",
+        "large",
+        "animated",
+        "disguised",
+        LONG,
+    }
