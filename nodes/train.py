@@ -105,22 +105,7 @@ def _inputs() -> list[io.Input]:
             "finished. continue a kept run: also go on with one that was ended early by stop-and-keep. new run: train "
             "again under a name with a number.",
         ),
-        new_input(sockets.LoraSettings, "lora_settings", optional=True, tooltip="Adapter. Default: rank 16."),
-        new_input(
-            sockets.OptimizerSettings, "optimizer_settings", optional=True, tooltip="Optimizer. Default: AdamW, 1e-4."
-        ),
-        new_input(
-            sockets.TrainingSettings,
-            "training_settings",
-            optional=True,
-            tooltip="Batches, noise, checkpoints, memory. Default: 4 pairs a step, one at a time.",
-        ),
-        new_input(
-            sockets.ValidationSettings,
-            "validation_settings",
-            optional=True,
-            tooltip="Pictures on the way. Default: every 250 steps and at the end.",
-        ),
+        *_usual_settings(),
         setting_input(ExportConfig, "trigger_words", optional=True),
         new_input(
             sockets.Encoded,
@@ -146,6 +131,27 @@ def _inputs() -> list[io.Input]:
             "memory_settings",
             optional=True,
             tooltip="What stays on the device and what waits elsewhere. Default: activations are computed again.",
+        ),
+    ]
+
+
+def _usual_settings() -> list[io.Input]:
+    return [
+        new_input(sockets.LoraSettings, "lora_settings", optional=True, tooltip="Adapter. Default: rank 16."),
+        new_input(
+            sockets.OptimizerSettings, "optimizer_settings", optional=True, tooltip="Optimizer. Default: AdamW, 1e-4."
+        ),
+        new_input(
+            sockets.TrainingSettings,
+            "training_settings",
+            optional=True,
+            tooltip="Batches, noise, checkpoints, memory. Default: 4 pairs a step, one at a time.",
+        ),
+        new_input(
+            sockets.ValidationSettings,
+            "validation_settings",
+            optional=True,
+            tooltip="Pictures on the way. Default: every 250 steps and at the end.",
         ),
     ]
 
