@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from ..trainer_core.config import DEMO_MODEL, DatasetConfig, JobConfig, ModelConfig
+from ..trainer_core.config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, ModelConfig
 from ..trainer_core.errors import ConfigError, TrainerError
 from . import host, sockets
 from .names import file_below, file_below_roots, folder_below, near
@@ -178,11 +178,19 @@ class EncodeImported(io.ComfyNode):
         from ..trainer_core.job import encode_paired
         from .host_encoders import connected_encoders
 
+        paired = imported.paired
+        if "clip" in connected:  # keeps no visual tokens by themselves
+            paired = [(_without_image_embeds(part), dataset) for part, dataset in paired]
         with host.long_call() as observer:
             encoders = connected_encoders(connected, imported.job.model.flavour)
-            encoded, validation = encode_paired(imported.job, imported.paired, observer, encoders)
+            encoded, validation = encode_paired(imported.job, paired, observer, encoders)
         reports = [encoding_report(each) for each in (encoded, validation) if each is not None]
         return io.NodeOutput(encoded, validation, "\n\n".join(reports))
+
+
+def _without_image_embeds(part: DatasetPartConfig) -> DatasetPartConfig:
+    plain = dataclasses.replace(part.encoding, conditioning_image_embeds="", create_image_embeds=False)
+    return dataclasses.replace(part, encoding=plain)
 
 
 def _read(

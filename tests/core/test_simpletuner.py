@@ -78,7 +78,6 @@ def test_every_key_of_the_documents_is_taken_or_explained():
     assert not [each for each in read(dict.fromkeys(CONFIG_KEYS) | given).report if "has no effect" in each]
     based = convert(json.loads(plain_json(CONFIG)), json.loads(plain_json(EDIT_V1)), base="models/x", root=ROOT)
     assert based.job.model.base == str(ROOT / "models/x")
-    assert "drawn at the size" in line(imported, "validation_resolution:")
     assert "EMA is not built" in line(imported, "use_ema:")
 
 
@@ -183,6 +182,26 @@ def test_what_changes_is_said():
     assert "learning_rate (SimpleTuner's 4e-7)" in line(imported, "Not in your files")
     assert "'match_target_res'" in line(read({"model_kwargs": {"match_target_rez": True}}), "model_kwargs.match")
     assert "Qwen/Qwen-Image-Edit" in line(imported, "pretrained_model_name_or_path:")
+
+
+def test_what_conditioning_and_validation_say_is_carried_over():
+    changes = {"conditioning_multidataset_sampling": "random", "validation_prompt": "make it night"}
+    job = read({**changes, "validation_resolution": "512x768, 1024"}).job
+    assert job.dataset.conditioning_type == ("reference_strict",)
+    assert (job.encoding.conditioning_image_embeds, job.encoding.create_image_embeds) == ("my-reference-embeds", True)
+    assert job.encoding.conditioning_multidataset_sampling == "random"
+    assert job.encoding.validation_prompts == ("make it night",)
+    assert job.validation.validation_resolution == "512x768,1024"
+    assert read({"validation_resolution": 768}).job.validation.validation_resolution == "768"
+    imported = read({"validation_resolution": "1000x600"})
+    assert imported.job.validation.validation_resolution == "992x608"
+    assert "multiples of 16" in line(imported, "validation_resolution:")
+    data = json.loads(plain_json(EDIT_V2))
+    data[2]["conditioning_type"] = "reference_loose"
+    del data[3]["conditioning_type"]
+    imported = convert(json.loads(plain_json(as_edit_v2(CONFIG))), data, root=ROOT)
+    assert imported.job.dataset.conditioning_type == ("reference_strict", "reference_loose", "auto")
+    assert "combined" in line(imported, "conditioning_multidataset_sampling:")
 
 
 def test_tables_of_captions():

@@ -18,6 +18,7 @@ SMALLER = (  # what a demo on a CPU can't do; all else is as printed
     "encoding.match_target_res=true",
     "max_train_steps=1",
     "validation.num_validation_images=1",
+    "validation.validation_resolution=96",
     "validation.validation_num_inference_steps=1",
 )
 
@@ -49,4 +50,6 @@ def test_an_example_trains(
     }
     pair = json.loads(Path(run["encoded"]).read_text())["pairs"][0]
     assert len(pair["references"]) == references
+    embeds = sorted(path.name for path in (tmp_path / "cache" / "conditioning_image_embeds").iterdir())
+    assert embeds == (["my-reference-embeds"] if references == 1 else ["reference_1"])
     assert read_rows(lora.parent / "metrics.jsonl")[-1]["validation_loss"] > 0

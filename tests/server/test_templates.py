@@ -122,6 +122,7 @@ def test_import_template(furnished: PackServer):
     prompt = template("import_simpletuner")
     changes = ("encoding.resolution=96", "encoding.match_target_res=true", "max_train_steps=1", "seed=7")
     smaller = ("validation.validation_num_inference_steps=1", "validation.num_validation_images=1")
+    smaller = (*smaller, "validation.validation_resolution=96")
     inputs_of(prompt, "QwenEdit_ImportSimpleTuner")["changes"] = "\n".join((*changes, *smaller))
     inputs_of(prompt, "QwenEdit_TrainLora")["run_name"] = "imported"
     outputs = furnished.run(prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ..geometry import Size
 from ..settings import check, check_at_least, setting
@@ -30,6 +31,12 @@ class ValidationConfig:
         "Sizes of validation pictures, comma separated: 1024x768 is width and height, 768 has the area of that square "
         "in the pair's own shape. Empty: the size of the encoded pair. Smaller takes less memory.",
     )
+
+    @staticmethod
+    def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
+        """One validation_resolution may be a number."""
+        size = values.get("validation_resolution")
+        return {**values, "validation_resolution": str(size)} if type(size) is int else values
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "validation_step_interval", "num_validation_images")

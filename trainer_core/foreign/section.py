@@ -14,6 +14,14 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+def put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set one of our settings in a job's JSON by its name, such as `lora.lora_rank`."""
+    *parts, name = dotted.split(".")
+    for part in parts:
+        values = values.setdefault(part, {})
+    values[name] = value
+
+
 class Section:
     """Hands out values by name and notes what became of each key."""
 

@@ -16,10 +16,11 @@ from ..errors import ConfigError
 from ..qwen_image.flavours import FLAVOURS, Flavour
 from ..settings import changed
 from .loose_json import read_loose_json
-from .section import Section
+from .section import Section, put
 from .simpletuner_backends import Backends, ids_of
 from .simpletuner_data import INHERITED, read_data
 from .simpletuner_keys import CONFIG_KEYS, CONFIG_REASONS
+from .simpletuner_validation import read_validation
 
 _PRECISIONS = {
     "no_change": "none",
@@ -138,11 +139,11 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     for ours, theirs, read in _SAME:
         value = read(section, *theirs)
         if value is not None:
-            _put(values, ours, value)
+            put(values, ours, value)
     _optimizer(section, values)
     _rollout(section, values)
     _noise(section, values, found.offset)
-    _validation(section, values)
+    read_validation(section, values)
     _steps_and_folders(section, values, root)
     _rest(section, values)
     section.explain(CONFIG_REASONS, CONFIG_KEYS)
@@ -152,13 +153,6 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     notes += [f"Not in your files, so this trainer's own defaults hold: {listed}."] if missing else []
     notes.sort(key=lambda line: "UNKNOWN" not in line and "LEFT OUT" not in line)
     return Imported(job, values, tuple(notes))
-
-
-def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *parts, name = dotted.split(".")
-    for part in parts:
-        values = values.setdefault(part, {})
-    values[name] = value
 
 
 def _file_name(text: str) -> str:
@@ -225,7 +219,7 @@ def _optimizer(section: Section, values: dict[str, Any]) -> None:
     if name:
         plain = name.lower().replace("_", "").replace("-", "")
         taken = next((ours for part, ours in _OPTIMIZERS.items() if part in plain), "adamw")
-        _put(values, "optimizer.optimizer", taken)
+        put(values, "optimizer.optimizer", taken)
         if name.replace("_", "-") != taken:
             section.note("optimizer", f"{name} becomes {taken}.")
         _learning_rate_for(name, taken, section, values["optimizer"])
@@ -233,9 +227,9 @@ def _optimizer(section: Section, values: dict[str, Any]) -> None:
     if scheduler in _SCHEDULERS:
         section.note("lr_scheduler", f"{scheduler} becomes {_SCHEDULERS[scheduler]}.")
     if scheduler == "constant":
-        _put(values, "optimizer.lr_warmup_steps", 0)
+        put(values, "optimizer.lr_warmup_steps", 0)
     if scheduler:
-        _put(values, "optimizer.lr_scheduler", _SCHEDULERS.get(scheduler, scheduler))
+        put(values, "optimizer.lr_scheduler", _SCHEDULERS.get(scheduler, scheduler))
     _course_for(section, values)
     _clipping_and_targets(section, values)
 
@@ -264,7 +258,7 @@ def _course_for(section: Section, values: dict[str, Any]) -> None:
 def _clipping_and_targets(section: Section, values: dict[str, Any]) -> None:
     norm, method = section.number("max_grad_norm"), section.text("grad_clip_method")
     if norm is not None and method == "norm":
-        _put(values, "optimizer.max_grad_norm", norm)
+        put(values, "optimizer.max_grad_norm", norm)
     elif norm is not None:
         section.note(
             "max_grad_norm",
@@ -272,13 +266,13 @@ def _clipping_and_targets(section: Section, values: dict[str, Any]) -> None:
             "norm is limited, by default to 1.",
         )
     if section.truth("use_dora"):
-        _put(values, "lora.lora_type", "dora")
+        put(values, "lora.lora_type", "dora")
     targets = section.take("peft_lora_target_modules")
     if targets:
         targets = json.loads(targets) if isinstance(targets, str) and targets.startswith("[") else targets
         endings = "|".join(re.escape(str(each)) for each in ([targets] if isinstance(targets, str) else targets))
-        _put(values, "lora.lora_targets", "pattern")
-        _put(values, "lora.lora_target_pattern", rf"(?:.*\.)?(?:{endings})")
+        put(values, "lora.lora_targets", "pattern")
+        put(values, "lora.lora_target_pattern", rf"(?:.*\.)?(?:{endings})")
 
 
 def _rollout(section: Section, values: dict[str, Any]) -> None:
@@ -287,7 +281,7 @@ def _rollout(section: Section, values: dict[str, Any]) -> None:
     for name, hint in typing.get_type_hints(RolloutConfig).items():
         value = readers.get(hint, Section.text)(section, name)
         if value is not None:
-            _put(values, f"rollout.{name}", value)
+            put(values, f"rollout.{name}", value)
 
 
 def _noise(section: Section, values: dict[str, Any], offset: float) -> None:
@@ -296,34 +290,11 @@ def _noise(section: Section, values: dict[str, Any], offset: float) -> None:
         shift = 1.0
         section.note("flow_schedule_shift", "0 is no shift, here called 1.")
     if shift:
-        _put(values, "noise.flow_schedule_shift", shift)
+        put(values, "noise.flow_schedule_shift", shift)
     if section.truth("flow_use_uniform_schedule"):
-        _put(values, "noise.sigma_distribution", "uniform")
+        put(values, "noise.sigma_distribution", "uniform")
     if offset:
-        _put(values, "noise.logit_mean", offset * values.get("noise", {}).get("logit_std", 1.0))
-
-
-def _validation(section: Section, values: dict[str, Any]) -> None:
-    guidance, real = section.number("validation_guidance"), section.number("validation_guidance_real")
-    if real is not None and real > 1:
-        guidance = real
-        section.note("validation_guidance_real", f"true guidance {real:g}, so validation_guidance is not asked.")
-    elif guidance is not None:
-        section.note("validation_guidance", f"true classifier-free guidance {guidance:g}, as its document means it.")
-    if guidance is not None:
-        _put(values, "validation.validation_guidance", max(1.0, guidance))
-    count = section.whole("num_eval_images")
-    if count is not None:
-        _put(values, "validation.num_validation_images", max(0, count))
-    if count is not None and not values.get("eval_dataset_id"):
-        values["encoding"].setdefault("num_eval_images", count)
-        section.note(
-            "num_eval_images", f"{count} pairs of each data set are kept out of training. Fewer for a small one."
-        )
-    if section.truth("validation_disable"):
-        _put(values, "validation.num_validation_images", 0)
-    if not values["encoding"].get("validation_negative_prompt", " "):
-        values["encoding"]["validation_negative_prompt"] = " "
+        put(values, "noise.logit_mean", offset * values.get("noise", {}).get("logit_std", 1.0))
 
 
 def _steps_and_folders(section: Section, values: dict[str, Any], root: Path) -> None:
@@ -339,10 +310,10 @@ def _steps_and_folders(section: Section, values: dict[str, Any], root: Path) -> 
     folder = section.text("output_dir")
     if folder:
         values["run_dir"] = str(root / Path(folder).expanduser() / "qwen_edit_trainer")
-        _put(values, "export.lora_name", _file_name(Path(folder).name))
+        put(values, "export.lora_name", _file_name(Path(folder).name))
         section.note("output_dir", f"the run goes to {values['run_dir']}, beside what SimpleTuner has left.")
     if start := section.text("init_lora"):
-        _put(values, "lora.init_lora", str(root / Path(start).expanduser()))
+        put(values, "lora.init_lora", str(root / Path(start).expanduser()))
 
 
 def _rest(section: Section, values: dict[str, Any]) -> None:
@@ -351,10 +322,15 @@ def _rest(section: Section, values: dict[str, Any]) -> None:
     if extra is not None:
         match = extra.truth("match_target_res")
         if match is not None:
-            _put(values, "encoding.match_target_res", match)
+            put(values, "encoding.match_target_res", match)
         extra.explain({}, ("match_target_res",))
-    if section.text("conditioning_multidataset_sampling") == "random":
-        section.note("conditioning_multidataset_sampling", "random is not built; all references are seen together.")
+    if sampling := section.text("conditioning_multidataset_sampling"):
+        put(values, "encoding.conditioning_multidataset_sampling", sampling)
+    elif any(len(part["dataset"]["reference_dirs"]) > 1 for part in values.get("datasets", [values])):
+        section.note(
+            "conditioning_multidataset_sampling",
+            "not given; combined, so that all references of a pair are seen together. SimpleTuner draws one (random).",
+        )
     step = section.whole("aspect_bucket_alignment")
     if step in (16, 32):
         values["encoding"].setdefault("sizes", {})["aspect_bucket_alignment"] = step

@@ -47,6 +47,10 @@ class Backends:
         """Their ids, in the file's order."""
         return tuple(name for name in self.entries if self.kind(name) in kinds)
 
+    def named_embeds(self) -> set[Any]:
+        """Ids of the caches of visual tokens that data sets name."""
+        return {str(entry.get("conditioning_image_embeds")) for entry in self.entries.values()}
+
     def named(self, name: object, key: str, known: Sequence[str]) -> str:
         """The name, if it is known.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..settings import is_plain_name
 from .section import Section, words
 from .simpletuner_backends import CACHES, MASKS, Backends, ids_of
 from .simpletuner_keys import DATA_KEYS, DATA_REASONS, TABLE_REASONS
@@ -42,7 +43,7 @@ def read_data(
     for name in names:
         entry = {**{key: value for key, value in inherited.items() if value is not None}, **backends.entries[name]}
         section = Section(entry, name, notes)
-        references, masks = _linked(backends, section, name, max_references, notes)
+        references, masks = _linked(backends, section, name, max_references)
         used |= {*references, *masks}
         parts.append(_part(backends, section, references, masks, root))
         offset = section.number("timestep_sampling_offset")
@@ -102,10 +103,26 @@ def _part(backends: Backends, section: Section, references: list[str], masks: li
         section.note("conditioning_data", f"masks from {masks[0]}: white counts in the loss, black does not.")
     section.take("type", "disabled", "disable", "dataset_type", "instance_data_dir")
     _captions(section, dataset, root)
-    encoding = _sizes(section)
+    kinds = [backends.entries[each].get("conditioning_type") or "auto" for each in references]
+    if set(kinds) != {"auto"}:
+        dataset["conditioning_type"] = kinds if len(set(kinds)) > 1 else kinds[0]
+    encoding = {**_sizes(section), **_image_embeds(backends, section, name)}
     if section.truth("disable_validation"):
         encoding["num_eval_images"] = 0
     return {"id": name, "dataset": dataset, "encoding": encoding, **_turns(section)}
+
+
+def _image_embeds(backends: Backends, section: Section, name: str) -> dict[str, Any]:
+    """The cache of visual tokens that a data set names; its entry in the file says that it is to be made."""
+    embeds = section.take("conditioning_image_embeds")
+    if embeds is None:
+        return {}
+    known = backends.of_kind("conditioning_image_embeds")
+    found = backends.named(embeds, f"{name}.conditioning_image_embeds", known)
+    if not is_plain_name(found):
+        section.note("conditioning_image_embeds", f"left out; {found!r} is no name of a folder. The default is used.")
+        return {}
+    return {"conditioning_image_embeds": found, "create_image_embeds": True}
 
 
 def _turns(section: Section) -> dict[str, Any]:
@@ -123,9 +140,7 @@ def _turns(section: Section) -> dict[str, Any]:
     return turns
 
 
-def _linked(
-    backends: Backends, section: Section, name: str, max_references: int, notes: list[str]
-) -> tuple[list[str], list[str]]:
+def _linked(backends: Backends, section: Section, name: str, max_references: int) -> tuple[list[str], list[str]]:
     """Ids of references, in their order, and of the mask."""
     known = tuple(each for each in backends.of_kind("conditioning", "image") if each != name)
     ids = [
@@ -136,10 +151,6 @@ def _linked(
         for each in backends.of_kind("conditioning")
         if backends.entries[each].get("source_dataset_id") == name and each not in ids
     ]
-    embeds = section.take("conditioning_image_embeds")
-    if embeds is not None:
-        backends.named(embeds, f"{name}.conditioning_image_embeds", backends.of_kind("conditioning_image_embeds"))
-        notes.append(f"{name}.conditioning_image_embeds: references are encoded once into the one cache.")
     for each in ids:
         kind = backends.entries[each].get("conditioning_type")
         if kind not in (None, "reference_strict", "reference_loose", *MASKS):
@@ -236,7 +247,8 @@ def _other(backends: Backends, name: str, used: bool, notes: list[str]) -> None:
     """Why an entry that is not the main one, or one of its keys, is not taken."""
     section, kind = Section(backends.entries[name], name, notes), backends.kind(name)
     if not used and kind in CACHES:
-        notes.append(f"{name}: a cache of {kind}; here is one cache for everything, keyed by content.")
+        place = "in the cache folder, under this name" if name in backends.named_embeds() else "in one cache for all"
+        notes.append(f"{name}: {kind} are kept {place}, by content.")
     elif not used and kind in ("image", "eval"):
         notes.append(f"{name}: LEFT OUT; it has no conditioning_data, and an edit starts from a picture.")
     elif not used and kind == "conditioning":
@@ -248,8 +260,6 @@ def _other(backends: Backends, name: str, used: bool, notes: list[str]) -> None:
     section.take("id", "type", "disabled", "disable", "dataset_type", "instance_data_dir", "source_dataset_id")
     what = section.text("conditioning_type")
     reasons = {
-        "reference_strict": "cut by the targets' rectangle wherever the shape is the same.",
-        "reference_loose": "a reference of another shape than its target's is used whole.",
         "segmentation": "counts by brightness: paint white what counts and black what doesn't.",
     }
     if what in reasons:

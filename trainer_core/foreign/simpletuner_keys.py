@@ -14,9 +14,9 @@ _CONFIG = {
     "model_card_note model_card_safe_for_work push_to_hub_background",
     "metrics go to TensorBoard files and metrics.jsonl in the run folder": "report_to tracker_run_name "
     "tracker_project_name logging_dir webhook_config webhook_reporting_interval",
-    "validation pictures are drawn at the size the pairs are encoded at": "validation_resolution",
-    "held-out pairs with their own captions are drawn, not prompts": "validation_prompt validation_prompt_library "
-    "user_prompt_library num_validation_images validation_input",
+    "held-out pairs are drawn by their captions; more prompts go into encoding.validation_prompts": (
+        "validation_prompt_library user_prompt_library num_validation_images validation_input"
+    ),
     "validation follows the training's own model and schedule": "validation_noise_scheduler validation_torch_compile "
     "validation_torch_compile_mode validation_preview validation_preview_steps validation_guidance_rescale "
     "validation_guidance_skip_layers validation_using_datasets validation_stitch_input_location "
@@ -60,7 +60,8 @@ _CONFIG = {
     "the learning rate is taken as it stands, and its course in steps": "lr_scale lr_scale_sqrt lr_warmup_epochs",
     "the LoRA starts from zero, in peft's usual shape": "init_lora_step lora_init_type peft_lora_mode "
     "lycoris_config lora_format flux_lora_target singlora_ramp_up_steps",
-    "one process on one device": "num_processes num_machines accelerator_cache_clear_interval ddp_backend "
+    "how many processes there are is said where the training is started": "num_processes num_machines ddp_backend "
+    "accelerator_cache_clear_interval "
     "dynamo_backend fsdp_enable deepspeed_config i_know_what_i_am_doing",
     "only edit LoRAs are trained": "controlnet control tread_config text_encoder_lora train_text_encoder "
     "distillation_method max_grounding_entities",
@@ -121,7 +122,8 @@ CONFIG_KEYS = words(
     "loss_type huber_c huber_schedule "
     "max_grad_norm grad_clip_method checkpoint_step_interval checkpointing_steps checkpoints_total_limit "
     "validation_step_interval validation_steps validation_guidance validation_guidance_real "
-    "validation_num_inference_steps validation_seed validation_negative_prompt validation_disable num_eval_images "
+    "validation_resolution validation_prompt validation_num_inference_steps validation_seed "
+    "validation_negative_prompt validation_disable num_eval_images "
     "caption_dropout_probability output_dir model_kwargs eval_dataset_id conditioning_multidataset_sampling resolution "
     "resolution_type caption_strategy instance_prompt crop crop_style crop_aspect minimum_image_size "
     "maximum_image_size target_downsample_size aspect_bucket_alignment data_backend_config"
