@@ -113,6 +113,12 @@ def _inputs() -> list[io.Input]:
             optional=True,
             tooltip="A second encoded dataset, whose held-out pairs are validated on instead of the first one's.",
         ),
+        *_further_inputs(),
+    ]
+
+
+def _further_inputs() -> list[io.Input]:
+    return [
         new_input(
             sockets.Imported,
             "imported",
