@@ -2,16 +2,19 @@
 
     python benchmarks/loading.py --blocks 7 --precision int8-quanto
 
-Writes a bf16 file of that many blocks with random weights, then loads it in two fresh processes: `ours` block by block
-and `whole`, which is diffusers' from_pretrained followed by quantising. Peaks: `anonymous` is memory of the process
-itself (what must fit into RAM), `resident` counts pages of the mapped file as well, which the system takes back at
-will.
+Writes a bf16 file of that many blocks with random weights, then loads it in fresh processes: `ours` block by block;
+`first` the same while keeping the quantised weights (quantised_cache_gb); `second`, the start after it, which finds
+them; `read`, the kept files' bytes and nothing else; `whole`, diffusers' from_pretrained followed by quantising. Before
+each the files' pages are dropped from the system's cache, so that all read from the disk; with `--warm` they are read
+once instead. Peaks: `anonymous` is memory of the process itself (what must fit into RAM), `resident` counts pages of
+the mapped file as well, which the system takes back at will.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +27,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 GIB = 2**30
+WAYS = ("ours", "first", "second", "read", "whole")
+KEPT = ("first", "second")  # ways that keep quantised weights
 
 
 class PeakMemory(threading.Thread):
@@ -85,14 +90,19 @@ def load(way: str, folder: Path, precision: str) -> None:
     from trainer_core.precision.quantise import converter, quantise
     from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, load_transformer
 
-    config, cpu = ModelConfig(base=str(folder), base_model_precision=precision, device="cpu"), torch.device("cpu")
+    kept = {"quantised_cache_gb": 100.0, "quantised_cache_dir": str(folder / "kept")} if way in KEPT else {}
+    config = ModelConfig(base=str(folder), base_model_precision=precision, device="cpu", **kept)
+    cpu = torch.device("cpu")
     convert = converter(config.base_model_precision)
     if convert is not None:
         convert(torch.nn.Linear(64, 64).bfloat16(), cpu)  # its imports are no part of the loading
     peak = PeakMemory()
     before, start = peak.read()[0], time.monotonic()
     peak.start()
-    if way == "ours":
+    if way == "read":
+        read_all(folder / "kept")
+        network = None
+    elif way != "whole":
         network = load_transformer(config, cpu)
     else:
         network = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
@@ -100,7 +110,22 @@ def load(way: str, folder: Path, precision: str) -> None:
     seconds = time.monotonic() - start
     peak.stop()
     figures = {"seconds": seconds, "anonymous": peak.anonymous - before, "resident": peak.resident}
-    print(json.dumps({**figures, "left": peak.read()[0] - before, "blocks": len(network.transformer_blocks)}))
+    print(json.dumps({**figures, "left": peak.read()[0] - before, "there": network is not None}))
+
+
+def forget(folder: Path) -> None:
+    """Drop the files' pages from the system's cache."""
+    for path in folder.rglob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_all(folder: Path) -> None:
+    """The bytes of all files below, into one buffer after the other: the speed that the disk, or its cache, allows."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        buffer = torch.empty(path.stat().st_size, dtype=torch.uint8)
+        with path.open("rb") as file:
+            file.readinto(buffer.numpy().data)
 
 
 def main() -> None:
@@ -108,8 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--precision", default="int8-quanto")
-    parser.add_argument("--way", choices=("ours", "whole"))
+    parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--warm", action="store_true")
     given = parser.parse_args()
     if given.way:
         load(given.way, given.folder, given.precision)
@@ -123,7 +149,8 @@ def main() -> None:
             "| way | seconds | peak anonymous, GiB | left after, GiB | peak resident, GiB |\n"
             "| --- | --- | --- | --- | --- |"
         )
-        for way in ("ours", "whole"):
+        for way in WAYS:
+            read_all(Path(name)) if given.warm else forget(Path(name))
             command = [sys.executable, __file__, "--way", way, "--folder", name, "--precision", given.precision]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             row = json.loads(output.splitlines()[-1])

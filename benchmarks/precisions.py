@@ -6,6 +6,9 @@ One block of Qwen-Image at full width (380 M parameters) with random bf16 weight
 product's own loader in every `base_model_precision`; float32 arithmetic, so that only the format shows. The error is
 the norm of the velocity's difference over the norm; the cosine is between the gradients of an adapter (rank 16, all
 layers) in one vector. Random weights have no outliers, so int8 and fp8 look a little better than on trained ones.
+
+The second table is of `text_encoder_precision`: one layer of Qwen2.5-VL-7B at full width on 64 random tokens, the error
+of its last hidden state.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,11 +29,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.support import layouts
 from trainer_core.config import LoraConfig, ModelConfig
+from trainer_core.config.model import EIGHT_BITS
+from trainer_core.events import SILENT
+from trainer_core.qwen_image.text_encoder_file import load_by_layers, qwen25_vl_7b
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
 from trainer_core.training.lora import inject_lora
 
+TOKENS = 1000  # words of the small text encoder
+BOTH = " + quantize_activations"
 QUANTISED = ("int8-quanto", "fp8-quanto", "nf4-bnb", "int4-quanto", "int2-quanto")
 FILES = {
     "fp8": layouts.plain_fp8,
@@ -39,11 +48,14 @@ FILES = {
 }
 
 
-def measure(path: Path, precision: str, device: torch.device) -> tuple[Tensor, Tensor, float]:
+def measure(
+    path: Path, precision: str, device: torch.device, *, activations: bool = False
+) -> tuple[Tensor, Tensor, float]:
     """Velocity, gradient, and seconds of loading."""
     config = ModelConfig(
         transformer_file=str(path), text_encoder_file=str(path), vae_file=str(path), tokenizer="none",
         base_model_precision=precision, mixed_precision="no", device=str(device),
+        quantize_activations=activations,
     )  # fmt: skip
     start = time.monotonic()
     network = load_transformer(config, device)
@@ -70,12 +82,13 @@ def rows(device: torch.device) -> Iterator[str]:
         path = layouts.bf16(weights, Path(folder) / "bf16.safetensors")
         exact, direction, seconds = measure(path, "none", device)
         yield f"| bf16 | none | 0 | 1 | {seconds:.1f} |"
-        cases = [("bf16", path, precision) for precision in QUANTISED]
+        cases = [("bf16", path, precision) for precision in (*QUANTISED, *(f"{each}{BOTH}" for each in EIGHT_BITS))]
         cases += [(name, Path(folder) / f"{name}.safetensors", "file") for name in FILES]
         for name, file, precision in cases:
             if precision == "file":
                 FILES[name](weights, file)
-            velocity, gradient, seconds = measure(file, precision, device)
+            found = measure(file, precision.removesuffix(BOTH), device, activations=precision.endswith(BOTH))
+            velocity, gradient, seconds = found
             error = float((velocity - exact).norm() / exact.norm())
             cosine = float(torch.cosine_similarity(gradient.double(), direction.double(), dim=0))
             yield f"| {name} | {precision} | {error:.1e} | {cosine:.5f} | {seconds:.1f} |"
@@ -84,12 +97,44 @@ def rows(device: torch.device) -> Iterator[str]:
             gc.collect()
 
 
+def text_encoder_rows(device: torch.device) -> Iterator[str]:
+    """The second table's lines."""
+    yield "| text_encoder_precision | output error |"
+    yield "| --- | --- |"
+    ids = torch.randint(0, TOKENS, (1, 64), generator=stream(0, "ids")).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        write_text_encoder(Path(folder))
+        exact: Tensor | None = None
+        for precision in ("none", *QUANTISED):
+            config = ModelConfig(text_encoder_precision=precision, device=str(device))
+            network = load_by_layers(config, Path(folder), torch.float32, device, SILENT)
+            with torch.no_grad():
+                hidden = network.model.language_model(input_ids=ids, use_cache=False).last_hidden_state.cpu()
+            exact = hidden if exact is None else exact
+            yield f"| {precision} | {float((hidden - exact).norm() / exact.norm()):.1e} |"
+            del network
+            gc.collect()
+
+
+def write_text_encoder(folder: Path) -> None:
+    """One layer and one block of the vision tower at full width, few words, random bf16 weights."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    settings = qwen25_vl_7b()
+    settings["text_config"] |= {"num_hidden_layers": 1, "vocab_size": TOKENS, "bos_token_id": 1, "eos_token_id": 2}
+    settings["vision_config"] |= {"depth": 1, "fullatt_block_indexes": [0]}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
+    network.to(torch.bfloat16).save_pretrained(folder)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     device = torch.device(parser.parse_args().device)
-    for row in rows(device):
+    for row in chain(rows(device), [""], text_encoder_rows(device)):
         print(row, flush=True)
 
 

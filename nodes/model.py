@@ -36,6 +36,11 @@ class LoadModel(io.ComfyNode):
                 setting_input(ModelConfig, "flavour"),
                 setting_input(ModelConfig, "base_model_precision"),
                 setting_input(ModelConfig, "mixed_precision"),
+                setting_input(ModelConfig, "text_encoder_precision", optional=True, advanced=True),
+                setting_input(ModelConfig, "quantize_activations", optional=True, advanced=True),
+                setting_input(
+                    ModelConfig, "quantised_cache_gb", optional=True, advanced=True, min=0.0, max=1000.0, step=1.0
+                ),
             ],
             outputs=[new_output(sockets.Model, "model", "The choice, for the encode, train and sample nodes.")],
         )
@@ -54,9 +59,14 @@ class LoadModel(io.ComfyNode):
         from ..trainer_core.qwen_image.folder import model_folder
 
         base, tokenizer = host.base_model(base_model)
-        config = ModelConfig(base=base, tokenizer=tokenizer, device=host.device_name(), **widgets)
+        config = ModelConfig(base=base, tokenizer=tokenizer, device=host.device_name(), **_kept(), **widgets)
         model_folder(config)  # raises if parts are missing
         return io.NodeOutput(config)
+
+
+def _kept() -> dict[str, str]:
+    """Where quantised weights are kept."""
+    return {"quantised_cache_dir": str(host.cache_dir() / "quantised")}
 
 
 _KINDS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
@@ -88,6 +98,11 @@ class LoadModelFiles(io.ComfyNode):
                 setting_input(ModelConfig, "base_model_precision"),
                 setting_input(ModelConfig, "mixed_precision"),
                 setting_input(ModelConfig, "quantize_via"),
+                setting_input(ModelConfig, "text_encoder_precision", optional=True, advanced=True),
+                setting_input(ModelConfig, "quantize_activations", optional=True, advanced=True),
+                setting_input(
+                    ModelConfig, "quantised_cache_gb", optional=True, advanced=True, min=0.0, max=1000.0, step=1.0
+                ),
             ],
             outputs=[new_output(sockets.Model, "model", "The choice, for the encode, train and sample nodes.")],
         )
@@ -114,6 +129,7 @@ class LoadModelFiles(io.ComfyNode):
             vae_file=host.model_file("vae", vae_file),
             tokenizer=host.tokenizer_dir(),
             device=host.device_name(),
+            **_kept(),
             **widgets,
         )
         check_transformer(config)

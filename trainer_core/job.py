@@ -58,9 +58,10 @@ def resolve_job(job: JobConfig, folder: Path) -> JobConfig:
 
     base = job.model.base if job.model.base == DEMO_MODEL else beside(job.model.base)
     files = {name: beside(getattr(job.model, name)) for name in _MODEL_FILES}
+    kept = beside(job.model.quantised_cache_dir or str(Path(job.cache_dir) / "quantised"))
     return dataclasses.replace(
         job,
-        model=dataclasses.replace(job.model, base=base, **files),
+        model=dataclasses.replace(job.model, base=base, quantised_cache_dir=kept, **files),
         lora=dataclasses.replace(job.lora, init_lora=beside(job.lora.init_lora)),
         dataset=resolved(job.dataset) if job.dataset else None,
         datasets=tuple(dataclasses.replace(part, dataset=resolved(part.dataset)) for part in job.datasets),

@@ -95,6 +95,7 @@ def own_prompts(model: ModelConfig, encoding: EncodingConfig, device: torch.devi
 
     folder = model_folder(model)
     network = [encoding.preprocessing, model.mixed_precision, weights_digest(folder.text_encoder)]
+    network += [model.text_encoder_precision] if model.text_encoder_precision != "none" else []
     tokenizer = [weights_digest(folder.tokenizer), _bytes_digest(folder.tokenizer)]
     libraries = _libraries(folder) if encoding.preprocessing == "diffusers" else []
     return PromptEncoder(

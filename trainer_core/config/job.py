@@ -134,6 +134,18 @@ class JobConfig:
         return TrainConfig(encoded=encoded, validation_encoded=validation_encoded, **own)
 
 
+# Of the model: where and how it is loaded, and what the encoded dataset's name holds already.
+_NOT_OF_WEIGHTS = (
+    "device",
+    "quantize_via",
+    "text_encoder_file",
+    "text_encoder_precision",
+    "vae_file",
+    "quantised_cache_gb",
+    "quantised_cache_dir",
+)
+
+
 def resume_key(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the trained weights. A run folder only goes on under equal ones.
 
@@ -155,7 +167,8 @@ def resume_key(config: TrainConfig) -> dict[str, Any]:
         del key["max_train_steps"]
     key["encoded"] = Path(config.encoded).stem.split("-")[0]  # named by the content that is trained on
     model = key["model"]
-    del model["device"], model["quantize_via"], model["text_encoder_file"], model["vae_file"]
+    for name in _NOT_OF_WEIGHTS:
+        del model[name]
     model["base"], model["tokenizer"] = Path(config.model.base).name, ""
     model["transformer_file"] = Path(config.model.transformer_file).name
     key["lora"]["init_lora"] = Path(config.lora.init_lora).name

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..qwen_image.flavours import FlavourName
-from ..settings import check, check_choice, setting
+from ..settings import check, check_at_least, check_choice, setting
 
 DEMO_MODEL = "demo"
 
 BaseModelPrecision = Literal["none", "int8-quanto", "nf4-bnb", "int4-quanto", "int2-quanto", "fp8-quanto", "file"]
+EIGHT_BITS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "fp8-quanto")
 QuantizeVia = Literal["accelerator", "cpu"]
 MixedPrecision = Literal["bf16", "no"]
 
@@ -43,10 +44,30 @@ class ModelConfig:
     )
     vae_file: str = setting("", "VAE as ComfyUI keeps it (.safetensors); empty: that of the base folder.")
     tokenizer: str = setting("", "Folder of the Qwen2.5 tokenizer; empty: the one in the base folder.")
+    text_encoder_precision: BaseModelPrecision = setting(
+        "none", "Format of the text encoder's weights while prompts are encoded, in the words of base_model_precision."
+    )
+    quantize_activations: bool = setting(
+        False,
+        "Also round what goes into quantised layers to 8 bits, each token by a scale of its own; for int8-quanto and "
+        "fp8-quanto. Coarser, and no faster here: for a LoRA that will be used that way.",
+    )
+    quantised_cache_gb: float = setting(
+        0.0,
+        "Largest size in GB of the folder of quantised weights that are kept for the next start, which is then several "
+        "times faster; those unused longest go first. 0 keeps none.",
+    )
+    quantised_cache_dir: str = setting("", "Where they are kept; empty: below cache_dir.")
     device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.")
 
     def __post_init__(self) -> None:
-        if str(self.base_model_precision) == "no_change":  # SimpleTuner's word
-            object.__setattr__(self, "base_model_precision", "none")
-        check_choice(self, "flavour", "base_model_precision", "quantize_via", "mixed_precision")
+        for name in ("base_model_precision", "text_encoder_precision"):
+            if str(getattr(self, name)) == "no_change":  # SimpleTuner's word
+                object.__setattr__(self, name, "none")
+        check_choice(self, "flavour", "base_model_precision", "text_encoder_precision", "quantize_via")
+        check_choice(self, "mixed_precision")
         check(bool(self.base), "base", self.base, "a folder in diffusers' layout, or `demo`")
+        check_at_least(self, 0, "quantised_cache_gb")
+        if self.quantize_activations:
+            allowed = " or ".join(EIGHT_BITS) + " with quantize_activations, whose layers multiply 8-bit numbers"
+            check(self.base_model_precision in EIGHT_BITS, "base_model_precision", self.base_model_precision, allowed)

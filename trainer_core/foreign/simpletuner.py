@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DEMO_MODEL, ENDLESS, JobConfig, RolloutConfig, from_json
+from ..config.model import EIGHT_BITS
 from ..errors import ConfigError
 from ..qwen_image.flavours import FLAVOURS, Flavour
 from ..settings import changed
@@ -211,7 +212,22 @@ def _model(section: Section, flavour: Flavour, base: str, root: Path) -> dict[st
         mixed = "bf16"
     model |= {"base_model_precision": _PRECISIONS.get(precision, precision)} if precision else {}
     model |= {"quantize_via": "accelerator" if via == "pipeline" else via} if via else {}
+    model |= _other_precisions(section, str(model.get("base_model_precision", "none")))
     return model | ({"mixed_precision": mixed} if mixed else {})
+
+
+def _other_precisions(section: Section, precision: str) -> dict[str, Any]:
+    """Of activations and of the text encoder."""
+    found: dict[str, Any] = {}
+    if section.truth("quantize_activations"):
+        if precision in EIGHT_BITS:
+            found["quantize_activations"] = True
+        else:
+            section.note("quantize_activations", f"left out; it goes with {' and '.join(EIGHT_BITS)} only.")
+    text_encoder = section.text("text_encoder_1_precision", "text_encoder_precision")
+    if text_encoder:
+        found["text_encoder_precision"] = _PRECISIONS.get(text_encoder, text_encoder)
+    return found
 
 
 def _optimizer(section: Section, values: dict[str, Any]) -> None:

@@ -25,10 +25,7 @@ _CONFIG = {
     "the base model's picture is always in the grid, and is drawn once": "disable_benchmark",
     "loss of held-out pairs is always measured, at fixed noise": "eval_steps_interval eval_epoch_interval "
     "eval_timesteps eval_dataset_pooling",
-    "activations stay in mixed_precision": "quantize_activations",
-    "the text encoder is loaded in the model's own precision; name a smaller file as model.text_encoder_file": (
-        "text_encoder_1_precision text_encoder_2_precision text_encoder_precision"
-    ),
+    "there is one text encoder": "text_encoder_2_precision",
     "noise levels are drawn logit-normal, uniform, mode or cosmap": "flow_use_beta_schedule flow_beta_schedule_alpha "
     "flow_beta_schedule_beta flow_custom_timesteps flux_fast_schedule input_perturbation input_perturbation_steps "
     "noise_offset offset_noise noise_offset_probability",
@@ -117,7 +114,8 @@ CONFIG_KEYS = words(
     "lr_end lr_num_cycles lr_power "
     "optimizer_beta1 optimizer_beta2 adam_beta1 adam_beta2 adam_weight_decay optimizer_weight_decay adam_epsilon "
     "lora_rank lora_alpha lora_dropout use_dora use_rslora init_lora peft_lora_target_modules seed "
-    "mixed_precision base_model_precision quantize_via "
+    "mixed_precision base_model_precision quantize_via quantize_activations text_encoder_1_precision "
+    "text_encoder_precision "
     "gradient_checkpointing flow_schedule_shift flow_schedule_auto_shift flow_use_uniform_schedule flow_sigmoid_scale "
     "loss_type huber_c huber_schedule "
     "max_grad_norm grad_clip_method checkpoint_step_interval checkpointing_steps checkpoints_total_limit "

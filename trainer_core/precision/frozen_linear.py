@@ -16,7 +16,12 @@ class FrozenLinear(nn.Linear):
 
     The weight is dequantised anew in the forward and in the backward pass, to x's dtype, so that nothing but codes and
     scales stays in memory. x itself is not kept for the backward pass, as a frozen weight has no gradient.
+
+    With `rounds_input` the product is that of 8-bit numbers on both sides: x goes through the codes' own format, each
+    token by its largest value. The gradient passes as if it had not been rounded.
     """
+
+    rounds_input = False
 
     def __init__(self, stored: StoredWeight, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
@@ -33,7 +38,27 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """See the class."""
-        return _Product.apply(input, self.weight, self.scale, self.rotation, self.bias)  # type: ignore[no-untyped-call]
+        x = _Rounded.apply(input, self.weight.dtype) if self.rounds_input else input  # type: ignore[no-untyped-call]
+        return _Product.apply(x, self.weight, self.scale, self.rotation, self.bias)  # type: ignore[no-untyped-call]
+
+
+def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., in] as int8 or fp8 with a scale per token would hold it."""
+    largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
+    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / largest
+    codes = x.float() / scale
+    codes = codes.to(dtype).float() if dtype.is_floating_point else codes.round()
+    return codes.mul_(scale).to(x.dtype)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG004 - autograd's form
+        return rounded_tokens(x, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        return gradients[0], None
 
 
 class _Product(torch.autograd.Function):

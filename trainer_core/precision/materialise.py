@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,9 @@ from ..events import Observer, raise_if_stopped
 from ..weights.source import Read, WeightSource
 from ..weights.stored import StoredWeight
 from .frozen_linear import FrozenLinear
+from .pieces import Pieces, in_one_buffer, layer_of, pieces_of
 from .quantise import Convert, converter, is_kept
+from .quantised_cache import QuantisedCache
 
 _SHOWN = 3
 
@@ -23,7 +27,7 @@ class Placement:
     """How weights end: `dtype` of those that are not quantised, `keep` patterns of layers that never are.
 
     `quantise_on` is the device that computes the quantised codes; they then go to `device`, or to host memory in
-    modules whose names begin with one of `on_host`.
+    modules whose names begin with one of `on_host`. With `quantise_inputs` 8-bit layers round what goes into them, too.
     """
 
     precision: BaseModelPrecision
@@ -32,6 +36,7 @@ class Placement:
     quantise_on: torch.device
     keep: tuple[str, ...] = ()
     on_host: tuple[str, ...] = ()
+    quantise_inputs: bool = False
 
     def device_of(self, name: str) -> torch.device:
         """Where a module's weights end."""
@@ -39,12 +44,18 @@ class Placement:
 
 
 def materialise(
-    network: nn.Module, source: WeightSource, placement: Placement, phase: str, observer: Observer
+    network: nn.Module,
+    source: WeightSource,
+    placement: Placement,
+    phase: str,
+    observer: Observer,
+    cache: QuantisedCache | None = None,
 ) -> nn.Module:
     """Give every parameter of `network`, which lies on the meta device, its value. Frozen, in evaluation mode.
 
-    At most one block is held unquantised at a time, and the file is opened anew for each, so that neither weights nor
-    memory maps pile up.
+    At most one block is held unquantised at a time, the file is opened anew for each, and a finished block lies in one
+    piece of memory, so that neither weights nor memory maps nor gaps pile up. Quantised weights come from `cache` if
+    it has them, else they go there.
 
     Raises:
         ModelFileError: a weight is missing, or has another shape.
@@ -56,12 +67,22 @@ def materialise(
     convert = converter(placement.precision)
     groups = _groups(network)
     observer.on_progress(phase, 0, len(groups))
-    for done, names in enumerate(groups):
-        raise_if_stopped(observer)
-        with source.opened() as read:
-            for name in names:
-                _fill(network, name, read, placement, convert)
-        observer.on_progress(phase, done + 1, len(groups))
+    with cache.opened(len(groups)) if cache and convert else nullcontext() as entry:
+        for done, names in enumerate(groups):
+            raise_if_stopped(observer)
+            known = entry.read(done, placement.quantise_on) if entry else {}
+            made: dict[str, Pieces] = {}
+            with source.opened() as read:
+                for name in names:
+                    _fill(network, name, read, placement, _Quantised(convert, known, made if entry else None))
+            if not known:  # what comes from the cache lies in one piece already
+                in_one_buffer(network, names)
+            if entry and not known:
+                entry.write(done, made)
+            observer.on_progress(phase, done + 1, len(groups))
+    for layer in network.modules():
+        if isinstance(layer, FrozenLinear):
+            layer.rounds_input = placement.quantise_inputs
     return network.requires_grad_(False)  # noqa: FBT003
 
 
@@ -98,20 +119,44 @@ def _groups(network: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
-def _fill(network: nn.Module, name: str, read: Read, placement: Placement, convert: Convert | None) -> None:
+class _Quantised(NamedTuple):
+    """How layers get quantised: `convert` makes them anew, unless they are `known`; `made` takes what was made."""
+
+    convert: Convert | None
+    known: dict[str, Pieces]
+    made: dict[str, Pieces] | None
+
+
+def _fill(network: nn.Module, name: str, read: Read, placement: Placement, quantised: _Quantised) -> None:
     module = network.get_submodule(name)
+    if name in quantised.known:
+        _replace(network, name, _known(module, name, read, placement, quantised.known[name]))
+        return
     stored = {each: read(f"{name}.{each}" if name else each) for each, _ in module.named_parameters(recurse=False)}
     may_change = type(module) is nn.Linear and not is_kept(name, placement.keep)
     if may_change and placement.precision == "file" and stored["weight"].is_quantised:
         _replace(network, name, _as_it_is(stored, placement, placement.device_of(name)))
         return
-    changes = may_change and convert is not None
+    changes = may_change and quantised.convert is not None
     device = placement.quantise_on if changes else placement.device_of(name)
     for each, weight in stored.items():
         value = weight.to(device).dequantise(placement.dtype, copy=not changes or each != "weight")
         setattr(module, each, nn.Parameter(value, requires_grad=False))
-    if changes and convert is not None:
-        _replace(network, name, convert(module, device).to(placement.device_of(name)))  # type: ignore[arg-type]
+    if changes and quantised.convert is not None:
+        layer = quantised.convert(module, device)  # type: ignore[arg-type]
+        pieces = pieces_of(layer) if quantised.made is not None else None
+        if pieces is not None and quantised.made is not None:
+            quantised.made[name] = pieces
+        _replace(network, name, layer.to(placement.device_of(name)))
+
+
+def _known(module: nn.Module, name: str, read: Read, placement: Placement, pieces: Pieces) -> nn.Module:
+    """The quantised layer from its pieces; only its bias is still read."""
+    bias = None
+    if module.bias is not None:
+        value = read(f"{name}.bias").to(placement.quantise_on).dequantise(placement.dtype)
+        bias = nn.Parameter(value, requires_grad=False)
+    return layer_of(pieces, bias).to(placement.device_of(name))
 
 
 def _as_it_is(stored: dict[str, StoredWeight], placement: Placement, device: torch.device) -> FrozenLinear:

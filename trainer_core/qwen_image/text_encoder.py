@@ -14,10 +14,11 @@ from torch import Tensor
 from ..config import ModelConfig, Preprocessing
 from ..errors import DatasetError, MissingPackageError, ModelFileError
 from ..events import SILENT, Observer
+from ..precision.quantise import quantise
 from . import prompt
 from .flavours import FLAVOURS, Flavour
 from .folder import DEMO_FOLDER, ModelFolder, model_folder
-from .text_encoder_file import load_single_file
+from .text_encoder_file import KEPT_LAYERS, load_by_layers
 from .vision import num_vision_tokens, rotary_positions, vision_patches
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ def load_text_encoder(
     folder = model_folder(config)
     is_demo = folder.text_encoder.is_relative_to(DEMO_FOLDER)
     network = _demo_network(folder) if is_demo else _stored_network(folder, config, device, observer)
+    if is_demo:
+        quantise(network, config.text_encoder_precision, KEPT_LAYERS, device, observer)
     return TextEncoder(
         network=network.to(device).eval().requires_grad_(False),  # noqa: FBT003
         tokenizer=prompt.load_tokenizer(folder.tokenizer),
@@ -153,8 +156,8 @@ def _stored_network(
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" and device.type != "cpu" else torch.float32
-    if folder.text_encoder.is_file():
-        return load_single_file(folder.text_encoder, dtype, device, observer)
+    if folder.text_encoder.is_file() or config.text_encoder_precision != "none":
+        return load_by_layers(config, folder.text_encoder, dtype, device, observer)
     try:
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder.text_encoder, dtype=dtype, local_files_only=True, use_safetensors=True

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL-7B from a single file, as ComfyUI keeps it: bf16, fp8 or fp8 with scales."""
+"""Qwen2.5-VL from a single file, as ComfyUI keeps it (bf16, fp8 or fp8 with scales), or quantised from a folder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..config import ModelConfig
 from ..errors import ModelFileError
 from ..events import Observer
 from ..precision.materialise import Placement, materialise
 from ..weights.source import Read, WeightSource, open_weights
+from .folder import read_json
+from .kept_weights import kept_weights
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+KEPT_LAYERS = ("lm_head", "model.visual.merger.*")  # where pictures become words; a hundredth of the weights
 _MARK = "model.layers.0.self_attn.k_proj.bias"
 # What ComfyUI's loaders, and other programs, put before all names.
 _PREFIXES = ("text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "text_encoder.")
@@ -67,13 +71,14 @@ def qwen25_vl_7b() -> dict[str, Any]:
     }
 
 
-def load_single_file(
-    place: Path, dtype: torch.dtype, device: torch.device, observer: Observer
+def load_by_layers(
+    config: ModelConfig, place: Path, dtype: torch.dtype, device: torch.device, observer: Observer
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """The network without its language head, which nobody asks; on `device`, layer by layer.
+    """The network without its language head, which nobody asks; on `device`, layer by layer, in its precision.
 
     Raises:
-        ModelFileError: no Qwen2.5-VL-7B.
+        ModelFileError: no Qwen2.5-VL; a single file has to be the 7B.
+        MissingPackageError: the precision needs one.
         Interrupted: the observer wants to stop.
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -84,11 +89,17 @@ def load_single_file(
             f"{place.name} is no Qwen2.5-VL: it has no {_MARK}. Choose qwen_2.5_vl_7b.safetensors or "
             "qwen_2.5_vl_7b_fp8_scaled.safetensors from models/text_encoders."
         )
+    settings = qwen25_vl_7b() if place.is_file() else dict(read_json(place / "config.json"))
     with torch.device("meta"):
-        network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**qwen25_vl_7b()))
+        network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
     network.lm_head = nn.Identity()
-    placement = Placement(precision="none", dtype=dtype, device=device, quantise_on=device)
-    materialise(network, source, placement, "Loading the text encoder", observer)
+    quantise_on = torch.device("cpu") if config.quantize_via == "cpu" else device
+    placement = Placement(
+        precision=config.text_encoder_precision, dtype=dtype, device=device, quantise_on=quantise_on, keep=KEPT_LAYERS
+    )
+    materialise(
+        network, source, placement, "Loading the text encoder", observer, kept_weights(config, place, placement)
+    )
     _restore_rotary(network)
     return network
 
@@ -125,7 +136,12 @@ def _restore_rotary(network: Any) -> None:
     vision = network.config.vision_config
     for module in network.modules():
         names = [name for name, _ in module.named_buffers(recurse=False)]
-        if names:  # transformers before 5 wants half the heads' width for its vision rotary embedding
+        has_weights = (
+            next(module.parameters(recurse=False), None) is not None
+        )  # buffers of those are quantised weights'
+        if (
+            names and not has_weights
+        ):  # transformers before 5 wants half the heads' width for its vision rotary embedding
             argument = module.config if hasattr(module, "config") else vision.hidden_size // vision.num_heads // 2
             fresh = type(module)(argument)
             for name in names:

@@ -17,6 +17,7 @@ from ..precision.materialise import Placement, materialise
 from ..weights.source import WeightSource, open_weights
 from .flavours import FLAVOURS
 from .folder import DEMO_FOLDER, model_folder, read_json
+from .kept_weights import kept_weights
 from .latents import pack, pad_to_patches, token_shape, unpack
 from .types import Condition
 
@@ -56,8 +57,10 @@ def load_transformer(
         quantise_on=torch.device("cpu") if config.quantize_via == "cpu" else device,
         keep=SENSITIVE_LAYERS,
         on_host=tuple(f"transformer_blocks.{number}." for number in on_host),
+        quantise_inputs=config.quantize_activations,
     )
-    materialise(network, source, placement, "Loading the transformer", observer)
+    cache = kept_weights(config, source.place, placement)
+    materialise(network, source, placement, "Loading the transformer", observer, cache)
     return network
 
 

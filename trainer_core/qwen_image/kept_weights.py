@@ -1,0 +1,45 @@
+"""Which entry of the cache of quantised weights a network has."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from ..config import ModelConfig, digest
+from ..errors import ConfigError
+from ..precision.materialise import Placement
+from ..precision.quantised_cache import QuantisedCache
+from .folder import weights_digest
+
+_FORMAT = 1
+_QUANTISERS = ("optimum-quanto", "bitsandbytes")
+
+
+def kept_weights(config: ModelConfig, place: Path, placement: Placement) -> QuantisedCache | None:
+    """The entry for the network in `place` under `placement`; None where nothing is kept.
+
+    Its key has all that decides the codes: file, format, dtype, layers left out, the kind of device that computes them,
+    and the versions of who does.
+
+    Raises:
+        ConfigError: weights are to be kept, and there is no folder for them.
+    """
+    if config.quantised_cache_gb == 0:
+        return None
+    if not config.quantised_cache_dir:
+        raise ConfigError(
+            f"quantised_cache_gb is {config.quantised_cache_gb:g}, but quantised_cache_dir is empty. Set it to a "
+            "folder, or quantised_cache_gb to 0."
+        )
+    settings = [placement.precision, str(placement.dtype), placement.keep, placement.quantise_on.type]
+    key = digest([_FORMAT, weights_digest(place), *settings, torch.__version__, *map(_version, _QUANTISERS)])
+    return QuantisedCache(Path(config.quantised_cache_dir), key, int(config.quantised_cache_gb * 1e9))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
