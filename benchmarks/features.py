@@ -71,7 +71,7 @@ ROWS: dict[str, Changes] = {
     "loss_type huber": {"noise": {"loss_type": "huber"}},
     "loss_type smooth_l1": {"noise": {"loss_type": "smooth_l1"}},
     "rollout euler": rollout(sampler="euler", reflexflow=False),
-    "rollout unipc, ReflexFlow": rollout(reflexflow_beta1=0.1),
+    "rollout unipc, ReflexFlow": rollout(),
     "rollout dpm on a ramp": rollout(sampler="dpm", ramp_steps=60, reflexflow=False),
 }
 
