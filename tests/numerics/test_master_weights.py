@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 
 import torch
@@ -50,6 +52,18 @@ def test_gradients_are_added_up_in_float32():
     gradient = weights.masters["a"].grad
     assert gradient is not None and gradient.dtype == torch.float32
     assert torch.equal(gradient, torch.full((5, 6), 1 + 2**-8)), "bfloat16 would have added nothing to 1"
+
+
+def test_nothing_keeps_the_weights_alive():
+    gc.disable()  # reference counts alone must do
+    try:
+        made = layer()
+        weights = master_weights({"a": made.weight}, torch.bfloat16)
+        gone = [weakref.ref(each["a"]) for each in (weights.masters, weights.copies)]
+        del made, weights
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_bf16_run_goes_on_bit_for_bit(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path):

@@ -50,8 +50,8 @@ def copy_for_network(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _add_up_in(master: nn.Parameter, copy: nn.Parameter) -> None:
     """Every gradient of `copy` goes to `master`, in float32, as soon as it is there."""
 
-    def move(_: Tensor) -> None:
-        gradient, copy.grad = copy.grad, None
+    def move(computed: Tensor) -> None:  # of `copy`, which the hook must not hold: it would keep itself alive
+        gradient, computed.grad = computed.grad, None
         assert gradient is not None
         master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
 
