@@ -10,7 +10,8 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from .config import JobConfig
+    from .ranks import Ranks
 
 _LOG = logging.getLogger(__name__)
 EXIT_OK, EXIT_ERROR, EXIT_STOPPED = 0, 1, 130
@@ -114,10 +116,11 @@ def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .conditioning.report import encoding_report
     from .job import encode_job
 
-    for encoded in encode_job(_job(options), observer):
-        if encoded is not None:
-            _LOG.info(encoding_report(encoded))
-            sys.stdout.write(f"{encoded.manifest}\n")
+    with _together() as ranks:
+        for encoded in encode_job(_job(options), observer, ranks):
+            if encoded is not None and ranks.leads:
+                _LOG.info(encoding_report(encoded))
+                sys.stdout.write(f"{encoded.manifest}\n")
     return EXIT_OK
 
 
@@ -127,16 +130,29 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .run import train_lora
 
     job = _job(options)
-    encoded, validation = encode_job(job, observer)
-    config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
-    result = train_lora(config, observer, continue_kept=options.continue_kept)
+    with _together() as ranks:
+        encoded, validation = encode_job(job, observer, ranks)
+        config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
+        result = train_lora(config, observer, continue_kept=options.continue_kept, ranks=ranks)
     if result.lora_file is None:
         _LOG.warning("Paused after %d steps. Run the same command to go on.", result.steps_done)
         return EXIT_STOPPED
     if note := READERS[job.lora.lora_type]:
         _LOG.info("%s", note)
-    sys.stdout.write(f"{result.lora_file}\n")
+    if ranks.leads:
+        sys.stdout.write(f"{result.lora_file}\n")
     return EXIT_OK
+
+
+@contextmanager
+def _together() -> Iterator[Ranks]:
+    """The processes that torchrun or accelerate started; those that follow the first say only what goes wrong."""
+    from .ranks import joined_ranks
+
+    with joined_ranks() as ranks:
+        if not ranks.leads:
+            logging.getLogger().setLevel(logging.WARNING)
+        yield ranks
 
 
 def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:

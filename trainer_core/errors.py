@@ -54,3 +54,7 @@ class MissingPackageError(TrainerError, ImportError):
 
 class Interrupted(TrainerError):
     """The user asked to stop. What was done so far is on disk and the same call goes on from there."""
+
+
+class LostRankError(TrainerError, RuntimeError):
+    """One of several processes that train together is gone. The run's last checkpoint is kept."""

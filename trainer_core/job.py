@@ -16,6 +16,7 @@ from .data.pairing import EditDataset, pair_folders
 from .errors import ConfigError, DatasetError
 from .events import SILENT, Observer
 from .presets import with_preset
+from .ranks import ALONE, Ranks
 from .settings import changed
 
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
@@ -91,23 +92,29 @@ def pair_job(job: JobConfig, observer: Observer = SILENT) -> list[PairedPart]:
     return paired
 
 
-def encode_job(job: JobConfig, observer: Observer = SILENT) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """What to train on, and what `eval_dataset_id` says to validate on instead of held-out pairs.
+def encode_job(
+    job: JobConfig, observer: Observer = SILENT, ranks: Ranks = ALONE
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """What to train on, and what `eval_dataset_id` says to validate on instead of held-out pairs. Shared by `ranks`.
 
     Raises:
         DatasetError, ConfigError, ModelFileError, Interrupted: as pairing and encoding do.
     """
-    return encode_paired(job, pair_job(job, observer), observer)
+    return encode_paired(job, pair_job(job, observer), observer, ranks=ranks)
 
 
 def encode_paired(
-    job: JobConfig, paired: Sequence[PairedPart], observer: Observer = SILENT, encoders: Encoders | None = None
+    job: JobConfig,
+    paired: Sequence[PairedPart],
+    observer: Observer = SILENT,
+    encoders: Encoders | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """`encode_job` for datasets that are paired already; `encoders` stand in the place of the base model's."""
     cache_dir = Path(job.cache_dir)
     parts: dict[bool, list[MixPart]] = {False: [], True: []}
     for part, dataset in paired:
-        encoded = encode_dataset(dataset, job.model, part.encoding, cache_dir, observer, encoders)
+        encoded = encode_dataset(dataset, job.model, part.encoding, cache_dir, observer, encoders, ranks)
         turns = MixPart(encoded=encoded, repeats=part.repeats, probability=part.probability)
         parts[part.id in job.eval_dataset_id].append(turns)
     trained, validated = parts[False], parts[True]

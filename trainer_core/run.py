@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from .conditioning.batches import BatchLoader, BatchPlan
+from .conditioning.batches import BatchLoader, BatchPlan, RankPlan
 from .conditioning.encoded import EncodedDataset, load_encoded
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
 from .errors import ConfigError, DatasetError, Interrupted, OutOfMemoryError
 from .events import SILENT, Observer, SampleReport, StepReport, Stop
 from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
+from .ranks import ALONE, Ranks
 from .training.lora import for_file
 from .training.metrics import Metrics
 from .training.optimizer_state import optimizer_tensors, restore_optimizer
@@ -39,23 +40,26 @@ def train_lora(
     *,
     extra_check: ExtraCheck | None = None,
     continue_kept: bool = False,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train one LoRA, from the start or from where this run folder stopped.
 
     A finished run, or one that was ended early and kept, is answered from its folder; `continue_kept` goes on with
-    the latter. `extra_check` reads the exported file before it gets its name and raises if it won't load.
+    the latter. `extra_check` reads the exported file before it gets its name and raises if it won't load. Every one of
+    `ranks` makes this call with the same config and gets the same result; the leader alone validates and writes.
 
     Raises:
         TrainerError: something the user can mend; see errors.py.
         Interrupted: stopped before the first step could begin. A stop later returns a result.
     """
-    finished = find_result(config, continue_kept=continue_kept)
+    finished = find_result(config, continue_kept=continue_kept, num_ranks=ranks.size)
     if finished is not None:
         return finished
     encoded = load_encoded(Path(config.encoded))
     validator = Validator(_validation_set(config, encoded), config.model, config.validation)
-    plan = BatchPlan(encoded, config.batching, config.seed)  # micro-batch i of the run, a pure function of i
-    run = RunFolder.open(Path(config.run_dir), resume_key(config))  # refuses a folder of another run
+    whole = BatchPlan(encoded, config.batching, config.seed)  # micro-batch i of the run, a pure function of i
+    plan = RankPlan(whole, ranks, config.batching.gradient_accumulation_steps)  # those of this process
+    run = _open_run(config, ranks)  # refuses a folder of another run
     run.write_config(to_json(config))
 
     networks = build_networks(config, encoded.preprocessing, observer)
@@ -82,17 +86,27 @@ def train_lora(
                 raise
             metrics.write(report)
             observer.on_step(report)
-            stop = observer.should_stop()  # asked once here: two answers may differ
+            stop = ranks.agree(observer.should_stop())  # asked once here: two answers may differ
     _save(run, report, networks, config)
-    return _finish(config, run, networks, done, stop, extra_check)
+    result = _finish(config, run, networks, done, stop, extra_check)
+    ranks.wait()  # for the file
+    return result
 
 
-def find_result(config: TrainConfig, *, continue_kept: bool = False) -> TrainResult | None:
+def _open_run(config: TrainConfig, ranks: Ranks) -> RunFolder:
+    """Make the folder, or enter one of the same settings. Those who follow wait until the leader has done so."""
+    path = Path(config.run_dir)
+    run = RunFolder.open(path, resume_key(config, ranks.size)) if ranks.leads else RunFolder(path, writes=False)
+    ranks.wait()
+    return run
+
+
+def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: int = 1) -> TrainResult | None:
     """The result of a run that needs no more training under these settings, from its folder in a moment."""
     run = RunFolder(Path(config.run_dir))
     state = run.state()
     result = state.get("result")
-    if not result or state["key"] != resume_key(config) or result["export"] != to_json(config.export):
+    if not result or state["key"] != resume_key(config, num_ranks) or result["export"] != to_json(config.export):
         return None
     complete = result["steps"] == config.max_train_steps or (result["kept"] and not continue_kept)
     lora_file = run.path / result["lora_file"]
@@ -159,8 +173,8 @@ def _make_up_for_validation(
 def _validate_at(
     validator: Validator, networks: Networks, run: RunFolder, step: int, observer: Observer
 ) -> dict[str, float]:
-    """What belongs into the step's report; empty where no pair is held out."""
-    if not validator:
+    """What belongs into the step's report; empty where no pair is held out, or another process validates."""
+    if not validator or not run.writes:
         return {}
     try:
         with networks.weights_to_use():
@@ -221,9 +235,10 @@ def _finish(
         run.write_state(state="paused", steps=done)
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
     path = run.path / f"{config.export.lora_name or run.path.name}.safetensors"
-    with networks.weights_to_use():
-        tensors = for_file(networks.transformer, networks.lora)
-        export_lora(tensors, path, LoraMetadata(config, done), extra_check)
+    if run.writes:
+        with networks.weights_to_use():
+            tensors = for_file(networks.transformer, networks.lora)
+            export_lora(tensors, path, LoraMetadata(config, done), extra_check)
     kept = stop is Stop.KEEP
     result = {"lora_file": path.name, "steps": done, "kept": kept, "export": to_json(config.export)}
     run.write_state(state="kept" if kept else "finished", steps=done, result=result)

@@ -15,7 +15,7 @@ NODES = REPO / "nodes"
 
 # Each part imports only parts on a lower row, and itself.
 ROWS = (
-    ("errors", "settings", "config", "events", "rng", "geometry", "device", "files"),
+    ("errors", "settings", "config", "events", "rng", "geometry", "device", "files", "ranks"),
     ("weights",),
     ("precision",),
     ("qwen_image",),

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import BatchingConfig
 from ..errors import ConfigError
 from ..qwen_image.types import Condition
+from ..ranks import Ranks
 from ..rng import stream
 from .encoded import EMPTY_CAPTION, EncodedDataset, EncodedEntry, EncodeReference
 from .types import EncodedPair
@@ -178,6 +179,33 @@ def _check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> 
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """This process's own micro-batches, counted from the run's start: `per_step` of every step.
+
+    A step's micro-batches are handed out in their order, to each process as many, so that all together see what one
+    process with as many times the accumulation would.
+    """
+
+    whole: BatchPlan
+    ranks: Ranks
+    per_step: int
+
+    def __getitem__(self, micro_batch: int) -> tuple[Draw, ...]:
+        """The turns of this process's micro-batch `micro_batch`."""
+        step, position = divmod(micro_batch, self.per_step)
+        return self.whole[(step * self.ranks.size + self.ranks.rank) * self.per_step + position]
+
+    def first_epoch(self) -> int:
+        """How many micro-batches of this process make about an epoch, at least one."""
+        return max(1, self.whole.batches_in_epoch(0) // self.ranks.size)
+
+    def draws_of_step(self, step: int) -> list[Draw]:
+        """The turns of a step, of all processes together."""
+        count = self.per_step * self.ranks.size
+        return [draw for number in range(step * count, (step + 1) * count) for draw in self.whole[number]]
+
+
 class BatchLoader:
     """Reads batches one ahead of the step. Use as a context manager; holds at most `memory_bytes` of pairs.
     `encode_reference` makes the latents of references that are encoded on the fly."""
@@ -185,7 +213,7 @@ class BatchLoader:
     def __init__(
         self,
         encoded: EncodedDataset,
-        plan: BatchPlan,
+        plan: RankPlan,
         memory_bytes: int = MEMORY_BYTES,
         *,
         encode_reference: EncodeReference | None = None,

@@ -18,6 +18,7 @@ from ..events import SILENT, Observer
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.folder import model_folder
 from ..qwen_image.transformer import transformer_settings
+from ..ranks import ALONE, Ranks
 from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
 from .encoded import EncodedDataset, save_manifest
@@ -35,8 +36,11 @@ def encode_dataset(
     cache_dir: Path,
     observer: Observer = SILENT,
     encoders: Encoders | None = None,
+    ranks: Ranks = ALONE,
 ) -> EncodedDataset:
     """Encode what is missing and write the manifest. `encoders` stand in the place of the base model's.
+
+    Each of `ranks` makes this call for the same cache, encodes its share, and waits for the others.
 
     Raises:
         ConfigError: the dataset does not fit the flavour, or `encoders` the model or the preprocessing; there is no
@@ -59,7 +63,7 @@ def encode_dataset(
     digests = (vae.digest, text_encoder.digest)
     pairs = seen_at_once(dataset.pairs, encoding, held_out)
     planned = [plan_encoding(pair, model, encoding, digests, held_out) for pair in pairs]
-    jobs = missing_jobs(planned, cache_dir)
+    jobs = missing_jobs(list(ranks.share(planned)), cache_dir)
     before = dataset_states(dataset) if any(jobs) else {}
     problems = encode_masks(jobs.masks, cache_dir, observer)
     problems += encode_latents(jobs.latents, vae, cache_dir, observer)
@@ -67,6 +71,7 @@ def encode_dataset(
     problems += encode_prompts(jobs.prompts, text_encoder, image_embeds, prompt_width(model), observer)
     release_memory()
     _raise_unread(problems)
+    ranks.wait()
     entries = list(entries_of_pairs([each.entry for each in planned]))
     encoded = save_manifest(
         cache_dir,

@@ -146,13 +146,14 @@ _NOT_OF_WEIGHTS = (
 )
 
 
-def resume_key(config: TrainConfig) -> dict[str, Any]:
+def resume_key(config: TrainConfig, num_ranks: int = 1) -> dict[str, Any]:
     """The settings that decide the trained weights. A run folder only goes on under equal ones.
 
     Validation, checkpoints, export and the device may change on the way; so may the number of steps as long as the
-    learning rate does not depend on it.
+    learning rate does not depend on it, and the number of processes that share out a step's micro-batches.
     """
     key = to_json(config)
+    key["batching"]["gradient_accumulation_steps"] *= num_ranks
     for name in (
         "run_dir",
         "validation_encoded",

@@ -13,9 +13,12 @@ _NOT_ALWAYS = ("validation_loss", "drift_shift", "drift_zoom", "drift_colour", "
 
 
 class Metrics:
-    """Open files of a run's metrics, which end at step `done`; a context manager."""
+    """Open files of a run's metrics, which end at step `done`; none where `run` does not write. A context manager."""
 
     def __init__(self, run: RunFolder, done: int) -> None:
+        self._lines = self._tensorboard = None
+        if not run.writes:
+            return
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
@@ -27,11 +30,14 @@ class Metrics:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._lines.close()
-        self._tensorboard.close()
+        for each in (self._lines, self._tensorboard):
+            if each is not None:
+                each.close()
 
     def write(self, report: StepReport) -> None:
         """One step."""
+        if self._lines is None or self._tensorboard is None:
+            return
         self._lines.write(json.dumps(report.as_dict()) + "\n")
         self._lines.flush()
         scalars = {"loss": report.loss, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate}

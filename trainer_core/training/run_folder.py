@@ -44,9 +44,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths and atomic writes of one run."""
+    """Paths and atomic writes of one run. One that does not write is for processes that follow another."""
 
     path: Path
+    writes: bool = True
 
     @classmethod
     def open(cls, path: Path, key: Mapping[str, Any]) -> RunFolder:
@@ -113,17 +114,20 @@ class RunFolder:
 
     def write_state(self, **values: Any) -> None:
         """Change some of run.json."""
+        if not self.writes:
+            return
         merged = {**self.state(), "format": FORMAT, **values}
         write_atomically(self.path / "run.json", json.dumps(merged, indent=1, ensure_ascii=False).encode())
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Keep the settings of this start beside the results."""
-        write_atomically(self.path / "config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
+        if self.writes:
+            write_atomically(self.path / "config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
 
     def save_checkpoint(self, checkpoint: Checkpoint, limit: int) -> None:
         """Write a checkpoint under a temporary name, rename it, then remove the oldest above the limit."""
         final = self.checkpoints / f"step-{checkpoint.step:06d}"
-        if final.exists():
+        if final.exists() or not self.writes:
             return
         temporary = self.checkpoints / f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         temporary.mkdir()
@@ -173,7 +177,8 @@ class RunFolder:
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace the metrics."""
-        write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if self.writes:
+            write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

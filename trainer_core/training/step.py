@@ -29,6 +29,7 @@ from .memory import apply_memory, blocks_on_host, stream_blocks
 from .objective import add_noise, loss_by_sigma, penalty_at, velocity_loss
 from .optimizer import optimizer_builder, set_learning_rate
 from .optimizer_state import weights_to_use
+from .reduce import add_up_step
 from .reflexflow import reflexflow_loss
 from .rollout import RolledOut, draw_offsets, roll_out, rollout_probability
 from .schedule import learning_rate_at
@@ -101,11 +102,12 @@ def train_step(
     if isinstance(accumulated, Stop):
         networks.optimizer.zero_grad(set_to_none=True)
         return accumulated
-    losses, sigmas, extra_forwards = accumulated
     grad_norm = clip_grad_norm_(networks.lora.values(), config.optimizer.max_grad_norm or math.inf)
-    numbers = torch.cat([losses, sigmas, grad_norm.float().view(1)]).tolist()  # the step's one wait for the device
-    loss = sum(numbers[: len(losses)]) / len(losses)
-    _raise_if_not_finite(loss, numbers[-1], done, config)
+    *numbers, norm = torch.cat([accumulated.flatten(), grad_norm.float().view(1)]).tolist()  # the step's one wait
+    count = accumulated.shape[1]
+    losses, sigmas, forwards = (numbers[row * count : (row + 1) * count] for row in range(3))
+    loss = sum(losses) / count
+    _raise_if_not_finite(loss, norm, done, config)
     networks.optimizer.step()
     networks.weights.publish()
     networks.optimizer.zero_grad(set_to_none=True)
@@ -113,37 +115,39 @@ def train_step(
         step=done + 1,
         num_steps=config.max_train_steps,
         loss=loss,
-        grad_norm=numbers[-1],
+        grad_norm=norm,
         learning_rate=learning_rate,
-        loss_by_sigma=loss_by_sigma(numbers[: len(losses)], numbers[len(losses) : -1]),
+        loss_by_sigma=loss_by_sigma(losses, sigmas),
         seconds=time.perf_counter() - began,
         peak_bytes=torch.cuda.max_memory_allocated() if networks.device.type == "cuda" else 0,
-        extra_forwards=extra_forwards if rollout_probability(done, config.rollout) else None,
+        extra_forwards=round(sum(forwards)) if rollout_probability(done, config.rollout) else None,
     )
 
 
 def _accumulate(
     networks: Networks, loader: BatchLoader, done: int, config: TrainConfig, observer: Observer
-) -> tuple[Tensor, Tensor, int] | Stop:
-    """Forward and backward of each micro-batch of a step: losses and sigmas of its pairs, on the device, and the
-    number of forwards that rollouts took besides.
+) -> Tensor | Stop:
+    """Forward and backward of each micro-batch of a step: losses, sigmas and forwards that rollouts took besides, of
+    all pairs [3, pairs], on the device.
 
-    Every pair weighs the same, so 1 x 4 and 4 x 1 give equal gradients.
+    Every pair weighs the same, so 1 x 4 and 4 x 1 give equal gradients, and so do several processes together.
     """
-    count = config.batching.gradient_accumulation_steps
-    batches = range(done * count, (done + 1) * count)
-    draws = [draw for number in batches for draw in loader.plan[number]]
+    count, plan = config.batching.gradient_accumulation_steps, loader.plan
+    draws = plan.draws_of_step(done)
     turns = range(draws[0].index, draws[0].index + len(draws))
-    losses, sigmas, extra_forwards = [], [], 0
-    for number in batches:
+    rows, stop = [], Stop.NO
+    for number in range(done * count, (done + 1) * count):
         if stop := observer.should_stop():
-            return stop
+            break
         loss, rolled = _pair_losses(networks, loader[number], turns, done, config)
         (loss.sum() / len(draws)).backward()
-        losses.append(loss.detach())
-        sigmas.append(rolled.noisy.sigma)
-        extra_forwards += rolled.forwards
-    return torch.cat(losses), torch.cat(sigmas), extra_forwards
+        forwards = torch.zeros_like(rolled.noisy.sigma)
+        forwards[0] = rolled.forwards  # of the micro-batch, which goes through the network as one
+        rows.append(torch.stack([loss.detach(), rolled.noisy.sigma, forwards]))
+    if stop := plan.ranks.agree(stop):
+        return stop
+    before, own = draws.index(plan[done * count][0]), torch.cat(rows, dim=1)
+    return add_up_step(plan.ranks, networks.lora.values(), own, before=before, total=len(draws))
 
 
 def _pair_losses(

@@ -1,0 +1,148 @@
+"""Two processes on the CPU, as torchrun starts them: they train what one process with more accumulation trains."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.narrow import make_pairs, read_rows
+from trainer_core.__main__ import main
+from trainer_core.config import ModelConfig
+from trainer_core.training.run_folder import RunFolder
+
+REPO = Path(__file__).parents[2]
+STEPS = 6
+
+
+@pytest.fixture
+def job(model: ModelConfig, tmp_path: Path) -> Path:
+    """A job with dropout, pairs of two shapes and a validation."""
+    make_pairs(tmp_path / "pairs", 6, ((96, 96), (128, 96)))
+    path = tmp_path / "job.json"
+    values = {
+        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
+        "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
+        "encoding": {"resolution": 96, "match_target_res": True, "num_eval_images": 1},
+        "cache_dir": "cache",
+        "run_dir": "runs/one",
+        "max_train_steps": STEPS,
+        "lora": {"lora_rank": 4, "lora_dropout": 0.1},
+        "optimizer": {"learning_rate": 1e-3, "lr_warmup_steps": 0},
+        "batching": {"train_batch_size": 2, "gradient_accumulation_steps": 4},
+        "checkpoints": {"checkpoint_step_interval": 2},
+        "validation": {"validation_step_interval": 0, "validation_num_inference_steps": 1},
+    }
+    path.write_text(json.dumps(values))
+    return path
+
+
+def launched(job: Path, *settings: str) -> subprocess.Popen[str]:
+    """`train` by two processes under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "trainer_core", *arguments(job, *settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=REPO, text=True, stdout=pipe, stderr=pipe, env=environment)
+
+
+def arguments(job: Path, *settings: str) -> list[str]:
+    return ["train", str(job), *(word for each in settings for word in ("--set", each))]
+
+
+def lora_at(job: Path, run: str) -> dict[str, torch.Tensor]:
+    return load_file(job.parent / "runs" / run / f"{run}.safetensors")
+
+
+def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in ("seconds", "peak_bytes")} for row in rows]
+
+
+def test_two_processes_train_what_one_does_with_twice_the_accumulation(
+    job: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two = "run_dir=runs/two"
+    process = launched(job, two, "batching.gradient_accumulation_steps=2")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert Path(out.strip()).name == "two.safetensors" and out.count("\n") == 1
+    assert len(re.findall(rf"step {STEPS} of {STEPS}", err)) == 1, "only one process reports"
+    entries = sorted((job.parent / "cache").rglob("*.safetensors"))
+    times = {entry: entry.stat().st_mtime_ns for entry in entries}
+    assert main(arguments(job)) == 0
+    assert {entry: entry.stat().st_mtime_ns for entry in entries} == times, "they share a cache"
+    one, other = lora_at(job, "one"), lora_at(job, "two")
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6)
+    rows = [without_time(read_rows(job.parent / "runs" / run / "metrics.jsonl")) for run in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) == STEPS
+    for first, second in zip(*rows, strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+        assert second["loss_by_sigma"] == pytest.approx(first["loss_by_sigma"], rel=1e-5)
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
+    # A run folder belongs to the settings, not to how many processes share them out: more steps, and alone.
+    caplog.clear()
+    caplog.set_level(logging.INFO)
+    assert main(arguments(job, two, f"max_train_steps={STEPS + 1}")) == 0
+    assert re.findall(r"step (\d+) of", caplog.text) == [str(STEPS + 1)]
+
+
+def test_a_lost_process_ends_the_run_with_its_last_step_kept(job: Path) -> None:
+    settings = ("max_train_steps=100000", "batching.gradient_accumulation_steps=1", "run_dir=runs/lost")
+    process = launched(job, *settings, "checkpoints.checkpoint_step_interval=100000")
+    run = RunFolder(job.parent / "runs" / "lost")
+    try:
+        wait_for(lambda: len(run.metrics()) >= 3, process)
+        os.kill(follower(process.pid), signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "Another of the 2 processes has ended" in err and "start all of them again" in err
+    kept = run.latest_checkpoint()
+    assert kept is not None and kept.step >= 3
+    assert kept.step >= run.metrics()[-1]["step"] - 1
+
+
+def test_a_wish_to_stop_is_agreed_on(job: Path) -> None:
+    settings = ("max_train_steps=100000", "batching.gradient_accumulation_steps=2", "run_dir=runs/stopped")
+    process = launched(job, *settings)
+    run = RunFolder(job.parent / "runs" / "stopped")
+    try:
+        wait_for(lambda: len(run.metrics()) >= 2, process)
+        os.kill(follower(process.pid), signal.SIGTERM)  # one of them alone
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    state, kept = run.state(), run.latest_checkpoint()
+    assert state["state"] == "paused" and kept is not None and kept.step == state["steps"] >= 2
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.1)
+
+
+def follower(launcher: int) -> int:
+    """The process id of rank 1 below torchrun."""
+    import psutil
+
+    for child in psutil.Process(launcher).children(recursive=True):
+        if child.environ().get("RANK") == "1":
+            return child.pid
+    raise AssertionError("there is no second process")
