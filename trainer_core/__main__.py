@@ -155,6 +155,14 @@ def _together() -> Iterator[Ranks]:
         yield ranks
 
 
+def _plan(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    from .job import plan_job
+
+    text, fits = plan_job(_job(options), options.vram, observer)
+    sys.stdout.write(f"{text}\n")
+    return EXIT_OK if fits else EXIT_ERROR
+
+
 def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .data.images import open_picture
     from .sample import SampleRequest, sample_edit
@@ -206,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         "check": (_check, "Check the model folder and the dataset, and report on its pairs."),
         "encode": (_encode, "Encode the dataset; prints the manifest's path."),
         "train": (_train, "Encode what is missing, train, and print the LoRA file's path."),
+        "plan": (_plan, "Say what training would need in device and host memory; nothing is loaded."),
         "sample": (_sample, "Edit one picture with the base model or a LoRA."),
         "import-simpletuner": (_import_simpletuner, "Turn SimpleTuner's config.json into a configuration."),
     }
@@ -221,6 +230,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         if name == "train":
             sub.add_argument("--continue-kept", action="store_true", help="Go on with a run that was ended early.")
+        if name == "plan":
+            sub.add_argument("--vram", type=float, default=0.0, metavar="GIB", help="Plan for a card of this size.")
         if name == "import-simpletuner":
             sub.add_argument("--data", type=Path, help="multidatabackend.json; without it the one that CONFIG names.")
             sub.add_argument("--base", default="", help="Folder of the base model, or demo.")

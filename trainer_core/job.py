@@ -13,11 +13,16 @@ from .conditioning.encoders import Encoders
 from .conditioning.mix import MixPart, mix_encoded
 from .config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, from_json
 from .data.pairing import EditDataset, pair_folders
+from .device import pick_device
 from .errors import ConfigError, DatasetError
 from .events import SILENT, Observer
 from .presets import with_preset
 from .ranks import ALONE, Ranks
 from .settings import changed
+from .training.planning.choose import budget_of
+from .training.planning.network import network_size
+from .training.planning.report import planned_in_words
+from .training.planning.workload import workload_of_pairs
 
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
 
@@ -122,3 +127,14 @@ def encode_paired(
         return trained[0].encoded, None
     validation = mix_encoded(validated, cache_dir, validation_only=True) if validated else None
     return mix_encoded(trained, cache_dir), validation
+
+
+def plan_job(job: JobConfig, vram_gib: float = 0.0, observer: Observer = SILENT) -> tuple[str, bool]:
+    """What training the job would need in memory, as text, and whether it fits, here or on a card of `vram_gib`.
+
+    Reads the pictures' headers; prompts that are not encoded yet are estimated.
+    """
+    parts = [(dataset, part.encoding) for part, dataset in pair_job(job, observer)]
+    work = workload_of_pairs(parts, job.model, job.batching, job.validation)
+    budget = budget_of(pick_device(job.model.device), vram_gib or job.memory.vram_gib)
+    return planned_in_words(job.train_config("plan"), network_size(job.model, job.lora), work, budget)

@@ -11,16 +11,23 @@ from .conditioning.batches import BatchLoader, BatchPlan, RankPlan
 from .conditioning.encoded import EncodedDataset, load_encoded
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
-from .errors import ConfigError, DatasetError, Interrupted, OutOfMemoryError
+from .errors import ConfigError, DatasetError, Interrupted
 from .events import SILENT, Observer, SampleReport, StepReport, Stop
 from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
 from .ranks import ALONE, Ranks
 from .training.lora import for_file
 from .training.metrics import Metrics
 from .training.optimizer_state import optimizer_tensors, restore_optimizer
+from .training.planning.advice import STEP, VALIDATION
+from .training.planning.settle import RunMemory, dry_step
 from .training.run_folder import Checkpoint, RunFolder
 from .training.step import Networks, build_networks, train_step
 from .training.validation import Validator
+
+_VALIDATION_KEPT = (
+    "The training is kept up to this step. Lower validation_resolution (768x768, 512x512), or set "
+    "num_validation_images to 0, which leaves the validation loss; then the same run goes on."
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,27 +59,30 @@ def train_lora(
         TrainerError: something the user can mend; see errors.py.
         Interrupted: stopped before the first step could begin. A stop later returns a result.
     """
-    finished = find_result(config, continue_kept=continue_kept, num_ranks=ranks.size)
-    if finished is not None:
+    if finished := find_result(config, continue_kept=continue_kept, num_ranks=ranks.size):
         return finished
     encoded = load_encoded(Path(config.encoded))
-    validator = Validator(_validation_set(config, encoded), config.model, config.validation)
+    memory = RunMemory(config, encoded, _validation_set(config, encoded), ranks.on_machine).settled()
+    config = memory.config  # under memory auto with the settings that fit, found before a weight is read
+    validator = Validator(memory.held_out, config.model, config.validation)
     whole = BatchPlan(encoded, config.batching, config.seed)  # micro-batch i of the run, a pure function of i
     plan = RankPlan(whole, ranks, config.batching.gradient_accumulation_steps)  # those of this process
     run = _open_run(config, ranks)  # refuses a folder of another run
     run.write_config(to_json(config))
 
-    networks = build_networks(config, encoded.preprocessing, observer)
+    with memory.explained(STEP, "while the model was loaded", "Nothing is lost."):
+        networks = build_networks(config, encoded.preprocessing, observer)
     done, report, stop = _restore(run, networks), None, Stop.NO  # 0 steps in a fresh folder
-    _make_up_for_validation(validator, networks, run, done, config, observer)
+    _make_up_for_validation(validator, networks, run, done, memory, observer)
     with (
         Metrics(run, done) as metrics,
         reference_encoder(encoded, config.model, observer) as encode_reference,
         BatchLoader(encoded, plan, encode_reference=encode_reference) as loader,
     ):
+        dry_step(networks, loader, memory)
         while done < config.max_train_steps and not stop:
             try:
-                outcome = train_step(networks, loader, done, config, observer)
+                outcome = _step(networks, loader, done, memory, observer)
                 if isinstance(outcome, Stop):
                     stop = outcome
                     break
@@ -80,7 +90,7 @@ def train_lora(
                 if done % config.checkpoints.checkpoint_step_interval == 0:
                     _save(run, report, networks, config)
                 if _validation_is_due(done, config):
-                    report = _validate(validator, networks, run, report, observer)
+                    report = _validate(validator, networks, run, report, memory, observer)
             except BaseException:  # the weights are still those of the last whole step
                 _save(run, report, networks, config)
                 raise
@@ -91,6 +101,13 @@ def train_lora(
     result = _finish(config, run, networks, done, stop, extra_check)
     ranks.wait()  # for the file
     return result
+
+
+def _step(
+    networks: Networks, loader: BatchLoader, done: int, memory: RunMemory, observer: Observer
+) -> StepReport | Stop:
+    with memory.explained(STEP, f"in step {done + 1}", f"The {done} steps before it are kept."):
+        return train_step(networks, loader, done, memory.config, observer)
 
 
 def _open_run(config: TrainConfig, ranks: Ranks) -> RunFolder:
@@ -145,24 +162,24 @@ def _validation_is_due(done: int, config: TrainConfig) -> bool:
 
 
 def _validate(
-    validator: Validator, networks: Networks, run: RunFolder, report: StepReport, observer: Observer
+    validator: Validator, networks: Networks, run: RunFolder, report: StepReport, memory: RunMemory, observer: Observer
 ) -> StepReport:
     """The step's report with what validation found; pictures go to the run folder and the observer."""
     try:
-        found = _validate_at(validator, networks, run, report.step, observer)
+        found = _validate_at(validator, networks, run, report.step, memory, observer)
     except Interrupted:
         return report  # the loop asks the observer next
     return dataclasses.replace(report, **found)
 
 
 def _make_up_for_validation(
-    validator: Validator, networks: Networks, run: RunFolder, done: int, config: TrainConfig, observer: Observer
+    validator: Validator, networks: Networks, run: RunFolder, done: int, memory: RunMemory, observer: Observer
 ) -> None:
     """Validate a step whose validation was due and came to no end before a stop or a kill."""
-    if done == 0 or not _validation_is_due(done, config) or run.state().get("validated") == done:
+    if done == 0 or not _validation_is_due(done, memory.config) or run.state().get("validated") == done:
         return
     try:
-        found = _validate_at(validator, networks, run, done, observer)
+        found = _validate_at(validator, networks, run, done, memory, observer)
     except Interrupted:
         return
     if found:
@@ -171,24 +188,19 @@ def _make_up_for_validation(
 
 
 def _validate_at(
-    validator: Validator, networks: Networks, run: RunFolder, step: int, observer: Observer
+    validator: Validator, networks: Networks, run: RunFolder, step: int, memory: RunMemory, observer: Observer
 ) -> dict[str, float]:
     """What belongs into the step's report; empty where no pair is held out, or another process validates."""
     if not validator or not run.writes:
         return {}
-    try:
-        with networks.weights_to_use():
-            loss = validator.loss(networks.transformer, networks.device, observer)
-            samples = validator.sample(
-                networks.transformer, networks.device, step=step, grid_file=run.grid_file(step), observer=observer
-            )
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"Out of memory during the validation of step {step}. The training is kept up to this step. Lower "
-            "validation_resolution (768x768, 512x512), or set num_validation_images to 0, which leaves the validation "
-            "loss; then the same run goes on. Another base_model_precision (nf4-bnb, int2-quanto) takes less as well, "
-            "in a new run."
-        ) from error
+    with (
+        memory.explained(VALIDATION, f"during the validation of step {step}", _VALIDATION_KEPT),
+        networks.weights_to_use(),
+    ):
+        loss = validator.loss(networks.transformer, networks.device, observer)
+        samples = validator.sample(
+            networks.transformer, networks.device, step=step, grid_file=run.grid_file(step), observer=observer
+        )
     if samples is not None:
         run.write_state(samples={**dataclasses.asdict(samples), "grid_file": samples.grid_file.name})
         observer.on_samples(samples)

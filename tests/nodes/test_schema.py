@@ -36,6 +36,7 @@ EXPECTED = {
     "QwenEdit_TrainingSettings",
     "QwenEdit_ValidationSettings",
     "QwenEdit_RolloutSettings",
+    "QwenEdit_PlanMemory",
     "QwenEdit_TrainLora",
     "QwenEdit_SampleEdit",
     "QwenEdit_ApplyLora",

@@ -31,7 +31,7 @@ from trainer_core.config import (
     to_json,
 )
 from trainer_core.data.pairing import pair_folders
-from trainer_core.errors import DatasetError, NonFiniteLossError, RunFolderError
+from trainer_core.errors import DatasetError, NonFiniteLossError, OutOfMemoryError, RunFolderError
 from trainer_core.events import SILENT, SilentObserver, StepReport, Stop
 from trainer_core.run import TrainResult, find_result, train_lora
 from trainer_core.training import optimizer as optimizer_module
@@ -266,7 +266,7 @@ def test_a_crash_keeps_the_last_whole_step(config: TrainConfig, monkeypatch: pyt
         return original(*arguments)
 
     monkeypatch.setattr(step_module, "predict_velocity", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(OutOfMemoryError, match=r"in step 5\. The 4 steps before it are kept"):
         train_lora(config)
     assert (Path(config.run_dir) / "checkpoints" / "step-000004").is_dir()
 

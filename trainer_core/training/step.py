@@ -150,6 +150,15 @@ def _accumulate(
     return add_up_step(plan.ranks, networks.lora.values(), own, before=before, total=len(draws))
 
 
+def rehearse(networks: Networks, loader: BatchLoader, micro_batch: int, config: TrainConfig) -> None:
+    """Forward and backward of a micro-batch for its memory alone. Draws, weights and optimizer stay as they are."""
+    batch = loader[micro_batch]
+    turns = range(batch.draws[0].index, batch.draws[-1].index + 1)
+    losses, _ = _pair_losses(networks, batch, turns, 0, config)
+    losses.sum().backward()
+    networks.optimizer.zero_grad(set_to_none=True)
+
+
 def _pair_losses(
     networks: Networks, batch: Batch, step_turns: range, done: int, config: TrainConfig
 ) -> tuple[Tensor, RolledOut]:

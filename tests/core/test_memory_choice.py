@@ -1,0 +1,167 @@
+"""Settings of the memory that the planner chooses, what it refuses, and what it advises."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from trainer_core.config import MemoryConfig, ModelConfig, TrainConfig
+from trainer_core.errors import OutOfMemoryError
+from trainer_core.geometry import Size
+from trainer_core.training.planning.advice import STEP, VALIDATION, memory_advice, memory_errors_explained
+from trainer_core.training.planning.choose import Budget, choose_memory
+from trainer_core.training.planning.network import NetworkSize, measure_network
+from trainer_core.training.planning.plan import GIB, MemoryPlan, plan_memory
+from trainer_core.training.planning.report import plan_report
+from trainer_core.training.planning.workload import Workload, pair_size
+
+PLENTY = 512 * GIB
+MEGAPIXEL = pair_size(Size(1024, 1024), [Size(1024, 1024)], 230)
+WORK = Workload(train=MEGAPIXEL, batch=1, validation=MEGAPIXEL)
+
+
+@pytest.fixture(scope="module")
+def network() -> NetworkSize:
+    """Qwen-Image at its full size, in bf16."""
+    config = config_of()
+    return measure_network({"num_layers": 60}, config.model, config.lora)
+
+
+def config_of(**changes: object) -> TrainConfig:
+    return TrainConfig(run_dir="run", encoded="data", memory=MemoryConfig(memory="auto"), **changes)
+
+
+def chosen(network: NetworkSize, precision: str, gib: float, host: int = PLENTY) -> MemoryPlan:
+    model = ModelConfig(base_model_precision=precision)
+    sized = dataclasses.replace(network, precision=precision)
+    return choose_memory(config_of(model=model), sized, WORK, Budget(int(gib * GIB), host))
+
+
+# GiB at the peak of a step, as measured on an H100 with a target and a
+# reference of that side, 230 prompt tokens and rank 16: benchmarks/gpu_step_h100_2026-11.md.
+MEASURED = {
+    ("none", 1024, ""): 42.43,
+    ("int8-quanto", 1024, ""): 23.76,
+    ("nf4-bnb", 1024, ""): 14.78,
+    ("fp8-quanto", 1024, ""): 23.63,
+    ("none", 1024, "offload"): 39.81,
+    ("nf4-bnb", 1024, "blocks=40"): 29.44,
+    ("nf4-bnb", 1024, "stream=60"): 5.00,
+    ("int8-quanto", 512, ""): 20.58,
+    ("nf4-bnb", 512, ""): 11.59,
+}
+MEMORY = {
+    "": MemoryConfig(),
+    "offload": MemoryConfig(activation_offload=True),
+    "blocks=40": MemoryConfig(gradient_checkpointing_blocks=40),
+    "stream=60": MemoryConfig(blocks_to_stream=60),
+}
+
+
+@pytest.mark.parametrize("measured", list(MEASURED), ids=str)
+def test_the_plan_is_within_a_twentieth_of_what_was_measured(
+    network: NetworkSize, measured: tuple[str, int, str]
+) -> None:
+    precision, side, memory = measured
+    size = Size(side, side)
+    config = dataclasses.replace(config_of(), memory=MEMORY[memory])
+    work = Workload(train=pair_size(size, [size], 230), batch=1)
+    plan = plan_memory(config, dataclasses.replace(network, precision=precision), work)
+    training = plan.phase("training")
+    assert training is not None
+    assert training.total_bytes / GIB == pytest.approx(MEASURED[measured], rel=0.05)
+
+
+def test_the_fastest_settings_that_fit_are_chosen(network: NetworkSize) -> None:
+    """More memory never means more recomputation, offloading or streaming, and each kind begins where the one before
+    is used up."""
+    plans = [chosen(network, "nf4-bnb", gib) for gib in (140, 80, 48, 24, 16, 12, 8)]
+    spent = [(plan.recomputed, plan.config.memory.activation_offload, plan.streamed) for plan in plans]
+    assert spent == sorted(spent)
+    assert spent[0] == (0, False, 0) and not plans[0].config.gradient_checkpointing
+    assert 0 < spent[2][0] < 60 and spent[2][1:] == (False, 0)
+    assert spent[-1][0] == 60 and spent[-1][2] > 0
+    for plan, gib in zip(plans, (140, 80, 48, 24, 16, 12, 8), strict=True):
+        assert plan.needed_device_bytes <= gib * GIB
+        assert plan.config.model == ModelConfig(base_model_precision="nf4-bnb")  # only the memory is chosen
+
+
+def test_one_block_less_would_not_fit(network: NetworkSize) -> None:
+    plan = chosen(network, "int8-quanto", 40)
+    memory = dataclasses.replace(plan.config.memory, gradient_checkpointing_blocks=plan.recomputed - 1)
+    faster = plan_memory(dataclasses.replace(plan.config, memory=memory), plan.network, plan.work)
+    assert plan.needed_device_bytes <= 40 * GIB < faster.needed_device_bytes
+
+
+def test_host_memory_is_not_exceeded(network: NetworkSize) -> None:
+    with pytest.raises(OutOfMemoryError, match="host memory"):
+        chosen(network, "none", 12, host=16 * GIB)
+    plan = chosen(network, "none", 12, host=64 * GIB)
+    assert plan.streamed > 40 and plan.host_peak_bytes <= 64 * GIB
+
+
+def test_a_refusal_names_numbers_and_the_nearest_that_fits(network: NetworkSize) -> None:
+    with pytest.raises(OutOfMemoryError) as refused:
+        chosen(network, "none", 16, host=24 * GIB)
+    message = str(refused.value)
+    assert re.search(r"needs \d+\.\d GiB on the device and \d+\.\d GiB of host memory", message)
+    assert "16.0 and 24.0 GiB are free" in message
+    assert "The nearest that fits: base_model_precision" in message
+    with pytest.raises(OutOfMemoryError, match="Nothing smaller fits"):
+        chosen(network, "none", 1)
+
+
+def test_shared_memory_is_counted_once(network: NetworkSize) -> None:
+    """On the CPU the device's part and the process's come out of one pot."""
+    small = dataclasses.replace(network, num_blocks=2)
+    plan = choose_memory(config_of(), small, WORK, Budget(PLENTY, PLENTY, is_shared=True))
+    need = plan.needed_device_bytes + plan.host_peak_bytes
+    assert Budget(0, need, is_shared=True).holds(plan) and not Budget(PLENTY, need - 1, is_shared=True).holds(plan)
+
+
+def test_the_report_says_what_it_is_for_and_whether_it_fits(network: NetworkSize) -> None:
+    budget = Budget(24 * GIB, 64 * GIB)
+    plan = plan_memory(config_of(), network, WORK)
+    text = plan_report(plan, budget)
+    assert "target of 1024 x 1024 and 1 reference: 8192 tokens, and 230 of the prompt" in text
+    assert "Does not fit" in text and "frozen weights" in text and "decoding" in text
+    assert text.count("\n") < 30 and max(map(len, text.splitlines())) < 200
+    assert "Fits" in plan_report(chosen(network, "nf4-bnb", 24), budget)
+
+
+def test_advice_is_the_three_that_save_most(network: NetworkSize) -> None:
+    plan = plan_memory(config_of(gradient_checkpointing=False), network, WORK)
+    first, *others = re.findall(r"([\w-]+ [\w-]+) \(saves ([\d.]+) GiB\)", memory_advice(plan, STEP))
+    assert first[0] == "gradient_checkpointing on" and len(others) == 2
+    assert [float(saved) for _, saved in others] == sorted((float(saved) for _, saved in others), reverse=True)
+    saved = plan.device_peak_bytes - plan_memory(config_of(), network, WORK).device_peak_bytes
+    assert float(first[1]) == pytest.approx(saved / GIB, abs=0.06)
+    assert "resolution" in memory_advice(plan_memory(config_of(), network, WORK), VALIDATION)
+
+
+def test_torch_runs_out_and_the_sentence_says_what_to_do(network: NetworkSize) -> None:
+    plan = plan_memory(config_of(), network, WORK)
+
+    def work() -> None:
+        held = torch.ones(3)
+        raise torch.OutOfMemoryError(f"CUDA out of memory {held.shape}")
+
+    with (
+        pytest.raises(OutOfMemoryError, match=r"Out of memory in step 7\. All is kept\. What helps most: ") as found,
+        memory_errors_explained(lambda: plan, STEP, "in step 7", "All is kept."),
+    ):
+        work()
+    cause = found.value.__cause__
+    assert isinstance(cause, torch.OutOfMemoryError)
+    frames = [frame for frame in iter_frames(cause) if "held" in frame.f_code.co_varnames]
+    assert frames and "held" not in frames[0].f_locals, "the failed work's tensors are still held"
+
+
+def iter_frames(error: BaseException):
+    trace = error.__traceback__
+    while trace:
+        yield trace.tb_frame
+        trace = trace.tb_next

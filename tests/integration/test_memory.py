@@ -1,0 +1,185 @@
+"""Memory in a run: settings that are chosen, a dry step that changes nothing, and running out without losing work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.narrow import make_pairs
+from trainer_core.__main__ import main
+from trainer_core.conditioning.batches import BatchPlan, RankPlan
+from trainer_core.conditioning.encoded import EncodedDataset
+from trainer_core.config import BatchingConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig, ValidationConfig
+from trainer_core.errors import OutOfMemoryError
+from trainer_core.ranks import ALONE
+from trainer_core.run import TrainResult, train_lora
+from trainer_core.training import step as step_module
+from trainer_core.training import validation as validation_module
+from trainer_core.training.planning import choose as choose_module
+from trainer_core.training.planning.choose import Budget
+from trainer_core.training.planning.plan import GIB
+from trainer_core.training.planning.settle import RunMemory, largest_batch
+from trainer_core.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
+    """Four steps with dropout and a validation in the middle."""
+    return TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        encoded=str(encoded.manifest),
+        model=model,
+        max_train_steps=4,
+        lora=LoraConfig(lora_rank=2, lora_dropout=0.1),
+        batching=BatchingConfig(gradient_accumulation_steps=2),
+        validation=ValidationConfig(
+            validation_step_interval=2, validation_num_inference_steps=1, num_validation_images=1
+        ),
+    )
+
+
+def named(config: TrainConfig, name: str, **changes: object) -> TrainConfig:
+    return dataclasses.replace(config, run_dir=str(Path(config.run_dir).with_name(name)), **changes)
+
+
+def lora_of(result: TrainResult) -> dict[str, torch.Tensor]:
+    assert result.lora_file is not None
+    return load_file(result.lora_file)
+
+
+def is_equal(first: TrainResult, second: TrainResult) -> bool:
+    one, other = lora_of(first), lora_of(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def runs_out_at(call: int, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
+    """`predict_velocity` as `module` calls it runs out of memory at its n-th call."""
+    original, calls = module.predict_velocity, iter(range(1, 10**6))  # type: ignore[attr-defined]
+
+    def predict(*arguments):
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "predict_velocity", predict)
+
+
+def test_out_of_memory_in_a_step_keeps_the_steps_before_it(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken = train_lora(config)
+    broken = named(config, "broken")
+    with monkeypatch.context() as patch:
+        runs_out_at(6, patch, step_module)
+        with pytest.raises(OutOfMemoryError, match=r"in step 3\. The 2 steps before it are kept\. What helps most: "):
+            train_lora(broken)
+    kept = RunFolder(Path(broken.run_dir)).latest_checkpoint()
+    assert kept is not None and kept.step == 2
+    assert is_equal(train_lora(broken), unbroken)
+
+
+def test_out_of_memory_in_the_validation_keeps_its_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    unbroken = train_lora(config)
+    broken = named(config, "broken")
+    with monkeypatch.context() as patch:
+        runs_out_at(3, patch, validation_module)
+        with pytest.raises(
+            OutOfMemoryError, match=r"the validation of step 2\. .*validation_resolution.* helps most: "
+        ):
+            train_lora(broken)
+    kept = RunFolder(Path(broken.run_dir)).latest_checkpoint()
+    assert kept is not None and kept.step == 2
+    assert is_equal(train_lora(broken), unbroken)
+
+
+def test_a_dry_step_changes_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CUDA device, where it is made before the first step and after a resume."""
+    plain = train_lora(config)
+    made = []
+    original = step_module.train_step
+
+    def with_dry_step(networks, loader, done, config, observer):
+        before = torch.get_rng_state()
+        step_module.rehearse(networks, loader, 3, config)
+        made.append(all(weight.grad is None for weight in networks.lora.values()))
+        assert torch.equal(before, torch.get_rng_state())
+        return original(networks, loader, done, config, observer)
+
+    monkeypatch.setattr("trainer_core.run.train_step", with_dry_step)
+    assert is_equal(train_lora(named(config, "dry")), plain)
+    assert made == [True] * 4
+
+
+def test_the_largest_batch_is_found(encoded: EncodedDataset) -> None:
+    whole = BatchPlan(encoded, BatchingConfig(train_batch_size=2), 0)
+    plan = RankPlan(whole, ALONE, 1)
+    sizes = [
+        len(plan[number]) * sum(h * w for _, h, w in encoded.pairs[plan[number][0].pair].shapes)
+        for number in range(whole.batches_in_epoch(0))
+    ]
+    assert len(set(sizes)) > 1
+    assert sizes[largest_batch(plan, encoded)] == max(sizes)
+
+
+def test_auto_chooses_and_trains_the_same(
+    config: TrainConfig, encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card for which only recomputing everything is small enough, and streaming one of the two blocks."""
+    auto = named(config, "auto", memory=MemoryConfig(memory="auto"), gradient_checkpointing=False)
+    needs = {}
+    for streamed in (0, 1):
+        memory = MemoryConfig(blocks_to_stream=streamed, activation_offload=True, gradient_checkpointing_blocks=2)
+        frugal = dataclasses.replace(config, memory=memory, gradient_checkpointing=True)
+        needs[streamed] = RunMemory(frugal, encoded, encoded).plan().needed_device_bytes
+    assert needs[1] <= needs[0]
+    plenty = Budget(64 * GIB, 64 * GIB)
+    monkeypatch.setattr("trainer_core.training.planning.settle.budget_of", lambda *_, **__: plenty)
+    result = train_lora(auto)
+    written = json.loads((Path(auto.run_dir) / "config.json").read_text())
+    assert written["gradient_checkpointing"] is False and written["memory"]["memory"] == "auto"
+    assert is_equal(result, train_lora(config))
+
+
+def test_auto_refuses_before_anything_is_loaded(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer_core.training.planning.settle.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
+    monkeypatch.setattr("trainer_core.run.build_networks", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(OutOfMemoryError, match=r"still needs \d+\.\d GiB on the device"):
+        train_lora(dataclasses.replace(config, memory=MemoryConfig(memory="auto")))
+    assert not Path(config.run_dir).exists()
+
+
+def test_plan_on_the_command_line(model: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_pairs(tmp_path / "pairs", 4)
+    job = tmp_path / "job.json"
+    values = {
+        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
+        "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
+        "encoding": {"resolution": 96, "match_target_res": True, "num_eval_images": 1},
+        "cache_dir": "cache",
+        "run_dir": "runs/first",
+    }
+    job.write_text(json.dumps(values))
+    assert main(["plan", str(job)]) == 0
+    text = capsys.readouterr().out
+    assert "target of 96 x 96 and 1 reference: 72 tokens" in text and "Fits" in text
+    assert main(["plan", str(job), "--vram", "0.7", "--set", "memory.memory=auto"]) == 1
+    assert "Does not fit" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("*.safetensors")) and not (tmp_path / "runs").exists()
+
+
+def test_free_memory_is_what_the_machine_says() -> None:
+    shared = choose_module.budget_of(torch.device("cpu"))
+    assert shared.is_shared and shared.host_bytes > GIB // 8
+    card = choose_module.budget_of(torch.device("cpu"), 12)
+    assert not card.is_shared and 11 * GIB < card.device_bytes < 12 * GIB
+
+
+@pytest.fixture(autouse=True)
+def _log_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)

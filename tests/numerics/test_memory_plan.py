@@ -1,0 +1,173 @@
+"""The planner's numbers against what torch really keeps: saved tensors, weights and the peak of a step, on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from trainer_core.config import BaseModelPrecision, LoraConfig, ModelConfig, TrainConfig
+from trainer_core.events import SILENT
+from trainer_core.geometry import Size
+from trainer_core.precision.quantise import quantise
+from trainer_core.precision.streaming import _frozen_tensors as frozen_tensors
+from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, empty_transformer, leave_out_unread, predict_velocity
+from trainer_core.qwen_image.types import Condition
+from trainer_core.training.lora import inject_lora
+from trainer_core.training.master_weights import master_weights
+from trainer_core.training.planning import activations
+from trainer_core.training.planning.activations import Tokens, kept_by_block, kept_bytes
+from trainer_core.training.planning.network import measure_network
+from trainer_core.training.planning.plan import plan_memory
+from trainer_core.training.planning.workload import Workload, pair_size
+from trainer_core.training.recompute import Recomputation
+
+TEXT = 16
+
+
+def network_of(heads: int, num_layers: int, *, dtype: torch.dtype, zero_cond_t: bool = False) -> nn.Module:
+    """A transformer of Qwen-Image's shape and `heads` times its head's width, with small equal weights."""
+    settings = {"num_layers": num_layers, "num_attention_heads": heads, "zero_cond_t": zero_cond_t}
+    network = empty_transformer(settings)
+    rotary = network.pos_embed
+    network.to_empty(device="cpu").to(dtype).requires_grad_(False)
+    network.pos_embed = rotary
+    for weight in network.parameters():
+        weight.data.fill_(0.01)
+    return network
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """Of their memory, each piece once."""
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+def saved_bytes(block: nn.Module, network: nn.Module, tokens: Tokens, dtype: torch.dtype, zero_cond_t: bool) -> int:
+    """What autograd keeps of one forward pass of a block, without weights and what all blocks share."""
+    width = network.inner_dim
+    image, text = (
+        torch.randn(tokens.batch, length, width, dtype=dtype, requires_grad=True)
+        for length in (tokens.image, tokens.text)
+    )
+    rotary = network.pos_embed([[(1, 1, tokens.image)]], max_txt_seq_len=tokens.text, device=torch.device("cpu"))
+    index = torch.zeros(tokens.batch, tokens.image, dtype=torch.int) if zero_cond_t else None
+    shared = [*network.parameters(), *rotary]
+    temb = torch.randn(tokens.batch * (1 + zero_cond_t), width, dtype=dtype)
+    known = {each.untyped_storage().data_ptr() for each in shared}
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept = block(image, text, None, temb, rotary, None, index)
+    assert kept[0].requires_grad
+    return bytes_of(saved)
+
+
+CASES = {
+    "image-attention": {},
+    "attention": {"targets": "attention"},
+    "attention-mlp": {"targets": "attention-mlp"},
+    "all": {"targets": "all"},
+    "dropout": {"targets": "attention-mlp", "dropout": 0.1},
+    "batch": {"batch": 2},
+    "edit-v3": {"flavour": "edit-v3"},
+    "float32": {"precision": "no"},
+    "full width": {"heads": 24},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_a_block_keeps_what_is_planned(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per token, so that a block of few tokens speaks for all: the difference of two lengths is compared."""
+    monkeypatch.setattr(activations, "MASK_BYTES", 2)  # the CPU keeps a mask in bfloat16
+    targets, dropout = case.get("targets", "image-attention"), case.get("dropout", 0.0)
+    flavour, heads = case.get("flavour", "edit-v1"), case.get("heads", 2)
+    dtype = torch.float32 if case.get("precision") == "no" else torch.bfloat16
+    lora = LoraConfig(lora_rank=4, lora_targets=targets, lora_dropout=dropout)
+    model = ModelConfig(flavour=flavour, mixed_precision=case.get("precision", "bf16"))
+    v3 = flavour == "edit-v3"
+    settings = {"num_layers": 1 + (heads == 2), "num_attention_heads": heads, "zero_cond_t": v3}
+    size = measure_network(settings, model, lora)
+    network = network_of(heads, settings["num_layers"], dtype=dtype, zero_cond_t=v3)
+    weights = inject_lora(network, lora, 0)
+    master_weights(weights, dtype)
+    network.train(dropout > 0)
+    rows = kept_by_block(size, rank=4, batch=case.get("batch", 1), dropout=dropout > 0)
+    tokens = [Tokens(batch=case.get("batch", 1), image=image, text=TEXT) for image in (64, 192)]
+    found = [saved_bytes(network.transformer_blocks[0], network, each, dtype, v3) for each in tokens]
+    planned = [kept_bytes(rows, each) for each in tokens]
+    assert planned[1] - planned[0] == pytest.approx(found[1] - found[0], rel=0.002)
+    assert planned[1] == pytest.approx(found[1], rel=0.03)
+
+
+PRECISIONS: tuple[BaseModelPrecision, ...] = (
+    "none",
+    "int8-quanto",
+    "fp8-quanto",
+    "int4-quanto",
+    "int2-quanto",
+    "nf4-bnb",
+)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_take_what_is_planned(precision: BaseModelPrecision) -> None:
+    model = ModelConfig(base_model_precision=precision)
+    size = measure_network({"num_layers": 2, "num_attention_heads": 3}, model, LoraConfig())
+    network = network_of(3, 2, dtype=torch.bfloat16)
+    leave_out_unread(network)
+    quantise(network, precision, SENSITIVE_LAYERS, torch.device("cpu"), SILENT)
+    first = sum(tensor.nbytes for _, _, tensor in frozen_tensors(network.transformer_blocks[0]))
+    assert size.block_bytes == pytest.approx(first, rel=0.002)
+    assert size.weight_bytes == pytest.approx(sum(each.nbytes for _, _, each in frozen_tensors(network)), rel=0.002)
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """Most that was allocated at once during a call, beyond what was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(("recomputed", "flavour"), [(0, "edit-v2"), (2, "edit-v2"), (3, "edit-v2"), (3, "edit-v3")])
+def test_the_peak_of_a_step_is_within_a_tenth_of_the_plan(recomputed: int, flavour: str) -> None:
+    """Forward and backward of three blocks, of which none, two and all compute their activations again."""
+    v3, lora = flavour == "edit-v3", LoraConfig(lora_rank=4)
+    model = ModelConfig(flavour=flavour)
+    size = measure_network({"num_layers": 3, "num_attention_heads": 4, "zero_cond_t": v3}, model, lora)
+    config = TrainConfig(run_dir="run", encoded="data", model=model, lora=lora, gradient_checkpointing=recomputed > 0)
+    memory = dataclasses.replace(config.memory, gradient_checkpointing_blocks=recomputed)
+    work = Workload(train=pair_size(Size(384, 384), [Size(384, 384)], 32), batch=1)
+    plan = plan_memory(dataclasses.replace(config, memory=memory), size, work)
+    parts = dict(plan.device[1].parts)
+    working = parts["blocks' inputs"] + parts["activations"] + parts["backward pass"] + parts["latents and embeddings"]
+    working -= 4 * size.largest_layer_weights  # on the CPU nothing is dequantised
+
+    network = network_of(4, 3, dtype=torch.bfloat16, zero_cond_t=v3)
+    leave_out_unread(network)
+    master_weights(inject_lora(network, lora, 0), torch.bfloat16)
+    if recomputed:
+        network.enable_gradient_checkpointing(Recomputation(list(network.transformer_blocks), recomputed))
+    latents = [torch.randn(1, 16, 48, 48) for _ in range(2)]
+    condition = Condition((latents[1],), torch.randn(1, 32, 3584))
+
+    def step() -> None:
+        velocity = predict_velocity(network, latents[0], torch.tensor([0.5]), condition)
+        (velocity.float() - latents[1]).square().mean().backward()
+
+    step()
+    found = peak_bytes(step)
+    assert working == pytest.approx(found, rel=0.1)

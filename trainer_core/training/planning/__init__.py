@@ -1,0 +1,1 @@
+"""What a training needs in device and host memory, computed before anything is loaded."""
