@@ -11,7 +11,8 @@ import torch
 from tests.support.narrow import make_pairs, read_rows, small_encoding
 from trainer_core.conditioning.batches import BatchPlan
 from trainer_core.conditioning.encode import encode_dataset
-from trainer_core.conditioning.encoded import EMPTY_CAPTION, EncodedDataset, load_encoded
+from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
+from trainer_core.conditioning.entry import EMPTY_CAPTION
 from trainer_core.config import (
     BatchingConfig,
     EncodingConfig,

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tests.support.narrow import make_pairs, picture, small_encoding
 from trainer_core.conditioning.batches import BatchLoader, BatchPlan
 from trainer_core.conditioning.encode import encode_dataset
-from trainer_core.conditioning.encoded import EMPTY_CAPTION, EncodedDataset, load_encoded
+from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
+from trainer_core.conditioning.entry import EMPTY_CAPTION
 from trainer_core.conditioning.mix import MixPart, mix_encoded
 from trainer_core.conditioning.report import encoding_report
 from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, ModelConfig, TrainConfig, ValidationConfig

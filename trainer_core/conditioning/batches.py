@@ -20,7 +20,8 @@ from ..errors import ConfigError
 from ..qwen_image.types import Condition
 from ..ranks import Ranks
 from ..rng import stream
-from .encoded import EMPTY_CAPTION, EncodedDataset, EncodedEntry, EncodeReference
+from .encoded import EncodedDataset, EncodeReference
+from .entry import EMPTY_CAPTION, EncodedEntry
 from .types import EncodedPair
 
 MEMORY_BYTES = 1 << 30  # encoded pairs held in host memory so that a small dataset is read once

@@ -16,71 +16,11 @@ from ..errors import ConfigError, DatasetError
 from ..files import is_whole, read_tensors, write_atomically
 from ..qwen_image.flavours import FlavourName
 from .cache import entry_path
+from .entry import EncodedEntry
 from .types import EncodedPair, ReferenceFile
 
 FORMAT = 1
 EncodeReference = Callable[[ReferenceFile], Tensor]  # to normalised latents [C, H/8, W/8]
-EMPTY_CAPTION = -1  # in the place of a caption's number: the pair seen without words
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodedEntry:
-    """Cache keys of one pair. `shape` is the target's latents [C, H, W], `reference_shapes` the references'.
-    `negative` and `pictures` (target first, then references) are there for held-out pairs only, `empty` (the prompt
-    without words) and `mask` (the loss's weights) where they were asked for. `repeats` (extra turns an epoch) and
-    `probability` (that an epoch draws the pair) are a mix's. `validation_captions` and their `validation_prompts` are
-    drawn of a held-out pair besides its own. Where a turn sees one reference alone, `alone` has the prompts by
-    reference and `alone_empty` the empty ones, instead of `prompts` and `empty`. `reference_files` are there where
-    references are encoded on the fly: then their keys are not in the cache."""
-
-    key: str
-    captions: tuple[str, ...]
-    target: str
-    references: tuple[str, ...]
-    prompts: tuple[str, ...]
-    shape: tuple[int, ...]
-    reference_shapes: tuple[tuple[int, ...], ...]
-    negative: str = ""
-    pictures: tuple[str, ...] = ()
-    empty: str = ""
-    mask: str = ""
-    repeats: int = 0
-    probability: float = 1.0
-    validation_captions: tuple[str, ...] = ()
-    validation_prompts: tuple[str, ...] = ()
-    alone: tuple[tuple[str, ...], ...] = ()
-    alone_empty: tuple[str, ...] = ()
-    reference_files: tuple[ReferenceFile, ...] = ()
-
-    def seen(self, reference_set: int) -> EncodedEntry:
-        """The pair in a turn: as it is, or with the one reference of this number and the prompts encoded with it."""
-        if not self.alone:
-            return self
-        one = slice(reference_set, reference_set + 1)
-        return dataclasses.replace(
-            self,
-            references=self.references[one],
-            reference_shapes=self.reference_shapes[one],
-            reference_files=self.reference_files[one],
-            prompts=self.alone[reference_set],
-            empty=self.alone_empty[reference_set] if self.alone_empty else "",
-            alone=(),
-            alone_empty=(),
-        )
-
-    @property
-    def has_empty(self) -> bool:
-        """Whether the prompt without words was encoded."""
-        return bool(self.empty or self.alone_empty)
-
-    def prompt(self, caption: int) -> str:
-        """Key of the prompt of caption number `caption`, or of EMPTY_CAPTION."""
-        return self.empty if caption == EMPTY_CAPTION else self.prompts[caption]
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """What must be equal for pairs to share a batch."""
-        return (self.shape, *self.reference_shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -162,14 +102,8 @@ class EncodedDataset:
         return tuple(entry.key for entry in (*self.pairs, *self.validation_pairs) if not self._is_complete(entry))
 
     def _is_complete(self, entry: EncodedEntry) -> bool:
-        latents = [entry.target] if entry.reference_files else [entry.target, *entry.references]
-        prompts = [*entry.prompts, *entry.validation_prompts, entry.negative, entry.empty, *entry.alone_empty]
-        prompts += [key for alone in entry.alone for key in alone]
-        wanted = [("latents", key) for key in latents] + [("prompt", key) for key in prompts if key]
-        wanted += [("picture", key) for key in entry.pictures]
-        wanted += [("mask", entry.mask)] if entry.mask else []
-        whole = all(is_whole(entry_path(self.cache_dir, kind, key)) for kind, key in wanted)
-        return whole and all(Path(file.path).is_file() for file in entry.reference_files)
+        cached = (entry_path(self.cache_dir, kind, key) for kind, key in entry.cached())
+        return all(map(is_whole, cached)) and all(Path(file.path).is_file() for file in entry.reference_files)
 
 
 def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
@@ -178,12 +112,14 @@ def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
     Its name has two parts: the content that is trained on, and what is validated on. A run goes on as long as the
     first is the same. Where files lie is in neither.
     """
-    values = {name: _plain(value) for name, value in fields.items() if _is_written(name, value)}
-    values["format"] = FORMAT
-    validated = values.get("validation_pairs", [])
-    trained = {name: value for name, value in values.items() if name != "validation_pairs"}
-    trained["pairs"] = [_without_places(row) for row in trained["pairs"]]
-    path = cache_dir / "datasets" / f"{digest(trained)}-{digest(validated)[:16]}.json"
+    pairs, held_out = fields["pairs"], fields["validation_pairs"]
+    others = {name: value for name, value in fields.items() if name not in ("pairs", "validation_pairs")}
+    if not others.get("left_out"):
+        others.pop("left_out", None)  # so that old names stay
+    values = {**others, "format": FORMAT, "pairs": [entry.as_row() for entry in pairs]}
+    trained = digest({**values, "pairs": [entry.as_row(with_places=False) for entry in pairs]})
+    values["validation_pairs"] = [entry.as_row() for entry in held_out]
+    path = cache_dir / "datasets" / f"{trained}-{digest(values['validation_pairs'])[:16]}.json"
     write_atomically(path, _lines(values).encode())
     return EncodedDataset(manifest=path, **fields)
 
@@ -199,29 +135,6 @@ def _lines(values: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(f"{json.dumps(name)}: {shown(value)}" for name, value in values.items()) + "\n}\n"
 
 
-def _plain(value: Any) -> Any:
-    return [each if isinstance(each, str) else _row(each) for each in value] if isinstance(value, tuple) else value
-
-
-def _row(entry: EncodedEntry) -> dict[str, Any]:
-    """Its fields but for those a later version added and this entry does not use, so that old names stay."""
-    return {name: item for name in EncodedEntry.__slots__ if _is_written(name, item := getattr(entry, name))}
-
-
-def _without_places(row: dict[str, Any]) -> dict[str, Any]:
-    files = row.get("reference_files", ())
-    return {**row, "reference_files": [each[1:] for each in files]} if files else row
-
-
-_ADDED: dict[str, object] = {"empty": "", "mask": "", "left_out": (), "repeats": 0, "probability": 1.0}
-_ADDED |= {"validation_captions": (), "validation_prompts": ()}
-_ADDED |= {"alone": (), "alone_empty": (), "reference_files": ()}
-
-
-def _is_written(name: str, value: object) -> bool:
-    return name not in _ADDED or value != _ADDED[name]
-
-
 def load_encoded(manifest: Path) -> EncodedDataset:
     """Read a manifest.
 
@@ -235,15 +148,5 @@ def load_encoded(manifest: Path) -> EncodedDataset:
     if values.pop("format", None) != FORMAT:
         raise DatasetError(f"The encoded dataset {manifest} is of another version. Encode the dataset again.")
     for name in ("pairs", "validation_pairs"):
-        values[name] = tuple(map(_entry, values[name]))
+        values[name] = tuple(map(EncodedEntry.from_row, values[name]))
     return EncodedDataset(manifest=manifest, **{**values, "left_out": tuple(values.get("left_out", ()))})
-
-
-def _entry(row: dict[str, Any]) -> EncodedEntry:
-    values = {name: _tuples(item) for name, item in row.items()}
-    files = tuple(ReferenceFile(*each) for each in values.get("reference_files", ()))
-    return EncodedEntry(**{**values, "reference_files": files})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -18,7 +18,7 @@ from ..geometry import Box
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import VAE_FACTOR
 from .cache import entry_path
-from .encoded import EncodedEntry
+from .entry import EncodedEntry
 from .pictures import PairPlan, View, plan_pair, render
 from .types import ReferenceFile
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..config.dataset import check_turns
 from ..errors import ConfigError, DatasetError
-from .encoded import EncodedDataset, EncodedEntry, save_manifest
+from .encoded import EncodedDataset, save_manifest
+from .entry import EncodedEntry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

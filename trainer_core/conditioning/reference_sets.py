@@ -14,7 +14,7 @@ import torch
 from ..config import EncodingConfig
 from ..data.pairing import EditPair
 from ..rng import stream
-from .encoded import EncodedEntry
+from .entry import EncodedEntry
 
 
 def seen_at_once(pairs: Sequence[EditPair], encoding: EncodingConfig, held_out: Collection[str]) -> list[EditPair]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from torch import Tensor
 
-from ..conditioning.encoded import EncodedDataset, EncodedEntry
+from ..conditioning.encoded import EncodedDataset
+from ..conditioning.entry import EncodedEntry
 from ..conditioning.pictures import to_picture, to_tensor
 from ..data.alignment import Where
 from ..events import SampleReport
