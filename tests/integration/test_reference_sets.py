@@ -198,3 +198,18 @@ def test_references_that_are_missing_and_a_mix(
     assert several == {3, 4, 5, 6, 7, 8, 9}
     with BatchLoader(mixed, plan) as loader:
         assert {len(loader[number].condition.reference_latents) for number in range(20)} == {0, 1}
+
+
+def test_every_caption_has_its_turn(singles: list[EncodedDataset]) -> None:
+    """Of a pair's two captions; the others have one. Which it is, seed and turn decide."""
+    encoded, batching = singles[0], BatchingConfig(gradient_accumulation_steps=1)
+    plan = BatchPlan(encoded, batching, 7)
+    turns = [plan[number][0] for number in range(60)]
+    assert {(draw.pair, draw.caption) for draw in turns} == {(0, 0), (0, 1), *((pair, 0) for pair in range(1, 6))}
+    assert turns == [BatchPlan(encoded, batching, 7)[number][0] for number in range(60)]
+    assert turns != [BatchPlan(encoded, batching, 8)[number][0] for number in range(60)]
+    first, second = (encoded.load(encoded.pairs[0], caption).prompt_embeds for caption in (0, 1))
+    with BatchLoader(encoded, plan) as loader:
+        for number, draw in enumerate(turns):
+            if draw.pair == 0:
+                assert torch.equal(loader[number].condition.prompt_embeds[0], second if draw.caption else first)
