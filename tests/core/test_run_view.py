@@ -105,7 +105,7 @@ def test_samples(tmp_path: Path):
     (run / "samples" / "step-x").mkdir()
     found = run_view.samples(run)
     assert [each["step"] for each in found] == [250, 500]
-    assert found[0]["pairs"] == [{"caption": "x", "columns": ["reference-1", "base", "lora", "target"]}]
+    assert found[0]["pairs"] == [{"caption": "x", "label": "", "columns": ["reference-1", "base", "lora", "target"]}]
     assert run_view.picture_name(run, 250, 0, "lora") == "samples/step-000250/0-lora.png"
     for asked in ((250, 1, "lora"), (250, -1, "lora"), (250, 0, "../x"), (251, 0, "lora")):
         assert run_view.picture_name(run, *asked) == ""

@@ -19,7 +19,7 @@ def plain(level: int) -> Image.Image:
 
 ROWS = [
     GridRow((plain(1), plain(2)), plain(3), plain(4), plain(5), "Make it blue."),
-    GridRow((), plain(6), plain(7), plain(8), "Größer <b>"),
+    GridRow((), plain(6), plain(7), plain(8), "Größer <b>", label="8 x 8"),
 ]
 
 
@@ -28,6 +28,7 @@ def test_every_picture_is_found_by_pair_and_column(tmp_path: Path):
     first, second = read_sample_index(tmp_path / "step")
     assert list(first["pictures"]) == ["reference-1", "reference-2", "base", "lora", "target"]
     assert (first["caption"], second["caption"]) == ("Make it blue.", "Größer <b>")
+    assert (first["label"], second["label"]) == ("", "8 x 8")
     names = [*first["pictures"].values(), *second["pictures"].values()]
     levels = [int(np.asarray(Image.open(tmp_path / "step" / name))[0, 0, 0]) for name in names]
     assert levels == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -49,5 +50,5 @@ def test_a_damaged_index_is_none(text: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/x.png", "a/b.png", "run.json", "..", ""])
 def test_an_index_names_only_pictures_beside_it(name: str, tmp_path: Path):
-    (tmp_path / INDEX).write_text(json.dumps({"pairs": [{"caption": "", "pictures": {"lora": name}}]}))
-    assert read_sample_index(tmp_path) == [{"caption": "", "pictures": {}}]
+    (tmp_path / INDEX).write_text(json.dumps({"pairs": [{"caption": "", "label": "", "pictures": {"lora": name}}]}))
+    assert read_sample_index(tmp_path) == [{"caption": "", "label": "", "pictures": {}}]

@@ -50,7 +50,7 @@ def told(runs_dir: Path) -> str:
     folder = runs_dir / "from a stranger"
     rows = [{"step": step, "num_steps": 60, "loss": 1 / step, "learning_rate": 1e-4} for step in range(1, 41)]
     for row in rows[9::10]:
-        row["validation_loss"] = row["loss"] + 0.02
+        row |= {"validation_loss": row["loss"] + 0.02, "drift_shift": 0.25}
     (folder / "samples").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"key": {}, "state": "paused", "steps": 40}))
     settings = {"max_train_steps": 60, "seed": 77, "lora": {"lora_rank": 48}, "optimizer": {"optimizer": HOSTILE}}
@@ -71,6 +71,8 @@ def test_by_keyboard_and_with_hostile_texts(told: str, open_page: OpenPage):
     page.page.keyboard.press("Enter")
     expect(page.panel.get_by_role("heading", name=told)).to_be_focused()
     expect(page.panel.locator(".qet-caption")).to_have_text(HOSTILE)
+    expect(page.panel.locator(".qet-legend")).to_contain_text("held-out 0.04500")
+    expect(page.panel.locator(".qet-legend")).to_contain_text("drift, pixels 0.2500")
     page.panel.locator("summary").focus()
     page.page.keyboard.press("Enter")
     expect(page.panel.locator(".qet-settings")).to_contain_text(HOSTILE)

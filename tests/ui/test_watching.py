@@ -71,9 +71,24 @@ def test_a_training(renderer: str, palette: str, open_page: OpenPage, demo_serve
         arg=name,
     )
     assert name in loras(page)
+    if renderer == "classic":
+        goes_on(page)
     assert [run["state"] for run in demo_server.get("/qwen_edit_trainer/runs")["runs"] if run["run_name"] == name] == [
         "kept"
     ]
+
+
+def goes_on(page: ComfyPage):
+    """An ended run goes on, and its graph is opened, from the panel."""
+    page.page.evaluate("() => app.graph.clear()")
+    page.panel.get_by_role("button", name="Open graph").click()
+    page.page.wait_for_function("() => app.graph.nodes.some(node => node.comfyClass === 'QwenEdit_TrainLora')")
+    badge, steps = page.panel.locator(".qet-badge:visible"), page.points(page.panel)
+    page.panel.get_by_role("button", name="Continue").click()
+    expect(badge).to_have_text("training", timeout=60 * SECONDS)
+    page.wait_for_points(page.panel, steps + 1)
+    page.panel.get_by_role("button", name="Stop and keep").click()
+    expect(badge).to_have_text("ended early", timeout=60 * SECONDS)
 
 
 def loras(page: ComfyPage) -> str:

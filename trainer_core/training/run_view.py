@@ -74,7 +74,10 @@ def samples(folder: Path) -> list[dict[str, Any]]:
     for place in (folder / "samples").glob("step-*/"):
         number, pairs = place.name.removeprefix("step-"), read_sample_index(place)
         if number.isdecimal() and pairs:
-            shown = [{"caption": pair["caption"], "columns": list(pair["pictures"])} for pair in pairs]
+            shown = [
+                {"caption": each["caption"], "label": each["label"], "columns": list(each["pictures"])}
+                for each in pairs
+            ]
             found.append({"step": int(number), "version": (place / INDEX).stat().st_mtime_ns // 1000, "pairs": shown})
     return sorted(found, key=lambda each: each["step"])
 

@@ -24,15 +24,18 @@ def save_sample_pictures(rows: Sequence[GridRow], folder: Path) -> None:
         files = {column: f"{number}-{column}.png" for column in row.columns()}
         for column, picture in row.columns().items():
             save_picture(picture, folder / files[column])
-        pairs.append({"caption": row.caption, "pictures": files})
+        pairs.append({"caption": row.caption, "label": row.label, "pictures": files})
     write_atomically(folder / INDEX, json.dumps({"pairs": pairs}, indent=1, ensure_ascii=False).encode())
 
 
 def read_sample_index(folder: Path) -> list[dict[str, Any]]:
-    """The pairs of a step's folder: `caption`, and `pictures` by column. Empty where the folder is not whole."""
+    """The pairs of a step's folder: `caption`, `label`, and `pictures` by column. Empty if it is not whole."""
     try:
         pairs = json.loads((folder / INDEX).read_text(encoding="utf-8"))["pairs"]
-        return [{"caption": str(pair["caption"]), "pictures": _plain_names(pair["pictures"])} for pair in pairs]
+        return [
+            {"caption": str(pair["caption"]), "label": str(pair["label"]), "pictures": _plain_names(pair["pictures"])}
+            for pair in pairs
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 

@@ -16,6 +16,9 @@ const LABELS = /** @type {Record<string, string>} */ ({
   smooth: "smoothed",
   validation_loss: "held-out",
   rate: "learning rate",
+  drift_shift: "drift, pixels",
+  drift_zoom: "drift, % zoom",
+  drift_colour: "drift, colour",
 });
 
 export function createChart() {
@@ -96,7 +99,7 @@ function axes(view) {
     svg("line", { x1: LEFT, x2: width - RIGHT, y1: view.y(value), y2: view.y(value), class: "qet-grid" }),
     svg("text", { ...before, y: view.y(value) + 3.5, text: String(Number(value.toPrecision(6))) }),
   ]);
-  const whole = ticks(view.first, view.last, Math.max(2, Math.floor((width - LEFT) / 60))).filter(Number.isInteger);
+  const whole = ticks(view.first, view.last, Math.max(2, Math.floor((width - LEFT) / 48))).filter(Number.isInteger);
   const columns = whole.map((step) =>
     svg("text", { x: view.x(step), y: height - 4, "text-anchor": "middle", text: String(step) }),
   );
@@ -118,7 +121,7 @@ function lines(view) {
     path(rates, "qet-line-rate"),
     path(at(curve.loss), "qet-line-loss"),
     path(at(view.means), "qet-line-smooth"),
-    ...view.others.flatMap(([, points]) => scaled(view, points)),
+    ...view.others.map(([, points], index) => scaled(view, points, `qet-line-other qet-other-${index}`)),
     ...view.held.flatMap(([, points], index) => marked(view, points, `qet-line-held qet-held-${index}`)),
   ];
 }
@@ -127,11 +130,12 @@ function lines(view) {
  * A measure with a scale of its own: zero at the foot, its largest value at the top.
  * @param {View} view
  * @param {number[][]} points
+ * @param {string} name
  */
-function scaled(view, points) {
+function scaled(view, points, name) {
   const top = Math.max(...points.map((point) => point[1])) || 1;
   const own = points.map(([step, value]) => [view.x(step), view.foot - (value / top) * (view.foot - TOP) * 0.9]);
-  return [path(own, "qet-line-other")];
+  return path(own, name);
 }
 
 /** @param {View} view @param {number[][]} points @param {string} name */
@@ -174,8 +178,12 @@ function values(view, pointed) {
         format.loss(latest(points, step)),
       ]),
     ),
-    ...view.others.map(([name, points]) =>
-      /** @type {[string, string, string]} */ (["other", name.replaceAll("_", " "), format.loss(latest(points, step))]),
+    ...view.others.map(([name, points], number) =>
+      /** @type {[string, string, string]} */ ([
+        `other-${number}`,
+        LABELS[name] ?? name.replaceAll("_", " "),
+        format.loss(latest(points, step)),
+      ]),
     ),
     ["rate", LABELS.rate, format.rate(curve.learning_rate[index])],
   ];

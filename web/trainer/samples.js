@@ -9,7 +9,14 @@ import { element, setText } from "./dom.js";
  */
 
 const THUMB_EDGE = 192; // pixels, asked of the server
-const DRAWN = "lora";
+
+/**
+ * What was trained, of the pictures of a pair: the weights themselves, else their running average.
+ * @param {string[]} columns
+ */
+function drawn(columns) {
+  return columns.includes("lora") ? "lora" : "ema";
+}
 
 /**
  * Base, the LoRA's picture of every step, target; of one pair.
@@ -35,7 +42,7 @@ export function createStrip(store, onPick) {
     if (known) return [address, known];
     const picture = element("img", { src: address, alt: "", loading: "lazy", draggable: "false" });
     const on = { click: () => onPick(sample.step) };
-    const name = column === DRAWN ? `Step ${sample.step}` : label;
+    const name = column === drawn(sample.pairs[pair].columns) ? `Step ${sample.step}` : label;
     const attributes = { type: "button", class: "qet-thumb", "aria-label": name, title: name, on };
     return [address, element("button", attributes, picture, element("span", { text: label }))];
   }
@@ -47,7 +54,9 @@ export function createStrip(store, onPick) {
       const samples = (run.samples ?? []).filter((sample) => sample.pairs[pair]);
       const newest = samples[samples.length - 1];
       const columns = newest?.pairs[pair].columns ?? [];
-      const wanted = samples.map((sample) => thumb(run, sample, pair, DRAWN, String(sample.step)));
+      const wanted = samples.map((sample) => {
+        return thumb(run, sample, pair, drawn(sample.pairs[pair].columns), String(sample.step));
+      });
       if (columns.includes("base")) wanted.unshift(thumb(run, newest, pair, "base", "base"));
       if (columns.includes("target")) wanted.push(thumb(run, newest, pair, "target", "target"));
       const atEnd = list.scrollLeft + list.clientWidth >= list.scrollWidth - 8;
@@ -126,18 +135,21 @@ export function createComparison(store) {
     pairs.hidden = sample.pairs.length < 2;
     const number = Math.min(Number(pairs.value) || 0, sample.pairs.length - 1);
     const pair = sample.pairs[number];
-    offer(against, ["base", "target", ...pair.columns].filter(known(pair.columns)).map((name) => [name, named(name)]));
+    const trained = drawn(pair.columns);
+    const others = ["base", "target", ...pair.columns].filter(known(pair.columns, trained));
+    offer(against, others.map((name) => [name, named(name)]));
     steps.max = String(samples.length - 1);
     steps.value = String(index);
     steps.disabled = samples.length < 2;
     setText(stepLabel, String(sample.step));
     steps.setAttribute("aria-valuetext", `step ${sample.step}`);
-    setSource(under, store.pictureAddress(run.run_name, sample, number, DRAWN), `LoRA at step ${sample.step}`);
-    setSource(over, store.pictureAddress(run.run_name, sample, number, against.value), named(against.value));
+    const name = run.run_name;
+    setSource(under, store.pictureAddress(name, sample, number, trained), `${named(trained)} at step ${sample.step}`);
+    setSource(over, store.pictureAddress(name, sample, number, against.value), named(against.value));
     setText(leftLabel, named(against.value));
-    setText(rightLabel, `LoRA, step ${sample.step}`);
-    divider.setAttribute("aria-label", `How much of ${named(against.value)} lies over the LoRA's picture`);
-    setText(caption, pair.caption);
+    setText(rightLabel, `${named(trained)}, step ${sample.step}`);
+    divider.setAttribute("aria-label", `How much of ${named(against.value)} lies over the trained picture`);
+    setText(caption, pair.label ? `${pair.caption} (${pair.label})` : pair.caption);
     strip.show(run, number, sample.step);
   }
 
@@ -167,15 +179,19 @@ function slider(name, min, max, value) {
   return element("input", { type: "range", class: `qet-slider ${name}`, min, max, value, step: 1 });
 }
 
-/** Each column once, if the pair has it, and never the LoRA against itself. @param {string[]} columns */
-function known(columns) {
+/**
+ * Each column once, if the pair has it, and never one against itself.
+ * @param {string[]} columns
+ * @param {string} trained
+ */
+function known(columns, trained) {
   return (/** @type {string} */ name, /** @type {number} */ index, /** @type {string[]} */ all) =>
-    columns.includes(name) && name !== DRAWN && all.indexOf(name) === index;
+    columns.includes(name) && name !== trained && all.indexOf(name) === index;
 }
 
 /** @param {string} column */
 function named(column) {
-  return column === "reference-1" ? "reference" : column.replaceAll("-", " ");
+  return { "reference-1": "reference", lora: "LoRA", ema: "EMA" }[column] ?? column.replaceAll("-", " ");
 }
 
 /** The choices of a select, the chosen one kept where it can be. @param {any} select @param {string[][]} choices */

@@ -5,7 +5,7 @@
  *
  * @typedef {{steps: number[], loss: number[], learning_rate: (number|null)[],
  *   measured: Record<string, number[][]>}} Curve
- * @typedef {{caption: string, columns: string[]}} Pair
+ * @typedef {{caption: string, label?: string, columns: string[]}} Pair
  * @typedef {{step: number, version: number, pairs: Pair[]}} Sample
  * @typedef {{run_name: string, state: string, active: boolean, step: number, num_steps: number, loss: number|null,
  *   learning_rate?: number|null, seconds_per_step?: number|null, seconds_left?: number|null, peak_bytes?: number,

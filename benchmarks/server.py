@@ -1,0 +1,98 @@
+"""How soon ComfyUI answers while it trains: `python -m benchmarks.server`.
+
+Trains the demo edit in a ComfyUI of its own, asks two addresses in turn twenty times a second, first with nothing to do
+and then during the training's steps, and prints a Markdown table. An answer that waits holds up every page and script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tools.comfyui import REPO, ComfyUI, device_arguments, install_pack, make_base
+from trainer_core.demo.pictures import make_demo_pairs
+
+ADDRESSES = ("/queue", "/qwen_edit_trainer/runs")
+EVERY_SECONDS = 0.05
+
+
+def waits(server: ComfyUI, path: str, seconds: float) -> list[float]:
+    """Seconds that each answer took, of requests one after the other over a time."""
+    found, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        began = time.perf_counter()
+        with urllib.request.urlopen(server.url + path, timeout=60) as answer:
+            answer.read()
+        found.append(time.perf_counter() - began)
+        time.sleep(EVERY_SECONDS)
+    return found
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which a share of all lies."""
+    return sorted(values)[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
+
+
+def demo_prompt(steps: int) -> dict[str, Any]:
+    """The demo's training alone: no pictures on the way, so that all of the time is steps."""
+    prompt = json.loads((REPO / "workflows" / "api" / "demo.json").read_text(encoding="utf-8"))
+    by_class = {node["class_type"]: key for key, node in prompt.items()}
+    train = prompt[by_class["QwenEdit_TrainLora"]]["inputs"]
+    train |= {"run_name": "watched", "max_train_steps": steps}
+    prompt[by_class["QwenEdit_ValidationSettings"]]["inputs"] |= {"validation_step_interval": 0}
+    needed = {by_class["QwenEdit_TrainLora"]}
+    while (
+        more := {link[0] for key in needed for link in prompt[key]["inputs"].values() if isinstance(link, list)}
+        - needed
+    ):
+        needed |= more
+    return {key: node for key, node in prompt.items() if key in needed}
+
+
+def wait_for_steps(server: ComfyUI, count: int, seconds: float = 600) -> None:
+    """Until the training has done so many."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if any(run["active"] and run["step"] >= count for run in server.get("/qwen_edit_trainer/runs")["runs"]):
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"The training has not done {count} steps within {seconds} s.")
+
+
+def row(what: str, path: str, values: list[float]) -> str:
+    """One line of the table, in milliseconds."""
+    figures = [statistics.median(values), percentile(values, 0.95), percentile(values, 0.99), max(values)]
+    return f"| {what} | `{path}` | {len(values)} | " + " | ".join(f"{value * 1000:.1f}" for value in figures) + " |"
+
+
+def main() -> None:
+    """Boot, measure idle and training, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30, help="of asking each address, idle and while training")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        base = make_base(Path(folder))
+        install_pack(base)
+        make_demo_pairs(base / "input" / "demo")
+        print(f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}\n")
+        print("| | address | answers | median ms | 95 % ms | 99 % ms | longest ms |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        with ComfyUI(base, *device_arguments(), "--disable-api-nodes", log=base / "comfyui.log") as server:
+            for path in ADDRESSES:
+                print(row("idle", path, waits(server, path, given.seconds)), flush=True)
+            server.queue(demo_prompt(1_000_000))
+            wait_for_steps(server, 3)
+            for path in ADDRESSES:
+                print(row("training", path, waits(server, path, given.seconds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
