@@ -13,6 +13,7 @@ torch's allocator reports them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import platform
 import resource
@@ -29,8 +30,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from trainer_core.config import LoraConfig, MemoryConfig, NoiseConfig, OptimizerConfig, TrainConfig
+from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, NoiseConfig, OptimizerConfig, TrainConfig
 from trainer_core.events import SILENT
+from trainer_core.geometry import Size
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.transformer import leave_out_unread, predict_velocity
 from trainer_core.qwen_image.types import Condition
@@ -40,13 +42,16 @@ from trainer_core.training.master_weights import master_weights
 from trainer_core.training.memory import apply_memory, blocks_on_host, recomputed_blocks, stream_blocks
 from trainer_core.training.objective import add_noise, velocity_loss
 from trainer_core.training.optimizer import optimizer_builder
+from trainer_core.training.planning.network import measure_network
+from trainer_core.training.planning.plan import plan_memory
+from trainer_core.training.planning.workload import Workload, pair_size
 
 GIB = 2**30
 PROMPT_TOKENS = 230  # edit-v2 with one reference: 196 vision tokens and a sentence
 RANK = 16
 HEAD = (
     "| step | weights | side | references | memory | s/step | TFLOP/s | of peak | weights GiB | peak allocated GiB "
-    "| peak reserved GiB | host GiB | built in s |"
+    "| planned GiB | peak reserved GiB | host GiB | built in s |"
 )
 Step = Callable[[Tensor, Condition], None]
 
@@ -219,9 +224,22 @@ def measure(setting: Setting, arguments: argparse.Namespace, device: torch.devic
         "seconds": median,
         "tflops": flops(setting, arguments.layers) / median / 1e12,
         "allocated": torch.cuda.max_memory_allocated() if cuda else 0,
+        "planned": planned_bytes(setting, arguments.layers),
         "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
         "host": host_bytes(),
     }
+
+
+def planned_bytes(setting: Setting, layers: int) -> int:
+    """What the planner expects `ours` to take at its fullest moment."""
+    model = ModelConfig(base_model_precision=setting.precision)  # type: ignore[arg-type]
+    config = dataclasses.replace(setting.config, model=model)
+    network = measure_network({"num_layers": layers}, model, config.lora)
+    side = Size(setting.side, setting.side)
+    pair = pair_size(side, [side] * setting.references, PROMPT_TOKENS)
+    phase = plan_memory(config, network, Workload(train=pair, batch=1)).phase("training")
+    assert phase is not None
+    return phase.total_bytes
 
 
 def profile(step: Callable[[], None], device: torch.device) -> None:
@@ -315,8 +333,8 @@ def print_row(setting: Setting, arguments: argparse.Namespace, device: torch.dev
         got = measure(setting, arguments, device)
         print(
             f"{label} {got['seconds']:.3f} | {got['tflops']:.0f} | {got['tflops'] / peak:.0%} "
-            f"| {got['weights'] / GIB:.2f} | {got['allocated'] / GIB:.2f} | {got['reserved'] / GIB:.2f} "
-            f"| {got['host'] / GIB:.1f} | {got['built']:.0f} |",
+            f"| {got['weights'] / GIB:.2f} | {got['allocated'] / GIB:.2f} | {got['planned'] / GIB:.2f} "
+            f"| {got['reserved'] / GIB:.2f} | {got['host'] / GIB:.1f} | {got['built']:.0f} |",
             flush=True,
         )
     except torch.OutOfMemoryError:
