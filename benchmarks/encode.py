@@ -2,9 +2,10 @@
 
     python -m benchmarks.encode --tokenizer <ComfyUI>/comfy/text_encoders/qwen25_tokenizer --pairs 10 1000 10000
 
-The demo model on small pictures, so that what is measured is the work around the networks. Every figure is of a process
-of its own: `first` encodes, `again` finds everything encoded and gets as far as a training does before it loads a
-network: folders read, pictures compared with what is known of them, cache entries looked up.
+The demo model on small pictures, or with `--stand-ins` networks that do nothing, so that only the work around them
+is measured. Every figure is of a process of its own: `first` encodes, `again` finds everything encoded and gets as far
+as a training does before it loads a network: folders read, pictures compared with what is known of them, cache entries
+looked up.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +27,12 @@ import torch
 from PIL import Image
 
 from tests.support.narrow import small_encoding
-from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encode import encode_dataset, prompt_width
 from trainer_core.conditioning.encoded import load_encoded
+from trainer_core.conditioning.encoders import EncodePicture, Encoders, PictureEncoder, PromptEncoder
 from trainer_core.config import DatasetConfig, ModelConfig
 from trainer_core.data.pairing import pair_folders
+from trainer_core.events import Observer
 
 MIB = 2**20
 
@@ -44,7 +49,36 @@ def make_folders(folder: Path, pairs: int, side: int) -> None:
         (folder / "target" / f"{number:05d}.txt").write_text(f"Make it number {number}.\n")
 
 
-def one_start(folder: Path, tokenizer: str, side: int) -> dict[str, float]:
+def stand_ins(width: int) -> Encoders:
+    """Networks that answer with zeros at once."""
+
+    @contextmanager
+    def pictures(_observer: Observer) -> Iterator[EncodePicture]:
+        yield lambda pixels: torch.zeros(16, pixels.shape[1] // 8, pixels.shape[2] // 8)
+
+    @contextmanager
+    def prompts(_observer: Observer) -> Iterator[Prompts]:
+        yield Prompts(width)
+
+    return Encoders(pictures=PictureEncoder("none", pictures), prompts=PromptEncoder("none", prompts))
+
+
+class Prompts:
+    """Embeddings of 40 tokens, all zero."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def see(self, picture: object) -> object:
+        """Nothing is kept of it."""
+        return picture
+
+    def encode_seen(self, caption: str, seen: Sequence[object]) -> torch.Tensor:  # noqa: ARG002
+        """Zeros."""
+        return torch.zeros(40, self.width)
+
+
+def one_start(folder: Path, tokenizer: str, side: int, *, without: bool) -> dict[str, float]:
     """Figures of a start in this process, in seconds and bytes."""
     memory_before = peak_bytes()
     began = time.perf_counter()
@@ -54,7 +88,8 @@ def one_start(folder: Path, tokenizer: str, side: int) -> dict[str, float]:
     )
     paired = time.perf_counter()
     model = ModelConfig(tokenizer=tokenizer, mixed_precision="no", device="cpu")
-    made = encode_dataset(dataset, model, small_encoding(resolution=side), folder / "cache")
+    encoders = stand_ins(prompt_width(model)) if without else None
+    made = encode_dataset(dataset, model, small_encoding(resolution=side), folder / "cache", encoders=encoders)
     encoded = time.perf_counter()
     assert not load_encoded(made.manifest).missing()
     ended = time.perf_counter()
@@ -73,9 +108,10 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def measured(folder: Path, tokenizer: str, side: int) -> dict[str, float]:
+def measured(folder: Path, tokenizer: str, side: int, *, without: bool) -> dict[str, float]:
     """`one_start` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.encode", "--tokenizer", tokenizer, "--side", str(side)]
+    command += ["--stand-ins"] if without else []
     done = subprocess.run([*command, "--folder", str(folder)], check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -86,10 +122,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="comfy/text_encoders/qwen25_tokenizer")
     parser.add_argument("--pairs", type=int, nargs="+", default=[10, 1000, 10_000])
     parser.add_argument("--side", type=int, default=64, help="of the pictures, in pixels")
+    parser.add_argument("--stand-ins", action="store_true", help="networks that do nothing")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.folder:
-        print(json.dumps(one_start(given.folder, given.tokenizer, given.side)))
+        print(json.dumps(one_start(given.folder, given.tokenizer, given.side, without=given.stand_ins)))
         return
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("| pairs | start | pairing, s | encoding, s | reading, s | pairs/s | peak memory, MiB | of it growth, MiB |")
@@ -99,7 +136,7 @@ def main() -> None:
             make_folders(Path(name), pairs, given.side)
             time.sleep(3)  # files that have just been written are not yet remembered as checked
             for start in ("first", "again"):
-                row = measured(Path(name), given.tokenizer, given.side)
+                row = measured(Path(name), given.tokenizer, given.side, without=given.stand_ins)
                 total = row["pairing"] + row["encoding"] + row["reading"]
                 seconds = " | ".join(f"{row[key]:.2f}" for key in ("pairing", "encoding", "reading"))
                 memory = f"{row['peak'] / MIB:.0f} | {(row['peak'] - row['before']) / MIB:.0f}"
