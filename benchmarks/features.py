@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ DEMO: dict[str, Any] = {
 }
 
 Changes = dict[str, dict[str, Any]]
+FIRST = "the demo's settings (adamw, logit_normal, l2)"
 
 
 def rollout(**changes: Any) -> Changes:
@@ -51,7 +53,7 @@ def rollout(**changes: Any) -> Changes:
 
 
 ROWS: dict[str, Changes] = {
-    "the demo's settings (adamw, logit_normal, l2)": {},
+    FIRST: {},
     "optimizer adafactor": {"optimizer": {"optimizer": "adafactor"}},
     "optimizer lion": {"optimizer": {"optimizer": "lion", "learning_rate": 5e-4}},
     "optimizer prodigy": {"optimizer": {"optimizer": "prodigy", "learning_rate": 1.0}},
@@ -70,6 +72,14 @@ ROWS: dict[str, Changes] = {
     "flow_schedule_auto_shift": {"noise": {"flow_schedule_auto_shift": True}},
     "loss_type huber": {"noise": {"loss_type": "huber"}},
     "loss_type smooth_l1": {"noise": {"loss_type": "smooth_l1"}},
+    "lora_type dora": {"lora": {"lora_type": "dora"}},
+    "lora_type lokr": {"lora": {"lora_type": "lokr", "lokr_factor": 4}, "optimizer": {"learning_rate": 5e-3}},
+    "use_rslora at rank 64": {
+        "lora": {"lora_rank": 64, "use_rslora": True},
+        "optimizer": {"learning_rate": 5e-4},
+    },
+    "rank_pattern, 4 in the first block": {"lora": {"rank_pattern": ["0 = 4"]}},
+    "init_lora, the first row's file": {"lora": {"init_lora": f"files/{FIRST}.safetensors"}},
     "rollout euler": rollout(sampler="euler", reflexflow=False),
     "rollout unipc, ReflexFlow": rollout(),
     "rollout dpm on a ramp": rollout(sampler="dpm", ramp_steps=60, reflexflow=False),
@@ -111,14 +121,16 @@ def job_of(changes: Changes, name: str, work: Path, arguments: argparse.Namespac
     return resolve_job(from_json(JobConfig, values), work)
 
 
-def train(job: JobConfig) -> Outcome:
-    """Encode what is missing and train."""
+def train(job: JobConfig, file: Path) -> Outcome:
+    """Encode what is missing, train, and put the LoRA under a name of the row."""
     encoded, _ = encode_job(job)
     reports = Reports()
     began = time.perf_counter()
     result = train_lora(job.train_config(str(encoded.manifest)), reports)
     seconds = time.perf_counter() - began
     assert result.samples is not None
+    assert result.lora_file is not None
+    shutil.copy2(result.lora_file, file)
     assert reports.all[-1].validation_loss is not None
     return Outcome(
         result.samples.psnr_base,
@@ -136,6 +148,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--only", nargs="*", default=[], help="rows with one of these words in their name")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--keep", type=Path, help="a folder for the LoRA files, which features_in_comfyui.py reads")
     arguments = parser.parse_args()
     chosen = {name: row for name, row in ROWS.items() if not arguments.only or any(w in name for w in arguments.only)}
     print(f"{arguments.steps} steps of 4 pairs at 128 px; torch {torch.__version__}\n")
@@ -143,8 +156,14 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         make_demo_pairs(Path(folder) / "pairs")
+        files = Path(folder) / "files"
+        files.mkdir()
         for number, (name, changes) in enumerate(chosen.items()):
-            outcome = train(job_of(changes, f"row{number}", Path(folder), arguments))
+            file = files / f"{name}.safetensors"
+            outcome = train(job_of(changes, f"row{number}", Path(folder), arguments), file)
+            if arguments.keep:
+                arguments.keep.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, arguments.keep)
             print(f"| {' | '.join([name, *outcome.cells()])} |")
             sys.stdout.flush()
 

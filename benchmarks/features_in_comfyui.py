@@ -1,0 +1,84 @@
+"""The files of `benchmarks.features --keep FOLDER` in ComfyUI: `python -m benchmarks.features_in_comfyui FOLDER`.
+
+ComfyUI's own loader puts every file on the demo's transformer; the table says how many layers it changed, how many
+lines of its log complain, and how far its velocity is from the trainer's own, relative to what the file changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.support.comfy_subprocess import run_in_comfyui
+from tools.comfyui import comfyui_dir
+from trainer_core.config import DEMO_MODEL, ModelConfig
+from trainer_core.qwen_image.folder import DEMO_FOLDER
+from trainer_core.qwen_image.latents import denormalise
+from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
+from trainer_core.qwen_image.types import Condition
+from trainer_core.rng import stream
+from trainer_core.training.lora_apply import load_into
+
+CASE = {"name": "one", "references": 1, "method": "index"}
+SIDE = 16  # of the latents: 128 pixels
+
+
+def inputs(width: int) -> tuple[Tensor, Tensor, Condition]:
+    """Noisy latents, sigma and condition."""
+    generator = stream(0, "features in comfyui")
+    latents, reference = (torch.randn(1, 16, SIDE, SIDE, generator=generator) for _ in range(2))
+    return latents, torch.tensor([0.6]), Condition((reference,), torch.randn(1, 9, width, generator=generator))
+
+
+@torch.no_grad()
+def ours(file: Path | None) -> Tensor:
+    """The velocity by the trainer's forward."""
+    transformer = load_transformer(ModelConfig(base=DEMO_MODEL, mixed_precision="no"), torch.device("cpu"))
+    if file is not None:
+        load_into(transformer, file)
+    return predict_velocity(transformer, *inputs(transformer.config.joint_attention_dim))
+
+
+def theirs(files: list[Path], work: Path) -> tuple[dict[str, Tensor], dict[str, list[str]], list[str]]:
+    """ComfyUI's velocities, the layers it changed, and its log."""
+    config = json.loads((DEMO_FOLDER / "transformer/config.json").read_text(encoding="utf-8"))
+    vae = json.loads((DEMO_FOLDER / "vae/config.json").read_text(encoding="utf-8"))
+    names = ("num_layers", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "axes_dims_rope")
+    latents, sigma, condition = inputs(config["joint_attention_dim"])
+    reference = denormalise(condition.reference_latents[0], vae["latents_mean"], vae["latents_std"])
+    tensors = {"latents": latents, "sigma": sigma, "prompt": condition.prompt_embeds, "reference.0": reference}
+    question = {
+        "model_file": str(DEMO_FOLDER / "transformer/diffusion_pytorch_model.safetensors"),
+        "lora_files": {file.stem: str(file.absolute()) for file in files},
+        "narrow": {name: config[name] for name in names},
+        "cases": [CASE],
+    }
+    named = {f"one.{name}": tensor for name, tensor in tensors.items()}
+    answer = run_in_comfyui(comfyui_dir(), "comfy_subprocess_lora.py", work, named, question)
+    return answer.tensors, answer.values["layers"], answer.log
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    files = sorted(parser.parse_args().folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+    with tempfile.TemporaryDirectory() as work:
+        velocities, layers, log = theirs(files, Path(work))
+    complaints = sum("not loaded" in line.lower() or "error" in line.lower() for line in log)
+    base = ours(None)
+    print(f"{len(files)} files, {complaints} complaints in ComfyUI's log\n")
+    print("| row | layers changed in ComfyUI | difference |\n| --- | --- | --- |")
+    for file in files:
+        found, wanted = velocities[f"{file.stem}.one"], ours(file)
+        difference = float((found - wanted).norm() / (wanted - base).norm())
+        print(f"| {file.stem} | {len(layers[file.stem])} | {difference:.1e} |")
+
+
+if __name__ == "__main__":
+    main()
