@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
 from tests.support.comfy_subprocess import run_in_comfyui
@@ -38,7 +39,9 @@ def inputs(width: int) -> tuple[Tensor, Tensor, Condition]:
 @torch.no_grad()
 def ours(file: Path | None) -> Tensor:
     """The velocity by the trainer's forward."""
-    transformer = load_transformer(ModelConfig(base=DEMO_MODEL, mixed_precision="no"), torch.device("cpu"))
+    tokenizer = str(comfyui_dir() / "comfy/text_encoders/qwen25_tokenizer")
+    model = ModelConfig(base=DEMO_MODEL, tokenizer=tokenizer, mixed_precision="no")
+    transformer = load_transformer(model, torch.device("cpu"))
     if file is not None:
         load_into(transformer, file)
     return predict_velocity(transformer, *inputs(transformer.config.joint_attention_dim))
@@ -47,10 +50,10 @@ def ours(file: Path | None) -> Tensor:
 def theirs(files: list[Path], work: Path) -> tuple[dict[str, Tensor], dict[str, list[str]], list[str]]:
     """ComfyUI's velocities, the layers it changed, and its log."""
     config = json.loads((DEMO_FOLDER / "transformer/config.json").read_text(encoding="utf-8"))
-    vae = json.loads((DEMO_FOLDER / "vae/config.json").read_text(encoding="utf-8"))
+    vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1).config  # ComfyUI's constants
     names = ("num_layers", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "axes_dims_rope")
     latents, sigma, condition = inputs(config["joint_attention_dim"])
-    reference = denormalise(condition.reference_latents[0], vae["latents_mean"], vae["latents_std"])
+    reference = denormalise(condition.reference_latents[0], vae.latents_mean, vae.latents_std)
     tensors = {"latents": latents, "sigma": sigma, "prompt": condition.prompt_embeds, "reference.0": reference}
     question = {
         "model_file": str(DEMO_FOLDER / "transformer/diffusion_pytorch_model.safetensors"),
