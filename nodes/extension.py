@@ -44,6 +44,7 @@ NODES: list[type[io.ComfyNode]] = [
     settings.ValidationSettings,
     settings.MemorySettings,
     memory_plan.PlanMemory,
+    settings.EmaSettings,
     train.TrainLora,
     sample.SampleEdit,
     result.ApplyLora,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..trainer_core.run import TrainResult
 
 
-_RATIOS = ("psnr_base", "psnr_lora", "psnr_vae")  # dB, over the held-out pairs that were drawn
+_RATIOS = ("psnr_base", "psnr_lora", "psnr_ema", "psnr_vae")  # dB, over the held-out pairs that were drawn
 _DRIFT = ("drift_shift", "drift_zoom", "drift_colour")  # pixels, percent, of 255
 
 
@@ -63,6 +63,7 @@ def run_ui(result: TrainResult, lora_name: str, *, seconds: float) -> dict[str, 
         "run_dir": host.output_name(result.run_dir),
         "lora_file": host.output_name(host.lora_dir() / lora_name),
         "lora_name": lora_name,
+        "ema_file": host.output_name(result.ema_file) if result.ema_file else None,
         "steps": result.steps_done,
         "stopped": result.stopped.value,
         "seconds": round(seconds, 1),
@@ -72,6 +73,8 @@ def run_ui(result: TrainResult, lora_name: str, *, seconds: float) -> dict[str, 
     measured = samples.as_text() if samples else ""
     text = f"{lora_name}: {result.steps_done} steps" + (f"; held-out pairs: {measured}" if measured else "")
     images = [_output_picture(samples.grid_file)] if samples else []
+    if result.ema_file is not None:
+        text += f". Its running average is {result.ema_file.stem} beside it"
     if result.lora_file is not None and (note := _readers(result.lora_file)):
         text += f". {note}"
     return {"qwen_edit_run": [figures], "text": [text], "images": images}

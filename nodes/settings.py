@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..trainer_core.config import (
     BatchingConfig,
     CheckpointConfig,
+    EmaConfig,
     LoraConfig,
     MemoryConfig,
     NoiseConfig,
@@ -286,3 +287,31 @@ class MemorySettings(io.ComfyNode):
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """A MemoryConfig."""
         return io.NodeOutput(MemoryConfig(**widgets))
+
+
+class EmaSettings(io.ComfyNode):
+    """The running average."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """See web/docs."""
+        return node_schema(
+            "EmaSettings",
+            "Qwen Edit EMA Settings",
+            description="A running average of the adapter's weights, exported as a second LoRA and validated beside "
+            "the first. Without this node: none.",
+            search_aliases=["exponential moving average", "weight averaging"],
+            inputs=[
+                setting_input(EmaConfig, "use_ema", default=True),
+                setting_input(EmaConfig, "ema_device"),
+                setting_input(EmaConfig, "ema_decay", min=0.01, max=0.99999, step=0.001, round=1e-5),
+                setting_input(EmaConfig, "ema_update_interval", min=1, max=10_000),
+                setting_input(EmaConfig, "ema_validation"),
+            ],
+            outputs=[new_output(sockets.EmaSettings, "ema_settings", "For Train Qwen Edit LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        """An EmaConfig."""
+        return io.NodeOutput(EmaConfig(**widgets))

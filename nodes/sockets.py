@@ -27,6 +27,7 @@ OptimizerSettings = io.Custom("QWEN_EDIT_OPTIMIZER_SETTINGS")  # OptimizerConfig
 TrainingSettings = io.Custom("QWEN_EDIT_TRAINING_SETTINGS")  # LoopSettings
 RolloutSettings = io.Custom("QWEN_EDIT_ROLLOUT_SETTINGS")  # RolloutConfig
 MemorySettings = io.Custom("QWEN_EDIT_MEMORY_SETTINGS")  # MemoryConfig
+EmaSettings = io.Custom("QWEN_EDIT_EMA_SETTINGS")  # EmaConfig
 ValidationSettings = io.Custom("QWEN_EDIT_VALIDATION_SETTINGS")  # ValidationConfig
 Run = io.Custom("QWEN_EDIT_RUN")  # FinishedRun
 Imported = io.Custom("QWEN_EDIT_IMPORTED")  # ImportedJob

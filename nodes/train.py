@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from comfy_api.latest import io
 
 from ..trainer_core.config import (
+    EmaConfig,
     ExportConfig,
     MemoryConfig,
     ModelConfig,
@@ -138,6 +139,12 @@ def _further_inputs() -> list[io.Input]:
             optional=True,
             tooltip="What stays on the device and what waits elsewhere. Default: activations are computed again.",
         ),
+        new_input(
+            sockets.EmaSettings,
+            "ema_settings",
+            optional=True,
+            tooltip="A running average of the weights, exported beside them. Default: none.",
+        ),
     ]
 
 
@@ -195,6 +202,7 @@ def _train_config(
     rollout_settings: RolloutConfig | None = None,
     preset: str = NO_PRESET,
     memory_settings: MemoryConfig | None = None,
+    ema_settings: EmaConfig | None = None,
 ) -> TrainConfig:
     if if_run_exists not in get_args(IfRunExists):
         raise ConfigError(f"if_run_exists is {if_run_exists!r}; allowed is one of {', '.join(get_args(IfRunExists))}.")
@@ -210,6 +218,7 @@ def _train_config(
         "validation": validation_settings,
         "rollout": rollout_settings,
         "memory": memory_settings,
+        "ema": ema_settings,
     }
     sections = {key: section for key, section in connected.items() if section is not None}
     if training_settings is not None:
@@ -258,6 +267,8 @@ def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
 
     assert result.lora_file is not None
     lora_name = publish.place_lora(result.lora_file, result.run_dir.name)
+    if result.ema_file is not None:
+        publish.place_lora(result.ema_file, result.run_dir.name)
     if is_new:
         host.send_message("qwen_edit_trainer.lora", {"run_name": result.run_dir.name, "lora_name": lora_name})
     rows = RunFolder(result.run_dir).metrics()

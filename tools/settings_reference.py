@@ -39,6 +39,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.OptimizerConfig, "optimizer", "**Qwen Edit Optimizer Settings**."),
     (config.NoiseConfig, "noise", "**Qwen Edit Training Settings**."),
     (config.RolloutConfig, "rollout", "**Qwen Edit Rollout Settings**."),
+    (config.EmaConfig, "ema", "**Qwen Edit EMA Settings**, where `use_ema` is on."),
     (config.BatchingConfig, "batching", "**Qwen Edit Training Settings**."),
     (config.CheckpointConfig, "checkpoints", "**Qwen Edit Training Settings**."),
     (config.ValidationConfig, "validation", "**Qwen Edit Validation Settings**."),

@@ -38,6 +38,7 @@ class StepReport:
     seconds: float
     peak_bytes: int = 0
     validation_loss: float | None = None
+    ema_validation_loss: float | None = None
     extra_forwards: int | None = None
     drift_shift: float | None = None
     drift_zoom: float | None = None
@@ -62,13 +63,14 @@ class SampleReport:
     psnr_base: float | None
     psnr_lora: float | None
     psnr_vae: float | None
+    psnr_ema: float | None = None
     drift_shift: float | None = None
     drift_zoom: float | None = None
     drift_colour: float | None = None
 
     def as_text(self) -> str:
         """The figures for people; empty where there is none."""
-        ratios = {"base": self.psnr_base, "LoRA": self.psnr_lora, "VAE alone": self.psnr_vae}
+        ratios = {"base": self.psnr_base, "LoRA": self.psnr_lora, "EMA": self.psnr_ema, "VAE alone": self.psnr_vae}
         found = ", ".join(f"{name} {value:.1f} dB" for name, value in ratios.items() if value is not None)
         if self.drift_shift is None:
             return found

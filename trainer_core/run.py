@@ -15,6 +15,7 @@ from .errors import ConfigError, DatasetError, Interrupted
 from .events import SILENT, Observer, SampleReport, StepReport, Stop
 from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
 from .ranks import ALONE, Ranks
+from .training.ema import AVERAGE, TRAINED, restore_ema, weights_to_validate
 from .training.lora import for_file
 from .training.metrics import Metrics
 from .training.optimizer_state import optimizer_tensors, restore_optimizer
@@ -32,12 +33,14 @@ _VALIDATION_KEPT = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a run ended. `lora_file` is None when it was paused; ratios (dB) are None without held-out pairs."""
+    """How a run ended. `lora_file` is None when it was paused, `ema_file` (the running average) also without use_ema,
+    `samples` without held-out pairs."""
 
     run_dir: Path
     steps_done: int
     stopped: Stop
     lora_file: Path | None = None
+    ema_file: Path | None = None
     samples: SampleReport | None = None
 
 
@@ -127,13 +130,15 @@ def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: 
         return None
     complete = result["steps"] == config.max_train_steps or (result["kept"] and not continue_kept)
     lora_file = run.path / result["lora_file"]
-    if not complete or not lora_file.is_file():
+    ema_file = run.path / result["ema_file"] if result.get("ema_file") else None
+    if not complete or not all(file.is_file() for file in (lora_file, ema_file) if file):
         return None
     return TrainResult(
         run_dir=run.path,
         steps_done=result["steps"],
         stopped=Stop.KEEP if result["kept"] else Stop.NO,
         lora_file=lora_file,
+        ema_file=ema_file,
         samples=_recorded_samples(run),
     )
 
@@ -193,19 +198,22 @@ def _validate_at(
     """What belongs into the step's report; empty where no pair is held out, or another process validates."""
     if not validator or not run.writes:
         return {}
-    with (
-        memory.explained(VALIDATION, f"during the validation of step {step}", _VALIDATION_KEPT),
-        networks.weights_to_use(),
-    ):
-        loss = validator.loss(networks.transformer, networks.device, observer)
-        samples = validator.sample(
-            networks.transformer, networks.device, step=step, grid_file=run.grid_file(step), observer=observer
-        )
+    transformer, device, grid_file = networks.transformer, networks.device, run.grid_file(step)
+    variants = weights_to_validate(networks.weights_to_use, networks.average_to_use, memory.config.ema)
+    found: dict[str, float] = {}
+    with memory.explained(VALIDATION, f"during the validation of step {step}", _VALIDATION_KEPT):
+        for name, weights in variants.items():
+            with weights():
+                found[_LOSS_OF[name]] = validator.loss(transformer, device, observer)
+        samples = validator.sample(transformer, device, variants, step=step, grid_file=grid_file, observer=observer)
     if samples is not None:
         run.write_state(samples={**dataclasses.asdict(samples), "grid_file": samples.grid_file.name})
         observer.on_samples(samples)
     run.write_state(validated=step)
-    return {"validation_loss": loss, **(samples.drift() if samples else {})}
+    return {**found, **(samples.drift() if samples else {})}
+
+
+_LOSS_OF = {TRAINED: "validation_loss", AVERAGE: "ema_validation_loss"}
 
 
 def _recorded_samples(run: RunFolder) -> SampleReport | None:
@@ -224,13 +232,15 @@ def _restore(run: RunFolder, networks: Networks) -> int:
             parameter.copy_(checkpoint.lora[name])
     networks.weights.publish()
     restore_optimizer(networks.optimizer, networks.lora, checkpoint.optimizer)
+    restore_ema(networks.ema, checkpoint.ema)
     return checkpoint.step
 
 
 def _save(run: RunFolder, report: StepReport | None, networks: Networks, config: TrainConfig) -> None:
     """A checkpoint of the last step; nothing to keep before this process has made one."""
     if report is not None:
-        state = Checkpoint(report.as_dict(), dict(networks.lora), optimizer_tensors(networks.optimizer, networks.lora))
+        optimizer = optimizer_tensors(networks.optimizer, networks.lora)
+        state = Checkpoint(report.as_dict(), dict(networks.lora), optimizer, networks.ema)
         run.save_checkpoint(state, config.checkpoints.checkpoints_total_limit)
 
 
@@ -246,12 +256,27 @@ def _finish(
     if stop is Stop.PAUSE or done == 0:
         run.write_state(state="paused", steps=done)
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
-    path = run.path / f"{config.export.lora_name or run.path.name}.safetensors"
+    name = config.export.lora_name or run.path.name
+    path = run.path / f"{name}.safetensors"
+    ema_path = run.path / f"{name}-ema.safetensors" if networks.ema else None
     if run.writes:
         with networks.weights_to_use():
-            tensors = for_file(networks.transformer, networks.lora)
-            export_lora(tensors, path, LoraMetadata(config, done), extra_check)
+            _export(config, networks, path, done, extra_check)
+    if run.writes and ema_path is not None:
+        with networks.average_to_use():
+            _export(config, networks, ema_path, done, extra_check)
     kept = stop is Stop.KEEP
     result = {"lora_file": path.name, "steps": done, "kept": kept, "export": to_json(config.export)}
+    if ema_path is not None:
+        result["ema_file"] = ema_path.name
     run.write_state(state="kept" if kept else "finished", steps=done, result=result)
-    return TrainResult(run_dir=run.path, steps_done=done, stopped=stop, lora_file=path, samples=_recorded_samples(run))
+    samples = _recorded_samples(run)
+    return TrainResult(
+        run_dir=run.path, steps_done=done, stopped=stop, lora_file=path, ema_file=ema_path, samples=samples
+    )
+
+
+def _export(config: TrainConfig, networks: Networks, path: Path, done: int, extra_check: ExtraCheck | None) -> None:
+    """The weights that are in the transformer now, as a file of its name."""
+    config = dataclasses.replace(config, export=dataclasses.replace(config.export, lora_name=path.stem))
+    export_lora(for_file(networks.transformer, networks.lora), path, LoraMetadata(config, done), extra_check)

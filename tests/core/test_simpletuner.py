@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.quickstart import CONFIG, EDIT_V1, EDIT_V2, as_edit_v2, in_folders
 from trainer_core.__main__ import main
+from trainer_core.config import EmaConfig
 from trainer_core.data.pair_check import check_pairs
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
@@ -78,7 +79,12 @@ def test_every_key_of_the_documents_is_taken_or_explained():
     assert not [each for each in read(dict.fromkeys(CONFIG_KEYS) | given).report if "has no effect" in each]
     based = convert(json.loads(plain_json(CONFIG)), json.loads(plain_json(EDIT_V1)), base="models/x", root=ROOT)
     assert based.job.model.base == str(ROOT / "models/x")
-    assert "EMA is not built" in line(imported, "use_ema:")
+    assert "updated where ema_device says" in line(imported, "ema_cpu_only:")
+
+
+def test_the_running_average_is_taken():
+    theirs = {"use_ema": True, "ema_decay": 0.99, "ema_validation": "none"}
+    assert read(theirs).job.ema == EmaConfig(use_ema=True, ema_decay=0.99, ema_validation="none")
 
 
 def test_an_unknown_key_gets_the_nearest():

@@ -37,6 +37,7 @@ EXPECTED = {
     "QwenEdit_ValidationSettings",
     "QwenEdit_RolloutSettings",
     "QwenEdit_PlanMemory",
+    "QwenEdit_EmaSettings",
     "QwenEdit_TrainLora",
     "QwenEdit_SampleEdit",
     "QwenEdit_ApplyLora",

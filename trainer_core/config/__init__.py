@@ -18,6 +18,7 @@ from .dataset import (
     Preprocessing,
     SizeConfig,
 )
+from .ema import EmaConfig, EmaDevice, EmaValidation
 from .job import JobConfig, TrainConfig, resume_key
 from .memory import MemoryConfig, MemoryPlanning
 from .model import DEMO_MODEL, BaseModelPrecision, MixedPrecision, ModelConfig, QuantizeVia
@@ -47,6 +48,9 @@ __all__ = [
     "ConditioningType",
     "DatasetConfig",
     "DatasetPartConfig",
+    "EmaConfig",
+    "EmaDevice",
+    "EmaValidation",
     "EncodingConfig",
     "ExportConfig",
     "JobConfig",

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..settings import check, merged, required, setting, to_json
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
+from .ema import EmaConfig, check_ema
 from .memory import MemoryConfig
 from .model import ModelConfig
 from .optimizer import ENDLESS, OptimizerConfig, check_warmup
@@ -46,6 +47,7 @@ class TrainConfig:
     export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
     rollout: RolloutConfig = setting(RolloutConfig(), "Scheduled sampling.")
     memory: MemoryConfig = setting(MemoryConfig(), "The memory.")
+    ema: EmaConfig = setting(EmaConfig(), "The running average of the adapter's weights.")
 
     def __post_init__(self) -> None:
         check(1 <= self.max_train_steps <= 1_000_000, "max_train_steps", self.max_train_steps, "1 to 1000000")
@@ -53,6 +55,7 @@ class TrainConfig:
         check_warmup(self.optimizer, self.max_train_steps)
         streams_dora = self.lora.lora_type == "dora" and self.memory.blocks_to_stream > 0
         check(not streams_dora, "blocks_to_stream", self.memory.blocks_to_stream, "0 with lora_type dora")
+        check_ema(self.ema, self.optimizer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,7 @@ class JobConfig:
         "then.",
     )
     rollout: RolloutConfig = setting(RolloutConfig(), "Scheduled sampling.")
+    ema: EmaConfig = setting(EmaConfig(), "The running average of the adapter's weights.")
 
     def __post_init__(self) -> None:
         if bool(self.datasets) == (self.dataset is not None):
@@ -96,6 +100,7 @@ class JobConfig:
         trained = not ids or set(ids) > set(self.eval_dataset_id)
         check(trained, "eval_dataset_id", list(self.eval_dataset_id), "to leave a dataset to train on")
         check_warmup(self.optimizer, self.max_train_steps)
+        check_ema(self.ema, self.optimizer)
 
     @staticmethod
     def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +171,7 @@ def resume_key(config: TrainConfig, num_ranks: int = 1) -> dict[str, Any]:
         del key[name]
     if config.optimizer.lr_scheduler in ENDLESS:
         del key["max_train_steps"]
+    _keep_what_decides_the_average(key)
     key["encoded"] = Path(config.encoded).stem.split("-")[0]  # named by the content that is trained on
     model = key["model"]
     for name in _NOT_OF_WEIGHTS:
@@ -174,3 +180,10 @@ def resume_key(config: TrainConfig, num_ranks: int = 1) -> dict[str, Any]:
     model["transformer_file"] = Path(config.model.transformer_file).name
     key["lora"]["init_lora"] = Path(config.lora.init_lora).name
     return key
+
+
+def _keep_what_decides_the_average(key: dict[str, Any]) -> None:
+    """Of the EMA's settings those that decide its weights; none where there is none."""
+    ema = key.pop("ema")
+    if ema["use_ema"]:
+        key["ema"] = {name: ema[name] for name in ("use_ema", "ema_decay", "ema_update_interval")}

@@ -40,6 +40,7 @@ _OPTIMIZERS = {
     "prodigy": "prodigy",
     "adafactor": "adafactor",
 }
+
 # ours: (part, name), spellings of theirs, how it is read
 _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("seed", ("seed",), Section.whole),
@@ -78,6 +79,11 @@ _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ),
     ("validation.validation_num_inference_steps", ("validation_num_inference_steps",), Section.whole),
     ("validation.validation_seed", ("validation_seed",), Section.whole),
+    ("ema.use_ema", ("use_ema",), Section.truth),
+    ("ema.ema_device", ("ema_device",), Section.text),
+    ("ema.ema_decay", ("ema_decay",), Section.number),
+    ("ema.ema_update_interval", ("ema_update_interval",), Section.whole),
+    ("ema.ema_validation", ("ema_validation",), Section.text),
     ("encoding.validation_negative_prompt", ("validation_negative_prompt",), Section.text),
 )
 # What SimpleTuner does without a word from its user, where ours is another thing.

@@ -8,8 +8,7 @@ from ..config import RolloutConfig
 from .section import words
 
 _CONFIG = {
-    "EMA is not built yet": "use_ema ema_device ema_decay ema_cpu_only ema_update_interval ema_validation "
-    "ema_foreach_disable",
+    "the running average is updated where ema_device says": "ema_cpu_only ema_foreach_disable",
     "nothing is uploaded": "push_to_hub push_checkpoints_to_hub hub_model_id hub_token model_card_private "
     "model_card_note model_card_safe_for_work push_to_hub_background",
     "metrics go to TensorBoard files and metrics.jsonl in the run folder": "report_to tracker_run_name "
@@ -122,6 +121,7 @@ CONFIG_KEYS = words(
     "validation_step_interval validation_steps validation_guidance validation_guidance_real "
     "validation_resolution validation_prompt validation_num_inference_steps validation_seed "
     "validation_negative_prompt validation_disable num_eval_images "
+    "use_ema ema_device ema_decay ema_update_interval ema_validation "
     "caption_dropout_probability output_dir model_kwargs eval_dataset_id conditioning_multidataset_sampling resolution "
     "resolution_type caption_strategy instance_prompt crop crop_style crop_aspect minimum_image_size "
     "maximum_image_size target_downsample_size aspect_bucket_alignment data_backend_config"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, _DPI = 900, 560, 100
 _BACKGROUND, _PANEL, _LINES, _TEXT, _MUTED = "#1e2024", "#26292e", "#3a3e45", "#ecedf0", "#a0a5ae"
 _LOSS, _VALIDATION, _RATE = "#5aa9ff", "#ffb454", "#8ec07c"
+_AVERAGE = "#f2e394"
 _DRIFT = {"drift_shift": ("shift, px", "#e06c9f"), "drift_zoom": ("zoom, %", "#c3a6ff"),
           "drift_colour": ("colour, of 255", "#56c8c8")}  # fmt: skip
 
@@ -95,8 +96,12 @@ def _draw_loss(axes: Axes, rows: Rows) -> None:
             label=label,
             clip_on=False,
         )
-    _limit(axes, losses, [*means, *validation])
-    axes.legend(frameon=False, labelcolor=_TEXT, fontsize=9.5, loc="upper right", ncols=3, bbox_to_anchor=(1.0, 1.12))
+    averaged, average = _series(rows, "ema_validation_loss")
+    if averaged:
+        axes.plot(averaged, average, color=_AVERAGE, linewidth=1.2, marker="s", markersize=4.5, clip_on=False,
+                  label=f"EMA on them, now {average[-1]:.4g}")  # fmt: skip
+    _limit(axes, losses, [*means, *validation, *average])
+    axes.legend(frameon=False, labelcolor=_TEXT, fontsize=9.5, loc="upper right", ncols=4, bbox_to_anchor=(1.0, 1.12))
 
 
 def _draw_drift(axes: Axes, rows: Rows) -> None:

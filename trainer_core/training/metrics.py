@@ -9,7 +9,7 @@ from ..errors import MissingPackageError
 from ..events import StepReport
 from .run_folder import RunFolder
 
-_NOT_ALWAYS = ("validation_loss", "drift_shift", "drift_zoom", "drift_colour", "extra_forwards")
+_NOT_ALWAYS = ("validation_loss", "ema_validation_loss", "drift_shift", "drift_zoom", "drift_colour", "extra_forwards")
 
 
 class Metrics:

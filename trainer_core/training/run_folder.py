@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Checkpoint:
     report: dict[str, Any]
     lora: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    ema: dict[str, Tensor] = field(default_factory=dict)  # empty without a running average
 
     @property
     def step(self) -> int:
@@ -133,6 +134,8 @@ class RunFolder:
         temporary.mkdir()
         write_tensors(temporary / "lora.safetensors", checkpoint.lora)
         write_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer)
+        if checkpoint.ema:
+            write_tensors(temporary / "ema.safetensors", checkpoint.ema)
         write_atomically(temporary / "report.json", json.dumps(checkpoint.report).encode())
         temporary.rename(final)
         _flush_folder(self.checkpoints)
@@ -145,6 +148,7 @@ class RunFolder:
         """The newest whole checkpoint."""
         for folder in reversed(self._checkpoint_folders()):
             files = [folder / f"{part}.safetensors" for part in ("lora", "optimizer")]
+            files += [path for path in [folder / "ema.safetensors"] if path.exists()]
             if all(is_whole(file) for file in files):
                 report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
                 return Checkpoint(report, *(read_tensors(file) for file in files))

@@ -23,6 +23,7 @@ from ..qwen_image.transformer import check_transformer, compute_dtype, load_tran
 from ..qwen_image.types import Condition, NoisyLatents
 from ..rng import seeded_globally
 from .edit_weight import combined_weights
+from .ema import average_in_place, start_ema, update_ema
 from .lora import inject_lora, without_dropout
 from .master_weights import MasterWeights, master_weights
 from .memory import apply_memory, blocks_on_host, stream_blocks
@@ -46,6 +47,7 @@ class Networks:
     weights: MasterWeights
     optimizer: torch.optim.Optimizer
     device: torch.device
+    ema: dict[str, Tensor]  # their running average; empty without one
 
     @property
     def lora(self) -> dict[str, nn.Parameter]:
@@ -57,6 +59,16 @@ class Networks:
         """The network computes with the weights to validate and export while the context lasts."""
         try:
             with weights_to_use(self.optimizer, self.lora):
+                self.weights.publish()
+                yield
+        finally:
+            self.weights.publish()
+
+    @contextlib.contextmanager
+    def average_to_use(self) -> Iterator[None]:
+        """The same with their running average."""
+        try:
+            with average_in_place(self.lora, self.ema):
                 self.weights.publish()
                 yield
         finally:
@@ -84,7 +96,8 @@ def build_networks(config: TrainConfig, preprocessing: Preprocessing, observer: 
     weights = master_weights(parameters, compute_dtype(config.model))
     transformer.train(config.lora.lora_dropout > 0)  # the only dropout there is
     apply_memory(transformer, stream, device, config)
-    return Networks(transformer, weights, build_optimizer(list(weights.masters.values())), device)
+    optimizer = build_optimizer(list(weights.masters.values()))
+    return Networks(transformer, weights, optimizer, device, start_ema(weights.masters, config.ema))
 
 
 def train_step(
@@ -111,6 +124,7 @@ def train_step(
     networks.optimizer.step()
     networks.weights.publish()
     networks.optimizer.zero_grad(set_to_none=True)
+    update_ema(networks.ema, networks.lora, done + 1, config.ema)
     return StepReport(
         step=done + 1,
         num_steps=config.max_train_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from ..qwen_image.transformer import predict_velocity
 from ..qwen_image.types import Condition
 from ..qwen_image.vae import load_vae
 from ..rng import stream
+from .ema import Weights
 from .lora import without_dropout, without_lora
 from .objective import noisy_latents, velocity_loss
 from .validation_pictures import Shot, Standard, plan_shots, report_pictures
@@ -67,27 +69,34 @@ class Validator:
         self,
         transformer: QwenImageTransformer2DModel,
         device: torch.device,
+        variants: Mapping[str, Weights],
         *,
         step: int,
         grid_file: Path,
         observer: Observer,
     ) -> SampleReport | None:
-        """Draw the held-out pairs with and without the adapter, save the grid. None where no picture is wanted.
+        """Draw the held-out pairs without the adapter and under each of `variants`, and save the grid.
+
+        None where no picture is wanted.
 
         Raises:
             Interrupted: the observer wants to stop.
         """
         if not self._shots:
             return None
-        drawn: dict[Shot, Tensor] = {}
+        missing = [shot for shot in self._shots if shot not in self._base]
+        total = len(missing) + len(self._shots) * len(variants)
+        places = ((number, total) for number in range(total))
+        pictures: dict[str, dict[Shot, Tensor]] = {"base": self._base}
         with without_dropout(transformer):
-            for number, shot in enumerate(self._shots):
-                if shot not in self._base:
-                    with without_lora(transformer):
-                        self._base[shot] = self._draw(transformer, shot, device, observer, number)
-                drawn[shot] = self._draw(transformer, shot, device, observer, number)
+            with without_lora(transformer):
+                for shot in missing:
+                    self._base[shot] = self._draw(transformer, shot, device, observer, next(places))
+            for name, weights in variants.items():
+                with weights():
+                    drawn = (self._draw(transformer, shot, device, observer, next(places)) for shot in self._shots)
+                    pictures[name] = dict(zip(self._shots, drawn, strict=True))
         vae = load_vae(self._model, device)
-        pictures = {"base": self._base, "LoRA": drawn}
         report = report_pictures(self._encoded, vae, pictures, self._standards, step=step, grid_file=grid_file)
         del vae
         release_memory()
@@ -99,10 +108,10 @@ class Validator:
         shot: Shot,
         device: torch.device,
         observer: Observer,
-        number: int,
+        place: tuple[int, int],
     ) -> Tensor:
-        """Latents [C, H, W] of shot number `number`. The noise is the pair's own at its own size."""
-        steps, total = self._config.validation_num_inference_steps, len(self._shots)
+        """Latents [C, H, W] of a shot, number `place` of so many. The noise is the pair's own at its own size."""
+        steps, (number, total) = self._config.validation_num_inference_steps, place
         pair = self._encoded.load(shot.entry)
         prompt, negative = (self._encoded.load_prompt(shot.entry, key) for key in (shot.prompt, shot.entry.negative))
         at_size = "" if shot.at_own_size else f"\x00{shot.size.width}x{shot.size.height}"

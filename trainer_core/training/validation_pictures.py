@@ -23,6 +23,7 @@ from ..geometry import Size, bucket_size
 from ..qwen_image.latents import VAE_FACTOR
 from ..qwen_image.vae import decode_latents, encode_picture
 from .drift import Drift, mean_drift, measure_drift, unedited_region
+from .ema import AVERAGE, TRAINED
 from .grid import GridRow, save_picture, validation_grid
 from .sample_pictures import save_sample_pictures
 
@@ -131,26 +132,35 @@ def report_pictures(
                 measured[name].append(_measure(pixels[name], pictures[name], standards[shot]))
                 label += f"  ·  {name} {measured[name][-1].as_text()}"
         wanted = target if shot.asks_for_target else None
-        shown = {_COLUMNS[name]: picture for name, picture in pictures.items()}
-        rows.append(GridRow(references=tuple(references), target=wanted, caption=shot.caption, label=label, **shown))
+        rows.append(
+            GridRow(
+                references=tuple(references),
+                base=pictures["base"],
+                lora=pictures.get(TRAINED),
+                ema=pictures.get(AVERAGE),
+                target=wanted,
+                caption=shot.caption,
+                label=label,
+            )
+        )
     save_sample_pictures(rows, grid_file.with_suffix(""))
     save_picture(validation_grid(rows), grid_file)
     ceiling = _mean([standards[shot].vae_psnr for shot in drawn["base"] if shot.has_target])
     return _report(measured, ceiling, step, grid_file)
 
 
-_COLUMNS = {"base": "base", "LoRA": "lora"}
-
-
 def _report(
     measured: Mapping[str, Sequence[Measured]], vae_psnr: float | None, step: int, grid_file: Path
 ) -> SampleReport:
-    drift = mean_drift(each.drift for each in measured["LoRA"])
+    """Drift is that of the trained weights, or of their average where they are not drawn."""
+    drift = mean_drift(each.drift for each in measured.get(TRAINED, measured.get(AVERAGE, ())))
+    base, lora, ema = (_mean([each.psnr for each in measured.get(name, ())]) for name in ("base", TRAINED, AVERAGE))
     return SampleReport(
         step=step,
         grid_file=grid_file,
-        psnr_base=_mean([each.psnr for each in measured["base"]]),
-        psnr_lora=_mean([each.psnr for each in measured["LoRA"]]),
+        psnr_base=base,
+        psnr_lora=lora,
+        psnr_ema=ema,
         psnr_vae=vae_psnr,
         drift_shift=drift and drift.shift,
         drift_zoom=drift and drift.zoom,
