@@ -40,7 +40,6 @@ _OPTIMIZERS = {
     "prodigy": "prodigy",
     "adafactor": "adafactor",
 }
-
 # ours: (part, name), spellings of theirs, how it is read
 _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("seed", ("seed",), Section.whole),
