@@ -80,6 +80,7 @@ ROWS: dict[str, Changes] = {
     },
     "rank_pattern, 4 in the first block": {"lora": {"rank_pattern": ["0 = 4"]}},
     "init_lora, the first row's file": {"lora": {"init_lora": f"files/{FIRST}.safetensors"}},
+    "use_ema, the average's file": {"ema": {"use_ema": True, "ema_decay": 0.95, "ema_validation": "ema_only"}},
     "rollout euler": rollout(sampler="euler", reflexflow=False),
     "rollout unipc, ReflexFlow": rollout(),
     "rollout dpm on a ramp": rollout(sampler="dpm", ramp_steps=60, reflexflow=False),
@@ -128,14 +129,20 @@ def train(job: JobConfig, file: Path) -> Outcome:
     began = time.perf_counter()
     result = train_lora(job.train_config(str(encoded.manifest)), reports)
     seconds = time.perf_counter() - began
-    assert result.samples is not None
+    samples, last = result.samples, reports.all[-1]
+    assert samples is not None
     assert result.lora_file is not None
-    shutil.copy2(result.lora_file, file)
-    assert reports.all[-1].validation_loss is not None
+    shutil.copy2(result.ema_file or result.lora_file, file)
+    psnr, loss = (
+        (samples.psnr_ema, last.ema_validation_loss) if result.ema_file else (samples.psnr_lora, last.validation_loss)
+    )
+    assert samples.psnr_base is not None
+    assert psnr is not None
+    assert loss is not None
     return Outcome(
-        result.samples.psnr_base,
-        result.samples.psnr_lora,
-        reports.all[-1].validation_loss,
+        samples.psnr_base,
+        psnr,
+        loss,
         sum(report.extra_forwards or 0 for report in reports.all),
         seconds / len(reports.all),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...config import TrainConfig
+from ..ema import ema_bytes
 from ..memory import recomputed_blocks
 from ..optimizer import STATE_BYTES
 from .activations import (
@@ -81,7 +82,7 @@ class MemoryPlan:
         return max(phase.total_bytes + _estimated(phase) // 10 for phase in self.device) + GIB // 2
 
 
-COUNTED = ("frozen weights", "streaming buffers", "adapter", "optimizer state", "VAE")
+COUNTED = ("frozen weights", "streaming buffers", "adapter", "running average", "optimizer state", "VAE")
 
 
 def _estimated(phase: Phase) -> int:
@@ -125,9 +126,11 @@ def _weights(config: TrainConfig, network: NetworkSize, streamed: int) -> dict[s
 def _resting(config: TrainConfig, network: NetworkSize, streamed: int) -> dict[str, int]:
     """What is on the device from the first step to the last."""
     copies = network.element_bytes if network.element_bytes < FLOAT32 else 0
+    _, average = ema_bytes([(network.adapter_weights,)], config.ema)
     return {
         **_weights(config, network, streamed),
         "adapter": (FLOAT32 + copies) * network.adapter_weights,
+        **({"running average": average} if average else {}),
         "optimizer state": STATE_BYTES[config.optimizer.optimizer] * network.adapter_weights,
         "libraries": LIBRARY_BYTES,
     }
@@ -189,6 +192,7 @@ def _host(
         "streamed weights": streamed * network.block_bytes,
         "offloaded inputs of blocks": offloaded,
         "encoded pairs": ENCODED_BYTES,
+        "running average": ema_bytes([(network.adapter_weights,)], config.ema)[0],
         "layers on their way": block_weights,
     }
     return {what: size for what, size in parts.items() if size}
