@@ -76,19 +76,7 @@ class ImportSimpleTuner(io.ComfyNode):
                     "doesn't; its flavour must be the configuration's.",
                 ),
             ],
-            outputs=[
-                new_output(sockets.Imported, "imported", "For Encode Imported Pairs and Train Qwen Edit LoRA."),
-                new_output(sockets.Model, "model", "The base model as the configuration holds it, for the train node."),
-                sockets.Dataset.Output(
-                    "dataset",
-                    display_name="dataset",
-                    is_output_list=True,
-                    tooltip="Every dataset by itself, for Preview Edit Pairs and Check Edit Pairs.",
-                ),
-                new_output(io.Int, "max_train_steps", "For the train node."),
-                new_output(io.Int, "seed", "For the train node."),
-                new_output(io.String, "report", "What became of every key; what was left out comes first."),
-            ],
+            outputs=_outputs(),
         )
 
     @classmethod
@@ -125,6 +113,22 @@ class ImportSimpleTuner(io.ComfyNode):
         datasets = [dataset for _, dataset in paired]
         imported = sockets.ImportedJob(job=job, paired=paired)
         return io.NodeOutput(imported, job.model, datasets, job.max_train_steps, job.seed, report)
+
+
+def _outputs() -> list[io.Output]:
+    return [
+        new_output(sockets.Imported, "imported", "For Encode Imported Pairs and Train Qwen Edit LoRA."),
+        new_output(sockets.Model, "model", "The base model as the configuration holds it, for the train node."),
+        sockets.Dataset.Output(
+            "dataset",
+            display_name="dataset",
+            is_output_list=True,
+            tooltip="Every dataset by itself, for Preview Edit Pairs and Check Edit Pairs.",
+        ),
+        new_output(io.Int, "max_train_steps", "For the train node."),
+        new_output(io.Int, "seed", "For the train node."),
+        new_output(io.String, "report", "What became of every key; what was left out comes first."),
+    ]
 
 
 class EncodeImported(io.ComfyNode):

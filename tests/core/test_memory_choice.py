@@ -168,9 +168,7 @@ def iter_frames(error: BaseException):
 
 
 @pytest.mark.parametrize(("place", "on_host", "on_device"), [("cpu", 1, 0), ("accelerator", 0, 1)])
-def test_a_running_average_counts_where_it_lies(
-    network: NetworkSize, place: str, on_host: int, on_device: int
-) -> None:
+def test_a_running_average_counts_where_it_lies(network: NetworkSize, place: str, on_host: int, on_device: int) -> None:
     plain = plan_memory(config_of(), network, WORK)
     averaged = plan_memory(config_of(ema=EmaConfig(use_ema=True, ema_device=place)), network, WORK)
     size = 4 * network.adapter_weights
