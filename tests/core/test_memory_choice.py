@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from trainer_core.config import MemoryConfig, ModelConfig, TrainConfig
+from trainer_core.config import EmaConfig, MemoryConfig, ModelConfig, TrainConfig
 from trainer_core.errors import OutOfMemoryError
 from trainer_core.geometry import Size
 from trainer_core.training.planning.advice import STEP, VALIDATION, memory_advice, memory_errors_explained
