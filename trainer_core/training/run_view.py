@@ -41,7 +41,7 @@ def summary(folder: Path) -> dict[str, Any]:
             "learning_rate": last.get("learning_rate"),
             "peak_bytes": last.get("peak_bytes", 0),
             "changed": (folder / "run.json").stat().st_mtime,
-            "psnr": {name: samples.get(f"psnr_{name}") for name in ("base", "lora", "vae")},
+            "psnr": {name: samples.get(f"psnr_{name}") for name in ("base", "lora", "ema", "vae")},
         }
     )
 

@@ -205,8 +205,13 @@ function createDetail({ app, api, store, back }) {
 
 /** How near the pictures of the held-out pairs come to their targets. @param {Run} run */
 function ratios({ psnr }) {
-  if (typeof psnr?.lora !== "number") return [];
-  return [`LoRA ${psnr.lora.toFixed(1)} dB, base ${psnr.base?.toFixed(1) ?? "–"} dB`];
+  const named = [
+    ["LoRA", psnr?.lora],
+    ["EMA", psnr?.ema],
+    ["base", psnr?.base],
+  ];
+  const known = named.filter(([, value]) => typeof value === "number");
+  return known.length > 1 ? [known.map(([name, value]) => `${name} ${value.toFixed(1)} dB`).join(", ")] : [];
 }
 
 /**
