@@ -45,7 +45,8 @@ def test_summary(tmp_path: Path):
     found = run_view.summary(run)
     assert (found["run_name"], found["state"], found["step"], found["num_steps"]) == ("mine", "paused", 2, 100)
     assert (found["loss"], found["peak_bytes"]) == (2.0, 7)
-    assert found["psnr"] == {"base": 9.0, "lora": None, "ema": None, "vae": 20.0}  # JSON as pages read it knows no infinity
+    # JSON as pages read it knows no infinity
+    assert found["psnr"] == {"base": 9.0, "lora": None, "ema": None, "vae": 20.0}
     assert str(tmp_path) not in json.dumps(found)
 
 
