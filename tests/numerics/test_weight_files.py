@@ -150,7 +150,7 @@ def gradients(network: nn.Module) -> Tensor:
 def test_codes_kept_as_they_are_compute_and_train_the_same(written: Written, name: str):
     kept = load_transformer(config_of(written.files[name], "file"), CPU)
     layers = [layer for layer in kept.transformer_blocks.modules() if isinstance(layer, FrozenLinear)]
-    assert len(layers) == 14
+    assert len(layers) == 11  # of a block's 14; the last block's end of the text side is left out
     assert all(layer.weight.element_size() == 1 for layer in layers)
     with torch.no_grad():
         assert relative_error(velocity(kept), written.velocities[name]) < 1e-5

@@ -157,6 +157,7 @@ def test_demo_at_small_size(furnished: PackServer):
     loader = inputs_of(prompt, "LoadImage")
     loader["image"] = loader["image"].replace("demo/", "small demo/", 1)
     inputs_of(prompt, "QwenEdit_TrainLora")["max_train_steps"] = 3
+    inputs_of(prompt, "QwenEdit_OptimizerSettings")["lr_warmup_steps"] = 0
     inputs_of(prompt, "QwenEdit_ValidationSettings").update(validation_num_inference_steps=2, num_validation_images=1)
     inputs_of(prompt, "QwenEdit_SampleEdit")["num_inference_steps"] = 2
     inputs_of(prompt, "QwenEdit_TrainingSettings")["train_batch_size"] = 2

@@ -96,7 +96,7 @@ def test_training(unbroken: Path, studio: PackServer):
     assert {path.name for path in checkpoint.iterdir()} == {"lora.safetensors", "optimizer.safetensors", "report.json"}
     assert steps_written(studio, "broken") == list(range(1, paused["steps"] + 1))
 
-    drawing = Pressed(studio, prompt, progress_of(TRAIN, 2, DRAW))
+    drawing = Pressed(studio, prompt, progress_of(TRAIN, 2, 2 * DRAW))  # base and LoRA
     drawing.assert_interrupted_at(TRAIN)
     assert state_of(studio, "broken")["steps"] == MIDDLE
     assert not (run_dir(studio, "broken") / "samples" / f"step-{MIDDLE:06d}.png").exists()
