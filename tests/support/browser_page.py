@@ -31,6 +31,8 @@ HARMLESS = (
     r"/favicon\.ico .*404",
     r"Cannot read properties of undefined \(reading 'id'\)\s+at onChange ",  # of its own settings, frontend 1.32.9
     r"api\.comfy\.org.*Content Security Policy",  # it may look up node packs; --disable-api-nodes forbids it
+    # Its own listener to a node's progress text, where one comes while the page is still loading. Frontend 1.32.9.
+    r"getCanvas: canvas is null[\s\S]* at ComfyApi\.handleProgressText ",
 )
 
 
@@ -43,7 +45,7 @@ class ComfyPage:
         self.page: Page = self._context.new_page()
         self.page.set_default_timeout(60 * SECONDS)
         self.page.on("console", self._hear)
-        self.page.on("pageerror", lambda error: self.problems.append(f"uncaught: {error}"))
+        self.page.on("pageerror", lambda error: self._note(f"uncaught: {error.stack or error}"))
         self.load()
 
     def close(self) -> None:
@@ -54,11 +56,14 @@ class ComfyPage:
         """Open the page, or reload it, until this pack's part of it is there."""
         self.page.goto(self.server.url, wait_until="domcontentloaded")
         self.page.wait_for_selector(".qwen-edit-trainer-tab-button")
-        self.page.wait_for_function("() => window.app?.graph && window.app.extensionManager")
+        self.page.wait_for_function("() => window.graph && window.app.extensionManager")  # `graph` is set last
 
     def _hear(self, message: ConsoleMessage) -> None:
-        line = f"{message.location.get('url', '')} {message.text}"
-        if message.type == "error" and not any(re.search(known, line) for known in HARMLESS):
+        if message.type == "error":
+            self._note(f"{message.location.get('url', '')} {message.text}")
+
+    def _note(self, line: str) -> None:
+        if not any(re.search(known, line) for known in HARMLESS):
             self.problems.append(line)
 
     # The graph
