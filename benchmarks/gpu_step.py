@@ -34,7 +34,7 @@ from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, NoiseConf
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
 from trainer_core.precision.quantise import quantise
-from trainer_core.qwen_image.transformer import leave_out_unread, predict_velocity
+from trainer_core.qwen_image.transformer import lighten, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.training.lora import inject_lora
 from trainer_core.training.lora_plan import TARGET_PATTERNS
@@ -96,7 +96,7 @@ def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[in
         transformer = QwenImageTransformer2DModel(num_layers=layers).bfloat16()
     transformer.requires_grad_(False)
     if setting.step == "ours":
-        leave_out_unread(transformer)
+        lighten(transformer)
     blocks = list(transformer.transformer_blocks)
     for index, block in enumerate(blocks):
         draw(block, device)

@@ -40,8 +40,8 @@ def chosen(network: NetworkSize, precision: str, gib: float, host: int = PLENTY)
     return choose_memory(config_of(model=model), sized, WORK, Budget(int(gib * GIB), host))
 
 
-# GiB at the peak of a step, as measured on an H100 with a target and a
-# reference of that side, 230 prompt tokens and rank 16: benchmarks/gpu_step_h100_2026-11.md.
+# GiB at the peak of a step, as measured on an H100 with a target and a reference of that side, 230 prompt tokens and
+# rank 16: benchmarks/gpu_step_h100_2026-11.md. The blocks of that day's code kept queries and keys in float32 as well.
 MEASURED = {
     ("none", 1024, ""): 42.43,
     ("int8-quanto", 1024, ""): 23.76,
@@ -72,7 +72,8 @@ def test_the_plan_is_within_a_twentieth_of_what_was_measured(
     plan = plan_memory(config, dataclasses.replace(network, precision=precision), work)
     training = plan.phase("training")
     assert training is not None
-    assert training.total_bytes / GIB == pytest.approx(MEASURED[measured], rel=0.05)
+    in_float32 = 2 * 4 * network.width * (2 * (side // 16) ** 2 + 230) * max(1, network.num_blocks - plan.recomputed)
+    assert (training.total_bytes + in_float32) / GIB == pytest.approx(MEASURED[measured], rel=0.05)
 
 
 def test_the_fastest_settings_that_fit_are_chosen(network: NetworkSize) -> None:

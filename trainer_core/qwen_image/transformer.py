@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import ModelFileError
 from ..events import SILENT, Observer
+from ..precision.frozen_norm import FrozenRMSNorm
 from ..precision.materialise import Placement, materialise
 from ..weights.source import WeightSource, open_weights
 from .flavours import FLAVOURS
@@ -37,8 +38,7 @@ def load_transformer(
 ) -> QwenImageTransformer2DModel:
     """The frozen transformer of a base model on `device`, in the wanted precision, read block by block.
 
-    Blocks whose numbers are in `on_host` end in host memory. The end of the last block's text side, which nobody reads,
-    is left out.
+    Blocks whose numbers are in `on_host` end in host memory. What training can do without is left out: `lighten`.
 
     Raises:
         ModelFileError: no such transformer, a damaged one, or one of another flavour.
@@ -49,7 +49,7 @@ def load_transformer(
     source = open_weights(model_folder(config).transformer, PREFIXES)
     network = empty_transformer(settings)
     _set_zero_cond_t(network, FLAVOURS[config.flavour].zero_cond_t)
-    leave_out_unread(network)
+    lighten(network)
     placement = Placement(
         precision=config.base_model_precision,
         dtype=compute_dtype(config),
@@ -149,16 +149,14 @@ def empty_transformer(settings: dict[str, Any]) -> QwenImageTransformer2DModel:
     return network
 
 
-def leave_out_unread(transformer: QwenImageTransformer2DModel) -> None:
-    """Take away what the last block computes of the text after its attention: only its image is read."""
+def lighten(transformer: QwenImageTransformer2DModel) -> None:
+    """Have a frozen network compute and keep less, with the same result: nobody reads what the last block computes of
+    the text after its attention, and norms of queries and keys need not keep them in float32."""
     last = transformer.transformer_blocks[-1]
     last.attn.to_add_out, last.txt_norm2, last.txt_mlp = (torch.nn.Identity() for _ in range(3))
-
-
-def is_unread(name: str, num_layers: int) -> bool:
-    """Whether a module, or a weight in it, is one that `leave_out_unread` takes away."""
-    last = f"transformer_blocks.{num_layers - 1}."
-    return name.startswith(tuple(f"{last}{part}" for part in ("attn.to_add_out", "txt_norm2", "txt_mlp")))
+    for block in transformer.transformer_blocks:
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            setattr(block.attn, name, FrozenRMSNorm(getattr(block.attn, name)))
 
 
 def compute_dtype(config: ModelConfig) -> torch.dtype:

@@ -43,11 +43,10 @@ class Kept:
 
 def kept_by_block(network: NetworkSize, *, rank: int, batch: int, dropout: bool = False) -> list[Kept]:
     """Everything a block keeps for its backward pass, if it does not compute it again."""
-    e, width = network.element_bytes, network.element_bytes * network.width
+    width = network.element_bytes * network.width
     rows = [
         Kept("the block's input, for the first norm", width + 8, width + 8),
         Kept("queries and keys before their norm", 2 * width, 2 * width),
-        Kept("the same in float32", *2 * [2 * (_FLOAT32 * network.width if e < _FLOAT32 else 0)]),
         Kept("their lengths", *2 * [2 * _FLOAT32 * network.heads]),
         Kept("queries, keys, values and output of the attention", *2 * [4 * width + _FLOAT32 * network.heads]),
         Kept("the second norm's input", width + 8, width + 8),

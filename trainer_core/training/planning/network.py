@@ -12,7 +12,7 @@ from torch import nn
 from ...config import BaseModelPrecision, LoraConfig, ModelConfig
 from ...qwen_image.flavours import FLAVOURS
 from ...qwen_image.folder import model_folder
-from ...qwen_image.transformer import check_transformer, compute_dtype, empty_transformer, leave_out_unread
+from ...qwen_image.transformer import check_transformer, compute_dtype, empty_transformer, lighten
 from ..lora_plan import num_parameters, target_modules
 
 _BLOCK = re.compile(r"transformer_blocks\.\d+\.(.+)")
@@ -110,7 +110,7 @@ def measure_network(
     num_weights = sum(weight.numel() for weight in network.parameters())
     adapter_weights = num_parameters(network, lora)
     adapted = {name: network.get_submodule(name) for name in target_modules(network, lora)}
-    leave_out_unread(network)
+    lighten(network)
     blocks = list(network.transformer_blocks)
     network.transformer_blocks = nn.ModuleList()
     config: Any = network.config

@@ -1,0 +1,46 @@
+"""Bytes of the full-size step, counted on the meta device: what is promised, what was measured, what is planned."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.gpu_step import GIB, Setting, planned_bytes
+from benchmarks.step_bytes import traced_step
+
+LAYERS = 60
+WORKSPACES = 0.1 * GIB  # of CUDA's libraries, which are not counted
+
+
+def counted_bytes(precision: str, memory: str = "full", *, side: int = 1024, references: int = 1) -> float:
+    """At the peak of a step of the whole network: every block but the first and the last few takes the same."""
+    setting = Setting("ours", precision, side, references, memory)
+    few, more = (traced_step(setting, layers).peak for layers in (4, 6))
+    return more + (more - few) / 2 * (LAYERS - 6)
+
+
+def test_int8_fits_a_card_of_24_gb_without_streaming() -> None:
+    """Target and reference of 1 MP. 23.5 GiB is what such a card has left beside CUDA's own."""
+    assert counted_bytes("int8-quanto") + WORKSPACES < 23.5 * GIB
+    assert counted_bytes("int8-quanto", "full,offload") + WORKSPACES < 21 * GIB
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"precision": "none"},
+        {"precision": "int8-quanto"},
+        {"precision": "int8-quanto", "memory": "full,offload"},
+        {"precision": "int8-quanto", "memory": "none"},
+        {"precision": "int8-quanto", "references": 3},
+        {"precision": "int8-quanto", "side": 512, "references": 0},
+        {"precision": "fp8-quanto", "side": 512, "references": 2, "memory": "full,offload"},
+    ],
+    ids=lambda case: " ".join(map(str, case.values())),
+)
+def test_the_plan_is_within_a_twentieth_of_what_is_counted(case: dict) -> None:
+    precision, memory = case["precision"], case.get("memory", "full")
+    side, references = case.get("side", 1024), case.get("references", 1)
+    counted = counted_bytes(precision, memory, side=side, references=references)
+    planned = planned_bytes(Setting("ours", precision, side, references, memory), LAYERS)
+    assert planned == pytest.approx(counted + WORKSPACES, rel=0.05)
+    assert planned > counted
