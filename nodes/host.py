@@ -220,6 +220,9 @@ class NodeObserver:
 
     def _update(self, done: int, total: int, preview: tuple[str, Image.Image, int] | None = None) -> None:
         """ComfyUI's bar raises its interruption and forgets it; here it waits until `should_stop` is asked."""
+        if total != self._bar.total or done < self._bar.current:
+            # From ComfyUI 0.13 on a bar is silent until it is past the last value it sent, the former phase's too.
+            self._bar = comfy.utils.ProgressBar(total)
         try:
             self._bar.update_absolute(done, total, preview)
         except comfy.model_management.InterruptProcessingException:

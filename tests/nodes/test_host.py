@@ -83,6 +83,13 @@ def test_an_interruption_ends_as_comfyuis(answers: dict[str, Any]):
     assert answers["long"]["flag is cleared"] == "True"
 
 
+def test_every_phase_has_a_bar_of_its_own(answers: dict[str, Any]):
+    """Newer versions of ComfyUI send nothing of a bar whose value went back, until it is past the last one sent."""
+    steps = [[[1, 9], [2, 9]], [[3, 9]]]
+    drawing = [[[4, 4]], [[1, 9], [2, 9]]]
+    assert answers["bars"] == [[[80, 80]], [[1, 41], [41, 41]], steps[0], drawing[0], steps[1], drawing[1]]
+
+
 def test_a_file_is_placed_once_and_never_over_another(answers: dict[str, Any]):
     one, two = "mine/mine.safetensors", "mine/mine-2.safetensors"
     assert answers["placed"]["names"] == str([one, one, two, two])

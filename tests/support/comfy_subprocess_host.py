@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ NARROW = {
     "joint_attention_dim": 32,
     "axes_dims_rope": (4, 6, 6),
 }
+PHASES = [("long", 80, 80), ("shorter", 1, 41), ("shorter", 41, 41), ("steps", 1, 9), ("steps", 2, 9)]
+PHASES += [("drawing", 4, 4), ("steps", 3, 9), ("drawing", 1, 9), ("drawing", 2, 9)]
 
 
 def pack(repo: str) -> Callable[[str], types.ModuleType]:
@@ -165,6 +168,29 @@ def long_calls(host: types.ModuleType, runs: types.ModuleType, errors: types.Mod
     return found
 
 
+def bars(host: types.ModuleType) -> list[list[tuple[int, int]]]:
+    """(value, total) of each bar of ComfyUI's that a training's phases move."""
+    import comfy.utils
+
+    moved: list[list[tuple[int, int]]] = []
+
+    class Bar:
+        def __init__(self, total: int) -> None:
+            self.current, self.total = 0, total
+            self.values: list[tuple[int, int]] = []
+            moved.append(self.values)
+
+        def update_absolute(self, value: int, total: int, _preview: Any = None) -> None:
+            self.current, self.total = value, total
+            self.values.append((value, total))
+
+    with mock.patch.object(comfy.utils, "ProgressBar", Bar):
+        observer = host.NodeObserver()
+        for phase, done, total in PHASES:
+            observer.on_progress(phase, done, total)
+    return [values for values in moved if values]
+
+
 def bar_that_raises() -> None:
     """ComfyUI's server puts a hook under progress bars which raises when the user has interrupted."""
     import comfy.model_management
@@ -217,6 +243,7 @@ def main(_: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor
     answers = {
         "check": check_files(host, folder),
         "apply": apply_files(host, folder),
+        "bars": bars(host),
         "long": long_calls(host, module("nodes.active_runs"), errors),
         "placed": placed(publish, folder),
         "folders": folders(host, values),
