@@ -64,11 +64,12 @@ def test_encoding(studio: PackServer):
     assert 2 <= len(latents) < 2 * count
     assert not made("prompt")
 
-    Pressed(studio, prompt, progress_of(ENCODE, 2, count + 1)).assert_interrupted_at(ENCODE)
+    # The first message: newer versions send them a tenth of a second apart, and by then all may be done.
+    Pressed(studio, prompt, progress_of(ENCODE, 1, count + 1)).assert_interrupted_at(ENCODE)
     assert latents.items() <= made("latents").items()
     assert len(made("latents")) == 2 * count
     prompts = made("prompt")
-    assert 2 <= len(prompts) < count + 1
+    assert 1 <= len(prompts) < count + 1
 
     studio.run(prompt)
     assert prompts.items() <= made("prompt").items()
