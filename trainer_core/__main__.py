@@ -150,6 +150,8 @@ def _together() -> Iterator[Ranks]:
     from .ranks import joined_ranks
 
     with joined_ranks() as ranks:
+        if ranks.leads and ranks.size > 1:
+            _LOG.info("%d processes work together", ranks.size)
         if not ranks.leads:
             logging.getLogger().setLevel(logging.WARNING)
         yield ranks
