@@ -32,6 +32,7 @@ from tools.comfyui import (
 )
 
 WORKFLOW = REPO / "workflows" / "api" / "demo.json"
+EXAMPLE = "example.png"  # lies in ComfyUI's own input folder, which is not this one
 MARK = ".made-by-make-demo"  # only a folder with this file in it is emptied
 RESULT = "qwen_edit_run"  # the key of the training node's ui output
 FIGURES = ("psnr_base", "psnr_lora", "psnr_vae")
@@ -167,6 +168,7 @@ def prepare(folder: Path) -> Path:
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     pictures = base / "input" / pictures_folder(prompt)
     make_demo_pairs(pictures)
+    shutil.copy(min((pictures / "reference").iterdir()), base / "input" / EXAMPLE)
     say(f"pairs: {pictures}")
     return base
 
