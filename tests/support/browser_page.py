@@ -32,6 +32,8 @@ HARMLESS = (
     r"Cannot read properties of undefined \(reading 'id'\)\s+at onChange ",  # of its own settings, frontend 1.32.9
     r"api\.comfy\.org.*Content Security Policy",  # it may look up node packs; --disable-api-nodes forbids it
     # Its own listener to a node's progress text, where one comes while the page is still loading. Frontend 1.32.9.
+    r"ComfyApp graph accessed before initialization",  # by its own store, frontend 1.49.6
+    r"huggingface\.co.*Content Security Policy",  # its first graph's models, likewise
     r"getCanvas: canvas is null[\s\S]* at ComfyApi\.handleProgressText ",
 )
 

@@ -23,11 +23,14 @@ HOSTILE = "<img src=x onerror='window.hacked = true'><script>window.hacked = tru
 
 
 def place_models(server: PackServer) -> None:
-    """Files of the names that templates link downloads for, so that the page does not offer them."""
+    """Files of the names that templates link downloads for or load as a LoRA, so that the page misses none."""
     for path in (REPO / "workflows").glob("*.json"):
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
-            for model in node["properties"].get("models", ()):
-                place = server.base / "models" / model["directory"] / model["name"]
+            named = [f"{model['directory']}/{model['name']}" for model in node["properties"].get("models", ())]
+            if node["type"].startswith("LoraLoader"):
+                named.append(f"loras/{node['widgets_values'][0]}")
+            for name in named:
+                place = server.base / "models" / name
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.touch()
 
