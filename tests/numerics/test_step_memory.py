@@ -15,8 +15,9 @@ from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, Mo
 from trainer_core.errors import ConfigError, MissingPackageError
 from trainer_core.precision.streaming import BlockStream
 from trainer_core.qwen_image.transformer import load_transformer
+from trainer_core.training import offload as offload_module
 from trainer_core.training.memory import apply_memory, blocks_on_host, stream_blocks
-from trainer_core.training.offload import HostCopies
+from trainer_core.training.offload import CHUNK_BYTES, HostCopies, offloaded_bytes
 from trainer_core.training.recompute import Recomputation
 
 CPU = torch.device("cpu")
@@ -157,8 +158,8 @@ def test_each_weight_comes_over_once_a_pass(base: Path, monkeypatch: pytest.Monk
     assert copies[: len(forward_and_backward)] == forward_and_backward
 
 
-class Pinned(HostCopies):
-    """Offloads even small tensors, and counts them."""
+class Counting(HostCopies):
+    """Counts what it offloads."""
 
     kept = 0
 
@@ -168,10 +169,10 @@ class Pinned(HostCopies):
         return kept
 
 
-def test_offloading_is_bit_equal_and_uses_its_buffers_again(base: Path, plain: Outcome):
+def test_offloading_is_bit_equal_and_uses_its_memory_again(base: Path, plain: Outcome):
     transformer = load_transformer(ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU)
     lora = with_adapter(transformer)
-    offload = Pinned(CPU, small_bytes=1)
+    offload = Counting(CPU, small_bytes=1)
     transformer.enable_gradient_checkpointing(
         Recomputation(list(transformer.transformer_blocks), LAYERS, offload=offload)
     )
@@ -179,10 +180,35 @@ def test_offloading_is_bit_equal_and_uses_its_buffers_again(base: Path, plain: O
         for weight in lora.values():
             weight.grad = None
         found = gradients(transformer, lora)
-        buffers = sum(map(len, offload._unused.values()))
     assert all(torch.equal(found[name], gradient) for name, gradient in plain.gradients.items())
-    assert offload.kept == 2 * buffers > 2 * LAYERS
-    assert all(reference() is None for reference in offload._order)
+    assert offload.kept > 4 * LAYERS
+    assert offload.host_bytes == CHUNK_BYTES
+    assert all(place.kept() is None for place in offload._order)
+
+
+def test_offloaded_tensors_of_many_sizes_take_what_the_largest_step_takes(monkeypatch: pytest.MonkeyPatch):
+    """Prompts and pictures of all lengths, a step that breaks off, and one that doesn't fit the memory so far."""
+    monkeypatch.setattr(offload_module, "CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(offload_module, "SMALL_BYTES", 1)
+    offload = HostCopies(CPU, small_bytes=1)
+    largest = 0
+    for length in (*range(100, 160), 150, 90, 3000, 100):
+        tensors = [torch.randn(each) for each in (length, 700 + length)] * 5
+        kept = [offload.keep(tensor) for tensor in tensors]
+        largest = max(largest, offloaded_bytes(tensor.nbytes for tensor in tensors))
+        if length == 150:
+            kept.clear()
+            continue  # nobody fetched it
+        for one, other in zip(reversed(kept), reversed(tensors), strict=True):
+            assert torch.equal(offload.fetch(one), other)
+        assert offload.host_bytes <= largest
+    assert offload.host_bytes == largest
+
+
+def test_a_tensor_that_is_not_in_one_piece_comes_back():
+    offload = HostCopies(CPU, small_bytes=1)
+    tensor = torch.randn(30, 20).t()
+    assert torch.equal(offload.fetch(offload.keep(tensor)), tensor)
 
 
 def test_dropout_drops_the_same_twice(base: Path):

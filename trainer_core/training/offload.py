@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 SMALL_BYTES = 1 << 20  # smaller tensors stay: the copy would cost more than it saves
+CHUNK_BYTES = 1 << 28  # of host memory at a time; a power of two, to which torch rounds pinned memory up
 
 
 @dataclass(eq=False)
@@ -17,41 +19,47 @@ class Kept:
     """A tensor in host memory, and what is on its way back."""
 
     host: Tensor
-    like: Tensor  # on the meta device
-    device: torch.device
+    shape: torch.Size
+    dtype: torch.dtype
     coming: Tensor | None = None
     came: torch.cuda.Event | None = None
+    is_fetched: bool = False
 
 
 class HostCopies:
     """Last in, first out: while one tensor is used, those kept before it are brought back.
 
-    Copies run on a stream of their own, between pinned buffers that are used again in the next step.
+    Copies run on a stream of their own. Tensors lie one behind the other in pinned memory that is used again in the
+    next step, so that as much is held as the largest step took, whatever the sizes of the others.
     """
 
     def __init__(self, device: torch.device, *, small_bytes: int = SMALL_BYTES, ahead: int = 2) -> None:
         self._device, self._small_bytes, self._ahead = device, small_bytes, ahead
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._unused: dict[int, list[Tensor]] = {}  # buffers by size
-        self._order: list[weakref.ref[Kept]] = []  # those of a step that broke off are gone by themselves
+        self._chunks: list[Tensor] = []
+        self._order: list[_Place] = []  # what a step that broke off left is given up by itself
         self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that is held."""
+        return sum(chunk.nbytes for chunk in self._chunks)
 
     def keep(self, tensor: Tensor) -> Kept | Tensor:
         """Copy to host memory; the tensor's own memory is free as soon as nobody else holds it. Small ones are given
         back as they are."""
         if tensor.nbytes < self._small_bytes or tensor.device.type != self._device.type:
             return tensor
-        kept = Kept(self._buffer(tensor), torch.empty_like(tensor, device="meta"), tensor.device)
+        kept = self._placed(tensor)
         if self._stream is None:
             kept.host.copy_(_bytes(tensor))
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._stream):
-                kept.host.copy_(_bytes(tensor), non_blocking=True)
-                left = torch.cuda.Event()
-                left.record(self._stream)
-            self._hold(left, tensor)
-        self._order.append(weakref.ref(kept))
+            return kept
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            kept.host.copy_(_bytes(tensor), non_blocking=True)
+            left = torch.cuda.Event()
+            left.record(self._stream)
+        self._hold(left, tensor)
         return kept
 
     def fetch(self, kept: Kept | Tensor) -> Tensor:
@@ -59,17 +67,36 @@ class HostCopies:
         if isinstance(kept, Tensor):
             return kept
         self._begin(kept)
+        kept.is_fetched = True
         self._leaving.clear()  # the forward pass is over, and what is enqueued from here on follows its copies
-        while self._order and self._order[-1]() in (None, kept):
-            self._order.pop()
-        for reference in self._order[-self._ahead :]:
-            if (earlier := reference()) is not None:
+        self._give_up_fetched()
+        for place in self._order[-self._ahead :]:
+            if (earlier := place.kept()) is not None:
                 self._begin(earlier)
         if kept.came is not None:
             torch.cuda.current_stream(self._device).wait_event(kept.came)
-        self._unused.setdefault(kept.host.nbytes, []).append(kept.host)
         assert kept.coming is not None
         return kept.coming
+
+    def _placed(self, tensor: Tensor) -> Kept:
+        """The next piece of host memory. It may still be read from: copies are in order, on one stream."""
+        self._give_up_fetched()
+        chunk, end = (self._order[-1].chunk, self._order[-1].end) if self._order else (0, 0)
+        while True:
+            if chunk == len(self._chunks):
+                size = _chunk_bytes(tensor.nbytes)
+                self._chunks.append(torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None))
+            if end + tensor.nbytes <= self._chunks[chunk].nbytes:
+                break
+            chunk, end = chunk + 1, 0
+        host = self._chunks[chunk][end : end + tensor.nbytes]
+        kept = Kept(host, tensor.shape, tensor.dtype)
+        self._order.append(_Place(weakref.ref(kept), chunk, end + _aligned(tensor.nbytes)))
+        return kept
+
+    def _give_up_fetched(self) -> None:
+        while self._order and ((last := self._order[-1].kept()) is None or last.is_fetched):
+            self._order.pop()
 
     def _hold(self, left: torch.cuda.Event, tensor: Tensor) -> None:
         """Keep a tensor's memory until it has left, and don't run far ahead of the device: what it has not done yet
@@ -82,7 +109,7 @@ class HostCopies:
     def _begin(self, kept: Kept) -> None:
         if kept.coming is not None:
             return
-        kept.coming = torch.empty_like(kept.like, device=kept.device)
+        kept.coming = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
         if self._stream is None:
             _bytes(kept.coming).copy_(kept.host)
             return
@@ -92,11 +119,38 @@ class HostCopies:
             kept.came = torch.cuda.Event()
             kept.came.record(self._stream)
 
-    def _buffer(self, tensor: Tensor) -> Tensor:
-        unused = self._unused.get(tensor.nbytes)
-        if unused:
-            return unused.pop()
-        return torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a kept tensor lies, or lay: its chunk, and the byte there behind it."""
+
+    kept: weakref.ref[Kept]
+    chunk: int
+    end: int
+
+
+def offloaded_bytes(sizes: Iterable[int]) -> int:
+    """Host memory that tensors of these sizes in bytes take, in the order in which they are kept."""
+    chunks: list[int] = []
+    end = 0
+    for size in sizes:
+        if size < SMALL_BYTES:
+            continue
+        if not chunks or end + size > chunks[-1]:
+            chunks.append(_chunk_bytes(size))
+            end = 0
+        end += _aligned(size)
+    return sum(chunks)
+
+
+def _chunk_bytes(size: int) -> int:
+    """Of a chunk that has to hold a tensor of that size."""
+    return max(CHUNK_BYTES, 1 << (size - 1).bit_length())
+
+
+def _aligned(size: int) -> int:
+    """Up to the next multiple of 512 bytes, where another tensor may begin."""
+    return -(-size // 512) * 512
 
 
 def _bytes(tensor: Tensor) -> Tensor:

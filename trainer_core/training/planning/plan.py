@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...config import TrainConfig
 from ..ema import ema_bytes
 from ..memory import recomputed_blocks
+from ..offload import offloaded_bytes
 from ..optimizer import STATE_BYTES
 from .activations import (
     Tokens,
@@ -185,7 +186,8 @@ def _host(
     config: TrainConfig, network: NetworkSize, tokens: Tokens, *, recomputed: int, streamed: int
 ) -> dict[str, int]:
     """Host memory. Loading holds two blocks unquantised, before pairs and offloaded inputs are there."""
-    offloaded = recomputed * boundary_bytes(network, tokens) if config.memory.activation_offload else 0
+    inputs = [boundary_bytes(network, part) for part in (replace(tokens, text=0), replace(tokens, image=0))]
+    offloaded = offloaded_bytes(recomputed * inputs) if config.memory.activation_offload else 0
     block_weights = 2 * network.largest_layer_weights * FLOAT32
     parts = {
         "Python, torch and CUDA": PROCESS_BYTES,
