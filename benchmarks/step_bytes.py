@@ -16,7 +16,7 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -104,7 +104,7 @@ def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBy
             return keep(copies, tensor)
 
     with (
-        mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash_attention),
+        flash_attention(),
         mock.patch.object(HostCopies, "keep", keep_uncounted),
         live,
     ):
@@ -116,6 +116,11 @@ def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBy
             live.restart()
             step(latents, condition)
     return live
+
+
+def flash_attention() -> AbstractContextManager[Any]:
+    """Attention as a card computes it, which keeps no matrix of all tokens times all tokens."""
+    return mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash_attention)
 
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> Tensor:

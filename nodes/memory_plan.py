@@ -60,7 +60,7 @@ class PlanMemory(io.ComfyNode):
         config = _train_config(model, encoded, **settings)
         network = network_size(config.model, config.lora)
         work = workload_of_encoded(encoded, config.batching, config.validation, encoded)
-        budget = budget_of(pick_device(model.device), card_gib or config.memory.vram_gib)
+        budget = budget_of(pick_device(model.device), card_gib or config.memory.vram_gib, held_leaves=True)
         text, _ = planned_in_words(config, network, work, budget)
         return io.NodeOutput(text, ui={"text": [text]})
 

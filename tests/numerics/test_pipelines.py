@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit_v1_pipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus_pipeline
 from PIL import Image
@@ -27,7 +27,6 @@ from trainer_core.qwen_image.folder import model_folder
 from trainer_core.qwen_image.sampling import load_scheduler
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.transformer import load_transformer
-from trainer_core.qwen_image.vae import load_vae
 from trainer_core.qwen_image.vision import rotary_positions
 from trainer_core.rng import stream
 from trainer_core.sample import SampleRequest, sample_edit
@@ -89,7 +88,7 @@ def build_pipeline(model: ModelConfig) -> Any:
     pipeline = QwenImageEditPipeline if model.flavour == "edit-v1" else QwenImageEditPlusPipeline
     built = pipeline(
         scheduler=load_scheduler(folder.scheduler),
-        vae=load_vae(model, device),
+        vae=AutoencoderKLQwenImage.from_pretrained(folder.vae),
         text_encoder=encoder.network,
         tokenizer=encoder.tokenizer,
         processor=Qwen2VLProcessor(Qwen2VLImageProcessor(), encoder.tokenizer, Qwen2VLVideoProcessor()),

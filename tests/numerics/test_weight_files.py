@@ -18,10 +18,11 @@ from trainer_core.config import LoraConfig, ModelConfig
 from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.qwen_image import text_encoder_file
 from trainer_core.qwen_image.folder import weights_digest
+from trainer_core.qwen_image.latents import normalise
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
-from trainer_core.qwen_image.vae import load_vae
+from trainer_core.qwen_image.vae import decode_latents, encode_picture, load_vae
 from trainer_core.rng import stream
 from trainer_core.training.lora import inject_lora
 
@@ -177,10 +178,11 @@ def test_vae_with_wans_names(comfyui_says: Answer, tmp_path: Path):
     network = load_vae(replace(config_of(path), mixed_precision="no"), CPU)
     assert network.config.base_dim == 8
     seen = torch.rand(1, 64, 48, 3, generator=stream(0, "picture")).permute(0, 3, 1, 2).unsqueeze(2)
-    latents = network.encode(seen * 2 - 1).latent_dist.mode()
-    wanted = comfyui_says.tensors["vae latents"].reshape(latents.shape)
+    latents = encode_picture(network, seen[0, :, 0])
+    theirs = comfyui_says.tensors["vae latents"].reshape(latents.shape)
+    wanted = normalise(theirs, network.config.latents_mean, network.config.latents_std)
     assert relative_error(latents, wanted) < 1e-3
-    decoded = (network.decode(wanted).sample / 2 + 0.5).clamp(0, 1).squeeze(2).permute(0, 2, 3, 1)
+    decoded = decode_latents(network, wanted).permute(1, 2, 0)
     assert relative_error(decoded, comfyui_says.tensors["vae picture"].reshape(decoded.shape)) < 1e-3
 
 

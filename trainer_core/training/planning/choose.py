@@ -37,10 +37,11 @@ class Budget:
         return plan.needed_device_bytes <= self.device_bytes and plan.host_peak_bytes <= self.host_bytes
 
 
-def budget_of(device: torch.device, vram_gib: float = 0.0, *, processes: int = 1) -> Budget:
+def budget_of(device: torch.device, vram_gib: float = 0.0, *, processes: int = 1, held_leaves: bool = False) -> Budget:
     """What is free on this machine for one of so many processes; `vram_gib` above 0 speaks of a card of that size.
 
-    What this process itself holds on the device counts as free: other models leave before a training begins.
+    With `held_leaves` what this process holds on the device counts as free, for a plan that is made while models are
+    there which leave before a training begins.
     """
     host = int(psutil.virtual_memory().available) // processes
     if vram_gib > 0:
@@ -48,7 +49,8 @@ def budget_of(device: torch.device, vram_gib: float = 0.0, *, processes: int = 1
     if device.type != "cuda":
         return Budget(host, host, is_shared=True)
     free, _ = torch.cuda.mem_get_info(device)
-    return Budget(free + torch.cuda.memory_reserved(device), host)
+    unused = torch.cuda.memory_reserved(device) - (0 if held_leaves else torch.cuda.memory_allocated(device))
+    return Budget(free + unused, host)
 
 
 def choose_memory(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> MemoryPlan:

@@ -24,9 +24,10 @@ from .workload import PairSize, Workload
 
 GIB = 2**30
 FLOAT32 = 4
-VAE_WEIGHTS = 126_892_531
-# Elements that decoding a picture takes per pixel, weights apart; measured on the CPU, see docs/architecture.md.
-DECODING_ELEMENTS = 2_030
+# Of the VAE as `vae.for_pictures` leaves it: its weights, and elements per pixel that a picture takes besides them.
+VAE_WEIGHTS = 44_599_603
+DECODING_ELEMENTS = 675
+ENCODING_ELEMENTS = 581
 LIBRARY_BYTES = 100 * 2**20  # workspaces of cuBLAS and others, which torch's allocator counts
 PROCESS_BYTES = 3 * GIB  # Python, torch and CUDA in host memory
 ENCODED_BYTES = GIB  # encoded pairs that the loader holds
@@ -83,7 +84,15 @@ class MemoryPlan:
         return max(phase.total_bytes + _estimated(phase) // 10 for phase in self.device) + GIB // 2
 
 
-COUNTED = ("frozen weights", "streaming buffers", "adapter", "running average", "optimizer state", "VAE")
+COUNTED = (
+    "frozen weights",
+    "streaming buffers",
+    "adapter",
+    "running average",
+    "optimizer state",
+    "VAE",
+    "VAE for references",
+)
 
 
 def _estimated(phase: Phase) -> int:
@@ -98,7 +107,7 @@ def plan_memory(config: TrainConfig, network: NetworkSize, work: Workload) -> Me
     """
     recomputed = recomputed_blocks(config.memory, network.num_blocks, checkpointing=config.gradient_checkpointing)
     streamed = min(config.memory.blocks_to_stream, recomputed)
-    resting = _resting(config, network, streamed)
+    resting = {**_resting(config, network, streamed), **_on_the_fly(network, work.encoded)}
     tokens = work.tokens
     phases = [
         Phase("loading", {**_weights(config, network, streamed), "a layer on its way": _layer_bytes(network)}),
@@ -134,6 +143,16 @@ def _resting(config: TrainConfig, network: NetworkSize, streamed: int) -> dict[s
         **({"running average": average} if average else {}),
         "optimizer state": STATE_BYTES[config.optimizer.optimizer] * network.adapter_weights,
         "libraries": LIBRARY_BYTES,
+    }
+
+
+def _on_the_fly(network: NetworkSize, pixels: int) -> dict[str, int]:
+    """The VAE that encodes references ahead of the steps, in a thread of its own."""
+    if not pixels:
+        return {}
+    return {
+        "VAE for references": VAE_WEIGHTS * network.element_bytes,
+        "encoding a reference": ENCODING_ELEMENTS * network.element_bytes * pixels,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -42,11 +43,13 @@ class PairSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """`train`: the largest pair, `batch` of them at once. `validation`: the largest that is drawn, None without."""
+    """`train`: the largest pair, `batch` of them at once. `validation`: the largest that is drawn, None without.
+    `encoded`: the largest reference, in pixels, that is encoded while training; 0 where all are in the cache."""
 
     train: PairSize
     batch: int
     validation: PairSize | None = None
+    encoded: int = 0
 
     @property
     def tokens(self) -> Tokens:
@@ -70,7 +73,11 @@ def workload_of_encoded(
 ) -> Workload:
     """Of a dataset in the cache, validated on the pairs that `held_out` keeps out."""
     drawn = _sizes(held_out, held_out.validation_pairs[: validation.num_validation_images])
-    return _workload(_sizes(encoded, encoded.pairs), _at_sizes(drawn, validation), batching)
+    work = _workload(_sizes(encoded, encoded.pairs), _at_sizes(drawn, validation), batching)
+    flying = (shape for pair in encoded.pairs if pair.reference_files for shape in pair.shapes[1:])
+    return dataclasses.replace(
+        work, encoded=VAE_FACTOR**2 * max((math.prod(shape[-2:]) for shape in flying), default=0)
+    )
 
 
 def workload_of_pairs(
@@ -80,18 +87,22 @@ def workload_of_pairs(
     validation: ValidationConfig,
 ) -> Workload:
     """Of datasets that are not encoded yet, from the pictures' headers; lengths of prompts are estimated."""
-    train, drawn = [], []
+    train, drawn, flying = [], [], [0]
     for dataset, encoding in parts:
         sizes = []
         for pair in dataset.pairs:
             kinds = pair.conditioning_types
             plan = plan_pair(pair.sizes, FLAVOURS[model.flavour], encoding, pair.key, conditioning_types=kinds)
             text = estimated_prompt(plan, max(map(len, pair.captions), default=0))
-            sizes.append(pair_size(plan.target.size, [view.size for view in plan.references], text))
+            references = [view.size for view in plan.references]
+            sizes.append(pair_size(plan.target.size, references, text))
+            if encoding.reference_latents == "on_the_fly":
+                flying += [size.width * size.height for size in references]
         held = len(sizes) if encoding.num_eval_images < 0 else encoding.num_eval_images
         train += sizes if held < len(sizes) else []
         drawn += sizes if held else []
-    return _workload(train, _at_sizes(drawn, validation) if validation.num_validation_images else [], batching)
+    work = _workload(train, _at_sizes(drawn, validation) if validation.num_validation_images else [], batching)
+    return dataclasses.replace(work, encoded=max(flying))
 
 
 def _at_sizes(pairs: Sequence[PairSize], validation: ValidationConfig) -> list[PairSize]:
