@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 
-from trainer_core.config import EmaConfig, MemoryConfig, ModelConfig, TrainConfig
-from trainer_core.errors import OutOfMemoryError
+from trainer_core.config import EmaConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
+from trainer_core.errors import ModelFileError, OutOfMemoryError
 from trainer_core.geometry import Size
 from trainer_core.training.planning.advice import STEP, VALIDATION, memory_advice, memory_errors_explained
 from trainer_core.training.planning.choose import Budget, choose_memory
@@ -159,6 +159,38 @@ def test_torch_runs_out_and_the_sentence_says_what_to_do(network: NetworkSize) -
     assert isinstance(cause, torch.OutOfMemoryError)
     frames = [frame for frame in iter_frames(cause) if "held" in frame.f_code.co_varnames]
     assert frames and "held" not in frames[0].f_locals, "the failed work's tensors are still held"
+
+
+DORA = {"lora": LoraConfig(lora_type="dora")}
+ACTIVATIONS = {"model": ModelConfig(base_model_precision="int8-quanto", quantize_activations=True)}
+
+
+@pytest.mark.parametrize(("changes", "forbidden"), [(DORA, "blocks_to_stream"), (ACTIVATIONS, "base_model_precision")])
+def test_what_other_settings_forbid_is_not_advised(
+    network: NetworkSize, changes: dict[str, object], forbidden: str
+) -> None:
+    """DoRA does not stream, and rounded activations need 8 bits."""
+    config = config_of(**changes)
+    sized = dataclasses.replace(network, precision=config.model.base_model_precision)
+    plan = plan_memory(config, sized, WORK)
+    advice = memory_advice(plan, STEP)
+    assert "What helps most: " in advice and forbidden not in advice
+    with pytest.raises(OutOfMemoryError, match="still needs") as refused:
+        choose_memory(config, sized, WORK, Budget(4 * GIB, PLENTY))
+    assert "nf4-bnb" not in str(refused.value) or forbidden == "blocks_to_stream"
+    fitting = choose_memory(config, sized, WORK, Budget(60 * GIB, PLENTY))
+    assert fitting.streamed == 0 or forbidden != "blocks_to_stream"
+
+
+def test_out_of_memory_stays_that_where_no_advice_can_be_had() -> None:
+    def plan_of() -> MemoryPlan:
+        raise ModelFileError("The file is gone.")
+
+    with (
+        pytest.raises(OutOfMemoryError, match=r"^Out of memory in step 7\. All is kept\.$"),
+        memory_errors_explained(plan_of, STEP, "in step 7", "All is kept."),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def iter_frames(error: BaseException):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from ...config import MemoryConfig
 from ...device import release_memory
 from ...errors import OutOfMemoryError
 from ...geometry import Size
-from .choose import smaller_trainings
+from .choose import if_allowed, smaller_trainings
 from .plan import GIB, MemoryPlan, plan_memory
 from .workload import with_target
 
+_LOG = logging.getLogger(__name__)
 _ADVISED = 3
 STEP, VALIDATION = ("training",), ("drawing", "decoding")  # phases of the plan
 
@@ -40,20 +41,21 @@ def _fullest(plan: MemoryPlan, phases: tuple[str, ...]) -> int:
 
 
 def _changes(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
+    """Changes of one setting in words, each with its plan. Those that the other settings forbid are left out."""
     config, network, work = plan.config, plan.network, plan.work
-    everything = dataclasses.replace(config.memory, gradient_checkpointing_blocks=-1)
 
-    def planned(memory: MemoryConfig, **changes: object) -> MemoryPlan:
-        changed = dataclasses.replace(config, gradient_checkpointing=True, memory=memory, **changes)  # type: ignore[arg-type]
-        return plan_memory(changed, network, work)
+    def planned(words: str, **changes: object) -> Iterator[tuple[str, MemoryPlan]]:
+        memory = dataclasses.replace(config.memory, gradient_checkpointing_blocks=-1, **changes)  # type: ignore[arg-type]
+        changed = if_allowed(lambda: dataclasses.replace(config, gradient_checkpointing=True, memory=memory))
+        if changed is not None:
+            yield words, plan_memory(changed, network, work)
 
     if plan.recomputed < network.num_blocks:
-        words = "gradient_checkpointing_blocks -1" if plan.recomputed else "gradient_checkpointing on"
-        yield words, planned(everything)
+        yield from planned("gradient_checkpointing_blocks -1" if plan.recomputed else "gradient_checkpointing on")
     else:
         streamed = min(network.num_blocks, plan.streamed + network.num_blocks // 3)
-        yield "activation_offload on", planned(dataclasses.replace(everything, activation_offload=True))
-        yield f"blocks_to_stream {streamed}", planned(dataclasses.replace(everything, blocks_to_stream=streamed))
+        yield from planned("activation_offload on", activation_offload=True)
+        yield from planned(f"blocks_to_stream {streamed}", blocks_to_stream=streamed)
     for side in (768, 512):
         if work.validation is not None and work.validation.target.width * work.validation.target.height > side**2:
             smaller = with_target(work.validation, Size(side, side))
@@ -84,5 +86,13 @@ def memory_errors_explained(
     except (torch.OutOfMemoryError, MemoryError) as error:
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the work that failed
         release_memory()
-        advice = memory_advice(plan_of(), phases)
-        raise OutOfMemoryError(f"Out of memory {during}. {kept} {advice}") from error
+        raise OutOfMemoryError(f"Out of memory {during}. {kept} {_advice(plan_of, phases)}".rstrip()) from error
+
+
+def _advice(plan_of: Callable[[], MemoryPlan], phases: tuple[str, ...]) -> str:
+    """The advice, or nothing where no plan can be made: then memory ran out all the same, and that is what to say."""
+    try:
+        return memory_advice(plan_of(), phases)
+    except Exception:  # noqa: BLE001 - whatever it is, it must not stand in the place of the error at hand
+        _LOG.warning("No advice, because the memory could not be planned.", exc_info=True)
+        return ""

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import psutil
 import torch
 
 from ...config import BaseModelPrecision, TrainConfig
-from ...errors import OutOfMemoryError
+from ...errors import ConfigError, OutOfMemoryError
 from ...geometry import scaled_size
 from .network import NetworkSize
 from .plan import GIB, MemoryPlan, plan_memory
 from .workload import PairSize, Workload
 
+C = TypeVar("C")
 CONTEXT_BYTES = int(0.6 * GIB)  # what CUDA itself takes of a card
 _SMALLER_PRECISIONS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "nf4-bnb")
 _SMALLER_SIDES = (1024, 768, 512)
@@ -68,24 +70,35 @@ def choose_memory(config: TrainConfig, network: NetworkSize, work: Workload, bud
     raise OutOfMemoryError(_refusal(plan, budget))
 
 
+def if_allowed(build: Callable[[], C]) -> C | None:
+    """The settings that `build` makes, or None where they exclude each other, as streamed blocks and DoRA do."""
+    try:
+        return build()
+    except ConfigError:
+        return None
+
+
 def _candidates(config: TrainConfig, num_blocks: int) -> Iterator[TrainConfig]:
     """Recompute as few blocks as possible; then let their inputs wait in host memory; then stream as few as possible.
     Last come those without waiting inputs, where host memory is short."""
     for blocks in range(num_blocks + 1):
-        yield _with(config, blocks, streamed=0, offload=False)
+        yield from _with(config, blocks, streamed=0, offload=False)
     for offload in (True, False):
         for streamed in range(num_blocks + 1):
-            yield _with(config, num_blocks, streamed=streamed, offload=offload)
+            yield from _with(config, num_blocks, streamed=streamed, offload=offload)
 
 
-def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool) -> TrainConfig:
+def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool) -> Iterator[TrainConfig]:
+    """The one training with such a memory; none where the other settings forbid it."""
     memory = dataclasses.replace(
         config.memory,
         gradient_checkpointing_blocks=recomputed,
         activation_offload=offload,
         blocks_to_stream=streamed,
     )
-    return dataclasses.replace(config, gradient_checkpointing=recomputed > 0, memory=memory)
+    changed = if_allowed(lambda: dataclasses.replace(config, gradient_checkpointing=recomputed > 0, memory=memory))
+    if changed is not None:
+        yield changed
 
 
 def _refusal(plan: MemoryPlan, budget: Budget) -> str:
@@ -136,8 +149,14 @@ def _much_smaller_trainings(plan: MemoryPlan) -> Iterator[tuple[str, Training]]:
 
 
 def _smaller_precisions(plan: MemoryPlan) -> tuple[BaseModelPrecision, ...]:
-    sizes = {each: dataclasses.replace(plan.network, precision=each).weight_bytes for each in _SMALLER_PRECISIONS}
-    return tuple(each for each in _SMALLER_PRECISIONS if sizes[each] < 0.9 * plan.network.weight_bytes)
+    """Those that the other settings allow and that save more than a tenth."""
+
+    def is_smaller(precision: BaseModelPrecision) -> bool:
+        model = if_allowed(lambda: dataclasses.replace(plan.config.model, base_model_precision=precision))
+        size = dataclasses.replace(plan.network, precision=precision).weight_bytes
+        return model is not None and size < 0.9 * plan.network.weight_bytes
+
+    return tuple(each for each in _SMALLER_PRECISIONS if is_smaller(each))
 
 
 def _smaller_sides(plan: MemoryPlan) -> tuple[int, ...]:
