@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from trainer_core.config import BaseModelPrecision, LoraConfig, ModelConfig, TrainConfig
+from trainer_core.config import BaseModelPrecision, LoraConfig, MixedPrecision, ModelConfig, TrainConfig
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
 from trainer_core.precision.quantise import quantise
@@ -128,6 +128,20 @@ def test_weights_take_what_is_planned(precision: BaseModelPrecision) -> None:
     first = sum(tensor.nbytes for _, _, tensor in frozen_tensors(network.transformer_blocks[0]))
     assert size.block_bytes == pytest.approx(first, rel=0.002)
     assert size.weight_bytes == pytest.approx(sum(each.nbytes for _, _, each in frozen_tensors(network)), rel=0.002)
+
+
+@pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
+@pytest.mark.parametrize(("stored", "kept"), [(1, True), (2, False), (4, False)])
+def test_file_keeps_codes_of_a_byte_and_nothing_else(mixed_precision: MixedPrecision, stored: int, kept: bool) -> None:
+    """A bf16 file is as under `none`, also where the arithmetic is float32."""
+    settings, lora = {"num_layers": 2, "num_attention_heads": 3}, LoraConfig()
+    plain = ModelConfig(mixed_precision=mixed_precision)
+    count = sum(weight.numel() for weight in empty_transformer(dict(settings)).parameters())
+    none = measure_network(settings, plain, lora)
+    file = dataclasses.replace(plain, base_model_precision="file")
+    found = measure_network(settings, file, lora, stored_bytes=stored * count)
+    matrices = sum(rows * columns for rows, columns in none.block.matrices)
+    assert none.block_bytes - found.block_bytes == (matrices * (none.element_bytes - 1) if kept else 0)
 
 
 def peak_bytes(step: Callable[[], None]) -> int:

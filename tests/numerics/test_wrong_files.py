@@ -11,9 +11,9 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import save_file
 
-from tests.support.layouts import Weights, as_bytes, gguf, int8_rows, random_weights
+from tests.support.layouts import Weights, as_bytes, gguf, int8_rows, nf4, random_weights
 from tests.support.narrow import NARROW
-from trainer_core.config import ModelConfig
+from trainer_core.config import LoraConfig, ModelConfig
 from trainer_core.errors import Interrupted, ModelFileError
 from trainer_core.events import SilentObserver, Stop
 from trainer_core.qwen_image import transformer
@@ -21,6 +21,7 @@ from trainer_core.qwen_image.folder import model_folder
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.transformer import load_transformer, transformer_settings
 from trainer_core.qwen_image.vae import load_vae
+from trainer_core.training.planning.network import network_size
 
 CPU = torch.device("cpu")
 LAYER = "transformer_blocks.1.attn.to_q"
@@ -155,8 +156,18 @@ def test_flavour_by_the_marker(tmp_path: Path, weights: Weights):
 
 def test_gguf_is_not_kept_as_it_is(tmp_path: Path, weights: Weights):
     path = gguf(weights, tmp_path / "a.gguf", "F16")
-    assert "not kept as they are" in complaint(path, base_model_precision="file")
+    assert "GGUF, which is not kept as it is" in complaint(path, base_model_precision="file")
     load_transformer(config_of(path), CPU)
+
+
+def test_nf4_is_not_kept_as_it_is(tmp_path: Path):
+    """The plan would count its codes, and bf16 would be loaded."""
+    folder = nf4(random_weights({**NARROW, "num_layers": 1}), tmp_path / "transformer")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", **NARROW}))
+    config = replace(config_of(folder), base_model_precision="file")
+    for refused in (lambda: load_transformer(config, CPU), lambda: network_size(config, LoraConfig())):
+        with pytest.raises(ModelFileError, match=r"holds its weights as NF4.*Set base_model_precision to nf4-bnb"):
+            refused()
 
 
 def test_loading_can_be_stopped(tmp_path: Path, weights: Weights):

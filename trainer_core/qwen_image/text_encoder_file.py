@@ -119,7 +119,7 @@ class _Renamed:
     def __init__(self, source: WeightSource) -> None:
         self._source = source
         self._stored = {_in_transformers(name): name for name in source.shapes}
-        self.place, self.markers = source.place, source.markers
+        self.place, self.markers, self.packing = source.place, source.markers, source.packing
         self.shapes = {name: source.shapes[stored] for name, stored in self._stored.items()}
 
     def opened(self) -> AbstractContextManager[Read]:

@@ -73,9 +73,10 @@ def check_transformer(config: ModelConfig) -> dict[str, Any]:
     place = model_folder(config).transformer
     settings = transformer_settings(place)
     _check_flavour(config, place, settings)
-    if place.suffix == ".gguf" and config.base_model_precision == "file":
+    if config.base_model_precision == "file" and (packing := open_weights(place, PREFIXES).packing):
         raise ModelFileError(
-            f"{place.name} is a .gguf file, whose blocks are not kept as they are. Choose another base_model_precision."
+            f"base_model_precision is 'file', and {place.name} holds its weights as {packing}, which is not kept as it "
+            "is; allowed is 'file' for fp8 and int8. Set base_model_precision to nf4-bnb or int8-quanto."
         )
     return settings
 

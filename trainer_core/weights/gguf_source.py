@@ -17,6 +17,8 @@ from .stored import StoredWeight
 class GgufSource:
     """See WeightSource. Blocks of any of GGUF's types are dequantised when read."""
 
+    packing = "GGUF"
+
     def __init__(self, place: Path, prefixes: Sequence[str] = ()) -> None:
         self.place = place
         tensors = {tensor.name: tensor for tensor in _reader(place).tensors}

@@ -52,6 +52,7 @@ class SafetensorsSource:
         weights = {name: shape for name, shape in names.items() if not self._is_companion(name)}
         packed = [name for name in weights if f"{name}.{_NF4_STATE}" in names]
         self.shapes = {**weights, **self._unpacked_shapes(packed)}
+        self.packing = "NF4" if packed else ""
 
     def _has_prefix(self, name: str) -> bool:
         return name.startswith(self._prefix)

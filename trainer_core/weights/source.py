@@ -32,6 +32,11 @@ class WeightSource(Protocol):
         """Names of entries that are not weights, such as `__index_timestep_zero__`."""
         ...
 
+    @property
+    def packing(self) -> str:
+        """`NF4` or `GGUF` where several weights share a code, which no layer keeps as it is; else empty."""
+        ...
+
     def opened(self) -> AbstractContextManager[Read]:
         """Reads by name while the context lasts; what is read lives on. Closed files give back their memory map."""
         ...

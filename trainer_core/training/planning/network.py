@@ -78,8 +78,10 @@ def matrix_bytes(rows: int, columns: int, network: NetworkSize) -> float:
     weights, precision = rows * columns, network.precision
     if precision == "none":
         return weights * network.element_bytes
-    if precision == "file":
-        return weights * max(1.0, min(network.element_bytes, network.stored_bytes))
+    if (
+        precision == "file"
+    ):  # codes of a byte are kept; the rest, of two bytes or more, is brought into the arithmetic's
+        return weights * (1 + (network.element_bytes - 1) * min(1.0, max(0.0, network.stored_bytes - 1)))
     if precision in ("int8-quanto", "fp8-quanto"):
         return weights + 4 * rows
     if precision == "nf4-bnb":
