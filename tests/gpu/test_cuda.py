@@ -22,6 +22,7 @@ from trainer_core.config import (
     TrainConfig,
 )
 from trainer_core.device import release_memory
+from trainer_core.precision.streaming import _pin
 from trainer_core.run import train_lora
 from trainer_core.sample import SampleRequest, sample_edit
 
@@ -92,6 +93,15 @@ def test_compiled_blocks_take_the_same_course(config: TrainConfig) -> None:
     settings = elsewhere(config, "bf16", mixed_precision="bf16")
     compiled = dataclasses.replace(settings, run_dir=f"{settings.run_dir}-c", memory=MemoryConfig(compile_blocks=True))
     torch.testing.assert_close(torch.tensor(losses(compiled)), torch.tensor(losses(settings)), rtol=2e-2, atol=2e-2)
+
+
+def test_memory_that_cannot_be_locked_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    stream = torch.nn.Module()  # anything that can be weakly referred to
+    host = torch.empty(2**20, dtype=torch.uint8)
+    _pin(stream, [host])
+    _pin(stream, [host])  # which is an error to CUDA
+    assert "can't be locked" in caplog.text
+    assert torch.ones(2, device="cuda").add(1).tolist() == [2, 2]
 
 
 def test_memory_is_given_back(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -205,8 +205,15 @@ def _pin(owner: object, tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
             _LOG.warning("%.1f GiB of host memory can't be locked; streaming will be slow.", tensor.nbytes / 2**30)
+            _forget_error()
             continue
         weakref.finalize(owner, _unpin, tensor)
+
+
+def _forget_error() -> None:
+    """CUDA keeps its last error until somebody asks, and the next kernel would raise it: one that does nothing else."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
 
 
 def _unpin(tensor: Tensor) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, int, int]  # frames, rows, columns of one picture's tokens
+_SIZES_HELD = 8  # frequencies of so many sizes stay on the device; at 1 MP with a reference they take 4 MiB each
+_PROMPTS_ALIKE = 256  # tokens; prompts up to the same multiple share theirs
 
 
 class ComfyuiPositions(nn.Module):
@@ -24,7 +26,8 @@ class ComfyuiPositions(nn.Module):
     def __init__(self, replaced: Any) -> None:
         super().__init__()
         self._replaced = replaced
-        self._cached = lru_cache(maxsize=64)(self._frequencies)
+        self._cached_pictures = lru_cache(maxsize=_SIZES_HELD)(self._pictures)
+        self._cached_prompt = lru_cache(maxsize=_SIZES_HELD)(self._prompt)
 
     def forward(
         self, img_shapes: Sequence[Sequence[Shape]], max_txt_seq_len: int, device: torch.device
@@ -33,18 +36,21 @@ class ComfyuiPositions(nn.Module):
 
         The shapes of the batch's first sample hold for all, as in diffusers.
         """
-        return self._cached(tuple(img_shapes[0]), int(max_txt_seq_len), device)
+        shapes, length = tuple(img_shapes[0]), int(max_txt_seq_len)
+        start = max(side // 2 for side in shapes[0][1:])
+        rounded = -(-length // _PROMPTS_ALIKE) * _PROMPTS_ALIKE
+        return self._cached_pictures(shapes, device), self._cached_prompt(start, rounded, device)[:length]
 
-    def _frequencies(
-        self, shapes: tuple[Shape, ...], prompt_tokens: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
+    def _pictures(self, shapes: tuple[Shape, ...], device: torch.device) -> Tensor:
         pictures = []
         for index, (_, rows, columns) in enumerate(shapes):
             row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
             pictures.append(self._at(torch.full_like(row, index), row - rows // 2, column - columns // 2))
-        start = max(side // 2 for side in shapes[0][1:])
-        prompt = torch.arange(start, start + prompt_tokens)
-        return torch.cat(pictures).to(device), self._at(prompt, prompt, prompt).to(device)
+        return torch.cat(pictures).to(device)
+
+    def _prompt(self, start: int, tokens: int, device: torch.device) -> Tensor:
+        prompt = torch.arange(start, start + tokens)
+        return self._at(prompt, prompt, prompt).to(device)
 
     def _at(self, *positions: Tensor) -> Tensor:
         axes = zip(positions, self._replaced.axes_dim, strict=True)

@@ -56,7 +56,7 @@ def dequantise(codes: Tensor, scale: Tensor, rotation: int, dtype: torch.dtype) 
     """codes × scale [out, in], with the columns' rotation undone. Computed in float32 and rounded once."""
     factor = scale.to(torch.float32)
     if rotation:
-        matrix = hadamard(rotation).to(codes.device)
+        matrix = hadamard(rotation, codes.device)
         weight = codes.to(torch.float32).mul_(factor)
         return (weight.unflatten(-1, (-1, rotation)) @ matrix).flatten(-2).to(dtype)
     # One pass over the weight: the product is taken in float32 and stored in dtype, without a float32 copy.
@@ -66,9 +66,9 @@ def dequantise(codes: Tensor, scale: Tensor, rotation: int, dtype: torch.dtype) 
 
 
 @cache
-def hadamard(size: int) -> Tensor:
+def hadamard(size: int, device: torch.device) -> Tensor:
     """The matrix [size, size] of ComfyUI's `convrot` layout: symmetric, orthonormal, its own inverse."""
-    seed = torch.tensor(_HADAMARD_4)
+    seed = torch.tensor(_HADAMARD_4, device=device)
     matrix = seed
     while len(matrix) < size:
         matrix = torch.kron(matrix, seed)
