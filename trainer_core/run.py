@@ -12,7 +12,7 @@ from .conditioning.encoded import EncodedDataset, load_encoded
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
 from .errors import ConfigError, DatasetError, Interrupted
-from .events import SILENT, Observer, SampleReport, StepReport, Stop
+from .events import SILENT, Observer, StepReport, Stop
 from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
 from .ranks import ALONE, Ranks
 from .training.ema import AVERAGE, TRAINED, restore_ema, weights_to_validate
@@ -22,6 +22,7 @@ from .training.optimizer_state import optimizer_tensors, restore_optimizer
 from .training.planning.advice import STEP, VALIDATION
 from .training.planning.settle import RunMemory, dry_step
 from .training.run_folder import Checkpoint, RunFolder
+from .training.run_result import TrainResult, find_result, how_to_start, recorded_samples
 from .training.step import Networks, build_networks, train_step
 from .training.validation import Validator
 
@@ -29,19 +30,6 @@ _VALIDATION_KEPT = (
     "The training is kept up to this step. Lower validation_resolution (768x768, 512x512), or set "
     "num_validation_images to 0, which leaves the validation loss; then the same run goes on."
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """How a run ended. `lora_file` is None when it was paused, `ema_file` (the running average) also without use_ema,
-    `samples` without held-out pairs."""
-
-    run_dir: Path
-    steps_done: int
-    stopped: Stop
-    lora_file: Path | None = None
-    ema_file: Path | None = None
-    samples: SampleReport | None = None
 
 
 def train_lora(
@@ -68,15 +56,35 @@ def train_lora(
     memory = RunMemory(config, encoded, _validation_set(config, encoded), ranks.on_machine).settled()
     config = memory.config  # under memory auto with the settings that fit, found before a weight is read
     validator = Validator(memory.held_out, config.model, config.validation)
-    whole = BatchPlan(encoded, config.batching, config.seed)  # micro-batch i of the run, a pure function of i
-    plan = RankPlan(whole, ranks, config.batching.gradient_accumulation_steps)  # those of this process
     run = _open_run(config, ranks)  # refuses a folder of another run
+    stop = how_to_start(run, continue_kept=continue_kept)  # KEEP if there is nothing to do but the file
     run.write_config(to_json(config))
 
     with memory.explained(STEP, "while the model was loaded", "Nothing is lost."):
         networks = build_networks(config, encoded.preprocessing, observer)
-    done, report, stop = _restore(run, networks), None, Stop.NO  # 0 steps in a fresh folder
-    _make_up_for_validation(validator, networks, run, done, memory, observer)
+    done = _restore(run, networks)  # 0 steps in a fresh folder
+    if not stop:
+        _make_up_for_validation(validator, networks, run, done, memory, observer)
+        done, stop = _train(run, networks, validator, memory, done, observer, ranks)
+    result = _finish(config, run, networks, done, stop, extra_check)
+    ranks.wait()  # for the file
+    return result
+
+
+def _train(
+    run: RunFolder,
+    networks: Networks,
+    validator: Validator,
+    memory: RunMemory,
+    done: int,
+    observer: Observer,
+    ranks: Ranks,
+) -> tuple[int, Stop]:
+    """Steps from `done` on, until there are enough or a stop is wished; how many are done then, and the wish."""
+    config, encoded = memory.config, memory.encoded
+    whole = BatchPlan(encoded, config.batching, config.seed)  # micro-batch i of the run, a pure function of i
+    plan = RankPlan(whole, ranks, config.batching.gradient_accumulation_steps)  # those of this process
+    report, stop = None, Stop.NO
     with (
         Metrics(run, done) as metrics,
         reference_encoder(encoded, config.model, observer) as encode_reference,
@@ -101,9 +109,7 @@ def train_lora(
             observer.on_step(report)
             stop = ranks.agree(observer.should_stop())  # asked once here: two answers may differ
     _save(run, report, networks, config)
-    result = _finish(config, run, networks, done, stop, extra_check)
-    ranks.wait()  # for the file
-    return result
+    return done, stop
 
 
 def _step(
@@ -119,28 +125,6 @@ def _open_run(config: TrainConfig, ranks: Ranks) -> RunFolder:
     run = RunFolder.open(path, resume_key(config, ranks.size)) if ranks.leads else RunFolder(path, writes=False)
     ranks.wait()
     return run
-
-
-def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: int = 1) -> TrainResult | None:
-    """The result of a run that needs no more training under these settings, from its folder in a moment."""
-    run = RunFolder(Path(config.run_dir))
-    state = run.state()
-    result = state.get("result")
-    if not result or state["key"] != resume_key(config, num_ranks) or result["export"] != to_json(config.export):
-        return None
-    complete = result["steps"] == config.max_train_steps or (result["kept"] and not continue_kept)
-    lora_file = run.path / result["lora_file"]
-    ema_file = run.path / result["ema_file"] if result.get("ema_file") else None
-    if not complete or not all(file.is_file() for file in (lora_file, ema_file) if file):
-        return None
-    return TrainResult(
-        run_dir=run.path,
-        steps_done=result["steps"],
-        stopped=Stop.KEEP if result["kept"] else Stop.NO,
-        lora_file=lora_file,
-        ema_file=ema_file,
-        samples=_recorded_samples(run),
-    )
 
 
 def _validation_set(config: TrainConfig, encoded: EncodedDataset) -> EncodedDataset:
@@ -216,11 +200,6 @@ def _validate_at(
 _LOSS_OF = {TRAINED: "validation_loss", AVERAGE: "ema_validation_loss"}
 
 
-def _recorded_samples(run: RunFolder) -> SampleReport | None:
-    record = run.state().get("samples")
-    return SampleReport(**{**record, "grid_file": run.samples / record["grid_file"]}) if record else None
-
-
 def _restore(run: RunFolder, networks: Networks) -> int:
     """Put the newest checkpoint into adapter and optimizer; the number of steps it stands for."""
     checkpoint = run.latest_checkpoint()
@@ -270,7 +249,7 @@ def _finish(
     if ema_path is not None:
         result["ema_file"] = ema_path.name
     run.write_state(state="kept" if kept else "finished", steps=done, result=result)
-    samples = _recorded_samples(run)
+    samples = recorded_samples(run)
     return TrainResult(
         run_dir=run.path, steps_done=done, stopped=stop, lora_file=path, ema_file=ema_path, samples=samples
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs, read_rows, small_encoding
@@ -22,6 +24,7 @@ from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     BatchingConfig,
     CheckpointConfig,
+    ExportConfig,
     LoraConfig,
     ModelConfig,
     NoiseConfig,
@@ -195,6 +198,39 @@ def test_stop_and_keep_exports_and_is_answered_from_its_folder(config: TrainConf
     assert find_result(config) == kept == train_lora(config)
     unbroken = train_lora(named(config, "unbroken"))
     assert equal(lora_tensors(train_lora(config, continue_kept=True)), lora_tensors(unbroken))
+
+
+def test_a_kept_run_writes_its_file_again_and_trains_no_further(config: TrainConfig) -> None:
+    kept = train_lora(config, StopAfter(8, Stop.KEEP))
+    weights, steps = lora_tensors(kept), Steps()
+    renamed = dataclasses.replace(config, export=ExportConfig(trigger_words="sks"))
+    assert find_result(renamed) is None
+    again = train_lora(renamed, steps)
+    assert (again.stopped, again.steps_done, steps.reports) == (Stop.KEEP, kept.steps_done, [])
+    assert equal(lora_tensors(again), weights) and again.lora_file is not None
+    with safe_open(again.lora_file, "pt") as file:
+        assert "sks" in json.dumps(file.metadata())
+    again.lora_file.rename(again.lora_file.with_name("moved.safetensors"))
+    assert train_lora(renamed, steps) == again == find_result(renamed)
+    assert steps.reports == [] and equal(lora_tensors(again), weights)
+
+
+def test_a_kept_run_without_its_checkpoint_is_not_written_again(config: TrainConfig) -> None:
+    kept = train_lora(config, StopAfter(8, Stop.KEEP))
+    before = lora_tensors(kept)
+    shutil.rmtree(Path(config.run_dir) / "checkpoints" / f"step-{kept.steps_done:06d}")
+    assert find_result(config) == kept
+    with pytest.raises(RunFolderError, match=rf"at step {kept.steps_done} and kept.*continue a kept run"):
+        train_lora(dataclasses.replace(config, export=ExportConfig(trigger_words="sks")))
+    assert equal(lora_tensors(kept), before)
+
+
+def test_a_kept_run_that_went_on_is_no_longer_kept(config: TrainConfig) -> None:
+    kept = train_lora(config, StopAfter(4, Stop.KEEP))
+    paused = train_lora(config, StopAfter(4), continue_kept=True)
+    assert paused.stopped is Stop.PAUSE and paused.steps_done > kept.steps_done
+    assert find_result(config) is None
+    assert train_lora(config).steps_done == 12
 
 
 def test_a_finished_run_is_answered_at_once_and_goes_on_when_more_steps_are_wanted(config: TrainConfig) -> None:

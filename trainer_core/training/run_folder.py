@@ -144,18 +144,29 @@ class RunFolder:
         for left_over in self.checkpoints.glob(".step-*.tmp"):
             shutil.rmtree(left_over, ignore_errors=True)
 
+    def steps_done(self) -> int:
+        """Of the newest whole checkpoint; 0 without one."""
+        folder = self._newest_whole()
+        return _step_of(folder) if folder else 0
+
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest whole checkpoint."""
-        for folder in reversed(self._checkpoint_folders()):
-            files = [folder / f"{part}.safetensors" for part in ("lora", "optimizer")]
-            files += [path for path in [folder / "ema.safetensors"] if path.exists()]
-            if all(is_whole(file) for file in files):
-                report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-                return Checkpoint(report, *(read_tensors(file) for file in files))
-        return None
+        folder = self._newest_whole()
+        if folder is None:
+            return None
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return Checkpoint(report, *(read_tensors(file) for file in self._files(folder)))
+
+    def _newest_whole(self) -> Path | None:
+        folders = reversed(self._checkpoint_folders())
+        return next((folder for folder in folders if all(map(is_whole, self._files(folder)))), None)
+
+    def _files(self, folder: Path) -> list[Path]:
+        files = [folder / f"{part}.safetensors" for part in ("lora", "optimizer")]
+        return files + [path for path in [folder / "ema.safetensors"] if path.exists()]
 
     def _checkpoint_folders(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+        return sorted(self.checkpoints.glob("step-*"), key=_step_of)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The metrics written so far; a line cut short by a kill is left out."""
@@ -183,6 +194,10 @@ class RunFolder:
         """Replace the metrics."""
         if self.writes:
             write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
