@@ -39,7 +39,7 @@ class NonFiniteLossError(TrainerError, ArithmeticError):
 
 
 class OutOfMemoryError(TrainerError, MemoryError):
-    """The accelerator's memory is too small for what was asked; the run is kept up to its last step."""
+    """The accelerator's memory is too small for what was asked; the run is kept up to its last step or checkpoint."""
 
 
 class MissingPackageError(TrainerError, ImportError):

@@ -23,7 +23,7 @@ from .training.planning.advice import STEP, VALIDATION
 from .training.planning.settle import RunMemory, dry_step
 from .training.run_folder import Checkpoint, RunFolder
 from .training.run_result import TrainResult, find_result, how_to_start, recorded_samples
-from .training.step import Networks, build_networks, train_step
+from .training.step import Gradients, Networks, build_networks, step_gradients, update_weights
 from .training.validation import Validator
 
 _VALIDATION_KEPT = (
@@ -57,7 +57,9 @@ def train_lora(
     config = memory.config  # under memory auto with the settings that fit, found before a weight is read
     validator = Validator(memory.held_out, config.model, config.validation)
     run = _open_run(config, ranks)  # refuses a folder of another run
-    stop = how_to_start(run, continue_kept=continue_kept)  # KEEP if there is nothing to do but the file
+    stop = how_to_start(
+        run, config.max_train_steps, continue_kept=continue_kept
+    )  # KEEP if there is nothing to do but the file
     run.write_config(to_json(config))
 
     with memory.explained(STEP, "while the model was loaded", "Nothing is lost."):
@@ -93,30 +95,38 @@ def _train(
         dry_step(networks, loader, memory)
         while done < config.max_train_steps and not stop:
             try:
-                outcome = _step(networks, loader, done, memory, observer)
-                if isinstance(outcome, Stop):
-                    stop = outcome
+                gradients = _gradients(networks, loader, done, memory, observer)
+                if isinstance(gradients, Stop):
+                    stop = gradients
                     break
-                done, report = outcome.step, outcome
+                report = None  # while the weights change they are of no step, and there is nothing to save
+                report = _update(networks, gradients, memory)
+                done = report.step
                 if done % config.checkpoints.checkpoint_step_interval == 0:
                     _save(run, report, networks, config)
                 if _validation_is_due(done, config):
                     report = _validate(validator, networks, run, report, memory, observer)
-            except BaseException:  # the weights are still those of the last whole step
+                metrics.write(report)
+                observer.on_step(report)
+                stop = ranks.agree(observer.should_stop())  # asked once here: two answers may differ
+            except BaseException:  # the last whole step; of an update cut short nothing, and the last checkpoint holds
                 _save(run, report, networks, config)
                 raise
-            metrics.write(report)
-            observer.on_step(report)
-            stop = ranks.agree(observer.should_stop())  # asked once here: two answers may differ
     _save(run, report, networks, config)
     return done, stop
 
 
-def _step(
+def _gradients(
     networks: Networks, loader: BatchLoader, done: int, memory: RunMemory, observer: Observer
-) -> StepReport | Stop:
+) -> Gradients | Stop:
     with memory.explained(STEP, f"in step {done + 1}", f"The {done} steps before it are kept."):
-        return train_step(networks, loader, done, memory.config, observer)
+        return step_gradients(networks, loader, done, memory.config, observer)
+
+
+def _update(networks: Networks, gradients: Gradients, memory: RunMemory) -> StepReport:
+    kept = "The run goes on from its last checkpoint."
+    with memory.explained(STEP, f"in step {gradients.done + 1}, while the weights changed", kept):
+        return update_weights(networks, gradients, memory.config)
 
 
 def _open_run(config: TrainConfig, ranks: Ranks) -> RunFolder:
@@ -216,7 +226,7 @@ def _restore(run: RunFolder, networks: Networks) -> int:
 
 
 def _save(run: RunFolder, report: StepReport | None, networks: Networks, config: TrainConfig) -> None:
-    """A checkpoint of the last step; nothing to keep before this process has made one."""
+    """A checkpoint of the last step; nothing to keep before this process has made one, or while it changes weights."""
     if report is not None:
         optimizer = optimizer_tensors(networks.optimizer, networks.lora)
         state = Checkpoint(report.as_dict(), dict(networks.lora), optimizer, networks.ema)

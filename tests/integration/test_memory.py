@@ -102,7 +102,7 @@ def test_a_dry_step_changes_nothing(config: TrainConfig, monkeypatch: pytest.Mon
     """As on a CUDA device, where it is made before the first step and after a resume."""
     plain = train_lora(config)
     made = []
-    original = step_module.train_step
+    original = step_module.step_gradients
 
     def with_dry_step(networks, loader, done, config, observer):
         before = torch.get_rng_state()
@@ -111,7 +111,7 @@ def test_a_dry_step_changes_nothing(config: TrainConfig, monkeypatch: pytest.Mon
         assert torch.equal(before, torch.get_rng_state())
         return original(networks, loader, done, config, observer)
 
-    monkeypatch.setattr("trainer_core.run.train_step", with_dry_step)
+    monkeypatch.setattr("trainer_core.run.step_gradients", with_dry_step)
     assert is_equal(train_lora(named(config, "dry")), plain)
     assert made == [True] * 4
 

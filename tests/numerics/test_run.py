@@ -19,11 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs, read_rows, small_encoding
+from trainer_core import run as run_module
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     BatchingConfig,
     CheckpointConfig,
+    EmaConfig,
     ExportConfig,
     LoraConfig,
     ModelConfig,
@@ -305,6 +307,61 @@ def test_a_crash_keeps_the_last_whole_step(config: TrainConfig, monkeypatch: pyt
     with pytest.raises(OutOfMemoryError, match=r"in step 5\. The 4 steps before it are kept"):
         train_lora(config)
     assert (Path(config.run_dir) / "checkpoints" / "step-000004").is_dir()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_an_update_cut_short_is_not_saved(
+    error: type[BaseException], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights have moved and their average has not: they are of no step, whatever report came last."""
+    averaged = dataclasses.replace(config, ema=EmaConfig(use_ema=True))
+    unbroken, original = train_lora(named(averaged, "unbroken")), step_module.update_ema
+
+    def cut(average: Any, parameters: Any, step: int, settings: EmaConfig) -> None:
+        if step == 5:
+            raise error
+        original(average, parameters, step, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "update_ema", cut)
+        with pytest.raises((KeyboardInterrupt, OutOfMemoryError)) as caught:
+            train_lora(averaged)
+    assert error is KeyboardInterrupt or "goes on from its last checkpoint" in str(caught.value)
+    checkpoints = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
+    assert checkpoints == ["step-000003"]
+    result = train_lora(averaged)
+    assert equal(lora_tensors(result), lora_tensors(unbroken))
+    assert result.ema_file and unbroken.ema_file
+    assert equal(load_file(result.ema_file), load_file(unbroken.ema_file))
+
+
+def test_an_error_after_a_step_keeps_it(config: TrainConfig) -> None:
+    class Breaks(SilentObserver):
+        def on_step(self, report: StepReport) -> None:
+            if report.step == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(config, Breaks())
+    assert (Path(config.run_dir) / "checkpoints" / "step-000004").is_dir()
+
+
+def test_fewer_steps_than_are_done_are_refused_before_the_model_is_read(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=3e-3))
+    six = dataclasses.replace(constant, max_train_steps=6)
+    first = train_lora(six)
+    monkeypatch.setattr(run_module, "build_networks", None)
+    for finished in (True, False):
+        with pytest.raises(
+            RunFolderError, match=r"'run' has 6 steps .* max_train_steps is 4.* to 6 or more, or choose"
+        ):
+            train_lora(dataclasses.replace(constant, max_train_steps=4))
+        assert finished is False or train_lora(six) == first
+        state = json.loads((Path(config.run_dir) / "run.json").read_text())
+        state.pop("result", None)  # paused at step 6, then
+        (Path(config.run_dir) / "run.json").write_text(json.dumps(state))
 
 
 def test_checkpoints_are_limited_and_a_cut_one_is_passed_over(config: TrainConfig) -> None:

@@ -47,13 +47,19 @@ def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: 
     )
 
 
-def how_to_start(run: RunFolder, *, continue_kept: bool) -> Stop:
+def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -> Stop:
     """KEEP for a run that was ended early and kept and is not asked to go on: only its files are to be written again.
 
     Raises:
-        RunFolderError: the kept weights are gone.
+        RunFolderError: more steps are done than wanted, or the kept weights are gone.
     """
-    kept = kept_at(run)
+    done, kept = max(run.steps_done(), (run.state().get("result") or {}).get("steps", 0)), kept_at(run)
+    if done > max_train_steps:
+        raise RunFolderError(
+            f"The run {run.path.name!r} has {done} steps behind it, and max_train_steps is {max_train_steps}. Steps "
+            f"are not taken back: set max_train_steps to {done} or more, or choose another run name for a shorter run. "
+            "Nothing was changed."
+        )
     if not kept or continue_kept:
         return Stop.NO
     if run.steps_done() != kept:

@@ -100,13 +100,26 @@ def build_networks(config: TrainConfig, preprocessing: Preprocessing, observer: 
     return Networks(transformer, weights, optimizer, device, start_ema(weights.masters, config.ema))
 
 
-def train_step(
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Gradients:
+    """What a step found out before it changes a weight. The gradients themselves are in the parameters, clipped."""
+
+    done: int  # steps before this one
+    learning_rate: float
+    loss: float
+    grad_norm: float
+    loss_by_sigma: dict[str, float]
+    extra_forwards: int | None
+    began: float  # seconds of time.perf_counter
+
+
+def step_gradients(
     networks: Networks, loader: BatchLoader, done: int, config: TrainConfig, observer: Observer
-) -> StepReport | Stop:
-    """One optimizer step, or the wish to stop, which leaves weights and optimizer as they were.
+) -> Gradients | Stop:
+    """The first part of a step, or the wish to stop. Weights, their average and optimizer state stay as they were.
 
     Raises:
-        NonFiniteLossError: before the weights are touched.
+        NonFiniteLossError: the loss or a gradient is not finite.
     """
     began = time.perf_counter()
     rate = learning_rate_at(done, config.max_train_steps, config.optimizer)
@@ -121,20 +134,34 @@ def train_step(
     losses, sigmas, forwards = (numbers[row * count : (row + 1) * count] for row in range(3))
     loss = sum(losses) / count
     _raise_if_not_finite(loss, norm, done, config)
+    return Gradients(
+        done=done,
+        learning_rate=learning_rate,
+        loss=loss,
+        grad_norm=norm,
+        loss_by_sigma=loss_by_sigma(losses, sigmas),
+        extra_forwards=round(sum(forwards)) if rollout_probability(done, config.rollout) else None,
+        began=began,
+    )
+
+
+def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig) -> StepReport:
+    """The second part. Whatever is raised in it leaves weights that are of no step: they must not be saved."""
+    step = gradients.done + 1
     networks.optimizer.step()
     networks.weights.publish()
     networks.optimizer.zero_grad(set_to_none=True)
-    update_ema(networks.ema, networks.lora, done + 1, config.ema)
+    update_ema(networks.ema, networks.lora, step, config.ema)
     return StepReport(
-        step=done + 1,
+        step=step,
         num_steps=config.max_train_steps,
-        loss=loss,
-        grad_norm=norm,
-        learning_rate=learning_rate,
-        loss_by_sigma=loss_by_sigma(losses, sigmas),
-        seconds=time.perf_counter() - began,
+        loss=gradients.loss,
+        grad_norm=gradients.grad_norm,
+        learning_rate=gradients.learning_rate,
+        loss_by_sigma=gradients.loss_by_sigma,
+        seconds=time.perf_counter() - gradients.began,
         peak_bytes=torch.cuda.max_memory_allocated() if networks.device.type == "cuda" else 0,
-        extra_forwards=round(sum(forwards)) if rollout_probability(done, config.rollout) else None,
+        extra_forwards=gradients.extra_forwards,
     )
 
 
