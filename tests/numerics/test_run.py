@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,30 +14,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs, read_rows, small_encoding
-from trainer_core import run as run_module
+from tests.support.runs import Steps, StopAfter, equal, lora_tensors, named, twelve_steps
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     BatchingConfig,
-    CheckpointConfig,
-    EmaConfig,
-    ExportConfig,
     LoraConfig,
     ModelConfig,
-    NoiseConfig,
     OptimizerConfig,
     TrainConfig,
     ValidationConfig,
     to_json,
 )
 from trainer_core.data.pairing import pair_folders
-from trainer_core.errors import DatasetError, NonFiniteLossError, OutOfMemoryError, RunFolderError
-from trainer_core.events import SILENT, SilentObserver, StepReport, Stop
-from trainer_core.run import TrainResult, find_result, train_lora
+from trainer_core.errors import DatasetError, NonFiniteLossError
+from trainer_core.events import SILENT, Stop
+from trainer_core.run import train_lora
 from trainer_core.training import optimizer as optimizer_module
 from trainer_core.training import step as step_module
 from trainer_core.training import validation as validation_module
@@ -46,59 +39,7 @@ from trainer_core.training import validation as validation_module
 
 @pytest.fixture
 def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
-    """Twelve steps with everything going on: checkpoints, validation, accumulation, dropout, a schedule."""
-    return TrainConfig(
-        run_dir=str(tmp_path / "run"),
-        encoded=str(encoded.manifest),
-        model=model,
-        max_train_steps=12,
-        seed=5,
-        lora=LoraConfig(lora_rank=4, lora_alpha=6, lora_targets="attention", lora_dropout=0.1),
-        optimizer=OptimizerConfig(learning_rate=3e-3, lr_scheduler="cosine", lr_warmup_steps=2),
-        batching=BatchingConfig(train_batch_size=2, gradient_accumulation_steps=2),
-        checkpoints=CheckpointConfig(checkpoint_step_interval=3, checkpoints_total_limit=2),
-        validation=ValidationConfig(
-            validation_step_interval=5, validation_num_inference_steps=2, num_validation_images=1
-        ),
-    )
-
-
-def named(config: TrainConfig, name: str, **changes: Any) -> TrainConfig:
-    """The same settings in a run folder of another name."""
-    return dataclasses.replace(config, run_dir=str(Path(config.run_dir).parent / name), **changes)
-
-
-def lora_tensors(result: TrainResult) -> dict[str, torch.Tensor]:
-    assert result.lora_file is not None
-    return load_file(result.lora_file)
-
-
-def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-class StopAfter(SilentObserver):
-    """Wants to stop at the n-th time of asking after this process's first step."""
-
-    def __init__(self, asked: int, stop: Stop = Stop.PAUSE) -> None:
-        self.left, self.stop, self.training = asked, stop, False
-
-    def on_step(self, report: StepReport) -> None:
-        self.training = True
-
-    def should_stop(self) -> Stop:
-        self.left -= self.training
-        return self.stop if self.left < 0 else Stop.NO
-
-
-class Steps(SilentObserver):
-    """Remembers the reports."""
-
-    def __init__(self) -> None:
-        self.reports: list[StepReport] = []
-
-    def on_step(self, report: StepReport) -> None:
-        self.reports.append(report)
+    return twelve_steps(encoded, model, tmp_path / "run")
 
 
 def test_stopped_at_every_moment_and_continued_equals_the_unbroken_run(config: TrainConfig) -> None:
@@ -194,78 +135,6 @@ def test_one_batch_of_four_equals_four_of_one(model: ModelConfig, tmp_path: Path
     torch.testing.assert_close(torch.tensor(reports[1]), torch.tensor(reports[4]), rtol=2e-4, atol=1e-5)
 
 
-def test_stop_and_keep_exports_and_is_answered_from_its_folder(config: TrainConfig) -> None:
-    kept = train_lora(config, StopAfter(8, Stop.KEEP))
-    assert kept.stopped is Stop.KEEP and kept.lora_file and 0 < kept.steps_done < 12
-    assert find_result(config) == kept == train_lora(config)
-    unbroken = train_lora(named(config, "unbroken"))
-    assert equal(lora_tensors(train_lora(config, continue_kept=True)), lora_tensors(unbroken))
-
-
-def test_a_kept_run_writes_its_file_again_and_trains_no_further(config: TrainConfig) -> None:
-    kept = train_lora(config, StopAfter(8, Stop.KEEP))
-    weights, steps = lora_tensors(kept), Steps()
-    renamed = dataclasses.replace(config, export=ExportConfig(trigger_words="sks"))
-    assert find_result(renamed) is None
-    again = train_lora(renamed, steps)
-    assert (again.stopped, again.steps_done, steps.reports) == (Stop.KEEP, kept.steps_done, [])
-    assert equal(lora_tensors(again), weights) and again.lora_file is not None
-    with safe_open(again.lora_file, "pt") as file:
-        assert "sks" in json.dumps(file.metadata())
-    again.lora_file.rename(again.lora_file.with_name("moved.safetensors"))
-    assert train_lora(renamed, steps) == again == find_result(renamed)
-    assert steps.reports == [] and equal(lora_tensors(again), weights)
-
-
-def test_a_kept_run_without_its_checkpoint_is_not_written_again(config: TrainConfig) -> None:
-    kept = train_lora(config, StopAfter(8, Stop.KEEP))
-    before = lora_tensors(kept)
-    shutil.rmtree(Path(config.run_dir) / "checkpoints" / f"step-{kept.steps_done:06d}")
-    assert find_result(config) == kept
-    with pytest.raises(RunFolderError, match=rf"at step {kept.steps_done} and kept.*continue a kept run"):
-        train_lora(dataclasses.replace(config, export=ExportConfig(trigger_words="sks")))
-    assert equal(lora_tensors(kept), before)
-
-
-def test_a_kept_run_that_went_on_is_no_longer_kept(config: TrainConfig) -> None:
-    kept = train_lora(config, StopAfter(4, Stop.KEEP))
-    paused = train_lora(config, StopAfter(4), continue_kept=True)
-    assert paused.stopped is Stop.PAUSE and paused.steps_done > kept.steps_done
-    assert find_result(config) is None
-    assert train_lora(config).steps_done == 12
-
-
-def test_a_finished_run_is_answered_at_once_and_goes_on_when_more_steps_are_wanted(config: TrainConfig) -> None:
-    constant = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=3e-3))
-    first = train_lora(dataclasses.replace(constant, max_train_steps=6))
-    began = time.perf_counter()
-    assert train_lora(dataclasses.replace(constant, max_train_steps=6)) == first
-    assert time.perf_counter() - began < 1
-    longer = train_lora(constant)
-    assert longer.steps_done == 12
-    assert equal(lora_tensors(longer), lora_tensors(train_lora(named(constant, "unbroken"))))
-
-
-def test_a_run_folder_refuses_other_settings(config: TrainConfig) -> None:
-    train_lora(dataclasses.replace(config), StopAfter(8))
-    before = {path: path.read_bytes() for path in Path(config.run_dir).rglob("*") if path.is_file()}
-    other = dataclasses.replace(config, lora=LoraConfig(lora_rank=8), noise=NoiseConfig(flow_schedule_shift=3.0))
-    with pytest.raises(RunFolderError) as caught:
-        train_lora(other)
-    assert "lora.lora_rank 4 -> 8" in str(caught.value)
-    assert "noise.flow_schedule_shift 1.73 -> 3.0" in str(caught.value)
-    assert before == {path: path.read_bytes() for path in Path(config.run_dir).rglob("*") if path.is_file()}
-
-
-def test_a_folder_that_is_no_run_is_left_alone(config: TrainConfig) -> None:
-    folder = Path(config.run_dir)
-    folder.mkdir()
-    (folder / "holiday.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match="not a run"):
-        train_lora(config)
-    assert [path.name for path in folder.iterdir()] == ["holiday.txt"]
-
-
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,91 +161,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
     checkpoints = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
     assert checkpoints[-1] == "step-000004"
     assert equal(lora_tensors(train_lora(config)), lora_tensors(healthy))
-
-
-def test_a_crash_keeps_the_last_whole_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = iter(range(1000))
-    original = step_module.predict_velocity
-
-    def out_of_memory(*arguments: Any) -> Any:
-        if next(calls) == 9:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(*arguments)
-
-    monkeypatch.setattr(step_module, "predict_velocity", out_of_memory)
-    with pytest.raises(OutOfMemoryError, match=r"in step 5\. The 4 steps before it are kept"):
-        train_lora(config)
-    assert (Path(config.run_dir) / "checkpoints" / "step-000004").is_dir()
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
-def test_an_update_cut_short_is_not_saved(
-    error: type[BaseException], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights have moved and their average has not: they are of no step, whatever report came last."""
-    averaged = dataclasses.replace(config, ema=EmaConfig(use_ema=True))
-    unbroken, original = train_lora(named(averaged, "unbroken")), step_module.update_ema
-
-    def cut(average: Any, parameters: Any, step: int, settings: EmaConfig) -> None:
-        if step == 5:
-            raise error
-        original(average, parameters, step, settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(step_module, "update_ema", cut)
-        with pytest.raises((KeyboardInterrupt, OutOfMemoryError)) as caught:
-            train_lora(averaged)
-    assert error is KeyboardInterrupt or "goes on from its last checkpoint" in str(caught.value)
-    checkpoints = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
-    assert checkpoints == ["step-000003"]
-    result = train_lora(averaged)
-    assert equal(lora_tensors(result), lora_tensors(unbroken))
-    assert result.ema_file and unbroken.ema_file
-    assert equal(load_file(result.ema_file), load_file(unbroken.ema_file))
-
-
-def test_an_error_after_a_step_keeps_it(config: TrainConfig) -> None:
-    class Breaks(SilentObserver):
-        def on_step(self, report: StepReport) -> None:
-            if report.step == 4:
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train_lora(config, Breaks())
-    assert (Path(config.run_dir) / "checkpoints" / "step-000004").is_dir()
-
-
-def test_fewer_steps_than_are_done_are_refused_before_the_model_is_read(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    constant = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=3e-3))
-    six = dataclasses.replace(constant, max_train_steps=6)
-    first = train_lora(six)
-    monkeypatch.setattr(run_module, "build_networks", None)
-    for finished in (True, False):
-        with pytest.raises(
-            RunFolderError, match=r"'run' has 6 steps .* max_train_steps is 4.* to 6 or more, or choose"
-        ):
-            train_lora(dataclasses.replace(constant, max_train_steps=4))
-        assert finished is False or train_lora(six) == first
-        state = json.loads((Path(config.run_dir) / "run.json").read_text())
-        state.pop("result", None)  # paused at step 6, then
-        (Path(config.run_dir) / "run.json").write_text(json.dumps(state))
-
-
-def test_checkpoints_are_limited_and_a_cut_one_is_passed_over(config: TrainConfig) -> None:
-    unbroken = train_lora(named(config, "unbroken"))
-    train_lora(config, StopAfter(10**9))
-    folders = sorted((Path(config.run_dir) / "checkpoints").iterdir())
-    assert [folder.name for folder in folders] == ["step-000009", "step-000012"]
-    newest = folders[-1] / "optimizer.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-5])
-    state = json.loads((Path(config.run_dir) / "run.json").read_text())
-    del state["result"]
-    (Path(config.run_dir) / "run.json").write_text(json.dumps(state))
-    again = Steps()
-    assert equal(lora_tensors(train_lora(config, again)), lora_tensors(unbroken))
-    assert [report.step for report in again.reports] == [10, 11, 12]
 
 
 def test_a_line_lost_between_checkpoint_and_metrics_comes_back(config: TrainConfig) -> None:

@@ -19,7 +19,7 @@ from .dataset import (
     SizeConfig,
 )
 from .ema import EmaConfig, EmaDevice, EmaValidation
-from .job import JobConfig, TrainConfig, resume_key
+from .job import JobConfig, TrainConfig, completed_key, resume_key
 from .memory import MemoryConfig, MemoryPlanning
 from .model import DEMO_MODEL, BaseModelPrecision, MixedPrecision, ModelConfig, QuantizeVia
 from .optimizer import ENDLESS, OptimizerConfig, OptimizerName, SchedulerName
@@ -74,6 +74,7 @@ __all__ = [
     "SizeConfig",
     "TrainConfig",
     "ValidationConfig",
+    "completed_key",
     "digest",
     "from_json",
     "resume_key",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,12 @@ def resume_key(config: TrainConfig, num_ranks: int = 1) -> dict[str, Any]:
     model["transformer_file"] = Path(config.model.transformer_file).name
     key["lora"]["init_lora"] = Path(config.lora.init_lora).name
     return key
+
+
+def completed_key(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A resume key as this version writes it: settings that came after it was stored have their defaults."""
+    average = EmaConfig(use_ema="ema" in stored)
+    return merged(resume_key(TrainConfig(run_dir="-", encoded="-", ema=average)), dict(stored))
 
 
 def _keep_what_decides_the_average(key: dict[str, Any]) -> None:

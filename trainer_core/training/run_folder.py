@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import completed_key
 from ..errors import RunFolderError
 from ..files import is_whole, read_tensors, write_atomically, write_tensors
 
@@ -59,8 +60,8 @@ class RunFolder:
         """
         folder = cls(path)
         known = folder.state()
-        if known and known["key"] != json.loads(json.dumps(key)):
-            changes = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in differences(known["key"], key))
+        if known and (changed := folder.changes(key)):
+            changes = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changed)
             raise RunFolderError(
                 f"The run folder {path.name!r} was started with other settings: {changes}. Set them back to go on with "
                 "it, or choose another run name to start a new run. Nothing was changed."
@@ -112,6 +113,10 @@ class RunFolder:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise RunFolderError(f"{path} is damaged: {error}. Choose another run name.") from error
+
+    def changes(self, key: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """(dotted name, value there, value in `key`) of the settings that decide the weights and differ."""
+        return differences(completed_key(self.state()["key"]), json.loads(json.dumps(key)))
 
     def write_state(self, **values: Any) -> None:
         """Change some of run.json."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ..config import TrainConfig, resume_key, to_json
+from ..config import ExportConfig, TrainConfig, resume_key, to_json
 from ..errors import RunFolderError
 from ..events import SampleReport, Stop
 from .run_folder import RunFolder
@@ -27,9 +27,10 @@ class TrainResult:
 def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: int = 1) -> TrainResult | None:
     """The result of a run that needs no more training under these settings, from its folder in a moment."""
     run = RunFolder(Path(config.run_dir))
-    state = run.state()
-    result = state.get("result")
-    if not result or state["key"] != resume_key(config, num_ranks) or result["export"] != to_json(config.export):
+    result = run.state().get("result")
+    if not result or run.changes(resume_key(config, num_ranks)):
+        return None
+    if {**to_json(ExportConfig()), **result["export"]} != to_json(config.export):  # by an older version with fewer
         return None
     stays_kept = 0 < kept_at(run) <= config.max_train_steps and not continue_kept
     lora_file = run.path / result["lora_file"]
