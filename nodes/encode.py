@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
 from . import host, sockets
+from .encoded_here import ENCODED_HERE
 from .schema import help_of, new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ class EncodePairs(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_widgets: Any) -> str:
-        """Changes when somebody removes the cache folder, so that a queued graph encodes again."""
-        return host.folder_identity(host.cache_dir())
+        """Changes when something encoded has vanished from the cache, so that a queued graph encodes again."""
+        return ENCODED_HERE.losses()
 
     @classmethod
     def execute(cls, model: ModelConfig, dataset: EditDataset, **widgets: Any) -> io.NodeOutput:
@@ -97,7 +98,7 @@ class EncodePairs(io.ComfyNode):
         with host.long_call() as observer:
             encoders = connected_encoders(connected, model.flavour)
             encoded = encode_dataset(dataset, model, encoding, host.cache_dir(), observer, encoders)
-        return io.NodeOutput(encoded, encoding_report(encoded))
+        return io.NodeOutput(ENCODED_HERE.note(encoded), encoding_report(encoded))
 
 
 class SizeSettings(io.ComfyNode):

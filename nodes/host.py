@@ -55,13 +55,6 @@ def cache_dir() -> Path:
     return output_dir() / _OWN_FOLDER / "cache"
 
 
-def folder_identity(folder: Path) -> str:
-    """A name for this very folder, which is made if it is not there: another one after it was removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = folder.stat()
-    return f"{state.st_dev}:{state.st_ino}"
-
-
 def runs_dir() -> Path:
     """Where the run folders lie."""
     return output_dir() / _OWN_FOLDER / "runs"

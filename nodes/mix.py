@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from . import host, sockets
+from .encoded_here import ENCODED_HERE
 from .schema import new_input, new_output, node_schema
 
 if TYPE_CHECKING:
@@ -35,13 +36,18 @@ class MixPairs(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_widgets: Any) -> str:
+        """Changes when the mix's own file has vanished, too."""
+        return ENCODED_HERE.losses()
+
+    @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """An EncodedDataset."""
         from ..trainer_core.conditioning.mix import mix_encoded
         from ..trainer_core.conditioning.report import encoding_report
 
         encoded = mix_encoded(_parts(widgets), host.cache_dir())
-        return io.NodeOutput(encoded, encoding_report(encoded))
+        return io.NodeOutput(ENCODED_HERE.note(encoded), encoding_report(encoded))
 
 
 def _part_inputs(number: int) -> list[io.Input]:
