@@ -56,11 +56,11 @@ class LoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, base_model: str, **widgets: Any) -> io.NodeOutput:
         """A ModelConfig."""
-        from ..trainer_core.qwen_image.folder import model_folder
+        from ..trainer_core.qwen_image.transformer import check_transformer
 
         base, tokenizer = host.base_model(base_model)
         config = ModelConfig(base=base, tokenizer=tokenizer, device=host.device_name(), **_kept(), **widgets)
-        model_folder(config)  # raises if parts are missing
+        check_transformer(config)  # raises if parts are missing or of another flavour
         return io.NodeOutput(config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from trainer_core.events import SilentObserver, Stop
 from trainer_core.qwen_image import transformer
 from trainer_core.qwen_image.folder import model_folder
 from trainer_core.qwen_image.text_encoder import load_text_encoder
-from trainer_core.qwen_image.transformer import load_transformer, transformer_settings
+from trainer_core.qwen_image.transformer import check_transformer, load_transformer, transformer_settings
 from trainer_core.qwen_image.vae import load_vae
 from trainer_core.training.planning.network import network_size
 
@@ -152,6 +153,46 @@ def test_flavour_by_the_marker(tmp_path: Path, weights: Weights):
     bare = write(tmp_path / "bare.safetensors", weights)
     assert load_transformer(config_of(bare, flavour="edit-v3"), CPU).zero_cond_t
     assert not load_transformer(config_of(bare, flavour="edit-v2"), CPU).zero_cond_t
+
+
+PLUS, PLAIN = "QwenImageEditPlusPipeline", "QwenImageEditPipeline"
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "zero_cond_t", "fitting"),
+    [
+        (PLAIN, False, ["edit-v1"]),
+        (PLUS, False, ["edit-v2"]),
+        (PLUS, True, ["edit-v3"]),
+        ("MyPipeline", False, ["edit-v1", "edit-v2"]),
+        (None, False, ["edit-v1", "edit-v2"]),
+        (None, True, ["edit-v3"]),
+    ],
+)
+def test_flavour_by_the_download(pipeline: str | None, zero_cond_t: bool, fitting: list[str], tmp_path: Path):
+    config = {"_class_name": "QwenImageTransformer2DModel", "zero_cond_t": zero_cond_t}
+    for part in ("transformer", "vae", "text_encoder"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    if pipeline:
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    model = ModelConfig(base=str(tmp_path))
+    for flavour in ("edit-v1", "edit-v2", "edit-v3"):
+        if flavour in fitting:
+            check_transformer(replace(model, flavour=flavour))
+            continue
+        with pytest.raises(ModelFileError, match=f"the flavour is {flavour}. Choose {' or '.join(fitting)}"):
+            check_transformer(replace(model, flavour=flavour))
+
+
+def test_folders_in_the_place_of_files(base_of: Callable[[str], ModelConfig], tokenizer_dir: Path):
+    """As ComfyUI's lists offer them; the tokenizer comes from elsewhere."""
+    base = Path(base_of("edit-v1").base)
+    parts = {f"{part}_file": str(base / part) for part in ("transformer", "text_encoder", "vae")}
+    config = ModelConfig(**parts, tokenizer=str(tokenizer_dir), mixed_precision="no", device="cpu")
+    load_transformer(config, CPU)
+    load_vae(config, CPU)
+    load_text_encoder(config, "diffusers", CPU)
 
 
 def test_gguf_is_not_kept_as_it_is(tmp_path: Path, weights: Weights):

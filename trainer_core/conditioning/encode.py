@@ -17,7 +17,7 @@ from ..errors import ConfigError, DatasetError
 from ..events import SILENT, Observer
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.folder import model_folder
-from ..qwen_image.transformer import transformer_settings
+from ..qwen_image.transformer import check_transformer, transformer_settings
 from ..ranks import ALONE, Ranks
 from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
@@ -47,9 +47,10 @@ def encode_dataset(
             cache of the name in conditioning_image_embeds.
         DatasetError: targets are too small, none would be left to train on, or pictures changed since they were paired;
             then the others are encoded first.
-        ModelFileError: the VAE or text encoder can't be loaded.
+        ModelFileError: the VAE or text encoder can't be loaded, or the transformer is of another flavour.
         Interrupted: the observer wants to stop; what was encoded stays.
     """
+    check_transformer(model)  # prompts in another flavour's words would be found out hours later
     _check_references(dataset, model, encoding)
     encoders = encoders or Encoders()
     encoders.check(encoding)

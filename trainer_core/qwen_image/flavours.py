@@ -35,6 +35,7 @@ class Flavour:
 
     name: FlavourName
     released_as: str
+    pipeline: str  # diffusers' class in the download's model_index.json
     max_references: int
     template: str  # {} takes the pictures' markers and the caption
     template_without_reference: str
@@ -52,6 +53,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
         Flavour(
             name="edit-v1",
             released_as="Qwen/Qwen-Image-Edit",
+            pipeline="QwenImageEditPipeline",
             max_references=1,
             template=_chat(_SYSTEM, VISION_PICTURE + "{}"),
             template_without_reference=_chat(_SYSTEM_WITHOUT_PICTURE, "{}"),
@@ -65,6 +67,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
         Flavour(
             name="edit-v2",
             released_as="Qwen/Qwen-Image-Edit-2509",
+            pipeline="QwenImageEditPlusPipeline",
             max_references=3,
             template=_chat(_SYSTEM, "{}"),
             template_without_reference=_chat(_SYSTEM, "{}"),
@@ -78,6 +81,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
         Flavour(
             name="edit-v3",
             released_as="Qwen/Qwen-Image-Edit-2511",
+            pipeline="QwenImageEditPlusPipeline",
             max_references=3,
             template=_chat(_SYSTEM, "{}"),
             template_without_reference=_chat(_SYSTEM, "{}"),

@@ -166,16 +166,32 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def _check_flavour(config: ModelConfig, place: Path, settings: dict[str, Any]) -> None:
-    """A single file without the marker may be any flavour, so only the marker speaks there."""
+    """A 2511 by its zero_cond_t, and the others by the pipeline that the download is made for.
+
+    A single file without the marker may be any flavour, and a folder without model_index.json is asked for its
+    zero_cond_t alone.
+    """
     is_2511 = settings["zero_cond_t"]
     if place.is_relative_to(DEMO_FOLDER) or is_2511 is None:
         return
-    if bool(is_2511) != FLAVOURS[config.flavour].zero_cond_t:
-        raise ModelFileError(
-            f"{place.name if place.is_file() else config.base!r} {'is' if is_2511 else 'is not'} a "
-            f"Qwen-Image-Edit-2511 (zero_cond_t is {bool(is_2511)}), but the flavour is {config.flavour}. Choose "
-            f"{'edit-v3' if is_2511 else 'edit-v1 (Qwen-Image-Edit) or edit-v2 (2509)'}."
-        )
+    pipeline = _pipeline_of(place)
+    alike = [row for row in FLAVOURS.values() if row.zero_cond_t == bool(is_2511)]
+    fitting = [row for row in alike if row.pipeline == pipeline] or alike
+    if config.flavour in [row.name for row in fitting]:
+        return
+    found = f"zero_cond_t is {bool(is_2511)}" + (f", model_index.json says {pipeline}" if pipeline else "")
+    raise ModelFileError(
+        f"{place.name if place.is_file() else config.base!r} is a "
+        f"{' or '.join(row.released_as.split('/')[1] for row in fitting)} ({found}), but the flavour is "
+        f"{config.flavour}. Choose {' or '.join(row.name for row in fitting)}."
+    )
+
+
+def _pipeline_of(place: Path) -> str:
+    """diffusers' pipeline that a transformer's folder belongs to, of those that edit; empty where nothing tells."""
+    index = place.parent / "model_index.json"
+    name = read_json(index).get("_class_name") if place.is_dir() and index.is_file() else ""
+    return str(name) if name in {row.pipeline for row in FLAVOURS.values()} else ""
 
 
 def _set_zero_cond_t(transformer: QwenImageTransformer2DModel, value: bool) -> None:  # noqa: FBT001
