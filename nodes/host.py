@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import time
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 DEMO_CHOICE = "demo (embedded)"
 NO_LORA = "none"
 NO_FILE = "none found"
+_SAVED_AS = {
+    "diffusion_models": "QwenImageTransformer2DModel",
+    "text_encoders": "Qwen2_5_VLForConditionalGeneration",
+    "vae": "AutoencoderKLQwenImage",
+}
 _OWN_FOLDER = "qwen_edit_trainer"
 _ROOTS_KEY, _ROOTS_VARIABLE = "qwen_edit_datasets", "QWEN_EDIT_DATASET_ROOTS"
 _PREVIEW_EDGE = 768  # pixels
@@ -106,23 +112,38 @@ def base_model(name: str) -> tuple[str, str]:
 
 
 def model_files(folder: str) -> list[str]:
-    """Names of ComfyUI's files of a kind (diffusion_models, text_encoders, vae) in formats that can't hold code."""
+    """Names of ComfyUI's models of a kind (diffusion_models, text_encoders, vae) in formats that can't hold code.
+
+    They are files, and folders as diffusers and transformers save a network.
+    """
     suffixes = (".safetensors", ".gguf") if folder == "diffusion_models" else (".safetensors",)
-    named = set(folder_paths.get_filename_list(folder))
-    for root in folder_paths.get_folder_paths(folder):  # ComfyUI itself lists no .gguf
-        if ".gguf" in suffixes:
-            named |= {path.relative_to(root).as_posix() for path in Path(root).rglob("*.gguf")}
-    return sorted(name for name in named if name.endswith(suffixes)) or [NO_FILE]
+    named = {name for name in folder_paths.get_filename_list(folder) if name.endswith(suffixes)}
+    for root in map(Path, folder_paths.get_folder_paths(folder)):
+        if ".gguf" in suffixes:  # ComfyUI itself lists none
+            named |= {path.relative_to(root).as_posix() for path in root.rglob("*.gguf")}
+        saved = (path for depth in ("*", "*/*") for path in root.glob(f"{depth}/config.json"))
+        named |= {path.parent.relative_to(root).as_posix() for path in saved if _is_saved(path, _SAVED_AS[folder])}
+    return sorted(named) or [NO_FILE]
+
+
+def _is_saved(config: Path, class_name: str) -> bool:
+    """Whether a network of this class lies in the folder of `config`."""
+    try:
+        stored = json.loads(config.read_text(encoding="utf-8"))
+        named = {stored.get("_class_name"), *stored.get("architectures", ())}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+    return class_name in named and any(config.parent.glob("*.safetensors"))
 
 
 def model_file(folder: str, name: str) -> str:
-    """The path of a listed file.
+    """The path of a listed file or folder.
 
     Raises:
         ModelFileError: not in the list.
     """
     roots = folder_paths.get_folder_paths(folder) if name in model_files(folder) else []
-    found = next((str(Path(root) / name) for root in roots if (Path(root) / name).is_file()), "")
+    found = next((str(Path(root) / name) for root in roots if (Path(root) / name).exists()), "")
     if not found:
         raise ModelFileError(
             f"There is no file {name[:200]!r} in models/{folder}. Put it there, then press R to refresh the list."

@@ -41,6 +41,7 @@ class LoadModel(io.ComfyNode):
                 setting_input(
                     ModelConfig, "quantised_cache_gb", optional=True, advanced=True, min=0.0, max=1000.0, step=1.0
                 ),
+                setting_input(ModelConfig, "quantize_via", optional=True, advanced=True),
             ],
             outputs=[new_output(sockets.Model, "model", "The choice, for the encode, train and sample nodes.")],
         )
@@ -71,14 +72,15 @@ def _kept() -> dict[str, str]:
 
 _KINDS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 _TOOLTIPS = {
-    "transformer": "A Qwen-Image-Edit file in models/diffusion_models: bf16, fp16, fp8, int8 or GGUF. bf16 is best.",
-    "text_encoder": "The Qwen2.5-VL-7B file in models/text_encoders: bf16 or fp8.",
-    "vae": "The Qwen-Image VAE file in models/vae.",
+    "transformer": "A Qwen-Image-Edit file in models/diffusion_models: bf16, fp16, fp8, int8 or GGUF, or a folder of "
+    "diffusers' transformer there. bf16 is best.",
+    "text_encoder": "The Qwen2.5-VL-7B file in models/text_encoders: bf16 or fp8, or its folder from Hugging Face.",
+    "vae": "The Qwen-Image VAE in models/vae: a file, or a folder of diffusers' VAE.",
 }
 
 
 class LoadModelFiles(io.ComfyNode):
-    """Choose the base model by the three files that ComfyUI infers with."""
+    """Choose the base model by the three files that ComfyUI infers with, or by folders beside them."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

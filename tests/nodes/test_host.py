@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,14 @@ from typing import Any
 import pytest
 
 from tests.support.comfy_subprocess import run_in_comfyui
+
+NETWORKS = [
+    ("diffusion_models", "edit/transformer", {"_class_name": "QwenImageTransformer2DModel"}),
+    ("text_encoders", "Qwen2.5-VL-7B-Instruct", {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}),
+    ("vae", "saved/vae", {"_class_name": "AutoencoderKLQwenImage"}),
+    ("vae", "another", {"_class_name": "AutoencoderKL"}),
+    ("vae", "odd", ["AutoencoderKLQwenImage"]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (base / name).mkdir(parents=True)
     (base / "diffusers/Some-Model/transformer/config.json").write_text("{}")
     (base / "diffusers/no_model").mkdir()
+    for kind, name, config in NETWORKS:
+        place = base / "models" / kind / name
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps(config))
+        (place / "model.safetensors").write_bytes(b"x")
+    (base / "models/vae/without weights").mkdir()
+    (base / "models/vae/without weights/config.json").write_text(json.dumps(NETWORKS[2][2]))
     (base / "output/loras/pickled.pt").write_bytes(b"x")
     return base
 
@@ -106,6 +122,19 @@ def test_listed_files(answers: dict[str, Any]):
     assert "mine.safetensors" in found["lora names"]
     assert found["secret"].startswith("ConfigError: ")
     assert found["base models"] == str(["Some-Model", "demo (embedded)"])
+
+
+def test_listed_networks(answers: dict[str, Any], folder: Path):
+    """Files, and folders that hold the network that the list is for."""
+    found = answers["folders"]
+    wanted: dict[str, list[str]] = {}
+    for kind, name, _ in NETWORKS:
+        wanted.setdefault(kind, []).append(f"{name}/model.safetensors")  # as ComfyUI lists it
+        wanted[kind] += [] if name in ("another", "odd") else [name]
+    wanted = {kind: sorted(names) for kind, names in wanted.items()}
+    assert found["networks"] == str(wanted)
+    assert found["network"] == str(folder / "models/vae/saved/vae")
+    assert found["no network"].startswith("ModelFileError: There is no file 'saved'")
 
 
 def test_reported_paths_hide_where_they_lie(answers: dict[str, Any]):

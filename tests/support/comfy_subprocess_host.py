@@ -217,7 +217,14 @@ def folders(host: types.ModuleType, values: dict[str, Any]) -> dict[str, str]:
     import folder_paths
 
     folder_paths.add_model_folder_path(host._ROOTS_KEY, values["named"])
+    kinds = ("diffusion_models", "text_encoders", "vae")
+    for kind in kinds:
+        folder_paths.folder_names_and_paths[kind] = ([str(Path(values["folder"]) / "models" / kind)], {".safetensors"})
+    listed = {kind: host.model_files(kind) for kind in kinds}
     return {
+        "networks": str(listed),
+        "network": outcome(lambda: host.model_file("vae", "saved/vae")),
+        "no network": outcome(lambda: host.model_file("vae", "saved")),
         "roots": str({name: str(path) for name, path in host.dataset_roots().items()}),
         "lora names": str(host.lora_names()),
         "secret": outcome(lambda: host.lora_path("../secret.safetensors")),
