@@ -3,6 +3,7 @@
 
 const PREFIX = "QwenEdit_";
 export const TRAIN = `${PREFIX}TrainLora`;
+const NONE = "none"; // of a combo: no preset, no LoRA
 
 /** @param {any} node */
 export function isTrainNode(node) {
@@ -29,7 +30,7 @@ export function hasId(node, id) {
   return typeof id === "string" && (id === String(node.id) || id.endsWith(`:${node.id}`));
 }
 
-/** The scalar settings of a run by name. @param {any} settings @returns {Record<string, any>} */
+/** The settings of a run by name, without their sections. @param {any} settings @returns {Record<string, any>} */
 export function leaves(settings) {
   const found = /** @type {Record<string, any>} */ ({});
   for (const [name, value] of Object.entries(settings)) {
@@ -41,13 +42,13 @@ export function leaves(settings) {
 
 /**
  * Put a run's settings into the graph: into the training node and its settings nodes; those that are missing and needed
- * are made and connected.
+ * are made and connected. No preset is left, since it would count where there is no settings node.
  * @param {any} app
  * @param {any} settings As the server tells them.
- * @returns {{changed: number, made: number}} Widgets and nodes.
+ * @returns {{changed: number, made: number, left: string[]}} Widgets, nodes, and settings that a widget does not offer.
  */
 export function applySettings(app, settings) {
-  const values = leaves(settings);
+  const values = { ...leaves(settings), preset: NONE };
   const lite = /** @type {any} */ (window).LiteGraph;
   let trains = allNodes(app.graph).filter(isTrainNode);
   let made = 0;
@@ -60,10 +61,14 @@ export function applySettings(app, settings) {
   }
   for (const train of trains) made += addSettingsNodes(lite, train, values);
   const targets = allNodes(app.graph).filter((node) => isTrainNode(node) || isSettingsNode(node));
-  const changed = targets.reduce((count, node) => count + setWidgets(node, values), 0);
+  const done = targets.map((node) => setWidgets(node, values));
   app.graph.setDirtyCanvas?.(true, true);
   app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
-  return { changed, made };
+  return {
+    changed: done.reduce((count, each) => count + each.changed, 0),
+    made,
+    left: [...new Set(done.flatMap((each) => each.left))],
+  };
 }
 
 /** @param {any} node */
@@ -72,19 +77,24 @@ function isSettingsNode(node) {
 }
 
 /**
- * Make a settings node for each free socket of the training node for which the run differs from the defaults.
+ * Make a settings node for each free socket of the training node for which the run differs from the defaults. Beside an
+ * import, which counts wherever there is no node, for each free socket.
  * @param {any} lite
  * @param {any} train
  * @param {Record<string, any>} values
  */
 function addSettingsNodes(lite, train, values) {
+  const imported = (train.inputs ?? []).some((/** @type {any} */ each) => each.name === "imported" && each.link != null);
   let made = 0;
   (train.inputs ?? []).forEach((/** @type {any} */ input, /** @type {number} */ index) => {
     if (input.link != null || !/^QWEN_EDIT_\w*SETTINGS$/.test(String(input.type))) return;
     const kinds = Object.entries(lite.registered_node_types).filter(([type]) => type.startsWith(PREFIX));
     const kind = kinds.find(([, each]) => /** @type {any} */ (each).nodeData?.output?.[0] === input.type);
     const node = kind && lite.createNode(kind[0]);
-    if (!node || !setWidgets(node, values)) return;
+    if (!node) return;
+    const { changed, left } = setWidgets(node, values);
+    const isOff = input.name === "ema_settings" && !values.use_ema; // as it is without the node, whose own default is on
+    if (!imported && (isOff || changed + left.length === 0)) return;
     node.pos = [train.pos[0] - node.size[0] - 60, train.pos[1] + made * 260];
     train.graph.add(node);
     node.connect(0, train, index);
@@ -93,16 +103,46 @@ function addSettingsNodes(lite, train, values) {
   return made;
 }
 
-/** @param {any} node @param {Record<string, any>} values @returns {number} Of widgets that changed. */
+/**
+ * @param {any} node
+ * @param {Record<string, any>} values
+ * @returns {{changed: number, left: string[]}} Widgets that changed, and settings that a widget does not offer.
+ */
 function setWidgets(node, values) {
+  const left = [];
   let changed = 0;
   for (const each of node.widgets ?? []) {
-    if (!(each.name in values) || each.value === values[each.name] || values[each.name] === null) continue;
-    each.value = values[each.name];
-    each.callback?.(each.value);
+    if (!(each.name in values) || values[each.name] === null) continue;
+    const value = asWidget(each, values[each.name]);
+    if (value === undefined) left.push(`${each.name} ${values[each.name]}`);
+    if (value === undefined || each.value === value) continue;
+    each.value = value;
+    each.callback?.(value);
     changed += 1;
   }
-  return changed;
+  return { changed, left };
+}
+
+/**
+ * A setting as its widget holds it: several texts a line each; of choices the one meant, as a run knows a file by its
+ * last name and an unset one as an empty text.
+ * @param {any} target The widget.
+ * @param {any} value
+ * @returns {any} Undefined where there is no such choice, or more than one.
+ */
+function asWidget(target, value) {
+  if (Array.isArray(value)) return value.join("\n");
+  const choices = target.options?.values;
+  if (!Array.isArray(choices) || choices.includes(value)) return value;
+  if (value === "") return choices.includes(NONE) ? NONE : undefined;
+  const named = choices.filter((choice) => lastName(choice) === lastName(value));
+  if (named.includes(target.value)) return target.value;
+  return named.length === 1 ? named[0] : undefined;
+}
+
+/** @param {any} path */
+function lastName(path) {
+  return String(path).split(/[/\\]/).pop();
 }
 
 /** @param {any} app */

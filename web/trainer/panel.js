@@ -154,8 +154,9 @@ function createDetail({ app, api, store, back }) {
       await openGraph(app, workflow, name());
     }),
     apply: action(app, "Settings into graph", "Copy this run's settings into the nodes of the graph", async () => {
-      const { changed, made } = applySettings(app, await load());
+      const { changed, made, left } = applySettings(app, await load());
       toast(app, "success", "Settings copied", `${changed} widgets changed, ${made} nodes added`);
+      if (left.length) toast(app, "warn", "Not in the lists, choose by hand", left.join(", "));
     }),
     copy: action(app, "Copy as JSON", "Copy this run's settings to the clipboard", async () => {
       await navigator.clipboard.writeText(JSON.stringify(await load(), null, 1));

@@ -1,0 +1,94 @@
+"""Settings of a run in the graph: as the training had them, in a prompt that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.browser_page import ComfyPage
+from tests.support.comfyui_server import PackServer
+from tests.support.training_graph import helper
+from trainer_core.config import EmaConfig, LoraConfig, MemoryConfig, OptimizerConfig, TrainConfig, resume_key
+from trainer_core.settings import to_json
+from trainer_core.training.run_folder import RunFolder
+
+from .conftest import OpenPage
+
+pytestmark = pytest.mark.server
+
+LISTED = "mine/mine.safetensors"
+PATTERNS = ("0 = 2", r".*\.attn\.to_q = 3")
+
+
+def place_run(runs_dir: Path, name: str, **sections: Any) -> str:
+    """A run folder as a training begins it."""
+    config = TrainConfig(run_dir=str(runs_dir / name), encoded="-", seed=5, **sections)
+    RunFolder.open(runs_dir / name, resume_key(config)).write_config(to_json(config))
+    return name
+
+
+def put_into_graph(page: ComfyPage, run_name: str) -> None:
+    """Press the button, and wait for the word that it is done."""
+    page.open_panel(run_name)
+    page.panel.get_by_role("button", name="Settings into graph").click()
+    page.page.get_by_text("Settings copied", exact=True).wait_for()
+
+
+def settings_nodes(page: ComfyPage) -> dict[str, dict[str, Any]]:
+    """The settings nodes of the prompt that Run would send."""
+    prompt = page.page.evaluate("async () => (await app.graphToPrompt()).output")
+    return {key: node for key, node in prompt.items() if node["class_type"].endswith("Settings")}
+
+
+def values_made(server: PackServer, nodes: dict[str, dict[str, Any]]) -> list[str]:
+    """What the nodes give, each run by the server."""
+    asked = {f"told{key}": helper("SaveText", value=[key, 0]) for key in nodes}
+    outputs = server.run({**nodes, **asked})
+    return [outputs[key]["text"][0] for key in asked]
+
+
+@pytest.fixture(scope="module")
+def lora_file(demo_server: PackServer) -> Path:
+    """A LoRA that ComfyUI lists in a folder of its run."""
+    path = demo_server.base / "models" / "loras" / LISTED
+    path.parent.mkdir(parents=True)
+    path.touch()
+    return path
+
+
+def test_the_nodes_give_the_runs_settings(
+    lora_file: Path, runs_dir: Path, open_page: OpenPage, demo_server: PackServer
+):
+    lora = LoraConfig(lora_rank=4, rank_pattern=PATTERNS, init_lora=str(lora_file))
+    optimizer = OptimizerConfig(learning_rate=3e-5)
+    name = place_run(runs_dir, "started from a LoRA", lora=lora, optimizer=optimizer)
+    page = open_page()
+    page.page.evaluate("() => app.graph.clear()")
+    put_into_graph(page, name)
+    assert page.widgets("LoraSettings")["init_lora"] == LISTED
+    made = values_made(demo_server, settings_nodes(page))
+    assert sorted(made) == sorted([str(lora), str(optimizer)])  # no others: the rest are defaults, EMA off among them
+
+
+def test_nodes_that_are_there(lora_file: Path, runs_dir: Path, open_page: OpenPage, demo_server: PackServer):
+    memory, ema = MemoryConfig(blocks_to_stream=3), EmaConfig(use_ema=True, ema_decay=0.99)
+    name = place_run(runs_dir, "with an average", memory=memory, ema=ema)
+    page = open_page("nodes 2.0")
+    page.open_template("demo")
+    page.set_widgets("TrainLora", preset="24gb")
+    page.set_widgets("LoraSettings", init_lora=LISTED, rank_pattern="\n".join(PATTERNS))
+    put_into_graph(page, name)
+    assert (page.widgets("TrainLora")["preset"], page.widgets("TrainLora")["seed"]) == ("none", 5)
+    made = values_made(demo_server, settings_nodes(page))
+    assert {str(LoraConfig()), str(memory), str(ema)} <= set(made)
+
+
+def test_a_lora_that_is_not_listed_is_named(runs_dir: Path, open_page: OpenPage, tmp_path: Path):
+    lora = LoraConfig(init_lora=str(tmp_path / "gone.safetensors"))
+    page = open_page()
+    page.page.evaluate("() => app.graph.clear()")
+    put_into_graph(page, place_run(runs_dir, "from a lost LoRA", lora=lora))
+    page.page.get_by_text("init_lora gone.safetensors").wait_for()
+    assert page.widgets("LoraSettings")["init_lora"] == "none"
