@@ -36,7 +36,7 @@ app.registerExtension({
       },
     });
     api.addEventListener("qwen_edit_trainer.lora", () => refreshLists(app));
-    store.refresh().catch(() => {}); // the panel asks again and says what is wrong
+    store.refresh();
   },
 
   nodeCreated(/** @type {any} */ node) {

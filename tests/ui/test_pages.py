@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
+from tests.support.browser_page import SECONDS
 from tests.support.comfyui_server import PackServer
 from tools.comfyui import REPO
 from trainer_core.training.grid import GridRow
@@ -111,3 +112,44 @@ def test_settings_go_into_an_empty_graph(told: str, open_page: OpenPage):
     trains = "app.graph.nodes.filter(node => node.comfyClass === 'QwenEdit_TrainLora')"
     link = f"() => {trains}[0].inputs.find(input => input.name === 'lora_settings').link"
     assert page.page.evaluate(link) is not None
+
+
+NO_ANSWER = {"status": 200, "content_type": "application/json", "body": "no JSON"}  # other failures reach the console
+
+
+def test_a_run_that_could_not_be_loaded_is_asked_for_again(told: str, open_page: OpenPage):
+    page = open_page()
+    page.page.route("**/qwen_edit_trainer/runs/*/curve*", lambda route: route.fulfill(**NO_ANSWER), times=1)
+    page.open_panel(told)
+    expect(page.panel.get_by_role("alert")).to_contain_text("is asked again")
+    page.wait_for_points(page.panel, 40)
+    expect(page.panel.get_by_role("alert")).to_be_hidden(timeout=20 * SECONDS)
+    expect(page.panel.locator(".qet-stack")).to_be_visible()
+
+
+def test_a_run_on_the_node_is_asked_for_again(told: str, open_page: OpenPage):
+    page = open_page()
+    page.page.route("**/qwen_edit_trainer/runs/*/curve*", lambda route: route.fulfill(**NO_ANSWER), times=1)
+    page.open_template("demo")
+    page.set_widgets("TrainLora", run_name=told)
+    page.wait_for_points(page.node_view, 40)
+
+
+def test_a_list_of_runs_that_did_not_come(told: str, open_page: OpenPage):
+    page = open_page()
+    page.page.route("**/qwen_edit_trainer/runs", lambda route: route.fulfill(**NO_ANSWER), times=1)
+    page.open_panel()
+    expect(page.panel.get_by_role("alert")).to_contain_text("is asked again")
+    expect(page.panel.get_by_role("alert")).to_be_hidden(timeout=20 * SECONDS)
+    expect(page.panel.get_by_text(told, exact=True)).to_be_visible()
+
+
+def test_settings_that_did_not_come_are_asked_for_again(told: str, open_page: OpenPage):
+    page = open_page()
+    page.page.route("**/qwen_edit_trainer/runs/*/settings", lambda route: route.fulfill(**NO_ANSWER), times=1)
+    page.open_panel(told)
+    page.panel.locator("summary").click()
+    page.page.get_by_text("not valid JSON").wait_for()
+    expect(page.panel.locator("details")).not_to_have_attribute("open", "")
+    page.panel.locator("summary").click()
+    expect(page.panel.locator(".qet-settings")).to_contain_text("lora_rank")

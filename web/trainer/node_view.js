@@ -46,7 +46,7 @@ export function attachView(node, { app, store, onPick }) {
     box.style.minHeight = `${wanted}px`;
     chart.element.hidden = !next;
     badge.hidden = !next;
-    if (next && !store.isLoaded(next.run_name)) store.load(next.run_name).catch(() => {}); // told by the side panel
+    if (next) store.want(next.run_name);
     setText(line, next ? format.progress(next) : "The run's curve and pictures appear here.");
     if (next && next !== run) {
       setText(badge, format.state(next));

@@ -31,19 +31,17 @@ export function createPanel(app, api, store) {
   function select(name, focus = false) {
     const before = selected;
     selected = name;
-    if (name !== undefined && !store.isLoaded(name)) store.load(name).catch(complain);
+    if (name !== undefined) store.want(name);
     paint();
     if (focus) (name === undefined ? list.focus(before) : detail.focus());
   }
 
-  /** @param {Error} error */
-  function complain(error) {
-    problem.hidden = false;
-    setText(problem, `The server does not answer as expected: ${error.message}`);
-  }
-
   function paint() {
     const run = selected === undefined ? undefined : store.find(selected);
+    if (run) store.want(run.run_name);
+    const wrong = store.problem(selected);
+    problem.hidden = !wrong;
+    setText(problem, wrong ? `The server does not answer as expected and is asked again: ${wrong}` : "");
     list.element.hidden = Boolean(run);
     detail.element.hidden = !run;
     if (run) detail.show(run);
@@ -55,7 +53,7 @@ export function createPanel(app, api, store) {
     mount(place) {
       place.append(root);
       const end = store.subscribe(paint);
-      store.refresh().then(() => (problem.hidden = true), complain);
+      store.refresh();
       paint();
       return () => {
         end();
@@ -136,8 +134,6 @@ function createDetail({ app, api, store, back }) {
   const settings = element("details", {}, element("summary", { text: "Settings" }), table);
   /** @type {Run|undefined} */
   let run;
-  /** @type {string|undefined} */
-  let tableOf;
 
   const name = () => /** @type {Run} */ (run).run_name;
   const load = async () => (await store.get(`${store.runPath(name())}/settings`)).settings;
@@ -171,14 +167,23 @@ function createDetail({ app, api, store, back }) {
     chart.element, comparison.element, settings,
   ); // prettier-ignore
 
-  settings.addEventListener("toggle", async () => {
-    if (!settings.open || tableOf === name()) return;
-    tableOf = name();
-    const rows = Object.entries(leaves(await load())).map(([key, value]) => [
+  async function fill() {
+    const of = name();
+    const values = await load();
+    if (of !== name()) return; // another run is looked at by now
+    const rows = Object.entries(leaves(values)).map(([key, value]) => [
       element("dt", { text: key }),
       element("dd", { text: typeof value === "string" ? value || "(empty)" : JSON.stringify(value) }),
     ]);
     table.replaceChildren(...rows.flat());
+  }
+
+  settings.addEventListener("toggle", () => {
+    if (!settings.open) return;
+    fill().catch((error) => {
+      settings.open = false; // opened again, it asks again
+      tell(app, "Settings", error);
+    });
   });
 
   return {
@@ -187,7 +192,10 @@ function createDetail({ app, api, store, back }) {
     chooseStep: comparison.choose,
     /** @param {Run} next */
     show(next) {
-      if (next.run_name !== run?.run_name) settings.open = false;
+      if (next.run_name !== run?.run_name) {
+        settings.open = false;
+        table.replaceChildren();
+      }
       run = next;
       setText(title, run.run_name);
       setText(badge, format.state(run));
@@ -211,8 +219,13 @@ function ratios({ psnr }) {
     ["EMA", psnr?.ema],
     ["base", psnr?.base],
   ];
-  const known = named.filter(([, value]) => typeof value === "number");
-  return known.length > 1 ? [known.map(([name, value]) => `${name} ${value.toFixed(1)} dB`).join(", ")] : [];
+  const known = named.flatMap(([name, value]) => (typeof value === "number" ? `${name} ${value.toFixed(1)} dB` : []));
+  return known.length > 1 ? [known.join(", ")] : [];
+}
+
+/** @param {any} app @param {string} what Failed. @param {any} error */
+function tell(app, what, error) {
+  toast(app, "error", what, String(error?.message ?? error));
 }
 
 /**
@@ -223,6 +236,6 @@ function ratios({ psnr }) {
  * @param {() => Promise<void>} call
  */
 function action(app, text, title, call) {
-  const click = () => call().catch((error) => toast(app, "error", text, String(error?.message ?? error)));
+  const click = () => call().catch((error) => tell(app, text, error));
   return element("button", { type: "button", class: "qet-button", title, on: { click } }, text);
 }

@@ -17,6 +17,8 @@ import { onceAFrame } from "./dom.js";
 const BASE = "/qwen_edit_trainer";
 const POINTS = 600; // asked of the server
 const MAX_POINTS = 2400; // kept here; then the server's thinned curve is asked for again
+const RETRY_MS = 4000; // from a request that failed to the next
+const LIST = ""; // among the failures, which are by run
 
 /** @param {any} api ComfyUI's. */
 export function createStore(api) {
@@ -24,6 +26,10 @@ export function createStore(api) {
   const runs = new Map();
   /** @type {Set<string>} */
   const loaded = new Set();
+  /** @type {Map<string, string>} Why the last request failed. */
+  const failures = new Map();
+  /** @type {Set<string>} What failed a moment ago and is not asked for yet. */
+  const waiting = new Set();
   /** @type {Set<() => void>} */
   const listeners = new Set();
   const tell = onceAFrame(() => listeners.forEach((listener) => listener()));
@@ -50,7 +56,34 @@ export function createStore(api) {
     return run;
   }
 
-  async function refresh() {
+  /**
+   * Send a request; where it fails say so to listeners, and a moment later call `again`.
+   * @param {string} name
+   * @param {() => Promise<void>} request
+   * @param {() => void} again
+   */
+  async function attempt(name, request, again) {
+    try {
+      await request();
+      if (failures.delete(name)) tell();
+    } catch (error) {
+      failures.set(name, String(/** @type {any} */ (error)?.message ?? error));
+      tell();
+      if (waiting.has(name)) return;
+      waiting.add(name);
+      setTimeout(() => {
+        waiting.delete(name);
+        again();
+      }, RETRY_MS);
+    }
+  }
+
+  /** Ask for the list of runs, until there is one. @returns {Promise<void>} */
+  function refresh() {
+    return attempt(LIST, readList, refresh);
+  }
+
+  async function readList() {
     const listed = (await get("/runs")).runs;
     const names = new Set(listed.map((/** @type {Run} */ run) => run.run_name));
     [...runs.keys()].filter((name) => !names.has(name)).forEach((name) => runs.delete(name));
@@ -62,8 +95,18 @@ export function createStore(api) {
   }
 
   /** Curve and samples of a run, from now on kept up to date. @param {string} name */
-  async function load(name) {
+  function load(name) {
     loaded.add(name);
+    const request = () =>
+      readRun(name).catch((error) => {
+        loaded.delete(name);
+        throw error;
+      });
+    return attempt(name, request, tell); // whoever still shows it wants it again
+  }
+
+  /** @param {string} name */
+  async function readRun(name) {
     const [run, curve] = await Promise.all([get(runPath(name)), get(`${runPath(name)}/curve?points=${POINTS}`)]);
     const newer = runs.get(name)?.curve;
     merge({ ...run, curve: run.active && newer ? joined(curve, newer) : curve });
@@ -71,11 +114,11 @@ export function createStore(api) {
 
   /** @param {string} name */
   function reload(name) {
-    if (loaded.has(name)) load(name).catch(() => loaded.delete(name)); // its folder is gone, or the server is
+    if (loaded.has(name)) load(name);
   }
 
   function reloadAll() {
-    refresh().then(() => [...loaded].forEach(reload), () => {}); // asked again when the connection is back
+    refresh().then(() => [...loaded].forEach(reload));
   }
 
   /** @param {CustomEvent} event */
@@ -97,15 +140,18 @@ export function createStore(api) {
 
   return {
     refresh,
-    load,
+    /** Load a run that is looked at, unless it is there, on its way or failed a moment ago. @param {string} name */
+    want(name) {
+      if (!loaded.has(name) && !waiting.has(name)) load(name);
+    },
+    /** What does not work, if something does not. @param {string} [name] Of the run that is looked at. */
+    problem: (name = LIST) => failures.get(LIST) ?? failures.get(name),
     get,
     runPath,
     /** @returns {Run[]} Newest first. */
     list: () => [...runs.values()],
     /** @param {string} name @returns {Run|undefined} */
     find: (name) => runs.get(name),
-    /** @param {string} name */
-    isLoaded: (name) => loaded.has(name),
     /** @param {() => void} listener @returns {() => void} Ends it. */
     subscribe(listener) {
       listeners.add(listener);
