@@ -114,6 +114,24 @@ def test_settings_go_into_an_empty_graph(told: str, open_page: OpenPage):
     assert page.page.evaluate(link) is not None
 
 
+def test_settings_are_copied_on_a_page_without_https(told: str, open_page: OpenPage):
+    page = open_page()
+    page.open_panel(told)
+    page.page.evaluate("() => Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    page.page.evaluate("() => { document.execCommand = () => false; }")
+    button = page.panel.get_by_role("button", name="Copy as JSON")
+    button.click()
+    page.page.get_by_text("The browser lets this page copy nothing").wait_for()
+    page.page.evaluate(
+        "() => document.addEventListener('copy', () => { window.copied = document.activeElement.value; })"
+    )
+    page.page.evaluate("() => { delete document.execCommand; }")
+    button.click()
+    page.page.get_by_text("copied to the clipboard").wait_for()
+    assert json.loads(page.page.evaluate("() => window.copied"))["lora"] == {"lora_rank": 48}
+    expect(button).to_be_focused()
+
+
 NO_ANSWER = {"status": 200, "content_type": "application/json", "body": "no JSON"}  # other failures reach the console
 
 

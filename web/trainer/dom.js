@@ -64,6 +64,28 @@ export function onceAFrame(call) {
   };
 }
 
+/**
+ * Into the clipboard. Pages without https have none to write to, except on the machine itself; an old command still can.
+ * @param {string} text
+ */
+export async function copyText(text) {
+  const written = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+  if (!written && !copySelected(text)) throw new Error("The browser lets this page copy nothing. Copy it from Settings.");
+}
+
+/** @param {string} text */
+function copySelected(text) {
+  const before = /** @type {HTMLElement|null} */ (document.activeElement);
+  const area = element("textarea", { class: "qet-unseen", readonly: true, "aria-hidden": "true" });
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  const copied = document.execCommand("copy");
+  area.remove();
+  before?.focus();
+  return copied;
+}
+
 /** The style sheet, once per page. The pack's folder may have any name. */
 export function loadStyle() {
   if (document.querySelector("link[data-qet]")) return;

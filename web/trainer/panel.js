@@ -1,7 +1,7 @@
 // @ts-check
 /** The side panel: all runs, and one of them with its curve, pictures, settings and what can be done with it. */
 import { createChart } from "./chart.js";
-import { element, setText } from "./dom.js";
+import { copyText, element, setText } from "./dom.js";
 import * as format from "./format.js";
 import { applySettings, leaves, openGraph, queueGraph, toast } from "./graph.js";
 import { createComparison } from "./samples.js";
@@ -155,7 +155,7 @@ function createDetail({ app, api, store, back }) {
       if (left.length) toast(app, "warn", "Not in the lists, choose by hand", left.join(", "));
     }),
     copy: action(app, "Copy as JSON", "Copy this run's settings to the clipboard", async () => {
-      await navigator.clipboard.writeText(JSON.stringify(await load(), null, 1));
+      await copyText(JSON.stringify(await load(), null, 1));
       toast(app, "success", "Settings copied to the clipboard");
     }),
   };
