@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .conditioning.encode import encode_dataset
+from .conditioning.encode import check_references, encode_dataset
 from .conditioning.encoded import EncodedDataset
 from .conditioning.encoders import Encoders
 from .conditioning.mix import MixPart, mix_encoded
@@ -20,6 +20,7 @@ from .presets import with_preset
 from .ranks import ALONE, Ranks
 from .settings import changed
 from .training.planning.choose import budget_of
+from .training.planning.encoding import encoding_in_words
 from .training.planning.network import network_size
 from .training.planning.report import planned_in_words
 from .training.planning.workload import workload_of_pairs
@@ -81,7 +82,15 @@ def pair_job(job: JobConfig, observer: Observer = SILENT) -> list[PairedPart]:
 
     Raises:
         DatasetError: with the problems of all datasets.
+        ConfigError: a pair has more references than the flavour takes.
     """
+    paired = _pair_job(job, observer)
+    for part, dataset in paired:
+        check_references(dataset, job.model, part.encoding)
+    return paired
+
+
+def _pair_job(job: JobConfig, observer: Observer) -> list[PairedPart]:
     checked_dir = Path(job.cache_dir) / "checked"
     if not job.datasets:
         return [(part, pair_folders(part.dataset, observer, checked_dir=checked_dir)) for part in job.parts()]
@@ -137,4 +146,6 @@ def plan_job(job: JobConfig, vram_gib: float = 0.0, observer: Observer = SILENT)
     parts = [(dataset, part.encoding) for part, dataset in pair_job(job, observer)]
     work = workload_of_pairs(parts, job.model, job.batching, job.validation)
     budget = budget_of(pick_device(job.model.device), vram_gib or job.memory.vram_gib)
-    return planned_in_words(job.train_config("plan"), network_size(job.model, job.lora), work, budget)
+    encoding, can_be_encoded = encoding_in_words(job.model, work.largest_picture, budget)
+    text, fits = planned_in_words(job.train_config("plan"), network_size(job.model, job.lora), work, budget)
+    return f"{text}\n\n{encoding}", fits and can_be_encoded

@@ -7,13 +7,18 @@ time. A run that was killed goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from ..config import EncodingConfig, ModelConfig, digest
 from ..data.folders import changed_files
 from ..data.pairing import EditDataset, dataset_states
 from ..device import pick_device, release_memory
-from ..errors import ConfigError, DatasetError
+from ..errors import ConfigError, DatasetError, OutOfMemoryError
 from ..events import SILENT, Observer
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.folder import model_folder
@@ -48,10 +53,11 @@ def encode_dataset(
         DatasetError: targets are too small, none would be left to train on, or pictures changed since they were paired;
             then the others are encoded first.
         ModelFileError: the VAE or text encoder can't be loaded, or the transformer is of another flavour.
+        OutOfMemoryError: they, or a picture, don't fit; what was encoded stays.
         Interrupted: the observer wants to stop; what was encoded stays.
     """
     check_transformer(model)  # prompts in another flavour's words would be found out hours later
-    _check_references(dataset, model, encoding)
+    check_references(dataset, model, encoding)
     encoders = encoders or Encoders()
     encoders.check(encoding)
     pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
@@ -67,9 +73,11 @@ def encode_dataset(
     jobs = missing_jobs(list(ranks.share(planned)), cache_dir)
     before = dataset_states(dataset) if any(jobs) else {}
     problems = encode_masks(jobs.masks, cache_dir, observer)
-    problems += encode_latents(jobs.latents, vae, cache_dir, observer)
+    with _memory_errors_explained("pictures", "Lower resolution, or the size of the references"):
+        problems += encode_latents(jobs.latents, vae, cache_dir, observer)
     release_memory()
-    problems += encode_prompts(jobs.prompts, text_encoder, image_embeds, prompt_width(model), observer)
+    with _memory_errors_explained("prompts", "Set text_encoder_precision to int8-quanto or nf4-bnb"):
+        problems += encode_prompts(jobs.prompts, text_encoder, image_embeds, prompt_width(model), observer)
     release_memory()
     _raise_unread(problems)
     ranks.wait()
@@ -87,6 +95,19 @@ def encode_dataset(
     return dataclasses.replace(encoded, changed=changed)
 
 
+@contextmanager
+def _memory_errors_explained(what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the network and its activations
+        release_memory()
+        raise OutOfMemoryError(
+            f"Out of memory while encoding {what}. What is encoded stays in the cache. {advice}, close other programs "
+            "that use the device, or encode once with device cpu: training then finds everything."
+        ) from error
+
+
 def _raise_unread(problems: list[str]) -> None:
     if problems:
         raise DatasetError(
@@ -96,7 +117,8 @@ def _raise_unread(problems: list[str]) -> None:
         )
 
 
-def _check_references(dataset: EditDataset, model: ModelConfig, encoding: EncodingConfig) -> None:
+def check_references(dataset: EditDataset, model: ModelConfig, encoding: EncodingConfig) -> None:
+    """Raises ConfigError where a pair has more references than a turn of the flavour takes."""
     allowed = FLAVOURS[model.flavour].max_references
     most = max((len(pair.references) for pair in dataset.pairs), default=0)
     if most > allowed and encoding.conditioning_multidataset_sampling == "combined":

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import ModelConfig, Preprocessing
-from ..errors import DatasetError, MissingPackageError, ModelFileError
+from ..errors import DatasetError, MissingPackageError
 from ..events import SILENT, Observer
 from ..precision.quantise import quantise
 from . import prompt
@@ -153,17 +153,5 @@ def _demo_network(folder: ModelFolder) -> Qwen2_5_VLForConditionalGeneration:
 def _stored_network(
     folder: ModelFolder, config: ModelConfig, device: torch.device, observer: Observer
 ) -> Qwen2_5_VLForConditionalGeneration:
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" and device.type != "cpu" else torch.float32
-    if folder.text_encoder.is_file() or config.text_encoder_precision != "none":
-        return load_by_layers(config, folder.text_encoder, dtype, device, observer)
-    try:
-        return Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder.text_encoder, dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelFileError(
-            f"Can't load the text encoder from {folder.text_encoder}: {error} It should be the text_encoder folder "
-            "of a Qwen-Image-Edit download (Qwen2.5-VL-7B)."
-        ) from error
+    return load_by_layers(config, folder.text_encoder, dtype, device, observer)

@@ -83,12 +83,7 @@ def load_by_layers(
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    source = _Renamed(open_weights(place, _PREFIXES))
-    if _in_transformers(_MARK) not in source.shapes:
-        raise ModelFileError(
-            f"{place.name} is no Qwen2.5-VL: it has no {_MARK}. Choose qwen_2.5_vl_7b.safetensors or "
-            "qwen_2.5_vl_7b_fp8_scaled.safetensors from models/text_encoders."
-        )
+    source = _open(place)
     settings = qwen25_vl_7b() if place.is_file() else dict(read_json(place / "config.json"))
     with torch.device("meta"):
         network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
@@ -102,6 +97,25 @@ def load_by_layers(
     )
     _restore_rotary(network)
     return network
+
+
+def stored_shapes(place: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights that are loaded, by transformers' names. Reads headers only.
+
+    Raises:
+        ModelFileError: no Qwen2.5-VL.
+    """
+    return {name: tuple(shape) for name, shape in _open(place).shapes.items() if not name.startswith("lm_head")}
+
+
+def _open(place: Path) -> _Renamed:
+    source = _Renamed(open_weights(place, _PREFIXES))
+    if _in_transformers(_MARK) not in source.shapes:
+        raise ModelFileError(
+            f"{place.name} is no Qwen2.5-VL: it has no {_MARK}. Choose qwen_2.5_vl_7b.safetensors or "
+            "qwen_2.5_vl_7b_fp8_scaled.safetensors from models/text_encoders."
+        )
+    return source
 
 
 def _in_transformers(name: str) -> str:

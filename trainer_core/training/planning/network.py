@@ -69,26 +69,28 @@ class NetworkSize:
         return max(rows * columns for rows, columns in self.block.matrices)
 
     def _bytes(self, weights: Weights) -> int:
-        quantised = sum(matrix_bytes(*shape, self) for shape in weights.matrices)
-        return round(quantised + weights.others * self.element_bytes)
+        return stored_bytes(weights, self.precision, self.element_bytes, in_file=self.stored_bytes)
 
 
-def matrix_bytes(rows: int, columns: int, network: NetworkSize) -> float:
-    """Bytes of a linear layer's weight in the network's precision, its scales included."""
-    weights, precision = rows * columns, network.precision
+def stored_bytes(weights: Weights, precision: BaseModelPrecision, element_bytes: int, *, in_file: float) -> int:
+    """Bytes of weights in a precision, scales included. `in_file`: bytes of one in their file, for precision `file`."""
+    matrices = sum(_matrix_bytes(*shape, precision, element_bytes, in_file) for shape in weights.matrices)
+    return round(matrices + weights.others * element_bytes)
+
+
+def _matrix_bytes(rows: int, columns: int, precision: BaseModelPrecision, element_bytes: int, in_file: float) -> float:
+    weights = rows * columns
     if precision == "none":
-        return weights * network.element_bytes
-    if (
-        precision == "file"
-    ):  # codes of a byte are kept; the rest, of two bytes or more, is brought into the arithmetic's
-        return weights * (1 + (network.element_bytes - 1) * min(1.0, max(0.0, network.stored_bytes - 1)))
+        return weights * element_bytes
+    if precision == "file":  # codes of a byte are kept; weights of two bytes or more come in the arithmetic's type
+        return weights * (1 + (element_bytes - 1) * min(1.0, max(0.0, in_file - 1)))
     if precision in ("int8-quanto", "fp8-quanto"):
         return weights + 4 * rows
     if precision == "nf4-bnb":
         scales = -(-weights // _NF4_BLOCK)
         return weights / 2 + scales + 4 * -(-scales // _NF4_SCALES) + _NF4_TABLES
     bits = 4 if precision == "int4-quanto" else 2
-    return weights * bits / 8 + 2 * network.element_bytes * weights / _GROUP
+    return weights * bits / 8 + 2 * element_bytes * weights / _GROUP
 
 
 def network_size(model: ModelConfig, lora: LoraConfig) -> NetworkSize:

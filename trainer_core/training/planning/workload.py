@@ -15,6 +15,7 @@ from safetensors import safe_open
 from ...conditioning.cache import entry_path
 from ...conditioning.encoded import EncodedDataset, EncodedEntry
 from ...conditioning.pictures import PairPlan, plan_pair
+from ...conditioning.reference_sets import seen_at_once
 from ...config import BatchingConfig, EncodingConfig, ModelConfig, ValidationConfig
 from ...data.pairing import EditDataset
 from ...errors import DatasetError
@@ -44,12 +45,14 @@ class PairSize:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """`train`: the largest pair, `batch` of them at once. `validation`: the largest that is drawn, None without.
-    `encoded`: the largest reference, in pixels, that is encoded while training; 0 where all are in the cache."""
+    `encoded`: pixels of the largest reference that is encoded while training; 0 where all are in the cache.
+    `largest_picture`: pixels of the largest target or reference; 0 where all are encoded."""
 
     train: PairSize
     batch: int
     validation: PairSize | None = None
     encoded: int = 0
+    largest_picture: int = 0
 
     @property
     def tokens(self) -> Tokens:
@@ -87,22 +90,23 @@ def workload_of_pairs(
     validation: ValidationConfig,
 ) -> Workload:
     """Of datasets that are not encoded yet, from the pictures' headers; lengths of prompts are estimated."""
-    train, drawn, flying = [], [], [0]
+    train, drawn, flying, largest = [], [], [0], 0
     for dataset, encoding in parts:
         sizes = []
-        for pair in dataset.pairs:
+        for pair in seen_at_once(dataset.pairs, encoding, held_out=()):
             kinds = pair.conditioning_types
             plan = plan_pair(pair.sizes, FLAVOURS[model.flavour], encoding, pair.key, conditioning_types=kinds)
             text = estimated_prompt(plan, max(map(len, pair.captions), default=0))
             references = [view.size for view in plan.references]
             sizes.append(pair_size(plan.target.size, references, text))
+            largest = max(largest, *(size.width * size.height for size in (plan.target.size, *references)))
             if encoding.reference_latents == "on_the_fly":
                 flying += [size.width * size.height for size in references]
         held = len(sizes) if encoding.num_eval_images < 0 else encoding.num_eval_images
         train += sizes if held < len(sizes) else []
         drawn += sizes if held else []
     work = _workload(train, _at_sizes(drawn, validation) if validation.num_validation_images else [], batching)
-    return dataclasses.replace(work, encoded=max(flying))
+    return dataclasses.replace(work, encoded=max(flying), largest_picture=largest)
 
 
 def _at_sizes(pairs: Sequence[PairSize], validation: ValidationConfig) -> list[PairSize]:
