@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from trainer_core.config import EmaConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, resume_key
 from trainer_core.errors import RunFolderError
-from trainer_core.training.run_folder import RunFolder
+from trainer_core.training.run_folder import Checkpoint, RunFolder
 
 
 def key_of(**changes: Any) -> dict[str, Any]:
@@ -50,3 +51,68 @@ def test_a_setting_that_only_a_later_version_knows_is_named(tmp_path: Path) -> N
     RunFolder.open(tmp_path / "run", {**key_of(), "coming": 3})
     with pytest.raises(RunFolderError, match="coming 3 -> None"):
         RunFolder.open(tmp_path / "run", key_of())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """With a running average, and checkpoints of steps 2 and 4."""
+    run = RunFolder.open(tmp_path / "run", key_of(ema=EmaConfig(use_ema=True)))
+    for step in (2, 4):
+        run.save_checkpoint(checkpoint(step), 5)
+    return run
+
+
+def checkpoint(step: int) -> Checkpoint:
+    tensors = {"a.b": torch.full((3,), float(step))}
+    return Checkpoint({"step": step, "loss": 0.5}, tensors, tensors, tensors)
+
+
+def names(run: RunFolder) -> list[str]:
+    return sorted(path.name for path in run.checkpoints.iterdir())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize("part", ["lora.safetensors", "optimizer.safetensors", "ema.safetensors", "report.json"])
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_a_damaged_checkpoint_is_passed_over_and_replaced(part: str, damage: Any, run: RunFolder) -> None:
+    damage(run.checkpoints / "step-000004" / part)
+    assert run.steps_done() == 2
+    found = run.latest_checkpoint()
+    assert found is not None and found.step == 2
+    run.save_checkpoint(checkpoint(4), 5)
+    found = run.latest_checkpoint()
+    assert found is not None and found.step == run.steps_done() == 4
+    assert names(run) == ["step-000002", "step-000004"]
+
+
+def test_a_whole_checkpoint_is_left_as_it_is(run: RunFolder) -> None:
+    written = (run.checkpoints / "step-000004" / "lora.safetensors").stat().st_mtime_ns
+    run.save_checkpoint(checkpoint(4), 5)
+    assert (run.checkpoints / "step-000004" / "lora.safetensors").stat().st_mtime_ns == written
+
+
+def test_folders_of_other_names_are_nobodys_checkpoints(run: RunFolder) -> None:
+    strays = ["step-000006.bak", "step-x", "step-", "notes"]
+    for name in strays:
+        (run.checkpoints / name).mkdir()
+    assert run.steps_done() == 4
+    run.save_checkpoint(checkpoint(6), 1)
+    assert names(run) == sorted(["step-000006", *strays])
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_newest(run: RunFolder) -> None:
+    cut(run.checkpoints / "step-000004" / "lora.safetensors")
+    run.save_checkpoint(checkpoint(3), 1)
+    assert run.steps_done() == 3
+    run.save_checkpoint(checkpoint(4), 1)
+    assert run.steps_done() == 4 and names(run) == ["step-000004"]
+
+
+def test_a_write_that_fails_leaves_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer_core.training.run_folder.write_atomically", None)
+    with pytest.raises(TypeError):
+        run.save_checkpoint(checkpoint(6), 1)
+    assert names(run) == ["step-000002", "step-000004"]

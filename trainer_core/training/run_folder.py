@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,7 @@ from ..errors import RunFolderError
 from ..files import is_whole, read_tensors, write_atomically, write_tensors
 
 FORMAT = 1
+_CHECKPOINT = re.compile(r"step-\d+")  # whole name: a person's copy, such as step-000250.bak, is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,23 +133,28 @@ class RunFolder:
             write_atomically(self.path / "config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
 
     def save_checkpoint(self, checkpoint: Checkpoint, limit: int) -> None:
-        """Write a checkpoint under a temporary name, rename it, then remove the oldest above the limit."""
+        """Write a checkpoint under a temporary name, rename it, then remove the oldest above the limit.
+
+        One of the same step stays if it is whole. One that was cut short, or a later one, which then was passed over
+        when the run went on, neither stands in the way nor counts.
+        """
         final = self.checkpoints / f"step-{checkpoint.step:06d}"
-        if final.exists() or not self.writes:
+        if not self.writes or self._is_whole(final):
             return
         temporary = self.checkpoints / f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         temporary.mkdir()
-        write_tensors(temporary / "lora.safetensors", checkpoint.lora)
-        write_tensors(temporary / "optimizer.safetensors", checkpoint.optimizer)
-        if checkpoint.ema:
-            write_tensors(temporary / "ema.safetensors", checkpoint.ema)
-        write_atomically(temporary / "report.json", json.dumps(checkpoint.report).encode())
-        temporary.rename(final)
+        try:
+            for part in self._parts():
+                write_tensors(temporary / f"{part}.safetensors", getattr(checkpoint, part))
+            write_atomically(temporary / "report.json", json.dumps(checkpoint.report).encode())
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # there only if it could not be finished
         _flush_folder(self.checkpoints)
-        for old in self._checkpoint_folders()[:-limit]:
+        for old in [each for each in self._checkpoint_folders() if _step_of(each) <= checkpoint.step][:-limit]:
             shutil.rmtree(old)
-        for left_over in self.checkpoints.glob(".step-*.tmp"):
-            shutil.rmtree(left_over, ignore_errors=True)
 
     def steps_done(self) -> int:
         """Of the newest whole checkpoint; 0 without one."""
@@ -159,19 +166,23 @@ class RunFolder:
         folder = self._newest_whole()
         if folder is None:
             return None
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        return Checkpoint(report, *(read_tensors(file) for file in self._files(folder)))
+        tensors = {part: read_tensors(folder / f"{part}.safetensors") for part in self._parts()}
+        return Checkpoint(_report_in(folder), **tensors)
 
     def _newest_whole(self) -> Path | None:
-        folders = reversed(self._checkpoint_folders())
-        return next((folder for folder in folders if all(map(is_whole, self._files(folder)))), None)
+        return next(filter(self._is_whole, reversed(self._checkpoint_folders())), None)
 
-    def _files(self, folder: Path) -> list[Path]:
-        files = [folder / f"{part}.safetensors" for part in ("lora", "optimizer")]
-        return files + [path for path in [folder / "ema.safetensors"] if path.exists()]
+    def _is_whole(self, folder: Path) -> bool:
+        files = (folder / f"{part}.safetensors" for part in self._parts())
+        return _report_in(folder).get("step") == _step_of(folder) and all(map(is_whole, files))
+
+    def _parts(self) -> tuple[str, ...]:
+        """What a checkpoint of this run's settings holds."""
+        return ("lora", "optimizer", "ema") if "ema" in self.state().get("key", {}) else ("lora", "optimizer")
 
     def _checkpoint_folders(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step-*"), key=_step_of)
+        found = (path for path in self.checkpoints.glob("step-*") if _CHECKPOINT.fullmatch(path.name))
+        return sorted(found, key=_step_of)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The metrics written so far; a line cut short by a kill is left out."""
@@ -203,6 +214,15 @@ class RunFolder:
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
+
+
+def _report_in(folder: Path) -> dict[str, Any]:
+    """The report of a checkpoint; empty where there is none that can be read."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
