@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -56,21 +58,18 @@ def train_lora(
     memory = RunMemory(config, encoded, _validation_set(config, encoded), ranks.on_machine).settled()
     config = memory.config  # under memory auto with the settings that fit, found before a weight is read
     validator = Validator(memory.held_out, config.model, config.validation)
-    run = _open_run(config, ranks)  # refuses a folder of another run
-    stop = how_to_start(
-        run, config.max_train_steps, continue_kept=continue_kept
-    )  # KEEP if there is nothing to do but the file
-    run.write_config(to_json(config))
-
-    with memory.explained(STEP, "while the model was loaded", "Nothing is lost."):
-        networks = build_networks(config, encoded.preprocessing, observer)
-    done = _restore(run, networks)  # 0 steps in a fresh folder
-    if not stop:
-        _make_up_for_validation(validator, networks, run, done, memory, observer)
-        done, stop = _train(run, networks, validator, memory, done, observer, ranks)
-    result = _finish(config, run, networks, done, stop, extra_check)
-    ranks.wait()  # for the file
-    return result
+    with _open_run(config, ranks) as run:  # refuses a folder of another run, or one that is in use
+        stop = how_to_start(run, config.max_train_steps, continue_kept=continue_kept)  # KEEP: only the file is wanted
+        run.write_config(to_json(config))
+        with memory.explained(STEP, "while the model was loaded", "Nothing is lost."):
+            networks = build_networks(config, encoded.preprocessing, observer)
+        done = _restore(run, networks)  # 0 steps in a fresh folder
+        if not stop:
+            _make_up_for_validation(validator, networks, run, done, memory, observer)
+            done, stop = _train(run, networks, validator, memory, done, observer, ranks)
+        result = _finish(config, run, networks, done, stop, extra_check)
+        ranks.wait()  # for the file
+        return result
 
 
 def _train(
@@ -129,12 +128,13 @@ def _update(networks: Networks, gradients: Gradients, memory: RunMemory) -> Step
         return update_weights(networks, gradients, memory.config)
 
 
-def _open_run(config: TrainConfig, ranks: Ranks) -> RunFolder:
+@contextmanager
+def _open_run(config: TrainConfig, ranks: Ranks) -> Iterator[RunFolder]:
     """Make the folder, or enter one of the same settings. Those who follow wait until the leader has done so."""
-    path = Path(config.run_dir)
-    run = RunFolder.open(path, resume_key(config, ranks.size)) if ranks.leads else RunFolder(path, writes=False)
-    ranks.wait()
-    return run
+    path, key = Path(config.run_dir), resume_key(config, ranks.size)
+    with RunFolder.open(path, key) if ranks.leads else nullcontext(RunFolder(path, writes=False)) as run:
+        ranks.wait()
+        yield run
 
 
 def _validation_set(config: TrainConfig, encoded: EncodedDataset) -> EncodedDataset:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
+from tools.comfyui import REPO
 from trainer_core.config import EmaConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, resume_key
 from trainer_core.errors import RunFolderError
 from trainer_core.training.run_folder import Checkpoint, RunFolder
@@ -19,6 +25,12 @@ def key_of(**changes: Any) -> dict[str, Any]:
     )
 
 
+def entered(path: Path, key: dict[str, Any]) -> RunFolder:
+    """The folder after a process was in it."""
+    with RunFolder.open(path, key) as run:
+        return run
+
+
 def without(key: dict[str, Any], section: str, *names: str) -> dict[str, Any]:
     """The key as a version wrote it that did not know these settings yet."""
     return {**key, section: {name: value for name, value in key[section].items() if name not in names}}
@@ -27,39 +39,39 @@ def without(key: dict[str, Any], section: str, *names: str) -> dict[str, Any]:
 def test_a_run_of_a_version_with_fewer_settings_goes_on(tmp_path: Path) -> None:
     old = without(without(key_of(), "lora", "lora_type", "init_lora"), "optimizer", "weight_decay")
     del old["rollout"]
-    RunFolder.open(tmp_path / "run", old)
-    assert RunFolder.open(tmp_path / "run", key_of()).changes(key_of()) == []
+    entered(tmp_path / "run", old)
+    assert entered(tmp_path / "run", key_of()).changes(key_of()) == []
     for changes, named in (
         ({"lora": LoraConfig(lora_type="dora")}, "lora.lora_type 'lora' -> 'dora'"),
         ({"ema": EmaConfig(use_ema=True)}, "ema None ->"),
         ({"optimizer": OptimizerConfig(lr_scheduler="cosine")}, "lr_scheduler 'constant_with_warmup' -> 'cosine'"),
     ):
         with pytest.raises(RunFolderError) as caught:
-            RunFolder.open(tmp_path / "run", key_of(**changes))
+            entered(tmp_path / "run", key_of(**changes))
         assert named in str(caught.value)
 
 
 def test_of_the_average_too(tmp_path: Path) -> None:
     averaged = EmaConfig(use_ema=True)
-    RunFolder.open(tmp_path / "run", without(key_of(ema=averaged), "ema", "ema_update_interval"))
-    RunFolder.open(tmp_path / "run", key_of(ema=averaged))
+    entered(tmp_path / "run", without(key_of(ema=averaged), "ema", "ema_update_interval"))
+    entered(tmp_path / "run", key_of(ema=averaged))
     with pytest.raises(RunFolderError, match=r"ema\.ema_update_interval 1 -> 2"):
-        RunFolder.open(tmp_path / "run", key_of(ema=EmaConfig(use_ema=True, ema_update_interval=2)))
+        entered(tmp_path / "run", key_of(ema=EmaConfig(use_ema=True, ema_update_interval=2)))
 
 
 def test_a_setting_that_only_a_later_version_knows_is_named(tmp_path: Path) -> None:
-    RunFolder.open(tmp_path / "run", {**key_of(), "coming": 3})
+    entered(tmp_path / "run", {**key_of(), "coming": 3})
     with pytest.raises(RunFolderError, match="coming 3 -> None"):
-        RunFolder.open(tmp_path / "run", key_of())
+        entered(tmp_path / "run", key_of())
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
+def run(tmp_path: Path) -> Iterator[RunFolder]:
     """With a running average, and checkpoints of steps 2 and 4."""
-    run = RunFolder.open(tmp_path / "run", key_of(ema=EmaConfig(use_ema=True)))
-    for step in (2, 4):
-        run.save_checkpoint(checkpoint(step), 5)
-    return run
+    with RunFolder.open(tmp_path / "run", key_of(ema=EmaConfig(use_ema=True))) as run:
+        for step in (2, 4):
+            run.save_checkpoint(checkpoint(step), 5)
+        yield run
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -116,3 +128,54 @@ def test_a_write_that_fails_leaves_nothing(run: RunFolder, monkeypatch: pytest.M
     with pytest.raises(TypeError):
         run.save_checkpoint(checkpoint(6), 1)
     assert names(run) == ["step-000002", "step-000004"]
+
+
+HOLD = """
+import json, sys, time
+from pathlib import Path
+from trainer_core.training.run_folder import RunFolder
+with RunFolder.open(Path(sys.argv[1]), json.loads(sys.argv[2])) as run:
+    (run.checkpoints / ".step-000002.1.ab.tmp").mkdir()
+    print("inside", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_one_process_at_a_time_also_after_a_kill(tmp_path: Path) -> None:
+    path, key = tmp_path / "run", key_of()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), json.dumps(key)], cwd=REPO, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "inside\n"
+        try:
+            with pytest.raises(RunFolderError, match=rf"{path} is in use.*Wait until it has ended.*run\.lock"):
+                entered(path, key)
+            assert len(list((path / "checkpoints").iterdir())) == 1, "the other's unfinished checkpoint stays"
+        finally:
+            other.kill()
+    assert list((entered(path, key).path / "checkpoints").iterdir()) == []
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+
+    def broken() -> None:
+        with RunFolder.open(path, key_of()), pytest.raises(RunFolderError, match="in use"):
+            entered(path, key_of())
+        with RunFolder.open(path, key_of()):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken()
+    assert entered(path, key_of()).state()["state"] == "started"
+
+
+def test_a_drive_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_lock: FileLock, timeout: float) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    assert entered(tmp_path / "run", key_of()).state()
+    assert "can't be locked" in caplog.text

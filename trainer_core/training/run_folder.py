@@ -6,21 +6,25 @@ metrics.jsonl     one line per step
 tensorboard/      the same for TensorBoard
 samples/          validation grids, step-000250.png, and their single pictures, step-000250/
 checkpoints/      resumable state, step-000250/
+run.lock          locked by the process that trains
 <name>.safetensors  the LoRA file
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..config import completed_key
@@ -28,6 +32,8 @@ from ..errors import RunFolderError
 from ..files import is_whole, read_tensors, write_atomically, write_tensors
 
 FORMAT = 1
+LOCK = "run.lock"
+_LOG = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"step-\d+")  # whole name: a person's copy, such as step-000250.bak, is none
 
 
@@ -54,29 +60,35 @@ class RunFolder:
     writes: bool = True
 
     @classmethod
-    def open(cls, path: Path, key: Mapping[str, Any]) -> RunFolder:
-        """Make the folder, or enter one of the same settings.
+    @contextmanager
+    def open(cls, path: Path, key: Mapping[str, Any]) -> Iterator[RunFolder]:
+        """Make the folder, or enter one of the same settings. No other process can while the context lasts.
 
         Raises:
-            RunFolderError: the folder belongs to a run with other settings; the message names each with both values.
+            RunFolderError: the folder is no run, or another process trains in it, or it belongs to a run with other
+                settings; the message names each with both values.
         """
         folder = cls(path)
-        known = folder.state()
-        if known and (changed := folder.changes(key)):
+        if path.exists() and not folder.state() and any(each.name != LOCK for each in path.iterdir()):
+            raise RunFolderError(f"The folder {path} exists, is not empty and is not a run. Choose another run name.")
+        path.mkdir(parents=True, exist_ok=True)
+        with _held_alone(path):
+            folder._enter(key)
+            yield folder
+
+    def _enter(self, key: Mapping[str, Any]) -> None:
+        if not self.state():
+            self.write_state(key=dict(key), state="started")
+        elif changed := self.changes(key):
             changes = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changed)
             raise RunFolderError(
-                f"The run folder {path.name!r} was started with other settings: {changes}. Set them back to go on with "
-                "it, or choose another run name to start a new run. Nothing was changed."
+                f"The run folder {self.path.name!r} was started with other settings: {changes}. Set them back to go on "
+                "with it, or choose another run name to start a new run. Nothing was changed."
             )
-        if not known:
-            if path.exists() and any(path.iterdir()):
-                raise RunFolderError(
-                    f"The folder {path} exists, is not empty and is not a run. Choose another run name."
-                )
-            folder.write_state(key=dict(key), state="started")
-        folder.samples.mkdir(exist_ok=True)
-        folder.checkpoints.mkdir(exist_ok=True)
-        return folder
+        self.samples.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        for left_over in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed: no other is at work here
+            shutil.rmtree(left_over, ignore_errors=True)
 
     @property
     def metrics_file(self) -> Path:
@@ -210,6 +222,30 @@ class RunFolder:
         """Replace the metrics."""
         if self.writes:
             write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+@contextmanager
+def _held_alone(path: Path) -> Iterator[None]:
+    """The folder's lock, which the system takes back from a process that ends in whatever way.
+
+    Raises:
+        RunFolderError: another has it.
+    """
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunFolderError(
+            f"The run folder {path} is in use: another training writes into it. Wait until it has ended, stop it, or "
+            f"choose another run name. If none is running on any machine, delete {LOCK} in the folder. Nothing was "
+            "changed."
+        ) from error
+    except (OSError, NotImplementedError) as error:  # some network drives
+        _LOG.warning("%s can't be locked (%s). Make sure that no other training uses this run folder.", path, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _step_of(folder: Path) -> int:
