@@ -128,9 +128,11 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .export.keys import READERS
     from .job import encode_job
     from .run import train_lora
+    from .training.checks import check_training
 
     job = _job(options)
     with _together() as ranks:
+        check_training(job.train_config("-"))  # now, and not when all is encoded
         encoded, validation = encode_job(job, observer, ranks)
         config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
         result = train_lora(config, observer, continue_kept=options.continue_kept, ranks=ranks)

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..settings import check, merged, required, setting, to_json
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
 from .ema import EmaConfig, check_ema
-from .memory import MemoryConfig
+from .memory import MemoryConfig, check_streaming
 from .model import ModelConfig
 from .optimizer import ENDLESS, OptimizerConfig, check_warmup
 from .training import (
@@ -54,8 +54,7 @@ class TrainConfig:
         check(1 <= self.max_train_steps <= 1_000_000, "max_train_steps", self.max_train_steps, "1 to 1000000")
         check(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
         check_warmup(self.optimizer, self.max_train_steps)
-        streams_dora = self.lora.lora_type == "dora" and self.memory.blocks_to_stream > 0
-        check(not streams_dora, "blocks_to_stream", self.memory.blocks_to_stream, "0 with lora_type dora")
+        check_streaming(self.memory, self.lora)
         check_ema(self.ema, self.optimizer)
 
 
@@ -101,6 +100,7 @@ class JobConfig:
         trained = not ids or set(ids) > set(self.eval_dataset_id)
         check(trained, "eval_dataset_id", list(self.eval_dataset_id), "to leave a dataset to train on")
         check_warmup(self.optimizer, self.max_train_steps)
+        check_streaming(self.memory, self.lora)
         check_ema(self.ema, self.optimizer)
 
     @staticmethod

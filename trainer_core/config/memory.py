@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..settings import check, check_at_least, check_choice, setting
+from .training import LoraConfig
 
 MemoryPlanning = Literal["manual", "auto"]
 
@@ -44,3 +45,9 @@ class MemoryConfig:
         check_at_least(self, -1, "gradient_checkpointing_blocks")
         check_at_least(self, 0, "blocks_to_stream", "vram_gib")
         check(2 <= self.stream_buffers <= 16, "stream_buffers", self.stream_buffers, "2 to 16 blocks")
+
+
+def check_streaming(memory: MemoryConfig, lora: LoraConfig) -> None:
+    """Raises ConfigError where blocks are to be streamed whose weights the adapter needs at other times."""
+    streams_dora = lora.lora_type == "dora" and memory.blocks_to_stream > 0
+    check(not streams_dora, "blocks_to_stream", memory.blocks_to_stream, "0 with lora_type dora")

@@ -55,8 +55,9 @@ def converter(precision: BaseModelPrecision) -> Convert | None:
     if precision in ("none", "file"):
         return None
     if precision == "nf4-bnb":
+        _need("bitsandbytes", "bitsandbytes", precision)
         return _to_nf4
-    _need_quanto(precision)
+    _need("optimum.quanto", "optimum-quanto", precision)
     return partial(_to_quanto, _QUANTO_TYPES[precision])
 
 
@@ -73,9 +74,10 @@ def _linears(network: nn.Module, keep: Sequence[str]) -> Iterator[tuple[nn.Modul
                 yield parent, name
 
 
-def _need_quanto(precision: str) -> None:
-    if find_spec("optimum") is None or find_spec("optimum.quanto") is None:
-        raise MissingPackageError("optimum-quanto", f"base_model_precision {precision}")
+def _need(module: str, package: str, precision: str) -> None:
+    above, _, _ = module.partition(".")
+    if find_spec(above) is None or find_spec(module) is None:
+        raise MissingPackageError(package, f"The precision {precision}")
 
 
 def _to_quanto(type_name: str, layer: nn.Linear, device: torch.device) -> nn.Module:
@@ -100,10 +102,8 @@ def _to_quanto_codes(layer: nn.Linear, codes: Any) -> FrozenLinear:
 
 
 def _to_nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError as error:
-        raise MissingPackageError("bitsandbytes", "base_model_precision nf4-bnb") from error
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
     weight = layer.weight
     quantised = Linear4bit(
         layer.in_features,

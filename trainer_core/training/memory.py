@@ -56,6 +56,7 @@ def apply_memory(
     """Have the transformer's blocks computed again, offloaded and compiled as the settings say."""
     blocks = list(transformer.transformer_blocks)
     again = recomputed_blocks(config.memory, len(blocks), checkpointing=config.gradient_checkpointing)
+    check_compiler(config.memory)
     if config.memory.compile_blocks:
         _compile(blocks)
     if again:
@@ -66,11 +67,15 @@ def apply_memory(
         )
 
 
+def check_compiler(memory: MemoryConfig) -> None:
+    """Raises MissingPackageError where blocks are to be compiled, and there is nothing to do it with."""
+    if memory.compile_blocks and find_spec("triton") is None:
+        raise MissingPackageError("triton", "compile_blocks")
+
+
 def _compile(blocks: Sequence[torch.nn.Module]) -> None:
     """All blocks share one piece of code. Its variants (with and without gradients, the first block, the last) times
     the sizes of pictures pass torch's limit of 8, beyond which it would compile nothing more and only log it."""
-    if find_spec("triton") is None:
-        raise MissingPackageError("triton", "compile_blocks")
     import torch._dynamo.config as dynamo
 
     name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # as before torch 2.6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from types import TracebackType
 
 from ..errors import MissingPackageError
@@ -12,6 +13,12 @@ from .run_folder import RunFolder
 _NOT_ALWAYS = ("validation_loss", "ema_validation_loss", "drift_shift", "drift_zoom", "drift_colour", "extra_forwards")
 
 
+def check_tensorboard() -> None:
+    """Raises MissingPackageError where there is nothing to write TensorBoard's files with."""
+    if find_spec("tensorboardX") is None:
+        raise MissingPackageError("tensorboardX", "A training run")
+
+
 class Metrics:
     """Open files of a run's metrics, which end at step `done`; none where `run` does not write. A context manager."""
 
@@ -19,10 +26,9 @@ class Metrics:
         self._lines = self._tensorboard = None
         if not run.writes:
             return
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise MissingPackageError("tensorboardX", "a training run") from error
+        check_tensorboard()
+        from tensorboardX import SummaryWriter
+
         self._lines = run.metrics_file.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=done + 1, flush_secs=10)
 

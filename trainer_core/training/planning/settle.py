@@ -12,6 +12,7 @@ from ...conditioning.batches import BatchLoader, RankPlan
 from ...conditioning.encoded import EncodedDataset
 from ...config import TrainConfig
 from ...device import pick_device
+from ..checks import check_training
 from ..step import Networks, rehearse
 from .advice import STEP, memory_errors_explained
 from .choose import budget_of, choose_memory
@@ -37,11 +38,13 @@ class RunMemory:
         return plan_memory(self.config, *self._sizes())
 
     def settled(self) -> RunMemory:
-        """With the settings to train under: chosen under `memory` auto, otherwise as they are.
+        """With the settings to train under: chosen under `memory` auto, otherwise as they are. Reads no weights.
 
         Raises:
-            OutOfMemoryError: under auto, if nothing fits. No weight is read before.
+            ConfigError, ModelFileError, MissingPackageError: as `check_training`.
+            OutOfMemoryError: under auto, if nothing fits.
         """
+        check_training(self.config)
         if self.config.memory.memory == "manual":
             return self
         device, card = pick_device(self.config.model.device), self.config.memory.vram_gib

@@ -1,0 +1,88 @@
+"""What can't be trained is refused before hours of encoding, and before a large model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.narrow import make_pairs
+from trainer_core.__main__ import main
+from trainer_core.conditioning.encoded import EncodedDataset
+from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, TrainConfig
+from trainer_core.errors import ConfigError, MissingPackageError, ModelFileError, TrainerError
+from trainer_core.run import train_lora
+
+
+def without(package: str) -> Callable[[str], object]:
+    """`find_spec` where a package is not installed."""
+    return lambda name: None if name.split(".")[0] == package else find_spec(name)
+
+
+CASES: dict[str, tuple[dict[str, Any], type[TrainerError], str]] = {
+    "target": (
+        {"lora": LoraConfig(lora_targets="pattern", lora_target_pattern="nothing")},
+        ConfigError,
+        "lora_target_pattern 'nothing' matches no layer",
+    ),
+    "rank": ({"lora": LoraConfig(rank_pattern=("77 = 4",))}, ConfigError, "rank_pattern '77 = 4' matches none"),
+    "start": ({"lora": LoraConfig(init_lora="nowhere.safetensors")}, ModelFileError, "nowhere.safetensors"),
+    "streamed": ({"memory": MemoryConfig(blocks_to_stream=2)}, ConfigError, "blocks_to_stream is 2"),
+    "triton": ({"memory": MemoryConfig(compile_blocks=True)}, MissingPackageError, "compile_blocks needs .* triton"),
+    "tensorboardX": ({}, MissingPackageError, "A training run needs the package tensorboardX"),
+    "bitsandbytes": (
+        {"model": {"base_model_precision": "nf4-bnb"}},
+        MissingPackageError,
+        "The precision nf4-bnb needs the package bitsandbytes",
+    ),
+}
+LOOKED_UP_IN = {"triton": "training.memory", "tensorboardX": "training.metrics", "bitsandbytes": "precision.quantise"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_before_the_model_is_loaded(
+    case: str, encoded: EncodedDataset, model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, kind, words = CASES[case]
+    changes = {**changes, "model": dataclasses.replace(model, **changes.get("model", {}))}
+    if case in LOOKED_UP_IN:
+        monkeypatch.setattr(f"trainer_core.{LOOKED_UP_IN[case]}.find_spec", without(case))
+    monkeypatch.setattr("trainer_core.training.step.load_transformer", lambda *_, **__: pytest.fail("it was loaded"))
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"), encoded=str(encoded.manifest), gradient_checkpointing=False, **changes
+    )
+    with pytest.raises(kind, match=words):
+        train_lora(config)
+    assert not Path(config.run_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("lora.lora_type=dora", "memory.blocks_to_stream=1"), "allowed is 0 with lora_type dora"),
+        (("lora.lora_targets=pattern", "lora.lora_target_pattern=nothing"), "matches no layer"),
+    ],
+)
+def test_before_anything_is_encoded(
+    model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: tuple[str, ...], words: str
+) -> None:
+    make_pairs(tmp_path / "pairs", 2)
+    job = tmp_path / "job.json"
+    values = {
+        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
+        "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
+        "encoding": {"resolution": 96, "match_target_res": True},
+        "cache_dir": "cache",
+        "run_dir": "runs/first",
+    }
+    job.write_text(json.dumps(values))
+    caplog.set_level(logging.INFO)
+    assert main(["train", str(job), *(word for each in change for word in ("--set", each))]) == 1
+    assert words in caplog.text
+    assert not list(tmp_path.rglob("cache/**/*.safetensors"))
