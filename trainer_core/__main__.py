@@ -116,8 +116,9 @@ def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .conditioning.report import encoding_report
     from .job import encode_job
 
-    with _together() as ranks:
-        for encoded in encode_job(_job(options), observer, ranks):
+    job = _job(options)
+    with _together(job) as ranks:
+        for encoded in encode_job(job, observer, ranks):
             if encoded is not None and ranks.leads:
                 _LOG.info(encoding_report(encoded))
                 sys.stdout.write(f"{encoded.manifest}\n")
@@ -131,7 +132,7 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .training.checks import check_training
 
     job = _job(options)
-    with _together() as ranks:
+    with _together(job) as ranks:
         check_training(job.train_config("-"))  # now, and not when all is encoded
         encoded, validation = encode_job(job, observer, ranks)
         config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
@@ -147,11 +148,11 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 
 @contextmanager
-def _together() -> Iterator[Ranks]:
+def _together(job: JobConfig) -> Iterator[Ranks]:
     """The processes that torchrun or accelerate started; those that follow the first say only what goes wrong."""
     from .ranks import joined_ranks
 
-    with joined_ranks() as ranks:
+    with joined_ranks(job.model.device) as ranks:
         if ranks.leads and ranks.size > 1:
             _LOG.info("%d processes work together", ranks.size)
         if not ranks.leads:

@@ -29,6 +29,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most that torch's tensors took on the device so far; 0 where that is not counted."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def release_memory() -> None:
     """Return the accelerator's memory of networks that are no longer used, so that others can have it."""
     if torch.cuda.is_available():

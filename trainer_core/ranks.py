@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import LostRankError
+from .errors import ConfigError, LostRankError
 from .events import Stop
 
 T = TypeVar("T")
@@ -96,10 +96,12 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined_ranks() -> Iterator[Ranks]:
-    """Join the processes that were started together; each takes the device of its place on its machine.
+def joined_ranks(device: str = "auto") -> Iterator[Ranks]:
+    """Join the processes that were started together; each takes the GPU of its place on its machine. `device` is the
+    setting.
 
     Raises:
+        ConfigError: several would compute on one GPU.
         LostRankError: the others can't be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -108,12 +110,31 @@ def joined_ranks() -> Iterator[Ranks]:
         return
     ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    gpu = _own_gpu(device, size)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
     ranks._exchange(lambda: dist.init_process_group(backend, timeout=TIMEOUT))
     yield ranks
     dist.destroy_process_group()  # not after an error: the others may be gone
+
+
+def _own_gpu(device: str, size: int) -> int | None:
+    """Number of the GPU of this one of `size` processes; None where they compute elsewhere."""
+    if device not in ("auto", "cuda", "cpu"):
+        raise ConfigError(
+            f"device is {device!r} with {size} processes, which would all compute there; allowed is auto or cuda, "
+            "where each takes a GPU of its own, or cpu. Set device to auto."
+        )
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= count:
+        raise ConfigError(
+            f"LOCAL_RANK is {place}, and GPUs on this machine are {count}; allowed is less than that, as each process "
+            "takes one. Start as many processes as there are GPUs, or set device to cpu."
+        )
+    return place
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,8 @@ import torch
 from trainer_core.conditioning.batches import BatchPlan, RankPlan
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BatchingConfig
+from trainer_core.device import peak_bytes
+from trainer_core.errors import ConfigError
 from trainer_core.events import Stop
 from trainer_core.ranks import ALONE, Ranks, joined_ranks
 
@@ -19,6 +21,41 @@ def test_alone_nothing_is_exchanged() -> None:
     assert ALONE.share([1, 2, 3]) == [1, 2, 3]
     with joined_ranks() as ranks:
         assert ranks is ALONE
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun names a process, on a machine with one GPU."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: pytest.fail(f"it computes on GPU {number}"))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_each_process_has_a_gpu_of_its_own() -> None:
+    with (
+        pytest.raises(ConfigError, match=r"device is 'cuda:0' with 2 processes.*Set device to auto"),
+        joined_ranks("cuda:0"),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match=r"LOCAL_RANK is 1, and GPUs on this machine are 1; allowed is less"),
+        joined_ranks("cuda"),
+    ):
+        pass
+    with joined_ranks("cpu") as ranks:
+        assert (ranks.rank, ranks.size) == (1, 2)
+
+
+def test_the_peak_is_that_of_the_device_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "max_memory_allocated", lambda device=None: 7 if device == torch.device("cuda:1") else 0
+    )
+    assert peak_bytes(torch.device("cuda:1")) == 7 and peak_bytes(torch.device("cpu")) == 0
 
 
 @pytest.mark.parametrize(("size", "per_step"), [(1, 4), (2, 2), (4, 1), (3, 2)])

@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ..conditioning.batches import Batch, BatchLoader
 from ..config import Preprocessing, TrainConfig
-from ..device import pick_device
+from ..device import peak_bytes, pick_device
 from ..errors import NonFiniteLossError
 from ..events import Observer, StepReport, Stop, raise_if_stopped
 from ..qwen_image.positions import use_comfyui_positions
@@ -160,7 +160,7 @@ def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig
         learning_rate=gradients.learning_rate,
         loss_by_sigma=gradients.loss_by_sigma,
         seconds=time.perf_counter() - gradients.began,
-        peak_bytes=torch.cuda.max_memory_allocated() if networks.device.type == "cuda" else 0,
+        peak_bytes=peak_bytes(networks.device),
         extra_forwards=gradients.extra_forwards,
     )
 

@@ -11,7 +11,7 @@ import torch
 from ...conditioning.batches import BatchLoader, RankPlan
 from ...conditioning.encoded import EncodedDataset
 from ...config import TrainConfig
-from ...device import pick_device
+from ...device import peak_bytes, pick_device
 from ..checks import check_training
 from ..step import Networks, rehearse
 from .advice import STEP, memory_errors_explained
@@ -88,6 +88,6 @@ def dry_step(networks: Networks, loader: BatchLoader, memory: RunMemory) -> tupl
     with memory.explained(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
         rehearse(networks, loader, largest_batch(loader.plan, memory.encoded), memory.config)
     coming = 0 if networks.optimizer.state else planned.parts["optimizer state"]
-    measured = torch.cuda.max_memory_allocated(networks.device) + coming
+    measured = peak_bytes(networks.device) + coming
     _LOG.info("Device memory of a step: %.1f GiB, planned %.1f.", measured / GIB, planned.total_bytes / GIB)
     return planned.total_bytes, measured
