@@ -6,6 +6,9 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from threading import Lock, current_thread
+from time import sleep
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs
 from trainer_core.__main__ import main
-from trainer_core.conditioning.batches import BatchPlan, RankPlan
+from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BatchingConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.errors import OutOfMemoryError
@@ -114,6 +117,29 @@ def test_a_dry_step_changes_nothing(config: TrainConfig, monkeypatch: pytest.Mon
     monkeypatch.setattr("trainer_core.run.step_gradients", with_dry_step)
     assert is_equal(train_lora(named(config, "dry")), plain)
     assert made == [True] * 4
+
+
+def test_pairs_are_read_one_at_a_time_after_a_dry_step(
+    encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves a micro-batch that nobody asks for; what is held, and a VAE, are for one thread."""
+    original, reading, readers = EncodedDataset.load, Lock(), []
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        assert reading.acquire(blocking=False), "two threads read at once"
+        try:
+            readers.append(current_thread())
+            sleep(0.05)
+            return original(*arguments, **named)
+        finally:
+            reading.release()
+
+    monkeypatch.setattr(EncodedDataset, "load", load)
+    plan = RankPlan(BatchPlan(encoded, BatchingConfig(), 0), ALONE, 1)
+    with BatchLoader(encoded, plan, 1) as loader:
+        for number in (2, 0, 1, 2):
+            assert loader[number].draws == plan[number]
+    assert len(set(readers)) == 1
 
 
 def test_the_largest_batch_is_found(encoded: EncodedDataset) -> None:

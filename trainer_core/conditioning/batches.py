@@ -235,9 +235,13 @@ class BatchLoader:
 
     def __getitem__(self, micro_batch: int) -> Batch:
         """The tensors of a micro-batch; the one after it is read meanwhile."""
-        ready = self._next
-        self._next = None
-        batch = ready[1].result() if ready and ready[0] == micro_batch else self._read(micro_batch)
+        ready, self._next = self._next, None
+        if ready and ready[0] == micro_batch:
+            batch = ready[1].result()
+        else:  # in the pool's one thread too: what is held, and the VAE, serve one reader at a time
+            if ready:
+                ready[1].cancel()
+            batch = self._pool.submit(self._read, micro_batch).result()
         self._next = (micro_batch + 1, self._pool.submit(self._read, micro_batch + 1))
         return batch
 
