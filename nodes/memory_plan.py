@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from ..trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from . import sockets
+from .gathered import imported_input, preset_input, settings_input, train_config, validation_input
 from .schema import new_input, new_output, node_schema
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
+    from ..trainer_core.config import ModelConfig
+
+_SETTINGS = ("lora", "optimizer", "training", "validation", "memory")
 
 
 class PlanMemory(io.ComfyNode):
@@ -39,7 +42,12 @@ class PlanMemory(io.ComfyNode):
                     step=0.5,
                     tooltip="Plan for a card with so much memory in GiB, also one that is not here. 0 for this one.",
                 ),
-                *(new_input(socket, name, optional=True, tooltip=text) for socket, name, text in _SETTINGS),
+                *(settings_input(f"{name}_settings") for name in _SETTINGS),
+                preset_input(),
+                imported_input(),
+                validation_input(),
+                settings_input("ema_settings"),
+                settings_input("rollout_settings"),
             ],
             outputs=[
                 new_output(io.String, "plan", "The plan as text: phases side by side, settings, and the verdict.")
@@ -57,42 +65,11 @@ class PlanMemory(io.ComfyNode):
         from ..trainer_core.training.planning.report import planned_in_words
         from ..trainer_core.training.planning.workload import workload_of_encoded
 
-        config = _train_config(model, encoded, **settings)
+        config = train_config(model, encoded, {"run_dir": "plan"}, lora_name="plan", **settings)
         network = network_size(config.model, config.lora)
-        work = workload_of_encoded(encoded, config.batching, config.validation, encoded)
+        work = workload_of_encoded(
+            encoded, config.batching, config.validation, settings.get("validation_encoded") or encoded
+        )
         budget = budget_of(pick_device(model.device), card_gib or config.memory.vram_gib, held_leaves=True)
         text, _ = planned_in_words(config, network, work, budget)
         return io.NodeOutput(text, ui={"text": [text]})
-
-
-_SETTINGS = (
-    (sockets.LoraSettings, "lora_settings", "Adapter. Default: rank 16."),
-    (sockets.OptimizerSettings, "optimizer_settings", "Optimizer. Default: AdamW."),
-    (sockets.TrainingSettings, "training_settings", "Batches and gradient checkpointing. Default: one pair at a time."),
-    (sockets.ValidationSettings, "validation_settings", "Pictures on the way. Default: some are drawn."),
-    (sockets.MemorySettings, "memory_settings", "What stays on the device. With memory auto the settings are chosen."),
-)
-
-
-def _train_config(
-    model: ModelConfig,
-    encoded: EncodedDataset,
-    *,
-    lora_settings: LoraConfig | None = None,
-    optimizer_settings: OptimizerConfig | None = None,
-    training_settings: sockets.LoopSettings | None = None,
-    validation_settings: ValidationConfig | None = None,
-    memory_settings: MemoryConfig | None = None,
-) -> TrainConfig:
-    loop = training_settings or sockets.LoopSettings()
-    return TrainConfig(
-        run_dir="plan",
-        encoded=str(encoded.manifest),
-        model=model,
-        gradient_checkpointing=loop.gradient_checkpointing,
-        batching=loop.batching,
-        lora=lora_settings or LoraConfig(),
-        optimizer=optimizer_settings or OptimizerConfig(),
-        validation=validation_settings or ValidationConfig(),
-        memory=memory_settings or MemoryConfig(),
-    )

@@ -51,10 +51,11 @@ def _copy(source: Path, target: Path) -> None:
         Path(partial).unlink(missing_ok=True)
 
 
-def run_ui(result: TrainResult, lora_name: str, *, seconds: float) -> dict[str, list[Any]]:
+def run_ui(result: TrainResult, lora_name: str, ema_name: str | None = None, *, seconds: float) -> dict[str, list[Any]]:
     """For the node and /history: figures, a line of text, the grid. Paths start at ComfyUI's output folder.
 
-    `seconds` are those of the training steps, over all parts of an interrupted run.
+    `ema_name` is that of the running average in the lists, None without one. `seconds` are those of the training
+    steps, over all parts of an interrupted run.
     """
     samples = result.samples
     ratios = {name: _finite(getattr(samples, name)) if samples else None for name in (*_RATIOS, *_DRIFT)}
@@ -63,7 +64,8 @@ def run_ui(result: TrainResult, lora_name: str, *, seconds: float) -> dict[str, 
         "run_dir": host.output_name(result.run_dir),
         "lora_file": host.output_name(host.lora_dir() / lora_name),
         "lora_name": lora_name,
-        "ema_file": host.output_name(result.ema_file) if result.ema_file else None,
+        "ema_file": host.output_name(host.lora_dir() / ema_name) if ema_name else None,
+        "ema_lora_name": ema_name,
         "steps": result.steps_done,
         "stopped": result.stopped.value,
         "seconds": round(seconds, 1),
@@ -73,8 +75,8 @@ def run_ui(result: TrainResult, lora_name: str, *, seconds: float) -> dict[str, 
     measured = samples.as_text() if samples else ""
     text = f"{lora_name}: {result.steps_done} steps" + (f"; held-out pairs: {measured}" if measured else "")
     images = [_output_picture(samples.grid_file)] if samples else []
-    if result.ema_file is not None:
-        text += f". Its running average is {result.ema_file.stem} beside it"
+    if ema_name:
+        text += f". Its running average is {ema_name}"
     if result.lora_file is not None and (note := _readers(result.lora_file)):
         text += f". {note}"
     return {"qwen_edit_run": [figures], "text": [text], "images": images}

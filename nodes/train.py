@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from comfy_api.latest import io
 
-from ..trainer_core.config import (
-    EmaConfig,
-    ExportConfig,
-    MemoryConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    TrainConfig,
-    ValidationConfig,
-)
-from ..trainer_core.config import LoraConfig as Lora
+from ..trainer_core.config import ExportConfig, ModelConfig, TrainConfig
 from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
-from ..trainer_core.presets import preset_names, training_preset
 from . import graph_file, host, publish, sockets
+from .gathered import imported_input, preset_input, settings_input, train_config, validation_input
 from .names import checked_run_name, free_name
 from .schema import new_input, new_output, node_schema, setting_input
 
@@ -30,7 +19,6 @@ if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.run import TrainResult
 
-NO_PRESET = "none"
 IfRunExists = Literal["continue", "continue a kept run", "new run"]
 
 
@@ -106,79 +94,15 @@ def _inputs() -> list[io.Input]:
             "finished. continue a kept run: also go on with one that was ended early by stop-and-keep. new run: train "
             "again under a name with a number.",
         ),
-        *_usual_settings(),
+        *(settings_input(f"{name}_settings") for name in ("lora", "optimizer", "training", "validation")),
         setting_input(ExportConfig, "trigger_words", optional=True),
-        new_input(
-            sockets.Encoded,
-            "validation_encoded",
-            optional=True,
-            tooltip="A second encoded dataset, whose held-out pairs are validated on instead of the first one's.",
-        ),
-        *_further_inputs(),
+        validation_input(),
+        imported_input(),
+        settings_input("rollout_settings"),
+        preset_input(),
+        settings_input("memory_settings"),
+        settings_input("ema_settings"),
     ]
-
-
-def _further_inputs() -> list[io.Input]:
-    return [
-        new_input(
-            sockets.Imported,
-            "imported",
-            optional=True,
-            tooltip="All settings of an imported configuration; a settings node that is connected counts instead.",
-        ),
-        new_input(
-            sockets.RolloutSettings,
-            "rollout_settings",
-            optional=True,
-            tooltip="Scheduled sampling: training on the model's own samples. Default: off.",
-        ),
-        _preset_input(),
-        new_input(
-            sockets.MemorySettings,
-            "memory_settings",
-            optional=True,
-            tooltip="What stays on the device and what waits elsewhere. Default: activations are computed again.",
-        ),
-        new_input(
-            sockets.EmaSettings,
-            "ema_settings",
-            optional=True,
-            tooltip="A running average of the weights, exported beside them. Default: none.",
-        ),
-    ]
-
-
-def _usual_settings() -> list[io.Input]:
-    return [
-        new_input(sockets.LoraSettings, "lora_settings", optional=True, tooltip="Adapter. Default: rank 16."),
-        new_input(
-            sockets.OptimizerSettings, "optimizer_settings", optional=True, tooltip="Optimizer. Default: AdamW, 1e-4."
-        ),
-        new_input(
-            sockets.TrainingSettings,
-            "training_settings",
-            optional=True,
-            tooltip="Batches, noise, checkpoints, memory. Default: 4 pairs a step, one at a time.",
-        ),
-        new_input(
-            sockets.ValidationSettings,
-            "validation_settings",
-            optional=True,
-            tooltip="Pictures on the way. Default: every 250 steps and at the end.",
-        ),
-    ]
-
-
-def _preset_input() -> io.Input:
-    return new_input(
-        io.Combo,
-        "preset",
-        optional=True,
-        options=[NO_PRESET, *preset_names()],
-        default=NO_PRESET,
-        tooltip="Settings that go together. A connected settings node or import counts instead of its part of the "
-        "preset, and this node's own widgets always count; resolution and precision are set at their nodes.",
-    )
 
 
 _STEPS_HELP = "Optimizer steps. 500 to 3000 for a few dozen pairs; more for an edit far from what the base can do."
@@ -192,48 +116,16 @@ def _train_config(
     max_train_steps: int,
     seed: int,
     if_run_exists: IfRunExists,
-    lora_settings: Lora | None = None,
-    optimizer_settings: OptimizerConfig | None = None,
-    training_settings: sockets.LoopSettings | None = None,
-    validation_settings: ValidationConfig | None = None,
     trigger_words: str = "",
-    validation_encoded: EncodedDataset | None = None,
-    imported: sockets.ImportedJob | None = None,
-    rollout_settings: RolloutConfig | None = None,
-    preset: str = NO_PRESET,
-    memory_settings: MemoryConfig | None = None,
-    ema_settings: EmaConfig | None = None,
+    **gathered: Any,
 ) -> TrainConfig:
     if if_run_exists not in get_args(IfRunExists):
         raise ConfigError(f"if_run_exists is {if_run_exists!r}; allowed is one of {', '.join(get_args(IfRunExists))}.")
     name = checked_run_name(run_name)
     if if_run_exists == "new run":
         name = free_name(host.runs_dir(), name)
-    base = TrainConfig(run_dir="-", encoded="-") if preset == NO_PRESET else training_preset(preset)
-    if imported is not None:
-        base = imported.job.train_config("-")
-    connected = {
-        "lora": lora_settings,
-        "optimizer": optimizer_settings,
-        "validation": validation_settings,
-        "rollout": rollout_settings,
-        "memory": memory_settings,
-        "ema": ema_settings,
-    }
-    sections = {key: section for key, section in connected.items() if section is not None}
-    if training_settings is not None:
-        sections |= {field.name: getattr(training_settings, field.name) for field in fields(training_settings)}
-    return replace(
-        base,
-        run_dir=str(host.runs_dir() / name),
-        encoded=str(encoded.manifest),
-        validation_encoded=str(validation_encoded.manifest) if validation_encoded is not None else "",
-        max_train_steps=max_train_steps,
-        seed=seed,
-        model=model,
-        export=ExportConfig(lora_name=name, trigger_words=trigger_words or base.export.trigger_words),
-        **sections,
-    )
+    own = {"run_dir": str(host.runs_dir() / name), "max_train_steps": max_train_steps, "seed": seed}
+    return train_config(model, encoded, own, lora_name=name, trigger_words=trigger_words, **gathered)
 
 
 def _finished(config: TrainConfig, *, continue_kept: bool) -> TrainResult | None:
@@ -267,8 +159,7 @@ def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
 
     assert result.lora_file is not None
     lora_name = publish.place_lora(result.lora_file, result.run_dir.name)
-    if result.ema_file is not None:
-        publish.place_lora(result.ema_file, result.run_dir.name)
+    ema_name = publish.place_lora(result.ema_file, result.run_dir.name) if result.ema_file else None
     if is_new:
         host.send_message("qwen_edit_trainer.lora", {"run_name": result.run_dir.name, "lora_name": lora_name})
     rows = RunFolder(result.run_dir).metrics()
@@ -276,11 +167,12 @@ def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
     run = sockets.FinishedRun(
         run_dir=result.run_dir, lora_file=result.lora_file, lora_name=lora_name, steps=result.steps_done
     )
+    seconds = sum(float(row["seconds"]) for row in rows)
     return io.NodeOutput(
         read_lora(result.lora_file),
         {"loss": [float(row["loss"]) for row in rows]},
         lora_name,
         grid,
         run,
-        ui=publish.run_ui(result, lora_name, seconds=sum(float(row["seconds"]) for row in rows)),
+        ui=publish.run_ui(result, lora_name, ema_name, seconds=seconds),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from tests.support.comfyui_server import PackServer
 from tests.support.training_graph import (
     BASE,
+    EMA,
     PLOT,
     TRAIN,
     NodeTimes,
@@ -103,6 +105,24 @@ def test_run_folder(first: dict[str, Any], studio: PackServer):
         "step-000006",
         "step-000006.png",
     }
+
+
+def test_the_running_average_has_a_name_for_loaders(studio: PackServer):
+    """Also where the name was taken by another file, as in the second of these runs."""
+    prompt = {**training("averaged", 2, ema_settings=["ema", 0]), "ema": EMA}
+    first = figures(studio.run(prompt))
+    assert first["ema_lora_name"] == "averaged/averaged-ema.safetensors"
+    placed = studio.output / first["ema_file"]
+    assert placed == studio.output / "loras" / first["ema_lora_name"]
+    assert_same_lora(placed, run_dir(studio, "averaged") / "averaged-ema.safetensors")
+    shutil.rmtree(run_dir(studio, "averaged"))
+    second = figures(studio.run(changed(prompt, TRAIN, seed=1)))
+    assert second["ema_lora_name"] == "averaged/averaged-ema-2.safetensors"
+    assert second["lora_name"] == "averaged/averaged-2.safetensors"
+    (options, *_) = studio.get("/object_info/LoraLoaderModelOnly")["LoraLoaderModelOnly"]["input"]["required"][
+        "lora_name"
+    ]
+    assert {first["ema_lora_name"], second["ema_lora_name"]} <= set(options)
 
 
 # The same again

@@ -82,6 +82,16 @@ def encoding(folder: str = PAIRS, base: str = BASE, **inputs: Any) -> Prompt:
     }
 
 
+EMA = ours(
+    "EmaSettings",
+    use_ema=True,
+    ema_device="cpu",
+    ema_decay=0.995,
+    ema_update_interval=1,
+    ema_validation="comparison",
+)
+
+
 def settings(validate: int, draw: int) -> Prompt:
     """The settings nodes of a small training."""
     return {

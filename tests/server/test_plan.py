@@ -1,0 +1,38 @@
+"""The planning node plans what the training node would train: it takes the same sockets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.comfyui_server import PackServer
+from tests.support.training_graph import EMA, ENCODE, LOAD, Prompt, encoding, ours, place_pairs
+
+pytestmark = pytest.mark.server
+
+
+def planned(server: PackServer, more: Prompt | None = None, **inputs: Any) -> str:
+    """The plan of a training on five pairs."""
+    plan = ours("PlanMemory", model=[LOAD, 0], encoded=[ENCODE, 0], card_gib=8.0, **inputs)
+    return server.run({**encoding(), **(more or {}), "plan": plan})["plan"]["text"][0]
+
+
+def test_settings_of_the_training_node_count(studio: PackServer):
+    plain = planned(studio)
+    assert "running average" not in plain
+    assert "rank 16 on image-attention" in plain
+    assert "running average" in planned(studio, {"ema": EMA}, ema_settings=["ema", 0])
+    assert "rank 32 on attention-mlp" in planned(studio, preset="quality")
+
+
+def test_the_dataset_that_is_validated_on_counts(studio: PackServer):
+    wide = place_pairs(studio, "wide", 2, sizes=((192, 96),))
+    second = {"second pairs": dict(encoding(wide)["pair"]), "second": dict(encoding(wide)[ENCODE])}
+    second["second"]["inputs"] = {
+        **second["second"]["inputs"],
+        "dataset": ["second pairs", 0],
+        "resolution": 160,
+        "num_eval_images": 1,
+    }
+    assert planned(studio, second, validation_encoded=["second", 0]) != planned(studio)
