@@ -147,7 +147,7 @@ class RolloutConfig:
 
     scheduled_sampling_max_step_offset: int = setting(
         0,
-        "A rolled-out pair begins 1 to this many thousandths of the noise range further up and is sampled down, with a "
+        "A rolled-out pair begins 0 to this many thousandths of the noise range further up and is sampled down, with a "
         "forward pass for each. 0 is off; begin with 5 to 10.",
     )
     scheduled_sampling_probability: float = setting(

@@ -53,7 +53,9 @@ def rollout_probability(step: int, rollout: RolloutConfig) -> float:
 
 
 def draw_offsets(rollout: RolloutConfig, step: int, seed: int, indices: Sequence[int]) -> tuple[int, ...]:
-    """How far up each pair of a step begins, in thousandths of the noise range; 0 for those not rolled out."""
+    """How far up each pair of a step begins, in thousandths of the noise range: 0 to max_step_offset.
+
+    A pair that is not rolled out has 0, and so has one that drew it."""
     probability = rollout_probability(step, rollout)
     if probability <= 0:
         return (0,) * len(indices)
@@ -66,7 +68,7 @@ def _draw_offset(rollout: RolloutConfig, probability: float, generator: torch.Ge
         return 0
     share = {"uniform": level, "biased_early": level**2, "biased_late": 1 - level**2}
     most = rollout.scheduled_sampling_max_step_offset
-    return min(most, 1 + int(share[rollout.scheduled_sampling_strategy] * most))
+    return min(most, int(share[rollout.scheduled_sampling_strategy] * (most + 1)))
 
 
 def rollout_sigmas(sigma: float, offset: int) -> list[float]:
