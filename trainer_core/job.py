@@ -39,9 +39,11 @@ def load_job(path: Path, changes: Sequence[str] = (), *, preset: str = "") -> Jo
         ConfigError: unreadable, not JSON, or with a wrong setting.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8. Save it with the encoding UTF-8.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
     if isinstance(values, dict):
