@@ -11,7 +11,7 @@ from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
 from ..trainer_core.errors import TrainerError
 from . import host, sockets
-from .names import file_below, folder_below
+from .names import file_below, folders_below
 from .schema import new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
@@ -88,36 +88,14 @@ class PairFolders(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        target_folder: str | None = None,
-        reference_folder_1: str | None = None,
-        reference_folder_2: str | None = None,
-        reference_folder_3: str | None = None,
-        caption_strategy: str | None = None,
-        instance_prompt: str | None = None,
-        mask_folder: str | None = None,
-    ) -> bool | str:
-        """The folders are allowed and there; linked values come as None and are checked when they are known."""
-        folders = {
-            "target_folder": target_folder,
-            "reference_folder_1": reference_folder_1,
-            "reference_folder_2": reference_folder_2 or None,
-            "reference_folder_3": reference_folder_3 or None,
-            "mask_folder": mask_folder or None,
-        }
+    def validate_inputs(cls, target_folder: str | None = None, reference_folder_1: str | None = None) -> bool | str:
+        """The two folders of every dataset are allowed and there; linked ones come as None.
+
+        ComfyUI shows the answer once for every argument here, so the other inputs are checked as the node begins.
+        """
+        named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1}
         try:
-            for label, name in folders.items():
-                if name is not None:
-                    folder_below(name, host.dataset_roots(), label)
-            if caption_strategy is not None and instance_prompt is not None:
-                DatasetConfig(
-                    target_dir="-",
-                    reference_dirs=("-",),
-                    caption_strategy=caption_strategy,  # type: ignore[arg-type] - checked there
-                    instance_prompt=instance_prompt,
-                    captions=CaptionConfig(caption_file="-"),  # comes on a socket and is checked when it is known
-                )
+            folders_below({label: name for label, name in named.items() if name is not None}, host.dataset_roots())
         except TrainerError as error:
             return str(error)
         return True
@@ -153,22 +131,23 @@ def _dataset_config(
     **references: str,
 ) -> DatasetConfig:
     roots = host.dataset_roots()
-    given = [(label, name) for label, name in sorted(references.items()) if name or label == "reference_folder_1"]
+    given = {label: name for label, name in sorted(references.items()) if name or label == "reference_folder_1"}
     types = (reference_settings or sockets.ReferencesSeen()).conditioning_types
-    target = folder_below(target_folder, roots, "target_folder")
+    masks = {"mask_folder": mask_folder} if mask_folder else {}
+    folders = folders_below({"target_folder": target_folder, **given, **masks}, roots)
     captions = caption_settings or CaptionConfig()
     if caption_strategy in CAPTION_TABLES and captions.caption_file:
-        table = file_below(captions.caption_file, target, roots, "caption_file")
+        table = file_below(captions.caption_file, folders["target_folder"], roots, "caption_file")
         captions = dataclasses.replace(captions, caption_file=str(table))
     return DatasetConfig(
-        target_dir=str(target),
-        reference_dirs=tuple(str(folder_below(name, roots, label)) for label, name in given),
+        target_dir=str(folders["target_folder"]),
+        reference_dirs=tuple(str(folders[label]) for label in given),
         caption_strategy=caption_strategy,  # type: ignore[arg-type] - checked there
         instance_prompt=instance_prompt,
         captions=captions,
-        mask_dir=str(folder_below(mask_folder, roots, "mask_folder")) if mask_folder else "",
+        mask_dir=str(folders["mask_folder"]) if masks else "",
         references_optional=references_optional,
-        conditioning_type=tuple(types[int(label[-1]) - 1] for label, _ in given),
+        conditioning_type=tuple(types[int(label[-1]) - 1] for label in given),
     )
 
 

@@ -206,11 +206,11 @@ def _read(
     from ..trainer_core.foreign.simpletuner import convert
 
     config = file_below_roots(config_file, host.dataset_roots(), "config_file")
-    settings = read_loose_json(config)
+    settings = read_loose_json(config, config_file.strip()[:200])
     named = data_file or (settings.get("data_backend_config") if isinstance(settings, dict) else None)
     if not isinstance(named, str) or not named:
         raise ConfigError(f"config_file {config.name} names no data_backend_config. Name the file in data_file.")
-    data = read_loose_json(_file_near(named, config, "data_file"))
+    data = read_loose_json(_file_near(named, config, "data_file"), named.strip()[:200])
     lines = [line.strip() for line in changes.splitlines() if line.strip()]
     imported = convert(settings, data, base=DEMO_MODEL, root=Path(), changes=lines)
     job = dataclasses.replace(

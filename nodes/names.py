@@ -50,17 +50,39 @@ def folder_below(name: str, roots: Mapping[str, Path], label: str) -> Path:
     Raises:
         ConfigError: not there, or outside all roots (also by a symbolic link). Names the roots, not where they lie.
     """
-    allowed = f"Allowed is a folder below one of: {', '.join(roots)}. {_HOW_TO_ALLOW}"
-    name = name.strip()
+    return folders_below({label: name}, roots)[label]
+
+
+def folders_below(named: Mapping[str, str], roots: Mapping[str, Path]) -> dict[str, Path]:
+    """`folder_below` for several names by their labels.
+
+    Raises:
+        ConfigError: with all of them that are not there or outside all roots.
+    """
+    found: dict[str, Path] = {}
+    wrong = []
+    for label, name in named.items():
+        folder = _folder_or_reason(name.strip(), roots)
+        if isinstance(folder, Path):
+            found[label] = folder
+        else:
+            wrong.append(f"{label} is {name.strip()[:200]!r}, which {folder}.")
+    if wrong:
+        allowed = f"Allowed is a folder below one of: {', '.join(roots)}. {_HOW_TO_ALLOW}"
+        raise ConfigError(" ".join([*wrong, allowed]))
+    return found
+
+
+def _folder_or_reason(name: str, roots: Mapping[str, Path]) -> Path | str:
+    """The folder's real place, or what is wrong with the name, as the rest of a sentence."""
     if not _is_path_of_names(name):
-        raise ConfigError(f"{label} is {name[:200]!r}, which is not a folder name. {allowed}")
+        return "is not a folder name"
     candidates = [Path(name)] if _is_absolute(name) else [root / name for root in roots.values()]
     folder = next((path for path in candidates if _is_below(path, roots) and _is_there(path.is_dir)), None)
     if folder is not None:
         return Path(os.path.realpath(folder))
     outside = not all(_is_below(path, roots) for path in candidates)
-    reason = "lies outside the allowed folders" if outside else "is not there"
-    raise ConfigError(f"{label} is {name[:200]!r}, which {reason}. {allowed}")
+    return "lies outside the allowed folders" if outside else "is not there"
 
 
 def file_below(name: str, folder: Path, roots: Mapping[str, Path], label: str) -> Path:
