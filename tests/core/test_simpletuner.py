@@ -14,7 +14,7 @@ from trainer_core.config import EmaConfig
 from trainer_core.data.pair_check import check_pairs
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
-from trainer_core.foreign.loose_json import plain_json
+from trainer_core.foreign.loose_json import plain_json, read_loose_json
 from trainer_core.foreign.simpletuner import Imported, convert
 from trainer_core.foreign.simpletuner_keys import CONFIG_KEYS, CONFIG_REASONS, DATA_KEYS, DATA_REASONS
 from trainer_core.job import load_job
@@ -263,6 +263,63 @@ def test_what_data_sets_share_stands_once_and_can_be_changed():
             convert({**settings, "seed": 1}, data, root=ROOT, changes=[wrong])
 
 
+def with_second_reference(**entry: Any) -> list:
+    data = json.loads(plain_json(EDIT_V1))
+    data[0]["conditioning_data"].append("b")
+    return [*data, {**data[1], "id": "b", "instance_data_dir": "/datasets/b", **entry}]
+
+
+def test_one_reference_a_turn_keeps_all_folders():
+    """Two or three folders are trained with edit-v1 where a turn sees one of them."""
+    imported = read({"conditioning_multidataset_sampling": "random"}, with_second_reference())
+    assert imported.job.dataset.reference_dirs == ("/datasets/reference-images", "/datasets/b")
+    assert not [each for each in imported.report if "LEFT OUT" in each]
+    data = with_second_reference()
+    more = [{**data[-1], "id": each} for each in ("c", "d")]
+    data[0]["conditioning_data"] += ["c", "d"]
+    imported = read({"conditioning_multidataset_sampling": "random"}, data + more)
+    assert len(imported.job.dataset.reference_dirs) == 3
+    assert "my-edited-images names it, but at most 3" in line(imported, "d: LEFT OUT;")
+
+
+def test_references_that_are_named_and_left_out_say_so():
+    imported = read({}, with_second_reference())
+    assert imported.job.dataset.reference_dirs == ("/datasets/reference-images",)
+    why = line(imported, "b: LEFT OUT;")
+    assert "my-edited-images names it" in why and "conditioning_multidataset_sampling random" in why
+    assert "no data set names it" not in why
+    assert line(imported, "my-edited-images.conditioning_data:").endswith("in this order: my-reference-images.")
+    second_masks = read({}, with_second_reference(conditioning_type="mask"))
+    assert not [each for each in second_masks.report if "LEFT OUT" in each]
+
+
+def test_pairs_held_out_unasked_are_said():
+    said = line(read(), "num_eval_images:")
+    assert "2 pairs of each data set are kept out of training" in said and "encoding.num_eval_images 0" in said
+    assert "3 pairs" in line(read({"num_eval_images": 3}), "num_eval_images:")
+    data = json.loads(plain_json(EDIT_V1))
+    data.append({**data[0], "id": "held-out", "dataset_type": "eval"})
+    for imported in (read({}, data), read(disable_validation=True)):
+        assert not [each for each in imported.report if each.startswith("num_eval_images")]
+
+
+def test_epochs_beside_steps_are_said():
+    imported = read({"max_train_steps": 300, "num_train_epochs": 3})
+    assert imported.job.max_train_steps == 300
+    assert "max_train_steps 300 counts" in line(imported, "num_train_epochs:")
+    for epochs in (0, None):
+        assert "num_train_epochs" not in str(read({"max_train_steps": 300, "num_train_epochs": epochs}).report)
+
+
+def test_names_in_place_of_paths(tmp_path: Path):
+    wrong = tmp_path / "config.json"
+    for text in (b"{", b"\xff", None):
+        wrong.unlink() if text is None else wrong.write_bytes(text)
+        with pytest.raises(ConfigError) as caught:
+            read_loose_json(wrong, "mine/config.json")
+        assert "mine/config.json" in str(caught.value) and str(tmp_path) not in str(caught.value)
+
+
 def test_a_data_set_of_type_eval_is_validated_on():
     data = json.loads(plain_json(EDIT_V1))
     data.append({**data[0], "id": "held-out", "dataset_type": "eval"})
@@ -292,6 +349,17 @@ def test_mistakes_name_what_there_is(config: dict, first: dict, words: list[str]
     with pytest.raises(ConfigError) as error:
         read(config, **first)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_job_file_as_windows_saves_it(tmp_path: Path):
+    """With the mark that says UTF-8; another encoding is an error that says what to do."""
+    path = files(tmp_path, CONFIG, EDIT_V1)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text, encoding="utf-8-sig")
+    assert load_job(path).model.flavour == "edit-v1"
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"job\.json is not text in UTF-8\. Save it"):
+        load_job(path)
 
 
 def test_nothing_is_overwritten(tmp_path: Path, caplog: pytest.LogCaptureFixture):

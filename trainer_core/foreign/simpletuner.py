@@ -30,6 +30,7 @@ _PRECISIONS = {
     "fp8-torchao": "fp8-quanto",
     "int4-torchao": "int4-quanto",
 }
+MOST_REFERENCES = max(row.max_references for row in FLAVOURS.values())
 _SCHEDULERS = {"sine": "cosine"}
 # A part of their optimizer's name, and ours. The first that fits is taken.
 _OPTIMIZERS = {
@@ -138,7 +139,8 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     flavour = _kind(section)
     inherited = {key: section.take(key) for key in INHERITED}
     backends = Backends(datasets, ids_of(section.take("eval_dataset_id")), notes)
-    found = read_data(backends, inherited, root, flavour.max_references, notes)
+    alone = section.text("conditioning_multidataset_sampling") == "random"  # one reference a turn, of up to three
+    found = read_data(backends, inherited, root, MOST_REFERENCES if alone else flavour.max_references, notes)
     values |= {"model": _model(section, flavour, base, root), **found.values}
     values |= {"cache_dir": "cache", "run_dir": f"runs/{_file_name(found.name)}"}
     missing = [name for name in _THEIR_DEFAULTS if name not in section]
@@ -155,10 +157,23 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     section.explain(CONFIG_REASONS, CONFIG_KEYS)
     values = changed(values, changes)
     job = from_json(JobConfig, values)
+    if "num_eval_images" not in section:
+        _held_out_unasked(section, job)
     listed = ", ".join(f"{name} (SimpleTuner's {_THEIR_DEFAULTS[name]})" for name in missing)
     notes += [f"Not in your files, so this trainer's own defaults hold: {listed}."] if missing else []
     notes.sort(key=lambda line: "UNKNOWN" not in line and "LEFT OUT" not in line)
     return Imported(job, values, tuple(notes))
+
+
+def _held_out_unasked(section: Section, job: JobConfig) -> None:
+    """SimpleTuner draws pairs that it trains on; here they are held out, which takes them from the training."""
+    held = max(part.encoding.num_eval_images for part in job.parts())
+    if held > 0 and not job.eval_dataset_id:
+        section.note(
+            "num_eval_images",
+            f"not given, and no eval_dataset_id; {held} pairs of each data set are kept out of training, to validate "
+            "on. With encoding.num_eval_images 0 all are trained on, and no pictures are drawn.",
+        )
 
 
 def _file_name(text: str) -> str:
@@ -322,6 +337,8 @@ def _steps_and_folders(section: Section, values: dict[str, Any], root: Path) -> 
     steps, epochs = section.whole("max_train_steps"), section.number("num_train_epochs")
     if steps and steps > 0:
         values["max_train_steps"] = steps
+        if epochs:
+            section.note("num_train_epochs", f"left out; max_train_steps {steps} counts.")
     elif epochs:
         section.note(
             "num_train_epochs",

@@ -39,12 +39,13 @@ def read_data(
         ConfigError: ids that don't exist, data sets that are not local folders, references missing.
     """
     names = backends.main()
-    parts, offsets, used = [], {}, set(names)
+    parts, offsets, used, cut = [], {}, set(names), {}
     for name in names:
         entry = {**{key: value for key, value in inherited.items() if value is not None}, **backends.entries[name]}
         section = Section(entry, name, notes)
-        references, masks = _linked(backends, section, name, max_references)
+        references, masks, beyond = _linked(backends, section, name, max_references)
         used |= {*references, *masks}
+        cut |= beyond
         parts.append(_part(backends, section, references, masks, root))
         offset = section.number("timestep_sampling_offset")
         if name not in backends.eval_ids:
@@ -52,7 +53,7 @@ def read_data(
         section.explain(DATA_REASONS, DATA_KEYS)
     for other in backends.entries:
         if other not in names:
-            _other(backends, other, other in used, notes)
+            _other(backends, other, used, cut, notes)
     first = next(iter(offsets))
     if len(set(offsets.values())) > 1:
         notes.append(f"timestep_sampling_offset: there is one for the whole run; that of {first} is used.")
@@ -140,8 +141,10 @@ def _turns(section: Section) -> dict[str, Any]:
     return turns
 
 
-def _linked(backends: Backends, section: Section, name: str, max_references: int) -> tuple[list[str], list[str]]:
-    """Ids of references, in their order, and of the mask."""
+def _linked(
+    backends: Backends, section: Section, name: str, max_references: int
+) -> tuple[list[str], list[str], dict[str, str]]:
+    """Ids of references, in their order, and of the mask; of those that are not taken, why."""
     known = tuple(each for each in backends.of_kind("conditioning", "image") if each != name)
     ids = [
         backends.named(each, f"{name}.conditioning_data", known) for each in ids_of(section.take("conditioning_data"))
@@ -162,12 +165,20 @@ def _linked(backends: Backends, section: Section, name: str, max_references: int
     references = [each for each in ids if each not in masks]
     if not references:
         raise ConfigError(f"{name}.conditioning_data names no references, only masks. An edit starts from a picture.")
-    section.note("conditioning_data", f"references, in this order: {', '.join(references)}.")
-    if len(references) > max_references:
-        section.note("conditioning_data", f"this flavour takes {max_references}; the first is used.")
-    if len(masks) > 1:
-        section.note("conditioning_data", f"one set of masks is used, {masks[0]}.")
-    return references[:max_references], masks[:1]
+    taken = ", ".join(references[:max_references])
+    section.note("conditioning_data", f"references, in this order: {taken}.")
+    cut = dict.fromkeys(references[max_references:], _too_many(name, max_references))
+    cut |= dict.fromkeys(masks[1:], f"{name} names it, but one set of masks is used, {masks[0]}" if masks else "")
+    return references[:max_references], masks[:1], cut
+
+
+def _too_many(name: str, max_references: int) -> str:
+    if max_references > 1:
+        return f"{name} names it, but at most {max_references} references are used, the first ones"
+    return (
+        f"{name} names it, but this flavour sees one reference, the first. With conditioning_multidataset_sampling "
+        "random it sees each of up to three in turn"
+    )
 
 
 def _folder(entry: dict[str, Any], name: str, root: Path) -> str:
@@ -243,20 +254,27 @@ def _sizes(section: Section) -> dict[str, Any]:
     return {**encoding, "sizes": sizes} if sizes else encoding
 
 
-def _other(backends: Backends, name: str, used: bool, notes: list[str]) -> None:  # noqa: FBT001
+def _other(backends: Backends, name: str, used: set[str], cut: dict[str, str], notes: list[str]) -> None:
     """Why an entry that is not the main one, or one of its keys, is not taken."""
-    section, kind = Section(backends.entries[name], name, notes), backends.kind(name)
-    if not used and kind in CACHES:
+    if name in used:
+        _of_linked(Section(backends.entries[name], name, notes))
+        return
+    kind = backends.kind(name)
+    if name in cut:
+        notes.append(f"{name}: LEFT OUT; {cut[name]}.")
+    elif kind in CACHES:
         place = "in the cache folder, under this name" if name in backends.named_embeds() else "in one cache for all"
         notes.append(f"{name}: {kind} are kept {place}, by content.")
-    elif not used and kind in ("image", "eval"):
+    elif kind in ("image", "eval"):
         notes.append(f"{name}: LEFT OUT; it has no conditioning_data, and an edit starts from a picture.")
-    elif not used and kind == "conditioning":
+    elif kind == "conditioning":
         notes.append(f"{name}: LEFT OUT; no data set names it in its conditioning_data.")
-    elif not used:
+    else:
         notes.append(f"{name}: LEFT OUT; data sets of type {kind} have no part in edits.")
-    if not used:
-        return
+
+
+def _of_linked(section: Section) -> None:
+    """The keys of references and masks: as those of their targets, or why not."""
     section.take("id", "type", "disabled", "disable", "dataset_type", "instance_data_dir", "source_dataset_id")
     what = section.text("conditioning_type")
     reasons = {
