@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,36 @@ def test_by_keyboard_and_with_hostile_texts(told: str, open_page: OpenPage):
     page.panel.get_by_role("button", name="All runs").focus()
     page.page.keyboard.press("Enter")
     expect(run).to_be_focused()
+
+
+def test_values_at_a_step_by_keyboard(told: str, open_page: OpenPage):
+    page = open_page()
+    page.open_template("demo")
+    page.set_widgets("TrainLora", run_name=told)
+    page.open_panel(told)
+    page.wait_for_points(page.panel, 40)
+    page.wait_for_points(page.node_view, 40)
+    for place in (page.panel, page.node_view):
+        plot = place.get_by_role("slider", name="Loss curve")
+        plot.focus()
+        expect(plot).to_have_attribute("aria-valuenow", "40")
+        for key, step in (("ArrowLeft", 39), ("PageDown", 29), ("Home", 1), ("ArrowDown", 1), ("ArrowRight", 2)):
+            page.page.keyboard.press(key)
+            expect(plot).to_have_attribute("aria-valuenow", str(step))
+        expect(plot).to_have_attribute("aria-valuetext", re.compile("step 2: loss 0.5000"))
+        expect(place.locator(".qet-legend")).to_contain_text("step 2loss 0.5000")
+        plot.blur()
+        expect(place.locator(".qet-legend")).to_contain_text("loss 0.02500")
+
+
+def test_pictures_on_the_node_are_no_switches(told: str, open_page: OpenPage):
+    page = open_page()
+    page.open_template("demo")
+    page.set_widgets("TrainLora", run_name=told)
+    page.open_panel(told)
+    expect(page.panel.locator(".qet-thumb[aria-pressed='true']")).to_have_count(1)
+    expect(page.node_view.get_by_role("button", name="Step 20")).to_be_visible()
+    expect(page.node_view.locator(".qet-thumb[aria-pressed]")).to_have_count(0)
 
 
 def test_settings_go_into_an_empty_graph(told: str, open_page: OpenPage):

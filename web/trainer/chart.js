@@ -21,21 +21,41 @@ const LABELS = /** @type {Record<string, string>} */ ({
   drift_colour: "drift, colour",
 });
 
+const SLIDER = ["tabindex", "aria-valuemin", "aria-valuemax", "aria-valuenow", "aria-valuetext"];
+const KEYS = /** @type {Record<string, number>} Points further. */ ({
+  ArrowLeft: -1,
+  ArrowDown: -1,
+  ArrowRight: 1,
+  ArrowUp: 1,
+  PageDown: -10,
+  PageUp: 10,
+  Home: -Infinity,
+  End: Infinity,
+});
+
 export function createChart() {
   const legend = element("div", { class: "qet-legend", "aria-hidden": "true" });
-  const plot = svg("svg", { class: "qet-plot", role: "img", "aria-label": "Loss: no step is finished yet" });
+  const plot = svg("svg", { class: "qet-plot" });
   const box = element("div", { class: "qet-chart" }, legend, plot);
   /** @type {Curve|undefined} */
   let curve;
-  /** @type {number|undefined} A step that is pointed at. */
+  /** @type {number|undefined} A step that is pointed at, by pointer or by keys. */
   let pointed;
 
   const paint = onceAFrame(() => {
     const view = curve && curve.steps.length ? prepare(curve, plot.clientWidth, plot.clientHeight) : undefined;
     plot.replaceChildren(...(view ? [...axes(view), ...lines(view), ...pointer(view, pointed)] : [note()]));
     legend.replaceChildren(...(view ? entries(view, pointed) : []));
-    plot.setAttribute("aria-label", view ? spoken(view) : "Loss: no step is finished yet");
+    describe(plot, view, pointed);
   });
+
+  /** @param {number|undefined} step */
+  function point(step) {
+    pointed = step;
+    paint();
+  }
+
+  const lastStep = () => curve?.steps[curve.steps.length - 1];
 
   plot.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => {
     if (!curve?.steps.length) return;
@@ -43,12 +63,19 @@ export function createChart() {
     const inside = ((event.clientX - place.left) / place.width) * plot.clientWidth;
     const share = (inside - LEFT) / Math.max(1, plot.clientWidth - LEFT - RIGHT);
     const [first, last] = [curve.steps[0], curve.steps[curve.steps.length - 1]];
-    pointed = curve.steps[nearest(curve.steps, first + share * (last - first))];
-    paint();
+    point(curve.steps[nearest(curve.steps, first + share * (last - first))]);
   });
-  plot.addEventListener("pointerleave", () => {
-    pointed = undefined;
-    paint();
+  plot.addEventListener("pointerleave", () => point(document.activeElement === plot ? lastStep() : undefined));
+  plot.addEventListener("focus", () => point(pointed ?? lastStep())); // a step that stands still while it is read out
+  plot.addEventListener("blur", () => point(undefined));
+  plot.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+    const move = KEYS[event.key];
+    if (!move || !curve?.steps.length) return;
+    event.preventDefault();
+    event.stopPropagation(); // ComfyUI's canvas has these keys too
+    const last = curve.steps.length - 1;
+    const index = pointed === undefined ? last : nearest(curve.steps, pointed);
+    point(curve.steps[Math.min(last, Math.max(0, index + move))]);
   });
   new ResizeObserver(paint).observe(plot);
 
@@ -197,8 +224,24 @@ function entries(view, pointed) {
   return pointed === undefined ? found : [element("span", { class: "qet-entry", text: `step ${pointed}` }), ...found];
 }
 
-/** @param {View} view */
-function spoken(view) {
-  const said = values(view, undefined).map(([, label, value]) => `${label} ${value}`);
-  return `Loss up to step ${view.curve.steps[view.curve.steps.length - 1]}: ${said.join(", ")}`;
+/**
+ * For screen readers: a slider over the steps, which says the values at one.
+ * @param {any} plot
+ * @param {View|undefined} view
+ * @param {number|undefined} pointed
+ */
+function describe(plot, view, pointed) {
+  if (!view) {
+    for (const name of SLIDER) plot.removeAttribute(name);
+    plot.setAttribute("role", "img");
+    plot.setAttribute("aria-label", "Loss: no step is finished yet");
+    return;
+  }
+  const { steps } = view.curve;
+  const step = pointed ?? steps[steps.length - 1];
+  const said = values(view, pointed).map(([, label, value]) => `${label} ${value}`);
+  const now = [0, steps[0], steps[steps.length - 1], step, `step ${step}: ${said.join(", ")}`];
+  plot.setAttribute("role", "slider");
+  plot.setAttribute("aria-label", "Loss curve");
+  SLIDER.forEach((name, index) => plot.setAttribute(name, String(now[index])));
 }

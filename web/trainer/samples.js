@@ -49,7 +49,7 @@ export function createStrip(store, onPick) {
 
   return {
     element: list,
-    /** @param {Run} run @param {number} pair @param {number} [chosen] A step to mark. */
+    /** @param {Run} run @param {number} pair @param {number} [chosen] The step to mark, where there is one to choose. */
     show(run, pair, chosen) {
       const samples = (run.samples ?? []).filter((sample) => sample.pairs[pair]);
       const newest = samples[samples.length - 1];
@@ -68,7 +68,7 @@ export function createStrip(store, onPick) {
       shown = next;
       samples.forEach((sample, index) => {
         const button = wanted[index + (columns.includes("base") ? 1 : 0)][1];
-        button.setAttribute("aria-pressed", String(sample.step === chosen));
+        if (chosen !== undefined) button.setAttribute("aria-pressed", String(sample.step === chosen));
       });
       list.hidden = !samples.length;
     },
