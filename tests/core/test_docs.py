@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -15,6 +16,7 @@ from tools import settings_reference
 from tools.comfyui import REPO
 from trainer_core import config
 from trainer_core.__main__ import _parser
+from trainer_core.config.dataset import CaptionStrategy
 from trainer_core.qwen_image.flavours import FLAVOURS
 
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), *(REPO / "web" / "docs").glob("*.md")])
@@ -130,3 +132,9 @@ def test_settings_that_the_readme_recommends_exist():
 def test_pictures_are_small(page: Path):
     for target in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text(page)):
         assert (page.parent / target).stat().st_size < 300_000, target
+
+
+def test_the_guide_has_every_source_of_captions():
+    rows = re.findall(r"^\| (`.+?`) \|", text(REPO / "docs" / "guide.md"), re.MULTILINE)
+    named = {kind for row in rows for kind in re.findall(r"`(\w+)`", row)}
+    assert set(get_args(CaptionStrategy)) <= named
