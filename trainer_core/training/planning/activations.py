@@ -55,7 +55,7 @@ def kept_by_block(network: NetworkSize, *, rank: int, batch: int, dropout: bool 
         *_kept_by_adapters(network, rank=rank, dropout=dropout),
     ]
     if network.is_modulated_per_token:
-        rows.append(Kept("scales and gates, which differ between target and references", 4 * width, 0))
+        rows.append(Kept("gates, which differ between target and references", 2 * width, 0))
     return [row for row in rows if row.image or row.text]
 
 
