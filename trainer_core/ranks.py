@@ -69,6 +69,19 @@ class Ranks:
         self._exchange(lambda: dist.all_reduce(wishes, dist.ReduceOp.MAX))
         return _STOPS[int(wishes)]
 
+    def told(self, numbers: Sequence[int]) -> list[tuple[int, ...]]:
+        """What each process says, in their order; all say equally many numbers (64 bits, signed).
+
+        Raises:
+            LostRankError: one is gone.
+        """
+        if self.size == 1:
+            return [tuple(numbers)]
+        own = torch.tensor(numbers, dtype=torch.int64)
+        of_all = [torch.zeros_like(own) for _ in range(self.size)]
+        self._exchange(lambda: dist.all_gather(of_all, own))
+        return [tuple(each.tolist()) for each in of_all]
+
     def add_up(self, values: Tensor) -> Tensor:
         """The sum of all processes' `values`, equal to the last bit in each of them.
 

@@ -23,6 +23,7 @@ from .training.metrics import Metrics
 from .training.optimizer_state import optimizer_tensors, restore_optimizer
 from .training.planning.advice import STEP, VALIDATION
 from .training.planning.settle import RunMemory, dry_step
+from .training.reduce import check_same_start
 from .training.run_folder import Checkpoint, RunFolder
 from .training.run_result import TrainResult, find_result, how_to_start, recorded_samples
 from .training.step import Gradients, Networks, build_networks, step_gradients, update_weights
@@ -64,6 +65,7 @@ def train_lora(
         with memory.explained(STEP, "while the model was loaded", "Nothing is lost."):
             networks = build_networks(config, encoded.preprocessing, observer)
         done = _restore(run, networks)  # 0 steps in a fresh folder
+        check_same_start(ranks, done, networks.lora)
         if not stop:
             _make_up_for_validation(validator, networks, run, done, memory, observer)
             done, stop = _train(run, networks, validator, memory, done, observer, ranks)

@@ -9,15 +9,17 @@ from trainer_core.conditioning.batches import BatchPlan, RankPlan
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BatchingConfig
 from trainer_core.device import peak_bytes
-from trainer_core.errors import ConfigError
+from trainer_core.errors import ConfigError, RunFolderError
 from trainer_core.events import Stop
 from trainer_core.ranks import ALONE, Ranks, joined_ranks
+from trainer_core.training.reduce import check_same_start
 
 
 def test_alone_nothing_is_exchanged() -> None:
     values = torch.randn(3)
     assert ALONE.leads and ALONE.add_up(values) is values
     assert [ALONE.agree(stop) for stop in Stop] == list(Stop)
+    assert ALONE.told((3, -1)) == [(3, -1)]
     assert ALONE.share([1, 2, 3]) == [1, 2, 3]
     with joined_ranks() as ranks:
         assert ranks is ALONE
@@ -56,6 +58,29 @@ def test_the_peak_is_that_of_the_device_asked_for(monkeypatch: pytest.MonkeyPatc
         torch.cuda, "max_memory_allocated", lambda device=None: 7 if device == torch.device("cuda:1") else 0
     )
     assert peak_bytes(torch.device("cuda:1")) == 7 and peak_bytes(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "change", "alike"), [(4, 0.0, True), (5, 0.0, False), (4, 1e-7, False)], ids=["same", "step", "a bit"]
+)
+def test_all_start_from_the_same_step_and_weights(
+    step: int, change: float, alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"b": torch.ones(2, 3), "a": torch.zeros(2)}
+    other = {"a": torch.zeros(2), "b": torch.ones(2, 3) + change}
+    said: list[tuple[int, ...]] = []
+
+    def told(_ranks: Ranks, numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
+        said.append(numbers)
+        return said
+
+    monkeypatch.setattr(Ranks, "told", told)
+    check_same_start(Ranks(0, 2), 4, weights)
+    if alike:
+        check_same_start(Ranks(1, 2), step, other)
+        return
+    with pytest.raises(RunFolderError, match=rf"process 0: step 4, weights .*process 1: step {step}, weights"):
+        check_same_start(Ranks(1, 2), step, other)
 
 
 @pytest.mark.parametrize(("size", "per_step"), [(1, 4), (2, 2), (4, 1), (3, 2)])

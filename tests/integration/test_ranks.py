@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -129,6 +130,34 @@ def test_a_wish_to_stop_is_agreed_on(job: Path) -> None:
         process.kill()
     state, kept = run.state(), run.latest_checkpoint()
     assert state["state"] == "paused" and kept is not None and kept.step == state["steps"] >= 2
+
+
+def test_processes_that_do_not_start_alike_are_refused(job: Path) -> None:
+    """As on two machines, each with a disk of its own: the first goes on, the second begins."""
+    settings = ("batching.gradient_accumulation_steps=2", "optimizer.lr_scheduler=constant")
+    assert main(arguments(job, "batching.gradient_accumulation_steps=4", *settings[1:], "max_train_steps=2")) == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "trainer_core"]
+    processes = [
+        subprocess.Popen(
+            [*command, *arguments(job, *settings, f"run_dir=runs/{run}")],
+            cwd=REPO, text=True, stderr=subprocess.PIPE, env={**environment, "RANK": str(rank)},
+        )
+        for rank, run in enumerate(("one", "elsewhere"))
+    ]  # fmt: skip
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 1, err
+        assert re.search(r"process 0: step 2, weights \w{16}; process 1: step 0, weights \w{16}.* a disk that all", err)
+    run = RunFolder(job.parent / "runs" / "one")
+    assert run.steps_done() == 2 and not (job.parent / "runs" / "elsewhere").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:

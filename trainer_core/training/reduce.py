@@ -1,13 +1,45 @@
-"""Gradients and losses of a step, added up over the processes that train together, in one exchange."""
+"""What processes that train together exchange: where they start, and a step's gradients and losses, added up."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import RunFolderError
 from ..ranks import Ranks
+
+
+def check_same_start(ranks: Ranks, done: int, weights: Mapping[str, Tensor]) -> None:
+    """Only gradients are exchanged later, so all have to begin with the same weights after the same `done` steps.
+
+    Raises:
+        RunFolderError: they don't, in each of them.
+        LostRankError: a process is gone.
+    """
+    if ranks.size == 1:
+        return
+    states = ranks.told((done, _digest(weights)))
+    if len(set(states)) > 1:
+        found = "; ".join(
+            f"process {rank}: step {step}, weights {name:016x}" for rank, (step, name) in enumerate(states)
+        )
+        raise RunFolderError(
+            f"The {ranks.size} processes would not train the same LoRA. They start from {found}. The run folder and "
+            "the model's and init_lora's files have to be the same for all: put the run folder on a disk that all "
+            "machines see, at the same path. Nothing was trained."
+        )
+
+
+def _digest(weights: Mapping[str, Tensor]) -> int:
+    """63 bits that stand for these weights, to the last bit."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return int.from_bytes(digest.digest()[:8], "big") >> 1
 
 
 def add_up_step(ranks: Ranks, weights: Collection[nn.Parameter], own: Tensor, *, before: int, total: int) -> Tensor:
