@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .conditioning.batches import BatchLoader, BatchPlan, RankPlan
-from .conditioning.encoded import EncodedDataset, load_encoded
+from .conditioning.encoded import EncodedDataset, check_alike, load_encoded
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
 from .errors import ConfigError, DatasetError, Interrupted
@@ -150,6 +150,7 @@ def _validation_set(config: TrainConfig, encoded: EncodedDataset) -> EncodedData
             )
         if missing := each.missing():
             raise DatasetError(f"{len(missing)} encoded pairs are not in the cache. Encode the dataset again:", missing)
+    check_alike(encoded, second, ("The encoded dataset", "the one to validate on"))
     if not encoded.pairs:
         raise DatasetError("The dataset has no pair to train on: all are held out. Lower num_eval_images.")
     if not second.validation_pairs and config.validation_encoded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig, resume_key
 from trainer_core.data.pairing import EditDataset, pair_folders
-from trainer_core.errors import OutOfMemoryError
+from trainer_core.errors import ConfigError, OutOfMemoryError
 from trainer_core.geometry import Size
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.run import train_lora
@@ -77,6 +78,20 @@ def equal_files(one: Path | None, other: Path | None) -> bool:
     assert one is not None and other is not None
     left, right = load_file(one), load_file(other)
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(("name", "other"), [("preprocessing", "diffusers"), ("prompt_width", 7)])
+def test_a_validation_dataset_that_was_encoded_otherwise_is_refused(
+    name: str, other: Any, encoded: EncodedDataset, model: ModelConfig, tmp_path: Path
+) -> None:
+    values = json.loads(encoded.manifest.read_text())
+    assert values[name] != other
+    second = encoded.manifest.with_name("other.json")
+    second.write_text(json.dumps({**values, name: other}))
+    config = dataclasses.replace(config_of(encoded, model, tmp_path / "run"), validation_encoded=str(second))
+    with pytest.raises(ConfigError, match=rf"has {name} .*the one to validate on has {other!r}\. Encode both"):
+        train_lora(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_prompts_are_encoded_with_the_held_out_pairs_own_references(

@@ -106,6 +106,21 @@ class EncodedDataset:
         return all(map(is_whole, cached)) and all(Path(file.path).is_file() for file in entry.reference_files)
 
 
+def check_alike(first: EncodedDataset, other: EncodedDataset, names: tuple[str, str]) -> None:
+    """Datasets that one network sees have to be encoded for it alike. `names` are theirs in the message.
+
+    Raises:
+        ConfigError: flavour, preprocessing or the prompts' width differ.
+    """
+    for name in ("flavour", "preprocessing", "prompt_width"):
+        wanted, found = getattr(first, name), getattr(other, name)
+        if wanted != found:
+            raise ConfigError(
+                f"{names[0]} has {name} {wanted!r}, and {names[1]} has {found!r}. Encode both with the same model and "
+                "preprocessing."
+            )
+
+
 def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
     """Write a manifest below `cache_dir` and return the dataset it describes.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config.dataset import check_turns
 from ..errors import ConfigError, DatasetError
-from .encoded import EncodedDataset, save_manifest
+from .encoded import EncodedDataset, check_alike, save_manifest
 from .entry import EncodedEntry
 
 
@@ -83,13 +83,7 @@ def _check_alike(parts: Sequence[MixPart], cache_dir: Path) -> None:
         raise ConfigError("There is nothing to mix. Give at least one encoded dataset.")
     first = parts[0].encoded
     for number, part in enumerate(parts, 1):
-        for name in ("flavour", "preprocessing", "prompt_width"):
-            wanted, found = getattr(first, name), getattr(part.encoded, name)
-            if wanted != found:
-                raise ConfigError(
-                    f"Encoded dataset 1 has {name} {wanted!r}, and number {number} has {found!r}. Encode both with the "
-                    "same model and preprocessing."
-                )
+        check_alike(first, part.encoded, ("Encoded dataset 1", f"number {number}"))
         if part.encoded.cache_dir.resolve() != cache_dir.resolve():
             raise ConfigError(
                 f"Encoded dataset {number} lies in the cache {str(part.encoded.cache_dir)!r}, and the mix is for "
