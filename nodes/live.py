@@ -28,7 +28,7 @@ class LiveMessages:
         """One more step."""
         self._run.note(report)
         self._points.append(report)
-        if time.monotonic() - self._sent_at >= _EVERY_SECONDS or report.validation_loss is not None:
+        if time.monotonic() - self._sent_at >= _EVERY_SECONDS or report.was_validated:
             self._flush()
 
     def phase(self, text: str) -> None:
@@ -43,10 +43,6 @@ class LiveMessages:
 
     def _flush(self, **more: Any) -> None:
         every = 1 + len(self._points) // _MAX_POINTS
-        points = [
-            report.as_dict()
-            for report in self._points
-            if report.step % every == 0 or report.validation_loss is not None
-        ]
+        points = [report.as_dict() for report in self._points if report.step % every == 0 or report.was_validated]
         self._points, self._sent_at = [], time.monotonic()
         self._send(RUN_MESSAGE, {**self._run.as_dict(), "active": True, "points": points, **more})

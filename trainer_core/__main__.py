@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError, Interrupted, TrainerError
-from .events import SampleReport, StepReport, Stop
+from .events import VALIDATION_LOSSES, SampleReport, StepReport, Stop
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -50,7 +50,8 @@ class ConsoleObserver:
 
     def on_step(self, report: StepReport) -> None:
         """A line per step."""
-        validation = "" if report.validation_loss is None else f"  validation loss {report.validation_loss:.4f}"
+        losses = {name.replace("_", " "): getattr(report, name) for name in VALIDATION_LOSSES}
+        validation = "".join(f"  {name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
         _LOG.info(
             "step %d of %d  loss %.4f  learning rate %.2e  %.2f s%s",
             *(report.step, report.num_steps, report.loss, report.learning_rate, report.seconds, validation),

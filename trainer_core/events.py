@@ -9,6 +9,11 @@ from typing import Protocol
 
 from .errors import Interrupted
 
+# What a validation finds, as reports, metrics and charts name it.
+VALIDATION_LOSSES = ("validation_loss", "ema_validation_loss")  # of the trained weights and of their running average
+DRIFT = ("drift_shift", "drift_zoom", "drift_colour")
+MEASURED = (*VALIDATION_LOSSES, *DRIFT)
+
 
 class Stop(Enum):
     """The caller's wish. False in a condition when there is none."""
@@ -44,6 +49,11 @@ class StepReport:
     drift_zoom: float | None = None
     drift_colour: float | None = None
 
+    @property
+    def was_validated(self) -> bool:
+        """Whether a validation found something at this step."""
+        return any(getattr(self, name) is not None for name in MEASURED)
+
     def as_dict(self) -> dict[str, object]:
         """For JSON: the fields, without those that say nothing."""
         row: dict[str, object] = {name: getattr(self, name) for name in StepReport.__slots__}
@@ -78,7 +88,7 @@ class SampleReport:
 
     def drift(self) -> dict[str, float]:
         """The drift by its names; empty where there is none."""
-        found = {name: getattr(self, name) for name in ("drift_shift", "drift_zoom", "drift_colour")}
+        found = {name: getattr(self, name) for name in DRIFT}
         return {name: value for name, value in found.items() if value is not None}
 
 

@@ -14,7 +14,7 @@ from .conditioning.encoded import EncodedDataset, check_alike, load_encoded
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
 from .errors import ConfigError, DatasetError, Interrupted
-from .events import SILENT, Observer, StepReport, Stop
+from .events import SILENT, VALIDATION_LOSSES, Observer, StepReport, Stop
 from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
 from .ranks import ALONE, Ranks
 from .training.ema import AVERAGE, TRAINED, restore_ema, weights_to_validate
@@ -210,7 +210,7 @@ def _validate_at(
     return {**found, **(samples.drift() if samples else {})}
 
 
-_LOSS_OF = {TRAINED: "validation_loss", AVERAGE: "ema_validation_loss"}
+_LOSS_OF = {TRAINED: VALIDATION_LOSSES[0], AVERAGE: VALIDATION_LOSSES[1]}
 
 
 def _restore(run: RunFolder, networks: Networks) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from trainer_core.events import MEASURED
 from trainer_core.training import run_view
 from trainer_core.training.grid import GridRow
 from trainer_core.training.sample_pictures import save_sample_pictures
@@ -77,12 +78,13 @@ def test_a_long_curve_is_thinned_to_means(tmp_path: Path):
     assert found["measured"] == {"validation_loss": [[step, 0.5] for step in (250, 500, 750, 1000)]}
 
 
-def test_of_a_very_long_file_not_every_line_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", MEASURED)
+def test_of_a_very_long_file_not_every_line_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_view, "_MAX_ROWS", 50)
-    rows = [row(step, **({"validation_loss": 0.5} if step == 333 else {})) for step in range(1, 1001)]
+    rows = [row(step, **({name: 0.5} if step == 333 else {})) for step in range(1, 1001)]
     found = run_view.curve(make_run(tmp_path / "mine", rows), 1000)
     assert 40 <= len(found["steps"]) <= 60
-    assert found["measured"] == {"validation_loss": [[333, 0.5]]}
+    assert found["measured"] == {name: [[333, 0.5]]}
 
 
 def test_settings_hide_where_things_lie(tmp_path: Path):

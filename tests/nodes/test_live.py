@@ -36,15 +36,16 @@ def test_a_message_says_how_the_run_stands(messages, sent):
     json.dumps(message, allow_nan=False)
 
 
-def test_not_more_often_than_pages_can_show(messages, sent, pack_module, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["validation_loss", "ema_validation_loss"])
+def test_not_more_often_than_pages_can_show(name, messages, sent, pack_module, monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     monkeypatch.setattr(pack_module("live").time, "monotonic", lambda: now[0])
     for step in range(1, 1001):
         now[0] += 0.001
-        messages.step(report(step, validation_loss=0.5 if step == 777 else None))
+        messages.step(report(step, **{name: 0.5 if step == 777 else None}))
     assert len(sent) <= 5
     assert all(len(message["points"]) <= 201 for message in sent)
-    assert [point["step"] for message in sent for point in message["points"] if "validation_loss" in point] == [777]
+    assert [point["step"] for message in sent for point in message["points"] if name in point] == [777]
 
 
 def test_pictures_and_phases(messages, sent):

@@ -163,6 +163,25 @@ def test_settings_are_copied_on_a_page_without_https(told: str, open_page: OpenP
     expect(button).to_be_focused()
 
 
+def test_of_a_run_that_validates_its_average_alone_there_is_a_curve(runs_dir: Path, open_page: OpenPage):
+    folder = runs_dir / "average alone"
+    folder.mkdir(parents=True)
+    rows = [{"step": step, "num_steps": 60, "loss": 1 / step, "learning_rate": 1e-4} for step in range(1, 41)]
+    for row in rows[9::10]:
+        row["ema_validation_loss"] = 0.125
+    (folder / "run.json").write_text(json.dumps({"key": {}, "state": "paused", "steps": 40}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = open_page()
+    page.open_panel(folder.name)
+    page.wait_for_points(page.panel, 40)
+    assert page.points(page.panel, "qet-line-held") == 4
+    expect(page.panel.locator(".qet-legend")).to_contain_text("held-out, EMA 0.1250")
+    live = "import('/extensions/qwen-edit-trainer/trainer/store.js').then(store => store.extended(empty, points))"
+    empty, points = {"steps": [], "loss": [], "learning_rate": [], "measured": {}}, [{**rows[9], "psnr": 3}]
+    found = page.page.evaluate(f"([empty, points]) => {live}", [empty, points])
+    assert found["measured"] == {"ema_validation_loss": [[10, 0.125]]}
+
+
 NO_ANSWER = {"status": 200, "content_type": "application/json", "body": "no JSON"}  # other failures reach the console
 
 

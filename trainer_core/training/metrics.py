@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from types import TracebackType
 
 from ..errors import MissingPackageError
-from ..events import StepReport
+from ..events import MEASURED, StepReport
 from .run_folder import RunFolder
 
-_NOT_ALWAYS = ("validation_loss", "ema_validation_loss", "drift_shift", "drift_zoom", "drift_colour", "extra_forwards")
+_NOT_ALWAYS = (*MEASURED, "extra_forwards")
 
 
 def check_tensorboard() -> None:

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from ..events import MEASURED
 from .sample_pictures import INDEX, read_sample_index
 
 MAX_FILE_BYTES = 16 << 20  # of a JSON file that is read whole
 _MAX_ROWS = 50_000  # of the metrics that are parsed; of a longer file every second line, every third, ...
 _TAIL_BYTES = 8192  # hold the last line of the metrics
-_ON_THE_CHART = ("validation_", "drift")  # measured now and then, so kept whole
+_IN_A_LINE = tuple(f'"{name}"'.encode() for name in MEASURED)  # now and then, so no such line is left out
 
 
 def run_folders(runs_dir: Path, limit: int) -> list[Path]:
@@ -54,9 +55,9 @@ def curve(folder: Path, points: int) -> dict[str, Any]:
     rows = _rows(folder / "metrics.jsonl")
     measured: dict[str, list[list[float]]] = {}
     for row in rows:
-        for name, value in row.items():
-            if name.startswith(_ON_THE_CHART) and _is_number(value):
-                measured.setdefault(name, []).append([row["step"], value])
+        for name in MEASURED:
+            if _is_number(row.get(name)):
+                measured.setdefault(name, []).append([row["step"], row[name]])
     steps = [row for row in rows if _is_number(row.get("loss"))]
     size = max(1, math.ceil(len(steps) / points))
     groups = [steps[start : start + size] for start in range(0, len(steps), size)]
@@ -148,7 +149,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         every = 1 + path.stat().st_size // (_MAX_ROWS * max(1, len(file.readline())))
         file.seek(0)
         for number, line in enumerate(file):
-            if number % every == 0 or b'"validation_' in line:
+            if number % every == 0 or any(name in line for name in _IN_A_LINE):
                 found.append(_row(line))
     return [row for row in found if row]
 

@@ -1,6 +1,6 @@
 // @ts-check
 /** Loss of each step and smoothed, what validation measured, and the learning rate, as SVG in the page's colours. */
-import { nearest, range, smoothed, smoothingWindow, ticks } from "./chart_data.js";
+import { isHeldOut, nearest, range, smoothed, smoothingWindow, ticks } from "./chart_data.js";
 import { element, onceAFrame, svg } from "./dom.js";
 import * as format from "./format.js";
 
@@ -15,6 +15,7 @@ const LABELS = /** @type {Record<string, string>} */ ({
   loss: "loss",
   smooth: "smoothed",
   validation_loss: "held-out",
+  ema_validation_loss: "held-out, EMA",
   rate: "learning rate",
   drift_shift: "drift, pixels",
   drift_zoom: "drift, % zoom",
@@ -104,8 +105,8 @@ function note() {
 function prepare(curve, width, height) {
   const { steps, loss } = curve;
   const means = smoothed(loss, smoothingWindow(loss.length));
-  const held = Object.entries(curve.measured).filter(([name]) => name.startsWith("validation_"));
-  const others = Object.entries(curve.measured).filter(([name]) => !name.startsWith("validation_"));
+  const held = Object.entries(curve.measured).filter(([name]) => isHeldOut(name));
+  const others = Object.entries(curve.measured).filter(([name]) => !isHeldOut(name));
   const [low, high] = range(loss, [...means, ...held.flatMap(([, points]) => points.map((point) => point[1]))]);
   const [first, last] = [steps[0], Math.max(steps[steps.length - 1], steps[0] + 1)];
   const foot = height - BOTTOM - RATE_BAND - 4;
@@ -201,7 +202,7 @@ function values(view, pointed) {
     ...view.held.map(([name, points], number) =>
       /** @type {[string, string, string]} */ ([
         `held-${number}`,
-        LABELS[name] ?? name.replace("validation_loss_", "held-out ").replaceAll("_", " "),
+        LABELS[name] ?? name.replaceAll("_", " "),
         format.loss(latest(points, step)),
       ]),
     ),

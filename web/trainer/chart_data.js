@@ -19,6 +19,16 @@ export function smoothed(values, window) {
   });
 }
 
+/** Whether a measure is a loss on held-out pairs, of the trained weights or their average. @param {string} name */
+export function isHeldOut(name) {
+  return /^(ema_)?validation_loss/.test(name);
+}
+
+/** Whether validation found it, now and then. @param {string} name */
+export function isMeasured(name) {
+  return isHeldOut(name) || name.startsWith("drift");
+}
+
 /** @param {number} count Of values. */
 export function smoothingWindow(count) {
   return Math.min(50, Math.max(5, count / 20));

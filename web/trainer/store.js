@@ -12,6 +12,7 @@
  *   phase?: string, stopping?: boolean, node_id?: string|null, changed?: number, has_graph?: boolean,
  *   psnr?: Record<string, number|null>, curve?: Curve, samples?: Sample[], revision: number}} Run
  */
+import { isMeasured } from "./chart_data.js";
 import { onceAFrame } from "./dom.js";
 
 const BASE = "/qwen_edit_trainer";
@@ -192,7 +193,7 @@ export function extended(curve, points) {
   const measured = { ...curve.measured };
   for (const point of fresh) {
     for (const [name, value] of Object.entries(point)) {
-      if (/^(validation_|drift)/.test(name) && typeof value === "number") {
+      if (isMeasured(name) && typeof value === "number") {
         measured[name] = [...(measured[name] ?? []), [point.step, value]];
       }
     }
