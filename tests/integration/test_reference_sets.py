@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs, picture, small_encoding
-from trainer_core.conditioning.batches import BatchLoader, BatchPlan
+from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.entry import EMPTY_CAPTION
@@ -21,7 +22,9 @@ from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, Model
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
 from trainer_core.events import SilentObserver, StepReport, Stop
+from trainer_core.ranks import ALONE
 from trainer_core.run import train_lora
+from trainer_core.training.planning.settle import largest_batch
 
 BATCHING = BatchingConfig(train_batch_size=2, gradient_accumulation_steps=1, caption_dropout_probability=0.3)
 
@@ -198,6 +201,24 @@ def test_references_that_are_missing_and_a_mix(
     assert several == {3, 4, 5, 6, 7, 8, 9}
     with BatchLoader(mixed, plan) as loader:
         assert {len(loader[number].condition.reference_latents) for number in range(20)} == {0, 1}
+
+
+def test_the_largest_batch_is_the_largest_as_seen(encoded: EncodedDataset) -> None:
+    """The pair with the most in all its references together shows one a turn, which is a small one."""
+    first, *others = encoded.pairs
+    channels, height, width = first.shape
+    first = dataclasses.replace(first, reference_shapes=((channels, height * 4, width), (channels, 2, 2)))
+    others = [dataclasses.replace(each, reference_shapes=((channels, height * 3, width),) * 2) for each in others]
+    sized = dataclasses.replace(encoded, pairs=(first, *others))
+    for seed in range(8):
+        plan = RankPlan(BatchPlan(sized, BatchingConfig(), seed), ALONE, 1)
+        numels = [
+            sum(
+                prod(shape) for draw in plan[number] for shape in sized.pairs[draw.pair].seen(draw.reference_set).shapes
+            )
+            for number in range(plan.first_epoch())
+        ]
+        assert numels[largest_batch(plan, sized)] == max(numels)
 
 
 def test_every_caption_has_its_turn(singles: list[EncodedDataset]) -> None:

@@ -68,10 +68,10 @@ def largest_batch(plan: RankPlan, encoded: EncodedDataset) -> int:
 
     def size(number: int) -> int:
         draws = plan[number]
-        shapes = encoded.pairs[draws[0].pair].shapes
+        shapes = encoded.pairs[draws[0].pair].seen(draws[0].reference_set).shapes
         return len(draws) * sum(height * width for _, height, width in shapes)  # type: ignore[misc]
 
-    return max(range(max(1, plan.whole.batches_in_epoch(0) // plan.ranks.size)), key=size)
+    return max(range(plan.first_epoch()), key=size)
 
 
 def dry_step(networks: Networks, loader: BatchLoader, memory: RunMemory) -> tuple[int, int] | None:
