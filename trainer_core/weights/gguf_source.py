@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import MissingPackageError, ModelFileError
-from .source import Read
 from .stored import StoredWeight
+from .weight_source import Read
 
 
 class GgufSource:

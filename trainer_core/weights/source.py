@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from ..errors import ModelFileError
-from .stored import StoredWeight
-
-Read = Callable[[str], StoredWeight]
-
-
-class WeightSource(Protocol):
-    """Named weights of known shape, read one at a time."""
-
-    @property
-    def place(self) -> Path:
-        """The file or folder, for messages."""
-        ...
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight by its name, without a prefix the file may have."""
-        ...
-
-    @property
-    def markers(self) -> frozenset[str]:
-        """Names of entries that are not weights, such as `__index_timestep_zero__`."""
-        ...
-
-    @property
-    def packing(self) -> str:
-        """`NF4` or `GGUF` where several weights share a code, which no layer keeps as it is; else empty."""
-        ...
-
-    def opened(self) -> AbstractContextManager[Read]:
-        """Reads by name while the context lasts; what is read lives on. Closed files give back their memory map."""
-        ...
+from .gguf_source import GgufSource
+from .safetensors_source import SafetensorsSource
+from .weight_source import WeightSource
 
 
 def open_weights(place: Path, prefixes: Sequence[str] = ()) -> WeightSource:
@@ -52,11 +22,7 @@ def open_weights(place: Path, prefixes: Sequence[str] = ()) -> WeightSource:
         MissingPackageError: a .gguf file, without the package that reads it.
     """
     if place.suffix == ".gguf":
-        from .gguf_source import GgufSource
-
         return GgufSource(place, prefixes)
-    from .safetensors_source import SafetensorsSource
-
     return SafetensorsSource(place, _files(place), prefixes)
 
 
