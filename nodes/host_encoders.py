@@ -14,9 +14,9 @@ import comfyui_version
 import torch
 from torch import Tensor
 
-from ..trainer_core.config import digest
+from ..trainer_core.config import FlavourName, digest
 from ..trainer_core.errors import ConfigError, DatasetError
-from ..trainer_core.qwen_image.flavours import FLAVOURS, Flavour, FlavourName
+from ..trainer_core.qwen_image.flavours import FLAVOURS, Flavour
 from .host import free_memory
 
 if TYPE_CHECKING:

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import Preprocessing, digest
+from ..config import FlavourName, Preprocessing, digest
 from ..errors import ConfigError, DatasetError
 from ..files import is_whole, read_tensors, write_atomically
-from ..qwen_image.flavours import FlavourName
 from .cache import entry_path
 from .entry import EncodedEntry
 from .types import EncodedPair, ReferenceFile

@@ -21,7 +21,7 @@ from .dataset import (
 from .ema import EmaConfig, EmaDevice, EmaValidation
 from .job import JobConfig, TrainConfig, completed_key, resume_key
 from .memory import MemoryConfig, MemoryPlanning
-from .model import DEMO_MODEL, BaseModelPrecision, MixedPrecision, ModelConfig, QuantizeVia
+from .model import DEMO_MODEL, BaseModelPrecision, FlavourName, MixedPrecision, ModelConfig, QuantizeVia
 from .optimizer import ENDLESS, OptimizerConfig, OptimizerName, SchedulerName
 from .training import (
     BatchingConfig,
@@ -53,6 +53,7 @@ __all__ = [
     "EmaValidation",
     "EncodingConfig",
     "ExportConfig",
+    "FlavourName",
     "JobConfig",
     "LoraConfig",
     "LoraTargets",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..qwen_image.flavours import FlavourName
 from ..settings import check, check_at_least, check_choice, setting
 
 DEMO_MODEL = "demo"
 
+FlavourName = Literal["edit-v1", "edit-v2", "edit-v3"]
 BaseModelPrecision = Literal["none", "int8-quanto", "nf4-bnb", "int4-quanto", "int2-quanto", "fp8-quanto", "file"]
 EIGHT_BITS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "fp8-quanto")
 QuantizeVia = Literal["accelerator", "cpu"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-FlavourName = Literal["edit-v1", "edit-v2", "edit-v3"]
+from ..config import FlavourName
 
 MEGAPIXEL = 1024 * 1024
 VISION_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
