@@ -41,7 +41,7 @@ from trainer_core.qwen_image.latents import pack, token_shape
 from trainer_core.qwen_image.transformer import load_transformer
 from trainer_core.run import train_lora
 from trainer_core.training.lora import inject_lora
-from trainer_core.training.optimizer import build_optimizer
+from trainer_core.training.optimizer import optimizer_builder
 
 WARM_UP = 5  # steps not counted
 
@@ -112,11 +112,12 @@ def train_config(folder: Path, encoded: EncodedDataset, model: ModelConfig, step
 
 def bare_step(config: TrainConfig) -> Callable[[], None]:
     """Forward, backward and optimizer step on tensors that lie ready, with the loop's adapter and recomputation."""
-    transformer = load_transformer(config.model, torch.device("cpu"))
+    device = torch.device("cpu")
+    transformer = load_transformer(config.model, device)
     lora = inject_lora(transformer, config.lora, config.seed)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
-    optimizer = build_optimizer(lora, config.optimizer)
+    optimizer = optimizer_builder(config.optimizer, device)(list(lora.values()))
     encoded = load_encoded(Path(config.encoded))
     pair = encoded.load(encoded.pairs[0])
     latents, references = pair.target_latents[None], [each[None] for each in pair.reference_latents]

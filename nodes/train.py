@@ -153,7 +153,7 @@ def _train(config: TrainConfig, on_first_step: Callable[[], None], *, continue_k
 
 
 def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
-    from ..trainer_core.export.lora_file import read_lora
+    from ..trainer_core.files import read_tensors
     from ..trainer_core.training.run_folder import RunFolder
     from .pictures import empty_image, file_to_image
 
@@ -169,7 +169,7 @@ def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
     )
     seconds = sum(float(row["seconds"]) for row in rows)
     return io.NodeOutput(
-        read_lora(result.lora_file),
+        read_tensors(result.lora_file),
         {"loss": [float(row["loss"]) for row in rows]},
         lora_name,
         grid,

@@ -10,8 +10,7 @@ import pytest
 from tests.support.narrow import read_rows
 from tests.support.quickstart import CONFIG, EDIT_V1, EDIT_V2, as_edit_v2, in_folders
 from trainer_core.__main__ import main
-from trainer_core.export.lora_file import read_lora
-from trainer_core.files import read_metadata
+from trainer_core.files import read_metadata, read_tensors
 
 SMALLER = (  # what a demo on a CPU can't do; all else is as printed
     "encoding.resolution=96",
@@ -39,7 +38,7 @@ def test_an_example_trains(
     assert main(["import-simpletuner", *files, "--base", "demo", "--out", job, *changes]) == 0
     assert main(["train", job]) == 0
     lora = Path(capsys.readouterr().out.split()[-1])
-    assert any(float(tensor.abs().max()) > 0 for name, tensor in read_lora(lora).items() if "lora_B" in name)
+    assert any(float(tensor.abs().max()) > 0 for name, tensor in read_tensors(lora).items() if "lora_B" in name)
     assert read_metadata(lora)["ss_steps"] == "1"
     run = json.loads((lora.parent / "config.json").read_text())
     assert run["model"]["base_model_precision"] == "int8-quanto" and run["noise"]["flow_schedule_shift"] == 1.73

@@ -18,7 +18,7 @@ from trainer_core.config.optimizer import OptimizerName, SchedulerName
 from trainer_core.errors import ConfigError, MissingPackageError, RunFolderError
 from trainer_core.events import SILENT
 from trainer_core.rng import stream
-from trainer_core.training.optimizer import build_optimizer, optimizer_bytes, set_learning_rate
+from trainer_core.training.optimizer import optimizer_builder, optimizer_bytes, set_learning_rate
 from trainer_core.training.optimizer_state import optimizer_tensors, restore_optimizer, weights_to_use
 from trainer_core.training.schedule import learning_rate_at
 from trainer_core.training.step import build_networks
@@ -42,6 +42,10 @@ def fresh_parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Paramet
         )
         for name, shape in SHAPES.items()
     }
+
+
+def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    return optimizer_builder(config, torch.device("cpu"))(list(parameters.values()))
 
 
 def take_steps(parameters: dict[str, nn.Parameter], optimizer: Any, config: OptimizerConfig, steps: range) -> None:

@@ -15,7 +15,7 @@ import torch
 from tests.support.comfyui_server import PackServer
 from tests.support.narrow import make_base, make_pairs
 from tools.comfyui import status_of
-from trainer_core.export.lora_file import read_lora
+from trainer_core.files import read_tensors
 
 BASE = "narrow"
 PAIRS = "pairs"
@@ -221,7 +221,7 @@ def steps_written(server: PackServer, name: str) -> list[int]:
 
 def assert_same_lora(one: Path, other: Path) -> None:
     """Equal bit for bit."""
-    left, right = read_lora(one), read_lora(other)
+    left, right = read_tensors(one), read_tensors(other)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
 

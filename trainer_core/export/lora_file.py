@@ -127,8 +127,3 @@ def read_with_diffusers(path: Path) -> dict[str, Tensor]:
         str(path.parent), weight_name=path.name, local_files_only=True
     )
     return dict(state)
-
-
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """Tensors of a LoRA file by name."""
-    return read_tensors(path)

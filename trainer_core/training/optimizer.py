@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -28,17 +28,6 @@ STATE_BYTES: dict[OptimizerName, int] = {
 }
 _SMALLEST_8BIT = 4096  # elements; bitsandbytes keeps smaller tensors in 32 bits
 _BLOCK_8BIT = 256  # elements that share one 32-bit scale in each of its two states
-
-
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over the adapter, whose order of parameters is the mapping's.
-
-    Raises:
-        ConfigError: the optimizer can't run on the parameters' device.
-        MissingPackageError: its package is not installed.
-    """
-    weights = list(parameters.values())
-    return optimizer_builder(config, weights[0].device)(weights)
 
 
 def optimizer_builder(config: OptimizerConfig, device: torch.device) -> Builder:
