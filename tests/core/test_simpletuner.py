@@ -57,6 +57,7 @@ def test_first_example(tmp_path: Path):
     assert job.model.base_model_precision == "int8-quanto"
     assert (job.noise.flow_schedule_shift, job.batching.gradient_accumulation_steps) == (1.73, 4)
     assert (job.encoding.resolution, job.validation.validation_guidance) == (1024, 4.0)
+    assert job.memory.memory == "auto"  # what fits a card is this trainer's to find
     dataset = pair_folders(job.dataset)
     assert len(dataset.pairs) == 4 and check_pairs(dataset, job.pair_check)
 

@@ -172,6 +172,17 @@ def test_auto_chooses_and_trains_the_same(
     assert is_equal(result, train_lora(config))
 
 
+def test_settings_of_ones_own_that_do_not_fit_are_named(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are tried all the same: a plan has its margin."""
+    monkeypatch.setattr("trainer_core.training.planning.settle.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
+    assert train_lora(named(config, "manual")).lora_file is not None
+    said = [record.getMessage() for record in caplog.records if "Does not fit" in record.getMessage()]
+    assert len(said) == 1
+    assert "What helps most:" in said[0]
+
+
 def test_auto_refuses_before_anything_is_loaded(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer_core.training.planning.settle.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
     monkeypatch.setattr("trainer_core.run.build_networks", lambda *_: pytest.fail("it was loaded"))

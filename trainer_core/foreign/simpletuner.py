@@ -154,6 +154,8 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     read_validation(section, values)
     _steps_and_folders(section, values, root)
     _rest(section, values)
+    values["memory"] = {"memory": "auto"}
+    notes.append("memory is auto: what is computed again, offloaded and streamed is chosen so that the training fits.")
     section.explain(CONFIG_REASONS, CONFIG_KEYS)
     values = changed(values, changes)
     job = from_json(JobConfig, values)

@@ -29,7 +29,7 @@ def planned_in_words(config: TrainConfig, network: NetworkSize, work: Workload, 
 def plan_report(plan: MemoryPlan, budget: Budget | None = None) -> str:
     """Lines for people; sizes in GiB."""
     lines = [*_what(plan), "", *_device_table(plan), "", *_host(plan), "", *_settings(plan)]
-    return "\n".join([*lines, *([] if budget is None else ["", _verdict(plan, budget)])])
+    return "\n".join([*lines, *([] if budget is None else ["", verdict(plan, budget)])])
 
 
 def _what(plan: MemoryPlan) -> list[str]:
@@ -70,7 +70,8 @@ def _settings(plan: MemoryPlan) -> list[str]:
     ]
 
 
-def _verdict(plan: MemoryPlan, budget: Budget) -> str:
+def verdict(plan: MemoryPlan, budget: Budget) -> str:
+    """A sentence: whether the plan fits, and the numbers."""
     needed, margin = plan.needed_device_bytes, plan.needed_device_bytes - plan.device_peak_bytes
     if budget.is_shared:
         needed, there = needed + plan.host_peak_bytes, budget.host_bytes

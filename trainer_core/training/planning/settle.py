@@ -14,11 +14,11 @@ from ...config import TrainConfig
 from ...device import peak_bytes, pick_device
 from ..checks import check_training
 from ..step import Networks, rehearse
-from .advice import STEP, memory_errors_explained
+from .advice import STEP, VALIDATION, memory_advice, memory_errors_explained
 from .choose import budget_of, choose_memory
 from .network import NetworkSize, network_size
 from .plan import GIB, MemoryPlan, plan_memory
-from .report import plan_report
+from .report import plan_report, verdict
 from .workload import Workload, workload_of_encoded
 
 _LOG = logging.getLogger(__name__)
@@ -38,17 +38,20 @@ class RunMemory:
         return plan_memory(self.config, *self._sizes())
 
     def settled(self) -> RunMemory:
-        """With the settings to train under: chosen under `memory` auto, otherwise as they are. Reads no weights.
+        """With the settings to train under: chosen under `memory` auto, otherwise as they are, and then it is said if
+        they don't fit. Reads no weights.
 
         Raises:
             ConfigError, ModelFileError, MissingPackageError: as `check_training`.
             OutOfMemoryError: under auto, if nothing fits.
         """
         check_training(self.config)
-        if self.config.memory.memory == "manual":
-            return self
         device, card = pick_device(self.config.model.device), self.config.memory.vram_gib
         budget = budget_of(device, card, processes=self.processes)
+        if self.config.memory.memory == "manual":
+            if not budget.holds(plan := self.plan()):
+                _LOG.warning("The plan: %s %s", verdict(plan, budget), memory_advice(plan, STEP + VALIDATION))
+            return self
         plan = choose_memory(self.config, *self._sizes(), budget)
         _LOG.info("%s", plan_report(plan, budget))
         return replace(self, config=plan.config)
