@@ -88,3 +88,8 @@ def same_shape(size: Size, other: Size) -> bool:
     least = max((other.width - 1) / size.width, (other.height - 1) / size.height)
     most = min((other.width + 1) / size.width, (other.height + 1) / size.height)
     return least <= most
+
+
+def similar_shape(size: Size, other: Size) -> bool:
+    """Whether the sides' ratios differ by no more than the rounding of small sizes explains: 5 %."""
+    return abs((size.width * other.height) / (size.height * other.width) - 1) <= 0.05

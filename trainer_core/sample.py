@@ -18,7 +18,7 @@ from .events import SILENT, Observer, raise_if_stopped
 from .geometry import Box, Size, bucket_size, centre_crop
 from .qwen_image.flavours import FLAVOURS
 from .qwen_image.folder import model_folder
-from .qwen_image.latents import VAE_FACTOR
+from .qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
 from .qwen_image.positions import use_comfyui_positions
 from .qwen_image.sampling import load_scheduler, sample_latents
 from .qwen_image.text_encoder import load_text_encoder
@@ -27,8 +27,6 @@ from .qwen_image.types import Condition
 from .qwen_image.vae import decode_latents, encode_picture, load_vae
 from .rng import stream
 from .training.lora_apply import load_into
-
-LATENT_CHANNELS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

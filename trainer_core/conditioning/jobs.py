@@ -16,13 +16,11 @@ from ..data.pairing import EditPair
 from ..files import is_whole
 from ..geometry import Box
 from ..qwen_image.flavours import FLAVOURS
-from ..qwen_image.latents import VAE_FACTOR
+from ..qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
 from .cache import entry_path
 from .entry import EncodedEntry
 from .pictures import PairPlan, View, plan_pair, render
 from .types import ReferenceFile
-
-LATENT_CHANNELS = 16
 
 
 class LatentJob(NamedTuple):

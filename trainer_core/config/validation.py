@@ -10,7 +10,7 @@ from ..geometry import Size
 from ..settings import check, check_at_least, setting
 
 _SIZE = re.compile(r"(\d+)(?:[xX](\d+))?")
-_SIZE_STEP = 16  # pixels: a latent is 8, a token two latents
+SIZE_STEP = 16  # pixels, so that no token is cut: a latent is 8, a token two latents
 _SIZES_ALLOWED = (
     "comma separated sizes of 64 to 4096 pixels, 1024x768 in multiples of 16 or 768 for the pair's own shape, "
     "or nothing"
@@ -60,4 +60,4 @@ def _is_allowed(size: str) -> bool:
     if match is None or len(size) > 9:
         return False
     sides = [int(side) for side in match.groups() if side]
-    return all(64 <= side <= 4096 for side in sides) and (len(sides) == 1 or not any(s % _SIZE_STEP for s in sides))
+    return all(64 <= side <= 4096 for side in sides) and (len(sides) == 1 or not any(s % SIZE_STEP for s in sides))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LATENT_CHANNELS = 16
 VAE_FACTOR = 8  # pixels per latent
 PATCH = 2  # latents per token side
 

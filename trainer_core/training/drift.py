@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ..conditioning.pictures import same_framing
 from ..data.alignment import UNEDITED, Pixels, Where, align
+from ..geometry import Size
 
 _SIDE = 512  # pictures are measured at this longer side at most
 _LEAST_SHARE = 0.1  # of the picture that is unedited; with less, all of it is compared
-_SAME_FRAMING = 0.01  # as in encoding: aspect ratios within 1 % show the same scene
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ def unedited_region(target: Image.Image, references: Sequence[Image.Image]) -> W
     """Where a target still shows its first reference of the same framing; None where that can't be told."""
     wanted = _pixels(target)
     for reference in references:
-        if abs(reference.width * target.height / (reference.height * target.width) - 1) > _SAME_FRAMING:
+        if not same_framing(Size(*target.size), Size(*reference.size)):
             continue
         found = align(wanted, _pixels(reference, wanted.shape))
         region = found.difference < UNEDITED

@@ -13,18 +13,18 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from ..conditioning.encoded import EncodedDataset
 from ..data.picture_rows import Look, PictureRow, draw_rows
+from ..geometry import Size, similar_shape
 
 FLOOR = 0.1  # of the strongest spot's weight that the unedited region keeps at strength 1
 _SMOOTHING = 3  # latents, each 8 pixels
-_SAME_SHAPE = 0.05  # relative; references of another shape don't show the same scene
 
 
 def edit_weights(target_BCHW: Tensor, reference_BCHW: Tensor, strength: float) -> Tensor:
     """Weights [B, 1, H, W] of mean 1 per pair: all alike at strength 0, by the difference at 1."""
     ones = torch.ones_like(target_BCHW[:, :1])
     (height, width), (rows, columns) = target_BCHW.shape[-2:], reference_BCHW.shape[-2:]
-    if abs(columns * height / (rows * width) - 1) > _SAME_SHAPE:
-        return ones
+    if not similar_shape(Size(columns, rows), Size(width, height)):
+        return ones  # a reference of another shape does not show the same scene
     reference = reference_BCHW
     if (rows, columns) != (height, width):
         reference = interpolate(reference_BCHW, size=(height, width), mode="bilinear", antialias=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..data.picture_rows import Look, PictureRow, draw_rows
+from ..files import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +62,7 @@ def save_picture(picture: Image.Image, path: Path) -> Path:
     Raises:
         OSError: the disk is full or the folder can't be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
-    unfinished = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=92)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.chmod(0o644)  # mkstemp's files are private
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    data = io.BytesIO()
+    picture.save(data, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=92)
+    write_atomically(path, data.getvalue())
     return path

@@ -17,9 +17,10 @@ from torch import Tensor
 from ..conditioning.encoded import EncodedDataset
 from ..conditioning.entry import EncodedEntry
 from ..conditioning.pictures import to_picture, to_tensor
+from ..config.validation import SIZE_STEP
 from ..data.alignment import Where
 from ..events import SampleReport
-from ..geometry import Size, bucket_size
+from ..geometry import Size, bucket_size, similar_shape
 from ..qwen_image.latents import VAE_FACTOR
 from ..qwen_image.vae import decode_latents, encode_picture
 from .drift import Drift, mean_drift, measure_drift, unedited_region
@@ -29,9 +30,6 @@ from .sample_pictures import save_sample_pictures
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage
-
-SIZE_STEP = 16  # pixels, so that no token is cut
-_SAME_SHAPE = 0.05  # aspect ratios that differ by less (rounding of small sizes) are held against the target
 
 Drawn = Mapping[str, Mapping["Shot", Tensor]]  # latents [C, H, W] by who drew them ("base", "LoRA") and by shot
 
@@ -59,9 +57,7 @@ class Shot:
     @property
     def has_target(self) -> bool:
         """Whether the picture can be held against the target."""
-        own = own_size(self.entry)
-        stretched = (self.size.width * own.height) / (self.size.height * own.width)
-        return self.asks_for_target and abs(stretched - 1) < _SAME_SHAPE
+        return self.asks_for_target and similar_shape(self.size, own_size(self.entry))
 
 
 @dataclass(frozen=True, slots=True)

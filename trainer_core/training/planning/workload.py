@@ -17,12 +17,12 @@ from ...conditioning.encoded import EncodedDataset, EncodedEntry
 from ...conditioning.pictures import PairPlan, plan_pair
 from ...conditioning.reference_sets import seen_at_once
 from ...config import BatchingConfig, EncodingConfig, ModelConfig, ValidationConfig
+from ...config.validation import SIZE_STEP
 from ...data.pairing import EditDataset
 from ...errors import DatasetError
 from ...geometry import Size, bucket_size
 from ...qwen_image.flavours import FLAVOURS
 from ...qwen_image.latents import PATCH, VAE_FACTOR
-from ..validation_pictures import SIZE_STEP
 from .activations import Tokens
 
 _VISION_PATCH = 28  # pixels of a picture's side that are one token to Qwen2.5-VL
