@@ -71,6 +71,8 @@ ROWS: dict[str, Changes] = {
     "stratified_sigmas": {"noise": {"stratified_sigmas": True}},
     "flow_schedule_auto_shift": {"noise": {"flow_schedule_auto_shift": True}},
     "loss_type huber": {"noise": {"loss_type": "huber"}},
+    "loss_type huber, huber_schedule exponential": {"noise": {"loss_type": "huber", "huber_schedule": "exponential"}},
+    "loss_type huber, huber_schedule constant": {"noise": {"loss_type": "huber", "huber_schedule": "constant"}},
     "loss_type smooth_l1": {"noise": {"loss_type": "smooth_l1"}},
     "lora_type dora": {"lora": {"lora_type": "dora"}},
     "lora_type lokr": {"lora": {"lora_type": "lokr", "lokr_factor": 4}, "optimizer": {"learning_rate": 5e-3}},
@@ -79,11 +81,15 @@ ROWS: dict[str, Changes] = {
         "optimizer": {"learning_rate": 5e-4},
     },
     "rank_pattern, 4 in the first block": {"lora": {"rank_pattern": ["0 = 4"]}},
+    "alpha_pattern, 4 in the first block": {"lora": {"alpha_pattern": ["0 = 4"]}},
     "init_lora, the first row's file": {"lora": {"init_lora": f"files/{FIRST}.safetensors"}},
     "use_ema, the average's file": {"ema": {"use_ema": True, "ema_decay": 0.95, "ema_validation": "ema_only"}},
     "rollout euler": rollout(sampler="euler", reflexflow=False),
     "rollout unipc, ReflexFlow": rollout(),
     "rollout dpm on a ramp": rollout(sampler="dpm", ramp_steps=60, reflexflow=False),
+    "rollout rk4 on a cosine ramp": rollout(sampler="rk4", ramp_steps=60, ramp_shape="cosine", reflexflow=False),
+    "rollout biased_early": rollout(strategy="biased_early", sampler="euler", reflexflow=False),
+    "rollout biased_late": rollout(strategy="biased_late", sampler="euler", reflexflow=False),
 }
 
 

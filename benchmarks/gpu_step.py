@@ -34,7 +34,8 @@ from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, NoiseConf
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
 from trainer_core.precision.quantise import quantise
-from trainer_core.qwen_image.transformer import lighten, predict_velocity
+from trainer_core.qwen_image.lighten import lighten
+from trainer_core.qwen_image.transformer import predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.training.lora import inject_lora
 from trainer_core.training.lora_plan import TARGET_PATTERNS

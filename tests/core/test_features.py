@@ -10,7 +10,14 @@ import pytest
 
 from benchmarks.features import ROWS, job_of
 from trainer_core.config.optimizer import OptimizerName, SchedulerName
-from trainer_core.config.training import LossType, SigmaDistribution
+from trainer_core.config.training import (
+    HuberSchedule,
+    LossType,
+    RampShape,
+    RolloutSampler,
+    RolloutStrategy,
+    SigmaDistribution,
+)
 
 ARGUMENTS = argparse.Namespace(steps=100, tokenizer=Path("tokenizer"), device="cpu")
 
@@ -27,3 +34,7 @@ def test_every_choice_has_a_row() -> None:
     assert {job.optimizer.lr_scheduler for job in jobs} == set(get_args(SchedulerName))
     assert {job.noise.sigma_distribution for job in jobs} == set(get_args(SigmaDistribution))
     assert {job.noise.loss_type for job in jobs} == set(get_args(LossType))
+    assert {job.noise.huber_schedule for job in jobs} == set(get_args(HuberSchedule))
+    assert {job.rollout.scheduled_sampling_sampler for job in jobs} == set(get_args(RolloutSampler))
+    assert {job.rollout.scheduled_sampling_strategy for job in jobs} == set(get_args(RolloutStrategy))
+    assert {job.rollout.scheduled_sampling_ramp_shape for job in jobs} == set(get_args(RampShape))

@@ -15,7 +15,8 @@ from trainer_core.events import SILENT
 from trainer_core.geometry import Size
 from trainer_core.precision.quantise import quantise
 from trainer_core.precision.streaming import _frozen_tensors as frozen_tensors
-from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, empty_transformer, lighten, predict_velocity
+from trainer_core.qwen_image.lighten import lighten
+from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, empty_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.training.lora import inject_lora
 from trainer_core.training.master_weights import master_weights

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..config import TrainConfig
 from ..device import pick_device
 from ..precision.quantise import converter
-from ..qwen_image.transformer import check_transformer, empty_transformer, lighten
+from ..qwen_image.lighten import lighten
+from ..qwen_image.transformer import check_transformer, empty_transformer
 from .lora_plan import plan_layers
 from .memory import blocks_on_host, check_compiler
 from .metrics import check_tensorboard

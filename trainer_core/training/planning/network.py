@@ -12,7 +12,8 @@ from torch import nn
 from ...config import BaseModelPrecision, LoraConfig, ModelConfig
 from ...qwen_image.flavours import FLAVOURS
 from ...qwen_image.folder import model_folder
-from ...qwen_image.transformer import check_transformer, compute_dtype, empty_transformer, lighten
+from ...qwen_image.lighten import lighten
+from ...qwen_image.transformer import check_transformer, compute_dtype, empty_transformer
 from ..lora_plan import num_parameters, target_modules
 
 _BLOCK = re.compile(r"transformer_blocks\.\d+\.(.+)")
