@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from trainer_core.geometry import Box, Size, area_size, bucket_size, centre_crop, scale_box
+from trainer_core.geometry import Box, Size, area_size, bucket_size, centre_crop, scale_box, similar_shape
 
 SIZES = [Size(1024, 1024), Size(1777, 1003), Size(640, 4000), Size(33, 31), Size(5000, 21)]
 
@@ -39,3 +39,8 @@ def test_a_box_follows_its_picture_to_another_size() -> None:
     box = Box(10, 20, 110, 220)
     assert scale_box(box, Size(200, 400), Size(200, 400)) == box
     assert scale_box(box, Size(200, 400), Size(100, 200)) == (5, 10, 55, 110)
+
+
+@pytest.mark.parametrize(("other", "similar"), [(Size(48, 32), True), (Size(50, 32), True), (Size(52, 32), False)])
+def test_shapes_are_similar_within_the_rounding_of_small_sizes(other: Size, similar: bool) -> None:
+    assert similar_shape(Size(96, 64), other) == similar_shape(other, Size(96, 64)) == similar

@@ -176,7 +176,7 @@ def test_what_other_settings_forbid_is_not_advised(
     advice = memory_advice(plan, STEP)
     assert "What helps most: " in advice and forbidden not in advice
     with pytest.raises(OutOfMemoryError, match="still needs") as refused:
-        choose_memory(config, sized, WORK, Budget(4 * GIB, PLENTY))
+        choose_memory(config, sized, WORK, Budget(2 * GIB, PLENTY))
     assert "nf4-bnb" not in str(refused.value) or forbidden == "blocks_to_stream"
     fitting = choose_memory(config, sized, WORK, Budget(60 * GIB, PLENTY))
     assert fitting.streamed == 0 or forbidden != "blocks_to_stream"
