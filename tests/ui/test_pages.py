@@ -102,8 +102,9 @@ def test_by_keyboard_and_with_hostile_texts(told: str, open_page: OpenPage):
     expect(run).to_be_focused()
 
 
-def test_values_at_a_step_by_keyboard(told: str, open_page: OpenPage):
-    page = open_page()
+@pytest.mark.parametrize("renderer", ["classic", "nodes 2.0"])
+def test_values_at_a_step_by_keyboard(renderer: str, told: str, open_page: OpenPage):
+    page = open_page(renderer)
     page.open_template("demo")
     page.set_widgets("TrainLora", run_name=told)
     page.open_panel(told)
@@ -120,6 +121,16 @@ def test_values_at_a_step_by_keyboard(told: str, open_page: OpenPage):
         expect(place.locator(".qet-legend")).to_contain_text("step 2loss 0.5000")
         plot.blur()
         expect(place.locator(".qet-legend")).to_contain_text("loss 0.02500")
+
+
+def test_a_click_on_the_chart_holds_no_step(told: str, open_page: OpenPage):
+    page = open_page()
+    page.open_panel(told)
+    page.wait_for_points(page.panel, 40)
+    page.panel.locator(".qet-plot").click()
+    expect(page.panel.locator(".qet-legend")).to_contain_text("step")
+    page.page.mouse.move(1200, 500)
+    expect(page.panel.locator(".qet-legend")).not_to_contain_text("step")
 
 
 def test_pictures_on_the_node_are_no_switches(told: str, open_page: OpenPage):

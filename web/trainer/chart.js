@@ -56,8 +56,6 @@ export function createChart() {
     paint();
   }
 
-  const lastStep = () => curve?.steps[curve.steps.length - 1];
-
   plot.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => {
     if (!curve?.steps.length) return;
     const place = plot.getBoundingClientRect(); // scaled with the graph, unlike clientWidth
@@ -66,8 +64,9 @@ export function createChart() {
     const [first, last] = [curve.steps[0], curve.steps[curve.steps.length - 1]];
     point(curve.steps[nearest(curve.steps, first + share * (last - first))]);
   });
-  plot.addEventListener("pointerleave", () => point(document.activeElement === plot ? lastStep() : undefined));
-  plot.addEventListener("focus", () => point(pointed ?? lastStep())); // a step that stands still while it is read out
+  const byKeys = () => plot.matches(":focus-visible"); // a click gives the focus too, and must not hold a step
+  plot.addEventListener("pointerleave", () => byKeys() || point(undefined));
+  plot.addEventListener("focus", () => byKeys() && point(pointed ?? curve?.steps[curve.steps.length - 1]));
   plot.addEventListener("blur", () => point(undefined));
   plot.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
     const move = KEYS[event.key];
