@@ -25,7 +25,8 @@ PATTERNS = ("0 = 2", r".*\.attn\.to_q = 3")
 def place_run(runs_dir: Path, name: str, **sections: Any) -> str:
     """A run folder as a training begins it."""
     config = TrainConfig(run_dir=str(runs_dir / name), encoded="-", seed=5, **sections)
-    RunFolder.open(runs_dir / name, resume_key(config)).write_config(to_json(config))
+    with RunFolder.open(runs_dir / name, resume_key(config)) as folder:
+        folder.write_config(to_json(config))
     return name
 
 
