@@ -95,8 +95,12 @@ def failure_at(server: PackServer, prompt: dict[str, Any], node_id: str) -> str:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda name: ascii(name)[:30])
 def test_folders(folder: str, outside: Path, studio: PackServer):
     name, before = folder.format(outside=outside), files(studio)
-    for prompt in (pairing(target_folder=name), pairing(reference_folder_2=name or "..")):
+    for prompt in (pairing(target_folder=name), pairing(reference_folder_1=name)):
         assert "Allowed is a folder below one of: input, output" in refusal(studio, prompt, PAIR)
+    for widget in ("reference_folder_2", "mask_folder"):  # empty for none
+        said = failure_at(studio, pairing(**{widget: name or ".."}), PAIR)
+        assert f"{widget} is" in said
+        assert str(studio.base) not in said
     linked = {**pairing(target_folder=["value", 0]), "value": hidden(name)}
     said = failure_at(studio, linked, PAIR)
     assert "target_folder is" in said

@@ -19,7 +19,7 @@ def all_entries(server: PackServer) -> dict[Path, int]:
 
 def test_only_what_is_missing_is_made(studio: PackServer):
     earlier = set(all_entries(studio))
-    prompt = encoding(place_pairs(studio, "for losses", 3))
+    prompt = encoding(place_pairs(studio, "for losses", 3, sizes=((224, 96),)))  # entries of its own
     studio.run(prompt)
     before = all_entries(studio)
     lost = next(path for path in before if path not in earlier)
