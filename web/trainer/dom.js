@@ -65,12 +65,13 @@ export function onceAFrame(call) {
 }
 
 /**
- * Into the clipboard. Pages without https have none to write to, except on the machine itself; an old command still can.
+ * Into the clipboard. Pages without https have none to write to, except on the machine itself; an old command can.
  * @param {string} text
  */
 export async function copyText(text) {
   const written = await navigator.clipboard?.writeText(text).then(() => true, () => false);
-  if (!written && !copySelected(text)) throw new Error("The browser lets this page copy nothing. Copy it from Settings.");
+  if (written || copySelected(text)) return;
+  throw new Error("The browser lets this page copy nothing. Copy it from Settings.");
 }
 
 /** @param {string} text */

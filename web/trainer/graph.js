@@ -84,7 +84,8 @@ function isSettingsNode(node) {
  * @param {Record<string, any>} values
  */
 function addSettingsNodes(lite, train, values) {
-  const imported = (train.inputs ?? []).some((/** @type {any} */ each) => each.name === "imported" && each.link != null);
+  const sockets = /** @type {any[]} */ (train.inputs ?? []);
+  const imported = sockets.some((socket) => socket.name === "imported" && socket.link != null);
   let made = 0;
   (train.inputs ?? []).forEach((/** @type {any} */ input, /** @type {number} */ index) => {
     if (input.link != null || !/^QWEN_EDIT_\w*SETTINGS$/.test(String(input.type))) return;
@@ -93,7 +94,7 @@ function addSettingsNodes(lite, train, values) {
     const node = kind && lite.createNode(kind[0]);
     if (!node) return;
     const { changed, left } = setWidgets(node, values);
-    const isOff = input.name === "ema_settings" && !values.use_ema; // as it is without the node, whose own default is on
+    const isOff = input.name === "ema_settings" && !values.use_ema; // as without the node, whose own default is on
     if (!imported && (isOff || changed + left.length === 0)) return;
     node.pos = [train.pos[0] - node.size[0] - 60, train.pos[1] + made * 260];
     train.graph.add(node);

@@ -20,7 +20,7 @@ const STRIP_HEIGHT = 84;
  * @param {{app: any, store: Store, onPick: (run: string, step: number) => void}} given
  */
 export function attachView(node, { app, store, onPick }) {
-  const badge = element("span", { class: "qet-badge", role: "status" }); // read out; the line changes too often for that
+  const badge = element("span", { class: "qet-badge", role: "status" }); // read out; the line changes too often
   const line = element("span", { class: "qet-quiet" });
   const chart = createChart();
   /** @type {Run|undefined} */

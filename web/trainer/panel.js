@@ -125,7 +125,7 @@ function createRow(name, onPick) {
 /** @param {{app: any, api: any, store: Store, back: () => void}} given */
 function createDetail({ app, api, store, back }) {
   const title = element("h3", { class: "qet-heading qet-name", tabindex: "-1" });
-  const badge = element("span", { class: "qet-badge", role: "status" }); // read out; the line changes too often for that
+  const badge = element("span", { class: "qet-badge", role: "status" }); // read out; the line changes too often
   const line = element("p", { class: "qet-quiet" });
   const bar = element("progress", { class: "qet-progress", max: 1, "aria-label": "Steps done" });
   const chart = createChart();

@@ -49,7 +49,7 @@ export function createStrip(store, onPick) {
 
   return {
     element: list,
-    /** @param {Run} run @param {number} pair @param {number} [chosen] The step to mark, where there is one to choose. */
+    /** @param {Run} run @param {number} pair @param {number} [chosen] The step to mark, if there is one to choose. */
     show(run, pair, chosen) {
       const samples = (run.samples ?? []).filter((sample) => sample.pairs[pair]);
       const newest = samples[samples.length - 1];
