@@ -232,3 +232,22 @@ def test_settings_that_did_not_come_are_asked_for_again(told: str, open_page: Op
     expect(page.panel.locator("details")).not_to_have_attribute("open", "")
     page.panel.locator("summary").click()
     expect(page.panel.locator(".qet-settings")).to_contain_text("lora_rank")
+
+
+def test_a_chart_of_one_value_and_its_mean_ends(open_page: OpenPage):
+    """The mean of one value may differ from it by a rounding, which is no span to put marks on."""
+    found = open_page().page.evaluate(
+        """async () => {
+            const data = await import("/extensions/qwen-edit-trainer/trainer/chart_data.js");
+            const spans = [[0.21, 0.21 + 2 ** -55], [0.1 + 0.2, 0.3], [0, 0], [5, 5], [1e-9, 3e-9], [0.2, 0.9]];
+            return spans.map(([value, mean]) => {
+                const [low, high] = data.range([value], [mean]);
+                return { low, high, value, ticks: data.ticks(low, high, 4), near: data.ticks(value, mean, 4) };
+            });
+        }"""
+    )
+    for each in found:
+        assert each["low"] < each["high"]
+        assert each["low"] <= each["value"] <= each["high"]
+        assert 1 <= len(each["ticks"]) <= 12
+        assert 1 <= len(each["near"]) <= 12

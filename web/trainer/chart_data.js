@@ -48,7 +48,8 @@ export function range(values, needed) {
   const top = sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * 0.99))];
   const low = Math.min(...shown, sorted[0] ?? Infinity);
   const high = Math.max(...shown, top ?? -Infinity);
-  const margin = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
+  const span = high - low > 1e-9 * Math.abs(high) ? high - low : 0; // less is rounding: a mean of one value beside it
+  const margin = span * 0.08 || Math.abs(high) * 0.1 || 1;
   return [low >= 0 ? Math.max(0, low - margin) : low - margin, high + margin];
 }
 
@@ -60,7 +61,7 @@ export function range(values, needed) {
  */
 export function ticks(low, high, count) {
   const rough = (high - low) / Math.max(1, count);
-  if (!(rough > 0)) return [low];
+  if (!(rough > 1e-12 * Math.abs(high))) return [low]; // numbers have no more places
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough) ?? rough;
   const found = [];
