@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.numerics.test_run import Steps, StopAfter, equal, lora_tensors
 from tests.support.narrow import small_encoding
+from tests.support.runs import Steps, StopAfter, equal, lora_tensors
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     BatchingConfig,

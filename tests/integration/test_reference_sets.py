@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs, picture, small_encoding
+from tests.support.runs import PauseAt
 from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
@@ -21,7 +22,6 @@ from trainer_core.conditioning.report import encoding_report
 from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
-from trainer_core.events import SilentObserver, StepReport, Stop
 from trainer_core.ranks import ALONE
 from trainer_core.run import train_lora
 from trainer_core.training.planning.settle import largest_batch
@@ -129,19 +129,6 @@ def test_a_held_out_pair_keeps_one_reference(
     assert len(chosen) == 6 and set(chosen) == {0, 1}
 
 
-class StopAt(SilentObserver):
-    """Pauses after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.done = step, 0
-
-    def on_step(self, report: StepReport) -> None:
-        self.done = report.step
-
-    def should_stop(self) -> Stop:
-        return Stop.PAUSE if self.done >= self.step else Stop.NO
-
-
 def test_a_run_that_stopped_equals_the_unbroken_one(
     encode: Callable[..., EncodedDataset], folders: DatasetConfig, base_of: Callable[[str], ModelConfig], tmp_path: Path
 ) -> None:
@@ -157,7 +144,7 @@ def test_a_run_that_stopped_equals_the_unbroken_one(
     )
     whole, broken = train_lora(config), dataclasses.replace(config, run_dir=str(tmp_path / "broken"))
     for step in (2, 5):
-        assert train_lora(broken, StopAt(step)).steps_done == step
+        assert train_lora(broken, PauseAt(step)).steps_done == step
     again = train_lora(broken)
     assert whole.lora_file is not None and again.lora_file is not None
     first, second = load_file(whole.lora_file), load_file(again.lora_file)

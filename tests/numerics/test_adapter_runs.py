@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.numerics.test_run import Steps, StopAfter
+from tests.support.runs import Steps, StopAfter
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     BatchingConfig,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support.narrow import read_rows
+from tests.support.runs import PauseAt
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     BatchingConfig,
@@ -25,7 +26,6 @@ from trainer_core.config import (
     ValidationConfig,
 )
 from trainer_core.errors import ConfigError, RunFolderError
-from trainer_core.events import SilentObserver, StepReport, Stop
 from trainer_core.run import TrainResult, find_result, train_lora
 from trainer_core.training.ema import average_in_place, decay_at, ema_bytes, restore_ema, start_ema, update_ema
 
@@ -59,19 +59,6 @@ def equal(one: Path | None, other: Path | None) -> bool:
     assert one is not None and other is not None
     left, right = load_file(one), load_file(other)
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-class PauseAt(SilentObserver):
-    """Pauses after the step of this number."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.done = step, 0
-
-    def on_step(self, report: StepReport) -> None:
-        self.done = report.step
-
-    def should_stop(self) -> Stop:
-        return Stop.PAUSE if self.done >= self.step else Stop.NO
 
 
 def test_the_average_is_the_recursion_with_its_warm_up() -> None:

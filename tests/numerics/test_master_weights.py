@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.numerics.test_run import StopAfter, equal, lora_tensors
+from tests.support.runs import StopAfter, equal, lora_tensors
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BatchingConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from trainer_core.run import train_lora

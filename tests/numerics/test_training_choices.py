@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.numerics.test_run import Steps, StopAfter, equal, lora_tensors, named
 from tests.support.narrow import read_rows
+from tests.support.runs import Steps, StopAfter, equal, lora_tensors, named
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.config import (
     BatchingConfig,

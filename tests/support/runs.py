@@ -77,3 +77,16 @@ class Steps(SilentObserver):
 
     def on_step(self, report: StepReport) -> None:
         self.reports.append(report)
+
+
+class PauseAt(SilentObserver):
+    """Pauses after the step of this number."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.done = step, 0
+
+    def on_step(self, report: StepReport) -> None:
+        self.done = report.step
+
+    def should_stop(self) -> Stop:
+        return Stop.PAUSE if self.done >= self.step else Stop.NO
