@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tests.support.comfy_subprocess import run_in_comfyui
 from tools.comfyui import comfyui_dir
+from trainer_core.adapters.inject import load_into
 from trainer_core.config import DEMO_MODEL, ModelConfig
 from trainer_core.qwen_image.folder import DEMO_FOLDER
 from trainer_core.qwen_image.latents import denormalise
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
-from trainer_core.training.lora_apply import load_into
 
 CASE = {"name": "one", "references": 1, "method": "index"}
 SIDE = 16  # of the latents: 128 pixels

@@ -30,22 +30,22 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.master_weights import master_weights
+from trainer_core.adapters.plan import TARGET_PATTERNS
 from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, NoiseConfig, OptimizerConfig, TrainConfig
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
+from trainer_core.memory.placement import apply_memory, blocks_on_host, recomputed_blocks, stream_blocks
+from trainer_core.planning.network import measure_network
+from trainer_core.planning.plan import plan_memory
+from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.lighten import lighten
 from trainer_core.qwen_image.transformer import predict_velocity
 from trainer_core.qwen_image.types import Condition
-from trainer_core.training.lora import inject_lora
-from trainer_core.training.lora_plan import TARGET_PATTERNS
-from trainer_core.training.master_weights import master_weights
-from trainer_core.training.memory import apply_memory, blocks_on_host, recomputed_blocks, stream_blocks
 from trainer_core.training.objective import add_noise, velocity_loss
 from trainer_core.training.optimizer import optimizer_builder
-from trainer_core.training.planning.network import measure_network
-from trainer_core.training.planning.plan import plan_memory
-from trainer_core.training.planning.workload import Workload, pair_size
 
 GIB = 2**30
 PROMPT_TOKENS = 230  # edit-v2 with one reference: 196 vision tokens and a sentence

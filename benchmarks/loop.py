@@ -24,6 +24,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.narrow import fill, make_base, make_pairs, small_encoding
+from trainer_core.adapters.inject import inject_lora
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.config import (
@@ -40,7 +41,6 @@ from trainer_core.events import SilentObserver, StepReport
 from trainer_core.qwen_image.latents import pack, token_shape
 from trainer_core.qwen_image.transformer import load_transformer
 from trainer_core.run import train_lora
-from trainer_core.training.lora import inject_lora
 from trainer_core.training.optimizer import optimizer_builder
 
 WARM_UP = 5  # steps not counted

@@ -28,6 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.support import layouts
+from trainer_core.adapters.inject import inject_lora
 from trainer_core.config import LoraConfig, ModelConfig
 from trainer_core.config.model import EIGHT_BITS
 from trainer_core.events import SILENT
@@ -35,7 +36,6 @@ from trainer_core.qwen_image.text_encoder_file import load_by_layers, qwen25_vl_
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
-from trainer_core.training.lora import inject_lora
 
 TOKENS = 1000  # words of the small text encoder
 BOTH = " + quantize_activations"

@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.gpu_step import GIB, PROMPT_TOKENS, Setting, our_step, planned_bytes
+from trainer_core.memory.offload import HostCopies
 from trainer_core.qwen_image.types import Condition
-from trainer_core.training.offload import HostCopies
 
 META = torch.device("meta")
 _ALLOCATED_IN = 512  # bytes: what CUDA's allocator rounds up to

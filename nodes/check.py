@@ -54,8 +54,8 @@ class CheckPairs(io.ComfyNode):
     @classmethod
     def execute(cls, dataset: EditDataset, max_pairs: int = 12, **widgets: Any) -> io.NodeOutput:
         """The dataset as it came, a text and a picture."""
-        from ..trainer_core.data.check_report import check_report, check_sheet
         from ..trainer_core.data.pair_check import check_pairs
+        from ..trainer_core.pictures.check_report import check_report, check_sheet
         from .pictures import picture_to_image
 
         config = PairCheckConfig(**widgets)

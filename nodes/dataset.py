@@ -11,8 +11,8 @@ from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
 from ..trainer_core.errors import TrainerError
 from . import host, sockets
-from .names import file_below, folders_below
 from .schema import new_input, new_output, node_schema, setting_input
+from .untrusted import file_below, folders_below
 
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
@@ -213,7 +213,7 @@ class PreviewPairs(io.ComfyNode):
     @classmethod
     def execute(cls, dataset: EditDataset, max_pairs: int = 12) -> io.NodeOutput:
         """A picture and a text."""
-        from ..trainer_core.data.contact_sheet import contact_sheet, report
+        from ..trainer_core.pictures.contact_sheet import contact_sheet, report
         from .pictures import picture_to_image
 
         sheet, text = picture_to_image(contact_sheet(dataset, max_pairs=max_pairs)), report(dataset)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..trainer_core.files import write_atomically
-from ..trainer_core.training.run_view import MAX_FILE_BYTES, read_graph
+from ..trainer_core.runs.view import MAX_FILE_BYTES, read_graph
 
 
 def keep_graph(run_dir: Path, node_id: str | None, prompt: Any, extra: Any) -> None:

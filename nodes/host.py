@@ -24,12 +24,11 @@ import torch
 from PIL import Image
 from server import PromptServer
 
+from ..trainer_core.adapters.reader import adapter_parts, changed_weight
 from ..trainer_core.config import DEMO_MODEL
 from ..trainer_core.errors import ConfigError, ExportError, Interrupted, ModelFileError
 from ..trainer_core.events import SampleReport, StepReport, Stop
-from ..trainer_core.weights.adapter_file import adapter_parts, changed_weight
-from .active_runs import ActiveRun, active_run
-from .live import RUN_MESSAGE, LiveMessages
+from .active_runs import RUN_MESSAGE, ActiveRun, LiveMessages, active_run
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

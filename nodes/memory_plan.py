@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from . import sockets
-from .gathered import imported_input, preset_input, settings_input, train_config, validation_input
 from .schema import new_input, new_output, node_schema
+from .train_config import imported_input, preset_input, settings_input, train_config, validation_input
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
@@ -60,10 +60,10 @@ class PlanMemory(io.ComfyNode):
     ) -> io.NodeOutput:
         """A text."""
         from ..trainer_core.device import pick_device
-        from ..trainer_core.training.planning.choose import budget_of
-        from ..trainer_core.training.planning.network import network_size
-        from ..trainer_core.training.planning.report import planned_in_words
-        from ..trainer_core.training.planning.workload import workload_of_encoded
+        from ..trainer_core.planning.choose import budget_of
+        from ..trainer_core.planning.network import network_size
+        from ..trainer_core.planning.report import planned_in_words
+        from ..trainer_core.planning.workload import workload_of_encoded
 
         config = train_config(model, encoded, {"run_dir": "plan"}, lora_name="plan", **settings)
         network = network_size(config.model, config.lora)

@@ -84,7 +84,7 @@ def run_ui(result: TrainResult, lora_name: str, ema_name: str | None = None, *, 
 
 def _readers(lora_file: Path) -> str:
     """What people have to know about the file's kind."""
-    from ..trainer_core.export.keys import LORA_TYPE, READERS
+    from ..trainer_core.adapters.writer import LORA_TYPE, READERS
     from ..trainer_core.files import read_metadata
 
     return next((note for kind, note in READERS.items() if kind == read_metadata(lora_file).get(LORA_TYPE)), "")

@@ -79,8 +79,8 @@ class PlotLoss(io.ComfyNode):
     @classmethod
     def execute(cls, run: sockets.FinishedRun | None = None, loss_map: dict[str, Any] | None = None) -> io.NodeOutput:
         """An IMAGE."""
-        from ..trainer_core.training.chart import loss_chart
-        from ..trainer_core.training.run_folder import RunFolder
+        from ..trainer_core.pictures.chart import loss_chart
+        from ..trainer_core.runs.folder import RunFolder
         from .pictures import picture_to_image
 
         if run is None and loss_map is None:

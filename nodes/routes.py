@@ -23,11 +23,11 @@ from aiohttp import web
 from PIL import Image
 
 from ..trainer_core.errors import TrainerError
-from ..trainer_core.training import run_view
+from ..trainer_core.runs import view as run_view
 from . import host
 from .active_runs import active_runs, stop_and_keep
 from .graph_file import graph_to_continue
-from .names import checked_run_name, file_below, folder_below
+from .untrusted import checked_run_name, file_below, folder_below
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -11,9 +11,9 @@ from comfy_api.latest import io
 from ..trainer_core.config import ExportConfig, ModelConfig, TrainConfig
 from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
 from . import graph_file, host, publish, sockets
-from .gathered import imported_input, preset_input, settings_input, train_config, validation_input
-from .names import checked_run_name, free_name
 from .schema import new_input, new_output, node_schema, setting_input
+from .train_config import imported_input, preset_input, settings_input, train_config, validation_input
+from .untrusted import checked_run_name, free_name
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
@@ -154,7 +154,7 @@ def _train(config: TrainConfig, on_first_step: Callable[[], None], *, continue_k
 
 def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
     from ..trainer_core.files import read_tensors
-    from ..trainer_core.training.run_folder import RunFolder
+    from ..trainer_core.runs.folder import RunFolder
     from .pictures import empty_image, file_to_image
 
     assert result.lora_file is not None

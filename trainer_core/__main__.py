@@ -98,10 +98,10 @@ def _job(options: argparse.Namespace) -> JobConfig:
 
 
 def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
-    from .data.check_report import check_report
-    from .data.contact_sheet import report
     from .data.pair_check import check_pairs
     from .job import pair_job
+    from .pictures.check_report import check_report
+    from .pictures.contact_sheet import report
     from .qwen_image.folder import model_folder
 
     job = _job(options)
@@ -127,10 +127,10 @@ def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 
 def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
-    from .export.keys import READERS
+    from .adapters.writer import READERS
     from .job import encode_job
+    from .planning.checks import check_training
     from .run import train_lora
-    from .training.checks import check_training
 
     job = _job(options)
     with _together(job) as ranks:
@@ -171,8 +171,8 @@ def _plan(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .data.images import open_picture
+    from .pictures.grid import save_picture
     from .sample import SampleRequest, sample_edit
-    from .training.grid import save_picture
 
     job = _job(options)
     request = SampleRequest(
@@ -197,7 +197,7 @@ def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 
 def _import_simpletuner(options: argparse.Namespace, _observer: ConsoleObserver) -> int:
-    from .foreign.simpletuner import import_simpletuner
+    from .simpletuner.convert import import_simpletuner
 
     imported = import_simpletuner(options.config, options.data, base=options.base, root=Path.cwd(), changes=options.set)
     for line in imported.report:

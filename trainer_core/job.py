@@ -16,14 +16,14 @@ from .data.pairing import EditDataset, pair_folders
 from .device import pick_device
 from .errors import ConfigError, DatasetError
 from .events import SILENT, Observer
+from .planning.choose import budget_of
+from .planning.encoding import encoding_in_words
+from .planning.network import network_size
+from .planning.report import planned_in_words
+from .planning.workload import workload_of_pairs
 from .presets import with_preset
 from .ranks import ALONE, Ranks
 from .settings import changed
-from .training.planning.choose import budget_of
-from .training.planning.encoding import encoding_in_words
-from .training.planning.network import network_size
-from .training.planning.report import planned_in_words
-from .training.planning.workload import workload_of_pairs
 
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
 

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import torch
 
+from .adapters.inject import for_file
+from .adapters.writer import ExtraCheck, LoraMetadata, export_lora
 from .conditioning.batches import BatchLoader, BatchPlan, RankPlan
 from .conditioning.encoded import EncodedDataset, check_alike, load_encoded
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
 from .errors import ConfigError, DatasetError, Interrupted
 from .events import SILENT, VALIDATION_LOSSES, Observer, StepReport, Stop
-from .export.lora_file import ExtraCheck, LoraMetadata, export_lora
+from .planning.advice import STEP, VALIDATION
+from .planning.settle import RunMemory, dry_step
 from .ranks import ALONE, Ranks
+from .runs.folder import Checkpoint, RunFolder
+from .runs.metrics import Metrics
+from .runs.result import TrainResult, find_result, how_to_start, recorded_samples
 from .training.ema import AVERAGE, TRAINED, restore_ema, weights_to_validate
-from .training.lora import for_file
-from .training.metrics import Metrics
 from .training.optimizer_state import optimizer_tensors, restore_optimizer
-from .training.planning.advice import STEP, VALIDATION
-from .training.planning.settle import RunMemory, dry_step
 from .training.reduce import check_same_start
-from .training.run_folder import Checkpoint, RunFolder
-from .training.run_result import TrainResult, find_result, how_to_start, recorded_samples
 from .training.step import Gradients, Networks, build_networks, step_gradients, update_weights
 from .training.validation import Validator
 

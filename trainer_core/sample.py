@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .adapters.inject import load_into
 from .conditioning.batches import pad_prompts
 from .conditioning.pictures import View, plan_reference, render, to_picture, vision_picture
 from .config import EncodingConfig, ModelConfig, Preprocessing
@@ -26,7 +27,6 @@ from .qwen_image.transformer import load_transformer
 from .qwen_image.types import Condition
 from .qwen_image.vae import decode_latents, encode_picture, load_vae
 from .rng import stream
-from .training.lora_apply import load_into
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

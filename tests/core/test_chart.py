@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from trainer_core.training.chart import loss_chart, smoothed
+from trainer_core.pictures.chart import loss_chart, smoothed
 
 DRIFT = ((0xE0, 0x6C, 0x9F), (0xC3, 0xA6, 0xFF), (0x56, 0xC8, 0xC8))
 VALIDATION, RATE, LOSS = (0xFF, 0xB4, 0x54), (0x8E, 0xC0, 0x7C), (0x5A, 0xA9, 0xFF)
@@ -76,5 +76,5 @@ def test_smoothing_is_a_mean_without_a_bias_at_the_beginning():
 
 
 def test_importing_the_module_does_not_import_matplotlib():
-    code = "import sys, trainer_core.training.chart; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, trainer_core.pictures.chart; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

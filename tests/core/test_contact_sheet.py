@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from trainer_core.config import DatasetConfig
-from trainer_core.data.contact_sheet import aspect_name, contact_sheet, report
 from trainer_core.data.pairing import EditDataset, scan_folders
-from trainer_core.data.picture_rows import Look, PictureRow, draw_rows, font_for, wrapped
 from trainer_core.geometry import Size
+from trainer_core.pictures.contact_sheet import aspect_name, contact_sheet, report
+from trainer_core.pictures.rows import Look, PictureRow, draw_rows, font_for, wrapped
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -44,7 +44,7 @@ def test_many_pairs_are_sampled_from_all_of_the_dataset(tmp_path, monkeypatch):
     dataset = make(tmp_path, 30)
     rows: list[PictureRow] = []
     monkeypatch.setattr(
-        "trainer_core.data.contact_sheet.draw_rows",
+        "trainer_core.pictures.contact_sheet.draw_rows",
         lambda headings, drawn, look: rows.extend(drawn) or draw_rows(headings, drawn, look),
     )
     contact_sheet(dataset, max_pairs=5, cell=64)

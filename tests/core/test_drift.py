@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.support.waves import HEIGHT, WIDTH, edited, scene
-from trainer_core.training.drift import Drift, mean_drift, measure_drift, unedited_region
+from trainer_core.pictures.drift import Drift, mean_drift, measure_drift, unedited_region
 
 CASES = [((0.0, 0.0), 1.0, 0), ((0.4, -0.3), 1.0, 0), ((3.0, 4.0), 1.0, 0), ((0.0, 0.0), 1.01, 0),
          ((0.0, 0.0), 0.99, -6), ((-1.5, 0.0), 1.0, 9)]  # fmt: skip

@@ -18,12 +18,12 @@ from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, OutOfMemoryError
 from trainer_core.events import SILENT
 from trainer_core.job import pair_job, plan_job
-from trainer_core.precision.streaming import _frozen_tensors as frozen_tensors
+from trainer_core.memory.streaming import _frozen_tensors as frozen_tensors
+from trainer_core.planning.choose import Budget
+from trainer_core.planning.encoding import encoding_in_words, text_encoder_bytes
+from trainer_core.planning.plan import GIB
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.text_encoder_file import qwen25_vl_7b
-from trainer_core.training.planning.choose import Budget
-from trainer_core.training.planning.encoding import encoding_in_words, text_encoder_bytes
-from trainer_core.training.planning.plan import GIB
 
 MEGAPIXEL = 1024 * 1024
 

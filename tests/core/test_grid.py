@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer_core.training.grid import GridRow, save_picture, validation_grid
+from trainer_core.pictures.grid import GridRow, save_picture, validation_grid
 
 COLOURS = {
     "reference": (255, 0, 0),

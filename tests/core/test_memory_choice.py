@@ -11,12 +11,12 @@ import torch
 from trainer_core.config import EmaConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ModelFileError, OutOfMemoryError
 from trainer_core.geometry import Size
-from trainer_core.training.planning.advice import STEP, VALIDATION, memory_advice, memory_errors_explained
-from trainer_core.training.planning.choose import Budget, choose_memory
-from trainer_core.training.planning.network import NetworkSize, measure_network
-from trainer_core.training.planning.plan import GIB, MemoryPlan, plan_memory
-from trainer_core.training.planning.report import plan_report
-from trainer_core.training.planning.workload import Workload, pair_size
+from trainer_core.planning.advice import STEP, VALIDATION, memory_advice, memory_errors_explained
+from trainer_core.planning.choose import Budget, choose_memory
+from trainer_core.planning.network import NetworkSize, measure_network
+from trainer_core.planning.plan import GIB, MemoryPlan, plan_memory
+from trainer_core.planning.report import plan_report
+from trainer_core.planning.workload import Workload, pair_size
 
 PLENTY = 512 * GIB
 MEGAPIXEL = pair_size(Size(1024, 1024), [Size(1024, 1024)], 230)

@@ -12,11 +12,11 @@ from PIL import Image
 from tests.support.waves import HEIGHT, WIDTH, edited, scene
 from trainer_core.config import DatasetConfig, PairCheckConfig
 from trainer_core.data.alignment import align
-from trainer_core.data.check_report import check_report, check_sheet
 from trainer_core.data.pair_check import PairCheck, check_pairs
 from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.errors import ConfigError, Interrupted
 from trainer_core.events import SilentObserver, Stop
+from trainer_core.pictures.check_report import check_report, check_sheet
 
 CONFIG = PairCheckConfig()
 

@@ -16,7 +16,7 @@ from filelock import FileLock
 from tools.comfyui import REPO
 from trainer_core.config import EmaConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, resume_key
 from trainer_core.errors import RunFolderError
-from trainer_core.training.run_folder import Checkpoint, RunFolder
+from trainer_core.runs.folder import Checkpoint, RunFolder
 
 
 def key_of(**changes: Any) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_newest(run: RunFolder)
 
 
 def test_a_write_that_fails_leaves_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer_core.training.run_folder.write_atomically", None)
+    monkeypatch.setattr("trainer_core.runs.folder.write_atomically", None)
     with pytest.raises(TypeError):
         run.save_checkpoint(checkpoint(6), 1)
     assert names(run) == ["step-000002", "step-000004"]
@@ -133,7 +133,7 @@ def test_a_write_that_fails_leaves_nothing(run: RunFolder, monkeypatch: pytest.M
 HOLD = """
 import json, sys, time
 from pathlib import Path
-from trainer_core.training.run_folder import RunFolder
+from trainer_core.runs.folder import RunFolder
 with RunFolder.open(Path(sys.argv[1]), json.loads(sys.argv[2])) as run:
     (run.checkpoints / ".step-000002.1.ab.tmp").mkdir()
     print("inside", flush=True)

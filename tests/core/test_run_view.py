@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from trainer_core.events import MEASURED
+from trainer_core.pictures.grid import GridRow
+from trainer_core.pictures.sample_pictures import save_sample_pictures
 from trainer_core.training import run_view
-from trainer_core.training.grid import GridRow
-from trainer_core.training.sample_pictures import save_sample_pictures
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer_core.training.grid import GridRow
-from trainer_core.training.sample_pictures import INDEX, read_sample_index, save_sample_pictures
+from trainer_core.pictures.grid import GridRow
+from trainer_core.pictures.sample_pictures import INDEX, read_sample_index, save_sample_pictures
 
 
 def plain(level: int) -> Image.Image:

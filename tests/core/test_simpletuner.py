@@ -14,10 +14,10 @@ from trainer_core.config import EmaConfig
 from trainer_core.data.pair_check import check_pairs
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
-from trainer_core.foreign.loose_json import plain_json, read_loose_json
-from trainer_core.foreign.simpletuner import Imported, convert
-from trainer_core.foreign.simpletuner_keys import CONFIG_KEYS, CONFIG_REASONS, DATA_KEYS, DATA_REASONS
 from trainer_core.job import load_job
+from trainer_core.simpletuner.convert import Imported, convert
+from trainer_core.simpletuner.keys import CONFIG_KEYS, CONFIG_REASONS, DATA_KEYS, DATA_REASONS
+from trainer_core.simpletuner.loose_json import plain_json, read_loose_json
 
 ROOT = Path("/somewhere")
 

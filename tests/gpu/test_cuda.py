@@ -22,7 +22,7 @@ from trainer_core.config import (
     TrainConfig,
 )
 from trainer_core.device import release_memory
-from trainer_core.precision.streaming import _pin
+from trainer_core.memory.streaming import _pin
 from trainer_core.run import train_lora
 from trainer_core.sample import SampleRequest, sample_edit
 

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], type[TrainerError], str]] = {
         "The precision nf4-bnb needs the package bitsandbytes",
     ),
 }
-LOOKED_UP_IN = {"triton": "training.memory", "tensorboardX": "training.metrics", "bitsandbytes": "precision.quantise"}
+LOOKED_UP_IN = {"triton": "memory.placement", "tensorboardX": "runs.metrics", "bitsandbytes": "precision.quantise"}
 
 
 @pytest.mark.parametrize("case", CASES)

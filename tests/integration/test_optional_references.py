@@ -21,11 +21,11 @@ from trainer_core.config import (
     TrainConfig,
     ValidationConfig,
 )
-from trainer_core.data.check_report import check_sheet
-from trainer_core.data.contact_sheet import contact_sheet, report
 from trainer_core.data.pair_check import check_pairs
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import DatasetError
+from trainer_core.pictures.check_report import check_sheet
+from trainer_core.pictures.contact_sheet import contact_sheet, report
 from trainer_core.run import train_lora
 
 

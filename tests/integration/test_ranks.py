@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tests.support.narrow import make_pairs, read_rows
 from trainer_core.__main__ import main
 from trainer_core.config import ModelConfig
-from trainer_core.training.run_folder import RunFolder
+from trainer_core.runs.folder import RunFolder
 
 REPO = Path(__file__).parents[2]
 STEPS = 6

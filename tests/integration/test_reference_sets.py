@@ -22,9 +22,9 @@ from trainer_core.conditioning.report import encoding_report
 from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
+from trainer_core.planning.settle import largest_batch
 from trainer_core.ranks import ALONE
 from trainer_core.run import train_lora
-from trainer_core.training.planning.settle import largest_batch
 
 BATCHING = BatchingConfig(train_batch_size=2, gradient_accumulation_steps=1, caption_dropout_probability=0.3)
 

@@ -16,10 +16,10 @@ from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import JobConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, DatasetError, TrainerError
-from trainer_core.foreign.loose_json import plain_json
-from trainer_core.foreign.simpletuner import convert
 from trainer_core.job import encode_job, pair_job
 from trainer_core.run import train_lora
+from trainer_core.simpletuner.convert import convert
+from trainer_core.simpletuner.loose_json import plain_json
 
 
 def job_of(folder: Path, config: str, data: str, *changes: str) -> JobConfig:

@@ -58,7 +58,7 @@ HOSTILE_NAMES = (
 
 @pytest.fixture
 def names(pack_module) -> ModuleType:
-    """nodes/names.py."""
+    """nodes/untrusted.py."""
     return pack_module("names")
 
 

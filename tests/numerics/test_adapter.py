@@ -10,15 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer_core.adapters.inject import inject_lora, load_into, without_lora
+from trainer_core.adapters.plan import target_modules
+from trainer_core.adapters.writer import LoraMetadata, check_file, export_lora
 from trainer_core.config import ExportConfig, LoraConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ConfigError, ExportError, ModelFileError
-from trainer_core.export.lora_file import LoraMetadata, check_file, export_lora
 from trainer_core.files import read_metadata
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
-from trainer_core.training.lora import inject_lora, without_lora
-from trainer_core.training.lora_apply import load_into
-from trainer_core.training.lora_plan import target_modules
 
 CPU = torch.device("cpu")
 

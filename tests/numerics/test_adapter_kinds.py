@@ -13,22 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.support.adapter_cases import KINDS, inputs, randomise
+from trainer_core.adapters.dora import DoraLinear
+from trainer_core.adapters.inject import for_file, inject_lora, load_into, without_lora
+from trainer_core.adapters.plan import num_parameters
+from trainer_core.adapters.reader import changed_weight, read_adapter
+from trainer_core.adapters.writer import LoraMetadata, check_file, export_lora, to_file_tensors
 from trainer_core.config import LoraConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ConfigError, ExportError, ModelFileError
-from trainer_core.export.keys import to_file_tensors
-from trainer_core.export.lora_file import LoraMetadata, check_file, export_lora
-from trainer_core.precision.dense import dense_weight
+from trainer_core.precision.frozen_linear import dense_weight
 from trainer_core.qwen_image.transformer import (
     check_transformer,
     empty_transformer,
     load_transformer,
     predict_velocity,
 )
-from trainer_core.training.dora import DoraLinear
-from trainer_core.training.lora import for_file, inject_lora, without_lora
-from trainer_core.training.lora_apply import load_into
-from trainer_core.training.lora_plan import num_parameters
-from trainer_core.weights.adapter_file import changed_weight, read_adapter
 
 CPU = torch.device("cpu")
 PRECISIONS = ["int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bnb"]

@@ -13,12 +13,11 @@ from tests.numerics.test_comfyui_lora import relative_error, save_base
 from tests.support.adapter_cases import KINDS, inputs, randomise
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
 from tests.support.narrow import NARROW
+from trainer_core.adapters.inject import for_file, inject_lora, load_into
+from trainer_core.adapters.writer import LoraMetadata, export_lora
 from trainer_core.config import ModelConfig, TrainConfig
-from trainer_core.export.lora_file import LoraMetadata, export_lora
 from trainer_core.qwen_image.latents import denormalise
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
-from trainer_core.training.lora import for_file, inject_lora
-from trainer_core.training.lora_apply import load_into
 
 TOLERANCE = 1e-3
 CPU = torch.device("cpu")

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
 from tests.support.narrow import NARROW
+from trainer_core.adapters.inject import inject_lora, without_lora
+from trainer_core.adapters.writer import LoraMetadata, export_lora
 from trainer_core.config import LoraConfig, ModelConfig, TrainConfig
-from trainer_core.export.lora_file import LoraMetadata, export_lora
 from trainer_core.qwen_image.latents import denormalise
 from trainer_core.qwen_image.positions import ComfyuiPositions
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
-from trainer_core.training.lora import inject_lora, without_lora
 
 TOLERANCE = 1e-3  # relative, as the product's description asks
 FULL_WIDTH = {"num_layers": 1}  # all else is Qwen-Image's own: 24 heads of 128, prompts of 3584

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from tests.support.runs import StopAfter, equal, lora_tensors
+from trainer_core.adapters.master_weights import master_weights
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BatchingConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from trainer_core.run import train_lora
-from trainer_core.training.master_weights import master_weights
 
 
 def layer() -> nn.Linear:

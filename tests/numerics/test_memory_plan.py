@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.master_weights import master_weights
 from trainer_core.config import BaseModelPrecision, LoraConfig, MixedPrecision, ModelConfig, TrainConfig
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
+from trainer_core.memory.recompute import Recomputation
+from trainer_core.memory.streaming import _frozen_tensors as frozen_tensors
+from trainer_core.planning import activations
+from trainer_core.planning.activations import Tokens, kept_by_block, kept_bytes
+from trainer_core.planning.network import measure_network
+from trainer_core.planning.plan import plan_memory
+from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.precision.quantise import quantise
-from trainer_core.precision.streaming import _frozen_tensors as frozen_tensors
 from trainer_core.qwen_image.lighten import lighten
 from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, empty_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
-from trainer_core.training.lora import inject_lora
-from trainer_core.training.master_weights import master_weights
-from trainer_core.training.planning import activations
-from trainer_core.training.planning.activations import Tokens, kept_by_block, kept_bytes
-from trainer_core.training.planning.network import measure_network
-from trainer_core.training.planning.plan import plan_memory
-from trainer_core.training.planning.workload import Workload, pair_size
-from trainer_core.training.recompute import Recomputation
 
 TEXT = 16
 

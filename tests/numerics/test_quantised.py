@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.narrow import NARROW
+from trainer_core.adapters.inject import inject_lora
 from trainer_core.config import BaseModelPrecision, LoraConfig, ModelConfig
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
-from trainer_core.training.lora import inject_lora
 
 
 @dataclass(frozen=True)

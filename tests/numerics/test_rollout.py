@@ -16,11 +16,13 @@ from trainer_core.errors import ConfigError
 from trainer_core.qwen_image.types import NoisyLatents
 from trainer_core.training import rollout as rollout_module
 from trainer_core.training.objective import noisy_latents, penalty_at, velocity_loss
-from trainer_core.training.reflexflow import compensation, drift, reflexflow_loss
 from trainer_core.training.rollout import (
     RolledOut,
+    compensation,
     draw_offsets,
+    drift,
     integrate,
+    reflexflow_loss,
     roll_out,
     rollout_probability,
     rollout_sigmas,

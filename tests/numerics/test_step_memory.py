@@ -13,12 +13,12 @@ from tests.numerics.test_quantised import gradients, predict, with_adapter
 from tests.support.narrow import NARROW, fill
 from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ConfigError, MissingPackageError
-from trainer_core.precision.streaming import BlockStream
+from trainer_core.memory.offload import CHUNK_BYTES, HostCopies, offloaded_bytes
+from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
+from trainer_core.memory.recompute import Recomputation
+from trainer_core.memory.streaming import BlockStream
 from trainer_core.qwen_image.transformer import load_transformer
 from trainer_core.training import offload as offload_module
-from trainer_core.training.memory import apply_memory, blocks_on_host, stream_blocks
-from trainer_core.training.offload import CHUNK_BYTES, HostCopies, offloaded_bytes
-from trainer_core.training.recompute import Recomputation
 
 CPU = torch.device("cpu")
 LAYERS = 5
@@ -213,7 +213,7 @@ def test_a_tensor_that_is_not_in_one_piece_comes_back():
 
 def test_dropout_drops_the_same_twice(base: Path):
     def dropped(blocks: int) -> dict[str, Tensor]:
-        from trainer_core.training.lora import inject_lora
+        from trainer_core.adapters.inject import inject_lora
 
         transformer = load_transformer(ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU)
         lora = inject_lora(transformer, LoraConfig(lora_rank=4, lora_dropout=0.5), seed=1)
@@ -249,6 +249,6 @@ def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):
 
 
 def test_compiling_without_triton_names_the_package(base: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer_core.training.memory.find_spec", lambda _: None)
+    monkeypatch.setattr("trainer_core.memory.placement.find_spec", lambda _: None)
     with pytest.raises(MissingPackageError, match="compile_blocks needs the package triton"):
         run(base, compile_blocks=True)

@@ -25,8 +25,8 @@ from trainer_core.config import (
 )
 from trainer_core.events import SILENT
 from trainer_core.run import train_lora
+from trainer_core.runs.folder import RunFolder
 from trainer_core.training import step as step_module
-from trainer_core.training.run_folder import RunFolder
 from trainer_core.training.step import build_networks
 from trainer_core.training.validation import Validator
 

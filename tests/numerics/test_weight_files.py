@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.support import layouts
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
+from trainer_core.adapters.inject import inject_lora
 from trainer_core.config import LoraConfig, ModelConfig
 from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.qwen_image import text_encoder_file
@@ -24,7 +25,6 @@ from trainer_core.qwen_image.transformer import load_transformer, predict_veloci
 from trainer_core.qwen_image.types import Condition
 from trainer_core.qwen_image.vae import decode_latents, encode_picture, load_vae
 from trainer_core.rng import stream
-from trainer_core.training.lora import inject_lora
 
 CPU = torch.device("cpu")
 

@@ -17,12 +17,12 @@ from tests.support.narrow import NARROW
 from trainer_core.config import LoraConfig, ModelConfig
 from trainer_core.errors import Interrupted, ModelFileError
 from trainer_core.events import SilentObserver, Stop
+from trainer_core.planning.network import network_size
 from trainer_core.qwen_image import transformer
 from trainer_core.qwen_image.folder import model_folder
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.transformer import check_transformer, load_transformer, transformer_settings
 from trainer_core.qwen_image.vae import load_vae
-from trainer_core.training.planning.network import network_size
 
 CPU = torch.device("cpu")
 LAYER = "transformer_blocks.1.attn.to_q"

@@ -13,8 +13,8 @@ from playwright.sync_api import expect
 from tests.support.browser_page import SECONDS
 from tests.support.comfyui_server import PackServer
 from tools.comfyui import REPO
-from trainer_core.training.grid import GridRow
-from trainer_core.training.sample_pictures import save_sample_pictures
+from trainer_core.pictures.grid import GridRow
+from trainer_core.pictures.sample_pictures import save_sample_pictures
 
 from .conftest import OpenPage
 

@@ -11,8 +11,8 @@ from tests.support.browser_page import ComfyPage
 from tests.support.comfyui_server import PackServer
 from tests.support.training_graph import helper
 from trainer_core.config import EmaConfig, LoraConfig, MemoryConfig, OptimizerConfig, TrainConfig, resume_key
+from trainer_core.runs.folder import RunFolder
 from trainer_core.settings import to_json
-from trainer_core.training.run_folder import RunFolder
 
 from .conftest import OpenPage
 

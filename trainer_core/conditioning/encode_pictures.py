@@ -12,8 +12,8 @@ from ..errors import ConfigError, DatasetError
 from ..events import Observer, raise_if_stopped
 from ..files import is_whole, write_tensors
 from ..geometry import Size
-from .cache import entry_path
 from .encoders import PictureEncoder
+from .entry import entry_path
 from .jobs import LatentJob, PlannedPair, latents_shape, mask_box
 from .read_ahead import or_error, read_ahead
 

@@ -10,9 +10,9 @@ from ..errors import DatasetError
 from ..events import Observer, raise_if_stopped
 from ..files import is_whole, write_tensors
 from ..qwen_image.text_encoder import Picture, VisualTokens
-from .cache import entry_path
 from .encode_pictures import check_shape
 from .encoders import EncodePrompts, PromptEncoder
+from .entry import entry_path
 from .image_embeds import ImageEmbeds
 from .jobs import PlannedPair
 from .pictures import vision_picture

@@ -14,8 +14,7 @@ from torch import Tensor
 from ..config import FlavourName, Preprocessing, digest
 from ..errors import ConfigError, DatasetError
 from ..files import is_whole, read_tensors, write_atomically
-from .cache import entry_path
-from .entry import EncodedEntry
+from .entry import EncodedEntry, entry_path
 from .types import EncodedPair, ReferenceFile
 
 FORMAT = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .types import ReferenceFile
@@ -105,3 +106,8 @@ def _is_written(name: str, value: object) -> bool:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def entry_path(cache_dir: Path, kind: str, key: str) -> Path:
+    """Where an entry lies: spread over 256 folders, so that 100,000 entries stay quick to look up."""
+    return cache_dir.joinpath(kind, key[:2], f"{key}.safetensors")

@@ -15,8 +15,8 @@ from ..errors import ConfigError
 from ..files import is_whole, read_tensors, write_tensors
 from ..qwen_image.text_encoder import VisualTokens
 from ..settings import is_plain_name
-from .cache import entry_path
 from .encoders import PromptEncoder
+from .entry import entry_path
 from .pictures import View
 
 FOLDER = "conditioning_image_embeds"

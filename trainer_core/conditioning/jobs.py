@@ -17,8 +17,7 @@ from ..files import is_whole
 from ..geometry import Box
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
-from .cache import entry_path
-from .entry import EncodedEntry
+from .entry import EncodedEntry, entry_path
 from .pictures import PairPlan, View, plan_pair, render
 from .types import ReferenceFile
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,14 +10,13 @@ from typing import NamedTuple
 from ..config import ConditioningType, DatasetConfig, digest, to_json
 from ..errors import DatasetError
 from ..events import SILENT, Observer
-from ..geometry import Size
+from ..geometry import Size, same_shape
 from .caption_table import read_caption_table, table_path
 from .captions import captions_of
 from .checking import Checked, Found, check_pictures
 from .folders import FileState, Folder, file_states, scan_folder
 from .images import accepts_cut_pictures, shown
 from .masks import PairMask, mask_problem
-from .reference_types import reference_types, shape_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,3 +261,24 @@ def _dataset(pairs: list[EditPair], roots: list[Path], notes: tuple[str, ...]) -
     content: list[object] = [[pair.key, pair.digests, pair.captions] for pair in pairs]
     fingerprint = digest([*content, *filter(None, (masks, kinds))])
     return EditDataset(tuple(pairs), fingerprint, roots[0], tuple(roots[1:]), notes)
+
+
+def reference_types(config: DatasetConfig, there: Sequence[bool]) -> tuple[ConditioningType, ...]:
+    """Types of a pair's references, of which `there` says by folder whether it has one; none where all are auto."""
+    kinds = config.conditioning_type
+    if set(kinds) == {"auto"}:
+        return ()
+    if len(kinds) == 1:
+        kinds *= len(config.reference_dirs)
+    return tuple(kind for kind, has in zip(kinds, there, strict=True) if has)
+
+
+def shape_problems(paths: Sequence[Path], sizes: Sequence[Size], kinds: Sequence[ConditioningType]) -> list[str]:
+    """References under reference_strict of another shape than their target's, which is first in `paths` and `sizes`."""
+    return [
+        f"{shown(path)}: the reference is {size.width} x {size.height}, its target {sizes[0].width} x "
+        f"{sizes[0].height}, so reference_strict can't cut both alike. Give it the target's shape (the size may "
+        "differ), or set conditioning_type to reference_loose."
+        for path, size, kind in zip(paths[1:], sizes[1:], kinds, strict=False)
+        if kind == "reference_strict" and not same_shape(sizes[0], size)
+    ]

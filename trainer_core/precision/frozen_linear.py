@@ -73,3 +73,15 @@ class _Product(torch.autograd.Function):
         codes, scale = ctx.saved_tensors
         gradient = gradients[0]
         return gradient @ dequantise(codes, scale, ctx.rotation, gradient.dtype), None, None, None, None
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight [out, in] that the layer's forward multiplies with. Made anew where it is quantised, for one use."""
+    weight: Any = layer.weight
+    if isinstance(layer, FrozenLinear):
+        return layer.dequantised(torch.float32)
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    return weight.dequantize().detach() if hasattr(weight, "qtype") else weight.detach()

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..config import BaseModelPrecision
 from ..errors import ModelFileError
 from ..events import Observer, raise_if_stopped
-from ..weights.stored import StoredWeight
-from ..weights.weight_source import Read, WeightSource
+from ..weights.stored import Read, StoredWeight, WeightSource
 from .frozen_linear import FrozenLinear
 from .pieces import Pieces, in_one_buffer, layer_of, pieces_of
 from .quantise import Convert, converter, is_kept

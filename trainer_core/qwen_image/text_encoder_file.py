@@ -15,7 +15,7 @@ from ..errors import ModelFileError
 from ..events import Observer
 from ..precision.materialise import Placement, materialise
 from ..weights.source import open_weights
-from ..weights.weight_source import Read, WeightSource
+from ..weights.stored import Read, WeightSource
 from .folder import read_json
 from .kept_weights import kept_weights
 

@@ -15,7 +15,7 @@ from ..errors import ModelFileError
 from ..events import SILENT, Observer
 from ..precision.materialise import Placement, materialise
 from ..weights.source import open_weights
-from ..weights.weight_source import WeightSource
+from ..weights.stored import WeightSource
 from .flavours import FLAVOURS
 from .folder import DEMO_FOLDER, model_folder, read_json
 from .kept_weights import kept_weights

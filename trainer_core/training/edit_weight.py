@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ..conditioning.encoded import EncodedDataset
-from ..data.picture_rows import Look, PictureRow, draw_rows
 from ..geometry import Size, similar_shape
+from ..pictures.rows import Look, PictureRow, draw_rows
 
 FLOOR = 0.1  # of the strongest spot's weight that the unedited region keeps at strength 1
 _SMOOTHING = 3  # latents, each 8 pixels

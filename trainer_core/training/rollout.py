@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import RolloutConfig, RolloutSampler
 from ..qwen_image.types import NoisyLatents
 from ..rng import stream
+from .objective import Penalty, velocity_loss
 
 OFFSETS = 1000  # an offset of this many would be the whole noise range
 HIGHEST = 1 - 1 / OFFSETS  # where rollouts begin at most: multistep samplers divide by the share of picture
@@ -163,3 +164,49 @@ def _runge_kutta(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -
 
 def _level(sigma: float, latents: Tensor) -> Tensor:
     return torch.full((1,), sigma, dtype=torch.float32, device=latents.device)
+
+
+def reflexflow_loss(
+    velocity: Tensor,
+    latents: Tensor,
+    rolled: RolledOut,
+    *,
+    weights: Tensor | None,
+    penalty: Penalty,
+    rollout: RolloutConfig,
+) -> Tensor:
+    """Loss per pair [B]; that of pairs that were not rolled out is their plain one. `latents` are the pictures'."""
+    target, rows = rolled.noisy.target_velocity, list(rolled.rows)
+    counted = compensation(velocity.detach(), rolled, rollout.scheduled_sampling_reflexflow_alpha)
+    counted = counted if weights is None else counted * weights
+    loss = velocity_loss(velocity, target, counted, penalty)
+    turned = drift(
+        velocity[rows], rolled.noisy.latents[rows] - latents[rows], None if weights is None else weights[rows]
+    )
+    scaled = rollout.scheduled_sampling_reflexflow_beta2 * loss[rows]
+    return loss.index_copy(
+        0, torch.tensor(rows, device=loss.device), scaled + rollout.scheduled_sampling_reflexflow_beta1 * turned
+    )
+
+
+def compensation(velocity: Tensor, rolled: RolledOut, alpha: float) -> Tensor:
+    """Weights [B, C, H, W] of mean 1 from how far prediction and prediction on the exact point are apart."""
+    weights = torch.ones(velocity.shape, device=velocity.device)
+    if rolled.exact_velocity is None:
+        return weights
+    rows = list(rolled.rows)
+    change = (rolled.exact_velocity - velocity[rows].float()).abs()
+    mean = change.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
+    weights[rows] = (1 + alpha * change / mean) / (1 + alpha * (change.mean(dim=(1, 2, 3), keepdim=True) / mean))
+    return weights
+
+
+def drift(velocity: Tensor, displacement: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Squared distance [B] of the two directions, 0 for equal to 4 for opposite; a mask's zeros don't take part."""
+    root = 1.0 if weights is None else weights.sqrt()
+    one, other = ((each.float() * root).flatten(1) for each in (velocity, displacement))
+    return (_unit(one) - _unit(other)).square().sum(dim=1)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -13,26 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from ..adapters.inject import inject_lora, without_dropout
+from ..adapters.master_weights import MasterWeights, master_weights
 from ..conditioning.batches import Batch, BatchLoader
 from ..config import Preprocessing, TrainConfig
 from ..device import peak_bytes, pick_device
 from ..errors import NonFiniteLossError
 from ..events import Observer, StepReport, Stop, raise_if_stopped
+from ..memory.placement import apply_memory, blocks_on_host, stream_blocks
 from ..qwen_image.positions import use_comfyui_positions
 from ..qwen_image.transformer import check_transformer, compute_dtype, load_transformer, predict_velocity
 from ..qwen_image.types import Condition, NoisyLatents
 from ..rng import seeded_globally
 from .edit_weight import combined_weights
 from .ema import average_in_place, start_ema, update_ema
-from .lora import inject_lora, without_dropout
-from .master_weights import MasterWeights, master_weights
-from .memory import apply_memory, blocks_on_host, stream_blocks
 from .objective import add_noise, loss_by_sigma, penalty_at, velocity_loss
 from .optimizer import optimizer_builder, set_learning_rate
 from .optimizer_state import weights_to_use
 from .reduce import add_up_step
-from .reflexflow import reflexflow_loss
-from .rollout import RolledOut, draw_offsets, roll_out, rollout_probability
+from .rollout import RolledOut, draw_offsets, reflexflow_loss, roll_out, rollout_probability
 from .schedule import learning_rate_at
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..adapters.inject import without_dropout, without_lora
 from ..conditioning.batches import pad_prompts
 from ..conditioning.encoded import EncodedDataset
 from ..conditioning.types import EncodedPair
@@ -22,7 +23,6 @@ from ..qwen_image.types import Condition
 from ..qwen_image.vae import load_vae
 from ..rng import stream
 from .ema import Weights
-from .lora import without_dropout, without_lora
 from .objective import noisy_latents, velocity_loss
 from .validation_pictures import Shot, Standard, plan_shots, report_pictures
 

@@ -21,12 +21,12 @@ from ..config.validation import SIZE_STEP
 from ..data.alignment import Where
 from ..events import SampleReport
 from ..geometry import Size, bucket_size, similar_shape
+from ..pictures.drift import Drift, mean_drift, measure_drift, unedited_region
+from ..pictures.grid import GridRow, save_picture, validation_grid
+from ..pictures.sample_pictures import save_sample_pictures
 from ..qwen_image.latents import VAE_FACTOR
 from ..qwen_image.vae import decode_latents, encode_picture
-from .drift import Drift, mean_drift, measure_drift, unedited_region
 from .ema import AVERAGE, TRAINED
-from .grid import GridRow, save_picture, validation_grid
-from .sample_pictures import save_sample_pictures
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import MissingPackageError, ModelFileError
-from .stored import StoredWeight
-from .weight_source import Read
+from .stored import Read, StoredWeight
 
 
 class GgufSource:

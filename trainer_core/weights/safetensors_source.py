@@ -19,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ModelFileError
-from .stored import FP8, StoredWeight
-from .weight_source import Read
+from .stored import FP8, Read, StoredWeight
 
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2, "int8_tensorwise": torch.int8}
 _SCALES = ("scale_weight", "weight_scale")

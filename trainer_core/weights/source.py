@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import ModelFileError
 from .gguf_source import GgufSource
 from .safetensors_source import SafetensorsSource
-from .weight_source import WeightSource
+from .stored import WeightSource
 
 
 def open_weights(place: Path, prefixes: Sequence[str] = ()) -> WeightSource:

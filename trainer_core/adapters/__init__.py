@@ -1,0 +1,1 @@
+"""LoRA, DoRA and LoKr: which layers, in the network, and as files."""

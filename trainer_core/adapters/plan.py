@@ -1,0 +1,179 @@
+"""Which layers get an adapter, of which rank and scale, and how many numbers that is. Builds nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..config import LoraConfig, LoraTargets
+from ..config.layer_patterns import layer_patterns
+from ..errors import ConfigError, ModelFileError
+from .reader import AdapterPart, Kronecker, LowRank, read_adapter
+
+_ATTENTION_IMAGE = r"attn\.(to_q|to_k|to_v|to_out\.0)"
+_ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+_MLP = r"(img_mlp|txt_mlp)\.net\.(0\.proj|2)"
+_MODULATION = r"(img_mod|txt_mod)\.1"
+
+TARGET_PATTERNS: dict[LoraTargets, str] = {
+    "image-attention": rf"transformer_blocks\.\d+\.{_ATTENTION_IMAGE}",
+    "attention": rf"transformer_blocks\.\d+\.{_ATTENTION}",
+    "attention-mlp": rf"transformer_blocks\.\d+\.({_ATTENTION}|{_MLP})",
+    "all": rf"transformer_blocks\.\d+\.({_ATTENTION}|{_MLP}|{_MODULATION})",
+}
+# Of the last block only the image stream is read: these layers get no gradient there.
+_WITHOUT_GRADIENT = re.compile(r"attn\.(to_add_out|add_q_proj)|txt_mlp\..*")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One layer's adapter. `start`: what a file gives it to begin with."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    scale: float
+    start: AdapterPart | None = None
+
+
+def target_modules(transformer: nn.Module, lora: LoraConfig) -> list[str]:
+    """Full names of the layers that get an adapter.
+
+    Raises:
+        ConfigError: the pattern is no regular expression, or matches no linear layer.
+    """
+    pattern = TARGET_PATTERNS.get(lora.lora_targets, lora.lora_target_pattern)
+    try:
+        matcher = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"lora_target_pattern {pattern!r} is not a regular expression: {error}.") from error
+    names = linear_layers(transformer)
+    chosen = [name for name in names if matcher.fullmatch(name) and not _is_dead_end(transformer, name)]
+    if not chosen:
+        raise ConfigError(f"lora_target_pattern {pattern!r} matches no layer. Layers are named like {names[2]!r}.")
+    return chosen
+
+
+def linear_layers(transformer: nn.Module) -> list[str]:
+    """Full names of the model's linear layers, in the network's order; last those that were left out as nobody reads
+    them (qwen_image/transformer.py)."""
+    found = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    return found + [name for name in _unread_layers(transformer) if name not in found]
+
+
+def _unread_layers(transformer: nn.Module) -> list[str]:
+    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}."  # type: ignore[arg-type]
+    return [f"{last}{part}" for part in ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")]
+
+
+def read_parts(transformer: nn.Module, path: Path) -> dict[str, AdapterPart]:
+    """A LoRA file's weight changes by layer, without those that could change nothing.
+
+    Raises:
+        ModelFileError: the file is damaged, belongs to another model, or is of another kind.
+    """
+    parts = read_adapter(path, linear_layers(transformer))
+    parts = {name: part for name, part in parts.items() if name not in _unread_layers(transformer)}
+    check_shapes(transformer, parts, path.name)
+    return parts
+
+
+def _is_dead_end(transformer: nn.Module, name: str) -> bool:
+    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}."  # type: ignore[arg-type]
+    return name.startswith(last) and _WITHOUT_GRADIENT.fullmatch(name.removeprefix(last)) is not None
+
+
+def plan_layers(transformer: nn.Module, lora: LoraConfig) -> dict[str, LayerPlan]:
+    """Every layer's adapter by full name. The transformer may lie on the meta device.
+
+    Raises:
+        ConfigError: a pattern matches no layer, or `init_lora` does not suit these settings.
+        ModelFileError: `init_lora` can't be read, or belongs to another model.
+    """
+    names = target_modules(transformer, lora)
+    for setting, lines in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in layer_patterns(setting, lines):
+            if not any(map(pattern.matches, names)):
+                raise ConfigError(
+                    f"{setting} {pattern.line!r} matches none of the {len(names)} layers that get an adapter. They are "
+                    f"named like {names[0]!r}."
+                )
+    starts = _starts(transformer, lora, names)
+    plan: dict[str, LayerPlan] = {}
+    for name in names:
+        layer, start = transformer.get_submodule(name), starts.get(name)
+        rank = start.down.shape[0] if isinstance(start, LowRank) else lora.rank_of(name)
+        plan[name] = LayerPlan(layer.in_features, layer.out_features, rank, lora.scale_of(name, rank), start)  # type: ignore[arg-type]
+    return plan
+
+
+def _starts(transformer: nn.Module, lora: LoraConfig, names: list[str]) -> Mapping[str, AdapterPart]:
+    """What `init_lora` gives the layers."""
+    if not lora.init_lora:
+        return {}
+    path = Path(lora.init_lora)
+    parts = read_parts(transformer, path)
+    kinds = {part.kind for part in parts.values()}
+    if not kinds <= {"lora": {"lora"}, "dora": {"lora", "dora"}, "lokr": {"lokr"}}[lora.lora_type]:
+        raise ConfigError(
+            f"init_lora {path.name} is of the type {' and '.join(sorted(kinds))}, and lora_type is {lora.lora_type}. "
+            f"Set lora_type to {'dora' if 'dora' in kinds else kinds.pop()}, or choose another file."
+        )
+    left = [name for name in parts if name not in names and not _is_dead_end(transformer, name)]
+    if left:
+        raise ConfigError(
+            f"init_lora {path.name} changes {len(left)} layers that would not be trained on, such as {left[0]}. Choose "
+            "lora_targets that hold them, or another file."
+        )
+    return parts
+
+
+def check_shapes(transformer: nn.Module, parts: Mapping[str, AdapterPart], file: str) -> None:
+    """See whether a file's weight changes are as large as the layers' weights.
+
+    Raises:
+        ModelFileError: one is not.
+    """
+    for name, part in parts.items():
+        layer = transformer.get_submodule(name)
+        wanted = (layer.out_features, layer.in_features)
+        if part.shape != wanted:
+            raise ModelFileError(
+                f"{file} changes {name} by a matrix of {list(part.shape)}, and the model's is {list(wanted)}. It was "  # type: ignore[arg-type]
+                "trained for another model."
+            )
+
+
+def lokr_shapes(layer: LayerPlan, factor: int) -> dict[str, tuple[int, int]]:
+    """Shapes of a LoKr's parameters for one layer, as peft makes them, or as the file has them that it starts from."""
+    from peft.tuners.lokr.layer import factorization
+
+    if isinstance(layer.start, Kronecker):
+        matrices = [layer.start.first, *layer.start.second]
+        shapes = [(matrix.shape[0], matrix.shape[1]) for matrix in matrices]
+    else:
+        (c, d), (a, b) = factorization(layer.in_features, factor), factorization(layer.out_features, factor)
+        shapes = [(a, c), *([(b, layer.rank), (layer.rank, d)] if layer.rank < max(b, d) / 2 else [(b, d)])]
+    names = ["lokr_w1", "lokr_w2"] if len(shapes) == 2 else ["lokr_w1", "lokr_w2_a", "lokr_w2_b"]
+    return dict(zip(names, shapes, strict=True))
+
+
+def num_parameters(transformer: nn.Module, lora: LoraConfig) -> int:
+    """How many numbers the adapter trains. For planning: pass `qwen_image.transformer.empty_transformer(settings)`.
+
+    Raises:
+        ConfigError: as `plan_layers`.
+        ModelFileError: as `plan_layers`.
+    """
+    count = 0
+    for layer in plan_layers(transformer, lora).values():
+        if lora.lora_type == "lokr":
+            count += sum(rows * columns for rows, columns in lokr_shapes(layer, lora.lokr_factor).values())
+        else:
+            count += layer.rank * (layer.in_features + layer.out_features)
+            count += layer.out_features if lora.lora_type == "dora" else 0
+    return count

@@ -1,1 +1,0 @@
-"""The LoRA file that other programs load."""

@@ -1,1 +1,0 @@
-"""Settings of other trainers, turned into ours."""

@@ -1,0 +1,1 @@
+"""Where weights and activations live during a step: device, host, or computed again."""

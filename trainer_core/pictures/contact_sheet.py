@@ -1,0 +1,126 @@
+"""What a dataset looks like: a sheet of pictures and a text."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ..data.images import open_picture, shown
+from ..data.pairing import EditDataset, EditPair
+from ..geometry import Size
+from .rows import Look, PictureRow, draw_rows
+
+_ASPECTS = ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2))
+_ASPECT_TOLERANCE = 0.02  # relative; smaller differences come from rounding to whole pixels
+
+
+def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, cell: int = 192) -> Image.Image:
+    """References, target and caption of up to `max_pairs` pairs, spread evenly over the dataset.
+
+    Raises:
+        DatasetError: a picture has gone or changed since the dataset was made.
+    """
+    count = len(dataset.pairs)
+    chosen = dataset.pairs
+    if count > max_pairs:
+        chosen = tuple(dataset.pairs[index * count // max_pairs] for index in range(max_pairs))
+    num_references = len(dataset.reference_dirs)
+    headings = [*(_numbered("reference", index, num_references) for index in range(num_references)), "target"]
+    title = f"{len(chosen)} of {count} pairs" if count > len(chosen) else _counted(count, "pair")
+    look = Look(cell=cell, columns=0, title=title, footer="" if count else "There is no pair to show.")
+    return draw_rows(headings, [_row(pair, cell, num_references) for pair in chosen], look)
+
+
+def report(dataset: EditDataset, problems: Sequence[str] = (), notes: Sequence[str] | None = None) -> str:
+    """Counts, sizes, captions, problems and notes for people. Without `notes` the dataset's own are listed."""
+    lines = [f"{_counted(len(dataset.pairs), 'pair')} with {_references(dataset)} each."]
+    if dataset.pairs:
+        lines.append(_sizes("Targets", [pair.sizes[0] for pair in dataset.pairs]))
+        for index in range(len(dataset.reference_dirs)):
+            name = _numbered("References", index, len(dataset.reference_dirs))
+            sizes = [pair.sizes[index + 1] for pair in dataset.pairs if len(pair.references) > index]
+            lines += [_sizes(name, sizes)] if sizes else []
+        lines.append(_captions(dataset.pairs))
+        lines += _other_aspect(dataset.pairs)
+    if problems:
+        lines += ["", f"{_counted(len(problems), 'problem')} to mend before training:", *_items(problems)]
+    notes = dataset.notes if notes is None else notes
+    if notes:
+        lines += ["", "Notes:", *_items(notes)]
+    return "\n".join(lines)
+
+
+def _row(pair: EditPair, cell: int, num_references: int) -> PictureRow:
+    caption, *others = pair.captions
+    more = f" (+{len(others)} more)" if others else ""
+    size = "".join(f"   {_pixels(size)}" for size in pair.sizes[:1])
+    pictures: list[Image.Image | None] = []
+    for path in (*pair.references, pair.target):
+        picture = open_picture(path)
+        picture.thumbnail((4 * cell, 2 * cell))
+        pictures.append(picture)
+    pictures[-1:-1] = [None] * (num_references - len(pair.references))
+    return PictureRow(tuple(pictures), caption + more, shown(pair.key) + size)
+
+
+def _references(dataset: EditDataset) -> str:
+    counts = {len(pair.references) for pair in dataset.pairs} or {len(dataset.reference_dirs)}
+    if len(counts) == 1:
+        return _counted(max(counts), "reference")
+    return f"{min(counts)} to {_counted(max(counts), 'reference')}"
+
+
+def _sizes(name: str, sizes: Sequence[Size]) -> str:
+    by_area = sorted(sizes, key=lambda size: size.width * size.height)
+    smallest, largest = by_area[0], by_area[-1]
+    aspect, often = Counter(map(aspect_name, sizes)).most_common(1)[0]
+    spread = _pixels(smallest) if smallest == largest else f"{_pixels(smallest)} to {_pixels(largest)}"
+    aspects = f"all {aspect}" if often == len(sizes) else f"mostly {aspect} ({often} of {len(sizes)})"
+    return f"{name}: {spread}, {aspects}."
+
+
+def aspect_name(size: Size) -> str:
+    """The nearest of the usual aspect ratios."""
+    width, height = min(_ASPECTS, key=lambda aspect: abs(math.log(size.width / size.height * aspect[1] / aspect[0])))
+    return f"{width}:{height}"
+
+
+def _captions(pairs: Sequence[EditPair]) -> str:
+    counts = [len(pair.captions) for pair in pairs]
+    distinct = len({caption for pair in pairs for caption in pair.captions})
+    per_pair = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return f"Captions: {per_pair} per pair, {sum(counts)} in all, {distinct} different."
+
+
+def _other_aspect(pairs: Sequence[EditPair]) -> list[str]:
+    keys = [pair.key for pair in pairs if any(_aspect_differs(pair.sizes[0], size) for size in pair.sizes[1:])]
+    if not keys:
+        return []
+    examples = ", ".join(map(shown, keys[:3])) + (", …" if len(keys) > 3 else "")
+    return [
+        f"Aspect ratios of reference and target differ in {_counted(len(keys), 'pair')} ({examples}): such references "
+        "are used whole, or with match_target_res their middle in the target's shape."
+    ]
+
+
+def _aspect_differs(one: Size, other: Size) -> bool:
+    return abs(one.width * other.height / (one.height * other.width) - 1) > _ASPECT_TOLERANCE
+
+
+def _pixels(size: Size) -> str:
+    return f"{size.width} x {size.height}"
+
+
+def _items(lines: Sequence[str]) -> list[str]:
+    return [f"  - {line}" for line in lines]
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _numbered(noun: str, index: int, count: int) -> str:
+    return noun if count == 1 else f"{noun} {index + 1}"

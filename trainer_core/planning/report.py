@@ -1,0 +1,85 @@
+"""A plan as text: what it is for, phases side by side, host memory, the settings, and whether it fits."""
+
+from __future__ import annotations
+
+from ..config import TrainConfig
+from ..errors import OutOfMemoryError
+from .advice import STEP, VALIDATION, memory_advice
+from .choose import Budget, choose_memory
+from .network import NetworkSize
+from .plan import GIB, MemoryPlan, plan_memory
+from .workload import Workload
+
+
+def planned_in_words(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> tuple[str, bool]:
+    """The report of the plan that a run under these settings would have, and whether it fits."""
+    if config.memory.memory == "auto":
+        try:
+            return plan_report(choose_memory(config, network, work, budget), budget), True
+        except OutOfMemoryError as error:
+            return f"{plan_report(plan_memory(config, network, work), budget)}\n\n{error}", False
+    plan = plan_memory(config, network, work)
+    text, fits = plan_report(plan, budget), budget.holds(plan)
+    if not fits:
+        hint = "With `memory` auto the trainer looks for settings of the memory that fit."
+        text += f"\n\n{memory_advice(plan, STEP + VALIDATION)} {hint}"
+    return text, fits
+
+
+def plan_report(plan: MemoryPlan, budget: Budget | None = None) -> str:
+    """Lines for people; sizes in GiB."""
+    lines = [*_what(plan), "", *_device_table(plan), "", *_host(plan), "", *_settings(plan)]
+    return "\n".join([*lines, *([] if budget is None else ["", verdict(plan, budget)])])
+
+
+def _what(plan: MemoryPlan) -> list[str]:
+    config, pair = plan.config, plan.work.train
+    references = "1 reference" if pair.references == 1 else f"{pair.references} references"
+    return [
+        f"Memory of a training of {config.model.flavour}, base_model_precision {plan.network.precision}, "
+        f"rank {config.lora.lora_rank} on {config.lora.lora_targets}, {config.optimizer.optimizer}",
+        f"Largest micro-batch: {plan.work.batch} x (target of {pair.target.width} x {pair.target.height} and "
+        f"{references}: {pair.image_tokens} tokens, and {pair.text_tokens} of the prompt)",
+    ]
+
+
+def _device_table(plan: MemoryPlan) -> list[str]:
+    names = list(dict.fromkeys(what for phase in plan.device for what in phase.parts))
+    left = max(map(len, ["Device memory, GiB", *names]))
+    columns = [phase.name for phase in plan.device]
+    rows = ["  ".join([f"{'Device memory, GiB':<{left}}", *(f"{name:>8}" for name in columns)])]
+    for name in names:
+        cells = [f"{phase.parts[name] / GIB:8.2f}" if name in phase.parts else " " * 8 for phase in plan.device]
+        rows.append("  ".join([f"{name:<{left}}", *cells]).rstrip())
+    rows.append("  ".join([f"{'all':<{left}}", *(f"{phase.total_bytes / GIB:8.2f}" for phase in plan.device)]))
+    return rows
+
+
+def _host(plan: MemoryPlan) -> list[str]:
+    parts = ", ".join(f"{what} {size / GIB:.2f}" for what, size in plan.host.items())
+    return [f"Host memory: {plan.host_peak_bytes / GIB:.1f} GiB ({parts})"]
+
+
+def _settings(plan: MemoryPlan) -> list[str]:
+    memory, total = plan.config.memory, plan.network.num_blocks
+    return [
+        f"gradient_checkpointing {'on' if plan.recomputed else 'off'}, "
+        f"gradient_checkpointing_blocks {plan.recomputed} of {total}",
+        f"activation_offload {'on' if memory.activation_offload and plan.recomputed else 'off'}, "
+        f"blocks_to_stream {plan.streamed} of {total}",
+    ]
+
+
+def verdict(plan: MemoryPlan, budget: Budget) -> str:
+    """A sentence: whether the plan fits, and the numbers."""
+    needed, margin = plan.needed_device_bytes, plan.needed_device_bytes - plan.device_peak_bytes
+    if budget.is_shared:
+        needed, there = needed + plan.host_peak_bytes, budget.host_bytes
+        numbers = f"{needed / GIB:.1f} GiB with a margin of {margin / GIB:.1f}; {there / GIB:.1f} GiB are free"
+    else:
+        numbers = (
+            f"{needed / GIB:.1f} GiB with a margin of {margin / GIB:.1f} on the device, where "
+            f"{budget.device_bytes / GIB:.1f} GiB are to be had; {plan.host_peak_bytes / GIB:.1f} of "
+            f"{budget.host_bytes / GIB:.1f} GiB of host memory"
+        )
+    return f"{'Fits' if budget.holds(plan) else 'Does not fit'}: {numbers}."

@@ -1,0 +1,192 @@
+"""The largest micro-batch of a training and the largest picture of its validation, from sizes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from safetensors import safe_open
+
+from ..conditioning.encoded import EncodedDataset, EncodedEntry
+from ..conditioning.entry import entry_path
+from ..conditioning.pictures import PairPlan, plan_pair
+from ..conditioning.reference_sets import seen_at_once
+from ..config import BatchingConfig, EncodingConfig, ModelConfig, ValidationConfig
+from ..config.validation import SIZE_STEP
+from ..data.pairing import EditDataset
+from ..errors import DatasetError
+from ..geometry import Size, bucket_size
+from ..qwen_image.flavours import FLAVOURS
+from ..qwen_image.latents import PATCH, VAE_FACTOR
+from .activations import Tokens
+
+_VISION_PATCH = 28  # pixels of a picture's side that are one token to Qwen2.5-VL
+_AROUND_CAPTION, _LETTERS_PER_TOKEN = 16, 3
+_PROMPTS_LOOKED_AT = 64  # of pairs of equal size, whose prompts differ little
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairSize:
+    """A pair to the planner. `target` in pixels; `group`: pairs of equal groups may share a batch."""
+
+    target: Size
+    references: int
+    image_tokens: int
+    text_tokens: int
+    group: Hashable = ()
+    turns: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """`train`: the largest pair, `batch` of them at once. `validation`: the largest that is drawn, None without.
+    `encoded`: pixels of the largest reference that is encoded while training; 0 where all are in the cache.
+    `largest_picture`: pixels of the largest target or reference; 0 where all are encoded."""
+
+    train: PairSize
+    batch: int
+    validation: PairSize | None = None
+    encoded: int = 0
+    largest_picture: int = 0
+
+    @property
+    def tokens(self) -> Tokens:
+        """Of the largest micro-batch."""
+        return Tokens(batch=self.batch, image=self.train.image_tokens, text=self.train.text_tokens)
+
+
+def pair_size(target: Size, references: Sequence[Size], text_tokens: int) -> PairSize:
+    """A pair whose pictures have these sizes in pixels."""
+    return PairSize(
+        target=target,
+        references=len(references),
+        image_tokens=sum(map(_picture_tokens, (target, *references))),
+        text_tokens=text_tokens,
+        group=(target, *references),
+    )
+
+
+def workload_of_encoded(
+    encoded: EncodedDataset, batching: BatchingConfig, validation: ValidationConfig, held_out: EncodedDataset
+) -> Workload:
+    """Of a dataset in the cache, validated on the pairs that `held_out` keeps out."""
+    drawn = _sizes(held_out, held_out.validation_pairs[: validation.num_validation_images])
+    work = _workload(_sizes(encoded, encoded.pairs), _at_sizes(drawn, validation), batching)
+    flying = (shape for pair in encoded.pairs if pair.reference_files for shape in pair.shapes[1:])
+    return dataclasses.replace(
+        work, encoded=VAE_FACTOR**2 * max((math.prod(shape[-2:]) for shape in flying), default=0)
+    )
+
+
+def workload_of_pairs(
+    parts: Iterable[tuple[EditDataset, EncodingConfig]],
+    model: ModelConfig,
+    batching: BatchingConfig,
+    validation: ValidationConfig,
+) -> Workload:
+    """Of datasets that are not encoded yet, from the pictures' headers; lengths of prompts are estimated."""
+    train, drawn, flying, largest = [], [], [0], 0
+    for dataset, encoding in parts:
+        sizes = []
+        for pair in seen_at_once(dataset.pairs, encoding, held_out=()):
+            kinds = pair.conditioning_types
+            plan = plan_pair(pair.sizes, FLAVOURS[model.flavour], encoding, pair.key, conditioning_types=kinds)
+            text = estimated_prompt(plan, max(map(len, pair.captions), default=0))
+            references = [view.size for view in plan.references]
+            sizes.append(pair_size(plan.target.size, references, text))
+            largest = max(largest, *(size.width * size.height for size in (plan.target.size, *references)))
+            if encoding.reference_latents == "on_the_fly":
+                flying += [size.width * size.height for size in references]
+        held = len(sizes) if encoding.num_eval_images < 0 else encoding.num_eval_images
+        train += sizes if held < len(sizes) else []
+        drawn += sizes if held else []
+    work = _workload(train, _at_sizes(drawn, validation) if validation.num_validation_images else [], batching)
+    return dataclasses.replace(work, encoded=max(flying), largest_picture=largest)
+
+
+def _at_sizes(pairs: Sequence[PairSize], validation: ValidationConfig) -> list[PairSize]:
+    """The pairs at each of the sizes that validation pictures have."""
+    if not validation.sizes:
+        return list(pairs)
+    wanted = [
+        (pair, size if isinstance(size, Size) else bucket_size(pair.target, size, SIZE_STEP))
+        for pair in pairs
+        for size in validation.sizes
+    ]
+    return [with_target(pair, size) for pair, size in wanted]
+
+
+def with_target(pair: PairSize, size: Size) -> PairSize:
+    """The pair with a target of another size and its own references."""
+    others = pair.image_tokens - _picture_tokens(pair.target)
+    return dataclasses.replace(pair, target=size, image_tokens=others + _picture_tokens(size))
+
+
+def _picture_tokens(size: Size) -> int:
+    return _image_tokens(size.height // VAE_FACTOR, size.width // VAE_FACTOR)
+
+
+def estimated_prompt(plan: PairPlan, letters: int) -> int:
+    """Tokens of a prompt: those of its pictures, and its words by their letters."""
+    vision = sum((view.size.height // _VISION_PATCH) * (view.size.width // _VISION_PATCH) for view in plan.vision)
+    return vision + _AROUND_CAPTION + letters // _LETTERS_PER_TOKEN
+
+
+def _workload(train: Sequence[PairSize], drawn: Sequence[PairSize], batching: BatchingConfig) -> Workload:
+    if not train:
+        raise DatasetError("There is no pair to train on, so there is nothing to plan. Lower num_eval_images.")
+    turns = Counter[Hashable]()
+    for pair in train:
+        turns[pair.group] += pair.turns
+    batches = {group: min(batching.train_batch_size, count) for group, count in turns.items()}
+    largest = max(train, key=lambda pair: batches[pair.group] * _all_tokens(pair))
+    return Workload(
+        train=largest, batch=batches[largest.group], validation=max(drawn, key=_all_tokens) if drawn else None
+    )
+
+
+def _all_tokens(pair: PairSize) -> int:
+    return pair.image_tokens + pair.text_tokens
+
+
+def _sizes(encoded: EncodedDataset, entries: Sequence[EncodedEntry]) -> list[PairSize]:
+    groups: dict[Hashable, list[EncodedEntry]] = {}
+    for entry in entries:
+        for reference_set in range(max(1, len(entry.alone))):  # where a turn sees one reference alone
+            seen = entry.seen(reference_set)
+            groups.setdefault(seen.shapes, []).append(seen)
+    sizes = []
+    for shapes, members in groups.items():
+        text = max(_prompt_tokens(encoded, entry) for entry in islice(members, _PROMPTS_LOOKED_AT))
+        (_, height, width), *references = ((1, *shape[-2:]) for shape in shapes)  # type: ignore[attr-defined]
+        sizes.append(
+            PairSize(
+                target=Size(width * VAE_FACTOR, height * VAE_FACTOR),
+                references=len(references),
+                image_tokens=_image_tokens(height, width) + sum(_image_tokens(*shape[-2:]) for shape in references),
+                text_tokens=text,
+                group=shapes,
+                turns=sum(1 + entry.repeats for entry in members),
+            )
+        )
+    return sizes
+
+
+def _prompt_tokens(encoded: EncodedDataset, entry: EncodedEntry) -> int:
+    return max(_length(entry_path(encoded.cache_dir, "prompt", key)) for key in entry.prompts)
+
+
+def _length(path: Path) -> int:
+    """Rows of a cached prompt, from the file's header."""
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        return int(file.get_slice("prompt").get_shape()[0])
+
+
+def _image_tokens(height: int, width: int) -> int:
+    """Of latents of this height and width; odd sides are padded."""
+    return -(-height // PATCH) * -(-width // PATCH)

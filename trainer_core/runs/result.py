@@ -1,0 +1,87 @@
+"""How a run ended: what its folder answers without training, and what is left to do, before a model is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ..config import ExportConfig, TrainConfig, resume_key, to_json
+from ..errors import RunFolderError
+from ..events import SampleReport, Stop
+from .folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How a run ended. `lora_file` is None when it was paused, `ema_file` (the running average) also without use_ema,
+    `samples` without held-out pairs."""
+
+    run_dir: Path
+    steps_done: int
+    stopped: Stop
+    lora_file: Path | None = None
+    ema_file: Path | None = None
+    samples: SampleReport | None = None
+
+
+def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: int = 1) -> TrainResult | None:
+    """The result of a run that needs no more training under these settings, from its folder in a moment."""
+    run = RunFolder(Path(config.run_dir))
+    result = run.state().get("result")
+    if not result or run.changes(resume_key(config, num_ranks)):
+        return None
+    if {**to_json(ExportConfig()), **result["export"]} != to_json(config.export):  # by an older version with fewer
+        return None
+    stays_kept = 0 < kept_at(run) <= config.max_train_steps and not continue_kept
+    lora_file = run.path / result["lora_file"]
+    ema_file = run.path / result["ema_file"] if result.get("ema_file") else None
+    is_complete = result["steps"] == config.max_train_steps or stays_kept
+    if not is_complete or not all(file.is_file() for file in (lora_file, ema_file) if file):
+        return None
+    return TrainResult(
+        run_dir=run.path,
+        steps_done=result["steps"],
+        stopped=Stop.KEEP if result["kept"] else Stop.NO,
+        lora_file=lora_file,
+        ema_file=ema_file,
+        samples=recorded_samples(run),
+    )
+
+
+def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -> Stop:
+    """KEEP for a run that was ended early and kept and is not asked to go on: only its files are to be written again.
+
+    Raises:
+        RunFolderError: more steps are done than wanted, or the kept weights are gone.
+    """
+    done, kept = max(run.steps_done(), (run.state().get("result") or {}).get("steps", 0)), kept_at(run)
+    if done > max_train_steps:
+        raise RunFolderError(
+            f"The run {run.path.name!r} has {done} steps behind it, and max_train_steps is {max_train_steps}. Steps "
+            f"are not taken back: set max_train_steps to {done} or more, or choose another run name for a shorter run. "
+            "Nothing was changed."
+        )
+    if not kept or continue_kept:
+        return Stop.NO
+    if run.steps_done() != kept:
+        raise RunFolderError(
+            f"The run {run.path.name!r} was ended early at step {kept} and kept, and the checkpoint of that step is "
+            "missing or damaged, so its LoRA can't be written again with these settings. Choose another run name, set "
+            "the export settings back, or go on with the training (if_run_exists 'continue a kept run', or "
+            "--continue-kept). Nothing was changed."
+        )
+    return Stop.KEEP
+
+
+def kept_at(run: RunFolder) -> int:
+    """The step at which a run was ended early and kept; 0 if it was not, or has gone on since."""
+    result = run.state().get("result")
+    if not result or not result["kept"] or run.steps_done() > result["steps"]:
+        return 0
+    return int(result["steps"])
+
+
+def recorded_samples(run: RunFolder) -> SampleReport | None:
+    """What the newest validation drew, as run.json has it."""
+    record = run.state().get("samples")
+    return SampleReport(**{**record, "grid_file": run.samples / record["grid_file"]}) if record else None

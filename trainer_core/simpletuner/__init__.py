@@ -1,0 +1,1 @@
+"""SimpleTuner's configuration as one of ours."""

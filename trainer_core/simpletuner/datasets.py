@@ -1,0 +1,291 @@
+"""multidatabackend.json: which folders are targets, references and masks, and how their pictures are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..settings import is_plain_name
+from .backends import CACHES, MASKS, Backends, ids_of
+from .keys import DATA_KEYS, DATA_REASONS, TABLE_REASONS
+from .section import Section, words
+
+_SIZE_LIMITS = ("maximum_image_size", "target_downsample_size")
+# Settings of all data sets may stand in config.json.
+INHERITED = words(
+    "resolution resolution_type caption_strategy instance_prompt crop crop_style crop_aspect minimum_image_size "
+    "maximum_image_size target_downsample_size"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportedData:
+    """What the data file decides of a job: the parts `dataset` or `datasets`, `encoding` and `eval_dataset_id` of its
+    JSON, a name for the run, and the mean of the noise level's normal in units of its deviation."""
+
+    values: dict[str, Any]
+    name: str
+    offset: float
+
+
+def read_data(
+    backends: Backends, inherited: dict[str, Any], root: Path, max_references: int, notes: list[str]
+) -> ImportedData:
+    """Read all entries.
+
+    Raises:
+        ConfigError: ids that don't exist, data sets that are not local folders, references missing.
+    """
+    names = backends.main()
+    parts, offsets, used, cut = [], {}, set(names), {}
+    for name in names:
+        entry = {**{key: value for key, value in inherited.items() if value is not None}, **backends.entries[name]}
+        section = Section(entry, name, notes)
+        references, masks, beyond = _linked(backends, section, name, max_references)
+        used |= {*references, *masks}
+        cut |= beyond
+        parts.append(_part(backends, section, references, masks, root))
+        offset = section.number("timestep_sampling_offset")
+        if name not in backends.eval_ids:
+            offsets[name] = offset or 0.0
+        section.explain(DATA_REASONS, DATA_KEYS)
+    for other in backends.entries:
+        if other not in names:
+            _other(backends, other, used, cut, notes)
+    first = next(iter(offsets))
+    if len(set(offsets.values())) > 1:
+        notes.append(f"timestep_sampling_offset: there is one for the whole run; that of {first} is used.")
+    evals = [name for name in names if name in backends.eval_ids]
+    return ImportedData(values=_job_values(parts, evals, notes), name=first, offset=offsets[first])
+
+
+def _job_values(parts: list[dict[str, Any]], evals: list[str], notes: list[str]) -> dict[str, Any]:
+    """One data set as `dataset`; several as `datasets`, with what they share of their encoding in `encoding`."""
+    if len(parts) == 1:
+        part = parts[0]
+        if part.get("repeats", 0) or part.get("probability", 1) != 1:
+            notes.append(f"{part['id']}.repeats, probability: with one data set they change the length of epochs only.")
+        return {"dataset": part["dataset"], "encoding": part["encoding"]}
+    shared = _take_shared([part["encoding"] for part in parts])
+    sizes = [part["encoding"].get("sizes", {}) for part in parts]
+    if shared_sizes := _take_shared(sizes):
+        shared["sizes"] = shared_sizes
+    for part in parts:
+        part["encoding"] = {key: value for key, value in part["encoding"].items() if value != {}}
+    own = [{key: value for key, value in part.items() if value != {}} for part in parts]
+    return {"datasets": own, "encoding": shared, **({"eval_dataset_id": evals} if evals else {})}
+
+
+def _take_shared(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is equal in all of them, taken out of each."""
+    shared = {
+        key: value
+        for key, value in objects[0].items()
+        if key != "sizes" and all(key in each and each[key] == value for each in objects)
+    }
+    for each in objects:
+        for key in shared:
+            del each[key]
+    return shared
+
+
+def _part(backends: Backends, section: Section, references: list[str], masks: list[str], root: Path) -> dict[str, Any]:
+    """One of `datasets`."""
+    name = section.take("id")
+    folders = [_folder(backends.entries[each], each, root) for each in references]
+    dataset: dict[str, Any] = {
+        "target_dir": _folder(backends.entries[name], name, root),
+        "reference_dirs": folders,
+    }
+    if masks:
+        dataset["mask_dir"] = _folder(backends.entries[masks[0]], masks[0], root)
+        section.note("conditioning_data", f"masks from {masks[0]}: white counts in the loss, black does not.")
+    section.take("type", "disabled", "disable", "dataset_type", "instance_data_dir")
+    _captions(section, dataset, root)
+    kinds = [backends.entries[each].get("conditioning_type") or "auto" for each in references]
+    if set(kinds) != {"auto"}:
+        dataset["conditioning_type"] = kinds if len(set(kinds)) > 1 else kinds[0]
+    encoding = {**_sizes(section), **_image_embeds(backends, section, name)}
+    if section.truth("disable_validation"):
+        encoding["num_eval_images"] = 0
+    return {"id": name, "dataset": dataset, "encoding": encoding, **_turns(section)}
+
+
+def _image_embeds(backends: Backends, section: Section, name: str) -> dict[str, Any]:
+    """The cache of visual tokens that a data set names; its entry in the file says that it is to be made."""
+    embeds = section.take("conditioning_image_embeds")
+    if embeds is None:
+        return {}
+    known = backends.of_kind("conditioning_image_embeds")
+    found = backends.named(embeds, f"{name}.conditioning_image_embeds", known)
+    if not is_plain_name(found):
+        section.note("conditioning_image_embeds", f"left out; {found!r} is no name of a folder. The default is used.")
+        return {}
+    return {"conditioning_image_embeds": found, "create_image_embeds": True}
+
+
+def _turns(section: Section) -> dict[str, Any]:
+    """repeats and probability, as far as they change anything."""
+    repeats, probability = section.whole("repeats") or 0, section.number("probability")
+    turns: dict[str, Any] = {"repeats": max(0, repeats)} if repeats > 0 else {}
+    if probability is not None and not (probability == 0 or 0.01 <= probability <= 1):
+        section.note(
+            "probability", f"{probability:g} becomes {min(1.0, max(0.01, probability)):g}; allowed is 0.01 to 1."
+        )
+        probability = min(1.0, max(0.01, probability))
+    if probability not in (None, 1):
+        turns["probability"] = probability
+        section.note("probability", "here the share of the pairs that an epoch draws, anew each time.")
+    return turns
+
+
+def _linked(
+    backends: Backends, section: Section, name: str, max_references: int
+) -> tuple[list[str], list[str], dict[str, str]]:
+    """Ids of references, in their order, and of the mask; of those that are not taken, why."""
+    known = tuple(each for each in backends.of_kind("conditioning", "image") if each != name)
+    ids = [
+        backends.named(each, f"{name}.conditioning_data", known) for each in ids_of(section.take("conditioning_data"))
+    ]
+    ids += [
+        each
+        for each in backends.of_kind("conditioning")
+        if backends.entries[each].get("source_dataset_id") == name and each not in ids
+    ]
+    for each in ids:
+        kind = backends.entries[each].get("conditioning_type")
+        if kind not in (None, "reference_strict", "reference_loose", *MASKS):
+            raise ConfigError(
+                f"{each}.conditioning_type is {kind!r}; allowed for edit models is reference_strict, reference_loose, "
+                "mask, segmentation."
+            )
+    masks = [each for each in ids if backends.entries[each].get("conditioning_type") in MASKS]
+    references = [each for each in ids if each not in masks]
+    if not references:
+        raise ConfigError(f"{name}.conditioning_data names no references, only masks. An edit starts from a picture.")
+    taken = ", ".join(references[:max_references])
+    section.note("conditioning_data", f"references, in this order: {taken}.")
+    cut = dict.fromkeys(references[max_references:], _too_many(name, max_references))
+    cut |= dict.fromkeys(masks[1:], f"{name} names it, but one set of masks is used, {masks[0]}" if masks else "")
+    return references[:max_references], masks[:1], cut
+
+
+def _too_many(name: str, max_references: int) -> str:
+    if max_references > 1:
+        return f"{name} names it, but at most {max_references} references are used, the first ones"
+    return (
+        f"{name} names it, but this flavour sees one reference, the first. With conditioning_multidataset_sampling "
+        "random it sees each of up to three in turn"
+    )
+
+
+def _folder(entry: dict[str, Any], name: str, root: Path) -> str:
+    if entry.get("type", "local") != "local":
+        raise ConfigError(f"{name}.type is {entry['type']!r}; allowed is local. Copy the pictures into a folder.")
+    folder = entry.get("instance_data_dir")
+    if not isinstance(folder, str) or not folder:
+        raise ConfigError(f"{name}.instance_data_dir is {folder!r}; allowed is a folder of pictures.")
+    return str(root / Path(folder).expanduser())
+
+
+def _captions(section: Section, dataset: dict[str, Any], root: Path) -> None:
+    """caption_strategy and what goes with it."""
+    strategy = section.text("caption_strategy")
+    captions: dict[str, Any] = {}
+    prompt = section.take("instance_prompt")
+    if isinstance(prompt, list):
+        section.note("instance_prompt", "a list; the first one is used.")
+        prompt = prompt[0] if prompt else None
+    if section.truth("only_instance_prompt"):
+        strategy = "instanceprompt"
+    table = section.inside("parquet") if strategy == "parquet" else None
+    if table is not None:
+        columns = {key: table.text(key) for key in ("caption_column", "filename_column")}
+        captions = {"caption_file": table.text("path") or "", **{key: name for key, name in columns.items() if name}}
+        strategy = "jsonl" if captions["caption_file"].endswith((".jsonl", ".json")) else "parquet"
+        section.note("parquet.path", "a relative path starts at the targets' folder.")
+        table.explain(TABLE_REASONS, ("path", *columns))
+    if strategy == "csv":
+        file, column = section.text("csv_file"), section.text("csv_caption_column")
+        captions = {"caption_file": str(root / Path(file).expanduser()) if file else ""}
+        captions |= {"caption_column": column} if column else {}
+    for key in ("disable_multiline_split", "prepend_instance_prompt"):
+        if section.truth(key):
+            captions[key] = True
+    dataset |= {"caption_strategy": strategy} if strategy else {}
+    if prompt and (strategy == "instanceprompt" or captions.get("prepend_instance_prompt")):
+        dataset["instance_prompt"] = prompt
+    if captions:
+        dataset["captions"] = captions
+
+
+def _sizes(section: Section) -> dict[str, Any]:
+    """resolution, and the settings of sizes and crops."""
+    sizes: dict[str, Any] = {}
+    encoding: dict[str, Any] = {}
+    kind, resolution = section.text("resolution_type"), section.number("resolution")
+    if kind:
+        sizes["resolution_type"] = kind
+    if resolution is not None and kind == "area":
+        sizes["megapixels"] = resolution
+    elif resolution is not None:
+        encoding["resolution"] = round(resolution)
+    crop = section.truth("crop")
+    sizes |= {} if crop is None else {"crop": crop}
+    for key, spelt in (
+        ("crop_style", {"centre": "center", "face": "center"}),
+        ("crop_aspect", {"closest": "preserve", "random": "preserve"}),
+    ):
+        value = section.text(key)
+        if value in spelt and value != "centre":
+            section.note(key, f"{value} is not built; {spelt[value]} is used.")
+        sizes |= {key: spelt.get(value, value)} if value else {}
+    minimum = section.number("minimum_image_size")
+    sizes |= {"minimum_image_size": minimum, "leave_out_small": True} if minimum else {}
+    limits = [section.number(key) or 0.0 for key in _SIZE_LIMITS]
+    if crop and 0 < limits[1] <= limits[0]:
+        sizes |= dict(zip(_SIZE_LIMITS, limits, strict=True))
+    elif any(limits):
+        section.note(
+            "maximum_image_size", "left out with target_downsample_size; both are needed, and crop, to change anything."
+        )
+    return {**encoding, "sizes": sizes} if sizes else encoding
+
+
+def _other(backends: Backends, name: str, used: set[str], cut: dict[str, str], notes: list[str]) -> None:
+    """Why an entry that is not the main one, or one of its keys, is not taken."""
+    if name in used:
+        _of_linked(Section(backends.entries[name], name, notes))
+        return
+    kind = backends.kind(name)
+    if name in cut:
+        notes.append(f"{name}: LEFT OUT; {cut[name]}.")
+    elif kind in CACHES:
+        place = "in the cache folder, under this name" if name in backends.named_embeds() else "in one cache for all"
+        notes.append(f"{name}: {kind} are kept {place}, by content.")
+    elif kind in ("image", "eval"):
+        notes.append(f"{name}: LEFT OUT; it has no conditioning_data, and an edit starts from a picture.")
+    elif kind == "conditioning":
+        notes.append(f"{name}: LEFT OUT; no data set names it in its conditioning_data.")
+    else:
+        notes.append(f"{name}: LEFT OUT; data sets of type {kind} have no part in edits.")
+
+
+def _of_linked(section: Section) -> None:
+    """The keys of references and masks: as those of their targets, or why not."""
+    section.take("id", "type", "disabled", "disable", "dataset_type", "instance_data_dir", "source_dataset_id")
+    what = section.text("conditioning_type")
+    reasons = {
+        "segmentation": "counts by brightness: paint white what counts and black what doesn't.",
+    }
+    if what in reasons:
+        section.note("conditioning_type", f"{what}; {reasons[what]}")
+    shared = [key for key in INHERITED if key in section and key not in ("caption_strategy", "instance_prompt")]
+    if shared:
+        section.note(", ".join(shared), "as the targets and match_target_res say.")
+    section.take(*shared)
+    if section.take("caption_strategy", "instance_prompt") is not None:
+        section.note("caption_strategy", "captions are those of the targets.")
+    section.explain(DATA_REASONS, DATA_KEYS)
