@@ -13,7 +13,7 @@ from PIL import Image
 from trainer_core.events import MEASURED
 from trainer_core.pictures.grid import GridRow
 from trainer_core.pictures.sample_pictures import save_sample_pictures
-from trainer_core.training import run_view
+from trainer_core.runs import view as run_view
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:

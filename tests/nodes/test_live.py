@@ -24,7 +24,7 @@ def sent() -> list[dict[str, Any]]:
 @pytest.fixture
 def messages(pack_module, sent):
     with pack_module("active_runs").active_run("mine", "7") as run:
-        yield pack_module("live").LiveMessages(run, lambda _, values: sent.append(values))
+        yield pack_module("active_runs").LiveMessages(run, lambda _, values: sent.append(values))
 
 
 def test_a_message_says_how_the_run_stands(messages, sent):
@@ -39,7 +39,7 @@ def test_a_message_says_how_the_run_stands(messages, sent):
 @pytest.mark.parametrize("name", ["validation_loss", "ema_validation_loss"])
 def test_not_more_often_than_pages_can_show(name, messages, sent, pack_module, monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
-    monkeypatch.setattr(pack_module("live").time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pack_module("active_runs").time, "monotonic", lambda: now[0])
     for step in range(1, 1001):
         now[0] += 0.001
         messages.step(report(step, **{name: 0.5 if step == 777 else None}))

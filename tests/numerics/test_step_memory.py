@@ -13,12 +13,12 @@ from tests.numerics.test_quantised import gradients, predict, with_adapter
 from tests.support.narrow import NARROW, fill
 from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ConfigError, MissingPackageError
+from trainer_core.memory import offload as offload_module
 from trainer_core.memory.offload import CHUNK_BYTES, HostCopies, offloaded_bytes
 from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
 from trainer_core.memory.recompute import Recomputation
 from trainer_core.memory.streaming import BlockStream
 from trainer_core.qwen_image.transformer import load_transformer
-from trainer_core.training import offload as offload_module
 
 CPU = torch.device("cpu")
 LAYERS = 5

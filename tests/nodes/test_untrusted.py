@@ -59,13 +59,13 @@ HOSTILE_NAMES = (
 @pytest.fixture
 def names(pack_module) -> ModuleType:
     """nodes/untrusted.py."""
-    return pack_module("names")
+    return pack_module("untrusted")
 
 
 @pytest.fixture
 def config_error(pack_module) -> type[Exception]:
     """The error class of the same copy of the pack."""
-    pack_module("names")
+    pack_module("untrusted")
     import sys
 
     return sys.modules[f"{PARENT}.trainer_core.errors"].ConfigError
