@@ -1,4 +1,9 @@
-"""Writes the LoRA file, and gives it its name only after others' readers have read it back."""
+"""Writes the LoRA file, and gives it its name only after others' readers have read it back.
+
+Tensors are named `transformer.<module>.` and the part. LoRA: `lora_A.weight`, `lora_B.weight`, which diffusers reads.
+DoRA: also `dora_scale` [out, 1], which diffusers leaves out with a warning. LoKr: `lokr_w1`, `lokr_w2` or `lokr_w2_a`
+and `lokr_w2_b`, which diffusers refuses.
+"""
 
 from __future__ import annotations
 

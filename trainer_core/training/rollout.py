@@ -3,6 +3,13 @@
 A training sees points that lie exactly between picture and noise, a sampler those that the model's own errors have
 moved ("exposure bias"). Here a pair is taken at a higher noise level and sampled down to its own one without gradient,
 in steps of a thousandth of the noise range. The velocity to predict stays noise minus latents.
+
+ReflexFlow (Huang et al. 2025, arXiv 2512.04904) changes the loss of such a pair:
+
+loss = beta2 · mean(weights · penalty(velocity - target)) + beta1 · |unit(velocity) - unit(rolled-out - picture)|²
+
+The second term turns the velocity towards where the rollout has drifted. The weights grow where the drift has changed
+the prediction: 1 + alpha · change / mean(change), scaled back to mean 1.
 """
 
 from __future__ import annotations
