@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..trainer_core.config import PairCheckConfig
-from . import host, sockets
+from . import host_call, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class CheckPairs(io.ComfyNode):
         from .pictures import picture_to_image
 
         config = PairCheckConfig(**widgets)
-        with host.interruptible() as observer:
+        with host_call.interruptible() as observer:
             check = check_pairs(dataset, config, observer)
         sheet = picture_to_image(check_sheet(dataset, check, config, max_pairs=max_pairs))
         text = check_report(dataset, check)

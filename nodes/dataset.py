@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
 from ..trainer_core.errors import TrainerError
-from . import host, sockets
+from . import host_call, host_folders, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 from .untrusted import file_below, folders_below
 
@@ -95,7 +95,9 @@ class PairFolders(io.ComfyNode):
         """
         named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1}
         try:
-            folders_below({label: name for label, name in named.items() if name is not None}, host.dataset_roots())
+            folders_below(
+                {label: name for label, name in named.items() if name is not None}, host_folders.dataset_roots()
+            )
         except TrainerError as error:
             return str(error)
         return True
@@ -115,8 +117,8 @@ class PairFolders(io.ComfyNode):
         """An EditDataset."""
         from ..trainer_core.data.pairing import pair_folders
 
-        with host.interruptible() as observer:
-            checked_dir = host.cache_dir() / "checked"
+        with host_call.interruptible() as observer:
+            checked_dir = host_folders.cache_dir() / "checked"
             return io.NodeOutput(pair_folders(_dataset_config(**widgets), observer, checked_dir=checked_dir))
 
 
@@ -130,7 +132,7 @@ def _dataset_config(
     reference_settings: sockets.ReferencesSeen | None = None,
     **references: str,
 ) -> DatasetConfig:
-    roots = host.dataset_roots()
+    roots = host_folders.dataset_roots()
     given = {label: name for label, name in sorted(references.items()) if name or label == "reference_folder_1"}
     types = (reference_settings or sockets.ReferencesSeen()).conditioning_types
     masks = {"mask_folder": mask_folder} if mask_folder else {}

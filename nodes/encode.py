@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
-from . import host, sockets
+from . import host_call, host_folders, sockets
 from .encoded_here import ENCODED_HERE
 from .schema import help_of, new_input, new_output, node_schema, setting_input
 
@@ -95,9 +95,9 @@ class EncodePairs(io.ComfyNode):
         sizes = widgets.pop("size_settings", None) or SizeConfig()
         seen = widgets.pop("reference_settings", None) or sockets.ReferencesSeen()
         encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
-        with host.long_call() as observer:
+        with host_call.long_call() as observer:
             encoders = connected_encoders(connected, model.flavour)
-            encoded = encode_dataset(dataset, model, encoding, host.cache_dir(), observer, encoders)
+            encoded = encode_dataset(dataset, model, encoding, host_folders.cache_dir(), observer, encoders)
         return io.NodeOutput(ENCODED_HERE.note(encoded), encoding_report(encoded))
 
 

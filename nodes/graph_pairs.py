@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from . import host, sockets
+from . import host_call, host_folders, sockets
 from .schema import new_input, new_output, node_schema
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class PairImages(io.ComfyNode):
         from ..trainer_core.data.graph_pairs import pair_pictures
 
         references = [_pictures(images) for images in (reference_1, reference_2, reference_3) if images]
-        with host.interruptible() as observer:
-            root = host.cache_dir().parent / "graph_pairs"
+        with host_call.interruptible() as observer:
+            root = host_folders.cache_dir().parent / "graph_pairs"
             return io.NodeOutput(pair_pictures(_pictures(target), references, captions, root, observer=observer))
 
 

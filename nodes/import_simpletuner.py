@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, ModelConfig
 from ..trainer_core.errors import ConfigError, TrainerError
-from . import host, sockets
+from . import host_call, host_folders, sockets
 from .encoded_here import ENCODED_HERE
 from .schema import new_input, new_output, node_schema
 from .untrusted import file_below, file_below_roots, folder_below, near
@@ -31,7 +31,7 @@ class ImportSimpleTuner(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """See web/docs."""
-        choices = host.base_models()
+        choices = host_folders.base_models()
         return node_schema(
             "ImportSimpleTuner",
             "Import SimpleTuner Config",
@@ -85,7 +85,7 @@ class ImportSimpleTuner(io.ComfyNode):
         """The files are allowed and there; linked values come as None and are checked when they are known."""
         try:
             if config_file is not None:
-                config = file_below_roots(config_file, host.dataset_roots(), "config_file")
+                config = file_below_roots(config_file, host_folders.dataset_roots(), "config_file")
                 if data_file:
                     _file_near(data_file, config, "data_file")
         except TrainerError as error:
@@ -109,7 +109,7 @@ class ImportSimpleTuner(io.ComfyNode):
         from ..trainer_core.job import pair_job
 
         job, report = _read(**widgets)
-        with host.interruptible() as observer:
+        with host_call.interruptible() as observer:
             paired = tuple(pair_job(job, observer))
         datasets = [dataset for _, dataset in paired]
         imported = sockets.ImportedJob(job=job, paired=paired)
@@ -186,7 +186,7 @@ class EncodeImported(io.ComfyNode):
         paired = imported.paired
         if "clip" in connected:  # keeps no visual tokens by themselves
             paired = [(_without_image_embeds(part), dataset) for part, dataset in paired]
-        with host.long_call() as observer:
+        with host_call.long_call() as observer:
             encoders = connected_encoders(connected, imported.job.model.flavour)
             encoded, validation = encode_paired(imported.job, paired, observer, encoders)
         reports = [encoding_report(ENCODED_HERE.note(each)) for each in (encoded, validation) if each is not None]
@@ -205,7 +205,7 @@ def _read(
     from ..trainer_core.simpletuner.convert import convert
     from ..trainer_core.simpletuner.loose_json import read_loose_json
 
-    config = file_below_roots(config_file, host.dataset_roots(), "config_file")
+    config = file_below_roots(config_file, host_folders.dataset_roots(), "config_file")
     settings = read_loose_json(config, config_file.strip()[:200])
     named = data_file or (settings.get("data_backend_config") if isinstance(settings, dict) else None)
     if not isinstance(named, str) or not named:
@@ -221,15 +221,15 @@ def _read(
         datasets=tuple(
             dataclasses.replace(part, dataset=_allowed(part.dataset, config)) for part in imported.job.datasets
         ),
-        cache_dir=str(host.cache_dir()),
+        cache_dir=str(host_folders.cache_dir()),
     )
     return job, _report(imported)
 
 
 def _model(wanted: ModelConfig, base_model: str, given: ModelConfig | None) -> ModelConfig:
     if given is None:
-        base, tokenizer = host.base_model(base_model)
-        plain = ModelConfig(base=base, tokenizer=tokenizer, device=host.device_name())
+        base, tokenizer = host_folders.base_model(base_model)
+        plain = ModelConfig(base=base, tokenizer=tokenizer, device=host_folders.device_name())
         names = ("flavour", "base_model_precision", "mixed_precision", "quantize_via")
         names += ("text_encoder_precision", "quantize_activations")
         return dataclasses.replace(plain, **{name: getattr(wanted, name) for name in names})
@@ -245,19 +245,19 @@ def _listed(init_lora: str) -> str:
     """The LoRA that ComfyUI lists under the name, or under the last part of it."""
     if not init_lora:
         return ""
-    listed = host.lora_names()
-    return str(host.lora_path(init_lora if init_lora in listed else Path(init_lora).name))
+    listed = host_folders.lora_names()
+    return str(host_folders.lora_path(init_lora if init_lora in listed else Path(init_lora).name))
 
 
 def _file_near(name: str, config: Path, label: str) -> Path:
     """A file that a configuration names: looked for from the configuration's folder upwards."""
-    roots = host.dataset_roots()
+    roots = host_folders.dataset_roots()
     return file_below_roots(near(name, config.parent, roots, Path.is_file), roots, label)
 
 
 def _allowed(dataset: DatasetConfig, config: Path) -> DatasetConfig:
     """The dataset with existing folders inside the roots in place of the names that a stranger may have written."""
-    roots = host.dataset_roots()
+    roots = host_folders.dataset_roots()
 
     def folder(name: str, label: str) -> str:
         return str(folder_below(near(name, config.parent, roots, Path.is_dir), roots, label))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from . import host, sockets
+from . import host_folders, sockets
 from .encoded_here import ENCODED_HERE
 from .schema import new_input, new_output, node_schema
 
@@ -46,7 +46,7 @@ class MixPairs(io.ComfyNode):
         from ..trainer_core.conditioning.mix import mix_encoded
         from ..trainer_core.conditioning.report import encoding_report
 
-        encoded = mix_encoded(_parts(widgets), host.cache_dir())
+        encoded = mix_encoded(_parts(widgets), host_folders.cache_dir())
         return io.NodeOutput(ENCODED_HERE.note(encoded), encoding_report(encoded))
 
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import ModelConfig
 from ..trainer_core.errors import TrainerError
-from . import host, sockets
+from . import host_folders, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 
 
@@ -18,7 +18,7 @@ class LoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """See web/docs."""
-        choices = host.base_models()
+        choices = host_folders.base_models()
         return node_schema(
             "LoadModel",
             "Load Qwen Edit Model",
@@ -50,7 +50,7 @@ class LoadModel(io.ComfyNode):
     def validate_inputs(cls, base_model: str | None = None) -> bool | str:
         """The folder is there."""
         try:
-            return base_model is None or bool(host.base_model(base_model))
+            return base_model is None or bool(host_folders.base_model(base_model))
         except TrainerError as error:
             return str(error)
 
@@ -59,15 +59,15 @@ class LoadModel(io.ComfyNode):
         """A ModelConfig."""
         from ..trainer_core.qwen_image.transformer import check_transformer
 
-        base, tokenizer = host.base_model(base_model)
-        config = ModelConfig(base=base, tokenizer=tokenizer, device=host.device_name(), **_kept(), **widgets)
+        base, tokenizer = host_folders.base_model(base_model)
+        config = ModelConfig(base=base, tokenizer=tokenizer, device=host_folders.device_name(), **_kept(), **widgets)
         check_transformer(config)  # raises if parts are missing or of another flavour
         return io.NodeOutput(config)
 
 
 def _kept() -> dict[str, str]:
     """Where quantised weights are kept."""
-    return {"quantised_cache_dir": str(host.cache_dir() / "quantised")}
+    return {"quantised_cache_dir": str(host_folders.cache_dir() / "quantised")}
 
 
 _KINDS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
@@ -86,7 +86,7 @@ class LoadModelFiles(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """See web/docs."""
         files = [
-            new_input(io.Combo, f"{part}_file", options=host.model_files(folder), tooltip=_TOOLTIPS[part])
+            new_input(io.Combo, f"{part}_file", options=host_folders.model_files(folder), tooltip=_TOOLTIPS[part])
             for part, folder in _KINDS.items()
         ]
         return node_schema(
@@ -116,7 +116,7 @@ class LoadModelFiles(io.ComfyNode):
         """The files are there."""
         named = zip(_KINDS.values(), (transformer_file, text_encoder_file, vae_file), strict=True)
         try:
-            return all(name is None or host.model_file(folder, name) for folder, name in named)
+            return all(name is None or host_folders.model_file(folder, name) for folder, name in named)
         except TrainerError as error:
             return str(error)
 
@@ -126,11 +126,11 @@ class LoadModelFiles(io.ComfyNode):
         from ..trainer_core.qwen_image.transformer import check_transformer
 
         config = ModelConfig(
-            transformer_file=host.model_file("diffusion_models", transformer_file),
-            text_encoder_file=host.model_file("text_encoders", text_encoder_file),
-            vae_file=host.model_file("vae", vae_file),
-            tokenizer=host.tokenizer_dir(),
-            device=host.device_name(),
+            transformer_file=host_folders.model_file("diffusion_models", transformer_file),
+            text_encoder_file=host_folders.model_file("text_encoders", text_encoder_file),
+            vae_file=host_folders.model_file("vae", vae_file),
+            tokenizer=host_folders.tokenizer_dir(),
+            device=host_folders.device_name(),
             **_kept(),
             **widgets,
         )

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import host
+from . import host_folders
 
 if TYPE_CHECKING:
     from ..trainer_core.run import TrainResult
@@ -25,7 +25,7 @@ def place_lora(lora_file: Path, run_name: str) -> str:
 
     An equal file that lies there already is it; another one is never overwritten, the copy gets a number.
     """
-    root = host.lora_dir()
+    root = host_folders.lora_dir()
     folder = root / run_name
     folder.mkdir(parents=True, exist_ok=True)
     target, number = folder / lora_file.name, 1
@@ -61,15 +61,15 @@ def run_ui(result: TrainResult, lora_name: str, ema_name: str | None = None, *, 
     ratios = {name: _finite(getattr(samples, name)) if samples else None for name in (*_RATIOS, *_DRIFT)}
     figures = {
         "run_name": result.run_dir.name,
-        "run_dir": host.output_name(result.run_dir),
-        "lora_file": host.output_name(host.lora_dir() / lora_name),
+        "run_dir": host_folders.output_name(result.run_dir),
+        "lora_file": host_folders.output_name(host_folders.lora_dir() / lora_name),
         "lora_name": lora_name,
-        "ema_file": host.output_name(host.lora_dir() / ema_name) if ema_name else None,
+        "ema_file": host_folders.output_name(host_folders.lora_dir() / ema_name) if ema_name else None,
         "ema_lora_name": ema_name,
         "steps": result.steps_done,
         "stopped": result.stopped.value,
         "seconds": round(seconds, 1),
-        "grid_file": host.output_name(samples.grid_file) if samples else None,
+        "grid_file": host_folders.output_name(samples.grid_file) if samples else None,
         **ratios,
     }
     measured = samples.as_text() if samples else ""
@@ -96,5 +96,5 @@ def _finite(value: float | None) -> float | None:
 
 def _output_picture(path: Path) -> dict[str, str]:
     """How ComfyUI's pages ask for a file of the output folder."""
-    name = Path(host.output_name(path))
+    name = Path(host_folders.output_name(path))
     return {"filename": name.name, "subfolder": name.parent.as_posix(), "type": "output"}

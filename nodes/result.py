@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..trainer_core.errors import ConfigError
-from . import host, sockets
+from . import host_lora, sockets
 from .schema import new_input, new_output, node_schema
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ApplyLora(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, run: sockets.FinishedRun, strength: float) -> io.NodeOutput:
         """A MODEL."""
-        return io.NodeOutput(host.apply_lora(model, run.lora_file, strength))
+        return io.NodeOutput(host_lora.apply_lora(model, run.lora_file, strength))
 
 
 class PlotLoss(io.ComfyNode):

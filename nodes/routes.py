@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..trainer_core.errors import TrainerError
 from ..trainer_core.runs import view as run_view
-from . import host
+from . import host_folders, host_server
 from .active_runs import active_runs, stop_and_keep
 from .graph_file import graph_to_continue
 from .untrusted import checked_run_name, file_below, folder_below
@@ -47,7 +47,7 @@ class _NotThereError(Exception):
 
 def register_routes() -> None:
     """Where there is a server, and once."""
-    server = host.server()
+    server = host_server.server()
     if server is None or any(getattr(route, "path", "") == f"{_BASE}/runs" for route in server.routes):
         return
     for path, answer in _READABLE.items():
@@ -97,7 +97,7 @@ async def _stop(request: web.Request) -> web.Response:
 
 def _list_runs(_request: web.Request) -> web.Response:
     under_way = {str(run["run_name"]): run for run in active_runs()}
-    listed = [run_view.summary(folder) for folder in run_view.run_folders(host.runs_dir(), _MAX_RUNS)]
+    listed = [run_view.summary(folder) for folder in run_view.run_folders(host_folders.runs_dir(), _MAX_RUNS)]
     starting = [
         _summary({**_NO_STEP, "run_name": name}, run) for name, run in under_way.items() if name not in _names(listed)
     ]
@@ -174,7 +174,7 @@ def _run_folder(request: web.Request) -> Path:
         ConfigError: no name, or no folder of that name.
         _NotThereError: not a run.
     """
-    folder = folder_below(checked_run_name(request.match_info["run"]), {"runs": host.runs_dir()}, "run_name")
+    folder = folder_below(checked_run_name(request.match_info["run"]), {"runs": host_folders.runs_dir()}, "run_name")
     if not (folder / "run.json").is_file():
         raise _NotThereError("There is no such run.")
     return folder

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, ValidationConfig
 from ..trainer_core.errors import ConfigError, TrainerError
-from . import host, sockets
+from . import host_call, host_folders, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SampleEdit(io.ComfyNode):
     def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
         """The LoRA is listed."""
         try:
-            return lora_name in (None, host.NO_LORA) or bool(host.lora_path(lora_name))
+            return lora_name in (None, host_folders.NO_LORA) or bool(host_folders.lora_path(lora_name))
         except TrainerError as error:
             return str(error)
 
@@ -53,7 +53,7 @@ class SampleEdit(io.ComfyNode):
         lora_file = _lora_file(values.pop("lora_name"), values.pop("run", None))
         size = bucket_size(Size(*references[0].size), values.pop("resolution"))
         request = SampleRequest(model=model, references=references, lora_file=lora_file, size=size, **values)
-        with host.long_call() as observer:
+        with host_call.long_call() as observer:
             return io.NodeOutput(picture_to_image(sample_edit(request, observer)))
 
 
@@ -75,8 +75,8 @@ def _inputs() -> list[io.Input]:
         new_input(
             io.Combo,
             "lora_name",
-            options=host.lora_names(),
-            default=host.NO_LORA,
+            options=host_folders.lora_names(),
+            default=host_folders.NO_LORA,
             tooltip="A LoRA file that ComfyUI lists; none for the base model alone, or when a run is connected.",
         ),
         new_input(
@@ -135,7 +135,7 @@ def _sampling_inputs() -> list[io.Input]:
 
 def _lora_file(lora_name: str, run: sockets.FinishedRun | None) -> Path | None:
     if run is None:
-        return None if lora_name == host.NO_LORA else host.lora_path(lora_name)
-    if lora_name != host.NO_LORA:
+        return None if lora_name == host_folders.NO_LORA else host_folders.lora_path(lora_name)
+    if lora_name != host_folders.NO_LORA:
         raise ConfigError(f"A run is connected and lora_name is {lora_name!r}; allowed is one of both. Set it to none.")
     return run.lora_file

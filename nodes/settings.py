@@ -19,7 +19,7 @@ from ..trainer_core.config import (
     ValidationConfig,
 )
 from ..trainer_core.errors import TrainerError
-from . import host, sockets
+from . import host_folders, sockets
 from .schema import fields_of, lines, new_input, new_output, node_schema, setting_input
 
 
@@ -49,8 +49,8 @@ class LoraSettings(io.ComfyNode):
                     io.Combo,
                     "init_lora",
                     optional=True,
-                    options=host.lora_names(),
-                    default=host.NO_LORA,
+                    options=host_folders.lora_names(),
+                    default=host_folders.NO_LORA,
                     tooltip="A LoRA that ComfyUI lists, to start from. Its layers keep its ranks; others start fresh.",
                 ),
             ],
@@ -61,16 +61,16 @@ class LoraSettings(io.ComfyNode):
     def validate_inputs(cls, init_lora: str | None = None) -> bool | str:
         """The LoRA is listed."""
         try:
-            return init_lora in (None, host.NO_LORA) or bool(host.lora_path(init_lora))
+            return init_lora in (None, host_folders.NO_LORA) or bool(host_folders.lora_path(init_lora))
         except TrainerError as error:
             return str(error)
 
     @classmethod
     def execute(
-        cls, *, init_lora: str = host.NO_LORA, rank_pattern: str = "", alpha_pattern: str = "", **widgets: Any
+        cls, *, init_lora: str = host_folders.NO_LORA, rank_pattern: str = "", alpha_pattern: str = "", **widgets: Any
     ) -> io.NodeOutput:
         """A LoraConfig."""
-        start = "" if init_lora == host.NO_LORA else str(host.lora_path(init_lora))
+        start = "" if init_lora == host_folders.NO_LORA else str(host_folders.lora_path(init_lora))
         ranks, alphas = lines(rank_pattern), lines(alpha_pattern)
         return io.NodeOutput(LoraConfig(**widgets, rank_pattern=ranks, alpha_pattern=alphas, init_lora=start))
 

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import ExportConfig, ModelConfig, TrainConfig
 from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
-from . import graph_file, host, publish, sockets
+from . import graph_file, host_call, host_folders, host_lora, host_server, publish, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 from .train_config import imported_input, preset_input, settings_input, train_config, validation_input
 from .untrusted import checked_run_name, free_name
@@ -123,8 +123,8 @@ def _train_config(
         raise ConfigError(f"if_run_exists is {if_run_exists!r}; allowed is one of {', '.join(get_args(IfRunExists))}.")
     name = checked_run_name(run_name)
     if if_run_exists == "new run":
-        name = free_name(host.runs_dir(), name)
-    own = {"run_dir": str(host.runs_dir() / name), "max_train_steps": max_train_steps, "seed": seed}
+        name = free_name(host_folders.runs_dir(), name)
+    own = {"run_dir": str(host_folders.runs_dir() / name), "max_train_steps": max_train_steps, "seed": seed}
     return train_config(model, encoded, own, lora_name=name, trigger_words=trigger_words, **gathered)
 
 
@@ -143,9 +143,9 @@ def _train(config: TrainConfig, on_first_step: Callable[[], None], *, continue_k
     num_layers = int(transformer_settings(model_folder(config.model).transformer)["num_layers"])
 
     def check(lora_file: Path) -> None:
-        host.check_lora_file(lora_file, num_layers)
+        host_lora.check_lora_file(lora_file, num_layers)
 
-    with host.long_call(Path(config.run_dir).name, on_first_step) as observer:
+    with host_call.long_call(Path(config.run_dir).name, on_first_step) as observer:
         result = train_lora(config, observer, extra_check=check, continue_kept=continue_kept)
         if result.lora_file is None:
             raise Interrupted("Stopped. The run is kept; queue the same graph again to go on.")
@@ -161,7 +161,7 @@ def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
     lora_name = publish.place_lora(result.lora_file, result.run_dir.name)
     ema_name = publish.place_lora(result.ema_file, result.run_dir.name) if result.ema_file else None
     if is_new:
-        host.send_message("qwen_edit_trainer.lora", {"run_name": result.run_dir.name, "lora_name": lora_name})
+        host_server.send_message("qwen_edit_trainer.lora", {"run_name": result.run_dir.name, "lora_name": lora_name})
     rows = RunFolder(result.run_dir).metrics()
     grid = file_to_image(result.samples.grid_file) if result.samples else empty_image()
     run = sockets.FinishedRun(

@@ -75,7 +75,14 @@ def test_registry_metadata(pyproject: dict):
 def test_an_installation_has_what_it_needs_and_no_more(tmp_path: Path):
     pack = install_pack(tmp_path)
     have = {path.relative_to(pack).as_posix() for path in pack.rglob("*") if path.is_file()}
-    needed = {"__init__.py", "LICENSE", "requirements.txt", "pyproject.toml", "nodes/host.py", "trainer_core/run.py"}
+    needed = {
+        "__init__.py",
+        "LICENSE",
+        "requirements.txt",
+        "pyproject.toml",
+        "nodes/host_call.py",
+        "trainer_core/run.py",
+    }
     needed |= {"web/qwen_edit_trainer.js", "web/trainer/trainer.css"}
     assert needed <= have
     top = {name.split("/")[0] for name in have}

@@ -133,9 +133,9 @@ def test_run_names(name: str, outside: Path, studio: PackServer):
 def test_base_models(name: str, outside: Path, studio: PackServer):
     name = name.format(outside=outside)
     prompt = training("nothing", 2)
-    assert "found are" in refusal(studio, changed(prompt, LOAD, base_model=name), LOAD)
+    assert "Available:" in refusal(studio, changed(prompt, LOAD, base_model=name), LOAD)
     linked = {**changed(prompt, LOAD, base_model=["value", 0]), "value": hidden(name)}
-    assert "found are" in failure_at(studio, linked, LOAD)
+    assert "Available:" in failure_at(studio, linked, LOAD)
 
 
 @pytest.mark.parametrize("name", ["unknown.safetensors", "../../secret.safetensors", "{outside}/x.safetensors"])
@@ -162,9 +162,9 @@ def test_lora_names(name: str, outside: Path, studio: PackServer):
         ),
         "digest": helper("Digest", value=["sample", 0]),
     }
-    assert "is not there" in refusal(studio, sample, "sample")
+    assert "not found" in refusal(studio, sample, "sample")
     linked = {**changed(sample, "sample", lora_name=["value", 0]), "value": hidden(name)}
-    assert "is not there" in failure_at(studio, linked, "sample")
+    assert "not found" in failure_at(studio, linked, "sample")
 
 
 @pytest.mark.parametrize(
