@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
 from . import host_call, host_folders, sockets
-from .encoded_here import ENCODED_HERE
+from .cache_watch import CACHE_WATCH
 from .schema import help_of, new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class EncodePairs(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **_widgets: Any) -> str:
         """Changes when something encoded has vanished from the cache, so that a queued graph encodes again."""
-        return ENCODED_HERE.losses()
+        return CACHE_WATCH.losses()
 
     @classmethod
     def execute(cls, model: ModelConfig, dataset: EditDataset, **widgets: Any) -> io.NodeOutput:
@@ -98,7 +98,7 @@ class EncodePairs(io.ComfyNode):
         with host_call.long_call() as observer:
             encoders = connected_encoders(connected, model.flavour)
             encoded = encode_dataset(dataset, model, encoding, host_folders.cache_dir(), observer, encoders)
-        return io.NodeOutput(ENCODED_HERE.note(encoded), encoding_report(encoded))
+        return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
 
 
 class SizeSettings(io.ComfyNode):

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..trainer_core.config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, ModelConfig
 from ..trainer_core.errors import ConfigError, TrainerError
 from . import host_call, host_folders, sockets
-from .encoded_here import ENCODED_HERE
+from .cache_watch import CACHE_WATCH
 from .schema import new_input, new_output, node_schema
 from .untrusted import file_below, file_below_roots, folder_below, near
 
@@ -174,7 +174,7 @@ class EncodeImported(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **_widgets: Any) -> str:
         """Changes when something encoded has vanished from the cache, so that a queued graph encodes again."""
-        return ENCODED_HERE.losses()
+        return CACHE_WATCH.losses()
 
     @classmethod
     def execute(cls, imported: sockets.ImportedJob, **connected: Any) -> io.NodeOutput:
@@ -189,7 +189,7 @@ class EncodeImported(io.ComfyNode):
         with host_call.long_call() as observer:
             encoders = connected_encoders(connected, imported.job.model.flavour)
             encoded, validation = encode_paired(imported.job, paired, observer, encoders)
-        reports = [encoding_report(ENCODED_HERE.note(each)) for each in (encoded, validation) if each is not None]
+        reports = [encoding_report(CACHE_WATCH.watch(each)) for each in (encoded, validation) if each is not None]
         return io.NodeOutput(encoded, validation, "\n\n".join(reports))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from . import host_folders, sockets
-from .encoded_here import ENCODED_HERE
+from .cache_watch import CACHE_WATCH
 from .schema import new_input, new_output, node_schema
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class MixPairs(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **_widgets: Any) -> str:
         """Changes when the mix's own file has vanished, too."""
-        return ENCODED_HERE.losses()
+        return CACHE_WATCH.losses()
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
@@ -47,7 +47,7 @@ class MixPairs(io.ComfyNode):
         from ..trainer_core.conditioning.report import encoding_report
 
         encoded = mix_encoded(_parts(widgets), host_folders.cache_dir())
-        return io.NodeOutput(ENCODED_HERE.note(encoded), encoding_report(encoded))
+        return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
 
 
 def _part_inputs(number: int) -> list[io.Input]:
