@@ -1,4 +1,4 @@
-"""A look at every pair before anything is encoded."""
+"""The node that checks pairs before encoding."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 
 
 class CheckPairs(io.ComfyNode):
-    """Shift, scale, colour, duplicates, captions."""
+    """Check shift, scale, colour, duplicates and captions."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "CheckPairs",
             "Check Edit Pairs",
-            description="Measures how references lie on their targets outside the edit (shift, scale, colour), and "
-            "finds near-duplicates, pairs that hardly differ and captions that say little. Changes nothing.",
+            description="Measures how well references match their targets outside the edit (shift, scale, colour), and "
+            "finds near-duplicates, pairs that hardly differ and uninformative captions. Changes no files.",
             search_aliases=["dataset check", "misaligned pairs", "duplicates"],
             is_output_node=True,
             inputs=[
@@ -41,19 +40,23 @@ class CheckPairs(io.ComfyNode):
                     default=12,
                     min=1,
                     max=100,
-                    tooltip="Pairs on the contact sheet; those with findings come first.",
+                    tooltip="Number of pairs on the contact sheet. Pairs with findings come first.",
                 ),
             ],
             outputs=[
                 new_output(sockets.Dataset, "checked", "The same pairs, for Encode Edit Pairs."),
-                new_output(io.String, "report", "Every finding with what to do about it."),
-                new_output(io.Image, "contact_sheet", "References, target and difference; marked pairs come first."),
+                new_output(io.String, "report", "All findings, each with a suggested fix."),
+                new_output(
+                    io.Image,
+                    "contact_sheet",
+                    "Reference, target and difference of each pair. Pairs with findings come first.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, dataset: EditDataset, max_pairs: int = 12, **widgets: Any) -> io.NodeOutput:
-        """The dataset as it came, a text and a picture."""
+        """Outputs the unchanged dataset, the report and the contact sheet."""
         from ..trainer_core.data.pair_check import check_pairs
         from ..trainer_core.pictures.check_report import check_report, check_sheet
         from .pictures import picture_to_image

@@ -1,4 +1,4 @@
-"""From pairs to latents and prompt embeddings on disk."""
+"""Nodes that encode pairs to latents and prompt embeddings on disk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
+from ..trainer_core.qwen_image.base_model import BaseModel
 from . import host_call, host_folders, sockets
 from .cache_watch import CACHE_WATCH
 from .schema import help_of, new_input, new_output, node_schema, setting_input
@@ -16,16 +17,15 @@ if TYPE_CHECKING:
 
 
 class EncodePairs(io.ComfyNode):
-    """Encode once, train often."""
+    """Encode a dataset once for any number of trainings."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "EncodePairs",
             "Encode Edit Pairs",
-            description="Encodes pictures and captions once and keeps the results on disk, so that training needs "
-            "neither the text encoder nor the VAE in memory. Continues where it was stopped.",
+            description="Encodes pictures and captions once and stores the results on disk, so that training does not "
+            "need the text encoder or the VAE in memory. Resumes where it was stopped.",
             search_aliases=["cache latents", "text embeddings"],
             inputs=[
                 new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
@@ -41,20 +41,20 @@ class EncodePairs(io.ComfyNode):
                     sockets.SizeSettings,
                     "size_settings",
                     optional=True,
-                    tooltip="Sizes and crops. Default: the aspect ratio stays, the area is resolution squared.",
+                    tooltip="Sizes and crops. Default: keep the aspect ratio, with an area of resolution squared.",
                 ),
                 new_input(
                     io.Clip,
                     "clip",
                     optional=True,
-                    tooltip="Encode prompts with this text encoder, the one you make pictures with, instead of the "
-                    "base model's. Goes with preprocessing comfyui.",
+                    tooltip="Encode prompts with this text encoder, the one you use for inference, instead of the base "
+                    "model's. Requires preprocessing comfyui.",
                 ),
                 new_input(
                     io.Vae,
                     "vae",
                     optional=True,
-                    tooltip="Encode pictures with this VAE instead of the base model's. Goes with preprocessing "
+                    tooltip="Encode pictures with this VAE instead of the base model's. Requires preprocessing "
                     "comfyui.",
                 ),
                 new_input(
@@ -63,29 +63,29 @@ class EncodePairs(io.ComfyNode):
                     optional=True,
                     multiline=True,
                     default="",
-                    tooltip=help_of(EncodingConfig, "validation_prompts") + " One on each line.",
+                    tooltip=help_of(EncodingConfig, "validation_prompts") + " One per line.",
                 ),
                 new_input(
                     sockets.ReferenceSettings,
                     "reference_settings",
                     optional=True,
-                    tooltip="How references are shown and kept. Default: all of a pair together, encoded once.",
+                    tooltip="How references are presented and cached. Default: all of a pair together, encoded once.",
                 ),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA."),
-                new_output(io.String, "report", "Numbers of pairs and their sizes, and what was left out."),
+                new_output(io.String, "report", "Numbers and sizes of the pairs, and what was skipped."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **_widgets: Any) -> str:
-        """Changes when something encoded has vanished from the cache, so that a queued graph encodes again."""
+        """Changes when encoded files are missing from the cache, so that a queued graph encodes again."""
         return CACHE_WATCH.losses()
 
     @classmethod
     def execute(cls, model: ModelConfig, dataset: EditDataset, **widgets: Any) -> io.NodeOutput:
-        """An EncodedDataset."""
+        """Outputs an EncodedDataset and the report."""
         from ..trainer_core.conditioning.encode import encode_dataset
         from ..trainer_core.conditioning.report import encoding_report
         from .host_encoders import connected_encoders
@@ -97,21 +97,20 @@ class EncodePairs(io.ComfyNode):
         encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
         with host_call.long_call() as observer:
             encoders = connected_encoders(connected, model.flavour)
-            encoded = encode_dataset(dataset, model, encoding, host_folders.cache_dir(), observer, encoders)
+            encoded = encode_dataset(dataset, BaseModel(model), encoding, host_folders.cache_dir(), observer, encoders)
         return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
 
 
 class SizeSettings(io.ComfyNode):
-    """Sizes and crops."""
+    """Choose sizes and crops."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "SizeSettings",
             "Qwen Edit Size Settings",
-            description="Sizes and crops of the pictures. Without this node: every picture keeps its aspect ratio and "
-            "has the area of a square of resolution.",
+            description="Sizes and crops of the pictures. Without this node, every picture keeps its aspect ratio and "
+            "is scaled to an area of resolution squared.",
             search_aliases=["crop", "resolution type", "aspect bucket"],
             inputs=[
                 setting_input(SizeConfig, "resolution_type"),
@@ -130,5 +129,5 @@ class SizeSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """A SizeConfig."""
+        """Outputs a SizeConfig."""
         return io.NodeOutput(SizeConfig(**widgets))

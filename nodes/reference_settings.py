@@ -18,7 +18,6 @@ class ReferenceSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         kinds = list(get_args(ConditioningType))
         return node_schema(
             "ReferenceSettings",

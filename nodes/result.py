@@ -19,7 +19,6 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "ApplyLora",
             "Apply Trained LoRA",
@@ -52,7 +51,6 @@ class PlotLoss(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "PlotLoss",
             "Plot Loss",

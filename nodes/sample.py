@@ -22,7 +22,6 @@ class SampleEdit(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "SampleEdit",
             "Sample With Qwen Edit LoRA",

@@ -28,7 +28,6 @@ class LoraSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "LoraSettings",
             "Qwen Edit LoRA Settings",
@@ -80,7 +79,6 @@ class OptimizerSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "OptimizerSettings",
             "Qwen Edit Optimizer Settings",
@@ -142,7 +140,6 @@ class TrainingSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "TrainingSettings",
             "Qwen Edit Training Settings",
@@ -191,8 +188,6 @@ class RolloutSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
-
         def widget(name: str, **limits: Any) -> io.Input:
             return setting_input(RolloutConfig, f"scheduled_sampling_{name}", **limits)
 
@@ -233,7 +228,6 @@ class ValidationSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "ValidationSettings",
             "Qwen Edit Validation Settings",
@@ -264,7 +258,6 @@ class MemorySettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "MemorySettings",
             "Qwen Edit Memory Settings",
@@ -294,7 +287,6 @@ class EmaSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "EmaSettings",
             "Qwen Edit EMA Settings",

@@ -27,7 +27,6 @@ class TrainLora(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "TrainLora",
             "Train Qwen Edit LoRA",
@@ -136,17 +135,10 @@ def _finished(config: TrainConfig, *, continue_kept: bool) -> TrainResult | None
 
 
 def _train(config: TrainConfig, on_first_step: Callable[[], None], *, continue_kept: bool) -> TrainResult:
-    from ..trainer_core.qwen_image.folder import model_folder
-    from ..trainer_core.qwen_image.transformer import transformer_settings
     from ..trainer_core.run import train_lora
 
-    num_layers = int(transformer_settings(model_folder(config.model).transformer)["num_layers"])
-
-    def check(lora_file: Path) -> None:
-        host_lora.check_lora_file(lora_file, num_layers)
-
     with host_call.long_call(Path(config.run_dir).name, on_first_step) as observer:
-        result = train_lora(config, observer, extra_check=check, continue_kept=continue_kept)
+        result = train_lora(config, observer, extra_check=host_lora.check_lora_file, continue_kept=continue_kept)
         if result.lora_file is None:
             raise Interrupted("Stopped. The run is kept; queue the same graph again to go on.")
         return result
