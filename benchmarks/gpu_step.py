@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from trainer_core.adapters.inject import inject_lora
 from trainer_core.adapters.master_weights import master_weights
-from trainer_core.adapters.plan import TARGET_PATTERNS
+from trainer_core.adapters.plan import TARGET_PATTERNS, plan_adapter
 from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, NoiseConfig, OptimizerConfig, TrainConfig
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
@@ -41,6 +41,7 @@ from trainer_core.planning.network import measure_network
 from trainer_core.planning.plan import plan_memory
 from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.precision.quantise import quantise
+from trainer_core.qwen_image.base_model import empty_transformer
 from trainer_core.qwen_image.lighten import lighten
 from trainer_core.qwen_image.transformer import predict_velocity
 from trainer_core.qwen_image.types import Condition
@@ -140,7 +141,7 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
     on_host = blocks_on_host(config.memory, layers, checkpointing=config.gradient_checkpointing)
     transformer = build(setting, layers, device, on_host)
     stream = stream_blocks(transformer, on_host, device, config.memory)
-    weights = master_weights(inject_lora(transformer, config.lora, seed=0), torch.bfloat16)
+    weights = master_weights(inject_lora(transformer, plan_adapter(transformer, config.lora), seed=0), torch.bfloat16)
     apply_memory(transformer, stream, device, config)
     optimizer = optimizer_builder(OptimizerConfig(), device)(list(weights.masters.values()))
 
@@ -235,7 +236,9 @@ def planned_bytes(setting: Setting, layers: int) -> int:
     """What the planner expects `ours` to take at its fullest moment."""
     model = ModelConfig(base_model_precision=setting.precision)  # type: ignore[arg-type]
     config = dataclasses.replace(setting.config, model=model)
-    network = measure_network({"num_layers": layers}, model, config.lora)
+    empty = empty_transformer({"num_layers": layers})
+    lighten(empty)
+    network = measure_network(empty, plan_adapter(empty, config.lora), model)
     side = Size(setting.side, setting.side)
     pair = pair_size(side, [side] * setting.references, PROMPT_TOKENS)
     phase = plan_memory(config, network, Workload(train=pair, batch=1)).phase("training")

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.support.narrow import fill, make_base, make_pairs, small_encoding
 from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.plan import plan_adapter
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.config import (
@@ -38,6 +39,7 @@ from trainer_core.config import (
 from trainer_core.data.pairing import pair_folders
 from trainer_core.demo.pretrain.transformer import CONFIG as DEMO_TRANSFORMER
 from trainer_core.events import SilentObserver, StepReport
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.latents import pack, token_shape
 from trainer_core.qwen_image.transformer import load_transformer
 from trainer_core.run import train_lora
@@ -113,8 +115,8 @@ def train_config(folder: Path, encoded: EncodedDataset, model: ModelConfig, step
 def bare_step(config: TrainConfig) -> Callable[[], None]:
     """Forward, backward and optimizer step on tensors that lie ready, with the loop's adapter and recomputation."""
     device = torch.device("cpu")
-    transformer = load_transformer(config.model, device)
-    lora = inject_lora(transformer, config.lora, config.seed)
+    transformer = load_transformer(BaseModel(config.model), device)
+    lora = inject_lora(transformer, plan_adapter(transformer, config.lora), config.seed)
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     optimizer = optimizer_builder(config.optimizer, device)(list(lora.values()))
@@ -186,7 +188,7 @@ def encode(folder: Path, model: ModelConfig, *, resolution: int, pairs: int) -> 
     dataset = pair_folders(make_pairs(folder / "pairs", pairs, ((resolution, resolution),)))
     began = time.perf_counter()
     encoding = small_encoding(resolution=resolution, num_eval_images=0)
-    return encode_dataset(dataset, model, encoding, folder / "cache"), time.perf_counter() - began
+    return encode_dataset(dataset, BaseModel(model), encoding, folder / "cache"), time.perf_counter() - began
 
 
 def report(work: Path, tokenizer: Path, resolution: int, steps: int, long_steps: int) -> str:
@@ -228,7 +230,7 @@ def encode_again(work: Path, model: ModelConfig, resolution: int) -> tuple[Encod
     dataset = pair_folders(folders)
     began = time.perf_counter()
     encoding = small_encoding(resolution=resolution, num_eval_images=0)
-    return encode_dataset(dataset, model, encoding, work / "cache"), time.perf_counter() - began
+    return encode_dataset(dataset, BaseModel(model), encoding, work / "cache"), time.perf_counter() - began
 
 
 def versions() -> str:

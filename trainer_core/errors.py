@@ -53,7 +53,16 @@ class MissingPackageError(TrainerError, ImportError):
 
 
 class Interrupted(TrainerError):
-    """The user asked to stop. What was done so far is on disk and the same call goes on from there."""
+    """The user asked to stop. What was done so far is on disk, and the same call goes on from there.
+
+    `keep`: the user wants a training to end here with a LoRA of the steps done, instead of a pause.
+    """
+
+    def __init__(
+        self, message: str = "Stopped. What is finished is kept; run the same again to go on.", *, keep: bool = False
+    ) -> None:
+        self.keep = keep
+        super().__init__(message)
 
 
 class LostRankError(TrainerError, RuntimeError):

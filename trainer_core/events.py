@@ -135,5 +135,5 @@ def raise_if_stopped(observer: Observer) -> None:
     Raises:
         Interrupted: the observer wants to stop.
     """
-    if observer.should_stop():
-        raise Interrupted("Stopped. What is finished is kept; run the same again to go on.")
+    if stop := observer.should_stop():
+        raise Interrupted(keep=stop is Stop.KEEP)

@@ -22,6 +22,7 @@ from trainer_core.data.masks import PairMask, loss_weights
 from trainer_core.data.pairing import folder_state, pair_folders, scan_folders
 from trainer_core.errors import DatasetError
 from trainer_core.geometry import Size
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.training.objective import velocity_loss
 
@@ -52,7 +53,7 @@ def masked(plain: DatasetConfig, tmp_path: Path) -> DatasetConfig:
 
 
 def encode(config: DatasetConfig, model: ModelConfig, root: Path) -> EncodedDataset:
-    return encode_dataset(pair_folders(config), model, small_encoding(num_eval_images=1), root / "cache")
+    return encode_dataset(pair_folders(config), BaseModel(model), small_encoding(num_eval_images=1), root / "cache")
 
 
 def losses(encoded: EncodedDataset, model: ModelConfig, run: Path) -> list[list[float]]:

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs
 from trainer_core.__main__ import main
-from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan
+from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan, largest_batch
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BatchingConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.errors import OutOfMemoryError
 from trainer_core.planning import choose as choose_module
 from trainer_core.planning.choose import Budget
 from trainer_core.planning.plan import GIB
-from trainer_core.planning.settle import RunMemory, largest_batch
+from trainer_core.planning.preparation import prepare_training
 from trainer_core.ranks import ALONE
 from trainer_core.run import TrainResult, train_lora
 from trainer_core.runs.folder import RunFolder
@@ -162,10 +162,10 @@ def test_auto_chooses_and_trains_the_same(
     for streamed in (0, 1):
         memory = MemoryConfig(blocks_to_stream=streamed, activation_offload=True, gradient_checkpointing_blocks=2)
         frugal = dataclasses.replace(config, memory=memory, gradient_checkpointing=True)
-        needs[streamed] = RunMemory(frugal, encoded, encoded).plan().needed_device_bytes
+        needs[streamed] = prepare_training(frugal).memory_plan().needed_device_bytes
     assert needs[1] <= needs[0]
     plenty = Budget(64 * GIB, 64 * GIB)
-    monkeypatch.setattr("trainer_core.planning.settle.budget_of", lambda *_, **__: plenty)
+    monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: plenty)
     result = train_lora(auto)
     written = json.loads((Path(auto.run_dir) / "config.json").read_text())
     assert written["gradient_checkpointing"] is False and written["memory"]["memory"] == "auto"
@@ -176,7 +176,7 @@ def test_settings_of_ones_own_that_do_not_fit_are_named(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They are tried all the same: a plan has its margin."""
-    monkeypatch.setattr("trainer_core.planning.settle.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
+    monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
     assert train_lora(named(config, "manual")).lora_file is not None
     said = [record.getMessage() for record in caplog.records if "Does not fit" in record.getMessage()]
     assert len(said) == 1
@@ -184,7 +184,7 @@ def test_settings_of_ones_own_that_do_not_fit_are_named(
 
 
 def test_auto_refuses_before_anything_is_loaded(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer_core.planning.settle.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
+    monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
     monkeypatch.setattr("trainer_core.run.build_networks", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(OutOfMemoryError, match=r"still needs \d+\.\d GiB on the device"):
         train_lora(dataclasses.replace(config, memory=MemoryConfig(memory="auto")))

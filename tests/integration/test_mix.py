@@ -28,6 +28,7 @@ from trainer_core.config import (
 from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.errors import ConfigError, DatasetError
 from trainer_core.events import SilentObserver, StepReport, Stop
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 
 
@@ -44,13 +45,13 @@ def pairs(cache: Path) -> EditDataset:
 @pytest.fixture(scope="module")
 def small(model: ModelConfig, pairs: EditDataset, cache: Path) -> EncodedDataset:
     """Three pairs of 96 pixels and one held out."""
-    return encode_dataset(pairs, model, small_encoding(), cache)
+    return encode_dataset(pairs, BaseModel(model), small_encoding(), cache)
 
 
 @pytest.fixture(scope="module")
 def large(model: ModelConfig, pairs: EditDataset, cache: Path) -> EncodedDataset:
     """The same at 128 pixels."""
-    return encode_dataset(pairs, model, small_encoding(resolution=128), cache)
+    return encode_dataset(pairs, BaseModel(model), small_encoding(resolution=128), cache)
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_a_broken_run_of_a_mix_equals_the_unbroken_one(
     drawn: EncodedDataset, model: ModelConfig, pairs: EditDataset, tmp_path: Path
 ) -> None:
     """With a share drawn, two sizes, and a validation set of its own, all of it held out."""
-    second = encode_dataset(pairs, model, small_encoding(num_eval_images=-1), drawn.cache_dir)
+    second = encode_dataset(pairs, BaseModel(model), small_encoding(num_eval_images=-1), drawn.cache_dir)
     config = TrainConfig(
         run_dir=str(tmp_path / "whole"),
         encoded=str(drawn.manifest),
@@ -199,7 +200,7 @@ def test_a_broken_run_of_a_mix_equals_the_unbroken_one(
 def test_a_validation_set_that_holds_nothing_out_is_refused(
     drawn: EncodedDataset, model: ModelConfig, pairs: EditDataset, tmp_path: Path
 ) -> None:
-    second = encode_dataset(pairs, model, small_encoding(num_eval_images=0), drawn.cache_dir)
+    second = encode_dataset(pairs, BaseModel(model), small_encoding(num_eval_images=0), drawn.cache_dir)
     config = TrainConfig(
         run_dir=str(tmp_path / "run"),
         encoded=str(drawn.manifest),

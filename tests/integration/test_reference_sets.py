@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs, picture, small_encoding
 from tests.support.runs import PauseAt
-from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan
+from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan, largest_batch
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.entry import EMPTY_CAPTION
@@ -22,7 +22,7 @@ from trainer_core.conditioning.report import encoding_report
 from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
-from trainer_core.planning.settle import largest_batch
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.ranks import ALONE
 from trainer_core.run import train_lora
 
@@ -50,7 +50,7 @@ def encode(base_of: Callable[[str], ModelConfig], root: Path) -> Callable[..., E
 
     def run(folders: DatasetConfig, **changes: object) -> EncodedDataset:
         encoding = small_encoding(**{"num_eval_images": 0, "encode_empty_caption": True, **changes})
-        return encode_dataset(pair_folders(folders), base_of("edit-v2"), encoding, root / "cache")
+        return encode_dataset(pair_folders(folders), BaseModel(base_of("edit-v2")), encoding, root / "cache")
 
     return run
 
@@ -160,9 +160,9 @@ def test_edit_v1_takes_several_folders_one_at_a_time(
 ) -> None:
     dataset, model = pair_folders(folders), base_of("edit-v1")
     with pytest.raises(ConfigError, match="conditioning_multidataset_sampling random"):
-        encode_dataset(dataset, model, small_encoding(), tmp_path / "cache")
+        encode_dataset(dataset, BaseModel(model), small_encoding(), tmp_path / "cache")
     encoding = small_encoding(conditioning_multidataset_sampling="random")
-    encoded = encode_dataset(dataset, model, encoding, tmp_path / "cache")
+    encoded = encode_dataset(dataset, BaseModel(model), encoding, tmp_path / "cache")
     assert {len(entry.alone) for entry in encoded.pairs} == {2}
     with pytest.raises(ConfigError, match="without the empty caption"):
         BatchPlan(encoded, BATCHING, 0)

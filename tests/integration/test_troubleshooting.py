@@ -17,6 +17,7 @@ from trainer_core.config import JobConfig, ModelConfig, TrainConfig, ValidationC
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, DatasetError, TrainerError
 from trainer_core.job import encode_job, pair_job
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.simpletuner.convert import convert
 from trainer_core.simpletuner.loose_json import plain_json
@@ -89,6 +90,6 @@ def test_a_cache_of_embeds_that_was_never_made(tmp_path: Path, model: ModelConfi
     assert job.dataset is not None
     asked = dataclasses.replace(job.encoding, conditioning_image_embeds="my-reference-embed", create_image_embeds=False)
     with pytest.raises(ConfigError) as caught:
-        encode_dataset(pair_folders(job.dataset), model, asked, Path(job.cache_dir))
+        encode_dataset(pair_folders(job.dataset), BaseModel(model), asked, Path(job.cache_dir))
     said = str(caught.value)
     assert "'my-reference-embed'" in said and "my-reference-embeds" in said and "Did you mean" in said

@@ -18,8 +18,10 @@ from torch import Tensor
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
 from tests.support.narrow import NARROW
 from trainer_core.adapters.inject import inject_lora, without_lora
+from trainer_core.adapters.plan import plan_adapter
 from trainer_core.adapters.writer import LoraMetadata, export_lora
 from trainer_core.config import LoraConfig, ModelConfig, TrainConfig
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.latents import denormalise
 from trainer_core.qwen_image.positions import ComfyuiPositions
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
@@ -112,8 +114,8 @@ def for_comfyui(width: int) -> dict[str, Tensor]:
 @torch.no_grad()
 def our_velocities(model: ModelConfig, lora_file: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Velocities with a trained adapter, which is then exported, and without; the layers that have one."""
-    transformer = load_transformer(model, torch.device("cpu"))
-    lora = inject_lora(transformer, LORA, seed=0)
+    transformer = load_transformer(BaseModel(model), torch.device("cpu"))
+    lora = inject_lora(transformer, plan_adapter(transformer, LORA), seed=0)
     for name, weight in lora.items():
         if name.endswith("lora_B"):
             weight.copy_(draw(name, *weight.shape) * 0.1)

@@ -13,15 +13,14 @@ from diffusers.optimization import get_scheduler
 from schedulefree import AdamWScheduleFreeReference
 from torch import nn
 
+from tests.support.narrow import networks_of
 from trainer_core.config import JobConfig, ModelConfig, OptimizerConfig, TrainConfig, from_json
 from trainer_core.config.optimizer import OptimizerName, SchedulerName
 from trainer_core.errors import ConfigError, MissingPackageError, RunFolderError
-from trainer_core.events import SILENT
 from trainer_core.rng import stream
 from trainer_core.training.optimizer import optimizer_builder, optimizer_bytes, set_learning_rate
 from trainer_core.training.optimizer_state import optimizer_tensors, restore_optimizer, weights_to_use
 from trainer_core.training.schedule import learning_rate_at
-from trainer_core.training.step import build_networks
 
 ON_CPU = [name for name in get_args(OptimizerName) if name != "adamw-8bit"]
 SHAPES = {"a.lora_A": (4, 24), "a.lora_B": (32, 4), "b.lora_A": (4, 96), "b.lora_B": (16, 4)}
@@ -208,7 +207,7 @@ def test_adamw_8bit_without_cuda_is_refused_before_a_model_is_loaded(tmp_path: P
         optimizer=OptimizerConfig(optimizer="adamw-8bit"),
     )
     with pytest.raises(ConfigError, match=r"optimizer is 'adamw-8bit' on cpu; allowed is a CUDA device.*lion"):
-        build_networks(config, "comfyui", SILENT)
+        networks_of(config)
 
 
 @pytest.mark.parametrize(

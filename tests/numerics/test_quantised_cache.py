@@ -19,6 +19,7 @@ from trainer_core.events import SilentObserver, Stop
 from trainer_core.precision import materialise, quantised_cache
 from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.precision.pieces import Pieces, layer_of, pieces_of
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
@@ -51,7 +52,7 @@ def config_of(base: Path, kept: Path, precision: BaseModelPrecision = "int8-quan
 
 def load(config: ModelConfig) -> nn.Module:
     """The transformer."""
-    return load_transformer(config, CPU)
+    return load_transformer(BaseModel(config), CPU)
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def test_a_stop_leaves_nothing_behind(base: Path, tmp_path: Path) -> None:
             return Stop.PAUSE if self.asked > 2 else Stop.NO
 
     with pytest.raises(Interrupted):
-        load_transformer(config_of(base, tmp_path), CPU, Stopper())
+        load_transformer(BaseModel(config_of(base, tmp_path)), CPU, Stopper())
     assert not entries(tmp_path)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.narrow import make_pairs, read_rows, small_encoding
+from tests.support.narrow import make_pairs, networks_of, read_rows, small_encoding
 from tests.support.runs import Steps, StopAfter, equal, lora_tensors, named, twelve_steps
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
@@ -31,6 +31,7 @@ from trainer_core.config import (
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import DatasetError, NonFiniteLossError
 from trainer_core.events import SILENT, Stop
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.training import optimizer as optimizer_module
 from trainer_core.training import step as step_module
@@ -114,7 +115,7 @@ def test_memory_settings_change_nothing(config: TrainConfig) -> None:
 def test_one_batch_of_four_equals_four_of_one(model: ModelConfig, tmp_path: Path) -> None:
     """Prompts are of unequal length here, so this also shows that padding is masked away."""
     dataset = pair_folders(make_pairs(tmp_path / "pairs", 4))
-    encoded = encode_dataset(dataset, model, small_encoding(num_eval_images=0), tmp_path / "cache")
+    encoded = encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=0), tmp_path / "cache")
     assert len({encoded.load(entry).prompt_embeds.shape for entry in encoded.pairs}) > 1
     reports = {}
     for size in (1, 4):
@@ -222,7 +223,7 @@ def test_validation_loss_is_the_same_number_for_the_same_weights(config: TrainCo
     from trainer_core.conditioning.encoded import load_encoded
     from trainer_core.qwen_image.transformer import load_transformer
 
-    transformer = load_transformer(config.model, torch.device("cpu"))
+    transformer = load_transformer(BaseModel(config.model), torch.device("cpu"))
     losses = []
     for _ in range(2):
         torch.rand(3)
@@ -237,7 +238,7 @@ def test_tokens_stand_where_the_policy_has_them(model: ModelConfig) -> None:
     config, cpu = TrainConfig(run_dir="x", encoded="y", model=model), torch.device("cpu")
     placed = {}
     for policy in ("comfyui", "diffusers"):
-        embed = step_module.build_networks(config, policy, SILENT).transformer.pos_embed
+        embed = networks_of(config, policy).transformer.pos_embed
         placed[policy] = [embed(shapes, max_txt_seq_len=5, device=cpu) for shapes in (odd, even)]
     for part in (0, 1):  # pictures, prompt
         assert not torch.equal(placed["comfyui"][0][part], placed["diffusers"][0][part])

@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 
 from tests.support.layouts import Weights, as_bytes, gguf, int8_rows, nf4, random_weights
 from tests.support.narrow import NARROW
-from trainer_core.config import LoraConfig, ModelConfig
+from trainer_core.config import ModelConfig
 from trainer_core.errors import Interrupted, ModelFileError
 from trainer_core.events import SilentObserver, Stop
-from trainer_core.planning.network import network_size
 from trainer_core.qwen_image import transformer
+from trainer_core.qwen_image.base_model import BaseModel, transformer_settings
 from trainer_core.qwen_image.folder import model_folder
 from trainer_core.qwen_image.text_encoder import load_text_encoder
-from trainer_core.qwen_image.transformer import check_transformer, load_transformer, transformer_settings
+from trainer_core.qwen_image.transformer import load_transformer
 from trainer_core.qwen_image.vae import load_vae
 
 CPU = torch.device("cpu")
@@ -51,14 +51,14 @@ def write(path: Path, tensors: Weights) -> Path:
 
 def complaint(path: Path, **changes: object) -> str:
     with pytest.raises(ModelFileError) as caught:
-        load_transformer(config_of(path, **changes), CPU)
+        load_transformer(BaseModel(config_of(path, **changes)), CPU)
     assert path.name in str(caught.value)
     return str(caught.value)
 
 
 def test_a_narrow_file_loads(weights: Weights, tmp_path: Path):
     """So that the refusals below mean something; and it equals diffusers' own loading."""
-    network = load_transformer(config_of(write(tmp_path / "a.safetensors", weights)), CPU)
+    network = load_transformer(BaseModel(config_of(write(tmp_path / "a.safetensors", weights))), CPU)
     assert all(torch.equal(each, weights[name].float()) for name, each in network.named_parameters())
     assert not any(each.requires_grad for each in network.parameters())
     assert not any(each.is_meta for each in [*network.parameters(), *network.buffers()])
@@ -76,9 +76,9 @@ def test_another_kind_of_file(tmp_path: Path, weights: Weights):
     path = write(tmp_path / "vae.safetensors", vae)
     assert "looks like a VAE" in complaint(path)
     with pytest.raises(ModelFileError, match="no Qwen-Image VAE"):
-        load_vae(config_of(path), CPU)
+        load_vae(BaseModel(config_of(path)), CPU)
     with pytest.raises(ModelFileError, match=r"no Qwen2\.5-VL.*text_encoders"):
-        load_text_encoder(config_of(path), "comfyui", CPU)
+        load_text_encoder(BaseModel(config_of(path)), "comfyui", CPU)
     assert "128" in complaint(write(tmp_path / "w.safetensors", _other_heads(weights)))
 
 
@@ -149,10 +149,10 @@ def test_flavour_by_the_marker(tmp_path: Path, weights: Weights):
     marked = write(tmp_path / "2511.safetensors", {**weights, "__index_timestep_zero__": torch.zeros(0)})
     assert transformer_settings(marked)["zero_cond_t"]
     assert "Choose edit-v3" in complaint(marked, flavour="edit-v2")
-    assert load_transformer(config_of(marked, flavour="edit-v3"), CPU).zero_cond_t
+    assert load_transformer(BaseModel(config_of(marked, flavour="edit-v3")), CPU).zero_cond_t
     bare = write(tmp_path / "bare.safetensors", weights)
-    assert load_transformer(config_of(bare, flavour="edit-v3"), CPU).zero_cond_t
-    assert not load_transformer(config_of(bare, flavour="edit-v2"), CPU).zero_cond_t
+    assert load_transformer(BaseModel(config_of(bare, flavour="edit-v3")), CPU).zero_cond_t
+    assert not load_transformer(BaseModel(config_of(bare, flavour="edit-v2")), CPU).zero_cond_t
 
 
 PLUS, PLAIN = "QwenImageEditPlusPipeline", "QwenImageEditPipeline"
@@ -179,10 +179,10 @@ def test_flavour_by_the_download(pipeline: str | None, zero_cond_t: bool, fittin
     model = ModelConfig(base=str(tmp_path))
     for flavour in ("edit-v1", "edit-v2", "edit-v3"):
         if flavour in fitting:
-            check_transformer(replace(model, flavour=flavour))
+            assert BaseModel(replace(model, flavour=flavour)).network_settings
             continue
         with pytest.raises(ModelFileError, match=f"the flavour is {flavour}. Choose {' or '.join(fitting)}"):
-            check_transformer(replace(model, flavour=flavour))
+            assert BaseModel(replace(model, flavour=flavour)).network_settings
 
 
 def test_folders_in_the_place_of_files(base_of: Callable[[str], ModelConfig], tokenizer_dir: Path):
@@ -190,15 +190,15 @@ def test_folders_in_the_place_of_files(base_of: Callable[[str], ModelConfig], to
     base = Path(base_of("edit-v1").base)
     parts = {f"{part}_file": str(base / part) for part in ("transformer", "text_encoder", "vae")}
     config = ModelConfig(**parts, tokenizer=str(tokenizer_dir), mixed_precision="no", device="cpu")
-    load_transformer(config, CPU)
-    load_vae(config, CPU)
-    load_text_encoder(config, "diffusers", CPU)
+    load_transformer(BaseModel(config), CPU)
+    load_vae(BaseModel(config), CPU)
+    load_text_encoder(BaseModel(config), "diffusers", CPU)
 
 
 def test_gguf_is_not_kept_as_it_is(tmp_path: Path, weights: Weights):
     path = gguf(weights, tmp_path / "a.gguf", "F16")
     assert "GGUF, which is not kept as it is" in complaint(path, base_model_precision="file")
-    load_transformer(config_of(path), CPU)
+    load_transformer(BaseModel(config_of(path)), CPU)
 
 
 def test_nf4_is_not_kept_as_it_is(tmp_path: Path):
@@ -206,7 +206,7 @@ def test_nf4_is_not_kept_as_it_is(tmp_path: Path):
     folder = nf4(random_weights({**NARROW, "num_layers": 1}), tmp_path / "transformer")
     (folder / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", **NARROW}))
     config = replace(config_of(folder), base_model_precision="file")
-    for refused in (lambda: load_transformer(config, CPU), lambda: network_size(config, LoraConfig())):
+    for refused in (lambda: load_transformer(BaseModel(config), CPU), lambda: BaseModel(config).network):
         with pytest.raises(ModelFileError, match=r"holds its weights as NF4.*Set base_model_precision to nf4-bnb"):
             refused()
 
@@ -225,5 +225,5 @@ def test_loading_can_be_stopped(tmp_path: Path, weights: Weights):
 
     observer = AfterOneBlock()
     with pytest.raises(Interrupted):
-        load_transformer(config_of(write(tmp_path / "a.safetensors", weights)), CPU, observer)
+        load_transformer(BaseModel(config_of(write(tmp_path / "a.safetensors", weights))), CPU, observer)
     assert observer.done == 1

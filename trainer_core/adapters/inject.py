@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..config import LoraConfig, LoraType
+from ..config import LoraType
 from ..rng import stream, undisturbed
 from .master_weights import copy_for_network
-from .plan import LayerPlan, lokr_shapes, plan_layers, read_parts
+from .plan import AdapterPlan, LayerPlan, lokr_shapes, read_parts
 from .reader import AdapterPart, Kronecker, LowRank
 
 if TYPE_CHECKING:
@@ -28,21 +28,20 @@ ADAPTER = "default"
 _LOKR = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
-def inject_lora(transformer: QwenImageTransformer2DModel, lora: LoraConfig, seed: int) -> dict[str, nn.Parameter]:
+def inject_lora(transformer: QwenImageTransformer2DModel, plan: AdapterPlan, seed: int) -> dict[str, nn.Parameter]:
     """Put an adapter into the frozen transformer; its float32 parameters by name, the only trainable ones.
 
     Names are those in the file: `<module>.lora_A` and `.lora_B`; for a DoRA also `.dora_scale`, here the rows' lengths;
     for a LoKr `.lokr_w1`, and `.lokr_w2` or its factors `.lokr_w2_a` and `.lokr_w2_b`. A fresh adapter changes nothing:
     B or w1 is zero, and the others are drawn uniformly (Kaiming, as peft) from (seed, name).
-
-    Raises:
-        ConfigError, ModelFileError: as `plan_layers`.
     """
-    plan = plan_layers(transformer, lora)
-    parameters = inject_planned(transformer, plan, lora.lora_type, dropout=lora.lora_dropout, factor=lora.lokr_factor)
+    lora = plan.config
+    parameters = inject_planned(
+        transformer, plan.layers, lora.lora_type, dropout=lora.lora_dropout, factor=lora.lokr_factor
+    )
     with torch.no_grad():
         _draw_initial_weights(parameters, seed)
-        for name, layer in plan.items():
+        for name, layer in plan.layers.items():
             put_start(transformer, parameters, name, layer)
     return parameters
 

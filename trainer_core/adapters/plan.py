@@ -87,8 +87,27 @@ def _is_dead_end(transformer: nn.Module, name: str) -> bool:
     return name.startswith(last) and _WITHOUT_GRADIENT.fullmatch(name.removeprefix(last)) is not None
 
 
-def plan_layers(transformer: nn.Module, lora: LoraConfig) -> dict[str, LayerPlan]:
-    """Every layer's adapter by full name. The transformer may lie on the meta device.
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """The whole adapter before it is built: what every layer gets, by the layer's full name."""
+
+    config: LoraConfig
+    layers: Mapping[str, LayerPlan]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the adapter trains."""
+        return sum(map(self._parameters_of, self.layers.values()))
+
+    def _parameters_of(self, layer: LayerPlan) -> int:
+        if self.config.lora_type == "lokr":
+            return sum(rows * columns for rows, columns in lokr_shapes(layer, self.config.lokr_factor).values())
+        magnitudes = layer.out_features if self.config.lora_type == "dora" else 0
+        return layer.rank * (layer.in_features + layer.out_features) + magnitudes
+
+
+def plan_adapter(transformer: nn.Module, lora: LoraConfig) -> AdapterPlan:
+    """Plan the adapter of a transformer, which may lie on the meta device.
 
     Raises:
         ConfigError: a pattern matches no layer, or `init_lora` does not suit these settings.
@@ -103,12 +122,12 @@ def plan_layers(transformer: nn.Module, lora: LoraConfig) -> dict[str, LayerPlan
                     f"named like {names[0]!r}."
                 )
     starts = _starts(transformer, lora, names)
-    plan: dict[str, LayerPlan] = {}
+    layers: dict[str, LayerPlan] = {}
     for name in names:
         layer, start = transformer.get_submodule(name), starts.get(name)
         rank = start.down.shape[0] if isinstance(start, LowRank) else lora.rank_of(name)
-        plan[name] = LayerPlan(layer.in_features, layer.out_features, rank, lora.scale_of(name, rank), start)  # type: ignore[arg-type]
-    return plan
+        layers[name] = LayerPlan(layer.in_features, layer.out_features, rank, lora.scale_of(name, rank), start)  # type: ignore[arg-type]
+    return AdapterPlan(lora, layers)
 
 
 def _starts(transformer: nn.Module, lora: LoraConfig, names: list[str]) -> Mapping[str, AdapterPart]:
@@ -160,20 +179,3 @@ def lokr_shapes(layer: LayerPlan, factor: int) -> dict[str, tuple[int, int]]:
         shapes = [(a, c), *([(b, layer.rank), (layer.rank, d)] if layer.rank < max(b, d) / 2 else [(b, d)])]
     names = ["lokr_w1", "lokr_w2"] if len(shapes) == 2 else ["lokr_w1", "lokr_w2_a", "lokr_w2_b"]
     return dict(zip(names, shapes, strict=True))
-
-
-def num_parameters(transformer: nn.Module, lora: LoraConfig) -> int:
-    """How many numbers the adapter trains. For planning: pass `qwen_image.transformer.empty_transformer(settings)`.
-
-    Raises:
-        ConfigError: as `plan_layers`.
-        ModelFileError: as `plan_layers`.
-    """
-    count = 0
-    for layer in plan_layers(transformer, lora).values():
-        if lora.lora_type == "lokr":
-            count += sum(rows * columns for rows, columns in lokr_shapes(layer, lora.lokr_factor).values())
-        else:
-            count += layer.rank * (layer.in_features + layer.out_features)
-            count += layer.out_features if lora.lora_type == "dora" else 0
-    return count

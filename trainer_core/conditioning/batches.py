@@ -293,3 +293,14 @@ def pad_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     if bool((lengths == lengths[0]).all()):
         return padded, None
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+def largest_batch(plan: RankPlan, encoded: EncodedDataset) -> int:
+    """Number of this process's micro-batch with the most latent elements, within about one epoch."""
+
+    def size(number: int) -> int:
+        draws = plan[number]
+        shapes = encoded.pairs[draws[0].pair].seen(draws[0].reference_set).shapes
+        return len(draws) * sum(height * width for _, height, width in shapes)  # type: ignore[misc]
+
+    return max(range(plan.first_epoch()), key=size)

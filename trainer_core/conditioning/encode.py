@@ -20,9 +20,8 @@ from ..data.pairing import EditDataset, dataset_states
 from ..device import pick_device, release_memory
 from ..errors import ConfigError, DatasetError, OutOfMemoryError
 from ..events import SILENT, Observer
+from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import FLAVOURS
-from ..qwen_image.folder import model_folder
-from ..qwen_image.transformer import check_transformer, transformer_settings
 from ..ranks import ALONE, Ranks
 from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
@@ -36,7 +35,7 @@ from .sizes import large_enough
 
 def encode_dataset(
     dataset: EditDataset,
-    model: ModelConfig,
+    base: BaseModel,
     encoding: EncodingConfig,
     cache_dir: Path,
     observer: Observer = SILENT,
@@ -56,15 +55,16 @@ def encode_dataset(
         OutOfMemoryError: they, or a picture, don't fit; what was encoded stays.
         Interrupted: the observer wants to stop; what was encoded stays.
     """
-    check_transformer(model)  # prompts in another flavour's words would be found out hours later
+    model = base.config
+    prompt_width = base.prompt_width  # refuses a transformer of another flavour now instead of hours later
     check_references(dataset, model, encoding)
     encoders = encoders or Encoders()
     encoders.check(encoding)
     pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
     dataset = dataclasses.replace(dataset, pairs=pairs)
     device = pick_device(model.device)
-    vae = encoders.pictures or own_pictures(model, device)
-    text_encoder = encoders.prompts or own_prompts(model, encoding, device)
+    vae = encoders.pictures or own_pictures(base, device)
+    text_encoder = encoders.prompts or own_prompts(base, encoding, device)
     image_embeds = open_image_embeds(encoding, cache_dir, dataset.reference_dirs[0], text_encoder)
     held_out = _held_out(dataset, encoding)
     digests = (vae.digest, text_encoder.digest)
@@ -77,7 +77,7 @@ def encode_dataset(
         problems += encode_latents(jobs.latents, vae, cache_dir, observer)
     release_memory()
     with _memory_errors_explained("prompts", "Set text_encoder_precision to int8-quanto or nf4-bnb"):
-        problems += encode_prompts(jobs.prompts, text_encoder, image_embeds, prompt_width(model), observer)
+        problems += encode_prompts(jobs.prompts, text_encoder, image_embeds, prompt_width, observer)
     release_memory()
     _raise_unread(problems)
     ranks.wait()
@@ -86,7 +86,7 @@ def encode_dataset(
         cache_dir,
         flavour=model.flavour,
         preprocessing=encoding.preprocessing,
-        prompt_width=prompt_width(model),
+        prompt_width=prompt_width,
         pairs=tuple(entry for entry in entries if entry.key not in held_out),
         validation_pairs=tuple(entry for entry in entries if entry.key in held_out),
         left_out=left_out,
@@ -139,8 +139,3 @@ def _held_out(dataset: EditDataset, encoding: EncodingConfig) -> set[str]:
             f"train on. Allowed is 0 to {len(keys) - 1}."
         )
     return {pair.key for pair in keys[:wanted]}
-
-
-def prompt_width(model: ModelConfig) -> int:
-    """Width D of the prompt embeddings, from the transformer's configuration or file."""
-    return int(transformer_settings(model_folder(model).transformer).get("joint_attention_dim", 3584))

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..config import EncodingConfig, ModelConfig, digest
+from ..config import EncodingConfig, digest
 from ..errors import ConfigError
 from ..events import Observer
-from ..qwen_image.folder import ModelFolder, model_folder, weights_digest
+from ..qwen_image.base_model import BaseModel
+from ..qwen_image.folder import ModelFolder, weights_digest
 from ..qwen_image.text_encoder import Picture, load_text_encoder
 from ..qwen_image.vae import encode_picture, load_vae
 
@@ -75,25 +76,25 @@ class Encoders:
             )
 
 
-def own_pictures(model: ModelConfig, device: torch.device) -> PictureEncoder:
+def own_pictures(base: BaseModel, device: torch.device) -> PictureEncoder:
     """The VAE of the base model."""
 
     @contextmanager
     def loaded(_observer: Observer) -> Iterator[EncodePicture]:
-        vae = load_vae(model, device)
+        vae = load_vae(base, device)
         yield lambda pixels: encode_picture(vae, pixels)
 
-    return PictureEncoder(digest([weights_digest(model_folder(model).vae), model.mixed_precision]), loaded)
+    return PictureEncoder(digest([base.vae_digest, base.config.mixed_precision]), loaded)
 
 
-def own_prompts(model: ModelConfig, encoding: EncodingConfig, device: torch.device) -> PromptEncoder:
+def own_prompts(base: BaseModel, encoding: EncodingConfig, device: torch.device) -> PromptEncoder:
     """The text encoder of the base model."""
 
     @contextmanager
     def loaded(observer: Observer) -> Iterator[EncodePrompts]:
-        yield load_text_encoder(model, encoding.preprocessing, device, observer)
+        yield load_text_encoder(base, encoding.preprocessing, device, observer)
 
-    folder = model_folder(model)
+    folder, model = base.folder, base.config
     network = [encoding.preprocessing, model.mixed_precision, weights_digest(folder.text_encoder)]
     network += [model.text_encoder_precision] if model.text_encoder_precision != "none" else []
     tokenizer = [weights_digest(folder.tokenizer), _bytes_digest(folder.tokenizer)]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import ModelConfig
 from ..data.images import open_checked_picture
 from ..device import pick_device
 from ..errors import ConfigError
 from ..events import SILENT, Observer
+from ..qwen_image.base_model import BaseModel
 from .encoded import EncodedDataset, EncodeReference
 from .encoders import EncodePicture, own_pictures
 from .jobs import latents_key
@@ -22,7 +22,7 @@ from .types import ReferenceFile
 
 @contextmanager
 def reference_encoder(
-    encoded: EncodedDataset, model: ModelConfig, observer: Observer = SILENT
+    encoded: EncodedDataset, base: BaseModel, observer: Observer = SILENT
 ) -> Iterator[EncodeReference | None]:
     """What makes latents of references, with the VAE in memory while the context lasts; None where all are cached.
 
@@ -34,7 +34,7 @@ def reference_encoder(
     if first is None:
         yield None
         return
-    vae = own_pictures(model, pick_device(model.device))
+    vae = own_pictures(base, pick_device(base.config.device))
     if latents_key(vae.digest, *first.reference_files[0][1:]) != first.references[0]:
         raise ConfigError(
             "The dataset's references are encoded on the fly, and it was encoded with another VAE or mixed_precision "

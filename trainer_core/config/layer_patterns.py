@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..errors import ConfigError
 
@@ -29,13 +30,18 @@ class LayerPattern:
         return block is not None and self.blocks is not None and int(block.group(1)) in self.blocks
 
 
+@lru_cache  # asked for each of hundreds of layers
+def _parsed(setting: str, lines: tuple[str, ...]) -> tuple[LayerPattern, ...]:
+    return tuple(_pattern(setting, line) for line in lines)
+
+
 def layer_patterns(setting: str, lines: Sequence[str]) -> tuple[LayerPattern, ...]:
     """The lines' meaning, in their order: the first that matches a layer counts.
 
     Raises:
         ConfigError: a line is not of this form.
     """
-    return tuple(_pattern(setting, line) for line in lines)
+    return _parsed(setting, tuple(lines))
 
 
 def value_for(patterns: Sequence[LayerPattern], layer: str) -> float | None:

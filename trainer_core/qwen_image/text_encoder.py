@@ -16,8 +16,9 @@ from ..errors import DatasetError, MissingPackageError
 from ..events import SILENT, Observer
 from ..precision.quantise import quantise
 from . import prompt
+from .base_model import BaseModel
 from .flavours import FLAVOURS, Flavour
-from .folder import DEMO_FOLDER, ModelFolder, model_folder
+from .folder import DEMO_FOLDER, ModelFolder
 from .text_encoder_file import KEPT_LAYERS, load_by_layers
 from .vision import num_vision_tokens, rotary_positions, vision_patches
 
@@ -122,7 +123,7 @@ def _image_processor(folder: Path) -> Any:
 
 
 def load_text_encoder(
-    config: ModelConfig, preprocessing: Preprocessing, device: torch.device, observer: Observer = SILENT
+    base: BaseModel, preprocessing: Preprocessing, device: torch.device, observer: Observer = SILENT
 ) -> TextEncoder:
     """Load the text encoder of a base model, frozen, in bf16 on accelerators.
 
@@ -130,7 +131,7 @@ def load_text_encoder(
         ModelFileError: the folder or file holds no Qwen2.5-VL.
         Interrupted: the observer wants to stop.
     """
-    folder = model_folder(config)
+    folder, config = base.folder, base.config
     is_demo = folder.text_encoder.is_relative_to(DEMO_FOLDER)
     network = _demo_network(folder) if is_demo else _stored_network(folder, config, device, observer)
     if is_demo:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..config import ModelConfig
 from ..errors import ModelFileError
 from ..weights.source import open_weights
-from .folder import model_folder
+from .base_model import BaseModel
 from .latents import VAE_FACTOR, denormalise, normalise
 
 if TYPE_CHECKING:
@@ -21,13 +20,13 @@ if TYPE_CHECKING:
 _WAN_MARK, _WIDTH_FROM = "decoder.middle.0.residual.0.gamma", "decoder.norm_out.gamma"
 
 
-def load_vae(config: ModelConfig, device: torch.device) -> AutoencoderKLQwenImage:
+def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKLQwenImage:
     """The VAE of a base model for pictures, frozen; bf16 on accelerators, float32 on the CPU.
 
     Raises:
         ModelFileError: the folder or file holds no AutoencoderKLQwenImage.
     """
-    place = model_folder(config).vae
+    place, config = base.folder.vae, base.config
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" and device.type != "cpu" else torch.float32
     vae = _from_file(place, dtype) if place.is_file() else _from_folder(place, dtype)
     for_pictures(vae)
