@@ -90,6 +90,11 @@ def same_shape(size: Size, other: Size) -> bool:
     return least <= most
 
 
-def similar_shape(size: Size, other: Size) -> bool:
-    """Whether the sides' ratios differ by no more than the rounding of small sizes explains: 5 %."""
-    return abs((size.width * other.height) / (size.height * other.width) - 1) <= 0.05
+def similar_shape(size: Size, other: Size, tolerance: float = 0.05) -> bool:
+    """Whether the aspect ratios differ by at most `tolerance`, relative. 5 % covers the rounding of small sizes."""
+    return abs((size.width * other.height) / (size.height * other.width) - 1) <= tolerance
+
+
+def same_framing(target: Size, reference: Size) -> bool:
+    """Whether the aspect ratios differ by at most 1 %, so that both pictures are taken to show the same scene."""
+    return similar_shape(reference, target, 0.01)

@@ -9,7 +9,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from .errors import ConfigError
@@ -169,3 +169,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 def digest(values: object) -> str:
     """A short name for equal JSON values (128 bits, hexadecimal)."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The known name that `name` is most likely a misspelling of; empty if none is close."""
+    return next(iter(difflib.get_close_matches(str(name), list(known), 1)), "")
