@@ -1,4 +1,4 @@
-"""Settings a person may leave alone: adapter, optimizer, loop, validation."""
+"""Nodes for the optional settings of a training: adapter, optimizer, loop, validation, memory and EMA."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from .schema import fields_of, lines, new_input, new_output, node_schema, settin
 
 
 class LoraSettings(io.ComfyNode):
-    """The adapter's shape."""
+    """Choose type, size and target layers of the adapter."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "LoraSettings",
             "Qwen Edit LoRA Settings",
-            description="Size and place of the adapter. Without this node: rank 16 on the image attention.",
+            description="Type, size and target layers of the adapter. Without this node: rank 16 on the image "
+            "attention.",
             search_aliases=["rank", "alpha", "network dim"],
             inputs=[
                 setting_input(LoraConfig, "lora_rank", min=1, max=1024),
@@ -50,7 +51,7 @@ class LoraSettings(io.ComfyNode):
                     optional=True,
                     options=host_folders.lora_names(),
                     default=host_folders.NO_LORA,
-                    tooltip="A LoRA that ComfyUI lists, to start from. Its layers keep its ranks; others start fresh.",
+                    tooltip="A LoRA to start from. Its layers keep their ranks; all other layers start fresh.",
                 ),
             ],
             outputs=[new_output(sockets.LoraSettings, "lora_settings", "For Train Qwen Edit LoRA.")],
@@ -58,7 +59,7 @@ class LoraSettings(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, init_lora: str | None = None) -> bool | str:
-        """The LoRA is listed."""
+        """Check that the LoRA is listed."""
         try:
             return init_lora in (None, host_folders.NO_LORA) or bool(host_folders.lora_path(init_lora))
         except TrainerError as error:
@@ -68,14 +69,14 @@ class LoraSettings(io.ComfyNode):
     def execute(
         cls, *, init_lora: str = host_folders.NO_LORA, rank_pattern: str = "", alpha_pattern: str = "", **widgets: Any
     ) -> io.NodeOutput:
-        """A LoraConfig."""
+        """Outputs a LoraConfig."""
         start = "" if init_lora == host_folders.NO_LORA else str(host_folders.lora_path(init_lora))
         ranks, alphas = lines(rank_pattern), lines(alpha_pattern)
         return io.NodeOutput(LoraConfig(**widgets, rank_pattern=ranks, alpha_pattern=alphas, init_lora=start))
 
 
 class OptimizerSettings(io.ComfyNode):
-    """How the adapter is moved."""
+    """Choose the optimizer and the learning rate schedule."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -114,7 +115,7 @@ class OptimizerSettings(io.ComfyNode):
         lr_scheduler: str | None = None,
         lr_warmup_steps: int | None = None,
     ) -> bool | str:
-        """Pairings that can't work are said before anything runs. A value that another node gives is None here."""
+        """Reject invalid combinations before the graph runs. Linked inputs arrive as None."""
         values: dict[str, Any] = {
             "optimizer": optimizer,
             "learning_rate": learning_rate,
@@ -131,19 +132,19 @@ class OptimizerSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """An OptimizerConfig."""
+        """Outputs an OptimizerConfig."""
         return io.NodeOutput(OptimizerConfig(**widgets))
 
 
 class TrainingSettings(io.ComfyNode):
-    """Batches, noise levels, checkpoints, memory."""
+    """Choose batches, noise levels, loss and checkpoints."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "TrainingSettings",
             "Qwen Edit Training Settings",
-            description="Batches, noise levels, checkpoints and memory. Without this node: 4 pairs a step, one at a "
+            description="Batches, noise levels, loss and checkpoints. Without this node: 4 pairs per step, one at a "
             "time, with gradient checkpointing.",
             search_aliases=["batch size", "gradient accumulation", "gradient checkpointing", "timestep", "huber"],
             inputs=[
@@ -172,7 +173,7 @@ class TrainingSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, gradient_checkpointing: bool = True, **widgets: Any) -> io.NodeOutput:  # noqa: FBT002
-        """LoopSettings."""
+        """Outputs LoopSettings."""
         return io.NodeOutput(
             sockets.LoopSettings(
                 noise=NoiseConfig(**fields_of(NoiseConfig, widgets)),
@@ -184,7 +185,7 @@ class TrainingSettings(io.ComfyNode):
 
 
 class RolloutSettings(io.ComfyNode):
-    """Scheduled sampling."""
+    """Choose settings of scheduled sampling."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -195,8 +196,8 @@ class RolloutSettings(io.ComfyNode):
         return node_schema(
             "RolloutSettings",
             "Qwen Edit Rollout Settings",
-            description="Scheduled sampling: trains also on what the model itself has sampled, so that it learns to "
-            "mend its own errors. Costs forward passes. Without this node: off.",
+            description="Scheduled sampling: also trains on the model's own samples, so that it learns to correct its "
+            "own errors. Needs extra forward passes. Without this node: off.",
             search_aliases=["scheduled sampling", "rollout", "reflexflow", "exposure bias"],
             inputs=[
                 widget("max_step_offset", min=0, max=999),
@@ -219,20 +220,20 @@ class RolloutSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """A RolloutConfig."""
+        """Outputs a RolloutConfig."""
         return io.NodeOutput(RolloutConfig(**widgets))
 
 
 class ValidationSettings(io.ComfyNode):
-    """Pictures on the way."""
+    """Choose when and how sample pictures are made during training."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "ValidationSettings",
             "Qwen Edit Validation Settings",
-            description="When and how pictures of held-out pairs are made while training. Without this node: every "
-            "250 steps and at the end.",
+            description="When and how held-out pairs are sampled during training. Without this node: every 250 steps "
+            "and at the end.",
             search_aliases=["samples", "validation images"],
             inputs=[
                 setting_input(ValidationConfig, "validation_step_interval", min=0, max=1_000_000),
@@ -249,20 +250,20 @@ class ValidationSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """A ValidationConfig."""
+        """Outputs a ValidationConfig."""
         return io.NodeOutput(ValidationConfig(**widgets))
 
 
 class MemorySettings(io.ComfyNode):
-    """What is kept on the device."""
+    """Choose what stays on the device during training."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "MemorySettings",
             "Qwen Edit Memory Settings",
-            description="What stays on the device, what is computed again and what waits in host memory. Nothing of it "
-            "changes what is learned. Without this node: everything is computed again, nothing waits elsewhere.",
+            description="What stays on the device, what is recomputed and what is moved to host memory. Does not "
+            "change the training result. Without this node, all blocks are recomputed and nothing is moved.",
             search_aliases=["block swap", "offload", "low vram", "gradient checkpointing"],
             inputs=[
                 setting_input(MemoryConfig, "memory"),
@@ -278,20 +279,20 @@ class MemorySettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """A MemoryConfig."""
+        """Outputs a MemoryConfig."""
         return io.NodeOutput(MemoryConfig(**widgets))
 
 
 class EmaSettings(io.ComfyNode):
-    """The running average."""
+    """Choose settings of the EMA weights."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "EmaSettings",
             "Qwen Edit EMA Settings",
-            description="A running average of the adapter's weights, exported as a second LoRA and validated beside "
-            "the first. Without this node: none.",
+            description="An exponential moving average (EMA) of the adapter's weights, exported as a second LoRA and "
+            "validated next to the first. Without this node: none.",
             search_aliases=["exponential moving average", "weight averaging"],
             inputs=[
                 setting_input(EmaConfig, "use_ema", default=True),
@@ -305,5 +306,5 @@ class EmaSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """An EmaConfig."""
+        """Outputs an EmaConfig."""
         return io.NodeOutput(EmaConfig(**widgets))

@@ -1,4 +1,4 @@
-"""The training node: sockets to one TrainConfig, the run, and what came of it."""
+"""The training node: builds a TrainConfig, trains, and publishes the result."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ IfRunExists = Literal["continue", "continue a kept run", "new run"]
 
 
 class TrainLora(io.ComfyNode):
-    """Train a LoRA, or find that it is trained."""
+    """Train a LoRA, or return the result if the run is already finished."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "TrainLora",
             "Train Qwen Edit LoRA",
-            description="Trains a LoRA on encoded pairs and puts it where LoRA loaders list it. Interrupting keeps the "
-            "work; the same graph queued again goes on.",
+            description="Trains a LoRA on encoded pairs and saves it where LoRA loaders list it. Interrupting keeps "
+            "the progress; queue the same graph again to resume.",
             search_aliases=["finetune", "lora training", "trainer"],
             is_output_node=True,
             not_idempotent=True,
@@ -41,16 +41,24 @@ class TrainLora(io.ComfyNode):
                 new_output(
                     io.LoraModel, "lora", "The LoRA's tensors, for ComfyUI's Load LoRA Model in the same graph."
                 ),
-                new_output(io.LossMap, "loss_map", "The loss of every step, for Plot Loss or ComfyUI's loss graph."),
-                new_output(io.String, "lora_name", "The new file's name in the list of ComfyUI's LoRA loaders."),
-                new_output(io.Image, "grid", "Reference, base, LoRA and target of held-out pairs at the end."),
-                new_output(sockets.Run, "run", "The finished run, for Apply Trained LoRA, Sample and Plot Loss."),
+                new_output(io.LossMap, "loss_map", "Loss of every step, for Plot Loss or ComfyUI's loss graph."),
+                new_output(io.String, "lora_name", "Name of the new file in ComfyUI's LoRA loaders."),
+                new_output(
+                    io.Image,
+                    "grid",
+                    "Reference, base, LoRA and target pictures of held-out pairs at the end of training.",
+                ),
+                new_output(
+                    sockets.Run,
+                    "run",
+                    "The finished run, for Apply Trained LoRA, Sample With Qwen Edit LoRA and Plot Loss.",
+                ),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
-        """The name is a name."""
+        """Check the run name."""
         try:
             return run_name is None or bool(checked_run_name(run_name))
         except TrainerError as error:
@@ -58,7 +66,7 @@ class TrainLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:
-        """Train, publish the file, and hand on what later nodes need."""
+        """Outputs the LoRA's tensors, losses, name, sample grid and run."""
         config = _train_config(model, encoded, **values)
         continue_kept = values["if_run_exists"] == "continue a kept run"
         result = _finished(config, continue_kept=continue_kept)
@@ -89,9 +97,9 @@ def _inputs() -> list[io.Input]:
             "if_run_exists",
             options=list(get_args(IfRunExists)),
             default="continue",
-            tooltip="What to do with a run of this name. continue: go on where it stopped, or give its result if it is "
-            "finished. continue a kept run: also go on with one that was ended early by stop-and-keep. new run: train "
-            "again under a name with a number.",
+            tooltip="What to do if a run with this name exists. continue: resume it, or return its result if it is "
+            "finished. continue a kept run: also resume a run that was ended with stop-and-keep. new run: train under "
+            "a new name with a number.",
         ),
         *(settings_input(f"{name}_settings") for name in ("lora", "optimizer", "training", "validation")),
         setting_input(ExportConfig, "trigger_words", optional=True),
@@ -104,7 +112,9 @@ def _inputs() -> list[io.Input]:
     ]
 
 
-_STEPS_HELP = "Optimizer steps. 500 to 3000 for a few dozen pairs; more for an edit far from what the base can do."
+_STEPS_HELP = (
+    "Number of optimizer steps. 500 to 3000 for a few dozen pairs; more if the base model is far from the edit."
+)
 
 
 def _train_config(
@@ -119,7 +129,7 @@ def _train_config(
     **gathered: Any,
 ) -> TrainConfig:
     if if_run_exists not in get_args(IfRunExists):
-        raise ConfigError(f"if_run_exists is {if_run_exists!r}; allowed is one of {', '.join(get_args(IfRunExists))}.")
+        raise ConfigError(f"if_run_exists must be one of {', '.join(get_args(IfRunExists))}, got {if_run_exists!r}.")
     name = checked_run_name(run_name)
     if if_run_exists == "new run":
         name = free_name(host_folders.runs_dir(), name)
@@ -128,7 +138,7 @@ def _train_config(
 
 
 def _finished(config: TrainConfig, *, continue_kept: bool) -> TrainResult | None:
-    """The result of an earlier run with these settings, found in its folder before memory is cleared for a training."""
+    """The result of a finished run with these settings, or None. Needs no device memory."""
     from ..trainer_core.run import find_result
 
     return find_result(config, continue_kept=continue_kept)
@@ -140,7 +150,9 @@ def _train(config: TrainConfig, on_first_step: Callable[[], None], *, continue_k
     with host_call.long_call(Path(config.run_dir).name, on_first_step) as observer:
         result = train_lora(config, observer, extra_check=host_lora.check_lora_file, continue_kept=continue_kept)
         if result.lora_file is None:
-            raise Interrupted("Stopped. The run is kept; queue the same graph again to go on.")
+            raise Interrupted(
+                "Training was interrupted and its progress is saved. Queue the same graph again to resume."
+            )
         return result
 
 

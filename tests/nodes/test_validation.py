@@ -48,7 +48,7 @@ def test_folders(name: str, widget: str, prompt: dict[str, Any], comfyui: PackSe
     assert list(errors) == [pairing]
     details = errors[pairing]["errors"][0]["details"]
     assert f"{widget} is {name!r}" in details
-    assert "Allowed is a folder below one of: input, output" in details
+    assert "Use a folder below one of: input, output" in details
     assert str(comfyui.base) not in details
 
 
@@ -60,8 +60,8 @@ def test_all_folders_that_are_missing_are_named_together(prompt: dict[str, Any],
     errors = refusal(comfyui, prompt, [preview])[pairing]["errors"]
     assert len(errors) == 2
     for error in errors:
-        assert "target_folder is 'lost/target', which is not there. " in error["details"]
-        assert "reference_folder_1 is 'lost/reference', which is not there. Allowed is" in error["details"]
+        assert "target_folder is 'lost/target', which does not exist. " in error["details"]
+        assert "reference_folder_1 is 'lost/reference', which does not exist. Use a folder" in error["details"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc", "not_there"])
@@ -123,7 +123,7 @@ def test_run_names(name: str, prompt: dict[str, Any], comfyui: PackServer):
     inputs["run_name"] = name
     errors = refusal(comfyui, prompt, [training])
     assert list(errors) == [training]
-    assert "run_name is" in errors[training]["errors"][0]["details"]
+    assert "run_name must be" in errors[training]["errors"][0]["details"]
 
 
 def test_base_model_is_missing(prompt: dict[str, Any], comfyui: PackServer):

@@ -96,7 +96,7 @@ def failure_at(server: PackServer, prompt: dict[str, Any], node_id: str) -> str:
 def test_folders(folder: str, outside: Path, studio: PackServer):
     name, before = folder.format(outside=outside), files(studio)
     for prompt in (pairing(target_folder=name), pairing(reference_folder_1=name)):
-        assert "Allowed is a folder below one of: input, output" in refusal(studio, prompt, PAIR)
+        assert "Use a folder below one of: input, output" in refusal(studio, prompt, PAIR)
     for widget in ("reference_folder_2", "mask_folder"):  # empty for none
         said = failure_at(studio, pairing(**{widget: name or ".."}), PAIR)
         assert f"{widget} is" in said
@@ -114,13 +114,13 @@ def test_a_linked_picture_is_not_read(outside: Path, studio: PackServer):
     (studio.input / "with_link" / "target" / "001.png").symlink_to(outside / "target" / "secret.png")
     said = failure_at(studio, pairing("with_link"), PAIR)
     assert "001.png" in said
-    assert "the link leaves the dataset's folder" in said
+    assert "the link points outside the dataset's folder" in said
 
 
 @pytest.mark.parametrize("name", RUN_NAMES, ids=lambda name: ascii(name)[:30])
 def test_run_names(name: str, outside: Path, studio: PackServer):
     before = files(studio)
-    assert "run_name is" in refusal(studio, training(name), TRAIN)
+    assert "run_name must be" in refusal(studio, training(name), TRAIN)
     linked = {**training(["value", 0]), "value": hidden(name)}
     said = failure_at(studio, linked, TRAIN)
     assert "it is not a path" in said
