@@ -42,7 +42,7 @@ from trainer_core.planning.plan import plan_memory
 from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import empty_transformer
-from trainer_core.qwen_image.lighten import lighten
+from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
 from trainer_core.qwen_image.transformer import predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.training.objective import add_noise, velocity_loss
@@ -98,7 +98,7 @@ def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[in
         transformer = QwenImageTransformer2DModel(num_layers=layers).bfloat16()
     transformer.requires_grad_(False)
     if setting.step == "ours":
-        lighten(transformer)
+        optimise_frozen_forward(transformer)
     blocks = list(transformer.transformer_blocks)
     for index, block in enumerate(blocks):
         draw(block, device)
@@ -237,7 +237,7 @@ def planned_bytes(setting: Setting, layers: int) -> int:
     model = ModelConfig(base_model_precision=setting.precision)  # type: ignore[arg-type]
     config = dataclasses.replace(setting.config, model=model)
     empty = empty_transformer({"num_layers": layers})
-    lighten(empty)
+    optimise_frozen_forward(empty)
     network = measure_network(empty, plan_adapter(empty, config.lora), model)
     side = Size(setting.side, setting.side)
     pair = pair_size(side, [side] * setting.references, PROMPT_TOKENS)

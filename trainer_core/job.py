@@ -23,7 +23,7 @@ from .planning.report import planned_in_words
 from .planning.workload import workload_of_pairs
 from .presets import with_preset
 from .qwen_image.base_model import BaseModel
-from .ranks import ALONE, Ranks
+from .ranks import SINGLE_PROCESS, Ranks
 from .settings import changed
 
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
@@ -110,7 +110,7 @@ def _pair_job(job: JobConfig, observer: Observer) -> list[PairedPart]:
 
 
 def encode_job(
-    job: JobConfig, observer: Observer = SILENT, ranks: Ranks = ALONE, base: BaseModel | None = None
+    job: JobConfig, observer: Observer = SILENT, ranks: Ranks = SINGLE_PROCESS, base: BaseModel | None = None
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """What to train on, and what `eval_dataset_id` says to validate on instead of held-out pairs. Shared by `ranks`.
 
@@ -125,7 +125,7 @@ def encode_paired(
     paired: Sequence[PairedPart],
     observer: Observer = SILENT,
     encoders: Encoders | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     base: BaseModel | None = None,
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """`encode_job` for datasets that are paired already; `encoders` stand in the place of the base model's."""

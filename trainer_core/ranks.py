@@ -1,7 +1,7 @@
 """Several processes that train one LoRA together: who each is, and what they tell each other.
 
 `torchrun` and `accelerate launch` start them, on one machine or several, and name each in environment variables. A
-process by itself is ALONE, and every exchange of it is over at once.
+process by itself is SINGLE_PROCESS, and every exchange of it is over at once.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Ranks:
         self._exchange(lambda: dist.all_reduce(wishes, dist.ReduceOp.MAX))
         return _STOPS[int(wishes)]
 
-    def told(self, numbers: Sequence[int]) -> list[tuple[int, ...]]:
+    def all_gather_ints(self, numbers: Sequence[int]) -> list[tuple[int, ...]]:
         """What each process says, in their order; all say equally many numbers (64 bits, signed).
 
         Raises:
@@ -82,7 +82,7 @@ class Ranks:
         self._exchange(lambda: dist.all_gather(of_all, own))
         return [tuple(each.tolist()) for each in of_all]
 
-    def add_up(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum of all processes' `values`, equal to the last bit in each of them.
 
         Raises:
@@ -105,7 +105,7 @@ class Ranks:
             ) from error
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def joined_ranks(device: str = "auto") -> Iterator[Ranks]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     cuda = torch.cuda.is_available()

@@ -21,7 +21,7 @@ from .events import SILENT, VALIDATION_LOSSES, Observer, StepReport, Stop
 from .planning.advice import STEP, VALIDATION
 from .planning.plan import GIB
 from .planning.preparation import Preparation, PreparedModel, prepare_training
-from .ranks import ALONE, Ranks
+from .ranks import SINGLE_PROCESS, Ranks
 from .runs.folder import Checkpoint, RunFolder
 from .runs.metrics import Metrics
 from .runs.result import TrainResult, find_result, how_to_start, recorded_samples
@@ -46,7 +46,7 @@ def train_lora(
     model: PreparedModel | None = None,
     extra_check: ExtraCheck | None = None,
     continue_kept: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> TrainResult:
     """Train one LoRA, from the start or from where this run folder stopped.
 

@@ -24,7 +24,7 @@ from trainer_core.planning import choose as choose_module
 from trainer_core.planning.choose import Budget
 from trainer_core.planning.plan import GIB
 from trainer_core.planning.preparation import prepare_training
-from trainer_core.ranks import ALONE
+from trainer_core.ranks import SINGLE_PROCESS
 from trainer_core.run import TrainResult, train_lora
 from trainer_core.runs.folder import RunFolder
 from trainer_core.training import step as step_module
@@ -135,7 +135,7 @@ def test_pairs_are_read_one_at_a_time_after_a_dry_step(
             reading.release()
 
     monkeypatch.setattr(EncodedDataset, "load", load)
-    plan = RankPlan(BatchPlan(encoded, BatchingConfig(), 0), ALONE, 1)
+    plan = RankPlan(BatchPlan(encoded, BatchingConfig(), 0), SINGLE_PROCESS, 1)
     with BatchLoader(encoded, plan, 1) as loader:
         for number in (2, 0, 1, 2):
             assert loader[number].draws == plan[number]
@@ -144,7 +144,7 @@ def test_pairs_are_read_one_at_a_time_after_a_dry_step(
 
 def test_the_largest_batch_is_found(encoded: EncodedDataset) -> None:
     whole = BatchPlan(encoded, BatchingConfig(train_batch_size=2), 0)
-    plan = RankPlan(whole, ALONE, 1)
+    plan = RankPlan(whole, SINGLE_PROCESS, 1)
     sizes = [
         len(plan[number]) * sum(h * w for _, h, w in encoded.pairs[plan[number][0].pair].shapes)
         for number in range(whole.batches_in_epoch(0))

@@ -23,7 +23,7 @@ from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, Model
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
 from trainer_core.qwen_image.base_model import BaseModel
-from trainer_core.ranks import ALONE
+from trainer_core.ranks import SINGLE_PROCESS
 from trainer_core.run import train_lora
 
 BATCHING = BatchingConfig(train_batch_size=2, gradient_accumulation_steps=1, caption_dropout_probability=0.3)
@@ -198,7 +198,7 @@ def test_the_largest_batch_is_the_largest_as_seen(encoded: EncodedDataset) -> No
     others = [dataclasses.replace(each, reference_shapes=((channels, height * 3, width),) * 2) for each in others]
     sized = dataclasses.replace(encoded, pairs=(first, *others))
     for seed in range(8):
-        plan = RankPlan(BatchPlan(sized, BatchingConfig(), seed), ALONE, 1)
+        plan = RankPlan(BatchPlan(sized, BatchingConfig(), seed), SINGLE_PROCESS, 1)
         numels = [
             sum(
                 prod(shape) for draw in plan[number] for shape in sized.pairs[draw.pair].seen(draw.reference_set).shapes

@@ -25,7 +25,7 @@ from trainer_core.planning.plan import plan_memory
 from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import empty_transformer
-from trainer_core.qwen_image.lighten import lighten
+from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
 from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, predict_velocity
 from trainer_core.qwen_image.types import Condition
 
@@ -39,7 +39,7 @@ def network_of(heads: int, num_layers: int, *, dtype: torch.dtype, zero_cond_t: 
     rotary = network.pos_embed
     network.to_empty(device="cpu").to(dtype).requires_grad_(False)
     network.pos_embed = rotary
-    lighten(network)
+    optimise_frozen_forward(network)
     for weight in network.parameters():
         weight.data.fill_(0.01)
     return network

@@ -19,7 +19,7 @@ from trainer_core.planning.preparation import prepare_model
 from trainer_core.qwen_image.base_model import BaseModel, empty_transformer
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.folder import DEMO_FOLDER
-from trainer_core.qwen_image.lighten import lighten
+from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
 from trainer_core.qwen_image.sampling import QWEN_SCHEDULE
 from trainer_core.rng import stream
 from trainer_core.training.step import Networks, build_networks
@@ -99,7 +99,7 @@ def planned_size(
 ) -> NetworkSize:
     """The size of a transformer with these settings, which no file has."""
     network = empty_transformer(settings)
-    lighten(network)
+    optimise_frozen_forward(network)
     return measure_network(network, plan_adapter(network, lora), model, stored_bytes=stored_bytes)
 
 

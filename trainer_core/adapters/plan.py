@@ -78,7 +78,7 @@ def read_parts(transformer: nn.Module, path: Path) -> dict[str, AdapterPart]:
     """
     parts = read_adapter(path, linear_layers(transformer))
     parts = {name: part for name, part in parts.items() if name not in _unread_layers(transformer)}
-    check_shapes(transformer, parts, path.name)
+    _check_adapter_shapes(transformer, parts, path.name)
     return parts
 
 
@@ -151,7 +151,7 @@ def _starts(transformer: nn.Module, lora: LoraConfig, names: list[str]) -> Mappi
     return parts
 
 
-def check_shapes(transformer: nn.Module, parts: Mapping[str, AdapterPart], file: str) -> None:
+def _check_adapter_shapes(transformer: nn.Module, parts: Mapping[str, AdapterPart], file: str) -> None:
     """See whether a file's weight changes are as large as the layers' weights.
 
     Raises:

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..config import LoraType
 from ..errors import ModelFileError
 from ..files import is_whole, read_tensors
 
-Kind = Literal["lora", "dora", "lokr"]
-PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
-FLAT_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_")  # then the layer's name with _ for each dot
+LAYER_PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
+FLAT_LAYER_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_")  # then the layer's name with _ for each dot
 _PAIRS = (".lora_{}.weight", ".lora_{}.default.weight", ".lora_{}", ".lora.{}.weight", "_lora.{}.weight")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 _PARTS = {
@@ -46,7 +45,7 @@ class LowRank:
     dora_scale: Tensor | None = None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LoraType:
         """As `lora_type` names it."""
         return "lora" if self.dora_scale is None else "dora"
 
@@ -69,7 +68,7 @@ class Kronecker:
     scale: float = 1.0
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LoraType:
         """As `lora_type` names it."""
         return "lokr"
 
@@ -134,10 +133,10 @@ def adapter_parts(tensors: Mapping[str, Tensor], layers: Collection[str], name: 
 
 
 def _layer_of(key: str, layers: Collection[str], flat: Mapping[str, str]) -> str | None:
-    for prefix in ("", *PREFIXES):
+    for prefix in ("", *LAYER_PREFIXES):
         if key.startswith(prefix) and key.removeprefix(prefix) in layers:
             return key.removeprefix(prefix)
-    plain = next((key.removeprefix(prefix) for prefix in FLAT_PREFIXES if key.startswith(prefix)), "")
+    plain = next((key.removeprefix(prefix) for prefix in FLAT_LAYER_PREFIXES if key.startswith(prefix)), "")
     return flat.get(plain)
 
 

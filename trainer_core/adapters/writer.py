@@ -135,7 +135,7 @@ READERS: dict[LoraType, str] = {
     "lokr": "A LoKr for ComfyUI: diffusers does not read it.",
 }
 LORA_TYPE = "qwen_edit_trainer.lora_type"  # in the file's header
-PREFIX = "transformer."
+DIFFUSERS_PREFIX = "transformer."
 _SCALED = ("lora_B", "lokr_w1")
 
 
@@ -151,11 +151,13 @@ def to_file_tensors(tensors: Mapping[str, Tensor], lora: LoraConfig, dtype: torc
         module, _, part = name.rpartition(".")
         value = tensor.detach().float().cpu()
         if part == "dora_scale":
-            found[f"{PREFIX}{name}"] = value.unsqueeze(1)
+            found[f"{DIFFUSERS_PREFIX}{name}"] = value.unsqueeze(1)
             continue
         if part in _SCALED:
             value = value * _scale(tensors, module, lora)
-        found[f"{PREFIX}{name}.weight" if part.startswith("lora_") else f"{PREFIX}{name}"] = value.to(dtype)
+        found[f"{DIFFUSERS_PREFIX}{name}.weight" if part.startswith("lora_") else f"{DIFFUSERS_PREFIX}{name}"] = (
+            value.to(dtype)
+        )
     return found
 
 

@@ -22,7 +22,7 @@ from ..errors import ConfigError, DatasetError, OutOfMemoryError
 from ..events import SILENT, Observer
 from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import FLAVOURS
-from ..ranks import ALONE, Ranks
+from ..ranks import SINGLE_PROCESS, Ranks
 from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
 from .encoded import EncodedDataset, save_manifest
@@ -40,7 +40,7 @@ def encode_dataset(
     cache_dir: Path,
     observer: Observer = SILENT,
     encoders: Encoders | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> EncodedDataset:
     """Encode what is missing and write the manifest. `encoders` stand in the place of the base model's.
 

@@ -15,7 +15,7 @@ CHUNK_BYTES = 1 << 28  # of host memory at a time; a power of two, to which torc
 
 
 @dataclass(eq=False)
-class Kept:
+class OffloadedTensor:
     """A tensor in host memory, and what is on its way back."""
 
     host: Tensor
@@ -37,7 +37,7 @@ class HostCopies:
         self._device, self._small_bytes, self._ahead = device, small_bytes, ahead
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._chunks: list[Tensor] = []
-        self._order: list[_Place] = []  # what a step that broke off left is given up by itself
+        self._order: list[_StackEntry] = []  # what a step that broke off left is given up by itself
         self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     @property
@@ -45,7 +45,7 @@ class HostCopies:
         """Host memory that is held."""
         return sum(chunk.nbytes for chunk in self._chunks)
 
-    def keep(self, tensor: Tensor) -> Kept | Tensor:
+    def keep(self, tensor: Tensor) -> OffloadedTensor | Tensor:
         """Copy to host memory; the tensor's own memory is free as soon as nobody else holds it. Small ones are given
         back as they are."""
         if tensor.nbytes < self._small_bytes or tensor.device.type != self._device.type:
@@ -62,7 +62,7 @@ class HostCopies:
         self._hold(left, tensor)
         return kept
 
-    def fetch(self, kept: Kept | Tensor) -> Tensor:
+    def fetch(self, kept: OffloadedTensor | Tensor) -> Tensor:
         """The tensor again, on its device. The next ones are begun to be fetched."""
         if isinstance(kept, Tensor):
             return kept
@@ -78,7 +78,7 @@ class HostCopies:
         assert kept.coming is not None
         return kept.coming
 
-    def _placed(self, tensor: Tensor) -> Kept:
+    def _placed(self, tensor: Tensor) -> OffloadedTensor:
         """The next piece of host memory. It may still be read from: copies are in order, on one stream."""
         self._give_up_fetched()
         chunk, end = (self._order[-1].chunk, self._order[-1].end) if self._order else (0, 0)
@@ -90,8 +90,8 @@ class HostCopies:
                 break
             chunk, end = chunk + 1, 0
         host = self._chunks[chunk][end : end + tensor.nbytes]
-        kept = Kept(host, tensor.shape, tensor.dtype)
-        self._order.append(_Place(weakref.ref(kept), chunk, end + _aligned(tensor.nbytes)))
+        kept = OffloadedTensor(host, tensor.shape, tensor.dtype)
+        self._order.append(_StackEntry(weakref.ref(kept), chunk, end + _aligned(tensor.nbytes)))
         return kept
 
     def _give_up_fetched(self) -> None:
@@ -106,7 +106,7 @@ class HostCopies:
             self._leaving[0][0].synchronize()
             self._leaving.popleft()
 
-    def _begin(self, kept: Kept) -> None:
+    def _begin(self, kept: OffloadedTensor) -> None:
         if kept.coming is not None:
             return
         kept.coming = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
@@ -121,10 +121,10 @@ class HostCopies:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _StackEntry:
     """Where a kept tensor lies, or lay: its chunk, and the byte there behind it."""
 
-    kept: weakref.ref[Kept]
+    kept: weakref.ref[OffloadedTensor]
     chunk: int
     end: int
 

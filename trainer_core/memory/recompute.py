@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from .offload import HostCopies, Kept
+from .offload import HostCopies, OffloadedTensor
 from .streaming import BlockStream
 
 
@@ -51,7 +51,7 @@ class Recomputation:
 
     def fetch(self, kept: Any) -> Any:
         """What `keep` was given."""
-        return self.offload.fetch(kept) if self.offload is not None and isinstance(kept, Kept) else kept
+        return self.offload.fetch(kept) if self.offload is not None and isinstance(kept, OffloadedTensor) else kept
 
     def held(self, block: nn.Module) -> AbstractContextManager[None]:
         """While the block's weights have to stay."""

@@ -34,14 +34,14 @@ class BlockStream:
         sizes = [size for _, size in layouts]
         count = min(num_buffers, len(blocks))
         self.device = device
-        self._host = [_packed(places, size) for places, size in layouts]
+        self._host = [_packed(slots, size) for slots, size in layouts]
         self._buffers = [
             torch.empty(max(sizes[index::count]), dtype=torch.uint8, device=device) for index in range(count)
         ]
         self._there: list[int | None] = [None] * count  # which block's bytes a buffer has, or gets
         self._holding = False
-        for index, (places, _) in enumerate(layouts):
-            _point_into(places, self._buffers[index % count])
+        for index, (slots, _) in enumerate(layouts):
+            _point_into(slots, self._buffers[index % count])
         self._number = {block: index for index, block in enumerate(blocks)}
         self._queue = _CopyQueue(device, count)
         if device.type == "cuda":
@@ -130,7 +130,7 @@ class _CopyQueue:
             self._freed[buffer].record(torch.cuda.current_stream(self._stream.device))
 
 
-class _Place:
+class _TensorSlot:
     """An ordinary tensor of a module, reached through subclasses and quantisation states, that can be exchanged."""
 
     def __init__(self, owner: Any, name: str, tensor: Tensor, offset: int) -> None:
@@ -142,20 +142,20 @@ class _Place:
         return part.view(self.tensor.dtype).view(self.tensor.shape)
 
     def exchange(self, tensor: Tensor) -> None:
-        """Put another tensor of the same shape and type into the place."""
+        """Put another tensor of the same shape and type into the slot."""
         if self.name == "data":
             self.owner.data = tensor
         else:
             setattr(self.owner, self.name, tensor)
 
 
-def _layout(block: nn.Module) -> tuple[list[_Place], int]:
+def _layout(block: nn.Module) -> tuple[list[_TensorSlot], int]:
     """The block's frozen tensors with offsets into one piece of memory, and its size in bytes."""
-    places, size = [], 0
+    slots, size = [], 0
     for owner, name, tensor in _frozen_tensors(block):
-        places.append(_Place(owner, name, tensor, size))
+        slots.append(_TensorSlot(owner, name, tensor, size))
         size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return places, size
+    return slots, size
 
 
 def _frozen_tensors(block: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
@@ -185,18 +185,18 @@ def _companions(state: Any) -> Iterator[tuple[Any, str, Tensor]]:
                 yield each, name, getattr(each, name)
 
 
-def _packed(places: list[_Place], size: int) -> Tensor:
+def _packed(slots: list[_TensorSlot], size: int) -> Tensor:
     """The tensors' bytes in one piece of host memory; the tensors' own memory is given up."""
     host = torch.empty(size, dtype=torch.uint8)
-    for place in places:
-        place.view(host).copy_(place.tensor)
-        place.tensor = torch.empty_like(place.tensor, device="meta")
+    for slot in slots:
+        slot.view(host).copy_(slot.tensor)
+        slot.tensor = torch.empty_like(slot.tensor, device="meta")
     return host
 
 
-def _point_into(places: list[_Place], buffer: Tensor) -> None:
-    for place in places:
-        place.exchange(place.view(buffer))
+def _point_into(slots: list[_TensorSlot], buffer: Tensor) -> None:
+    for slot in slots:
+        slot.exchange(slot.view(buffer))
 
 
 def _pin(owner: object, tensors: Sequence[Tensor]) -> None:

@@ -61,7 +61,7 @@ def materialise(
         MissingPackageError: the precision's package is not installed.
         Interrupted: the observer wants to stop.
     """
-    check_shapes(network, source)
+    _check_weight_shapes(network, source)
     network.eval()  # before: bitsandbytes' layers, if told so, repack their weights on some processors
     convert = converter(placement.precision)
     groups = _groups(network)
@@ -85,7 +85,7 @@ def materialise(
     return network.requires_grad_(False)  # noqa: FBT003
 
 
-def check_shapes(network: nn.Module, source: WeightSource) -> None:
+def _check_weight_shapes(network: nn.Module, source: WeightSource) -> None:
     """Compare names and shapes, before anything is read.
 
     Raises:

@@ -18,13 +18,13 @@ from ..weights.source import open_weights
 from ..weights.stored import WeightSource
 from .flavours import FLAVOURS
 from .folder import DEMO_FOLDER, ModelFolder, model_folder, read_json, weights_digest
-from .lighten import lighten
+from .frozen_forward import optimise_frozen_forward
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
 # Prefixes that programs put before all names of a transformer in a single file.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 # Rotary axes (frame, row, column) by the width of a head; no file stores them.
 ROPE_AXES = {128: (16, 56, 56)}
 
@@ -57,7 +57,9 @@ class BaseModel:
         place = self.folder.transformer
         settings = transformer_settings(place)
         _check_flavour(self.config, place, settings)
-        if self.config.base_model_precision == "file" and (packing := open_weights(place, PREFIXES).packing):
+        if self.config.base_model_precision == "file" and (
+            packing := open_weights(place, TRANSFORMER_PREFIXES).packing
+        ):
             raise ModelFileError(
                 f"{place.name} stores its weights as {packing}, which base_model_precision 'file' can't keep; it keeps "
                 "fp8 and int8. Set base_model_precision to nf4-bnb or int8-quanto."
@@ -100,7 +102,7 @@ class BaseModel:
         """The network, and its number of weights before what nobody reads was left out, as the file has them."""
         network = empty_transformer(self.network_settings)
         count = sum(weight.numel() for weight in network.parameters())
-        lighten(network)
+        optimise_frozen_forward(network)
         return network, count
 
 
@@ -113,7 +115,7 @@ def transformer_settings(place: Path) -> dict[str, Any]:
         ModelFileError: not a Qwen-Image transformer.
     """
     if not place.is_dir():
-        return _settings_of_file(open_weights(place, PREFIXES))
+        return _settings_of_file(open_weights(place, TRANSFORMER_PREFIXES))
     stored = read_json(place / "config.json")
     if stored.get("_class_name") != "QwenImageTransformer2DModel":
         raise ModelFileError(

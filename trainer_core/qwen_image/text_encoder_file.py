@@ -17,7 +17,7 @@ from ..precision.materialise import Placement, materialise
 from ..weights.source import open_weights
 from ..weights.stored import Read, WeightSource
 from .folder import read_json
-from .kept_weights import kept_weights
+from .quantised_entry import quantised_entry
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KEPT_LAYERS = ("lm_head", "model.visual.merger.*")  # where pictures become words; a hundredth of the weights
 _MARK = "model.layers.0.self_attn.k_proj.bias"
 # What ComfyUI's loaders, and other programs, put before all names.
-_PREFIXES = ("text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "text_encoder.")
+_FILE_PREFIXES = ("text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "text_encoder.")
 
 
 def qwen25_vl_7b() -> dict[str, Any]:
@@ -94,7 +94,7 @@ def load_by_layers(
         precision=config.text_encoder_precision, dtype=dtype, device=device, quantise_on=quantise_on, keep=KEPT_LAYERS
     )
     materialise(
-        network, source, placement, "Loading the text encoder", observer, kept_weights(config, place, placement)
+        network, source, placement, "Loading the text encoder", observer, quantised_entry(config, place, placement)
     )
     _restore_rotary(network)
     return network
@@ -110,7 +110,7 @@ def stored_shapes(place: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _open(place: Path) -> _Renamed:
-    source = _Renamed(open_weights(place, _PREFIXES))
+    source = _Renamed(open_weights(place, _FILE_PREFIXES))
     if _in_transformers(_MARK) not in source.shapes:
         raise ModelFileError(
             f"{place.name} is no Qwen2.5-VL: it has no {_MARK}. Choose qwen_2.5_vl_7b.safetensors or "

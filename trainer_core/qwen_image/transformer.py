@@ -11,9 +11,9 @@ from torch import Tensor
 from ..events import SILENT, Observer
 from ..precision.materialise import Placement, materialise
 from ..weights.source import open_weights
-from .base_model import PREFIXES, BaseModel, compute_dtype
-from .kept_weights import kept_weights
+from .base_model import TRANSFORMER_PREFIXES, BaseModel, compute_dtype
 from .latents import pack, pad_to_patches, token_shape, unpack
+from .quantised_entry import quantised_entry
 from .types import Condition
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def load_transformer(
 ) -> QwenImageTransformer2DModel:
     """The frozen transformer of a base model on `device`, in the wanted precision, read block by block.
 
-    Blocks whose numbers are in `on_host` end in host memory. What training can do without is left out: `lighten`.
+    Blocks whose numbers are in `on_host` end in host memory. The forward is that of `optimise_frozen_forward`.
 
     Raises:
         ModelFileError: no such transformer, a damaged one, or one of another flavour.
@@ -37,7 +37,7 @@ def load_transformer(
     """
     config = base.config
     network = base.new_network()  # raises before a large file is opened
-    source = open_weights(base.folder.transformer, PREFIXES)
+    source = open_weights(base.folder.transformer, TRANSFORMER_PREFIXES)
     placement = Placement(
         precision=config.base_model_precision,
         dtype=compute_dtype(config),
@@ -47,7 +47,7 @@ def load_transformer(
         on_host=tuple(f"transformer_blocks.{number}." for number in on_host),
         quantise_inputs=config.quantize_activations,
     )
-    cache = kept_weights(config, source.place, placement)
+    cache = quantised_entry(config, source.place, placement)
     materialise(network, source, placement, "Loading the transformer", observer, cache)
     return network
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
 
-def lighten(transformer: QwenImageTransformer2DModel) -> None:
+def optimise_frozen_forward(transformer: QwenImageTransformer2DModel) -> None:
     """Have a frozen network compute and keep less, with the same result: nobody reads what the last block computes of
     the text after its attention, norms of queries and keys need not keep them in float32, and a picture's modulation
     not a scale for every token."""

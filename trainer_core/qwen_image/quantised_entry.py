@@ -17,7 +17,7 @@ _FORMAT = 1
 _QUANTISERS = ("optimum-quanto", "bitsandbytes")
 
 
-def kept_weights(config: ModelConfig, place: Path, placement: Placement) -> QuantisedCache | None:
+def quantised_entry(config: ModelConfig, place: Path, placement: Placement) -> QuantisedCache | None:
     """The entry for the network in `place` under `placement`; None where nothing is kept.
 
     Its key has all that decides the codes: file, format, dtype, layers left out, the kind of device that computes them,
