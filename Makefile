@@ -4,6 +4,7 @@
 #   make test        the whole test suite            (make test ARGS="tests/core -k pairing")
 #   make comfyui     ComfyUI's page with the pack in it, for a person
 #   make lint types  formatting and style; types
+#   make types-web   types of the page's scripts (needs npm)
 #   make docs        writes docs/settings.md from the settings' definitions
 #
 # COMFYUI_DIR=folder uses that ComfyUI; TORCH=requirement installs that torch (only if there is none yet).
@@ -18,11 +19,11 @@ RUN := $(VENV)/bin/python
 export COMFYUI_DIR
 export TORCH
 
-.PHONY: help setup test demo comfyui lint format types docs clean
+.PHONY: help setup test demo comfyui lint format types types-web docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 setup:
 	@$(PYTHON) tools/setup.py
@@ -46,6 +47,9 @@ format: setup
 
 types: setup
 	$(RUN) -m pyright
+
+types-web:
+	npx --yes --package typescript@5.9.3 tsc --project tsconfig.json
 
 docs: setup
 	$(RUN) tools/settings_reference.py
