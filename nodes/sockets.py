@@ -64,11 +64,10 @@ class ImportedJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRun:
-    """A run that exported a LoRA. `lora_name` is the name under which LoRA loaders list the copied file."""
+    """A run that exported a LoRA."""
 
     run_dir: Path
     lora_file: Path
-    lora_name: str
     steps: int
 
     def __repr__(self) -> str:

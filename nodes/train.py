@@ -168,9 +168,7 @@ def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
         host_server.send_message("qwen_edit_trainer.lora", {"run_name": result.run_dir.name, "lora_name": lora_name})
     rows = RunFolder(result.run_dir).metrics()
     grid = file_to_image(result.samples.grid_file) if result.samples else empty_image()
-    run = sockets.FinishedRun(
-        run_dir=result.run_dir, lora_file=result.lora_file, lora_name=lora_name, steps=result.steps_done
-    )
+    run = sockets.FinishedRun(run_dir=result.run_dir, lora_file=result.lora_file, steps=result.steps_done)
     seconds = sum(float(row["seconds"]) for row in rows)
     return io.NodeOutput(
         read_tensors(result.lora_file),
