@@ -13,10 +13,11 @@ from diffusers.optimization import get_scheduler
 from schedulefree import AdamWScheduleFreeReference
 from torch import nn
 
-from tests.support.narrow import networks_of
 from trainer_core.config import JobConfig, ModelConfig, OptimizerConfig, TrainConfig, from_json
 from trainer_core.config.optimizer import OptimizerName, SchedulerName
 from trainer_core.errors import ConfigError, MissingPackageError, RunFolderError
+from trainer_core.planning.preparation import check_training
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.rng import stream
 from trainer_core.training.optimizer import optimizer_builder, optimizer_bytes, set_learning_rate
 from trainer_core.training.optimizer_state import optimizer_tensors, restore_optimizer, weights_to_use
@@ -207,7 +208,7 @@ def test_adamw_8bit_without_cuda_is_refused_before_a_model_is_loaded(tmp_path: P
         optimizer=OptimizerConfig(optimizer="adamw-8bit"),
     )
     with pytest.raises(ConfigError, match=r"optimizer is 'adamw-8bit' on cpu; allowed is a CUDA device.*lion"):
-        networks_of(config)
+        check_training(config, BaseModel(config.model))
 
 
 @pytest.mark.parametrize(
@@ -229,3 +230,16 @@ def test_a_missing_package_is_named_with_its_install_line(
 def test_8bit_state_is_counted_as_bitsandbytes_keeps_it() -> None:
     assert optimizer_bytes("adamw-8bit", [(16, 4096)]) == 16 * 4096 * 2 + 16 * 4096 // 256 * 8
     assert optimizer_bytes("adamw-8bit", [(4, 64)]) == 4 * 64 * 8  # too small for blocks
+
+
+def test_numbers_of_the_group_come_back_by_whatever_name() -> None:
+    """A library's next version may count under another name."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weights = {"layer.lora_A": weight}
+    optimizer, restored = (torch.optim.AdamW([weight], lr=0.1) for _ in range(2))
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.param_groups[0].update(new_name=2.5, counted=7)
+    restore_optimizer(restored, weights, optimizer_tensors(optimizer, weights))
+    assert restored.param_groups[0]["new_name"] == 2.5
+    assert restored.param_groups[0]["counted"] == 7

@@ -17,7 +17,7 @@ from tests.support.narrow import NARROW
 from trainer_core.config import ModelConfig
 from trainer_core.errors import Interrupted, ModelFileError
 from trainer_core.events import SilentObserver, Stop
-from trainer_core.qwen_image import transformer
+from trainer_core.qwen_image import base_model
 from trainer_core.qwen_image.base_model import BaseModel, transformer_settings
 from trainer_core.qwen_image.folder import model_folder
 from trainer_core.qwen_image.text_encoder import load_text_encoder
@@ -31,7 +31,7 @@ LAYER = "transformer_blocks.1.attn.to_q"
 @pytest.fixture(autouse=True)
 def narrow_heads(monkeypatch: pytest.MonkeyPatch):
     """Files of narrow transformers are refused otherwise."""
-    monkeypatch.setitem(transformer.ROPE_AXES, NARROW["attention_head_dim"], NARROW["axes_dims_rope"])
+    monkeypatch.setitem(base_model.ROPE_AXES, NARROW["attention_head_dim"], NARROW["axes_dims_rope"])
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_folders_in_the_place_of_files(base_of: Callable[[str], ModelConfig], to
 
 def test_gguf_is_not_kept_as_it_is(tmp_path: Path, weights: Weights):
     path = gguf(weights, tmp_path / "a.gguf", "F16")
-    assert "GGUF, which is not kept as it is" in complaint(path, base_model_precision="file")
+    assert "stores its weights as GGUF" in complaint(path, base_model_precision="file")
     load_transformer(BaseModel(config_of(path)), CPU)
 
 
@@ -207,7 +207,7 @@ def test_nf4_is_not_kept_as_it_is(tmp_path: Path):
     (folder / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", **NARROW}))
     config = replace(config_of(folder), base_model_precision="file")
     for refused in (lambda: load_transformer(BaseModel(config), CPU), lambda: BaseModel(config).network):
-        with pytest.raises(ModelFileError, match=r"holds its weights as NF4.*Set base_model_precision to nf4-bnb"):
+        with pytest.raises(ModelFileError, match=r"stores its weights as NF4.*Set base_model_precision to nf4-bnb"):
             refused()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from torch import nn
@@ -97,13 +98,17 @@ class AdapterPlan:
     @property
     def num_parameters(self) -> int:
         """How many numbers the adapter trains."""
-        return sum(map(self._parameters_of, self.layers.values()))
+        return sum(map(prod, self.shapes()))
 
-    def _parameters_of(self, layer: LayerPlan) -> int:
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all trained tensors."""
+        return tuple(shape for layer in self.layers.values() for shape in self._shapes_of(layer))
+
+    def _shapes_of(self, layer: LayerPlan) -> Iterable[tuple[int, ...]]:
         if self.config.lora_type == "lokr":
-            return sum(rows * columns for rows, columns in lokr_shapes(layer, self.config.lokr_factor).values())
-        magnitudes = layer.out_features if self.config.lora_type == "dora" else 0
-        return layer.rank * (layer.in_features + layer.out_features) + magnitudes
+            return lokr_shapes(layer, self.config.lokr_factor).values()
+        matrices = ((layer.rank, layer.in_features), (layer.out_features, layer.rank))
+        return (*matrices, (layer.out_features,)) if self.config.lora_type == "dora" else matrices
 
 
 def plan_adapter(transformer: nn.Module, lora: LoraConfig) -> AdapterPlan:

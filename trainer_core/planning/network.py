@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -48,8 +49,13 @@ class NetworkSize:
     element_bytes: int
     stored_bytes: float
     adapted: Mapping[str, int]
-    adapter_weights: int
+    adapter_shapes: tuple[tuple[int, ...], ...]
     is_modulated_per_token: bool
+
+    @property
+    def adapter_weights(self) -> int:
+        """How many numbers are trained."""
+        return sum(map(prod, self.adapter_shapes))
 
     @property
     def block_bytes(self) -> int:
@@ -127,7 +133,7 @@ def measure_network(
         element_bytes=compute_dtype(model).itemsize,
         stored_bytes=stored_bytes,
         adapted=adapted,
-        adapter_weights=adapter.num_parameters,
+        adapter_shapes=adapter.shapes(),
         is_modulated_per_token=bool(network.zero_cond_t),
     )
 
