@@ -16,7 +16,7 @@ from .config import EncodingConfig, ModelConfig, Preprocessing
 from .device import pick_device, release_memory
 from .errors import ConfigError
 from .events import SILENT, Observer, raise_if_stopped
-from .geometry import Box, Size, bucket_size, centre_crop
+from .geometry import Box, Size, bucket_size, crop_box
 from .qwen_image.base_model import BaseModel
 from .qwen_image.flavours import FLAVOURS
 from .qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
@@ -95,7 +95,7 @@ def _checked_size(request: SampleRequest) -> Size:
 def _views(picture: Image.Image, request: SampleRequest, size: Size) -> tuple[View, View]:
     """As at inference in ComfyUI: the whole reference; under match_target_res its middle in the result's aspect."""
     own = Size(*picture.size)
-    box = centre_crop(own, size) if request.encoding.match_target_res else Box(0, 0, *own)
+    box = crop_box(own, size) if request.encoding.match_target_res else Box(0, 0, *own)
     return plan_reference(box, FLAVOURS[request.model.flavour], request.encoding, size)
 
 

@@ -40,12 +40,14 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("second_of_two")
 def test_each_process_has_a_gpu_of_its_own() -> None:
     with (
-        pytest.raises(ConfigError, match=r"device is 'cuda:0' with 2 processes.*Set device to auto"),
+        pytest.raises(
+            ConfigError, match=r"device is 'cuda:0', but 2 processes can't share one device.*Set device to auto"
+        ),
         joined_ranks("cuda:0"),
     ):
         pass
     with (
-        pytest.raises(ConfigError, match=r"LOCAL_RANK is 1, and GPUs on this machine are 1; allowed is less"),
+        pytest.raises(ConfigError, match=r"LOCAL_RANK is 1, but this machine has 1 GPUs, one per process"),
         joined_ranks("cuda"),
     ):
         pass

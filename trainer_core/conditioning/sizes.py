@@ -16,7 +16,7 @@ from ..config.dataset import SizeConfig
 from ..data.images import shown
 from ..data.pairing import EditPair
 from ..errors import DatasetError
-from ..geometry import CENTRE, Box, Place, Size, crop_box, scaled_size
+from ..geometry import CENTRE, Box, CropPosition, Size, crop_box, scaled_size
 from ..rng import stream
 
 _UNITS = {
@@ -52,7 +52,7 @@ def target_box(size: Size, bucket: Size, encoding: EncodingConfig, key: str) -> 
     return crop_box(size, bucket, crop_place(encoding, key), _share(size, bucket, encoding.sizes))
 
 
-def crop_place(encoding: EncodingConfig, key: str) -> Place:
+def crop_place(encoding: EncodingConfig, key: str) -> CropPosition:
     """Where in the slack the rectangle lies, 0 to 1 from the left and the top; a function of seed and pair."""
     style = encoding.sizes.crop_style
     if style == "random":
