@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import safe_open
@@ -58,13 +60,26 @@ def write_atomically(path: Path, data: bytes) -> None:
     A reader therefore sees the old file or the whole new one, never a part. Creates the folder if needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A hidden path in the same folder, to write a file or folder to.
+
+    It is renamed to `path` when the block ends, and removed if the block raises. It keeps the suffix of `path`, because
+    some readers go by it.
+    """
     # The name is cut: file systems allow 255 bytes.
-    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from ..config import LoraConfig, LoraType, TrainConfig, digest, resume_key
 from ..errors import ExportError
-from ..files import read_tensors, write_tensors
+from ..files import read_tensors, write_tensors, written_beside
 from ..qwen_image.flavours import FLAVOURS
 from .reader import AdapterPart, LowRank, adapter_parts
 
@@ -72,15 +70,11 @@ def export_lora(
     """
     config = metadata.config
     dtype = torch.bfloat16 if config.model.mixed_precision == "bf16" else torch.float32
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.safetensors")
-    try:
+    with written_beside(path) as temporary:
         write_tensors(temporary, to_file_tensors(tensors, config.lora, dtype), metadata.as_header())
         check_file(temporary, tensors, config.lora, _TOLERANCE[dtype])
         if extra_check is not None:
             extra_check(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

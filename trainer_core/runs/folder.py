@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from ..config import completed_key
 from ..errors import RunFolderError
-from ..files import is_whole, read_tensors, write_atomically, write_tensors
+from ..files import is_whole, read_tensors, write_atomically, write_tensors, written_beside
 
 FORMAT = 1
 LOCK = "run.lock"
@@ -160,17 +159,13 @@ class RunFolder:
         final = self.checkpoints / f"step-{checkpoint.step:06d}"
         if not self.writes or self._is_whole(final):
             return
-        temporary = self.checkpoints / f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-        temporary.mkdir()
-        try:
+        with written_beside(final) as temporary:
+            temporary.mkdir()
             for part in self._parts():
                 write_tensors(temporary / f"{part}.safetensors", getattr(checkpoint, part))
             write_atomically(temporary / "report.json", json.dumps(checkpoint.report).encode())
             if final.exists():
                 shutil.rmtree(final)
-            temporary.rename(final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # there only if it could not be finished
         _flush_folder(self.checkpoints)
         for old in [each for each in self._checkpoint_folders() if _step_of(each) <= checkpoint.step][:-limit]:
             shutil.rmtree(old)
