@@ -27,7 +27,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def seeded_globally(seed: int, purpose: str, index: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's global generators for code inside the context that draws from them (dropout), then restores them."""
+    """Seeds torch's global generators for code in the context that draws from them (dropout), then restores them."""
     with undisturbed(device):
         torch.random.manual_seed(stream(seed, purpose, index).initial_seed())
         yield
