@@ -45,7 +45,7 @@ def test_json_round_trip() -> None:
         ({"model": {"flavour": "edit-v9"}}, ["edit-v9", "edit-v1", "Did you mean"]),
         ({"model": {"base_model_precision": "int8_quanto"}}, ["int8-quanto"]),
         ({"lora": {"lora_rank": 0}}, ["lora_rank", "0", "1 to 1024"]),
-        ({"lora": {"lora_rank": "16"}}, ["lora.lora_rank", "'16'", "int"]),
+        ({"lora": {"lora_rank": "16"}}, ["lora.lora_rank", "'16'", "whole number"]),
         ({"lora": {"lora_rank": True}}, ["lora.lora_rank", "True"]),
         ({"dataset": {"target_dir": "a", "reference_dirs": "b"}}, ["reference_dirs", "'b'", "list"]),
         ({"dataset": {"target_dir": "a", "reference_dirs": ["b"] * 4}}, ["reference_dirs", "one, two or three"]),
@@ -66,7 +66,7 @@ def test_wrong_settings_are_refused_by_name(change: dict, words: list[str]) -> N
 
 
 def test_all_missing_settings_are_named_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"model, dataset, cache_dir, run_dir"):
+    with pytest.raises(ConfigError, match=r"run_dir, model, dataset, cache_dir"):
         from_json(JobConfig, {})
 
 
@@ -96,19 +96,19 @@ def test_a_dataset_to_validate_on_is_held_out_whole_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"dataset": JOB["dataset"]}, ["dataset and datasets are both"]),
+        ({"dataset": JOB["dataset"]}, ["dataset and datasets", "both"]),
         ({"datasets": []}, ["neither"]),
         ({"datasets": [PART, PART]}, ["'a'", "id of its own"]),
-        ({"datasets": [{**PART, "id": " "}]}, ["id is"]),
+        ({"datasets": [{**PART, "id": " "}]}, ["id must be a name"]),
         ({"datasets": [{**PART, "probability": 2}]}, ["probability", "0.01 to 1"]),
         ({"datasets": [{**PART, "encoding": {"resolutoin": 1}}]}, ["datasets[0].encoding.resolutoin", "'resolution'"]),
         ({"datasets": [{**PART, "encoding": 3}]}, ["datasets[0].encoding", "object"]),
         ({"datasets": [{**PART, "encoding": {"sizes": 3}}]}, ["datasets[0].encoding.sizes", "object"]),
-        ({"datasets": {}}, ["datasets is {}", "a list"]),
-        ({"datasets": [3]}, ["datasets[0] is 3", "object"]),
+        ({"datasets": {}}, ["datasets must be a list", "{}"]),
+        ({"datasets": [3]}, ["datasets[0] must be", "object", "3"]),
         ({"eval_dataset_id": "c"}, ["eval_dataset_id", "'c'", "a, b"]),
         ({"eval_dataset_id": ["a", "b"]}, ["eval_dataset_id", "a dataset to train on"]),
-        ({"encoding": 3}, ["encoding is 3", "object"]),
+        ({"encoding": 3}, ["encoding must be", "object", "3"]),
     ],
 )
 def test_wrong_datasets_are_refused_by_name(change: dict, words: list[str]) -> None:

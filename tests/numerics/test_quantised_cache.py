@@ -260,5 +260,5 @@ def test_a_token_does_not_change_the_rounding_of_another() -> None:
 
 @pytest.mark.parametrize("precision", ["none", "no_change", "nf4-bnb", "int4-quanto", "int2-quanto", "file"])
 def test_quantised_activations_need_eight_bits(precision: BaseModelPrecision) -> None:
-    with pytest.raises(ConfigError, match=r"base_model_precision is .*allowed is int8-quanto or fp8-quanto"):
+    with pytest.raises(ConfigError, match=r"base_model_precision must be int8-quanto or fp8-quanto"):
         ModelConfig(base_model_precision=precision, quantize_activations=True)

@@ -249,8 +249,8 @@ def test_drift_is_zero_for_equal_and_four_for_opposite_directions_whatever_is_ma
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"max_step_offset": 1000}, "scheduled_sampling_max_step_offset is 1000; allowed is 0 to 999"),
-        ({"probability": 1.5}, "scheduled_sampling_probability is 1.5; allowed is 0 to 1"),
+        ({"max_step_offset": 1000}, "scheduled_sampling_max_step_offset must be 0 to 999"),
+        ({"probability": 1.5}, "scheduled_sampling_probability must be 0 to 1"),
         ({"sampler": "unipcm"}, "Did you mean 'unipc'"),
         ({"order": 4}, "scheduled_sampling_order is 4"),
         ({"reflexflow_beta1": -1.0}, "scheduled_sampling_reflexflow_beta1 is -1.0"),
