@@ -88,7 +88,7 @@ def _checked_size(request: SampleRequest) -> Size:
     if request.size is None:
         return bucket_size(Size(*request.references[0].size), request.encoding.resolution)
     if any(side % (2 * VAE_FACTOR) or side <= 0 for side in request.size):
-        raise ConfigError(f"size is {request.size.width} x {request.size.height}; allowed are multiples of 16 pixels.")
+        raise ConfigError(f"size must be multiples of 16 pixels, got {request.size.width} x {request.size.height}.")
     return request.size
 
 

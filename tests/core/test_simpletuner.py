@@ -256,8 +256,8 @@ def test_what_data_sets_share_stands_once_and_can_be_changed():
     for wrong, words in (
         ("encoding.resolution", "name=value"),
         ("datasets.none.repeats=1", "no 'none'"),
-        ("seed.x=1", "holds no"),
-        ("run_dir.x=1", "holds no"),
+        ("seed.x=1", "has no settings"),
+        ("run_dir.x=1", "has no settings"),
         ("encoding.resolutoin=1", "Did you mean 'resolution'"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -130,7 +130,7 @@ def test_a_share_of_a_crop() -> None:
         ({"aspect_bucket_alignment": 24}, "16 or 32"),
         ({"maximum_image_size": 5.0, "crop": True}, "set both or neither"),
         ({"target_downsample_size": 5.0, "crop": True}, "set both or neither"),
-        ({"maximum_image_size": 5.0, "target_downsample_size": 4.0}, "crop is False"),
+        ({"maximum_image_size": 5.0, "target_downsample_size": 4.0}, "crop must be true"),
         ({"crop_style": "centre"}, "center"),
         ({"megapixels": 1024.0}, "0.01 to 17"),
     ],

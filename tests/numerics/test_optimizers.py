@@ -119,7 +119,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused_where_the_rate_should_fall() ->
     with pytest.raises(ConfigError, match=r"lr_warmup_steps must be less than max_train_steps \(50\) with"):
         TrainConfig(run_dir="run", encoded="x.json", max_train_steps=50, optimizer=cosine)
     job = {"model": {}, "dataset": {"target_dir": "a", "reference_dirs": ["b"]}, "cache_dir": "c", "run_dir": "r"}
-    with pytest.raises(ConfigError, match="lr_warmup_steps must be less.*got 50"):
+    with pytest.raises(ConfigError, match=r"lr_warmup_steps must be less.*got 50"):
         from_json(JobConfig, {**job, "max_train_steps": 40, "optimizer": dataclasses.asdict(cosine)})
     TrainConfig(run_dir="run", encoded="x.json", max_train_steps=4)  # may go on later
 
@@ -216,7 +216,7 @@ def test_adamw_8bit_without_cuda_is_refused_before_a_model_is_loaded(tmp_path: P
         model=ModelConfig(base=str(tmp_path / "nothing here"), device="cpu"),
         optimizer=OptimizerConfig(optimizer="adamw-8bit"),
     )
-    with pytest.raises(ConfigError, match=r"optimizer is 'adamw-8bit' on cpu; allowed is a CUDA device.*lion"):
+    with pytest.raises(ConfigError, match=r"optimizer 'adamw-8bit' must run on a CUDA device, got cpu.*lion"):
         check_training(config, BaseModel(config.model))
 
 

@@ -252,8 +252,8 @@ def test_drift_is_zero_for_equal_and_four_for_opposite_directions_whatever_is_ma
         ({"max_step_offset": 1000}, "scheduled_sampling_max_step_offset must be 0 to 999"),
         ({"probability": 1.5}, "scheduled_sampling_probability must be 0 to 1"),
         ({"sampler": "unipcm"}, "Did you mean 'unipc'"),
-        ({"order": 4}, "scheduled_sampling_order is 4"),
-        ({"reflexflow_beta1": -1.0}, "scheduled_sampling_reflexflow_beta1 is -1.0"),
+        ({"order": 4}, "scheduled_sampling_order must be 1 to 3, got 4"),
+        ({"reflexflow_beta1": -1.0}, "scheduled_sampling_reflexflow_beta1 must be 0 or more, got -1.0"),
     ],
 )
 def test_wrong_values_are_said(change: dict[str, Any], words: str) -> None:

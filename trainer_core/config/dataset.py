@@ -166,7 +166,7 @@ class SizeConfig(Settings):
         """maximum_image_size and target_downsample_size come together, and need crop."""
         maximum, shrunk = self.maximum_image_size, self.target_downsample_size
         if maximum or shrunk:
-            allowed = f"above 0 and at most maximum_image_size ({maximum:g}), or both must be 0"
+            allowed = f"above 0 and at most maximum_image_size ({maximum:g}); set both or neither"
             check(0 < shrunk <= maximum, "target_downsample_size", shrunk, allowed)
             check(self.crop, "crop", self.crop, "true with maximum_image_size, which decides what is cropped")
 

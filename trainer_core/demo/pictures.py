@@ -110,7 +110,7 @@ def demo_tiles(num_pairs: int) -> list[tuple[str, Image.Image]]:
         if sum(map(len, rows)) >= num_pairs:
             mixed = [entry for entries in zip_longest(*rows) for entry in entries if entry is not None]
             return mixed[:num_pairs]
-    raise ConfigError(f"num_pairs is {num_pairs!r}; allowed is 1 to {most}.")
+    raise ConfigError(f"num_pairs must be 1 to {most}, got {num_pairs!r}.")
 
 
 def _tiles(picture: Image.Image, side: int) -> list[Image.Image]:

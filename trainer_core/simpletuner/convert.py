@@ -189,7 +189,7 @@ def _kind(section: Section) -> Flavour:
         if value is None and key == "model_type":
             section.note(key, "not given; a LoRA is trained.")
         elif value not in (None, allowed):
-            raise ConfigError(f"{key} is {value!r}; allowed is {allowed}: only LoRAs for Qwen-Image-Edit are trained.")
+            raise ConfigError(f"{key} must be {allowed}, got {value!r}. Only LoRAs for Qwen-Image-Edit are trained.")
     if (section.text("lora_type") or "standard") != "standard":
         section.note("lora_type", "a standard LoRA is trained; of LyCORIS there is LoKr, as lora_type lokr.")
     name = section.text("model_flavour", "model_flavor")
@@ -198,7 +198,7 @@ def _kind(section: Section) -> Flavour:
         name = "edit-v2"
     known = {str(each): row for each, row in FLAVOURS.items()}
     if name not in known:
-        raise ConfigError(f"model_flavour is {name!r}; allowed is one of {', '.join(known)}.")
+        raise ConfigError(f"model_flavour must be one of {', '.join(known)}, got {name!r}.")
     return known[name]
 
 

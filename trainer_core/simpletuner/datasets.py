@@ -132,7 +132,7 @@ def _turns(section: Section) -> dict[str, Any]:
     turns: dict[str, Any] = {"repeats": max(0, repeats)} if repeats > 0 else {}
     if probability is not None and not (probability == 0 or 0.01 <= probability <= 1):
         section.note(
-            "probability", f"{probability:g} becomes {min(1.0, max(0.01, probability)):g}; allowed is 0.01 to 1."
+            "probability", f"{probability:g} becomes {min(1.0, max(0.01, probability)):g}; it must be 0.01 to 1."
         )
         probability = min(1.0, max(0.01, probability))
     if probability not in (None, 1):
@@ -158,8 +158,8 @@ def _linked(
         kind = backends.entries[each].get("conditioning_type")
         if kind not in (None, "reference_strict", "reference_loose", *MASKS):
             raise ConfigError(
-                f"{each}.conditioning_type is {kind!r}; allowed for edit models is reference_strict, reference_loose, "
-                "mask, segmentation."
+                f"{each}.conditioning_type must be reference_strict, reference_loose, mask or segmentation for an edit "
+                f"model, got {kind!r}."
             )
     masks = [each for each in ids if backends.entries[each].get("conditioning_type") in MASKS]
     references = [each for each in ids if each not in masks]
@@ -183,10 +183,10 @@ def _too_many(name: str, max_references: int) -> str:
 
 def _folder(entry: dict[str, Any], name: str, root: Path) -> str:
     if entry.get("type", "local") != "local":
-        raise ConfigError(f"{name}.type is {entry['type']!r}; allowed is local. Copy the pictures into a folder.")
+        raise ConfigError(f"{name}.type must be local, got {entry['type']!r}. Copy the pictures into a folder.")
     folder = entry.get("instance_data_dir")
     if not isinstance(folder, str) or not folder:
-        raise ConfigError(f"{name}.instance_data_dir is {folder!r}; allowed is a folder of pictures.")
+        raise ConfigError(f"{name}.instance_data_dir must be a folder of pictures, got {folder!r}.")
     return str(root / Path(folder).expanduser())
 
 

@@ -27,7 +27,7 @@ class Section:
 
     def __init__(self, values: object, where: str, notes: list[str]) -> None:
         if not isinstance(values, dict):
-            raise ConfigError(f"{where} is {values!r}; allowed is an object with named settings.")
+            raise ConfigError(f"{where} must be an object with named settings, got {values!r}.")
         self._values = {str(key).lstrip("-"): value for key, value in values.items()}
         self._left = set(self._values)
         self._where = where
@@ -46,7 +46,7 @@ class Section:
         """A whole number, also written as text."""
         value = self.number(*names)
         if value is not None and value != int(value):
-            raise ConfigError(f"{self._named(names)} is {value!r}; allowed is a whole number.")
+            raise ConfigError(f"{self._named(names)} must be a whole number, got {value!r}.")
         return None if value is None else int(value)
 
     def number(self, *names: str) -> float | None:
@@ -57,9 +57,9 @@ class Section:
         try:
             number = float("no" if isinstance(value, bool) else value)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{self._named(names)} is {value!r}; allowed is a number.") from error
+            raise ConfigError(f"{self._named(names)} must be a number, got {value!r}.") from error
         if number - number != 0:
-            raise ConfigError(f"{self._named(names)} is {value!r}; allowed is a finite number.")
+            raise ConfigError(f"{self._named(names)} must be a finite number, got {value!r}.")
         return number
 
     def truth(self, *names: str) -> bool | None:
@@ -68,13 +68,13 @@ class Section:
         known = {"true": True, "false": False, "1": True, "0": False}
         if value is None or str(value).lower() in known:
             return None if value is None else known[str(value).lower()]
-        raise ConfigError(f"{self._named(names)} is {value!r}; allowed is true or false.")
+        raise ConfigError(f"{self._named(names)} must be true or false, got {value!r}.")
 
     def text(self, *names: str) -> str | None:
         """A string."""
         value = self.take(*names)
         if value is not None and not isinstance(value, str):
-            raise ConfigError(f"{self._named(names)} is {value!r}; allowed is text.")
+            raise ConfigError(f"{self._named(names)} must be text, got {value!r}.")
         return value
 
     def inside(self, name: str) -> Section | None:
