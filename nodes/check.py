@@ -28,12 +28,12 @@ class CheckPairs(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 new_input(sockets.Dataset, "dataset", tooltip="Pairs from Pair Edit Folders."),
-                setting_input(PairCheckConfig, "max_shift", min=0.0, max=1000.0, step=0.05),
-                setting_input(PairCheckConfig, "max_zoom_percent", min=0.0, max=100.0, step=0.05),
-                setting_input(PairCheckConfig, "max_colour_offset", min=0.0, max=255.0, step=0.5),
-                setting_input(PairCheckConfig, "min_difference", min=0.0, max=255.0, step=0.5),
-                setting_input(PairCheckConfig, "duplicate_bits", min=0, max=40),
-                setting_input(PairCheckConfig, "check_side", min=128, max=4096, step=64),
+                setting_input(PairCheckConfig, "max_shift"),
+                setting_input(PairCheckConfig, "max_zoom_percent"),
+                setting_input(PairCheckConfig, "max_colour_offset"),
+                setting_input(PairCheckConfig, "min_difference"),
+                setting_input(PairCheckConfig, "duplicate_bits"),
+                setting_input(PairCheckConfig, "check_side"),
                 new_input(
                     io.Int,
                     "max_pairs",

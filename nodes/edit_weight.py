@@ -27,7 +27,7 @@ class PreviewEditWeight(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 new_input(sockets.Encoded, "encoded", tooltip="The encoded pairs, from Encode Edit Pairs."),
-                setting_input(NoiseConfig, "edit_weight", min=0.0, max=1.0, step=0.05, default=0.5),
+                setting_input(NoiseConfig, "edit_weight", default=0.5),
                 new_input(io.Int, "max_pairs", default=12, min=1, max=100, tooltip="Number of pairs in the picture."),
             ],
             outputs=[new_output(io.Image, "weights", "Loss weights: grey is 1, white is 3 or more, black is 0.")],

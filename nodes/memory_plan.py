@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from ..trainer_core.config import MemoryConfig
 from . import sockets
-from .schema import new_input, new_output, node_schema
+from .schema import new_input, new_output, node_schema, setting_input
 from .train_config import imported_input, preset_input, settings_input, train_config, validation_input
 
 if TYPE_CHECKING:
@@ -32,13 +33,10 @@ class PlanMemory(io.ComfyNode):
             inputs=[
                 new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
                 new_input(sockets.Encoded, "encoded", tooltip="The pairs to learn, from Encode Edit Pairs."),
-                new_input(
-                    io.Float,
+                setting_input(
+                    MemoryConfig,
+                    "vram_gib",
                     "card_gib",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.5,
                     tooltip="Memory in GiB of the card to plan for, which need not be in this machine. 0 for this one.",
                 ),
                 *(settings_input(f"{name}_settings") for name in _SETTINGS),

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from ..trainer_core.config import DatasetPartConfig
 from . import host_folders, sockets
 from .cache_watch import CACHE_WATCH
-from .schema import new_input, new_output, node_schema
+from .schema import new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.mix import MixPart
@@ -58,25 +59,8 @@ def _part_inputs(number: int) -> list[io.Input]:
             optional=optional,
             tooltip="Encoded pairs, from Encode Edit Pairs or another mix.",
         ),
-        new_input(
-            io.Int,
-            f"repeats_{number}",
-            optional=optional,
-            default=0,
-            min=0,
-            max=10_000,
-            tooltip="How many more times each of these pairs is used per epoch: 0 is once, 2 is three times.",
-        ),
-        new_input(
-            io.Float,
-            f"probability_{number}",
-            optional=optional,
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="Fraction of these pairs that each epoch draws at random. 1 for all, 0 for none.",
-        ),
+        setting_input(DatasetPartConfig, "repeats", f"repeats_{number}", optional=optional),
+        setting_input(DatasetPartConfig, "probability", f"probability_{number}", optional=optional),
     ]
 
 

@@ -37,9 +37,7 @@ class LoadModel(io.ComfyNode):
                 setting_input(ModelConfig, "mixed_precision"),
                 setting_input(ModelConfig, "text_encoder_precision", optional=True, advanced=True),
                 setting_input(ModelConfig, "quantize_activations", optional=True, advanced=True),
-                setting_input(
-                    ModelConfig, "quantised_cache_gb", optional=True, advanced=True, min=0.0, max=1000.0, step=1.0
-                ),
+                setting_input(ModelConfig, "quantised_cache_gb", optional=True, advanced=True),
                 setting_input(ModelConfig, "quantize_via", optional=True, advanced=True),
             ],
             outputs=[new_output(sockets.Model, "model", "The chosen model, for the encode, train and sample nodes.")],
@@ -100,9 +98,7 @@ class LoadModelFiles(io.ComfyNode):
                 setting_input(ModelConfig, "quantize_via"),
                 setting_input(ModelConfig, "text_encoder_precision", optional=True, advanced=True),
                 setting_input(ModelConfig, "quantize_activations", optional=True, advanced=True),
-                setting_input(
-                    ModelConfig, "quantised_cache_gb", optional=True, advanced=True, min=0.0, max=1000.0, step=1.0
-                ),
+                setting_input(ModelConfig, "quantised_cache_gb", optional=True, advanced=True),
             ],
             outputs=[new_output(sockets.Model, "model", "The chosen model, for the encode, train and sample nodes.")],
         )

@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 from comfy_api.latest import io
 
+from ..trainer_core.settings import limits_of
+
 CATEGORY = "training/qwen edit"
+_KINDS = {bool: io.Boolean, int: io.Int, float: io.Float, str: io.String}
 
 
 def node_schema(name: str, display_name: str, **keywords: Any) -> io.Schema:
@@ -36,7 +39,7 @@ def help_of(config: type, setting: str) -> str:
 
 
 def setting_input(config: type, setting: str, name: str = "", **keywords: Any) -> io.Input:
-    """A widget with the type, default and help text of a field of a config class. `keywords` add limits or override."""
+    """A widget with the type, default, limits and help text of a field of a config class. `keywords` override them."""
     field = next(field for field in dataclasses.fields(config) if field.name == setting)
     hint, name = typing.get_type_hints(config)[setting], name or setting
     keywords.setdefault("tooltip", field.metadata["help"])
@@ -46,7 +49,16 @@ def setting_input(config: type, setting: str, name: str = "", **keywords: Any) -
         return new_input(io.String, name, **{**keywords, "default": "", "multiline": True})
     if typing.get_origin(hint) is Literal:
         return new_input(io.Combo, name, options=list(typing.get_args(hint)), **keywords)
-    return new_input({bool: io.Boolean, int: io.Int, float: io.Float, str: io.String}[hint], name, **keywords)
+    return new_input(_KINDS[hint], name, **{**_limits(config, setting, hint), **keywords})
+
+
+def _limits(config: type, setting: str, kind: type) -> dict[str, Any]:
+    """min, max and step of a number widget, as far as they are declared."""
+    if kind not in (int, float):
+        return {}
+    limits = limits_of(config, setting)
+    declared = {"min": limits.lowest, "max": limits.highest, "step": limits.step}
+    return {key: kind(value) for key, value in declared.items() if value is not None}
 
 
 def lines(text: str) -> tuple[str, ...]:

@@ -35,14 +35,14 @@ class LoraSettings(io.ComfyNode):
             "attention.",
             search_aliases=["rank", "alpha", "network dim"],
             inputs=[
-                setting_input(LoraConfig, "lora_rank", min=1, max=1024),
-                setting_input(LoraConfig, "lora_alpha", min=0.0, max=4096.0, step=0.5),
+                setting_input(LoraConfig, "lora_rank"),
+                setting_input(LoraConfig, "lora_alpha"),
                 setting_input(LoraConfig, "lora_targets"),
                 setting_input(LoraConfig, "lora_target_pattern", placeholder=r".*\.attn\.to_[qkv]"),
-                setting_input(LoraConfig, "lora_dropout", min=0.0, max=0.95, step=0.01),
+                setting_input(LoraConfig, "lora_dropout"),
                 setting_input(LoraConfig, "lora_type", optional=True),
                 setting_input(LoraConfig, "use_rslora", optional=True),
-                setting_input(LoraConfig, "lokr_factor", optional=True, min=-1, max=256),
+                setting_input(LoraConfig, "lokr_factor", optional=True),
                 setting_input(LoraConfig, "rank_pattern", optional=True, placeholder="0-9 = 8"),
                 setting_input(LoraConfig, "alpha_pattern", optional=True, placeholder="0-9 = 8"),
                 new_input(
@@ -88,21 +88,19 @@ class OptimizerSettings(io.ComfyNode):
             search_aliases=["learning rate", "scheduler", "adamw", "lion", "prodigy", "adafactor", "schedule-free"],
             inputs=[
                 setting_input(OptimizerConfig, "optimizer"),
-                setting_input(OptimizerConfig, "learning_rate", min=1e-8, max=10.0, step=1e-6, round=1e-8),
+                setting_input(OptimizerConfig, "learning_rate", round=1e-8),
                 setting_input(OptimizerConfig, "lr_scheduler"),
-                setting_input(OptimizerConfig, "lr_warmup_steps", min=0, max=100_000),
-                setting_input(OptimizerConfig, "weight_decay", min=0.0, max=1.0, step=0.001, round=1e-6),
-                setting_input(OptimizerConfig, "adam_beta1", min=0.0, max=0.9999, step=0.01, round=1e-4),
-                setting_input(OptimizerConfig, "adam_beta2", min=0.0, max=0.99999, step=0.001, round=1e-5),
-                setting_input(OptimizerConfig, "adam_epsilon", min=1e-16, max=0.01, step=1e-8, round=1e-16),
-                setting_input(OptimizerConfig, "max_grad_norm", min=0.0, max=1000.0, step=0.1),
-                setting_input(OptimizerConfig, "lr_num_cycles", optional=True, min=1, max=1000),
-                setting_input(OptimizerConfig, "lr_power", optional=True, min=0.1, max=10.0, step=0.1),
-                setting_input(OptimizerConfig, "lr_end", optional=True, min=0.0, max=0.1, step=1e-7, round=1e-10),
-                setting_input(
-                    OptimizerConfig, "lion_beta2", optional=True, min=0.0, max=0.99999, step=0.01, round=1e-5
-                ),
-                setting_input(OptimizerConfig, "prodigy_d_coef", optional=True, min=0.01, max=100.0, step=0.1),
+                setting_input(OptimizerConfig, "lr_warmup_steps"),
+                setting_input(OptimizerConfig, "weight_decay", round=1e-6),
+                setting_input(OptimizerConfig, "adam_beta1", round=1e-4),
+                setting_input(OptimizerConfig, "adam_beta2", round=1e-5),
+                setting_input(OptimizerConfig, "adam_epsilon", round=1e-16),
+                setting_input(OptimizerConfig, "max_grad_norm"),
+                setting_input(OptimizerConfig, "lr_num_cycles", optional=True),
+                setting_input(OptimizerConfig, "lr_power", optional=True),
+                setting_input(OptimizerConfig, "lr_end", optional=True, round=1e-10),
+                setting_input(OptimizerConfig, "lion_beta2", optional=True, round=1e-5),
+                setting_input(OptimizerConfig, "prodigy_d_coef", optional=True),
             ],
             outputs=[new_output(sockets.OptimizerSettings, "optimizer_settings", "For Train Qwen Edit LoRA.")],
         )
@@ -148,24 +146,22 @@ class TrainingSettings(io.ComfyNode):
             "time, with gradient checkpointing.",
             search_aliases=["batch size", "gradient accumulation", "gradient checkpointing", "timestep", "huber"],
             inputs=[
-                setting_input(BatchingConfig, "train_batch_size", min=1, max=256),
-                setting_input(BatchingConfig, "gradient_accumulation_steps", min=1, max=1024),
+                setting_input(BatchingConfig, "train_batch_size"),
+                setting_input(BatchingConfig, "gradient_accumulation_steps"),
                 setting_input(TrainConfig, "gradient_checkpointing"),
                 setting_input(NoiseConfig, "sigma_distribution"),
-                setting_input(NoiseConfig, "logit_mean", min=-10.0, max=10.0, step=0.05),
-                setting_input(NoiseConfig, "logit_std", min=0.01, max=10.0, step=0.05),
-                setting_input(NoiseConfig, "flow_schedule_shift", min=0.01, max=20.0, step=0.01),
+                setting_input(NoiseConfig, "logit_mean"),
+                setting_input(NoiseConfig, "logit_std"),
+                setting_input(NoiseConfig, "flow_schedule_shift"),
                 setting_input(NoiseConfig, "flow_schedule_auto_shift"),
-                setting_input(CheckpointConfig, "checkpoint_step_interval", min=1, max=1_000_000),
-                setting_input(CheckpointConfig, "checkpoints_total_limit", min=1, max=1000),
-                setting_input(
-                    BatchingConfig, "caption_dropout_probability", optional=True, min=0.0, max=0.99, step=0.01
-                ),
-                setting_input(NoiseConfig, "edit_weight", optional=True, min=0.0, max=1.0, step=0.05),
-                setting_input(NoiseConfig, "mode_scale", optional=True, min=-1.0, max=1.75, step=0.05),
+                setting_input(CheckpointConfig, "checkpoint_step_interval"),
+                setting_input(CheckpointConfig, "checkpoints_total_limit"),
+                setting_input(BatchingConfig, "caption_dropout_probability", optional=True),
+                setting_input(NoiseConfig, "edit_weight", optional=True),
+                setting_input(NoiseConfig, "mode_scale", optional=True),
                 setting_input(NoiseConfig, "stratified_sigmas", optional=True),
                 setting_input(NoiseConfig, "loss_type", optional=True),
-                setting_input(NoiseConfig, "huber_c", optional=True, min=0.001, max=1.0, step=0.01, round=0.001),
+                setting_input(NoiseConfig, "huber_c", optional=True, round=0.001),
                 setting_input(NoiseConfig, "huber_schedule", optional=True),
             ],
             outputs=[new_output(sockets.TrainingSettings, "training_settings", "For Train Qwen Edit LoRA.")],
@@ -189,10 +185,9 @@ class RolloutSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def widget(name: str, **limits: Any) -> io.Input:
-            return setting_input(RolloutConfig, f"scheduled_sampling_{name}", **limits)
+        def widget(name: str) -> io.Input:
+            return setting_input(RolloutConfig, f"scheduled_sampling_{name}")
 
-        share = {"min": 0.0, "max": 1.0, "step": 0.05}
         return node_schema(
             "RolloutSettings",
             "Qwen Edit Rollout Settings",
@@ -200,20 +195,20 @@ class RolloutSettings(io.ComfyNode):
             "own errors. Needs extra forward passes. Without this node: off.",
             search_aliases=["scheduled sampling", "rollout", "reflexflow", "exposure bias"],
             inputs=[
-                widget("max_step_offset", min=0, max=999),
-                widget("probability", **share),
+                widget("max_step_offset"),
+                widget("probability"),
                 widget("strategy"),
-                widget("start_step", min=0, max=1_000_000),
-                widget("ramp_steps", min=0, max=1_000_000),
+                widget("start_step"),
+                widget("ramp_steps"),
                 widget("ramp_shape"),
-                widget("prob_start", **share),
-                widget("prob_end", **share),
+                widget("prob_start"),
+                widget("prob_end"),
                 widget("sampler"),
-                widget("order", min=1, max=3),
+                widget("order"),
                 widget("reflexflow"),
-                widget("reflexflow_alpha", min=0.0, max=100.0, step=0.1),
-                widget("reflexflow_beta1", min=0.0, max=1000.0, step=0.5),
-                widget("reflexflow_beta2", min=0.0, max=100.0, step=0.1),
+                widget("reflexflow_alpha"),
+                widget("reflexflow_beta1"),
+                widget("reflexflow_beta2"),
             ],
             outputs=[new_output(sockets.RolloutSettings, "rollout_settings", "For Train Qwen Edit LoRA.")],
         )
@@ -236,11 +231,11 @@ class ValidationSettings(io.ComfyNode):
             "and at the end.",
             search_aliases=["samples", "validation images"],
             inputs=[
-                setting_input(ValidationConfig, "validation_step_interval", min=0, max=1_000_000),
-                setting_input(ValidationConfig, "validation_num_inference_steps", min=1, max=1000),
-                setting_input(ValidationConfig, "validation_guidance", min=1.0, max=30.0, step=0.1),
-                setting_input(ValidationConfig, "validation_seed", min=0, max=2**32 - 1, control_after_generate=False),
-                setting_input(ValidationConfig, "num_validation_images", min=0, max=100),
+                setting_input(ValidationConfig, "validation_step_interval"),
+                setting_input(ValidationConfig, "validation_num_inference_steps"),
+                setting_input(ValidationConfig, "validation_guidance"),
+                setting_input(ValidationConfig, "validation_seed", control_after_generate=False),
+                setting_input(ValidationConfig, "num_validation_images"),
                 setting_input(
                     ValidationConfig, "validation_resolution", optional=True, placeholder="1024x1024, 768x768"
                 ),
@@ -267,12 +262,12 @@ class MemorySettings(io.ComfyNode):
             search_aliases=["block swap", "offload", "low vram", "gradient checkpointing"],
             inputs=[
                 setting_input(MemoryConfig, "memory"),
-                setting_input(MemoryConfig, "gradient_checkpointing_blocks", min=-1, max=1000),
+                setting_input(MemoryConfig, "gradient_checkpointing_blocks"),
                 setting_input(MemoryConfig, "activation_offload"),
-                setting_input(MemoryConfig, "blocks_to_stream", min=0, max=1000),
-                setting_input(MemoryConfig, "stream_buffers", min=2, max=16),
+                setting_input(MemoryConfig, "blocks_to_stream"),
+                setting_input(MemoryConfig, "stream_buffers"),
                 setting_input(MemoryConfig, "compile_blocks"),
-                setting_input(MemoryConfig, "vram_gib", min=0.0, max=1000.0, step=0.5),
+                setting_input(MemoryConfig, "vram_gib"),
             ],
             outputs=[new_output(sockets.MemorySettings, "memory_settings", "For Train Qwen Edit LoRA.")],
         )
@@ -297,8 +292,8 @@ class EmaSettings(io.ComfyNode):
             inputs=[
                 setting_input(EmaConfig, "use_ema", default=True),
                 setting_input(EmaConfig, "ema_device"),
-                setting_input(EmaConfig, "ema_decay", min=0.01, max=0.99999, step=0.001, round=1e-5),
-                setting_input(EmaConfig, "ema_update_interval", min=1, max=10_000),
+                setting_input(EmaConfig, "ema_decay", round=1e-5),
+                setting_input(EmaConfig, "ema_update_interval"),
                 setting_input(EmaConfig, "ema_validation"),
             ],
             outputs=[new_output(sockets.EmaSettings, "ema_settings", "For Train Qwen Edit LoRA.")],

@@ -90,8 +90,8 @@ def _inputs() -> list[io.Input]:
             default="my_edit",
             tooltip="Name of the run folder and of the LoRA file. A name, not a path.",
         ),
-        setting_input(TrainConfig, "max_train_steps", min=1, max=1_000_000, tooltip=_STEPS_HELP),
-        setting_input(TrainConfig, "seed", min=0, max=2**32 - 1, control_after_generate=False),
+        setting_input(TrainConfig, "max_train_steps", tooltip=_STEPS_HELP),
+        setting_input(TrainConfig, "seed", control_after_generate=False),
         new_input(
             io.Combo,
             "if_run_exists",
