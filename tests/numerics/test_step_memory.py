@@ -150,7 +150,7 @@ def test_each_weight_comes_over_once_a_pass(base: Path, monkeypatch: pytest.Monk
     copy = BlockStream._fetch
 
     def counted(self: BlockStream, index: int) -> None:
-        if self._there[index % len(self._buffers)] != index:
+        if self._block_in[index % len(self._buffers)] != index:
             copies.append(index)
         copy(self, index)
 
@@ -185,7 +185,7 @@ def test_offloading_is_bit_equal_and_uses_its_memory_again(base: Path, plain: Ou
     assert all(torch.equal(found[name], gradient) for name, gradient in plain.gradients.items())
     assert offload.kept > 4 * LAYERS
     assert offload.host_bytes == CHUNK_BYTES
-    assert all(place.kept() is None for place in offload._order)
+    assert all(entry.kept() is None for entry in offload._stack)
 
 
 def test_offloaded_tensors_of_many_sizes_take_what_the_largest_step_takes(monkeypatch: pytest.MonkeyPatch):
