@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from tools.settings_reference import SECTIONS
 from trainer_core.config import (
     DatasetConfig,
     DatasetPartConfig,
@@ -23,6 +24,7 @@ from trainer_core.config import (
     to_json,
 )
 from trainer_core.errors import ConfigError
+from trainer_core.settings import Limits, limits_of
 
 JOB = {
     "model": {"flavour": "edit-v2"},
@@ -123,6 +125,30 @@ def test_every_setting_is_documented() -> None:
     for config in configs:
         for field in dataclasses.fields(config):
             assert len(field.metadata["help"]) > 10, field.name
+
+
+@pytest.mark.parametrize("cls", [section[0] for section in SECTIONS])
+def test_widgets_offer_only_values_that_are_accepted(cls: type) -> None:
+    for field in dataclasses.fields(cls):
+        limits = limits_of(cls, field.name)
+        for end in (limits.lowest, limits.highest):
+            assert end is None or limits.accept(end), field.name
+
+
+def test_limits_in_words() -> None:
+    assert str(Limits(min=1, max=1024, unit="pixels")) == "1 to 1024 pixels"
+    assert str(Limits(above=0.0, below=1)) == "above 0 and below 1"
+    assert str(Limits(min=0, below=1, usual="0.1")) == "0 or more and below 1, usually 0.1"
+    assert str(Limits(above=0, max=1)) == "above 0 and at most 1"
+    assert str(Limits(min=2, also=-1)) == "-1, or 2 or more"
+    assert str(Limits(choices=(16, 32))) == "16 or 32"
+    assert str(Limits(soft_min=0, soft_max=9)) == ""
+
+
+def test_limits_have_no_place_for_nan() -> None:
+    assert not Limits(min=0).accept(float("nan"))
+    assert not Limits(below=1).accept(float("nan"))
+    assert Limits(min=2, also=-1).accept(-1) and not Limits(min=2, also=-1).accept(0)
 
 
 def test_instance_prompt_needs_its_sentence() -> None:

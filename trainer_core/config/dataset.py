@@ -125,7 +125,11 @@ class SizeConfig(Settings):
         step=0.01,
     )
     aspect_bucket_alignment: int = setting(
-        32, "The sides of targets are multiples of this many pixels.", choices=(16, 32), unit="pixels", step=16
+        32,
+        "The sides of targets are multiples of this many pixels: 16 or 32.",
+        choices=(16, 32),
+        unit="pixels",
+        step=16,
     )
     crop: bool = setting(
         False, "Crop targets to crop_aspect. Off: keep the aspect ratio and crop only the remainder of rounding."

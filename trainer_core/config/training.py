@@ -134,7 +134,8 @@ class NoiseConfig(Settings):
         step=0.01,
     )
     flow_schedule_auto_shift: bool = setting(
-        False, "Compute the shift from the number of image tokens, as Qwen's schedule does, and ignore the fixed shift."
+        False,
+        "Compute the shift from the number of image tokens, as Qwen's schedule does. flow_schedule_shift is ignored.",
     )
     edit_weight: float = setting(
         0.0,
@@ -236,13 +237,13 @@ class RolloutConfig(Settings):
     )
     scheduled_sampling_reflexflow_beta1: float = setting(
         10.0,
-        "Weight of the term that makes the velocity point from the sampled point to the target picture.",
+        "Weight of the term that aligns the velocity with the line from the target picture to the sampled point.",
         min=0,
         soft_max=1000,
         step=0.5,
     )
     scheduled_sampling_reflexflow_beta2: float = setting(
-        1.0, "Weight of the usual loss.", min=0, soft_max=100, step=0.1
+        1.0, "Weight of the usual loss of rolled-out pairs.", min=0, soft_max=100, step=0.1
     )
 
 
