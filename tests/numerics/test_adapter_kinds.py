@@ -273,8 +273,8 @@ def test_files_that_do_not_suit_are_refused(model: ModelConfig, tmp_path: Path):
     cases = [
         (KINDS["lokr"], path, ConfigError, "lora_type is lokr. Set lora_type to lora"),
         (KINDS["lora"], dora, ConfigError, "Set lora_type to dora"),
-        (LoraConfig(), path, ConfigError, "Choose lora_targets that hold them"),
-        (LoraConfig(), tmp_path / "none.safetensors", ModelFileError, "not there"),
+        (LoraConfig(), path, ConfigError, "Choose lora_targets that include them"),
+        (LoraConfig(), tmp_path / "none.safetensors", ModelFileError, "is missing"),
     ]
     stored = load_file(path)
     save_file({"transformer.x.hada_w1_a": torch.ones(1, 1)}, tmp_path / "loha.safetensors")
@@ -285,7 +285,7 @@ def test_files_that_do_not_suit_are_refused(model: ModelConfig, tmp_path: Path):
     cases.append((KINDS["lora"], tmp_path / "short.safetensors", ModelFileError, "another model"))
     stored.pop(next(name for name in stored if "lora_A" in name))
     save_file(stored, tmp_path / "half.safetensors")
-    cases.append((KINDS["lora"], tmp_path / "half.safetensors", ModelFileError, "not whole"))
+    cases.append((KINDS["lora"], tmp_path / "half.safetensors", ModelFileError, "is incomplete"))
     for lora, file, error, words in cases:
         with pytest.raises(error, match=words):
             plan_adapter(BaseModel(model).network, dataclasses.replace(lora, init_lora=str(file)))

@@ -1,4 +1,4 @@
-"""Which layers get an adapter, of which rank and scale, and how many numbers that is. Builds nothing."""
+"""Plans the adapter: which layers get one, their ranks, scales and start weights. Changes no network."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TARGET_PATTERNS: dict[LoraTargets, str] = {
     "attention-mlp": rf"transformer_blocks\.\d+\.({_ATTENTION}|{_MLP})",
     "all": rf"transformer_blocks\.\d+\.({_ATTENTION}|{_MLP}|{_MODULATION})",
 }
-# Of the last block only the image stream is read: these layers get no gradient there.
+# Only the image stream of the last block is used afterwards, so these layers of that block get no gradient.
 _WITHOUT_GRADIENT = re.compile(r"attn\.(to_add_out|add_q_proj)|txt_mlp\..*")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One layer's adapter. `start`: what a file gives it to begin with."""
+    """One layer's adapter. `start` is its initial weight change from `init_lora`, if any."""
 
     in_features: int
     out_features: int
@@ -45,7 +45,7 @@ def target_modules(transformer: nn.Module, lora: LoraConfig) -> list[str]:
     """Full names of the layers that get an adapter.
 
     Raises:
-        ConfigError: the pattern is no regular expression, or matches no linear layer.
+        ConfigError: the pattern is not a regular expression, or matches no linear layer.
     """
     pattern = TARGET_PATTERNS.get(lora.lora_targets, lora.lora_target_pattern)
     try:
@@ -60,8 +60,10 @@ def target_modules(transformer: nn.Module, lora: LoraConfig) -> list[str]:
 
 
 def linear_layers(transformer: nn.Module) -> list[str]:
-    """Full names of the model's linear layers, in the network's order; last those that were left out as nobody reads
-    them (qwen_image/transformer.py)."""
+    """Full names of the model's linear layers, in the network's order.
+
+    The last ones are the layers that `optimise_frozen_forward` removes: LoRA files may still contain them.
+    """
     found = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     return found + [name for name in _unread_layers(transformer) if name not in found]
 
@@ -72,10 +74,10 @@ def _unread_layers(transformer: nn.Module) -> list[str]:
 
 
 def read_parts(transformer: nn.Module, path: Path) -> dict[str, AdapterPart]:
-    """A LoRA file's weight changes by layer, without those that could change nothing.
+    """A LoRA file's weight changes by layer, without those of layers that don't affect the output.
 
     Raises:
-        ModelFileError: the file is damaged, belongs to another model, or is of another kind.
+        ModelFileError: the file is damaged, belongs to another model, or has an unsupported type.
     """
     parts = read_adapter(path, linear_layers(transformer))
     parts = {name: part for name, part in parts.items() if name not in _unread_layers(transformer)}
@@ -90,14 +92,14 @@ def _is_dead_end(transformer: nn.Module, name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """The whole adapter before it is built: what every layer gets, by the layer's full name."""
+    """The plan of the whole adapter. `layers` is keyed by the layers' full names."""
 
     config: LoraConfig
     layers: Mapping[str, LayerPlan]
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the adapter trains."""
+        """The number of trained values."""
         return sum(map(prod, self.shapes()))
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -112,10 +114,10 @@ class AdapterPlan:
 
 
 def plan_adapter(transformer: nn.Module, lora: LoraConfig) -> AdapterPlan:
-    """Plan the adapter of a transformer, which may lie on the meta device.
+    """Plan the adapter of a transformer, which may be on the meta device.
 
     Raises:
-        ConfigError: a pattern matches no layer, or `init_lora` does not suit these settings.
+        ConfigError: a pattern matches no layer, or `init_lora` does not fit these settings.
         ModelFileError: `init_lora` can't be read, or belongs to another model.
     """
     names = target_modules(transformer, lora)
@@ -123,8 +125,8 @@ def plan_adapter(transformer: nn.Module, lora: LoraConfig) -> AdapterPlan:
         for pattern in layer_patterns(setting, lines):
             if not any(map(pattern.matches, names)):
                 raise ConfigError(
-                    f"{setting} {pattern.line!r} matches none of the {len(names)} layers that get an adapter. They are "
-                    f"named like {names[0]!r}."
+                    f"{setting} {pattern.line!r} matches none of the {len(names)} layers that get an adapter. Use a "
+                    f"pattern for names like {names[0]!r}."
                 )
     starts = _starts(transformer, lora, names)
     layers: dict[str, LayerPlan] = {}
@@ -136,7 +138,7 @@ def plan_adapter(transformer: nn.Module, lora: LoraConfig) -> AdapterPlan:
 
 
 def _starts(transformer: nn.Module, lora: LoraConfig, names: list[str]) -> Mapping[str, AdapterPart]:
-    """What `init_lora` gives the layers."""
+    """The initial weight changes from `init_lora`, by layer."""
     if not lora.init_lora:
         return {}
     path = Path(lora.init_lora)
@@ -144,36 +146,36 @@ def _starts(transformer: nn.Module, lora: LoraConfig, names: list[str]) -> Mappi
     kinds = {part.kind for part in parts.values()}
     if not kinds <= {"lora": {"lora"}, "dora": {"lora", "dora"}, "lokr": {"lokr"}}[lora.lora_type]:
         raise ConfigError(
-            f"init_lora {path.name} is of the type {' and '.join(sorted(kinds))}, and lora_type is {lora.lora_type}. "
+            f"init_lora {path.name} has the type {' and '.join(sorted(kinds))}, but lora_type is {lora.lora_type}. "
             f"Set lora_type to {'dora' if 'dora' in kinds else kinds.pop()}, or choose another file."
         )
     left = [name for name in parts if name not in names and not _is_dead_end(transformer, name)]
     if left:
         raise ConfigError(
-            f"init_lora {path.name} changes {len(left)} layers that would not be trained on, such as {left[0]}. Choose "
-            "lora_targets that hold them, or another file."
+            f"init_lora {path.name} changes {len(left)} layers that these settings don't train, such as {left[0]}. "
+            "Choose lora_targets that include them, or another file."
         )
     return parts
 
 
 def _check_adapter_shapes(transformer: nn.Module, parts: Mapping[str, AdapterPart], file: str) -> None:
-    """See whether a file's weight changes are as large as the layers' weights.
+    """Check that a file's weight changes have the shapes of the layers' weights.
 
     Raises:
-        ModelFileError: one is not.
+        ModelFileError: one has another shape.
     """
     for name, part in parts.items():
         layer = transformer.get_submodule(name)
         wanted = (layer.out_features, layer.in_features)
         if part.shape != wanted:
             raise ModelFileError(
-                f"{file} changes {name} by a matrix of {list(part.shape)}, and the model's is {list(wanted)}. It was "  # type: ignore[arg-type]
-                "trained for another model."
+                f"{file} changes {name} by a matrix of {list(part.shape)}, but the model's is {list(wanted)}. It was "  # type: ignore[arg-type]
+                "trained for another model; choose another file."
             )
 
 
 def lokr_shapes(layer: LayerPlan, factor: int) -> dict[str, tuple[int, int]]:
-    """Shapes of a LoKr's parameters for one layer, as peft makes them, or as the file has them that it starts from."""
+    """Shapes of a LoKr's parameters for one layer: those of its start file, or the ones that peft chooses."""
     from peft.tuners.lokr.layer import factorization
 
     if isinstance(layer.start, Kronecker):
