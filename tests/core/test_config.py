@@ -1,4 +1,4 @@
-"""Settings: strict, checked early, and clear about what is wrong."""
+"""Settings are strict, are checked when they are made, and have clear errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the documents say about files, commands and settings is so."""
+"""The documents name files, commands and settings correctly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def text(page: Path) -> str:
 
 
 def without_code(page: Path) -> str:
-    """Fenced and indented blocks left out; backticks stay."""
+    """The page without fenced and indented code blocks. Inline code stays."""
     lines, fenced = [], False
     for line in text(page).splitlines():
         if line.lstrip().startswith("```"):
@@ -44,13 +44,13 @@ def without_code(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them from headings."""
+    """The anchors that GitHub makes from the headings."""
     headings = re.findall(r"^#+ (.+)$", without_code(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def command_lines(page: Path) -> Iterator[str]:
-    """Lines of code blocks, those continued by a backslash in one piece."""
+    """Lines of code blocks. Lines continued with a backslash are joined."""
     blocks = re.findall(r"^```\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
     indented = re.findall(r"^ {4,}\S.*$", text(page), re.MULTILINE)
     for line in "\n".join([*blocks, *indented]).replace("\\\n", " ").splitlines():
@@ -58,7 +58,7 @@ def command_lines(page: Path) -> Iterator[str]:
 
 
 def test_settings_page_is_what_the_settings_say():
-    """Changed a setting? `make docs` writes the page."""
+    """Run `make docs` after changing a setting."""
     assert text(settings_reference.FILE) == settings_reference.reference()
 
 
