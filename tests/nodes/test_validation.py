@@ -163,7 +163,7 @@ def test_base_model_files_are_listed_and_looked_into(prompt: dict[str, Any], com
     prompt[loader] = {"class_type": "QwenEdit_LoadModelFiles", "inputs": {**chosen, **widgets}}
     training, _ = node_of(prompt, "TrainLora")
     entry = comfyui.wait(comfyui.queue(prompt, [training]))
-    assert "wrong.safetensors is no Qwen-Image transformer" in failure(entry)
+    assert "wrong.safetensors is not a Qwen-Image transformer" in failure(entry)
     assert "looks like a LoRA" in failure(entry)
 
 

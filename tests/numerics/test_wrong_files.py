@@ -75,9 +75,9 @@ def test_another_kind_of_file(tmp_path: Path, weights: Weights):
     vae = {"decoder.conv1.weight": torch.zeros(2)}
     path = write(tmp_path / "vae.safetensors", vae)
     assert "looks like a VAE" in complaint(path)
-    with pytest.raises(ModelFileError, match="no Qwen-Image VAE"):
+    with pytest.raises(ModelFileError, match="not a Qwen-Image VAE"):
         load_vae(BaseModel(config_of(path)), CPU)
-    with pytest.raises(ModelFileError, match=r"no Qwen2\.5-VL.*text_encoders"):
+    with pytest.raises(ModelFileError, match=r"not a Qwen2\.5-VL.*text_encoders"):
         load_text_encoder(BaseModel(config_of(path)), "comfyui", CPU)
     assert "128" in complaint(write(tmp_path / "w.safetensors", _other_heads(weights)))
 

@@ -1,4 +1,4 @@
-"""What a base model's files say of it, read from headers and configurations before any weight."""
+"""Facts about a base model, read from its files' headers and configurations without reading weights."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from .frozen_forward import optimise_frozen_forward
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
-# Prefixes that programs put before all names of a transformer in a single file.
+# Prefixes that programs put before all weight names when they save a transformer to a single file.
 TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
-# Rotary axes (frame, row, column) by the width of a head; no file stores them.
+# Width of each rotary axis (frame, row, column) by attention head width. A single file doesn't store them.
 ROPE_AXES = {128: (16, 56, 56)}
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """One base model on disk. Each fact is read when it is first needed, and only once.
+    """A base model on disk. Each fact is read once, when it is first needed.
 
-    Make one per run and hand it on: planning, encoding, training and validation then agree on what they read.
+    Create one per run and pass it on, so that planning, encoding, training and validation all use the same facts.
     """
 
     config: ModelConfig
 
     @cached_property
     def folder(self) -> ModelFolder:
-        """Where the parts lie.
+        """Paths of the model's parts.
 
         Raises:
             ModelFileError: a file or folder is missing.
@@ -49,10 +49,11 @@ class BaseModel:
 
     @cached_property
     def network_settings(self) -> dict[str, Any]:
-        """The transformer's `transformer_settings`, with the `zero_cond_t` of the flavour.
+        """The arguments of the transformer's class, with the flavour's `zero_cond_t`.
 
         Raises:
-            ModelFileError: no such transformer, one of another flavour, or one whose codes `file` can't keep.
+            ModelFileError: not a Qwen-Image transformer, one of another flavour, or the precision is `file` and the
+                weights are packed in a format that no layer can use directly.
         """
         place = self.folder.transformer
         settings = transformer_settings(place)
@@ -61,14 +62,14 @@ class BaseModel:
             packing := open_weights(place, TRANSFORMER_PREFIXES).packing
         ):
             raise ModelFileError(
-                f"{place.name} stores its weights as {packing}, which base_model_precision 'file' can't keep; it keeps "
-                "fp8 and int8. Set base_model_precision to nf4-bnb or int8-quanto."
+                f"{place.name} stores its weights as {packing}, but base_model_precision 'file' supports only fp8 and "
+                "int8. Set base_model_precision to nf4-bnb or int8-quanto."
             )
         return {**settings, "zero_cond_t": FLAVOURS[self.config.flavour].zero_cond_t}
 
     @property
     def num_blocks(self) -> int:
-        """The transformer's depth."""
+        """The number of transformer blocks."""
         return int(self.network_settings["num_layers"])
 
     @property
@@ -78,28 +79,28 @@ class BaseModel:
 
     @cached_property
     def vae_digest(self) -> str:
-        """A short name for the VAE's weights."""
+        """The `weights_digest` of the VAE."""
         return weights_digest(self.folder.vae)
 
     @cached_property
     def bytes_per_weight(self) -> float:
-        """Mean bytes of a transformer weight in its files, 0.5 to 4."""
+        """Mean bytes per transformer weight in the model's files: 0.5 (NF4) to 4 (float32)."""
         place = self.folder.transformer
         files = [place] if place.is_file() else list(place.glob("*.safetensors"))
         return sum(path.stat().st_size for path in files) / self._empty[1]
 
     @property
     def network(self) -> QwenImageTransformer2DModel:
-        """The transformer as it is trained through, on the meta device. Read it only; `new_network` is for filling."""
+        """The transformer on the meta device, as it is trained. Don't change it; use `new_network` for that."""
         return self._empty[0]
 
     def new_network(self) -> QwenImageTransformer2DModel:
-        """A copy of `network` to fill with weights."""
+        """A copy of `network` to load weights into."""
         return copy.deepcopy(self.network)
 
     @cached_property
     def _empty(self) -> tuple[QwenImageTransformer2DModel, int]:
-        """The network, and its number of weights before what nobody reads was left out, as the file has them."""
+        """The network, and the number of weights in the file, counted before unused layers are removed."""
         network = empty_transformer(self.network_settings)
         count = sum(weight.numel() for weight in network.parameters())
         optimise_frozen_forward(network)
@@ -107,9 +108,9 @@ class BaseModel:
 
 
 def transformer_settings(place: Path) -> dict[str, Any]:
-    """The network's configuration, from config.json or from the shapes in a single file. Reads no weights.
+    """The network's configuration, from config.json or derived from a single file's shapes. Reads no weights.
 
-    `zero_cond_t` is None where the file does not tell: only a marker says that it is a 2511.
+    `zero_cond_t` is None if a single file has no marker: the marker proves a 2511, but its absence proves nothing.
 
     Raises:
         ModelFileError: not a Qwen-Image transformer.
@@ -119,7 +120,7 @@ def transformer_settings(place: Path) -> dict[str, Any]:
     stored = read_json(place / "config.json")
     if stored.get("_class_name") != "QwenImageTransformer2DModel":
         raise ModelFileError(
-            f"{str(place)!r} holds a {stored.get('_class_name')}, not a QwenImageTransformer2DModel. "
+            f"{str(place)!r} contains a {stored.get('_class_name')}, not a QwenImageTransformer2DModel. "
             "Choose a Qwen-Image-Edit download."
         )
     return {"zero_cond_t": False, **stored}
@@ -132,12 +133,15 @@ def _settings_of_file(source: WeightSource) -> dict[str, Any]:
     missing = [mark for mark in marks if mark not in shapes]
     if missing:
         raise ModelFileError(
-            f"{name} is no Qwen-Image transformer: it has no {missing[0]}{_looks_like(shapes)}. Choose a "
+            f"{name} is not a Qwen-Image transformer: it has no {missing[0]}{_looks_like(shapes)}. Choose a "
             "Qwen-Image-Edit file from models/diffusion_models."
         )
     head = shapes[f"{first}norm_added_k.weight"][0]
     if head not in ROPE_AXES:
-        raise ModelFileError(f"{name} has attention heads of width {head}; Qwen-Image's have 128. It is another model.")
+        raise ModelFileError(
+            f"{name} is not a Qwen-Image transformer: its attention heads have width {head} instead of 128. Choose a "
+            "Qwen-Image-Edit file."
+        )
     numbers = {int(key.split(".")[1]) for key in shapes if key.startswith("transformer_blocks.")}
     return {
         "num_layers": max(numbers) + 1,
@@ -152,7 +156,7 @@ def _settings_of_file(source: WeightSource) -> dict[str, Any]:
 
 
 def _looks_like(names: Collection[str]) -> str:
-    """What a wrong file seems to be, as the rest of a sentence."""
+    """A guess at what a wrong file is, as the end of a sentence; empty if there is none."""
     if any("lora" in name for name in names):
         return "; it looks like a LoRA"
     if any("self_attn.k_proj" in name for name in names):
@@ -163,7 +167,7 @@ def _looks_like(names: Collection[str]) -> str:
 
 
 def empty_transformer(settings: dict[str, Any]) -> QwenImageTransformer2DModel:
-    """The network on the meta device, without weights; what it computes at build time has its values."""
+    """The network on the meta device. The rotary table is real, because it is computed and not loaded."""
     from diffusers import QwenImageTransformer2DModel
 
     known = inspect.signature(QwenImageTransformer2DModel.__init__).parameters
@@ -181,10 +185,13 @@ def compute_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def _check_flavour(config: ModelConfig, place: Path, settings: dict[str, Any]) -> None:
-    """A 2511 by its zero_cond_t, and the others by the pipeline that the download is made for.
+    """Check that the transformer belongs to the chosen flavour.
 
-    A single file without the marker may be any flavour, and a folder without model_index.json is asked for its
-    zero_cond_t alone.
+    A 2511 has zero_cond_t; the others differ in the pipeline that their download names. A single file without the
+    marker may be any flavour. For a folder without model_index.json, only zero_cond_t can be checked.
+
+    Raises:
+        ModelFileError: the transformer belongs to another flavour.
     """
     is_2511 = settings["zero_cond_t"]
     if place.is_relative_to(DEMO_FOLDER) or is_2511 is None:
@@ -203,7 +210,7 @@ def _check_flavour(config: ModelConfig, place: Path, settings: dict[str, Any]) -
 
 
 def _pipeline_of(place: Path) -> str:
-    """diffusers' pipeline that a transformer's folder belongs to, of those that edit; empty where nothing tells."""
+    """The diffusers edit pipeline named in the download's model_index.json; empty if there is none."""
     index = place.parent / "model_index.json"
     name = read_json(index).get("_class_name") if place.is_dir() and index.is_file() else ""
     return str(name) if name in {row.pipeline for row in FLAVOURS.values()} else ""

@@ -1,4 +1,4 @@
-"""The diffusion transformer: loaded frozen, and the one forward that training and sampling share."""
+"""The diffusion transformer: loading it frozen, and the forward that training and sampling share."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .types import Condition
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
-# Layers at the network's borders: under 2 % of the weights, and every token passes through them.
+# Input and output layers that are never quantised: under 2 % of the weights, but they affect every token.
 SENSITIVE_LAYERS = ("img_in", "txt_in", "time_text_embed.*", "norm_out.*", "proj_out")
 
 
 def load_transformer(
     base: BaseModel, device: torch.device, observer: Observer = SILENT, *, on_host: Collection[int] = ()
 ) -> QwenImageTransformer2DModel:
-    """The frozen transformer of a base model on `device`, in the wanted precision, read block by block.
+    """Load a base model's transformer block by block onto `device`, frozen and in the configured precision.
 
-    Blocks whose numbers are in `on_host` end in host memory. The forward is that of `optimise_frozen_forward`.
+    Blocks with numbers in `on_host` go to host memory. The network's forward is that of `optimise_frozen_forward`.
 
     Raises:
-        ModelFileError: no such transformer, a damaged one, or one of another flavour.
-        MissingPackageError: the precision or the file's format needs one.
+        ModelFileError: the transformer is missing, damaged, another model, or of another flavour.
+        MissingPackageError: the precision or the file format needs a package that is not installed.
         Interrupted: the observer wants to stop.
     """
     config = base.config
-    network = base.new_network()  # raises before a large file is opened
+    network = base.new_network()  # first, because it raises for a wrong model before a large file is opened
     source = open_weights(base.folder.transformer, TRANSFORMER_PREFIXES)
     placement = Placement(
         precision=config.base_model_precision,
@@ -55,10 +55,10 @@ def load_transformer(
 def predict_velocity(
     transformer: QwenImageTransformer2DModel, latents_BCHW: Tensor, sigma_B: Tensor, condition: Condition
 ) -> Tensor:
-    """Velocity [B, C, H, W] (noise minus latents) at noise level sigma in [0, 1].
+    """Predict the velocity [B, C, H, W] (noise minus latents) at noise level sigma [B] in 0..1.
 
-    Tokens are [target, reference 1, reference 2, ...], as in the edit pipelines of diffusers; the prediction is cut
-    to the target. Computes in the transformer's own dtype, as at inference, and in the caller's grad mode.
+    Tokens are [target, reference 1, reference 2, ...], as in diffusers' edit pipelines; only the target's predictions
+    are returned. Computes in the transformer's dtype, as at inference, and in the caller's grad mode.
     """
     height, width = latents_BCHW.shape[-2:]
     tokens = pack(latents_BCHW)
