@@ -61,10 +61,14 @@ def test_pictures_that_changed_are_named_and_all_others_encoded(
     (reference / "005.png").unlink()
     (target / "006.png").write_bytes((target / "006.png").read_bytes()[:300])
     encoding = small_encoding(num_eval_images=0)
-    with pytest.raises(DatasetError, match="Run again with the folders at rest") as caught:
+    with pytest.raises(DatasetError, match="run again while no other program changes the folders") as caught:
         encode_dataset(paired, BaseModel(model), encoding, tmp_path / "cache")
     assert len(caught.value.problems) == 3
-    for name, words in (("target/003.png", "another one"), ("reference_1/005.png", "no such"), ("006.png", "another")):
+    for name, words in (
+        ("target/003.png", "has changed"),
+        ("reference_1/005.png", "no such"),
+        ("006.png", "has changed"),
+    ):
         assert sum(f"{name}: " in line and words in line for line in caught.value.problems) == 1, name
     assert not (tmp_path / "cache" / "datasets").exists()
     (target / "006.png").unlink()

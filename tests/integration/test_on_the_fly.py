@@ -97,7 +97,7 @@ def test_a_changed_or_missing_file_is_named(folders: DatasetConfig, model: Model
     path = Path(folders.reference_dirs[1]) / f"{entry.key}.png"
     picture(99, (131, 97)).save(path)
     with reference_encoder(encoded, BaseModel(model)) as encode_reference:
-        with pytest.raises(DatasetError, match=rf"reference_2/{entry.key}\.png: the file is another one"):
+        with pytest.raises(DatasetError, match=rf"reference_2/{entry.key}\.png: the file has changed"):
             encoded.load(entry, encode_reference=encode_reference)
         plan = BatchPlan(encoded, BatchingConfig(), 0)
         with (

@@ -206,7 +206,7 @@ def test_training_lowers_the_loss_on_pairs_it_has_not_seen(config: TrainConfig) 
 def test_a_dataset_of_another_flavour_or_with_lost_entries_is_refused(
     config: TrainConfig, base_of: Any, encoded: EncodedDataset
 ) -> None:
-    with pytest.raises(ValueError, match="encoded for edit-v1, and the model is edit-v2"):
+    with pytest.raises(ValueError, match="encoded for edit-v1, but the model is edit-v2"):
         train_lora(dataclasses.replace(config, model=base_of("edit-v2")))
     entry = encoded.pairs[0]
     path = encoded.cache_dir / "latents" / entry.target[:2] / f"{entry.target}.safetensors"
@@ -227,7 +227,9 @@ def test_validation_loss_is_the_same_number_for_the_same_weights(config: TrainCo
     losses = []
     for _ in range(2):
         torch.rand(3)
-        validator = validation_module.Validator(load_encoded(Path(config.encoded)), config.model, config.validation)
+        validator = validation_module.Validator(
+            load_encoded(Path(config.encoded)), BaseModel(config.model), config.validation
+        )
         losses.append(validator.loss(transformer, torch.device("cpu"), SILENT))
     assert losses[0] == losses[1] > 0
 

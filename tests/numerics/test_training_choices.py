@@ -24,6 +24,7 @@ from trainer_core.config import (
     ValidationConfig,
 )
 from trainer_core.events import SILENT
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.runs.folder import RunFolder
 from trainer_core.training import step as step_module
@@ -127,7 +128,7 @@ def validation_loss_of(config: TrainConfig, lora: dict[str, torch.Tensor]) -> fl
     with torch.no_grad():
         for name, parameter in networks.lora.items():
             parameter.copy_(lora[name])
-    validator = Validator(load_encoded(Path(config.encoded)), config.model, config.validation)
+    validator = Validator(load_encoded(Path(config.encoded)), BaseModel(config.model), config.validation)
     return validator.loss(networks.transformer, networks.device, SILENT)
 
 
