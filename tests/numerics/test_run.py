@@ -61,12 +61,14 @@ def test_stopped_at_every_moment_and_continued_equals_the_unbroken_run(config: T
 
 
 def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: TrainConfig, tmp_path: Path) -> None:
-    """SIGKILL three times, at moments that a generator seeded by the clock picks."""
+    """SIGKILL three times, at random moments. The printed seed repeats them."""
     longer = dataclasses.replace(config, max_train_steps=40, optimizer=OptimizerConfig(learning_rate=3e-3))
     unbroken, killed = train_lora(longer), named(longer, "killed")
     (tmp_path / "config.json").write_text(json.dumps(to_json(killed)))
     metrics = Path(killed.run_dir) / "metrics.jsonl"
-    moments = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print(f"seed of the moments: {seed}")  # noqa: T201 - pytest shows it when the test fails
+    moments = random.Random(seed)
     for _ in range(3):
         command = [sys.executable, "-m", "tests.support.train_until_killed", str(tmp_path / "config.json")]
         steps_before = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
