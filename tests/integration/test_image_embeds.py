@@ -173,14 +173,14 @@ def test_tokens_cut_short_are_made_again(model: ModelConfig, tmp_path: Path, tow
 
 def test_a_named_cache_must_exist_or_be_declared(model: ModelConfig, tmp_path: Path) -> None:
     folders, cache = folders_of(tmp_path, 1), tmp_path / "cache"
-    with pytest.raises(ConfigError, match=r"'my-embeds'; no cache exists yet.*create_image_embeds"):
+    with pytest.raises(ConfigError, match=r"'my-embeds', but no cache exists yet.*create_image_embeds"):
         encode(folders, model, cache, conditioning_image_embeds="my-embeds")
     assert not cache.exists()
     encode(folders, model, cache, conditioning_image_embeds="my-embeds", create_image_embeds=True)
     assert {path.parts[-3] for path in tokens_in(cache)} == {"my-embeds"}
     encode(folders, model, cache, conditioning_image_embeds="my-embeds")
     encode(folders, model, cache)
-    with pytest.raises(ConfigError, match=r"caches that exist are my-embeds.*Did you mean 'my-embeds'"):
+    with pytest.raises(ConfigError, match=r"the only existing caches are my-embeds.*Did you mean 'my-embeds'"):
         encode(folders, model, cache, conditioning_image_embeds="my-embed")
     for name in ("../up", "a/b", ".hidden", "ends."):
         with pytest.raises(ConfigError, match=r"conditioning_image_embeds.*a name without folders"):
@@ -213,7 +213,7 @@ def test_an_encoder_that_keeps_nothing(model: ModelConfig, tmp_path: Path) -> No
     dataset, cache = pair_folders(folders_of(tmp_path, 1)), tmp_path / "cache"
     given = Encoders(prompts=PromptEncoder("theirs", loaded))
     named = small_encoding(num_eval_images=0, conditioning_image_embeds="mine")
-    with pytest.raises(ConfigError, match="'mine', but ComfyUI's own CLIP is connected"):
+    with pytest.raises(ConfigError, match="'mine', but a ComfyUI CLIP is connected"):
         encode_dataset(dataset, BaseModel(model), named, cache, encoders=given)
     encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=0), cache, encoders=given)
     assert len(calls) == 4 and {count for _, count in calls} == {1} and tokens_in(cache) == []

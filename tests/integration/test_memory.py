@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs
 from trainer_core.__main__ import main
+from trainer_core.conditioning import batches
 from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan, largest_batch
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BatchingConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig, ValidationConfig
@@ -136,7 +137,8 @@ def test_pairs_are_read_one_at_a_time_after_a_dry_step(
 
     monkeypatch.setattr(EncodedDataset, "load", load)
     plan = RankPlan(BatchPlan(encoded, BatchingConfig(), 0), SINGLE_PROCESS, 1)
-    with BatchLoader(encoded, plan, 1) as loader:
+    monkeypatch.setattr(batches, "MEMORY_BYTES", 1)
+    with BatchLoader(encoded, plan) as loader:
         for number in (2, 0, 1, 2):
             assert loader[number].draws == plan[number]
     assert len(set(readers)) == 1

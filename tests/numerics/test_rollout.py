@@ -19,8 +19,8 @@ from trainer_core.training.objective import noisy_latents, penalty_at, velocity_
 from trainer_core.training.rollout import (
     RolledOut,
     compensation,
+    direction_error,
     draw_offsets,
-    drift,
     integrate,
     reflexflow_loss,
     roll_out,
@@ -238,12 +238,12 @@ def test_weights_have_mean_one_and_pass_on_no_gradient() -> None:
 
 def test_drift_is_zero_for_equal_and_four_for_opposite_directions_whatever_is_masked() -> None:
     way = torch.randn(1, 4, 6, 6)
-    assert float(drift(3 * way, way)[0]) == pytest.approx(0.0, abs=1e-6)
-    assert float(drift(-way, way)[0]) == pytest.approx(4.0, rel=1e-5)
+    assert float(direction_error(3 * way, way)[0]) == pytest.approx(0.0, abs=1e-6)
+    assert float(direction_error(-way, way)[0]) == pytest.approx(4.0, rel=1e-5)
     mask, spoilt = torch.ones(1, 1, 6, 6), way.clone()
     mask[..., 0], spoilt[..., 0] = 0.0, 99.0
-    assert float(drift(spoilt, way, mask)[0]) == pytest.approx(0.0, abs=1e-6)
-    assert float(drift(spoilt, way)[0]) > 0.5
+    assert float(direction_error(spoilt, way, mask)[0]) == pytest.approx(0.0, abs=1e-6)
+    assert float(direction_error(spoilt, way)[0]) > 0.5
 
 
 @pytest.mark.parametrize(
