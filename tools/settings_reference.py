@@ -58,7 +58,7 @@ offer a narrower range.
 
 Sections with a key are part of the JSON file of `python -m trainer_core`. The file is an object with the settings of
 *The whole file*; the settings of a section are in an object under its key. An unknown key is an error, which suggests
-the most similar known key. [guide.md](guide.md#without-comfyui) has an example of such a file.
+the most similar known key. [headless.md](headless.md#the-configuration-file) has an example of such a file.
 """
 
 

@@ -27,8 +27,8 @@ def test_settings_are_ours_and_documented(name: str) -> None:
         if section not in ("model", "encoding"):
             said = values if isinstance(values, dict) else {}
             assert {key: training[section][key] for key in said} == said and training[section] == to_json(job)[section]
-    guide = (REPO / "docs" / "guide.md").read_text(encoding="utf-8")
-    assert f"| `{name}` | {preset['about']} |" in guide
+    presets = (REPO / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert f"| `{name}` | {preset['about']} |" in presets
     assert ("demo" in preset) == (name in EXAMPLES)
 
 
