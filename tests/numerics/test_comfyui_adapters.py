@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.numerics.test_comfyui_lora import relative_error, save_base
 from tests.support.adapter_cases import KINDS, inputs, randomise
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
 from tests.support.narrow import NARROW
+from tests.support.random_base import relative_error, save_base
 from trainer_core.adapters.inject import for_file, inject_lora, load_into
 from trainer_core.adapters.plan import plan_adapter
 from trainer_core.adapters.writer import LoraMetadata, export_lora

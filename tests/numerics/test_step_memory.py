@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.numerics.test_quantised import gradients, predict, with_adapter
+from tests.support.adapter_gradients import gradients, predict, with_adapter
 from tests.support.narrow import NARROW, fill
 from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
