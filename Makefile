@@ -2,6 +2,7 @@
 #
 #   make demo        train the demo LoRA inside a real ComfyUI
 #   make test        the whole test suite            (make test ARGS="tests/core -k pairing")
+#   make test-fast   the fast tier: no server, no browser, no training
 #   make comfyui     ComfyUI's page with the pack in it, for a person
 #   make lint types  formatting and style; types
 #   make types-web   types of the page's scripts (needs npm)
@@ -19,17 +20,20 @@ RUN := $(VENV)/bin/python
 export COMFYUI_DIR
 export TORCH
 
-.PHONY: help setup test demo comfyui lint format types types-web docs clean
+.PHONY: help setup test test-fast demo comfyui lint format types types-web docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 setup:
 	@$(PYTHON) tools/setup.py
 
 test: setup
 	$(RUN) -m pytest $(ARGS)
+
+test-fast: setup
+	$(RUN) -m pytest --fast $(ARGS)
 
 demo: setup
 	@$(RUN) tools/demo.py $(ARGS)
