@@ -78,7 +78,9 @@ def test_out_of_memory_during_validation(
 def test_a_cache_of_embeds_that_has_no_entry(tmp_path: Path) -> None:
     """Cache not found, in SimpleTuner's file: the ids that there are, before anything is read."""
     wrong = EDIT_V1.replace('"conditioning_image_embeds": "my-reference-embeds"', '"conditioning_image_embeds": "mine"')
-    with pytest.raises(ConfigError, match=r"conditioning_image_embeds names 'mine'. Known are my-reference-embeds"):
+    with pytest.raises(
+        ConfigError, match=r"conditioning_image_embeds refers to 'mine'. It must be one of my-reference-embeds"
+    ):
         job_of(tmp_path, CONFIG, wrong)
 
 
