@@ -6,7 +6,7 @@
 #   make comfyui     ComfyUI's page with the pack in it, for a person
 #   make lint types  formatting and style; types
 #   make types-web   types of the page's scripts (needs npm)
-#   make docs        writes docs/settings.md from the settings' definitions
+#   make docs        writes docs/settings.md from the settings, and the drawing in docs/architecture.md
 #
 # COMFYUI_DIR=folder uses that ComfyUI; TORCH=requirement installs that torch (only if there is none yet).
 
@@ -57,6 +57,7 @@ types-web:
 
 docs: setup
 	$(RUN) tools/settings_reference.py
+	$(RUN) tools/structure.py
 
 clean:
 	rm -rf .demo .pytest_cache .ruff_cache
