@@ -132,7 +132,7 @@ def main() -> None:
         print(json.dumps(one_start(given.folder, given.tokenizer, given.side, without=given.stand_ins)))
         return
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| pairs | start | pairing, s | encoding, s | reading, s | pairs/s | peak memory, MiB | of it growth, MiB |")
+    print("| pairs | start | pairing, s | encoding, s | reading, s | pairs/s | peak memory, MiB | growth of it, MiB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for pairs in given.pairs:
         with tempfile.TemporaryDirectory() as name:

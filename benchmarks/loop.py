@@ -61,9 +61,9 @@ def report(work: Path, tokenizer: Path, resolution: int, steps: int, long_steps:
     rows = [
         ("bare step, median", f"{bare * 1000:.1f} ms"),
         ("loop step, median", f"{statistics.median(overhead.loop) * 1000:.1f} ms"),
-        (f"loop over bare, medians of {len(overhead.loop)} steps in turn", f"{overhead.ratio:.3f}"),
-        ("loop over bare, processor time", f"{overhead.cpu_ratio:.3f}"),
-        ("loop over bare, means of the fastest tenths", f"{overhead.ratio_of_fastest:.3f}"),
+        (f"loop / bare, medians of {len(overhead.loop)} alternating steps", f"{overhead.ratio:.3f}"),
+        ("loop / bare, CPU time", f"{overhead.cpu_ratio:.3f}"),
+        ("loop / bare, means of the fastest tenths", f"{overhead.ratio_of_fastest:.3f}"),
         (
             f"resident memory, steps {first.step} to {last.step}",
             f"{(last.resident_bytes - first.resident_bytes) / 2**20:+.1f} MiB of {last.resident_bytes / 2**20:.0f}",
@@ -71,7 +71,7 @@ def report(work: Path, tokenizer: Path, resolution: int, steps: int, long_steps:
         (f"Python objects, steps {first.step} to {last.step}", f"{last.objects - first.objects:+d} of {last.objects}"),
         (f"tensors, steps {first.step} to {last.step}", f"{last.tensors - first.tensors:+d} of {last.tensors}"),
         (f"encoding {pairs} pairs of {resolution} px, loading included", f"{pairs / encode_seconds:.1f} pairs/s"),
-        ("encoding them again, all in the cache", f"{pairs / again_seconds:.0f} pairs/s"),
+        ("encoding them again, with all in the cache", f"{pairs / again_seconds:.0f} pairs/s"),
     ]
     return "\n".join(["| measured | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
 

@@ -53,7 +53,7 @@ def main() -> None:
         install_pack(base)
         make_demo_pairs(base / "input" / "demo")
         print(f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}\n")
-        print("| | address | answers | median ms | 95 % ms | 99 % ms | longest ms |")
+        print("| | address | responses | median ms | 95 % ms | 99 % ms | longest ms |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         with ComfyUI(base, *device_arguments(), "--disable-api-nodes", log=base / "comfyui.log") as server:
             for path in ADDRESSES:
