@@ -2,9 +2,11 @@
 #
 #   make demo        train the demo LoRA inside a real ComfyUI
 #   make test        the whole test suite            (make test ARGS="tests/core -k pairing")
+#   make test-fast   the fast tier: no server, no browser, no training
 #   make comfyui     ComfyUI's page with the pack in it, for a person
 #   make lint types  formatting and style; types
-#   make docs        writes docs/settings.md from the settings' definitions
+#   make types-web   types of the page's scripts (needs npm)
+#   make docs        writes docs/settings.md from the settings, and the drawing in docs/architecture.md
 #
 # COMFYUI_DIR=folder uses that ComfyUI; TORCH=requirement installs that torch (only if there is none yet).
 
@@ -18,17 +20,20 @@ RUN := $(VENV)/bin/python
 export COMFYUI_DIR
 export TORCH
 
-.PHONY: help setup test demo comfyui lint format types docs clean
+.PHONY: help setup test test-fast demo comfyui lint format types types-web docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 setup:
 	@$(PYTHON) tools/setup.py
 
 test: setup
 	$(RUN) -m pytest $(ARGS)
+
+test-fast: setup
+	$(RUN) -m pytest --fast $(ARGS)
 
 demo: setup
 	@$(RUN) tools/demo.py $(ARGS)
@@ -47,8 +52,12 @@ format: setup
 types: setup
 	$(RUN) -m pyright
 
+types-web:
+	npx --yes --package typescript@5.9.3 tsc --project tsconfig.json
+
 docs: setup
 	$(RUN) tools/settings_reference.py
+	$(RUN) tools/structure.py
 
 clean:
 	rm -rf .demo .pytest_cache .ruff_cache

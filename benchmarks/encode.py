@@ -27,12 +27,13 @@ import torch
 from PIL import Image
 
 from tests.support.narrow import small_encoding
-from trainer_core.conditioning.encode import encode_dataset, prompt_width
+from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import load_encoded
 from trainer_core.conditioning.encoders import EncodePicture, Encoders, PictureEncoder, PromptEncoder
 from trainer_core.config import DatasetConfig, ModelConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.events import Observer
+from trainer_core.qwen_image.base_model import BaseModel
 
 MIB = 2**20
 
@@ -88,8 +89,10 @@ def one_start(folder: Path, tokenizer: str, side: int, *, without: bool) -> dict
     )
     paired = time.perf_counter()
     model = ModelConfig(tokenizer=tokenizer, mixed_precision="no", device="cpu")
-    encoders = stand_ins(prompt_width(model)) if without else None
-    made = encode_dataset(dataset, model, small_encoding(resolution=side), folder / "cache", encoders=encoders)
+    encoders = stand_ins(BaseModel(model).prompt_width) if without else None
+    made = encode_dataset(
+        dataset, BaseModel(model), small_encoding(resolution=side), folder / "cache", encoders=encoders
+    )
     encoded = time.perf_counter()
     assert not load_encoded(made.manifest).missing()
     ended = time.perf_counter()
@@ -129,7 +132,7 @@ def main() -> None:
         print(json.dumps(one_start(given.folder, given.tokenizer, given.side, without=given.stand_ins)))
         return
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| pairs | start | pairing, s | encoding, s | reading, s | pairs/s | peak memory, MiB | of it growth, MiB |")
+    print("| pairs | start | pairing, s | encoding, s | reading, s | pairs/s | peak memory, MiB | growth of it, MiB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for pairs in given.pairs:
         with tempfile.TemporaryDirectory() as name:

@@ -19,6 +19,7 @@ from tests.support.comfy_subprocess import run_in_comfyui
 from tools.comfyui import comfyui_dir
 from trainer_core.adapters.inject import load_into
 from trainer_core.config import DEMO_MODEL, ModelConfig
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.folder import DEMO_FOLDER
 from trainer_core.qwen_image.latents import denormalise
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
@@ -41,7 +42,7 @@ def ours(file: Path | None) -> Tensor:
     """The velocity by the trainer's forward."""
     tokenizer = str(comfyui_dir() / "comfy/text_encoders/qwen25_tokenizer")
     model = ModelConfig(base=DEMO_MODEL, tokenizer=tokenizer, mixed_precision="no")
-    transformer = load_transformer(model, torch.device("cpu"))
+    transformer = load_transformer(BaseModel(model), torch.device("cpu"))
     if file is not None:
         load_into(transformer, file)
     return predict_velocity(transformer, *inputs(transformer.config.joint_attention_dim))

@@ -88,6 +88,7 @@ def load(way: str, folder: Path, precision: str) -> None:
     from trainer_core.config import ModelConfig
     from trainer_core.events import SILENT
     from trainer_core.precision.quantise import converter, quantise
+    from trainer_core.qwen_image.base_model import BaseModel
     from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, load_transformer
 
     kept = {"quantised_cache_gb": 100.0, "quantised_cache_dir": str(folder / "kept")} if way in KEPT else {}
@@ -103,7 +104,7 @@ def load(way: str, folder: Path, precision: str) -> None:
         read_all(folder / "kept")
         network = None
     elif way != "whole":
-        network = load_transformer(config, cpu)
+        network = load_transformer(BaseModel(config), cpu)
     else:
         network = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
         quantise(network, config.base_model_precision, SENSITIVE_LAYERS, cpu, SILENT)

@@ -29,9 +29,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.support import layouts
 from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import LoraConfig, ModelConfig
 from trainer_core.config.model import EIGHT_BITS
 from trainer_core.events import SILENT
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.text_encoder_file import load_by_layers, qwen25_vl_7b
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
@@ -58,9 +60,9 @@ def measure(
         quantize_activations=activations,
     )  # fmt: skip
     start = time.monotonic()
-    network = load_transformer(config, device)
+    network = load_transformer(BaseModel(config), device)
     seconds = time.monotonic() - start
-    lora = inject_lora(network, LoraConfig(lora_rank=16, lora_targets="all"), seed=0)
+    lora = inject_lora(network, plan_adapter(network, LoraConfig(lora_rank=16, lora_targets="all")), seed=0)
     for name, weight in lora.items():
         if name.endswith("lora_B"):
             weight.data.copy_(torch.randn(weight.shape, generator=stream(0, name)) * 0.02)

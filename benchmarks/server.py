@@ -8,37 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+from tests.support.server_waits import percentile, wait_for_steps, waits
 from tools.comfyui import REPO, ComfyUI, device_arguments, install_pack, make_base
 from trainer_core.demo.pictures import make_demo_pairs
 
 ADDRESSES = ("/queue", "/qwen_edit_trainer/runs")
-EVERY_SECONDS = 0.05
-
-
-def waits(server: ComfyUI, path: str, seconds: float) -> list[float]:
-    """Seconds that each answer took, of requests one after the other over a time."""
-    found, end = [], time.monotonic() + seconds
-    while time.monotonic() < end:
-        began = time.perf_counter()
-        with urllib.request.urlopen(server.url + path, timeout=60) as answer:
-            answer.read()
-        found.append(time.perf_counter() - began)
-        time.sleep(EVERY_SECONDS)
-    return found
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value below which a share of all lies."""
-    return sorted(values)[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
 
 
 def demo_prompt(steps: int) -> dict[str, Any]:
@@ -57,16 +37,6 @@ def demo_prompt(steps: int) -> dict[str, Any]:
     return {key: node for key, node in prompt.items() if key in needed}
 
 
-def wait_for_steps(server: ComfyUI, count: int, seconds: float = 600) -> None:
-    """Until the training has done so many."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if any(run["active"] and run["step"] >= count for run in server.get("/qwen_edit_trainer/runs")["runs"]):
-            return
-        time.sleep(0.5)
-    raise TimeoutError(f"The training has not done {count} steps within {seconds} s.")
-
-
 def row(what: str, path: str, values: list[float]) -> str:
     """One line of the table, in milliseconds."""
     figures = [statistics.median(values), percentile(values, 0.95), percentile(values, 0.99), max(values)]
@@ -83,7 +53,7 @@ def main() -> None:
         install_pack(base)
         make_demo_pairs(base / "input" / "demo")
         print(f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}\n")
-        print("| | address | answers | median ms | 95 % ms | 99 % ms | longest ms |")
+        print("| | address | responses | median ms | 95 % ms | 99 % ms | longest ms |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         with ComfyUI(base, *device_arguments(), "--disable-api-nodes", log=base / "comfyui.log") as server:
             for path in ADDRESSES:

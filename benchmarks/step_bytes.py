@@ -12,120 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
-import weakref
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
-from unittest import mock
-
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.gpu_step import GIB, PROMPT_TOKENS, Setting, our_step, planned_bytes
-from trainer_core.memory.offload import HostCopies
-from trainer_core.qwen_image.types import Condition
-
-META = torch.device("meta")
-_ALLOCATED_IN = 512  # bytes: what CUDA's allocator rounds up to
-_STEPS = 2  # the optimizer's state is there from the second on
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the meta device's tensors that are alive, `now` and at their `peak`; `at_peak` says whose they were."""
-
-    def __init__(self, *, names: bool = False) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.at_peak: Counter[str] = Counter()
-        self._names, self._paused = names, False
-        self._alive: dict[int, tuple[int, str]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.copy_.default and args[0].device != META and args[1].device == META:
-            return args[0]  # there is nothing to copy
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device == META and not self._paused:
-                self._count(tensor, func)
-        return result
-
-    def restart(self) -> None:
-        """Look for the peak from here on."""
-        self.peak = self.now
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is made inside does not count."""
-        self._paused = True
-        yield
-        self._paused = False
-
-    def _count(self, tensor: Tensor, func: Any) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive:
-            return
-        num_bytes = -(-storage.nbytes() // _ALLOCATED_IN) * _ALLOCATED_IN
-        self._alive[key] = num_bytes, self._name(tensor, func)
-        weakref.finalize(storage, self._gone, key)
-        self.now += num_bytes
-        if self.now > self.peak:
-            self.peak = self.now
-            if self._names:
-                self.at_peak = Counter()
-                for alive, name in self._alive.values():
-                    self.at_peak[name] += alive
-
-    def _gone(self, key: int) -> None:
-        self.now -= self._alive.pop(key)[0]
-
-    def _name(self, tensor: Tensor, func: Any) -> str:
-        if not self._names:
-            return ""
-        frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename][-5:-2]
-        where = " < ".join(f"{Path(frame.filename).stem}:{frame.lineno}" for frame in reversed(frames))
-        return f"{func} {tuple(tensor.shape)} {tensor.dtype} {where}"
-
-
-def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBytes:
-    """Count a step of the settings, as it is from the second one on."""
-    live = LiveBytes(names=names)
-    keep = HostCopies.keep
-
-    def keep_uncounted(copies: HostCopies, tensor: Tensor) -> Any:
-        with live.paused():  # its copy is in host memory, and its description on the meta device
-            return keep(copies, tensor)
-
-    with (
-        flash_attention(),
-        mock.patch.object(HostCopies, "keep", keep_uncounted),
-        live,
-    ):
-        _transformer, step = our_step(setting, layers, META)
-        side = setting.side // 8
-        latents, *references = (torch.randn(1, 16, side, side, device=META) for _ in range(1 + setting.references))
-        condition = Condition(tuple(references), torch.randn(1, PROMPT_TOKENS, 3584, device=META))
-        for _ in range(_STEPS):
-            live.restart()
-            step(latents, condition)
-    return live
-
-
-def flash_attention() -> AbstractContextManager[Any]:
-    """Attention as a card computes it, which keeps no matrix of all tokens times all tokens."""
-    return mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash_attention)
-
-
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> Tensor:
-    """Keeps what FlashAttention keeps: its inputs, its output and a number per token and head."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+from benchmarks.gpu_step import GIB, Setting, planned_bytes
+from tests.support.live_bytes import traced_step
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""ComfyUI's side: widgets and sockets to trainer_core's configs and calls, and results back."""
+"""ComfyUI nodes: turn widgets and sockets into trainer_core configs and calls, and return the results."""

@@ -1,4 +1,4 @@
-"""The trainings under way in this process, so that a request can look at one or end it and keep the LoRA."""
+"""The runs that this process is training, so that a request can read their state or stop one and keep its LoRA."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from typing import Any
 from ..trainer_core.events import StepReport
 
 _runs: dict[str, ActiveRun] = {}
-
-
-_SPEED_KEEPS = 0.9  # of the mean time of a step, when the next one comes
+_SMOOTHING = 0.9  # weight of the previous mean in the moving average of seconds per step
 
 
 @dataclass(slots=True)
 class ActiveRun:
-    """One training under way, at the node that the user sees."""
+    """A run in progress. `node_id` is the training node; `keep` is set when the user asks to stop and keep the LoRA."""
 
     name: str
     node_id: str | None = None
@@ -29,13 +27,13 @@ class ActiveRun:
     phase: str = ""
 
     def note(self, report: StepReport) -> None:
-        """One more step is done."""
+        """Record a finished step."""
         mean = self.seconds_per_step
-        faster = report.seconds if mean is None else _SPEED_KEEPS * mean + (1 - _SPEED_KEEPS) * report.seconds
-        self.last_step, self.seconds_per_step, self.phase = report, faster, ""
+        smoothed = report.seconds if mean is None else _SMOOTHING * mean + (1 - _SMOOTHING) * report.seconds
+        self.last_step, self.seconds_per_step, self.phase = report, smoothed, ""
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The state as JSON values."""
         step, seconds = self.last_step, self.seconds_per_step
         left = (step.num_steps - step.step) * seconds if step and seconds is not None else None
         known = {"step": step.step, "num_steps": step.num_steps, "loss": step.loss} if step else {}
@@ -54,7 +52,7 @@ class ActiveRun:
 
 @contextmanager
 def active_run(name: str, node_id: str | None = None) -> Iterator[ActiveRun]:
-    """Lists the run while the block lasts."""
+    """List the run in `active_runs` while the block runs."""
     run = ActiveRun(name, node_id)
     _runs[name] = run
     try:
@@ -64,12 +62,12 @@ def active_run(name: str, node_id: str | None = None) -> Iterator[ActiveRun]:
 
 
 def active_runs() -> list[dict[str, object]]:
-    """All trainings under way."""
+    """State of all runs in progress."""
     return [run.as_dict() for run in list(_runs.values())]
 
 
 def stop_and_keep(name: object) -> bool:
-    """Ask the run `name` to end and export what it has. False if there is no such run under way."""
+    """Ask the run `name` to stop and export its LoRA. False if no such run is in progress."""
     run = _runs.get(name) if isinstance(name, str) else None
     if run is not None:
         run.keep.set()
@@ -78,13 +76,13 @@ def stop_and_keep(name: object) -> bool:
 
 RUN_MESSAGE = "qwen_edit_trainer.run"
 _EVERY_SECONDS = 0.5
-_MAX_POINTS = 200  # in one message; of more steps every second one, every third one, ...
+_MAX_POINTS = 200  # per message; above that only every second, third, ... step is sent
 
 Send = Callable[[str, dict[str, Any]], None]
 
 
 class LiveMessages:
-    """Sends a run's state and the steps since the last message. `send` must be allowed from this thread."""
+    """Sends the state of a run and the steps since the last message. `send` is called from the training thread."""
 
     def __init__(self, run: ActiveRun, send: Send) -> None:
         self._run, self._send = run, send
@@ -92,20 +90,20 @@ class LiveMessages:
         self._sent_at = float("-inf")
 
     def step(self, report: StepReport) -> None:
-        """One more step."""
+        """Record a step; send a message if one is due."""
         self._run.note(report)
         self._points.append(report)
         if time.monotonic() - self._sent_at >= _EVERY_SECONDS or report.was_validated:
             self._flush()
 
     def phase(self, text: str) -> None:
-        """What is going on besides steps, such as loading."""
+        """Record a phase other than training steps, such as loading."""
         self._run.phase = text
         if time.monotonic() - self._sent_at >= _EVERY_SECONDS:
             self._flush()
 
     def samples(self, step: int) -> None:
-        """The pictures of a step are in the run folder."""
+        """Report that the sample pictures of a step are in the run folder."""
         self._flush(samples=step)
 
     def _flush(self, **more: Any) -> None:

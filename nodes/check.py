@@ -1,4 +1,4 @@
-"""A look at every pair before anything is encoded."""
+"""The node that checks pairs before encoding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..trainer_core.config import PairCheckConfig
-from . import host, sockets
+from . import host_call, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
@@ -15,51 +15,54 @@ if TYPE_CHECKING:
 
 
 class CheckPairs(io.ComfyNode):
-    """Shift, scale, colour, duplicates, captions."""
+    """Check shift, scale, colour, duplicates and captions."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "CheckPairs",
             "Check Edit Pairs",
-            description="Measures how references lie on their targets outside the edit (shift, scale, colour), and "
-            "finds near-duplicates, pairs that hardly differ and captions that say little. Changes nothing.",
+            description="Measures how well references match their targets outside the edit (shift, scale, colour), and "
+            "finds near-duplicates, pairs that hardly differ and uninformative captions. Changes no files.",
             search_aliases=["dataset check", "misaligned pairs", "duplicates"],
             is_output_node=True,
             inputs=[
                 new_input(sockets.Dataset, "dataset", tooltip="Pairs from Pair Edit Folders."),
-                setting_input(PairCheckConfig, "max_shift", min=0.0, max=1000.0, step=0.05),
-                setting_input(PairCheckConfig, "max_zoom_percent", min=0.0, max=100.0, step=0.05),
-                setting_input(PairCheckConfig, "max_colour_offset", min=0.0, max=255.0, step=0.5),
-                setting_input(PairCheckConfig, "min_difference", min=0.0, max=255.0, step=0.5),
-                setting_input(PairCheckConfig, "duplicate_bits", min=0, max=40),
-                setting_input(PairCheckConfig, "check_side", min=128, max=4096, step=64),
+                setting_input(PairCheckConfig, "max_shift"),
+                setting_input(PairCheckConfig, "max_zoom_percent"),
+                setting_input(PairCheckConfig, "max_colour_offset"),
+                setting_input(PairCheckConfig, "min_difference"),
+                setting_input(PairCheckConfig, "duplicate_bits"),
+                setting_input(PairCheckConfig, "check_side"),
                 new_input(
                     io.Int,
                     "max_pairs",
                     default=12,
                     min=1,
                     max=100,
-                    tooltip="Pairs on the contact sheet; those with findings come first.",
+                    tooltip="Number of pairs on the contact sheet. Pairs with findings come first.",
                 ),
             ],
             outputs=[
                 new_output(sockets.Dataset, "checked", "The same pairs, for Encode Edit Pairs."),
-                new_output(io.String, "report", "Every finding with what to do about it."),
-                new_output(io.Image, "contact_sheet", "References, target and difference; marked pairs come first."),
+                new_output(io.String, "report", "All findings, each with a suggested fix."),
+                new_output(
+                    io.Image,
+                    "contact_sheet",
+                    "Reference, target and difference of each pair. Pairs with findings come first.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, dataset: EditDataset, max_pairs: int = 12, **widgets: Any) -> io.NodeOutput:
-        """The dataset as it came, a text and a picture."""
+        """Outputs the unchanged dataset, the report and the contact sheet."""
         from ..trainer_core.data.pair_check import check_pairs
         from ..trainer_core.pictures.check_report import check_report, check_sheet
         from .pictures import picture_to_image
 
         config = PairCheckConfig(**widgets)
-        with host.interruptible() as observer:
+        with host_call.interruptible() as observer:
             check = check_pairs(dataset, config, observer)
         sheet = picture_to_image(check_sheet(dataset, check, config, max_pairs=max_pairs))
         text = check_report(dataset, check)

@@ -1,4 +1,4 @@
-"""Pictures: from folders to pairs, and a look at them."""
+"""Nodes that pair pictures from folders, set up captions and preview pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
 from ..trainer_core.errors import TrainerError
-from . import host, sockets
+from . import host_call, host_folders, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 from .untrusted import file_below, folders_below
 
@@ -18,33 +18,32 @@ if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
 
 _BELOW = (
-    "A folder below ComfyUI's input or output folder, such as my_edit/target, or below one the server's owner allowed."
+    "Relative to ComfyUI's input or output folder, such as my_edit/target, or inside another folder the server allows."
 )
 
 
 class PairFolders(io.ComfyNode):
-    """Match pictures of two to four folders."""
+    """Pair the pictures of a target folder and one to three reference folders."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "PairFolders",
             "Pair Edit Folders",
-            description="Matches the pictures of a target folder with those of one to three reference folders by name.",
+            description="Pairs the pictures of a target folder and one to three reference folders by file name.",
             search_aliases=["dataset", "training pairs", "before after"],
             inputs=[
                 new_input(
                     io.String,
                     "target_folder",
                     default="my_edit/target",
-                    tooltip=f"Folder of the pictures the model should produce. {_BELOW}",
+                    tooltip=f"Folder of the pictures that the model should produce. {_BELOW}",
                 ),
                 new_input(
                     io.String,
                     "reference_folder_1",
                     default="my_edit/reference",
-                    tooltip=f"Folder of the pictures it starts from, named as their targets. {_BELOW}",
+                    tooltip=f"Folder of the pictures to edit, with the same file names as their targets. {_BELOW}",
                 ),
                 setting_input(DatasetConfig, "caption_strategy"),
                 setting_input(DatasetConfig, "instance_prompt", multiline=True),
@@ -53,20 +52,20 @@ class PairFolders(io.ComfyNode):
                     "reference_folder_2",
                     optional=True,
                     default="",
-                    tooltip="Second reference of each pair, for edit-v2 and edit-v3; empty for none.",
+                    tooltip="Folder of the second reference of each pair, for edit-v2 and edit-v3. Empty for none.",
                 ),
                 new_input(
                     io.String,
                     "reference_folder_3",
                     optional=True,
                     default="",
-                    tooltip="Third reference of each pair, for edit-v2 and edit-v3; empty for none.",
+                    tooltip="Folder of the third reference of each pair, for edit-v2 and edit-v3. Empty for none.",
                 ),
                 new_input(
                     sockets.CaptionSettings,
                     "caption_settings",
                     optional=True,
-                    tooltip="Tables of captions, words before and behind. Default: captions as they are written.",
+                    tooltip="Caption tables, prefix and suffix. Default: captions are used as written.",
                 ),
                 new_input(
                     io.String,
@@ -74,49 +73,52 @@ class PairFolders(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     default="",
-                    tooltip="Masks named as their targets: white counts in the loss, black does not; empty for none.",
+                    tooltip="Folder of masks with the same file names as their targets. White counts in the loss, "
+                    "black does not. Empty for none.",
                 ),
                 setting_input(DatasetConfig, "references_optional", optional=True, advanced=True),
                 new_input(
                     sockets.ReferenceSettings,
                     "reference_settings",
                     optional=True,
-                    tooltip="How references are cut. Default: as their targets where they have the same shape.",
+                    tooltip="How references are cropped. Default: like their targets if the aspect ratio is the same.",
                 ),
             ],
-            outputs=[new_output(sockets.Dataset, "dataset", "The pairs, for the preview and encode nodes.")],
+            outputs=[new_output(sockets.Dataset, "dataset", "The pairs, for the check, preview and encode nodes.")],
         )
 
     @classmethod
     def validate_inputs(cls, target_folder: str | None = None, reference_folder_1: str | None = None) -> bool | str:
-        """The two folders of every dataset are allowed and there; linked ones come as None.
+        """Check that the two required folders are allowed and exist. Linked inputs arrive as None.
 
-        ComfyUI shows the answer once for every argument here, so the other inputs are checked as the node begins.
+        ComfyUI shows the message once for each argument of this method, so `execute` checks the other inputs.
         """
         named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1}
         try:
-            folders_below({label: name for label, name in named.items() if name is not None}, host.dataset_roots())
+            folders_below(
+                {label: name for label, name in named.items() if name is not None}, host_folders.dataset_roots()
+            )
         except TrainerError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, **widgets: Any) -> str:
-        """Changes when a file in one of the folders does."""
+        """Changes when a file in one of the folders changes."""
         from ..trainer_core.data.pairing import folder_state
 
         try:
             return folder_state(_dataset_config(**widgets))
         except TrainerError as error:
-            return str(error)  # the node itself will say so
+            return str(error)  # execute raises the same error
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """An EditDataset."""
+        """Outputs an EditDataset."""
         from ..trainer_core.data.pairing import pair_folders
 
-        with host.interruptible() as observer:
-            checked_dir = host.cache_dir() / "checked"
+        with host_call.interruptible() as observer:
+            checked_dir = host_folders.cache_dir() / "checked"
             return io.NodeOutput(pair_folders(_dataset_config(**widgets), observer, checked_dir=checked_dir))
 
 
@@ -130,7 +132,7 @@ def _dataset_config(
     reference_settings: sockets.ReferencesSeen | None = None,
     **references: str,
 ) -> DatasetConfig:
-    roots = host.dataset_roots()
+    roots = host_folders.dataset_roots()
     given = {label: name for label, name in sorted(references.items()) if name or label == "reference_folder_1"}
     types = (reference_settings or sockets.ReferencesSeen()).conditioning_types
     masks = {"mask_folder": mask_folder} if mask_folder else {}
@@ -142,7 +144,7 @@ def _dataset_config(
     return DatasetConfig(
         target_dir=str(folders["target_folder"]),
         reference_dirs=tuple(str(folders[label]) for label in given),
-        caption_strategy=caption_strategy,  # type: ignore[arg-type] - checked there
+        caption_strategy=caption_strategy,  # type: ignore[arg-type] - DatasetConfig checks it
         instance_prompt=instance_prompt,
         captions=captions,
         mask_dir=str(folders["mask_folder"]) if masks else "",
@@ -152,16 +154,15 @@ def _dataset_config(
 
 
 class CaptionSettings(io.ComfyNode):
-    """What is made of captions."""
+    """Choose where captions come from and what is added to them."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "CaptionSettings",
             "Qwen Edit Caption Settings",
-            description="Captions from a table, words before and behind every caption. Without this node: captions as "
-            "they are written, a line of a .txt each.",
+            description="Reads captions from a table and adds a prefix and suffix to every caption. Without this node, "
+            "each line of a .txt file is one caption, used as written.",
             search_aliases=["trigger word", "csv captions", "parquet", "jsonl"],
             inputs=[
                 setting_input(CaptionConfig, "disable_multiline_split"),
@@ -177,20 +178,19 @@ class CaptionSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """A CaptionConfig."""
+        """Outputs a CaptionConfig."""
         return io.NodeOutput(CaptionConfig(**widgets))
 
 
 class PreviewPairs(io.ComfyNode):
-    """Look at the pairs."""
+    """Show the pairs and a report."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "PreviewPairs",
             "Preview Edit Pairs",
-            description="Shows pairs side by side with their captions, and a report about the whole dataset.",
+            description="Shows pairs side by side with their captions, and a report on the whole dataset.",
             search_aliases=["contact sheet", "dataset preview"],
             is_output_node=True,
             inputs=[
@@ -201,18 +201,18 @@ class PreviewPairs(io.ComfyNode):
                     default=12,
                     min=1,
                     max=100,
-                    tooltip="Pairs on the contact sheet, spread over the dataset. 12 fit well on a screen.",
+                    tooltip="Number of pairs on the contact sheet, spread over the dataset. 12 fit on a screen.",
                 ),
             ],
             outputs=[
-                new_output(io.Image, "contact_sheet", "References, target and caption of each pair, a row each."),
-                new_output(io.String, "report", "Number of pairs, sizes, captions and whatever is worth a look."),
+                new_output(io.Image, "contact_sheet", "One row per pair: references, target and caption."),
+                new_output(io.String, "report", "Number of pairs, sizes, captions and anything unusual."),
             ],
         )
 
     @classmethod
     def execute(cls, dataset: EditDataset, max_pairs: int = 12) -> io.NodeOutput:
-        """A picture and a text."""
+        """Outputs the contact sheet and the report."""
         from ..trainer_core.pictures.contact_sheet import contact_sheet, report
         from .pictures import picture_to_image
 

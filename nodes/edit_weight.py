@@ -1,4 +1,4 @@
-"""Where the edit-aware loss looks."""
+"""The node that previews the weights of the edit-aware loss."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ if TYPE_CHECKING:
 
 
 class PreviewEditWeight(io.ComfyNode):
-    """Weights of the loss as pictures."""
+    """Show the loss weights as pictures."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "PreviewEditWeight",
             "Preview Edit Weight",
-            description="Shows where the loss would count more under edit_weight, with masks if there are any.",
+            description="Shows where edit_weight increases the loss. Includes masks if the dataset has them.",
             search_aliases=["loss mask", "edit aware loss"],
             is_output_node=True,
             inputs=[
                 new_input(sockets.Encoded, "encoded", tooltip="The encoded pairs, from Encode Edit Pairs."),
-                setting_input(NoiseConfig, "edit_weight", min=0.0, max=1.0, step=0.05, default=0.5),
-                new_input(io.Int, "max_pairs", default=12, min=1, max=100, tooltip="Pairs on the picture."),
+                setting_input(NoiseConfig, "edit_weight", default=0.5),
+                new_input(io.Int, "max_pairs", default=12, min=1, max=100, tooltip="Number of pairs in the picture."),
             ],
-            outputs=[new_output(io.Image, "weights", "Grey counts once, white three times or more, black not at all.")],
+            outputs=[new_output(io.Image, "weights", "Loss weights: grey is 1, white is 3 or more, black is 0.")],
         )
 
     @classmethod
     def execute(cls, encoded: EncodedDataset, edit_weight: float = 0.5, max_pairs: int = 12) -> io.NodeOutput:
-        """A picture."""
+        """Outputs the preview picture."""
         from ..trainer_core.training.edit_weight import edit_weight_preview
         from .pictures import picture_to_image
 

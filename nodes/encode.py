@@ -1,4 +1,4 @@
-"""From pairs to latents and prompt embeddings on disk."""
+"""Nodes that encode pairs to latents and prompt embeddings on disk."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
-from . import host, sockets
-from .encoded_here import ENCODED_HERE
+from ..trainer_core.qwen_image.base_model import BaseModel
+from . import host_call, host_folders, sockets
+from .cache_watch import CACHE_WATCH
 from .schema import help_of, new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
@@ -16,45 +17,44 @@ if TYPE_CHECKING:
 
 
 class EncodePairs(io.ComfyNode):
-    """Encode once, train often."""
+    """Encode a dataset once for any number of trainings."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "EncodePairs",
             "Encode Edit Pairs",
-            description="Encodes pictures and captions once and keeps the results on disk, so that training needs "
-            "neither the text encoder nor the VAE in memory. Continues where it was stopped.",
+            description="Encodes pictures and captions once and stores the results on disk, so that training does not "
+            "need the text encoder or the VAE in memory. Resumes where it was stopped.",
             search_aliases=["cache latents", "text embeddings"],
             inputs=[
                 new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
                 new_input(sockets.Dataset, "dataset", tooltip="Pairs from Pair Edit Folders."),
-                setting_input(EncodingConfig, "resolution", min=64, max=4096, step=32),
+                setting_input(EncodingConfig, "resolution"),
                 setting_input(EncodingConfig, "preprocessing"),
                 setting_input(EncodingConfig, "match_target_res"),
-                setting_input(EncodingConfig, "num_eval_images", min=-1, max=1000),
+                setting_input(EncodingConfig, "num_eval_images"),
                 setting_input(EncodingConfig, "validation_negative_prompt", multiline=True),
-                setting_input(EncodingConfig, "seed", min=0, max=2**32 - 1, control_after_generate=False),
+                setting_input(EncodingConfig, "seed", control_after_generate=False),
                 setting_input(EncodingConfig, "encode_empty_caption", optional=True, advanced=True),
                 new_input(
                     sockets.SizeSettings,
                     "size_settings",
                     optional=True,
-                    tooltip="Sizes and crops. Default: the aspect ratio stays, the area is resolution squared.",
+                    tooltip="Sizes and crops. Default: keep the aspect ratio, with an area of resolution squared.",
                 ),
                 new_input(
                     io.Clip,
                     "clip",
                     optional=True,
-                    tooltip="Encode prompts with this text encoder, the one you make pictures with, instead of the "
-                    "base model's. Goes with preprocessing comfyui.",
+                    tooltip="Encode prompts with this text encoder, the one you use for inference, instead of the base "
+                    "model's. Requires preprocessing comfyui.",
                 ),
                 new_input(
                     io.Vae,
                     "vae",
                     optional=True,
-                    tooltip="Encode pictures with this VAE instead of the base model's. Goes with preprocessing "
+                    tooltip="Encode pictures with this VAE instead of the base model's. Requires preprocessing "
                     "comfyui.",
                 ),
                 new_input(
@@ -63,29 +63,29 @@ class EncodePairs(io.ComfyNode):
                     optional=True,
                     multiline=True,
                     default="",
-                    tooltip=help_of(EncodingConfig, "validation_prompts") + " One on each line.",
+                    tooltip=help_of(EncodingConfig, "validation_prompts") + " One per line.",
                 ),
                 new_input(
                     sockets.ReferenceSettings,
                     "reference_settings",
                     optional=True,
-                    tooltip="How references are shown and kept. Default: all of a pair together, encoded once.",
+                    tooltip="How references are presented and cached. Default: all of a pair together, encoded once.",
                 ),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA."),
-                new_output(io.String, "report", "Numbers of pairs and their sizes, and what was left out."),
+                new_output(io.String, "report", "Numbers and sizes of the pairs, and what was skipped."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **_widgets: Any) -> str:
-        """Changes when something encoded has vanished from the cache, so that a queued graph encodes again."""
-        return ENCODED_HERE.losses()
+        """Changes when encoded files are missing from the cache, so that a queued graph encodes again."""
+        return CACHE_WATCH.losses()
 
     @classmethod
     def execute(cls, model: ModelConfig, dataset: EditDataset, **widgets: Any) -> io.NodeOutput:
-        """An EncodedDataset."""
+        """Outputs an EncodedDataset and the report."""
         from ..trainer_core.conditioning.encode import encode_dataset
         from ..trainer_core.conditioning.report import encoding_report
         from .host_encoders import connected_encoders
@@ -95,40 +95,39 @@ class EncodePairs(io.ComfyNode):
         sizes = widgets.pop("size_settings", None) or SizeConfig()
         seen = widgets.pop("reference_settings", None) or sockets.ReferencesSeen()
         encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
-        with host.long_call() as observer:
+        with host_call.long_call() as observer:
             encoders = connected_encoders(connected, model.flavour)
-            encoded = encode_dataset(dataset, model, encoding, host.cache_dir(), observer, encoders)
-        return io.NodeOutput(ENCODED_HERE.note(encoded), encoding_report(encoded))
+            encoded = encode_dataset(dataset, BaseModel(model), encoding, host_folders.cache_dir(), observer, encoders)
+        return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
 
 
 class SizeSettings(io.ComfyNode):
-    """Sizes and crops."""
+    """Choose sizes and crops."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "SizeSettings",
             "Qwen Edit Size Settings",
-            description="Sizes and crops of the pictures. Without this node: every picture keeps its aspect ratio and "
-            "has the area of a square of resolution.",
+            description="Sizes and crops of the pictures. Without this node, every picture keeps its aspect ratio and "
+            "is scaled to an area of resolution squared.",
             search_aliases=["crop", "resolution type", "aspect bucket"],
             inputs=[
                 setting_input(SizeConfig, "resolution_type"),
-                setting_input(SizeConfig, "megapixels", min=0.01, max=17.0, step=0.01),
-                setting_input(SizeConfig, "aspect_bucket_alignment", min=16, max=32, step=16),
+                setting_input(SizeConfig, "megapixels"),
+                setting_input(SizeConfig, "aspect_bucket_alignment"),
                 setting_input(SizeConfig, "crop"),
                 setting_input(SizeConfig, "crop_aspect"),
                 setting_input(SizeConfig, "crop_style"),
-                setting_input(SizeConfig, "minimum_image_size", min=0.0, max=100_000.0, step=0.01),
+                setting_input(SizeConfig, "minimum_image_size"),
                 setting_input(SizeConfig, "leave_out_small"),
-                setting_input(SizeConfig, "maximum_image_size", min=0.0, max=100_000.0, step=0.01),
-                setting_input(SizeConfig, "target_downsample_size", min=0.0, max=100_000.0, step=0.01),
+                setting_input(SizeConfig, "maximum_image_size"),
+                setting_input(SizeConfig, "target_downsample_size"),
             ],
             outputs=[new_output(sockets.SizeSettings, "size_settings", "For Encode Edit Pairs.")],
         )
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """A SizeConfig."""
+        """Outputs a SizeConfig."""
         return io.NodeOutput(SizeConfig(**widgets))

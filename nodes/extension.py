@@ -1,4 +1,4 @@
-"""The list of nodes, and the routes beside them."""
+"""Registers the nodes and the HTTP routes with ComfyUI."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ routes.register_routes()
 
 
 class QwenEditTrainer(ComfyExtension):
-    """All nodes of this pack."""
+    """The extension with all nodes of this pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """Called once by ComfyUI."""
+        """The nodes. ComfyUI calls this once."""
         return NODES

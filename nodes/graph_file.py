@@ -1,4 +1,4 @@
-"""The graph that started a run, kept in its folder, so that a page can open it again or go on with the run."""
+"""Saves the graph that started a run in its folder, so that the page can open it or continue the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from ..trainer_core.runs.view import MAX_FILE_BYTES, read_graph
 
 
 def keep_graph(run_dir: Path, node_id: str | None, prompt: Any, extra: Any) -> None:
-    """Write graph.json: `prompt` as the API takes it, and the page's `workflow` where the graph came from a page."""
+    """Write graph.json: the API `prompt`, and the `workflow` if the graph was queued from the page.
+
+    Writes nothing if the node is unknown, is not in the prompt, or the graph is larger than MAX_FILE_BYTES.
+    """
     if node_id is None or not isinstance(prompt, dict) or node_id not in prompt:
         return
     workflow = extra.get("workflow") if isinstance(extra, dict) else None
@@ -22,7 +25,7 @@ def keep_graph(run_dir: Path, node_id: str | None, prompt: Any, extra: Any) -> N
 
 
 def graph_to_continue(run_dir: Path) -> dict[str, Any]:
-    """`prompt` and `workflow` of a run, the prompt so that it goes on with this very run. Empty if none was kept."""
+    """`prompt` and `workflow` of a run, with the prompt changed to continue this run. Empty if no graph was saved."""
     graph = read_graph(run_dir)
     prompt, node_id = graph.get("prompt"), str(graph.get("node_id"))
     node = prompt.get(node_id) if isinstance(prompt, dict) else None

@@ -1,4 +1,4 @@
-"""Configurations of other trainers: from their files to a graph of four nodes."""
+"""Nodes that import a SimpleTuner configuration and encode its datasets."""
 
 from __future__ import annotations
 
@@ -10,71 +10,70 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, ModelConfig
 from ..trainer_core.errors import ConfigError, TrainerError
-from . import host, sockets
-from .encoded_here import ENCODED_HERE
+from . import host_call, host_folders, sockets
+from .cache_watch import CACHE_WATCH
 from .schema import new_input, new_output, node_schema
 from .untrusted import file_below, file_below_roots, folder_below, near
 
 if TYPE_CHECKING:
     from ..trainer_core.simpletuner.convert import Imported
 
-_HERE = {
-    "output_dir": "the run has the name that Train Qwen Edit LoRA gives it",
-    "pretrained_transformer_model_name_or_path": "the base model is chosen at this node",
-    "pretrained_vae_model_name_or_path": "the base model is chosen at this node",
+_IGNORED = {
+    "output_dir": "the run name comes from Train Qwen Edit LoRA",
+    "pretrained_transformer_model_name_or_path": "the base model comes from this node",
+    "pretrained_vae_model_name_or_path": "the base model comes from this node",
 }
 
 
 class ImportSimpleTuner(io.ComfyNode):
-    """Read SimpleTuner's two files."""
+    """Import SimpleTuner's two configuration files."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
-        choices = host.base_models()
+        choices = host_folders.base_models()
         return node_schema(
             "ImportSimpleTuner",
             "Import SimpleTuner Config",
             description="Reads SimpleTuner's config.json and multidatabackend.json for Qwen edit, pairs their folders, "
-            "and says of every key what became of it. Nothing is encoded yet.",
+            "and reports how each key was converted. Does not encode anything yet.",
             search_aliases=["simpletuner", "multidatabackend", "import config"],
             inputs=[
                 new_input(
                     io.String,
                     "config_file",
                     default="my_edit/config.json",
-                    tooltip="SimpleTuner's config.json, below ComfyUI's input or output folder, or below a folder the "
-                    "server's owner allowed. Comments and trailing commas are fine.",
+                    tooltip="SimpleTuner's config.json, in ComfyUI's input or output folder or another folder the "
+                    "server allows. May contain comments and trailing commas.",
                 ),
                 new_input(
                     io.String,
                     "data_file",
                     default="",
-                    tooltip="Its multidatabackend.json; empty for the one that config_file names, looked for from its "
-                    "folder upwards. Folders of pictures are looked for in the same way.",
+                    tooltip="SimpleTuner's multidatabackend.json. Empty for the one named in config_file, searched "
+                    "from config_file's folder upwards. Picture folders are searched in the same way.",
                 ),
                 new_input(
                     io.Combo,
                     "base_model",
                     options=choices,
                     default=choices[0],
-                    tooltip="A Qwen-Image-Edit in diffusers' layout below models/diffusers, or the demo model. "
-                    "Flavour and precision are those of the configuration.",
+                    tooltip="A Qwen-Image-Edit model in diffusers layout in models/diffusers, or the demo model. "
+                    "Flavour and precision come from the configuration.",
                 ),
                 new_input(
                     io.String,
                     "changes",
                     default="",
                     multiline=True,
-                    tooltip="Settings to put in place of theirs, one a line: encoding.resolution=512, or "
-                    "datasets.my-edits.repeats=2. Names as in docs/settings.md.",
+                    tooltip="Settings that replace imported ones, one per line: encoding.resolution=512, or "
+                    "datasets.my-edits.repeats=2. docs/settings.md lists the names.",
                 ),
                 new_input(
                     sockets.Model,
                     "other_model",
                     optional=True,
-                    tooltip="Another base model, such as one of single files. Then its precision counts, base_model "
-                    "doesn't; its flavour must be the configuration's.",
+                    tooltip="A model that replaces base_model, for example from Load Qwen Edit Model Files. Its "
+                    "precision applies, and its flavour must match the configuration.",
                 ),
             ],
             outputs=_outputs(),
@@ -82,10 +81,10 @@ class ImportSimpleTuner(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, config_file: str | None = None, data_file: str | None = None) -> bool | str:
-        """The files are allowed and there; linked values come as None and are checked when they are known."""
+        """Check that the files are allowed and exist. Linked inputs arrive as None; `execute` checks them."""
         try:
             if config_file is not None:
-                config = file_below_roots(config_file, host.dataset_roots(), "config_file")
+                config = file_below_roots(config_file, host_folders.dataset_roots(), "config_file")
                 if data_file:
                     _file_near(data_file, config, "data_file")
         except TrainerError as error:
@@ -94,22 +93,22 @@ class ImportSimpleTuner(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **widgets: Any) -> str:
-        """Changes when a file of the configuration or in one of its folders does."""
+        """Changes when a configuration file or a file in one of the picture folders changes."""
         from ..trainer_core.data.pairing import folder_state
 
         try:
             job, report = _read(**widgets)
         except TrainerError as error:
-            return str(error)  # the node itself will say so
+            return str(error)  # execute raises the same error
         return repr([report, job, [folder_state(part.dataset) for part in job.parts()]])
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """An ImportedJob and what later nodes need of it."""
+        """Outputs an ImportedJob, its parts for other nodes, and the report."""
         from ..trainer_core.job import pair_job
 
         job, report = _read(**widgets)
-        with host.interruptible() as observer:
+        with host_call.interruptible() as observer:
             paired = tuple(pair_job(job, observer))
         datasets = [dataset for _, dataset in paired]
         imported = sockets.ImportedJob(job=job, paired=paired)
@@ -119,30 +118,31 @@ class ImportSimpleTuner(io.ComfyNode):
 def _outputs() -> list[io.Output]:
     return [
         new_output(sockets.Imported, "imported", "For Encode Imported Pairs and Train Qwen Edit LoRA."),
-        new_output(sockets.Model, "model", "The base model as the configuration holds it, for the train node."),
+        new_output(
+            sockets.Model, "model", "The base model with the configuration's precision, for Train Qwen Edit LoRA."
+        ),
         sockets.Dataset.Output(
             "dataset",
             display_name="dataset",
             is_output_list=True,
-            tooltip="Every dataset by itself, for Preview Edit Pairs and Check Edit Pairs.",
+            tooltip="A list of the datasets, for Preview Edit Pairs and Check Edit Pairs.",
         ),
-        new_output(io.Int, "max_train_steps", "For the train node."),
-        new_output(io.Int, "seed", "For the train node."),
-        new_output(io.String, "report", "What became of every key; what was left out comes first."),
+        new_output(io.Int, "max_train_steps", "For Train Qwen Edit LoRA."),
+        new_output(io.Int, "seed", "For Train Qwen Edit LoRA."),
+        new_output(io.String, "report", "How each key was converted. Ignored keys come first."),
     ]
 
 
 class EncodeImported(io.ComfyNode):
-    """Encode every dataset of an imported configuration, and mix them."""
+    """Encode and mix all datasets of an imported configuration."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "EncodeImported",
             "Encode Imported Pairs",
-            description="Encodes all datasets of an imported configuration with their own sizes, and mixes them with "
-            "their repeats and probability. Continues where it was stopped.",
+            description="Encodes each dataset of an imported configuration with its own sizes, and mixes them with "
+            "their repeats and probability. Resumes where it was stopped.",
             search_aliases=["cache latents", "text embeddings", "simpletuner"],
             inputs=[
                 new_input(sockets.Imported, "imported", tooltip="From Import SimpleTuner Config."),
@@ -150,8 +150,8 @@ class EncodeImported(io.ComfyNode):
                     io.Clip,
                     "clip",
                     optional=True,
-                    tooltip="Encode prompts with this text encoder, the one you make pictures with, instead of the "
-                    "base model's.",
+                    tooltip="Encode prompts with this text encoder, the one you use for inference, instead of the base "
+                    "model's.",
                 ),
                 new_input(
                     io.Vae,
@@ -165,31 +165,31 @@ class EncodeImported(io.ComfyNode):
                 new_output(
                     sockets.Encoded,
                     "validation_encoded",
-                    "What eval_dataset_id names, for Train Qwen Edit LoRA; nothing if it names nothing.",
+                    "The dataset named by eval_dataset_id, for Train Qwen Edit LoRA. None if it is not set.",
                 ),
-                new_output(io.String, "report", "Numbers of pairs and their sizes, and what was left out."),
+                new_output(io.String, "report", "Numbers and sizes of the pairs, and what was skipped."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **_widgets: Any) -> str:
-        """Changes when something encoded has vanished from the cache, so that a queued graph encodes again."""
-        return ENCODED_HERE.losses()
+        """Changes when encoded files are missing from the cache, so that a queued graph encodes again."""
+        return CACHE_WATCH.losses()
 
     @classmethod
     def execute(cls, imported: sockets.ImportedJob, **connected: Any) -> io.NodeOutput:
-        """One or two EncodedDatasets."""
+        """Outputs the EncodedDatasets for training and for validation (or None), and the report."""
         from ..trainer_core.conditioning.report import encoding_report
         from ..trainer_core.job import encode_paired
         from .host_encoders import connected_encoders
 
         paired = imported.paired
-        if "clip" in connected:  # keeps no visual tokens by themselves
+        if "clip" in connected:  # ComfyUI's CLIP gives no separate picture embeddings to cache
             paired = [(_without_image_embeds(part), dataset) for part, dataset in paired]
-        with host.long_call() as observer:
+        with host_call.long_call() as observer:
             encoders = connected_encoders(connected, imported.job.model.flavour)
             encoded, validation = encode_paired(imported.job, paired, observer, encoders)
-        reports = [encoding_report(ENCODED_HERE.note(each)) for each in (encoded, validation) if each is not None]
+        reports = [encoding_report(CACHE_WATCH.watch(each)) for each in (encoded, validation) if each is not None]
         return io.NodeOutput(encoded, validation, "\n\n".join(reports))
 
 
@@ -201,15 +201,21 @@ def _without_image_embeds(part: DatasetPartConfig) -> DatasetPartConfig:
 def _read(
     config_file: str, data_file: str, base_model: str, changes: str, other_model: ModelConfig | None = None
 ) -> tuple[JobConfig, str]:
-    """The job with folders that are allowed and there, and the report."""
+    """The job, with checked absolute folders, and the report.
+
+    Raises:
+        ConfigError: a file or folder does not exist or is not allowed, or a setting is invalid.
+    """
     from ..trainer_core.simpletuner.convert import convert
     from ..trainer_core.simpletuner.loose_json import read_loose_json
 
-    config = file_below_roots(config_file, host.dataset_roots(), "config_file")
+    config = file_below_roots(config_file, host_folders.dataset_roots(), "config_file")
     settings = read_loose_json(config, config_file.strip()[:200])
     named = data_file or (settings.get("data_backend_config") if isinstance(settings, dict) else None)
     if not isinstance(named, str) or not named:
-        raise ConfigError(f"config_file {config.name} names no data_backend_config. Name the file in data_file.")
+        raise ConfigError(
+            f"config_file {config.name} has no data_backend_config. Set data_file to the multidatabackend.json."
+        )
     data = read_loose_json(_file_near(named, config, "data_file"), named.strip()[:200])
     lines = [line.strip() for line in changes.splitlines() if line.strip()]
     imported = convert(settings, data, base=DEMO_MODEL, root=Path(), changes=lines)
@@ -221,43 +227,43 @@ def _read(
         datasets=tuple(
             dataclasses.replace(part, dataset=_allowed(part.dataset, config)) for part in imported.job.datasets
         ),
-        cache_dir=str(host.cache_dir()),
+        cache_dir=str(host_folders.cache_dir()),
     )
     return job, _report(imported)
 
 
 def _model(wanted: ModelConfig, base_model: str, given: ModelConfig | None) -> ModelConfig:
     if given is None:
-        base, tokenizer = host.base_model(base_model)
-        plain = ModelConfig(base=base, tokenizer=tokenizer, device=host.device_name())
+        base, tokenizer = host_folders.base_model(base_model)
+        plain = ModelConfig(base=base, tokenizer=tokenizer, device=host_folders.device_name())
         names = ("flavour", "base_model_precision", "mixed_precision", "quantize_via")
         names += ("text_encoder_precision", "quantize_activations")
         return dataclasses.replace(plain, **{name: getattr(wanted, name) for name in names})
     if given.flavour != wanted.flavour:
         raise ConfigError(
-            f"The configuration is for {wanted.flavour}, and the connected model is {given.flavour}. Choose a model of "
-            f"{wanted.flavour}, or change it with a line `model.flavour={given.flavour}` in changes."
+            f"The configuration is for {wanted.flavour}, but the connected model is {given.flavour}. Connect a "
+            f"{wanted.flavour} model, or add the line `model.flavour={given.flavour}` to changes."
         )
     return given
 
 
 def _listed(init_lora: str) -> str:
-    """The LoRA that ComfyUI lists under the name, or under the last part of it."""
+    """Path of the LoRA that ComfyUI lists under this name or under its file name."""
     if not init_lora:
         return ""
-    listed = host.lora_names()
-    return str(host.lora_path(init_lora if init_lora in listed else Path(init_lora).name))
+    listed = host_folders.lora_names()
+    return str(host_folders.lora_path(init_lora if init_lora in listed else Path(init_lora).name))
 
 
 def _file_near(name: str, config: Path, label: str) -> Path:
-    """A file that a configuration names: looked for from the configuration's folder upwards."""
-    roots = host.dataset_roots()
+    """Path of a file named in a configuration, searched from the configuration's folder upwards."""
+    roots = host_folders.dataset_roots()
     return file_below_roots(near(name, config.parent, roots, Path.is_file), roots, label)
 
 
 def _allowed(dataset: DatasetConfig, config: Path) -> DatasetConfig:
-    """The dataset with existing folders inside the roots in place of the names that a stranger may have written."""
-    roots = host.dataset_roots()
+    """The dataset with its untrusted folder names replaced by existing folders inside the allowed roots."""
+    roots = host_folders.dataset_roots()
 
     def folder(name: str, label: str) -> str:
         return str(folder_below(near(name, config.parent, roots, Path.is_dir), roots, label))
@@ -279,7 +285,9 @@ def _allowed(dataset: DatasetConfig, config: Path) -> DatasetConfig:
 
 
 def _report(imported: Imported) -> str:
-    """The report's lines, with what is otherwise in a graph than on the command line."""
-    lines = [line for line in imported.report if line.split(":")[0] not in _HERE]
-    lines += [f"{key}: left out; {_HERE[key]}." for key in _HERE if any(f"{key}:" in line for line in imported.report)]
-    return "\n".join(lines) or "Everything is carried over as it stands."
+    """The conversion report, with the keys that other nodes replace marked as ignored."""
+    lines = [line for line in imported.report if line.split(":")[0] not in _IGNORED]
+    lines += [
+        f"{key}: ignored; {_IGNORED[key]}." for key in _IGNORED if any(f"{key}:" in line for line in imported.report)
+    ]
+    return "\n".join(lines) or "All keys were converted unchanged."

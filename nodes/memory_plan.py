@@ -1,4 +1,4 @@
-"""What a training would need, before anything is loaded."""
+"""The node that estimates the memory of a training run without loading anything."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
+from ..trainer_core.config import MemoryConfig
 from . import sockets
-from .schema import new_input, new_output, node_schema
+from .schema import new_input, new_output, node_schema, setting_input
 from .train_config import imported_input, preset_input, settings_input, train_config, validation_input
 
 if TYPE_CHECKING:
@@ -18,29 +19,25 @@ _SETTINGS = ("lora", "optimizer", "training", "validation", "memory")
 
 
 class PlanMemory(io.ComfyNode):
-    """A plan as text."""
+    """Plan the memory of a training run."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "PlanMemory",
             "Plan Qwen Edit Memory",
-            description="Says what a training with these settings would need in device and host memory, part by part, "
-            "and whether it fits. Loads nothing and changes nothing.",
+            description="Estimates the device and host memory of a training run with these settings, part by part, and "
+            "says whether it fits. Loads no weights and changes no files.",
             search_aliases=["vram", "out of memory", "memory estimate"],
             is_output_node=True,
             inputs=[
                 new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
                 new_input(sockets.Encoded, "encoded", tooltip="The pairs to learn, from Encode Edit Pairs."),
-                new_input(
-                    io.Float,
+                setting_input(
+                    MemoryConfig,
+                    "vram_gib",
                     "card_gib",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.5,
-                    tooltip="Plan for a card with so much memory in GiB, also one that is not here. 0 for this one.",
+                    tooltip="Memory in GiB of the card to plan for, which need not be in this machine. 0 for this one.",
                 ),
                 *(settings_input(f"{name}_settings") for name in _SETTINGS),
                 preset_input(),
@@ -50,7 +47,7 @@ class PlanMemory(io.ComfyNode):
                 settings_input("rollout_settings"),
             ],
             outputs=[
-                new_output(io.String, "plan", "The plan as text: phases side by side, settings, and the verdict.")
+                new_output(io.String, "plan", "The plan as text: memory by phase, settings, and whether it fits.")
             ],
         )
 
@@ -58,15 +55,16 @@ class PlanMemory(io.ComfyNode):
     def execute(
         cls, model: ModelConfig, encoded: EncodedDataset, card_gib: float = 0.0, **settings: Any
     ) -> io.NodeOutput:
-        """A text."""
+        """Outputs the plan as text."""
         from ..trainer_core.device import pick_device
         from ..trainer_core.planning.choose import budget_of
-        from ..trainer_core.planning.network import network_size
+        from ..trainer_core.planning.preparation import prepare_model
         from ..trainer_core.planning.report import planned_in_words
         from ..trainer_core.planning.workload import workload_of_encoded
+        from ..trainer_core.qwen_image.base_model import BaseModel
 
         config = train_config(model, encoded, {"run_dir": "plan"}, lora_name="plan", **settings)
-        network = network_size(config.model, config.lora)
+        network = prepare_model(config, BaseModel(config.model)).size
         work = workload_of_encoded(
             encoded, config.batching, config.validation, settings.get("validation_encoded") or encoded
         )

@@ -1,4 +1,4 @@
-"""The base model as a specification; weights are loaded where they are used, and only there."""
+"""Nodes that choose the base model. They load no weights; the nodes that use the model do."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import ModelConfig
 from ..trainer_core.errors import TrainerError
-from . import host, sockets
+from . import host_folders, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 
 
 class LoadModel(io.ComfyNode):
-    """Choose the base model."""
+    """Choose a base model in diffusers layout."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
-        choices = host.base_models()
+        choices = host_folders.base_models()
         return node_schema(
             "LoadModel",
             "Load Qwen Edit Model",
-            description="Chooses the base model to train on and how it is held. Nothing is loaded yet.",
+            description="Chooses the base model to train on and its precision. Does not load it yet.",
             search_aliases=["qwen image edit", "base model", "lora training"],
             inputs=[
                 new_input(
@@ -30,69 +29,66 @@ class LoadModel(io.ComfyNode):
                     "base_model",
                     options=choices,
                     default=choices[0],
-                    tooltip="A Qwen-Image-Edit in diffusers' layout below models/diffusers (a folder with transformer, "
-                    "vae and text_encoder), or the small embedded demo model.",
+                    tooltip="A Qwen-Image-Edit model in diffusers layout in models/diffusers (a folder with "
+                    "transformer, vae and text_encoder), or the small embedded demo model.",
                 ),
                 setting_input(ModelConfig, "flavour"),
                 setting_input(ModelConfig, "base_model_precision"),
                 setting_input(ModelConfig, "mixed_precision"),
                 setting_input(ModelConfig, "text_encoder_precision", optional=True, advanced=True),
                 setting_input(ModelConfig, "quantize_activations", optional=True, advanced=True),
-                setting_input(
-                    ModelConfig, "quantised_cache_gb", optional=True, advanced=True, min=0.0, max=1000.0, step=1.0
-                ),
+                setting_input(ModelConfig, "quantised_cache_gb", optional=True, advanced=True),
                 setting_input(ModelConfig, "quantize_via", optional=True, advanced=True),
             ],
-            outputs=[new_output(sockets.Model, "model", "The choice, for the encode, train and sample nodes.")],
+            outputs=[new_output(sockets.Model, "model", "The chosen model, for the encode, train and sample nodes.")],
         )
 
     @classmethod
     def validate_inputs(cls, base_model: str | None = None) -> bool | str:
-        """The folder is there."""
+        """Check that the base model is listed."""
         try:
-            return base_model is None or bool(host.base_model(base_model))
+            return base_model is None or bool(host_folders.base_model(base_model))
         except TrainerError as error:
             return str(error)
 
     @classmethod
     def execute(cls, base_model: str, **widgets: Any) -> io.NodeOutput:
-        """A ModelConfig."""
-        from ..trainer_core.qwen_image.transformer import check_transformer
+        """Outputs a ModelConfig."""
+        from ..trainer_core.qwen_image.base_model import BaseModel
 
-        base, tokenizer = host.base_model(base_model)
-        config = ModelConfig(base=base, tokenizer=tokenizer, device=host.device_name(), **_kept(), **widgets)
-        check_transformer(config)  # raises if parts are missing or of another flavour
+        base, tokenizer = host_folders.base_model(base_model)
+        config = ModelConfig(base=base, tokenizer=tokenizer, device=host_folders.device_name(), **_kept(), **widgets)
+        _ = BaseModel(config).network_settings  # raises if files are missing or the flavour is wrong
         return io.NodeOutput(config)
 
 
 def _kept() -> dict[str, str]:
-    """Where quantised weights are kept."""
-    return {"quantised_cache_dir": str(host.cache_dir() / "quantised")}
+    """ModelConfig's folder for quantised weights."""
+    return {"quantised_cache_dir": str(host_folders.cache_dir() / "quantised")}
 
 
 _KINDS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 _TOOLTIPS = {
-    "transformer": "A Qwen-Image-Edit file in models/diffusion_models: bf16, fp16, fp8, int8 or GGUF, or a folder of "
-    "diffusers' transformer there. bf16 is best.",
-    "text_encoder": "The Qwen2.5-VL-7B file in models/text_encoders: bf16 or fp8, or its folder from Hugging Face.",
-    "vae": "The Qwen-Image VAE in models/vae: a file, or a folder of diffusers' VAE.",
+    "transformer": "A Qwen-Image-Edit file in models/diffusion_models (bf16, fp16, fp8, int8 or GGUF), or a diffusers "
+    "transformer folder there. bf16 is best.",
+    "text_encoder": "The Qwen2.5-VL-7B file in models/text_encoders (bf16 or fp8), or its Hugging Face folder there.",
+    "vae": "The Qwen-Image VAE in models/vae: a file or a diffusers VAE folder.",
 }
 
 
 class LoadModelFiles(io.ComfyNode):
-    """Choose the base model by the three files that ComfyUI infers with, or by folders beside them."""
+    """Choose a base model from the files or folders that ComfyUI uses for inference."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         files = [
-            new_input(io.Combo, f"{part}_file", options=host.model_files(folder), tooltip=_TOOLTIPS[part])
+            new_input(io.Combo, f"{part}_file", options=host_folders.model_files(folder), tooltip=_TOOLTIPS[part])
             for part, folder in _KINDS.items()
         ]
         return node_schema(
             "LoadModelFiles",
             "Load Qwen Edit Model Files",
-            description="Chooses the base model by ComfyUI's own files, and how it is held. Nothing is loaded yet.",
+            description="Chooses the base model from ComfyUI's model files, and its precision. Does not load it yet.",
             search_aliases=["qwen image edit", "base model", "fp8", "gguf", "single file", "lora training"],
             inputs=[
                 *files,
@@ -102,37 +98,35 @@ class LoadModelFiles(io.ComfyNode):
                 setting_input(ModelConfig, "quantize_via"),
                 setting_input(ModelConfig, "text_encoder_precision", optional=True, advanced=True),
                 setting_input(ModelConfig, "quantize_activations", optional=True, advanced=True),
-                setting_input(
-                    ModelConfig, "quantised_cache_gb", optional=True, advanced=True, min=0.0, max=1000.0, step=1.0
-                ),
+                setting_input(ModelConfig, "quantised_cache_gb", optional=True, advanced=True),
             ],
-            outputs=[new_output(sockets.Model, "model", "The choice, for the encode, train and sample nodes.")],
+            outputs=[new_output(sockets.Model, "model", "The chosen model, for the encode, train and sample nodes.")],
         )
 
     @classmethod
     def validate_inputs(
         cls, transformer_file: str | None = None, text_encoder_file: str | None = None, vae_file: str | None = None
     ) -> bool | str:
-        """The files are there."""
+        """Check that the files are listed."""
         named = zip(_KINDS.values(), (transformer_file, text_encoder_file, vae_file), strict=True)
         try:
-            return all(name is None or host.model_file(folder, name) for folder, name in named)
+            return all(name is None or host_folders.model_file(folder, name) for folder, name in named)
         except TrainerError as error:
             return str(error)
 
     @classmethod
     def execute(cls, transformer_file: str, text_encoder_file: str, vae_file: str, **widgets: Any) -> io.NodeOutput:
-        """A ModelConfig. The transformer's header is read, so that a wrong file is refused at once."""
-        from ..trainer_core.qwen_image.transformer import check_transformer
+        """Outputs a ModelConfig. Reads the header of the transformer file, so that a wrong file fails at once."""
+        from ..trainer_core.qwen_image.base_model import BaseModel
 
         config = ModelConfig(
-            transformer_file=host.model_file("diffusion_models", transformer_file),
-            text_encoder_file=host.model_file("text_encoders", text_encoder_file),
-            vae_file=host.model_file("vae", vae_file),
-            tokenizer=host.tokenizer_dir(),
-            device=host.device_name(),
+            transformer_file=host_folders.model_file("diffusion_models", transformer_file),
+            text_encoder_file=host_folders.model_file("text_encoders", text_encoder_file),
+            vae_file=host_folders.model_file("vae", vae_file),
+            tokenizer=host_folders.tokenizer_dir(),
+            device=host_folders.device_name(),
             **_kept(),
             **widgets,
         )
-        check_transformer(config)
+        _ = BaseModel(config).network_settings  # raises if files are missing or the flavour is wrong
         return io.NodeOutput(config)

@@ -1,4 +1,4 @@
-"""ComfyUI's IMAGE (float tensor [B, H, W, C] in 0..1) to PIL and back."""
+"""Conversion between ComfyUI's IMAGE (float tensor [B, H, W, C] in 0..1) and PIL."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def file_to_image(path: Path) -> torch.Tensor:
 
 
 def empty_image() -> torch.Tensor:
-    """An IMAGE for where there is nothing to show."""
+    """A black IMAGE [1, 64, 64, 3], for outputs that have nothing to show."""
     return torch.zeros(1, 64, 64, 3)
 
 
 def image_to_picture(image: torch.Tensor) -> Image.Image:
-    """The first picture of an IMAGE; alpha is laid on white."""
+    """The first picture of an IMAGE as RGB. Transparent parts become white."""
     pixels = (image[0].detach().cpu().float().clamp(0, 1).numpy() * 255.0).round().astype(np.uint8)
     picture = Image.fromarray(pixels if pixels.shape[-1] > 1 else pixels[..., 0])
     if picture.mode == "RGBA":

@@ -1,4 +1,4 @@
-"""What came of a run: its LoRA where LoRA loaders list it, and its figures for the node and for scripts."""
+"""Publishes a finished run: copies its LoRA to the LoRA folder and collects its figures for the node and /history."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import host
+from . import host_folders
 
 if TYPE_CHECKING:
     from ..trainer_core.run import TrainResult
 
 
-_RATIOS = ("psnr_base", "psnr_lora", "psnr_ema", "psnr_vae")  # dB, over the held-out pairs that were drawn
-_DRIFT = ("drift_shift", "drift_zoom", "drift_colour")  # pixels, percent, of 255
+_RATIOS = ("psnr_base", "psnr_lora", "psnr_ema", "psnr_vae")  # dB, over the sampled held-out pairs
+_DRIFT = ("drift_shift", "drift_zoom", "drift_colour")  # pixels, percent, colour levels of 255
 
 
 def place_lora(lora_file: Path, run_name: str) -> str:
-    """Copy the file to <LoRA folder>/<run name>/ and return its name in the lists of LoRA loaders.
+    """Copy the file to <LoRA folder>/<run name>/ and return the name under which LoRA loaders list it.
 
-    An equal file that lies there already is it; another one is never overwritten, the copy gets a number.
+    Never overwrites a different file: the copy then gets a number. If an identical file exists, returns its name.
     """
-    root = host.lora_dir()
+    root = host_folders.lora_dir()
     folder = root / run_name
     folder.mkdir(parents=True, exist_ok=True)
     target, number = folder / lora_file.name, 1
@@ -38,7 +38,7 @@ def place_lora(lora_file: Path, run_name: str) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Whole or not at all: a loader never sees half a file."""
+    """Copy atomically, so that a loader never sees an incomplete file."""
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as out, source.open("rb") as file:
@@ -52,38 +52,39 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def run_ui(result: TrainResult, lora_name: str, ema_name: str | None = None, *, seconds: float) -> dict[str, list[Any]]:
-    """For the node and /history: figures, a line of text, the grid. Paths start at ComfyUI's output folder.
+    """The node's UI output, also in /history: figures, a line of text and the grid. Paths are relative to the output
+    folder.
 
-    `ema_name` is that of the running average in the lists, None without one. `seconds` are those of the training
-    steps, over all parts of an interrupted run.
+    `ema_name` is the listed name of the EMA LoRA, None without EMA. `seconds` is the total time of all training steps,
+    including those before an interruption.
     """
     samples = result.samples
     ratios = {name: _finite(getattr(samples, name)) if samples else None for name in (*_RATIOS, *_DRIFT)}
     figures = {
         "run_name": result.run_dir.name,
-        "run_dir": host.output_name(result.run_dir),
-        "lora_file": host.output_name(host.lora_dir() / lora_name),
+        "run_dir": host_folders.output_name(result.run_dir),
+        "lora_file": host_folders.output_name(host_folders.lora_dir() / lora_name),
         "lora_name": lora_name,
-        "ema_file": host.output_name(host.lora_dir() / ema_name) if ema_name else None,
+        "ema_file": host_folders.output_name(host_folders.lora_dir() / ema_name) if ema_name else None,
         "ema_lora_name": ema_name,
         "steps": result.steps_done,
         "stopped": result.stopped.value,
         "seconds": round(seconds, 1),
-        "grid_file": host.output_name(samples.grid_file) if samples else None,
+        "grid_file": host_folders.output_name(samples.grid_file) if samples else None,
         **ratios,
     }
     measured = samples.as_text() if samples else ""
     text = f"{lora_name}: {result.steps_done} steps" + (f"; held-out pairs: {measured}" if measured else "")
     images = [_output_picture(samples.grid_file)] if samples else []
     if ema_name:
-        text += f". Its running average is {ema_name}"
+        text += f". EMA LoRA: {ema_name}"
     if result.lora_file is not None and (note := _readers(result.lora_file)):
         text += f". {note}"
     return {"qwen_edit_run": [figures], "text": [text], "images": images}
 
 
 def _readers(lora_file: Path) -> str:
-    """What people have to know about the file's kind."""
+    """A note on which programs can read this type of LoRA. Empty for the plain type."""
     from ..trainer_core.adapters.writer import LORA_TYPE, READERS
     from ..trainer_core.files import read_metadata
 
@@ -95,6 +96,6 @@ def _finite(value: float | None) -> float | None:
 
 
 def _output_picture(path: Path) -> dict[str, str]:
-    """How ComfyUI's pages ask for a file of the output folder."""
-    name = Path(host.output_name(path))
+    """Reference to a file in the output folder, as ComfyUI's page expects it."""
+    name = Path(host_folders.output_name(path))
     return {"filename": name.name, "subfolder": name.parent.as_posix(), "type": "output"}

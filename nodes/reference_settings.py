@@ -1,4 +1,4 @@
-"""How references are seen, encoded and kept: for people with more than two folders of pictures."""
+"""The node with settings for how references are cropped, encoded and cached."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ AS_FIRST = "as the first"
 
 
 class ReferenceSettings(io.ComfyNode):
-    """References beyond the usual."""
+    """Choose how references are cropped, presented and cached."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         kinds = list(get_args(ConditioningType))
         return node_schema(
             "ReferenceSettings",
             "Qwen Edit Reference Settings",
-            description="How references are cut, shown and kept. Connect it to Pair Edit Folders and to Encode Edit "
-            "Pairs. Without this node: cut as their targets where the shape is the same, all shown together, cached.",
+            description="How references are cropped, presented and cached. Connect it to Pair Edit Folders and to "
+            "Encode Edit Pairs. Without this node, references with the aspect ratio of their target are cropped like "
+            "it, all references of a pair are used together, and their latents are cached.",
             search_aliases=["reference_strict", "conditioning_type", "control images"],
             inputs=[
                 new_input(
@@ -32,9 +32,9 @@ class ReferenceSettings(io.ComfyNode):
                     "conditioning_type",
                     options=kinds,
                     default="auto",
-                    tooltip="The first folder's references: reference_strict are cut by the target's rectangle, and "
-                    "one of another shape is an error; reference_loose are seen whole; auto are cut where the shape is "
-                    "the target's within 1 %.",
+                    tooltip="References of the first folder. reference_strict: crop like the target; a different "
+                    "aspect ratio is an error. reference_loose: never crop. auto: crop like the target if the aspect "
+                    "ratios differ by at most 1 %.",
                 ),
                 *(
                     new_input(
@@ -42,7 +42,7 @@ class ReferenceSettings(io.ComfyNode):
                         f"conditioning_type_{number}",
                         options=[AS_FIRST, *kinds],
                         default=AS_FIRST,
-                        tooltip=f"The same of the {word} reference folder.",
+                        tooltip=f"The same for the {word} reference folder.",
                     )
                     for number, word in ((2, "second"), (3, "third"))
                 ),
@@ -62,8 +62,8 @@ class ReferenceSettings(io.ComfyNode):
     def execute(
         cls, conditioning_type: str, conditioning_type_2: str, conditioning_type_3: str, **widgets: Any
     ) -> io.NodeOutput:
-        """ReferencesSeen."""
-        EncodingConfig(**widgets)
+        """Outputs a ReferencesSeen."""
+        EncodingConfig(**widgets)  # raises on invalid settings
         kinds = [conditioning_type, conditioning_type_2, conditioning_type_3]
         types = tuple(conditioning_type if kind == AS_FIRST else kind for kind in kinds)
         return io.NodeOutput(sockets.ReferencesSeen(conditioning_types=types, encoding=widgets))

@@ -1,4 +1,4 @@
-"""What a finished run is good for in the same graph: its LoRA on a MODEL, its loss as a picture."""
+"""Nodes that use a finished run in the same graph: apply its LoRA, plot its loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..trainer_core.errors import ConfigError
-from . import host, sockets
+from . import host_lora, sockets
 from .schema import new_input, new_output, node_schema
 
 if TYPE_CHECKING:
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class ApplyLora(io.ComfyNode):
-    """The new LoRA on ComfyUI's own model."""
+    """Apply the LoRA of a run to a ComfyUI model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "ApplyLora",
             "Apply Trained LoRA",
-            description="Puts the LoRA of a run on a MODEL in the same graph. Fails if any part of it does not fit.",
+            description="Applies the LoRA of a run to a MODEL in the same graph. Fails if any of its keys do not match "
+            "the model.",
             search_aliases=["lora loader", "load trained lora"],
             inputs=[
                 new_input(io.Model, "model", tooltip="A Qwen-Image-Edit model, from Load Diffusion Model."),
@@ -35,7 +35,7 @@ class ApplyLora(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="Factor of the LoRA. 1 is as trained, 0 is off; 0.7 to 1.2 are usual.",
+                    tooltip="Strength of the LoRA. 1 is as trained, 0 is off; 0.7 to 1.2 is common.",
                 ),
             ],
             outputs=[new_output(io.Model, "patched_model", "The model with the LoRA, for a sampler.")],
@@ -43,20 +43,19 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, run: sockets.FinishedRun, strength: float) -> io.NodeOutput:
-        """A MODEL."""
-        return io.NodeOutput(host.apply_lora(model, run.lora_file, strength))
+        """Outputs the patched MODEL."""
+        return io.NodeOutput(host_lora.apply_lora(model, run.lora_file, strength))
 
 
 class PlotLoss(io.ComfyNode):
-    """The loss as a picture."""
+    """Plot the loss of a run."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "PlotLoss",
             "Plot Loss",
-            description="Draws the loss of a run over its steps: each step, smoothed, and on held-out pairs.",
+            description="Plots the loss of a run by step: raw, smoothed, and on held-out pairs.",
             search_aliases=["loss graph", "loss curve", "chart"],
             is_output_node=True,
             inputs=[
@@ -64,27 +63,27 @@ class PlotLoss(io.ComfyNode):
                     sockets.Run,
                     "run",
                     optional=True,
-                    tooltip="The run, from Train Qwen Edit LoRA. Has the most to show.",
+                    tooltip="The run, from Train Qwen Edit LoRA. Shows more than loss_map does.",
                 ),
                 new_input(
                     io.LossMap,
                     "loss_map",
                     optional=True,
-                    tooltip="Losses of any training node; used when no run is given.",
+                    tooltip="Losses from any training node. Used if no run is connected.",
                 ),
             ],
-            outputs=[new_output(io.Image, "chart", "Loss over steps.")],
+            outputs=[new_output(io.Image, "chart", "Loss by step.")],
         )
 
     @classmethod
     def execute(cls, run: sockets.FinishedRun | None = None, loss_map: dict[str, Any] | None = None) -> io.NodeOutput:
-        """An IMAGE."""
+        """Outputs the chart as IMAGE."""
         from ..trainer_core.pictures.chart import loss_chart
         from ..trainer_core.runs.folder import RunFolder
         from .pictures import picture_to_image
 
         if run is None and loss_map is None:
-            raise ConfigError("Plot Loss has neither a run nor a loss_map. Connect one of the two.")
+            raise ConfigError("Plot Loss has no run and no loss_map. Connect one of them.")
         rows = RunFolder(run.run_dir).metrics() if run else _rows(loss_map or {})
         chart = picture_to_image(loss_chart(rows))
         return io.NodeOutput(chart, ui=ui.PreviewImage(chart, cls=cls))

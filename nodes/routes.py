@@ -1,12 +1,13 @@
-"""What pages and scripts may ask of runs. Names, never paths; nothing changes by GET; nothing for other origins.
+"""HTTP routes about runs, for pages and scripts. Requests use names, never paths; GET changes nothing; requests from
+other origins are refused.
 
 GET  /qwen_edit_trainer/runs                                    all runs, newest first
-GET  /qwen_edit_trainer/runs/{run}                              one of them with its pictures by step
-GET  /qwen_edit_trainer/runs/{run}/curve?points=600             loss, learning rate, what validation measured
-GET  /qwen_edit_trainer/runs/{run}/samples/{step}/{pair}/{column}?edge=192    one picture, whole or small
-GET  /qwen_edit_trainer/runs/{run}/settings                     its settings
-GET  /qwen_edit_trainer/runs/{run}/graph                        the graph that continues it
-POST /qwen_edit_trainer/stop  {"run_name": ...}                 end it and keep the LoRA
+GET  /qwen_edit_trainer/runs/{run}                              one run with its pictures by step
+GET  /qwen_edit_trainer/runs/{run}/curve?points=600             loss, learning rate and validation results
+GET  /qwen_edit_trainer/runs/{run}/samples/{step}/{pair}/{column}?edge=192    one picture, full size or reduced
+GET  /qwen_edit_trainer/runs/{run}/settings                     settings of the run
+GET  /qwen_edit_trainer/runs/{run}/graph                        the graph that continues the run
+POST /qwen_edit_trainer/stop  {"run_name": ...}                 stop the run and keep its LoRA
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from PIL import Image
 
 from ..trainer_core.errors import TrainerError
 from ..trainer_core.runs import view as run_view
-from . import host
+from . import host_folders, host_server
 from .active_runs import active_runs, stop_and_keep
 from .graph_file import graph_to_continue
 from .untrusted import checked_run_name, file_below, folder_below
@@ -38,16 +39,19 @@ _MIN_EDGE, _MAX_EDGE, _MAX_PIXELS = 32, 512, 64_000_000
 _NO_STEP = {"step": 0, "num_steps": 0, "loss": None}
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-_PICTURE_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=86400"}  # see `version`
+_PICTURE_HEADERS = {  # the address contains the version of the picture
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "private, max-age=86400",
+}
 
 
-class _NotThereError(Exception):
-    """Nothing of that name. Told as 404."""
+class _NotFoundError(Exception):
+    """The requested object does not exist. Answered with 404."""
 
 
 def register_routes() -> None:
-    """Where there is a server, and once."""
-    server = host.server()
+    """Register the routes once, if this process runs a server."""
+    server = host_server.server()
     if server is None or any(getattr(route, "path", "") == f"{_BASE}/runs" for route in server.routes):
         return
     for path, answer in _READABLE.items():
@@ -56,35 +60,35 @@ def register_routes() -> None:
 
 
 def is_same_origin(request: web.Request) -> bool:
-    """True unless a browser says that the page asking is of another origin. Scripts say nothing and may ask."""
+    """False if the browser reports a page of another origin. Scripts send no such header and are allowed."""
     site = request.headers.get("Sec-Fetch-Site")
-    if site is not None:  # set by browsers, out of a page's reach
+    if site is not None:  # set by the browser; a page cannot change it
         return site in ("same-origin", "none")
     origin = request.headers.get("Origin")
     return origin is None or origin.partition("://")[2].lower() == request.headers.get("Host", "").lower()
 
 
 def _reading(answer: Callable[[web.Request], web.Response]) -> Handler:
-    """A GET handler. Disks may be slow: reading happens beside the server's loop."""
+    """A GET handler that runs `answer` in a thread, because reading from disk would block the server's event loop."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         if not is_same_origin(request):
-            return _problem(403, "Only pages of this server may ask.")
+            return _problem(403, "Requests from other origins are not allowed.")
         try:
             return await asyncio.to_thread(answer, request)
-        except (_NotThereError, TrainerError) as error:
+        except (_NotFoundError, TrainerError) as error:
             return _problem(404, str(error))
 
     return handler
 
 
 async def _stop(request: web.Request) -> web.Response:
-    """Body {"run_name": ...}. JSON only: a page of another origin can't send that type unasked."""
+    """Body {"run_name": ...}. JSON only, because a page of another origin cannot send that type without a preflight."""
     if not is_same_origin(request):
-        return _problem(403, "Only pages of this server may ask.")
+        return _problem(403, "Requests from other origins are not allowed.")
     length = request.content_length
     if request.content_type != "application/json" or length is None or length > _BODY_BYTES:
-        return _problem(400, 'Send a small JSON object: {"run_name": "..."}')
+        return _problem(400, f'Send a JSON object of at most {_BODY_BYTES} bytes: {{"run_name": "..."}}')
     try:
         body = await request.json()
     except ValueError:
@@ -92,22 +96,22 @@ async def _stop(request: web.Request) -> web.Response:
     name = body.get("run_name") if isinstance(body, dict) else None
     if stop_and_keep(name):
         return _json({"stopping": name})
-    return _problem(404, "No training of that name is under way.")
+    return _problem(404, "No run of that name is in progress.")
 
 
 def _list_runs(_request: web.Request) -> web.Response:
-    under_way = {str(run["run_name"]): run for run in active_runs()}
-    listed = [run_view.summary(folder) for folder in run_view.run_folders(host.runs_dir(), _MAX_RUNS)]
+    in_progress = {str(run["run_name"]): run for run in active_runs()}
+    listed = [run_view.summary(folder) for folder in run_view.run_folders(host_folders.runs_dir(), _MAX_RUNS)]
     starting = [
-        _summary({**_NO_STEP, "run_name": name}, run) for name, run in under_way.items() if name not in _names(listed)
+        _summary({**_NO_STEP, "run_name": name}, run) for name, run in in_progress.items() if name not in _names(listed)
     ]
-    return _json({"runs": [*starting, *(_summary(run, under_way.get(run["run_name"])) for run in listed)]})
+    return _json({"runs": [*starting, *(_summary(run, in_progress.get(run["run_name"])) for run in listed)]})
 
 
 def _one_run(request: web.Request) -> web.Response:
     folder = _run_folder(request)
-    under_way = {run["run_name"]: run for run in active_runs()}
-    summary = _summary(run_view.summary(folder), under_way.get(folder.name))
+    in_progress = {run["run_name"]: run for run in active_runs()}
+    summary = _summary(run_view.summary(folder), in_progress.get(folder.name))
     has_graph = bool(graph_to_continue(folder))
     return _json({**summary, "has_graph": has_graph, "samples": run_view.samples(folder)})
 
@@ -116,10 +120,10 @@ def _names(runs: list[dict[str, Any]]) -> set[str]:
     return {run["run_name"] for run in runs}
 
 
-def _summary(run: dict[str, Any], under_way: dict[str, Any] | None) -> dict[str, Any]:
-    """What the folder says, overruled by the training under way in it."""
-    if under_way is not None:
-        return {**run, **under_way, "state": "training", "active": True}
+def _summary(run: dict[str, Any], in_progress: dict[str, Any] | None) -> dict[str, Any]:
+    """The state stored in the folder, updated with the live state if the run is in progress."""
+    if in_progress is not None:
+        return {**run, **in_progress, "state": "training", "active": True}
     state = "interrupted" if run["state"] == "started" else run["state"]
     return {**run, "state": state, "active": False}
 
@@ -136,7 +140,7 @@ def _settings(request: web.Request) -> web.Response:
 def _graph(request: web.Request) -> web.Response:
     graph = graph_to_continue(_run_folder(request))
     if not graph:
-        raise _NotThereError("The graph of this run was not kept. Queue the one you started it with.")
+        raise _NotFoundError("The graph of this run was not saved. Queue the graph that started it.")
     return _json(graph)
 
 
@@ -144,7 +148,7 @@ def _picture(request: web.Request) -> web.Response:
     folder, asked = _run_folder(request), request.match_info
     name = run_view.picture_name(folder, _number(asked["step"]), _number(asked["pair"]), asked["column"])
     if not name:
-        raise _NotThereError("There is no such picture.")
+        raise _NotFoundError("Picture not found.")
     path = file_below(name, folder, {"run": folder}, "picture")
     if "edge" not in request.query:
         return web.Response(body=path.read_bytes(), content_type="image/png", headers=_PICTURE_HEADERS)
@@ -153,14 +157,14 @@ def _picture(request: web.Request) -> web.Response:
 
 
 def _small(path: Path, edge: int) -> bytes:
-    """The picture as a JPEG of at most `edge` pixels."""
+    """The picture as JPEG, reduced to at most `edge` pixels per side."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             if picture.width * picture.height > _MAX_PIXELS:
-                raise _NotThereError("The picture is too large.")
+                raise _NotFoundError("The picture is too large to reduce.")
             small = picture.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise _NotThereError("The picture is damaged.") from error
+        raise _NotFoundError("The picture is damaged.") from error
     small.thumbnail((edge, edge))
     data = io.BytesIO()
     small.save(data, "JPEG", quality=88)
@@ -168,21 +172,21 @@ def _small(path: Path, edge: int) -> bytes:
 
 
 def _run_folder(request: web.Request) -> Path:
-    """The folder of the run that is asked for.
+    """Folder of the requested run.
 
     Raises:
-        ConfigError: no name, or no folder of that name.
-        _NotThereError: not a run.
+        ConfigError: the name is invalid or no such folder exists.
+        _NotFoundError: the folder is not a run folder.
     """
-    folder = folder_below(checked_run_name(request.match_info["run"]), {"runs": host.runs_dir()}, "run_name")
+    folder = folder_below(checked_run_name(request.match_info["run"]), {"runs": host_folders.runs_dir()}, "run_name")
     if not (folder / "run.json").is_file():
-        raise _NotThereError("There is no such run.")
+        raise _NotFoundError("Run not found.")
     return folder
 
 
 def _number(text: str) -> int:
     if not _NUMBER.fullmatch(text):
-        raise _NotThereError("Steps, pairs, points and edges are whole numbers.")
+        raise _NotFoundError("step, pair, points and edge must be whole numbers.")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""A picture from the base model with a LoRA, by the trainer's own sampler."""
+"""The node that edits a picture with the trainer's own sampler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, ValidationConfig
 from ..trainer_core.errors import ConfigError, TrainerError
-from . import host, sockets
+from . import host_call, host_folders, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
@@ -18,16 +18,15 @@ if TYPE_CHECKING:
 
 
 class SampleEdit(io.ComfyNode):
-    """Edit one picture."""
+    """Edit a picture with the base model and a LoRA."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "SampleEdit",
             "Sample With Qwen Edit LoRA",
-            description="Edits a picture with the base model in diffusers' layout and a LoRA, exactly as validation "
-            "does. For everyday use load the LoRA in ComfyUI's own edit graph.",
+            description="Edits a picture with the base model and a LoRA, exactly as validation does. For everyday use, "
+            "load the LoRA in ComfyUI's own edit graph.",
             search_aliases=["inference", "generate", "test lora"],
             inputs=_inputs(),
             outputs=[new_output(io.Image, "image", "The edited picture.")],
@@ -35,15 +34,15 @@ class SampleEdit(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
-        """The LoRA is listed."""
+        """Check that the LoRA is listed."""
         try:
-            return lora_name in (None, host.NO_LORA) or bool(host.lora_path(lora_name))
+            return lora_name in (None, host_folders.NO_LORA) or bool(host_folders.lora_path(lora_name))
         except TrainerError as error:
             return str(error)
 
     @classmethod
     def execute(cls, model: ModelConfig, reference_1: torch.Tensor, **values: Any) -> io.NodeOutput:
-        """An IMAGE."""
+        """Outputs the edited IMAGE."""
         from ..trainer_core.geometry import Size, bucket_size
         from ..trainer_core.sample import SampleRequest, sample_edit
         from .pictures import image_to_picture, picture_to_image
@@ -53,31 +52,29 @@ class SampleEdit(io.ComfyNode):
         lora_file = _lora_file(values.pop("lora_name"), values.pop("run", None))
         size = bucket_size(Size(*references[0].size), values.pop("resolution"))
         request = SampleRequest(model=model, references=references, lora_file=lora_file, size=size, **values)
-        with host.long_call() as observer:
+        with host_call.long_call() as observer:
             return io.NodeOutput(picture_to_image(sample_edit(request, observer)))
 
 
 def _inputs() -> list[io.Input]:
-    reference = "Reference picture of models that take several (edit-v2, edit-v3)."
+    reference = "reference picture, for edit-v2 and edit-v3."
     return [
         new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
-        new_input(io.Image, "reference_1", tooltip="The picture to edit. The first of a batch is used."),
-        new_input(
-            io.String, "prompt", multiline=True, default="", tooltip="The edit instruction, worded as in training."
-        ),
+        new_input(io.Image, "reference_1", tooltip="The picture to edit. Only the first of a batch is used."),
+        new_input(io.String, "prompt", multiline=True, default="", tooltip="Edit instruction, worded as in training."),
         new_input(
             io.String,
             "negative_prompt",
             multiline=True,
             default=" ",
-            tooltip="What to move away from; used when guidance is above 1. A blank is usual.",
+            tooltip="What to avoid. Used when guidance is above 1. A single space is common.",
         ),
         new_input(
             io.Combo,
             "lora_name",
-            options=host.lora_names(),
-            default=host.NO_LORA,
-            tooltip="A LoRA file that ComfyUI lists; none for the base model alone, or when a run is connected.",
+            options=host_folders.lora_names(),
+            default=host_folders.NO_LORA,
+            tooltip="A LoRA file that ComfyUI lists. none for the base model alone, or when a run is connected.",
         ),
         new_input(
             io.Float,
@@ -86,12 +83,12 @@ def _inputs() -> list[io.Input]:
             min=-10.0,
             max=10.0,
             step=0.05,
-            tooltip="Factor of the LoRA. 1 is as trained, 0 is off; 0.7 to 1.2 are usual.",
+            tooltip="Strength of the LoRA. 1 is as trained, 0 is off; 0.7 to 1.2 is common.",
         ),
         *_sampling_inputs(),
-        new_input(sockets.Run, "run", optional=True, tooltip="The run whose LoRA to use, from Train Qwen Edit LoRA."),
-        new_input(io.Image, "reference_2", optional=True, tooltip=f"Second. {reference}"),
-        new_input(io.Image, "reference_3", optional=True, tooltip=f"Third. {reference}"),
+        new_input(sockets.Run, "run", optional=True, tooltip="Use the LoRA of this run, from Train Qwen Edit LoRA."),
+        new_input(io.Image, "reference_2", optional=True, tooltip=f"Second {reference}"),
+        new_input(io.Image, "reference_3", optional=True, tooltip=f"Third {reference}"),
     ]
 
 
@@ -101,41 +98,37 @@ def _sampling_inputs() -> list[io.Input]:
             ValidationConfig,
             "validation_num_inference_steps",
             name="num_inference_steps",
-            min=1,
-            max=1000,
-            tooltip="Sampling steps. 30 is good, 20 is usual with ComfyUI.",
+            tooltip="Number of sampling steps. 30 gives good quality; ComfyUI graphs often use 20.",
         ),
+        setting_input(ValidationConfig, "validation_guidance", name="guidance"),
         setting_input(
             ValidationConfig,
-            "validation_guidance",
-            name="guidance",
-            min=1.0,
-            max=30.0,
-            step=0.1,
-        ),
-        new_input(
-            io.Int, "seed", default=0, min=0, max=2**32 - 1, control_after_generate=True, tooltip="Of the noise."
+            "validation_seed",
+            "seed",
+            default=0,
+            control_after_generate=True,
+            tooltip="Seed of the sampling noise.",
         ),
         setting_input(
             EncodingConfig,
             "resolution",
-            min=64,
-            max=4096,
-            step=32,
-            tooltip="Side in pixels of a square with the picture's area; the aspect ratio is the first reference's.",
+            tooltip="Side in pixels of a square with the area of the result. The aspect ratio is that of reference 1.",
         ),
         setting_input(EncodingConfig, "preprocessing"),
         setting_input(
             EncodingConfig,
             "match_target_res",
-            tooltip="References take the result's size instead of about one megapixel. Set it as in training.",
+            tooltip="Scale references to the size of the result instead of about one megapixel. Use the same as in "
+            "training.",
         ),
     ]
 
 
 def _lora_file(lora_name: str, run: sockets.FinishedRun | None) -> Path | None:
     if run is None:
-        return None if lora_name == host.NO_LORA else host.lora_path(lora_name)
-    if lora_name != host.NO_LORA:
-        raise ConfigError(f"A run is connected and lora_name is {lora_name!r}; allowed is one of both. Set it to none.")
+        return None if lora_name == host_folders.NO_LORA else host_folders.lora_path(lora_name)
+    if lora_name != host_folders.NO_LORA:
+        raise ConfigError(
+            f"A run is connected, but lora_name is {lora_name!r}. Set lora_name to none or disconnect the run."
+        )
     return run.lora_file

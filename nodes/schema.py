@@ -1,7 +1,7 @@
-"""Schemas that load on every supported ComfyUI, and widgets made from the core's settings.
+"""Node schemas that load on every supported ComfyUI, and widgets made from trainer_core's settings.
 
-An unknown keyword to `io.Schema` or an input makes the whole pack fail to load on an older ComfyUI, so keywords that
-this ComfyUI doesn't know are left out; they are niceties such as search aliases.
+On an older ComfyUI an unknown keyword to `io.Schema` or an input would stop the whole pack from loading. Such keywords
+are dropped; they are optional extras such as search aliases.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 from comfy_api.latest import io
 
+from ..trainer_core.settings import limits_of
+
 CATEGORY = "training/qwen edit"
+_KINDS = {bool: io.Boolean, int: io.Int, float: io.Float, str: io.String}
 
 
 def node_schema(name: str, display_name: str, **keywords: Any) -> io.Schema:
@@ -24,42 +27,51 @@ def node_schema(name: str, display_name: str, **keywords: Any) -> io.Schema:
 
 
 def new_input(kind: Any, name: str, **keywords: Any) -> io.Input:
-    """An input of the ComfyUI type `kind`, labelled with its own name in words."""
+    """An input of the ComfyUI type `kind`. Its default label is `name` with spaces."""
     known = inspect.signature(kind.Input.__init__).parameters
     keywords.setdefault("display_name", name.replace("_", " "))
     return kind.Input(name, **{key: value for key, value in keywords.items() if key in known})
 
 
 def help_of(config: type, setting: str) -> str:
-    """The documentation of one field of a config class."""
+    """Help text of a field of a config class."""
     return next(field for field in dataclasses.fields(config) if field.name == setting).metadata["help"]
 
 
 def setting_input(config: type, setting: str, name: str = "", **keywords: Any) -> io.Input:
-    """A widget for one field of a config class: its type, default and documentation; `keywords` add limits."""
+    """A widget with the type, default, limits and help text of a field of a config class. `keywords` override them."""
     field = next(field for field in dataclasses.fields(config) if field.name == setting)
     hint, name = typing.get_type_hints(config)[setting], name or setting
     keywords.setdefault("tooltip", field.metadata["help"])
     if field.default is not dataclasses.MISSING:
         keywords.setdefault("default", field.default)
-    if typing.get_origin(hint) is tuple:  # of texts: a line each, see `lines`
+    if typing.get_origin(hint) is tuple:  # tuple[str, ...]: one value per line, see `lines`
         return new_input(io.String, name, **{**keywords, "default": "", "multiline": True})
     if typing.get_origin(hint) is Literal:
         return new_input(io.Combo, name, options=list(typing.get_args(hint)), **keywords)
-    return new_input({bool: io.Boolean, int: io.Int, float: io.Float, str: io.String}[hint], name, **keywords)
+    return new_input(_KINDS[hint], name, **{**_limits(config, setting, hint), **keywords})
+
+
+def _limits(config: type, setting: str, kind: type) -> dict[str, Any]:
+    """min, max and step of a number widget, as far as they are declared."""
+    if kind not in (int, float):
+        return {}
+    limits = limits_of(config, setting)
+    declared = {"min": limits.lowest, "max": limits.highest, "step": limits.step}
+    return {key: kind(value) for key, value in declared.items() if value is not None}
 
 
 def lines(text: str) -> tuple[str, ...]:
-    """The lines of a widget with several, without empty ones."""
+    """The non-empty lines of a multiline widget, stripped."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def fields_of(config: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of `values` that are settings of `config`."""
+    """The items of `values` that are fields of `config`."""
     names = {field.name for field in dataclasses.fields(config)}
     return {name: value for name, value in values.items() if name in names}
 
 
 def new_output(kind: Any, name: str, tooltip: str) -> io.Output:
-    """An output of the ComfyUI type `kind`."""
+    """An output of the ComfyUI type `kind`. Its label is `name` with spaces."""
     return kind.Output(name, display_name=name.replace("_", " "), tooltip=tooltip)

@@ -1,6 +1,6 @@
-"""What travels on the pack's own sockets: frozen values with a short repr, never a network.
+"""The pack's own socket types and their values: frozen dataclasses, never networks.
 
-The strings are the type system and stand in people's workflows: they never change.
+Saved workflows contain the type names, so the names never change.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Imported = io.Custom("QWEN_EDIT_IMPORTED")  # ImportedJob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferencesSeen:
-    """What the reference settings node gathers: types by folder, and settings of EncodingConfig."""
+    """Output of the reference settings node: conditioning type by folder, and arguments of EncodingConfig."""
 
     conditioning_types: tuple[Any, ...] = ("auto", "auto", "auto")
     encoding: dict[str, Any] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class ReferencesSeen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSettings:
-    """What the training settings node gathers."""
+    """Output of the training settings node."""
 
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
@@ -53,7 +53,7 @@ class LoopSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportedJob:
-    """A job of another trainer: its settings, and its datasets with their pairs."""
+    """An imported SimpleTuner job: its settings, and its datasets with their pairs."""
 
     job: JobConfig
     paired: tuple[PairedPart, ...]
@@ -64,11 +64,10 @@ class ImportedJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRun:
-    """A training that gave a LoRA. `lora_name` is the name under which LoRA loaders list the copied file."""
+    """A run that exported a LoRA."""
 
     run_dir: Path
     lora_file: Path
-    lora_name: str
     steps: int
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The training node: sockets to one TrainConfig, the run, and what came of it."""
+"""The training node: builds a TrainConfig, trains, and publishes the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import ExportConfig, ModelConfig, TrainConfig
 from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
-from . import graph_file, host, publish, sockets
+from . import graph_file, host_call, host_folders, host_lora, host_server, publish, sockets
 from .schema import new_input, new_output, node_schema, setting_input
 from .train_config import imported_input, preset_input, settings_input, train_config, validation_input
 from .untrusted import checked_run_name, free_name
@@ -23,16 +23,15 @@ IfRunExists = Literal["continue", "continue a kept run", "new run"]
 
 
 class TrainLora(io.ComfyNode):
-    """Train a LoRA, or find that it is trained."""
+    """Train a LoRA, or return the result if the run is already finished."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """See web/docs."""
         return node_schema(
             "TrainLora",
             "Train Qwen Edit LoRA",
-            description="Trains a LoRA on encoded pairs and puts it where LoRA loaders list it. Interrupting keeps the "
-            "work; the same graph queued again goes on.",
+            description="Trains a LoRA on encoded pairs and saves it where LoRA loaders list it. Interrupting keeps "
+            "the progress; queue the same graph again to resume.",
             search_aliases=["finetune", "lora training", "trainer"],
             is_output_node=True,
             not_idempotent=True,
@@ -42,16 +41,24 @@ class TrainLora(io.ComfyNode):
                 new_output(
                     io.LoraModel, "lora", "The LoRA's tensors, for ComfyUI's Load LoRA Model in the same graph."
                 ),
-                new_output(io.LossMap, "loss_map", "The loss of every step, for Plot Loss or ComfyUI's loss graph."),
-                new_output(io.String, "lora_name", "The new file's name in the list of ComfyUI's LoRA loaders."),
-                new_output(io.Image, "grid", "Reference, base, LoRA and target of held-out pairs at the end."),
-                new_output(sockets.Run, "run", "The finished run, for Apply Trained LoRA, Sample and Plot Loss."),
+                new_output(io.LossMap, "loss_map", "Loss of every step, for Plot Loss or ComfyUI's loss graph."),
+                new_output(io.String, "lora_name", "Name of the new file in ComfyUI's LoRA loaders."),
+                new_output(
+                    io.Image,
+                    "grid",
+                    "Reference, base, LoRA and target pictures of held-out pairs at the end of training.",
+                ),
+                new_output(
+                    sockets.Run,
+                    "run",
+                    "The finished run, for Apply Trained LoRA, Sample With Qwen Edit LoRA and Plot Loss.",
+                ),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
-        """The name is a name."""
+        """Check the run name."""
         try:
             return run_name is None or bool(checked_run_name(run_name))
         except TrainerError as error:
@@ -59,7 +66,7 @@ class TrainLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:
-        """Train, publish the file, and hand on what later nodes need."""
+        """Outputs the LoRA's tensors, losses, name, sample grid and run."""
         config = _train_config(model, encoded, **values)
         continue_kept = values["if_run_exists"] == "continue a kept run"
         result = _finished(config, continue_kept=continue_kept)
@@ -83,16 +90,16 @@ def _inputs() -> list[io.Input]:
             default="my_edit",
             tooltip="Name of the run folder and of the LoRA file. A name, not a path.",
         ),
-        setting_input(TrainConfig, "max_train_steps", min=1, max=1_000_000, tooltip=_STEPS_HELP),
-        setting_input(TrainConfig, "seed", min=0, max=2**32 - 1, control_after_generate=False),
+        setting_input(TrainConfig, "max_train_steps", tooltip=_STEPS_HELP),
+        setting_input(TrainConfig, "seed", control_after_generate=False),
         new_input(
             io.Combo,
             "if_run_exists",
             options=list(get_args(IfRunExists)),
             default="continue",
-            tooltip="What to do with a run of this name. continue: go on where it stopped, or give its result if it is "
-            "finished. continue a kept run: also go on with one that was ended early by stop-and-keep. new run: train "
-            "again under a name with a number.",
+            tooltip="What to do if a run with this name exists. continue: resume it, or return its result if it is "
+            "finished. continue a kept run: also resume a run that was ended with stop-and-keep. new run: train under "
+            "a new name with a number.",
         ),
         *(settings_input(f"{name}_settings") for name in ("lora", "optimizer", "training", "validation")),
         setting_input(ExportConfig, "trigger_words", optional=True),
@@ -105,7 +112,9 @@ def _inputs() -> list[io.Input]:
     ]
 
 
-_STEPS_HELP = "Optimizer steps. 500 to 3000 for a few dozen pairs; more for an edit far from what the base can do."
+_STEPS_HELP = (
+    "Number of optimizer steps. 500 to 3000 for a few dozen pairs; more if the base model is far from the edit."
+)
 
 
 def _train_config(
@@ -120,35 +129,30 @@ def _train_config(
     **gathered: Any,
 ) -> TrainConfig:
     if if_run_exists not in get_args(IfRunExists):
-        raise ConfigError(f"if_run_exists is {if_run_exists!r}; allowed is one of {', '.join(get_args(IfRunExists))}.")
+        raise ConfigError(f"if_run_exists must be one of {', '.join(get_args(IfRunExists))}, got {if_run_exists!r}.")
     name = checked_run_name(run_name)
     if if_run_exists == "new run":
-        name = free_name(host.runs_dir(), name)
-    own = {"run_dir": str(host.runs_dir() / name), "max_train_steps": max_train_steps, "seed": seed}
+        name = free_name(host_folders.runs_dir(), name)
+    own = {"run_dir": str(host_folders.runs_dir() / name), "max_train_steps": max_train_steps, "seed": seed}
     return train_config(model, encoded, own, lora_name=name, trigger_words=trigger_words, **gathered)
 
 
 def _finished(config: TrainConfig, *, continue_kept: bool) -> TrainResult | None:
-    """The result of an earlier run with these settings, found in its folder before memory is cleared for a training."""
+    """The result of a finished run with these settings, or None. Needs no device memory."""
     from ..trainer_core.run import find_result
 
     return find_result(config, continue_kept=continue_kept)
 
 
 def _train(config: TrainConfig, on_first_step: Callable[[], None], *, continue_kept: bool) -> TrainResult:
-    from ..trainer_core.qwen_image.folder import model_folder
-    from ..trainer_core.qwen_image.transformer import transformer_settings
     from ..trainer_core.run import train_lora
 
-    num_layers = int(transformer_settings(model_folder(config.model).transformer)["num_layers"])
-
-    def check(lora_file: Path) -> None:
-        host.check_lora_file(lora_file, num_layers)
-
-    with host.long_call(Path(config.run_dir).name, on_first_step) as observer:
-        result = train_lora(config, observer, extra_check=check, continue_kept=continue_kept)
+    with host_call.long_call(Path(config.run_dir).name, on_first_step) as observer:
+        result = train_lora(config, observer, extra_check=host_lora.check_lora_file, continue_kept=continue_kept)
         if result.lora_file is None:
-            raise Interrupted("Stopped. The run is kept; queue the same graph again to go on.")
+            raise Interrupted(
+                "Training was interrupted and its progress is saved. Queue the same graph again to resume."
+            )
         return result
 
 
@@ -161,12 +165,10 @@ def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
     lora_name = publish.place_lora(result.lora_file, result.run_dir.name)
     ema_name = publish.place_lora(result.ema_file, result.run_dir.name) if result.ema_file else None
     if is_new:
-        host.send_message("qwen_edit_trainer.lora", {"run_name": result.run_dir.name, "lora_name": lora_name})
+        host_server.send_message("qwen_edit_trainer.lora", {"run_name": result.run_dir.name, "lora_name": lora_name})
     rows = RunFolder(result.run_dir).metrics()
     grid = file_to_image(result.samples.grid_file) if result.samples else empty_image()
-    run = sockets.FinishedRun(
-        run_dir=result.run_dir, lora_file=result.lora_file, lora_name=lora_name, steps=result.steps_done
-    )
+    run = sockets.FinishedRun(run_dir=result.run_dir, lora_file=result.lora_file, steps=result.steps_done)
     seconds = sum(float(row["seconds"]) for row in rows)
     return io.NodeOutput(
         read_tensors(result.lora_file),

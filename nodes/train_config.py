@@ -1,4 +1,4 @@
-"""What the training node and the planning node have in common: sockets of settings, and the TrainConfig they make."""
+"""Shared by the training and planning nodes: inputs for settings, and the TrainConfig made from them."""
 
 from __future__ import annotations
 
@@ -28,64 +28,67 @@ if TYPE_CHECKING:
 NO_PRESET = "none"
 
 _SETTINGS = {
-    "lora_settings": (sockets.LoraSettings, "Adapter. Default: rank 16."),
-    "optimizer_settings": (sockets.OptimizerSettings, "Optimizer. Default: AdamW, 1e-4."),
+    "lora_settings": (sockets.LoraSettings, "Adapter settings. Default: rank 16."),
+    "optimizer_settings": (sockets.OptimizerSettings, "Optimizer settings. Default: AdamW at 1e-4."),
     "training_settings": (
         sockets.TrainingSettings,
-        "Batches, noise, checkpoints, memory. Default: 4 pairs a step, one at a time.",
+        "Batches, noise, loss and checkpoints. Default: 4 pairs per step, one at a time.",
     ),
     "validation_settings": (
         sockets.ValidationSettings,
-        "Pictures on the way. Default: every 250 steps and at the end.",
+        "Samples during training. Default: every 250 steps and at the end.",
     ),
     "rollout_settings": (
         sockets.RolloutSettings,
-        "Scheduled sampling: training on the model's own samples. Default: off.",
+        "Scheduled sampling: also train on the model's own samples. Default: off.",
     ),
     "memory_settings": (
         sockets.MemorySettings,
-        "What stays on the device and what waits elsewhere. Default: activations are computed again.",
+        "What stays on the device and what is moved to host memory. Default: activations are recomputed.",
     ),
-    "ema_settings": (sockets.EmaSettings, "A running average of the weights, exported beside them. Default: none."),
+    "ema_settings": (
+        sockets.EmaSettings,
+        "Exponential moving average of the weights, exported as a second LoRA. Default: none.",
+    ),
 }
 
 
 def settings_input(name: str) -> io.Input:
-    """The socket of one of the settings nodes."""
+    """Input for one of the settings nodes."""
     socket, tooltip = _SETTINGS[name]
     return new_input(socket, name, optional=True, tooltip=tooltip)
 
 
 def validation_input() -> io.Input:
-    """The socket of a dataset of its own to validate on."""
+    """Input for a separate validation dataset."""
     return new_input(
         sockets.Encoded,
         "validation_encoded",
         optional=True,
-        tooltip="A second encoded dataset, whose held-out pairs are validated on instead of the first one's.",
+        tooltip="A second encoded dataset. Validation uses its held-out pairs instead of those of encoded.",
     )
 
 
 def imported_input() -> io.Input:
-    """The socket of an imported configuration."""
+    """Input for an imported configuration."""
     return new_input(
         sockets.Imported,
         "imported",
         optional=True,
-        tooltip="All settings of an imported configuration; a settings node that is connected counts instead.",
+        tooltip="Settings from Import SimpleTuner Config. A connected settings node overrides its part.",
     )
 
 
 def preset_input() -> io.Input:
-    """The list of presets."""
+    """Widget that lists the presets."""
     return new_input(
         io.Combo,
         "preset",
         optional=True,
         options=[NO_PRESET, *preset_names()],
         default=NO_PRESET,
-        tooltip="Settings that go together. A connected settings node or import counts instead of its part of the "
-        "preset, and this node's own widgets always count; resolution and precision are set at their nodes.",
+        tooltip="A recommended set of settings. A connected settings node overrides its part of the preset, an import "
+        "replaces the preset, and this node's widgets always apply. Set resolution and precision in their own nodes.",
     )
 
 
@@ -107,10 +110,10 @@ def train_config(
     memory_settings: MemoryConfig | None = None,
     ema_settings: EmaConfig | None = None,
 ) -> TrainConfig:
-    """Preset or import, with what is connected in the place of its part, and the node's `own` settings.
+    """Combine the settings: import or preset, overridden by connected settings nodes, then by the node's `own` widgets.
 
     Raises:
-        ConfigError: settings that do not go together.
+        ConfigError: the settings contradict each other.
     """
     base = TrainConfig(run_dir="-", encoded="-") if preset == NO_PRESET else training_preset(preset)
     if imported is not None:

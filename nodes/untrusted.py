@@ -1,4 +1,4 @@
-"""Names and folders that come from a workflow, which a stranger may have written."""
+"""Checks of names and folders from workflows, which are untrusted: anyone may have written them."""
 
 from __future__ import annotations
 
@@ -10,33 +10,31 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from ..trainer_core.errors import ConfigError
 
 _RUN_NAME = re.compile(r"\w[\w .+-]{0,79}")
-_NEVER_IN_NAMES = re.compile(r"[\x00\ud800-\udfff]")  # the systems' calls and encodings refuse them
+_NEVER_IN_NAMES = re.compile(r"[\x00\ud800-\udfff]")  # rejected by system calls and encodings
 _WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
-
-
 _HOW_TO_ALLOW = (
-    "Whoever runs ComfyUI can allow more: folders under the key qwen_edit_datasets in extra_model_paths.yaml, or in "
-    "the environment variable QWEN_EDIT_DATASET_ROOTS."
+    "To allow other folders, list them under qwen_edit_datasets in extra_model_paths.yaml or in the environment "
+    "variable QWEN_EDIT_DATASET_ROOTS, then restart ComfyUI."
 )
 
 
 def checked_run_name(name: str) -> str:
-    """`name`, which will be a folder and a file.
+    """`name`, if it can be used as the name of a folder and a file.
 
     Raises:
-        ConfigError: not a plain name.
+        ConfigError: the name is not allowed.
     """
     fits = _RUN_NAME.fullmatch(name) and name[-1] not in " ." and name.split(".")[0].upper() not in _WINDOWS_DEVICES
     if not fits:
         raise ConfigError(
-            f"run_name is {name[:100]!r}; allowed is a name of 1 to 80 letters, digits, spaces and _ - + . that starts "
-            "with a letter, a digit or _ and does not end in a dot or a space. It names a folder, it is not a path."
+            f"run_name must be 1 to 80 letters, digits, spaces and _ - + . that start with a letter, digit or _ and do "
+            f"not end with a dot or space, got {name[:100]!r}. Enter the name of a folder, not a path."
         )
     return name
 
 
 def free_name(folder: Path, name: str) -> str:
-    """`name`, or `name-2`, `name-3`, ... : the first that `folder` does not hold yet."""
+    """The first of `name`, `name-2`, `name-3`, ... that does not exist in `folder`."""
     candidate, number = name, 1
     while (folder / candidate).exists():
         number += 1
@@ -45,19 +43,19 @@ def free_name(folder: Path, name: str) -> str:
 
 
 def folder_below(name: str, roots: Mapping[str, Path], label: str) -> Path:
-    """The existing folder that `name` means: relative to the first root that has it, or absolute inside a root.
+    """Real path of the existing folder `name`, which is relative to a root or absolute inside a root.
 
     Raises:
-        ConfigError: not there, or outside all roots (also by a symbolic link). Names the roots, not where they lie.
+        ConfigError: not found, or outside all roots (also through a symbolic link). Names the roots, not their paths.
     """
     return folders_below({label: name}, roots)[label]
 
 
 def folders_below(named: Mapping[str, str], roots: Mapping[str, Path]) -> dict[str, Path]:
-    """`folder_below` for several names by their labels.
+    """`folder_below` for several names by label.
 
     Raises:
-        ConfigError: with all of them that are not there or outside all roots.
+        ConfigError: lists every name that is not found or outside all roots.
     """
     found: dict[str, Path] = {}
     wrong = []
@@ -68,13 +66,13 @@ def folders_below(named: Mapping[str, str], roots: Mapping[str, Path]) -> dict[s
         else:
             wrong.append(f"{label} is {name.strip()[:200]!r}, which {folder}.")
     if wrong:
-        allowed = f"Allowed is a folder below one of: {', '.join(roots)}. {_HOW_TO_ALLOW}"
+        allowed = f"Use a folder below one of: {', '.join(roots)}. {_HOW_TO_ALLOW}"
         raise ConfigError(" ".join([*wrong, allowed]))
     return found
 
 
 def _folder_or_reason(name: str, roots: Mapping[str, Path]) -> Path | str:
-    """The folder's real place, or what is wrong with the name, as the rest of a sentence."""
+    """Real path of the folder, or the reason why the name is rejected, as the end of a sentence."""
     if not _is_path_of_names(name):
         return "is not a folder name"
     candidates = [Path(name)] if _is_absolute(name) else [root / name for root in roots.values()]
@@ -82,14 +80,14 @@ def _folder_or_reason(name: str, roots: Mapping[str, Path]) -> Path | str:
     if folder is not None:
         return Path(os.path.realpath(folder))
     outside = not all(_is_below(path, roots) for path in candidates)
-    return "lies outside the allowed folders" if outside else "is not there"
+    return "lies outside the allowed folders" if outside else "does not exist"
 
 
 def file_below(name: str, folder: Path, roots: Mapping[str, Path], label: str) -> Path:
-    """The existing file that `name` means: relative to `folder`, or absolute; inside a root either way.
+    """Real path of the existing file `name`, which is relative to `folder` or absolute, and inside a root.
 
     Raises:
-        ConfigError: not there, or outside all roots (also by a symbolic link). Names the roots, not where they lie.
+        ConfigError: not found, or outside all roots (also through a symbolic link). Names the roots, not their paths.
     """
     name = name.strip()
     path = folder / name
@@ -97,20 +95,20 @@ def file_below(name: str, folder: Path, roots: Mapping[str, Path], label: str) -
     if unusable or not _is_below(path, roots):
         reason = "is not a file in an allowed folder"
     elif not _is_there(path.is_file):
-        reason = "is not there"
+        reason = "does not exist"
     else:
         return Path(os.path.realpath(path))
     raise ConfigError(
-        f"{label} is {name[:200]!r}, which {reason}. Allowed is a file below the target folder, or one below: "
+        f"{label} is {name[:200]!r}, which {reason}. Use a file in the target folder or below one of: "
         f"{', '.join(roots)}. {_HOW_TO_ALLOW}"
     )
 
 
 def file_below_roots(name: str, roots: Mapping[str, Path], label: str) -> Path:
-    """The existing file that `name` means: relative to the first root that has it, or absolute inside a root.
+    """Real path of the existing file `name`, which is relative to a root or absolute inside a root.
 
     Raises:
-        ConfigError: not there, or outside all roots (also by a symbolic link). Names the roots, not where they lie.
+        ConfigError: not found, or outside all roots (also through a symbolic link). Names the roots, not their paths.
     """
     folder, _, file = name.strip().replace("\\", "/").rpartition("/")
     places = [root / folder for root in roots.values() if not folder] or [folder_below(folder, roots, label)]
@@ -119,9 +117,9 @@ def file_below_roots(name: str, roots: Mapping[str, Path], label: str) -> Path:
 
 
 def near(name: str, folder: Path, roots: Mapping[str, Path], kind: Callable[[Path], bool]) -> str:
-    """A relative `name` as an absolute path if `folder`, or one above it inside a root, has it; else as it is.
+    """Absolute path of a relative `name` found in `folder` or a parent of it inside a root; otherwise `name` itself.
 
-    The result is a name from a stranger still: `folder_below` and `file_below` decide whether it is allowed.
+    The result is still untrusted: pass it to `folder_below` or `file_below`.
     """
     if _is_path_of_names(name.strip()) and not _is_absolute(name.strip()):
         for place in (folder, *folder.parents):
@@ -134,7 +132,7 @@ def near(name: str, folder: Path, roots: Mapping[str, Path], kind: Callable[[Pat
 
 
 def _is_path_of_names(name: str) -> bool:
-    """Nothing in it that leads up, to another machine or to a home."""
+    """Whether the path has no `..`, network or home directory part."""
     hostile = ".." in re.split(r"[/\\]", name) or name.startswith(("\\\\", "//", "~"))
     return bool(name) and not _NEVER_IN_NAMES.search(name) and not hostile
 
@@ -146,11 +144,11 @@ def _is_absolute(name: str) -> bool:
 def _is_there(test: Callable[[], bool]) -> bool:
     try:
         return test()
-    except OSError:  # a longer name than the file system has
+    except OSError:  # the name is too long for the file system
         return False
 
 
 def _is_below(path: Path, roots: Mapping[str, Path]) -> bool:
-    """True if the real place of `path` is one of the roots or inside it."""
+    """Whether the real path is a root or inside one."""
     real = Path(os.path.realpath(path))
     return any(real.is_relative_to(os.path.realpath(root)) for root in roots.values())

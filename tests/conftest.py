@@ -14,6 +14,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 from tests.support.comfyui_server import PackServer
 from tests.support.fixtures import base_of, encoded, model, tokenizer_dir  # noqa: F401 - fixtures
+from tests.support.tiers import FAST_MARKERS, FAST_PATHS
 from tools.comfyui import REPO
 from tools.comfyui import comfyui_dir as find_comfyui
 
@@ -67,3 +68,22 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     import torch
 
     return True if "gpu" in collection_path.parts and not torch.cuda.is_available() else None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only the fast tier (tests/support/tiers.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """--fast without paths runs the fast tier's folders; a marker expression of the user's own stays."""
+    if config.getoption("--fast"):
+        if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+            config.args = list(FAST_PATHS)
+        config.option.markexpr = config.option.markexpr or FAST_MARKERS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that uses the session's ComfyUI server is a server test, in whichever folder it is."""
+    for item in items:
+        if {"comfyui", "comfyui_of_its_own"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.server)

@@ -1,7 +1,4 @@
-"""docs/settings.md, made from the settings' own definitions: `make docs` writes it, a test compares it.
-
-python tools/settings_reference.py           (writes the file)
-"""
+"""Writes docs/settings.md from the declarations of the settings. `make docs` runs it; a test compares the page."""
 
 from __future__ import annotations
 
@@ -17,14 +14,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer_core import config
-from trainer_core.errors import ConfigError
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 
 # Section: class, key in the JSON file (empty: the file itself, None: not in it), nodes with these settings.
 SECTIONS: tuple[tuple[type, str | None, str], ...] = (
-    (config.JobConfig, "", "`run_dir` follows from `run_name` of **Train Qwen Edit LoRA**, `cache_dir` is fixed."),
-    (config.ModelConfig, "model", "**Load Qwen Edit Model**; tokenizer and device are chosen by ComfyUI."),
+    (config.JobConfig, "", "`run_dir` is named after `run_name` of **Train Qwen Edit LoRA**, `cache_dir` is fixed."),
+    (config.ModelConfig, "model", "**Load Qwen Edit Model**; ComfyUI chooses the tokenizer and the device."),
     (config.DatasetConfig, "dataset", "**Pair Edit Folders**, as `target_folder` and `reference_folder_1` to `_3`."),
     (config.CaptionConfig, "dataset.captions", "**Qwen Edit Caption Settings**."),
     (config.EncodingConfig, "encoding", "**Encode Edit Pairs** and **Qwen Edit Reference Settings**."),
@@ -39,33 +35,30 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.OptimizerConfig, "optimizer", "**Qwen Edit Optimizer Settings**."),
     (config.NoiseConfig, "noise", "**Qwen Edit Training Settings**."),
     (config.RolloutConfig, "rollout", "**Qwen Edit Rollout Settings**."),
-    (config.EmaConfig, "ema", "**Qwen Edit EMA Settings**, where `use_ema` is on."),
+    (config.EmaConfig, "ema", "**Qwen Edit EMA Settings**, which turns `use_ema` on."),
     (config.BatchingConfig, "batching", "**Qwen Edit Training Settings**."),
     (config.CheckpointConfig, "checkpoints", "**Qwen Edit Training Settings**."),
     (config.ValidationConfig, "validation", "**Qwen Edit Validation Settings**."),
     (config.MemoryConfig, "memory", "**Qwen Edit Memory Settings**."),
-    (config.ExportConfig, "export", "**Train Qwen Edit LoRA**, `trigger_words`; the file has the run's name."),
+    (config.ExportConfig, "export", "**Train Qwen Edit LoRA** has `trigger_words`; the file is named after the run."),
     (
         config.TrainConfig,
         None,
-        "**Train Qwen Edit LoRA** makes it, as does `python -m trainer_core train` from the sections above. "
-        "`config.json` in a run folder holds it.",
+        "**Train Qwen Edit LoRA** and `python -m trainer_core train` make it from the sections above and "
+        "store it as `config.json` in the run folder.",
     ),
 )
-EXAMPLES: dict[str, Any] = {"target_dir": "target", "reference_dirs": ("reference",), "run_dir": "run"}
-EXAMPLES |= {"encoded": "manifest.json", "cache_dir": "cache", "model": config.ModelConfig(), "id": "a"}
-EXAMPLES |= {"dataset": config.DatasetConfig(target_dir="target", reference_dirs=("reference",))}
 TYPES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text"}
 
 HEAD = """# Settings
 
-Every setting, its type or allowed values, its default, and what it does. This page is made by `make docs` from
-`trainer_core/config`; nodes take their widgets, defaults and tooltips from there as well, so all three agree. Some
-widgets have narrower limits.
+All settings with their type or allowed values, default and meaning. `make docs` writes this page from
+`trainer_core/config`. The nodes take widgets, defaults, limits and tooltips from the same declarations. Some widgets
+offer a narrower range.
 
-The sections with a key are the JSON file of `python -m trainer_core`: an object with the settings of *The whole file*,
-where a section's settings stand in an object under its key. An unknown key is refused, and the nearest known one named.
-[guide.md](guide.md#without-comfyui) has an example of such a file.
+Sections with a key are part of the JSON file of `python -m trainer_core`. The file is an object with the settings of
+*The whole file*; the settings of a section are in an object under its key. An unknown key is an error, which suggests
+the most similar known key. [headless.md](headless.md#the-configuration-file) has an example of such a file.
 """
 
 
@@ -75,7 +68,7 @@ def reference() -> str:
 
 
 def _section(cls: type, key: str | None, nodes: str) -> Iterator[str]:
-    places = {None: "Not in the JSON file.", "": "In the JSON file at the top."}
+    places = {None: "Not in the JSON file.", "": "At the top level of the JSON file."}
     place = places.get(key, f"In the JSON file under `{key}`.")
     yield f"## {_title(cls)}\n\n{(cls.__doc__ or '').strip()}\n\n{place} In ComfyUI: {nodes}\n"
     yield "| name | allowed | default | meaning |\n| --- | --- | --- | --- |"
@@ -94,7 +87,9 @@ def _default(field: Any) -> str:
         return "must be given"
     if field.metadata.get("unless"):
         return f"must be given, or `{field.metadata['unless']}`"
-    return "that section's" if dataclasses.is_dataclass(field.default) else f"`{json.dumps(field.default)}`"
+    return (
+        "the defaults of that section" if dataclasses.is_dataclass(field.default) else f"`{json.dumps(field.default)}`"
+    )
 
 
 def _allowed(cls: type, field: Any) -> str:
@@ -107,30 +102,22 @@ def _allowed(cls: type, field: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return _list(cls, field, typing.get_args(hint)[0])
-    wrong = {int: (-(10**9), 10**9), float: (-1e9, 1e9), str: ("", "a/b"), bool: ()}[hint]
-    limits = next((found for found in (_limits(cls, field.name, value) for value in wrong) if found), "")
-    return TYPES[hint] + (f": {limits}" if limits else "")
+        return _list(field, typing.get_args(hint)[0])
+    return _described(TYPES[hint], field)
 
 
-def _list(cls: type, field: Any, of: Any) -> str:
+def _list(field: Any, of: Any) -> str:
     if dataclasses.is_dataclass(of):
         title = _title(typing.cast(type, of))
         return f"list of objects, see [{title}](#{title.lower()})"
     if typing.get_origin(of) is typing.Literal:
-        return f"list of {', '.join(f'`{choice}`' for choice in typing.get_args(of))}; one may stand without the list"
-    limits = _limits(cls, field.name, ())
-    return f"list of {TYPES[of]}" + (f": {limits}" if limits else "")
+        return f"one of {', '.join(f'`{choice}`' for choice in typing.get_args(of))}, or a list of them"
+    return _described(f"list of {TYPES[of]}", field)
 
 
-def _limits(cls: type, name: str, wrong: object) -> str:
-    """What the class itself says is allowed when it is given a wrong value; empty if it takes the value."""
-    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING or f.metadata["unless"]]
-    try:
-        cls(**{**{key: EXAMPLES[key] for key in required}, name: wrong})
-    except ConfigError as error:
-        return str(error).split("; allowed is ", 1)[1].rstrip(".")
-    return ""
+def _described(kind: str, field: Any) -> str:
+    limits = str(field.metadata["limits"])
+    return f"{kind}: {limits}" if limits else kind
 
 
 def main() -> int:

@@ -129,15 +129,17 @@ def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .adapters.writer import READERS
     from .job import encode_job
-    from .planning.checks import check_training
+    from .planning.preparation import check_training
+    from .qwen_image.base_model import BaseModel
     from .run import train_lora
 
     job = _job(options)
     with _together(job) as ranks:
-        check_training(job.train_config("-"))  # now, and not when all is encoded
-        encoded, validation = encode_job(job, observer, ranks)
+        base = BaseModel(job.model)
+        model = check_training(job.train_config("-"), base)  # refuse before hours of encoding
+        encoded, validation = encode_job(job, observer, ranks, base)
         config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
-        result = train_lora(config, observer, continue_kept=options.continue_kept, ranks=ranks)
+        result = train_lora(config, observer, model=model, continue_kept=options.continue_kept, ranks=ranks)
     if result.lora_file is None:
         _LOG.warning("Paused after %d steps. Run the same command to go on.", result.steps_done)
         return EXIT_STOPPED

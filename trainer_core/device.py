@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Choice of the compute device, and its memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for a setting; `auto` takes the first accelerator, else the CPU.
+    """The torch device for a setting. `auto` picks CUDA, then MPS, then the CPU.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: this machine has no such device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -21,21 +21,21 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device)  # fails now rather than after minutes of loading
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device is {name!r}, which is not usable here ({error}). Allowed: auto, cpu, cuda."
+            f"device is {name!r}, which this machine can't use ({error}). Set it to auto, cpu or cuda."
         ) from error
     return device
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that torch's tensors took on the device so far; 0 where that is not counted."""
+    """Peak bytes that torch's tensors have used on a CUDA device so far; 0 on other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def release_memory() -> None:
-    """Return the accelerator's memory of networks that are no longer used, so that others can have it."""
+    """Give unused CUDA memory back to the driver, so that other programs can use it."""
     if torch.cuda.is_available():
-        gc.collect()
+        gc.collect()  # networks may be part of reference cycles, which only the collector frees
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What can go wrong in a way the user can mend. A message names the thing, its value, what is allowed, what to do."""
+"""Errors that the user can fix. A message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class TrainerError(Exception):
-    """Base of all errors a user can mend."""
+    """Base of all errors that the user can fix. Anything else that is raised is a bug."""
 
 
 class ConfigError(TrainerError, ValueError):
@@ -14,7 +14,7 @@ class ConfigError(TrainerError, ValueError):
 
 
 class DatasetError(TrainerError, ValueError):
-    """A dataset can't be used. `problems` has one line per problem, all of them."""
+    """A dataset can't be used. `problems` lists every problem found, one line each."""
 
     def __init__(self, summary: str, problems: Sequence[str] = ()) -> None:
         self.summary = summary
@@ -23,27 +23,27 @@ class DatasetError(TrainerError, ValueError):
 
 
 class ModelFileError(TrainerError, ValueError):
-    """A model folder or file is missing, of another kind, or damaged."""
+    """A model folder or file is missing, damaged or of the wrong kind."""
 
 
 class RunFolderError(TrainerError, ValueError):
-    """A run folder belongs to another run, is in use, or is damaged."""
+    """A run folder is damaged, in use, or belongs to another run."""
 
 
 class ExportError(TrainerError, RuntimeError):
-    """The LoRA file would not load elsewhere, so it was not given its name."""
+    """The LoRA file failed its check in another program's loader and was not saved."""
 
 
 class NonFiniteLossError(TrainerError, ArithmeticError):
-    """Loss or gradient became NaN or infinite; the weights are still those of the last good step."""
+    """The loss or a gradient became NaN or infinite. The weights are still those of the last good step."""
 
 
 class OutOfMemoryError(TrainerError, MemoryError):
-    """The accelerator's memory is too small for what was asked; the run is kept up to its last step or checkpoint."""
+    """The accelerator ran out of memory. The run is saved up to its last step or checkpoint."""
 
 
 class MissingPackageError(TrainerError, ImportError):
-    """An optional package is needed for the chosen setting."""
+    """A setting needs an optional package that is not installed."""
 
     def __init__(self, package: str, needed_for: str) -> None:
         super().__init__(
@@ -53,8 +53,17 @@ class MissingPackageError(TrainerError, ImportError):
 
 
 class Interrupted(TrainerError):
-    """The user asked to stop. What was done so far is on disk and the same call goes on from there."""
+    """The user asked to stop. All finished work is on disk; the same call resumes from there.
+
+    With `keep`, the user wants the training to end here and export a LoRA of the finished steps, not to pause.
+    """
+
+    def __init__(
+        self, message: str = "Stopped. Finished work is saved; run again to resume.", *, keep: bool = False
+    ) -> None:
+        self.keep = keep
+        super().__init__(message)
 
 
 class LostRankError(TrainerError, RuntimeError):
-    """One of several processes that train together is gone. The run's last checkpoint is kept."""
+    """Another process of a distributed training has ended or hangs. The run's last checkpoint is kept."""

@@ -1,4 +1,4 @@
-"""What a long call tells its caller, and how the caller stops it."""
+"""Reports that a long call sends to its observer, and how the observer stops it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Protocol
 
 from .errors import Interrupted
 
-# What a validation finds, as reports, metrics and charts name it.
-VALIDATION_LOSSES = ("validation_loss", "ema_validation_loss")  # of the trained weights and of their running average
+# Names of a validation's results in reports, metrics and charts.
+VALIDATION_LOSSES = ("validation_loss", "ema_validation_loss")  # of the trained weights and of their EMA
 DRIFT = ("drift_shift", "drift_zoom", "drift_colour")
 MEASURED = (*VALIDATION_LOSSES, *DRIFT)
 
 
 class Stop(Enum):
-    """The caller's wish. False in a condition when there is none."""
+    """What the user wants a running call to do. NO is falsy."""
 
     NO = "no"
-    PAUSE = "pause"  # save, so that the same run can go on later
-    KEEP = "keep"  # end here: save and export what there is
+    PAUSE = "pause"  # save a checkpoint, so that the run can be resumed
+    KEEP = "keep"  # end the training here: save, and export a LoRA of the finished steps
 
     def __bool__(self) -> bool:
         return self is not Stop.NO
@@ -28,10 +28,10 @@ class Stop(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """One optimizer step. Loss is the mean over the step's pairs; bytes are 0 where the device can't tell.
+    """One optimizer step. `loss` is the mean over the step's pairs; `peak_bytes` is 0 if the device doesn't report it.
 
-    `extra_forwards` are those of rollouts; None in a step that could have none. What a validation found is None where
-    there was none; drift (see SampleReport) also where it can't be measured.
+    `extra_forwards` counts the forward passes of rollouts; None if this step can't have any. The validation fields are
+    None in a step without validation. The drift fields (see SampleReport) are also None if drift can't be measured.
     """
 
     step: int
@@ -51,21 +51,21 @@ class StepReport:
 
     @property
     def was_validated(self) -> bool:
-        """Whether a validation found something at this step."""
+        """Whether this step has a validation result."""
         return any(getattr(self, name) is not None for name in MEASURED)
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON: the fields, without those that say nothing."""
+        """The fields that are not None, for JSON."""
         row: dict[str, object] = {name: getattr(self, name) for name in StepReport.__slots__}
         return {name: value for name, value in row.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleReport:
-    """Validation pictures of one step: the grid's file, and mean peak signal-to-noise ratios (dB) against the targets.
+    """Validation pictures of one step: the grid file, and mean PSNR (dB) against the targets.
 
-    `drift_shift` (pixels), `drift_zoom` (percent) and `drift_colour` (of 255) say how far the LoRA's pictures are off
-    the targets outside the edited region. None where no picture can be held against its target.
+    `drift_shift` (pixels), `drift_zoom` (percent) and `drift_colour` (0 to 255) measure how far the LoRA's pictures
+    deviate from the targets outside the edited region. None if no picture can be compared with its target.
     """
 
     step: int
@@ -79,7 +79,7 @@ class SampleReport:
     drift_colour: float | None = None
 
     def as_text(self) -> str:
-        """The figures for people; empty where there is none."""
+        """The figures as text for the log; empty if there are none."""
         ratios = {"base": self.psnr_base, "LoRA": self.psnr_lora, "EMA": self.psnr_ema, "VAE alone": self.psnr_vae}
         found = ", ".join(f"{name} {value:.1f} dB" for name, value in ratios.items() if value is not None)
         if self.drift_shift is None:
@@ -87,30 +87,30 @@ class SampleReport:
         return f"{found}; drift {self.drift_shift:.2f} px, {self.drift_zoom:.2f} %, {self.drift_colour:.1f} of 255"
 
     def drift(self) -> dict[str, float]:
-        """The drift by its names; empty where there is none."""
+        """The drift fields that are not None, by name."""
         found = {name: getattr(self, name) for name in DRIFT}
         return {name: value for name, value in found.items() if value is not None}
 
 
 class Observer(Protocol):
-    """Watches a call. `should_stop` is asked at least once per micro-batch, picture, layer and sampling step."""
+    """Receives a call's reports and can stop it."""
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
-        """`phase` is a short sentence for people; `done` of `total` parts of it are finished."""
+        """`done` of `total` parts of a phase are finished. `phase` is a short text to show to the user."""
 
     def on_step(self, report: StepReport) -> None:
-        """After every optimizer step."""
+        """Called after every optimizer step."""
 
     def on_samples(self, report: SampleReport) -> None:
-        """After every validation."""
+        """Called after every validation that has made pictures."""
 
     def should_stop(self) -> Stop:
-        """What the user wants now."""
+        """What the user wants now. Called at least once per micro-batch, picture, layer and sampling step."""
         ...
 
 
 class SilentObserver:
-    """Watches nothing and never stops. Also the base of observers that need only a part."""
+    """Ignores all reports and never stops. A base class for observers that need only some of the methods."""
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
         """Ignored."""
@@ -122,7 +122,7 @@ class SilentObserver:
         """Ignored."""
 
     def should_stop(self) -> Stop:
-        """Never."""
+        """Always NO."""
         return Stop.NO
 
 
@@ -130,10 +130,10 @@ SILENT = SilentObserver()
 
 
 def raise_if_stopped(observer: Observer) -> None:
-    """For phases whose finished parts are already on disk: end now.
+    """Stop now if the observer wants to. For phases that write each finished part to disk, so that nothing is lost.
 
     Raises:
         Interrupted: the observer wants to stop.
     """
-    if observer.should_stop():
-        raise Interrupted("Stopped. What is finished is kept; run the same again to go on.")
+    if stop := observer.should_stop():
+        raise Interrupted(keep=stop is Stop.KEEP)

@@ -1,12 +1,12 @@
-"""Sizes and rectangles of pictures. Sizes are (width, height) in pixels, rectangles (left, top, right, bottom)."""
+"""Sizes and rectangles of pictures, in pixels. Sizes are (width, height), rectangles (left, top, right, bottom)."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-Place = tuple[float, float]
-CENTRE: Place = (0.5, 0.5)
+CropPosition = tuple[float, float]  # 0 is left or top, 1 is right or bottom
+CENTRE: CropPosition = (0.5, 0.5)
 
 
 class Size(NamedTuple):
@@ -17,7 +17,7 @@ class Size(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A rectangle of whole pixels; right and bottom lie just outside."""
+    """A rectangle of whole pixels. `right` and `bottom` are exclusive."""
 
     left: int
     top: int
@@ -31,65 +31,65 @@ class Box(NamedTuple):
 
 
 def bucket_size(size: Size, resolution: int, step: int = 32) -> Size:
-    """The size to train `size` at: about `resolution`² pixels in its own aspect ratio, sides multiples of `step`."""
+    """The training size for a picture of `size`: its aspect ratio, about `resolution`² pixels, multiples of `step`."""
     return scaled_size(size, resolution / math.sqrt(size.width * size.height), step)
 
 
 def scaled_size(size: Size, scale: float, step: int) -> Size:
-    """`size` times `scale`, each side rounded to a multiple of `step`, at least one step."""
+    """`size` times `scale`, with each side rounded to a multiple of `step` and at least one step long."""
     return Size(*(max(step, round(side * scale / step) * step) for side in size))
 
 
 def area_size(size: Size, area: int, step: int = 1) -> Size:
-    """`size` scaled to about `area` pixels, each side rounded to a multiple of `step`.
+    """`size` scaled to about `area` pixels, with each side rounded to a multiple of `step`.
 
-    With step 1 and 8 these are the sizes of ComfyUI's TextEncodeQwenImageEdit and ...Plus
-    (comfy_extras/nodes_qwen.py), to the last bit of the float arithmetic.
+    Equal to what ComfyUI's TextEncodeQwenImageEdit (step 1) and TextEncodeQwenImageEditPlus (step 8) compute
+    (comfy_extras/nodes_qwen.py). The order of the float operations is theirs, so that rounding agrees too.
     """
     scale = math.sqrt(area / (size.width * size.height))
     return Size(*(max(step, round(side * scale / float(step)) * step) for side in size))
 
 
 def aspect_area_size(size: Size, area: int, step: int = 32) -> Size:
-    """The same as diffusers' `calculate_dimensions` of the Qwen edit pipelines: aspect first, then rounding."""
+    """The size that `calculate_dimensions` of diffusers' Qwen edit pipelines returns for `area` pixels."""
     ratio = size.width / size.height
     width = math.sqrt(area * ratio)
     return Size(*(max(step, round(side / step) * step) for side in (width, width / ratio)))
 
 
-def centre_crop(size: Size, aspect: Size) -> Box:
-    """The largest centred rectangle of `size` with the aspect ratio of `aspect`."""
-    return crop_box(size, aspect)
+def crop_box(size: Size, aspect: Size, position: CropPosition = CENTRE, share: float = 1.0) -> Box:
+    """The largest rectangle within `size` that has the aspect ratio of `aspect`, with its sides times `share`.
 
-
-def crop_box(size: Size, aspect: Size, place: Place = CENTRE, share: float = 1.0) -> Box:
-    """A rectangle of `size` with the aspect ratio of `aspect`: the largest, or a `share` of its sides.
-
-    `place` is where it lies between left and right, top and bottom, each 0 to 1.
+    `position` places it within `size`: (0, 0) is top left, (1, 1) bottom right, and the default is the centre.
     """
     if size.width * aspect.height > size.height * aspect.width:
         width, height = max(1, round(size.height * aspect.width / aspect.height)), size.height
     else:
         width, height = size.width, max(1, round(size.width * aspect.height / aspect.width))
     width, height = max(1, round(width * share)), max(1, round(height * share))
-    left, top = int((size.width - width) * place[0]), int((size.height - height) * place[1])
+    left, top = int((size.width - width) * position[0]), int((size.height - height) * position[1])
     return Box(left, top, left + width, top + height)
 
 
 def scale_box(box: Box, source: Size, destination: Size) -> Box:
-    """`box` of a picture of size `source`, in the pixels of the same picture at size `destination`."""
+    """Convert `box` from a picture of size `source` to the same picture at size `destination`; at least 1 pixel."""
     x, y = destination.width / source.width, destination.height / source.height
     left, top = min(round(box.left * x), destination.width - 1), min(round(box.top * y), destination.height - 1)
     return Box(left, top, max(left + 1, round(box.right * x)), max(top + 1, round(box.bottom * y)))
 
 
 def same_shape(size: Size, other: Size) -> bool:
-    """Whether one may be the other resized as a whole: their sides have one ratio but for the rounding to pixels."""
+    """Whether `other` can be `size` resized without cropping: equal aspect ratios up to rounding to whole pixels."""
     least = max((other.width - 1) / size.width, (other.height - 1) / size.height)
     most = min((other.width + 1) / size.width, (other.height + 1) / size.height)
     return least <= most
 
 
-def similar_shape(size: Size, other: Size) -> bool:
-    """Whether the sides' ratios differ by no more than the rounding of small sizes explains: 5 %."""
-    return abs((size.width * other.height) / (size.height * other.width) - 1) <= 0.05
+def similar_shape(size: Size, other: Size, tolerance: float = 0.05) -> bool:
+    """Whether the aspect ratios differ by at most `tolerance` (relative). 5 % covers the rounding of small sizes."""
+    return abs((size.width * other.height) / (size.height * other.width) - 1) <= tolerance
+
+
+def same_framing(target: Size, reference: Size) -> bool:
+    """Whether the aspect ratios differ by at most 1 %, so that both pictures are taken to show the same scene."""
+    return similar_shape(reference, target, 0.01)

@@ -18,11 +18,12 @@ from .errors import ConfigError, DatasetError
 from .events import SILENT, Observer
 from .planning.choose import budget_of
 from .planning.encoding import encoding_in_words
-from .planning.network import network_size
+from .planning.preparation import prepare_model
 from .planning.report import planned_in_words
 from .planning.workload import workload_of_pairs
 from .presets import with_preset
-from .ranks import ALONE, Ranks
+from .qwen_image.base_model import BaseModel
+from .ranks import SINGLE_PROCESS, Ranks
 from .settings import changed
 
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
@@ -109,14 +110,14 @@ def _pair_job(job: JobConfig, observer: Observer) -> list[PairedPart]:
 
 
 def encode_job(
-    job: JobConfig, observer: Observer = SILENT, ranks: Ranks = ALONE
+    job: JobConfig, observer: Observer = SILENT, ranks: Ranks = SINGLE_PROCESS, base: BaseModel | None = None
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """What to train on, and what `eval_dataset_id` says to validate on instead of held-out pairs. Shared by `ranks`.
 
     Raises:
         DatasetError, ConfigError, ModelFileError, Interrupted: as pairing and encoding do.
     """
-    return encode_paired(job, pair_job(job, observer), observer, ranks=ranks)
+    return encode_paired(job, pair_job(job, observer), observer, ranks=ranks, base=base)
 
 
 def encode_paired(
@@ -124,13 +125,14 @@ def encode_paired(
     paired: Sequence[PairedPart],
     observer: Observer = SILENT,
     encoders: Encoders | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
+    base: BaseModel | None = None,
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """`encode_job` for datasets that are paired already; `encoders` stand in the place of the base model's."""
-    cache_dir = Path(job.cache_dir)
+    cache_dir, base = Path(job.cache_dir), base or BaseModel(job.model)
     parts: dict[bool, list[MixPart]] = {False: [], True: []}
     for part, dataset in paired:
-        encoded = encode_dataset(dataset, job.model, part.encoding, cache_dir, observer, encoders, ranks)
+        encoded = encode_dataset(dataset, base, part.encoding, cache_dir, observer, encoders, ranks)
         turns = MixPart(encoded=encoded, repeats=part.repeats, probability=part.probability)
         parts[part.id in job.eval_dataset_id].append(turns)
     trained, validated = parts[False], parts[True]
@@ -146,8 +148,9 @@ def plan_job(job: JobConfig, vram_gib: float = 0.0, observer: Observer = SILENT)
     Reads the pictures' headers; prompts that are not encoded yet are estimated.
     """
     parts = [(dataset, part.encoding) for part, dataset in pair_job(job, observer)]
+    config, base = job.train_config("plan"), BaseModel(job.model)
     work = workload_of_pairs(parts, job.model, job.batching, job.validation)
     budget = budget_of(pick_device(job.model.device), vram_gib or job.memory.vram_gib)
-    encoding, can_be_encoded = encoding_in_words(job.model, work.largest_picture, budget)
-    text, fits = planned_in_words(job.train_config("plan"), network_size(job.model, job.lora), work, budget)
+    encoding, can_be_encoded = encoding_in_words(base, work.largest_picture, budget)
+    text, fits = planned_in_words(config, prepare_model(config, base).size, work, budget)
     return f"{text}\n\n{encoding}", fits and can_be_encoded

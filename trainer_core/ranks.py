@@ -1,7 +1,7 @@
-"""Several processes that train one LoRA together: who each is, and what they tell each other.
+"""Distributed training: the ranks of the processes that train one LoRA together, and their collective operations.
 
-`torchrun` and `accelerate launch` start them, on one machine or several, and name each in environment variables. A
-process by itself is ALONE, and every exchange of it is over at once.
+`torchrun` or `accelerate launch` starts the processes, on one machine or several, and sets their environment
+variables. Without them there is SINGLE_PROCESS, whose collective operations return their input at once.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .errors import ConfigError, LostRankError
 from .events import Stop
 
 T = TypeVar("T")
-# A process that ends is noticed at once, because its connections close. This is for one that hangs; it has to be longer
-# than a validation, for which the others wait.
+# Only a process that hangs runs into this timeout: one that ends closes its connections and is noticed at once. The
+# timeout must exceed the longest validation, because all other processes wait for rank 0 to finish it.
 TIMEOUT = timedelta(hours=2)
-_STOPS = (Stop.NO, Stop.PAUSE, Stop.KEEP)  # where wishes differ, the last of them holds
+_STOPS = (Stop.NO, Stop.PAUSE, Stop.KEEP)  # if processes differ, the latest in this order wins
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process is number `rank` of `size`. Number 0 leads: it alone writes the run folder and validates.
+    """This process is number `rank` of `size`. Rank 0 leads: only it writes the run folder and validates.
 
-    `on_machine` of them share this machine's memory.
+    `on_machine` is the number of processes on this machine, which share its memory.
     """
 
     rank: int = 0
@@ -40,40 +40,41 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this process writes the run folder."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of work that all could do."""
+        """This process's share of `items`: every `size`-th, from its own rank on."""
         return items[self.rank :: self.size]
 
     def wait(self) -> None:
-        """Until all are here.
+        """Wait until all processes have called this.
 
         Raises:
-            LostRankError: one is gone.
+            LostRankError: another process has ended or hangs.
         """
         self.agree(Stop.NO)
 
     def agree(self, wish: Stop) -> Stop:
-        """One answer for all to what may be wished of one.
+        """The same answer in every process: the strongest of all processes' wishes (KEEP over PAUSE over NO).
 
         Raises:
-            LostRankError: one is gone.
+            LostRankError: another process has ended or hangs.
         """
         if self.size == 1:
             return wish
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # so that the others, too, have computed when an exchange between devices begins
+            # Finish this process's GPU work first: after this call every process is then ready for a GPU collective.
+            torch.cuda.synchronize()
         wishes = torch.tensor(_STOPS.index(wish))
         self._exchange(lambda: dist.all_reduce(wishes, dist.ReduceOp.MAX))
         return _STOPS[int(wishes)]
 
-    def told(self, numbers: Sequence[int]) -> list[tuple[int, ...]]:
-        """What each process says, in their order; all say equally many numbers (64 bits, signed).
+    def all_gather_ints(self, numbers: Sequence[int]) -> list[tuple[int, ...]]:
+        """The `numbers` of every process, in rank order: signed 64-bit, equally many in each process.
 
         Raises:
-            LostRankError: one is gone.
+            LostRankError: another process has ended or hangs.
         """
         if self.size == 1:
             return [tuple(numbers)]
@@ -82,11 +83,11 @@ class Ranks:
         self._exchange(lambda: dist.all_gather(of_all, own))
         return [tuple(each.tolist()) for each in of_all]
 
-    def add_up(self, values: Tensor) -> Tensor:
-        """The sum of all processes' `values`, equal to the last bit in each of them.
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes, bit-identical in each of them.
 
         Raises:
-            LostRankError: one is gone.
+            LostRankError: another process has ended or hangs.
         """
         if self.size == 1:
             return values
@@ -98,28 +99,29 @@ class Ranks:
     def _exchange(self, call: Callable[[], object]) -> None:
         try:
             call()
-        except RuntimeError as error:  # torch.distributed's errors, of every backend
+        except RuntimeError as error:  # base class of torch.distributed's errors in every backend
             raise LostRankError(
-                f"Another of the {self.size} processes has ended or no longer answers ({_first_line(error)}). This is "
-                f"process {self.rank}. The run is kept; start all of them again to go on from its last checkpoint."
+                f"Another of the {self.size} processes has ended or no longer answers ({_first_line(error)}); this is "
+                f"process {self.rank}. Start all processes again to resume from the last checkpoint."
             ) from error
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 @contextmanager
 def joined_ranks(device: str = "auto") -> Iterator[Ranks]:
-    """Join the processes that were started together; each takes the GPU of its place on its machine. `device` is the
-    setting.
+    """Join the process group while the context lasts. Each process takes the GPU with its local rank.
+
+    `device` is the setting of that name.
 
     Raises:
-        ConfigError: several would compute on one GPU.
-        LostRankError: the others can't be reached.
+        ConfigError: several processes would use one GPU.
+        LostRankError: the other processes can't be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     cuda = torch.cuda.is_available()
@@ -129,23 +131,23 @@ def joined_ranks(device: str = "auto") -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
     ranks._exchange(lambda: dist.init_process_group(backend, timeout=TIMEOUT))
     yield ranks
-    dist.destroy_process_group()  # not after an error: the others may be gone
+    dist.destroy_process_group()  # not after an error, when the other processes may have ended
 
 
 def _own_gpu(device: str, size: int) -> int | None:
-    """Number of the GPU of this one of `size` processes; None where they compute elsewhere."""
+    """Index of this process's GPU; None if the processes compute on the CPU."""
     if device not in ("auto", "cuda", "cpu"):
         raise ConfigError(
-            f"device is {device!r} with {size} processes, which would all compute there; allowed is auto or cuda, "
-            "where each takes a GPU of its own, or cpu. Set device to auto."
+            f"device is {device!r}, but {size} processes can't share one device. Set device to auto or cuda, which "
+            "give each process its own GPU, or to cpu."
         )
     if device == "cpu" or not torch.cuda.is_available():
         return None
     place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if place >= count:
         raise ConfigError(
-            f"LOCAL_RANK is {place}, and GPUs on this machine are {count}; allowed is less than that, as each process "
-            "takes one. Start as many processes as there are GPUs, or set device to cpu."
+            f"LOCAL_RANK is {place}, but this machine has {count} GPUs, one per process. Start at most {count} "
+            "processes on it, or set device to cpu."
         )
     return place
 

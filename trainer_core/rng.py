@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, purpose, index): no generator state to save, none to disturb."""
+"""Random numbers as a function of (seed, purpose, index), so that no generator state has to be saved."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 
 
 def stream(seed: int, purpose: str, index: int | str = 0) -> torch.Generator:
-    """A fresh CPU generator; equal arguments give equal draws in every process and on every platform.
+    """A new CPU generator. Equal arguments give equal draws in every process and on every platform.
 
-    Draws are made on the CPU and moved, so that a run does not depend on the device it started on.
+    Draw on the CPU and move the result: GPUs draw other numbers, and a run must not depend on its device.
     """
     digest = hashlib.sha256(f"{seed}\x00{purpose}\x00{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # a non-negative int64
 
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Torch's process-wide generators are afterwards as they were, whatever code of others draws inside."""
+    """Restores torch's global generators when the context ends, whatever third-party code drew inside."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
 @contextmanager
 def seeded_globally(seed: int, purpose: str, index: int, device: torch.device) -> Iterator[None]:
-    """For code of others that draws from torch's process-wide generators (dropout): seeded inside, untouched after."""
+    """Seeds torch's global generators for code in the context that draws from them (dropout), then restores them."""
     with undisturbed(device):
         torch.random.manual_seed(stream(seed, purpose, index).initial_seed())
         yield

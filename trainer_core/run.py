@@ -1,34 +1,38 @@
-"""Train one LoRA: the whole story. The only module that sees every stage."""
+"""Train one LoRA from start to file: prepare, build, restore, step, validate, save, export."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from .adapters.inject import for_file
-from .adapters.writer import ExtraCheck, LoraMetadata, export_lora
-from .conditioning.batches import BatchLoader, BatchPlan, RankPlan
-from .conditioning.encoded import EncodedDataset, check_alike, load_encoded
+from .adapters.writer import LoraMetadata, export_lora
+from .conditioning.batches import BatchLoader, BatchPlan, RankPlan, largest_batch
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
-from .errors import ConfigError, DatasetError, Interrupted
+from .device import peak_bytes
+from .errors import Interrupted
 from .events import SILENT, VALIDATION_LOSSES, Observer, StepReport, Stop
 from .planning.advice import STEP, VALIDATION
-from .planning.settle import RunMemory, dry_step
-from .ranks import ALONE, Ranks
+from .planning.plan import GIB
+from .planning.preparation import Preparation, PreparedModel, prepare_training
+from .ranks import SINGLE_PROCESS, Ranks
 from .runs.folder import Checkpoint, RunFolder
 from .runs.metrics import Metrics
 from .runs.result import TrainResult, find_result, how_to_start, recorded_samples
 from .training.ema import AVERAGE, TRAINED, restore_ema, weights_to_validate
 from .training.optimizer_state import optimizer_tensors, restore_optimizer
 from .training.reduce import check_same_start
-from .training.step import Gradients, Networks, build_networks, step_gradients, update_weights
+from .training.step import Gradients, Networks, build_networks, rehearse, step_gradients, update_weights
 from .training.validation import Validator
 
+ExtraCheck = Callable[[Path, int], None]  # reads a LoRA file for a model of so many blocks; raises if it won't load
+_LOG = logging.getLogger(__name__)
 _VALIDATION_KEPT = (
     "The training is kept up to this step. Lower validation_resolution (768x768, 512x512), or set "
     "num_validation_images to 0, which leaves the validation loss; then the same run goes on."
@@ -39,38 +43,39 @@ def train_lora(
     config: TrainConfig,
     observer: Observer = SILENT,
     *,
+    model: PreparedModel | None = None,
     extra_check: ExtraCheck | None = None,
     continue_kept: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> TrainResult:
     """Train one LoRA, from the start or from where this run folder stopped.
 
     A finished run, or one that was ended early and kept, is answered from its folder; `continue_kept` goes on with
-    the latter. `extra_check` reads the exported file before it gets its name and raises if it won't load. Every one of
-    `ranks` makes this call with the same config and gets the same result; the leader alone validates and writes.
+    the latter. `model` spares reading the base model's headers again. `extra_check` gets the exported file and the
+    number of transformer blocks before the file gets its name, and raises if it won't load. Every one of `ranks` makes
+    this call with the same config and gets the same result; the leader alone validates and writes.
 
     Raises:
-        TrainerError: something the user can mend; see errors.py.
-        Interrupted: stopped before the first step could begin. A stop later returns a result.
+        TrainerError: something the user can fix; see errors.py.
+        Interrupted: stopped before the first step could begin. A later stop returns a result.
     """
     if finished := find_result(config, continue_kept=continue_kept, num_ranks=ranks.size):
         return finished
-    encoded = load_encoded(Path(config.encoded))
-    memory = RunMemory(config, encoded, _validation_set(config, encoded), ranks.on_machine).settled()
-    config = memory.config  # under memory auto with the settings that fit, found before a weight is read
-    validator = Validator(memory.held_out, config.model, config.validation)
+    prepared = prepare_training(config, model, processes=ranks.on_machine)
+    config, base = prepared.config, prepared.model.base
+    validator = Validator(prepared.held_out, base, config.validation)
     with _open_run(config, ranks) as run:  # refuses a folder of another run, or one that is in use
-        stop = how_to_start(run, config.max_train_steps, continue_kept=continue_kept)  # KEEP: only the file is wanted
+        stop = how_to_start(run, config.max_train_steps, continue_kept=continue_kept)  # KEEP: only export is left to do
         run.write_config(to_json(config))
-        with memory.explained(STEP, "while the model was loaded", "Nothing is lost."):
-            networks = build_networks(config, encoded.preprocessing, observer)
+        with prepared.explain_memory_errors(STEP, "while the model was loaded", "Nothing is lost."):
+            networks = build_networks(config, base, prepared.model.adapter, prepared.encoded.preprocessing, observer)
         done = _restore(run, networks)  # 0 steps in a fresh folder
         check_same_start(ranks, done, networks.lora)
         if not stop:
-            _make_up_for_validation(validator, networks, run, done, memory, observer)
-            done, stop = _train(run, networks, validator, memory, done, observer, ranks)
-        result = _finish(config, run, networks, done, stop, extra_check)
-        ranks.wait()  # for the file
+            _make_up_for_validation(validator, networks, run, done, prepared, observer)
+            done, stop = _train(run, networks, validator, prepared, done, observer, ranks)
+        result = _finish(prepared, run, networks, done, stop, extra_check)
+        ranks.wait()  # until the leader has written the file
         return result
 
 
@@ -78,84 +83,87 @@ def _train(
     run: RunFolder,
     networks: Networks,
     validator: Validator,
-    memory: RunMemory,
+    prepared: Preparation,
     done: int,
     observer: Observer,
     ranks: Ranks,
 ) -> tuple[int, Stop]:
-    """Steps from `done` on, until there are enough or a stop is wished; how many are done then, and the wish."""
-    config, encoded = memory.config, memory.encoded
+    """Steps from `done` on, until there are enough or the user stops: how many are done then, and what was asked."""
+    config, encoded = prepared.config, prepared.encoded
     whole = BatchPlan(encoded, config.batching, config.seed)  # micro-batch i of the run, a pure function of i
     plan = RankPlan(whole, ranks, config.batching.gradient_accumulation_steps)  # those of this process
-    report, stop = None, Stop.NO
+    report = None
     with (
         Metrics(run, done) as metrics,
-        reference_encoder(encoded, config.model, observer) as encode_reference,
+        reference_encoder(encoded, prepared.model.base, observer) as encode_reference,
         BatchLoader(encoded, plan, encode_reference=encode_reference) as loader,
     ):
-        dry_step(networks, loader, memory)
-        while done < config.max_train_steps and not stop:
-            try:
-                gradients = _gradients(networks, loader, done, memory, observer)
-                if isinstance(gradients, Stop):
-                    stop = gradients
-                    break
-                report = None  # while the weights change they are of no step, and there is nothing to save
-                report = _update(networks, gradients, memory)
+        dry_step(networks, loader, prepared)
+        try:
+            while done < config.max_train_steps:
+                gradients = _gradients(networks, loader, done, prepared, observer)
+                report = None  # half-updated weights must not be saved
+                report = _update(networks, gradients, prepared)
                 done = report.step
                 if done % config.checkpoints.checkpoint_step_interval == 0:
                     _save(run, report, networks, config)
                 if _validation_is_due(done, config):
-                    report = _validate(validator, networks, run, report, memory, observer)
+                    report = _validate(validator, networks, run, report, prepared, observer)
                 metrics.write(report)
                 observer.on_step(report)
-                stop = ranks.agree(observer.should_stop())  # asked once here: two answers may differ
-            except BaseException:  # the last whole step; of an update cut short nothing, and the last checkpoint holds
-                _save(run, report, networks, config)
-                raise
-    _save(run, report, networks, config)
-    return done, stop
+                _raise_if_stopped(observer, ranks)
+        except Interrupted as stopped:
+            return done, Stop.KEEP if stopped.keep else Stop.PAUSE
+        finally:
+            _save(run, report, networks, config)
+    return done, Stop.NO
+
+
+def _raise_if_stopped(observer: Observer, ranks: Ranks) -> None:
+    """Ask once per step: the answers of two processes may differ, and all must leave together."""
+    if stop := ranks.agree(observer.should_stop()):
+        raise Interrupted(keep=stop is Stop.KEEP)
+
+
+def dry_step(networks: Networks, loader: BatchLoader, prepared: Preparation) -> tuple[int, int] | None:
+    """On CUDA devices, forward and backward of the largest micro-batch, so that memory runs out now or never.
+
+    Changes nothing of the run. Returns the bytes planned and measured, which are logged too; optimizer state that does
+    not exist yet is added to what was measured. Returns None on other devices.
+    """
+    if networks.device.type != "cuda":
+        return None
+    planned = prepared.memory_plan().phase("training")
+    assert planned is not None
+    torch.cuda.reset_peak_memory_stats(networks.device)
+    with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
+        rehearse(networks, loader, largest_batch(loader.plan, prepared.encoded), prepared.config)
+    coming = 0 if networks.optimizer.state else planned.parts["optimizer state"]
+    measured = peak_bytes(networks.device) + coming
+    _LOG.info("Device memory of a step: %.1f GiB, planned %.1f.", measured / GIB, planned.total_bytes / GIB)
+    return planned.total_bytes, measured
 
 
 def _gradients(
-    networks: Networks, loader: BatchLoader, done: int, memory: RunMemory, observer: Observer
-) -> Gradients | Stop:
-    with memory.explained(STEP, f"in step {done + 1}", f"The {done} steps before it are kept."):
-        return step_gradients(networks, loader, done, memory.config, observer)
+    networks: Networks, loader: BatchLoader, done: int, prepared: Preparation, observer: Observer
+) -> Gradients:
+    with prepared.explain_memory_errors(STEP, f"in step {done + 1}", f"The {done} steps before it are kept."):
+        return step_gradients(networks, loader, done, prepared.config, observer)
 
 
-def _update(networks: Networks, gradients: Gradients, memory: RunMemory) -> StepReport:
-    kept = "The run goes on from its last checkpoint."
-    with memory.explained(STEP, f"in step {gradients.done + 1}, while the weights changed", kept):
-        return update_weights(networks, gradients, memory.config)
+def _update(networks: Networks, gradients: Gradients, prepared: Preparation) -> StepReport:
+    during = f"in step {gradients.done + 1}, while the weights changed"
+    with prepared.explain_memory_errors(STEP, during, "The run goes on from its last checkpoint."):
+        return update_weights(networks, gradients, prepared.config)
 
 
 @contextmanager
 def _open_run(config: TrainConfig, ranks: Ranks) -> Iterator[RunFolder]:
-    """Make the folder, or enter one of the same settings. Those who follow wait until the leader has done so."""
+    """Create the folder, or open one of the same settings. Following processes wait until the leader has done so."""
     path, key = Path(config.run_dir), resume_key(config, ranks.size)
     with RunFolder.open(path, key) if ranks.leads else nullcontext(RunFolder(path, writes=False)) as run:
         ranks.wait()
         yield run
-
-
-def _validation_set(config: TrainConfig, encoded: EncodedDataset) -> EncodedDataset:
-    """The held-out pairs to validate on, after checking that all datasets suit the model and are whole."""
-    second = load_encoded(Path(config.validation_encoded)) if config.validation_encoded else encoded
-    for each in (encoded, second):
-        if each.flavour != config.model.flavour:
-            raise ConfigError(
-                f"The dataset was encoded for {each.flavour}, and the model is {config.model.flavour}. "
-                "Encode it again with this model."
-            )
-        if missing := each.missing():
-            raise DatasetError(f"{len(missing)} encoded pairs are not in the cache. Encode the dataset again:", missing)
-    check_alike(encoded, second, ("The encoded dataset", "the one to validate on"))
-    if not encoded.pairs:
-        raise DatasetError("The dataset has no pair to train on: all are held out. Lower num_eval_images.")
-    if not second.validation_pairs and config.validation_encoded:
-        raise DatasetError("The validation dataset holds no pair out. Encode it with num_eval_images -1.")
-    return second
 
 
 def _validation_is_due(done: int, config: TrainConfig) -> bool:
@@ -164,24 +172,29 @@ def _validation_is_due(done: int, config: TrainConfig) -> bool:
 
 
 def _validate(
-    validator: Validator, networks: Networks, run: RunFolder, report: StepReport, memory: RunMemory, observer: Observer
+    validator: Validator,
+    networks: Networks,
+    run: RunFolder,
+    report: StepReport,
+    prepared: Preparation,
+    observer: Observer,
 ) -> StepReport:
-    """The step's report with what validation found; pictures go to the run folder and the observer."""
+    """The step's report with the validation's results; pictures go to the run folder and the observer."""
     try:
-        found = _validate_at(validator, networks, run, report.step, memory, observer)
+        found = _validate_at(validator, networks, run, report.step, prepared, observer)
     except Interrupted:
-        return report  # the loop asks the observer next
+        return report  # the loop asks the observer next, together with the other processes
     return dataclasses.replace(report, **found)
 
 
 def _make_up_for_validation(
-    validator: Validator, networks: Networks, run: RunFolder, done: int, memory: RunMemory, observer: Observer
+    validator: Validator, networks: Networks, run: RunFolder, done: int, prepared: Preparation, observer: Observer
 ) -> None:
-    """Validate a step whose validation was due and came to no end before a stop or a kill."""
-    if done == 0 or not _validation_is_due(done, memory.config) or run.state().get("validated") == done:
+    """Validate the restored step if a stop or a kill cut its validation off."""
+    if done == 0 or not _validation_is_due(done, prepared.config) or run.state().get("validated") == done:
         return
     try:
-        found = _validate_at(validator, networks, run, done, memory, observer)
+        found = _validate_at(validator, networks, run, done, prepared, observer)
     except Interrupted:
         return
     if found:
@@ -190,15 +203,15 @@ def _make_up_for_validation(
 
 
 def _validate_at(
-    validator: Validator, networks: Networks, run: RunFolder, step: int, memory: RunMemory, observer: Observer
+    validator: Validator, networks: Networks, run: RunFolder, step: int, prepared: Preparation, observer: Observer
 ) -> dict[str, float]:
-    """What belongs into the step's report; empty where no pair is held out, or another process validates."""
+    """Values for the step's report; empty without held-out pairs, or where another process validates."""
     if not validator or not run.writes:
         return {}
     transformer, device, grid_file = networks.transformer, networks.device, run.grid_file(step)
-    variants = weights_to_validate(networks.weights_to_use, networks.average_to_use, memory.config.ema)
+    variants = weights_to_validate(networks.weights_to_use, networks.average_to_use, prepared.config.ema)
     found: dict[str, float] = {}
-    with memory.explained(VALIDATION, f"during the validation of step {step}", _VALIDATION_KEPT):
+    with prepared.explain_memory_errors(VALIDATION, f"during the validation of step {step}", _VALIDATION_KEPT):
         for name, weights in variants.items():
             with weights():
                 found[_LOSS_OF[name]] = validator.loss(transformer, device, observer)
@@ -214,7 +227,7 @@ _LOSS_OF = {TRAINED: VALIDATION_LOSSES[0], AVERAGE: VALIDATION_LOSSES[1]}
 
 
 def _restore(run: RunFolder, networks: Networks) -> int:
-    """Put the newest checkpoint into adapter and optimizer; the number of steps it stands for."""
+    """Load the newest checkpoint into adapter and optimizer. Returns its number of steps."""
     checkpoint = run.latest_checkpoint()
     run.metrics_until(checkpoint)
     if checkpoint is None:
@@ -229,7 +242,7 @@ def _restore(run: RunFolder, networks: Networks) -> int:
 
 
 def _save(run: RunFolder, report: StepReport | None, networks: Networks, config: TrainConfig) -> None:
-    """A checkpoint of the last step; nothing to keep before this process has made one, or while it changes weights."""
+    """Save a checkpoint of the last step. Does nothing without a report: before the first step, or amid an update."""
     if report is not None:
         optimizer = optimizer_tensors(networks.optimizer, networks.lora)
         state = Checkpoint(report.as_dict(), dict(networks.lora), optimizer, networks.ema)
@@ -237,7 +250,7 @@ def _save(run: RunFolder, report: StepReport | None, networks: Networks, config:
 
 
 def _finish(
-    config: TrainConfig,
+    prepared: Preparation,
     run: RunFolder,
     networks: Networks,
     done: int,
@@ -245,6 +258,7 @@ def _finish(
     extra_check: ExtraCheck | None,
 ) -> TrainResult:
     """Export unless the run was paused, and note in the folder how it ended."""
+    config = prepared.config
     if stop is Stop.PAUSE or done == 0:
         run.write_state(state="paused", steps=done)
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
@@ -253,10 +267,10 @@ def _finish(
     ema_path = run.path / f"{name}-ema.safetensors" if networks.ema else None
     if run.writes:
         with networks.weights_to_use():
-            _export(config, networks, path, done, extra_check)
+            _export(prepared, networks, path, done, extra_check)
     if run.writes and ema_path is not None:
         with networks.average_to_use():
-            _export(config, networks, ema_path, done, extra_check)
+            _export(prepared, networks, ema_path, done, extra_check)
     kept = stop is Stop.KEEP
     result = {"lora_file": path.name, "steps": done, "kept": kept, "export": to_json(config.export)}
     if ema_path is not None:
@@ -268,7 +282,9 @@ def _finish(
     )
 
 
-def _export(config: TrainConfig, networks: Networks, path: Path, done: int, extra_check: ExtraCheck | None) -> None:
-    """The weights that are in the transformer now, as a file of its name."""
-    config = dataclasses.replace(config, export=dataclasses.replace(config.export, lora_name=path.stem))
-    export_lora(for_file(networks.transformer, networks.lora), path, LoraMetadata(config, done), extra_check)
+def _export(prepared: Preparation, networks: Networks, path: Path, done: int, extra_check: ExtraCheck | None) -> None:
+    """Write the weights that are in the transformer now, under the name of `path`."""
+    export = dataclasses.replace(prepared.config.export, lora_name=path.stem)
+    metadata = LoraMetadata(dataclasses.replace(prepared.config, export=export), done)
+    tensors, num_blocks = for_file(networks.transformer, networks.lora), prepared.model.base.num_blocks
+    export_lora(tensors, path, metadata, extra_check and (lambda file: extra_check(file, num_blocks)))

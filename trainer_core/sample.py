@@ -16,9 +16,9 @@ from .config import EncodingConfig, ModelConfig, Preprocessing
 from .device import pick_device, release_memory
 from .errors import ConfigError
 from .events import SILENT, Observer, raise_if_stopped
-from .geometry import Box, Size, bucket_size, centre_crop
+from .geometry import Box, Size, bucket_size, crop_box
+from .qwen_image.base_model import BaseModel
 from .qwen_image.flavours import FLAVOURS
-from .qwen_image.folder import model_folder
 from .qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
 from .qwen_image.positions import use_comfyui_positions
 from .qwen_image.sampling import load_scheduler, sample_latents
@@ -68,17 +68,17 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
         Interrupted: the observer wants to stop.
     """
     size = _checked_size(request)
-    device = pick_device(request.model.device)
+    base, device = BaseModel(request.model), pick_device(request.model.device)
     views = [_views(picture, request, size) for picture in request.references]
-    references = _reference_latents(request, [view for view, _ in views], device)
+    references = _reference_latents(request, base, [view for view, _ in views], device)
     release_memory()
     raise_if_stopped(observer)
-    prompts = _prompts(request, [view for _, view in views], device)
+    prompts = _prompts(request, base, [view for _, view in views], device)
     release_memory()
     raise_if_stopped(observer)
-    latents = _draw(request, references, prompts, size, device, observer)
+    latents = _draw(request, base, references, prompts, size, device, observer)
     release_memory()
-    return to_picture(decode_latents(load_vae(request.model, device), latents))
+    return to_picture(decode_latents(load_vae(base, device), latents))
 
 
 def _checked_size(request: SampleRequest) -> Size:
@@ -88,25 +88,27 @@ def _checked_size(request: SampleRequest) -> Size:
     if request.size is None:
         return bucket_size(Size(*request.references[0].size), request.encoding.resolution)
     if any(side % (2 * VAE_FACTOR) or side <= 0 for side in request.size):
-        raise ConfigError(f"size is {request.size.width} x {request.size.height}; allowed are multiples of 16 pixels.")
+        raise ConfigError(f"size must be multiples of 16 pixels, got {request.size.width} x {request.size.height}.")
     return request.size
 
 
 def _views(picture: Image.Image, request: SampleRequest, size: Size) -> tuple[View, View]:
     """As at inference in ComfyUI: the whole reference; under match_target_res its middle in the result's aspect."""
     own = Size(*picture.size)
-    box = centre_crop(own, size) if request.encoding.match_target_res else Box(0, 0, *own)
+    box = crop_box(own, size) if request.encoding.match_target_res else Box(0, 0, *own)
     return plan_reference(box, FLAVOURS[request.model.flavour], request.encoding, size)
 
 
-def _reference_latents(request: SampleRequest, views: list[View], device: torch.device) -> tuple[Tensor, ...]:
-    vae = load_vae(request.model, device)
+def _reference_latents(
+    request: SampleRequest, base: BaseModel, views: list[View], device: torch.device
+) -> tuple[Tensor, ...]:
+    vae = load_vae(base, device)
     pairs = zip(request.references, views, strict=True)
     return tuple(encode_picture(vae, render(picture, view)).unsqueeze(0) for picture, view in pairs)
 
 
-def _prompts(request: SampleRequest, views: list[View], device: torch.device) -> list[Tensor]:
-    encoder = load_text_encoder(request.model, request.encoding.preprocessing, device)
+def _prompts(request: SampleRequest, base: BaseModel, views: list[View], device: torch.device) -> list[Tensor]:
+    encoder = load_text_encoder(base, request.encoding.preprocessing, device)
     pictures = [vision_picture(picture, view) for picture, view in zip(request.references, views, strict=True)]
     seen = [encoder.see(picture) for picture in pictures]
     return [encoder.encode_seen(text, seen) for text in (request.prompt, request.negative_prompt)]
@@ -114,6 +116,7 @@ def _prompts(request: SampleRequest, views: list[View], device: torch.device) ->
 
 def _draw(
     request: SampleRequest,
+    base: BaseModel,
     references: tuple[Tensor, ...],
     prompts: list[Tensor],
     size: Size,
@@ -121,7 +124,7 @@ def _draw(
     observer: Observer,
 ) -> Tensor:
     """Latents [C, H, W] of the result."""
-    transformer = load_transformer(request.model, device, observer)
+    transformer = load_transformer(base, device, observer)
     if request.preprocessing == "comfyui":
         use_comfyui_positions(transformer)
     if request.lora_file is not None:
@@ -134,7 +137,7 @@ def _draw(
         transformer,
         noise,
         conditions[0],
-        scheduler=load_scheduler(model_folder(request.model).scheduler),
+        scheduler=load_scheduler(base.folder.scheduler),
         num_steps=steps,
         guidance=request.guidance,
         negative=conditions[1],

@@ -1,67 +1,175 @@
-"""What all settings share: documentation of fields, checks, strict JSON in and out."""
+"""What all settings share: declarations with limits, checks, and strict JSON input and output."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from .errors import ConfigError
 
 C = TypeVar("C")
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def setting(default: Any, help: str, *, unless: str = "") -> Any:  # noqa: A002 - argparse's and click's word for it
-    """A dataclass field with its documentation. With `unless` it must be given in JSON that lacks that other key."""
-    return dataclasses.field(default=default, metadata={"help": help, "unless": unless})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The values that a setting accepts. `str(limits)` says them in words, for errors and docs/settings.md."""
+
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+    """Exclusive lower bound."""
+    below: float | None = None
+    """Exclusive upper bound."""
+    also: float | None = None
+    """One more accepted value, outside the bounds."""
+    choices: tuple[float, ...] = ()
+    soft_min: float | None = None
+    """The lowest value that widgets offer. They need finite, inclusive bounds; JSON is checked against the others."""
+    soft_max: float | None = None
+    """The highest value that widgets offer."""
+    step: float | None = None
+    """Increment of widgets. Values between the steps are accepted."""
+    unit: str = ""
+    usual: str = ""
+    """Typical values, in words."""
+    valid: Callable[[Any], bool] | None = None
+    """A check that bounds can't express. `allowed` says it in words."""
+    allowed: str = ""
+
+    def accept(self, value: Any) -> bool:
+        """Whether the setting may have this value. NaN is outside all bounds."""
+        if self.valid is not None and not self.valid(value):
+            return False
+        if self.also is not None and value == self.also:
+            return True
+        return (
+            (not self.choices or value in self.choices)
+            and (self.min is None or value >= self.min)
+            and (self.max is None or value <= self.max)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    @property
+    def lowest(self) -> float | None:
+        """The lowest value that a widget offers."""
+        known = [value for value in (self.min, self.also, *self.choices) if value is not None]
+        return self.soft_min if self.soft_min is not None else min(known, default=None)
+
+    @property
+    def highest(self) -> float | None:
+        """The highest value that a widget offers."""
+        known = [value for value in (self.max, *self.choices) if value is not None]
+        return self.soft_max if self.soft_max is not None else max(known, default=None)
+
+    def __str__(self) -> str:
+        bounds = self.allowed or self._bounds()
+        also = f"{_number(self.also)}, or " if self.also is not None else ""
+        return also + bounds + (f", usually {self.usual}" if self.usual else "")
+
+    def _bounds(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        if self.choices:
+            return " or ".join(map(_number, self.choices)) + unit
+        if self.min is not None and self.max is not None:
+            return f"{_number(self.min)} to {_number(self.max)}{unit}"
+        lower = f"above {_number(self.above)}{unit}" if self.above is not None else ""
+        if self.min is not None:
+            lower = f"{_number(self.min)}{unit} or more"
+        upper = f"at most {_number(self.max)}{unit}" if self.max is not None else ""
+        if self.below is not None:
+            upper = f"below {_number(self.below)}{unit}"
+        return " and ".join(filter(None, (lower, upper)))
 
 
-def required(help: str) -> Any:  # noqa: A002
-    """A dataclass field without a default, with its documentation."""
-    return dataclasses.field(metadata={"help": help, "unless": ""})
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def setting(default: Any, help: str, *, unless: str = "", **limits: Any) -> Any:  # noqa: A002 - argparse's and click's word for it
+    """A dataclass field with its documentation and its `Limits`, which are given as keywords.
+
+    With `unless`, JSON must contain the setting if it lacks that other key.
+    """
+    metadata = {"help": help, "unless": unless, "limits": Limits(**limits)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def required(help: str, **limits: Any) -> Any:  # noqa: A002
+    """A dataclass field without a default, with its documentation and its `Limits`."""
+    return dataclasses.field(metadata={"help": help, "unless": "", "limits": Limits(**limits)})
+
+
+class Settings:
+    """Base of all settings classes: checks every field against its declaration.
+
+    Raises:
+        ConfigError: a value is outside the field's `Limits` or none of its choices.
+    """
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        for name in _declared(type(self)):
+            check_setting(type(self), name, getattr(self, name))
+        self.check_combinations()
+
+    def check_combinations(self) -> None:
+        """Raises ConfigError if settings don't work together."""
+
+
+@functools.cache
+def _declared(cls: type) -> dict[str, tuple[Any, Limits]]:
+    """Type hint and limits of each field."""
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return {field.name: (hints[field.name], field.metadata["limits"]) for field in fields}
+
+
+def limits_of(cls: type, name: str) -> Limits:
+    """The limits declared for a setting of this class."""
+    return _declared(cls)[name][1]
+
+
+def check_setting(cls: type, name: str, value: object) -> None:
+    """Raises ConfigError if the setting `name` of this class must not have this value."""
+    hint, limits = _declared(cls)[name]
+    if get_origin(hint) is Literal:
+        check_choice(name, value, get_args(hint))
+    elif get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is Literal:
+        for item in typing.cast("tuple[object, ...]", value):
+            check_choice(name, item, get_args(get_args(hint)[0]))
+    else:
+        check(limits.accept(value), name, value, str(limits))
 
 
 def check(condition: bool, name: str, value: object, allowed: str) -> None:  # noqa: FBT001
+    """Raises ConfigError unless the condition holds. `allowed` completes the sentence "`name` must be ..."."""
     if not condition:
-        raise ConfigError(f"{name} is {value!r}; allowed is {allowed}.")
+        raise ConfigError(f"{name} must be {allowed}, got {value!r}.")
 
 
-def check_choice(owner: object, *names: str) -> None:
-    hints = typing.get_type_hints(type(owner))
-    for name in names:
-        _check_among(get_args(hints[name]), name, getattr(owner, name))
-
-
-def check_choices(owner: object, *names: str) -> None:
-    """The same for settings that are tuples of choices."""
-    hints = typing.get_type_hints(type(owner))
-    for name in names:
-        for value in getattr(owner, name):
-            _check_among(get_args(get_args(hints[name])[0]), name, value)
-
-
-def _check_among(allowed: tuple[str, ...], name: str, value: object) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name} is {value!r}; allowed is one of {', '.join(allowed)}.{hint}")
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ConfigError, with the most similar choice, if the value is none of the choices."""
+    if value not in choices:
+        near = nearest(value, choices)
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether it can name a file or folder everywhere, and no other place than where it is put."""
+    """Whether this is a file or folder name that is valid on every system and can't lead to another folder."""
     return bool(re.fullmatch(r"[\w][\w .()+-]{0,99}", name)) and not name.endswith((".", " "))
-
-
-def check_at_least(owner: object, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        check(value >= least, name, value, f"{least} or more")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -70,19 +178,19 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[C], values: object, where: str = "") -> C:
-    """Build a config from parsed JSON. A class's own `prepare_json(values)` may complete the values first.
+    """Build a config from parsed JSON. A static method `prepare_json(values)` of the class may first change the values.
 
     Raises:
-        ConfigError: an unknown key (the nearest known one is named), a missing key, a value of the wrong type.
+        ConfigError: an unknown key (the error suggests the most similar one), a missing key, or a wrong value.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'The configuration'} is {values!r}; allowed is an object with named settings.")
+        raise ConfigError(f"{where or 'The configuration'} must be an object with named settings, got {values!r}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = typing.cast("dict[str, Any]", getattr(cls, "prepare_json", dict)(values))
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(fields)}."
+            near = nearest(key, fields)
+            hint = f"Did you mean {near!r}?" if near else f"Known settings: {', '.join(fields)}."
             raise ConfigError(f"Unknown setting {_dotted(where, key)!r}. {hint}")
     missing = [name for name, field in fields.items() if name not in values and _must_be_given(field, values)]
     if missing:
@@ -94,7 +202,7 @@ def from_json(cls: type[C], values: object, where: str = "") -> C:
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Parsed JSON objects laid over each other: what `above` does not say is as in `below`, inside objects too."""
+    """Two parsed JSON objects merged, also inside nested objects. Values of `above` win."""
     both = {**below, **above}
     for key in below.keys() & above.keys():
         if isinstance(below[key], dict) and isinstance(above[key], dict):
@@ -103,19 +211,19 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    """Parsed JSON with some values replaced. A change is `name=value`, such as `encoding.resolution=512`.
+    """A copy of parsed JSON with some values replaced. A change is `name=value`, such as `encoding.resolution=512`.
 
-    Values are JSON or else text. An object in a list is named by its `id` or number.
+    A value that is not valid JSON is taken as text. Objects in a list are addressed by their `id` or index.
 
     Raises:
-        ConfigError: a change without `=`, or into something that is no object.
+        ConfigError: a change has no `=`, or the place it names is not inside an object.
     """
     values = json.loads(json.dumps(values))
     for change in changes:
         name, equals, text = change.partition("=")
         *parts, last = name.strip().split(".")
         if not equals or not last:
-            raise ConfigError(f"A change is {change!r}; allowed is name=value, such as encoding.resolution=512.")
+            raise ConfigError(f"A change must be name=value, such as encoding.resolution=512, got {change!r}.")
         try:
             value = json.loads(text)
         except json.JSONDecodeError:
@@ -124,7 +232,7 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
         for part in parts:
             place = _inside(place, part, change)
         if not isinstance(place, dict):
-            raise ConfigError(f"A change is {change!r}, but {'.'.join(parts)} is {place!r} and holds no settings.")
+            raise ConfigError(f"Can't apply the change {change!r}: {'.'.join(parts)} is {place!r} and has no settings.")
         place[last] = value
     return values
 
@@ -135,7 +243,7 @@ def _inside(place: Any, part: str, change: str) -> Any:
     named = [item for item in place if isinstance(item, dict) and item.get("id") == part] if place else []
     if isinstance(place, list) and (named or (part.isdigit() and int(part) < len(place))):
         return named[0] if named else place[int(part)]
-    raise ConfigError(f"A change is {change!r}, but there is no {part!r}.")
+    raise ConfigError(f"Can't apply the change {change!r}: there is no {part!r}.")
 
 
 def _must_be_given(field: dataclasses.Field[Any], values: dict[str, Any]) -> bool:
@@ -155,17 +263,22 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return from_json(hint, value, where)  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} is {value!r}; allowed is a list.")
+            raise ConfigError(f"{where} must be a list, got {value!r}.")
         return tuple(_value(get_args(hint)[0], item, f"{where}[{number}]") for number, item in enumerate(value))
     if get_origin(hint) in (Literal, types.UnionType):
-        return value  # choices are checked by the dataclass, with the nearest name
+        return value  # Settings checks choices
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{where} is {value!r}; allowed is a value of type {hint.__name__}.")
+        raise ConfigError(f"{where} must be {_TYPE_NAMES[hint]}, got {value!r}.")
     return value
 
 
 def digest(values: object) -> str:
-    """A short name for equal JSON values (128 bits, hexadecimal)."""
+    """A hash of JSON values as 32 hexadecimal digits. The order of keys does not matter."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The known name most similar to `name`, or "" if none is similar."""
+    return next(iter(difflib.get_close_matches(str(name), list(known), 1)), "")

@@ -1,5 +1,5 @@
 // @ts-check
-/** Runs on ComfyUI's page: live on the training node, and all of them in a side panel. Training needs none of it. */
+/** Entry point: shows runs on the training node and in a side panel of ComfyUI's page. Training works without it. */
 // @ts-ignore - served by ComfyUI
 import { app } from "../../scripts/app.js";
 // @ts-ignore

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
 from pathlib import Path
 
 import pytest
 
+from tests.support.source_files import nodes, python_files, report
 from tools.comfyui import REPO
 
 CORE = REPO / "trainer_core"
@@ -49,8 +50,8 @@ COMFYUI_RUNTIME = {
 COMFYUI = COMFYUI_RUNTIME | {"comfy_api", "app", "main"}
 
 
-def modules(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+CORE_FILES = python_files("trainer_core")
+NODE_FILES = python_files("nodes")
 
 
 def part_of(path: Path) -> str:
@@ -62,38 +63,48 @@ def part_named(module: str) -> str:
     return "demo.pretrain" if (module + ".").startswith("demo.pretrain.") else module.split(".")[0]
 
 
-def for_types_only(tree: ast.Module) -> set[ast.AST]:
-    """Everything under `if TYPE_CHECKING:`."""
-    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+def for_types_only(path: Path) -> set[ast.AST]:
+    """All nodes under `if TYPE_CHECKING:`."""
+    blocks = [n for n in nodes(path) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
     return {node for block in blocks for child in block.body for node in ast.walk(child)}
 
 
-def imports(path: Path, at_run_time: bool = False) -> Iterator[tuple[int, str]]:
-    """(relative level, dotted name) of each import, also those inside functions and, unless told, for types only."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    left_out = for_types_only(tree) if at_run_time else set()
-    for node in ast.walk(tree):
+@functools.cache
+def imports(path: Path, at_run_time: bool = False) -> list[tuple[int, str]]:
+    """(relative level, dotted name) of each import in the file, also inside functions.
+
+    With at_run_time, imports under `if TYPE_CHECKING:` are left out.
+    """
+    left_out = for_types_only(path) if at_run_time else set()
+    found: list[tuple[int, str]] = []
+    for node in nodes(path):
         if node in left_out:
             continue
         if isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
+            found += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             if node.module:
-                yield node.level, node.module
-                yield from ((node.level, f"{node.module}.{alias.name}") for alias in node.names if node.level)
+                found.append((node.level, node.module))
+                found += [(node.level, f"{node.module}.{alias.name}") for alias in node.names if node.level]
             else:
-                yield from ((node.level, alias.name) for alias in node.names)
+                found += [(node.level, alias.name) for alias in node.names]
+    return found
 
 
-def core_imports(path: Path) -> Iterator[str]:
+def core_imports(path: Path) -> list[str]:
     """Dotted names below trainer_core that a core module imports."""
     package = list(path.relative_to(CORE).parts[:-1])
-    for level, name in imports(path):
-        if level:
-            base = package[: len(package) - level + 1]
-            yield ".".join([*base, name])
-        elif name.startswith("trainer_core."):
-            yield name.removeprefix("trainer_core.")
+    relative = [".".join([*package[: len(package) - level + 1], dotted]) for level, dotted in imports(path) if level]
+    prefix = "trainer_core."
+    absolute = [
+        dotted.removeprefix(prefix) for level, dotted in imports(path) if not level and dotted.startswith(prefix)
+    ]
+    return relative + absolute
+
+
+def absolute_imports(path: Path, packages: set[str]) -> list[str]:
+    """Absolute imports in the file that belong to one of these top-level packages."""
+    return [dotted for level, dotted in imports(path) if not level and top(dotted) in packages]
 
 
 def upward(path: Path) -> list[str]:
@@ -112,70 +123,53 @@ def upward(path: Path) -> list[str]:
 
 
 def test_every_part_has_a_row():
-    parts = {part_of(path) for path in modules(CORE)} - {"__init__"}
+    parts = {part_of(path) for path in CORE_FILES} - {"__init__"}
     assert parts <= set(LEVEL), f"no row for {sorted(parts - set(LEVEL))}"
     assert set(ROWS[0]) <= parts
 
 
-@pytest.mark.parametrize("path", modules(CORE), ids=lambda path: path.relative_to(REPO).as_posix())
-def test_core_imports_go_one_way(path: Path):
-    assert upward(path) == []
+def test_core_imports_go_one_way():
+    assert report(CORE_FILES, upward) == ""
 
 
-def test_the_direction_is_really_read():
-    """The reader sees the imports that are known to be there, and an upward one is found."""
-    assert "errors" in set(core_imports(CORE / "settings.py"))
-    assert "qwen_image.flavours" in set(core_imports(CORE / "simpletuner" / "convert.py"))
-    seen = [name for path in modules(CORE) for name in core_imports(path)]
-    assert len(seen) > 10
+def test_the_reader_sees_imports():
+    """Otherwise the test above would pass on anything."""
+    assert "errors" in core_imports(CORE / "settings.py")
+    assert "qwen_image.flavours" in core_imports(CORE / "simpletuner" / "convert.py")
+    assert sum(len(core_imports(path)) for path in CORE_FILES) > 10
     assert LEVEL["data"] < LEVEL["training"] < LEVEL["run"]
 
 
 @pytest.mark.parametrize("leaf", sorted({leaf for _, leaf in ALLOWED_UPWARD}))
 def test_leaves_are_leaves(leaf: str):
     path = CORE.joinpath(*leaf.split(".")).with_suffix(".py")
-    assert {name.split(".")[0] for name in core_imports(path)} <= {"errors", "config"}
-    assert modules(path.parent)
+    assert {dotted.split(".")[0] for dotted in core_imports(path)} <= {"errors", "config"}
 
 
 def test_core_knows_nothing_of_comfyui():
-    paths = modules(CORE)
-    assert len(paths) > 10
-    found = [(path.name, name) for path in paths for level, name in imports(path) if not level and top(name) in COMFYUI]
-    assert found == []
+    assert len(CORE_FILES) > 10
+    assert report(CORE_FILES, lambda path: absolute_imports(path, COMFYUI)) == ""
 
 
-def test_core_does_not_import_nodes_or_tools():
-    bad = {"tools", "tests", "benchmarks"}
-    found = [
-        (path.name, name) for path in modules(CORE) for level, name in imports(path) if not level and top(name) in bad
-    ]
-    assert found == []
+def test_core_does_not_import_tools_tests_or_benchmarks():
+    assert report(CORE_FILES, lambda path: absolute_imports(path, {"tools", "tests", "benchmarks"})) == ""
 
 
-def test_only_host_touches_comfyui_at_run_time():
-    paths = modules(NODES)
-    assert len(paths) > 3
+def test_only_host_modules_touch_comfyui_at_run_time():
+    assert len(NODE_FILES) > 3
     touching = {
         path.name
-        for path in paths
-        for level, name in imports(path, at_run_time=True)
-        if not level and top(name) in COMFYUI_RUNTIME
+        for path in NODE_FILES
+        for level, dotted in imports(path, at_run_time=True)
+        if not level and top(dotted) in COMFYUI_RUNTIME
     }
-    assert touching == {"host.py", "host_encoders.py"}
+    assert touching == {f"host_{topic}.py" for topic in ("call", "encoders", "folders", "lora", "server")}
 
 
 def test_the_pack_imports_itself_relatively():
     """ComfyUI imports it under a made-up name, and its folder `nodes` would shadow ComfyUI's module."""
-    paths = [REPO / "__init__.py", *modules(NODES), *modules(CORE)]
-    bad = {"trainer_core", "nodes"}
-    absolute = [
-        (path.relative_to(REPO).as_posix(), name)
-        for path in paths
-        for level, name in imports(path)
-        if not level and top(name) in bad and path.name != "host.py"
-    ]
-    assert absolute == []
+    paths = [REPO / "__init__.py", *NODE_FILES, *CORE_FILES]
+    assert report(paths, lambda path: absolute_imports(path, {"trainer_core", "nodes"})) == ""
 
 
 def test_pytest_has_not_imported_the_pack_as_a_test_package():
@@ -185,5 +179,5 @@ def test_pytest_has_not_imported_the_pack_as_a_test_package():
     assert root not in {getattr(module, "__file__", None) for module in list(sys.modules.values())}
 
 
-def top(name: str) -> str:
-    return name.split(".")[0]
+def top(dotted: str) -> str:
+    return dotted.split(".")[0]

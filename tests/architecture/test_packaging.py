@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.source_files import absolute_imports, python_files
 from tools.comfyui import REPO, install_pack
 
 if sys.version_info >= (3, 11):
@@ -39,22 +40,15 @@ def test_requirements_are_lower_bounds_on_what_comfyui_lacks():
         assert match[1].lower() not in BROUGHT_BY_COMFYUI
 
 
-def test_what_the_core_imports_is_asked_for(pyproject: dict):
+def test_what_shipped_code_imports_is_asked_for(pyproject: dict):
     """Each third-party import of shipped code is ComfyUI's, a requirement, or named here with its reason."""
     names = {re.split(r"[>=;\s]", line)[0].lower().replace("-", "_") for line in requirements()}
     known = names | {name.replace("-", "_") for name in BROUGHT_BY_COMFYUI} | {"pil", "yaml", "optimum"}
     known |= {"gguf"}  # optional: a .gguf file without it is refused in words
     known |= {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "server"}  # ComfyUI itself
     known |= {"pyarrow", "pandas"}  # only for captions in Parquet files; the error says how to install one
-    found = {}
-    for folder in ("nodes", "trainer_core"):
-        for path in (REPO / folder).rglob("*.py"):
-            if "pretrain" in path.parts:
-                continue
-            for name in re.findall(
-                r"^\s*(?:from|import) ([A-Za-z_]\w*)", path.read_text(encoding="utf-8"), re.MULTILINE
-            ):
-                found.setdefault(name, path)
+    shipped = [path for path in python_files("nodes", "trainer_core") if "pretrain" not in path.parts]
+    found = {top: path for path in shipped for top in absolute_imports(path)}
     foreign = {n: str(p) for n, p in found.items() if n not in sys.stdlib_module_names and n.lower() not in known}
     assert foreign == {}
     assert {"torch", "diffusers", "peft"} <= set(found)
@@ -75,7 +69,14 @@ def test_registry_metadata(pyproject: dict):
 def test_an_installation_has_what_it_needs_and_no_more(tmp_path: Path):
     pack = install_pack(tmp_path)
     have = {path.relative_to(pack).as_posix() for path in pack.rglob("*") if path.is_file()}
-    needed = {"__init__.py", "LICENSE", "requirements.txt", "pyproject.toml", "nodes/host.py", "trainer_core/run.py"}
+    needed = {
+        "__init__.py",
+        "LICENSE",
+        "requirements.txt",
+        "pyproject.toml",
+        "nodes/host_call.py",
+        "trainer_core/run.py",
+    }
     needed |= {"web/qwen_edit_trainer.js", "web/trainer/trainer.css"}
     assert needed <= have
     top = {name.split("/")[0] for name in have}

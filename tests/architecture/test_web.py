@@ -1,15 +1,12 @@
-"""The page's part: small checked modules that take no stranger's text for markup and reach no other host."""
+"""The page's scripts: small modules with checked types that never parse text as HTML and contact no other host."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import pytest
-
+from tests.support.source_files import MAX_FILE_LINES, report, text
 from tools.comfyui import REPO
-
-from .test_style import MAX_FILE_LINES, name
 
 WEB = REPO / "web"
 SCRIPTS = sorted(WEB.rglob("*.js"))
@@ -21,35 +18,39 @@ IMPORT = re.compile(r"^import .* from \"([^\"]+)\"", re.MULTILINE)
 HOST_MODULES = {"../../scripts/app.js", "../../scripts/api.js"}  # the two that ComfyUI promises
 
 
-def text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
 def test_there_is_something_to_check():
     assert len(SCRIPTS) > 5
     assert FORBIDDEN.search("a.innerHTML = b") and FORBIDDEN.search("fetch('https://example.org')")
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=name)
-def test_a_script_is_small_and_checked(path: Path):
-    assert text(path).startswith("// @ts-check\n")
-    assert len(text(path).splitlines()) <= MAX_FILE_LINES
-    assert max(map(len, text(path).splitlines())) <= 120
+def badly_written(path: Path) -> list[str]:
+    lines = text(path).splitlines()
+    found = [] if lines[0] == "// @ts-check" else ["does not begin with // @ts-check"]
+    found += [f"{len(lines)} lines, at most {MAX_FILE_LINES} are allowed"] if len(lines) > MAX_FILE_LINES else []
+    return found + [
+        f"line {number}: more than 120 characters" for number, line in enumerate(lines, 1) if len(line) > 120
+    ]
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=name)
-def test_a_script_writes_no_markup_and_reaches_no_other_host(path: Path):
-    assert FORBIDDEN.findall(text(path)) == []
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=name)
-def test_imports(path: Path):
-    """Only the entry knows ComfyUI's modules. ComfyUI loads every script by itself, so the others do nothing then."""
-    entry = path.parent == WEB
+def bad_imports(path: Path) -> list[str]:
+    """Only the entry imports ComfyUI's modules. ComfyUI loads every script, so the others only define things."""
+    entry, found = path.parent == WEB, []
     for target in IMPORT.findall(text(path)):
-        if entry and target in HOST_MODULES:
-            continue
-        assert target.startswith("./") and (path.parent / target).is_file(), target
+        ours = target.startswith("./") and (path.parent / target).is_file()
+        found += [] if ours or (entry and target in HOST_MODULES) else [f"imports {target}"]
     if not entry:
         top = [line for line in text(path).splitlines() if re.match(r"\w", line)]
-        assert all(re.match(r"(?:export |import |function |async |const |let )", line) for line in top), top
+        found += [line for line in top if not re.match(r"(?:export |import |function |async |const |let )", line)]
+    return found
+
+
+def test_scripts_are_small_and_checked():
+    assert report(SCRIPTS, badly_written) == ""
+
+
+def test_scripts_write_no_markup_and_reach_no_other_host():
+    assert report(SCRIPTS, lambda path: FORBIDDEN.findall(text(path))) == ""
+
+
+def test_scripts_import_only_what_they_may():
+    assert report(SCRIPTS, bad_imports) == ""

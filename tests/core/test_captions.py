@@ -65,7 +65,7 @@ def test_csv(folders: Path) -> None:
     write(folders / "after" / "table.csv", table)
     settings = config(folders, "csv", caption_file="table.csv", caption_column="words", filename_column="picture")
     assert captions(settings) == {"a": ('one, "two"', "three"), "b/c": ("x", "y")}
-    assert [note for note in scan_folders(settings).notes if "names without a target, not used: 1 (z)" in note]
+    assert [note for note in scan_folders(settings).notes if "rows without a target, not used: 1 (z)" in note]
 
 
 def test_jsonl(folders: Path) -> None:
@@ -106,9 +106,9 @@ def test_real_parquet(folders: Path) -> None:
     [
         ("csv", None, ["t.csv", "no such file", "caption_file"]),
         ("csv", "file,caption\na,b\n", ["row 1", "no column 'filename'", "file, caption"]),
-        ("csv", "filename,caption\n,b\n", ["row 1", "file name is ''"]),
-        ("jsonl", '{"filename": "a", "caption": "x"}\n{', ["line 2", "no JSON"]),
-        ("jsonl", "[1]", ["line 1", "one JSON object a line"]),
+        ("csv", "filename,caption\n,b\n", ["row 1", "file name must be text, got ''"]),
+        ("jsonl", '{"filename": "a", "caption": "x"}\n{', ["line 2", "not valid JSON"]),
+        ("jsonl", "[1]", ["line 1", "must be one JSON object"]),
         ("jsonl", '{"filename": "a", "caption": {"x": 1}}', ["row 1", "text or a list of texts"]),
         ("csv", "filename,caption\na,b\n", ["c.png: no caption in t.csv", "'filename'"]),
         ("csv", "filename,caption\na,b\nb/c, \n", ["c.png: no caption in t.csv"]),

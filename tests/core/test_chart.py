@@ -29,7 +29,7 @@ def has(picture, colour) -> bool:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 300])
 def test_any_number_of_rows(count):
-    picture = loss_chart(rows(count), title="50 % of $1_a \\frac{ $ {x}")
+    picture = loss_chart(rows(count))
     assert (picture.mode, picture.size) == ("RGB", (900, 560))
     assert has(picture, RATE) == (count > 0)
     assert has(picture, LOSS) == (count > 0)

@@ -124,7 +124,7 @@ def test_strict_references_of_another_shape_are_all_listed(tmp_path) -> None:
     assert len(pair_folders(settings).pairs) == 3
     mixed = dataclasses.replace(settings, conditioning_type=("reference_strict", "reference_loose"))
     (problem,) = problems_of(mixed)
-    assert "before/0.png: the reference is 32 x 20, its target 16 x 12" in problem and "reference_loose" in problem
+    assert "before/0.png: the reference is 32 x 20 and its target 16 x 12" in problem and "reference_loose" in problem
     assert len(problems_of(dataclasses.replace(settings, conditioning_type=("reference_strict",)))) == 4
     picture(tmp_path / "before" / "0.png", size=(32, 24))
     paired = pair_folders(mixed)

@@ -1,4 +1,4 @@
-"""Settings: strict, checked early, and clear about what is wrong."""
+"""Settings are strict, are checked when they are made, and have clear errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from tools.settings_reference import SECTIONS
 from trainer_core.config import (
     DatasetConfig,
     DatasetPartConfig,
@@ -23,6 +24,7 @@ from trainer_core.config import (
     to_json,
 )
 from trainer_core.errors import ConfigError
+from trainer_core.settings import Limits, limits_of
 
 JOB = {
     "model": {"flavour": "edit-v2"},
@@ -45,7 +47,7 @@ def test_json_round_trip() -> None:
         ({"model": {"flavour": "edit-v9"}}, ["edit-v9", "edit-v1", "Did you mean"]),
         ({"model": {"base_model_precision": "int8_quanto"}}, ["int8-quanto"]),
         ({"lora": {"lora_rank": 0}}, ["lora_rank", "0", "1 to 1024"]),
-        ({"lora": {"lora_rank": "16"}}, ["lora.lora_rank", "'16'", "int"]),
+        ({"lora": {"lora_rank": "16"}}, ["lora.lora_rank", "'16'", "whole number"]),
         ({"lora": {"lora_rank": True}}, ["lora.lora_rank", "True"]),
         ({"dataset": {"target_dir": "a", "reference_dirs": "b"}}, ["reference_dirs", "'b'", "list"]),
         ({"dataset": {"target_dir": "a", "reference_dirs": ["b"] * 4}}, ["reference_dirs", "one, two or three"]),
@@ -66,7 +68,7 @@ def test_wrong_settings_are_refused_by_name(change: dict, words: list[str]) -> N
 
 
 def test_all_missing_settings_are_named_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"model, dataset, cache_dir, run_dir"):
+    with pytest.raises(ConfigError, match=r"run_dir, model, dataset, cache_dir"):
         from_json(JobConfig, {})
 
 
@@ -96,19 +98,19 @@ def test_a_dataset_to_validate_on_is_held_out_whole_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"dataset": JOB["dataset"]}, ["dataset and datasets are both"]),
+        ({"dataset": JOB["dataset"]}, ["dataset and datasets", "both"]),
         ({"datasets": []}, ["neither"]),
         ({"datasets": [PART, PART]}, ["'a'", "id of its own"]),
-        ({"datasets": [{**PART, "id": " "}]}, ["id is"]),
+        ({"datasets": [{**PART, "id": " "}]}, ["id must be a name"]),
         ({"datasets": [{**PART, "probability": 2}]}, ["probability", "0.01 to 1"]),
         ({"datasets": [{**PART, "encoding": {"resolutoin": 1}}]}, ["datasets[0].encoding.resolutoin", "'resolution'"]),
         ({"datasets": [{**PART, "encoding": 3}]}, ["datasets[0].encoding", "object"]),
         ({"datasets": [{**PART, "encoding": {"sizes": 3}}]}, ["datasets[0].encoding.sizes", "object"]),
-        ({"datasets": {}}, ["datasets is {}", "a list"]),
-        ({"datasets": [3]}, ["datasets[0] is 3", "object"]),
+        ({"datasets": {}}, ["datasets must be a list", "{}"]),
+        ({"datasets": [3]}, ["datasets[0] must be", "object", "3"]),
         ({"eval_dataset_id": "c"}, ["eval_dataset_id", "'c'", "a, b"]),
         ({"eval_dataset_id": ["a", "b"]}, ["eval_dataset_id", "a dataset to train on"]),
-        ({"encoding": 3}, ["encoding is 3", "object"]),
+        ({"encoding": 3}, ["encoding must be", "object", "3"]),
     ],
 )
 def test_wrong_datasets_are_refused_by_name(change: dict, words: list[str]) -> None:
@@ -123,6 +125,30 @@ def test_every_setting_is_documented() -> None:
     for config in configs:
         for field in dataclasses.fields(config):
             assert len(field.metadata["help"]) > 10, field.name
+
+
+@pytest.mark.parametrize("cls", [section[0] for section in SECTIONS])
+def test_widgets_offer_only_values_that_are_accepted(cls: type) -> None:
+    for field in dataclasses.fields(cls):
+        limits = limits_of(cls, field.name)
+        for end in (limits.lowest, limits.highest):
+            assert end is None or limits.accept(end), field.name
+
+
+def test_limits_in_words() -> None:
+    assert str(Limits(min=1, max=1024, unit="pixels")) == "1 to 1024 pixels"
+    assert str(Limits(above=0.0, below=1)) == "above 0 and below 1"
+    assert str(Limits(min=0, below=1, usual="0.1")) == "0 or more and below 1, usually 0.1"
+    assert str(Limits(above=0, max=1)) == "above 0 and at most 1"
+    assert str(Limits(min=2, also=-1)) == "-1, or 2 or more"
+    assert str(Limits(choices=(16, 32))) == "16 or 32"
+    assert str(Limits(soft_min=0, soft_max=9)) == ""
+
+
+def test_limits_have_no_place_for_nan() -> None:
+    assert not Limits(min=0).accept(float("nan"))
+    assert not Limits(below=1).accept(float("nan"))
+    assert Limits(min=2, also=-1).accept(-1) and not Limits(min=2, also=-1).accept(0)
 
 
 def test_instance_prompt_needs_its_sentence() -> None:

@@ -16,6 +16,7 @@ from torch.nn.functional import mse_loss
 from trainer_core.config import DEMO_MODEL, ModelConfig
 from trainer_core.demo import pictures
 from trainer_core.demo.text_encoder import build_text_encoder
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.sampling import load_scheduler, sample_latents
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.transformer import load_transformer
@@ -89,12 +90,12 @@ def test_base_copies_its_reference(tokenizer_dir):
     device = torch.device("cpu")
     _, tile = pictures.demo_tiles(8)[0]
     picture = torch.from_numpy(np.array(tile.resize((128, 128)))).permute(2, 0, 1) / 255
-    vae = load_vae(model, device)
+    vae = load_vae(BaseModel(model), device)
     latents = encode_picture(vae, picture).unsqueeze(0)
-    embeds = load_text_encoder(model, "comfyui", device).encode(" ", [picture]).unsqueeze(0)
+    embeds = load_text_encoder(BaseModel(model), "comfyui", device).encode(" ", [picture]).unsqueeze(0)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     sampled = sample_latents(
-        load_transformer(model, device),
+        load_transformer(BaseModel(model), device),
         noise,
         Condition((latents,), embeds),
         scheduler=load_scheduler(MODEL / "scheduler"),

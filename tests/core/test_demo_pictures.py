@@ -58,7 +58,7 @@ def test_demo_photographs_are_not_those_of_the_pre_training():
 
 
 def test_too_many_pairs_are_refused():
-    with pytest.raises(ConfigError, match="num_pairs is 9999; allowed is 1 to"):
+    with pytest.raises(ConfigError, match="num_pairs must be 1 to"):
         pictures.demo_tiles(9999)
 
 

@@ -1,4 +1,4 @@
-"""What the documents say about files, commands and settings is so."""
+"""The documents name files, commands and settings correctly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from trainer_core.__main__ import _parser
 from trainer_core.config.dataset import CaptionStrategy
 from trainer_core.qwen_image.flavours import FLAVOURS
 
-PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), *(REPO / "web" / "docs").glob("*.md")])
+FOLDERS = (".", "docs", "web/docs", "benchmarks", "trainer_core/demo/model")
+PAGES = sorted(page for folder in FOLDERS for page in (REPO / folder).glob("*.md"))
 OWN = [page for page in PAGES if page.parent.name == "docs" or page.name == "README.md"]
 TOP_FOLDERS = ("benchmarks", "docs", "nodes", "tests", "tools", "trainer_core", "web", "workflows")
 
@@ -33,7 +34,7 @@ def text(page: Path) -> str:
 
 
 def without_code(page: Path) -> str:
-    """Fenced and indented blocks left out; backticks stay."""
+    """The page without fenced and indented code blocks. Inline code stays."""
     lines, fenced = [], False
     for line in text(page).splitlines():
         if line.lstrip().startswith("```"):
@@ -44,13 +45,13 @@ def without_code(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them from headings."""
+    """The anchors that GitHub makes from the headings."""
     headings = re.findall(r"^#+ (.+)$", without_code(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def command_lines(page: Path) -> Iterator[str]:
-    """Lines of code blocks, those continued by a backslash in one piece."""
+    """Lines of code blocks. Lines continued with a backslash are joined."""
     blocks = re.findall(r"^```\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
     indented = re.findall(r"^ {4,}\S.*$", text(page), re.MULTILINE)
     for line in "\n".join([*blocks, *indented]).replace("\\\n", " ").splitlines():
@@ -58,7 +59,7 @@ def command_lines(page: Path) -> Iterator[str]:
 
 
 def test_settings_page_is_what_the_settings_say():
-    """Changed a setting? `make docs` writes the page."""
+    """Run `make docs` after changing a setting."""
     assert text(settings_reference.FILE) == settings_reference.reference()
 
 
@@ -113,15 +114,20 @@ def test_configurations_are_accepted(page: Path):
         config.from_json(config.JobConfig, json.loads(block))
 
 
-def test_the_readme_has_an_example_and_every_flavour():
+def test_the_readme_is_a_landing_page():
+    """Details belong in docs/."""
+    assert len(text(REPO / "README.md").splitlines()) <= 130
+
+
+def test_every_flavour_is_in_the_readme_and_an_example_in_the_headless_page():
     readme = text(REPO / "README.md")
-    assert "```json" in readme
+    assert "```json" in text(REPO / "docs" / "headless.md")
     for flavour in FLAVOURS.values():
         assert f"| `{flavour.name}` | [{flavour.released_as}](https://huggingface.co/{flavour.released_as}) |" in readme
 
 
-def test_settings_that_the_readme_recommends_exist():
-    table = text(REPO / "README.md").split("## Settings that matter")[1].split("\n## ")[0]
+def test_settings_that_are_recommended_exist():
+    table = text(REPO / "docs" / "how-to.md").split("## Choose settings")[1].split("\n## ")[0]
     recommended = re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
     known = {field.name for cls, _, _ in settings_reference.SECTIONS for field in dataclasses.fields(cls)}
     assert len(recommended) > 5
@@ -134,7 +140,7 @@ def test_pictures_are_small(page: Path):
         assert (page.parent / target).stat().st_size < 300_000, target
 
 
-def test_the_guide_has_every_source_of_captions():
-    rows = re.findall(r"^\| (`.+?`) \|", text(REPO / "docs" / "guide.md"), re.MULTILINE)
+def test_the_reference_has_every_source_of_captions():
+    rows = re.findall(r"^\| (`.+?`) \|", text(REPO / "docs" / "reference.md"), re.MULTILINE)
     named = {kind for row in rows for kind in re.findall(r"`(\w+)`", row)}
     assert set(get_args(CaptionStrategy)) <= named

@@ -22,6 +22,7 @@ from trainer_core.memory.streaming import _frozen_tensors as frozen_tensors
 from trainer_core.planning.choose import Budget
 from trainer_core.planning.encoding import encoding_in_words, text_encoder_bytes
 from trainer_core.planning.plan import GIB
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.text_encoder_file import qwen25_vl_7b
 
@@ -31,9 +32,9 @@ MEGAPIXEL = 1024 * 1024
 @pytest.mark.parametrize("precision", ["none", "int8-quanto", "nf4-bnb"])
 def test_weights_are_counted_from_the_header(model: ModelConfig, precision: BaseModelPrecision) -> None:
     model = dataclasses.replace(model, text_encoder_precision=precision)
-    network = load_text_encoder(model, "comfyui", torch.device("cpu")).network
+    network = load_text_encoder(BaseModel(model), "comfyui", torch.device("cpu")).network
     held = {each.data_ptr(): each.nbytes for _, _, each in frozen_tensors(network)}
-    assert text_encoder_bytes(model, 4) == pytest.approx(sum(held.values()), rel=0.02)
+    assert text_encoder_bytes(BaseModel(model), precision, 4) == pytest.approx(sum(held.values()), rel=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +58,16 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_small_card_is_told_which_precision_fits(model: ModelConfig, full_size: Path) -> None:
     model = dataclasses.replace(model, text_encoder_file=str(full_size), mixed_precision="bf16")
-    assert text_encoder_bytes(model, 2) / GIB == pytest.approx(14.4, abs=0.1)
+    assert text_encoder_bytes(BaseModel(model), "none", 2) / GIB == pytest.approx(14.4, abs=0.1)
     card = Budget(int(11.4 * GIB), 64 * GIB)
-    text, fits = encoding_in_words(model, MEGAPIXEL, card)
+    text, fits = encoding_in_words(BaseModel(model), MEGAPIXEL, card)
     assert not fits
     assert "text encoder 14.4, text_encoder_precision none" in text
     assert "Set text_encoder_precision to int8-quanto" in text
     smaller = dataclasses.replace(model, text_encoder_precision="int8-quanto")
-    assert encoding_in_words(smaller, MEGAPIXEL, card)[1]
-    assert "Encode on a larger device" in encoding_in_words(model, MEGAPIXEL, Budget(4 * GIB, 64 * GIB))[0]
-    assert "Lower resolution" in encoding_in_words(model, 64 * MEGAPIXEL, card)[0]
+    assert encoding_in_words(BaseModel(smaller), MEGAPIXEL, card)[1]
+    assert "Encode on a larger device" in encoding_in_words(BaseModel(model), MEGAPIXEL, Budget(4 * GIB, 64 * GIB))[0]
+    assert "Lower resolution" in encoding_in_words(BaseModel(model), 64 * MEGAPIXEL, card)[0]
 
 
 def job_of(model: ModelConfig, tmp_path: Path, **changes: object) -> JobConfig:
@@ -92,8 +93,10 @@ def test_memory_that_ran_out_while_encoding_is_explained(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(encode_module, "encode_prompts", full)
-    with pytest.raises(OutOfMemoryError, match=r"encoding prompts.*stays in the cache.*text_encoder_precision"):
-        encode_dataset(pair_folders(make_pairs(tmp_path / "pairs", 2)), model, small_encoding(), tmp_path / "cache")
+    with pytest.raises(OutOfMemoryError, match=r"encoding prompts.*stay in the cache.*text_encoder_precision"):
+        encode_dataset(
+            pair_folders(make_pairs(tmp_path / "pairs", 2)), BaseModel(model), small_encoding(), tmp_path / "cache"
+        )
 
 
 def test_more_references_than_the_flavour_takes_are_refused_before_encoding(model: ModelConfig, tmp_path: Path) -> None:

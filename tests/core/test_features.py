@@ -1,4 +1,4 @@
-"""benchmarks/features.py: every row is a run that its settings allow, and none is another one."""
+"""Rows of benchmarks/features.py: each is a run that the settings allow, and no two are the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from benchmarks.features import ROWS, job_of
+from tests.support.feature_rows import ROWS, job_of
 from trainer_core.config.optimizer import OptimizerName, SchedulerName
 from trainer_core.config.training import (
     HuberSchedule,

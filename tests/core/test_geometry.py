@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from trainer_core.geometry import Box, Size, area_size, bucket_size, centre_crop, scale_box, similar_shape
+from trainer_core.geometry import Box, Size, area_size, bucket_size, crop_box, scale_box, similar_shape
 
 SIZES = [Size(1024, 1024), Size(1777, 1003), Size(640, 4000), Size(33, 31), Size(5000, 21)]
 
@@ -23,7 +23,7 @@ def test_buckets_keep_area_and_aspect(size: Size, resolution: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_crops_are_centred_inside_and_as_large_as_can_be(size: Size) -> None:
     bucket = bucket_size(size, 512)
-    box = centre_crop(size, bucket)
+    box = crop_box(size, bucket)
     assert box.left >= 0 and box.top >= 0 and box.right <= size.width and box.bottom <= size.height
     assert box.size.width == size.width or box.size.height == size.height
     assert abs((box.left + box.right) - size.width) <= 1 and abs((box.top + box.bottom) - size.height) <= 1

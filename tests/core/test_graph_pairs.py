@@ -43,8 +43,8 @@ def test_numbers_that_disagree_are_all_told(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         pair_pictures(pictures(3), [pictures(2), pictures(3)], ["a", " "], tmp_path)
     assert len(caught.value.problems) == 3
-    for words in ("reference_1 holds 2 pictures, target 3", "2 captions for 3 targets", "empty: number 1"):
+    for words in ("reference_1 has 2 pictures, but target has 3", "2 captions for 3 targets", "empty: 1"):
         assert any(words in problem for problem in caught.value.problems)
-    with pytest.raises(DatasetError, match="target holds no picture"):
+    with pytest.raises(DatasetError, match="target has no pictures"):
         pair_pictures([], [[]], [], tmp_path)
     assert not list(tmp_path.iterdir())

@@ -51,20 +51,20 @@ def hostile(root: Path) -> tuple[dict[str, str], dict[str, str]]:
         "after/zero.png": "is empty (0 bytes)",
         "after/cut_png.png": "damaged or cut short",
         "before/cut_jpg.jpg": "damaged or cut short",
-        "before/words.png": "no JPEG, PNG",
+        "before/words.png": "not a JPEG, PNG",
         "after/alone.png": "no reference in",
         "after/mute.png": "looked for mute.txt",
-        "before/linked.png": "the link leaves the dataset's folder",
+        "before/linked.png": "the link points outside the dataset's folder",
         "after/linked.png": "no reference in",
         "after/chain.txt": "can't be reached",
         "after/chain.png": "looked for chain.txt",
-        "after/twice.png": "same name but for the extension",
-        "before/huge.png": "allowed are up to 178 million",
-        "before/loop.png": "no JPEG, PNG",
+        "after/twice.png": "same name except for the extension",
+        "before/huge.png": "at most 178 million",
+        "before/loop.png": "not a JPEG, PNG",
     }
     notes = {
         "after/animated.png": "only the first is used",
-        "after/cinema.gif": "aren't read",
+        "after/cinema.gif": "are not supported",
         "before/nobody.png": "no target has this name",
     }
     return problems, notes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import struct
 import zlib
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from trainer_core.data import images
-from trainer_core.data.images import file_digest, is_animated, open_picture, picture_size
+from trainer_core.data.images import is_animated, open_picture
 from trainer_core.errors import DatasetError
 
 EXIF_ORIENTATION = 274
@@ -50,7 +48,6 @@ def test_every_format_keeps_its_pixels(tmp_path, suffix, options, tolerance):
     picture = open_picture(path)
     assert (picture.mode, picture.size, type(picture)) == ("RGB", (24, 16), Image.Image)
     assert np.abs(pixels(picture) - pixels(colours())).max() <= tolerance
-    assert picture_size(path) == (24, 16)
 
 
 STORED_AS = {  # how a camera held in another way stores an upright picture, EXIF 2.3 table 4.6.4
@@ -75,7 +72,7 @@ def test_orientation_is_applied_exactly_once(tmp_path, orientation, suffix):
     stored.save(path, exif=exif, **({"lossless": True} if suffix == ".webp" else {"quality": 98, "subsampling": 0}))
     picture = open_picture(path)
     assert np.abs(pixels(picture) - pixels(colours())).max() <= (8 if suffix == ".jpg" else 0)
-    assert picture_size(path) == picture.size == (24, 16)
+    assert picture.size == (24, 16)
     assert picture.getexif().get(EXIF_ORIENTATION, 1) == 1, "whoever turns it again must find nothing to turn"
 
 
@@ -105,7 +102,7 @@ def test_thirty_two_bit_integers_are_taken_for_sixteen_or_refused(tmp_path):
     Image.fromarray(np.array([[0, 65535]], dtype=np.int32)).save(path)
     assert pixels(open_picture(path))[0, :, 0].tolist() == [0, 255]
     Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(path)
-    with pytest.raises(DatasetError, match=r"a\.tif: its values reach from 0 to 70000"):
+    with pytest.raises(DatasetError, match=r"a\.tif: its values range from 0 to 70000"):
         open_picture(path)
 
 
@@ -225,19 +222,18 @@ def test_cut_files_are_refused(tmp_path, name):
     ("content", "message"),
     [
         (b"", r"the file is empty \(0 bytes\)"),
-        (b"just some text", "no JPEG, PNG, WebP, BMP or TIFF picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no JPEG, PNG, WebP, BMP or TIFF picture"),
-        (b"GIF89a" + bytes(30), "no JPEG, PNG, WebP, BMP or TIFF picture"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(9), "no JPEG, PNG, WebP, BMP or TIFF picture"),
-        (b"\xff\xd8\xff\xe0" + bytes(9), "no JPEG, PNG, WebP, BMP or TIFF picture"),
+        (b"just some text", "not a JPEG, PNG, WebP, BMP or TIFF picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a JPEG, PNG, WebP, BMP or TIFF picture"),
+        (b"GIF89a" + bytes(30), "not a JPEG, PNG, WebP, BMP or TIFF picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(9), "not a JPEG, PNG, WebP, BMP or TIFF picture"),
+        (b"\xff\xd8\xff\xe0" + bytes(9), "not a JPEG, PNG, WebP, BMP or TIFF picture"),
     ],
 )
 def test_other_content_is_refused(tmp_path, content, message):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    for read in (open_picture, picture_size):
-        with pytest.raises(DatasetError, match=rf"a\.png: .*{message}"):
-            read(path)
+    with pytest.raises(DatasetError, match=rf"a\.png: .*{message}"):
+        open_picture(path)
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
@@ -254,16 +250,8 @@ def test_bombs_are_refused_by_their_header(tmp_path, width, monkeypatch):
 
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, 12_000, 8, 2, 0, 0, 0))
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b""))
-    for read in (open_picture, picture_size):
-        with pytest.raises(DatasetError, match=r"a\.png: .*120 million"):
-            read(tmp_path / "a.png")
-
-
-def test_file_digest_is_that_of_the_bytes(tmp_path):
-    content = io.BytesIO()
-    colours().save(content, format="PNG")
-    (tmp_path / "a.png").write_bytes(content.getvalue())
-    assert file_digest(tmp_path / "a.png") == hashlib.sha256(content.getvalue()).hexdigest()
+    with pytest.raises(DatasetError, match=r"a\.png: .*120 million"):
+        open_picture(tmp_path / "a.png")
 
 
 def test_pillow_is_left_as_it_was(tmp_path):

@@ -8,12 +8,13 @@ import re
 import pytest
 import torch
 
+from tests.support.narrow import planned_size
 from trainer_core.config import EmaConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ModelFileError, OutOfMemoryError
 from trainer_core.geometry import Size
 from trainer_core.planning.advice import STEP, VALIDATION, memory_advice, memory_errors_explained
 from trainer_core.planning.choose import Budget, choose_memory
-from trainer_core.planning.network import NetworkSize, measure_network
+from trainer_core.planning.network import NetworkSize
 from trainer_core.planning.plan import GIB, MemoryPlan, plan_memory
 from trainer_core.planning.report import plan_report
 from trainer_core.planning.workload import Workload, pair_size
@@ -27,7 +28,7 @@ WORK = Workload(train=MEGAPIXEL, batch=1, validation=MEGAPIXEL)
 def network() -> NetworkSize:
     """Qwen-Image at its full size, in bf16."""
     config = config_of()
-    return measure_network({"num_layers": 60}, config.model, config.lora)
+    return planned_size({"num_layers": 60}, config.model, config.lora)
 
 
 def config_of(**changes: object) -> TrainConfig:

@@ -99,13 +99,13 @@ def test_one_report_names_every_problem_and_no_file_is_touched(tmp_path):
         "after/zero.png": "empty",
         "after/cut_target.png": "damaged",
         "before/cut_reference.jpg": "damaged",
-        "before/fake.png": "no JPEG, PNG",
+        "before/fake.png": "not a JPEG, PNG",
         "after/blank.txt": "caption file is empty",
         "after/none.png": "no caption; looked for none.txt",
         "after/latin1.txt": "not UTF-8",
         "after/lonely.png": f"no reference in {before}",
-        "after/Case.png": "case.png differs only in upper and lower case",
-        "after/heic.png": "heic.heic is of a kind that isn't read",
+        "after/Case.png": "case.png differs only in letter case",
+        "after/heic.png": "heic.heic has an unsupported format",
         "after/good.png": "same name",
     }
     for name, sentence in expected.items():
@@ -154,8 +154,8 @@ def test_a_folder_without_pictures_is_an_error(tmp_path):
         (("before", "before"), r"reference_dirs\[0\] .* and reference_dirs\[1\] .* are the same folder"),
         (("before", "before/../before"), "are the same folder"),
         (("link",), "are the same folder"),
-        (("after/sub",), "lie inside one another"),
-        ((".",), "lie inside one another"),
+        (("after/sub",), "are nested"),
+        ((".",), "are nested"),
     ],
 )
 def test_one_folder_can_not_play_two_parts(tmp_path, references, sentence):
@@ -180,12 +180,12 @@ def test_links_may_not_leave_the_folder(tmp_path):
     os.mkfifo(after / "pipe.png")
     scan = scan_folders(config(tmp_path))
     for name, sentence in {
-        "a.png": "leaves the dataset's folder",
-        "b.txt": "leaves the dataset's folder",
+        "a.png": "points outside the dataset's folder",
+        "b.txt": "points outside the dataset's folder",
         "c.png": "can't be reached",
         "more": "links to folders aren't followed",
         "round.png": "can't be reached",
-        "pipe.png": "no ordinary file",
+        "pipe.png": "not a regular file",
     }.items():
         assert sum(f"after/{name}: " in line and sentence in line for line in scan.problems) == 1, name
     assert [p.key for p in scan.dataset.pairs] == ["d"]
@@ -263,4 +263,4 @@ def test_caption_strategies(tmp_path):
 
 def test_a_name_without_words_is_no_caption(tmp_path):
     pair(tmp_path, "___")
-    assert "holds no words" in problems_of(config(tmp_path, caption_strategy="filename"))[0]
+    assert "contains no words" in problems_of(config(tmp_path, caption_strategy="filename"))[0]

@@ -27,8 +27,8 @@ def test_settings_are_ours_and_documented(name: str) -> None:
         if section not in ("model", "encoding"):
             said = values if isinstance(values, dict) else {}
             assert {key: training[section][key] for key in said} == said and training[section] == to_json(job)[section]
-    guide = (REPO / "docs" / "guide.md").read_text(encoding="utf-8")
-    assert f"| `{name}` | {preset['about']} |" in guide
+    presets = (REPO / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert f"| `{name}` | {preset['about']} |" in presets
     assert ("demo" in preset) == (name in EXAMPLES)
 
 
@@ -46,20 +46,3 @@ def test_what_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert main(["train"]) == 1 and "no configuration" in caplog.text
     assert main(["train", "--example", "quality"]) == 1 and "needs a configuration" in caplog.text
     assert main(["check", str(tmp_path / "none.json"), "--example", "quality"]) == 1
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_is_a_whole_training(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In an empty folder, by one command; here shorter and smaller than it is."""
-    monkeypatch.chdir(tmp_path)
-    smaller = ("max_train_steps=1", "encoding.resolution=64", "validation.num_validation_images=0")
-    changes = [part for change in smaller for part in ("--set", change)]
-    assert main(["train", "--example", name, *changes]) == 0
-    lora = Path(capsys.readouterr().out.strip())
-    assert lora.is_file() and lora.is_relative_to(tmp_path)
-    config = json.loads((lora.parent / "config.json").read_text())
-    pair = json.loads(Path(config["encoded"]).read_text())["pairs"][0]
-    assert len(pair["references"]) == (3 if "v2" in name else 1)
-    assert config["model"]["base_model_precision"] == "int8-quanto"

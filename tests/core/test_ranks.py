@@ -11,18 +11,18 @@ from trainer_core.config import BatchingConfig
 from trainer_core.device import peak_bytes
 from trainer_core.errors import ConfigError, RunFolderError
 from trainer_core.events import Stop
-from trainer_core.ranks import ALONE, Ranks, joined_ranks
+from trainer_core.ranks import SINGLE_PROCESS, Ranks, joined_ranks
 from trainer_core.training.reduce import check_same_start
 
 
 def test_alone_nothing_is_exchanged() -> None:
     values = torch.randn(3)
-    assert ALONE.leads and ALONE.add_up(values) is values
-    assert [ALONE.agree(stop) for stop in Stop] == list(Stop)
-    assert ALONE.told((3, -1)) == [(3, -1)]
-    assert ALONE.share([1, 2, 3]) == [1, 2, 3]
+    assert SINGLE_PROCESS.leads and SINGLE_PROCESS.all_reduce_sum(values) is values
+    assert [SINGLE_PROCESS.agree(stop) for stop in Stop] == list(Stop)
+    assert SINGLE_PROCESS.all_gather_ints((3, -1)) == [(3, -1)]
+    assert SINGLE_PROCESS.share([1, 2, 3]) == [1, 2, 3]
     with joined_ranks() as ranks:
-        assert ranks is ALONE
+        assert ranks is SINGLE_PROCESS
 
 
 @pytest.fixture
@@ -40,12 +40,14 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("second_of_two")
 def test_each_process_has_a_gpu_of_its_own() -> None:
     with (
-        pytest.raises(ConfigError, match=r"device is 'cuda:0' with 2 processes.*Set device to auto"),
+        pytest.raises(
+            ConfigError, match=r"device is 'cuda:0', but 2 processes can't share one device.*Set device to auto"
+        ),
         joined_ranks("cuda:0"),
     ):
         pass
     with (
-        pytest.raises(ConfigError, match=r"LOCAL_RANK is 1, and GPUs on this machine are 1; allowed is less"),
+        pytest.raises(ConfigError, match=r"LOCAL_RANK is 1, but this machine has 1 GPUs, one per process"),
         joined_ranks("cuda"),
     ):
         pass
@@ -70,11 +72,11 @@ def test_all_start_from_the_same_step_and_weights(
     other = {"a": torch.zeros(2), "b": torch.ones(2, 3) + change}
     said: list[tuple[int, ...]] = []
 
-    def told(_ranks: Ranks, numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
+    def all_gather_ints(_ranks: Ranks, numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
         said.append(numbers)
         return said
 
-    monkeypatch.setattr(Ranks, "told", told)
+    monkeypatch.setattr(Ranks, "all_gather_ints", all_gather_ints)
     check_same_start(Ranks(0, 2), 4, weights)
     if alike:
         check_same_start(Ranks(1, 2), step, other)

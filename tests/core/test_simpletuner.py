@@ -16,8 +16,9 @@ from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
 from trainer_core.job import load_job
 from trainer_core.simpletuner.convert import Imported, convert
-from trainer_core.simpletuner.keys import CONFIG_KEYS, CONFIG_REASONS, DATA_KEYS, DATA_REASONS
+from trainer_core.simpletuner.keys import CONFIG_REASONS, DATA_REASONS
 from trainer_core.simpletuner.loose_json import plain_json, read_loose_json
+from trainer_core.simpletuner.section import Section
 
 ROOT = Path("/somewhere")
 
@@ -69,18 +70,27 @@ def test_second_example_has_three_references(tmp_path: Path):
     assert all(len(pair.references) == 3 for pair in dataset.pairs) and check_pairs(dataset, job.pair_check)
 
 
-def test_every_key_of_the_documents_is_taken_or_explained():
-    assert not set(CONFIG_KEYS) & set(CONFIG_REASONS) and not set(DATA_KEYS) & set(DATA_REASONS)
+def test_every_key_of_the_documents_is_taken_or_explained(monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[Any, set[str]]] = []
+    explain = Section.explain
+    monkeypatch.setattr(
+        Section, "explain", lambda self, *args: (asked.append((args[0], set(self.asked))), explain(self, *args))
+    )
+    read()
+    (config_keys,) = (keys for reasons, keys in asked if reasons is CONFIG_REASONS)
+    data_keys = next(keys for reasons, keys in asked if reasons is DATA_REASONS)
+    assert not config_keys & set(CONFIG_REASONS) and not data_keys & set(DATA_REASONS)
+    assert len(config_keys) > 80 and {"csv_file", "conditioning_type"} < data_keys
     imported = read(dict.fromkeys(CONFIG_REASONS, "x"), **dict.fromkeys(DATA_REASONS, "x"))
     for key in CONFIG_REASONS:
-        line(imported, f"{key}: left out; ")
+        line(imported, f"{key}: left out: ")
     for key in DATA_REASONS:
-        line(imported, f"my-edited-images.{key}: left out; ")
+        line(imported, f"my-edited-images.{key}: left out: ")
     given = {"model_flavour": "edit-v1"}
-    assert not [each for each in read(dict.fromkeys(CONFIG_KEYS) | given).report if "has no effect" in each]
+    assert not [each for each in read(dict.fromkeys(config_keys) | given).report if "has no effect" in each]
     based = convert(json.loads(plain_json(CONFIG)), json.loads(plain_json(EDIT_V1)), base="models/x", root=ROOT)
     assert based.job.model.base == str(ROOT / "models/x")
-    assert "updated where ema_device says" in line(imported, "ema_cpu_only:")
+    assert "ema_device decides" in line(imported, "ema_cpu_only:")
 
 
 def test_the_running_average_is_taken():
@@ -256,8 +266,8 @@ def test_what_data_sets_share_stands_once_and_can_be_changed():
     for wrong, words in (
         ("encoding.resolution", "name=value"),
         ("datasets.none.repeats=1", "no 'none'"),
-        ("seed.x=1", "holds no"),
-        ("run_dir.x=1", "holds no"),
+        ("seed.x=1", "has no settings"),
+        ("run_dir.x=1", "has no settings"),
         ("encoding.resolutoin=1", "Did you mean 'resolution'"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -280,15 +290,15 @@ def test_one_reference_a_turn_keeps_all_folders():
     data[0]["conditioning_data"] += ["c", "d"]
     imported = read({"conditioning_multidataset_sampling": "random"}, data + more)
     assert len(imported.job.dataset.reference_dirs) == 3
-    assert "my-edited-images names it, but at most 3" in line(imported, "d: LEFT OUT;")
+    assert "my-edited-images refers to it, but only the first 3" in line(imported, "d: LEFT OUT:")
 
 
 def test_references_that_are_named_and_left_out_say_so():
     imported = read({}, with_second_reference())
     assert imported.job.dataset.reference_dirs == ("/datasets/reference-images",)
-    why = line(imported, "b: LEFT OUT;")
-    assert "my-edited-images names it" in why and "conditioning_multidataset_sampling random" in why
-    assert "no data set names it" not in why
+    why = line(imported, "b: LEFT OUT:")
+    assert "my-edited-images refers to it" in why and "conditioning_multidataset_sampling random" in why
+    assert "no data set refers to it" not in why
     assert line(imported, "my-edited-images.conditioning_data:").endswith("in this order: my-reference-images.")
     second_masks = read({}, with_second_reference(conditioning_type="mask"))
     assert not [each for each in second_masks.report if "LEFT OUT" in each]
@@ -334,7 +344,11 @@ def test_a_data_set_of_type_eval_is_validated_on():
 @pytest.mark.parametrize(
     ("config", "first", "words"),
     [
-        ({}, {"conditioning_image_embeds": "my-reference-embds"}, ["my-reference-embds", "Known are my-reference-emb"]),
+        (
+            {},
+            {"conditioning_image_embeds": "my-reference-embds"},
+            ["my-reference-embds", "must be one of my-reference-emb"],
+        ),
         ({}, {"conditioning_data": "my-reference"}, ["'my-reference'", "Did you mean 'my-reference-images'"]),
         ({}, {"conditioning_data": None}, ["conditioning_data", "my-reference-images"]),
         ({}, {"type": "aws"}, ["my-edited-images.type", "local"]),

@@ -13,7 +13,7 @@ from trainer_core.conditioning.pictures import plan_pair, render
 from trainer_core.conditioning.sizes import measure, target_size
 from trainer_core.config import EncodingConfig, SizeConfig
 from trainer_core.errors import ConfigError
-from trainer_core.geometry import Size, bucket_size, centre_crop, crop_box
+from trainer_core.geometry import Size, bucket_size, crop_box
 from trainer_core.qwen_image.flavours import FLAVOURS
 
 SIZES = [Size(1777, 1003), Size(641, 480), Size(333, 1000), Size(5000, 3001)]
@@ -28,7 +28,7 @@ def encoding(resolution: int = 256, seed: int = 0, match: bool = True, **sizes: 
 def test_by_default_nothing_is_new(size: Size) -> None:
     plan = plan_pair((size, size), EDIT, encoding(), "key")
     assert plan.target.size == bucket_size(size, 256)
-    assert plan.target.box == centre_crop(size, plan.target.size) == plan.references[0].box
+    assert plan.target.box == crop_box(size, plan.target.size) == plan.references[0].box
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -130,7 +130,7 @@ def test_a_share_of_a_crop() -> None:
         ({"aspect_bucket_alignment": 24}, "16 or 32"),
         ({"maximum_image_size": 5.0, "crop": True}, "set both or neither"),
         ({"target_downsample_size": 5.0, "crop": True}, "set both or neither"),
-        ({"maximum_image_size": 5.0, "target_downsample_size": 4.0}, "crop is False"),
+        ({"maximum_image_size": 5.0, "target_downsample_size": 4.0}, "crop must be true"),
         ({"crop_style": "centre"}, "center"),
         ({"megapixels": 1024.0}, "0.01 to 17"),
     ],

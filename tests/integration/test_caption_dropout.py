@@ -24,6 +24,7 @@ from trainer_core.config import (
 )
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 
 
@@ -33,7 +34,7 @@ def encoded(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Enc
     root = tmp_path_factory.mktemp("dropout")
     dataset = pair_folders(make_pairs(root / "pairs", 3))
     encoding = small_encoding(num_eval_images=0, encode_empty_caption=True)
-    return encode_dataset(dataset, model, encoding, root / "cache")
+    return encode_dataset(dataset, BaseModel(model), encoding, root / "cache")
 
 
 def config(encoded: EncodedDataset, model: ModelConfig, folder: Path, share: float) -> TrainConfig:

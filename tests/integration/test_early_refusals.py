@@ -65,7 +65,7 @@ def test_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("lora.lora_type=dora", "memory.blocks_to_stream=1"), "allowed is 0 with lora_type dora"),
+        (("lora.lora_type=dora", "memory.blocks_to_stream=1"), "must be 0 with lora_type dora"),
         (("lora.lora_targets=pattern", "lora.lora_target_pattern=nothing"), "matches no layer"),
     ],
 )

@@ -22,6 +22,7 @@ from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, DatasetError, Interrupted
 from trainer_core.events import SilentObserver, Stop
 from trainer_core.geometry import Size
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.flavours import FLAVOURS
 
 
@@ -61,7 +62,9 @@ def encode(model: ModelConfig, pairs: DatasetConfig, tmp_path: Path) -> Encode:
         encoding: EncodingConfig | None = None, model_: ModelConfig = model
     ) -> tuple[EncodedDataset, tuple[int, int]]:
         work = Work()
-        encoded = encode_dataset(pair_folders(pairs), model_, encoding or small_encoding(), tmp_path / "cache", work)
+        encoded = encode_dataset(
+            pair_folders(pairs), BaseModel(model_), encoding or small_encoding(), tmp_path / "cache", work
+        )
         return encoded, work.counts
 
     return run
@@ -130,7 +133,7 @@ def test_a_stop_keeps_what_was_made(model: ModelConfig, pairs: DatasetConfig, tm
     for limit in (1, 2, 3, 2, 1):
         work = Work(limit)
         with pytest.raises(Interrupted):
-            encode_dataset(pair_folders(pairs), model, small_encoding(), tmp_path / "cache", work)
+            encode_dataset(pair_folders(pairs), BaseModel(model), small_encoding(), tmp_path / "cache", work)
         assert sum(work.counts) == limit
         total += limit
     assert sum(encode()[1]) == 10 - total
@@ -177,12 +180,14 @@ def test_too_many_held_out_is_refused(encode: Encode) -> None:
 def test_more_references_than_the_flavour_takes(model: ModelConfig, tmp_path: Path) -> None:
     dataset = pair_folders(make_pairs(tmp_path / "two", 2, num_references=2))
     with pytest.raises(ConfigError, match="2 references per pair; edit-v1 takes 1"):
-        encode_dataset(dataset, model, small_encoding(), tmp_path / "cache")
+        encode_dataset(dataset, BaseModel(model), small_encoding(), tmp_path / "cache")
 
 
 def test_two_references_are_two_latents_in_order(base_of: Callable[[str], ModelConfig], tmp_path: Path) -> None:
     dataset = pair_folders(make_pairs(tmp_path / "pairs", 2, num_references=2))
-    encoded = encode_dataset(dataset, base_of("edit-v2"), small_encoding(num_eval_images=0), tmp_path / "cache")
+    encoded = encode_dataset(
+        dataset, BaseModel(base_of("edit-v2")), small_encoding(num_eval_images=0), tmp_path / "cache"
+    )
     first, second = encoded.load(encoded.pairs[0]).reference_latents
     assert first.shape == second.shape == (16, 12, 12) and not torch.allclose(first, second, atol=1e-2)
 

@@ -23,6 +23,7 @@ from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import DatasetError
 from trainer_core.events import SilentObserver
 from trainer_core.files import is_whole, read_tensors
+from trainer_core.qwen_image.base_model import BaseModel
 
 
 class Count(SilentObserver):
@@ -60,10 +61,14 @@ def test_pictures_that_changed_are_named_and_all_others_encoded(
     (reference / "005.png").unlink()
     (target / "006.png").write_bytes((target / "006.png").read_bytes()[:300])
     encoding = small_encoding(num_eval_images=0)
-    with pytest.raises(DatasetError, match="Run again with the folders at rest") as caught:
-        encode_dataset(paired, model, encoding, tmp_path / "cache")
+    with pytest.raises(DatasetError, match="run again while no other program changes the folders") as caught:
+        encode_dataset(paired, BaseModel(model), encoding, tmp_path / "cache")
     assert len(caught.value.problems) == 3
-    for name, words in (("target/003.png", "another one"), ("reference_1/005.png", "no such"), ("006.png", "another")):
+    for name, words in (
+        ("target/003.png", "has changed"),
+        ("reference_1/005.png", "no such"),
+        ("006.png", "has changed"),
+    ):
         assert sum(f"{name}: " in line and words in line for line in caught.value.problems) == 1, name
     assert not (tmp_path / "cache" / "datasets").exists()
     (target / "006.png").unlink()
@@ -71,9 +76,9 @@ def test_pictures_that_changed_are_named_and_all_others_encoded(
     (target / "006.txt").unlink()
     (target / "005.txt").unlink()
     rest, work = pair_folders(pairs), Count()
-    encoded = encode_dataset(rest, model, encoding, tmp_path / "cache", work)
+    encoded = encode_dataset(rest, BaseModel(model), encoding, tmp_path / "cache", work)
     assert work.made == 1, "the changed target; all else was there"
-    fresh = encode_dataset(rest, model, encoding, tmp_path / "fresh")
+    fresh = encode_dataset(rest, BaseModel(model), encoding, tmp_path / "fresh")
     for one, two in zip(encoded.pairs, fresh.pairs, strict=True):
         assert torch.equal(encoded.load(one).target_latents, fresh.load(two).target_latents)
         assert torch.equal(encoded.load(one).prompt_embeds, fresh.load(two).prompt_embeds)
@@ -97,11 +102,11 @@ def test_a_folder_that_changes_while_encoding_is_reported(
     model: ModelConfig, pairs: DatasetConfig, tmp_path: Path
 ) -> None:
     paired = pair_folders(pairs)
-    encoded = encode_dataset(paired, model, small_encoding(), tmp_path / "cache", Meddler(pairs))
+    encoded = encode_dataset(paired, BaseModel(model), small_encoding(), tmp_path / "cache", Meddler(pairs))
     assert [Path(name).name for name in encoded.changed] == ["000.png", "001.txt", "new.png"]
     report = encoding_report(encoded)
     assert "while encoding: 3 (" in report and "001.txt" in report
-    again = encode_dataset(paired, model, small_encoding(), tmp_path / "cache")
+    again = encode_dataset(paired, BaseModel(model), small_encoding(), tmp_path / "cache")
     assert again == encoded == load_encoded(encoded.manifest), "what was encoded is what was paired"
     assert not again.changed and "while encoding" not in encoding_report(again)
 
@@ -132,9 +137,9 @@ def test_after_a_kill_two_runs_finish_it_together(model: ModelConfig, pairs: Dat
     assert [each.returncode for each in together] == [0, 0], answers
     assert answers[0][0] == answers[1][0]
     work = Count()
-    encoded = encode_dataset(pair_folders(pairs), model, encoding, cache, work)
+    encoded = encode_dataset(pair_folders(pairs), BaseModel(model), encoding, cache, work)
     assert work.made == 0 and str(encoded.manifest) == answers[0][0].strip()
-    encode_dataset(pair_folders(pairs), model, encoding, tmp_path / "fresh")
+    encode_dataset(pair_folders(pairs), BaseModel(model), encoding, tmp_path / "fresh")
     shared, fresh = entries(cache), entries(tmp_path / "fresh")
     assert shared.keys() == fresh.keys()
     for name, path in fresh.items():

@@ -19,6 +19,7 @@ from trainer_core.config import BatchingConfig, LoraConfig, ModelConfig, SizeCon
 from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.errors import DatasetError
 from trainer_core.geometry import Size
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.run import train_lora
 
@@ -32,16 +33,20 @@ def dataset(tmp_path: Path) -> EditDataset:
 def test_crops_are_encoded_once_and_found_again(dataset: EditDataset, model: ModelConfig, tmp_path: Path) -> None:
     sizes = SizeConfig(crop=True, crop_style="random", aspect_bucket_alignment=16, resolution_type="pixel")
     encoding = small_encoding(resolution=80, num_eval_images=0, sizes=sizes)
-    encoded = encode_dataset(dataset, model, encoding, tmp_path / "cache")
+    encoded = encode_dataset(dataset, BaseModel(model), encoding, tmp_path / "cache")
     assert {entry.shapes for entry in encoded.pairs} == {((16, 10, 10), (16, 10, 10))}
-    assert encode_dataset(dataset, model, encoding, tmp_path / "cache") == encoded == load_encoded(encoded.manifest)
+    assert (
+        encode_dataset(dataset, BaseModel(model), encoding, tmp_path / "cache")
+        == encoded
+        == load_encoded(encoded.manifest)
+    )
     assert "80 x 80: 4" in encoding_report(encoded) and "single" not in encoding_report(encoded)
 
 
 def test_small_targets_are_all_listed_or_left_out(dataset: EditDataset, model: ModelConfig, tmp_path: Path) -> None:
     def encode(**sizes: object):
         encoding = small_encoding(num_eval_images=1, sizes=SizeConfig(resolution_type="pixel", **sizes))
-        return encode_dataset(dataset, model, encoding, tmp_path / "cache")
+        return encode_dataset(dataset, BaseModel(model), encoding, tmp_path / "cache")
 
     with pytest.raises(DatasetError, match=r"2 targets are smaller than minimum_image_size, 60 pixels") as caught:
         encode(minimum_image_size=60.0)
@@ -53,8 +58,8 @@ def test_small_targets_are_all_listed_or_left_out(dataset: EditDataset, model: M
     assert encoded.left_out == ("001", "003") and load_encoded(encoded.manifest) == encoded
     assert {entry.key for entry in (*encoded.pairs, *encoded.validation_pairs)} == {"000", "002"}
     report = encoding_report(encoded)
-    assert "Left out, smaller than minimum_image_size: 2 (001, 003)." in report
-    assert "Sizes of a single pair: 1" in report
+    assert "Left out because smaller than minimum_image_size: 2 (001, 003)." in report
+    assert "Sizes with a single pair: 1" in report
     with pytest.raises(DatasetError, match="All 4 targets are smaller"):
         encode(minimum_image_size=90.0, leave_out_small=True)
 
@@ -63,8 +68,8 @@ def test_sizes_of_a_single_pair_are_reported_and_trained(model: ModelConfig, tmp
     """Three sizes, each smaller than a batch and than a step: told, never fatal, and every pair has its turn."""
     shapes = ((96, 96), (192, 96), (96, 192))
     dataset = pair_folders(make_pairs(tmp_path / "pairs", 3, shapes))
-    encoded = encode_dataset(dataset, model, small_encoding(num_eval_images=0), tmp_path / "cache")
-    assert "Sizes of a single pair: 3." in encoding_report(encoded)
+    encoded = encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=0), tmp_path / "cache")
+    assert "Sizes with a single pair: 3." in encoding_report(encoded)
     batching = BatchingConfig(train_batch_size=4, gradient_accumulation_steps=4)
     plan = BatchPlan(encoded, batching, 0)
     assert {draw.pair for number in range(3) for draw in plan[number]} == {0, 1, 2}
@@ -105,7 +110,7 @@ def test_no_picture_is_resized_twice(
     monkeypatch.setattr(Image.Image, "resize", by_pillow)
     monkeypatch.setattr(pictures, "interpolate", by_torch)
     encoding = small_encoding(num_eval_images=0, preprocessing=preprocessing)
-    encode_dataset(dataset, base_of(flavour), encoding, tmp_path / "cache")
+    encode_dataset(dataset, BaseModel(base_of(flavour)), encoding, tmp_path / "cache")
     box = pictures.plan_pair((Size(*original),) * 2, FLAVOURS[base_of(flavour).flavour], encoding).target.box
     of_file = [original, original, original] if preprocessing == "diffusers" else [original, box.size, box.size]
     assert seen == of_file and box.size != original

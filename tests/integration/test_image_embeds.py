@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.support.narrow import make_pairs, small_encoding
 from trainer_core.conditioning import encoders
-from trainer_core.conditioning.encode import encode_dataset, prompt_width
+from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.conditioning.encoders import Encoders, PromptEncoder
 from trainer_core.conditioning.pictures import plan_pair, vision_picture
@@ -26,6 +26,7 @@ from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
 from trainer_core.events import Observer
 from trainer_core.files import read_tensors
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 
@@ -61,7 +62,9 @@ def tokens_in(cache: Path) -> list[Path]:
 
 
 def encode(folders: DatasetConfig, model: ModelConfig, cache: Path, **changes: object) -> EncodedDataset:
-    return encode_dataset(pair_folders(folders), model, small_encoding(**{"num_eval_images": 0, **changes}), cache)
+    return encode_dataset(
+        pair_folders(folders), BaseModel(model), small_encoding(**{"num_eval_images": 0, **changes}), cache
+    )
 
 
 def test_once_per_reference_whatever_the_captions(model: ModelConfig, tmp_path: Path, tower: list[int]) -> None:
@@ -96,7 +99,7 @@ def test_embeddings_with_kept_tokens_equal_those_without(
     assert tower == []
     assert all(torch.equal(again.load(again.pairs[0], caption).prompt_embeds, before[caption]) for caption in range(4))
 
-    encoder = load_text_encoder(model, preprocessing, CPU)
+    encoder = load_text_encoder(BaseModel(model), preprocessing, CPU)
     (pair,) = pair_folders(folders).pairs
     plan = plan_pair(pair.sizes, FLAVOURS[model.flavour], small_encoding(preprocessing=preprocessing))
     seen = [vision_picture(open_picture(path), view) for path, view in zip(pair.references, plan.vision, strict=True)]
@@ -170,14 +173,14 @@ def test_tokens_cut_short_are_made_again(model: ModelConfig, tmp_path: Path, tow
 
 def test_a_named_cache_must_exist_or_be_declared(model: ModelConfig, tmp_path: Path) -> None:
     folders, cache = folders_of(tmp_path, 1), tmp_path / "cache"
-    with pytest.raises(ConfigError, match=r"'my-embeds'; no cache exists yet.*create_image_embeds"):
+    with pytest.raises(ConfigError, match=r"'my-embeds', but no cache exists yet.*create_image_embeds"):
         encode(folders, model, cache, conditioning_image_embeds="my-embeds")
     assert not cache.exists()
     encode(folders, model, cache, conditioning_image_embeds="my-embeds", create_image_embeds=True)
     assert {path.parts[-3] for path in tokens_in(cache)} == {"my-embeds"}
     encode(folders, model, cache, conditioning_image_embeds="my-embeds")
     encode(folders, model, cache)
-    with pytest.raises(ConfigError, match=r"caches that exist are my-embeds.*Did you mean 'my-embeds'"):
+    with pytest.raises(ConfigError, match=r"the only existing caches are my-embeds.*Did you mean 'my-embeds'"):
         encode(folders, model, cache, conditioning_image_embeds="my-embed")
     for name in ("../up", "a/b", ".hidden", "ends."):
         with pytest.raises(ConfigError, match=r"conditioning_image_embeds.*a name without folders"):
@@ -205,12 +208,12 @@ def test_an_encoder_that_keeps_nothing(model: ModelConfig, tmp_path: Path) -> No
 
     @contextmanager
     def loaded(_: Observer) -> Iterator[Anew]:
-        yield Anew(prompt_width(model), calls)
+        yield Anew(BaseModel(model).prompt_width, calls)
 
     dataset, cache = pair_folders(folders_of(tmp_path, 1)), tmp_path / "cache"
     given = Encoders(prompts=PromptEncoder("theirs", loaded))
     named = small_encoding(num_eval_images=0, conditioning_image_embeds="mine")
-    with pytest.raises(ConfigError, match="'mine', but ComfyUI's own CLIP is connected"):
-        encode_dataset(dataset, model, named, cache, encoders=given)
-    encode_dataset(dataset, model, small_encoding(num_eval_images=0), cache, encoders=given)
+    with pytest.raises(ConfigError, match="'mine', but a ComfyUI CLIP is connected"):
+        encode_dataset(dataset, BaseModel(model), named, cache, encoders=given)
+    encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=0), cache, encoders=given)
     assert len(calls) == 4 and {count for _, count in calls} == {1} and tokens_in(cache) == []

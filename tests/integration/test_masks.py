@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.pictures import render
 from trainer_core.conditioning.sizes import target_box, target_size
 from trainer_core.config import BatchingConfig, DatasetConfig, ModelConfig, SizeConfig, TrainConfig, ValidationConfig
-from trainer_core.data.images import file_digest
 from trainer_core.data.masks import PairMask, loss_weights
 from trainer_core.data.pairing import folder_state, pair_folders, scan_folders
 from trainer_core.errors import DatasetError
 from trainer_core.geometry import Size
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.training.objective import velocity_loss
 
@@ -52,7 +53,7 @@ def masked(plain: DatasetConfig, tmp_path: Path) -> DatasetConfig:
 
 
 def encode(config: DatasetConfig, model: ModelConfig, root: Path) -> EncodedDataset:
-    return encode_dataset(pair_folders(config), model, small_encoding(num_eval_images=1), root / "cache")
+    return encode_dataset(pair_folders(config), BaseModel(model), small_encoding(num_eval_images=1), root / "cache")
 
 
 def losses(encoded: EncodedDataset, model: ModelConfig, run: Path) -> list[list[float]]:
@@ -110,7 +111,8 @@ def weights_of(picture: Image.Image, box: tuple[int, int, int, int], latents: Si
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mask.png"
         picture.save(path)
-        return loss_weights(PairMask(path, file_digest(path), Size(*picture.size)), box, latents)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return loss_weights(PairMask(path, digest, Size(*picture.size)), box, latents)
 
 
 def test_black_is_not_learned_and_a_small_region_counts_as_much() -> None:
@@ -143,7 +145,7 @@ def test_problems_of_masks(masked: DatasetConfig, tmp_path: Path) -> None:
     Image.new("L", SIZE, 255).save(mask / "unused.png")
     scan = scan_folders(masked)
     assert len(scan.problems) == 3 and not scan.dataset.pairs
-    for words in ("no mask in", "the mask is 77 x 131, its target 131 x 77", "002.png: the mask is all black"):
+    for words in ("no mask in", "the mask is 77 x 131, but its target is 131 x 77", "002.png: the mask is all black"):
         assert sum(words in problem for problem in scan.problems) == 1, scan.problems
     assert any("unused.png: not used" in note for note in scan.notes)
     same = dataclasses.replace(masked, mask_dir=masked.reference_dirs[0])

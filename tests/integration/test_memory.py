@@ -16,15 +16,16 @@ from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs
 from trainer_core.__main__ import main
-from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan
+from trainer_core.conditioning import batches
+from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan, largest_batch
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BatchingConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.errors import OutOfMemoryError
 from trainer_core.planning import choose as choose_module
 from trainer_core.planning.choose import Budget
 from trainer_core.planning.plan import GIB
-from trainer_core.planning.settle import RunMemory, largest_batch
-from trainer_core.ranks import ALONE
+from trainer_core.planning.preparation import prepare_training
+from trainer_core.ranks import SINGLE_PROCESS
 from trainer_core.run import TrainResult, train_lora
 from trainer_core.runs.folder import RunFolder
 from trainer_core.training import step as step_module
@@ -135,8 +136,9 @@ def test_pairs_are_read_one_at_a_time_after_a_dry_step(
             reading.release()
 
     monkeypatch.setattr(EncodedDataset, "load", load)
-    plan = RankPlan(BatchPlan(encoded, BatchingConfig(), 0), ALONE, 1)
-    with BatchLoader(encoded, plan, 1) as loader:
+    plan = RankPlan(BatchPlan(encoded, BatchingConfig(), 0), SINGLE_PROCESS, 1)
+    monkeypatch.setattr(batches, "MEMORY_BYTES", 1)
+    with BatchLoader(encoded, plan) as loader:
         for number in (2, 0, 1, 2):
             assert loader[number].draws == plan[number]
     assert len(set(readers)) == 1
@@ -144,7 +146,7 @@ def test_pairs_are_read_one_at_a_time_after_a_dry_step(
 
 def test_the_largest_batch_is_found(encoded: EncodedDataset) -> None:
     whole = BatchPlan(encoded, BatchingConfig(train_batch_size=2), 0)
-    plan = RankPlan(whole, ALONE, 1)
+    plan = RankPlan(whole, SINGLE_PROCESS, 1)
     sizes = [
         len(plan[number]) * sum(h * w for _, h, w in encoded.pairs[plan[number][0].pair].shapes)
         for number in range(whole.batches_in_epoch(0))
@@ -162,10 +164,10 @@ def test_auto_chooses_and_trains_the_same(
     for streamed in (0, 1):
         memory = MemoryConfig(blocks_to_stream=streamed, activation_offload=True, gradient_checkpointing_blocks=2)
         frugal = dataclasses.replace(config, memory=memory, gradient_checkpointing=True)
-        needs[streamed] = RunMemory(frugal, encoded, encoded).plan().needed_device_bytes
+        needs[streamed] = prepare_training(frugal).memory_plan().needed_device_bytes
     assert needs[1] <= needs[0]
     plenty = Budget(64 * GIB, 64 * GIB)
-    monkeypatch.setattr("trainer_core.planning.settle.budget_of", lambda *_, **__: plenty)
+    monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: plenty)
     result = train_lora(auto)
     written = json.loads((Path(auto.run_dir) / "config.json").read_text())
     assert written["gradient_checkpointing"] is False and written["memory"]["memory"] == "auto"
@@ -176,7 +178,7 @@ def test_settings_of_ones_own_that_do_not_fit_are_named(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They are tried all the same: a plan has its margin."""
-    monkeypatch.setattr("trainer_core.planning.settle.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
+    monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
     assert train_lora(named(config, "manual")).lora_file is not None
     said = [record.getMessage() for record in caplog.records if "Does not fit" in record.getMessage()]
     assert len(said) == 1
@@ -184,7 +186,7 @@ def test_settings_of_ones_own_that_do_not_fit_are_named(
 
 
 def test_auto_refuses_before_anything_is_loaded(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer_core.planning.settle.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
+    monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
     monkeypatch.setattr("trainer_core.run.build_networks", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(OutOfMemoryError, match=r"still needs \d+\.\d GiB on the device"):
         train_lora(dataclasses.replace(config, memory=MemoryConfig(memory="auto")))

@@ -28,6 +28,7 @@ from trainer_core.config import (
 from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.errors import ConfigError, DatasetError
 from trainer_core.events import SilentObserver, StepReport, Stop
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 
 
@@ -44,13 +45,13 @@ def pairs(cache: Path) -> EditDataset:
 @pytest.fixture(scope="module")
 def small(model: ModelConfig, pairs: EditDataset, cache: Path) -> EncodedDataset:
     """Three pairs of 96 pixels and one held out."""
-    return encode_dataset(pairs, model, small_encoding(), cache)
+    return encode_dataset(pairs, BaseModel(model), small_encoding(), cache)
 
 
 @pytest.fixture(scope="module")
 def large(model: ModelConfig, pairs: EditDataset, cache: Path) -> EncodedDataset:
     """The same at 128 pixels."""
-    return encode_dataset(pairs, model, small_encoding(resolution=128), cache)
+    return encode_dataset(pairs, BaseModel(model), small_encoding(resolution=128), cache)
 
 
 @pytest.fixture
@@ -135,15 +136,15 @@ def test_a_part_of_probability_zero_only_validates(small: EncodedDataset, large:
 
 def test_what_cannot_be_mixed(small: EncodedDataset) -> None:
     other = dataclasses.replace(small, flavour="edit-v2")
-    with pytest.raises(ConfigError, match=r"1 has flavour 'edit-v1', and number 2 has 'edit-v2'"):
+    with pytest.raises(ConfigError, match=r"1 has flavour 'edit-v1', but number 2 has 'edit-v2'"):
         mix_encoded([MixPart(encoded=small), MixPart(encoded=other)], small.cache_dir)
     other = dataclasses.replace(small, preprocessing="diffusers")
-    with pytest.raises(ConfigError, match=r"preprocessing 'comfyui', and number 2 has 'diffusers'"):
+    with pytest.raises(ConfigError, match=r"preprocessing 'comfyui', but number 2 has 'diffusers'"):
         mix_encoded([MixPart(encoded=small), MixPart(encoded=other)], small.cache_dir)
     other = dataclasses.replace(small, prompt_width=3584)
-    with pytest.raises(ConfigError, match=r"prompt_width 128, and number 2 has 3584"):
+    with pytest.raises(ConfigError, match=r"prompt_width 128, but number 2 has 3584"):
         mix_encoded([MixPart(encoded=small), MixPart(encoded=other)], small.cache_dir)
-    with pytest.raises(ConfigError, match=r"lies in the cache '.*cache', and the mix is for '.*elsewhere'"):
+    with pytest.raises(ConfigError, match=r"is in the cache '.*cache', but the mix uses '.*elsewhere'"):
         mix_encoded([MixPart(encoded=small)], small.cache_dir.parent / "elsewhere")
     with pytest.raises(ConfigError, match="nothing to mix"):
         mix_encoded([], small.cache_dir)
@@ -169,7 +170,7 @@ def test_a_broken_run_of_a_mix_equals_the_unbroken_one(
     drawn: EncodedDataset, model: ModelConfig, pairs: EditDataset, tmp_path: Path
 ) -> None:
     """With a share drawn, two sizes, and a validation set of its own, all of it held out."""
-    second = encode_dataset(pairs, model, small_encoding(num_eval_images=-1), drawn.cache_dir)
+    second = encode_dataset(pairs, BaseModel(model), small_encoding(num_eval_images=-1), drawn.cache_dir)
     config = TrainConfig(
         run_dir=str(tmp_path / "whole"),
         encoded=str(drawn.manifest),
@@ -199,7 +200,7 @@ def test_a_broken_run_of_a_mix_equals_the_unbroken_one(
 def test_a_validation_set_that_holds_nothing_out_is_refused(
     drawn: EncodedDataset, model: ModelConfig, pairs: EditDataset, tmp_path: Path
 ) -> None:
-    second = encode_dataset(pairs, model, small_encoding(num_eval_images=0), drawn.cache_dir)
+    second = encode_dataset(pairs, BaseModel(model), small_encoding(num_eval_images=0), drawn.cache_dir)
     config = TrainConfig(
         run_dir=str(tmp_path / "run"),
         encoded=str(drawn.manifest),

@@ -22,6 +22,7 @@ from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, Model
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, DatasetError
 from trainer_core.events import Observer
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.training.edit_weight import edit_weight_preview
 
@@ -38,7 +39,7 @@ def model(base_of: Callable[[str], ModelConfig]) -> ModelConfig:
 
 
 def encode(folders: DatasetConfig, model: ModelConfig, cache: Path, **changes: object) -> EncodedDataset:
-    return encode_dataset(pair_folders(folders), model, small_encoding(**changes), cache)
+    return encode_dataset(pair_folders(folders), BaseModel(model), small_encoding(**changes), cache)
 
 
 def num_latents(encoded: EncodedDataset) -> int:
@@ -54,7 +55,10 @@ def test_latents_equal_those_of_the_cache(
     assert num_latents(cached) == 12 and num_latents(flying) == 6  # targets, and references of the held-out pair
     assert load_encoded(flying.manifest) == flying and flying.missing() == ()
     assert flying.validation_pairs == cached.validation_pairs
-    with reference_encoder(cached, model) as none, reference_encoder(flying, model) as encode_reference:
+    with (
+        reference_encoder(cached, BaseModel(model)) as none,
+        reference_encoder(flying, BaseModel(model)) as encode_reference,
+    ):
         assert none is None
         for entry, other in zip(flying.pairs, cached.pairs, strict=True):
             assert (entry.references, entry.prompts) == (other.references, other.prompts)
@@ -92,8 +96,8 @@ def test_a_changed_or_missing_file_is_named(folders: DatasetConfig, model: Model
     entry = encoded.pairs[0]
     path = Path(folders.reference_dirs[1]) / f"{entry.key}.png"
     picture(99, (131, 97)).save(path)
-    with reference_encoder(encoded, model) as encode_reference:
-        with pytest.raises(DatasetError, match=rf"reference_2/{entry.key}\.png: the file is another one"):
+    with reference_encoder(encoded, BaseModel(model)) as encode_reference:
+        with pytest.raises(DatasetError, match=rf"reference_2/{entry.key}\.png: the file has changed"):
             encoded.load(entry, encode_reference=encode_reference)
         plan = BatchPlan(encoded, BatchingConfig(), 0)
         with (
@@ -125,7 +129,10 @@ def test_pictures_may_move_between_two_parts_of_a_run(
 def test_another_vae_is_refused(folders: DatasetConfig, model: ModelConfig, tmp_path: Path) -> None:
     encoded = encode(folders, model, tmp_path / "cache", reference_latents="on_the_fly")
     other = dataclasses.replace(model, mixed_precision="bf16")
-    with pytest.raises(ConfigError, match="another VAE or mixed_precision"), reference_encoder(encoded, other):
+    with (
+        pytest.raises(ConfigError, match="another VAE or mixed_precision"),
+        reference_encoder(encoded, BaseModel(other)),
+    ):
         pass
 
     @contextmanager

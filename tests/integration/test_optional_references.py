@@ -26,6 +26,7 @@ from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import DatasetError
 from trainer_core.pictures.check_report import check_sheet
 from trainer_core.pictures.contact_sheet import contact_sheet, report
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 
 
@@ -45,7 +46,7 @@ def test_those_that_are_there_keep_their_order(folders: DatasetConfig) -> None:
     both = ["reference_1", "reference_2"]
     assert names == [both, ["reference_2"], ["reference_1"], [], both]
     assert all(len(pair.sizes) == len(pair.digests) == 1 + len(pair.references) for pair in dataset.pairs)
-    assert any("taken without a reference of it: 2 (001, 003)" in note for note in dataset.notes)
+    assert any("targets without a reference in this folder: 2 (001, 003)" in note for note in dataset.notes)
     assert report(dataset).startswith("5 pairs with 0 to 2 references each.")
     assert contact_sheet(dataset).width > 0
     check = PairCheckConfig()
@@ -69,8 +70,8 @@ def test_they_are_trained_and_validated(
     folders: DatasetConfig, base_of: Callable[[str], ModelConfig], tmp_path: Path, flavour: str
 ) -> None:
     model, cache = base_of(flavour), tmp_path / "cache"
-    everything = encode_dataset(pair_folders(folders), model, small_encoding(num_eval_images=-1), cache)
-    encoded = encode_dataset(pair_folders(folders), model, small_encoding(num_eval_images=0), cache)
+    everything = encode_dataset(pair_folders(folders), BaseModel(model), small_encoding(num_eval_images=-1), cache)
+    encoded = encode_dataset(pair_folders(folders), BaseModel(model), small_encoding(num_eval_images=0), cache)
     lengths = [len(encoded.load(entry).prompt_embeds) for entry in encoded.pairs]
     assert [len(entry.references) for entry in encoded.pairs] == [2, 1, 1, 0, 2]
     assert lengths[3] < min(lengths[1], lengths[2]) < lengths[0]
@@ -98,7 +99,7 @@ def test_edit_v1_without_any_reference(model: ModelConfig, tmp_path: Path) -> No
     for path in Path(config.reference_dirs[0]).iterdir():
         path.unlink()
     dataset = pair_folders(dataclasses.replace(config, references_optional=True))
-    encoded = encode_dataset(dataset, model, small_encoding(num_eval_images=1), tmp_path / "cache")
+    encoded = encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=1), tmp_path / "cache")
     (entry,) = encoded.validation_pairs
     assert len(encoded.load_pictures(entry)) == 1 and entry.reference_shapes == ()
     assert encoded.load(entry).reference_latents == ()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.loop import encode, measure_memory, measure_overhead, train_config
+from tests.support.loop_cost import encode, measure_memory, measure_overhead, train_config
 from tests.support.narrow import make_base
 from trainer_core.config import ModelConfig
 

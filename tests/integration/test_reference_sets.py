@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs, picture, small_encoding
 from tests.support.runs import PauseAt
-from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan
+from trainer_core.conditioning import batches
+from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan, largest_batch
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.entry import EMPTY_CAPTION
@@ -22,8 +23,8 @@ from trainer_core.conditioning.report import encoding_report
 from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
-from trainer_core.planning.settle import largest_batch
-from trainer_core.ranks import ALONE
+from trainer_core.qwen_image.base_model import BaseModel
+from trainer_core.ranks import SINGLE_PROCESS
 from trainer_core.run import train_lora
 
 BATCHING = BatchingConfig(train_batch_size=2, gradient_accumulation_steps=1, caption_dropout_probability=0.3)
@@ -50,7 +51,7 @@ def encode(base_of: Callable[[str], ModelConfig], root: Path) -> Callable[..., E
 
     def run(folders: DatasetConfig, **changes: object) -> EncodedDataset:
         encoding = small_encoding(**{"num_eval_images": 0, "encode_empty_caption": True, **changes})
-        return encode_dataset(pair_folders(folders), base_of("edit-v2"), encoding, root / "cache")
+        return encode_dataset(pair_folders(folders), BaseModel(base_of("edit-v2")), encoding, root / "cache")
 
     return run
 
@@ -76,14 +77,15 @@ def test_prompts_are_encoded_with_each_reference_alone(encoded: EncodedDataset, 
         for entry, alone in zip(encoded.pairs, single.pairs, strict=True):
             assert entry.seen(number) == alone
     assert '"alone"' not in singles[0].manifest.read_text()
-    assert "show one of 2 references a turn: 6." in encoding_report(encoded)
+    assert "show one of 2 references per turn: 6." in encoding_report(encoded)
 
 
 def test_latents_and_words_of_a_turn_are_of_one_reference(
-    encoded: EncodedDataset, singles: list[EncodedDataset]
+    encoded: EncodedDataset, singles: list[EncodedDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, seen = BatchPlan(encoded, BATCHING, 3), set()
-    with BatchLoader(encoded, plan, 1) as loader:
+    monkeypatch.setattr(batches, "MEMORY_BYTES", 1)  # every pair is read again
+    with BatchLoader(encoded, plan) as loader:
         for number in range(160):
             batch = loader[number]
             for place, draw in enumerate(batch.draws):
@@ -117,7 +119,7 @@ def test_a_held_out_pair_keeps_one_reference(
     assert held == encode(folders, conditioning_multidataset_sampling="random", num_eval_images=-1)
     chosen = []
     for entry in held.validation_pairs:
-        assert entry.alone == () and len(entry.references) == 1 and len(held.load_pictures(entry)) == 2
+        assert entry.prompts_by_reference == () and len(entry.references) == 1 and len(held.load_pictures(entry)) == 2
         matching = [
             number
             for number, single in enumerate(singles)
@@ -159,11 +161,11 @@ def test_edit_v1_takes_several_folders_one_at_a_time(
     base_of: Callable[[str], ModelConfig], folders: DatasetConfig, tmp_path: Path
 ) -> None:
     dataset, model = pair_folders(folders), base_of("edit-v1")
-    with pytest.raises(ConfigError, match="conditioning_multidataset_sampling random"):
-        encode_dataset(dataset, model, small_encoding(), tmp_path / "cache")
+    with pytest.raises(ConfigError, match="conditioning_multidataset_sampling to random"):
+        encode_dataset(dataset, BaseModel(model), small_encoding(), tmp_path / "cache")
     encoding = small_encoding(conditioning_multidataset_sampling="random")
-    encoded = encode_dataset(dataset, model, encoding, tmp_path / "cache")
-    assert {len(entry.alone) for entry in encoded.pairs} == {2}
+    encoded = encode_dataset(dataset, BaseModel(model), encoding, tmp_path / "cache")
+    assert {len(entry.prompts_by_reference) for entry in encoded.pairs} == {2}
     with pytest.raises(ConfigError, match="without the empty caption"):
         BatchPlan(encoded, BATCHING, 0)
 
@@ -177,7 +179,7 @@ def test_references_that_are_missing_and_a_mix(
     optional = encode(
         dataclasses.replace(config, references_optional=True), conditioning_multidataset_sampling="random"
     )
-    assert [len(entry.alone) for entry in optional.pairs] == [0, 0, 0, 2]
+    assert [len(entry.prompts_by_reference) for entry in optional.pairs] == [0, 0, 0, 2]
     assert [len(entry.seen(0).references) for entry in optional.pairs] == [1, 1, 0, 1]
     parts = [MixPart(encoded=optional, repeats=1), MixPart(encoded=encoded, probability=0.5)]
     mixed = mix_encoded(parts, root / "cache")
@@ -198,7 +200,7 @@ def test_the_largest_batch_is_the_largest_as_seen(encoded: EncodedDataset) -> No
     others = [dataclasses.replace(each, reference_shapes=((channels, height * 3, width),) * 2) for each in others]
     sized = dataclasses.replace(encoded, pairs=(first, *others))
     for seed in range(8):
-        plan = RankPlan(BatchPlan(sized, BatchingConfig(), seed), ALONE, 1)
+        plan = RankPlan(BatchPlan(sized, BatchingConfig(), seed), SINGLE_PROCESS, 1)
         numels = [
             sum(
                 prod(shape) for draw in plan[number] for shape in sized.pairs[draw.pair].seen(draw.reference_set).shapes

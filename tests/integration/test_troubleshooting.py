@@ -17,6 +17,7 @@ from trainer_core.config import JobConfig, ModelConfig, TrainConfig, ValidationC
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, DatasetError, TrainerError
 from trainer_core.job import encode_job, pair_job
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.simpletuner.convert import convert
 from trainer_core.simpletuner.loose_json import plain_json
@@ -77,7 +78,9 @@ def test_out_of_memory_during_validation(
 def test_a_cache_of_embeds_that_has_no_entry(tmp_path: Path) -> None:
     """Cache not found, in SimpleTuner's file: the ids that there are, before anything is read."""
     wrong = EDIT_V1.replace('"conditioning_image_embeds": "my-reference-embeds"', '"conditioning_image_embeds": "mine"')
-    with pytest.raises(ConfigError, match=r"conditioning_image_embeds names 'mine'. Known are my-reference-embeds"):
+    with pytest.raises(
+        ConfigError, match=r"conditioning_image_embeds refers to 'mine'. It must be one of my-reference-embeds"
+    ):
         job_of(tmp_path, CONFIG, wrong)
 
 
@@ -89,6 +92,6 @@ def test_a_cache_of_embeds_that_was_never_made(tmp_path: Path, model: ModelConfi
     assert job.dataset is not None
     asked = dataclasses.replace(job.encoding, conditioning_image_embeds="my-reference-embed", create_image_embeds=False)
     with pytest.raises(ConfigError) as caught:
-        encode_dataset(pair_folders(job.dataset), model, asked, Path(job.cache_dir))
+        encode_dataset(pair_folders(job.dataset), BaseModel(model), asked, Path(job.cache_dir))
     said = str(caught.value)
     assert "'my-reference-embed'" in said and "my-reference-embeds" in said and "Did you mean" in said

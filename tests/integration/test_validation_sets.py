@@ -21,6 +21,7 @@ from trainer_core.config import LoraConfig, ModelConfig, OptimizerConfig, TrainC
 from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.errors import ConfigError, OutOfMemoryError
 from trainer_core.geometry import Size
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.run import train_lora
 from trainer_core.training import validation as validation_module
@@ -42,7 +43,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoded(pairs: EditDataset, model: ModelConfig, cache: Path) -> EncodedDataset:
-    return encode_dataset(pairs, model, small_encoding(num_eval_images=1, validation_prompts=PROMPTS), cache)
+    return encode_dataset(pairs, BaseModel(model), small_encoding(num_eval_images=1, validation_prompts=PROMPTS), cache)
 
 
 def config_of(encoded: EncodedDataset, model: ModelConfig, run: Path, **validation: Any) -> TrainConfig:
@@ -105,18 +106,18 @@ def test_prompts_are_encoded_with_the_held_out_pairs_own_references(
     asked = dataclasses.replace(
         pairs, pairs=tuple(dataclasses.replace(pair, captions=(PROMPTS[0],)) for pair in pairs.pairs)
     )
-    as_caption = encode_dataset(asked, model, small_encoding(num_eval_images=1), cache)
+    as_caption = encode_dataset(asked, BaseModel(model), small_encoding(num_eval_images=1), cache)
     assert as_caption.validation_pairs[0].prompts == entry.validation_prompts[:1]
 
 
 def test_validation_prompts_are_no_reason_for_a_new_run(
     pairs: EditDataset, model: ModelConfig, encoded: EncodedDataset, cache: Path, tmp_path: Path
 ) -> None:
-    without = encode_dataset(pairs, model, small_encoding(num_eval_images=1), cache)
+    without = encode_dataset(pairs, BaseModel(model), small_encoding(num_eval_images=1), cache)
     assert without.manifest != encoded.manifest
     keys = [resume_key(config_of(each, model, tmp_path)) for each in (without, encoded)]
     assert keys[0] == keys[1]
-    fewer = encode_dataset(pairs, model, small_encoding(num_eval_images=2), cache)
+    fewer = encode_dataset(pairs, BaseModel(model), small_encoding(num_eval_images=2), cache)
     assert resume_key(config_of(fewer, model, tmp_path))["encoded"] != keys[0]["encoded"]
 
 
@@ -169,9 +170,12 @@ def test_a_dataset_of_its_own_with_references_of_different_sizes(
     folders = make_pairs(tmp_path / "eval", 2, ((96, 96),), num_references=2)
     picture(7, (160, 80)).save(Path(folders.reference_dirs[1]) / "001.png")
     apart = small_encoding(num_eval_images=-1, match_target_res=False)
-    second = encode_dataset(pair_folders(folders), model, apart, tmp_path / "cache")
+    second = encode_dataset(pair_folders(folders), BaseModel(model), apart, tmp_path / "cache")
     trained = encode_dataset(
-        pair_folders(make_pairs(tmp_path / "train", 2)), model, small_encoding(num_eval_images=0), tmp_path / "cache"
+        pair_folders(make_pairs(tmp_path / "train", 2)),
+        BaseModel(model),
+        small_encoding(num_eval_images=0),
+        tmp_path / "cache",
     )
     spy = Spy(monkeypatch)
     config = config_of(trained, model, tmp_path / "run", num_validation_images=2)

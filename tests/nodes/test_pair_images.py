@@ -30,7 +30,7 @@ def test_batches_become_pairs_that_can_be_checked(comfyui: PackServer):
     }
     answer = comfyui.run(prompt)
     assert text_of(answer, "5").startswith("3 pairs with 1 reference each.")
-    assert "Pair check: 3 of 3 pairs are worth a look: 3 not measurable" in text_of(answer, "4")
+    assert "Pair check: 3 of 3 pairs may have problems: 3 that can't be aligned" in text_of(answer, "4")
     (folder,) = (comfyui.output / "qwen_edit_trainer" / "graph_pairs").iterdir()
     assert len(list(folder.rglob("*.png"))) == 6 and len(list(folder.rglob("*.txt"))) == 3
 
@@ -60,7 +60,7 @@ def test_a_table_of_captions_and_masks_through_the_nodes(comfyui: PackServer):
         ),
         "3": node("QwenEdit_PreviewPairs", dataset=["2", 0], max_pairs=2),
     }
-    assert "Captions: 2 per pair, 2 in all" in text_of(comfyui.run(prompt), "3")
+    assert "Captions: 2 per pair, 2 in total" in text_of(comfyui.run(prompt), "3")
 
 
 def coloured(folder: Path, values: list[int]) -> None:

@@ -65,14 +65,14 @@ def test_all_settings_together(comfyui: PackServer, folders: str) -> None:
     assert shapes == [[[16, 12, 12], [16, 10, 14]]] * 2
     assert len(list((cache / "conditioning_image_embeds" / "shared tokens").rglob("*.safetensors"))) == 5
     settings |= {"reference_latents": "on_the_fly", "create_image_embeds": False}
-    with pytest.raises(ComfyUIError, match="encoded on the fly, which only a training does"):
+    with pytest.raises(ComfyUIError, match="encoded on the fly, which only training does"):
         comfyui.run(graph(folders, **settings))
 
 
 def test_what_is_refused_says_why(comfyui: PackServer, folders: str) -> None:
-    with pytest.raises(ComfyUIError, match=r"reference_2/000\.png: the reference is 128 x 96, its target 96 x 96"):
+    with pytest.raises(ComfyUIError, match=r"reference_2/000\.png: the reference is 128 x 96 and its target 96 x 96"):
         comfyui.run(graph(folders, conditioning_type="reference_strict"))
-    with pytest.raises(ComfyUIError, match=r"'nowhere'; .*Turn create_image_embeds on"):
+    with pytest.raises(ComfyUIError, match=r"'nowhere', but .*Turn create_image_embeds on"):
         comfyui.run(graph(folders, conditioning_image_embeds="nowhere"))
     with pytest.raises(ComfyUIError, match="a name without folders"):
         comfyui.run(graph(folders, conditioning_image_embeds="../nowhere"))

@@ -1,4 +1,4 @@
-"""What workflows depend on: ids, inputs, their order and defaults. And what helps people: names, tooltips, pages."""
+"""What workflows depend on (ids, inputs, their order and defaults) and what users read (names, tooltips, pages)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def schema_of(name: str, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_schema_is_as_workflows_know_it(our_nodes: dict[str, Any]):
-    """Ids stay, widgets are only appended. UPDATE_GOLDEN=1 writes the file anew, in a commit of its own."""
+    """Ids must stay and widgets may only be appended. UPDATE_GOLDEN=1 rewrites the file; commit that separately."""
     found = {name: schema_of(name, info) for name, info in sorted(our_nodes.items())}
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -128,7 +128,7 @@ def test_training_runs_once_per_node_and_shows_itself(our_nodes: dict[str, Any])
 
 
 def test_help_pages(our_nodes: dict[str, Any], repo: Path):
-    """One for every node, none left over."""
+    """Every node has a page, and every page belongs to a node."""
     pages = {path.stem: path.read_text(encoding="utf-8") for path in (repo / "web" / "docs").glob("*.md")}
     assert set(pages) == set(our_nodes)
     for name, page in pages.items():
@@ -138,7 +138,7 @@ def test_help_pages(our_nodes: dict[str, Any], repo: Path):
 
 
 def test_help_pages_say_what_the_nodes_say(our_nodes: dict[str, Any], repo: Path):
-    """Their tables are the tooltips, defaults and limits. UPDATE_GOLDEN=1 writes the tables anew."""
+    """Their tables show the tooltips, defaults and limits. UPDATE_GOLDEN=1 rewrites the tables."""
     for name, info in our_nodes.items():
         path = repo / "web" / "docs" / f"{name}.md"
         page = path.read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ def test_help_pages_say_what_the_nodes_say(our_nodes: dict[str, Any], repo: Path
 
 
 def test_help_pages_lie_where_comfyui_looks(repo: Path):
-    """ComfyUI serves WEB_DIRECTORY; the page asks for docs/<node id>.md in it."""
+    """ComfyUI serves WEB_DIRECTORY, and its page requests docs/<node id>.md there."""
     root = (repo / "__init__.py").read_text(encoding="utf-8")
     assert re.search(r'^WEB_DIRECTORY = "\./web"$', root, re.MULTILINE)
     assert "NODE_CLASS_MAPPINGS" not in root  # would keep ComfyUI from calling comfy_entrypoint

@@ -48,7 +48,7 @@ def test_folders(name: str, widget: str, prompt: dict[str, Any], comfyui: PackSe
     assert list(errors) == [pairing]
     details = errors[pairing]["errors"][0]["details"]
     assert f"{widget} is {name!r}" in details
-    assert "Allowed is a folder below one of: input, output" in details
+    assert "Use a folder below one of: input, output" in details
     assert str(comfyui.base) not in details
 
 
@@ -60,8 +60,8 @@ def test_all_folders_that_are_missing_are_named_together(prompt: dict[str, Any],
     errors = refusal(comfyui, prompt, [preview])[pairing]["errors"]
     assert len(errors) == 2
     for error in errors:
-        assert "target_folder is 'lost/target', which is not there. " in error["details"]
-        assert "reference_folder_1 is 'lost/reference', which is not there. Allowed is" in error["details"]
+        assert "target_folder is 'lost/target', which does not exist. " in error["details"]
+        assert "reference_folder_1 is 'lost/reference', which does not exist. Use a folder" in error["details"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc", "not_there"])
@@ -123,7 +123,7 @@ def test_run_names(name: str, prompt: dict[str, Any], comfyui: PackServer):
     inputs["run_name"] = name
     errors = refusal(comfyui, prompt, [training])
     assert list(errors) == [training]
-    assert "run_name is" in errors[training]["errors"][0]["details"]
+    assert "run_name must be" in errors[training]["errors"][0]["details"]
 
 
 def test_base_model_is_missing(prompt: dict[str, Any], comfyui: PackServer):
@@ -131,7 +131,7 @@ def test_base_model_is_missing(prompt: dict[str, Any], comfyui: PackServer):
     training, _ = node_of(prompt, "TrainLora")
     inputs["base_model"] = "../../etc"
     details = refusal(comfyui, prompt, [training])[loader]["errors"][0]["details"]
-    assert "found are demo (embedded)" in details
+    assert "Available: demo (embedded)" in details
 
 
 def test_base_model_file_is_missing(prompt: dict[str, Any], comfyui: PackServer):
@@ -141,7 +141,7 @@ def test_base_model_file_is_missing(prompt: dict[str, Any], comfyui: PackServer)
     widgets = {"flavour": "edit-v1", "base_model_precision": "none", "mixed_precision": "no", "quantize_via": "cpu"}
     prompt[loader] = {"class_type": "QwenEdit_LoadModelFiles", "inputs": {**files, **widgets}}
     details = refusal(comfyui, prompt, [training])[loader]["errors"][0]["details"]
-    assert "There is no file '../../x.safetensors' in models/diffusion_models" in details
+    assert "'../../x.safetensors' is not in models/diffusion_models" in details
 
 
 def test_base_model_files_are_listed_and_looked_into(prompt: dict[str, Any], comfyui: PackServer):
@@ -163,7 +163,7 @@ def test_base_model_files_are_listed_and_looked_into(prompt: dict[str, Any], com
     prompt[loader] = {"class_type": "QwenEdit_LoadModelFiles", "inputs": {**chosen, **widgets}}
     training, _ = node_of(prompt, "TrainLora")
     entry = comfyui.wait(comfyui.queue(prompt, [training]))
-    assert "wrong.safetensors is no Qwen-Image transformer" in failure(entry)
+    assert "wrong.safetensors is not a Qwen-Image transformer" in failure(entry)
     assert "looks like a LoRA" in failure(entry)
 
 
@@ -172,14 +172,14 @@ def test_lora_is_missing(prompt: dict[str, Any], comfyui: PackServer):
     shown = next(key for key, node in prompt.items() if node["class_type"] == "PreviewImage")
     inputs["lora_name"] = "../../secret.safetensors"
     errors = refusal(comfyui, prompt, [shown])
-    assert "is not there" in str(errors[sample]["errors"])
+    assert "not found" in str(errors[sample]["errors"])
 
 
 def test_lora_to_start_from_is_missing(prompt: dict[str, Any], comfyui: PackServer):
     settings, inputs = node_of(prompt, "LoraSettings")
     inputs["init_lora"] = "../../secret.safetensors"
     training, _ = node_of(prompt, "TrainLora")
-    assert "is not there" in str(refusal(comfyui, prompt, [training])[settings]["errors"])
+    assert "not found" in str(refusal(comfyui, prompt, [training])[settings]["errors"])
 
 
 def test_stop_refuses_what_it_does_not_know(comfyui: PackServer):
@@ -199,10 +199,10 @@ def test_stop_refuses_what_it_does_not_know(comfyui: PackServer):
 @pytest.mark.parametrize(
     ("widgets", "words"),
     [
-        ({"optimizer": "prodigy"}, "Set learning_rate to 1"),
-        ({"optimizer": "adamw-schedulefree", "lr_scheduler": "cosine"}, "takes the place of a falling rate"),
-        ({"lr_scheduler": "constant"}, "Set lr_warmup_steps to 0"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd'; allowed is one of adamw"),
+        ({"optimizer": "prodigy"}, "set it to 1"),
+        ({"optimizer": "adamw-schedulefree", "lr_scheduler": "cosine"}, "replaces a falling rate"),
+        ({"lr_scheduler": "constant"}, "lr_warmup_steps must be 0"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw"),
     ],
 )
 def test_optimizers_and_schedules_that_do_not_go_together(

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer_core.adapters.inject import inject_lora, load_into, without_lora
-from trainer_core.adapters.plan import target_modules
+from trainer_core.adapters.plan import plan_adapter, target_modules
 from trainer_core.adapters.writer import LoraMetadata, check_file, export_lora
 from trainer_core.config import ExportConfig, LoraConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ConfigError, ExportError, ModelFileError
 from trainer_core.files import read_metadata
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 
@@ -37,9 +38,9 @@ def randomise(lora: dict[str, torch.nn.Parameter], seed: int = 1) -> None:
 
 @pytest.mark.parametrize("targets", ["image-attention", "attention", "attention-mlp", "all"])
 def test_a_fresh_adapter_changes_nothing_and_alone_is_trainable(model: ModelConfig, targets: str) -> None:
-    transformer = load_transformer(model, CPU)
+    transformer = load_transformer(BaseModel(model), CPU)
     before = predict_velocity(transformer, *inputs())
-    lora = inject_lora(transformer, LoraConfig(lora_rank=4, lora_targets=targets), seed=0)
+    lora = inject_lora(transformer, plan_adapter(transformer, LoraConfig(lora_rank=4, lora_targets=targets)), seed=0)
     after = predict_velocity(transformer, *inputs())
     assert torch.equal(before, after.detach())
     trainable = {id(weight) for weight in transformer.parameters() if weight.requires_grad}
@@ -50,8 +51,8 @@ def test_a_fresh_adapter_changes_nothing_and_alone_is_trainable(model: ModelConf
 @pytest.mark.parametrize("targets", ["image-attention", "attention", "attention-mlp", "all"])
 def test_every_adapter_gets_a_gradient(model: ModelConfig, targets: str) -> None:
     """None is dead weight: the last block's text tail, which nothing reads, has no adapter."""
-    transformer = load_transformer(model, CPU)
-    lora = inject_lora(transformer, LoraConfig(lora_rank=2, lora_targets=targets), seed=0)
+    transformer = load_transformer(BaseModel(model), CPU)
+    lora = inject_lora(transformer, plan_adapter(transformer, LoraConfig(lora_rank=2, lora_targets=targets)), seed=0)
     randomise(lora)
     predict_velocity(transformer, *inputs()).square().sum().backward()
     dead = [name for name, weight in lora.items() if weight.grad is None or not weight.grad.abs().sum() > 0]
@@ -63,7 +64,9 @@ def test_every_adapter_gets_a_gradient(model: ModelConfig, targets: str) -> None
 def test_first_weights_depend_on_seed_and_name_alone(model: ModelConfig) -> None:
     def fresh(seed: int, targets: str) -> dict[str, torch.nn.Parameter]:
         torch.rand(5)  # whatever the process-wide generator did
-        return inject_lora(load_transformer(model, CPU), LoraConfig(lora_rank=4, lora_targets=targets), seed)
+        transformer = load_transformer(BaseModel(model), CPU)
+        plan = plan_adapter(transformer, LoraConfig(lora_rank=4, lora_targets=targets))
+        return inject_lora(transformer, plan, seed)
 
     few, many, other = fresh(0, "image-attention"), fresh(0, "all"), fresh(1, "image-attention")
     assert all(torch.equal(few[name], many[name]) for name in few)
@@ -72,13 +75,15 @@ def test_first_weights_depend_on_seed_and_name_alone(model: ModelConfig) -> None
 
 
 def test_output_is_base_plus_scaled_product(model: ModelConfig) -> None:
-    transformer = load_transformer(model, CPU)
-    lora = inject_lora(transformer, LoraConfig(lora_rank=4, lora_alpha=10, lora_targets="all"), seed=0)
+    transformer = load_transformer(BaseModel(model), CPU)
+    lora = inject_lora(
+        transformer, plan_adapter(transformer, LoraConfig(lora_rank=4, lora_alpha=10, lora_targets="all")), seed=0
+    )
     randomise(lora)
     adapted = predict_velocity(transformer, *inputs()).detach()
     with without_lora(transformer):
         base = predict_velocity(transformer, *inputs()).detach()
-    merged = load_transformer(model, CPU)
+    merged = load_transformer(BaseModel(model), CPU)
     assert torch.equal(predict_velocity(merged, *inputs()), base)
     for module in target_modules(merged, LoraConfig(lora_targets="all")):
         change = lora[f"{module}.lora_B"] @ lora[f"{module}.lora_A"] * 2.5
@@ -89,7 +94,7 @@ def test_output_is_base_plus_scaled_product(model: ModelConfig) -> None:
 
 @pytest.fixture
 def trained(model: ModelConfig, tmp_path: Path) -> tuple[dict[str, torch.nn.Parameter], torch.nn.Module, LoraMetadata]:
-    transformer = load_transformer(model, CPU)
+    transformer = load_transformer(BaseModel(model), CPU)
     config = TrainConfig(
         run_dir=str(tmp_path / "fox"),
         encoded="x.json",
@@ -97,7 +102,7 @@ def trained(model: ModelConfig, tmp_path: Path) -> tuple[dict[str, torch.nn.Para
         lora=LoraConfig(lora_rank=4, lora_alpha=10, lora_targets="attention-mlp"),
         export=ExportConfig(trigger_words="foxify"),
     )
-    lora = inject_lora(transformer, config.lora, seed=0)
+    lora = inject_lora(transformer, plan_adapter(transformer, config.lora), seed=0)
     randomise(lora)
     return lora, transformer, LoraMetadata(config, 12)
 
@@ -109,7 +114,7 @@ def test_a_file_carries_the_whole_effect(trained, model: ModelConfig, tmp_path: 
     assert {name.removeprefix("transformer.").removesuffix(".weight") for name in stored} == set(lora)
     header = read_metadata(path)
     assert header["modelspec.trigger_phrase"] == "foxify" and header["ss_network_dim"] == "4"
-    fresh = load_transformer(model, CPU)
+    fresh = load_transformer(BaseModel(model), CPU)
     load_into(fresh, path)
     expected = predict_velocity(transformer, *inputs())
     torch.testing.assert_close(predict_velocity(fresh, *inputs()), expected, rtol=1e-4, atol=1e-4)
@@ -118,7 +123,7 @@ def test_a_file_carries_the_whole_effect(trained, model: ModelConfig, tmp_path: 
 def test_half_strength_is_half_the_change_of_the_weights(trained, model: ModelConfig, tmp_path: Path) -> None:
     lora, _, metadata = trained
     path = export_lora(lora, tmp_path / "fox.safetensors", metadata)
-    half, other = load_transformer(model, CPU), load_transformer(model, CPU)
+    half, other = load_transformer(BaseModel(model), CPU), load_transformer(BaseModel(model), CPU)
     load_into(half, path, 0.5)
     stored = {name: tensor * (0.5 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
     save_file(stored, tmp_path / "half.safetensors")
@@ -157,11 +162,11 @@ def test_a_file_of_another_model_is_refused(trained, tmp_path: Path) -> None:
     other["transformer.transformer_blocks.7.attn.to_q.lora_B.weight"] = torch.ones(48, 4)
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(ModelFileError, match="another model"):
-        load_into(load_transformer(metadata.config.model, CPU), tmp_path / "other.safetensors")
+        load_into(load_transformer(BaseModel(metadata.config.model), CPU), tmp_path / "other.safetensors")
 
 
 def test_patterns(model: ModelConfig) -> None:
-    transformer = load_transformer(model, CPU)
+    transformer = load_transformer(BaseModel(model), CPU)
     only = LoraConfig(lora_targets="pattern", lora_target_pattern=r".*\.0\.attn\.to_q")
     assert target_modules(transformer, only) == ["transformer_blocks.0.attn.to_q"]
     for pattern, words in (("(", "not a regular expression"), ("nothing", "matches no layer")):
@@ -171,6 +176,7 @@ def test_patterns(model: ModelConfig) -> None:
 
 def test_zero_timestep_references_belong_to_edit_v3_alone(base_of: Callable[[str], ModelConfig]) -> None:
     outputs = {
-        name: predict_velocity(load_transformer(base_of(name), CPU), *inputs()) for name in ("edit-v2", "edit-v3")
+        name: predict_velocity(load_transformer(BaseModel(base_of(name)), CPU), *inputs())
+        for name in ("edit-v2", "edit-v3")
     }
     assert not torch.allclose(outputs["edit-v2"], outputs["edit-v3"], atol=1e-3)  # equal weights, other modulation

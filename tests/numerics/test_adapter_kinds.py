@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from tests.support.adapter_cases import KINDS, inputs, randomise
 from trainer_core.adapters.dora import DoraLinear
 from trainer_core.adapters.inject import for_file, inject_lora, load_into, without_lora
-from trainer_core.adapters.plan import num_parameters
+from trainer_core.adapters.plan import plan_adapter
 from trainer_core.adapters.reader import changed_weight, read_adapter
 from trainer_core.adapters.writer import LoraMetadata, check_file, export_lora, to_file_tensors
 from trainer_core.config import LoraConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ConfigError, ExportError, ModelFileError
 from trainer_core.precision.frozen_linear import dense_weight
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import (
-    check_transformer,
-    empty_transformer,
     load_transformer,
     predict_velocity,
 )
@@ -40,8 +39,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def adapted(model: ModelConfig, lora: LoraConfig) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """A transformer and its randomised adapter."""
-    transformer = load_transformer(model, CPU)
-    parameters = inject_lora(transformer, lora, seed=0)
+    transformer = load_transformer(BaseModel(model), CPU)
+    parameters = inject_lora(transformer, plan_adapter(transformer, lora), seed=0)
     randomise(parameters)
     return transformer, parameters
 
@@ -56,8 +55,8 @@ def export(model: ModelConfig, lora: LoraConfig, path: Path, config: LoraConfig 
 
 def velocity(model: ModelConfig, lora: LoraConfig) -> Tensor:
     """With the adapter as it is at first."""
-    transformer = load_transformer(model, CPU)
-    inject_lora(transformer, lora, seed=0)
+    transformer = load_transformer(BaseModel(model), CPU)
+    inject_lora(transformer, plan_adapter(transformer, lora), seed=0)
     return predict_velocity(transformer, *inputs()).detach()
 
 
@@ -70,9 +69,9 @@ def close(found: Tensor, wanted: Tensor, relative: float = 1e-5) -> bool:
 
 
 def test_a_fresh_one_changes_nothing_and_alone_is_trainable(kind: str, model: ModelConfig):
-    transformer = load_transformer(model, CPU)
+    transformer = load_transformer(BaseModel(model), CPU)
     before = predict_velocity(transformer, *inputs())
-    parameters = inject_lora(transformer, KINDS[kind], seed=0)
+    parameters = inject_lora(transformer, plan_adapter(transformer, KINDS[kind]), seed=0)
     assert torch.equal(predict_velocity(transformer, *inputs()).detach(), before)
     trainable = {id(weight) for weight in transformer.parameters() if weight.requires_grad}
     assert trainable == {id(weight) for weight in parameters.values()}
@@ -86,7 +85,7 @@ def test_every_parameter_gets_a_gradient(kind: str, model: ModelConfig):
 
 
 def test_without_it_the_base_is_back(kind: str, model: ModelConfig):
-    base = predict_velocity(load_transformer(model, CPU), *inputs())
+    base = predict_velocity(load_transformer(BaseModel(model), CPU), *inputs())
     transformer, parameters = adapted(model, KINDS[kind])
     with without_lora(transformer):
         assert torch.equal(predict_velocity(transformer, *inputs()).detach(), base)
@@ -103,7 +102,7 @@ def test_names_are_those_of_the_file(kind: str, model: ModelConfig, tmp_path: Pa
 def test_the_file_is_the_whole_effect(kind: str, model: ModelConfig, tmp_path: Path):
     """Read back into a fresh model, and as plain weights by the file's own arithmetic."""
     path, wanted = export(model, KINDS[kind], tmp_path / "x.safetensors")
-    fresh, merged = load_transformer(model, CPU), load_transformer(model, CPU)
+    fresh, merged = load_transformer(BaseModel(model), CPU), load_transformer(BaseModel(model), CPU)
     load_into(fresh, path)
     assert close(predict_velocity(fresh, *inputs()), wanted)
     names = [name for name, _ in merged.named_modules()]
@@ -115,7 +114,7 @@ def test_the_file_is_the_whole_effect(kind: str, model: ModelConfig, tmp_path: P
 
 def test_half_the_strength_is_half_the_change_of_weights(kind: str, model: ModelConfig, tmp_path: Path):
     path, _ = export(model, KINDS[kind], tmp_path / "x.safetensors")
-    half, merged = load_transformer(model, CPU), load_transformer(model, CPU)
+    half, merged = load_transformer(BaseModel(model), CPU), load_transformer(BaseModel(model), CPU)
     load_into(half, path, 0.5)
     names = [name for name, _ in merged.named_modules()]
     for name, part in read_adapter(path, names).items():
@@ -132,11 +131,11 @@ def test_started_from_its_own_file_it_goes_on(kind: str, model: ModelConfig, tmp
 
 def test_the_number_of_parameters_is_known_beforehand(kind: str, model: ModelConfig, tmp_path: Path):
     _, parameters = adapted(model, KINDS[kind])
-    empty = empty_transformer(check_transformer(model))
-    assert num_parameters(empty, KINDS[kind]) == sum(weight.numel() for weight in parameters.values())
+    empty = BaseModel(model).network
+    assert plan_adapter(empty, KINDS[kind]).num_parameters == sum(weight.numel() for weight in parameters.values())
     path, _ = export(model, KINDS[kind], tmp_path / "x.safetensors")
     other_rank = dataclasses.replace(KINDS[kind], lora_rank=3, rank_pattern=(), init_lora=str(path))
-    assert num_parameters(empty, other_rank) == sum(weight.numel() for weight in parameters.values())
+    assert plan_adapter(empty, other_rank).num_parameters == sum(weight.numel() for weight in parameters.values())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -144,14 +143,14 @@ def test_the_number_of_parameters_is_known_beforehand(kind: str, model: ModelCon
 def test_on_quantised_weights(name: str, precision: str, model: ModelConfig, tmp_path: Path):
     """Fresh it changes nothing; trained it acts on the numbers that the quantised layer multiplies with."""
     quantised = dataclasses.replace(model, base_model_precision=precision)
-    transformer = load_transformer(quantised, CPU)
+    transformer = load_transformer(BaseModel(quantised), CPU)
     base = predict_velocity(transformer, *inputs())
-    parameters = inject_lora(transformer, KINDS[name], seed=0)
+    parameters = inject_lora(transformer, plan_adapter(transformer, KINDS[name]), seed=0)
     assert torch.equal(predict_velocity(transformer, *inputs()).detach(), base)
     randomise(parameters)
     found = predict_velocity(transformer, *inputs()).detach()
     assert not close(found, base, 0.01)
-    dense = load_transformer(model, CPU)
+    dense = load_transformer(BaseModel(model), CPU)
     stored = to_file_tensors(for_file(transformer, parameters), KINDS[name], torch.float32)
     save_file(stored, tmp_path / "x.safetensors")
     for layer, part in read_adapter(tmp_path / "x.safetensors", [each for each, _ in dense.named_modules()]).items():
@@ -252,7 +251,7 @@ def test_starts_from_files_of_any_layout(layout: str, model: ModelConfig, tmp_pa
     save_file(renamed, tmp_path / "y.safetensors")
     start = dataclasses.replace(lora, lora_rank=16, init_lora=str(tmp_path / "y.safetensors"))
     assert close(velocity(model, start), wanted)
-    sampled = load_transformer(model, CPU)
+    sampled = load_transformer(BaseModel(model), CPU)
     load_into(sampled, tmp_path / "y.safetensors")
     assert close(predict_velocity(sampled, *inputs()), wanted)
 
@@ -274,8 +273,8 @@ def test_files_that_do_not_suit_are_refused(model: ModelConfig, tmp_path: Path):
     cases = [
         (KINDS["lokr"], path, ConfigError, "lora_type is lokr. Set lora_type to lora"),
         (KINDS["lora"], dora, ConfigError, "Set lora_type to dora"),
-        (LoraConfig(), path, ConfigError, "Choose lora_targets that hold them"),
-        (LoraConfig(), tmp_path / "none.safetensors", ModelFileError, "not there"),
+        (LoraConfig(), path, ConfigError, "Choose lora_targets that include them"),
+        (LoraConfig(), tmp_path / "none.safetensors", ModelFileError, "is missing"),
     ]
     stored = load_file(path)
     save_file({"transformer.x.hada_w1_a": torch.ones(1, 1)}, tmp_path / "loha.safetensors")
@@ -286,15 +285,16 @@ def test_files_that_do_not_suit_are_refused(model: ModelConfig, tmp_path: Path):
     cases.append((KINDS["lora"], tmp_path / "short.safetensors", ModelFileError, "another model"))
     stored.pop(next(name for name in stored if "lora_A" in name))
     save_file(stored, tmp_path / "half.safetensors")
-    cases.append((KINDS["lora"], tmp_path / "half.safetensors", ModelFileError, "not whole"))
+    cases.append((KINDS["lora"], tmp_path / "half.safetensors", ModelFileError, "is incomplete"))
     for lora, file, error, words in cases:
         with pytest.raises(error, match=words):
-            inject_lora(load_transformer(model, CPU), dataclasses.replace(lora, init_lora=str(file)), 0)
+            plan_adapter(BaseModel(model).network, dataclasses.replace(lora, init_lora=str(file)))
 
 
 def test_patterns_set_rank_and_scale(model: ModelConfig):
     lora = LoraConfig(lora_rank=4, rank_pattern=("0 = 2", r".*\.attn\.to_k = 8"), alpha_pattern=("0-1 = 16",))
-    parameters = inject_lora(load_transformer(model, CPU), lora, 0)
+    transformer = load_transformer(BaseModel(model), CPU)
+    parameters = inject_lora(transformer, plan_adapter(transformer, lora), 0)
     ranks = {name: weight.shape[0] for name, weight in parameters.items() if name.endswith("lora_A")}
     assert ranks["transformer_blocks.0.attn.to_k.lora_A"] == 2
     assert ranks["transformer_blocks.1.attn.to_k.lora_A"] == 8
@@ -302,7 +302,7 @@ def test_patterns_set_rank_and_scale(model: ModelConfig):
     assert lora.scale_of("transformer_blocks.0.attn.to_k", 2) == 8
     assert dataclasses.replace(lora, use_rslora=True).scale_of("transformer_blocks.1.attn.to_q", 4) == 8
     with pytest.raises(ConfigError, match="matches none of the 8 layers"):
-        inject_lora(load_transformer(model, CPU), dataclasses.replace(lora, rank_pattern=("7 = 2",)), 0)
+        plan_adapter(BaseModel(model).network, dataclasses.replace(lora, rank_pattern=("7 = 2",)))
 
 
 @pytest.mark.parametrize("line", ["0-9", "= 4", "9-3 = 4", "( = 4", "0 = x", "0 = 0", "0 = 2.5"])

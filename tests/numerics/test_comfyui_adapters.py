@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.numerics.test_comfyui_lora import relative_error, save_base
 from tests.support.adapter_cases import KINDS, inputs, randomise
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
 from tests.support.narrow import NARROW
+from tests.support.random_base import relative_error, save_base
 from trainer_core.adapters.inject import for_file, inject_lora, load_into
+from trainer_core.adapters.plan import plan_adapter
 from trainer_core.adapters.writer import LoraMetadata, export_lora
 from trainer_core.config import ModelConfig, TrainConfig
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.latents import denormalise
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 
@@ -43,8 +45,8 @@ def outcome(comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Outc
     model = ModelConfig(base=str(folder), mixed_precision="no", device="cpu")
     ours, layers, files = {}, {}, {}
     for kind, lora in KINDS.items():
-        transformer = load_transformer(model, CPU)
-        parameters = inject_lora(transformer, lora, seed=0)
+        transformer = load_transformer(BaseModel(model), CPU)
+        parameters = inject_lora(transformer, plan_adapter(transformer, lora), seed=0)
         randomise(parameters, 0.4 if lora.lora_type == "lokr" else 0.15)
         ours[kind] = predict_velocity(transformer, *inputs()).detach()
         files[kind] = folder / f"{kind}.safetensors"
@@ -100,7 +102,7 @@ def test_comfyui_gives_the_trained_effect(kind: str, outcome: Outcome):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_at_half_strength_our_sampler_is_comfyuis(kind: str, outcome: Outcome):
-    transformer = load_transformer(outcome.model, CPU)
+    transformer = load_transformer(BaseModel(outcome.model), CPU)
     load_into(transformer, outcome.files[kind], 0.5)
     ours = predict_velocity(transformer, *inputs())
     assert relative_error(outcome.halved.tensors[f"{kind}.one"], ours) < TOLERANCE

@@ -6,7 +6,6 @@ import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,12 @@ from torch import Tensor
 
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
 from tests.support.narrow import NARROW
+from tests.support.random_base import relative_error, save_base
 from trainer_core.adapters.inject import inject_lora, without_lora
+from trainer_core.adapters.plan import plan_adapter
 from trainer_core.adapters.writer import LoraMetadata, export_lora
 from trainer_core.config import LoraConfig, ModelConfig, TrainConfig
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.latents import denormalise
 from trainer_core.qwen_image.positions import ComfyuiPositions
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
@@ -68,24 +70,6 @@ def draw(name: str, *shape: int) -> Tensor:
     return torch.randn(shape, generator=stream(0, "comfyui lora", name))
 
 
-def save_base(folder: Path, config: dict[str, Any]) -> Path:
-    """A transformer of random bfloat16 weights in diffusers' layout; ComfyUI reads the same file."""
-    with torch.device("meta"):
-        empty = QwenImageTransformer2DModel(**config)
-    generator, weights = stream(0, "comfyui base"), {}
-    for name, parameter in empty.named_parameters():
-        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.bfloat16)
-        is_matrix = parameter.ndim > 1
-        weights[name] = drawn / parameter.shape[1] ** 0.5 if is_matrix else drawn * 0.1 + ("norm" in name)
-    empty.save_config(folder / "transformer")
-    path = folder / "transformer/diffusion_pytorch_model.safetensors"
-    save_file(weights, path)
-    for part in ("vae", "text_encoder"):
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text("{}")
-    return path
-
-
 def condition_of(name: str, case: Case, width: int) -> tuple[Tensor, Tensor, Condition]:
     """Noisy latents, sigma and condition of a case."""
     references = tuple(draw(f"{name} reference {n}", 1, 16, *size) for n, size in enumerate(case.references))
@@ -112,8 +96,8 @@ def for_comfyui(width: int) -> dict[str, Tensor]:
 @torch.no_grad()
 def our_velocities(model: ModelConfig, lora_file: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Velocities with a trained adapter, which is then exported, and without; the layers that have one."""
-    transformer = load_transformer(model, torch.device("cpu"))
-    lora = inject_lora(transformer, LORA, seed=0)
+    transformer = load_transformer(BaseModel(model), torch.device("cpu"))
+    lora = inject_lora(transformer, plan_adapter(transformer, LORA), seed=0)
     for name, weight in lora.items():
         if name.endswith("lora_B"):
             weight.copy_(draw(name, *weight.shape) * 0.1)
@@ -185,12 +169,6 @@ def outcome(request: pytest.FixtureRequest, comfyui_dir: Path, tmp_path_factory:
     answer = run_in_comfyui(comfyui_dir, "comfy_subprocess_lora.py", folder / "comfyui", for_comfyui(width), question)
     base.unlink()  # three quarters of a gigabyte
     return Outcome(ours, diffusers, answer, layers)
-
-
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm."""
-    assert found.shape == wanted.shape
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def test_the_lora_matters(outcome: Outcome):

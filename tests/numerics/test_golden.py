@@ -16,6 +16,7 @@ from tests.support.narrow import make_base, make_pairs, read_rows, small_encodin
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.config import BatchingConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from trainer_core.data.pairing import pair_folders
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
@@ -24,7 +25,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
 def curve(model: ModelConfig, folder: Path) -> list[list[float]]:
     """Loss and gradient norm of twenty steps, and the validation loss at the end."""
     dataset = pair_folders(make_pairs(folder / "pairs", 6, ((96, 96), (128, 96))))
-    encoded = encode_dataset(dataset, model, small_encoding(num_eval_images=2), folder / "cache")
+    encoded = encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=2), folder / "cache")
     result = train_lora(
         TrainConfig(
             run_dir=str(folder / "run"),

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from tests.support.narrow import planned_size
 from trainer_core.adapters.inject import inject_lora
 from trainer_core.adapters.master_weights import master_weights
+from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import BaseModelPrecision, LoraConfig, MixedPrecision, ModelConfig, TrainConfig
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
@@ -19,12 +21,12 @@ from trainer_core.memory.recompute import Recomputation
 from trainer_core.memory.streaming import _frozen_tensors as frozen_tensors
 from trainer_core.planning import activations
 from trainer_core.planning.activations import Tokens, kept_by_block, kept_bytes
-from trainer_core.planning.network import measure_network
 from trainer_core.planning.plan import plan_memory
 from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.precision.quantise import quantise
-from trainer_core.qwen_image.lighten import lighten
-from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, empty_transformer, predict_velocity
+from trainer_core.qwen_image.base_model import empty_transformer
+from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
+from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, predict_velocity
 from trainer_core.qwen_image.types import Condition
 
 TEXT = 16
@@ -37,7 +39,7 @@ def network_of(heads: int, num_layers: int, *, dtype: torch.dtype, zero_cond_t: 
     rotary = network.pos_embed
     network.to_empty(device="cpu").to(dtype).requires_grad_(False)
     network.pos_embed = rotary
-    lighten(network)
+    optimise_frozen_forward(network)
     for weight in network.parameters():
         weight.data.fill_(0.01)
     return network
@@ -97,9 +99,9 @@ def test_a_block_keeps_what_is_planned(case: dict, monkeypatch: pytest.MonkeyPat
     model = ModelConfig(flavour=flavour, mixed_precision=case.get("precision", "bf16"))
     v3 = flavour == "edit-v3"
     settings = {"num_layers": 2, "num_attention_heads": heads, "zero_cond_t": v3}
-    size = measure_network(settings, model, lora)
+    size = planned_size(settings, model, lora)
     network = network_of(heads, settings["num_layers"], dtype=dtype, zero_cond_t=v3)
-    weights = inject_lora(network, lora, 0)
+    weights = inject_lora(network, plan_adapter(network, lora), 0)
     master_weights(weights, dtype)
     network.train(dropout > 0)
     rows = kept_by_block(size, rank=4, batch=case.get("batch", 1), dropout=dropout > 0)
@@ -123,7 +125,7 @@ PRECISIONS: tuple[BaseModelPrecision, ...] = (
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_weights_take_what_is_planned(precision: BaseModelPrecision) -> None:
     model = ModelConfig(base_model_precision=precision)
-    size = measure_network({"num_layers": 2, "num_attention_heads": 3}, model, LoraConfig())
+    size = planned_size({"num_layers": 2, "num_attention_heads": 3}, model, LoraConfig())
     network = network_of(3, 2, dtype=torch.bfloat16)
     quantise(network, precision, SENSITIVE_LAYERS, torch.device("cpu"), SILENT)
     first = sum(tensor.nbytes for _, _, tensor in frozen_tensors(network.transformer_blocks[0]))
@@ -137,10 +139,9 @@ def test_file_keeps_codes_of_a_byte_and_nothing_else(mixed_precision: MixedPreci
     """A bf16 file is as under `none`, also where the arithmetic is float32."""
     settings, lora = {"num_layers": 2, "num_attention_heads": 3}, LoraConfig()
     plain = ModelConfig(mixed_precision=mixed_precision)
-    count = sum(weight.numel() for weight in empty_transformer(dict(settings)).parameters())
-    none = measure_network(settings, plain, lora)
+    none = planned_size(settings, plain, lora)
     file = dataclasses.replace(plain, base_model_precision="file")
-    found = measure_network(settings, file, lora, stored_bytes=stored * count)
+    found = planned_size(settings, file, lora, stored_bytes=stored)
     matrices = sum(rows * columns for rows, columns in none.block.matrices)
     assert none.block_bytes - found.block_bytes == (matrices * (none.element_bytes - 1) if kept else 0)
 
@@ -162,7 +163,7 @@ def test_the_peak_of_a_step_is_within_a_tenth_of_the_plan(recomputed: int, flavo
     """Forward and backward of three blocks, of which none, two and all compute their activations again."""
     v3, lora = flavour == "edit-v3", LoraConfig(lora_rank=4)
     model = ModelConfig(flavour=flavour)
-    size = measure_network({"num_layers": 3, "num_attention_heads": 4, "zero_cond_t": v3}, model, lora)
+    size = planned_size({"num_layers": 3, "num_attention_heads": 4, "zero_cond_t": v3}, model, lora)
     config = TrainConfig(run_dir="run", encoded="data", model=model, lora=lora, gradient_checkpointing=recomputed > 0)
     memory = dataclasses.replace(config.memory, gradient_checkpointing_blocks=recomputed)
     work = Workload(train=pair_size(Size(384, 384), [Size(384, 384)], 32), batch=1)
@@ -172,7 +173,7 @@ def test_the_peak_of_a_step_is_within_a_tenth_of_the_plan(recomputed: int, flavo
     working -= 4 * size.largest_layer_weights  # on the CPU nothing is dequantised
 
     network = network_of(4, 3, dtype=torch.bfloat16, zero_cond_t=v3)
-    master_weights(inject_lora(network, lora, 0), torch.bfloat16)
+    master_weights(inject_lora(network, plan_adapter(network, lora), 0), torch.bfloat16)
     if recomputed:
         network.enable_gradient_checkpointing(Recomputation(list(network.transformer_blocks), recomputed))
     latents = [torch.randn(1, 16, 48, 48) for _ in range(2)]

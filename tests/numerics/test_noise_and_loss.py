@@ -154,8 +154,8 @@ def test_each_pair_has_the_width_of_its_own_level_and_weights_count() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"mode_scale": 2.0}, "mode_scale is 2.0; allowed is -1 to 1.75"),
-        ({"huber_c": 0.0}, "huber_c is 0.0; allowed is above 0"),
+        ({"mode_scale": 2.0}, "mode_scale must be -1 to 1.75"),
+        ({"huber_c": 0.0}, "huber_c must be above 0"),
         ({"loss_type": "smooth-l1"}, "Did you mean 'smooth_l1'"),
         ({"sigma_distribution": "cos_map"}, "Did you mean 'cosmap'"),
     ],

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
-from benchmarks.step_bytes import META, LiveBytes, flash_attention
+from tests.support.live_bytes import META, LiveBytes, flash_attention
 from trainer_core.planning.plan import DECODING_ELEMENTS, ENCODING_ELEMENTS, VAE_WEIGHTS
 from trainer_core.qwen_image.latents import denormalise, normalise
 from trainer_core.qwen_image.vae import decode_latents, encode_picture, for_pictures

@@ -22,6 +22,7 @@ from trainer_core.conditioning.pictures import plan_reference, vision_picture
 from trainer_core.config import EncodingConfig, ModelConfig
 from trainer_core.geometry import Box, Size
 from trainer_core.qwen_image import prompt
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.folder import model_folder
 from trainer_core.qwen_image.sampling import load_scheduler
@@ -84,7 +85,7 @@ def build_pipeline(model: ModelConfig) -> Any:
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     device, folder = torch.device("cpu"), model_folder(model)
-    encoder = load_text_encoder(model, "diffusers", device)
+    encoder = load_text_encoder(BaseModel(model), "diffusers", device)
     pipeline = QwenImageEditPipeline if model.flavour == "edit-v1" else QwenImageEditPlusPipeline
     built = pipeline(
         scheduler=load_scheduler(folder.scheduler),
@@ -92,7 +93,7 @@ def build_pipeline(model: ModelConfig) -> Any:
         text_encoder=encoder.network,
         tokenizer=encoder.tokenizer,
         processor=Qwen2VLProcessor(Qwen2VLImageProcessor(), encoder.tokenizer, Qwen2VLVideoProcessor()),
-        transformer=load_transformer(model, device),
+        transformer=load_transformer(BaseModel(model), device),
     )
     built.set_progress_bar_config(disable=True)
     return built
@@ -171,7 +172,7 @@ def test_prompt_embeds_equal_the_pipelines(bases: dict[str, ModelConfig], flavou
     encoding = EncodingConfig(preprocessing="diffusers")
     views = [plan_reference(Box(0, 0, *each.size), FLAVOURS[flavour], encoding, SIZE)[1] for each in references]
     seen = [vision_picture(each, view) for each, view in zip(references, views, strict=True)]
-    ours = load_text_encoder(model, "diffusers", torch.device("cpu")).encode(PROMPT, seen)
+    ours = load_text_encoder(BaseModel(model), "diffusers", torch.device("cpu")).encode(PROMPT, seen)
 
     pipeline = build_pipeline(model)
     resized = [
@@ -223,7 +224,7 @@ def test_the_pipelines_and_our_diffusers_policy_count_pictures_as_text(bases: di
     of the policy `diffusers` are of the old kind (their key holds transformers' version, not diffusers').
     """
     model, references = bases["edit-v2"], pictures(2)
-    pipeline, ours = build_pipeline(model), load_text_encoder(model, "diffusers", torch.device("cpu"))
+    pipeline, ours = build_pipeline(model), load_text_encoder(BaseModel(model), "diffusers", torch.device("cpu"))
     theirs_seen, ours_seen = Positions(pipeline.text_encoder), Positions(ours.network)
     pipeline.encode_prompt(PROMPT, image=references)
     ours.encode(PROMPT, references)
@@ -234,7 +235,7 @@ def test_the_pipelines_and_our_diffusers_policy_count_pictures_as_text(bases: di
 
 @pytest.mark.usefixtures("small_areas")
 def test_our_comfyui_policy_gives_pictures_rows_and_columns(bases: dict[str, ModelConfig]):
-    encoder = load_text_encoder(bases["edit-v2"], "comfyui", torch.device("cpu"))
+    encoder = load_text_encoder(BaseModel(bases["edit-v2"]), "comfyui", torch.device("cpu"))
     record = Positions(encoder.network)
     encoder.encode(PROMPT, [torch.rand(3, 84, 140), torch.rand(3, 112, 56)])
     positions = record.seen[0].view(3, -1)
@@ -245,7 +246,7 @@ def test_our_comfyui_policy_gives_pictures_rows_and_columns(bases: dict[str, Mod
 
 @pytest.mark.parametrize("grids", [[], [(6, 10)], [(10, 6), (4, 4)], [(2, 2), (14, 4), (8, 26)]])
 def test_rotary_positions_equal_transformers_own(bases: dict[str, ModelConfig], grids: list[tuple[int, int]]):
-    network = load_text_encoder(bases["edit-v2"], "comfyui", torch.device("cpu")).network
+    network = load_text_encoder(BaseModel(bases["edit-v2"]), "comfyui", torch.device("cpu")).network
     ids = [11, 12, 13]
     for rows, columns in grids:
         ids += [151652, *[151655] * (rows * columns // 4), 151653, 14]

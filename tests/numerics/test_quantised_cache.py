@@ -19,6 +19,7 @@ from trainer_core.events import SilentObserver, Stop
 from trainer_core.precision import materialise, quantised_cache
 from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.precision.pieces import Pieces, layer_of, pieces_of
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
@@ -51,7 +52,7 @@ def config_of(base: Path, kept: Path, precision: BaseModelPrecision = "int8-quan
 
 def load(config: ModelConfig) -> nn.Module:
     """The transformer."""
-    return load_transformer(config, CPU)
+    return load_transformer(BaseModel(config), CPU)
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def test_a_stop_leaves_nothing_behind(base: Path, tmp_path: Path) -> None:
             return Stop.PAUSE if self.asked > 2 else Stop.NO
 
     with pytest.raises(Interrupted):
-        load_transformer(config_of(base, tmp_path), CPU, Stopper())
+        load_transformer(BaseModel(config_of(base, tmp_path)), CPU, Stopper())
     assert not entries(tmp_path)
 
 
@@ -180,7 +181,7 @@ def test_what_can_not_be_kept_does_not_keep_from_loading(
     wanted = velocity(load(dataclasses.replace(config, quantised_cache_gb=0.0)))
     with caplog.at_level(logging.WARNING):
         assert torch.equal(velocity(load(dataclasses.replace(config, quantised_cache_gb=1e-6))), wanted)
-    assert "more than the cache may" in caplog.text and not entries(tmp_path / "kept")
+    assert "more than the cache's limit" in caplog.text and not entries(tmp_path / "kept")
     (tmp_path / "a file").write_text("")
     blocked = dataclasses.replace(config, quantised_cache_dir=str(tmp_path / "a file" / "kept"))
     with caplog.at_level(logging.WARNING):
@@ -259,5 +260,5 @@ def test_a_token_does_not_change_the_rounding_of_another() -> None:
 
 @pytest.mark.parametrize("precision", ["none", "no_change", "nf4-bnb", "int4-quanto", "int2-quanto", "file"])
 def test_quantised_activations_need_eight_bits(precision: BaseModelPrecision) -> None:
-    with pytest.raises(ConfigError, match=r"base_model_precision is .*allowed is int8-quanto or fp8-quanto"):
+    with pytest.raises(ConfigError, match=r"base_model_precision must be int8-quanto or fp8-quanto"):
         ModelConfig(base_model_precision=precision, quantize_activations=True)

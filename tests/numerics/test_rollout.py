@@ -19,8 +19,8 @@ from trainer_core.training.objective import noisy_latents, penalty_at, velocity_
 from trainer_core.training.rollout import (
     RolledOut,
     compensation,
+    direction_error,
     draw_offsets,
-    drift,
     integrate,
     reflexflow_loss,
     roll_out,
@@ -238,22 +238,22 @@ def test_weights_have_mean_one_and_pass_on_no_gradient() -> None:
 
 def test_drift_is_zero_for_equal_and_four_for_opposite_directions_whatever_is_masked() -> None:
     way = torch.randn(1, 4, 6, 6)
-    assert float(drift(3 * way, way)[0]) == pytest.approx(0.0, abs=1e-6)
-    assert float(drift(-way, way)[0]) == pytest.approx(4.0, rel=1e-5)
+    assert float(direction_error(3 * way, way)[0]) == pytest.approx(0.0, abs=1e-6)
+    assert float(direction_error(-way, way)[0]) == pytest.approx(4.0, rel=1e-5)
     mask, spoilt = torch.ones(1, 1, 6, 6), way.clone()
     mask[..., 0], spoilt[..., 0] = 0.0, 99.0
-    assert float(drift(spoilt, way, mask)[0]) == pytest.approx(0.0, abs=1e-6)
-    assert float(drift(spoilt, way)[0]) > 0.5
+    assert float(direction_error(spoilt, way, mask)[0]) == pytest.approx(0.0, abs=1e-6)
+    assert float(direction_error(spoilt, way)[0]) > 0.5
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"max_step_offset": 1000}, "scheduled_sampling_max_step_offset is 1000; allowed is 0 to 999"),
-        ({"probability": 1.5}, "scheduled_sampling_probability is 1.5; allowed is 0 to 1"),
+        ({"max_step_offset": 1000}, "scheduled_sampling_max_step_offset must be 0 to 999"),
+        ({"probability": 1.5}, "scheduled_sampling_probability must be 0 to 1"),
         ({"sampler": "unipcm"}, "Did you mean 'unipc'"),
-        ({"order": 4}, "scheduled_sampling_order is 4"),
-        ({"reflexflow_beta1": -1.0}, "scheduled_sampling_reflexflow_beta1 is -1.0"),
+        ({"order": 4}, "scheduled_sampling_order must be 1 to 3, got 4"),
+        ({"reflexflow_beta1": -1.0}, "scheduled_sampling_reflexflow_beta1 must be 0 or more, got -1.0"),
     ],
 )
 def test_wrong_values_are_said(change: dict[str, Any], words: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.narrow import make_pairs, read_rows, small_encoding
+from tests.support.narrow import make_pairs, networks_of, read_rows, small_encoding
 from tests.support.runs import Steps, StopAfter, equal, lora_tensors, named, twelve_steps
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
@@ -31,6 +31,7 @@ from trainer_core.config import (
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import DatasetError, NonFiniteLossError
 from trainer_core.events import SILENT, Stop
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.training import optimizer as optimizer_module
 from trainer_core.training import step as step_module
@@ -60,12 +61,14 @@ def test_stopped_at_every_moment_and_continued_equals_the_unbroken_run(config: T
 
 
 def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: TrainConfig, tmp_path: Path) -> None:
-    """SIGKILL three times, at moments that a generator seeded by the clock picks."""
+    """SIGKILL three times, at random moments. The printed seed repeats them."""
     longer = dataclasses.replace(config, max_train_steps=40, optimizer=OptimizerConfig(learning_rate=3e-3))
     unbroken, killed = train_lora(longer), named(longer, "killed")
     (tmp_path / "config.json").write_text(json.dumps(to_json(killed)))
     metrics = Path(killed.run_dir) / "metrics.jsonl"
-    moments = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print(f"seed of the moments: {seed}")  # noqa: T201 - pytest shows it when the test fails
+    moments = random.Random(seed)
     for _ in range(3):
         command = [sys.executable, "-m", "tests.support.train_until_killed", str(tmp_path / "config.json")]
         steps_before = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
@@ -114,7 +117,7 @@ def test_memory_settings_change_nothing(config: TrainConfig) -> None:
 def test_one_batch_of_four_equals_four_of_one(model: ModelConfig, tmp_path: Path) -> None:
     """Prompts are of unequal length here, so this also shows that padding is masked away."""
     dataset = pair_folders(make_pairs(tmp_path / "pairs", 4))
-    encoded = encode_dataset(dataset, model, small_encoding(num_eval_images=0), tmp_path / "cache")
+    encoded = encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=0), tmp_path / "cache")
     assert len({encoded.load(entry).prompt_embeds.shape for entry in encoded.pairs}) > 1
     reports = {}
     for size in (1, 4):
@@ -205,7 +208,7 @@ def test_training_lowers_the_loss_on_pairs_it_has_not_seen(config: TrainConfig) 
 def test_a_dataset_of_another_flavour_or_with_lost_entries_is_refused(
     config: TrainConfig, base_of: Any, encoded: EncodedDataset
 ) -> None:
-    with pytest.raises(ValueError, match="encoded for edit-v1, and the model is edit-v2"):
+    with pytest.raises(ValueError, match="encoded for edit-v1, but the model is edit-v2"):
         train_lora(dataclasses.replace(config, model=base_of("edit-v2")))
     entry = encoded.pairs[0]
     path = encoded.cache_dir / "latents" / entry.target[:2] / f"{entry.target}.safetensors"
@@ -222,11 +225,13 @@ def test_validation_loss_is_the_same_number_for_the_same_weights(config: TrainCo
     from trainer_core.conditioning.encoded import load_encoded
     from trainer_core.qwen_image.transformer import load_transformer
 
-    transformer = load_transformer(config.model, torch.device("cpu"))
+    transformer = load_transformer(BaseModel(config.model), torch.device("cpu"))
     losses = []
     for _ in range(2):
         torch.rand(3)
-        validator = validation_module.Validator(load_encoded(Path(config.encoded)), config.model, config.validation)
+        validator = validation_module.Validator(
+            load_encoded(Path(config.encoded)), BaseModel(config.model), config.validation
+        )
         losses.append(validator.loss(transformer, torch.device("cpu"), SILENT))
     assert losses[0] == losses[1] > 0
 
@@ -237,7 +242,7 @@ def test_tokens_stand_where_the_policy_has_them(model: ModelConfig) -> None:
     config, cpu = TrainConfig(run_dir="x", encoded="y", model=model), torch.device("cpu")
     placed = {}
     for policy in ("comfyui", "diffusers"):
-        embed = step_module.build_networks(config, policy, SILENT).transformer.pos_embed
+        embed = networks_of(config, policy).transformer.pos_embed
         placed[policy] = [embed(shapes, max_txt_seq_len=5, device=cpu) for shapes in (odd, even)]
     for part in (0, 1):  # pictures, prompt
         assert not torch.equal(placed["comfyui"][0][part], placed["diffusers"][0][part])

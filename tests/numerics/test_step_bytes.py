@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu_step import GIB, Setting, planned_bytes
-from benchmarks.step_bytes import traced_step
+from tests.support.full_size_step import GIB, Setting, planned_bytes
+from tests.support.live_bytes import traced_step
 
 LAYERS = 60
 WORKSPACES = 0.1 * GIB  # of CUDA's libraries, which are not counted

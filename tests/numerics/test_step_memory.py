@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.numerics.test_quantised import gradients, predict, with_adapter
+from tests.support.adapter_gradients import gradients, predict, with_adapter
 from tests.support.narrow import NARROW, fill
+from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ConfigError, MissingPackageError
 from trainer_core.memory import offload as offload_module
@@ -18,6 +19,7 @@ from trainer_core.memory.offload import CHUNK_BYTES, HostCopies, offloaded_bytes
 from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
 from trainer_core.memory.recompute import Recomputation
 from trainer_core.memory.streaming import BlockStream
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer
 
 CPU = torch.device("cpu")
@@ -58,7 +60,7 @@ def run(base: Path, precision: BaseModelPrecision = "none", **memory: object) ->
         lora=LoraConfig(lora_rank=4, lora_targets="all"),
     )
     on_host = blocks_on_host(config.memory, LAYERS, checkpointing=config.gradient_checkpointing)
-    transformer = load_transformer(config.model, CPU, on_host=on_host)
+    transformer = load_transformer(BaseModel(config.model), CPU, on_host=on_host)
     stream = stream_blocks(transformer, on_host, CPU, config.memory)
     lora = with_adapter(transformer)
     apply_memory(transformer, stream, CPU, config)
@@ -90,7 +92,7 @@ def test_fewer_blocks_keep_more(base: Path):
     """The saved tensors of blocks that are not computed again are there at the end of the forward pass."""
 
     def saved(blocks: int) -> int:
-        transformer = load_transformer(ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU)
+        transformer = load_transformer(BaseModel(ModelConfig(base=str(base), mixed_precision="no", device="cpu")), CPU)
         with_adapter(transformer)
         transformer.enable_gradient_checkpointing(Recomputation(list(transformer.transformer_blocks), blocks))
         total = 0
@@ -124,7 +126,7 @@ def test_streamed_weights_keep_their_addresses_and_share_them(base: Path):
     memory = MemoryConfig(blocks_to_stream=LAYERS)
     numbers = blocks_on_host(memory, LAYERS, checkpointing=True)
     transformer = load_transformer(
-        ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU, on_host=numbers
+        BaseModel(ModelConfig(base=str(base), mixed_precision="no", device="cpu")), CPU, on_host=numbers
     )
     stream = stream_blocks(transformer, numbers, CPU, memory)
     assert stream is not None
@@ -148,7 +150,7 @@ def test_each_weight_comes_over_once_a_pass(base: Path, monkeypatch: pytest.Monk
     copy = BlockStream._fetch
 
     def counted(self: BlockStream, index: int) -> None:
-        if self._there[index % len(self._buffers)] != index:
+        if self._block_in[index % len(self._buffers)] != index:
             copies.append(index)
         copy(self, index)
 
@@ -170,7 +172,7 @@ class Counting(HostCopies):
 
 
 def test_offloading_is_bit_equal_and_uses_its_memory_again(base: Path, plain: Outcome):
-    transformer = load_transformer(ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU)
+    transformer = load_transformer(BaseModel(ModelConfig(base=str(base), mixed_precision="no", device="cpu")), CPU)
     lora = with_adapter(transformer)
     offload = Counting(CPU, small_bytes=1)
     transformer.enable_gradient_checkpointing(
@@ -183,7 +185,7 @@ def test_offloading_is_bit_equal_and_uses_its_memory_again(base: Path, plain: Ou
     assert all(torch.equal(found[name], gradient) for name, gradient in plain.gradients.items())
     assert offload.kept > 4 * LAYERS
     assert offload.host_bytes == CHUNK_BYTES
-    assert all(place.kept() is None for place in offload._order)
+    assert all(entry.kept() is None for entry in offload._stack)
 
 
 def test_offloaded_tensors_of_many_sizes_take_what_the_largest_step_takes(monkeypatch: pytest.MonkeyPatch):
@@ -215,8 +217,8 @@ def test_dropout_drops_the_same_twice(base: Path):
     def dropped(blocks: int) -> dict[str, Tensor]:
         from trainer_core.adapters.inject import inject_lora
 
-        transformer = load_transformer(ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU)
-        lora = inject_lora(transformer, LoraConfig(lora_rank=4, lora_dropout=0.5), seed=1)
+        transformer = load_transformer(BaseModel(ModelConfig(base=str(base), mixed_precision="no", device="cpu")), CPU)
+        lora = inject_lora(transformer, plan_adapter(transformer, LoraConfig(lora_rank=4, lora_dropout=0.5)), seed=1)
         for weight in lora.values():
             nn.init.constant_(weight, 0.02)
         transformer.train()
@@ -241,7 +243,7 @@ def test_more_streamed_than_computed_again_is_refused():
 def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):
     numbers = tuple(range(LAYERS))
     transformer = load_transformer(
-        ModelConfig(base=str(base), mixed_precision="no", device="cpu"), CPU, on_host=numbers
+        BaseModel(ModelConfig(base=str(base), mixed_precision="no", device="cpu")), CPU, on_host=numbers
     )
     stream_blocks(transformer, numbers, CPU, MemoryConfig(blocks_to_stream=LAYERS))
     with pytest.raises(AssertionError, match="held"):

@@ -16,6 +16,7 @@ from trainer_core.conditioning.pictures import to_tensor
 from trainer_core.config import BaseModelPrecision, ModelConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.precision.pieces import pieces_of
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.text_encoder import TextEncoder, load_text_encoder
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 def encoder(model: ModelConfig, precision: BaseModelPrecision) -> TextEncoder:
     """In a precision."""
-    return load_text_encoder(dataclasses.replace(model, text_encoder_precision=precision), "comfyui", CPU)
+    return load_text_encoder(BaseModel(dataclasses.replace(model, text_encoder_precision=precision)), "comfyui", CPU)
 
 
 def embeddings(loaded: TextEncoder) -> torch.Tensor:
@@ -61,7 +62,8 @@ def test_prompts_of_another_precision_are_other_entries(model: ModelConfig, tmp_
     dataset = pair_folders(make_pairs(tmp_path / "pairs", 2))
     rough = dataclasses.replace(model, text_encoder_precision="int8-quanto")
     one, two = (
-        encode_dataset(dataset, each, small_encoding(num_eval_images=0), tmp_path / "cache") for each in (model, rough)
+        encode_dataset(dataset, BaseModel(each), small_encoding(num_eval_images=0), tmp_path / "cache")
+        for each in (model, rough)
     )
     assert one.manifest != two.manifest
     for first, second in zip(one.pairs, two.pairs, strict=True):

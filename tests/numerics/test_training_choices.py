@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.narrow import read_rows
+from tests.support.narrow import networks_of, read_rows
 from tests.support.runs import Steps, StopAfter, equal, lora_tensors, named
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.config import (
@@ -24,10 +24,10 @@ from trainer_core.config import (
     ValidationConfig,
 )
 from trainer_core.events import SILENT
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.runs.folder import RunFolder
 from trainer_core.training import step as step_module
-from trainer_core.training.step import build_networks
 from trainer_core.training.validation import Validator
 
 NOISE: dict[str, dict[str, Any]] = {
@@ -124,11 +124,11 @@ def test_schedule_free_is_validated_and_exported_as_its_average(config: TrainCon
 
 def validation_loss_of(config: TrainConfig, lora: dict[str, torch.Tensor]) -> float:
     """Of a transformer with these adapter weights."""
-    networks = build_networks(config, "comfyui", SILENT)
+    networks = networks_of(config)
     with torch.no_grad():
         for name, parameter in networks.lora.items():
             parameter.copy_(lora[name])
-    validator = Validator(load_encoded(Path(config.encoded)), config.model, config.validation)
+    validator = Validator(load_encoded(Path(config.encoded)), BaseModel(config.model), config.validation)
     return validator.loss(networks.transformer, networks.device, SILENT)
 
 

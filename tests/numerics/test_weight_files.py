@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from tests.support import layouts
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
 from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import LoraConfig, ModelConfig
 from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.qwen_image import text_encoder_file
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.folder import weights_digest
 from trainer_core.qwen_image.latents import normalise
 from trainer_core.qwen_image.text_encoder import load_text_encoder
@@ -103,7 +105,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
     weights = layouts.random_weights({"num_layers": 1})
     for number, (name, row) in enumerate(ROWS.items()):
         files[name] = row.write(weights, folder / f"{number}.safetensors")
-        network = load_transformer(config_of(files[name]), CPU)
+        network = load_transformer(BaseModel(config_of(files[name])), CPU)
         with torch.no_grad():
             velocities[name] = velocity(network)
         if not row.in_comfyui and name not in KEPT:
@@ -139,7 +141,7 @@ def test_output_is_comfyuis(written: Written, comfyui_says: Answer, name: str):
 
 def gradients(network: nn.Module) -> Tensor:
     """Of an adapter that does something, in one vector."""
-    lora = inject_lora(network, LoraConfig(lora_rank=2), seed=0)
+    lora = inject_lora(network, plan_adapter(network, LoraConfig(lora_rank=2)), seed=0)
     for name, weight in lora.items():
         if name.endswith("lora_B"):
             weight.data.copy_(torch.randn(weight.shape, generator=stream(0, name)) * 0.05)
@@ -149,7 +151,7 @@ def gradients(network: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("name", KEPT)
 def test_codes_kept_as_they_are_compute_and_train_the_same(written: Written, name: str):
-    kept = load_transformer(config_of(written.files[name], "file"), CPU)
+    kept = load_transformer(BaseModel(config_of(written.files[name], "file")), CPU)
     layers = [layer for layer in kept.transformer_blocks.modules() if isinstance(layer, FrozenLinear)]
     assert len(layers) == 11  # of a block's 14; the last block's end of the text side is left out
     assert all(layer.weight.element_size() == 1 for layer in layers)
@@ -158,7 +160,7 @@ def test_codes_kept_as_they_are_compute_and_train_the_same(written: Written, nam
     if name == "int8, rotated":
         found = gradients(kept)
         del kept, layers
-        wanted = gradients(load_transformer(config_of(written.files[name]), CPU))
+        wanted = gradients(load_transformer(BaseModel(config_of(written.files[name])), CPU))
         assert torch.cosine_similarity(found, wanted, dim=0) > 0.9999
 
 
@@ -175,7 +177,7 @@ def test_vae_with_wans_names(comfyui_says: Answer, tmp_path: Path):
     """Latents and pictures are ComfyUI's, which writes such files."""
     weights = {name.removeprefix("vae."): each for name, each in comfyui_says.tensors.items() if name[:4] == "vae."}
     path = layouts.bf16(weights, tmp_path / "vae.safetensors")
-    network = load_vae(replace(config_of(path), mixed_precision="no"), CPU)
+    network = load_vae(BaseModel(replace(config_of(path), mixed_precision="no")), CPU)
     assert network.config.base_dim == 8
     seen = torch.rand(1, 64, 48, 3, generator=stream(0, "picture")).permute(0, 3, 1, 2).unsqueeze(2)
     latents = encode_picture(network, seen[0, :, 0])
@@ -198,7 +200,7 @@ def in_comfyuis_names(network: nn.Module) -> layouts.Weights:
 @pytest.mark.parametrize("quantised", [False, True], ids=["plain", "fp8 scaled"])
 def test_text_encoder_in_a_file(model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool):
     """Narrow, which only this test allows: the configuration is otherwise that of Qwen2.5-VL-7B."""
-    wanted = load_text_encoder(model, "comfyui", CPU)
+    wanted = load_text_encoder(BaseModel(model), "comfyui", CPU)
     weights = in_comfyuis_names(wanted.network)
     if quantised:
         weights["scaled_fp8"] = torch.empty(2, dtype=layouts.E4M3)
@@ -208,7 +210,7 @@ def test_text_encoder_in_a_file(model: ModelConfig, tmp_path: Path, monkeypatch:
     path = layouts.bf16(weights, tmp_path / "qwen_2.5_vl_7b.safetensors")
     monkeypatch.setattr(text_encoder_file, "qwen25_vl_7b", lambda: wanted.network.config.to_dict())
     given = replace(config_of(path), tokenizer=str(Path(model.base) / "tokenizer"), mixed_precision="no")
-    found = load_text_encoder(given, "comfyui", CPU)
+    found = load_text_encoder(BaseModel(given), "comfyui", CPU)
     pictures = [torch.rand(3, 56, 84, generator=stream(0, "seen"))]
     error = relative_error(found.encode("turn it blue", pictures), wanted.encode("turn it blue", pictures))
     assert 1e-4 < error < 0.05 if quantised else error < 1e-6

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.server import percentile, wait_for_steps, waits
 from tests.support.comfyui_server import PackServer
+from tests.support.server_waits import percentile, wait_for_steps, waits
 from tests.support.training_graph import training, under_way
 
 pytestmark = pytest.mark.server

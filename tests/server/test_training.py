@@ -291,7 +291,7 @@ def test_apply_to_a_model_of_another_depth_is_an_error(first: dict[str, Any], st
     entry = studio.wait(studio.queue({**prompt, **sampling(["applied", 0])}))
     error = error_of(entry)
     assert error["node_id"] == "applied"
-    assert "finds no counterpart for" in error["exception_message"]
+    assert "do not match a layer of the model" in error["exception_message"]
     assert "transformer_blocks.1" in error["exception_message"]
 
 

@@ -1,4 +1,4 @@
-"""Inside ComfyUI: nodes/host.py and nodes/publish.py with ComfyUI's own modules under them.
+"""Inside ComfyUI: nodes/host_*.py and nodes/publish.py with the real ComfyUI modules.
 
 Asked for the repository, a base folder and LoRA tensors; answers what each call did, as text.
 """
@@ -246,13 +246,13 @@ def main(_: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor
     folder_paths.folder_names_and_paths["diffusers"] = ([str(folder / "diffusers")], {"folder"})
     bar_that_raises()
     module = pack(values["repo"])
-    host, publish, errors = module("nodes.host"), module("nodes.publish"), module("trainer_core.errors")
+    lora, call, publish = module("nodes.host_lora"), module("nodes.host_call"), module("nodes.publish")
     answers = {
-        "check": check_files(host, folder),
-        "apply": apply_files(host, folder),
-        "bars": bars(host),
-        "long": long_calls(host, module("nodes.active_runs"), errors),
+        "check": check_files(lora, folder),
+        "apply": apply_files(lora, folder),
+        "bars": bars(call),
+        "long": long_calls(call, module("nodes.active_runs"), module("trainer_core.errors")),
         "placed": placed(publish, folder),
-        "folders": folders(host, values),
+        "folders": folders(module("nodes.host_folders"), values),
     }
     return {"nothing": torch.zeros(1)}, answers

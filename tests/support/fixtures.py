@@ -14,6 +14,7 @@ from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import ModelConfig
 from trainer_core.data.pairing import pair_folders
+from trainer_core.qwen_image.base_model import BaseModel
 
 
 @pytest.fixture(scope="session")
@@ -47,4 +48,4 @@ def encoded(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Enc
     """Seven pairs of two shapes for `model`, two of them held out."""
     root = tmp_path_factory.mktemp("encoded")
     dataset = pair_folders(make_pairs(root / "pairs", 7, ((96, 96), (128, 96))))
-    return encode_dataset(dataset, model, small_encoding(num_eval_images=2), root / "cache")
+    return encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=2), root / "cache")

@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from trainer_core.config import DatasetConfig, EncodingConfig, ModelConfig
+from trainer_core.adapters.plan import plan_adapter
+from trainer_core.config import DatasetConfig, EncodingConfig, LoraConfig, ModelConfig, Preprocessing, TrainConfig
+from trainer_core.events import SILENT
+from trainer_core.planning.network import NetworkSize, measure_network
+from trainer_core.planning.preparation import prepare_model
+from trainer_core.qwen_image.base_model import BaseModel, empty_transformer
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.folder import DEMO_FOLDER
+from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
 from trainer_core.qwen_image.sampling import QWEN_SCHEDULE
 from trainer_core.rng import stream
+from trainer_core.training.step import Networks, build_networks
 
 NARROW = {
     "num_layers": 2,
@@ -84,3 +92,18 @@ def small_encoding(**changes: object) -> EncodingConfig:
 def read_rows(path: Path) -> list[dict]:
     """A metrics file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def planned_size(
+    settings: dict[str, Any], model: ModelConfig, lora: LoraConfig, *, stored_bytes: float = 0.0
+) -> NetworkSize:
+    """The size of a transformer with these settings, which no file has."""
+    network = empty_transformer(settings)
+    optimise_frozen_forward(network)
+    return measure_network(network, plan_adapter(network, lora), model, stored_bytes=stored_bytes)
+
+
+def networks_of(config: TrainConfig, preprocessing: Preprocessing = "comfyui") -> Networks:
+    """Transformer, adapter and optimizer as a training builds them."""
+    model = prepare_model(config, BaseModel(config.model))
+    return build_networks(config, model.base, model.adapter, preprocessing, SILENT)

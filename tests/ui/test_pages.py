@@ -163,7 +163,7 @@ def test_settings_are_copied_on_a_page_without_https(told: str, open_page: OpenP
     page.page.evaluate("() => { document.execCommand = () => false; }")
     button = page.panel.get_by_role("button", name="Copy as JSON")
     button.click()
-    page.page.get_by_text("The browser lets this page copy nothing").wait_for()
+    page.page.get_by_text("The browser blocked access to the clipboard").wait_for()
     page.page.evaluate(
         "() => document.addEventListener('copy', () => { window.copied = document.activeElement.value; })"
     )

@@ -1,1 +1,1 @@
-"""LoRA, DoRA and LoKr: which layers, in the network, and as files."""
+"""LoRA, DoRA and LoKr: planned per layer, injected into the network, read from and written to files."""

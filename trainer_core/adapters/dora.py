@@ -1,9 +1,9 @@
-"""DoRA on weights of any precision, as a variant of peft's LoRA layer.
+"""DoRA on base weights of any precision, as a variant of peft's LoRA layer.
 
-A layer's weight becomes m · (W + s·B·A) / |W + s·B·A|, row by row: m [o] is learnt, and the length in the denominator
-counts as a constant in the gradient (section 4.3 of the DoRA paper, arXiv 2402.09353). peft's own variant reads
-`layer.weight` as numbers, which codes of fp8, int8 or nf4 are not, and builds several matrices of the weight's size.
-Here the length comes from |W|², kept, and two thin products.
+A layer's weight becomes m · (W + s·B·A) / |W + s·B·A|, row by row. m [o] is trained; the norm in the denominator is
+treated as a constant in the gradient (section 4.3 of the DoRA paper, arXiv 2402.09353). peft's own variant can't use
+quantised weights (fp8, int8 or nf4 codes) and builds several matrices of the weight's size. Here the norm is computed
+from the stored |W|² and products with the thin matrices A and B.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from ..precision.frozen_linear import dense_weight
 
 
 class DoraLinear(Linear):
-    """peft's LoRA layer with our variant in the place of its own. The base layer may be of any precision."""
+    """peft's LoRA layer with DoraOnAnyWeight instead of peft's DoRA variant."""
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant] | None]:
-        """By the settings that ask for it."""
+        """The variant for each combination of settings, as peft looks it up."""
         return {(): None, ("use_dora",): DoraOnAnyWeight}
 
 
 class Magnitude(nn.Module):
-    """The learnt length m of each row [o], and |W|² of each [o]. `strength` 0 is the base, 1 as trained."""
+    """The trained row norms m [o], and |W|² of the base weight's rows [o].
+
+    `strength` scales the whole change: 0 is the base model, 1 the adapter as trained.
+    """
 
     def __init__(self, base_square: Tensor) -> None:
         super().__init__()
@@ -37,18 +40,18 @@ class Magnitude(nn.Module):
 
 
 class DoraOnAnyWeight(LoraVariant):
-    """See the module."""
+    """The DoRA forward described in the module's docstring."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **_: Any) -> None:
-        """Called by peft when it has made A and B."""
+        """Start m at the base weight's row norms. peft calls this after it has created A and B."""
         device = module.lora_A[adapter_name].weight.device
         square = dense_weight(module.get_base_layer()).float().square().sum(dim=1)
         module.lora_magnitude_vector[adapter_name] = Magnitude(square.to(device))
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """`result` [..., o] is the base layer's output for x; dropout acts on the adapter's inputs alone."""
+        """The layer's output [..., o]. `result` is the base layer's output for x; dropout affects only the adapter."""
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         magnitude: Magnitude = module.lora_magnitude_vector[active_adapter]
         change = lora_b(lora_a(module.lora_dropout[active_adapter](x))) * module.scaling[active_adapter]
@@ -61,14 +64,14 @@ class DoraOnAnyWeight(LoraVariant):
 
 @torch.no_grad()
 def merged_length(module: Any, adapter_name: str) -> Tensor:
-    """|W + s·B·A| of each row [o] in float32, without that matrix."""
+    """Row norms |W + s·B·A| [o] in float32, computed without that matrix."""
     lora_a, lora_b = (each[adapter_name].weight.detach().float() for each in (module.lora_A, module.lora_B))
     return merged_lengths(module, adapter_name, lora_a, lora_b)
 
 
 @torch.no_grad()
 def merged_lengths(module: Any, adapter_name: str, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    """The same for A [r, i] and B [o, r] that need not be the layer's own: |W|² + 2s·W·BA + s²·|BA|² by rows."""
+    """`merged_length` for any A [r, i] and B [o, r]: the root of |W|² + 2s·W·BA + s²·|BA|², row by row."""
     scale, square = module.scaling[adapter_name], module.lora_magnitude_vector[adapter_name].base_square
     with torch.autocast(lora_a.device.type, enabled=False):
         weight = dense_weight(module.get_base_layer())

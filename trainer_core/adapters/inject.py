@@ -1,4 +1,4 @@
-"""The adapter: peft puts it in, and its weights start from the seed or from a file."""
+"""Injects adapters into the transformer with peft, and sets their initial weights from the seed or a file."""
 
 from __future__ import annotations
 
@@ -6,43 +6,42 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import LoraConfig, LoraType
+from ..config import LoraType
 from ..rng import stream, undisturbed
 from .master_weights import copy_for_network
-from .plan import LayerPlan, lokr_shapes, plan_layers, read_parts
+from .plan import AdapterPlan, LayerPlan, lokr_shapes, read_parts
 from .reader import AdapterPart, Kronecker, LowRank
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
 
-from dataclasses import replace
-from pathlib import Path
-
-ADAPTER = "default"
+ADAPTER = "default"  # peft's name for the adapter
+LORA_TYPES: tuple[LoraType, ...] = ("lora", "dora", "lokr")
 _LOKR = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
 
-def inject_lora(transformer: QwenImageTransformer2DModel, lora: LoraConfig, seed: int) -> dict[str, nn.Parameter]:
-    """Put an adapter into the frozen transformer; its float32 parameters by name, the only trainable ones.
+def inject_lora(transformer: QwenImageTransformer2DModel, plan: AdapterPlan, seed: int) -> dict[str, nn.Parameter]:
+    """Inject an adapter into the frozen transformer. Returns its float32 parameters by name, the only trainable ones.
 
-    Names are those in the file: `<module>.lora_A` and `.lora_B`; for a DoRA also `.dora_scale`, here the rows' lengths;
-    for a LoKr `.lokr_w1`, and `.lokr_w2` or its factors `.lokr_w2_a` and `.lokr_w2_b`. A fresh adapter changes nothing:
-    B or w1 is zero, and the others are drawn uniformly (Kaiming, as peft) from (seed, name).
-
-    Raises:
-        ConfigError, ModelFileError: as `plan_layers`.
+    Names are `<module>.lora_A` and `.lora_B`; for a DoRA also `.dora_scale`, which holds the row norms m while training
+    (`for_file` converts them); for a LoKr `.lokr_w1`, and `.lokr_w2` or its factors `.lokr_w2_a` and `.lokr_w2_b`.
+    A new adapter changes nothing: B or w1 is zero. The others are drawn from (seed, name), Kaiming-uniform like peft's.
     """
-    plan = plan_layers(transformer, lora)
-    parameters = inject_planned(transformer, plan, lora.lora_type, dropout=lora.lora_dropout, factor=lora.lokr_factor)
+    lora = plan.config
+    parameters = inject_planned(
+        transformer, plan.layers, lora.lora_type, dropout=lora.lora_dropout, factor=lora.lokr_factor
+    )
     with torch.no_grad():
         _draw_initial_weights(parameters, seed)
-        for name, layer in plan.items():
+        for name, layer in plan.layers.items():
             put_start(transformer, parameters, name, layer)
     return parameters
 
@@ -50,7 +49,7 @@ def inject_lora(transformer: QwenImageTransformer2DModel, lora: LoraConfig, seed
 def inject_planned(
     transformer: nn.Module, plan: Mapping[str, LayerPlan], kind: LoraType, *, dropout: float = 0.0, factor: int = -1
 ) -> dict[str, nn.Parameter]:
-    """Adapters of one kind in the planned layers: their parameters by name, all zero but a DoRA's lengths."""
+    """Inject adapters of one type into the planned layers. Returns their parameters, all zero except a DoRA's norms."""
     with undisturbed(next(transformer.parameters()).device):
         if kind == "lokr":
             _inject_lokr(transformer, plan, factor)
@@ -80,7 +79,7 @@ def _inject_lora(transformer: nn.Module, plan: Mapping[str, LayerPlan], *, use_d
     if use_dora:
         from .dora import DoraLinear
 
-        settings._register_custom_module({nn.Linear: DoraLinear})  # peft's way for layers of one's own
+        settings._register_custom_module({nn.Linear: DoraLinear})  # peft's way to register a custom layer
     peft.inject_adapter_in_model(settings, transformer, ADAPTER)
 
 
@@ -103,7 +102,7 @@ def _inject_lokr(transformer: nn.Module, plan: Mapping[str, LayerPlan], factor: 
 
 
 def _ranks(plan: Mapping[str, LayerPlan]) -> dict[str, int]:
-    """peft's rank_pattern: it tries each pattern on each layer, so layers of one rank share a pattern."""
+    """peft's rank_pattern, with one pattern per rank: peft tries every pattern on every layer, which would be slow."""
     grouped: dict[int, list[str]] = {}
     for name, layer in plan.items():
         grouped.setdefault(layer.rank, []).append(re.escape(name))
@@ -111,7 +110,7 @@ def _ranks(plan: Mapping[str, LayerPlan]) -> dict[str, int]:
 
 
 def _reshape_lokr(layer: Any, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Parameters in the shapes of the file that the layer starts from, whatever factors peft chose."""
+    """Replace the parameters by ones with the shapes in the start file, because peft may have factored differently."""
     device = layer.lokr_w1[ADAPTER].device
     for name in _LOKR:
         entries = getattr(layer, name)
@@ -140,7 +139,7 @@ def _draw_initial_weights(parameters: Mapping[str, Tensor], seed: int) -> None:
 
 
 def put_start(transformer: nn.Module, parameters: Mapping[str, Tensor], name: str, layer: LayerPlan) -> None:
-    """What the layer starts from, at the layer's own scale, into its parameters. Call it without gradients."""
+    """Copy a layer's start weights into its parameters, converted to the layer's scale. Call it under no_grad."""
     start = layer.start
     if isinstance(start, LowRank):
         parameters[f"{name}.lora_A"].copy_(start.down)
@@ -155,7 +154,7 @@ def put_start(transformer: nn.Module, parameters: Mapping[str, Tensor], name: st
 
 
 def _lengths(layer: Any, start: LowRank) -> Tensor:
-    """Of a DoRA's rows: what the file says, or those of the weight that a plain LoRA file makes."""
+    """A DoRA's initial row norms m [o]: from the file, or those of the merged weight if the file is a plain LoRA."""
     from .dora import merged_length
 
     length = merged_length(layer, ADAPTER)
@@ -165,10 +164,10 @@ def _lengths(layer: Any, start: LowRank) -> Tensor:
 
 
 def for_file(transformer: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter's tensors (its own, or an average of them) as files hold them.
+    """Convert an adapter's tensors (its own, or their EMA) to the ones that files hold.
 
-    ComfyUI divides by the length of the base weight's rows where DoRA divides by that of the changed ones: `dora_scale`
-    takes the quotient in. All other tensors are as they are.
+    ComfyUI divides by the norm of the base weight's rows where DoRA divides by that of the merged weight's rows, so
+    `dora_scale` is multiplied by their ratio. All other tensors stay unchanged.
     """
     tensors = dict(parameters)
     for name, length in parameters.items():
@@ -185,7 +184,7 @@ def for_file(transformer: nn.Module, parameters: Mapping[str, Tensor]) -> dict[s
 
 @contextmanager
 def without_lora(transformer: nn.Module) -> Iterator[None]:
-    """The base model's own output while the context lasts."""
+    """Disables the adapter while the context lasts, so that the transformer computes the base model's output."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[Any] = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
@@ -200,7 +199,7 @@ def without_lora(transformer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(transformer: nn.Module) -> Iterator[None]:
-    """As it is used after the training, while the context lasts."""
+    """Switches to eval mode while the context lasts and restores the mode afterwards."""
     was_training = transformer.training
     transformer.eval()
     try:
@@ -209,18 +208,15 @@ def without_dropout(transformer: nn.Module) -> Iterator[None]:
         transformer.train(was_training)
 
 
-KINDS: tuple[LoraType, ...] = ("lora", "dora", "lokr")
-
-
 def load_into(transformer: nn.Module, path: Path, strength: float = 1.0) -> None:
     """Apply a LoRA, DoRA or LoKr file in any layout that ComfyUI loads to a diffusers transformer.
 
     Raises:
-        ModelFileError: the file is damaged, belongs to another model, or is of another kind.
+        ModelFileError: the file is damaged, belongs to another model, or has an unsupported type.
     """
     parts = read_parts(transformer, path)
     dtype: torch.dtype = transformer.proj_out.weight.dtype  # type: ignore[assignment, union-attr]
-    for kind in KINDS:
+    for kind in LORA_TYPES:
         plan = {name: _planned(part, strength) for name, part in parts.items() if part.kind == kind}
         if not plan:
             continue
@@ -237,7 +233,10 @@ def load_into(transformer: nn.Module, path: Path, strength: float = 1.0) -> None
 
 
 def _planned(part: AdapterPart, strength: float) -> LayerPlan:
-    """`strength` is a factor of the change; that of a DoRA, whose change is no product, stands in the layer."""
+    """The layer plan that applies a file's weight change times `strength`.
+
+    For a DoRA, scaling the factors would not scale the change, so the layer itself applies the strength.
+    """
     rows, columns = part.shape
     rank = part.down.shape[0] if isinstance(part, LowRank) else 1
     start = part if part.kind == "dora" else replace(part, scale=part.scale * strength)

@@ -1,4 +1,4 @@
-"""LoKr through peft, with a forward that never builds the Kronecker product."""
+"""LoKr with peft, and a forward that never builds the Kronecker product."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn import functional
 
 
 class LokrLinear(Linear):
-    """peft's LoKr layer: y = s · (first [a, c] ⊗ second [b, d]) · x by two small products.
+    """peft's LoKr layer, computing y = s · (first [a, c] ⊗ second [b, d]) · x with two small products.
 
-    peft's own builds the product, as large as the layer's weight, in every forward, in the shape of `weight`, which
-    the packed codes of nf4 don't have.
+    peft's own forward builds the Kronecker product, which is as large as the layer's weight, and reshapes it to the
+    shape of `weight`. That fails for nf4, whose packed codes have another shape.
     """
 
     def _get_delta_activations(self, adapter_name: str, input: Tensor, *_: Any, **__: Any) -> Tensor:  # noqa: A002
@@ -29,6 +29,6 @@ class LokrLinear(Linear):
 
 
 class LokrModel(LoKrModel):
-    """peft's injection with our layer."""
+    """peft's LoKr injection with LokrLinear as the layer."""
 
     layers_mapping: ClassVar[dict[type[nn.Module], type[LokrLinear]]] = {nn.Linear: LokrLinear}  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""Adapter weights in float32 beside the copies that the network computes with.
+"""Float32 master weights of the adapter, and the copies that the network computes with.
 
-The frozen network computes in bfloat16 as it does at inference. Its adapter layers hold bfloat16 copies; the optimizer
-moves the float32 masters, and every gradient is added up in float32. Under float32 arithmetic both are the same.
+The frozen network computes in bfloat16, as it does at inference, so its adapter layers hold bfloat16 copies. The
+optimizer updates the float32 masters, and gradients accumulate in float32. In a float32 run, both are the same tensors.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class MasterWeights:
-    """`masters` by name are what is trained, saved and exported; `copies` by the same names are in the network."""
+    """By name: `masters` are trained, saved and exported; `copies` are the network's parameters."""
 
     masters: dict[str, nn.Parameter]
     copies: dict[str, nn.Parameter]
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Bring what changed in the masters into the network."""
+        """Copy the masters into the network."""
         for name, copy in self.copies.items():
             if copy is not self.masters[name]:
                 copy.copy_(self.masters[name])
 
 
 def master_weights(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> MasterWeights:
-    """Float32 masters of a network's trainable float32 parameters, which become copies of `dtype`."""
+    """Create masters for a network's trainable float32 parameters, and convert these parameters to `dtype`."""
     copies = dict(parameters)
     if dtype == torch.float32:
         return MasterWeights(copies, copies)
@@ -42,15 +42,18 @@ def master_weights(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -
 
 
 def copy_for_network(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix in the network's dtype. Vectors, such as DoRA's lengths, stay in float32: the network takes differences
-    of them that bfloat16 could not hold."""
+    """A copy of a weight for the network: a matrix in `dtype`, a vector in float32.
+
+    Vectors are DoRA's row norms. The network computes small differences of them, for which bfloat16 is too coarse.
+    """
     return weight.to(dtype) if weight.ndim > 1 else weight.clone()
 
 
 def _add_up_in(master: nn.Parameter, copy: nn.Parameter) -> None:
-    """Every gradient of `copy` goes to `master`, in float32, as soon as it is there."""
+    """Move every gradient of `copy` to `master`, in float32, as soon as it has been computed."""
 
-    def move(computed: Tensor) -> None:  # of `copy`, which the hook must not hold: it would keep itself alive
+    # The hook gets `copy` as its argument. Referring to it in a closure would be a cycle that is never freed.
+    def move(computed: Tensor) -> None:
         gradient, computed.grad = computed.grad, None
         assert gradient is not None
         master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)

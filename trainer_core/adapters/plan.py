@@ -1,10 +1,11 @@
-"""Which layers get an adapter, of which rank and scale, and how many numbers that is. Builds nothing."""
+"""Plans the adapter: which layers get one, their ranks, scales and start weights. Changes no network."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from torch import nn
@@ -25,13 +26,13 @@ TARGET_PATTERNS: dict[LoraTargets, str] = {
     "attention-mlp": rf"transformer_blocks\.\d+\.({_ATTENTION}|{_MLP})",
     "all": rf"transformer_blocks\.\d+\.({_ATTENTION}|{_MLP}|{_MODULATION})",
 }
-# Of the last block only the image stream is read: these layers get no gradient there.
+# Only the image stream of the last block is used afterwards, so these layers of that block get no gradient.
 _WITHOUT_GRADIENT = re.compile(r"attn\.(to_add_out|add_q_proj)|txt_mlp\..*")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One layer's adapter. `start`: what a file gives it to begin with."""
+    """One layer's adapter. `start` is its initial weight change from `init_lora`, if any."""
 
     in_features: int
     out_features: int
@@ -44,7 +45,7 @@ def target_modules(transformer: nn.Module, lora: LoraConfig) -> list[str]:
     """Full names of the layers that get an adapter.
 
     Raises:
-        ConfigError: the pattern is no regular expression, or matches no linear layer.
+        ConfigError: the pattern is not a regular expression, or matches no linear layer.
     """
     pattern = TARGET_PATTERNS.get(lora.lora_targets, lora.lora_target_pattern)
     try:
@@ -59,8 +60,10 @@ def target_modules(transformer: nn.Module, lora: LoraConfig) -> list[str]:
 
 
 def linear_layers(transformer: nn.Module) -> list[str]:
-    """Full names of the model's linear layers, in the network's order; last those that were left out as nobody reads
-    them (qwen_image/transformer.py)."""
+    """Full names of the model's linear layers, in the network's order.
+
+    The last ones are the layers that `optimise_frozen_forward` removes: LoRA files may still contain them.
+    """
     found = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     return found + [name for name in _unread_layers(transformer) if name not in found]
 
@@ -71,14 +74,14 @@ def _unread_layers(transformer: nn.Module) -> list[str]:
 
 
 def read_parts(transformer: nn.Module, path: Path) -> dict[str, AdapterPart]:
-    """A LoRA file's weight changes by layer, without those that could change nothing.
+    """A LoRA file's weight changes by layer, without those of layers that don't affect the output.
 
     Raises:
-        ModelFileError: the file is damaged, belongs to another model, or is of another kind.
+        ModelFileError: the file is damaged, belongs to another model, or has an unsupported type.
     """
     parts = read_adapter(path, linear_layers(transformer))
     parts = {name: part for name, part in parts.items() if name not in _unread_layers(transformer)}
-    check_shapes(transformer, parts, path.name)
+    _check_adapter_shapes(transformer, parts, path.name)
     return parts
 
 
@@ -87,11 +90,34 @@ def _is_dead_end(transformer: nn.Module, name: str) -> bool:
     return name.startswith(last) and _WITHOUT_GRADIENT.fullmatch(name.removeprefix(last)) is not None
 
 
-def plan_layers(transformer: nn.Module, lora: LoraConfig) -> dict[str, LayerPlan]:
-    """Every layer's adapter by full name. The transformer may lie on the meta device.
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """The plan of the whole adapter. `layers` is keyed by the layers' full names."""
+
+    config: LoraConfig
+    layers: Mapping[str, LayerPlan]
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trained values."""
+        return sum(map(prod, self.shapes()))
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all trained tensors."""
+        return tuple(shape for layer in self.layers.values() for shape in self._shapes_of(layer))
+
+    def _shapes_of(self, layer: LayerPlan) -> Iterable[tuple[int, ...]]:
+        if self.config.lora_type == "lokr":
+            return lokr_shapes(layer, self.config.lokr_factor).values()
+        matrices = ((layer.rank, layer.in_features), (layer.out_features, layer.rank))
+        return (*matrices, (layer.out_features,)) if self.config.lora_type == "dora" else matrices
+
+
+def plan_adapter(transformer: nn.Module, lora: LoraConfig) -> AdapterPlan:
+    """Plan the adapter of a transformer, which may be on the meta device.
 
     Raises:
-        ConfigError: a pattern matches no layer, or `init_lora` does not suit these settings.
+        ConfigError: a pattern matches no layer, or `init_lora` does not fit these settings.
         ModelFileError: `init_lora` can't be read, or belongs to another model.
     """
     names = target_modules(transformer, lora)
@@ -99,20 +125,20 @@ def plan_layers(transformer: nn.Module, lora: LoraConfig) -> dict[str, LayerPlan
         for pattern in layer_patterns(setting, lines):
             if not any(map(pattern.matches, names)):
                 raise ConfigError(
-                    f"{setting} {pattern.line!r} matches none of the {len(names)} layers that get an adapter. They are "
-                    f"named like {names[0]!r}."
+                    f"{setting} {pattern.line!r} matches none of the {len(names)} layers that get an adapter. Use a "
+                    f"pattern for names like {names[0]!r}."
                 )
     starts = _starts(transformer, lora, names)
-    plan: dict[str, LayerPlan] = {}
+    layers: dict[str, LayerPlan] = {}
     for name in names:
         layer, start = transformer.get_submodule(name), starts.get(name)
         rank = start.down.shape[0] if isinstance(start, LowRank) else lora.rank_of(name)
-        plan[name] = LayerPlan(layer.in_features, layer.out_features, rank, lora.scale_of(name, rank), start)  # type: ignore[arg-type]
-    return plan
+        layers[name] = LayerPlan(layer.in_features, layer.out_features, rank, lora.scale_of(name, rank), start)  # type: ignore[arg-type]
+    return AdapterPlan(lora, layers)
 
 
 def _starts(transformer: nn.Module, lora: LoraConfig, names: list[str]) -> Mapping[str, AdapterPart]:
-    """What `init_lora` gives the layers."""
+    """The initial weight changes from `init_lora`, by layer."""
     if not lora.init_lora:
         return {}
     path = Path(lora.init_lora)
@@ -120,36 +146,36 @@ def _starts(transformer: nn.Module, lora: LoraConfig, names: list[str]) -> Mappi
     kinds = {part.kind for part in parts.values()}
     if not kinds <= {"lora": {"lora"}, "dora": {"lora", "dora"}, "lokr": {"lokr"}}[lora.lora_type]:
         raise ConfigError(
-            f"init_lora {path.name} is of the type {' and '.join(sorted(kinds))}, and lora_type is {lora.lora_type}. "
+            f"init_lora {path.name} has the type {' and '.join(sorted(kinds))}, but lora_type is {lora.lora_type}. "
             f"Set lora_type to {'dora' if 'dora' in kinds else kinds.pop()}, or choose another file."
         )
     left = [name for name in parts if name not in names and not _is_dead_end(transformer, name)]
     if left:
         raise ConfigError(
-            f"init_lora {path.name} changes {len(left)} layers that would not be trained on, such as {left[0]}. Choose "
-            "lora_targets that hold them, or another file."
+            f"init_lora {path.name} changes {len(left)} layers that these settings don't train, such as {left[0]}. "
+            "Choose lora_targets that include them, or another file."
         )
     return parts
 
 
-def check_shapes(transformer: nn.Module, parts: Mapping[str, AdapterPart], file: str) -> None:
-    """See whether a file's weight changes are as large as the layers' weights.
+def _check_adapter_shapes(transformer: nn.Module, parts: Mapping[str, AdapterPart], file: str) -> None:
+    """Check that a file's weight changes have the shapes of the layers' weights.
 
     Raises:
-        ModelFileError: one is not.
+        ModelFileError: one has another shape.
     """
     for name, part in parts.items():
         layer = transformer.get_submodule(name)
         wanted = (layer.out_features, layer.in_features)
         if part.shape != wanted:
             raise ModelFileError(
-                f"{file} changes {name} by a matrix of {list(part.shape)}, and the model's is {list(wanted)}. It was "  # type: ignore[arg-type]
-                "trained for another model."
+                f"{file} changes {name} by a matrix of {list(part.shape)}, but the model's is {list(wanted)}. It was "  # type: ignore[arg-type]
+                "trained for another model; choose another file."
             )
 
 
 def lokr_shapes(layer: LayerPlan, factor: int) -> dict[str, tuple[int, int]]:
-    """Shapes of a LoKr's parameters for one layer, as peft makes them, or as the file has them that it starts from."""
+    """Shapes of a LoKr's parameters for one layer: those of its start file, or the ones that peft chooses."""
     from peft.tuners.lokr.layer import factorization
 
     if isinstance(layer.start, Kronecker):
@@ -160,20 +186,3 @@ def lokr_shapes(layer: LayerPlan, factor: int) -> dict[str, tuple[int, int]]:
         shapes = [(a, c), *([(b, layer.rank), (layer.rank, d)] if layer.rank < max(b, d) / 2 else [(b, d)])]
     names = ["lokr_w1", "lokr_w2"] if len(shapes) == 2 else ["lokr_w1", "lokr_w2_a", "lokr_w2_b"]
     return dict(zip(names, shapes, strict=True))
-
-
-def num_parameters(transformer: nn.Module, lora: LoraConfig) -> int:
-    """How many numbers the adapter trains. For planning: pass `qwen_image.transformer.empty_transformer(settings)`.
-
-    Raises:
-        ConfigError: as `plan_layers`.
-        ModelFileError: as `plan_layers`.
-    """
-    count = 0
-    for layer in plan_layers(transformer, lora).values():
-        if lora.lora_type == "lokr":
-            count += sum(rows * columns for rows, columns in lokr_shapes(layer, lora.lokr_factor).values())
-        else:
-            count += layer.rank * (layer.in_features + layer.out_features)
-            count += layer.out_features if lora.lora_type == "dora" else 0
-    return count

@@ -1,6 +1,6 @@
-"""LoRA files in the layouts that ComfyUI loads: by layer, whatever the names in the file. Knows layouts, not networks.
+"""Reads LoRA files in all layouts that ComfyUI loads, and sorts their tensors by layer. Knows layouts, not networks.
 
-Shapes: o rows and i columns of the layer's weight, r rank; of a Kronecker product a·b = o and c·d = i.
+Shapes: a layer's weight is [o, i], r is the rank. A Kronecker product of [a, c] and [b, d] has a·b = o and c·d = i.
 """
 
 from __future__ import annotations
@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..config import LoraType
 from ..errors import ModelFileError
 from ..files import is_whole, read_tensors
 
-Kind = Literal["lora", "dora", "lokr"]
-PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
-FLAT_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_")  # then the layer's name with _ for each dot
+LAYER_PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
+FLAT_LAYER_PREFIXES = (
+    "lora_unet_",
+    "lycoris_",
+    "lora_transformer_",
+)  # followed by the layer's name with _ for each dot
 _PAIRS = (".lora_{}.weight", ".lora_{}.default.weight", ".lora_{}", ".lora.{}.weight", "_lora.{}.weight")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 _PARTS = {
@@ -34,10 +37,10 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """A weight change scale · up [o, r] @ down [r, i].
+    """A weight change: scale · up [o, r] @ down [r, i].
 
-    With `dora_scale` [o] each row is then multiplied with dora_scale / (length of the base weight's row), which is
-    what ComfyUI makes of that name.
+    With `dora_scale` [o], each row of the changed weight is multiplied by dora_scale / (norm of the base weight's row),
+    as ComfyUI does.
     """
 
     down: Tensor
@@ -46,7 +49,7 @@ class LowRank:
     dora_scale: Tensor | None = None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LoraType:
         """As `lora_type` names it."""
         return "lora" if self.dora_scale is None else "dora"
 
@@ -62,14 +65,14 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Kronecker:
-    """A weight change scale · first [a, c] ⊗ second; `second` is one matrix [b, d] or the factors [b, r] and [r, d]."""
+    """A weight change: scale · first [a, c] ⊗ second. `second` is one matrix [b, d], or its factors [b, r], [r, d]."""
 
     first: Tensor
     second: tuple[Tensor, ...]
     scale: float = 1.0
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LoraType:
         """As `lora_type` names it."""
         return "lokr"
 
@@ -88,7 +91,7 @@ AdapterPart = LowRank | Kronecker
 
 
 def changed_weight(part: AdapterPart, weight: Tensor) -> Tensor:
-    """What ComfyUI, and our sampler, make of a layer's weight [o, i] at strength 1, in float32."""
+    """A layer's weight [o, i] with the change applied at strength 1, in float32, as ComfyUI and our sampler do it."""
     changed = weight.float() + part.change()
     if isinstance(part, Kronecker) or part.dora_scale is None:
         return changed
@@ -96,18 +99,22 @@ def changed_weight(part: AdapterPart, weight: Tensor) -> Tensor:
 
 
 def read_adapter(path: Path, layers: Collection[str]) -> dict[str, AdapterPart]:
-    """The weight changes of a LoRA file by layer; `layers` are the network's full names.
+    """The weight changes of a LoRA file by layer. `layers` are full names of the network's layers.
 
     Raises:
-        ModelFileError: damaged, for another model, or of a kind that is not built here (LoHa, OFT and the like).
+        ModelFileError: the file is damaged, belongs to another model, or has an unsupported type (LoHa, OFT, ...).
     """
     if not is_whole(path):
-        raise ModelFileError(f"The LoRA {path.name} is not there, or not a whole .safetensors file. Get it again.")
+        raise ModelFileError(f"The LoRA {path.name} is missing or not a complete .safetensors file. Download it again.")
     return adapter_parts(read_tensors(path), layers, path.name)
 
 
 def adapter_parts(tensors: Mapping[str, Tensor], layers: Collection[str], name: str) -> dict[str, AdapterPart]:
-    """The same for tensors by their names in the file; `name` stands in messages."""
+    """`read_adapter` for tensors that are already loaded, keyed as in the file. `name` is the file's name for messages.
+
+    Raises:
+        ModelFileError: as `read_adapter`.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     unknown, foreign = [], []
     flat = {layer.replace(".", "_"): layer for layer in layers}
@@ -122,22 +129,22 @@ def adapter_parts(tensors: Mapping[str, Tensor], layers: Collection[str], name: 
             found.setdefault(layer, {})[_PARTS[ending]] = tensor
     if foreign:
         raise ModelFileError(
-            f"{name} holds {len(foreign)} of {len(tensors)} tensors that are neither LoRA, DoRA nor LoKr, such as "
-            f"{', '.join(foreign[:_SHOWN])}. ComfyUI's own LoRA loader may know them; here choose another file."
+            f"{name} has {len(foreign)} of {len(tensors)} tensors that are neither LoRA, DoRA nor LoKr, such as "
+            f"{', '.join(foreign[:_SHOWN])}. Choose another file; ComfyUI's own LoRA loader may support this one."
         )
     if unknown or not found:
         raise ModelFileError(
-            f"{name} has {len(unknown)} of {len(tensors)} tensors that this model does not know, such as "
-            f"{', '.join(unknown[:_SHOWN])}. It was trained for another model."
+            f"{name} has {len(unknown)} of {len(tensors)} tensors for layers that this model doesn't have, such as "
+            f"{', '.join(unknown[:_SHOWN])}. It was trained for another model; choose another file."
         )
     return {layer: _part(parts, layer, name) for layer, parts in sorted(found.items())}
 
 
 def _layer_of(key: str, layers: Collection[str], flat: Mapping[str, str]) -> str | None:
-    for prefix in ("", *PREFIXES):
+    for prefix in ("", *LAYER_PREFIXES):
         if key.startswith(prefix) and key.removeprefix(prefix) in layers:
             return key.removeprefix(prefix)
-    plain = next((key.removeprefix(prefix) for prefix in FLAT_PREFIXES if key.startswith(prefix)), "")
+    plain = next((key.removeprefix(prefix) for prefix in FLAT_LAYER_PREFIXES if key.startswith(prefix)), "")
     return flat.get(plain)
 
 
@@ -155,13 +162,13 @@ def _part(parts: Mapping[str, Tensor], layer: str, name: str) -> AdapterPart:
             scale = alpha / ranks[-1] if alpha is not None and ranks else 1.0
             return Kronecker(first[0] if len(first) == 1 else first[0].float() @ first[1].float(), second, scale)
     raise ModelFileError(
-        f"{name} is not whole, or of a kind that is not built here: for {layer} it holds {', '.join(sorted(parts))}. "
+        f"{name} is incomplete or has an unsupported type: for {layer} it has only {', '.join(sorted(parts))}. "
         "Choose a LoRA, DoRA or LoKr file."
     )
 
 
 def _factors(parts: Mapping[str, Tensor], key: str) -> tuple[Tensor, ...]:
-    """One matrix, two factors, or nothing."""
+    """(matrix,), or its two factors, or () if the file has neither."""
     if key in parts:
         return (parts[key],)
     return (parts[f"{key}_a"], parts[f"{key}_b"]) if {f"{key}_a", f"{key}_b"} <= parts.keys() else ()
@@ -171,6 +178,6 @@ def _rows(dora_scale: Tensor | None, rows: int, layer: str, name: str) -> Tensor
     if dora_scale is None or dora_scale.shape == (rows, 1):
         return None if dora_scale is None else dora_scale.flatten()
     raise ModelFileError(
-        f"{name} scales the columns of {layer} (dora_scale of shape {list(dora_scale.shape)}); a DoRA here scales its "
-        f"{rows} rows. Choose another file."
+        f"{name} scales the columns of {layer} (dora_scale of shape {list(dora_scale.shape)}), but only a DoRA that "
+        f"scales its {rows} rows is supported. Choose another file."
     )

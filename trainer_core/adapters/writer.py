@@ -1,14 +1,12 @@
-"""Writes the LoRA file, and gives it its name only after others' readers have read it back.
+"""Writes the LoRA file. It gets its final name only after it was read back and checked.
 
-Tensors are named `transformer.<module>.` and the part. LoRA: `lora_A.weight`, `lora_B.weight`, which diffusers reads.
-DoRA: also `dora_scale` [out, 1], which diffusers leaves out with a warning. LoKr: `lokr_w1`, `lokr_w2` or `lokr_w2_a`
-and `lokr_w2_b`, which diffusers refuses.
+Tensors are named `transformer.<module>.` plus the part. LoRA: `lora_A.weight` and `lora_B.weight`, which diffusers
+reads. DoRA: also `dora_scale` [out, 1], which diffusers ignores with a warning. LoKr: `lokr_w1` and `lokr_w2`, or
+`lokr_w2_a` and `lokr_w2_b`, which diffusers refuses.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +17,25 @@ from torch import Tensor
 
 from ..config import LoraConfig, LoraType, TrainConfig, digest, resume_key
 from ..errors import ExportError
-from ..files import read_tensors, write_tensors
+from ..files import read_tensors, write_tensors, written_beside
 from ..qwen_image.flavours import FLAVOURS
 from .reader import AdapterPart, LowRank, adapter_parts
 
 ExtraCheck = Callable[[Path], None]
-# Relative error of a weight change after rounding its two factors: 2 * 2^-9 for bfloat16's 8 bits, with room.
+# Allowed relative error of a weight change after its two factors were rounded. For bfloat16 (8 bits of precision) the
+# error is up to 2 * 2^-9; the limit leaves some room.
 _TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
 @dataclass(frozen=True, slots=True)
 class LoraMetadata:
-    """What the header says."""
+    """The metadata in a LoRA file's header."""
 
     config: TrainConfig
     steps: int
 
     def as_header(self) -> dict[str, str]:
-        """Keys that LoRA managers know (modelspec.*, ss_*) and our own."""
+        """The header's entries: keys that LoRA managers read (modelspec.*, ss_*), and our own."""
         config, flavour = self.config, FLAVOURS[self.config.model.flavour]
         mixed = config.lora.rank_pattern or config.lora.init_lora
         rank = "Dynamic" if mixed else str(config.lora.lora_rank)  # as LoRA managers write it
@@ -52,7 +51,7 @@ class LoraMetadata:
             "ss_sd_model_name": flavour.released_as,
             "ss_network_module": "peft",
             "ss_network_dim": rank,
-            "ss_network_alpha": rank,  # folded: the file applies at scale 1
+            "ss_network_alpha": rank,  # alpha = rank: the true scale is folded into the tensors
             "ss_steps": str(self.steps),
             "ss_learning_rate": str(config.optimizer.learning_rate),
             "ss_seed": str(config.seed),
@@ -69,31 +68,29 @@ class LoraMetadata:
 def export_lora(
     tensors: Mapping[str, Tensor], path: Path, metadata: LoraMetadata, extra_check: ExtraCheck | None = None
 ) -> Path:
-    """Write an adapter's tensors, from `adapters.inject.for_file`, as a LoRA file.
+    """Write an adapter's tensors, as returned by `adapters.inject.for_file`, to a LoRA file.
+
+    `extra_check` gets the temporary file's path and raises to refuse it.
 
     Raises:
-        ExportError: a reader would not apply the whole adapter with the trained effect. Nothing has the file's name
-            then; a file of that name from before is untouched.
+        ExportError: a reader would not load the whole adapter, or would apply it differently than it was trained. An
+            existing file at `path` is then left as it was.
     """
     config = metadata.config
     dtype = torch.bfloat16 if config.model.mixed_precision == "bf16" else torch.float32
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.safetensors")
-    try:
+    with written_beside(path) as temporary:
         write_tensors(temporary, to_file_tensors(tensors, config.lora, dtype), metadata.as_header())
         check_file(temporary, tensors, config.lora, _TOLERANCE[dtype])
         if extra_check is not None:
             extra_check(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
 def check_file(path: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, tolerance: float) -> None:
-    """Read a file back, a LoRA as diffusers' pipelines do, and compare every weight change with the trained one.
+    """Read a file back (a LoRA with diffusers' loader) and compare every weight change with the trained one.
 
     Raises:
-        ExportError: a key is lost or unknown, or a change differs by more than `tolerance` (relative).
+        ExportError: a tensor is missing or unknown, or a change differs by more than `tolerance` (relative).
     """
     found = read_with_diffusers(path) if lora.lora_type == "lora" else read_tensors(path)
     reader = "diffusers" if lora.lora_type == "lora" else "ComfyUI"
@@ -101,22 +98,22 @@ def check_file(path: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, tole
     lost, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if lost or unknown:
         raise ExportError(
-            f"The LoRA file would not load completely in {reader}: {len(lost)} tensors lost {lost[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}. The file was not saved; the checkpoint is kept."
+            f"The LoRA file would not load completely in {reader}: {len(lost)} tensors are lost {lost[:3]} and "
+            f"{len(unknown)} are unknown {unknown[:3]}. The file was not saved; the checkpoint is kept."
         )
     layers = {name.rpartition(".")[0] for name in tensors}
     read, trained = (adapter_parts(each, layers, path.name) for each in (found, wanted))
     for layer, part in trained.items():
         error = _difference(read[layer], part)
-        if not error <= tolerance:
+        if not error <= tolerance:  # also true for NaN
             raise ExportError(
-                f"The LoRA file changes {layer} by another amount than was trained (relative error {error:.1e}, "
-                f"allowed {tolerance:.0e}). The file was not saved; the checkpoint is kept."
+                f"The LoRA file changes {layer} differently than trained (relative error {error:.1e}, at most "
+                f"{tolerance:.0e} is allowed). The file was not saved; the checkpoint is kept."
             )
 
 
 def _difference(found: AdapterPart, wanted: AdapterPart) -> float:
-    """Relative, of the change and of the scales of rows."""
+    """The larger relative difference: of the weight changes, or of the rows' DoRA scales."""
     pairs = [(found.change(), wanted.change())]
     if isinstance(found, LowRank) and isinstance(wanted, LowRank) and wanted.dora_scale is not None:
         pairs.append((found.dora_scale if found.dora_scale is not None else torch.zeros(1), wanted.dora_scale))
@@ -124,7 +121,7 @@ def _difference(found: AdapterPart, wanted: AdapterPart) -> float:
 
 
 def read_with_diffusers(path: Path) -> dict[str, Tensor]:
-    """Tensors of a LoRA file in any layout that diffusers' Qwen-Image pipelines read, in diffusers' names."""
+    """A LoRA file's tensors as diffusers' Qwen-Image pipelines read them, by diffusers' names."""
     from diffusers.loaders import QwenImageLoraLoaderMixin
 
     state: Any = QwenImageLoraLoaderMixin.lora_state_dict(
@@ -133,34 +130,36 @@ def read_with_diffusers(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-# What people have to know about a file of each kind.
+# Where a file of each type can be used, as a note for the user.
 READERS: dict[LoraType, str] = {
     "lora": "",
-    "dora": "A DoRA for ComfyUI: diffusers would leave its dora_scale out and draw something else.",
-    "lokr": "A LoKr for ComfyUI: diffusers does not read it.",
+    "dora": "Use this DoRA in ComfyUI. diffusers would ignore its dora_scale and draw something else.",
+    "lokr": "Use this LoKr in ComfyUI. diffusers can't load it.",
 }
-LORA_TYPE = "qwen_edit_trainer.lora_type"  # in the file's header
-PREFIX = "transformer."
+LORA_TYPE = "qwen_edit_trainer.lora_type"  # a key of the file's header
+DIFFUSERS_PREFIX = "transformer."
 _SCALED = ("lora_B", "lokr_w1")
 
 
 def to_file_tensors(tensors: Mapping[str, Tensor], lora: LoraConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of the file for adapter tensors by their names in training.
+    """Convert adapter tensors, keyed by their names in training, to the tensors of the file.
 
-    The scale alpha / rank is folded into B, or LoKr's w1, and there is no alpha tensor: readers disagree about what a
-    missing or present one means, and all agree about this. `dora_scale` stays in float32, since it multiplies the base
-    weight itself.
+    The scale alpha / rank is folded into B or LoKr's w1, and no alpha tensor is written: readers interpret alpha
+    differently, but all agree on its absence with a folded scale. `dora_scale` stays in float32 because it multiplies
+    the whole base weight, not only the change.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
         value = tensor.detach().float().cpu()
         if part == "dora_scale":
-            found[f"{PREFIX}{name}"] = value.unsqueeze(1)
+            found[f"{DIFFUSERS_PREFIX}{name}"] = value.unsqueeze(1)
             continue
         if part in _SCALED:
             value = value * _scale(tensors, module, lora)
-        found[f"{PREFIX}{name}.weight" if part.startswith("lora_") else f"{PREFIX}{name}"] = value.to(dtype)
+        found[f"{DIFFUSERS_PREFIX}{name}.weight" if part.startswith("lora_") else f"{DIFFUSERS_PREFIX}{name}"] = (
+            value.to(dtype)
+        )
     return found
 
 

@@ -1,1 +1,1 @@
-"""From pairs of pictures to the latents and prompt embeddings a training step reads."""
+"""Encode pairs of pictures into the latents and prompt embeddings that training reads."""

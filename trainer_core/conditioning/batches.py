@@ -1,4 +1,4 @@
-"""Which pairs make micro-batch number i, as a pure function of i, and their tensors side by side."""
+"""Choose the pairs of micro-batch i as a pure function of i, and stack their tensors."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from .encoded import EncodedDataset, EncodeReference
 from .entry import EMPTY_CAPTION, EncodedEntry
 from .types import EncodedPair
 
-MEMORY_BYTES = 1 << 30  # encoded pairs held in host memory so that a small dataset is read once
+MEMORY_BYTES = 1 << 30  # host memory for encoded pairs, so that a small dataset is read only once
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A pair's turn in the run. `caption` is its number or EMPTY_CAPTION. `index` counts turns from the run's start
-    and keys all randomness of this one. `reference_set`: number of the reference seen, where a turn sees one alone."""
+    """One use of a pair in training. `pair` is its number; `caption` is a caption's number or EMPTY_CAPTION.
+
+    `index` counts draws from the start of the run and seeds all randomness of this one. `reference_set` is the number
+    of the reference to show, for pairs that show one reference at a time.
+    """
 
     pair: int
     caption: int
@@ -40,7 +43,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tensors of one micro-batch. `target_latents` [B, C, H, W], `loss_weights` [B, 1, H, W] or None for all alike."""
+    """Tensors of one micro-batch: `target_latents` [B, C, H, W] and `loss_weights` [B, 1, H, W], None if all are 1."""
 
     draws: tuple[Draw, ...]
     target_latents: Tensor
@@ -48,26 +51,27 @@ class Batch:
     loss_weights: Tensor | None = None
 
 
-class _Begin(NamedTuple):
-    """An epoch's first micro-batch and first turn."""
+class _EpochStart(NamedTuple):
+    """The numbers of an epoch's first micro-batch and first turn."""
 
     batch: int
     turn: int
 
 
 class _Turn(NamedTuple):
-    """A pair with one of its reference sets."""
+    """One turn of an epoch: a pair with one of its reference sets."""
 
     pair: int
     reference_set: int
 
 
 class BatchPlan:
-    """The order of a whole run, a pure function of the micro-batch's number. An epoch visits every pair once, or as a
-    mix's repeats and probability say, shuffled by (seed, epoch).
+    """The micro-batches of a whole run. Each depends only on its number, so a resumed run continues identically.
+
+    An epoch visits every pair once, or as often as a mix's repeats and probability say, shuffled by (seed, epoch).
 
     Raises:
-        ConfigError: captions are to be dropped, and the empty caption was not encoded.
+        ConfigError: caption dropout is on, but the empty caption was not encoded.
     """
 
     def __init__(self, encoded: EncodedDataset, batching: BatchingConfig, seed: int) -> None:
@@ -79,65 +83,67 @@ class BatchPlan:
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
         self._all_turns = [index for index, pair in enumerate(self._pairs) for _ in range(1 + pair.repeats)]
         self._draws_pairs = any(pair.probability < 1 for pair in self._pairs)
-        self._draws_references = any(pair.alone for pair in self._pairs)
-        self._epochs_differ = self._draws_pairs or any(len(_shapes_alone(pair)) > 1 for pair in self._pairs)
-        self._begins = [_Begin(0, 0)]  # of the epochs so far asked for, where they differ in length
-        self._lock = Lock()  # the loader's thread and the step's ask alike
+        self._draws_references = any(pair.prompts_by_reference for pair in self._pairs)
+        self._epochs_differ = self._draws_pairs or any(len(_shapes_per_reference(pair)) > 1 for pair in self._pairs)
+        self._epoch_starts = [
+            _EpochStart(0, 0)
+        ]  # of the epochs computed so far; unused if all epochs have equal length
+        self._lock = Lock()  # the loader's thread and the training thread both read the plan
 
     def __getitem__(self, micro_batch: int) -> tuple[Draw, ...]:
-        """The turns of micro-batch `micro_batch`, counted from the run's start."""
+        """The draws of a micro-batch. Micro-batches are counted from the start of the run."""
         epoch, position = self._place(micro_batch)
         return self._epoch(epoch)[position]
 
     def batches_in_epoch(self, epoch: int) -> int:
-        """Micro-batches of epoch `epoch`; none where it happens to draw no pair."""
+        """Number of micro-batches in an epoch; 0 if it happens to draw no pair."""
         shapes = Counter(map(self._shapes, self._turns(epoch)))
         return sum(math.ceil(count / self._size) for count in shapes.values())
 
     @cached_property
     def _even_length(self) -> int:
-        """Micro-batches of every epoch, where all pairs are drawn."""
+        """Number of micro-batches in every epoch, if all epochs have equal length."""
         return self.batches_in_epoch(0)
 
     def _place(self, micro_batch: int) -> tuple[int, int]:
-        """Epoch and position in it."""
+        """The epoch of a micro-batch and its position in that epoch."""
         if not self._epochs_differ:
             return divmod(micro_batch, self._even_length)
         with self._lock:
-            while self._begins[-1].batch <= micro_batch:
-                self._add_begin()
-            epoch = bisect_right(self._begins, micro_batch, key=lambda begin: begin.batch) - 1
-            return epoch, micro_batch - self._begins[epoch].batch
+            while self._epoch_starts[-1].batch <= micro_batch:
+                self._add_epoch_start()
+            epoch = bisect_right(self._epoch_starts, micro_batch, key=lambda start: start.batch) - 1
+            return epoch, micro_batch - self._epoch_starts[epoch].batch
 
-    def _add_begin(self) -> None:
-        epoch, last = len(self._begins) - 1, self._begins[-1]
+    def _add_epoch_start(self) -> None:
+        epoch, last = len(self._epoch_starts) - 1, self._epoch_starts[-1]
         turns = len(self._turns(epoch))
-        self._begins.append(_Begin(last.batch + self.batches_in_epoch(epoch), last.turn + turns))
+        self._epoch_starts.append(_EpochStart(last.batch + self.batches_in_epoch(epoch), last.turn + turns))
 
     def _shapes(self, turn: _Turn) -> object:
-        """What must be equal for turns to share a batch."""
+        """The shapes of a turn's latents. Turns share a batch only if these are equal."""
         return self._pairs[turn.pair].seen(turn.reference_set).shapes
 
     def _turns(self, epoch: int) -> list[_Turn]:
-        """Turns of an epoch in the order of their pairs, each with the references that it sees."""
+        """The turns of an epoch in pair order, each with its reference set."""
         pairs = self._visited(epoch)
         if not self._draws_references:
             return [_Turn(pair, 0) for pair in pairs]
         drawn = torch.rand(len(pairs), generator=stream(self._seed, "reference set", epoch)).tolist()
         return [
-            _Turn(pair, int(share * max(1, len(self._pairs[pair].alone))))
+            _Turn(pair, int(share * max(1, len(self._pairs[pair].prompts_by_reference))))
             for pair, share in zip(pairs, drawn, strict=True)
         ]
 
     def _visited(self, epoch: int) -> list[int]:
-        """Pairs of an epoch in their own order, each as often as it is visited."""
+        """The pairs of an epoch in order, each as often as the epoch visits it."""
         if not self._draws_pairs:
             return self._all_turns
         drawn = torch.rand(len(self._pairs), generator=stream(self._seed, "probability", epoch)).tolist()
         return [pair for pair in self._all_turns if drawn[pair] < self._pairs[pair].probability]
 
     def _plan_epoch(self, epoch: int) -> list[tuple[Draw, ...]]:
-        """Walk the shuffled turns and hand out a batch whenever one shape has enough; what is left comes last."""
+        """Fill a batch per shape from the shuffled turns. Batches that stay smaller come last."""
         turns = self._turns(epoch)
         order = [turns[at] for at in torch.randperm(len(turns), generator=stream(self._seed, "order", epoch)).tolist()]
         waiting: dict[object, list[_Turn]] = {}
@@ -148,7 +154,7 @@ class BatchPlan:
             if len(group) == self._size:
                 batches.append(waiting.pop(self._shapes(turn)))
         batches += waiting.values()
-        index = self._begins[epoch].turn if self._epochs_differ else epoch * len(order)
+        index = self._epoch_starts[epoch].turn if self._epochs_differ else epoch * len(order)
         planned = []
         for batch in batches:
             planned.append(tuple(self._draw(turn, index + number) for number, turn in enumerate(batch)))
@@ -166,26 +172,26 @@ class BatchPlan:
         return Draw(turn.pair, caption, index, turn.reference_set)
 
 
-def _shapes_alone(pair: EncodedEntry) -> set[object]:
-    """Of a pair's turns, where it has one reference at a time."""
-    return {pair.seen(number).shapes for number in range(len(pair.alone))}
+def _shapes_per_reference(pair: EncodedEntry) -> set[object]:
+    """The different shapes of a pair's turns, for pairs that show one reference at a time."""
+    return {pair.seen(number).shapes for number in range(len(pair.prompts_by_reference))}
 
 
 def _check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> None:
     if batching.caption_dropout_probability > 0 and not all(pair.has_empty for pair in encoded.pairs):
         raise ConfigError(
-            f"caption_dropout_probability is {batching.caption_dropout_probability}, and the dataset was encoded "
-            "without the empty caption. Encode it again with encode_empty_caption on (only that is made), or set "
-            "caption_dropout_probability to 0, which suits most edits."
+            f"caption_dropout_probability is {batching.caption_dropout_probability}, but the dataset was encoded "
+            "without the empty caption. Encode it again with encode_empty_caption on (nothing else is encoded again), "
+            "or set caption_dropout_probability to 0, which suits most edits."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """This process's own micro-batches, counted from the run's start: `per_step` of every step.
+    """The micro-batches of this process, `per_step` per step.
 
-    A step's micro-batches are handed out in their order, to each process as many, so that all together see what one
-    process with as many times the accumulation would.
+    Each step splits consecutive micro-batches evenly among the processes. Together they see the same data as a single
+    process with `ranks.size` times the gradient accumulation.
     """
 
     whole: BatchPlan
@@ -193,34 +199,35 @@ class RankPlan:
     per_step: int
 
     def __getitem__(self, micro_batch: int) -> tuple[Draw, ...]:
-        """The turns of this process's micro-batch `micro_batch`."""
+        """The draws of one of this process's micro-batches, counted from the start of the run."""
         step, position = divmod(micro_batch, self.per_step)
         return self.whole[(step * self.ranks.size + self.ranks.rank) * self.per_step + position]
 
     def first_epoch(self) -> int:
-        """How many micro-batches of this process make about an epoch, at least one."""
+        """Approximate number of this process's micro-batches in the first epoch, at least 1."""
         return max(1, self.whole.batches_in_epoch(0) // self.ranks.size)
 
     def draws_of_step(self, step: int) -> list[Draw]:
-        """The turns of a step, of all processes together."""
+        """The draws of a step in all processes together."""
         count = self.per_step * self.ranks.size
         return [draw for number in range(step * count, (step + 1) * count) for draw in self.whole[number]]
 
 
 class BatchLoader:
-    """Reads batches one ahead of the step. Use as a context manager; holds at most `memory_bytes` of pairs.
-    `encode_reference` makes the latents of references that are encoded on the fly."""
+    """Reads batches one ahead of the training step. Use it as a context manager.
+
+    Keeps up to about 1 GiB of pairs in memory. `encode_reference` encodes references on the fly.
+    """
 
     def __init__(
         self,
         encoded: EncodedDataset,
         plan: RankPlan,
-        memory_bytes: int = MEMORY_BYTES,
         *,
         encode_reference: EncodeReference | None = None,
     ) -> None:
         self.plan = plan
-        self._encoded, self._memory_bytes = encoded, memory_bytes
+        self._encoded = encoded
         self._encode_reference = encode_reference
         self._held: OrderedDict[tuple[int, int, int], EncodedPair] = OrderedDict()
         self._held_bytes = 0
@@ -234,11 +241,11 @@ class BatchLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __getitem__(self, micro_batch: int) -> Batch:
-        """The tensors of a micro-batch; the one after it is read meanwhile."""
+        """The tensors of a micro-batch. Starts to read the next one in the background."""
         ready, self._next = self._next, None
         if ready and ready[0] == micro_batch:
             batch = ready[1].result()
-        else:  # in the pool's one thread too: what is held, and the VAE, serve one reader at a time
+        else:  # also in the pool's only thread, because the cache of pairs and the VAE are not thread-safe
             if ready:
                 ready[1].cancel()
             batch = self._pool.submit(self._read, micro_batch).result()
@@ -258,7 +265,7 @@ class BatchLoader:
         pair = self._encoded.load(entry, draw.caption, draw.reference_set, encode_reference=self._encode_reference)
         self._held[key] = pair
         self._held_bytes += _num_bytes(pair)
-        while self._held_bytes > self._memory_bytes and len(self._held) > 1:
+        while self._held_bytes > MEMORY_BYTES and len(self._held) > 1:
             _, oldest = self._held.popitem(last=False)
             self._held_bytes -= _num_bytes(oldest)
         return pair
@@ -270,7 +277,7 @@ def _num_bytes(pair: EncodedPair) -> int:
 
 
 def collate(draws: tuple[Draw, ...], pairs: Sequence[EncodedPair]) -> Batch:
-    """Pairs of equal shapes as one batch. Shorter prompts are padded behind and masked."""
+    """Stack pairs of equal shapes into one batch. Pads shorter prompts at the end and masks the padding."""
     condition = Condition(
         tuple(torch.stack(latents) for latents in zip(*(pair.reference_latents for pair in pairs), strict=True)),
         *pad_prompts([pair.prompt_embeds for pair in pairs]),
@@ -279,7 +286,7 @@ def collate(draws: tuple[Draw, ...], pairs: Sequence[EncodedPair]) -> Batch:
 
 
 def _stacked_weights(pairs: Sequence[EncodedPair]) -> Tensor | None:
-    """Of pairs of which some or all have a mask; the others count everywhere alike."""
+    """Stacked loss weights, with 1 everywhere for pairs without a mask; None if no pair has one."""
     if all(pair.loss_weights is None for pair in pairs):
         return None
     ones = torch.ones(1, *pairs[0].target_latents.shape[1:])
@@ -287,9 +294,20 @@ def _stacked_weights(pairs: Sequence[EncodedPair]) -> Tensor | None:
 
 
 def pad_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Embeddings [B, L, D] and their mask [B, L], which is None when all are equally long."""
+    """Padded embeddings [B, L, D] and their mask [B, L], which is None if all prompts have equal length."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
     if bool((lengths == lengths[0]).all()):
         return padded, None
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+
+
+def largest_batch(plan: RankPlan, encoded: EncodedDataset) -> int:
+    """Number of the micro-batch of this process with the most latent positions, within about one epoch."""
+
+    def size(number: int) -> int:
+        draws = plan[number]
+        shapes = encoded.pairs[draws[0].pair].seen(draws[0].reference_set).shapes
+        return len(draws) * sum(height * width for _, height, width in shapes)  # type: ignore[misc]
+
+    return max(range(plan.first_epoch()), key=size)

@@ -1,7 +1,7 @@
-"""Encode a dataset: first every picture through the VAE, then every prompt through Qwen2.5-VL.
+"""Encode a dataset: first all pictures with the VAE, then all prompts with Qwen2.5-VL.
 
-Only what the cache lacks is made, each result is on disk before the next begins, and one network is in memory at a
-time. A run that was killed goes on where it stopped.
+Encodes only what the cache lacks, writes each result before it starts the next, and keeps one network in memory at a
+time. An interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -20,64 +20,64 @@ from ..data.pairing import EditDataset, dataset_states
 from ..device import pick_device, release_memory
 from ..errors import ConfigError, DatasetError, OutOfMemoryError
 from ..events import SILENT, Observer
+from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import FLAVOURS
-from ..qwen_image.folder import model_folder
-from ..qwen_image.transformer import check_transformer, transformer_settings
-from ..ranks import ALONE, Ranks
+from ..ranks import SINGLE_PROCESS, Ranks
 from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
 from .encoded import EncodedDataset, save_manifest
 from .encoders import Encoders, own_pictures, own_prompts
+from .encoding_plan import find_missing, plan_encoding
 from .image_embeds import open_image_embeds
-from .jobs import missing_jobs, plan_encoding
-from .reference_sets import entries_of_pairs, seen_at_once
+from .reference_sets import entries_of_pairs, split_by_reference
 from .sizes import large_enough
 
 
 def encode_dataset(
     dataset: EditDataset,
-    model: ModelConfig,
+    base: BaseModel,
     encoding: EncodingConfig,
     cache_dir: Path,
     observer: Observer = SILENT,
     encoders: Encoders | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> EncodedDataset:
-    """Encode what is missing and write the manifest. `encoders` stand in the place of the base model's.
+    """Encode what the cache lacks and write the manifest. `encoders` replace the base model's VAE and text encoder.
 
-    Each of `ranks` makes this call for the same cache, encodes its share, and waits for the others.
+    With several `ranks`, each process calls this with the same cache, encodes its share and waits for the others.
 
     Raises:
-        ConfigError: the dataset does not fit the flavour, or `encoders` the model or the preprocessing; there is no
-            cache of the name in conditioning_image_embeds.
-        DatasetError: targets are too small, none would be left to train on, or pictures changed since they were paired;
-            then the others are encoded first.
-        ModelFileError: the VAE or text encoder can't be loaded, or the transformer is of another flavour.
-        OutOfMemoryError: they, or a picture, don't fit; what was encoded stays.
-        Interrupted: the observer wants to stop; what was encoded stays.
+        ConfigError: the dataset does not fit the flavour, `encoders` do not fit the model or the preprocessing, or the
+            cache named in conditioning_image_embeds does not exist.
+        DatasetError: targets are too small, no pair is left to train on, or pictures changed since they were paired
+            (after encoding all others).
+        ModelFileError: the VAE or text encoder can't be loaded, or the transformer has another flavour.
+        OutOfMemoryError: a network or a picture doesn't fit; finished results stay in the cache.
+        Interrupted: the observer asked to stop; finished results stay in the cache.
     """
-    check_transformer(model)  # prompts in another flavour's words would be found out hours later
+    model = base.config
+    prompt_width = base.prompt_width  # fails for a transformer of another flavour now, not after hours of encoding
     check_references(dataset, model, encoding)
     encoders = encoders or Encoders()
     encoders.check(encoding)
     pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
     dataset = dataclasses.replace(dataset, pairs=pairs)
     device = pick_device(model.device)
-    vae = encoders.pictures or own_pictures(model, device)
-    text_encoder = encoders.prompts or own_prompts(model, encoding, device)
+    vae = encoders.pictures or own_pictures(base, device)
+    text_encoder = encoders.prompts or own_prompts(base, encoding, device)
     image_embeds = open_image_embeds(encoding, cache_dir, dataset.reference_dirs[0], text_encoder)
     held_out = _held_out(dataset, encoding)
     digests = (vae.digest, text_encoder.digest)
-    pairs = seen_at_once(dataset.pairs, encoding, held_out)
+    pairs = split_by_reference(dataset.pairs, encoding, held_out)
     planned = [plan_encoding(pair, model, encoding, digests, held_out) for pair in pairs]
-    jobs = missing_jobs(list(ranks.share(planned)), cache_dir)
-    before = dataset_states(dataset) if any(jobs) else {}
-    problems = encode_masks(jobs.masks, cache_dir, observer)
+    missing = find_missing(list(ranks.share(planned)), cache_dir)
+    before = dataset_states(dataset) if any(missing) else {}
+    problems = encode_masks(missing.masks, cache_dir, observer)
     with _memory_errors_explained("pictures", "Lower resolution, or the size of the references"):
-        problems += encode_latents(jobs.latents, vae, cache_dir, observer)
+        problems += encode_latents(missing.latents, vae, cache_dir, observer)
     release_memory()
     with _memory_errors_explained("prompts", "Set text_encoder_precision to int8-quanto or nf4-bnb"):
-        problems += encode_prompts(jobs.prompts, text_encoder, image_embeds, prompt_width(model), observer)
+        problems += encode_prompts(missing.prompts, text_encoder, image_embeds, prompt_width, observer)
     release_memory()
     _raise_unread(problems)
     ranks.wait()
@@ -86,12 +86,12 @@ def encode_dataset(
         cache_dir,
         flavour=model.flavour,
         preprocessing=encoding.preprocessing,
-        prompt_width=prompt_width(model),
+        prompt_width=prompt_width,
         pairs=tuple(entry for entry in entries if entry.key not in held_out),
         validation_pairs=tuple(entry for entry in entries if entry.key in held_out),
         left_out=left_out,
     )
-    changed = changed_files(before, dataset_states(dataset)) if any(jobs) else ()
+    changed = changed_files(before, dataset_states(dataset)) if any(missing) else ()
     return dataclasses.replace(encoded, changed=changed)
 
 
@@ -100,47 +100,42 @@ def _memory_errors_explained(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the network and its activations
+        traceback.clear_frames(error.__traceback__)  # the frames keep the network and its activations alive
         release_memory()
         raise OutOfMemoryError(
-            f"Out of memory while encoding {what}. What is encoded stays in the cache. {advice}, close other programs "
-            "that use the device, or encode once with device cpu: training then finds everything."
+            f"Out of memory while encoding {what}. Finished results stay in the cache. {advice}, close other programs "
+            "that use the device, or encode once with device cpu; training then uses the cached results."
         ) from error
 
 
 def _raise_unread(problems: list[str]) -> None:
     if problems:
         raise DatasetError(
-            "Some pictures could not be encoded as they were paired. All others are in the cache, and nothing of these "
-            "is. Run again with the folders at rest:",
+            "Some pictures changed or could not be read since they were paired. All others are in the cache. Fix the "
+            "problems below and run again while no other program changes the folders:",
             list(dict.fromkeys(problems)),
         )
 
 
 def check_references(dataset: EditDataset, model: ModelConfig, encoding: EncodingConfig) -> None:
-    """Raises ConfigError where a pair has more references than a turn of the flavour takes."""
+    """Raise ConfigError if a pair has more references than the flavour can take at a time."""
     allowed = FLAVOURS[model.flavour].max_references
     most = max((len(pair.references) for pair in dataset.pairs), default=0)
     if most > allowed and encoding.conditioning_multidataset_sampling == "combined":
         raise ConfigError(
             f"The dataset has {most} references per pair; {model.flavour} takes {allowed}. "
-            "Use one reference folder, or a model of flavour edit-v2 or edit-v3, or conditioning_multidataset_sampling "
-            "random, which shows one of them at a time."
+            "Use fewer reference folders, a model of flavour edit-v2 or edit-v3, or set "
+            "conditioning_multidataset_sampling to random, which shows one reference at a time."
         )
 
 
 def _held_out(dataset: EditDataset, encoding: EncodingConfig) -> set[str]:
-    """Keys of the pairs kept out of training: the same ones whatever the order or the rest of the dataset."""
+    """Keys of the pairs to hold out, ranked by a digest per pair so that other pairs and their order matter little."""
     keys = sorted(dataset.pairs, key=lambda pair: digest([encoding.seed, pair.key]))
     wanted = len(keys) if encoding.num_eval_images < 0 else encoding.num_eval_images
     if 0 < len(keys) <= wanted and encoding.num_eval_images > 0:
         raise DatasetError(
             f"num_eval_images is {wanted}, but the dataset has only {len(keys)} pairs, so none would be left to "
-            f"train on. Allowed is 0 to {len(keys) - 1}."
+            f"train on. Set it to {len(keys) - 1} or less."
         )
     return {pair.key for pair in keys[:wanted]}
-
-
-def prompt_width(model: ModelConfig) -> int:
-    """Width D of the prompt embeddings, from the transformer's configuration or file."""
-    return int(transformer_settings(model_folder(model).transformer).get("joint_attention_dim", 3584))

@@ -1,4 +1,4 @@
-"""Pictures through the VAE, and masks to the size of the latents."""
+"""Encode pictures with the VAE, and resize masks to the size of the latents."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ..events import Observer, raise_if_stopped
 from ..files import is_whole, write_tensors
 from ..geometry import Size
 from .encoders import PictureEncoder
+from .encoding_plan import LatentTask, PlannedPair, latents_shape, mask_box
 from .entry import entry_path
-from .jobs import LatentJob, PlannedPair, latents_shape, mask_box
 from .read_ahead import or_error, read_ahead
 
 
-def encode_masks(jobs: dict[str, PlannedPair], cache_dir: Path, observer: Observer) -> list[str]:
+def encode_masks(missing: dict[str, PlannedPair], cache_dir: Path, observer: Observer) -> list[str]:
+    """Write the loss weights of `missing` pairs by their cache keys. Returns the problems of unreadable masks."""
     problems = []
-    for done, (each, weights) in enumerate(read_ahead(jobs.values(), or_error(_loss_weights))):
+    for done, (each, weights) in enumerate(read_ahead(missing.values(), or_error(_loss_weights))):
         raise_if_stopped(observer)
         if isinstance(weights, DatasetError):
             problems.append(str(weights))
             continue
         write_tensors(entry_path(cache_dir, "mask", each.entry.mask), {"mask": weights})
-        observer.on_progress("Encoding masks", done + 1, len(jobs))
+        observer.on_progress("Encoding masks", done + 1, len(missing))
     return problems
 
 
@@ -37,34 +38,35 @@ def _loss_weights(planned: PlannedPair) -> Tensor:
 
 
 def encode_latents(
-    jobs: dict[str, LatentJob], encoder: PictureEncoder, cache_dir: Path, observer: Observer
+    missing: dict[str, LatentTask], encoder: PictureEncoder, cache_dir: Path, observer: Observer
 ) -> list[str]:
+    """Write the latents of `missing` pictures by their cache keys. Returns the problems of unreadable pictures."""
     problems: list[str] = []
-    if not jobs:
+    if not missing:
         return problems
     raise_if_stopped(observer)
     with encoder.loaded(observer) as encode:
-        for done, (job, pixels) in enumerate(read_ahead(jobs.values(), or_error(LatentJob.read))):
+        for done, (task, pixels) in enumerate(read_ahead(missing.values(), or_error(LatentTask.read))):
             raise_if_stopped(observer)
             if isinstance(pixels, DatasetError):
                 problems.append(str(pixels))
                 continue
-            if job.picture:
+            if task.picture:
                 as_bytes = (pixels * 255).round().to(torch.uint8)
-                write_tensors(entry_path(cache_dir, "picture", job.picture), {"picture": as_bytes})
-            path = entry_path(cache_dir, "latents", job.key)
-            if not is_whole(path):  # another run may have made it meanwhile
+                write_tensors(entry_path(cache_dir, "picture", task.picture), {"picture": as_bytes})
+            path = entry_path(cache_dir, "latents", task.key)
+            if not is_whole(path):  # another process may have written it meanwhile
                 latents = encode(pixels)
-                check_shape("VAE", latents, latents_shape(job.view))
+                check_shape("VAE", latents, latents_shape(task.view))
                 write_tensors(path, {"latents": latents})
-            observer.on_progress("Encoding pictures", done + 1, len(jobs))
+            observer.on_progress("Encoding pictures", done + 1, len(missing))
     return problems
 
 
 def check_shape(network: str, made: Tensor, wanted: tuple[int, ...]) -> None:
-    """Raises ConfigError where the network is not the base model's kind; only the last sizes count."""
+    """Raise ConfigError if the last dimensions of a result are not `wanted`, as with the network of another model."""
     if tuple(made.shape[-len(wanted) :]) != wanted:
         raise ConfigError(
-            f"The {network} gives {list(made.shape)} where the base model takes {list(wanted)}, so it is that of "
-            f"another model. Use Qwen-Image-Edit's."
+            f"The {network} returns the shape {list(made.shape)}, but the base model needs {list(wanted)}, so it "
+            f"belongs to another model. Use the {network} of Qwen-Image-Edit."
         )

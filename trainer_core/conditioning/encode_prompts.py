@@ -1,4 +1,4 @@
-"""Captions through Qwen2.5-VL, each with its references, which the vision tower sees once."""
+"""Encode captions with Qwen2.5-VL, each together with its references. The vision tower encodes each reference once."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from ..files import is_whole, write_tensors
 from ..qwen_image.text_encoder import Picture, VisualTokens
 from .encode_pictures import check_shape
 from .encoders import EncodePrompts, PromptEncoder
+from .encoding_plan import PlannedPair
 from .entry import entry_path
 from .image_embeds import ImageEmbeds
-from .jobs import PlannedPair
 from .pictures import vision_picture
 from .read_ahead import or_error, read_ahead
 
-Found = tuple[str, Picture | VisualTokens]  # key of a reference's visual tokens; these, or the picture to see
+VisualInput = tuple[str, Picture | VisualTokens]  # a reference: cache key, and cached visual tokens or its picture
 
 
 def encode_prompts(
-    jobs: list[tuple[PlannedPair, dict[str, str]]],
+    missing: list[tuple[PlannedPair, dict[str, str]]],
     encoder: PromptEncoder,
     image_embeds: ImageEmbeds,
     width: int,
     observer: Observer,
 ) -> list[str]:
-    """`jobs`: pairs with keys and texts of the prompts they lack. Returns what could not be read."""
+    """Write the embeddings of `missing` prompts: pairs, each with its missing prompts (text by cache key).
+
+    `width` is the required embedding width D. Returns the problems of unreadable references.
+    """
     problems: list[str] = []
-    total = sum(len(missing) for _, missing in jobs)
+    total = sum(len(prompts) for _, prompts in missing)
     if not total:
         return problems
     raise_if_stopped(observer)
     progress = count(1)
     with encoder.loaded(observer) as network:
-        for (_, missing), found in read_ahead(jobs, or_error(lambda job: _references(job[0], image_embeds))):
+        for (_, prompts), found in read_ahead(missing, or_error(lambda each: _references(each[0], image_embeds))):
             if isinstance(found, DatasetError):
                 problems.append(str(found))
                 continue
             seen = [_see(network, image_embeds, *each) for each in found]
-            for key, text in missing.items():
+            for key, text in prompts.items():
                 raise_if_stopped(observer)
                 path = entry_path(image_embeds.cache_dir, "prompt", key)
                 if not is_whole(path):
@@ -52,9 +55,9 @@ def encode_prompts(
     return problems
 
 
-def _references(planned: PlannedPair, image_embeds: ImageEmbeds) -> list[Found]:
-    """Of each reference what is known, or else its picture."""
-    found: list[Found] = []
+def _references(planned: PlannedPair, image_embeds: ImageEmbeds) -> list[VisualInput]:
+    """For each reference its cached visual tokens, or else its picture."""
+    found: list[VisualInput] = []
     views = zip(planned.pair.references, planned.pair.digests[1:], planned.plan.vision, strict=True)
     for path, content, view in views:
         key = image_embeds.key(content, view)
@@ -64,7 +67,7 @@ def _references(planned: PlannedPair, image_embeds: ImageEmbeds) -> list[Found]:
 
 
 def _see(network: EncodePrompts, image_embeds: ImageEmbeds, key: str, found: Picture | VisualTokens) -> Any:
-    """What the vision tower makes of a reference; kept, if a pair before this one has not done so meanwhile."""
+    """The visual tokens of a reference: given, cached meanwhile by an earlier pair, or computed and then cached."""
     if isinstance(found, VisualTokens):
         return found
     if known := image_embeds.find(key):

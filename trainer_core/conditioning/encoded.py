@@ -1,4 +1,4 @@
-"""An encoded dataset: a manifest that names cache entries. The manifest's own name is its content."""
+"""An encoded dataset: a manifest that lists cache entries. The manifest's file name is a digest of its content."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from .entry import EncodedEntry, entry_path
 from .types import EncodedPair, ReferenceFile
 
 FORMAT = 1
-EncodeReference = Callable[[ReferenceFile], Tensor]  # to normalised latents [C, H/8, W/8]
+EncodeReference = Callable[[ReferenceFile], Tensor]  # returns normalised latents [C, H/8, W/8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class EncodedDataset:
-    """Pairs to train on and pairs held out, as they lie in the cache. `left_out`: keys of pairs that are too small;
-    `changed`: files that changed while encoding, which is told and not kept."""
+    """The training pairs and held-out pairs in the cache.
+
+    `left_out` are the keys of pairs that are too small. `changed` are the files that changed while encoding; they are
+    reported, but not saved in the manifest.
+    """
 
     manifest: Path
     flavour: FlavourName
@@ -43,7 +46,7 @@ class EncodedDataset:
 
     @property
     def cache_dir(self) -> Path:
-        """The cache that the keys belong to."""
+        """The cache folder with the entries."""
         return self.manifest.parent.parent
 
     def load(
@@ -54,10 +57,11 @@ class EncodedDataset:
         *,
         encode_reference: EncodeReference | None = None,
     ) -> EncodedPair:
-        """The tensors of a pair under one of its captions, or under EMPTY_CAPTION.
+        """The tensors of a pair with one of its captions or with EMPTY_CAPTION.
 
         Raises:
-            ConfigError: its references are encoded on the fly, and there is no `encode_reference`.
+            ConfigError: its references are encoded on the fly, and `encode_reference` is None.
+            DatasetError: the cache lacks an entry.
         """
         entry = entry.seen(reference_set)
         return EncodedPair(
@@ -69,11 +73,11 @@ class EncodedDataset:
         )
 
     def load_prompt(self, entry: EncodedEntry, key: str) -> Any:
-        """Embeddings [L, D] of one of the pair's prompts by its key: a caption, a validation prompt, the negative."""
+        """Embeddings [L, D] of one of the pair's prompts by cache key: a caption, validation or negative prompt."""
         return self._tensor("prompt", key, entry)
 
     def load_pictures(self, entry: EncodedEntry) -> tuple[Any, ...]:
-        """The pair's pictures [3, H, W] uint8 as encoded: target, then references."""
+        """The pictures of a held-out pair [3, H, W], uint8, cropped and resized as encoded: target, then references."""
         return tuple(self._tensor("picture", key, entry) for key in entry.pictures)
 
     def _references(self, entry: EncodedEntry, encode_reference: EncodeReference | None) -> tuple[Tensor, ...]:
@@ -81,8 +85,8 @@ class EncodedDataset:
             return tuple(self._tensor("latents", key, entry) for key in entry.references)
         if encode_reference is None:
             raise ConfigError(
-                f"The references of {entry.key!r} are encoded on the fly, which only a training does. Encode the "
-                "dataset with reference_latents cached to see them here."
+                f"The references of {entry.key!r} are encoded on the fly, which only training does. Encode the dataset "
+                "with reference_latents cached to use them here."
             )
         return tuple(map(encode_reference, entry.reference_files))
 
@@ -90,13 +94,13 @@ class EncodedDataset:
         path = entry_path(self.cache_dir, kind, key)
         if not is_whole(path):
             raise DatasetError(
-                f"The encoded pair {entry.key!r} is missing its {kind} in the cache {self.cache_dir} "
-                f"({path.name} is not there or cut short). Encode the dataset again: only what is missing is made."
+                f"The encoded pair {entry.key!r} has no {kind} in the cache {self.cache_dir} ({path.name} is missing "
+                "or truncated). Encode the dataset again; only missing entries are encoded."
             )
         return read_tensors(path)[kind]
 
     def missing(self) -> tuple[str, ...]:
-        """Keys of pairs with an entry that is not in the cache."""
+        """Keys of the pairs that lack a cache entry or a reference file."""
         return tuple(entry.key for entry in (*self.pairs, *self.validation_pairs) if not self._is_complete(entry))
 
     def _is_complete(self, entry: EncodedEntry) -> bool:
@@ -105,30 +109,30 @@ class EncodedDataset:
 
 
 def check_alike(first: EncodedDataset, other: EncodedDataset, names: tuple[str, str]) -> None:
-    """Datasets that one network sees have to be encoded for it alike. `names` are theirs in the message.
+    """Check that two datasets can be used in one training. `names` are their names in the message.
 
     Raises:
-        ConfigError: flavour, preprocessing or the prompts' width differ.
+        ConfigError: the flavour, preprocessing or prompt width differs.
     """
     for name in ("flavour", "preprocessing", "prompt_width"):
         wanted, found = getattr(first, name), getattr(other, name)
         if wanted != found:
             raise ConfigError(
-                f"{names[0]} has {name} {wanted!r}, and {names[1]} has {found!r}. Encode both with the same model and "
+                f"{names[0]} has {name} {wanted!r}, but {names[1]} has {found!r}. Encode both with the same model and "
                 "preprocessing."
             )
 
 
 def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
-    """Write a manifest below `cache_dir` and return the dataset it describes.
+    """Write a manifest below `cache_dir` and return its dataset. `fields` are those of EncodedDataset.
 
-    Its name has two parts: the content that is trained on, and what is validated on. A run goes on as long as the
-    first is the same. Where files lie is in neither.
+    The file name has two digests: of the training pairs and of the held-out pairs. A run can resume as long as the
+    first stays equal, so it must not depend on where files are stored.
     """
     pairs, held_out = fields["pairs"], fields["validation_pairs"]
     others = {name: value for name, value in fields.items() if name not in ("pairs", "validation_pairs")}
     if not others.get("left_out"):
-        others.pop("left_out", None)  # so that old names stay
+        others.pop("left_out", None)  # datasets encoded before this field existed keep their names
     values = {**others, "format": FORMAT, "pairs": [entry.as_row() for entry in pairs]}
     trained = digest({**values, "pairs": [entry.as_row(with_places=False) for entry in pairs]})
     values["validation_pairs"] = [entry.as_row() for entry in held_out]
@@ -138,7 +142,7 @@ def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
 
 
 def _lines(values: dict[str, Any]) -> str:
-    """JSON with a line for each pair: to be read by people, and quickly written."""
+    """JSON with one line per pair, which is readable and fast to write."""
 
     def shown(value: Any) -> str:
         if not isinstance(value, list) or not value:
@@ -152,14 +156,14 @@ def load_encoded(manifest: Path) -> EncodedDataset:
     """Read a manifest.
 
     Raises:
-        DatasetError: it is missing, damaged, or of another version.
+        DatasetError: the manifest is missing or damaged, or has another format version.
     """
     try:
         values = json.loads(manifest.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DatasetError(f"Can't read the encoded dataset {manifest}: {error}. Encode the dataset again.") from error
     if values.pop("format", None) != FORMAT:
-        raise DatasetError(f"The encoded dataset {manifest} is of another version. Encode the dataset again.")
+        raise DatasetError(f"The encoded dataset {manifest} has another format version. Encode the dataset again.")
     for name in ("pairs", "validation_pairs"):
         values[name] = tuple(map(EncodedEntry.from_row, values[name]))
     return EncodedDataset(manifest=manifest, **{**values, "left_out": tuple(values.get("left_out", ()))})

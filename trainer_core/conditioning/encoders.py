@@ -1,6 +1,6 @@
-"""The two networks of encoding as `encode_dataset` uses them: a digest for the cache's keys, and a way to load.
+"""The VAE and the text encoder as `encode_dataset` needs them: a digest for the cache keys, and a loader.
 
-Here are our own loaders. Others may stand in their place, as nodes/host_encoders.py does with ComfyUI's objects.
+This module loads those of the base model. nodes/host_encoders.py provides ComfyUI's instead.
 """
 
 from __future__ import annotations
@@ -15,39 +15,41 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..config import EncodingConfig, ModelConfig, digest
+from ..config import EncodingConfig, digest
 from ..errors import ConfigError
 from ..events import Observer
-from ..qwen_image.folder import ModelFolder, model_folder, weights_digest
+from ..qwen_image.base_model import BaseModel
+from ..qwen_image.folder import ModelFolder, weights_digest
 from ..qwen_image.text_encoder import Picture, load_text_encoder
 from ..qwen_image.vae import encode_picture, load_vae
 
-EncodePicture = Callable[[Tensor], Tensor]  # [3, H, W] in 0..1 to normalised latents [C, H/8, W/8], float32, CPU
+EncodePicture = Callable[[Tensor], Tensor]  # [3, H, W] in 0..1 -> normalised latents [C, H/8, W/8], float32 on the CPU
 
 
 @dataclass(frozen=True, slots=True)
 class PictureEncoder:
-    """`digest`: of all that decides latents besides the picture. The network is in memory while `loaded` is open."""
+    """`digest` covers everything besides the picture that affects its latents. `loaded` keeps the network in memory
+    while its context is open."""
 
     digest: str
     loaded: Callable[[Observer], AbstractContextManager[EncodePicture]]
 
 
 class EncodePrompts(Protocol):
-    """A text encoder at work: it sees a picture once, and then encodes captions with what it saw."""
+    """A loaded text encoder. It encodes each picture once and reuses the result for all captions."""
 
     def see(self, picture: Picture) -> Any:
-        """What it keeps of a picture: VisualTokens where PromptEncoder has a `visual_digest`."""
+        """The encoding of a picture: VisualTokens if the PromptEncoder has a `visual_digest`."""
 
     def encode_seen(self, caption: str, seen: Sequence[Any]) -> Tensor:
-        """Embeddings [L, D], float32, on the CPU."""
+        """Embeddings [L, D] of a caption and results of `see`, float32 on the CPU."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
-    """`digest`: of all that decides embeddings besides caption and pictures, the flavour and policy among it.
-    `visual_digest`: of all that decides visual tokens besides the picture; empty where they can't be kept."""
+    """`digest` covers everything besides caption and pictures that affects embeddings, including flavour and
+    preprocessing. `visual_digest` does so for the visual tokens of a picture; empty if they can't be cached."""
 
     digest: str
     loaded: Callable[[Observer], AbstractContextManager[EncodePrompts]]
@@ -56,44 +58,44 @@ class PromptEncoder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoders:
-    """What stands in the place of our own loaders; none does by default."""
+    """Replacements for the base model's encoders; None uses the base model's."""
 
     pictures: PictureEncoder | None = None
     prompts: PromptEncoder | None = None
 
     def check(self, encoding: EncodingConfig) -> None:
-        """Raises ConfigError where the settings are not for the encoders given here, which are ComfyUI's."""
+        """Raise ConfigError if the settings do not work with replaced encoders, which are ComfyUI's."""
         if self.pictures and encoding.reference_latents == "on_the_fly":
             raise ConfigError(
-                "reference_latents is 'on_the_fly', which encodes with the base model's VAE while training, but "
-                "ComfyUI's own VAE is connected. Choose cached, or disconnect vae."
+                "reference_latents is 'on_the_fly', which uses the base model's VAE while training, but a ComfyUI VAE "
+                "is connected. Set reference_latents to cached or disconnect vae."
             )
         if (self.pictures or self.prompts) and encoding.preprocessing != "comfyui":
             raise ConfigError(
-                f"preprocessing is {encoding.preprocessing!r}, but ComfyUI's own CLIP or VAE is connected, which goes "
-                "with `comfyui` only. Choose that, or disconnect clip and vae."
+                f"preprocessing is {encoding.preprocessing!r}, but a ComfyUI CLIP or VAE is connected, which works "
+                "with comfyui only. Set preprocessing to comfyui or disconnect clip and vae."
             )
 
 
-def own_pictures(model: ModelConfig, device: torch.device) -> PictureEncoder:
-    """The VAE of the base model."""
+def own_pictures(base: BaseModel, device: torch.device) -> PictureEncoder:
+    """Loader of the base model's VAE."""
 
     @contextmanager
     def loaded(_observer: Observer) -> Iterator[EncodePicture]:
-        vae = load_vae(model, device)
+        vae = load_vae(base, device)
         yield lambda pixels: encode_picture(vae, pixels)
 
-    return PictureEncoder(digest([weights_digest(model_folder(model).vae), model.mixed_precision]), loaded)
+    return PictureEncoder(digest([base.vae_digest, base.config.mixed_precision]), loaded)
 
 
-def own_prompts(model: ModelConfig, encoding: EncodingConfig, device: torch.device) -> PromptEncoder:
-    """The text encoder of the base model."""
+def own_prompts(base: BaseModel, encoding: EncodingConfig, device: torch.device) -> PromptEncoder:
+    """Loader of the base model's text encoder."""
 
     @contextmanager
     def loaded(observer: Observer) -> Iterator[EncodePrompts]:
-        yield load_text_encoder(model, encoding.preprocessing, device, observer)
+        yield load_text_encoder(base, encoding.preprocessing, device, observer)
 
-    folder = model_folder(model)
+    folder, model = base.folder, base.config
     network = [encoding.preprocessing, model.mixed_precision, weights_digest(folder.text_encoder)]
     network += [model.text_encoder_precision] if model.text_encoder_precision != "none" else []
     tokenizer = [weights_digest(folder.tokenizer), _bytes_digest(folder.tokenizer)]
@@ -104,7 +106,7 @@ def own_prompts(model: ModelConfig, encoding: EncodingConfig, device: torch.devi
 
 
 def _libraries(folder: ModelFolder) -> list[str]:
-    """What decides patches and positions where transformers makes them, see text_encoder.py."""
+    """What affects patches and positions if the transformers library computes them, see text_encoder.py."""
     import transformers
 
     return [weights_digest(folder.processor), transformers.__version__]

@@ -1,4 +1,4 @@
-"""One pair of an encoded dataset: the names of all that the cache has of it."""
+"""One pair of an encoded dataset: the keys of its cache entries."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from typing import Any
 
 from .types import ReferenceFile
 
-EMPTY_CAPTION = -1  # in the place of a caption's number: the pair seen without words
+EMPTY_CAPTION = -1  # used instead of a caption's number: the pair without a caption
 _ALWAYS_WRITTEN = ("negative", "pictures")
+_ROW_NAMES = {"prompts_by_reference": "alone", "empty_by_reference": "alone_empty"}  # where JSON uses another name
+_FIELD_NAMES = {row: field for field, row in _ROW_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedEntry:
-    """Cache keys of one pair. `shape` is the target's latents [C, H, W], `reference_shapes` the references'.
-    `negative` and `pictures` (target first, then references) are there for held-out pairs only, `empty` (the prompt
-    without words) and `mask` (the loss's weights) where they were asked for. `repeats` (extra turns an epoch) and
-    `probability` (that an epoch draws the pair) are a mix's. `validation_captions` and their `validation_prompts` are
-    drawn of a held-out pair besides its own. Where a turn sees one reference alone, `alone` has the prompts by
-    reference and `alone_empty` the empty ones, instead of `prompts` and `empty`. `reference_files` are there where
-    references are encoded on the fly: then their keys are not in the cache."""
+    """Cache keys and shapes of one pair.
+
+    `target`, `references`, `prompts` (one per caption), `negative`, `empty` (the empty prompt), `mask` and `pictures`
+    (target first, then references) are cache keys; an empty string means that there is no entry. `shape` is the shape
+    of the target's latents [C, H, W], `reference_shapes` are those of the references.
+
+    Only held-out pairs have `negative`, `pictures`, and `validation_captions` with their `validation_prompts`, which
+    are sampled in addition to the captions. `repeats` (extra turns per epoch) and `probability` (of being drawn in an
+    epoch) come from a mix. A pair that shows one reference at a time has `prompts_by_reference` and
+    `empty_by_reference` instead of `prompts` and `empty`. A pair whose references are encoded on the fly has
+    `reference_files`; its `references` are then not in the cache.
+    """
 
     key: str
     captions: tuple[str, ...]
@@ -39,13 +46,13 @@ class EncodedEntry:
     probability: float = 1.0
     validation_captions: tuple[str, ...] = ()
     validation_prompts: tuple[str, ...] = ()
-    alone: tuple[tuple[str, ...], ...] = ()
-    alone_empty: tuple[str, ...] = ()
+    prompts_by_reference: tuple[tuple[str, ...], ...] = ()
+    empty_by_reference: tuple[str, ...] = ()
     reference_files: tuple[ReferenceFile, ...] = ()
 
     def seen(self, reference_set: int) -> EncodedEntry:
-        """The pair in a turn: as it is, or with the one reference of this number and the prompts encoded with it."""
-        if not self.alone:
+        """The pair as one turn sees it: unchanged, or with only reference number `reference_set` and its prompts."""
+        if not self.prompts_by_reference:
             return self
         one = slice(reference_set, reference_set + 1)
         return dataclasses.replace(
@@ -53,46 +60,53 @@ class EncodedEntry:
             references=self.references[one],
             reference_shapes=self.reference_shapes[one],
             reference_files=self.reference_files[one],
-            prompts=self.alone[reference_set],
-            empty=self.alone_empty[reference_set] if self.alone_empty else "",
-            alone=(),
-            alone_empty=(),
+            prompts=self.prompts_by_reference[reference_set],
+            empty=self.empty_by_reference[reference_set] if self.empty_by_reference else "",
+            prompts_by_reference=(),
+            empty_by_reference=(),
         )
 
     @property
     def has_empty(self) -> bool:
-        """Whether the prompt without words was encoded."""
-        return bool(self.empty or self.alone_empty)
+        """Whether the empty prompt was encoded."""
+        return bool(self.empty or self.empty_by_reference)
 
     def prompt(self, caption: int) -> str:
-        """Key of the prompt of caption number `caption`, or of EMPTY_CAPTION."""
+        """Cache key of the prompt of caption number `caption`, or of EMPTY_CAPTION."""
         return self.empty if caption == EMPTY_CAPTION else self.prompts[caption]
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """What must be equal for pairs to share a batch."""
+        """The shapes of all latents. Pairs share a batch only if these are equal."""
         return (self.shape, *self.reference_shapes)
 
     def cached(self) -> Iterator[tuple[str, str]]:
-        """Kind and key of everything that the cache has to hold."""
+        """Kind and key of every entry that must be in the cache."""
         latents = (self.target,) if self.reference_files else (self.target, *self.references)
-        alone = (key for prompts in self.alone for key in prompts)
-        prompts = (*self.prompts, *self.validation_prompts, *alone, self.negative, self.empty, *self.alone_empty)
+        by_reference = (key for prompts in self.prompts_by_reference for key in prompts)
+        prompts = (*self.prompts, *self.validation_prompts, *by_reference, self.negative)
+        prompts += (self.empty, *self.empty_by_reference)
         kinds = {"latents": latents, "prompt": prompts, "picture": self.pictures, "mask": (self.mask,)}
         return ((kind, key) for kind, keys in kinds.items() for key in keys if key)
 
     def as_row(self, *, with_places: bool = True) -> dict[str, Any]:
-        """For JSON: its fields but for those a later version added and this pair does not use, so that names of old
-        datasets stay; without places, where the files of references lie is left out."""
-        row = {name: item for name in EncodedEntry.__slots__ if _is_written(name, item := getattr(self, name))}
+        """The entry for JSON. Omits unused fields that later versions added, so that datasets keep their names.
+
+        Without `with_places`, omits the paths of reference files.
+        """
+        row = {
+            _ROW_NAMES.get(name, name): item
+            for name in EncodedEntry.__slots__
+            if _is_written(name, item := getattr(self, name))
+        }
         if not with_places and self.reference_files:
             row["reference_files"] = [file[1:] for file in self.reference_files]
         return row
 
     @staticmethod
     def from_row(row: dict[str, Any]) -> EncodedEntry:
-        """What `as_row` wrote, places and all."""
-        values = {name: _tuples(item) for name, item in row.items()}
+        """The entry that `as_row` wrote with places."""
+        values = {_FIELD_NAMES.get(name, name): _tuples(item) for name, item in row.items()}
         files = tuple(ReferenceFile(*each) for each in values.get("reference_files", ()))
         return EncodedEntry(**{**values, "reference_files": files})
 
@@ -109,5 +123,5 @@ def _tuples(value: Any) -> Any:
 
 
 def entry_path(cache_dir: Path, kind: str, key: str) -> Path:
-    """Where an entry lies: spread over 256 folders, so that 100,000 entries stay quick to look up."""
+    """Path of an entry. Entries are spread over 256 folders to keep each folder small."""
     return cache_dir.joinpath(kind, key[:2], f"{key}.safetensors")

@@ -1,4 +1,4 @@
-"""Several encoded datasets as one: each with its repeats and the share of it that an epoch draws."""
+"""Combine several encoded datasets into one, each with its repeats and probability."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from .entry import EncodedEntry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixPart:
-    """`repeats`: extra turns of every pair in an epoch, 0 for one turn. `probability`: the share of the pairs that an
-    epoch draws, each pair by itself; 0 trains none of them and keeps the part's held-out pairs."""
+    """One dataset of a mix. `repeats` is the number of extra turns of every pair per epoch.
+
+    `probability` is the chance of each pair to be drawn in an epoch. With 0 none of them is trained on, but the
+    held-out pairs are still used.
+    """
 
     encoded: EncodedDataset
     repeats: int = 0
@@ -27,13 +30,13 @@ class MixPart:
 
 
 def mix_encoded(parts: Sequence[MixPart], cache_dir: Path, *, validation_only: bool = False) -> EncodedDataset:
-    """Write the manifest of a dataset that holds all pairs of the parts, their held-out ones too.
+    """Write the manifest of a dataset with all training pairs and held-out pairs of the parts.
 
-    Keys of pairs begin with the part's number, counted from 1. A part may be a mix itself. With `validation_only` all
-    pairs may be held out.
+    Prefixes the keys of pairs with the part's number, counted from 1. A part may itself be a mix. With
+    `validation_only` the mix may have held-out pairs only.
 
     Raises:
-        ConfigError: there is no part, or the parts were not encoded alike, or lie in another cache.
+        ConfigError: there is no part, the parts were encoded differently, or a part is in another cache.
         DatasetError: no pair is left to train on.
     """
     _check_alike(parts, cache_dir)
@@ -65,7 +68,7 @@ def mix_encoded(parts: Sequence[MixPart], cache_dir: Path, *, validation_only: b
 
 
 def _entry(entry: EncodedEntry, number: int, part: MixPart) -> EncodedEntry:
-    """The entry in its part; what an inner mix says of it is multiplied."""
+    """The entry as part of the mix. Multiplies its repeats and probability with those of an inner mix."""
     return dataclasses.replace(
         entry,
         key=_key(number, entry.key),
@@ -86,6 +89,6 @@ def _check_alike(parts: Sequence[MixPart], cache_dir: Path) -> None:
         check_alike(first, part.encoded, ("Encoded dataset 1", f"number {number}"))
         if part.encoded.cache_dir.resolve() != cache_dir.resolve():
             raise ConfigError(
-                f"Encoded dataset {number} lies in the cache {str(part.encoded.cache_dir)!r}, and the mix is for "
-                f"{str(cache_dir)!r}. Encode it into that one."
+                f"Encoded dataset {number} is in the cache {str(part.encoded.cache_dir)!r}, but the mix uses "
+                f"{str(cache_dir)!r}. Encode it into that cache."
             )

@@ -1,4 +1,4 @@
-"""reference_latents on_the_fly: references through the VAE at every turn, equal to what the cache would have held."""
+"""reference_latents on_the_fly: encode references at every turn, with the same result as cached latents."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import ModelConfig
 from ..data.images import open_checked_picture
 from ..device import pick_device
 from ..errors import ConfigError
 from ..events import SILENT, Observer
+from ..qwen_image.base_model import BaseModel
 from .encoded import EncodedDataset, EncodeReference
 from .encoders import EncodePicture, own_pictures
-from .jobs import latents_key
+from .encoding_plan import latents_key
 from .pictures import View, render
 from .types import ReferenceFile
 
 
 @contextmanager
 def reference_encoder(
-    encoded: EncodedDataset, model: ModelConfig, observer: Observer = SILENT
+    encoded: EncodedDataset, base: BaseModel, observer: Observer = SILENT
 ) -> Iterator[EncodeReference | None]:
-    """What makes latents of references, with the VAE in memory while the context lasts; None where all are cached.
+    """Load the VAE for the duration of the context and yield a reference encoder; None if all latents are cached.
 
     Raises:
-        ConfigError: the dataset was encoded with another VAE.
+        ConfigError: the dataset was encoded with another VAE or mixed_precision.
         ModelFileError: the VAE can't be loaded.
     """
     first = next((entry for entry in encoded.pairs if entry.reference_files), None)
     if first is None:
         yield None
         return
-    vae = own_pictures(model, pick_device(model.device))
+    vae = own_pictures(base, pick_device(base.config.device))
     if latents_key(vae.digest, *first.reference_files[0][1:]) != first.references[0]:
         raise ConfigError(
-            "The dataset's references are encoded on the fly, and it was encoded with another VAE or mixed_precision "
-            "than this model's. Encode it again with this model."
+            "The dataset's references are encoded on the fly, but the dataset was encoded with another VAE or "
+            "mixed_precision than this model has. Encode it again with this model."
         )
     with vae.loaded(observer) as encode:
         yield lambda file: _latents(file, encode)

@@ -1,7 +1,7 @@
-"""From a pair's pictures to the pictures that the networks see: one crop rectangle, one resize from the original.
+"""Crop and resize a pair's pictures for the networks, with one resize from the original.
 
-`plan_pair` decides rectangles and sizes from headers alone; `render` makes the pixels. So the cache can be asked
-before a picture is decoded.
+`plan_pair` decides crops and sizes from the picture sizes alone, so that the cache can be checked before any picture
+is decoded. `render` makes the pixels.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..config import ConditioningType, EncodingConfig
-from ..geometry import Box, Size, area_size, aspect_area_size, crop_box, scale_box
+from ..geometry import Box, Size, area_size, aspect_area_size, crop_box, same_framing, scale_box
 from ..qwen_image.flavours import Flavour
 from ..qwen_image.text_encoder import Picture
-from .sizes import crop_place, target_box, target_size
-
-SAME_FRAMING = 0.01  # references whose aspect ratio is within 1 % of the target's show the same scene
+from .sizes import crop_position, target_box, target_size
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A rectangle of a picture at a size, and the filter that takes it there."""
+    """A crop of a picture, the size to resize it to, and the resampling filter."""
 
     box: Box
     size: Size
@@ -39,7 +37,7 @@ class View:
 
     @staticmethod
     def from_json(values: Sequence[Any]) -> View:
-        """What `as_json` says."""
+        """The view that `as_json` wrote."""
         box, size, resample = values
         return View(Box(*box), Size(*size), resample)
 
@@ -53,7 +51,7 @@ class PairPlan:
     vision: tuple[View, ...]
 
     def mask_box(self, target: Size, mask: Size) -> Box:
-        """The target's rectangle in a mask, for pictures of these sizes."""
+        """The target's crop in the coordinates of its mask, for pictures of these sizes."""
         return scale_box(self.target.box, target, mask)
 
 
@@ -65,9 +63,9 @@ def plan_pair(
     *,
     conditioning_types: Sequence[ConditioningType] = (),
 ) -> PairPlan:
-    """Views for a pair whose pictures have these sizes, the target's first. `key` decides a random crop.
+    """The views of a pair. `sizes` lists the target first; `key` seeds a random crop.
 
-    `conditioning_types` are the references', all auto where there are none.
+    `conditioning_types` has one entry per reference; empty means that all are auto.
     """
     bucket = target_size(sizes[0], encoding)
     box = target_box(sizes[0], bucket, encoding, key)
@@ -85,7 +83,7 @@ def plan_pair(
 
 
 class Framing(NamedTuple):
-    """What is seen of a target of size `size`, and the pair's key."""
+    """The size of a target, its view, and the pair's key."""
 
     size: Size
     view: View
@@ -95,32 +93,27 @@ class Framing(NamedTuple):
 def _reference(
     size: Size, kind: ConditioningType, target: Framing, flavour: Flavour, encoding: EncodingConfig
 ) -> tuple[View, View]:
-    """Views of a reference of this size.
+    """Views of a reference of this size for the VAE and for Qwen2.5-VL.
 
-    reference_strict is cut by the target's rectangle, and so is auto where both show the same scene. reference_loose is
-    seen whole, and so is any other auto; but under match_target_res as much of it as has the target's shape.
+    Crops reference_strict like the target, and auto too if both have the same aspect ratio. Uses reference_loose
+    whole, and other auto references too, except that match_target_res crops those to the target's aspect ratio.
     """
     bucket = target.view.size
     if kind == "reference_strict" or (kind == "auto" and same_framing(target.size, size)):
         box = scale_box(target.view.box, target.size, size)
     elif kind == "auto" and encoding.match_target_res:
-        box = crop_box(size, bucket, crop_place(encoding, target.key))
+        box = crop_box(size, bucket, crop_position(encoding, target.key))
     else:
         box = Box(0, 0, *size)
     return plan_reference(box, flavour, encoding, bucket, keep_aspect=kind == "reference_loose")
 
 
-def same_framing(target: Size, reference: Size) -> bool:
-    """Whether the aspect ratios are so near that both show the same scene."""
-    return abs((reference.width * target.height) / (reference.height * target.width) - 1) <= SAME_FRAMING
-
-
 def plan_reference(
     box: Box, flavour: Flavour, encoding: EncodingConfig, target: Size, *, keep_aspect: bool = False
 ) -> tuple[View, View]:
-    """Views of one reference for the VAE and for Qwen2.5-VL, in the sizes of the preprocessing policy.
+    """Views of one reference for the VAE and for Qwen2.5-VL, in the sizes of the preprocessing.
 
-    Under match_target_res it takes the target's size, or with `keep_aspect` no more than the target's area.
+    With match_target_res the VAE's view has the target's size, or with `keep_aspect` only about its area.
     """
     area = target.width * target.height if encoding.match_target_res and keep_aspect else flavour.reference_area
     if encoding.preprocessing == "comfyui":
@@ -137,9 +130,9 @@ def plan_reference(
 
 
 def render(picture: Image.Image, view: View) -> Tensor:
-    """Pixels [3, H, W] in 0..1 of an RGB picture's view.
+    """The pixels of an RGB picture's view, [3, H, W] in 0..1.
 
-    `area` is ComfyUI's: float pixels through torch's area interpolation. `lanczos` is Pillow's, as in diffusers.
+    `area` interpolates float pixels with torch, like ComfyUI. `lanczos` uses Pillow, like diffusers.
     """
     if view.resample == "lanczos":
         return to_tensor(render_picture(picture, view))
@@ -148,20 +141,20 @@ def render(picture: Image.Image, view: View) -> Tensor:
 
 
 def render_picture(picture: Image.Image, view: View) -> Image.Image:
-    """The view as an 8-bit RGB picture, through Pillow's Lanczos filter."""
+    """The view as an 8-bit RGB picture, resized with Pillow's Lanczos filter."""
     return picture.resize(view.size, Image.Resampling.LANCZOS, box=view.box)
 
 
 def vision_picture(picture: Image.Image, view: View) -> Picture:
-    """What the text encoder takes: pixels under the comfyui policy, an 8-bit picture under diffusers'."""
+    """The input of the text encoder: pixels for comfyui preprocessing, an 8-bit picture for diffusers."""
     return render(picture, view) if view.resample == "area" else render_picture(picture, view)
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """[3, H, W] in 0..1 of an RGB picture."""
+    """An RGB picture as [3, H, W] in 0..1."""
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255.0).permute(2, 0, 1).contiguous()
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """An 8-bit RGB picture of [3, H, W] in 0..1."""
+    """Pixels [3, H, W] in 0..1 as an 8-bit RGB picture."""
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy(), "RGB")

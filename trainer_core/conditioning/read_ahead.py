@@ -1,4 +1,4 @@
-"""Reading in threads while a network works, and errors that are handed on instead of raised."""
+"""Read files in background threads while a network runs, and return errors instead of raising them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TypeVar
 
 from ..errors import DatasetError
 
-READ_AHEAD = 4  # pictures decoded while the network works on the one before
+READ_AHEAD = 4  # pictures decoded ahead of the network
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def or_error(read: Callable[[T], R]) -> Callable[[T], R | DatasetError]:
-    """`read`, whose DatasetError is handed on, not raised, so that the other pictures are encoded all the same."""
+    """Wrap `read` to return a DatasetError instead of raising it, so that the other pictures are still encoded."""
 
     def attempt(item: T) -> R | DatasetError:
         try:
@@ -28,7 +28,7 @@ def or_error(read: Callable[[T], R]) -> Callable[[T], R | DatasetError]:
 
 
 def read_ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T, R]]:
-    """Each item with what `read` made of it in a thread, a few items ahead and no more."""
+    """Yield each item with the result of `read`, which threads call for at most READ_AHEAD items in advance."""
     source = iter(items)
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="read-ahead") as pool:
         waiting = [(item, pool.submit(read, item)) for item in islice(source, READ_AHEAD)]

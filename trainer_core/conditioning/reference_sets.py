@@ -1,6 +1,6 @@
-"""conditioning_multidataset_sampling random: a turn sees one of a pair's references, and the prompt encoded with it.
+"""conditioning_multidataset_sampling random: each turn shows one of a pair's references, with its own prompt.
 
-For encoding such a pair is several, one for each reference; their entries become one that has all of them.
+Such a pair is encoded as several pairs with one reference each. Their entries are then combined into one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from ..rng import stream
 from .entry import EncodedEntry
 
 
-def seen_at_once(pairs: Sequence[EditPair], encoding: EncodingConfig, held_out: Collection[str]) -> list[EditPair]:
-    """The pairs as they are encoded. A held-out one has one reference for good, which seed and pair decide."""
+def split_by_reference(
+    pairs: Sequence[EditPair], encoding: EncodingConfig, held_out: Collection[str]
+) -> list[EditPair]:
+    """The pairs to encode, split if a turn shows one reference. A held-out pair keeps one, chosen by seed and key."""
     if encoding.conditioning_multidataset_sampling == "combined":
         return list(pairs)
     seen: list[EditPair] = []
@@ -32,7 +34,7 @@ def seen_at_once(pairs: Sequence[EditPair], encoding: EncodingConfig, held_out: 
 
 
 def _with_one(pair: EditPair, number: int) -> EditPair:
-    """The pair as if it had this reference only."""
+    """The pair with only this reference."""
     return dataclasses.replace(
         pair,
         references=(pair.references[number],),
@@ -43,7 +45,7 @@ def _with_one(pair: EditPair, number: int) -> EditPair:
 
 
 def entries_of_pairs(entries: Sequence[EncodedEntry]) -> Iterator[EncodedEntry]:
-    """One entry for each pair, of entries that stand side by side where they are of one pair."""
+    """Combine the entries of each pair into one. Entries of one pair must be adjacent."""
     for _, group in groupby(entries, key=lambda entry: entry.key):
         first, *others = group
         yield _together((first, *others)) if others else first
@@ -57,6 +59,6 @@ def _together(entries: tuple[EncodedEntry, ...]) -> EncodedEntry:
         reference_files=tuple(file for entry in entries for file in entry.reference_files),
         prompts=(),
         empty="",
-        alone=tuple(entry.prompts for entry in entries),
-        alone_empty=tuple(entry.empty for entry in entries if entry.empty),
+        prompts_by_reference=tuple(entry.prompts for entry in entries),
+        empty_by_reference=tuple(entry.empty for entry in entries if entry.empty),
     )

@@ -1,7 +1,7 @@
-"""How large a target is trained, and which rectangle of it: resolution, crop and limits of size.
+"""Choose the size and crop of a target: resolution, crop and size limits.
 
-The words are SimpleTuner's: `pixel` counts the shorter edge, `area` megapixels, `pixel_area` the side of a square of
-equal area. One rectangle of the original and one size come out, so that a picture is resized once.
+Units are named as in SimpleTuner: `pixel` is the shorter edge, `area` is megapixels, `pixel_area` is the side of a
+square of equal area. The result is one crop of the original and one size, so that a picture is resized only once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..config.dataset import SizeConfig
 from ..data.images import shown
 from ..data.pairing import EditPair
 from ..errors import DatasetError
-from ..geometry import CENTRE, Box, Place, Size, crop_box, scaled_size
+from ..geometry import CENTRE, Box, CropPosition, Size, crop_box, scaled_size
 from ..rng import stream
 
 _UNITS = {
@@ -27,7 +27,7 @@ _UNITS = {
 
 
 def measure(size: Size, sizes: SizeConfig) -> float:
-    """How large a picture is in the unit of resolution_type."""
+    """The size of a picture in the unit of resolution_type."""
     if sizes.resolution_type == "pixel":
         return min(size)
     area = size.width * size.height
@@ -35,7 +35,7 @@ def measure(size: Size, sizes: SizeConfig) -> float:
 
 
 def target_size(size: Size, encoding: EncodingConfig) -> Size:
-    """The size to train a target of this size at: sides are multiples of aspect_bucket_alignment."""
+    """The training size of a target of this size. Its sides are multiples of aspect_bucket_alignment."""
     sizes = encoding.sizes
     side = math.sqrt(sizes.megapixels * 1e6) if sizes.resolution_type == "area" else encoding.resolution
     if sizes.crop and sizes.crop_aspect == "square":
@@ -45,15 +45,15 @@ def target_size(size: Size, encoding: EncodingConfig) -> Size:
 
 
 def target_box(size: Size, bucket: Size, encoding: EncodingConfig, key: str) -> Box:
-    """The rectangle that is seen: the largest of the bucket's aspect ratio, or one cut from the shrunk picture.
+    """The crop of a target: the largest with the bucket's aspect ratio, or a smaller one for a large picture.
 
-    A picture above maximum_image_size is thought shrunk to target_downsample_size, and of that the bucket is cut.
+    A picture above maximum_image_size is cropped as if it had first been shrunk to target_downsample_size.
     """
-    return crop_box(size, bucket, crop_place(encoding, key), _share(size, bucket, encoding.sizes))
+    return crop_box(size, bucket, crop_position(encoding, key), _share(size, bucket, encoding.sizes))
 
 
-def crop_place(encoding: EncodingConfig, key: str) -> Place:
-    """Where in the slack the rectangle lies, 0 to 1 from the left and the top; a function of seed and pair."""
+def crop_position(encoding: EncodingConfig, key: str) -> CropPosition:
+    """Position of the crop, 0 to 1 from left and top. A random one depends only on the seed and the pair's key."""
     style = encoding.sizes.crop_style
     if style == "random":
         x, y = torch.rand(2, generator=stream(encoding.seed, "crop", key)).tolist()
@@ -62,7 +62,7 @@ def crop_place(encoding: EncodingConfig, key: str) -> Place:
 
 
 def _share(size: Size, bucket: Size, sizes: SizeConfig) -> float:
-    """The rectangle's side as a share of the largest one's."""
+    """The side of the crop relative to the largest possible crop."""
     if not sizes.crop or not sizes.maximum_image_size or measure(size, sizes) <= sizes.maximum_image_size:
         return 1.0
     shrunk = sizes.target_downsample_size / measure(size, sizes)
@@ -71,10 +71,10 @@ def _share(size: Size, bucket: Size, sizes: SizeConfig) -> float:
 
 
 def large_enough(pairs: Sequence[EditPair], sizes: SizeConfig) -> tuple[tuple[EditPair, ...], tuple[str, ...]]:
-    """The pairs whose target reaches minimum_image_size, and the keys of those that are left out.
+    """The pairs whose target reaches minimum_image_size, and the keys of the other pairs.
 
     Raises:
-        DatasetError: a target is smaller, and leave_out_small is off; lists all of them.
+        DatasetError: targets are smaller and leave_out_small is off (lists them), or all targets are smaller.
     """
     small = [pair for pair in pairs if measure(pair.sizes[0], sizes) < sizes.minimum_image_size]
     if not small:
@@ -82,8 +82,8 @@ def large_enough(pairs: Sequence[EditPair], sizes: SizeConfig) -> tuple[tuple[Ed
     wanted = f"{sizes.minimum_image_size:g} {_UNITS[sizes.resolution_type]}"
     if not sizes.leave_out_small:
         raise DatasetError(
-            f"{len(small)} targets are smaller than minimum_image_size, {wanted}. Use larger pictures, lower it, or "
-            "turn leave_out_small on:",
+            f"{len(small)} targets are smaller than minimum_image_size, {wanted}. Use larger pictures, lower the "
+            "limit, or turn leave_out_small on:",
             [_described(pair, sizes) for pair in small],
         )
     if len(small) == len(pairs):

@@ -1,4 +1,4 @@
-"""What the training loop reads of a pair. C latent channels, H W latent sides, L prompt tokens, D prompt width."""
+"""What the training loop reads of a pair. C: latent channels; H, W: latent sides; L: prompt tokens; D: prompt width."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ReferenceFile(NamedTuple):
-    """A reference that is encoded on the fly: its file, the file's SHA-256, and what is seen of it, as View has it."""
+    """A reference that is encoded on the fly: its path, the file's SHA-256, and its view (see View.from_json)."""
 
     path: str
     content: str
@@ -18,9 +18,11 @@ class ReferenceFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """One pair under one of its captions: `target_latents` [C, H, W], a [C, h, w] per reference, and
-    `prompt_embeds` [L, D] at true length, so there is no mask. `loss_weights` [1, H, W] of mean 1, None where all count
-    alike. All float32 on the CPU, latents normalised."""
+    """One pair with one of its captions; all tensors are float32 on the CPU, and latents are normalised.
+
+    `target_latents` [C, H, W], `reference_latents` [C, h, w] each, and `prompt_embeds` [L, D] without padding.
+    `loss_weights` [1, H, W] have mean 1; None if all are 1.
+    """
 
     key: str
     target_latents: Tensor

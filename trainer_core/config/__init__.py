@@ -1,7 +1,7 @@
-"""All settings: frozen, checked when made, strict JSON in and out.
+"""All settings: frozen dataclasses that are checked when they are made, with strict JSON input and output.
 
-Names that SimpleTuner's Qwen edit quickstart uses are kept, so that people find the settings they know.
-A field's `help` is its documentation: unit, effect, typical value.
+Settings have the names that SimpleTuner's Qwen edit quickstart uses. A field's `help` is its documentation in
+docs/settings.md and in the tooltips of the nodes: effect, unit and typical values.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..settings import check, check_at_least, check_choice, check_choices, is_plain_name, required, setting
+from ..settings import Settings, check, check_setting, is_plain_name, required, setting
 
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt", "csv", "parquet", "jsonl"]
 CAPTION_TABLES: tuple[CaptionStrategy, ...] = ("csv", "parquet", "jsonl")
@@ -16,228 +16,300 @@ Preprocessing = Literal["comfyui", "diffusers"]
 ConditioningType = Literal["auto", "reference_strict", "reference_loose"]
 MultidatasetSampling = Literal["combined", "random"]
 ReferenceLatents = Literal["cached", "on_the_fly"]
-LEAST_PROBABILITY = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CaptionConfig:
-    """What is made of captions, and the table they stand in."""
+class CaptionConfig(Settings):
+    """Where captions are read and what is added to them."""
 
     disable_multiline_split: bool = setting(
-        False, "A .txt beside a target is one caption, line breaks and all, instead of a caption a line."
+        False, "Take a caption .txt as one caption, with its line breaks. Off: each line is a caption of its own."
     )
     prepend_instance_prompt: bool = setting(
-        False, "Every caption begins with instance_prompt, so that trigger words stand in front of all of them."
+        False, "Put instance_prompt before every caption, for example trigger words."
     )
-    caption_prefix: str = setting("", "Put before every caption as it is; end it with a blank or a comma.")
-    caption_suffix: str = setting("", "Put behind every caption as it is; begin it with a blank or a comma.")
+    caption_prefix: str = setting("", "Text before every caption, added as it is. End it with a space or a comma.")
+    caption_suffix: str = setting("", "Text after every caption, added as it is. Start it with a space or a comma.")
     caption_file: str = setting(
-        "", "Table of captions for caption_strategy csv, parquet or jsonl; a relative path starts at target_dir."
+        "", "Table of captions, for caption_strategy csv, parquet or jsonl. A relative path starts at target_dir."
     )
     caption_column: str = setting(
-        "caption", "Column with the edit instruction; a list in a cell is several captions of that pair."
+        "caption",
+        "Column with the edit instructions. A list in a cell gives the pair several captions.",
+        valid=bool,
+        allowed="the name of a column",
     )
     filename_column: str = setting(
         "filename",
-        "Column with the target's path below target_dir, with or without extension; rows of a target add up.",
+        "Column with the path of the target relative to target_dir, with or without extension. Several rows for one "
+        "target give it several captions.",
+        valid=bool,
+        allowed="the name of a column",
     )
-
-    def __post_init__(self) -> None:
-        for name in ("caption_column", "filename_column"):
-            check(bool(getattr(self, name)), name, getattr(self, name), "the name of a column")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DatasetConfig:
-    """Folders of pictures, matched by relative path without extension."""
+class DatasetConfig(Settings):
+    """Folders of pictures, paired by relative path without extension."""
 
-    target_dir: str = required("Folder of the pictures the model should produce.")
-    reference_dirs: tuple[str, ...] = required("One to three folders of the pictures it starts from.")
+    target_dir: str = required(
+        "Folder of the pictures that the model should produce.", valid=bool, allowed="a folder of pictures"
+    )
+    reference_dirs: tuple[str, ...] = required(
+        "One to three folders of the pictures to edit.",
+        valid=lambda folders: 1 <= len(folders) <= 3,
+        allowed="one, two or three folders",
+    )
     caption_strategy: CaptionStrategy = setting(
         "textfile",
-        "Where edit instructions come from: a .txt beside the target (a line is a caption), its file name, "
-        "instance_prompt for all, or a table (csv, parquet, jsonl) named in the caption settings.",
+        "Source of the edit instructions. textfile: a .txt beside the target, one caption per line. filename: the "
+        "target's file name. instanceprompt: instance_prompt for all pairs. csv, parquet, jsonl: the table in the "
+        "caption settings.",
     )
     instance_prompt: str = setting(
-        "", "The one edit instruction of all pairs, for caption_strategy instanceprompt, or the words to prepend."
+        "",
+        "The edit instruction of all pairs with caption_strategy instanceprompt, or the words that "
+        "prepend_instance_prompt puts before every caption.",
     )
-    captions: CaptionConfig = setting(CaptionConfig(), "What is made of captions.")
+    captions: CaptionConfig = setting(CaptionConfig(), "Where captions are read and what is added to them.")
     mask_dir: str = setting(
-        "", "Folder of masks named as their targets: white counts in the loss, black does not; empty for no masks."
+        "",
+        "Folder of masks with the same file names as their targets. White counts in the loss, black does not. Empty "
+        "for none.",
     )
     references_optional: bool = setting(
         False,
-        "A target that has no reference in a folder is taken with those it has, or as text-to-image with none. Off: a "
-        "missing reference is a problem.",
+        "Use a target that lacks some references with those it has, and a target without any as text-to-image. Off: a "
+        "missing reference is an error.",
     )
     conditioning_type: tuple[ConditioningType, ...] = setting(
         ("auto",),
-        "How references are cut, one for all folders or one per folder: reference_strict by the target's rectangle, "
-        "and a reference of another shape is a problem; reference_loose not at all; auto strictly where the shape is "
-        "the target's within 1 %.",
+        "How references are cropped; one value for all folders, or one per folder. reference_strict: like the target; "
+        "a different aspect ratio is an error. reference_loose: never. auto: like the target if the aspect ratios "
+        "differ by at most 1 %.",
     )
 
     @staticmethod
     def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
-        """One conditioning_type is a list of one."""
+        """Accepts one conditioning_type without a list."""
         kind = values.get("conditioning_type")
         return {**values, "conditioning_type": [kind]} if isinstance(kind, str) else values
 
-    def __post_init__(self) -> None:
-        check_choice(self, "caption_strategy")
-        check_choices(self, "conditioning_type")
-        check(bool(self.target_dir), "target_dir", self.target_dir, "a folder of pictures")
-        count = len(self.reference_dirs)
-        check(1 <= count <= 3, "reference_dirs", self.reference_dirs, "one, two or three folders")
-        given = len(self.conditioning_type)
+    def check_combinations(self) -> None:
+        """There is a conditioning_type for each folder, and the source of the captions is given."""
         allowed = "one for all reference folders, or one for each"
-        check(given in (1, count), "conditioning_type", self.conditioning_type, allowed)
+        fits = len(self.conditioning_type) in (1, len(self.reference_dirs))
+        check(fits, "conditioning_type", self.conditioning_type, allowed)
         if self.caption_strategy == "instanceprompt" or self.captions.prepend_instance_prompt:
             check(bool(self.instance_prompt.strip()), "instance_prompt", self.instance_prompt, "a sentence")
         if self.caption_strategy in CAPTION_TABLES:
-            allowed = f"the path of a {self.caption_strategy} file, for caption_strategy {self.caption_strategy}"
+            allowed = f"the path of a {self.caption_strategy} file with caption_strategy {self.caption_strategy}"
             check(bool(self.captions.caption_file), "caption_file", self.captions.caption_file, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SizeConfig:
-    """How large targets are trained, and which part of them."""
+class SizeConfig(Settings):
+    """Sizes and crops of targets."""
 
     resolution_type: ResolutionType = setting(
         "pixel_area",
-        "What resolution counts: pixel_area the side of a square of equal area, pixel the shorter edge; area takes "
-        "megapixels instead.",
+        "Meaning of resolution. pixel_area: side of a square of equal area. pixel: length of the shorter edge. area: "
+        "not used; megapixels sets the area.",
     )
-    megapixels: float = setting(1.0, "Area of targets in million pixels, for resolution_type area.")
-    aspect_bucket_alignment: int = setting(32, "Sides of targets are multiples of this many pixels: 32, or 16.")
+    megapixels: float = setting(
+        1.0,
+        "Area of targets in million pixels, for resolution_type area.",
+        min=0.01,
+        max=17,
+        unit="million pixels",
+        step=0.01,
+    )
+    aspect_bucket_alignment: int = setting(
+        32,
+        "The sides of targets are multiples of this many pixels: 16 or 32.",
+        choices=(16, 32),
+        unit="pixels",
+        step=16,
+    )
     crop: bool = setting(
-        False, "Cut targets to crop_aspect. Off: the aspect ratio stays, and only what rounding leaves over is cut off."
+        False, "Crop targets to crop_aspect. Off: keep the aspect ratio and crop only the remainder of rounding."
     )
-    crop_aspect: CropAspect = setting("square", "Shape under crop: a square, or preserve for the picture's own.")
+    crop_aspect: CropAspect = setting(
+        "square", "Aspect ratio of the crop: square, or preserve for that of the picture."
+    )
     crop_style: CropStyle = setting(
         "center",
-        "Place of the cut: center, corner (top left), or random (by seed and pair). References follow targets.",
+        "Position of the crop: center, corner (top left), or random (fixed by seed and pair). References are cropped "
+        "like their targets.",
     )
     minimum_image_size: float = setting(
-        0.0, "Smallest target that may be trained, in the unit of resolution_type (area: megapixels); 0 for any."
+        0.0,
+        "Smallest allowed target, in the unit of resolution_type (area: megapixels). 0 allows any size.",
+        min=0,
+        soft_max=100_000,
+        step=0.01,
     )
-    leave_out_small: bool = setting(
-        False, "Leave targets below minimum_image_size out instead of refusing the dataset."
-    )
+    leave_out_small: bool = setting(False, "Skip targets smaller than minimum_image_size. Off: they are an error.")
     maximum_image_size: float = setting(
-        0.0, "Under crop: a target above this is cut as if shrunk to target_downsample_size first; 0 for never."
+        0.0,
+        "With crop: larger targets are cropped as if they had first been scaled down to target_downsample_size. 0 "
+        "turns this off.",
+        min=0,
+        soft_max=100_000,
+        step=0.01,
     )
-    target_downsample_size: float = setting(0.0, "What targets above maximum_image_size are shrunk to before the cut.")
+    target_downsample_size: float = setting(
+        0.0,
+        "Size to which targets above maximum_image_size are scaled down before the crop.",
+        min=0,
+        soft_max=100_000,
+        step=0.01,
+    )
 
-    def __post_init__(self) -> None:
-        check_choice(self, "resolution_type", "crop_aspect", "crop_style")
-        check(0.01 <= self.megapixels <= 17, "megapixels", self.megapixels, "0.01 to 17 million pixels")
-        step = self.aspect_bucket_alignment
-        check(step in (16, 32), "aspect_bucket_alignment", step, "16 or 32 pixels")
-        check_at_least(self, 0, "minimum_image_size", "maximum_image_size", "target_downsample_size")
+    def check_combinations(self) -> None:
+        """maximum_image_size and target_downsample_size come together, and need crop."""
         maximum, shrunk = self.maximum_image_size, self.target_downsample_size
         if maximum or shrunk:
             allowed = f"above 0 and at most maximum_image_size ({maximum:g}); set both or neither"
             check(0 < shrunk <= maximum, "target_downsample_size", shrunk, allowed)
-            check(self.crop, "crop", self.crop, "true with maximum_image_size, which decides what is cut")
+            check(self.crop, "crop", self.crop, "true with maximum_image_size, which decides what is cropped")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EncodingConfig:
-    """From pictures and captions to latents and prompt embeddings."""
+class EncodingConfig(Settings):
+    """How pictures and captions become latents and prompt embeddings."""
 
     resolution: int = setting(
-        1024, "Side in pixels of a square with the target's area; the aspect ratio is kept. Typical 512 to 1024."
+        1024,
+        "Side in pixels of a square with the area of the target. The aspect ratio is kept. 512 to 1024 is typical.",
+        min=64,
+        max=4096,
+        unit="pixels",
+        step=32,
     )
     preprocessing: Preprocessing = setting(
-        "comfyui", "Resize and tokenise exactly as ComfyUI's TextEncodeQwenImageEdit nodes, or as diffusers' pipelines."
+        "comfyui",
+        "Resize and tokenise exactly like ComfyUI's TextEncodeQwenImageEdit nodes, or like the diffusers pipelines.",
     )
     match_target_res: bool = setting(
-        False, "References take the target's size instead of about one megapixel. Faster and smaller."
+        False,
+        "Scale references to the size of the target instead of about one megapixel. Faster and needs less memory.",
     )
     num_eval_images: int = setting(
-        2, "Pairs kept out of training for validation pictures and loss. 0 for none, -1 for all pairs of this dataset."
+        2,
+        "Number of pairs held out of training, for validation pictures and loss. 0 for none, -1 for all pairs of this "
+        "dataset.",
+        min=-1,
+        soft_max=1000,
     )
-    validation_negative_prompt: str = setting(" ", "Negative prompt of validation pictures, seen with the references.")
-    seed: int = setting(0, "Chooses the pairs that are kept out.")
+    validation_negative_prompt: str = setting(
+        " ", "Negative prompt of validation pictures. It is encoded together with the references."
+    )
+    seed: int = setting(0, "Seed of the choice of held-out pairs.", soft_min=0, soft_max=2**32 - 1)
     encode_empty_caption: bool = setting(
-        False, "Also encode every pair without words, as caption_dropout_probability of the training needs it."
+        False, "Also encode every pair with an empty caption. Needed for caption_dropout_probability in training."
     )
     sizes: SizeConfig = setting(SizeConfig(), "Sizes and crops.")
     conditioning_multidataset_sampling: MultidatasetSampling = setting(
         "combined",
-        "Several reference folders: combined shows all references of a pair together, random one of them a turn, with "
-        "the prompt as encoded with that one.",
+        "How several reference folders are used. combined: all references of a pair together. random: one of them each "
+        "time, with the prompt encoded for it.",
     )
     conditioning_image_embeds: str = setting(
         "",
-        "Name of the cache of references' visual tokens, which all captions share; it must exist. Empty: a cache of "
-        "the first reference folder's name, made if there is none.",
+        "Name of the cache of the references' visual tokens, which all captions share. It must exist. Empty: use the "
+        "cache named after the first reference folder, and create it if needed.",
+        valid=lambda name: not name or is_plain_name(name),
+        allowed="a name without folders",
     )
     create_image_embeds: bool = setting(
-        False, "Make the cache that conditioning_image_embeds names if there is none. Off: a wrong name is an error."
+        False, "Create the cache that conditioning_image_embeds names if it does not exist. Off: that is an error."
     )
     reference_latents: ReferenceLatents = setting(
         "cached",
-        "cached encodes references once, onto the disk. on_the_fly encodes those that are trained on anew at every "
-        "turn, with the VAE in memory all the time: for little disk.",
+        "cached: encode references once and store them on disk. on_the_fly: encode them again each time they are used; "
+        "needs less disk space, but keeps the VAE in memory.",
     )
     validation_prompts: tuple[str, ...] = setting(
-        (), "Edit instructions to draw of every held-out pair besides its caption. They are seen with its references."
+        (),
+        "Edit instructions to sample for every held-out pair, in addition to its caption. They are encoded together "
+        "with its references.",
+        valid=lambda prompts: all(prompt.strip() for prompt in prompts),
+        allowed="a list of edit instructions",
     )
-
-    def __post_init__(self) -> None:
-        check_choice(self, "preprocessing", "conditioning_multidataset_sampling", "reference_latents")
-        name = self.conditioning_image_embeds
-        check(not name or is_plain_name(name), "conditioning_image_embeds", name, "a name without folders")
-        check(64 <= self.resolution <= 4096, "resolution", self.resolution, "64 to 4096 pixels")
-        check_at_least(self, -1, "num_eval_images")
-        prompts = self.validation_prompts
-        check(all(prompt.strip() for prompt in prompts), "validation_prompts", prompts, "a list of edit instructions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DatasetPartConfig:
+class DatasetPartConfig(Settings):
     """One of several datasets in a run."""
 
-    id: str = required("Its name, for eval_dataset_id and in reports.")
+    id: str = required(
+        "Name of the dataset, for eval_dataset_id and reports.", valid=lambda name: bool(name.strip()), allowed="a name"
+    )
     dataset: DatasetConfig = required("The folders of pictures.")
-    encoding: EncodingConfig = setting(EncodingConfig(), "What differs from the file's own `encoding`.")
-    repeats: int = setting(0, "Extra turns of each pair in an epoch; 0 is one turn, 2 are three.")
-    probability: float = setting(1.0, "Share of the pairs that an epoch draws, anew each time; 0 for none.")
-
-    def __post_init__(self) -> None:
-        check(bool(self.id.strip()), "id", self.id, "a name")
-        check_turns(self.repeats, self.probability)
+    encoding: EncodingConfig = setting(EncodingConfig(), "Settings that differ from `encoding` of the whole file.")
+    repeats: int = setting(
+        0, "How many more times each pair is used per epoch: 0 is once, 2 is three times.", min=0, max=10_000
+    )
+    probability: float = setting(
+        1.0,
+        "Fraction of the pairs that each epoch draws at random. 1 for all, 0 for none.",
+        min=0.01,
+        max=1,
+        also=0,
+        step=0.01,
+    )
 
 
 def check_turns(repeats: int, probability: float) -> None:
-    """How often the pairs of one of several datasets have their turn."""
-    check(0 <= repeats <= 10_000, "repeats", repeats, "0 to 10000")
-    drawn = probability == 0 or LEAST_PROBABILITY <= probability <= 1
-    check(drawn, "probability", probability, f"{LEAST_PROBABILITY} to 1, or 0 to leave the dataset out")
+    """Raises ConfigError if these are no valid `repeats` and `probability` of a DatasetPartConfig."""
+    check_setting(DatasetPartConfig, "repeats", repeats)
+    check_setting(DatasetPartConfig, "probability", probability)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairCheckConfig:
-    """What the pair checker calls worth a look. All are limits; nothing is changed or left out by them."""
+class PairCheckConfig(Settings):
+    """Limits beyond which the pair checker reports a pair. They change and skip nothing."""
 
     max_shift: float = setting(
-        0.75, "Pixels of the target by which a reference may lie beside it outside the edit. 0.5 to 1 is usual."
+        0.75,
+        "Maximum shift between reference and target outside the edit, in pixels of the target. 0.5 to 1 is typical.",
+        min=0,
+        soft_max=1000,
+        step=0.05,
     )
-    max_zoom_percent: float = setting(0.3, "Percent by which a reference may be larger or smaller than its target.")
+    max_zoom_percent: float = setting(
+        0.3, "Maximum difference in scale between reference and target, in percent.", min=0, soft_max=100, step=0.05
+    )
     max_colour_offset: float = setting(
-        3.0, "8-bit steps by which brightness or a colour may differ outside the edit. Higher if the edit is a colour."
+        3.0,
+        "Maximum difference in brightness or colour outside the edit, in 8-bit steps. Set it higher if the edit "
+        "changes colours.",
+        min=0,
+        soft_max=255,
+        step=0.5,
     )
     min_difference: float = setting(
-        6.0, "8-bit steps that some spot of target and reference should differ by; below, a pair teaches nothing."
+        6.0,
+        "Minimum difference between target and reference at their most different spot, in 8-bit steps. A pair below it "
+        "teaches nothing.",
+        min=0,
+        soft_max=255,
+        step=0.5,
     )
     duplicate_bits: int = setting(
-        6, "Bits of 128 by which two pairs' pictures may differ and still be called near-duplicates; 0 for equal ones."
+        6,
+        "Pairs whose picture hashes differ in at most this many of 128 bits are reported as near-duplicates. 0 reports "
+        "only equal hashes.",
+        min=0,
+        max=40,
+        unit="bits",
     )
-    check_side: int = setting(512, "Pictures are measured at this longer side in pixels; 512 is quick, 1024 finer.")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 0, "max_shift", "max_zoom_percent", "max_colour_offset", "min_difference")
-        check(0 <= self.duplicate_bits <= 40, "duplicate_bits", self.duplicate_bits, "0 to 40 bits")
-        check(128 <= self.check_side <= 4096, "check_side", self.check_side, "128 to 4096 pixels")
+    check_side: int = setting(
+        512,
+        "Longer side in pixels at which pictures are measured. 512 is fast, 1024 is more precise.",
+        min=128,
+        max=4096,
+        unit="pixels",
+        step=64,
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import check, merged, required, setting, to_json
+from ..settings import Settings, check, merged, required, setting, to_json
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
 from .ema import EmaConfig, check_ema
 from .memory import MemoryConfig, check_streaming
@@ -27,85 +27,82 @@ from .validation import ValidationConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """One training run."""
+class TrainingSettings(Settings):
+    """What a job file and one of its trainings have in common."""
 
-    run_dir: str = required("The run folder: configuration, metrics, samples, checkpoints and the LoRA file.")
-    encoded: str = required("Manifest of the encoded dataset.")
-    validation_encoded: str = setting(
-        "", "Manifest of a second encoded dataset, whose held-out pairs are validated on instead of the first one's."
+    run_dir: str = required(
+        "The run folder: configuration, metrics, samples, checkpoints and the LoRA file.",
+        valid=bool,
+        allowed="a folder",
     )
-    max_train_steps: int = setting(1000, "Optimizer steps.")
-    seed: int = setting(0, "Of every random draw: adapter, order, noise.")
-    gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass: less memory, more time.")
     model: ModelConfig = setting(ModelConfig(), "The base model.")
+    max_train_steps: int = setting(1000, "Number of optimizer steps.", min=1, max=1_000_000)
+    seed: int = setting(0, "Seed of all random draws: adapter, order of pairs, noise.", soft_min=0, soft_max=2**32 - 1)
+    gradient_checkpointing: bool = setting(
+        True, "Recompute activations in the backward pass. Needs less memory, but is slower."
+    )
     lora: LoraConfig = setting(LoraConfig(), "The adapter.")
-    optimizer: OptimizerConfig = setting(OptimizerConfig(), "The optimizer.")
-    noise: NoiseConfig = setting(NoiseConfig(), "The noise levels.")
+    optimizer: OptimizerConfig = setting(OptimizerConfig(), "The optimizer and the learning rate schedule.")
+    noise: NoiseConfig = setting(NoiseConfig(), "The noise levels and the loss.")
     batching: BatchingConfig = setting(BatchingConfig(), "The batches.")
     checkpoints: CheckpointConfig = setting(CheckpointConfig(), "The checkpoints.")
     validation: ValidationConfig = setting(ValidationConfig(), "The validation.")
     export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
     rollout: RolloutConfig = setting(RolloutConfig(), "Scheduled sampling.")
-    memory: MemoryConfig = setting(MemoryConfig(), "The memory.")
-    ema: EmaConfig = setting(EmaConfig(), "The running average of the adapter's weights.")
+    memory: MemoryConfig = setting(MemoryConfig(), "The use of memory.")
+    ema: EmaConfig = setting(EmaConfig(), "The moving average of the adapter's weights.")
 
-    def __post_init__(self) -> None:
-        check(1 <= self.max_train_steps <= 1_000_000, "max_train_steps", self.max_train_steps, "1 to 1000000")
-        check(bool(self.run_dir), "run_dir", self.run_dir, "a folder")
+    def check_combinations(self) -> None:
+        """The parts work together."""
         check_warmup(self.optimizer, self.max_train_steps)
         check_streaming(self.memory, self.lora)
         check_ema(self.ema, self.optimizer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobConfig:
-    """Everything `python -m trainer_core` needs, in one JSON file. Relative paths start at that file."""
+class TrainConfig(TrainingSettings):
+    """One training run."""
+
+    encoded: str = required("Manifest of the encoded dataset.")
+    validation_encoded: str = setting(
+        "", "Manifest of a second encoded dataset. If given, its held-out pairs are validated instead."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig(TrainingSettings):
+    """Everything that `python -m trainer_core` needs, in one JSON file. Relative paths start at its folder."""
 
     model: ModelConfig = required("The base model.")
     dataset: DatasetConfig | None = setting(None, "The folders of pictures.", unless="datasets")
-    cache_dir: str = required("Where encoded pairs are kept.")
-    run_dir: str = required("The run folder.")
+    cache_dir: str = required("Folder of the encoded pairs.")
     encoding: EncodingConfig = setting(EncodingConfig(), "The encoding.")
-    max_train_steps: int = setting(1000, "Optimizer steps.")
-    seed: int = setting(0, "Of every random draw.")
-    gradient_checkpointing: bool = setting(True, "Recompute activations in the backward pass.")
-    lora: LoraConfig = setting(LoraConfig(), "The adapter.")
-    optimizer: OptimizerConfig = setting(OptimizerConfig(), "The optimizer.")
-    noise: NoiseConfig = setting(NoiseConfig(), "The noise levels.")
-    batching: BatchingConfig = setting(BatchingConfig(), "The batches.")
-    checkpoints: CheckpointConfig = setting(CheckpointConfig(), "The checkpoints.")
-    validation: ValidationConfig = setting(ValidationConfig(), "The validation.")
-    export: ExportConfig = setting(ExportConfig(), "The LoRA file.")
-    memory: MemoryConfig = setting(MemoryConfig(), "The memory.")
-    pair_check: PairCheckConfig = setting(PairCheckConfig(), "Limits of `check`.")
+    pair_check: PairCheckConfig = setting(PairCheckConfig(), "Limits of the `check` command.")
     datasets: tuple[DatasetPartConfig, ...] = setting((), "Several datasets in one run, instead of `dataset`.")
     eval_dataset_id: tuple[str, ...] = setting(
         (),
-        "Id, or list of ids, of those `datasets` that are validated on and not trained on; nothing else is held out "
-        "then.",
+        "Id or list of ids of those `datasets` that are only validated and not trained. No pairs of the other datasets "
+        "are held out then.",
     )
-    rollout: RolloutConfig = setting(RolloutConfig(), "Scheduled sampling.")
-    ema: EmaConfig = setting(EmaConfig(), "The running average of the adapter's weights.")
 
-    def __post_init__(self) -> None:
+    def check_combinations(self) -> None:
+        """Exactly one of dataset and datasets is given, ids are unique, and a dataset is left to train on."""
         if bool(self.datasets) == (self.dataset is not None):
             given = "both" if self.datasets else "neither"
-            raise ConfigError(f"dataset and datasets are {given}; allowed is one of them: datasets is for several.")
+            raise ConfigError(f"Exactly one of dataset and datasets must be given, got {given}.")
         ids = [part.id for part in self.datasets]
         for each in ids:
-            check(ids.count(each) == 1, "datasets", each, "an id of its own for each dataset")
+            check(ids.count(each) == 1, "datasets", each, "a list in which each dataset has an id of its own")
         for each in self.eval_dataset_id:
-            check(each in ids, "eval_dataset_id", each, f"an id of `datasets`: {', '.join(ids) or 'there is none'}")
+            check(each in ids, "eval_dataset_id", each, f"an id in `datasets` ({', '.join(ids) or 'there are none'})")
         trained = not ids or set(ids) > set(self.eval_dataset_id)
-        check(trained, "eval_dataset_id", list(self.eval_dataset_id), "to leave a dataset to train on")
-        check_warmup(self.optimizer, self.max_train_steps)
-        check_streaming(self.memory, self.lora)
-        check_ema(self.ema, self.optimizer)
+        allowed = "a list that leaves a dataset to train on"
+        check(trained, "eval_dataset_id", list(self.eval_dataset_id), allowed)
+        TrainingSettings.check_combinations(self)
 
     @staticmethod
     def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
-        """What a dataset does not say of its encoding is as in `encoding`; one eval_dataset_id is a list of one."""
+        """Fills the encoding of each dataset from `encoding`, and accepts one eval_dataset_id without a list."""
         values, shared = dict(values), values.get("encoding", {})
         if isinstance(values.get("eval_dataset_id"), str):
             values["eval_dataset_id"] = [values["eval_dataset_id"]]
@@ -116,9 +113,9 @@ class JobConfig:
         return values
 
     def parts(self) -> tuple[DatasetPartConfig, ...]:
-        """The datasets to encode: with empty captions if the training asks for them, held out as eval_dataset_id says.
+        """The datasets to encode. `dataset` gets the id "dataset".
 
-        A single one has the id `dataset`.
+        Their encoding includes empty captions if the training needs them, and holds out pairs as eval_dataset_id says.
         """
         if self.dataset is not None:
             return (DatasetPartConfig(id="dataset", dataset=self.dataset, encoding=self._encoding(self.encoding)),)
@@ -134,13 +131,12 @@ class JobConfig:
         return dataclasses.replace(encoding, num_eval_images=-1 if part_id in self.eval_dataset_id else 0)
 
     def train_config(self, encoded: str, validation_encoded: str = "") -> TrainConfig:
-        """The training part, for datasets encoded at these manifests."""
-        shared = {field.name for field in dataclasses.fields(TrainConfig)} - {"encoded", "validation_encoded"}
-        own = {name: getattr(self, name) for name in shared}
-        return TrainConfig(encoded=encoded, validation_encoded=validation_encoded, **own)
+        """The training settings, for datasets with these manifests."""
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainingSettings)}
+        return TrainConfig(encoded=encoded, validation_encoded=validation_encoded, **shared)
 
 
-# Of the model: where and how it is loaded, and what the encoded dataset's name holds already.
+# Model settings that don't change the trained weights, or that are part of the encoded dataset's name already.
 _NOT_OF_WEIGHTS = (
     "device",
     "quantize_via",
@@ -153,10 +149,10 @@ _NOT_OF_WEIGHTS = (
 
 
 def resume_key(config: TrainConfig, num_ranks: int = 1) -> dict[str, Any]:
-    """The settings that decide the trained weights. A run folder only goes on under equal ones.
+    """The settings that determine the trained weights. A run resumes only if its key is equal.
 
-    Validation, checkpoints, export and the device may change on the way; so may the number of steps as long as the
-    learning rate does not depend on it, and the number of processes that share out a step's micro-batches.
+    Validation, checkpoints, export, memory and device may change between starts. So may the number of steps, if the
+    learning rate does not depend on it, and the number of processes (`num_ranks`) that share a step's micro-batches.
     """
     key = to_json(config)
     key["batching"]["gradient_accumulation_steps"] *= num_ranks
@@ -172,8 +168,8 @@ def resume_key(config: TrainConfig, num_ranks: int = 1) -> dict[str, Any]:
         del key[name]
     if config.optimizer.lr_scheduler in ENDLESS:
         del key["max_train_steps"]
-    _keep_what_decides_the_average(key)
-    key["encoded"] = Path(config.encoded).stem.split("-")[0]  # named by the content that is trained on
+    _reduce_ema(key)
+    key["encoded"] = Path(config.encoded).stem.split("-")[0]  # a hash of the training data
     model = key["model"]
     for name in _NOT_OF_WEIGHTS:
         del model[name]
@@ -184,13 +180,13 @@ def resume_key(config: TrainConfig, num_ranks: int = 1) -> dict[str, Any]:
 
 
 def completed_key(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A resume key as this version writes it: settings that came after it was stored have their defaults."""
+    """A stored resume key of an older version, with defaults for the settings that it did not have."""
     average = EmaConfig(use_ema="ema" in stored)
     return merged(resume_key(TrainConfig(run_dir="-", encoded="-", ema=average)), dict(stored))
 
 
-def _keep_what_decides_the_average(key: dict[str, Any]) -> None:
-    """Of the EMA's settings those that decide its weights; none where there is none."""
+def _reduce_ema(key: dict[str, Any]) -> None:
+    """Keeps only the EMA settings that determine the average, or none if EMA is off."""
     ema = key.pop("ema")
     if ema["use_ema"]:
         key["ema"] = {name: ema[name] for name in ("use_ema", "ema_decay", "ema_update_interval")}

@@ -1,20 +1,22 @@
-"""Settings that name layers: lines such as `0-9 = 8` (blocks) or `.*attn\\.to_q = 32` (a regular expression)."""
+"""Settings for single layers: lines such as `0-9 = 8` (blocks) or `.*attn\\.to_q = 32` (a regular expression)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..errors import ConfigError
 
+LARGEST = 4096.0
 _BLOCKS = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 _BLOCK_OF_LAYER = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPattern:
-    """A number for some layers: those of `blocks`, or whose full name matches `name` entirely."""
+    """A value for the layers in `blocks`, or for those whose full name matches `name` (a full match)."""
 
     line: str
     value: float
@@ -22,24 +24,29 @@ class LayerPattern:
     name: re.Pattern[str] | None
 
     def matches(self, layer: str) -> bool:
-        """Whether the layer of this full name is meant."""
+        """Whether the pattern applies to the layer with this full name."""
         if self.name is not None:
             return self.name.fullmatch(layer) is not None
         block = _BLOCK_OF_LAYER.match(layer)
         return block is not None and self.blocks is not None and int(block.group(1)) in self.blocks
 
 
-def layer_patterns(setting: str, lines: Sequence[str]) -> tuple[LayerPattern, ...]:
-    """The lines' meaning, in their order: the first that matches a layer counts.
-
-    Raises:
-        ConfigError: a line is not of this form.
-    """
+@lru_cache  # called for each of hundreds of layers
+def _parsed(setting: str, lines: tuple[str, ...]) -> tuple[LayerPattern, ...]:
     return tuple(_pattern(setting, line) for line in lines)
 
 
+def layer_patterns(setting: str, lines: Sequence[str]) -> tuple[LayerPattern, ...]:
+    """The parsed lines, in order. The first one that matches a layer applies.
+
+    Raises:
+        ConfigError: a line is not `blocks = number` or `pattern = number`.
+    """
+    return _parsed(setting, tuple(lines))
+
+
 def value_for(patterns: Sequence[LayerPattern], layer: str) -> float | None:
-    """The number of the first pattern that matches, if one does."""
+    """The value of the first pattern that matches the layer, or None."""
     return next((pattern.value for pattern in patterns if pattern.matches(layer)), None)
 
 
@@ -51,7 +58,7 @@ def _pattern(setting: str, line: str) -> LayerPattern:
         name = None if blocks else re.compile(where)
     except (ValueError, re.error) as error:
         raise _wrong(setting, line, f" ({error})") from error
-    if not equals or not where or not 0 < value <= 4096:
+    if not equals or not where or not 0 < value <= LARGEST:
         raise _wrong(setting, line)
     if blocks is None:
         return LayerPattern(line, value, None, name)
@@ -63,6 +70,6 @@ def _pattern(setting: str, line: str) -> LayerPattern:
 
 def _wrong(setting: str, line: str, reason: str = "") -> ConfigError:
     return ConfigError(
-        f"{setting} has the line {line!r}{reason}; allowed is 'blocks = number' or 'pattern = number', such as "
-        r"'0-9 = 8', '59 = 32' or '.*attn\.to_q = 32', with a number above 0."
+        f"Each line of {setting} must be 'blocks = number' or 'pattern = number' with a number above 0 and at most "
+        rf"{LARGEST:g}, such as '0-9 = 8', '59 = 32' or '.*attn\.to_q = 32', got {line!r}{reason}."
     )

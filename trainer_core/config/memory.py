@@ -1,53 +1,64 @@
-"""Settings of a training's memory. None of them changes what is learned."""
+"""Settings that trade time for memory. None of them changes what is learned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ..settings import check, check_at_least, check_choice, setting
+from ..settings import Settings, check, setting
 from .training import LoraConfig
 
 MemoryPlanning = Literal["manual", "auto"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryConfig:
-    """What is kept on the device, what is computed again, and what waits in host memory."""
+class MemoryConfig(Settings):
+    """What stays on the device, what is recomputed, and what is moved to host memory."""
 
     memory: MemoryPlanning = setting(
-        "manual", "manual takes the settings below; auto chooses them so that the training fits the device."
+        "manual", "manual uses the settings below. auto chooses them so that the training fits on the device."
     )
     gradient_checkpointing_blocks: int = setting(
         -1,
-        "With gradient_checkpointing on: how many of the transformer's blocks compute their activations again in the "
-        "backward pass, counted from the first; -1 for all. Fewer is faster and takes more memory.",
+        "Number of transformer blocks, counted from the first, whose activations are recomputed in the backward pass. "
+        "-1 for all. Fewer is faster and needs more memory. Applies if gradient_checkpointing is on.",
+        min=-1,
+        soft_max=1000,
     )
     activation_offload: bool = setting(
         False,
-        "What such blocks need to compute again waits in host memory: 2.6 GiB less in bf16 at 1 MP.",
+        "Move the inputs that recomputation needs to host memory. Saves 2.6 GiB in bf16 at 1 megapixel.",
     )
     blocks_to_stream: int = setting(
         0,
-        "Blocks whose frozen weights stay in host memory and are copied to the device just in time, forward and "
-        "backward; 60 are all of them. For cards that can't hold the model; needs gradient_checkpointing.",
+        "Number of blocks whose frozen weights stay in host memory and are copied to the device just in time, in the "
+        "forward and the backward pass. The full model has 60. For cards that can't hold the model; needs "
+        "gradient_checkpointing.",
+        min=0,
+        soft_max=1000,
     )
     stream_buffers: int = setting(
-        2, "Device memory for streamed weights, in blocks. 2 suffice where a block computes longer than it copies."
+        2,
+        "Device memory reserved for streamed weights, in blocks. 2 are enough if a block takes longer to compute than "
+        "to copy.",
+        min=2,
+        max=16,
+        unit="blocks",
     )
     compile_blocks: bool = setting(
-        False, "Compile the blocks with torch.compile: faster after a minute at the start. Needs Triton."
+        False, "Compile the blocks with torch.compile: takes about a minute at the start, then is faster. Needs Triton."
     )
-    vram_gib: float = setting(0.0, "Under auto: device memory to plan for, in GiB; 0 for what is free.")
-
-    def __post_init__(self) -> None:
-        check_choice(self, "memory")
-        check_at_least(self, -1, "gradient_checkpointing_blocks")
-        check_at_least(self, 0, "blocks_to_stream", "vram_gib")
-        check(2 <= self.stream_buffers <= 16, "stream_buffers", self.stream_buffers, "2 to 16 blocks")
+    vram_gib: float = setting(
+        0.0,
+        "With memory auto: device memory to plan for, in GiB. 0 for what is free now.",
+        min=0,
+        unit="GiB",
+        soft_max=1000,
+        step=0.5,
+    )
 
 
 def check_streaming(memory: MemoryConfig, lora: LoraConfig) -> None:
-    """Raises ConfigError where blocks are to be streamed whose weights the adapter needs at other times."""
+    """Raises ConfigError if blocks are streamed with DoRA, which also needs their weights at other times."""
     streams_dora = lora.lora_type == "dora" and memory.blocks_to_stream > 0
     check(not streams_dora, "blocks_to_stream", memory.blocks_to_stream, "0 with lora_type dora")

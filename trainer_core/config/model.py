@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..settings import check, check_at_least, check_choice, setting
+from ..settings import Settings, check, setting
 
 DEMO_MODEL = "demo"
 
@@ -17,57 +17,70 @@ MixedPrecision = Literal["bf16", "no"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """Which base model, and how it is held while training."""
+class ModelConfig(Settings):
+    """The base model, and the precision of its weights."""
 
-    base: str = setting(DEMO_MODEL, "Folder of the base model in diffusers' layout, or `demo` for the embedded model.")
+    base: str = setting(
+        DEMO_MODEL,
+        "Folder of the base model in the diffusers layout, or `demo` for the small embedded model.",
+        valid=bool,
+        allowed="a folder in the diffusers layout, or `demo`",
+    )
     flavour: FlavourName = setting(
-        "edit-v1", "edit-v1 is Qwen-Image-Edit (one reference), edit-v2 is 2509, edit-v3 is 2511 (up to three)."
+        "edit-v1",
+        "Version of the model. edit-v1: Qwen-Image-Edit (one reference). edit-v2: 2509, edit-v3: 2511 (up to three "
+        "references).",
     )
     base_model_precision: BaseModelPrecision = setting(
         "none",
-        "Format of the frozen weights: none is that of mixed_precision, int8-quanto and fp8-quanto halve bf16, "
-        "nf4-bnb and int4-quanto quarter it, int2-quanto is an eighth and coarse, file keeps the fp8 or int8 of the "
-        "file.",
+        "Format of the frozen weights. none: as mixed_precision. int8-quanto and fp8-quanto: half the size of bf16. "
+        "nf4-bnb and int4-quanto: a quarter. int2-quanto: an eighth, with low accuracy. file: keep the fp8 or int8 "
+        "weights of the file.",
     )
     quantize_via: QuantizeVia = setting(
-        "accelerator", "Where weights are brought into base_model_precision: accelerator is faster, cpu spares VRAM."
+        "accelerator", "Where weights are quantised: accelerator is faster, cpu saves VRAM."
     )
     mixed_precision: MixedPrecision = setting(
-        "bf16", "Arithmetic of the forward pass: bf16 as usual on GPUs, no for float32 throughout."
+        "bf16", "Precision of the computation: bf16 is usual on GPUs, no is float32 throughout."
     )
     transformer_file: str = setting(
-        "", "Transformer as ComfyUI keeps it (.safetensors: bf16, fp8, int8; .gguf); empty: that of the base folder."
+        "",
+        "Transformer file as used by ComfyUI (.safetensors in bf16, fp8 or int8, or .gguf). Empty: use the base "
+        "folder's.",
     )
     text_encoder_file: str = setting(
-        "", "Text encoder as ComfyUI keeps it (.safetensors: bf16, fp8); empty: that of the base folder."
+        "", "Text encoder file as used by ComfyUI (.safetensors in bf16 or fp8). Empty: use the base folder's."
     )
-    vae_file: str = setting("", "VAE as ComfyUI keeps it (.safetensors); empty: that of the base folder.")
-    tokenizer: str = setting("", "Folder of the Qwen2.5 tokenizer; empty: the one in the base folder.")
+    vae_file: str = setting("", "VAE file as used by ComfyUI (.safetensors). Empty: use the base folder's.")
+    tokenizer: str = setting("", "Folder of the Qwen2.5 tokenizer. Empty: use the base folder's.")
     text_encoder_precision: BaseModelPrecision = setting(
-        "none", "Format of the text encoder's weights while prompts are encoded, in the words of base_model_precision."
+        "none", "Format of the text encoder's weights while prompts are encoded. Same values as base_model_precision."
     )
     quantize_activations: bool = setting(
         False,
-        "Also round what goes into quantised layers to 8 bits, each token by a scale of its own; for int8-quanto and "
-        "fp8-quanto. Coarser, and no faster here: for a LoRA that will be used that way.",
+        "Also quantise the inputs of quantised layers to 8 bits, with one scale per token; for int8-quanto and "
+        "fp8-quanto. Less accurate and not faster. Use it for a LoRA that will be run this way.",
     )
     quantised_cache_gb: float = setting(
         0.0,
-        "Largest size in GB of the folder of quantised weights that are kept for the next start, which is then several "
-        "times faster; those unused longest go first. 0 keeps none.",
+        "Maximum size in GB of the cache of quantised weights, which makes later starts several times faster. The "
+        "least recently used weights are deleted first. 0 turns the cache off.",
+        min=0,
+        unit="GB",
+        soft_max=1000,
+        step=1,
     )
-    quantised_cache_dir: str = setting("", "Where they are kept; empty: below cache_dir.")
-    device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.")
+    quantised_cache_dir: str = setting("", "Folder of the cache of quantised weights. Empty: a folder in cache_dir.")
+    device: str = setting("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")
 
     def __post_init__(self) -> None:
         for name in ("base_model_precision", "text_encoder_precision"):
-            if str(getattr(self, name)) == "no_change":  # SimpleTuner's word
+            if str(getattr(self, name)) == "no_change":  # SimpleTuner's name for none
                 object.__setattr__(self, name, "none")
-        check_choice(self, "flavour", "base_model_precision", "text_encoder_precision", "quantize_via")
-        check_choice(self, "mixed_precision")
-        check(bool(self.base), "base", self.base, "a folder in diffusers' layout, or `demo`")
-        check_at_least(self, 0, "quantised_cache_gb")
+        Settings.__post_init__(self)  # super() does not work in a dataclass with slots
+
+    def check_combinations(self) -> None:
+        """Quantised activations need layers that multiply 8-bit numbers."""
         if self.quantize_activations:
-            allowed = " or ".join(EIGHT_BITS) + " with quantize_activations, whose layers multiply 8-bit numbers"
+            allowed = " or ".join(EIGHT_BITS) + " if quantize_activations is on"
             check(self.base_model_precision in EIGHT_BITS, "base_model_precision", self.base_model_precision, allowed)

@@ -1,4 +1,4 @@
-"""Settings of a training's parts: adapter, noise, rollout, batches, checkpoints, export."""
+"""Settings of a training: adapter, noise, rollout, batches, checkpoints and export."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..settings import check, check_at_least, check_choice, setting
+from ..settings import Settings, check, setting
 from .layer_patterns import layer_patterns, value_for
 
 LoraType = Literal["lora", "dora", "lokr"]
@@ -18,212 +18,275 @@ HuberSchedule = Literal["snr", "exponential", "constant"]
 RolloutStrategy = Literal["uniform", "biased_early", "biased_late"]
 RolloutSampler = Literal["unipc", "euler", "dpm", "rk4"]
 RampShape = Literal["linear", "cosine"]
-LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # beyond it the mapping turns back
+LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # above it the mapping of noise levels is no longer monotonic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraConfig:
-    """The adapter's shape."""
+class LoraConfig(Settings):
+    """Type, size and target layers of the adapter."""
 
-    lora_rank: int = setting(16, "Width of the adapter. 8 to 32; larger learns more detail and weighs more.")
+    lora_rank: int = setting(
+        16,
+        "Rank of the adapter. 8 to 32 is typical; a higher rank learns more detail and makes a larger file.",
+        min=1,
+        max=1024,
+    )
     lora_alpha: float = setting(
         0.0,
-        "Scale is lora_alpha / lora_rank, or lora_alpha / √lora_rank under use_rslora. 0 means equal to the rank, so "
-        "scale 1 or √rank.",
+        "The adapter is scaled by lora_alpha / lora_rank, or by lora_alpha / √lora_rank with use_rslora. 0 means equal "
+        "to the rank: a scale of 1 or √rank.",
+        min=0,
+        soft_max=4096,
+        step=0.5,
     )
     lora_targets: LoraTargets = setting(
         "image-attention",
         "Layers that get an adapter: image-attention, attention (image and text), attention-mlp, all (also "
         "modulation), or pattern.",
     )
-    lora_target_pattern: str = setting("", "Regular expression over full module names, for lora_targets pattern.")
-    lora_dropout: float = setting(0.0, "Share of the adapter's inputs zeroed at each step, 0 to below 1.")
+    lora_target_pattern: str = setting("", "Regular expression for full module names, for lora_targets pattern.")
+    lora_dropout: float = setting(
+        0.0,
+        "Fraction of the adapter's inputs that is zeroed at random in each step.",
+        min=0,
+        below=1,
+        soft_max=0.95,
+        step=0.01,
+    )
     lora_type: LoraType = setting(
         "lora",
-        "lora; dora also learns the length of each weight row, for more detail at low ranks and more time; lokr is a "
-        "Kronecker product, a much smaller file. diffusers reads lora alone.",
+        "lora: low-rank update. dora: also learns the norm of each weight row; more detail at low ranks, but slower. "
+        "lokr: Kronecker product, a much smaller file. diffusers loads only lora.",
     )
     use_rslora: bool = setting(
-        False, "Scale by 1 / √rank instead of 1 / rank, so that high ranks (64 and more) learn as fast as low ones."
+        False, "Scale by 1 / √rank instead of 1 / rank, so that ranks of 64 and more learn as fast as low ones."
     )
     lokr_factor: int = setting(
-        8, "Side of LoKr's first factor: 4 to 16, smaller is a larger file; -1 is near the root of the layer's width."
+        8,
+        "Size of LoKr's first factor. 4 to 16 is typical; smaller makes a larger file. -1 is about the square root of "
+        "the layer's width.",
+        min=2,
+        also=-1,
+        soft_max=256,
     )
     rank_pattern: tuple[str, ...] = setting(
         (),
-        "Other ranks for some layers, a line each, the first that matches counts: '0-9 = 8' for blocks, "
-        r"'.*attn\.to_q = 32' for full names.",
+        "Different ranks for some layers, one per line; the first match applies. '0-9 = 8' is for blocks, "
+        r"'.*attn\.to_q = 32' for full module names.",
     )
-    alpha_pattern: tuple[str, ...] = setting((), "Other alphas for some layers, written like rank_pattern.")
+    alpha_pattern: tuple[str, ...] = setting((), "Different alphas for some layers, written like rank_pattern.")
     init_lora: str = setting(
         "",
-        "LoRA file to start from, in any layout that ComfyUI loads. Its layers keep its ranks; others start fresh.",
+        "LoRA file to start from, in any format that ComfyUI loads. Its layers keep their ranks; all other layers "
+        "start fresh.",
     )
 
-    def __post_init__(self) -> None:
-        check_choice(self, "lora_targets", "lora_type")
-        self._check_patterns()
-        self._check_lokr()
-        check(1 <= self.lora_rank <= 1024, "lora_rank", self.lora_rank, "1 to 1024")
-        check_at_least(self, 0.0, "lora_alpha")
-        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "0 to below 1")
-        if self.lora_targets == "pattern":
-            check(bool(self.lora_target_pattern), "lora_target_pattern", "", "a regular expression")
-
-    def _check_patterns(self) -> None:
+    def check_combinations(self) -> None:
+        """Patterns are valid, and LoKr gets no setting that it does not support."""
         layer_patterns("alpha_pattern", self.alpha_pattern)
         for pattern in layer_patterns("rank_pattern", self.rank_pattern):
             whole = pattern.value == int(pattern.value) and pattern.value <= 1024
             check(whole, "rank_pattern", pattern.line, "lines with a whole rank from 1 to 1024")
-
-    def _check_lokr(self) -> None:
-        check(self.lokr_factor == -1 or self.lokr_factor >= 2, "lokr_factor", self.lokr_factor, "-1, or 2 and more")
         if self.lora_type == "lokr":
-            check(self.lora_dropout == 0, "lora_dropout", self.lora_dropout, "0 for lora_type lokr")
-            check(not self.use_rslora, "use_rslora", self.use_rslora, "false for lora_type lokr")
+            check(self.lora_dropout == 0, "lora_dropout", self.lora_dropout, "0 with lora_type lokr")
+            check(not self.use_rslora, "use_rslora", self.use_rslora, "false with lora_type lokr")
+        if self.lora_targets == "pattern":
+            allowed = "a regular expression with lora_targets pattern"
+            check(bool(self.lora_target_pattern), "lora_target_pattern", "", allowed)
 
     def rank_of(self, layer: str) -> int:
-        """The rank in force for the layer of this full name."""
+        """The rank of the layer with this full name."""
         return int(value_for(layer_patterns("rank_pattern", self.rank_pattern), layer) or self.lora_rank)
 
     def scale_of(self, layer: str, rank: int) -> float:
-        """The factor of the layer's weight change, whose rank this is."""
+        """The factor on the weight change of a layer that has this rank."""
         alpha = value_for(layer_patterns("alpha_pattern", self.alpha_pattern), layer) or self.lora_alpha or float(rank)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoiseConfig:
-    """Which noise levels are trained, and how an error counts."""
+class NoiseConfig(Settings):
+    """Which noise levels are trained, and how errors are weighted."""
 
     sigma_distribution: SigmaDistribution = setting(
         "logit_normal",
-        "Draw of the noise level before the shift: logit_normal favours the middle, uniform does not, mode favours the "
-        "middle and keeps both ends, cosmap doubles the middle against the ends.",
+        "Distribution of noise levels before the shift. logit_normal: more in the middle. uniform: all alike. mode: "
+        "more in the middle, but also both ends. cosmap: twice as many in the middle as at the ends.",
     )
-    logit_mean: float = setting(0.0, "Mean of the normal under logit_normal.")
-    logit_std: float = setting(1.0, "Standard deviation of the normal under logit_normal.")
+    logit_mean: float = setting(
+        0.0, "Mean of the normal distribution of logit_normal.", soft_min=-10, soft_max=10, step=0.05
+    )
+    logit_std: float = setting(
+        1.0,
+        "Standard deviation of the normal distribution of logit_normal.",
+        above=0,
+        soft_min=0.01,
+        soft_max=10,
+        step=0.05,
+    )
     flow_schedule_shift: float = setting(
-        1.73, "Moves noise levels up: s·σ / (1 + (s-1)·σ). 1 is no shift; typical 1 to 3."
+        1.73,
+        "Shift s towards higher noise levels: s·σ / (1 + (s-1)·σ). 1 is no shift.",
+        above=0,
+        usual="1 to 3",
+        soft_min=0.01,
+        soft_max=20,
+        step=0.01,
     )
     flow_schedule_auto_shift: bool = setting(
-        False, "Take the shift from the picture's token count as Qwen's schedule does, instead of flow_schedule_shift."
+        False,
+        "Compute the shift from the number of image tokens, as Qwen's schedule does. flow_schedule_shift is ignored.",
     )
     edit_weight: float = setting(
-        0.0, "How much the loss follows the edit: 0 counts all alike, 1 mostly where target and reference differ."
+        0.0,
+        "How much the loss concentrates on the edit. 0: all pixels count alike. 1: mostly where target and reference "
+        "differ. 0.5 is a strong effect.",
+        min=0,
+        max=1,
+        step=0.05,
     )
     mode_scale: float = setting(
-        1.29, "How much sigma_distribution mode favours the middle: 0 is uniform, below 0 favours the ends."
+        1.29,
+        "How much sigma_distribution mode favours the middle. 0 is uniform, below 0 favours the ends.",
+        min=-1,
+        max=LARGEST_MODE_SCALE,
+        usual="1.29",
+        soft_max=1.75,
+        step=0.05,
     )
     stratified_sigmas: bool = setting(
         False,
-        "A step's pairs share the range of noise levels evenly between them instead of drawing by themselves: a "
-        "quieter gradient, the same levels in the long run.",
+        "Spread the noise levels of a step's pairs evenly over the range instead of drawing each one independently. "
+        "Reduces gradient noise; the distribution stays the same.",
     )
     loss_type: LossType = setting(
         "l2",
-        "How an error of the velocity counts: l2 squared; huber squared when small, linear when large; smooth_l1 the "
-        "same divided by its width. Spoilt pictures pull less with the latter two. Validation loss is always l2.",
+        "Loss of the predicted velocity. l2: squared error. huber: squared for small errors, linear for large ones. "
+        "smooth_l1: huber divided by its width. The last two reduce the influence of bad pictures. Validation loss is "
+        "always l2.",
     )
-    huber_c: float = setting(0.1, "Error at which huber and smooth_l1 turn from squared to linear.")
+    huber_c: float = setting(
+        0.1,
+        "Error above which huber and smooth_l1 are linear.",
+        above=0,
+        max=1,
+        usual="0.1",
+        soft_min=0.001,
+        step=0.01,
+    )
     huber_schedule: HuberSchedule = setting(
         "snr",
-        "Width over the noise level: snr and exponential lead from 1 without noise to huber_c at pure noise, by "
-        "(1-σ)² and by huber_c^σ; constant is huber_c everywhere.",
+        "How huber_c depends on the noise level σ. snr and exponential go from 1 without noise to huber_c at pure "
+        "noise, following (1-σ)² and huber_c^σ. constant: huber_c at all levels.",
     )
-
-    def __post_init__(self) -> None:
-        check_choice(self, "sigma_distribution", "loss_type", "huber_schedule")
-        check(-1 <= self.mode_scale <= LARGEST_MODE_SCALE, "mode_scale", self.mode_scale, "-1 to 1.75, usually 1.29")
-        check(0 < self.huber_c <= 1, "huber_c", self.huber_c, "above 0 and at most 1, usually 0.1")
-        check(0 <= self.edit_weight <= 1, "edit_weight", self.edit_weight, "0 to 1; 0.5 is a strong effect")
-        check(self.logit_std > 0, "logit_std", self.logit_std, "above 0")
-        check(self.flow_schedule_shift > 0, "flow_schedule_shift", self.flow_schedule_shift, "above 0, usually 1 to 3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutConfig:
-    """Scheduled sampling: training on points that the model has sampled itself. Off while max_step_offset is 0."""
+class RolloutConfig(Settings):
+    """Scheduled sampling: training on points that the model sampled itself. Off while max_step_offset is 0."""
 
     scheduled_sampling_max_step_offset: int = setting(
         0,
-        "A rolled-out pair begins 0 to this many thousandths of the noise range further up and is sampled down, with a "
-        "forward pass for each. 0 is off; begin with 5 to 10.",
+        "A rolled-out pair starts 0 to this many thousandths of the noise range higher and is sampled down in "
+        "steps of one thousandth, with a forward pass for each. 0 turns rollouts off; start with 5 to 10.",
+        min=0,
+        max=999,
+        usual="0 or 5 to 10",
     )
     scheduled_sampling_probability: float = setting(
-        0.0, "Share of pairs that are rolled out, from start_step on. While it is 0 nothing changes."
+        0.0,
+        "Fraction of pairs that are rolled out, from start_step on. 0 rolls out none.",
+        min=0,
+        max=1,
+        step=0.05,
     )
     scheduled_sampling_strategy: RolloutStrategy = setting(
-        "uniform", "Draw of the offset: all alike, or biased_early for small and biased_late for large ones."
+        "uniform",
+        "Distribution of the offset. uniform: all alike. biased_early: favours small ones. biased_late: favours large "
+        "ones.",
     )
-    scheduled_sampling_start_step: int = setting(0, "Optimizer step at which rollouts begin.")
+    scheduled_sampling_start_step: int = setting(
+        0, "Optimizer step at which rollouts start.", min=0, soft_max=1_000_000
+    )
     scheduled_sampling_ramp_steps: int = setting(
-        0, "Steps over which the probability goes from prob_start to prob_end, in place of probability. 0 is no ramp."
+        0,
+        "Steps over which the probability goes from prob_start to prob_end; it replaces probability. 0 for no ramp.",
+        min=0,
+        soft_max=1_000_000,
     )
-    scheduled_sampling_ramp_shape: RampShape = setting("linear", "Course of that ramp; cosine begins and ends gently.")
-    scheduled_sampling_prob_start: float = setting(0.0, "Probability where the ramp begins.")
-    scheduled_sampling_prob_end: float = setting(0.5, "Probability from the ramp's end on.")
+    scheduled_sampling_ramp_shape: RampShape = setting("linear", "Shape of the ramp. cosine starts and ends slowly.")
+    scheduled_sampling_prob_start: float = setting(
+        0.0, "Probability at the start of the ramp.", min=0, max=1, step=0.05
+    )
+    scheduled_sampling_prob_end: float = setting(
+        0.5, "Probability at the end of the ramp and after it.", min=0, max=1, step=0.05
+    )
     scheduled_sampling_sampler: RolloutSampler = setting(
-        "unipc", "Sampler of the rollout; rk4 takes four forward passes a step, the others one."
+        "unipc", "Sampler of the rollout. rk4 needs four forward passes per step, the others one."
     )
-    scheduled_sampling_order: int = setting(2, "Order of unipc and dpm, 1 to 3.")
+    scheduled_sampling_order: int = setting(2, "Order of the samplers unipc and dpm.", min=1, max=3)
     scheduled_sampling_reflexflow: bool = setting(
-        True, "ReflexFlow for rolled-out pairs: the three terms below, against drifting off."
+        True, "Use ReflexFlow for rolled-out pairs: the three terms below, which counteract drift."
     )
     scheduled_sampling_reflexflow_alpha: float = setting(
-        1.0, "How much more the loss counts where drifting changed the prediction. Above 0 it takes a forward pass."
+        1.0,
+        "Extra weight of the loss where drift changed the prediction. Needs one forward pass if above 0.",
+        min=0,
+        soft_max=100,
+        step=0.1,
     )
     scheduled_sampling_reflexflow_beta1: float = setting(
-        10.0, "Factor of the term that turns the velocity towards the way back."
+        10.0,
+        "Weight of the term that aligns the velocity with the line from the target picture to the sampled point.",
+        min=0,
+        soft_max=1000,
+        step=0.5,
     )
-    scheduled_sampling_reflexflow_beta2: float = setting(1.0, "Factor of the usual loss beside it.")
-
-    def __post_init__(self) -> None:
-        prefix = "scheduled_sampling_"
-        check_choice(self, *(prefix + name for name in ("strategy", "ramp_shape", "sampler")))
-        offset = self.scheduled_sampling_max_step_offset
-        check(0 <= offset < 1000, f"{prefix}max_step_offset", offset, "0 to 999, usually 0 or 5 to 10")
-        check_at_least(self, 0, *(prefix + name for name in ("start_step", "ramp_steps", "reflexflow_alpha")))
-        check_at_least(self, 0, f"{prefix}reflexflow_beta1", f"{prefix}reflexflow_beta2")
-        for name in ("probability", "prob_start", "prob_end"):
-            check(0 <= getattr(self, prefix + name) <= 1, prefix + name, getattr(self, prefix + name), "0 to 1")
-        order = self.scheduled_sampling_order
-        check(1 <= order <= 3, f"{prefix}order", order, "1 to 3")
+    scheduled_sampling_reflexflow_beta2: float = setting(
+        1.0, "Weight of the usual loss of rolled-out pairs.", min=0, soft_max=100, step=0.1
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchingConfig:
-    """How many pairs make a step."""
+class BatchingConfig(Settings):
+    """How many pairs form a step."""
 
-    train_batch_size: int = setting(1, "Pairs per forward pass; only pairs of equal shape are put together.")
-    gradient_accumulation_steps: int = setting(4, "Forward passes per optimizer step.")
+    train_batch_size: int = setting(
+        1, "Pairs per forward pass. Only pairs of equal shape are batched.", min=1, soft_max=256
+    )
+    gradient_accumulation_steps: int = setting(4, "Forward passes per optimizer step.", min=1, soft_max=1024)
     caption_dropout_probability: float = setting(
-        0.0, "Share of turns seen with an empty caption; the references stay. Usually 0 for edits; needs such captions."
+        0.0,
+        "Probability that a pair is trained with an empty caption; the references stay. Usually 0 for edits. Needs "
+        "encode_empty_caption, which a job file turns on by itself.",
+        min=0,
+        below=1,
+        usual="0 and at most 0.1",
+        soft_max=0.99,
+        step=0.01,
     )
 
-    def __post_init__(self) -> None:
-        check_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps")
-        share = self.caption_dropout_probability
-        check(0 <= share < 1, "caption_dropout_probability", share, "0 to below 1, usually 0 and at most 0.1")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig(Settings):
+    """When checkpoints for resuming are written."""
+
+    checkpoint_step_interval: int = setting(
+        250, "Steps between checkpoints. One is always written at the end.", min=1, soft_max=1_000_000
+    )
+    checkpoints_total_limit: int = setting(
+        2, "Number of checkpoints to keep. Older ones are deleted.", min=1, soft_max=1000
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointConfig:
-    """When resumable state is written."""
+class ExportConfig(Settings):
+    """The exported LoRA file."""
 
-    checkpoint_step_interval: int = setting(250, "Steps between checkpoints; one is always written at the end.")
-    checkpoints_total_limit: int = setting(2, "Checkpoints kept; older ones are removed.")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 1, "checkpoint_step_interval", "checkpoints_total_limit")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportConfig:
-    """The LoRA file."""
-
-    lora_name: str = setting("", "File name without extension; empty: the run's name.")
-    trigger_words: str = setting("", "Written into the file's header for programs that show it.")
-
-    def __post_init__(self) -> None:
-        check(Path(self.lora_name).name == self.lora_name, "lora_name", self.lora_name, "a name without folders")
+    lora_name: str = setting(
+        "",
+        "File name without extension. Empty: the name of the run.",
+        valid=lambda name: Path(name).name == name,
+        allowed="a name without folders",
+    )
+    trigger_words: str = setting("", "Trigger words, written into the header of the file for programs that show them.")

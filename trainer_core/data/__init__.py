@@ -1,1 +1,1 @@
-"""Pictures and captions on disk, paired."""
+"""Pairs of pictures and captions, read from disk and checked."""

@@ -1,7 +1,7 @@
-"""How a reference lies on its target outside the edited region: shift, zoom and colour, robustly.
+"""Measure shift, zoom and colour offset between a reference and its target, ignoring the edited region.
 
-A coarse shift comes from phase correlation (Kuglin & Hines, 1975); it is refined with zoom by Gauss-Newton steps whose
-weights fade where the pictures disagree (Geman-McClure), coarse to fine, so that an edit counts for little.
+Phase correlation (Kuglin & Hines, 1975) gives a coarse shift. Gauss-Newton steps refine shift and zoom, from coarse to
+fine. Geman-McClure weights fade where the pictures disagree, so that the edit itself hardly counts.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from torch.nn.functional import avg_pool2d, grid_sample
 Pixels = NDArray[np.float32]  # [H, W, 3] in 0..255
 Where = NDArray[np.bool_]  # [H, W]
 
-UNEDITED = 8.0  # 8-bit steps that noise and compression may make
+UNEDITED = 8.0  # differences below this many 8-bit steps count as noise or compression, not as an edit
 _STEPS = 12
 _LEAST_SIDE = 48
-_FARTHEST = 20.0  # a residual above this many 8-bit steps is an edit
+_FARTHEST = 20.0  # residuals above this many 8-bit steps count as an edit
 _MIN_UNEDITED_SHARE = 0.2
-_MAX_STANDARD_ERROR = 0.1  # pixels of the measured picture
+_MAX_STANDARD_ERROR = 0.1  # of the shift, in pixels of the measured picture
 
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """Where the reference lies: pixels right and down of the target, its scale (1 is equal), and target minus reference
-    in 8-bit steps per channel. `difference` [H, W] is what is left in 8-bit steps, `unedited` the share that is alike.
+    """How the reference lies relative to its target.
+
+    `shift` is in pixels to the right and down, `zoom` is the reference's scale (1: equal), and `colour` is target minus
+    reference per channel in 8-bit steps. `difference` [H, W] is what remains after alignment, in 8-bit steps;
+    `unedited` is the share of the target where little remains. `measured` is False if the result is not reliable.
     """
 
     shift: tuple[float, float]
@@ -46,9 +49,9 @@ class _State:
 
 
 def align(target: Pixels, reference: Pixels, where: Where | None = None) -> Alignment:
-    """Measure a reference against its target; both [H, W, 3] in 0..255 and of equal size.
+    """Measure a reference against its target. Both are [H, W, 3] in 0..255 and have the same size.
 
-    `where` is the part of the target that counts; None for all of it.
+    `where` selects the part of the target to compare; None compares all of it.
     """
     where = np.ones(target.shape[:2], np.bool_) if where is None else where
     levels = [(target, reference, where)]
@@ -87,7 +90,7 @@ def _halved_where(where: Where) -> Where:
 
 
 def _best_start(target: Pixels, reference: Pixels, where: Where, fine: NDArray[np.float64]) -> _State:
-    """No shift, or one of the phase correlations (of the whole pictures, `fine`, and of these) if it fits better."""
+    """The best-fitting start: no shift, the full-resolution phase correlation `fine`, or that of these pictures."""
     coarse = phase_shift(target.mean(axis=2), reference.mean(axis=2))
     starts = [_State(shift) for shift in (np.zeros(2), fine, coarse)]
     return min(starts, key=lambda state: _cost(target, reference, where, state))
@@ -99,7 +102,10 @@ def _cost(target: Pixels, reference: Pixels, where: Where, state: _State) -> flo
 
 
 def phase_shift(target: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Whole pixels (right, down) that grey `reference` [H, W] lies beside `target`, at most an eighth of the sides."""
+    """Shift (right, down) of `reference` relative to `target`, both grey [H, W], in whole pixels.
+
+    Looks no farther than an eighth of each side.
+    """
     height, width = target.shape
     window = np.outer(np.hanning(height), np.hanning(width))
     spectra = [np.fft.rfft2((picture - picture.mean()) * window) for picture in (reference, target)]
@@ -113,7 +119,7 @@ def phase_shift(target: NDArray[np.float32], reference: NDArray[np.float32]) -> 
 
 
 def _residual(target: Pixels, reference: Pixels, where: Where, state: _State) -> tuple[Pixels, Where, Pixels]:
-    """Target minus aligned reference without the colour offset [H, W, 3], where it is defined, and the offset [3]."""
+    """Target minus aligned reference without the colour offset [H, W, 3], its valid region, and the offset [3]."""
     aligned, inside = _warped(reference, state)
     inside &= where
     residual = target - aligned
@@ -125,7 +131,7 @@ def _residual(target: Pixels, reference: Pixels, where: Where, state: _State) ->
 
 
 def _warped(reference: Pixels, state: _State) -> tuple[Pixels, Where]:
-    """The reference brought onto the target, and where there is one."""
+    """The reference resampled onto the target, and the region that it covers."""
     x, y = _from_centre(reference)
     height, width = reference.shape[:2]
     right = (x * (1 + state.zoom) + state.shift[0]) / (width / 2)
@@ -138,13 +144,13 @@ def _warped(reference: Pixels, state: _State) -> tuple[Pixels, Where]:
 
 
 def _from_centre(pixels: Pixels) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Columns [1, W] and rows [H, 1] in pixels from the middle."""
+    """Column [1, W] and row [H, 1] coordinates in pixels from the centre."""
     height, width = pixels.shape[:2]
     return (np.arange(width) - (width - 1) / 2)[None], (np.arange(height) - (height - 1) / 2)[:, None]
 
 
 def _refine(target: Pixels, reference: Pixels, where: Where, state: _State) -> float:
-    """Gauss-Newton on shift and zoom; the standard error of the shift in pixels."""
+    """Refine `state` in place by Gauss-Newton on shift and zoom. Returns the shift's standard error in pixels."""
     x, y = _from_centre(target)
     half = max(target.shape[:2]) / 2
     scale, normal = _FARTHEST, np.eye(3)

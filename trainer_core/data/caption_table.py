@@ -1,4 +1,4 @@
-"""Captions from a table: a CSV, JSON Lines or Parquet file with a column of file names and one of captions."""
+"""Captions from a CSV, JSON Lines or Parquet table with a column of file names and a column of captions."""
 
 from __future__ import annotations
 
@@ -19,38 +19,40 @@ Row = Mapping[str, Any]
 
 
 def table_path(config: DatasetConfig) -> Path | None:
-    """Where the table lies; None for a caption strategy without one."""
+    """Path of the caption table; None if the caption strategy uses no table."""
     if config.caption_strategy not in CAPTION_TABLES:
         return None
     return Path(config.target_dir) / Path(config.captions.caption_file).expanduser()
 
 
 def read_caption_table(config: DatasetConfig) -> dict[str, tuple[str, ...]]:
-    """Captions by key (path below target_dir without extension, Unicode NFC), in the order of the rows.
+    """Captions by key (path below target_dir without extension, Unicode NFC), in row order.
 
     Raises:
-        DatasetError: the table or one of its columns is missing, or it can't be read; names the row.
-        MissingPackageError: a Parquet file, and neither pyarrow nor pandas is installed.
+        DatasetError: the table or one of its columns is missing, or the table can't be read; names the row.
+        MissingPackageError: the table is a Parquet file, and neither pyarrow nor pandas is installed.
     """
     path = table_path(config)
     if path is None:
         return {}
     if not path.is_file():
-        raise DatasetError(f"{shown(path)}: there is no such file. Put the table there, or correct caption_file.")
+        raise DatasetError(f"{shown(path)}: there is no such file. Put the table there or correct caption_file.")
     found: dict[str, list[str]] = {}
     try:
         for number, row in enumerate(_READERS[config.caption_strategy](path), 1):
             name, captions = _named_captions(path, number, row, config)
             found.setdefault(name, []).extend(captions)
     except OSError as error:
-        raise DatasetError(f"{shown(path)}: the table can't be read ({error.strerror}).") from error
+        raise DatasetError(
+            f"{shown(path)}: the table can't be read ({error.strerror}). Check its permissions and the disk."
+        ) from error
     except UnicodeDecodeError as error:
         raise DatasetError(f"{shown(path)}: the table is not UTF-8 text. Save it as UTF-8.") from error
     return {name: tuple(captions) for name, captions in found.items()}
 
 
 def key_of(name: str) -> str:
-    """The key that a file name of a table means; a picture's extension and `./` may be there or not."""
+    """The key of the target that a file name in a table refers to. `./` and a picture extension are optional."""
     path = PurePosixPath(unicodedata.normalize("NFC", name.strip().replace("\\", "/")))
     if path.suffix.lower() in PICTURE_SUFFIXES | UNREAD_PICTURE_SUFFIXES:
         path = path.with_suffix("")
@@ -63,28 +65,26 @@ def _named_captions(path: Path, number: int, row: Row, config: DatasetConfig) ->
         column = getattr(config.captions, setting)
         if column not in row:
             raise DatasetError(
-                f"{shown(path)}, row {number}: there is no column {column!r} (found are "
-                f"{', '.join(shown(str(key)) for key in row) or 'none'}). Correct the table, or {setting}."
+                f"{shown(path)}, row {number}: there is no column {column!r}. Its columns are: "
+                f"{', '.join(shown(str(key)) for key in row) or 'none'}. Correct the table or {setting}."
             )
         values.append(row[column])
     name, cell = values
     if not isinstance(name, str) or not name.strip():
-        raise DatasetError(f"{shown(path)}, row {number}: the file name is {name!r}; allowed is a text.")
+        raise DatasetError(f"{shown(path)}, row {number}: the file name must be text, got {name!r}.")
     return key_of(name), [text.strip() for text in _texts(path, number, cell) if text.strip()]
 
 
 def _texts(path: Path, number: int, cell: object) -> list[str]:
-    """A cell's captions: a text, a list of texts, or a text that is such a list in JSON; none for an empty cell."""
+    """The captions in a cell: a text, a list of texts, or such a list as JSON text. An empty cell has none."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             cell = json.loads(cell)
         except ValueError:
-            return [str(cell)]  # a caption that begins with a bracket
+            return [str(cell)]  # an ordinary caption that starts with a bracket
     texts = [] if cell is None else [cell] if isinstance(cell, str) else cell
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise DatasetError(
-            f"{shown(path)}, row {number}: the caption is {cell!r}; allowed is a text or a list of texts."
-        )
+        raise DatasetError(f"{shown(path)}, row {number}: the caption must be a text or a list of texts, got {cell!r}.")
     return texts
 
 
@@ -94,7 +94,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         try:
             yield from reader
         except csv.Error as error:
-            raise DatasetError(f"{shown(path)}, line {reader.line_num}: this is no CSV ({error}).") from error
+            raise DatasetError(
+                f"{shown(path)}, line {reader.line_num}: this is not valid CSV ({error}). Correct the line."
+            ) from error
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -105,9 +107,11 @@ def _json_rows(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DatasetError(f"{shown(path)}, line {number}: this is no JSON ({error}).") from error
+                raise DatasetError(
+                    f"{shown(path)}, line {number}: this is not valid JSON ({error}). Correct the line."
+                ) from error
             if not isinstance(row, dict):
-                raise DatasetError(f"{shown(path)}, line {number}: allowed is one JSON object a line.")
+                raise DatasetError(f"{shown(path)}, line {number}: each line must be one JSON object.")
             yield row
 
 
@@ -119,7 +123,7 @@ def _parquet_rows(path: Path) -> Iterable[Row]:
 
 
 def _arrow_rows(path: Path) -> Iterable[Row]:
-    """pandas itself reads Parquet through pyarrow or fastparquet, so that either package serves."""
+    """Rows of a Parquet file, through pyarrow or else pandas, which also works with fastparquet."""
     try:
         from pyarrow import ArrowException, parquet  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
@@ -133,7 +137,7 @@ def _arrow_rows(path: Path) -> Iterable[Row]:
     try:
         return parquet.read_table(path).to_pylist()
     except ArrowException as error:
-        raise DatasetError(f"{shown(path)}: the Parquet file can't be read ({error}).") from error
+        raise DatasetError(f"{shown(path)}: the Parquet file can't be read ({error}). Save it again.") from error
 
 
 def _plain(value: Any) -> Any:

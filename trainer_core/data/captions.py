@@ -1,4 +1,4 @@
-"""Edit instructions: from a text file beside the target, from its name, from a table, or one for all."""
+"""Captions (edit instructions): from a text file next to the target, its file name, a table, or one for all pairs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MAX_CAPTION_FILE_BYTES = 1_000_000
 def captions_of(
     target: Path, text_file: Path | None, config: DatasetConfig, listed: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """The captions of a pair, at least one, with what the settings put before and behind them.
+    """The captions of a pair, at least one, with the configured prefix and suffix.
 
-    `text_file` is the .txt of the target's name, None where there is none; `listed` is what the table says.
+    `text_file` is the target's .txt file, or None if it has none; `listed` holds the captions from the table.
 
     Raises:
-        DatasetError: one sentence that names the file and what to do.
+        DatasetError: there is no usable caption; names the file and what to do.
     """
     settings = config.captions
     first = settings.caption_prefix
@@ -45,27 +45,29 @@ def _written(target: Path, text_file: Path | None, config: DatasetConfig, listed
         )
     if text_file is None:
         raise DatasetError(
-            f"{shown(target)}: no caption; looked for {shown(target.with_suffix('.txt').name)} beside it. Write the "
-            "edit instruction into that file, or choose caption_strategy filename or instanceprompt."
+            f"{shown(target)}: no caption; looked for {shown(target.with_suffix('.txt').name)} next to it. Write "
+            "the edit instruction into that file, or set caption_strategy to filename or instanceprompt."
         )
     return read_caption_file(text_file, split=not config.captions.disable_multiline_split)
 
 
 def read_caption_file(path: Path, *, split: bool = True) -> tuple[str, ...]:
-    """Each line that isn't blank, without surrounding spaces; not `split`: the whole text as one caption.
+    """One caption per non-blank line, stripped. Without `split`, the whole text is one caption.
 
-    UTF-8, with or without a byte order mark.
+    The file is UTF-8, with or without a byte order mark.
 
     Raises:
-        DatasetError: the file can't be read, is no UTF-8 text, is larger than 1 MB, or has only blank lines.
+        DatasetError: the file can't be read, is not UTF-8, is larger than 1 MB, or has only blank lines.
     """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_CAPTION_FILE_BYTES + 1)
     except OSError as error:
-        raise DatasetError(f"{shown(path)}: the caption file can't be read ({error.strerror}).") from error
+        raise DatasetError(
+            f"{shown(path)}: the caption file can't be read ({error.strerror}). Check its permissions."
+        ) from error
     if len(content) > MAX_CAPTION_FILE_BYTES:
-        raise DatasetError(f"{shown(path)}: the caption file is larger than 1 MB; is it another kind of file?")
+        raise DatasetError(f"{shown(path)}: the caption file is larger than 1 MB. Replace it with a short text.")
     text = _decoded(content, path).replace("\r\n", "\n").replace("\r", "\n")
     lines = (line.strip() for line in (text.split("\n") if split else [text]))
     captions = tuple(line for line in lines if line)
@@ -75,7 +77,7 @@ def read_caption_file(path: Path, *, split: bool = True) -> tuple[str, ...]:
 
 
 def _decoded(content: bytes, path: Path) -> str:
-    text = None if b"\0" in content else _utf8(content)  # UTF-16 of plain English is full of zero bytes
+    text = None if b"\0" in content else _utf8(content)  # UTF-16 text in English is full of zero bytes
     if text is None:
         utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content
         kind = " (it looks like UTF-16)" if utf16 else ""
@@ -93,5 +95,7 @@ def _utf8(content: bytes) -> str | None:
 def _caption_from_name(target: Path) -> str:
     caption = unicodedata.normalize("NFC", target.stem.replace("_", " ")).strip()
     if not caption:
-        raise DatasetError(f"{shown(target)}: its name holds no words for a caption. Rename it, or write a .txt file.")
+        raise DatasetError(
+            f"{shown(target)}: its name contains no words to use as a caption. Rename it or change caption_strategy."
+        )
     return caption

@@ -1,4 +1,4 @@
-"""Every picture is decoded once to be sure of it; what was found is remembered as long as its file stays the same."""
+"""Decode every picture once to check it. Results are kept on disk and reused while the file stays unchanged."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..geometry import Size
 from .images import accepts_cut_pictures, decode_picture, is_animated, open_picture_file, stream_digest
 
 _DECODERS = 4
-_FORMAT = 1  # of the file; a newer way of checking gets a newer number
-_SETTLED_NS = 2 * 10**9  # a younger file could change again within the clock's step, unseen
+_FORMAT = 1  # of the results file; raise it when the checks change
+_SETTLED_NS = 2 * 10**9  # a newer file could change again without changing its timestamp
 
-State = tuple[int, int, int, int]  # bytes, times of change of content and of the entry (ns), number of the file
+State = tuple[int, int, int, int]  # size in bytes, mtime (ns), ctime (ns), inode
 
 
 class Checked(NamedTuple):
-    """What was found. `brightest` is the largest grey value of a mask, -1 for other pictures."""
+    """Properties of a readable picture. `brightest` is the largest grey value of a mask, -1 for other pictures."""
 
     digest: str
     size: Size
@@ -34,24 +34,24 @@ class Checked(NamedTuple):
     brightest: int = -1
 
 
-Found = dict[Path, Checked | DatasetError]
+CheckedPictures = dict[Path, Checked | DatasetError]
 
 
 def check_pictures(
     paths: Iterable[Path], observer: Observer, *, masks: Collection[Path] = (), memory: Path | None = None
-) -> Found:
-    """What is known of every picture, or what is wrong with it. Several are decoded at a time, pixels are forgotten.
+) -> CheckedPictures:
+    """The properties of each picture, or its error. Decodes several at a time and keeps no pixels.
 
-    `memory` is a file that remembers what was found; pictures whose file is as it was are not opened again.
+    `memory` is a JSON file with earlier results. Pictures whose files are unchanged since then are not opened again.
 
     Raises:
-        Interrupted: the observer wants to stop; what was found so far is remembered.
+        Interrupted: the observer asked to stop; results so far are saved.
     """
-    Image.init()  # registers the formats; several threads asking for their first picture would race
+    Image.init()  # registers the formats; concurrent first opens would race
     paths = list(dict.fromkeys(paths))
     states = {path: state for path in paths if memory is not None and (state := _state(path)) is not None}
     known = _recall(memory, states, masks)
-    results: Found = {}
+    results: CheckedPictures = {}
     try:
         new = [path for path in paths if path not in known]
         for done, (path, result) in enumerate(_checked(new, masks, observer)):
@@ -99,7 +99,7 @@ def _state(path: Path) -> State | None:
 
 
 def _recall(memory: Path | None, states: dict[Path, State], masks: Collection[Path]) -> dict[Path, Checked]:
-    """What the memory holds of pictures in their present state. A memory that can't be read is none."""
+    """Saved results of pictures that are unchanged. A results file that can't be read counts as empty."""
     if memory is None or accepts_cut_pictures():
         return {}
     known = {}
@@ -116,7 +116,7 @@ def _recall(memory: Path | None, states: dict[Path, State], masks: Collection[Pa
 
 
 def _remember(memory: Path, found: dict[Path, Checked], states: dict[Path, State]) -> None:
-    """Only what had come to rest: a file written a moment ago may be written again without a sign of it."""
+    """Save results, except of files written within the last 2 seconds, which may still change unnoticed."""
     now = time.time_ns()
     rows = {
         str(path): [states[path], each.digest, each.size, each.animated, each.brightest]

@@ -1,4 +1,4 @@
-"""What lies in a folder of pictures, without opening any of them."""
+"""List the pictures and texts in a folder without opening them."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from pathlib import Path
 from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES, shown
 
 CAPTION_SUFFIX = ".txt"
-FileState = tuple[int, int]  # bytes, time of change (ns)
+FileState = tuple[int, int]  # size in bytes, modification time (ns)
 
 
 @dataclass(slots=True)
 class Folder:
-    """One folder with all below it. A key is a file's path below the folder without its extension, in Unicode NFC."""
+    """The files below one folder, by key: the path below the folder without extension, in Unicode NFC."""
 
     root: Path
     pictures: dict[str, Path] = field(default_factory=dict)
     texts: dict[str, Path] = field(default_factory=dict)
-    unread: dict[str, Path] = field(default_factory=dict)  # pictures of a kind that isn't read
-    caseless: dict[str, Path] = field(default_factory=dict)  # pictures by key in lower case
+    unread: dict[str, Path] = field(default_factory=dict)  # pictures in unsupported formats
+    caseless: dict[str, Path] = field(default_factory=dict)  # pictures by case-folded key
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def nearest(self, key: str) -> str:
-        """Why there is no picture of this key although one could think so; empty without a reason."""
+    def almost(self, key: str) -> str:
+        """A hint about a file that almost matches a missing key, to append to a message; empty if there is none."""
         if key in self.unread:
-            return f"; {shown(self.unread[key].name)} is of a kind that isn't read, convert it to PNG or JPEG"
+            return f"; {shown(self.unread[key].name)} has an unsupported format, convert it to PNG or JPEG"
         other = self.caseless.get(key.casefold())
         if other is not None:
-            return f"; {shown(other.relative_to(self.root))} differs only in upper and lower case, rename one of them"
+            return f"; {shown(other.relative_to(self.root))} differs only in letter case, rename one of them"
         return ""
 
 
 def scan_folder(root: Path) -> Folder:
-    """List a folder and all below it, in the order of names. Hidden files and files of other kinds are passed over.
+    """List a folder and its subfolders in name order. Skips hidden files and files of other types.
 
-    Whatever keeps a picture out of the dataset is named in `problems` or `notes`.
+    `problems` and `notes` name every picture that is kept out of the dataset, with the reason.
     """
     folder = Folder(root)
     if not root.is_dir():
@@ -59,13 +59,14 @@ def scan_folder(root: Path) -> Folder:
             _add(folder, kinds, path)
     for path in folder.unread.values():
         folder.notes.append(
-            f"{shown(path)}: not used, {path.suffix.lower()} files aren't read. Convert it to PNG or JPEG if needed."
+            f"{shown(path)}: not used, {path.suffix.lower()} files are not supported. Convert it to PNG or "
+            "JPEG to use it."
         )
     return folder
 
 
 def file_states(root: Path) -> Iterator[tuple[str, int, int]]:
-    """Path below the folder, bytes and time of change (ns) of each picture and text. Opens none, so it is quick."""
+    """Path below the folder, size in bytes and modification time (ns) of each picture and text, without opening it."""
     for path in _files(Folder(root), root):
         if path.suffix.lower() in PICTURE_SUFFIXES | UNREAD_PICTURE_SUFFIXES | {CAPTION_SUFFIX}:
             try:
@@ -77,13 +78,13 @@ def file_states(root: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def changed_files(before: Mapping[str, FileState], after: Mapping[str, FileState]) -> tuple[str, ...]:
-    """Names that were added, removed or written, in order."""
+    """Names of the files that were added, removed or changed, sorted."""
     names = sorted(before.keys() | after.keys())
     return tuple(name for name in names if before.get(name) != after.get(name))
 
 
 def _files(folder: Folder, start: Path) -> Iterator[Path]:
-    """All that isn't a folder, below `start`, sorted; folders that can't be entered are told to `folder`."""
+    """All files below `start`, sorted. Reports folders that can't be listed in the problems of `folder`."""
     waiting = [start]
     while waiting:
         path = waiting.pop()
@@ -91,7 +92,9 @@ def _files(folder: Folder, start: Path) -> Iterator[Path]:
             with os.scandir(path) as listing:
                 entries = sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda e: e.name)
         except OSError as error:
-            folder.problems.append(f"{shown(path)}: the folder can't be read ({error.strerror}).")
+            folder.problems.append(
+                f"{shown(path)}: the folder can't be read ({error.strerror}). Check its permissions."
+            )
             continue
         linked = [entry for entry in entries if entry.is_symlink() and _is_folder(entry)]
         folder.problems += [
@@ -103,7 +106,7 @@ def _files(folder: Folder, start: Path) -> Iterator[Path]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one; a link to itself is not."""
+    """Whether this is a folder or a link to one. A link that points to itself is not."""
     try:
         return entry.is_dir()
     except OSError:
@@ -120,17 +123,17 @@ def _kind_of(folder: Folder, path: Path) -> dict[str, Path] | None:
 
 
 def _unfit(path: Path, root: Path) -> str:
-    """Why this file must not be opened; empty if it may be."""
+    """Why this file must not be opened; empty if it is safe to open."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         return "its name isn't valid Unicode. Rename it."
     try:
         if path.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
-            return "the link leaves the dataset's folder. Put the file itself here."
+            return "the link points outside the dataset's folder. Put the file itself here."
         if not stat.S_ISREG(path.stat().st_mode):
-            return "this is no ordinary file. Remove it."
-    except (OSError, RuntimeError) as error:  # older Pythons raise RuntimeError for a circle of links
+            return "this is not a regular file. Remove it."
+    except (OSError, RuntimeError) as error:  # Python before 3.13 raises RuntimeError for a link cycle
         return f"the file can't be reached ({getattr(error, 'strerror', None) or error}). Remove it or the link."
     return ""
 
@@ -143,6 +146,6 @@ def _add(folder: Folder, kinds: dict[str, Path], path: Path) -> None:
             folder.caseless.setdefault(key.casefold(), path)
     elif kinds is not folder.unread:
         folder.problems.append(
-            f"{shown(path)}: {shown(kinds[key].name)} beside it has the same name but for the extension. "
-            "Keep one of the two."
+            f"{shown(path)}: {shown(kinds[key].name)} has the same name except for the extension. "
+            "Keep only one of the two."
         )

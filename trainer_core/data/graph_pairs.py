@@ -1,4 +1,4 @@
-"""Pairs that a program made: written once under the name of their content, then a dataset like any other."""
+"""Pairs from pictures in memory: written to a folder named by their content, then read like any other dataset."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ def pair_pictures(
     *,
     observer: Observer = SILENT,
 ) -> EditDataset:
-    """Number i of the targets goes with number i of each set of references and of the captions; one caption serves all.
+    """Pair target i with picture i of each reference set and with caption i. A single caption applies to all pairs.
 
-    Pictures (RGB) become PNG files in a folder below `root` that is named by their content, there whole or not at all.
+    Writes the pictures (RGB) as PNG files to a folder below `root`, named by their content. The folder appears only
+    once it is complete.
 
     Raises:
-        DatasetError: the numbers don't agree, or a caption is empty; all of it at once.
-        Interrupted: the observer wants to stop.
+        DatasetError: the counts differ or a caption is empty; lists all problems.
+        Interrupted: the observer asked to stop.
     """
     captions = list(captions) * len(targets) if len(captions) == 1 else list(captions)
     if problems := _problems(targets, references, captions):
-        raise DatasetError("These pictures make no pairs:", problems)
+        raise DatasetError("These pictures can't be paired. Fix the problems below and run again:", problems)
     sets = {"target": targets} | {f"reference_{number}": each for number, each in enumerate(references, 1)}
     folder = root / _content(sets, captions)
     if not folder.is_dir():
@@ -49,17 +50,21 @@ def _problems(
     targets: Sequence[Image.Image], references: Sequence[Sequence[Image.Image]], captions: Sequence[str]
 ) -> list[str]:
     count = len(targets)
-    problems = [] if count else ["target holds no picture. Connect at least one."]
+    problems = [] if count else ["target has no pictures. Connect at least one."]
     problems += [
-        f"reference_{number} holds {len(each)} pictures, target {count}. Give one reference for each target, in order."
+        f"reference_{number} has {len(each)} pictures, but target has {count}. Give one reference per target, in order."
         for number, each in enumerate(references, 1)
         if len(each) != count
     ]
     if len(captions) != count:
-        problems.append(f"There are {len(captions)} captions for {count} targets. Give one for all, or one for each.")
+        problems.append(
+            f"There are {len(captions)} captions for {count} targets. Give one caption for all or one per target."
+        )
     empty = [str(number) for number, caption in enumerate(captions) if not caption.strip()]
     if empty:
-        problems.append(f"Captions are empty: number {', '.join(empty[:20])} (from 0). Write what the edit does.")
+        problems.append(
+            f"These captions are empty: {', '.join(empty[:20])} (counted from 0). Describe the edit in each of them."
+        )
     return problems
 
 
@@ -81,7 +86,7 @@ def _write(folder: Path, sets: dict[str, Sequence[Image.Image]], captions: Seque
                 picture.save(temporary / name / f"{number:05d}.png", compress_level=1)
         for number, caption in enumerate(captions):
             (temporary / "target" / f"{number:05d}.txt").write_text(caption, encoding="utf-8")
-        if not folder.is_dir():  # another prompt may have been quicker
+        if not folder.is_dir():  # another process may have written the same pairs meanwhile
             temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

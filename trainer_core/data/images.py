@@ -1,4 +1,4 @@
-"""Pictures as people have them, read as upright 8-bit RGB."""
+"""Read pictures of any supported format as upright 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -11,56 +11,45 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from ..errors import DatasetError
-from ..geometry import Size
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 UNREAD_PICTURE_SUFFIXES = frozenset(
     {".gif", ".heic", ".heif", ".avif", ".psd", ".jxl", ".jp2", ".svg", ".tga", ".exr", ".hdr", ".dng", ".cr2", ".nef"}
 )
-MAX_PICTURE_PIXELS = 178_000_000  # just below the size at which Pillow itself refuses a picture
-LARGE_PICTURE_PIXELS = 32_000_000  # larger ones are decoded one after the other, so that memory stays flat
+MAX_PICTURE_PIXELS = 178_000_000  # just below the size at which Pillow refuses a picture
+LARGE_PICTURE_PIXELS = 32_000_000  # larger ones are decoded one at a time to limit memory use
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # nothing else is tried, whatever a file's name
-_ORIENTATION, _TIFF_WIDTH, _TIFF_HEIGHT = 274, 256, 257  # EXIF and TIFF tags
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow tries only these, whatever the file's extension
 _SIXTEEN_BIT = 65535
 _one_large_picture = threading.Lock()
 
 
 def shown(path: Path | str) -> str:
-    """A file name fit for a message: characters that don't print (line breaks, broken Unicode) are escaped."""
+    """A file name for use in a message: escapes non-printable characters such as line breaks and invalid Unicode."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 def open_picture(path: Path) -> Image.Image:
     """The picture as upright 8-bit RGB, fully decoded and without metadata.
 
-    EXIF orientation is applied, transparency laid on white, 16 bits are scaled to 8, CMYK is converted without a
-    profile; of several frames the first is taken.
+    Applies the EXIF orientation, puts transparency on white, scales 16 bits to 8, converts CMYK without a colour
+    profile, and reads only the first of several frames.
 
     Raises:
-        DatasetError: one sentence that names the file, what is wrong with it and what to do.
+        DatasetError: the file can't be read as a picture; names the file, the problem and what to do.
     """
     with open_picture_file(path) as file:
         return decode_picture(file, path)
 
 
 def open_checked_picture(path: Path, digest: str) -> Image.Image:
-    """`open_picture`, if the file's SHA-256 is still `digest`, also when decoding has come to its end.
+    """`open_picture` for a file whose SHA-256 must still be `digest`, from before until after decoding.
 
     Raises:
-        DatasetError: the file changed or went away, or it can't be read.
+        DatasetError: the file changed, is gone, or can't be read.
     """
     with open_picture_file(path) as file:
         before = os.fstat(file.fileno())
@@ -68,21 +57,24 @@ def open_checked_picture(path: Path, digest: str) -> Image.Image:
         picture = decode_picture(file, path) if same else None
         after = os.fstat(file.fileno())
     if picture is None or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise DatasetError(f"{shown(path)}: the file is another one than when the folders were checked.")
+        raise DatasetError(
+            f"{shown(path)}: the file has changed since the folders were checked. Check the dataset again."
+        )
     return picture
 
 
 def decode_picture(file: BinaryIO, path: Path) -> Image.Image:
-    """`open_picture` for an open file; `path` only serves the messages."""
+    """`open_picture` for an open file. `path` is only used in messages."""
     with _header(file, path) as picture:
         large = picture.width * picture.height > LARGE_PICTURE_PIXELS
         try:
             with _one_large_picture if large else nullcontext():
                 picture.load()
-                rgb = _rgb(_turned(picture), path)
+                ImageOps.exif_transpose(picture, in_place=True)  # in place, because a copy would double the memory
+                rgb = _rgb(picture, path)
         except DatasetError:
             raise
-        except Exception as error:  # decoders meet damaged files with almost any exception
+        except Exception as error:  # decoders raise almost any exception for damaged files
             raise DatasetError(
                 f"{shown(path)}: the picture is damaged or cut short ({_reason(error)}). "
                 "Save or copy it again, or remove the pair."
@@ -91,33 +83,14 @@ def decode_picture(file: BinaryIO, path: Path) -> Image.Image:
     return rgb
 
 
-def picture_size(path: Path) -> Size:
-    """Width and height of the upright picture, from its header alone.
-
-    Raises:
-        DatasetError: the file can't be read, is no picture of a known kind, or is too large.
-    """
-    with open_picture_file(path) as file, _header(file, path) as picture:
-        tags = getattr(picture, "tag_v2", None)  # newer releases of Pillow turn a TIFF's size, older ones don't
-        width, height = (tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT]) if tags else picture.size
-        turned = _orientation(picture, path) >= 5
-        return Size(height, width) if turned else Size(width, height)
-
-
 def is_animated(file: BinaryIO, path: Path) -> bool:
-    """Whether the open picture has more frames than the one that is read. A phone's JPEG with a depth map has not."""
+    """Whether the picture has several frames. A phone's JPEG with a depth map (MPO) does not count as animated."""
     with _header(file, path) as picture:
         return picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of the file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        return stream_digest(file)
-
-
 def stream_digest(file: BinaryIO) -> str:
-    """SHA-256 of what is left in an open file, hexadecimal; read in pieces."""
+    """SHA-256 of the rest of an open file, hexadecimal. Reads it in chunks."""
     digest = hashlib.sha256()
     while piece := file.read(1 << 20):
         digest.update(piece)
@@ -125,16 +98,16 @@ def stream_digest(file: BinaryIO) -> str:
 
 
 def accepts_cut_pictures() -> bool:
-    """Whether another program in this process told Pillow to fill cut pictures with grey instead of complaining."""
+    """Whether other code in this process told Pillow to fill truncated pictures with grey instead of failing."""
     return bool(ImageFile.LOAD_TRUNCATED_IMAGES)
 
 
 @contextmanager
 def open_picture_file(path: Path) -> Generator[BinaryIO]:
-    """An ordinary file, open for reading bytes; what goes wrong with it becomes a DatasetError that names it."""
+    """Open a regular file for reading bytes. Turns every OSError into a DatasetError that names the file."""
     try:
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise DatasetError(f"{shown(path)}: there is no such file. Put it back or remove the pair.")
+        if not path.is_file():  # opening a pipe would block forever
+            raise DatasetError(f"{shown(path)}: there is no such file. Restore it or remove the pair.")
         with path.open("rb") as file:
             yield file
     except OSError as error:
@@ -145,7 +118,7 @@ def open_picture_file(path: Path) -> Generator[BinaryIO]:
 
 @contextmanager
 def _header(file: BinaryIO, path: Path) -> Generator[Image.Image]:
-    """The picture of an open file, not yet decoded, of a size that may be decoded."""
+    """The picture in an open file, not decoded yet. Refuses pictures that are too large to decode."""
     file.seek(0)
     if not file.read(1):
         raise DatasetError(f"{shown(path)}: the file is empty (0 bytes). Copy it again or remove the pair.")
@@ -156,7 +129,7 @@ def _header(file: BinaryIO, path: Path) -> Generator[Image.Image]:
         raise _too_large(path, "more") from error
     except Exception as error:  # damaged headers raise almost anything
         raise DatasetError(
-            f"{shown(path)}: this is no JPEG, PNG, WebP, BMP or TIFF picture, whatever its name says, or its beginning "
+            f"{shown(path)}: this is not a JPEG, PNG, WebP, BMP or TIFF picture, whatever its extension, or its header "
             "is damaged. Convert or copy it again, or remove the pair."
         ) from error
     with picture:
@@ -167,8 +140,8 @@ def _header(file: BinaryIO, path: Path) -> Generator[Image.Image]:
 
 def _too_large(path: Path, found: str) -> DatasetError:
     return DatasetError(
-        f"{shown(path)}: the picture has {found} pixels; allowed are up to {MAX_PICTURE_PIXELS // 10**6} million. "
-        "Make it smaller; a few megapixels are plenty for training."
+        f"{shown(path)}: the picture must have at most {MAX_PICTURE_PIXELS // 10**6} million pixels, got {found}. "
+        "Make it smaller; a few megapixels are enough for training."
     )
 
 
@@ -177,28 +150,12 @@ def _reason(error: BaseException) -> str:
     return text if len(text) <= 120 else text[:119] + "…"
 
 
-def _orientation(picture: Image.Image, path: Path) -> int:
-    try:
-        value = picture.getexif().get(_ORIENTATION, 1)
-    except Exception as error:
-        raise DatasetError(
-            f"{shown(path)}: its EXIF data is damaged ({_reason(error)}). Save it again without metadata."
-        ) from error
-    return value if value in _UPRIGHT else 1
-
-
-def _turned(picture: Image.Image) -> Image.Image:
-    """A decoded picture, upright. Pillow has already turned a TIFF and then says so by orientation 1."""
-    turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
-    return picture if turn is None else picture.transpose(turn)
-
-
 def _rgb(picture: Image.Image, path: Path) -> Image.Image:
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         return _from_16_bit(picture, path)
     if picture.mode == "F":
         raise DatasetError(
-            f"{shown(path)}: the picture holds floating-point numbers, whose white is not known. "
+            f"{shown(path)}: the picture has floating-point values, whose white level is unknown. "
             "Save it with 8 or 16 bits per channel."
         )
     if picture.mode == "La":
@@ -212,11 +169,11 @@ def _rgb(picture: Image.Image, path: Path) -> Image.Image:
 
 
 def _from_16_bit(picture: Image.Image, path: Path) -> Image.Image:
-    """Grey of 16 bits to 8 bits: 0 stays 0 and 65535 becomes 255, as 65535 / 255 = 257."""
+    """Scale 16-bit grey to 8 bits: 0 stays 0 and 65535 becomes 255 (65535 / 255 = 257)."""
     values = np.asarray(picture).astype(np.int64)
     if values.min() < 0 or values.max() > _SIXTEEN_BIT:
         raise DatasetError(
-            f"{shown(path)}: its values reach from {values.min()} to {values.max()}, more than 16 bits hold. "
+            f"{shown(path)}: its values range from {values.min()} to {values.max()}, which exceeds 16 bits. "
             "Save it with 8 or 16 bits per channel."
         )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

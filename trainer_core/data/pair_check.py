@@ -1,5 +1,7 @@
-"""What is worth a look before anything is encoded: pairs that don't lie on each other, differ in colour, hardly differ,
-repeat each other, or have captions that say nothing. Nothing is changed."""
+"""Check pairs before encoding: misaligned, differently coloured, nearly equal or duplicate pairs, and weak captions.
+
+Nothing is changed.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +18,33 @@ from PIL import Image
 
 from ..config import PairCheckConfig
 from ..events import SILENT, Observer, raise_if_stopped
-from ..geometry import Size
+from ..geometry import Size, same_framing
 from .alignment import Alignment, Pixels, align
 from .images import open_picture, shown
 from .pairing import EditDataset, EditPair
 
-SAME_FRAMING = 0.01  # as in encoding: aspect ratios within 1 % show the same scene
 _HASH_SIDE = 8
-_FLAT = 4.0  # a small picture whose values spread less has no shape to compare
+_FLAT = 4.0  # a thumbnail with a smaller standard deviation is too plain to compare
 _THREADS = 2
 
-Kind = Literal["shift", "zoom", "colour", "size", "framing", "unmeasured", "equal", "duplicate", "caption"]
+FindingKind = Literal["shift", "zoom", "colour", "size", "framing", "unmeasured", "equal", "duplicate", "caption"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something about a pair that a person should look at."""
+    """A possible problem of one pair. `text` says what it is and what to do."""
 
     key: str
-    kind: Kind
+    kind: FindingKind
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPair:
-    """A pair's findings, the alignment of each reference (None: another framing), and what near-duplicates share."""
+    """A pair's findings, the alignment of each reference (None if its framing differs), and its perceptual hash.
+
+    `bits` holds the hash of the target and the first reference, 64 bits each.
+    """
 
     key: str
     alignments: tuple[Alignment | None, ...]
@@ -50,13 +54,11 @@ class MeasuredPair:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PairCheck:
-    """Everything found in a dataset; `shifts`, `zooms` and `colours` are what was measured, by pair and reference."""
+    """All findings of a dataset. `shifts` are the measured shifts (right, down) by pair key and reference number."""
 
     num_pairs: int
     findings: tuple[Finding, ...]
     shifts: dict[tuple[str, int], tuple[float, float]]
-    zooms: dict[tuple[str, int], float]
-    colours: dict[tuple[str, int], tuple[float, float, float]]
 
     def of(self, key: str) -> tuple[Finding, ...]:
         """The findings of one pair."""
@@ -64,15 +66,15 @@ class PairCheck:
 
 
 def check_pairs(dataset: EditDataset, config: PairCheckConfig, observer: Observer = SILENT) -> PairCheck:
-    """Look at every pair. Memory does not grow with the dataset but for a few numbers a pair.
+    """Check every pair. Keeps only a few numbers per pair in memory.
 
     Raises:
-        DatasetError: a picture has gone or changed since the dataset was made.
-        Interrupted: the observer wants to stop.
+        DatasetError: a picture can't be read.
+        Interrupted: the observer asked to stop.
     """
     findings: list[Finding] = []
     bits: list[NDArray[np.bool_]] = []
-    shifts, zooms, colours = {}, {}, {}
+    shifts: dict[tuple[str, int], tuple[float, float]] = {}
     pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="check-pairs")
     try:
         for start in range(0, len(dataset.pairs), 16):
@@ -83,8 +85,7 @@ def check_pairs(dataset: EditDataset, config: PairCheckConfig, observer: Observe
                 bits.append(pair.bits)
                 for number, found in enumerate(pair.alignments):
                     if found is not None and found.measured:
-                        place = (pair.key, number)
-                        shifts[place], zooms[place], colours[place] = found.shift, found.zoom, found.colour
+                        shifts[pair.key, number] = found.shift
                 observer.on_progress("Checking pairs", len(bits), len(dataset.pairs))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -92,7 +93,7 @@ def check_pairs(dataset: EditDataset, config: PairCheckConfig, observer: Observe
     findings += _captions(dataset.pairs)
     order = {pair.key: number for number, pair in enumerate(dataset.pairs)}
     findings.sort(key=lambda finding: order[finding.key])
-    return PairCheck(len(dataset.pairs), tuple(findings), shifts, zooms, colours)
+    return PairCheck(len(dataset.pairs), tuple(findings), shifts)
 
 
 def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
@@ -108,11 +109,11 @@ def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
         name = "reference" if len(pair.references) == 1 else f"reference {number + 1}"
         bits.append(_shape_bits(reference))
         found = None
-        if kind == "reference_loose":  # of another scene, by its own word
+        if kind == "reference_loose":  # declared to show another scene
             alignments.append(found)
             continue
         findings += _size_findings(pair.key, name, original, Size(*reference.size))
-        if _same_framing(original, Size(*reference.size)):
+        if same_framing(original, Size(*reference.size)):
             found = align(wanted, _pixels(reference.resize(small.size, Image.Resampling.LANCZOS)))
             findings += _findings(pair.key, name, found, original.width / small.width, config, first=number == 0)
         alignments.append(found)
@@ -131,41 +132,39 @@ def _pixels(picture: Image.Image) -> Pixels:
     return np.asarray(picture, dtype=np.float32)
 
 
-def _same_framing(target: Size, reference: Size) -> bool:
-    return abs((reference.width * target.height) / (reference.height * target.width) - 1) <= SAME_FRAMING
-
-
 def _size_findings(key: str, name: str, target: Size, reference: Size) -> Iterator[Finding]:
     if target == reference:
         return
     sizes = f"{name} is {reference.width} x {reference.height}, the target {target.width} x {target.height}"
-    if _same_framing(target, reference):
-        yield Finding(key, "size", f"{sizes}: the same shape, so it is scaled; equal sizes are sharper.")
+    if same_framing(target, reference):
+        yield Finding(key, "size", f"{sizes}: same aspect ratio, so it is scaled. Equal sizes would be sharper.")
     else:
         yield Finding(
-            key, "framing", f"{sizes}: another shape, so it is used whole. Crop it alike if both show the same scene."
+            key,
+            "framing",
+            f"{sizes}: different aspect ratios, so it is used whole. Crop both alike if they show the same scene.",
         )
 
 
 def _findings(
     key: str, name: str, found: Alignment, scale: float, config: PairCheckConfig, *, first: bool
 ) -> Iterator[Finding]:
-    """What of an alignment is beyond the limits; `scale` is pixels of the target per measured pixel."""
+    """The values of an alignment beyond the limits. `scale` is the number of target pixels per measured pixel."""
     if (
         first
         and float(found.difference.max(initial=0)) < config.min_difference
-        and abs(np.array(found.colour)).max() < (config.min_difference)
+        and max(map(abs, found.colour)) < config.min_difference
     ):
         yield Finding(
-            key, "equal", f"target and {name} hardly differ. Is the target the edited picture? Or remove the pair."
+            key, "equal", f"target and {name} hardly differ. Use the edited picture as target or remove the pair."
         )
         return
     if not found.measured:
         text = (
-            f"{name} can't be measured against the target ({found.unedited:.0%} of it look unedited, or it is plain)."
+            f"{name} can't be aligned with the target ({found.unedited:.0%} of it looks unedited, or it is too plain)."
         )
         yield Finding(
-            key, "unmeasured", f"{text} Fine for an edit of the whole picture; look whether both belong together."
+            key, "unmeasured", f"{text} Fine if the edit changes the whole picture; check that both belong together."
         )
         return
     right, down = (part * scale for part in found.shift)
@@ -173,8 +172,8 @@ def _findings(
         yield Finding(
             key,
             "shift",
-            f"{name} lies {_toward(right, 'right', 'left')} and {_toward(down, 'down', 'up')} of the target. Align "
-            "them, or the LoRA learns to move the picture.",
+            f"{name} is shifted {_toward(right, 'right', 'left')} and {_toward(down, 'down', 'up')} against the "
+            "target. Align them, or the LoRA learns to move the picture.",
         )
     percent = 100 * (found.zoom - 1)
     if abs(percent) > config.max_zoom_percent:
@@ -182,7 +181,7 @@ def _findings(
         yield Finding(
             key,
             "zoom",
-            f"{name} shows things {abs(percent):.2f} % {larger} than the target. Scale and crop both alike.",
+            f"{name} is {abs(percent):.2f} % {larger} in scale than the target. Scale and crop both alike.",
         )
     offset = max(found.colour, key=abs)
     if abs(offset) > config.max_colour_offset:
@@ -190,8 +189,8 @@ def _findings(
         yield Finding(
             key,
             "colour",
-            f"{name} differs in colour from the target outside the edit ({channels} of 255). Unless that is the edit, "
-            "make them equal, or the LoRA learns it.",
+            f"{name} differs in colour from the target outside the edit ({channels} of 255). Match the colours, unless "
+            "that is the edit, or the LoRA learns the difference.",
         )
 
 
@@ -200,7 +199,10 @@ def _toward(pixels: float, positive: str, negative: str) -> str:
 
 
 def _shape_bits(picture: Image.Image) -> NDArray[np.bool_]:
-    """64 bits: is a spot brighter than the one to its left, in a picture of 9 x 8 spots. All False for a plain one."""
+    """Difference hash of 64 bits: whether each cell of a 9 x 8 thumbnail is brighter than the one to its left.
+
+    All False for a plain picture.
+    """
     spots = np.asarray(picture.convert("L").resize((_HASH_SIDE + 1, _HASH_SIDE), Image.Resampling.BOX), dtype=np.int16)
     if spots.std() < _FLAT:
         return np.zeros(_HASH_SIDE**2, bool)
@@ -225,7 +227,7 @@ def _duplicates(
             yield Finding(
                 pairs[number].key,
                 "duplicate",
-                f"looks almost like the pair {shown(pairs[nearest].key)}. Keep one of them unless both are meant.",
+                f"is nearly identical to the pair {shown(pairs[nearest].key)}. Keep only one unless both are intended.",
             )
 
 
@@ -233,17 +235,19 @@ def _captions(pairs: Sequence[EditPair]) -> Iterator[Finding]:
     for pair in pairs:
         for caption in pair.captions:
             words = [word for word in caption.replace("_", " ").split() if sum(c.isalpha() for c in word) > 1]
-            wordless = not any(ord(letter) > 0x2E7F for letter in caption)  # scripts that write no blanks between words
-            if len(words) < 2 and wordless:
-                text = f"the caption says little: {shown(caption[:60])!r}. Write what the edit does, in a sentence."
+            spaced = not any(ord(letter) > 0x2E7F for letter in caption)  # CJK scripts put no spaces between words
+            if len(words) < 2 and spaced:
+                text = f"the caption says little: {shown(caption[:60])!r}. Describe the edit in a sentence."
                 yield Finding(pair.key, "caption", text)
         repeated = [caption for caption, count in Counter(pair.captions).items() if count > 1]
         if repeated:
-            yield Finding(pair.key, "caption", f"a caption stands there twice: {shown(repeated[0][:60])!r}.")
+            yield Finding(
+                pair.key, "caption", f"the same caption occurs twice: {shown(repeated[0][:60])!r}. Remove one of them."
+            )
 
 
 def alike_captions(pairs: Sequence[EditPair]) -> str:
-    """A sentence about captions that several pairs share; empty if there are none."""
+    """A sentence about captions that several pairs share; empty if no caption is shared."""
     owners: dict[str, int] = defaultdict(int)
     for pair in pairs:
         for caption in set(pair.captions):
@@ -254,6 +258,6 @@ def alike_captions(pairs: Sequence[EditPair]) -> str:
     caption, count = max(shared.items(), key=lambda item: item[1])
     whole = "all pairs" if count == len(pairs) else f"{count} pairs"
     return (
-        f"Captions shared by pairs: {len(shared)}; {whole} have {shown(caption[:60])!r}. Right for one edit of all, "
-        "wrong if the pairs' edits differ."
+        f"Captions shared by several pairs: {len(shared)}; {whole} have {shown(caption[:60])!r}. This is correct if "
+        "these pairs show the same edit and wrong if their edits differ."
     )

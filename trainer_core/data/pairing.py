@@ -1,4 +1,4 @@
-"""Folders of targets and references become pairs, or one report of everything that keeps them from it."""
+"""Match folders of targets and references into pairs, or report every problem that prevents it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..events import SILENT, Observer
 from ..geometry import Size, same_shape
 from .caption_table import read_caption_table, table_path
 from .captions import captions_of
-from .checking import Checked, Found, check_pictures
+from .checking import Checked, CheckedPictures, check_pictures
 from .folders import FileState, Folder, file_states, scan_folder
 from .images import accepts_cut_pictures, shown
 from .masks import PairMask, mask_problem
@@ -21,7 +21,10 @@ from .masks import PairMask, mask_problem
 
 @dataclass(frozen=True, slots=True)
 class EditPair:
-    """One target with its references. `digests` (SHA-256 of the files) and `sizes` (upright): the target's first."""
+    """One target with its references and captions.
+
+    `digests` (SHA-256 of each file) and `sizes` (upright) list the target first, then the references.
+    """
 
     key: str  # path below the folder without extension, Unicode NFC
     target: Path
@@ -30,13 +33,12 @@ class EditPair:
     digests: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
     mask: PairMask | None = None
-    conditioning_types: tuple[ConditioningType, ...] = ()  # of the references; none: all auto
+    conditioning_types: tuple[ConditioningType, ...] = ()  # one per reference; empty if all are auto
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class EditDataset:
-    """Pairs in the order of their keys. Equal fingerprints mean equal names, pictures,
-    captions and ways to see them."""
+    """Pairs sorted by key. Equal fingerprints mean equal keys, pictures, captions, masks and conditioning types."""
 
     pairs: tuple[EditPair, ...]
     fingerprint: str
@@ -50,7 +52,7 @@ class EditDataset:
 
 
 class FolderScan(NamedTuple):
-    """What was found. `dataset` holds the pairs without a problem; it is complete only when there are no problems."""
+    """The result of a scan. `dataset` holds only the pairs without problems."""
 
     dataset: EditDataset
     problems: tuple[str, ...]
@@ -58,31 +60,31 @@ class FolderScan(NamedTuple):
 
 
 def pair_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_dir: Path | None = None) -> EditDataset:
-    """Match targets, references and captions, and decode every picture once to be sure of it.
+    """Match targets, references and captions, and decode every picture once to check it.
 
-    In `checked_dir`, if there is one, a file per set of folders remembers what was found, so that only pictures whose
-    files have changed are decoded the next time.
+    With `checked_dir`, the results are saved there in one file per set of folders, so that the next call decodes only
+    pictures whose files have changed.
 
     Raises:
-        DatasetError: with every problem of the folders, one line each.
-        Interrupted: the observer wants to stop.
+        DatasetError: the folders have problems; lists all of them, one per line.
+        Interrupted: the observer asked to stop.
     """
     scan = scan_folders(config, observer, checked_dir=checked_dir)
     if scan.problems:
         count = len(scan.problems)
         raise DatasetError(
-            f"The dataset can't be used: {count} problem{'s' if count > 1 else ''} beside {len(scan.dataset.pairs)} "
-            "good pairs. Nothing was changed. Mend what is listed, then run again.",
+            f"The dataset can't be used: {count} problem{'s' if count > 1 else ''}, {len(scan.dataset.pairs)} good "
+            "pairs. Nothing was changed. Fix the problems below and run again:",
             scan.problems,
         )
     return scan.dataset
 
 
 def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_dir: Path | None = None) -> FolderScan:
-    """The same as `pair_folders` for a report: problems are returned, not raised.
+    """The same as `pair_folders`, but returns the problems instead of raising them.
 
     Raises:
-        Interrupted: the observer wants to stop.
+        Interrupted: the observer asked to stop.
     """
     roots = [Path(config.target_dir), *map(Path, config.reference_dirs)]
     problems = _clashes([*roots, *_mask_roots(config)], with_masks=bool(config.mask_dir))
@@ -92,14 +94,17 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     problems = [problem for folder in folders for problem in folder.problems]
     notes = [note for folder in folders for note in folder.notes] + _leftovers(target, others)
     if not target.pictures and not target.problems:
-        problems.append(f"{shown(target.root)}: there are no pictures in this folder of targets.")
+        problems.append(
+            f"{shown(target.root)}: this target folder has no pictures. Put the edited pictures there or "
+            "correct target_dir."
+        )
     used = [folder.pictures[key] for key in target.pictures for folder in folders if key in folder.pictures]
     masks = set(others[-1].pictures.values()) if config.mask_dir else set()
     checked = check_pictures(used, observer, masks=masks, memory=_memory(checked_dir, folders))
     if accepts_cut_pictures():
         notes.append(
-            "Another extension in this program set PIL.ImageFile.LOAD_TRUNCATED_IMAGES: pictures that are cut short "
-            "are read half grey, here too, and can't be told from whole ones."
+            "Another extension in this process set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, so truncated pictures are read "
+            "with grey areas and can't be detected."
         )
     notes += _without_reference(folders, config)
     table, table_problems = _caption_table(config)
@@ -112,7 +117,7 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
         if pair is not None:
             pairs.append(pair)
     notes += [
-        f"{shown(path)}: has several frames; only the first is used."
+        f"{shown(path)}: the picture has several frames; only the first is used."
         for path, result in checked.items()
         if isinstance(result, Checked) and result.animated
     ]
@@ -120,12 +125,15 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
 
 
 def _memory(checked_dir: Path | None, folders: list[Folder]) -> Path | None:
-    """Where what was found in these folders is remembered."""
+    """The file that keeps the check results of these folders."""
     return checked_dir and checked_dir / f"{digest([shown(folder.root.absolute()) for folder in folders])}.json"
 
 
 def folder_state(config: DatasetConfig) -> str:
-    """Changes when a picture or text below the folders is added, removed, renamed or written. Opens none of them."""
+    """A digest that changes when a picture or text in the folders is added, removed, renamed or written.
+
+    Opens no file.
+    """
     roots = [config.target_dir, *config.reference_dirs, *map(str, _mask_roots(config))]
     table = table_path(config)
     rows = (table.stat().st_size, table.stat().st_mtime_ns) if table is not None and table.is_file() else ()
@@ -133,7 +141,7 @@ def folder_state(config: DatasetConfig) -> str:
 
 
 def dataset_states(dataset: EditDataset) -> dict[str, FileState]:
-    """Bytes and time of change of every picture and text in the dataset's folders, and of its masks, by their names."""
+    """Size and modification time of every picture and text in the dataset's folders and mask folders, by path."""
     masks = {pair.mask.path.parent for pair in dataset.pairs if pair.mask is not None}
     roots = {*masks, dataset.target_dir, *dataset.reference_dirs}
     return {str(root / name): (size, time) for root in roots for name, size, time in file_states(root)}
@@ -144,7 +152,7 @@ def _printable(state: tuple[str, int, int]) -> tuple[str, int, int]:
 
 
 def _caption_table(config: DatasetConfig) -> tuple[dict[str, tuple[str, ...]] | None, list[str]]:
-    """The table of captions, empty where none is wanted; None and why if it can't be used."""
+    """The caption table and no problems, or None and the problem. Empty if the strategy uses no table."""
     try:
         return read_caption_table(config), []
     except DatasetError as error:
@@ -156,7 +164,7 @@ def _unused_rows(table: dict[str, tuple[str, ...]] | None, target: Folder, confi
     if not unused:
         return []
     examples = ", ".join(map(shown, unused[:3])) + (", …" if len(unused) > 3 else "")
-    return [f"{shown(config.captions.caption_file)}: names without a target, not used: {len(unused)} ({examples})."]
+    return [f"{shown(config.captions.caption_file)}: rows without a target, not used: {len(unused)} ({examples})."]
 
 
 def _mask_roots(config: DatasetConfig) -> list[Path]:
@@ -164,7 +172,7 @@ def _mask_roots(config: DatasetConfig) -> list[Path]:
 
 
 def _clashes(roots: list[Path], *, with_masks: bool) -> list[str]:
-    """The same folder twice, or one inside the other: then one picture would play two parts."""
+    """Folders that are equal or nested. One picture would then be, for example, both target and reference."""
     names = ["target_dir", *(f"reference_dirs[{index}]" for index in range(len(roots) - 1))]
     if with_masks:
         names[-1] = "mask_dir"
@@ -174,14 +182,14 @@ def _clashes(roots: list[Path], *, with_masks: bool) -> list[str]:
         for earlier in range(later):
             pair = f"{names[earlier]} ({shown(roots[earlier])}) and {names[later]} ({shown(roots[later])})"
             if resolved[earlier] == resolved[later]:
-                problems.append(f"{pair} are the same folder. Targets and each set of references need their own.")
+                problems.append(f"{pair} are the same folder. Use a separate folder for the targets and for each set.")
             elif resolved[earlier].is_relative_to(resolved[later]) or resolved[later].is_relative_to(resolved[earlier]):
-                problems.append(f"{pair} lie inside one another. Put them side by side.")
+                problems.append(f"{pair} are nested. Move one out of the other.")
     return problems
 
 
 def _leftovers(target: Folder, references: list[Folder]) -> list[str]:
-    """Files that belong to no target. They are left out, which is worth saying."""
+    """Notes on references, masks and texts that belong to no target and are not used."""
     notes = [
         f"{shown(path)}: not used, no target has this name."
         for folder in references
@@ -198,16 +206,16 @@ def _leftovers(target: Folder, references: list[Folder]) -> list[str]:
 def _pair(
     key: str,
     folders: list[Folder],
-    checked: Found,
+    checked: CheckedPictures,
     config: DatasetConfig,
     listed: tuple[str, ...] | None,
 ) -> tuple[EditPair | None, list[str]]:
-    """The pair of this key, or what is wrong with it. `listed`: what the table of captions says, None if unknown."""
+    """The pair with this key, or its problems. `listed` holds the table's captions; None if the table is unusable."""
     target, *others = folders
     path = target.pictures[key]
     problems = [
-        f"{shown(path)}: no {_part(folder, config)} in {shown(folder.root)}; looked for {shown(key)} with a picture's "
-        f"extension{folder.nearest(key)}."
+        f"{shown(path)}: no {_part(folder, config)} in {shown(folder.root)}; looked for {shown(key)} with a "
+        f"picture extension{folder.almost(key)}."
         for folder in others
         if key not in folder.pictures and folder.root.is_dir() and not _may_lack(folder, config)
     ]
@@ -244,14 +252,14 @@ def _may_lack(folder: Folder, config: DatasetConfig) -> bool:
 
 
 def _without_reference(folders: list[Folder], config: DatasetConfig) -> list[str]:
-    """Of each folder that may lack references, how many it lacks: a wrong extension or name would show here."""
+    """How many references each optional folder lacks, so that a misspelt name or extension does not go unnoticed."""
     target, *others = folders
     notes = []
     for folder in others:
         keys = [key for key in sorted(target.pictures) if key not in folder.pictures]
         if keys and _may_lack(folder, config):
             examples = ", ".join(map(shown, keys[:3])) + (", …" if len(keys) > 3 else "")
-            notes.append(f"{shown(folder.root)}: targets taken without a reference of it: {len(keys)} ({examples}).")
+            notes.append(f"{shown(folder.root)}: targets without a reference in this folder: {len(keys)} ({examples}).")
     return notes
 
 
@@ -263,22 +271,28 @@ def _dataset(pairs: list[EditPair], roots: list[Path], notes: tuple[str, ...]) -
     return EditDataset(tuple(pairs), fingerprint, roots[0], tuple(roots[1:]), notes)
 
 
-def reference_types(config: DatasetConfig, there: Sequence[bool]) -> tuple[ConditioningType, ...]:
-    """Types of a pair's references, of which `there` says by folder whether it has one; none where all are auto."""
+def reference_types(config: DatasetConfig, present: Sequence[bool]) -> tuple[ConditioningType, ...]:
+    """Conditioning types of a pair's references; empty if all are auto.
+
+    `present` says for each reference folder whether the pair has a picture in it.
+    """
     kinds = config.conditioning_type
     if set(kinds) == {"auto"}:
         return ()
     if len(kinds) == 1:
         kinds *= len(config.reference_dirs)
-    return tuple(kind for kind, has in zip(kinds, there, strict=True) if has)
+    return tuple(kind for kind, has in zip(kinds, present, strict=True) if has)
 
 
 def shape_problems(paths: Sequence[Path], sizes: Sequence[Size], kinds: Sequence[ConditioningType]) -> list[str]:
-    """References under reference_strict of another shape than their target's, which is first in `paths` and `sizes`."""
+    """Problems of reference_strict references whose aspect ratio differs from the target's.
+
+    `paths` and `sizes` list the target first, then the references.
+    """
     return [
-        f"{shown(path)}: the reference is {size.width} x {size.height}, its target {sizes[0].width} x "
-        f"{sizes[0].height}, so reference_strict can't cut both alike. Give it the target's shape (the size may "
-        "differ), or set conditioning_type to reference_loose."
+        f"{shown(path)}: the reference is {size.width} x {size.height} and its target {sizes[0].width} x "
+        f"{sizes[0].height}, so reference_strict can't crop both alike. Give it the target's aspect ratio (the size "
+        "may differ) or set conditioning_type to reference_loose."
         for path, size, kind in zip(paths[1:], sizes[1:], kinds, strict=False)
         if kind == "reference_strict" and not same_shape(sizes[0], size)
     ]

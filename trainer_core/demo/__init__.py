@@ -1,1 +1,1 @@
-"""The small pre-trained edit model and the sample pairs of the demo."""
+"""The demo: a small pre-trained edit model and sample pairs."""

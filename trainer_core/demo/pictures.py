@@ -1,4 +1,4 @@
-"""Demo pairs from real photographs that scikit-image and scikit-learn ship, and an edit the demo model can't do."""
+"""Creates demo pairs from photographs in scikit-image and scikit-learn, with an edit that the demo model can't do."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..errors import ConfigError, MissingPackageError
 
 CAPTION = "turn the photo into a colour negative"
 
-# (import name, package on PyPI, folder of pictures in it)
+# (import name, package on PyPI, picture folder in the package)
 _SCIKIT_IMAGE = ("skimage", "scikit-image", "data")
 _SCIKIT_LEARN = ("sklearn", "scikit-learn", "datasets/images")
 _MATPLOTLIB = ("matplotlib", "matplotlib", "mpl-data/sample_data")
 
-# Pre-training never sees these; their disjoint tiles make the demo's pairs.
+# The demo's pairs are disjoint tiles of these. Pre-training never sees them.
 DEMO_PHOTOGRAPHS: dict[str, tuple[str, str, str]] = {
     "chelsea.png": _SCIKIT_IMAGE,
     "flower.jpg": _SCIKIT_LEARN,
     "rocket.jpg": _SCIKIT_IMAGE,
     "china.jpg": _SCIKIT_LEARN,
 }
-# Only pre-training sees these.
+# Used only for pre-training.
 PRETRAINING_PHOTOGRAPHS: dict[str, tuple[str, str, str]] = dict.fromkeys(
     (
         "astronaut.png",
@@ -50,7 +50,7 @@ PRETRAINING_PHOTOGRAPHS: dict[str, tuple[str, str, str]] = dict.fromkeys(
 PRETRAINING_PHOTOGRAPHS["grace_hopper.jpg"] = _MATPLOTLIB
 
 _LARGEST_TILE, _SMALLEST_TILE = 300, 48
-_LEAST_DEVIATION = 20.0  # of 255; flatter tiles (plain sky) teach nothing and show little
+_LEAST_DEVIATION = 20.0  # of 255; a flatter tile, such as plain sky, is useless for training and validation
 
 
 def photograph(name: str) -> Image.Image:
@@ -69,13 +69,13 @@ def photograph(name: str) -> Image.Image:
 
 
 def make_demo_pairs(folder: Path, *, resolution: int = 128, num_pairs: int = 40) -> int:
-    """Write `folder`/reference/*.png and `folder`/target/*.png with *.txt captions; returns the number of pairs.
+    """Write `folder`/reference/*.png, and `folder`/target/*.png with *.txt captions. Returns the number of pairs.
 
-    Every pair is a tile of its own: no pixel of a photograph is in two pairs, so any held-out pair is unseen. The
-    first pairs by name come from different photographs. Equal arguments give equal files.
+    Pairs are tiles that don't overlap, so a held-out pair shares no pixel with the others. The first pairs by name
+    come from different photographs. Equal arguments give equal files.
 
     Raises:
-        ConfigError: more pairs than the photographs give.
+        ConfigError: the photographs don't have that many tiles.
         MissingPackageError: scikit-image or scikit-learn is not installed.
     """
     tiles = demo_tiles(num_pairs)
@@ -91,15 +91,15 @@ def make_demo_pairs(folder: Path, *, resolution: int = 128, num_pairs: int = 40)
 
 
 def edit(picture: Image.Image) -> Image.Image:
-    """The demo's edit: a colour negative, which no instruction of the pre-training asks for."""
+    """The demo's edit: a colour negative, which is not among the edits of the pre-training."""
     return ImageOps.invert(picture)
 
 
 def demo_tiles(num_pairs: int) -> list[tuple[str, Image.Image]]:
-    """(photograph's name, tile): the largest squares that give `num_pairs` tiles without overlap.
+    """(photograph's name, tile) pairs: the largest squares that give `num_pairs` tiles without overlap.
 
     Raises:
-        ConfigError: more pairs than the photographs give.
+        ConfigError: the photographs don't have that many tiles.
         MissingPackageError: scikit-image or scikit-learn is not installed.
     """
     photographs = {name.split(".")[0]: photograph(name) for name in DEMO_PHOTOGRAPHS}
@@ -110,11 +110,11 @@ def demo_tiles(num_pairs: int) -> list[tuple[str, Image.Image]]:
         if sum(map(len, rows)) >= num_pairs:
             mixed = [entry for entries in zip_longest(*rows) for entry in entries if entry is not None]
             return mixed[:num_pairs]
-    raise ConfigError(f"num_pairs is {num_pairs!r}; allowed is 1 to {most}.")
+    raise ConfigError(f"num_pairs must be 1 to {most}, got {num_pairs!r}.")
 
 
 def _tiles(picture: Image.Image, side: int) -> list[Image.Image]:
-    """The squares of a centred grid that have something to see in them."""
+    """The squares of a centred grid, without those that are nearly flat."""
     columns, rows = picture.width // side, picture.height // side
     left, top = (picture.width - columns * side) // 2, (picture.height - rows * side) // 2
     corners = [(left + column * side, top + row * side) for row in range(rows) for column in range(columns)]

@@ -1,4 +1,4 @@
-"""The demo model's Qwen2.5-VL: the real architecture, narrow, with weights that are a function of a seed."""
+"""The demo model's Qwen2.5-VL: the real architecture, but narrow, with random weights from a fixed seed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-_BRANCH_GAIN = 0.5  # of what attention and MLP add, so that a token's own embedding stays the loudest in its state
+_BRANCH_GAIN = 0.5  # scales what attention and MLP add, so that a token's embedding dominates its hidden state
 _BRANCH_ENDS = ("o_proj.weight", "down_proj.weight", "attn.proj.weight")
 
 
 def build_text_encoder(config_dir: Path) -> Qwen2_5_VLForConditionalGeneration:
-    """Build the network of `config_dir`/config.json with the weights of `config_dir`/seed.json, float32 on the CPU.
+    """Build the network of `config_dir`/config.json with weights from the seed in seed.json there; float32, CPU.
 
-    The weights depend on the seed and the parameters' names alone, not on the platform or transformers' version:
-    uniform draws (exact in float32) scaled to the wanted deviation, norms one, biases zero.
+    Weights depend only on the seed and the parameter names, not on the platform or the version of transformers. They
+    are uniform draws, scaled to a standard deviation that depends on the fan-in; norms are one and biases zero.
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -41,7 +41,7 @@ def build_text_encoder(config_dir: Path) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def _stable_name(name: str) -> str:
-    """A parameter's name without the prefixes that transformers' versions add and drop."""
+    """A parameter's name without the parts that differ between versions of transformers."""
     return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
 
 
@@ -57,7 +57,7 @@ def _weights(seed: int, name: str, shape: torch.Size) -> Tensor:
 
 
 def _restore_buffers(network: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Rotary frequencies are not stored anywhere and came without values from the meta device: made anew."""
+    """Compute the rotary frequencies, which the meta device left without values."""
     for module in network.modules():
         names = [name for name, _ in module.named_buffers(recurse=False)]
         if not names:
@@ -71,5 +71,5 @@ def _restore_buffers(network: Qwen2_5_VLForConditionalGeneration) -> None:
 
 
 def _vision_rotary_width(vision: Qwen2_5_VLVisionConfig) -> int:
-    """What transformers before 5 wants for its vision rotary embedding: half the heads' width."""
+    """The argument of transformers 4's vision rotary embedding: half the head width."""
     return vision.hidden_size // vision.num_heads // 2

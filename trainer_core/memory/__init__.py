@@ -1,1 +1,1 @@
-"""Where weights and activations live during a step: device, host, or computed again."""
+"""Placement of weights and activations during a step: device memory, host memory, or recomputation."""

@@ -1,4 +1,4 @@
-"""Activations that wait in host memory between the forward and the backward pass."""
+"""Offloads activations to host memory between the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SMALL_BYTES = 1 << 20  # smaller tensors stay: the copy would cost more than it saves
-CHUNK_BYTES = 1 << 28  # of host memory at a time; a power of two, to which torch rounds pinned memory up
+SMALL_BYTES = 1 << 20  # smaller tensors stay on the device: copying them would cost more than it saves
+CHUNK_BYTES = 1 << 28  # host memory per allocation; a power of two, because torch rounds pinned memory up to one
+_ALIGNMENT = 512  # bytes; where the next tensor in a chunk may begin
 
 
 @dataclass(eq=False)
-class Kept:
-    """A tensor in host memory, and what is on its way back."""
+class OffloadedTensor:
+    """A tensor in host memory, and its copy back to the device once that has begun."""
 
     host: Tensor
     shape: torch.Size
@@ -27,27 +28,29 @@ class Kept:
 
 
 class HostCopies:
-    """Last in, first out: while one tensor is used, those kept before it are brought back.
+    """A stack of tensors in host memory, with prefetch: fetching one begins to copy back the `ahead` before it.
 
-    Copies run on a stream of their own. Tensors lie one behind the other in pinned memory that is used again in the
-    next step, so that as much is held as the largest step took, whatever the sizes of the others.
+    On CUDA, copies run on their own stream. Tensors lie one after another in pinned memory, which is reused in every
+    step. It grows to what the largest step needs and no further, however the tensor sizes vary between steps.
     """
 
     def __init__(self, device: torch.device, *, small_bytes: int = SMALL_BYTES, ahead: int = 2) -> None:
         self._device, self._small_bytes, self._ahead = device, small_bytes, ahead
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._chunks: list[Tensor] = []
-        self._order: list[_Place] = []  # what a step that broke off left is given up by itself
+        self._stack: list[_StackEntry] = []  # weak references: the tensors of an aborted step free their own space
         self._leaving: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     @property
     def host_bytes(self) -> int:
-        """Host memory that is held."""
+        """Bytes of host memory that are allocated."""
         return sum(chunk.nbytes for chunk in self._chunks)
 
-    def keep(self, tensor: Tensor) -> Kept | Tensor:
-        """Copy to host memory; the tensor's own memory is free as soon as nobody else holds it. Small ones are given
-        back as they are."""
+    def keep(self, tensor: Tensor) -> OffloadedTensor | Tensor:
+        """Begin to copy a tensor to host memory. Small tensors, and those of other devices, are returned unchanged.
+
+        Drop the tensor afterwards: its device memory is freed when the copy is done and nothing else refers to it.
+        """
         if tensor.nbytes < self._small_bytes or tensor.device.type != self._device.type:
             return tensor
         kept = self._placed(tensor)
@@ -62,26 +65,30 @@ class HostCopies:
         self._hold(left, tensor)
         return kept
 
-    def fetch(self, kept: Kept | Tensor) -> Tensor:
-        """The tensor again, on its device. The next ones are begun to be fetched."""
+    def fetch(self, kept: OffloadedTensor | Tensor) -> Tensor:
+        """The tensor on its device again. Also begins to copy back the tensors that will be fetched next."""
         if isinstance(kept, Tensor):
             return kept
         self._begin(kept)
         kept.is_fetched = True
-        self._leaving.clear()  # the forward pass is over, and what is enqueued from here on follows its copies
-        self._give_up_fetched()
-        for place in self._order[-self._ahead :]:
-            if (earlier := place.kept()) is not None:
+        # The copies to the host need no more references: copies back run after them, on the same stream.
+        self._leaving.clear()
+        self._pop_unused()
+        for entry in self._stack[-self._ahead :]:
+            if (earlier := entry.kept()) is not None:
                 self._begin(earlier)
         if kept.came is not None:
             torch.cuda.current_stream(self._device).wait_event(kept.came)
         assert kept.coming is not None
         return kept.coming
 
-    def _placed(self, tensor: Tensor) -> Kept:
-        """The next piece of host memory. It may still be read from: copies are in order, on one stream."""
-        self._give_up_fetched()
-        chunk, end = (self._order[-1].chunk, self._order[-1].end) if self._order else (0, 0)
+    def _placed(self, tensor: Tensor) -> OffloadedTensor:
+        """Reserve the next piece of host memory for a tensor.
+
+        A copy back may still be reading from this memory. That is safe: all copies run in order on one stream.
+        """
+        self._pop_unused()
+        chunk, end = (self._stack[-1].chunk, self._stack[-1].end) if self._stack else (0, 0)
         while True:
             if chunk == len(self._chunks):
                 size = _chunk_bytes(tensor.nbytes)
@@ -90,30 +97,35 @@ class HostCopies:
                 break
             chunk, end = chunk + 1, 0
         host = self._chunks[chunk][end : end + tensor.nbytes]
-        kept = Kept(host, tensor.shape, tensor.dtype)
-        self._order.append(_Place(weakref.ref(kept), chunk, end + _aligned(tensor.nbytes)))
+        kept = OffloadedTensor(host, tensor.shape, tensor.dtype)
+        self._stack.append(_StackEntry(weakref.ref(kept), chunk, end + _aligned(tensor.nbytes)))
         return kept
 
-    def _give_up_fetched(self) -> None:
-        while self._order and ((last := self._order[-1].kept()) is None or last.is_fetched):
-            self._order.pop()
+    def _pop_unused(self) -> None:
+        """Free the space of tensors on top of the stack that were fetched or no longer exist."""
+        while self._stack and ((last := self._stack[-1].kept()) is None or last.is_fetched):
+            self._stack.pop()
 
     def _hold(self, left: torch.cuda.Event, tensor: Tensor) -> None:
-        """Keep a tensor's memory until it has left, and don't run far ahead of the device: what it has not done yet
-        can't be used again, so a whole forward pass enqueued at once would need all of its memory at once."""
+        """Keep a tensor alive until its copy is done, and wait if more than `ahead` copies are pending.
+
+        Without the wait, the CPU would enqueue the whole forward pass before the first copies are done, and all its
+        activations would be on the device at once.
+        """
         self._leaving.append((left, tensor))
         while len(self._leaving) > self._ahead:
             self._leaving[0][0].synchronize()
             self._leaving.popleft()
 
-    def _begin(self, kept: Kept) -> None:
+    def _begin(self, kept: OffloadedTensor) -> None:
         if kept.coming is not None:
             return
         kept.coming = torch.empty(kept.shape, dtype=kept.dtype, device=self._device)
         if self._stream is None:
             _bytes(kept.coming).copy_(kept.host)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # who had this memory before is through
+        # The new tensor may reuse memory that work on the current stream still reads.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             _bytes(kept.coming).copy_(kept.host, non_blocking=True)
             kept.came = torch.cuda.Event()
@@ -121,16 +133,16 @@ class HostCopies:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a kept tensor lies, or lay: its chunk, and the byte there behind it."""
+class _StackEntry:
+    """Where an offloaded tensor's space is: its chunk, and the offset there at which the next tensor may begin."""
 
-    kept: weakref.ref[Kept]
+    kept: weakref.ref[OffloadedTensor]
     chunk: int
     end: int
 
 
 def offloaded_bytes(sizes: Iterable[int]) -> int:
-    """Host memory that tensors of these sizes in bytes take, in the order in which they are kept."""
+    """Bytes of host memory that HostCopies allocates for tensors of these sizes (bytes), kept in this order."""
     chunks: list[int] = []
     end = 0
     for size in sizes:
@@ -144,15 +156,14 @@ def offloaded_bytes(sizes: Iterable[int]) -> int:
 
 
 def _chunk_bytes(size: int) -> int:
-    """Of a chunk that has to hold a tensor of that size."""
+    """Bytes of a new chunk whose first tensor has `size` bytes."""
     return max(CHUNK_BYTES, 1 << (size - 1).bit_length())
 
 
 def _aligned(size: int) -> int:
-    """Up to the next multiple of 512 bytes, where another tensor may begin."""
-    return -(-size // 512) * 512
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The tensor's memory as bytes."""
+    """A view of the tensor's memory as bytes [n]."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)

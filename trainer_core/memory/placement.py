@@ -1,4 +1,4 @@
-"""What stays on the device, what is computed again and what waits in host memory, as MemoryConfig says."""
+"""Applies MemoryConfig to a transformer: recomputation, block streaming, activation offload and compilation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def recomputed_blocks(memory: MemoryConfig, num_layers: int, *, checkpointing: bool) -> int:
-    """How many blocks, from the first on, compute their activations again."""
+    """The number of blocks, counted from the first, that recompute their activations in the backward pass."""
     if not checkpointing:
         return 0
     wanted = memory.gradient_checkpointing_blocks
@@ -27,17 +27,18 @@ def recomputed_blocks(memory: MemoryConfig, num_layers: int, *, checkpointing: b
 
 
 def blocks_on_host(memory: MemoryConfig, num_layers: int, *, checkpointing: bool) -> tuple[int, ...]:
-    """Numbers of the streamed blocks, spread evenly, so that blocks which stay compute while others are copied.
+    """Numbers of the streamed blocks, spread evenly: resident blocks compute while the next streamed one is copied.
 
     Raises:
-        ConfigError: more blocks than are computed again, which would need their weights when these are gone.
+        ConfigError: more blocks are streamed than recomputed. The backward pass of any other block would need weights
+            that are no longer on the device.
     """
     again = recomputed_blocks(memory, num_layers, checkpointing=checkpointing)
     wanted = min(memory.blocks_to_stream, num_layers)
     if wanted > again:
         raise ConfigError(
-            f"blocks_to_stream is {memory.blocks_to_stream}; allowed are at most the {again} blocks that are computed "
-            "again. Turn gradient_checkpointing on and set gradient_checkpointing_blocks to -1."
+            f"blocks_to_stream is {memory.blocks_to_stream}, but must be at most the {again} blocks that are "
+            "recomputed. Turn gradient_checkpointing on and set gradient_checkpointing_blocks to -1."
         )
     return tuple(index * again // wanted for index in range(wanted))
 
@@ -45,7 +46,7 @@ def blocks_on_host(memory: MemoryConfig, num_layers: int, *, checkpointing: bool
 def stream_blocks(
     transformer: QwenImageTransformer2DModel, numbers: tuple[int, ...], device: torch.device, memory: MemoryConfig
 ) -> BlockStream | None:
-    """Stream the blocks of these numbers; None where there are none."""
+    """Stream the blocks with these numbers. Returns None if there are none."""
     blocks = [transformer.transformer_blocks[number] for number in numbers]
     return BlockStream(blocks, device, memory.stream_buffers) if blocks else None
 
@@ -53,7 +54,11 @@ def stream_blocks(
 def apply_memory(
     transformer: QwenImageTransformer2DModel, stream: BlockStream | None, device: torch.device, config: TrainConfig
 ) -> None:
-    """Have the transformer's blocks computed again, offloaded and compiled as the settings say."""
+    """Set up recomputation, activation offload and compilation of the transformer's blocks.
+
+    Raises:
+        MissingPackageError: blocks are to be compiled, but triton is not installed.
+    """
     blocks = list(transformer.transformer_blocks)
     again = recomputed_blocks(config.memory, len(blocks), checkpointing=config.gradient_checkpointing)
     check_compiler(config.memory)
@@ -68,17 +73,24 @@ def apply_memory(
 
 
 def check_compiler(memory: MemoryConfig) -> None:
-    """Raises MissingPackageError where blocks are to be compiled, and there is nothing to do it with."""
+    """Check that blocks can be compiled, if they are to be.
+
+    Raises:
+        MissingPackageError: triton is not installed.
+    """
     if memory.compile_blocks and find_spec("triton") is None:
         raise MissingPackageError("triton", "compile_blocks")
 
 
 def _compile(blocks: Sequence[torch.nn.Module]) -> None:
-    """All blocks share one piece of code. Its variants (with and without gradients, the first block, the last) times
-    the sizes of pictures pass torch's limit of 8, beyond which it would compile nothing more and only log it."""
+    """Compile each block's forward, and raise torch's recompile limit.
+
+    All blocks share one code object. It is compiled once per variant (with or without gradients, first or last block)
+    and picture size, which exceeds the default limit of 8. Beyond the limit torch silently runs uncompiled code.
+    """
     import torch._dynamo.config as dynamo
 
-    name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # as before torch 2.6
+    name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # its name before torch 2.6
     setattr(dynamo, name, max(64, getattr(dynamo, name)))
     for block in blocks:
         block.forward = torch.compile(block.forward)

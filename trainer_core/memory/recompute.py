@@ -1,7 +1,7 @@
-"""Blocks that keep only their inputs and compute the rest again in the backward pass.
+"""Gradient checkpointing: blocks keep only their inputs and recompute their activations in the backward pass.
 
-torch.utils.checkpoint does the same; here forward, second forward and backward of a block are one call each, so that
-its streamed weights can be held for just as long, and its inputs can wait in host memory meanwhile.
+Unlike torch.utils.checkpoint, this runs a block's second forward and its backward in one call. Streamed weights can
+thus be held for exactly that call, and the inputs can be offloaded to host memory until then.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from .offload import HostCopies, Kept
+from .offload import HostCopies, OffloadedTensor
 from .streaming import BlockStream
 
 
 class Recomputation:
-    """Runs the transformer's blocks as diffusers' gradient checkpointing function: called with a block and its inputs.
+    """A gradient checkpointing function for diffusers, which calls it with a block and the block's inputs.
 
-    The first `num_blocks` of `blocks` are computed again, the others keep what they computed. Under dropout a block
-    draws the same numbers both times.
+    The first `num_blocks` of `blocks` are recomputed; the others keep their activations. With `dropout`, a block drops
+    the same values in both forward passes.
     """
 
     def __init__(
@@ -36,32 +36,33 @@ class Recomputation:
         dropout: bool = False,
     ) -> None:
         self.stream, self.offload, self.dropout = stream, offload, dropout
-        self._again = set(blocks[:num_blocks])
-        self._anchor = torch.zeros((), requires_grad=True)  # a block without inputs that need gradients has some inside
+        self._recomputed = set(blocks[:num_blocks])
+        # Autograd skips a function whose inputs need no gradients. The first block's don't, but its adapter does.
+        self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, ...]:
-        """The block's outputs."""
-        if block not in self._again:
+        """Run a block and return its outputs."""
+        if block not in self._recomputed:
             return block(*inputs)
         return _Recomputed.apply(self, block, self._anchor, *inputs)  # type: ignore[no-untyped-call]
 
     def keep(self, value: Any) -> Any:
-        """An input of a block until its backward pass."""
+        """Store an input of a block for its backward pass, in host memory if there is an offload."""
         return self.offload.keep(value) if self.offload is not None and isinstance(value, Tensor) else value
 
     def fetch(self, kept: Any) -> Any:
-        """What `keep` was given."""
-        return self.offload.fetch(kept) if self.offload is not None and isinstance(kept, Kept) else kept
+        """The input that was given to `keep`."""
+        return self.offload.fetch(kept) if self.offload is not None and isinstance(kept, OffloadedTensor) else kept
 
     def held(self, block: nn.Module) -> AbstractContextManager[None]:
-        """While the block's weights have to stay."""
+        """Keeps a streamed block's weights on the device while the context lasts."""
         return nullcontext() if self.stream is None else self.stream.held(block)
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, how: Recomputation, block: nn.Module, _anchor: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)  # of an output that nobody reads there is no gradient
+        ctx.set_materialize_grads(False)  # None instead of zeros as the gradient of an unused output
         ctx.how, ctx.block = how, block
         ctx.random = _RandomState.of(inputs) if how.dropout else None
         ctx.needed = [isinstance(each, Tensor) and each.requires_grad for each in inputs]
@@ -94,7 +95,7 @@ class _Recomputed(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class _RandomState:
-    """Torch's process-wide generators at a moment, so that a dropout drops the same again."""
+    """A snapshot of torch's global generators, so that dropout drops the same values again."""
 
     cpu: Tensor
     devices: list[int]
@@ -107,7 +108,7 @@ class _RandomState:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """As then inside, as before afterwards."""
+        """Sets the generators to the snapshot inside the context and restores them afterwards."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu)
             set_device_states(self.devices, self.states)

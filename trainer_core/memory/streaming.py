@@ -1,10 +1,10 @@
-"""Blocks whose frozen weights stay in host memory and are copied to the device just in time.
+"""Block streaming: frozen weights stay in host memory and are copied to the device just in time.
 
-Host to device only: frozen weights never change. Each streamed block belongs to one of a few buffers on the device, in
-turn, and its weights are views into that buffer for good, so their addresses stay the same and a compiled block can use
-them. A block's bytes lie in one piece of pinned host memory and come over in one copy on a stream of their own, begun
-as soon as the block that used the buffer before is through. Going backward the order turns round; the last blocks of a
-forward pass are still there then.
+Frozen weights never change, so nothing is copied back. Streamed blocks take turns with a few buffers on the device.
+Each block's weights are permanent views of its buffer: their addresses never change, as compiled blocks require. A
+block's bytes are one pinned allocation, so one copy moves them. The copy runs on its own stream and begins as soon as
+the previous block in that buffer has finished. The backward pass runs in reverse order and begins with the blocks that
+the forward pass has left in the buffers.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 _LOG = logging.getLogger(__name__)
-_ALIGNMENT = 256  # bytes; kernels read faster from such addresses
+_ALIGNMENT = 256  # bytes; kernels read faster from aligned addresses
 
 
 class BlockStream:
-    """Streams the frozen weights of `blocks`, which run in this order forward and in the opposite one backward.
+    """Streams the frozen weights of `blocks`, which run in this order forward and in reverse order backward.
 
-    The blocks' hooks see to forward passes without gradients. Whoever runs one with gradients, to go through it
-    backward at once, opens `held` around both. Weights that get gradients stay on the device; make them afterwards.
+    Forward hooks fetch and release the weights of forward passes without gradients. A forward pass with gradients and
+    its backward must run together inside `held`. Trainable weights are not streamed: inject adapters afterwards.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, num_buffers: int) -> None:
@@ -34,14 +34,14 @@ class BlockStream:
         sizes = [size for _, size in layouts]
         count = min(num_buffers, len(blocks))
         self.device = device
-        self._host = [_packed(places, size) for places, size in layouts]
+        self._host = [_packed(slots, size) for slots, size in layouts]
         self._buffers = [
             torch.empty(max(sizes[index::count]), dtype=torch.uint8, device=device) for index in range(count)
         ]
-        self._there: list[int | None] = [None] * count  # which block's bytes a buffer has, or gets
+        self._block_in: list[int | None] = [None] * count  # by buffer: the block that is in it or being copied to it
         self._holding = False
-        for index, (places, _) in enumerate(layouts):
-            _point_into(places, self._buffers[index % count])
+        for index, (slots, _) in enumerate(layouts):
+            _point_into(slots, self._buffers[index % count])
         self._number = {block: index for index, block in enumerate(blocks)}
         self._queue = _CopyQueue(device, count)
         if device.type == "cuda":
@@ -54,12 +54,12 @@ class BlockStream:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of the weights."""
+        """Bytes of host memory that hold the weights."""
         return sum(each.nbytes for each in self._host)
 
     @property
     def device_bytes(self) -> int:
-        """Device memory of the buffers."""
+        """Bytes of device memory of the buffers."""
         return sum(each.nbytes for each in self._buffers)
 
     def __contains__(self, block: nn.Module) -> bool:
@@ -67,7 +67,10 @@ class BlockStream:
 
     @contextmanager
     def held(self, block: nn.Module) -> Iterator[None]:
-        """The block's weights are there until the context ends; then that of the block before it is fetched."""
+        """Keeps the block's weights until the context ends, then fetches the block that needs its buffer next.
+
+        For the backward pass: the next block is an earlier one.
+        """
         self._holding = True
         try:
             yield
@@ -89,12 +92,12 @@ class BlockStream:
 
     def _fetch(self, index: int) -> None:
         buffer = index % len(self._buffers)
-        if self._there[buffer] != index:
+        if self._block_in[buffer] != index:
             self._queue.copy(buffer, self._buffers[buffer][: self._host[index].nbytes], self._host[index])
-            self._there[buffer] = index
+            self._block_in[buffer] = index
 
     def _release(self, index: int, *, forward: bool) -> None:
-        """The block's buffer is free; fetch into it what will need it next, if this pass still does."""
+        """Free the block's buffer and prefetch the next block of this pass that uses it, if there is one."""
         count = len(self._buffers)
         self._queue.free(index % count)
         following = index + count if forward else index - count
@@ -103,7 +106,7 @@ class BlockStream:
 
 
 class _CopyQueue:
-    """Copies on a stream of their own, ordered with the stream that computes. On the CPU they are done at once."""
+    """Copies on their own CUDA stream, synchronised with the compute stream. On the CPU, copies are synchronous."""
 
     def __init__(self, device: torch.device, num_buffers: int) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -120,42 +123,45 @@ class _CopyQueue:
             self._copied[buffer].record(self._stream)
 
     def wait(self, buffer: int) -> None:
-        """What is computed from here on sees the buffer's last copy."""
+        """Let compute work enqueued from now on wait for the last copy into the buffer."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._copied[buffer])
 
     def free(self, buffer: int) -> None:
-        """The next copy into the buffer waits for what is computed up to here."""
+        """Let the next copy into the buffer wait for compute work enqueued up to now."""
         if self._stream is not None:
             self._freed[buffer].record(torch.cuda.current_stream(self._stream.device))
 
 
-class _Place:
-    """An ordinary tensor of a module, reached through subclasses and quantisation states, that can be exchanged."""
+class _TensorSlot:
+    """Where a module holds a plain tensor: an attribute of a parameter, tensor subclass or quantisation state.
+
+    `offset` is the tensor's position in its block's bytes.
+    """
 
     def __init__(self, owner: Any, name: str, tensor: Tensor, offset: int) -> None:
         self.owner, self.name, self.tensor, self.offset = owner, name, tensor, offset
 
     def view(self, buffer: Tensor) -> Tensor:
-        """This tensor's part of a buffer of bytes."""
+        """The view of a byte buffer that has this tensor's place, type and shape."""
         part = buffer[self.offset : self.offset + self.tensor.nbytes]
         return part.view(self.tensor.dtype).view(self.tensor.shape)
 
     def exchange(self, tensor: Tensor) -> None:
-        """Put another tensor of the same shape and type into the place."""
+        """Put another tensor of the same shape and dtype into the slot."""
         if self.name == "data":
             self.owner.data = tensor
         else:
             setattr(self.owner, self.name, tensor)
 
 
-def _layout(block: nn.Module) -> tuple[list[_Place], int]:
-    """The block's frozen tensors with offsets into one piece of memory, and its size in bytes."""
-    places, size = [], 0
+def _layout(block: nn.Module) -> tuple[list[_TensorSlot], int]:
+    """The block's frozen tensors with their offsets in one allocation, and its size in bytes."""
+    slots, size = [], 0
     for owner, name, tensor in _frozen_tensors(block):
-        places.append(_Place(owner, name, tensor, size))
+        slots.append(_TensorSlot(owner, name, tensor, size))
         size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return places, size
+    return slots, size
 
 
 def _frozen_tensors(block: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
@@ -169,7 +175,7 @@ def _frozen_tensors(block: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
 
 
 def _inner(owner: Any, name: str, tensor: Any) -> Iterator[tuple[Any, str, Tensor]]:
-    """The ordinary tensors of a tensor subclass such as quanto's, or the tensor itself."""
+    """The plain tensors inside a tensor subclass such as quanto's, or the tensor itself."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield owner, name, tensor.data if name == "data" else tensor
         return
@@ -178,45 +184,48 @@ def _inner(owner: Any, name: str, tensor: Any) -> Iterator[tuple[Any, str, Tenso
 
 
 def _companions(state: Any) -> Iterator[tuple[Any, str, Tensor]]:
-    """The tensors of bitsandbytes' quantisation state, and of the state of its scales."""
+    """The tensors of a bitsandbytes quantisation state, and of the nested state of its scales."""
     for each in (state, getattr(state, "state2", None)):
         for name in ("absmax", "code", "offset"):
             if isinstance(getattr(each, name, None), Tensor):
                 yield each, name, getattr(each, name)
 
 
-def _packed(places: list[_Place], size: int) -> Tensor:
-    """The tensors' bytes in one piece of host memory; the tensors' own memory is given up."""
+def _packed(slots: list[_TensorSlot], size: int) -> Tensor:
+    """Copy the tensors into one allocation in host memory, and free their own memory."""
     host = torch.empty(size, dtype=torch.uint8)
-    for place in places:
-        place.view(host).copy_(place.tensor)
-        place.tensor = torch.empty_like(place.tensor, device="meta")
+    for slot in slots:
+        slot.view(host).copy_(slot.tensor)
+        slot.tensor = torch.empty_like(slot.tensor, device="meta")
     return host
 
 
-def _point_into(places: list[_Place], buffer: Tensor) -> None:
-    for place in places:
-        place.exchange(place.view(buffer))
+def _point_into(slots: list[_TensorSlot], buffer: Tensor) -> None:
+    for slot in slots:
+        slot.exchange(slot.view(buffer))
 
 
 def _pin(owner: object, tensors: Sequence[Tensor]) -> None:
-    """Lock host memory for fast copies while `owner` lives. Torch's own pinned memory comes in powers of two."""
+    """Pin host memory while `owner` lives, for fast asynchronous copies.
+
+    Torch's own pinned memory is rounded up to powers of two, which would waste up to half of it.
+    """
     runtime: Any = torch.cuda.cudart()
     for tensor in tensors:
         if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
-            _LOG.warning("%.1f GiB of host memory can't be locked; streaming will be slow.", tensor.nbytes / 2**30)
+            _LOG.warning("%.1f GiB of host memory can't be pinned; streaming will be slow.", tensor.nbytes / 2**30)
             _forget_error()
             continue
         weakref.finalize(owner, _unpin, tensor)
 
 
 def _forget_error() -> None:
-    """CUDA keeps its last error until somebody asks, and the next kernel would raise it: one that does nothing else."""
+    """Clear CUDA's last error: it would otherwise be raised by the next kernel, so launch one for this purpose."""
     with suppress(RuntimeError):
         torch.zeros(1, device="cuda").add_(1)
 
 
 def _unpin(tensor: Tensor) -> None:
-    torch.cuda.synchronize()
+    torch.cuda.synchronize()  # a copy may still be reading from this memory
     runtime: Any = torch.cuda.cudart()
     runtime.cudaHostUnregister(tensor.data_ptr())

@@ -1,1 +1,1 @@
-"""Pictures for people: contact sheets, grids, charts, and measures of them."""
+"""Pictures and measurements shown to users: contact sheets, validation grids, loss charts and drift."""

@@ -1,4 +1,4 @@
-"""The course of a training as a picture."""
+"""The chart of a training run: losses, drift and learning rate over the steps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _DRIFT = {"drift_shift": ("shift, px", "#e06c9f"), "drift_zoom": ("zoom, %", "#c
 Rows = Sequence[Mapping[str, object]]
 
 
-def loss_chart(rows: Rows, *, title: str = "") -> Image.Image:
-    """Loss, smoothed loss, validation loss, drift if any, and learning rate over the steps; 900 x 560 pixels, RGB.
+def loss_chart(rows: Rows) -> Image.Image:
+    """Loss, smoothed loss, validation loss, learning rate and any drift over the steps; RGB, 900 x 560 pixels.
 
-    `rows` are those of metrics.jsonl: step, loss, learning_rate and now and then validation_loss and drift_...
+    `rows` are the rows of metrics.jsonl with step, loss and learning_rate. Some also have validation_loss and drift_...
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,8 +40,7 @@ def loss_chart(rows: Rows, *, title: str = "") -> Image.Image:
     )  # fmt: skip
     for axes in (loss_axes, *drift_axes, rate_axes):
         _style(axes)
-    heading = title if len(title) <= 32 else f"{title[:31]}…"
-    figure.text(0.085, 0.945, heading or "Training loss", color=_TEXT, fontsize=13, fontweight="bold", parse_math=False)
+    figure.text(0.085, 0.945, "Training loss", color=_TEXT, fontsize=13, fontweight="bold")
     _draw_loss(loss_axes, rows)
     for axes in drift_axes:
         _draw_drift(axes, rows)
@@ -52,7 +51,7 @@ def loss_chart(rows: Rows, *, title: str = "") -> Image.Image:
 
 
 def smoothed(values: Sequence[float], window: float) -> list[float]:
-    """Exponential moving mean over about `window` values, unbiased at the beginning. Not-a-numbers are passed over."""
+    """Bias-corrected exponential moving average over about `window` values. Skips values that are not finite."""
     keep = 1 - 1 / max(1.0, window)
     total = weight = 0.0
     means = []
@@ -77,7 +76,9 @@ def _draw_loss(axes: Axes, rows: Rows) -> None:
     axes.set_ylabel("loss", color=_MUTED, fontsize=10)
     if not steps:
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "No step is finished yet", color=_MUTED, fontsize=12, ha="center", transform=axes.transAxes)
+        axes.text(
+            0.5, 0.5, "No step has finished yet", color=_MUTED, fontsize=12, ha="center", transform=axes.transAxes
+        )
         return
     dot = "o" if len(steps) == 1 else ""
     axes.plot(steps, losses, color=_LOSS, alpha=0.35, linewidth=0.9, marker=dot, label="loss of each step")
@@ -105,7 +106,7 @@ def _draw_loss(axes: Axes, rows: Rows) -> None:
 
 
 def _draw_drift(axes: Axes, rows: Rows) -> None:
-    """Three quantities on one axis, linear up to 1 and logarithmic above, so that small ones stay visible."""
+    """Plot three drifts on one axis that is linear up to 1 and logarithmic above, so that small values stay visible."""
     highest = 1.0
     for name, (words, colour) in _DRIFT.items():
         steps, values = _series(rows, name)
@@ -136,7 +137,7 @@ def _draw_rate(axes: Axes, rows: Rows) -> None:
 
 
 def _limit(axes: Axes, losses: Sequence[float], must_show: Sequence[float]) -> None:
-    """Leave out single outliers, so that they don't press the course flat."""
+    """Limit the y axis to the 99th percentile of the losses, so that single outliers don't flatten the curve."""
     finite = sorted(value for value in losses if math.isfinite(value))
     shown = [value for value in must_show if math.isfinite(value)]
     if len(finite) < 2:
@@ -148,7 +149,7 @@ def _limit(axes: Axes, losses: Sequence[float], must_show: Sequence[float]) -> N
 
 
 def _series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    """Steps and finite values of the rows that have one of this name."""
+    """Steps and values of the rows that have a finite value of this name."""
     found = [
         (float(step), float(value))
         for step, value in ((row.get("step"), row.get(name)) for row in rows)

@@ -1,4 +1,4 @@
-"""What a dataset looks like: a sheet of pictures and a text."""
+"""An overview of a dataset: a contact sheet and a text report."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from ..data.images import open_picture, shown
+from ..data.images import shown
 from ..data.pairing import EditDataset, EditPair
-from ..geometry import Size
-from .rows import Look, PictureRow, draw_rows
+from ..geometry import Size, similar_shape
+from .rows import Look, PictureRow, draw_rows, open_thumbnail
 
 _ASPECTS = ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2))
-_ASPECT_TOLERANCE = 0.02  # relative; smaller differences come from rounding to whole pixels
+_ASPECT_TOLERANCE = 0.02  # smaller relative differences come from rounding to whole pixels
 
 
-def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, cell: int = 192) -> Image.Image:
+def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12) -> Image.Image:
     """References, target and caption of up to `max_pairs` pairs, spread evenly over the dataset.
 
     Raises:
-        DatasetError: a picture has gone or changed since the dataset was made.
+        DatasetError: a picture can't be read.
     """
     count = len(dataset.pairs)
     chosen = dataset.pairs
@@ -30,12 +30,12 @@ def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, cell: int = 192)
     num_references = len(dataset.reference_dirs)
     headings = [*(_numbered("reference", index, num_references) for index in range(num_references)), "target"]
     title = f"{len(chosen)} of {count} pairs" if count > len(chosen) else _counted(count, "pair")
-    look = Look(cell=cell, columns=0, title=title, footer="" if count else "There is no pair to show.")
-    return draw_rows(headings, [_row(pair, cell, num_references) for pair in chosen], look)
+    look = Look(columns=0, title=title, footer="" if count else "There are no pairs to show.")
+    return draw_rows(headings, [_row(pair, num_references) for pair in chosen], look)
 
 
-def report(dataset: EditDataset, problems: Sequence[str] = (), notes: Sequence[str] | None = None) -> str:
-    """Counts, sizes, captions, problems and notes for people. Without `notes` the dataset's own are listed."""
+def report(dataset: EditDataset) -> str:
+    """Number of pairs, sizes, captions, and the dataset's notes."""
     lines = [f"{_counted(len(dataset.pairs), 'pair')} with {_references(dataset)} each."]
     if dataset.pairs:
         lines.append(_sizes("Targets", [pair.sizes[0] for pair in dataset.pairs]))
@@ -45,23 +45,16 @@ def report(dataset: EditDataset, problems: Sequence[str] = (), notes: Sequence[s
             lines += [_sizes(name, sizes)] if sizes else []
         lines.append(_captions(dataset.pairs))
         lines += _other_aspect(dataset.pairs)
-    if problems:
-        lines += ["", f"{_counted(len(problems), 'problem')} to mend before training:", *_items(problems)]
-    notes = dataset.notes if notes is None else notes
-    if notes:
-        lines += ["", "Notes:", *_items(notes)]
+    if dataset.notes:
+        lines += ["", "Notes:", *(f"  - {note}" for note in dataset.notes)]
     return "\n".join(lines)
 
 
-def _row(pair: EditPair, cell: int, num_references: int) -> PictureRow:
+def _row(pair: EditPair, num_references: int) -> PictureRow:
     caption, *others = pair.captions
     more = f" (+{len(others)} more)" if others else ""
     size = "".join(f"   {_pixels(size)}" for size in pair.sizes[:1])
-    pictures: list[Image.Image | None] = []
-    for path in (*pair.references, pair.target):
-        picture = open_picture(path)
-        picture.thumbnail((4 * cell, 2 * cell))
-        pictures.append(picture)
+    pictures: list[Image.Image | None] = [open_thumbnail(path) for path in (*pair.references, pair.target)]
     pictures[-1:-1] = [None] * (num_references - len(pair.references))
     return PictureRow(tuple(pictures), caption + more, shown(pair.key) + size)
 
@@ -83,7 +76,7 @@ def _sizes(name: str, sizes: Sequence[Size]) -> str:
 
 
 def aspect_name(size: Size) -> str:
-    """The nearest of the usual aspect ratios."""
+    """The closest common aspect ratio, such as 16:9."""
     width, height = min(_ASPECTS, key=lambda aspect: abs(math.log(size.width / size.height * aspect[1] / aspect[0])))
     return f"{width}:{height}"
 
@@ -92,30 +85,26 @@ def _captions(pairs: Sequence[EditPair]) -> str:
     counts = [len(pair.captions) for pair in pairs]
     distinct = len({caption for pair in pairs for caption in pair.captions})
     per_pair = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    return f"Captions: {per_pair} per pair, {sum(counts)} in all, {distinct} different."
+    return f"Captions: {per_pair} per pair, {sum(counts)} in total, {distinct} different."
 
 
 def _other_aspect(pairs: Sequence[EditPair]) -> list[str]:
-    keys = [pair.key for pair in pairs if any(_aspect_differs(pair.sizes[0], size) for size in pair.sizes[1:])]
+    keys = [pair.key for pair in pairs if not all(_same_aspect(pair.sizes[0], size) for size in pair.sizes[1:])]
     if not keys:
         return []
     examples = ", ".join(map(shown, keys[:3])) + (", …" if len(keys) > 3 else "")
     return [
-        f"Aspect ratios of reference and target differ in {_counted(len(keys), 'pair')} ({examples}): such references "
-        "are used whole, or with match_target_res their middle in the target's shape."
+        f"Aspect ratios of reference and target differ in {_counted(len(keys), 'pair')} ({examples}). These references "
+        "are used whole, or centre-cropped to the target's aspect ratio with match_target_res."
     ]
 
 
-def _aspect_differs(one: Size, other: Size) -> bool:
-    return abs(one.width * other.height / (one.height * other.width) - 1) > _ASPECT_TOLERANCE
+def _same_aspect(target: Size, reference: Size) -> bool:
+    return similar_shape(target, reference, _ASPECT_TOLERANCE)
 
 
 def _pixels(size: Size) -> str:
     return f"{size.width} x {size.height}"
-
-
-def _items(lines: Sequence[str]) -> list[str]:
-    return [f"  - {line}" for line in lines]
 
 
 def _counted(count: int, noun: str) -> str:

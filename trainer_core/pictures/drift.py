@@ -1,7 +1,7 @@
-"""Drift: how far a drawn picture moved, grew or changed colour against its target outside the edited region.
+"""Drift: how far a sampled picture shifts, scales or changes colour against its target outside the edited region.
 
-A LoRA of an edit should leave the rest of the picture where it is. What it does to it hardly shows in the loss or the
-PSNR; measured, it is a number that pairs out of line, a wrong preprocessing or too long a training raise.
+An edit LoRA should leave the rest of the picture unchanged. Drift hardly shows in the loss or the PSNR. Misaligned
+pairs, wrong preprocessing or overtraining raise it.
 """
 
 from __future__ import annotations
@@ -13,30 +13,29 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..conditioning.pictures import same_framing
 from ..data.alignment import UNEDITED, Pixels, Where, align
-from ..geometry import Size
+from ..geometry import Size, same_framing
 
-_SIDE = 512  # pictures are measured at this longer side at most
-_LEAST_SHARE = 0.1  # of the picture that is unedited; with less, all of it is compared
+_SIDE = 512  # longest side at which pictures are measured
+_LEAST_SHARE = 0.1  # with a smaller unedited share of the picture, all of it is compared
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """`shift` in pixels of the drawn picture, `zoom` in percent, `colour` in 8-bit steps of the worst channel; without
-    signs."""
+    """Absolute drift: `shift` in pixels of the sampled picture, `zoom` in percent, and `colour` in 8-bit steps of the
+    worst channel."""
 
     shift: float
     zoom: float
     colour: float
 
     def as_text(self) -> str:
-        """For people."""
+        """The three values with their units."""
         return f"{self.shift:.2f} px, {self.zoom:.2f} %, {self.colour:.1f} of 255"
 
 
 def unedited_region(target: Image.Image, references: Sequence[Image.Image]) -> Where | None:
-    """Where a target still shows its first reference of the same framing; None where that can't be told."""
+    """Where the target still equals its first reference with the same framing; None if that can't be measured."""
     wanted = _pixels(target)
     for reference in references:
         if not same_framing(Size(*target.size), Size(*reference.size)):
@@ -47,25 +46,25 @@ def unedited_region(target: Image.Image, references: Sequence[Image.Image]) -> W
     return None
 
 
-def measure_drift(drawn: Image.Image, target: Image.Image, unedited: Where | None) -> Drift | None:
-    """Of a drawn picture against its target at any size; `unedited` is that of `unedited_region`.
+def measure_drift(sampled: Image.Image, target: Image.Image, unedited: Where | None) -> Drift | None:
+    """Drift of a sampled picture of any size against its target. `unedited` comes from `unedited_region`.
 
-    None where the two have too little in common to be compared, as with a model that has not learned anything yet.
+    None if the two have too little in common to be aligned, for example early in training.
     """
     wanted = _pixels(target)
-    found = align(wanted, _pixels(drawn, wanted.shape), unedited)
+    found = align(wanted, _pixels(sampled, wanted.shape), unedited)
     if not found.measured:
         return None
-    to_drawn = drawn.width / wanted.shape[1]
+    scale = sampled.width / wanted.shape[1]  # from measured pixels to pixels of the sampled picture
     return Drift(
-        shift=math.hypot(*found.shift) * to_drawn,
+        shift=math.hypot(*found.shift) * scale,
         zoom=abs(found.zoom - 1) * 100,
         colour=max(map(abs, found.colour)),
     )
 
 
 def mean_drift(drifts: Iterable[Drift | None]) -> Drift | None:
-    """Over those that could be measured."""
+    """The mean of the measured drifts; None if there are none."""
     found = [drift for drift in drifts if drift is not None]
     if not found:
         return None
@@ -73,7 +72,7 @@ def mean_drift(drifts: Iterable[Drift | None]) -> Drift | None:
 
 
 def _pixels(picture: Image.Image, shape: tuple[int, ...] | None = None) -> Pixels:
-    """[H, W, 3] in 0..255 at most _SIDE pixels long, or of a shape."""
+    """[H, W, 3] in 0..255, resized to `shape` or else to at most _SIDE pixels on the longest side."""
     scale = min(1.0, _SIDE / max(picture.size))
     size = (shape[1], shape[0]) if shape else (round(picture.width * scale), round(picture.height * scale))
     return np.asarray(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)

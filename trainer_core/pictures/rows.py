@@ -1,4 +1,4 @@
-"""Rows of pictures with headings and captions, drawn as one picture for people."""
+"""Draw rows of pictures with headings and captions as one picture."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..data.images import open_picture
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Colour = tuple[int, int, int]
 
@@ -19,9 +21,10 @@ CARD: Colour = (43, 46, 52)
 TEXT: Colour = (236, 237, 240)
 MUTED: Colour = (160, 165, 174)
 
+CELL = 192  # default height of each picture in pixels
 _GAP, _PAD, _MARGIN = 8, 10, 16
-_WIDEST = 2.0  # width of a picture's place, at most, in heights
-# Pillow's built-in font knows little but ASCII; for other text these are tried, by their files' names.
+_WIDEST = 2.0  # largest width of a picture, in cell heights
+# Pillow's built-in font covers little beyond ASCII. For other text these files are tried in order.
 _CHART_FONT = "DejaVuSans.ttf"
 _OTHER_FONTS = (
     _CHART_FONT,
@@ -33,12 +36,12 @@ _OTHER_FONTS = (
     "Hiragino Sans GB.ttc",
     "Arial Unicode.ttf",
 )
-_NO_LETTER = "\U0010ffff"  # belongs to no script, so that every font draws its mark for unknown letters
+_NO_LETTER = "\U0010ffff"  # assigned to no script, so every font draws its missing-glyph box for it
 
 
 @dataclass(frozen=True, slots=True)
 class PictureRow:
-    """Pictures side by side, None for an empty place, with text below: the caption, and one small line."""
+    """Pictures side by side (None leaves a gap) with a caption and a small label below."""
 
     pictures: tuple[Image.Image | None, ...]
     caption: str
@@ -47,9 +50,10 @@ class PictureRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """Sizes in pixels. `columns` is the number of rows put side by side, 0 for as many as give a page-like shape."""
+    """Layout. `cell` is the height of each picture in pixels. `columns` is the number of rows placed side by side; 0
+    chooses it for a page-like shape."""
 
-    cell: int = 192
+    cell: int = CELL
     columns: int = 1
     caption_lines: int = 3
     title: str = ""
@@ -57,7 +61,7 @@ class Look:
 
 
 def font_for(text: str, size: int) -> Font:
-    """The first font that has every letter of `text`, or else the one that has most."""
+    """The first font that has every character of `text`, or else the one that lacks the fewest."""
     letters = set(text) - set(" \t\n")
     best, fewest = _built_in(size), len(letters) + 1
     if text.isascii():
@@ -74,7 +78,7 @@ def font_for(text: str, size: int) -> Font:
 
 @functools.lru_cache(maxsize=64)
 def _font(name: str, size: int) -> Font | None:
-    """A font of the system by its file's name, or of the chart's package, which brings DejaVu; None without it."""
+    """A system font by file name, or DejaVu Sans from matplotlib, which bundles it; None if it is not found."""
     package = importlib.util.find_spec("matplotlib") if name == _CHART_FONT else None
     if package is not None and package.origin:
         name = str(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / name)
@@ -95,8 +99,19 @@ def _mask(font: Font, letter: str) -> bytes:
     return drawn.tobytes()
 
 
+def open_thumbnail(path: Path) -> Image.Image:
+    """A picture file, shrunk to what a cell of the default size can use.
+
+    Raises:
+        DatasetError: the picture can't be read.
+    """
+    picture = open_picture(path)
+    picture.thumbnail((4 * CELL, 2 * CELL))
+    return picture
+
+
 def wrapped(text: str, font: Font, width: int, lines: int) -> list[str]:
-    """`text` in at most `lines` lines of `width` pixels; what doesn't fit is replaced by three dots."""
+    """Wrap `text` into at most `lines` lines of `width` pixels. Replaces the rest with three dots."""
     done: list[str] = []
     words = text.split()
     while words and len(done) < lines:
@@ -114,7 +129,7 @@ def wrapped(text: str, font: Font, width: int, lines: int) -> list[str]:
 
 
 def _cut(text: str, font: Font, width: int) -> str:
-    """`text` if it fits into `width` pixels, else its beginning and three dots."""
+    """`text`, cut to `width` pixels with three dots at the end if it is longer."""
     if font.getlength(text) <= width:
         return text
     dots = "..."
@@ -122,7 +137,7 @@ def _cut(text: str, font: Font, width: int) -> str:
 
 
 def draw_rows(headings: Sequence[str], rows: Sequence[PictureRow], look: Look) -> Image.Image:
-    """One picture of all rows. Pictures are scaled to the height of a cell, small ones enlarged."""
+    """Draw all rows as one picture. Scales every picture, also small ones, to the height of a cell."""
     widths = [_column_width([row.pictures[index] for row in rows], look.cell) for index in range(len(headings))]
     card_width = sum(widths) + _GAP * (len(widths) - 1) + 2 * _PAD
     cards = [_card(row, widths, card_width, look) for row in rows]
@@ -157,7 +172,7 @@ def draw_rows(headings: Sequence[str], rows: Sequence[PictureRow], look: Look) -
 
 
 def _fitting(text: str, font: Font, width: int) -> int:
-    """How many letters fit, at least one."""
+    """How many characters fit into `width` pixels, at least one."""
     fits = len(text)
     while fits > 1 and font.getlength(text[:fits]) > width:
         fits = min(fits - 1, max(1, int(fits * width / font.getlength(text[:fits])) + 1))
@@ -178,7 +193,7 @@ def _column_width(pictures: Sequence[Image.Image | None], cell: int) -> int:
 
 
 def _card(row: PictureRow, widths: Sequence[int], card_width: int, look: Look) -> Image.Image:
-    """The pictures of one row, its caption and its small line on a card."""
+    """A card with the pictures of one row, its caption and its label."""
     text_size = _text_size(look)
     caption_font = font_for(row.caption, text_size)
     lines = wrapped(row.caption, caption_font, card_width - 2 * _PAD, look.caption_lines)
@@ -209,7 +224,7 @@ def _line(
 
 
 def _page_columns(cards: Sequence[Image.Image]) -> int:
-    """So many cards side by side that the page is about as wide as high, rather wider."""
+    """The number of cards side by side that makes the page slightly wider than high."""
     if not cards:
         return 1
     height = sum(card.height for card in cards)

@@ -1,7 +1,7 @@
-"""The single pictures behind a validation grid, so that pages can lay one over another.
+"""The single pictures of a validation grid, so that the page can overlay them.
 
 samples/step-000250/0-reference-1.png  0-base.png  0-lora.png  0-target.png  1-reference-1.png  ...
-samples/step-000250/index.json         what belongs together, written last: without it the folder is not whole
+samples/step-000250/index.json  which pictures belong together; written last, so without it the folder is incomplete
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INDEX = "index.json"
 
 
 def save_sample_pictures(rows: Sequence[GridRow], folder: Path) -> None:
-    """Write each picture of each row, then the index."""
+    """Write every picture of every row, then the index."""
     pairs = []
     for number, row in enumerate(rows):
         files = {column: f"{number}-{column}.png" for column in row.columns()}
@@ -29,7 +29,7 @@ def save_sample_pictures(rows: Sequence[GridRow], folder: Path) -> None:
 
 
 def read_sample_index(folder: Path) -> list[dict[str, Any]]:
-    """The pairs of a step's folder: `caption`, `label`, and `pictures` by column. Empty if it is not whole."""
+    """The rows in a step's folder: `caption`, `label`, and `pictures` (file names) by column. Empty if incomplete."""
     try:
         pairs = json.loads((folder / INDEX).read_text(encoding="utf-8"))["pairs"]
         return [
@@ -41,5 +41,5 @@ def read_sample_index(folder: Path) -> list[dict[str, Any]]:
 
 
 def _plain_names(pictures: Mapping[str, str]) -> dict[str, str]:
-    """A run folder may be somebody else's: only names of files in the folder itself."""
+    """Keep only plain file names, because an untrusted run folder could point to other places."""
     return {column: name for column, name in pictures.items() if Path(name).name == name and name.endswith(".png")}

@@ -65,9 +65,18 @@ def _changes(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
         yield words, plan_memory(*training)
     if config.lora.lora_rank > 1:
         rank = config.lora.lora_rank // 2
-        smaller = dataclasses.replace(network, adapter_weights=network.adapter_weights // 2)
+        halved = tuple(_half_rank(shape) for shape in network.adapter_shapes)
+        smaller = dataclasses.replace(network, adapter_shapes=halved)
         lora = dataclasses.replace(config.lora, lora_rank=rank)
         yield f"lora_rank {rank}", plan_memory(dataclasses.replace(config, lora=lora), smaller, work)
+
+
+def _half_rank(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a LoRA matrix, whose smaller side is the rank; a DoRA's vector stays."""
+    if len(shape) == 1:
+        return shape
+    rank = min(shape)
+    return tuple(rank // 2 if side == rank else side for side in shape)
 
 
 @contextmanager

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from fnmatch import fnmatch
 
-from ..config import BaseModelPrecision, ModelConfig
-from ..qwen_image.folder import DEMO_FOLDER, model_folder
+from ..config import BaseModelPrecision
+from ..qwen_image.base_model import BaseModel, compute_dtype
+from ..qwen_image.folder import DEMO_FOLDER
 from ..qwen_image.text_encoder_file import KEPT_LAYERS, stored_shapes
-from ..qwen_image.transformer import compute_dtype
 from .choose import Budget
 from .network import Weights, stored_bytes
 from .plan import ENCODING_ELEMENTS, GIB, VAE_WEIGHTS
@@ -19,15 +18,15 @@ _GAPS = GIB // 2  # as in the plan of the training
 _SMALLER: tuple[BaseModelPrecision, ...] = ("int8-quanto", "nf4-bnb")
 
 
-def text_encoder_bytes(model: ModelConfig, element_bytes: int) -> int:
-    """The text encoder's weights in `text_encoder_precision`, from headers alone; 0 for the demo's small one.
+def text_encoder_bytes(base: BaseModel, precision: BaseModelPrecision, element_bytes: int) -> int:
+    """The text encoder's weights in a precision, from headers alone; 0 for the demo's small one.
 
     `element_bytes`: of a weight that is not quantised.
 
     Raises:
         ModelFileError: no Qwen2.5-VL.
     """
-    place = model_folder(model).text_encoder
+    place = base.folder.text_encoder
     if place.is_relative_to(DEMO_FOLDER):
         return 0
     shapes = stored_shapes(place)
@@ -36,14 +35,15 @@ def text_encoder_bytes(model: ModelConfig, element_bytes: int) -> int:
     matrices = tuple((shape[0], shape[1]) for name, shape in shapes.items() if _is_quantised(name, shape))
     others = everything - sum(rows * columns for rows, columns in matrices)
     in_file = sum(file.stat().st_size for file in files) / everything
-    return stored_bytes(Weights(matrices, others), model.text_encoder_precision, element_bytes, in_file=in_file)
+    return stored_bytes(Weights(matrices, others), precision, element_bytes, in_file=in_file)
 
 
-def encoding_in_words(model: ModelConfig, largest_picture: int, budget: Budget) -> tuple[str, bool]:
+def encoding_in_words(base: BaseModel, largest_picture: int, budget: Budget) -> tuple[str, bool]:
     """Two lines for people, and whether encoding fits. `largest_picture` in pixels."""
+    model = base.config
     element_bytes = 4 if budget.is_shared else compute_dtype(model).itemsize  # processors encode in float32
     pictures = element_bytes * (VAE_WEIGHTS + ENCODING_ELEMENTS * largest_picture)
-    weights = text_encoder_bytes(model, element_bytes)
+    weights = text_encoder_bytes(base, model.text_encoder_precision, element_bytes)
     prompts = weights + _PROMPT_BYTES
     needed = max(pictures, prompts) + _GAPS
     fits = needed <= budget.device_bytes
@@ -51,19 +51,18 @@ def encoding_in_words(model: ModelConfig, largest_picture: int, budget: Budget) 
         f"Encoding before that: {pictures / GIB:.1f} GiB for pictures, {prompts / GIB:.1f} GiB for prompts "
         f"(text encoder {weights / GIB:.1f}, text_encoder_precision {model.text_encoder_precision}).",
         f"{'Fits' if fits else 'Does not fit'}: {needed / GIB:.1f} GiB with a margin of {_GAPS / GIB:.1f} on the "
-        f"device, where {budget.device_bytes / GIB:.1f} GiB are to be had.",
+        f"device, where {budget.device_bytes / GIB:.1f} GiB are available.",
     ]
     if not fits:
-        lines.append(_advice(model, pictures, budget))
+        lines.append(_advice(base, pictures, budget))
     return "\n".join(lines), fits
 
 
-def _advice(model: ModelConfig, pictures: int, budget: Budget) -> str:
+def _advice(base: BaseModel, pictures: int, budget: Budget) -> str:
     if pictures + _GAPS > budget.device_bytes:
         return "Lower resolution, or the size of the references."
     for precision in _SMALLER:
-        quantised = dataclasses.replace(model, text_encoder_precision=precision)
-        smaller = text_encoder_bytes(quantised, compute_dtype(model).itemsize)
+        smaller = text_encoder_bytes(base, precision, compute_dtype(base.config).itemsize)
         if smaller + _PROMPT_BYTES + _GAPS <= budget.device_bytes:
             return f"Set text_encoder_precision to {precision}, which takes {smaller / GIB:.1f} GiB."
     return "Encode on a larger device, or with device cpu; training then finds everything in the cache."

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..adapters.plan import num_parameters, target_modules
-from ..config import BaseModelPrecision, LoraConfig, ModelConfig
-from ..qwen_image.flavours import FLAVOURS
-from ..qwen_image.folder import model_folder
-from ..qwen_image.lighten import lighten
-from ..qwen_image.transformer import check_transformer, compute_dtype, empty_transformer
+from ..adapters.plan import AdapterPlan
+from ..config import BaseModelPrecision, ModelConfig
+from ..qwen_image.base_model import BaseModel, compute_dtype
+
+if TYPE_CHECKING:
+    from diffusers import QwenImageTransformer2DModel
 
 _BLOCK = re.compile(r"transformer_blocks\.\d+\.(.+)")
 _GROUP = 128  # weights that share a scale and a shift in quanto's int4 and int2
@@ -48,8 +49,13 @@ class NetworkSize:
     element_bytes: int
     stored_bytes: float
     adapted: Mapping[str, int]
-    adapter_weights: int
+    adapter_shapes: tuple[tuple[int, ...], ...]
     is_modulated_per_token: bool
+
+    @property
+    def adapter_weights(self) -> int:
+        """How many numbers are trained."""
+        return sum(map(prod, self.adapter_shapes))
 
     @property
     def block_bytes(self) -> int:
@@ -94,51 +100,46 @@ def _matrix_bytes(rows: int, columns: int, precision: BaseModelPrecision, elemen
     return weights * bits / 8 + 2 * element_bytes * weights / _GROUP
 
 
-def network_size(model: ModelConfig, lora: LoraConfig) -> NetworkSize:
-    """Read off a base model's configuration or header; no weight is read.
+def network_size(base: BaseModel, adapter: AdapterPlan) -> NetworkSize:
+    """The sizes of a base model under an adapter; no weight is read.
 
     Raises:
         ModelFileError: no such transformer.
-        ConfigError: lora_target_pattern matches nothing.
     """
-    place = model_folder(model).transformer
-    files = [place] if place.is_file() else list(place.glob("*.safetensors"))
-    settings = {**check_transformer(model), "zero_cond_t": FLAVOURS[model.flavour].zero_cond_t}
-    return measure_network(settings, model, lora, stored_bytes=sum(path.stat().st_size for path in files))
+    return measure_network(base.network, adapter, base.config, stored_bytes=base.bytes_per_weight)
 
 
 def measure_network(
-    settings: Mapping[str, Any], model: ModelConfig, lora: LoraConfig, *, stored_bytes: int = 0
+    network: QwenImageTransformer2DModel, adapter: AdapterPlan, model: ModelConfig, *, stored_bytes: float = 0.0
 ) -> NetworkSize:
-    """The same for a transformer of these settings. `stored_bytes`: its files', for precision `file`."""
-    network = empty_transformer(dict(settings))
-    num_weights = sum(weight.numel() for weight in network.parameters())
-    adapter_weights = num_parameters(network, lora)
-    adapted = {name: network.get_submodule(name) for name in target_modules(network, lora)}
-    lighten(network)
-    blocks = list(network.transformer_blocks)
-    network.transformer_blocks = nn.ModuleList()
-    config: Any = network.config
+    """The same for a network on the meta device.
+
+    `stored_bytes`: bytes of a weight in its file, for precision `file`.
+    """
+    blocks, config = list(network.transformer_blocks), network.config
+    adapted = {
+        match[1]: layer.in_features for name, layer in adapter.layers.items() if (match := _BLOCK.fullmatch(name))
+    }
     return NetworkSize(
         num_blocks=len(blocks),
         width=network.inner_dim,
-        heads=config.num_attention_heads,
-        latent_channels=config.in_channels // 4,
-        prompt_width=config.joint_attention_dim,
-        block=_weights(blocks[0]),
-        last_block=_weights(blocks[-1]),
-        border=_weights(network),
+        heads=config.num_attention_heads,  # type: ignore[attr-defined]
+        latent_channels=config.in_channels // 4,  # type: ignore[attr-defined]
+        prompt_width=config.joint_attention_dim,  # type: ignore[attr-defined]
+        block=_weights([blocks[0]]),
+        last_block=_weights([blocks[-1]]),
+        border=_weights([part for name, part in network.named_children() if name != "transformer_blocks"]),
         precision=model.base_model_precision,
         element_bytes=compute_dtype(model).itemsize,
-        stored_bytes=stored_bytes / num_weights,
-        adapted={match[1]: each.in_features for name, each in adapted.items() if (match := _BLOCK.fullmatch(name))},
-        adapter_weights=adapter_weights,
-        is_modulated_per_token=bool(settings.get("zero_cond_t")),
+        stored_bytes=stored_bytes,
+        adapted=adapted,
+        adapter_shapes=adapter.shapes(),
+        is_modulated_per_token=bool(network.zero_cond_t),
     )
 
 
-def _weights(part: nn.Module) -> Weights:
-    linears = [module for module in part.modules() if isinstance(module, nn.Linear)]
+def _weights(parts: Sequence[nn.Module]) -> Weights:
+    linears = [module for part in parts for module in part.modules() if isinstance(module, nn.Linear)]
     matrices = tuple((linear.out_features, linear.in_features) for linear in linears)
-    everything = sum(weight.numel() for weight in part.parameters())
+    everything = sum(weight.numel() for part in parts for weight in part.parameters())
     return Weights(matrices, everything - sum(rows * columns for rows, columns in matrices))

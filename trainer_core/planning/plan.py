@@ -9,7 +9,7 @@ from ..config import TrainConfig
 from ..memory.offload import offloaded_bytes
 from ..memory.placement import recomputed_blocks
 from ..training.ema import ema_bytes
-from ..training.optimizer import STATE_BYTES
+from ..training.optimizer import optimizer_bytes
 from .activations import (
     Tokens,
     backward_bytes,
@@ -141,7 +141,7 @@ def _resting(config: TrainConfig, network: NetworkSize, streamed: int) -> dict[s
         **_weights(config, network, streamed),
         "adapter": (FLOAT32 + copies) * network.adapter_weights,
         **({"running average": average} if average else {}),
-        "optimizer state": STATE_BYTES[config.optimizer.optimizer] * network.adapter_weights,
+        "optimizer state": optimizer_bytes(config.optimizer.optimizer, network.adapter_shapes),
         "libraries": LIBRARY_BYTES,
     }
 

@@ -79,7 +79,7 @@ def verdict(plan: MemoryPlan, budget: Budget) -> str:
     else:
         numbers = (
             f"{needed / GIB:.1f} GiB with a margin of {margin / GIB:.1f} on the device, where "
-            f"{budget.device_bytes / GIB:.1f} GiB are to be had; {plan.host_peak_bytes / GIB:.1f} of "
+            f"{budget.device_bytes / GIB:.1f} GiB are available; {plan.host_peak_bytes / GIB:.1f} of "
             f"{budget.host_bytes / GIB:.1f} GiB of host memory"
         )
     return f"{'Fits' if budget.holds(plan) else 'Does not fit'}: {numbers}."

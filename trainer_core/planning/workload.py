@@ -15,7 +15,7 @@ from safetensors import safe_open
 from ..conditioning.encoded import EncodedDataset, EncodedEntry
 from ..conditioning.entry import entry_path
 from ..conditioning.pictures import PairPlan, plan_pair
-from ..conditioning.reference_sets import seen_at_once
+from ..conditioning.reference_sets import split_by_reference
 from ..config import BatchingConfig, EncodingConfig, ModelConfig, ValidationConfig
 from ..config.validation import SIZE_STEP
 from ..data.pairing import EditDataset
@@ -93,7 +93,7 @@ def workload_of_pairs(
     train, drawn, flying, largest = [], [], [0], 0
     for dataset, encoding in parts:
         sizes = []
-        for pair in seen_at_once(dataset.pairs, encoding, held_out=()):
+        for pair in split_by_reference(dataset.pairs, encoding, held_out=()):
             kinds = pair.conditioning_types
             plan = plan_pair(pair.sizes, FLAVOURS[model.flavour], encoding, pair.key, conditioning_types=kinds)
             text = estimated_prompt(plan, max(map(len, pair.captions), default=0))
@@ -157,7 +157,7 @@ def _all_tokens(pair: PairSize) -> int:
 def _sizes(encoded: EncodedDataset, entries: Sequence[EncodedEntry]) -> list[PairSize]:
     groups: dict[Hashable, list[EncodedEntry]] = {}
     for entry in entries:
-        for reference_set in range(max(1, len(entry.alone))):  # where a turn sees one reference alone
+        for reference_set in range(max(1, len(entry.prompts_by_reference))):  # each turn may show one reference
             seen = entry.seen(reference_set)
             groups.setdefault(seen.shapes, []).append(seen)
     sizes = []

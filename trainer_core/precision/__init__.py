@@ -1,1 +1,1 @@
-"""Weight formats and placement of frozen layers. Knows nn.Linear, not Qwen."""
+"""Precision and placement of frozen weights. Knows nn.Linear, not Qwen."""

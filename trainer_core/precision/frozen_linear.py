@@ -1,4 +1,4 @@
-"""A linear layer whose weight is fp8 or int8 codes, a file's own or quanto's, and that is trained through."""
+"""A frozen linear layer with fp8 or int8 codes, from a model file or from quanto, that gradients pass through."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..weights.stored import StoredWeight, dequantise
 class FrozenLinear(nn.Linear):
     """y = x · dequantised(weight)ᵀ + bias, x [..., in], y [..., out]. Only x gets a gradient.
 
-    The weight is dequantised anew in the forward and in the backward pass, to x's dtype, so that nothing but codes and
-    scales stays in memory. x itself is not kept for the backward pass, as a frozen weight has no gradient.
+    Forward and backward each dequantise the weight to x's dtype, so that only codes and scales stay in memory. x is not
+    kept for the backward pass, because a frozen weight has no gradient.
 
-    With `rounds_input` the product is that of 8-bit numbers on both sides: x goes through the codes' own format, each
-    token by its largest value. The gradient passes as if it had not been rounded.
+    With `rounds_input`, x is rounded to the codes' 8-bit format first, with one scale per token. The backward pass
+    ignores the rounding (a straight-through estimator).
     """
 
     rounds_input = False
@@ -33,17 +33,17 @@ class FrozenLinear(nn.Linear):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] in ordinary numbers, made anew."""
+        """The weight [out, in] as a new tensor of `dtype`."""
         return dequantise(self.weight, self.get_buffer("scale"), self.rotation, dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
-        """See the class."""
+        """x [..., in] to y [..., out]."""
         x = _Rounded.apply(input, self.weight.dtype) if self.rounds_input else input  # type: ignore[no-untyped-call]
         return _Product.apply(x, self.weight, self.scale, self.rotation, self.bias)  # type: ignore[no-untyped-call]
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [..., in] as int8 or fp8 with a scale per token would hold it."""
+    """x [..., in] rounded to int8 or fp8 with one scale per token, in x's dtype again."""
     largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
     scale = x.float().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / largest
     codes = x.float() / scale
@@ -76,7 +76,7 @@ class _Product(torch.autograd.Function):
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight [out, in] that the layer's forward multiplies with. Made anew where it is quantised, for one use."""
+    """The weight [out, in] of a linear layer of any precision. A quantised weight is dequantised on every call."""
     weight: Any = layer.weight
     if isinstance(layer, FrozenLinear):
         return layer.dequantised(torch.float32)

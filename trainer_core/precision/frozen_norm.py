@@ -1,4 +1,4 @@
-"""Root mean square normalisation that is trained through and keeps little for its backward pass."""
+"""A frozen RMS norm that gradients pass through and that keeps little for its backward pass."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class FrozenRMSNorm(nn.Module):
     """y = x / sqrt(mean(x²) + eps), in x's dtype, times weight [d]; x and y [..., d]. Only x gets a gradient.
 
-    Equal to diffusers' RMSNorm, which it takes the weight of. That one keeps x in float32 as well, and makes float32
-    copies on the way: for queries and keys of a block a fifth of all it keeps.
+    Computes what diffusers' RMSNorm computes, with that norm's weight. RMSNorm also keeps x in float32: for a block's
+    queries and keys, that is a fifth of the activations that the block keeps.
     """
 
     def __init__(self, norm: RMSNorm) -> None:
@@ -23,7 +23,7 @@ class FrozenRMSNorm(nn.Module):
         self.weight, self.eps = norm.weight, norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """x [..., d] to y [..., d]."""
         return _Normalised.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
 
 

@@ -1,4 +1,4 @@
-"""A network on the meta device gets its weights: block by block from the file, through its precision, to its place."""
+"""Loads the weights of a network that was built on the meta device: reads, quantises and places them block by block."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """How weights end: `dtype` of those that are not quantised, `keep` patterns of layers that never are.
+    """Precision and device of a network's weights.
 
-    `quantise_on` is the device that computes the quantised codes; they then go to `device`, or to host memory in
-    modules whose names begin with one of `on_host`. With `quantise_inputs` 8-bit layers round what goes into them, too.
+    Weights that are not quantised get `dtype`; layers whose names match a pattern in `keep` are never quantised.
+    `quantise_on` is the device that quantises. The weights then go to `device`, or to host memory for modules whose
+    names begin with one of `on_host`. With `quantise_inputs`, 8-bit layers also round their inputs.
     """
 
     precision: BaseModelPrecision
@@ -38,7 +39,7 @@ class Placement:
     quantise_inputs: bool = False
 
     def device_of(self, name: str) -> torch.device:
-        """Where a module's weights end."""
+        """The device that a module's weights go to."""
         return torch.device("cpu") if name.startswith(self.on_host) else self.device
 
 
@@ -50,19 +51,20 @@ def materialise(
     observer: Observer,
     cache: QuantisedCache | None = None,
 ) -> nn.Module:
-    """Give every parameter of `network`, which lies on the meta device, its value. Frozen, in evaluation mode.
+    """Load every parameter of `network`, which is on the meta device. Returns it frozen, in eval mode.
 
-    At most one block is held unquantised at a time, the file is opened anew for each, and a finished block lies in one
-    piece of memory, so that neither weights nor memory maps nor gaps pile up. Quantised weights come from `cache` if
-    it has them, else they go there.
+    To keep the peak of host memory low, at most one block is unquantised at a time, the file is reopened for each block
+    (which drops its memory map), and a finished block's host memory is one allocation. Quantised weights are read from
+    `cache` if it has them, and written to it otherwise.
 
     Raises:
-        ModelFileError: a weight is missing, or has another shape.
-        MissingPackageError: the precision's package is not installed.
+        ModelFileError: a weight is missing or has the wrong shape.
+        MissingPackageError: the precision needs a package that is not installed.
         Interrupted: the observer wants to stop.
     """
-    check_shapes(network, source)
-    network.eval()  # before: bitsandbytes' layers, if told so, repack their weights on some processors
+    _check_weight_shapes(network, source)
+    # First, while no layer is quantised: in eval(), bitsandbytes' layers repack their weights on some CPUs.
+    network.eval()
     convert = converter(placement.precision)
     groups = _groups(network)
     observer.on_progress(phase, 0, len(groups))
@@ -74,7 +76,7 @@ def materialise(
             with source.opened() as read:
                 for name in names:
                     _fill(network, name, read, placement, _Quantised(convert, known, made if entry else None))
-            if not known:  # what comes from the cache lies in one piece already
+            if not known:  # cached weights are in one allocation already
                 in_one_buffer(network, names)
             if entry and not known:
                 entry.write(done, made)
@@ -85,30 +87,31 @@ def materialise(
     return network.requires_grad_(False)  # noqa: FBT003
 
 
-def check_shapes(network: nn.Module, source: WeightSource) -> None:
-    """Compare names and shapes, before anything is read.
+def _check_weight_shapes(network: nn.Module, source: WeightSource) -> None:
+    """Check that the file has all of the network's weights in the right shapes. Reads no weight.
 
     Raises:
-        ModelFileError: with the first few that don't fit.
+        ModelFileError: a weight is missing or has the wrong shape; the message names the first ones.
     """
     wanted = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     missing = [name for name in wanted if name not in source.shapes]
     if missing:
         raise ModelFileError(
-            f"{source.place.name} lacks {len(missing)} of {len(wanted)} weights, among them "
-            f"{', '.join(missing[:_SHOWN])}. It is not whole, or not the model it should be: get it again."
+            f"{source.place.name} lacks {len(missing)} of {len(wanted)} weights, such as "
+            f"{', '.join(missing[:_SHOWN])}. It is incomplete or another model: download it again."
         )
     other = [name for name, shape in wanted.items() if source.shapes[name] != shape]
     if other:
         name = other[0]
         raise ModelFileError(
-            f"{source.place.name} holds {len(other)} weights of another shape, among them {name} with "
-            f"{list(source.shapes[name])} in the place of {list(wanted[name])}. It is another model."
+            f"{source.place.name} has {len(other)} weights of the wrong shape, such as {name} with "
+            f"{list(source.shapes[name])} instead of {list(wanted[name])}. It belongs to another model; choose the "
+            "file of this one."
         )
 
 
 def _groups(network: nn.Module) -> list[list[str]]:
-    """Names of modules with parameters of their own, those of a block together."""
+    """Names of the modules that own parameters, grouped by block (`transformer_blocks.3`)."""
     groups: dict[str, list[str]] = {}
     for name, module in network.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -119,7 +122,11 @@ def _groups(network: nn.Module) -> list[list[str]]:
 
 
 class _Quantised(NamedTuple):
-    """How layers get quantised: `convert` makes them anew, unless they are `known`; `made` takes what was made."""
+    """How a block's layers are quantised.
+
+    `known` has the layers that the cache holds, `convert` quantises all others, and `made` collects these for the
+    cache; None if nothing is cached.
+    """
 
     convert: Convert | None
     known: dict[str, Pieces]
@@ -150,7 +157,7 @@ def _fill(network: nn.Module, name: str, read: Read, placement: Placement, quant
 
 
 def _known(module: nn.Module, name: str, read: Read, placement: Placement, pieces: Pieces) -> nn.Module:
-    """The quantised layer from its pieces; only its bias is still read."""
+    """The quantised layer from cached pieces. Only its bias is read from the model file."""
     bias = None
     if module.bias is not None:
         value = read(f"{name}.bias").to(placement.quantise_on).dequantise(placement.dtype)
@@ -166,7 +173,7 @@ def _as_it_is(stored: dict[str, StoredWeight], placement: Placement, device: tor
 
 
 def _owned(codes: Tensor) -> Tensor:
-    """A copy, if the codes still lie in the file's memory map."""
+    """Codes that are independent of the file: on the CPU they still share its memory map, so they are copied."""
     return codes.clone() if codes.device.type == "cpu" else codes
 
 

@@ -1,4 +1,4 @@
-"""A quantised layer as ordinary tensors with a note on what they mean, and back, bit for bit."""
+"""Converts a quantised layer to plain tensors plus a JSON note and back, bit-identically."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from ..weights.stored import StoredWeight
 from .frozen_linear import FrozenLinear
 
-_ALIGNMENT = 64  # bytes; what torch gives its own tensors on the CPU
+_ALIGNMENT = 64  # bytes; torch aligns its own CPU tensors to this too
 
 
 class Pieces(NamedTuple):
-    """The tensors of a quantised weight. `note` is JSON: kind, and what the kind needs."""
+    """The tensors of a quantised weight. `note` (JSON) has the `kind` and what that kind needs to rebuild the layer."""
 
     tensors: dict[str, Tensor]
     note: dict[str, Any]
 
 
 def pieces_of(layer: Any) -> Pieces | None:
-    """Of a layer that a converter made; None for any other."""
+    """The pieces of a quantised layer; None if the layer is not quantised."""
     weight: Any = getattr(layer, "weight", None)
     if isinstance(layer, FrozenLinear):
         tensors: dict[str, Any] = {"codes": layer.weight.data, "scale": layer.scale}
@@ -73,7 +73,7 @@ def _quanto(pieces: Pieces, bias: nn.Parameter | None) -> nn.Module:
 
 
 def _flat(tensor: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Note of the classes that quanto puts around a weight's tensors, which go into `tensors`."""
+    """Describe the nested tensor classes of a quanto weight as a note, and add their plain tensors to `tensors`."""
     if type(tensor) in (Tensor, nn.Parameter):
         tensors[name] = tensor.detach()
         return {}
@@ -99,10 +99,10 @@ def _quanto_classes() -> dict[str, Any]:
 
 
 def in_one_buffer(network: nn.Module, names: Iterable[str]) -> None:
-    """Move all that the named modules hold in host memory into one piece of memory.
+    """Move the named modules' tensors in host memory into one allocation.
 
-    The C library gives a large piece back to the system as a whole, and what small ones leave behind it keeps: of
-    weights that come and go one by one, as much again would stay.
+    The C library returns one large allocation to the system when it is freed, but keeps the gaps that many small ones
+    leave. With one allocation per weight, loading would end with about twice the memory that the weights need.
     """
     layers = {name: network.get_submodule(name) for name in names}
     plain: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits, layer by layer, through optimum-quanto and bitsandbytes."""
+"""Quantises frozen linear layers with optimum-quanto or bitsandbytes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def quantise(
     device: torch.device,
     observer: Observer,
 ) -> None:
-    """Replace the weights of `network`'s linear layers in place, except those whose names match `keep`.
+    """Quantise the linear layers of `network` in place, except those whose names match a pattern in `keep`.
 
-    Layers are moved to `device` one at a time, so the unquantised network never has to fit there.
+    Layers move to `device` one at a time, so that the unquantised network never has to fit there.
 
     Raises:
-        MissingPackageError: the precision's package is not installed.
+        MissingPackageError: the precision needs a package that is not installed.
         Interrupted: the observer wants to stop.
     """
     convert = converter(precision)
@@ -47,10 +47,10 @@ def quantise(
 
 
 def converter(precision: BaseModelPrecision) -> Convert | None:
-    """What makes a quantised layer, computed and placed on a device, of an ordinary one. None where nothing changes.
+    """A function that quantises a linear layer on a device; None if this precision needs no conversion.
 
     Raises:
-        MissingPackageError: the precision's package is not installed.
+        MissingPackageError: the precision needs a package that is not installed.
     """
     if precision in ("none", "file"):
         return None
@@ -62,7 +62,7 @@ def converter(precision: BaseModelPrecision) -> Convert | None:
 
 
 def is_kept(name: str, keep: Sequence[str]) -> bool:
-    """Whether the layer's full name matches one of the patterns."""
+    """Whether a layer stays unquantised: its full name matches one of the patterns in `keep`."""
     return any(fnmatch(name, pattern) for pattern in keep)
 
 
@@ -93,7 +93,7 @@ def _to_quanto(type_name: str, layer: nn.Linear, device: torch.device) -> nn.Mod
 
 
 def _to_quanto_codes(layer: nn.Linear, codes: Any) -> FrozenLinear:
-    """quanto's 8-bit codes and row scales in our own layer, which keeps no input for the backward pass."""
+    """Quanto's 8-bit codes and row scales in a FrozenLinear, which keeps no input for the backward pass."""
     from optimum.quanto import AbsmaxOptimizer, quantize_weight
 
     scale = AbsmaxOptimizer()(layer.weight.data, qtype=codes, axis=0)
@@ -117,6 +117,6 @@ def _to_nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
         weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=quantised
     )
     quantised.bias = layer.bias
-    # On some CPUs it would, in a forward without gradients, put the weights into an order that has no backward.
+    # On some CPUs, a forward without gradients would reorder the weights, and a later backward would not work.
     quantised.support_avx512bf16_for_cpu = False
     return quantised.to(device)

@@ -1,10 +1,10 @@
-"""Quantised weights kept on disk, so that the next start reads them instead of making them.
+"""A disk cache of quantised weights, so that the next start reads them instead of quantising again.
 
-    <folder>/<key>/entry.json           how many blocks there are
-    <folder>/<key>/00012.safetensors    the quantised weights of a block, in one piece; notes in the header
+    <folder>/<key>/entry.json           the number of blocks
+    <folder>/<key>/00012.safetensors    the quantised weights of one block; their notes are in the header
 
-The key is a digest of all that decides the codes. An entry is written under another name and renamed when it is whole.
-The folder keeps within its limit: entries that have not been used for the longest time go first.
+The key is a digest of everything that determines the codes. An entry is written under a temporary name and renamed
+when it is complete. When the folder exceeds its size limit, the least recently used entries are deleted.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ..files import HEADER_LENGTH_BYTES, is_whole, write_atomically
 from .pieces import Pieces
 
 _LOG = logging.getLogger(__name__)
-_ALIGNMENT = 256  # bytes; as accelerators' memory
-_LEFT_OVER_SECONDS = 86_400  # a half-written entry as old as this belongs to nobody any more
+_ALIGNMENT = 256  # bytes; as CUDA allocations, so that views into a buffer are as fast as tensors of their own
+_LEFT_OVER_SECONDS = 86_400  # an unfinished entry this old was left by a process that has ended
 _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -47,7 +47,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class QuantisedCache:
-    """One entry of the folder. `limit_bytes` is for all entries together."""
+    """The cache entry `key` in `folder`. `limit_bytes` limits the size of all entries together."""
 
     folder: Path
     key: str
@@ -55,7 +55,7 @@ class QuantisedCache:
 
     @contextmanager
     def opened(self, num_blocks: int) -> Iterator[Entry]:
-        """The entry, to be read if it is there and whole, else to be written, block by block in order."""
+        """Open the entry for reading if it is complete; otherwise for writing, block by block in order."""
         reading = _is_complete(self.folder / self.key, num_blocks)
         entry = Entry(self, num_blocks, reading=reading)
         try:
@@ -66,7 +66,7 @@ class QuantisedCache:
 
 
 class Entry:
-    """An entry while a network is loaded."""
+    """An open cache entry, either for reading or for writing."""
 
     def __init__(self, cache: QuantisedCache, num_blocks: int, *, reading: bool) -> None:
         self.cache, self.num_blocks, self.reading = cache, num_blocks, reading
@@ -75,7 +75,11 @@ class Entry:
         self._bytes, self._gave_up = 0, reading
 
     def read(self, block: int, device: torch.device) -> dict[str, Pieces]:
-        """The quantised weights of a block by the names of their layers; nothing where the entry is to be written."""
+        """A block's quantised weights on `device`, by layer name; empty if the entry is open for writing.
+
+        Raises:
+            ModelFileError: the entry's file is damaged.
+        """
         if not self.reading:
             return {}
         path = self.place / f"{block:05d}.safetensors"
@@ -83,28 +87,28 @@ class Entry:
             return _read(path, device)
         except (OSError, ValueError, KeyError) as error:
             raise ModelFileError(
-                f"The quantised weights in {path} can't be read ({error}). Remove the folder {self.place}; it is made "
-                "again from the model."
+                f"The quantised weights in {path} can't be read ({error}). Delete the folder {self.place}; it will be "
+                "rebuilt from the model."
             ) from error
 
     def write(self, block: int, weights: dict[str, Pieces]) -> None:
-        """Keep a block. What goes wrong with the disk is logged and ends the keeping, not the loading."""
+        """Write a block. A disk error is logged and stops the caching, but not the loading of the network."""
         if self._gave_up:
             return
         try:
             self._bytes += _write(self.temporary / f"{block:05d}.safetensors", weights)
         except OSError as error:
-            self._give_up(f"they can't be written to {self.cache.folder} ({error})")
+            self._give_up(f"{self.cache.folder} can't be written to ({error})")
         if self._bytes > self.cache.limit_bytes:
-            self._give_up(f"they take more than the cache may, {self.cache.limit_bytes / 1e9:.1f} GB")
+            self._give_up(f"they need more than the cache's limit of {self.cache.limit_bytes / 1e9:.1f} GB")
 
     def _give_up(self, reason: str) -> None:
         self._gave_up = True
         shutil.rmtree(self.temporary, ignore_errors=True)
-        _LOG.warning("The quantised weights are not kept: %s.", reason)
+        _LOG.warning("The quantised weights are not cached: %s.", reason)
 
     def finish(self) -> None:
-        """After the last block: give what was written its name, and make room for it."""
+        """After the last block: publish a written entry and delete old ones, or mark a read one as used."""
         try:
             if self.reading:
                 os.utime(self.place / "entry.json")
@@ -113,8 +117,8 @@ class Entry:
                 shutil.rmtree(self.place, ignore_errors=True)
                 self.temporary.replace(self.place)
                 _make_room(self.cache)
-        except OSError as error:  # another run may have been quicker
-            _LOG.warning("The quantised weights in %s could not be kept: %s", self.place, error)
+        except OSError as error:  # for example, another run has just published the same entry
+            _LOG.warning("The quantised weights could not be cached in %s: %s", self.place, error)
 
 
 def _is_complete(place: Path, num_blocks: int) -> bool:
@@ -127,7 +131,7 @@ def _is_complete(place: Path, num_blocks: int) -> bool:
 
 
 def _make_room(cache: QuantisedCache) -> None:
-    """Remove what others left half-written, and entries, those unused longest first, until all keep in the limit."""
+    """Delete the least recently used other entries until the cache is within its limit, and unfinished old ones."""
     used = {path.parent: path.stat().st_mtime for path in cache.folder.glob("*/entry.json")}
     sizes = {place: sum(path.stat().st_size for path in place.iterdir()) for place in used}
     for place in sorted(used, key=lambda each: used[each]):
@@ -142,7 +146,10 @@ def _make_room(cache: QuantisedCache) -> None:
 
 
 def _write(path: Path, weights: dict[str, Pieces]) -> int:
-    """A safetensors file, tensor by tensor, so that no second copy of the block is made; its bytes."""
+    """Write a safetensors file tensor by tensor, without a second copy of the block in memory. Returns its size.
+
+    Padding between tensors is stored as tensors of its own, because safetensors files may not have gaps.
+    """
     header: dict[str, Any] = {
         "__metadata__": {"notes": json.dumps({name: pieces.note for name, pieces in weights.items()})}
     }
@@ -177,14 +184,14 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Pieces]:
-    """All of a block in one piece of memory, at the disk's speed."""
+    """Read a block with one read into one buffer. Its tensors are views of that buffer."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")))
         notes = json.loads(header.pop("__metadata__")["notes"])
         size = max((each["data_offsets"][1] for each in header.values()), default=0)
         host = torch.empty(size, dtype=torch.uint8)
         if file.readinto(host.numpy().data) != size:
-            raise ValueError("it is cut short")
+            raise ValueError("the file is truncated")
     buffer = host.to(device)
     weights = {name: Pieces({}, note) for name, note in notes.items()}
     for full, each in header.items():

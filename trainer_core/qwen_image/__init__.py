@@ -1,1 +1,1 @@
-"""The Qwen-Image-Edit family: flavours, the three networks, latents, prompts and sampling."""
+"""The Qwen-Image-Edit models: flavours, the three networks, latents, prompts and sampling."""

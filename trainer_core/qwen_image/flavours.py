@@ -1,4 +1,4 @@
-"""The edit models as rows of a table. Code asks a row, never a name."""
+"""The edit models as a table. Code must use a row's fields and never compare flavour names."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def _chat(system: str, user: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flavour:
-    """What one release of the model asks of its conditioning.
+    """How one release of the model expects its conditioning.
 
-    Areas are in pixels. `vision_area` is the size at which Qwen2.5-VL sees a reference, `reference_area` the size at
-    which the VAE encodes it. `same_picture` means that both get one and the same resized picture.
+    Areas are in pixels: Qwen2.5-VL sees a reference at `vision_area`, the VAE encodes it at `reference_area`. With
+    `same_picture`, both get the same resized picture.
     """
 
     name: FlavourName
     released_as: str
     pipeline: str  # diffusers' class in the download's model_index.json
     max_references: int
-    template: str  # {} takes the pictures' markers and the caption
+    template: str  # {} stands for the pictures' markers and the caption
     template_without_reference: str
-    picture_marker: str  # per reference, {} takes its number; empty where the template holds the one marker
+    picture_marker: str  # per reference, {} stands for its number; empty if the template contains the marker
     vision_area: int
     reference_area: int
     same_picture: bool
-    comfyui_reference_step: int  # sides of a reference as ComfyUI's node rounds them
+    comfyui_reference_step: int  # ComfyUI's node rounds a reference's sides to multiples of this
     zero_cond_t: bool  # references are modulated at timestep zero
 
 

@@ -1,4 +1,4 @@
-"""Where a base model's parts lie: a folder in diffusers' layout, single files, or the embedded demo model."""
+"""Finds a base model's parts: in a folder in diffusers' layout, in single files, or in the embedded demo model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PARTS = ("transformer", "vae", "text_encoder")
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """Where a base model's parts lie: folders in diffusers' layout, or single files for the three networks."""
+    """Paths of a base model's parts. The three networks are folders in diffusers' layout or single files."""
 
     transformer: Path
     vae: Path
@@ -28,16 +28,16 @@ class ModelFolder:
 
 
 def model_folder(config: ModelConfig) -> ModelFolder:
-    """Find the parts, without reading weights.
+    """Find the parts. Reads no weights.
 
     Raises:
-        ModelFileError: a file or folder is missing; the message lists what.
+        ModelFileError: a file or folder is missing.
     """
     files = {part: Path(file).expanduser() for part, file in part_files(config).items() if file}
     for part, file in files.items():
         if not file.exists():
-            raise ModelFileError(f"{part}_file is {str(file)!r}, which does not exist.")
-    # three files bring nothing else: below a file there is no tokenizer, processor or scheduler
+            raise ModelFileError(f"{part}_file is {str(file)!r}, which does not exist. Choose an existing file.")
+    # With three single files there is no folder: paths below the transformer's file don't exist, so defaults are used.
     whole = len(files) == len(_PARTS)
     root = files["transformer"] if whole else _root(config, [part for part in _PARTS if part not in files])
     tokenizer = Path(config.tokenizer) if config.tokenizer else root / "tokenizer"
@@ -51,29 +51,29 @@ def model_folder(config: ModelConfig) -> ModelFolder:
 
 
 def part_files(config: ModelConfig) -> dict[str, str]:
-    """Single files by part, empty where the base folder is used."""
+    """The setting `<part>_file` of each part; empty if the part comes from the base folder."""
     return {part: getattr(config, f"{part}_file") for part in _PARTS}
 
 
 def _root(config: ModelConfig, parts: list[str]) -> Path:
-    """The base folder, which must have `parts`."""
+    """The base folder, after checking that it has `parts`."""
     is_demo = config.base == DEMO_MODEL
     if is_demo and len(parts) < len(_PARTS):
         raise ModelFileError(
             f"The base model is given by single files, but {' and '.join(f'{part}_file' for part in parts)} is empty. "
-            "Set it too, or `base` to a folder in diffusers' layout that has the rest."
+            "Set it too, or set `base` to a folder in diffusers' layout that has the other parts."
         )
     root = DEMO_FOLDER if is_demo else Path(config.base).expanduser()
     if not root.is_dir():
         raise ModelFileError(
-            f"The base model folder {config.base!r} does not exist. Allowed is a folder in diffusers' layout "
-            f"(with transformer, vae and text_encoder in it), or `{DEMO_MODEL}`."
+            f"The base model folder {config.base!r} does not exist. Choose a folder in diffusers' layout (with "
+            f"transformer, vae and text_encoder in it) or `{DEMO_MODEL}`."
         )
     missing = [part for part in parts if not (root / part / "config.json").is_file()]
     if missing:
         raise ModelFileError(
             f"The base model folder {config.base!r} has no {', '.join(f'{part}/config.json' for part in missing)}. "
-            "It should be a whole Qwen-Image-Edit download in diffusers' layout."
+            "Choose a complete Qwen-Image-Edit download in diffusers' layout."
         )
     return root
 
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a file.
 
     Raises:
-        ModelFileError: missing, or not JSON.
+        ModelFileError: the file can't be read, or is not a JSON object.
     """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -93,10 +93,10 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def weights_digest(place: Path) -> str:
-    """A short name for the network in a folder or single file: equal for equal files, whatever their place or time.
+    """A digest of the network in a folder or single file. It depends on the content, not on the path or the dates.
 
-    Reads names, sizes, JSON files whole, and 64 samples of 4 KiB of each weight file, so it takes milliseconds on
-    16 GB; two different downloads of one size differ in the samples.
+    Hashes names, sizes, whole JSON files, and 64 samples of 4 KiB from each weight file, which takes milliseconds for
+    16 GB. The samples are enough to tell two downloads of the same size apart.
     """
     hasher = hashlib.sha256()
     for path in [place] if place.is_file() else sorted(place.glob("*")):

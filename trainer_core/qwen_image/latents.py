@@ -1,6 +1,6 @@
-"""Latents: normalised per channel, packed two by two into tokens.
+"""Latents: normalisation per channel, and packing 2 by 2 into tokens.
 
-Shapes: B batch, C latent channels (16), H and W latent height and width, N tokens.
+Shapes: B batch, C latent channels (16), H and W height and width in latents, N tokens.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 LATENT_CHANNELS = 16
-VAE_FACTOR = 8  # pixels per latent
-PATCH = 2  # latents per token side
+VAE_FACTOR = 8  # pixels per latent along a side
+PATCH = 2  # latents per token along a side
 
 
 def normalise(latents: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Zero mean and unit deviation per channel, for latents [..., C, H, W] as the VAE gives them."""
+    """Normalise the VAE's latents [..., C, H, W] to zero mean and unit standard deviation per channel."""
     return (latents - _per_channel(mean, latents)) / _per_channel(std, latents)
 
 
@@ -30,7 +30,7 @@ def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def pad_to_patches(latents: Tensor) -> Tensor:
-    """Latents [..., H, W] with odd sides continued circularly by one, as ComfyUI does before it packs."""
+    """Latents [..., H, W] padded to even sides with their first row or column, as ComfyUI does before packing."""
     height, width = latents.shape[-2:]
     if height % PATCH:
         latents = torch.cat([latents, latents[..., :1, :]], dim=-2)
@@ -40,14 +40,14 @@ def pad_to_patches(latents: Tensor) -> Tensor:
 
 
 def pack(latents_BCHW: Tensor) -> Tensor:
-    """Tokens [B, H/2 * W/2, 4 C] from latents; sides must be even."""
+    """Pack latents [B, C, H, W] with even sides into tokens [B, H/2 * W/2, 4 C]."""
     batch, channels, height, width = latents_BCHW.shape
     grid = latents_BCHW.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH * PATCH)
 
 
 def unpack(tokens_BND: Tensor, height: int, width: int) -> Tensor:
-    """Latents [B, C, H, W] from tokens; the inverse of `pack`."""
+    """Unpack tokens [B, N, 4 C] into latents [B, C, height, width]; the inverse of `pack`."""
     batch, _, depth = tokens_BND.shape
     channels = depth // (PATCH * PATCH)
     grid = tokens_BND.view(batch, height // PATCH, width // PATCH, channels, PATCH, PATCH)
@@ -55,6 +55,6 @@ def unpack(tokens_BND: Tensor, height: int, width: int) -> Tensor:
 
 
 def token_shape(latents: Tensor) -> tuple[int, int, int]:
-    """(frames, rows, columns) of the tokens of latents [..., H, W], for the rotary embedding."""
+    """(frames, rows, columns) of the tokens for latents [..., H, W], as the rotary embedding needs them."""
     height, width = latents.shape[-2:]
     return 1, -(-height // PATCH), -(-width // PATCH)

@@ -1,8 +1,8 @@
-"""Rotary positions as ComfyUI gives them, for LoRAs that are used there.
+"""ComfyUI's rotary positions, for LoRAs that will be used in ComfyUI.
 
-diffusers and ComfyUI place tokens alike as long as sides are even and no reference is larger than the target.
-Otherwise they differ: a side of n tokens runs from -(n // 2) in ComfyUI and from -(n - n // 2) in diffusers; the prompt
-begins where the target ends in ComfyUI, and where the largest of target and references ends in diffusers.
+diffusers and ComfyUI assign equal positions if sides are even and no reference is larger than the target. Otherwise
+they differ in two ways. A side of n tokens starts at -(n // 2) in ComfyUI and at -(n - n // 2) in diffusers. The prompt
+starts where the target ends in ComfyUI, and where the largest of target and references ends in diffusers.
 Source: comfy/ldm/qwen_image/model.py, diffusers' transformer_qwenimage.py.
 """
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, int, int]  # frames, rows, columns of one picture's tokens
-_SIZES_HELD = 8  # frequencies of so many sizes stay on the device; at 1 MP with a reference they take 4 MiB each
-_PROMPTS_ALIKE = 256  # tokens; prompts up to the same multiple share theirs
+_SIZES_HELD = 8  # sizes whose frequencies are cached on the device; each takes 4 MiB at 1 megapixel with a reference
+_PROMPTS_ALIKE = 256  # prompt lengths are rounded up to multiples of this many tokens, to share cached frequencies
 
 
 class ComfyuiPositions(nn.Module):
-    """Takes the place of a transformer's `pos_embed`; frequencies are made by the one it replaces."""
+    """Replaces a transformer's `pos_embed`, and uses the replaced module to compute frequencies."""
 
     def __init__(self, replaced: Any) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class ComfyuiPositions(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Complex frequencies of the picture tokens and of `max_txt_seq_len` prompt tokens, on `device`.
 
-        The shapes of the batch's first sample hold for all, as in diffusers.
+        All samples of a batch must have the shapes of the first one, as in diffusers.
         """
         shapes, length = tuple(img_shapes[0]), int(max_txt_seq_len)
         start = max(side // 2 for side in shapes[0][1:])
@@ -58,5 +58,5 @@ class ComfyuiPositions(nn.Module):
 
 
 def use_comfyui_positions(transformer: Any) -> None:
-    """Place tokens as ComfyUI does from now on."""
+    """Make a transformer use ComfyUI's positions from now on."""
     transformer.pos_embed = ComfyuiPositions(transformer.pos_embed)

@@ -1,4 +1,4 @@
-"""From a caption to the token ids that Qwen2.5-VL reads, and back to the ones the transformer sees."""
+"""Builds the prompt for Qwen2.5-VL from a caption, and selects the tokens that the transformer gets."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Qwen2.5's tokenizer from a folder with vocab.json and merges.txt.
 
     Raises:
-        ModelFileError: the folder holds no such tokenizer.
+        ModelFileError: the folder has no such tokenizer.
     """
     from transformers import Qwen2Tokenizer
 
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if missing:
         raise ModelFileError(
-            f"The tokenizer folder {folder} has no {' and no '.join(missing)}. It should hold the Qwen2.5 tokenizer: "
-            "`tokenizer` of a Qwen-Image-Edit download, or comfy/text_encoders/qwen25_tokenizer of a ComfyUI."
+            f"The tokenizer folder {folder} has no {' and no '.join(missing)}. Choose the folder of the Qwen2.5 "
+            "tokenizer: `tokenizer` of a Qwen-Image-Edit download, or comfy/text_encoders/qwen25_tokenizer of ComfyUI."
         )
     return Qwen2Tokenizer.from_pretrained(folder)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, picture_tokens: Sequence[int]) -> list[int]:
-    """Token ids of `text`; each picture's one placeholder stands as often as the picture has vision tokens."""
+    """Token ids of `text`. Each picture's placeholder is repeated as often as the picture has vision tokens."""
     counts = iter(picture_tokens)
     ids: list[int] = []
     for token in tokenizer(text)["input_ids"]:
-        # a marker typed into a caption stays one token, as in ComfyUI
+        # A placeholder beyond the pictures, typed into the caption, stays one token, as in ComfyUI.
         ids.extend([token] * next(counts, 1) if token == IMAGE_PAD else [token])
     return ids
 
 
 def first_kept(ids: Sequence[int]) -> int:
-    """Index of the first token after the system turn: all before it is dropped from the embeddings.
+    """Index of the first token of the user's turn. The embeddings of all tokens before it are dropped.
 
-    ComfyUI's rule (comfy/text_encoders/qwen_image.py): from the second <|im_start|>, without `user` and the new line.
-    For the edit template that is diffusers' constant 64.
+    ComfyUI's rule (comfy/text_encoders/qwen_image.py): start at the second <|im_start|> and skip it, `user` and the
+    line break. For the edit template this gives 64, the constant that diffusers uses.
     """
     starts = [index for index, token in enumerate(ids) if token == IM_START][:2]
     if not starts:

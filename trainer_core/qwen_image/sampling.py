@@ -1,4 +1,4 @@
-"""Euler sampling of the rectified flow with true classifier-free guidance, as diffusers' Qwen edit pipelines do it."""
+"""Euler sampling of the rectified flow with true classifier-free guidance, as in diffusers' Qwen edit pipelines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .types import Condition
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
-# Qwen-Image-Edit's own scheduler_config.json, for base folders that come without one.
+# Qwen-Image-Edit's scheduler_config.json, for base models without one.
 QWEN_SCHEDULE = {
     "num_train_timesteps": 1000,
     "use_dynamic_shifting": True,
@@ -32,7 +32,7 @@ QWEN_SCHEDULE = {
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
-    """The base model's scheduler, or Qwen-Image-Edit's where the folder has none."""
+    """The scheduler configured in `folder`, or Qwen-Image-Edit's if there is no configuration."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     path = folder / "scheduler_config.json"
@@ -41,7 +41,7 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
 
 
 def dynamic_shift(num_tokens: int, config: Mapping[str, Any]) -> float:
-    """The schedule's mu for a picture of `num_tokens` tokens: linear between two anchor points."""
+    """The schedule's shift mu for a picture of `num_tokens` tokens: linear between the config's two anchor points."""
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     return config["base_shift"] + slope * (num_tokens - config["base_image_seq_len"])
 
@@ -49,7 +49,7 @@ def dynamic_shift(num_tokens: int, config: Mapping[str, Any]) -> float:
 def sigma_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, num_tokens: int) -> Tensor:
     """Noise levels [num_steps + 1] from 1 down to 0."""
     if num_steps == 1:
-        return torch.tensor([1.0, 0.0])  # diffusers' terminal shift divides zero by zero there
+        return torch.tensor([1.0, 0.0])  # diffusers' terminal shift would divide zero by zero
     sigmas = torch.linspace(1.0, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
     mu = dynamic_shift(num_tokens, scheduler.config) if scheduler.config.use_dynamic_shifting else None
     scheduler.set_timesteps(sigmas=sigmas, mu=mu, device="cpu")
@@ -57,7 +57,7 @@ def sigma_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, n
 
 
 def guided_velocity(conditional: Tensor, negative: Tensor, guidance: float) -> Tensor:
-    """Guided velocity [B, C, H, W] with Qwen's rescale: each token keeps the conditional prediction's norm."""
+    """Guided velocity [B, C, H, W], rescaled as in Qwen's pipelines: each token keeps the conditional one's norm."""
     combined = negative + guidance * (conditional - negative)
     norms = [pack(velocity).norm(dim=-1, keepdim=True) for velocity in (conditional, combined)]
     ratio = (norms[0] / norms[1]).expand(-1, -1, pack(combined).shape[-1])
@@ -65,7 +65,7 @@ def guided_velocity(conditional: Tensor, negative: Tensor, guidance: float) -> T
 
 
 @torch.no_grad()
-def sample_latents(  # noqa: PLR0913 - the call of every sampler
+def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     transformer: QwenImageTransformer2DModel,
     noise_BCHW: Tensor,
     condition: Condition,
@@ -77,7 +77,9 @@ def sample_latents(  # noqa: PLR0913 - the call of every sampler
     observer: Observer = SILENT,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Integrate from noise [B, C, H, W] to latents of the same shape. Guidance acts above 1 with a negative.
+    """Integrate from noise [B, C, H, W] to latents of the same shape.
+
+    Guidance needs a `negative` condition and a scale above 1. `on_step` gets the number of finished steps.
 
     Raises:
         Interrupted: the observer wants to stop.

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: a prompt and its pictures to embeddings at true length."""
+"""Encodes a prompt and its pictures with Qwen2.5-VL, without padding."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..errors import DatasetError, MissingPackageError
 from ..events import SILENT, Observer
 from ..precision.quantise import quantise
 from . import prompt
+from .base_model import BaseModel
 from .flavours import FLAVOURS, Flavour
-from .folder import DEMO_FOLDER, ModelFolder, model_folder
+from .folder import DEMO_FOLDER, ModelFolder
 from .text_encoder_file import KEPT_LAYERS, load_by_layers
 from .vision import num_vision_tokens, rotary_positions, vision_patches
 
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 PICTURE_TOKEN = "<|image_pad|>"
-Picture = Tensor | Image.Image  # [3, H, W] in 0..1 under comfyui, an 8-bit RGB picture under diffusers
+Picture = Tensor | Image.Image  # by preprocessing: `comfyui` has tensors [3, H, W] in 0..1, `diffusers` 8-bit RGB
 
 
 @dataclass(frozen=True, slots=True)
 class VisualTokens:
-    """A picture as Qwen2.5-VL's language part takes it, on the CPU: `tokens` [N, D] in the network's precision, and the
-    `grid` [1, 3] of patches they were merged from."""
+    """A picture's input to Qwen2.5-VL's language model, on the CPU.
+
+    `tokens` are [N, D] in the network's dtype; `grid` [1, 3] is (frames, rows, columns) of the patches before merging.
+    """
 
     tokens: Tensor
     grid: Tensor
@@ -39,7 +42,7 @@ class VisualTokens:
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """Network, tokenizer and the flavour they speak."""
+    """Qwen2.5-VL with its tokenizer, and how a flavour uses it."""
 
     network: Qwen2_5_VLForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
@@ -48,29 +51,29 @@ class TextEncoder:
     processor_folder: Path
 
     def encode(self, caption: str, pictures: Sequence[Picture]) -> Tensor:
-        """Prompt embeddings [L, D] on the CPU: last hidden state after the system turn; pictures in order.
+        """Prompt embeddings [L, D] on the CPU: the last hidden state of all tokens after the system turn.
 
         Raises:
-            DatasetError: the caption itself holds a picture's placeholder.
+            DatasetError: the caption contains a picture placeholder.
         """
         return self.encode_seen(caption, [self.see(picture) for picture in pictures])
 
     @torch.no_grad()
     def see(self, picture: Picture) -> VisualTokens:
-        """What the vision tower makes of a picture, the same for every caption. Each picture is seen by itself."""
+        """Run the vision tower on one picture. The result is independent of the caption and of other pictures."""
         patches, grid = self._patches(picture)
         seen = self.network.model.visual(
             patches.to(self.network.device, self.network.dtype), grid_thw=grid.to(self.network.device)
         )
-        tokens: Tensor = getattr(seen, "pooler_output", seen)  # transformers before 5 gives the tensor itself
+        tokens: Tensor = getattr(seen, "pooler_output", seen)  # transformers 4 returns the tensor itself
         return VisualTokens(tokens.cpu(), grid)
 
     @torch.no_grad()
     def encode_seen(self, caption: str, seen: Sequence[VisualTokens]) -> Tensor:
-        """The same as `encode`, of pictures that were seen before.
+        """`encode` for pictures that already went through `see`.
 
         Raises:
-            DatasetError: the caption itself holds a picture's placeholder.
+            DatasetError: the caption contains a picture placeholder.
         """
         grids = [each.grid for each in seen]
         ids = self.token_ids(caption, [num_vision_tokens(grid) for grid in grids])
@@ -84,22 +87,22 @@ class TextEncoder:
             inputs["image_grid_thw"] = torch.cat(grids).to(device)
         if self.preprocessing == "comfyui":
             inputs["position_ids"] = rotary_positions(ids, grids).unsqueeze(1).to(device)
-        # under diffusers the positions are left to transformers, as the pipelines leave them
+        # With `diffusers`, transformers chooses the positions, as in diffusers' pipelines.
         hidden = self.network.model(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False, **inputs
         ).last_hidden_state[0]
         return hidden[prompt.first_kept(ids) :].float().cpu()
 
     def token_ids(self, caption: str, picture_tokens: Sequence[int]) -> list[int]:
-        """Ids of the whole prompt; each picture's placeholder stands as often as the picture has vision tokens.
+        """Token ids of the whole prompt, with one placeholder per vision token of each picture.
 
         Raises:
-            DatasetError: the caption itself holds a picture's placeholder.
+            DatasetError: the caption contains a picture placeholder.
         """
         if picture_tokens and PICTURE_TOKEN in caption:
-            raise DatasetError(f"The caption {caption!r} holds {PICTURE_TOKEN}, which stands for a picture. Remove it.")
+            raise DatasetError(f"The caption {caption!r} contains {PICTURE_TOKEN}, a picture placeholder. Remove it.")
         text = prompt.prompt_text(self.flavour, caption, len(picture_tokens))
-        if self.preprocessing == "comfyui":  # its tokenizer takes the backslash from an escaped bracket
+        if self.preprocessing == "comfyui":  # ComfyUI's tokenizer turns an escaped bracket into a plain one
             text = text.replace("\\(", "(").replace("\\)", ")")
         return prompt.token_ids(self.tokenizer, text, picture_tokens)
 
@@ -122,15 +125,15 @@ def _image_processor(folder: Path) -> Any:
 
 
 def load_text_encoder(
-    config: ModelConfig, preprocessing: Preprocessing, device: torch.device, observer: Observer = SILENT
+    base: BaseModel, preprocessing: Preprocessing, device: torch.device, observer: Observer = SILENT
 ) -> TextEncoder:
-    """Load the text encoder of a base model, frozen, in bf16 on accelerators.
+    """Load a base model's text encoder, frozen. Its dtype is bf16 on accelerators and float32 on the CPU.
 
     Raises:
-        ModelFileError: the folder or file holds no Qwen2.5-VL.
+        ModelFileError: the folder or file is not a Qwen2.5-VL.
         Interrupted: the observer wants to stop.
     """
-    folder = model_folder(config)
+    folder, config = base.folder, base.config
     is_demo = folder.text_encoder.is_relative_to(DEMO_FOLDER)
     network = _demo_network(folder) if is_demo else _stored_network(folder, config, device, observer)
     if is_demo:

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL from a single file, as ComfyUI keeps it (bf16, fp8 or fp8 with scales), or quantised from a folder."""
+"""Loads Qwen2.5-VL layer by layer, from a ComfyUI file (bf16, fp8 or scaled fp8) or from a folder."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..precision.materialise import Placement, materialise
 from ..weights.source import open_weights
 from ..weights.stored import Read, WeightSource
 from .folder import read_json
-from .kept_weights import kept_weights
+from .quantised_entry import quantised_entry
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-KEPT_LAYERS = ("lm_head", "model.visual.merger.*")  # where pictures become words; a hundredth of the weights
+KEPT_LAYERS = ("lm_head", "model.visual.merger.*")  # connects vision and language; 1 % of the weights
 _MARK = "model.layers.0.self_attn.k_proj.bias"
-# What ComfyUI's loaders, and other programs, put before all names.
-_PREFIXES = ("text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "text_encoder.")
+# Prefixes that ComfyUI's and other programs' files put before all weight names.
+_FILE_PREFIXES = ("text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "text_encoder.")
 
 
 def qwen25_vl_7b() -> dict[str, Any]:
-    """The configuration of Qwen2.5-VL-7B-Instruct, which is Qwen-Image's text encoder; no file holds it."""
+    """The configuration of Qwen2.5-VL-7B-Instruct, Qwen-Image's text encoder. A single file doesn't contain it."""
     return {
         "image_token_id": 151655,
         "video_token_id": 151656,
@@ -75,11 +75,11 @@ def qwen25_vl_7b() -> dict[str, Any]:
 def load_by_layers(
     config: ModelConfig, place: Path, dtype: torch.dtype, device: torch.device, observer: Observer
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """The network without its language head, which nobody asks; on `device`, layer by layer, in its precision.
+    """Load the network layer by layer onto `device`, in its precision and without its unused language head.
 
     Raises:
-        ModelFileError: no Qwen2.5-VL; a single file has to be the 7B.
-        MissingPackageError: the precision needs one.
+        ModelFileError: not a Qwen2.5-VL, or a single file that is not the 7B model.
+        MissingPackageError: the precision or file format needs a package that is not installed.
         Interrupted: the observer wants to stop.
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -94,33 +94,33 @@ def load_by_layers(
         precision=config.text_encoder_precision, dtype=dtype, device=device, quantise_on=quantise_on, keep=KEPT_LAYERS
     )
     materialise(
-        network, source, placement, "Loading the text encoder", observer, kept_weights(config, place, placement)
+        network, source, placement, "Loading the text encoder", observer, quantised_entry(config, place, placement)
     )
     _restore_rotary(network)
     return network
 
 
 def stored_shapes(place: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights that are loaded, by transformers' names. Reads headers only.
+    """Shapes of the weights that `load_by_layers` loads, by transformers' names. Reads headers only.
 
     Raises:
-        ModelFileError: no Qwen2.5-VL.
+        ModelFileError: not a Qwen2.5-VL.
     """
     return {name: tuple(shape) for name, shape in _open(place).shapes.items() if not name.startswith("lm_head")}
 
 
 def _open(place: Path) -> _Renamed:
-    source = _Renamed(open_weights(place, _PREFIXES))
+    source = _Renamed(open_weights(place, _FILE_PREFIXES))
     if _in_transformers(_MARK) not in source.shapes:
         raise ModelFileError(
-            f"{place.name} is no Qwen2.5-VL: it has no {_MARK}. Choose qwen_2.5_vl_7b.safetensors or "
+            f"{place.name} is not a Qwen2.5-VL: it has no {_MARK}. Choose qwen_2.5_vl_7b.safetensors or "
             "qwen_2.5_vl_7b_fp8_scaled.safetensors from models/text_encoders."
         )
     return source
 
 
 def _in_transformers(name: str) -> str:
-    """A stored name as transformers 5 has it: `visual.x` and `model.x` lie below `model.`."""
+    """A file's weight name as transformers 5 has it, where `visual.*` and the language model moved below `model.`."""
     if name.startswith("visual."):
         return f"model.{name}"
     if name.startswith("model.") and not name.startswith(("model.visual.", "model.language_model.")):
@@ -129,7 +129,7 @@ def _in_transformers(name: str) -> str:
 
 
 class _Renamed:
-    """A source whose names are transformers'."""
+    """A WeightSource with transformers' weight names."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
@@ -147,16 +147,14 @@ class _Renamed:
 
 
 def _restore_rotary(network: Any) -> None:
-    """Rotary frequencies are in no file and came without values from the meta device: made anew."""
+    """Compute the rotary frequencies: no file has them, and the meta device left them without values."""
     vision = network.config.vision_config
     for module in network.modules():
         names = [name for name, _ in module.named_buffers(recurse=False)]
-        has_weights = (
-            next(module.parameters(recurse=False), None) is not None
-        )  # buffers of those are quantised weights'
-        if (
-            names and not has_weights
-        ):  # transformers before 5 wants half the heads' width for its vision rotary embedding
+        # The buffers of modules with weights belong to quantised weights and are loaded.
+        has_weights = next(module.parameters(recurse=False), None) is not None
+        if names and not has_weights:
+            # In transformers 4, the vision rotary embedding takes half the head width instead of a config.
             argument = module.config if hasattr(module, "config") else vision.hidden_size // vision.num_heads // 2
             fresh = type(module)(argument)
             for name in names:

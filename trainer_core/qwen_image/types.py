@@ -1,4 +1,7 @@
-"""What the transformer is told. B batch, C latent channels (16), H W latent sides, L prompt tokens, D prompt width."""
+"""Inputs of the transformer.
+
+Shapes: B batch, C latent channels (16), H and W latent height and width, L prompt tokens, D prompt width.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """All the network knows besides the noisy latents.
+    """The transformer's inputs besides the noisy latents.
 
-    `reference_latents`: one [B, C, h, w] per reference, normalised. `prompt_embeds` [B, L, D]. `prompt_mask` [B, L]
-    is true for real tokens and None when all are.
+    `reference_latents` has one normalised [B, C, h, w] per reference. `prompt_embeds` is [B, L, D]. `prompt_mask`
+    [B, L] is True for real tokens, or None if there is no padding.
     """
 
     reference_latents: tuple[Tensor, ...]
@@ -21,13 +24,13 @@ class Condition:
     prompt_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Condition:
-        """The same on a device."""
+        """The same condition on a device."""
         mask = None if self.prompt_mask is None else self.prompt_mask.to(device)
         references = tuple(latents.to(device, non_blocking=True) for latents in self.reference_latents)
         return Condition(references, self.prompt_embeds.to(device, non_blocking=True), mask)
 
     def of_pair(self, row: int) -> Condition:
-        """That of one pair of the batch."""
+        """The condition of one pair of the batch, as a batch of 1."""
         one = slice(row, row + 1)
         mask = None if self.prompt_mask is None else self.prompt_mask[one]
         return Condition(tuple(latents[one] for latents in self.reference_latents), self.prompt_embeds[one], mask)

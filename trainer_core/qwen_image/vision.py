@@ -1,4 +1,4 @@
-"""Pictures as Qwen2.5-VL's vision tower takes them: patches of 14 pixels, merged 2 by 2 into one token."""
+"""Prepares pictures for Qwen2.5-VL's vision tower: patches of 14 pixels, merged 2 by 2 into one token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def vision_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width that the tower sees: multiples of 28 pixels within its limits.
+    """The height and width at which the vision tower sees a picture: multiples of 28 pixels within its limits.
 
     Source: `process_qwen2vl_images` in ComfyUI's comfy/text_encoders/qwen_vl.py, Qwen2-VL's "smart resize".
     """
@@ -33,9 +33,9 @@ def vision_size(height: int, width: int) -> tuple[int, int]:
 
 
 def vision_patches(picture: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches [N, 1176] and their grid [1, 3] (frames, rows, columns) of a picture [3, H, W] in 0..1.
+    """Patches [N, 1176] of a picture [3, H, W] in 0..1, and their grid [1, 3] (frames, rows, columns).
 
-    The arithmetic of ComfyUI's `process_qwen2vl_images`: bilinear to multiples of 28, CLIP's mean and deviation.
+    As ComfyUI's `process_qwen2vl_images`: resized bilinearly to `vision_size`, normalised with CLIP's mean and std.
     """
     size = vision_size(*picture.shape[1:])
     resized = interpolate(picture.unsqueeze(0), size=size, mode="bilinear", align_corners=False)[0]
@@ -45,7 +45,10 @@ def vision_patches(picture: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def patchify(normalised: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches [N, 1176] in the tower's order (merge windows together), and grid [1, 3], of [3, H, W]."""
+    """Patches [N, 1176] of a normalised picture [3, H, W], and their grid [1, 3].
+
+    In the vision tower's order: the four patches that merge into one token are next to each other.
+    """
     rows, columns = normalised.shape[1] // PATCH, normalised.shape[2] // PATCH
     frames = normalised.unsqueeze(0).expand(FRAMES, -1, -1, -1)
     patches = frames.reshape(FRAMES, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
@@ -54,16 +57,16 @@ def patchify(normalised: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def num_vision_tokens(grid: Tensor) -> int:
-    """Tokens that a picture with this grid [1, 3] takes in the prompt."""
+    """The number of prompt tokens of a picture with this grid [1, 3]."""
     return int(grid.prod()) // (MERGE * MERGE)
 
 
 def rotary_positions(ids: Sequence[int], grids: Sequence[Tensor]) -> Tensor:
     """Positions [3, L] (frame, row, column) for Qwen2.5-VL's rotary embedding.
 
-    Text counts up on all three axes; a picture spans its merged grid from the position where it starts, and text
-    goes on after the picture's longer side. Computed here because diffusers' pipelines no longer pass what
-    transformers 5 needs for it, and the model then silently counts pictures as text.
+    Text counts up on all three axes. A picture spans its merged grid from its start position, and the text after it
+    continues past the picture's longer side. Computed here because transformers 5 needs an input for this that
+    diffusers' pipelines don't pass; without it, the model silently treats pictures as text.
     """
     remaining = list(grids)
     parts: list[Tensor] = []

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from ..config import completed_key
 from ..errors import RunFolderError
-from ..files import is_whole, read_tensors, write_atomically, write_tensors
+from ..files import is_whole, read_tensors, write_atomically, write_tensors, written_beside
 
 FORMAT = 1
 LOCK = "run.lock"
@@ -54,10 +53,11 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths and atomic writes of one run. One that does not write is for processes that follow another."""
+    """Paths and atomic writes of one run. `writes` is False in processes that follow another, which only read."""
 
     path: Path
     writes: bool = True
+    _state: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # run.json as last read or written
 
     @classmethod
     @contextmanager
@@ -115,18 +115,23 @@ class RunFolder:
         return self.samples / f"step-{step:06d}.png"
 
     def state(self) -> dict[str, Any]:
-        """run.json; empty where there is none.
+        """The values in run.json, read again only when the file has changed; empty without one.
 
         Raises:
             RunFolderError: it is damaged.
         """
         path = self.path / "run.json"
-        if not path.is_file():
-            return {}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise RunFolderError(f"{path} is damaged: {error}. Choose another run name.") from error
+            version = _version_of(path)
+        except FileNotFoundError:
+            return {}
+        if self._state.get("version") != version:
+            try:
+                state = dict(json.loads(path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise RunFolderError(f"{path} is damaged: {error}. Choose another run name.") from error
+            self._state.update(version=version, state=state)
+        return dict(self._state["state"])
 
     def changes(self, key: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
         """(dotted name, value there, value in `key`) of the settings that decide the weights and differ."""
@@ -136,8 +141,9 @@ class RunFolder:
         """Change some of run.json."""
         if not self.writes:
             return
-        merged = {**self.state(), "format": FORMAT, **values}
-        write_atomically(self.path / "run.json", json.dumps(merged, indent=1, ensure_ascii=False).encode())
+        text = json.dumps({**self.state(), "format": FORMAT, **values}, indent=1, ensure_ascii=False)
+        write_atomically(self.path / "run.json", text.encode())
+        self._state.update(version=_version_of(self.path / "run.json"), state=json.loads(text))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Keep the settings of this start beside the results."""
@@ -153,17 +159,13 @@ class RunFolder:
         final = self.checkpoints / f"step-{checkpoint.step:06d}"
         if not self.writes or self._is_whole(final):
             return
-        temporary = self.checkpoints / f".{final.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-        temporary.mkdir()
-        try:
+        with written_beside(final) as temporary:
+            temporary.mkdir()
             for part in self._parts():
                 write_tensors(temporary / f"{part}.safetensors", getattr(checkpoint, part))
             write_atomically(temporary / "report.json", json.dumps(checkpoint.report).encode())
             if final.exists():
                 shutil.rmtree(final)
-            temporary.rename(final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # there only if it could not be finished
         _flush_folder(self.checkpoints)
         for old in [each for each in self._checkpoint_folders() if _step_of(each) <= checkpoint.step][:-limit]:
             shutil.rmtree(old)
@@ -246,6 +248,12 @@ def _held_alone(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _version_of(path: Path) -> tuple[int, ...]:
+    """Changes whenever the file is replaced, as every atomic write does."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _step_of(folder: Path) -> int:

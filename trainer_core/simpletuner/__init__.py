@@ -1,1 +1,1 @@
-"""SimpleTuner's configuration as one of ours."""
+"""Import SimpleTuner's configuration as a job."""

@@ -1,73 +1,73 @@
-"""The entries of multidatabackend.json: which of them are trained on, validated on, references, masks or caches."""
+"""The entries of multidatabackend.json and their roles: training, validation, references, masks or caches."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from ..settings import nearest
 
 CACHES = ("text_embeds", "image_embeds", "conditioning_image_embeds")
 MASKS = ("mask", "segmentation")
 
 
 def ids_of(value: object) -> list[Any]:
-    """One id or a list of them, as a list."""
+    """The ids as a list. `value` is one id, a list of ids, or empty."""
     return [value] if isinstance(value, str) else list(value) if isinstance(value, list) else [value] if value else []
 
 
 class Backends:
-    """The entries by id, with what each of them is for."""
+    """The enabled entries by id, with their roles."""
 
     def __init__(self, entries: object, eval_ids: list[Any], notes: list[str]) -> None:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ConfigError("The data file is not a list of data sets, each an object with an `id`.")
+            raise ConfigError("The data file must be a list of data sets, each an object with an `id`.")
         self.entries: dict[str, dict[str, Any]] = {}
         for number, entry in enumerate(entries):
             name = entry.get("id")
             if not isinstance(name, str) or not name:
-                raise ConfigError(f"Data set {number + 1} of the data file has no `id`.")
+                raise ConfigError(f"Data set {number + 1} of the data file has no `id`. Add one.")
             if name in self.entries:
-                raise ConfigError(f"Two data sets have the id {name!r}. Give each its own.")
+                raise ConfigError(f"Two data sets have the id {name!r}. Give each its own id.")
             if any(str(entry.get(word, False)).lower() == "true" for word in ("disabled", "disable")):
-                notes.append(f"{name}: left out; it is disabled.")
+                notes.append(f"{name}: left out because it is disabled.")
             else:
                 self.entries[name] = entry
         self.eval_ids = [self.named(name, "eval_dataset_id", tuple(self.entries)) for name in eval_ids]
         self.eval_ids += [name for name in self.of_kind("eval") if name not in self.eval_ids]
 
     def kind(self, name: str) -> str:
-        """image, conditioning, or what else dataset_type says."""
+        """The dataset_type: image, conditioning or another one."""
         entry = self.entries[name]
-        # as in the Kontext document, where references have a conditioning_type and no dataset_type
+        # in the Kontext document, references have a conditioning_type but no dataset_type
         return entry.get("dataset_type") or ("conditioning" if entry.get("conditioning_type") else "image")
 
     def of_kind(self, *kinds: str) -> tuple[str, ...]:
-        """Their ids, in the file's order."""
+        """Ids of the entries of these types, in file order."""
         return tuple(name for name in self.entries if self.kind(name) in kinds)
 
     def named_embeds(self) -> set[Any]:
-        """Ids of the caches of visual tokens that data sets name."""
+        """Ids of the visual token caches that data sets refer to."""
         return {str(entry.get("conditioning_image_embeds")) for entry in self.entries.values()}
 
     def named(self, name: object, key: str, known: Sequence[str]) -> str:
-        """The name, if it is known.
+        """Return `name` if it is one of `known`.
 
         Raises:
-            ConfigError: it is not; with those that are.
+            ConfigError: it is not; lists the known names.
         """
         if isinstance(name, str) and name in known:
             return name
-        near = difflib.get_close_matches(str(name), known, 1)
-        there = f"Known are {', '.join(known)}." if known else "There is none of that kind in the data file."
-        raise ConfigError(f"{key} names {name!r}. {there}" + (f" Did you mean {near[0]!r}?" if near else ""))
+        near = nearest(name, known)
+        there = f"It must be one of {', '.join(known)}." if known else "The data file has no data set of that type."
+        raise ConfigError(f"{key} refers to {name!r}. {there}" + (f" Did you mean {near!r}?" if near else ""))
 
     def main(self) -> tuple[str, ...]:
-        """The data sets with references, those to validate on too.
+        """Ids of the data sets with references, for training and validation.
 
         Raises:
-            ConfigError: none to train on.
+            ConfigError: there is no data set to train on.
         """
         candidates = self.of_kind("image", "eval")
         linked = {self.entries[name].get("source_dataset_id") for name in self.of_kind("conditioning")}

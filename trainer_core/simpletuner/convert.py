@@ -1,4 +1,4 @@
-"""SimpleTuner's config.json and multidatabackend.json as one of our jobs, with a report on every key."""
+"""Convert SimpleTuner's config.json and multidatabackend.json into a job, with a report on every key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..qwen_image.flavours import FLAVOURS, Flavour
 from ..settings import changed
 from .backends import Backends, ids_of
 from .datasets import INHERITED, read_data
-from .keys import CONFIG_KEYS, CONFIG_REASONS
+from .keys import CONFIG_REASONS
 from .loose_json import read_loose_json
 from .section import Section, put
 from .validation import read_validation
@@ -32,7 +32,7 @@ _PRECISIONS = {
 }
 MOST_REFERENCES = max(row.max_references for row in FLAVOURS.values())
 _SCHEDULERS = {"sine": "cosine"}
-# A part of their optimizer's name, and ours. The first that fits is taken.
+# Part of SimpleTuner's optimizer name -> our name. The first match counts.
 _OPTIMIZERS = {
     "schedulefree": "adamw-schedulefree",
     "adamw8bit": "adamw-8bit",
@@ -41,7 +41,7 @@ _OPTIMIZERS = {
     "prodigy": "prodigy",
     "adafactor": "adafactor",
 }
-# ours: (part, name), spellings of theirs, how it is read
+# our setting, SimpleTuner's spellings, reader
 _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("seed", ("seed",), Section.whole),
     ("gradient_checkpointing", ("gradient_checkpointing",), Section.truth),
@@ -86,7 +86,7 @@ _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("ema.ema_validation", ("ema_validation",), Section.text),
     ("encoding.validation_negative_prompt", ("validation_negative_prompt",), Section.text),
 )
-# What SimpleTuner does without a word from its user, where ours is another thing.
+# SimpleTuner's defaults that differ from ours.
 _THEIR_DEFAULTS = {
     "learning_rate": "4e-7",
     "lora_dropout": "0.1",
@@ -103,7 +103,7 @@ _THEIR_DEFAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """The job, its JSON without what has its default, and what became of every key, a line each."""
+    """The job, its JSON without default values, and a report with a line on every key that needs attention."""
 
     job: JobConfig
     values: dict[str, Any]
@@ -113,33 +113,35 @@ class Imported:
 def import_simpletuner(
     config: Path, data: Path | None = None, *, base: str = "", root: Path, changes: Sequence[str] = ()
 ) -> Imported:
-    """Read both files. Relative paths in them start at `root`, as SimpleTuner's do where it is started.
+    """Import both files. Relative paths in them start at `root`, the folder in which SimpleTuner was started.
 
-    `changes` are settings of the job to put in place of theirs, each `name=value`.
+    `changes` are settings of the job that replace the imported ones, each as `name=value`.
 
     Raises:
-        ConfigError: not readable, not an edit LoRA, ids that don't exist, values out of range.
+        ConfigError: a file can't be read, it is not for an edit LoRA, an id doesn't exist, or a value is out of range.
     """
     settings = read_loose_json(config)
     if data is None:
         named = settings.get("data_backend_config") if isinstance(settings, dict) else None
         if not isinstance(named, str):
-            raise ConfigError(f"{config} names no data_backend_config. Give the data file with --data.")
+            raise ConfigError(f"{config} has no data_backend_config. Give the data file with --data.")
         data = root / named
     imported = convert(settings, read_loose_json(data), base=base, root=root, changes=changes)
-    places = f"Relative paths were taken to start at {root}; encoded pairs go to `cache` beside the job."
+    places = f"Relative paths start at {root}. Encoded pairs are stored in `cache` next to the job."
     return dataclasses.replace(imported, report=(*imported.report, places))
 
 
 def convert(settings: object, datasets: object, *, base: str = "", root: Path, changes: Sequence[str] = ()) -> Imported:
-    """Parsed `settings` (config.json) and `datasets` (multidatabackend.json) as a job."""
+    """Convert parsed `settings` (config.json) and `datasets` (multidatabackend.json) into a job."""
     notes: list[str] = []
     section = Section(settings, "", notes)
     values: dict[str, Any] = {}
     flavour = _kind(section)
     inherited = {key: section.take(key) for key in INHERITED}
     backends = Backends(datasets, ids_of(section.take("eval_dataset_id")), notes)
-    alone = section.text("conditioning_multidataset_sampling") == "random"  # one reference a turn, of up to three
+    alone = (
+        section.text("conditioning_multidataset_sampling") == "random"
+    )  # each turn shows one of up to three references
     found = read_data(backends, inherited, root, MOST_REFERENCES if alone else flavour.max_references, notes)
     values |= {"model": _model(section, flavour, base, root), **found.values}
     values |= {"cache_dir": "cache", "run_dir": f"runs/{_file_name(found.name)}"}
@@ -155,26 +157,28 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     _steps_and_folders(section, values, root)
     _rest(section, values)
     values["memory"] = {"memory": "auto"}
-    notes.append("memory is auto: what is computed again, offloaded and streamed is chosen so that the training fits.")
-    section.explain(CONFIG_REASONS, CONFIG_KEYS)
+    notes.append(
+        "memory is auto: checkpointing, offloading and streaming are chosen so that the training fits into memory."
+    )
+    section.explain(CONFIG_REASONS)
     values = changed(values, changes)
     job = from_json(JobConfig, values)
     if "num_eval_images" not in section:
         _held_out_unasked(section, job)
     listed = ", ".join(f"{name} (SimpleTuner's {_THEIR_DEFAULTS[name]})" for name in missing)
-    notes += [f"Not in your files, so this trainer's own defaults hold: {listed}."] if missing else []
+    notes += [f"Not in your files, so this trainer's defaults apply: {listed}."] if missing else []
     notes.sort(key=lambda line: "UNKNOWN" not in line and "LEFT OUT" not in line)
     return Imported(job, values, tuple(notes))
 
 
 def _held_out_unasked(section: Section, job: JobConfig) -> None:
-    """SimpleTuner draws pairs that it trains on; here they are held out, which takes them from the training."""
+    """Report held-out pairs that nobody asked for. SimpleTuner validates on training pairs instead."""
     held = max(part.encoding.num_eval_images for part in job.parts())
     if held > 0 and not job.eval_dataset_id:
         section.note(
             "num_eval_images",
-            f"not given, and no eval_dataset_id; {held} pairs of each data set are kept out of training, to validate "
-            "on. With encoding.num_eval_images 0 all are trained on, and no pictures are drawn.",
+            f"neither it nor eval_dataset_id is given, so {held} pairs of each data set are kept out of training for "
+            "validation. With encoding.num_eval_images 0 all pairs are trained on and no pictures are sampled.",
         )
 
 
@@ -183,27 +187,29 @@ def _file_name(text: str) -> str:
 
 
 def _kind(section: Section) -> Flavour:
-    """The flavour, if this is the configuration of an edit LoRA."""
+    """The flavour. Raises ConfigError if this is not the configuration of an edit LoRA."""
     for key, allowed in (("model_family", "qwen_image"), ("model_type", "lora")):
         value = section.text(key)
         if value is None and key == "model_type":
             section.note(key, "not given; a LoRA is trained.")
         elif value not in (None, allowed):
-            raise ConfigError(f"{key} is {value!r}; allowed is {allowed}: only LoRAs for Qwen-Image-Edit are trained.")
+            raise ConfigError(f"{key} must be {allowed}, got {value!r}. Only LoRAs for Qwen-Image-Edit are trained.")
     if (section.text("lora_type") or "standard") != "standard":
-        section.note("lora_type", "a standard LoRA is trained; of LyCORIS there is LoKr, as lora_type lokr.")
+        section.note(
+            "lora_type", "a standard LoRA is trained. Of LyCORIS only LoKr is supported, with lora.lora_type lokr."
+        )
     name = section.text("model_flavour", "model_flavor")
     if name == "edit-v2+":
         section.note("model_flavour", "edit-v2+ (2509 with 2511's timestep of references) is trained as edit-v2.")
         name = "edit-v2"
     known = {str(each): row for each, row in FLAVOURS.items()}
     if name not in known:
-        raise ConfigError(f"model_flavour is {name!r}; allowed is one of {', '.join(known)}.")
+        raise ConfigError(f"model_flavour must be one of {', '.join(known)}, got {name!r}.")
     return known[name]
 
 
 def _model(section: Section, flavour: Flavour, base: str, root: Path) -> dict[str, Any]:
-    """Files and precisions of the base model."""
+    """The files and precisions of the base model."""
     model: dict[str, Any] = {"flavour": flavour.name}
     named = section.text("pretrained_model_name_or_path")
     local = root / Path(named).expanduser() if named else None
@@ -223,14 +229,16 @@ def _model(section: Section, flavour: Flavour, base: str, root: Path) -> dict[st
         if file and file.endswith((".safetensors", ".gguf")):
             model[f"{part}_file"] = str(root / Path(file).expanduser())
         elif file:
-            section.note(key, f"left out; the {part} of model.base is used, or a single file as model.{part}_file.")
+            section.note(
+                key, f"left out: the {part} of model.base is used. Set model.{part}_file to use a single file."
+            )
     precision = section.text("base_model_precision")
     if precision in _PRECISIONS and precision != "no_change":
-        section.note("base_model_precision", f"{precision} is not built; {_PRECISIONS[precision]} is used.")
+        section.note("base_model_precision", f"{precision} is not supported; {_PRECISIONS[precision]} is used.")
     via = section.text("quantize_via")
     mixed = section.text("mixed_precision")
     if mixed not in (None, "bf16", "no"):
-        section.note("mixed_precision", f"{mixed} is not built; bf16 is used.")
+        section.note("mixed_precision", f"{mixed} is not supported; bf16 is used.")
         mixed = "bf16"
     model |= {"base_model_precision": _PRECISIONS.get(precision, precision)} if precision else {}
     model |= {"quantize_via": "accelerator" if via == "pipeline" else via} if via else {}
@@ -239,13 +247,13 @@ def _model(section: Section, flavour: Flavour, base: str, root: Path) -> dict[st
 
 
 def _other_precisions(section: Section, precision: str) -> dict[str, Any]:
-    """Of activations and of the text encoder."""
+    """The precisions of the activations and of the text encoder."""
     found: dict[str, Any] = {}
     if section.truth("quantize_activations"):
         if precision in EIGHT_BITS:
             found["quantize_activations"] = True
         else:
-            section.note("quantize_activations", f"left out; it goes with {' and '.join(EIGHT_BITS)} only.")
+            section.note("quantize_activations", f"left out: it works only with {' and '.join(EIGHT_BITS)}.")
     text_encoder = section.text("text_encoder_1_precision", "text_encoder_precision")
     if text_encoder:
         found["text_encoder_precision"] = _PRECISIONS.get(text_encoder, text_encoder)
@@ -268,24 +276,26 @@ def _optimizer(section: Section, values: dict[str, Any]) -> None:
         put(values, "optimizer.lr_warmup_steps", 0)
     if scheduler:
         put(values, "optimizer.lr_scheduler", _SCHEDULERS.get(scheduler, scheduler))
-    _course_for(section, values)
+    _schedule_for(section, values)
     _clipping_and_targets(section, values)
 
 
 def _learning_rate_for(theirs: str, ours: str, section: Section, optimizer: dict[str, Any]) -> None:
-    """Leave out a rate that was meant for an optimizer we don't have."""
+    """Drop a learning rate that was chosen for an optimizer we do not have."""
     rate = optimizer.get("learning_rate")
     if ours == "prodigy" and (rate is None or not 0.1 <= rate <= 10):
         optimizer["learning_rate"] = 1.0
-        section.note("learning_rate", "1, a factor on the rate that prodigy finds.")
+        section.note("learning_rate", "becomes 1, a factor on the rate that prodigy finds.")
     elif ours == "adamw" and "adam" not in theirs.lower():
-        section.note("learning_rate", f"was meant for {theirs}; AdamW usually wants 1e-4 for ranks to 16, 5e-5 above.")
+        section.note(
+            "learning_rate", f"was chosen for {theirs}; AdamW usually needs 1e-4 for ranks up to 16 and 5e-5 above."
+        )
         if rate is not None and not 0 < rate < 0.01:
             del optimizer["learning_rate"]
 
 
-def _course_for(section: Section, values: dict[str, Any]) -> None:
-    """What our optimizers and courses don't take together, SimpleTuner ignores in silence."""
+def _schedule_for(section: Section, values: dict[str, Any]) -> None:
+    """Replace schedules that the optimizer does not support. SimpleTuner ignores them silently."""
     optimizer = values.get("optimizer", {})
     falling = optimizer.get("lr_scheduler", "constant_with_warmup") not in ENDLESS
     if optimizer.get("optimizer") == "adamw-schedulefree" and falling:
@@ -300,8 +310,8 @@ def _clipping_and_targets(section: Section, values: dict[str, Any]) -> None:
     elif norm is not None:
         section.note(
             "max_grad_norm",
-            f"left out; SimpleTuner cuts each element at {norm:g} (grad_clip_method value), here the whole gradient's "
-            "norm is limited, by default to 1.",
+            f"left out: SimpleTuner clips each element at {norm:g} (grad_clip_method value), but this trainer limits "
+            "the norm of the whole gradient, by default to 1.",
         )
     if section.truth("use_dora"):
         put(values, "lora.lora_type", "dora")
@@ -314,7 +324,7 @@ def _clipping_and_targets(section: Section, values: dict[str, Any]) -> None:
 
 
 def _rollout(section: Section, values: dict[str, Any]) -> None:
-    """Scheduled sampling has SimpleTuner's names here too."""
+    """Read scheduled sampling, whose settings have the same names here."""
     readers = {int: Section.whole, float: Section.number, bool: Section.truth}
     for name, hint in typing.get_type_hints(RolloutConfig).items():
         value = readers.get(hint, Section.text)(section, name)
@@ -326,7 +336,7 @@ def _noise(section: Section, values: dict[str, Any], offset: float) -> None:
     shift = section.number("flow_schedule_shift")
     if shift == 0 and not values.get("noise", {}).get("flow_schedule_auto_shift"):
         shift = 1.0
-        section.note("flow_schedule_shift", "0 is no shift, here called 1.")
+        section.note("flow_schedule_shift", "0 means no shift, which is 1 here.")
     if shift:
         put(values, "noise.flow_schedule_shift", shift)
     if section.truth("flow_use_uniform_schedule"):
@@ -340,18 +350,18 @@ def _steps_and_folders(section: Section, values: dict[str, Any], root: Path) -> 
     if steps and steps > 0:
         values["max_train_steps"] = steps
         if epochs:
-            section.note("num_train_epochs", f"left out; max_train_steps {steps} counts.")
+            section.note("num_train_epochs", f"left out: max_train_steps {steps} counts.")
     elif epochs:
         section.note(
             "num_train_epochs",
-            f"steps are counted, not epochs. Set max_train_steps to {epochs:g} x pairs x (repeats + 1) / "
-            "(train_batch_size x gradient_accumulation_steps); until then it is 1000.",
+            f"left out: the length is set in steps. Set max_train_steps to {epochs:g} x pairs x (repeats + 1) / "
+            "(train_batch_size x gradient_accumulation_steps); the default is 1000.",
         )
     folder = section.text("output_dir")
     if folder:
         values["run_dir"] = str(root / Path(folder).expanduser() / "qwen_edit_trainer")
         put(values, "export.lora_name", _file_name(Path(folder).name))
-        section.note("output_dir", f"the run goes to {values['run_dir']}, beside what SimpleTuner has left.")
+        section.note("output_dir", f"the run is stored in {values['run_dir']}, next to SimpleTuner's own files.")
     if start := section.text("init_lora"):
         put(values, "lora.init_lora", str(root / Path(start).expanduser()))
 
@@ -363,16 +373,18 @@ def _rest(section: Section, values: dict[str, Any]) -> None:
         match = extra.truth("match_target_res")
         if match is not None:
             put(values, "encoding.match_target_res", match)
-        extra.explain({}, ("match_target_res",))
+        extra.explain({})
     if sampling := section.text("conditioning_multidataset_sampling"):
         put(values, "encoding.conditioning_multidataset_sampling", sampling)
     elif any(len(part["dataset"]["reference_dirs"]) > 1 for part in values.get("datasets", [values])):
         section.note(
             "conditioning_multidataset_sampling",
-            "not given; combined, so that all references of a pair are seen together. SimpleTuner draws one (random).",
+            "not given, so combined: all references of a pair are used together. SimpleTuner's default is random.",
         )
     step = section.whole("aspect_bucket_alignment")
     if step in (16, 32):
         values["encoding"].setdefault("sizes", {})["aspect_bucket_alignment"] = step
     elif step is not None:
-        section.note("aspect_bucket_alignment", f"left out; {step} is not 16 or 32. 32 is used, as Qwen wants it.")
+        section.note(
+            "aspect_bucket_alignment", f"left out: {step} is not 16 or 32. 32 is used, as Qwen-Image-Edit expects."
+        )

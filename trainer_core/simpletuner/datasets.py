@@ -1,4 +1,4 @@
-"""multidatabackend.json: which folders are targets, references and masks, and how their pictures are cut."""
+"""Import multidatabackend.json: folders of targets, references and masks, captions, sizes and crops."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from ..errors import ConfigError
 from ..settings import is_plain_name
 from .backends import CACHES, MASKS, Backends, ids_of
-from .keys import DATA_KEYS, DATA_REASONS, TABLE_REASONS
+from .keys import DATA_REASONS, TABLE_REASONS
 from .section import Section, words
 
 _SIZE_LIMITS = ("maximum_image_size", "target_downsample_size")
-# Settings of all data sets may stand in config.json.
+# Defaults for all data sets, which config.json may contain.
 INHERITED = words(
     "resolution resolution_type caption_strategy instance_prompt crop crop_style crop_aspect minimum_image_size "
     "maximum_image_size target_downsample_size"
@@ -22,8 +22,11 @@ INHERITED = words(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportedData:
-    """What the data file decides of a job: the parts `dataset` or `datasets`, `encoding` and `eval_dataset_id` of its
-    JSON, a name for the run, and the mean of the noise level's normal in units of its deviation."""
+    """What the data file contributes to a job.
+
+    `values` has `dataset` or `datasets`, `encoding` and `eval_dataset_id` of the job's JSON, `name` is a name for the
+    run, and `offset` is the mean of the logit-normal noise distribution in units of its standard deviation.
+    """
 
     values: dict[str, Any]
     name: str
@@ -33,13 +36,14 @@ class ImportedData:
 def read_data(
     backends: Backends, inherited: dict[str, Any], root: Path, max_references: int, notes: list[str]
 ) -> ImportedData:
-    """Read all entries.
+    """Read all entries of the data file.
 
     Raises:
-        ConfigError: ids that don't exist, data sets that are not local folders, references missing.
+        ConfigError: an id does not exist, a data set is not a local folder, or references are missing.
     """
     names = backends.main()
     parts, offsets, used, cut = [], {}, set(names), {}
+    known: set[str] = set()
     for name in names:
         entry = {**{key: value for key, value in inherited.items() if value is not None}, **backends.entries[name]}
         section = Section(entry, name, notes)
@@ -50,23 +54,26 @@ def read_data(
         offset = section.number("timestep_sampling_offset")
         if name not in backends.eval_ids:
             offsets[name] = offset or 0.0
-        section.explain(DATA_REASONS, DATA_KEYS)
+        section.explain(DATA_REASONS)
+        known |= section.asked
     for other in backends.entries:
         if other not in names:
-            _other(backends, other, used, cut, notes)
+            _other(backends, other, used, cut, known, notes)
     first = next(iter(offsets))
     if len(set(offsets.values())) > 1:
-        notes.append(f"timestep_sampling_offset: there is one for the whole run; that of {first} is used.")
+        notes.append(f"timestep_sampling_offset: one value applies to the whole run; that of {first} is used.")
     evals = [name for name in names if name in backends.eval_ids]
     return ImportedData(values=_job_values(parts, evals, notes), name=first, offset=offsets[first])
 
 
 def _job_values(parts: list[dict[str, Any]], evals: list[str], notes: list[str]) -> dict[str, Any]:
-    """One data set as `dataset`; several as `datasets`, with what they share of their encoding in `encoding`."""
+    """One data set as `dataset`, several as `datasets`. The settings that all share go into `encoding`."""
     if len(parts) == 1:
         part = parts[0]
         if part.get("repeats", 0) or part.get("probability", 1) != 1:
-            notes.append(f"{part['id']}.repeats, probability: with one data set they change the length of epochs only.")
+            notes.append(
+                f"{part['id']}.repeats, probability: with one data set they change only the length of an epoch."
+            )
         return {"dataset": part["dataset"], "encoding": part["encoding"]}
     shared = _take_shared([part["encoding"] for part in parts])
     sizes = [part["encoding"].get("sizes", {}) for part in parts]
@@ -79,7 +86,7 @@ def _job_values(parts: list[dict[str, Any]], evals: list[str], notes: list[str])
 
 
 def _take_shared(objects: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is equal in all of them, taken out of each."""
+    """Remove the settings that are equal in all objects and return them."""
     shared = {
         key: value
         for key, value in objects[0].items()
@@ -92,7 +99,7 @@ def _take_shared(objects: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _part(backends: Backends, section: Section, references: list[str], masks: list[str], root: Path) -> dict[str, Any]:
-    """One of `datasets`."""
+    """One entry of `datasets`."""
     name = section.take("id")
     folders = [_folder(backends.entries[each], each, root) for each in references]
     dataset: dict[str, Any] = {
@@ -102,7 +109,8 @@ def _part(backends: Backends, section: Section, references: list[str], masks: li
     if masks:
         dataset["mask_dir"] = _folder(backends.entries[masks[0]], masks[0], root)
         section.note("conditioning_data", f"masks from {masks[0]}: white counts in the loss, black does not.")
-    section.take("type", "disabled", "disable", "dataset_type", "instance_data_dir")
+    section.take("type", "disabled", "disable", "dataset_type", "instance_data_dir")  # read from the entry itself
+    section.knows("conditioning_type", "source_dataset_id")  # only references and masks have them
     _captions(section, dataset, root)
     kinds = [backends.entries[each].get("conditioning_type") or "auto" for each in references]
     if set(kinds) != {"auto"}:
@@ -114,37 +122,39 @@ def _part(backends: Backends, section: Section, references: list[str], masks: li
 
 
 def _image_embeds(backends: Backends, section: Section, name: str) -> dict[str, Any]:
-    """The cache of visual tokens that a data set names; its entry in the file says that it is to be made."""
+    """The visual token cache that a data set refers to. Its entry in the file means that it may be created."""
     embeds = section.take("conditioning_image_embeds")
     if embeds is None:
         return {}
     known = backends.of_kind("conditioning_image_embeds")
     found = backends.named(embeds, f"{name}.conditioning_image_embeds", known)
     if not is_plain_name(found):
-        section.note("conditioning_image_embeds", f"left out; {found!r} is no name of a folder. The default is used.")
+        section.note(
+            "conditioning_image_embeds", f"left out: {found!r} is not a valid folder name. The default is used."
+        )
         return {}
     return {"conditioning_image_embeds": found, "create_image_embeds": True}
 
 
 def _turns(section: Section) -> dict[str, Any]:
-    """repeats and probability, as far as they change anything."""
+    """repeats and probability, unless they have their defaults."""
     repeats, probability = section.whole("repeats") or 0, section.number("probability")
     turns: dict[str, Any] = {"repeats": max(0, repeats)} if repeats > 0 else {}
     if probability is not None and not (probability == 0 or 0.01 <= probability <= 1):
         section.note(
-            "probability", f"{probability:g} becomes {min(1.0, max(0.01, probability)):g}; allowed is 0.01 to 1."
+            "probability", f"{probability:g} becomes {min(1.0, max(0.01, probability)):g}; it must be 0.01 to 1."
         )
         probability = min(1.0, max(0.01, probability))
     if probability not in (None, 1):
         turns["probability"] = probability
-        section.note("probability", "here the share of the pairs that an epoch draws, anew each time.")
+        section.note("probability", "the share of the pairs that each epoch draws, anew every time.")
     return turns
 
 
 def _linked(
     backends: Backends, section: Section, name: str, max_references: int
 ) -> tuple[list[str], list[str], dict[str, str]]:
-    """Ids of references, in their order, and of the mask; of those that are not taken, why."""
+    """Ids of the references in order, ids of the mask, and why other linked data sets are not used."""
     known = tuple(each for each in backends.of_kind("conditioning", "image") if each != name)
     ids = [
         backends.named(each, f"{name}.conditioning_data", known) for each in ids_of(section.take("conditioning_data"))
@@ -158,55 +168,60 @@ def _linked(
         kind = backends.entries[each].get("conditioning_type")
         if kind not in (None, "reference_strict", "reference_loose", *MASKS):
             raise ConfigError(
-                f"{each}.conditioning_type is {kind!r}; allowed for edit models is reference_strict, reference_loose, "
-                "mask, segmentation."
+                f"{each}.conditioning_type must be reference_strict, reference_loose, mask or segmentation for an edit "
+                f"model, got {kind!r}."
             )
     masks = [each for each in ids if backends.entries[each].get("conditioning_type") in MASKS]
     references = [each for each in ids if each not in masks]
     if not references:
-        raise ConfigError(f"{name}.conditioning_data names no references, only masks. An edit starts from a picture.")
+        raise ConfigError(
+            f"{name}.conditioning_data has only masks. Add references, because an edit starts from a picture."
+        )
     taken = ", ".join(references[:max_references])
     section.note("conditioning_data", f"references, in this order: {taken}.")
     cut = dict.fromkeys(references[max_references:], _too_many(name, max_references))
-    cut |= dict.fromkeys(masks[1:], f"{name} names it, but one set of masks is used, {masks[0]}" if masks else "")
+    cut |= dict.fromkeys(
+        masks[1:], f"{name} refers to it, but only one set of masks is used, {masks[0]}" if masks else ""
+    )
     return references[:max_references], masks[:1], cut
 
 
 def _too_many(name: str, max_references: int) -> str:
     if max_references > 1:
-        return f"{name} names it, but at most {max_references} references are used, the first ones"
+        return f"{name} refers to it, but only the first {max_references} references are used"
     return (
-        f"{name} names it, but this flavour sees one reference, the first. With conditioning_multidataset_sampling "
-        "random it sees each of up to three in turn"
+        f"{name} refers to it, but this flavour uses only the first reference. With conditioning_multidataset_sampling "
+        "random each turn uses one of up to three"
     )
 
 
 def _folder(entry: dict[str, Any], name: str, root: Path) -> str:
     if entry.get("type", "local") != "local":
-        raise ConfigError(f"{name}.type is {entry['type']!r}; allowed is local. Copy the pictures into a folder.")
+        raise ConfigError(f"{name}.type must be local, got {entry['type']!r}. Copy the pictures into a folder.")
     folder = entry.get("instance_data_dir")
     if not isinstance(folder, str) or not folder:
-        raise ConfigError(f"{name}.instance_data_dir is {folder!r}; allowed is a folder of pictures.")
+        raise ConfigError(f"{name}.instance_data_dir must be a folder of pictures, got {folder!r}.")
     return str(root / Path(folder).expanduser())
 
 
 def _captions(section: Section, dataset: dict[str, Any], root: Path) -> None:
-    """caption_strategy and what goes with it."""
+    """caption_strategy and its settings."""
     strategy = section.text("caption_strategy")
     captions: dict[str, Any] = {}
     prompt = section.take("instance_prompt")
     if isinstance(prompt, list):
-        section.note("instance_prompt", "a list; the first one is used.")
+        section.note("instance_prompt", "is a list; the first prompt is used.")
         prompt = prompt[0] if prompt else None
     if section.truth("only_instance_prompt"):
         strategy = "instanceprompt"
+    section.knows("parquet", "csv_file", "csv_caption_column")  # read only with their caption_strategy
     table = section.inside("parquet") if strategy == "parquet" else None
     if table is not None:
         columns = {key: table.text(key) for key in ("caption_column", "filename_column")}
         captions = {"caption_file": table.text("path") or "", **{key: name for key, name in columns.items() if name}}
         strategy = "jsonl" if captions["caption_file"].endswith((".jsonl", ".json")) else "parquet"
-        section.note("parquet.path", "a relative path starts at the targets' folder.")
-        table.explain(TABLE_REASONS, ("path", *columns))
+        section.note("parquet.path", "a relative path starts at the target folder.")
+        table.explain(TABLE_REASONS)
     if strategy == "csv":
         file, column = section.text("csv_file"), section.text("csv_caption_column")
         captions = {"caption_file": str(root / Path(file).expanduser()) if file else ""}
@@ -222,7 +237,7 @@ def _captions(section: Section, dataset: dict[str, Any], root: Path) -> None:
 
 
 def _sizes(section: Section) -> dict[str, Any]:
-    """resolution, and the settings of sizes and crops."""
+    """The resolution and the settings of sizes and crops."""
     sizes: dict[str, Any] = {}
     encoding: dict[str, Any] = {}
     kind, resolution = section.text("resolution_type"), section.number("resolution")
@@ -240,7 +255,7 @@ def _sizes(section: Section) -> dict[str, Any]:
     ):
         value = section.text(key)
         if value in spelt and value != "centre":
-            section.note(key, f"{value} is not built; {spelt[value]} is used.")
+            section.note(key, f"{value} is not supported; {spelt[value]} is used.")
         sizes |= {key: spelt.get(value, value)} if value else {}
     minimum = section.number("minimum_image_size")
     sizes |= {"minimum_image_size": minimum, "leave_out_small": True} if minimum else {}
@@ -249,43 +264,50 @@ def _sizes(section: Section) -> dict[str, Any]:
         sizes |= dict(zip(_SIZE_LIMITS, limits, strict=True))
     elif any(limits):
         section.note(
-            "maximum_image_size", "left out with target_downsample_size; both are needed, and crop, to change anything."
+            "maximum_image_size",
+            "left out with target_downsample_size: they need each other and crop to have an effect.",
         )
     return {**encoding, "sizes": sizes} if sizes else encoding
 
 
-def _other(backends: Backends, name: str, used: set[str], cut: dict[str, str], notes: list[str]) -> None:
-    """Why an entry that is not the main one, or one of its keys, is not taken."""
+def _other(
+    backends: Backends, name: str, used: set[str], cut: dict[str, str], known: set[str], notes: list[str]
+) -> None:
+    """Report why an entry other than the main data sets, or one of its keys, is not used."""
     if name in used:
-        _of_linked(Section(backends.entries[name], name, notes))
+        _explain_linked(Section(backends.entries[name], name, notes), known)
         return
     kind = backends.kind(name)
     if name in cut:
-        notes.append(f"{name}: LEFT OUT; {cut[name]}.")
+        notes.append(f"{name}: LEFT OUT: {cut[name]}.")
     elif kind in CACHES:
-        place = "in the cache folder, under this name" if name in backends.named_embeds() else "in one cache for all"
-        notes.append(f"{name}: {kind} are kept {place}, by content.")
+        place = (
+            "in the cache folder, under this name"
+            if name in backends.named_embeds()
+            else "in one cache for all data sets"
+        )
+        notes.append(f"{name}: {kind} are stored {place}, keyed by content.")
     elif kind in ("image", "eval"):
-        notes.append(f"{name}: LEFT OUT; it has no conditioning_data, and an edit starts from a picture.")
+        notes.append(f"{name}: LEFT OUT: it has no conditioning_data, but an edit starts from a picture.")
     elif kind == "conditioning":
-        notes.append(f"{name}: LEFT OUT; no data set names it in its conditioning_data.")
+        notes.append(f"{name}: LEFT OUT: no data set refers to it in conditioning_data.")
     else:
-        notes.append(f"{name}: LEFT OUT; data sets of type {kind} have no part in edits.")
+        notes.append(f"{name}: LEFT OUT: edits do not use data sets of type {kind}.")
 
 
-def _of_linked(section: Section) -> None:
-    """The keys of references and masks: as those of their targets, or why not."""
+def _explain_linked(section: Section, known: set[str]) -> None:
+    """Report on the keys of references and masks. Most follow the settings of their targets."""
     section.take("id", "type", "disabled", "disable", "dataset_type", "instance_data_dir", "source_dataset_id")
     what = section.text("conditioning_type")
     reasons = {
-        "segmentation": "counts by brightness: paint white what counts and black what doesn't.",
+        "segmentation": "weighted by brightness: paint the parts that count white and the others black.",
     }
     if what in reasons:
         section.note("conditioning_type", f"{what}; {reasons[what]}")
     shared = [key for key in INHERITED if key in section and key not in ("caption_strategy", "instance_prompt")]
     if shared:
-        section.note(", ".join(shared), "as the targets and match_target_res say.")
+        section.note(", ".join(shared), "ignored; targets and match_target_res decide.")
     section.take(*shared)
     if section.take("caption_strategy", "instance_prompt") is not None:
-        section.note("caption_strategy", "captions are those of the targets.")
-    section.explain(DATA_REASONS, DATA_KEYS)
+        section.note("caption_strategy", "ignored; the captions of the targets are used.")
+    section.explain(DATA_REASONS, known)

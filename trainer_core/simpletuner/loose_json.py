@@ -1,4 +1,4 @@
-"""JSON as people write it: with // and /* */ comments and trailing commas."""
+"""Read JSON with // and /* */ comments and trailing commas."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _TRAILING_COMMA = re.compile(rf"{_STRING}|,(?=\s*[\]}}])")
 
 
 def read_loose_json(path: Path, name: str = "") -> Any:
-    """The file's values. Messages call it `name`, if there is one, so that they need not tell where it lies.
+    """The parsed values of a file. Messages use `name` instead of the path if it is given, to keep the path private.
 
     Raises:
-        ConfigError: unreadable, or not JSON even so; with line and column.
+        ConfigError: the file can't be read or is not JSON; gives line and column.
     """
     name = name or str(path)
     try:
@@ -26,7 +26,7 @@ def read_loose_json(path: Path, name: str = "") -> Any:
     except OSError as error:
         raise ConfigError(f"Can't read {name}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{name} is not text in UTF-8. Save it with the encoding UTF-8.") from error
+        raise ConfigError(f"{name} is not UTF-8 text. Save it as UTF-8.") from error
     try:
         return json.loads(plain_json(text))
     except json.JSONDecodeError as error:
@@ -34,7 +34,7 @@ def read_loose_json(path: Path, name: str = "") -> Any:
 
 
 def plain_json(text: str) -> str:
-    """Comments and trailing commas replaced by blanks, so that lines and columns stay. Strings are left alone."""
+    """Replace comments and trailing commas with spaces, which keeps line and column numbers. Skips strings."""
     return _TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
 
 

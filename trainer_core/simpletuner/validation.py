@@ -1,4 +1,4 @@
-"""Pictures and loss on held-out pairs, as SimpleTuner's config.json has them."""
+"""Import the validation settings of SimpleTuner's config.json."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from .section import Section, put
 
 
 def read_validation(section: Section, values: dict[str, Any]) -> None:
-    """Guidance, pairs held out, sizes and prompts."""
+    """Read guidance, number of held-out pairs, sizes and prompts into `values`."""
     guidance, real = section.number("validation_guidance"), section.number("validation_guidance_real")
     if real is not None and real > 1:
         guidance = real
-        section.note("validation_guidance_real", f"true guidance {real:g}, so validation_guidance is not asked.")
+        section.note("validation_guidance_real", f"true guidance {real:g}, so validation_guidance is ignored.")
     elif guidance is not None:
-        section.note("validation_guidance", f"true classifier-free guidance {guidance:g}, as its document means it.")
+        section.note(
+            "validation_guidance", f"true classifier-free guidance {guidance:g}, as in SimpleTuner's document."
+        )
     if guidance is not None:
         put(values, "validation.validation_guidance", max(1.0, guidance))
     count = section.whole("num_eval_images")
@@ -25,7 +27,7 @@ def read_validation(section: Section, values: dict[str, Any]) -> None:
     if count is not None and not values.get("eval_dataset_id"):
         values["encoding"].setdefault("num_eval_images", count)
         section.note(
-            "num_eval_images", f"{count} pairs of each data set are kept out of training. Fewer for a small one."
+            "num_eval_images", f"{count} pairs of each data set are kept out of training. Lower it for a small one."
         )
     if section.truth("validation_disable"):
         put(values, "validation.num_validation_images", 0)
@@ -33,7 +35,7 @@ def read_validation(section: Section, values: dict[str, Any]) -> None:
         values["encoding"]["validation_negative_prompt"] = " "
     if prompt := section.text("validation_prompt"):
         put(values, "encoding.validation_prompts", [prompt])
-        section.note("validation_prompt", "drawn of every held-out pair besides its caption.")
+        section.note("validation_prompt", "sampled for every held-out pair in addition to its caption.")
     _sizes(section, values)
 
 
@@ -46,11 +48,11 @@ def _sizes(section: Section, values: dict[str, Any]) -> None:
         ValidationConfig(validation_resolution=sizes)
     except ConfigError:
         rounded = ",".join("x".join(_near_sixteen(side) for side in size.split("x")) for size in sizes.split(","))
-        section.note("validation_resolution", f"{value} becomes {rounded}; sides are multiples of 16.")
+        section.note("validation_resolution", f"{value} becomes {rounded}, because sides must be multiples of 16.")
         sizes = rounded
     put(values, "validation.validation_resolution", sizes)
 
 
 def _near_sixteen(side: str) -> str:
-    """The side in whole tokens; what is no number stays, and is refused with all that is allowed."""
+    """The side rounded to a multiple of 16. Keeps text that is no number, which the check of the settings refuses."""
     return str(max(64, round(int(side) / 16) * 16)) if side.isdigit() else side

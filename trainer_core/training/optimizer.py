@@ -57,7 +57,7 @@ def optimizer_builder(config: OptimizerConfig, device: torch.device) -> Builder:
 def _adamw_8bit(settings: dict[str, Any], device: torch.device) -> Builder:
     if device.type != "cuda":
         raise ConfigError(
-            f"optimizer is 'adamw-8bit' on {device}; allowed is a CUDA device. Set optimizer to adamw, or to lion or "
+            f"optimizer 'adamw-8bit' must run on a CUDA device, got {device}. Set optimizer to adamw, or to lion or "
             "adafactor for less memory."
         )
     try:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..errors import RunFolderError
 
 GROUP = "group"  # no parameter's name: those have dots
-# What optimizers keep once for all parameters: Prodigy's estimate of the rate, schedule-free's average.
-_GROUP_ENTRIES = ("k", "d", "d_hat", "d_max", "d_numerator", "d_denom", "weight_sum", "lr_max")
+_SET_EVERY_STEP = "lr"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -22,10 +21,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
         for entry, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{entry}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     group = optimizer.param_groups[0]
-    for entry in _GROUP_ENTRIES:
-        if entry in group:
-            dtype = torch.int64 if isinstance(group[entry], int) else torch.float64
-            tensors[f"{GROUP}/{entry}"] = torch.tensor(group[entry], dtype=dtype)
+    # All numbers by whatever names: some optimizers count or estimate in here (Prodigy's `d`, schedule-free's `k`), and
+    # a list of names would miss the one that a library's next version renames.
+    for entry, value in group.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and entry != _SET_EVERY_STEP:
+            dtype = torch.int64 if isinstance(value, int) else torch.float64
+            tensors[f"{GROUP}/{entry}"] = torch.tensor(value, dtype=dtype)
     return tensors
 
 

@@ -21,7 +21,7 @@ def check_same_start(ranks: Ranks, done: int, weights: Mapping[str, Tensor]) -> 
     """
     if ranks.size == 1:
         return
-    states = ranks.told((done, _digest(weights)))
+    states = ranks.all_gather_ints((done, _digest(weights)))
     if len(set(states)) > 1:
         found = "; ".join(
             f"process {rank}: step {step}, weights {name:016x}" for rank, (step, name) in enumerate(states)
@@ -55,7 +55,7 @@ def add_up_step(ranks: Ranks, weights: Collection[nn.Parameter], own: Tensor, *,
     numbers = torch.zeros(len(own), total, device=own.device)
     numbers[:, before : before + own.shape[1]] = own
     gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-    flat = ranks.add_up(torch.cat([*(each.flatten() for each in gradients), numbers.flatten()]))
+    flat = ranks.all_reduce_sum(torch.cat([*(each.flatten() for each in gradients), numbers.flatten()]))
     sizes = [weight.numel() for weight in weights]
     *sums, together = flat.split([*sizes, numbers.numel()])
     for weight, gradient in zip(weights, sums, strict=True):

@@ -187,7 +187,7 @@ def reflexflow_loss(
     counted = compensation(velocity.detach(), rolled, rollout.scheduled_sampling_reflexflow_alpha)
     counted = counted if weights is None else counted * weights
     loss = velocity_loss(velocity, target, counted, penalty)
-    turned = drift(
+    turned = direction_error(
         velocity[rows], rolled.noisy.latents[rows] - latents[rows], None if weights is None else weights[rows]
     )
     scaled = rollout.scheduled_sampling_reflexflow_beta2 * loss[rows]
@@ -208,7 +208,7 @@ def compensation(velocity: Tensor, rolled: RolledOut, alpha: float) -> Tensor:
     return weights
 
 
-def drift(velocity: Tensor, displacement: Tensor, weights: Tensor | None = None) -> Tensor:
+def direction_error(velocity: Tensor, displacement: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared distance [B] of the two directions, 0 for equal to 4 for opposite; a mask's zeros don't take part."""
     root = 1.0 if weights is None else weights.sqrt()
     one, other = ((each.float() * root).flatten(1) for each in (velocity, displacement))

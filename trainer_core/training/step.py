@@ -15,14 +15,16 @@ from torch.nn.utils import clip_grad_norm_
 
 from ..adapters.inject import inject_lora, without_dropout
 from ..adapters.master_weights import MasterWeights, master_weights
+from ..adapters.plan import AdapterPlan
 from ..conditioning.batches import Batch, BatchLoader
 from ..config import Preprocessing, TrainConfig
 from ..device import peak_bytes, pick_device
-from ..errors import NonFiniteLossError
+from ..errors import Interrupted, NonFiniteLossError
 from ..events import Observer, StepReport, Stop, raise_if_stopped
 from ..memory.placement import apply_memory, blocks_on_host, stream_blocks
+from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.positions import use_comfyui_positions
-from ..qwen_image.transformer import check_transformer, compute_dtype, load_transformer, predict_velocity
+from ..qwen_image.transformer import load_transformer, predict_velocity
 from ..qwen_image.types import Condition, NoisyLatents
 from ..rng import seeded_globally
 from .edit_weight import combined_weights
@@ -74,8 +76,10 @@ class Networks:
             self.weights.publish()
 
 
-def build_networks(config: TrainConfig, preprocessing: Preprocessing, observer: Observer) -> Networks:
-    """Load, quantise and adapt the transformer. Its tokens stand where the dataset's preprocessing policy has them.
+def build_networks(
+    config: TrainConfig, base: BaseModel, adapter: AdapterPlan, preprocessing: Preprocessing, observer: Observer
+) -> Networks:
+    """Load, quantise and adapt the transformer. Its rotary positions follow the dataset's preprocessing policy.
 
     Raises:
         ConfigError: the optimizer can't run on this device.
@@ -84,14 +88,13 @@ def build_networks(config: TrainConfig, preprocessing: Preprocessing, observer: 
     """
     device = pick_device(config.model.device)
     build_optimizer = optimizer_builder(config.optimizer, device)  # refused here rather than after loading
-    num_layers = int(check_transformer(config.model)["num_layers"])
-    on_host = blocks_on_host(config.memory, num_layers, checkpointing=config.gradient_checkpointing)
-    transformer = load_transformer(config.model, device, observer, on_host=on_host)
+    on_host = blocks_on_host(config.memory, base.num_blocks, checkpointing=config.gradient_checkpointing)
+    transformer = load_transformer(base, device, observer, on_host=on_host)
     stream = stream_blocks(transformer, on_host, device, config.memory)  # before the adapter, which stays on the device
     raise_if_stopped(observer)
     if preprocessing == "comfyui":
         use_comfyui_positions(transformer)
-    parameters = inject_lora(transformer, config.lora, config.seed)
+    parameters = inject_lora(transformer, adapter, config.seed)
     weights = master_weights(parameters, compute_dtype(config.model))
     transformer.train(config.lora.lora_dropout > 0)  # the only dropout there is
     apply_memory(transformer, stream, device, config)
@@ -114,21 +117,25 @@ class Gradients:
 
 def step_gradients(
     networks: Networks, loader: BatchLoader, done: int, config: TrainConfig, observer: Observer
-) -> Gradients | Stop:
-    """The first part of a step, or the wish to stop. Weights, their average and optimizer state stay as they were.
+) -> Gradients:
+    """The first part of a step. Weights, their average and the optimizer's state stay as they were.
 
     Raises:
+        Interrupted: the observer of some process wants to stop.
         NonFiniteLossError: the loss or a gradient is not finite.
     """
     began = time.perf_counter()
     rate = learning_rate_at(done, config.max_train_steps, config.optimizer)
     learning_rate = set_learning_rate(networks.optimizer, rate)
-    accumulated = _accumulate(networks, loader, done, config, observer)
-    if isinstance(accumulated, Stop):
+    try:
+        accumulated = _accumulate(networks, loader, done, config, observer)
+    except Interrupted:
         networks.optimizer.zero_grad(set_to_none=True)
-        return accumulated
+        raise
     grad_norm = clip_grad_norm_(networks.lora.values(), config.optimizer.max_grad_norm or math.inf)
-    *numbers, norm = torch.cat([accumulated.flatten(), grad_norm.float().view(1)]).tolist()  # the step's one wait
+    *numbers, norm = torch.cat(
+        [accumulated.flatten(), grad_norm.float().view(1)]
+    ).tolist()  # the only device sync per step
     count = accumulated.shape[1]
     losses, sigmas, forwards = (numbers[row * count : (row + 1) * count] for row in range(3))
     loss = sum(losses) / count
@@ -145,7 +152,7 @@ def step_gradients(
 
 
 def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig) -> StepReport:
-    """The second part. Whatever is raised in it leaves weights that are of no step: they must not be saved."""
+    """The second part of a step. An error in here leaves half-updated weights, which must not be saved."""
     step = gradients.done + 1
     networks.optimizer.step()
     networks.weights.publish()
@@ -164,11 +171,10 @@ def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig
     )
 
 
-def _accumulate(
-    networks: Networks, loader: BatchLoader, done: int, config: TrainConfig, observer: Observer
-) -> Tensor | Stop:
-    """Forward and backward of each micro-batch of a step: losses, sigmas and forwards that rollouts took besides, of
-    all pairs [3, pairs], on the device.
+def _accumulate(networks: Networks, loader: BatchLoader, done: int, config: TrainConfig, observer: Observer) -> Tensor:
+    """Forward and backward of each micro-batch of a step.
+
+    Returns [3, pairs] on the device: the loss and the sigma of each pair, and the extra forward passes of rollouts.
 
     Every pair weighs the same, so 1 x 4 and 4 x 1 give equal gradients, and so do several processes together.
     """
@@ -184,8 +190,8 @@ def _accumulate(
         forwards = torch.zeros_like(rolled.noisy.sigma)
         forwards[0] = rolled.forwards  # of the micro-batch, which goes through the network as one
         rows.append(torch.stack([loss.detach(), rolled.noisy.sigma, forwards]))
-    if stop := plan.ranks.agree(stop):
-        return stop
+    if stop := plan.ranks.agree(stop):  # all processes leave together, or one would wait for the others for ever
+        raise Interrupted(keep=stop is Stop.KEEP)
     before, own = draws.index(plan[done * count][0]), torch.cat(rows, dim=1)
     return add_up_step(plan.ranks, networks.lora.values(), own, before=before, total=len(draws))
 

@@ -13,10 +13,10 @@ from ..adapters.inject import without_dropout, without_lora
 from ..conditioning.batches import pad_prompts
 from ..conditioning.encoded import EncodedDataset
 from ..conditioning.types import EncodedPair
-from ..config import ModelConfig, ValidationConfig
+from ..config import ValidationConfig
 from ..device import release_memory
 from ..events import Observer, SampleReport, raise_if_stopped
-from ..qwen_image.folder import model_folder
+from ..qwen_image.base_model import BaseModel
 from ..qwen_image.sampling import load_scheduler, sample_latents
 from ..qwen_image.transformer import predict_velocity
 from ..qwen_image.types import Condition
@@ -35,9 +35,9 @@ LOSS_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 class Validator:
     """Holds what never changes between validations: the shots, and what base model and VAE make of them."""
 
-    def __init__(self, encoded: EncodedDataset, model: ModelConfig, config: ValidationConfig) -> None:
-        self._encoded, self._model, self._config = encoded, model, config
-        self._scheduler = load_scheduler(model_folder(model).scheduler)
+    def __init__(self, encoded: EncodedDataset, base: BaseModel, config: ValidationConfig) -> None:
+        self._encoded, self._base_model, self._config = encoded, base, config
+        self._scheduler = load_scheduler(base.folder.scheduler)
         self._shots = plan_shots(encoded.validation_pairs[: config.num_validation_images], config.sizes)
         self._base: dict[Shot, Tensor] = {}
         self._standards: dict[Shot, Standard] = {}
@@ -96,7 +96,7 @@ class Validator:
                 with weights():
                     drawn = (self._draw(transformer, shot, device, observer, next(places)) for shot in self._shots)
                     pictures[name] = dict(zip(self._shots, drawn, strict=True))
-        vae = load_vae(self._model, device)
+        vae = load_vae(self._base_model, device)
         report = report_pictures(self._encoded, vae, pictures, self._standards, step=step, grid_file=grid_file)
         del vae
         release_memory()

@@ -1,1 +1,1 @@
-"""Weight files as people have them: what lies in a file, read tensor by tensor. Knows layouts, not networks."""
+"""Reads weight files in all supported formats, tensor by tensor. Knows file layouts, not networks."""

@@ -1,4 +1,4 @@
-"""Weights in a .gguf file, through the optional package of that name."""
+"""Reads weights from a .gguf file with the optional package `gguf`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .stored import Read, StoredWeight
 
 
 class GgufSource:
-    """See WeightSource. Blocks of any of GGUF's types are dequantised when read."""
+    """A WeightSource for a .gguf file. Weights of any GGUF type are dequantised when they are read."""
 
     packing = "GGUF"
 
@@ -25,7 +25,7 @@ class GgufSource:
         names = [name for name in tensors if name.startswith(prefix)]
         self._prefix = prefix
         self.markers = frozenset(name.removeprefix(prefix) for name in names if "__" in name)
-        self.shapes = {  # GGUF counts dimensions from the last
+        self.shapes = {  # GGUF lists dimensions in reverse order
             name.removeprefix(prefix): tuple(int(side) for side in reversed(tensors[name].shape))
             for name in names
             if name.removeprefix(prefix) not in self.markers
@@ -33,7 +33,7 @@ class GgufSource:
 
     @contextmanager
     def opened(self) -> Iterator[Read]:
-        """See WeightSource."""
+        """As WeightSource.opened."""
         from gguf import quants
 
         tensors = {tensor.name: tensor for tensor in _reader(self.place).tensors}
@@ -44,7 +44,8 @@ class GgufSource:
                 values = quants.dequantize(tensor.data, tensor.tensor_type)
             except NotImplementedError as error:
                 raise ModelFileError(
-                    f"{self.place.name} holds {name} as {tensor.tensor_type.name}, which the package gguf can't read."
+                    f"{self.place.name} holds {name} as {tensor.tensor_type.name}, which the installed package "
+                    "gguf can't read. Update gguf, or choose another file."
                 ) from error
             return StoredWeight(torch.from_numpy(values.copy()).reshape(self.shapes[name]))
 
@@ -59,6 +60,4 @@ def _reader(path: Path) -> Any:
     try:
         return GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ModelFileError(
-            f"{path.name} is not a whole .gguf file ({error}). It may be an interrupted download: get it again."
-        ) from error
+        raise ModelFileError(f"{path.name} is not a complete .gguf file ({error}). Download it again.") from error

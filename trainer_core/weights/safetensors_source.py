@@ -1,8 +1,8 @@
-"""Weights in .safetensors files: plain, fp8 and int8 in ComfyUI's layouts, NF4 as diffusers saves it.
+"""Reads weights from .safetensors files: unquantised, fp8 and int8 in ComfyUI's layouts, NF4 in diffusers' layout.
 
-ComfyUI's older layout has an entry `scaled_fp8` and `<layer>.scale_weight`; the newer one `<layer>.weight_scale` and
-the format in `<layer>.comfy_quant` (JSON in bytes) or, for the whole file, in the header under
-`_quantization_metadata`.
+ComfyUI's older layout marks a file with an entry `scaled_fp8` and stores scales as `<layer>.scale_weight`. The newer
+one stores scales as `<layer>.weight_scale`, and the format as JSON: per layer in `<layer>.comfy_quant`, or for the
+whole file in the header under `_quantization_metadata`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _COMPANIONS = (*_SCALES, "scale_input", "input_scale", "comfy_quant")
 _MARKERS = ("scaled_fp8", "__index_timestep_zero__", "__layered__")
 _NF4_STATE = "quant_state.bitsandbytes__nf4"
 _NF4_COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", _NF4_STATE)
-_MAX_JSON = 4096  # bytes of a layer's comfy_quant
+_MAX_JSON = 4096  # bytes read of a layer's comfy_quant; a real one has under a hundred
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.uint8, *FP8)
 
 
 class SafetensorsSource:
-    """See WeightSource."""
+    """A WeightSource for one or several .safetensors files."""
 
     def __init__(self, place: Path, files: Sequence[Path], prefixes: Sequence[str] = ()) -> None:
         self.place = place
@@ -71,7 +71,7 @@ class SafetensorsSource:
 
     @contextmanager
     def opened(self) -> Iterator[Read]:
-        """See WeightSource."""
+        """As WeightSource.opened."""
         with self._files() as get:
             yield lambda name: self._read(name, get)
 
@@ -104,7 +104,7 @@ class SafetensorsSource:
         return StoredWeight(codes)
 
     def _settings_of(self, layer: str, get: Any) -> dict[str, Any]:
-        """The layer's entry of the newer layout."""
+        """The layer's format settings in ComfyUI's newer layout; empty if there are none."""
         if f"{layer}.comfy_quant" in self._entries:
             entry = get(f"{layer}.comfy_quant")
             return _parsed(bytes(entry.view(torch.uint8).flatten()[:_MAX_JSON].tolist()), self.place.name, layer)
@@ -114,27 +114,27 @@ class SafetensorsSource:
         wanted = settings.get("format")
         if wanted is not None and wanted not in FORMATS:
             raise ModelFileError(
-                f"{self.place.name} holds {name} in the format {wanted!r}, which is not known here. Known are bf16, "
-                f"fp16, fp32 and {', '.join(FORMATS)}: choose a file of these."
+                f"{self.place.name} stores {name} in the unsupported format {wanted!r}. Choose a file in bf16, fp16, "
+                f"fp32, {' or '.join(FORMATS)}."
             )
         if wanted is not None and codes.dtype == torch.uint8 and FORMATS[wanted] != torch.int8:
             codes = codes.view(FORMATS[wanted])
         if codes.dtype not in _DTYPES or codes.dtype == torch.uint8:
             raise ModelFileError(
-                f"{self.place.name} holds {name} as {str(codes.dtype).removeprefix('torch.')} without saying what it "
-                "means. Choose a bf16, fp8 or int8 file."
+                f"{self.place.name} stores {name} as {str(codes.dtype).removeprefix('torch.')} and doesn't state the "
+                "format. Choose a bf16, fp8 or int8 file."
             )
         return codes
 
     def _checked_scale(self, name: str, codes: Tensor, scale: Tensor | None) -> Tensor | None:
         if scale is None:
             if codes.dtype == torch.int8:
-                raise ModelFileError(f"{self.place.name} holds {name} as int8 without its scale. Download it again.")
+                raise ModelFileError(f"{self.place.name} stores {name} as int8 without a scale. Download it again.")
             return None
         if scale.numel() not in (1, len(codes)):
             raise ModelFileError(
-                f"{self.place.name} holds {name} with scales of shape {list(scale.shape)}; known are one for all or "
-                "one per row."
+                f"{self.place.name} stores {name} with scales of shape {list(scale.shape)}; only one scale per weight "
+                "or per row is supported. Choose another file."
             )
         return scale.float().reshape(()) if scale.numel() == 1 else scale.float().reshape(-1, 1)
 
@@ -145,8 +145,8 @@ class SafetensorsSource:
         fits = isinstance(size, int) and size >= 4 and math.log(size, 4).is_integer() and codes.shape[-1] % size == 0
         if not fits:
             raise ModelFileError(
-                f"{self.place.name} holds {name} rotated in groups of {size!r}; allowed is a power of four that "
-                f"divides its {codes.shape[-1]} columns."
+                f"{self.place.name} stores {name} rotated in groups of {size!r}. The group size must be a power of "
+                f"four that divides its {codes.shape[-1]} columns; choose another file."
             )
         return size
 
@@ -157,7 +157,7 @@ def _open(path: Path) -> Iterator[Any]:
         handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelFileError(
-            f"{path.name} is not a whole .safetensors file ({error}). It may be an interrupted download: get it again."
+            f"{path.name} is not a complete .safetensors file ({error}). Download it again."
         ) from error
     with handle as file:
         yield file
@@ -176,4 +176,6 @@ def _parsed(text: bytes, file: str, where: str) -> dict[str, Any]:
     try:
         return dict(json.loads(text.rstrip(b"\x00 ")))
     except (ValueError, TypeError) as error:
-        raise ModelFileError(f"{file}: the note on {where}'s format is not JSON ({error}).") from error
+        raise ModelFileError(
+            f"{file}: the format of {where} is not valid JSON ({error}). Download it again."
+        ) from error

@@ -1,4 +1,4 @@
-"""Where weights come from: one .safetensors file, a folder with one or several, or a .gguf file."""
+"""Opens weights: one .safetensors file, a folder with one or several of them, or a .gguf file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from .stored import WeightSource
 
 
 def open_weights(place: Path, prefixes: Sequence[str] = ()) -> WeightSource:
-    """Look into a file or folder; no weight is read yet.
+    """Read the header of a file, or of the files in a folder. No weight is read yet.
 
-    `prefixes` are those a file may have before all names; names without it are then left out.
+    If more than a few names begin with one of `prefixes`, that prefix is cut off and all other names are left out: a
+    single file may hold several networks.
 
     Raises:
-        ModelFileError: missing, damaged, of another format, or in a layout that is not known.
-        MissingPackageError: a .gguf file, without the package that reads it.
+        ModelFileError: the file is missing, damaged, or in an unsupported format or layout.
+        MissingPackageError: a .gguf file, but the package gguf is not installed.
     """
     if place.suffix == ".gguf":
         return GgufSource(place, prefixes)
@@ -27,16 +28,16 @@ def open_weights(place: Path, prefixes: Sequence[str] = ()) -> WeightSource:
 
 
 def _files(place: Path) -> list[Path]:
-    """The .safetensors files of a place, whole ones and parts."""
+    """The one .safetensors file at `place`, or the parts of a sharded model."""
     if place.is_file():
         if place.suffix != ".safetensors":
             raise ModelFileError(
-                f"{place.name} is a {place.suffix or 'nameless'} file. Allowed are .safetensors and .gguf files: other "
-                "formats can hold code."
+                f"{place.name} is not a .safetensors or .gguf file. Choose one of these: other formats can run code "
+                "when they are loaded."
             )
         return [place]
     if not place.is_dir():
-        raise ModelFileError(f"There is no file or folder {place}.")
+        raise ModelFileError(f"There is no file or folder {place}. Check the path.")
     for name in ("diffusion_pytorch_model", "model"):
         index = place / f"{name}.safetensors.index.json"
         if index.is_file():
@@ -44,7 +45,8 @@ def _files(place: Path) -> list[Path]:
         if (place / f"{name}.safetensors").is_file():
             return [place / f"{name}.safetensors"]
     raise ModelFileError(
-        f"{place} holds no diffusion_pytorch_model.safetensors or model.safetensors, whole or in parts."
+        f"{place} has no diffusion_pytorch_model.safetensors or model.safetensors, in one file or in parts. Choose "
+        "a model folder in diffusers' layout."
     )
 
 
@@ -52,10 +54,13 @@ def _parts(folder: Path, index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFileError(f"{index} is not a list of a model's parts ({error}). Download it again.") from error
+        raise ModelFileError(
+            f"{index} is not a valid index of a model's parts ({error}). Download it again."
+        ) from error
+    # A name with a path in it is refused too: an index must not point outside its folder.
     missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if missing:
         raise ModelFileError(
-            f"{folder} lacks {len(missing)} of {len(names)} parts, among them {missing[0]}. Download them."
+            f"{folder} lacks {len(missing)} of {len(names)} parts of the model, such as {missing[0]}. Download them."
         )
     return [folder / name for name in names]

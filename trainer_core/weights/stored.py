@@ -1,4 +1,4 @@
-"""One weight as it lies in a file, and the way from there to ordinary numbers."""
+"""A weight in the format of its file, and its dequantisation."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _HADAMARD_4 = ((1.0, 1.0, 1.0, -1.0), (1.0, 1.0, -1.0, 1.0), (1.0, -1.0, 1.0, 1.
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """Codes as in the file: bf16, fp16, fp32, or fp8 and int8 with a scale.
+    """A weight as the file stores it: bf16, fp16 or fp32 numbers, or fp8, int8 or NF4 codes.
 
-    `scale` is one number, or one per row [out, 1]. `rotation` > 0: each group of so many columns was multiplied with a
-    Hadamard matrix before quantising (ComfyUI's `convrot`). `nf4` holds bitsandbytes' companions of packed codes.
+    `scale` is one number, or one per row [out, 1]. If `rotation` is not 0, each group of that many columns was
+    multiplied with a Hadamard matrix before quantisation (ComfyUI's `convrot`). `nf4` holds bitsandbytes' quantisation
+    state by its names in the file.
     """
 
     codes: Tensor
@@ -34,19 +35,19 @@ class StoredWeight:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the codes are fp8 or int8, which a layer can keep as they are."""
+        """Whether the codes are fp8 or int8, which FrozenLinear can use without conversion."""
         return self.codes.dtype in (*FP8, torch.int8)
 
     def to(self, device: torch.device) -> StoredWeight:
-        """The same on another device; less to carry than the dequantised weight."""
+        """The same weight on another device. Cheaper than moving it dequantised, as codes are smaller."""
         scale = None if self.scale is None else self.scale.to(device)
         nf4 = {key: each.to(device) if isinstance(each, Tensor) else each for key, each in self.nf4.items()}
         return replace(self, codes=self.codes.to(device), scale=scale, nf4=nf4)
 
     def dequantise(self, dtype: torch.dtype, *, copy: bool = True) -> Tensor:
-        """Ordinary numbers, on the codes' device; through float32 where there is a scale.
+        """The weight as `dtype`, on the codes' device. Scales are applied in float32.
 
-        Without `copy` they may still lie in the file's memory map, so they must not outlive their use.
+        Without `copy`, the result may share the file's memory map: don't keep it after the file is closed.
         """
         if self.nf4:
             return _from_nf4(self.codes, self.nf4).to(dtype)
@@ -56,21 +57,23 @@ class StoredWeight:
 
 
 def dequantise(codes: Tensor, scale: Tensor, rotation: int, dtype: torch.dtype) -> Tensor:
-    """codes × scale [out, in], with the columns' rotation undone. Computed in float32 and rounded once."""
+    """codes × scale [out, in], with the rotation of the columns undone. Computed in float32 and rounded once."""
     factor = scale.to(torch.float32)
     if rotation:
         matrix = hadamard(rotation, codes.device)
         weight = codes.to(torch.float32).mul_(factor)
         return (weight.unflatten(-1, (-1, rotation)) @ matrix).flatten(-2).to(dtype)
-    # One pass over the weight: the product is taken in float32 and stored in dtype, without a float32 copy.
-    exact = codes if codes.dtype == torch.int8 else codes.to(dtype)  # float8 has no products of its own
+    # torch.mul multiplies in float32 and stores in dtype element by element, so there is no float32 copy of the weight.
+    exact = (
+        codes if codes.dtype == torch.int8 else codes.to(dtype)
+    )  # torch can't multiply float8; dtype holds it exactly
     weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     return torch.mul(exact, factor, out=weight)
 
 
 @cache
 def hadamard(size: int, device: torch.device) -> Tensor:
-    """The matrix [size, size] of ComfyUI's `convrot` layout: symmetric, orthonormal, its own inverse."""
+    """The rotation [size, size] of ComfyUI's `convrot` layout. It is symmetric and orthonormal: its own inverse."""
     seed = torch.tensor(_HADAMARD_4, device=device)
     matrix = seed
     while len(matrix) < size:
@@ -90,16 +93,16 @@ Read = Callable[[str], StoredWeight]
 
 
 class WeightSource(Protocol):
-    """Named weights of known shape, read one at a time."""
+    """Named weights of a file or folder. Names and shapes are known at once; weights are read one at a time."""
 
     @property
     def place(self) -> Path:
-        """The file or folder, for messages."""
+        """Path of the file or folder."""
         ...
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight by its name, without a prefix the file may have."""
+        """Shape of every weight by its name, without the file's prefix."""
         ...
 
     @property
@@ -109,9 +112,9 @@ class WeightSource(Protocol):
 
     @property
     def packing(self) -> str:
-        """`NF4` or `GGUF` where several weights share a code, which no layer keeps as it is; else empty."""
+        """`NF4` or `GGUF` if the file packs weights in a format that no layer can use directly; otherwise empty."""
         ...
 
     def opened(self) -> AbstractContextManager[Read]:
-        """Reads by name while the context lasts; what is read lives on. Closed files give back their memory map."""
+        """Yields a function that reads a weight by name. Closing the context closes the file and its memory map."""
         ...

@@ -1,5 +1,5 @@
 // @ts-check
-/** Loss of each step and smoothed, what validation measured, and the learning rate, as SVG in the page's colours. */
+/** SVG chart of the loss (raw and smoothed), the validation results and the learning rate. */
 import { isHeldOut, nearest, range, smoothed, smoothingWindow, ticks } from "./chart_data.js";
 import { element, onceAFrame, svg } from "./dom.js";
 import * as format from "./format.js";
@@ -10,7 +10,7 @@ const LEFT = 46;
 const RIGHT = 10;
 const TOP = 6;
 const BOTTOM = 18;
-const RATE_BAND = 22; // pixels at the foot of the plot
+const RATE_BAND = 22; // height in pixels of the learning rate band below the losses
 const LABELS = /** @type {Record<string, string>} */ ({
   loss: "loss",
   smooth: "smoothed",
@@ -23,7 +23,7 @@ const LABELS = /** @type {Record<string, string>} */ ({
 });
 
 const SLIDER = ["tabindex", "aria-valuemin", "aria-valuemax", "aria-valuenow", "aria-valuetext"];
-const KEYS = /** @type {Record<string, number>} Points further. */ ({
+const KEYS = /** @type {Record<string, number>} How many points each key moves. */ ({
   ArrowLeft: -1,
   ArrowDown: -1,
   ArrowRight: 1,
@@ -40,7 +40,7 @@ export function createChart() {
   const box = element("div", { class: "qet-chart" }, legend, plot);
   /** @type {Curve|undefined} */
   let curve;
-  /** @type {number|undefined} A step that is pointed at, by pointer or by keys. */
+  /** @type {number|undefined} The step selected by pointer or keyboard. */
   let pointed;
 
   const paint = onceAFrame(() => {
@@ -58,13 +58,13 @@ export function createChart() {
 
   plot.addEventListener("pointermove", (/** @type {PointerEvent} */ event) => {
     if (!curve?.steps.length) return;
-    const place = plot.getBoundingClientRect(); // scaled with the graph, unlike clientWidth
+    const place = plot.getBoundingClientRect(); // includes the canvas zoom, unlike clientWidth
     const inside = ((event.clientX - place.left) / place.width) * plot.clientWidth;
     const share = (inside - LEFT) / Math.max(1, plot.clientWidth - LEFT - RIGHT);
     const [first, last] = [curve.steps[0], curve.steps[curve.steps.length - 1]];
     point(curve.steps[nearest(curve.steps, first + share * (last - first))]);
   });
-  const byKeys = () => plot.matches(":focus-visible"); // a click gives the focus too, and must not hold a step
+  const byKeys = () => plot.matches(":focus-visible"); // a click also focuses, but must not keep a step selected
   plot.addEventListener("pointerleave", () => byKeys() || point(undefined));
   plot.addEventListener("focus", () => byKeys() && point(pointed ?? curve?.steps[curve.steps.length - 1]));
   plot.addEventListener("blur", () => point(undefined));
@@ -72,7 +72,7 @@ export function createChart() {
     const move = KEYS[event.key];
     if (!move || !curve?.steps.length) return;
     event.preventDefault();
-    event.stopPropagation(); // ComfyUI's canvas has these keys too
+    event.stopPropagation(); // ComfyUI's canvas also handles these keys
     const last = curve.steps.length - 1;
     const index = pointed === undefined ? last : nearest(curve.steps, pointed);
     point(curve.steps[Math.min(last, Math.max(0, index + move))]);
@@ -92,11 +92,11 @@ export function createChart() {
 
 function note() {
   const middle = { x: "50%", y: "50%", "text-anchor": "middle" };
-  return svg("text", { ...middle, text: "No step is finished yet" });
+  return svg("text", { ...middle, text: "No finished steps yet" });
 }
 
 /**
- * Scales and series of one painting.
+ * Scales and series for one rendering.
  * @param {Curve} curve
  * @param {number} width
  * @param {number} height
@@ -154,7 +154,7 @@ function lines(view) {
 }
 
 /**
- * A measure with a scale of its own: zero at the foot, its largest value at the top.
+ * A line with its own scale: zero at the bottom, its largest value near the top.
  * @param {View} view
  * @param {number[][]} points
  * @param {string} name
@@ -185,7 +185,7 @@ function pointer(view, step) {
   return [svg("line", { x1: view.x(step), x2: view.x(step), y1: TOP, y2: view.height - BOTTOM, class: "qet-pointer" })];
 }
 
-/** Value of a measure at `step` or before it. @param {number[][]} points @param {number} step */
+/** The last value at or before `step`. @param {number[][]} points @param {number} step */
 function latest(points, step) {
   return points.filter((point) => point[0] <= step).pop()?.[1];
 }
@@ -225,7 +225,7 @@ function entries(view, pointed) {
 }
 
 /**
- * For screen readers: a slider over the steps, which says the values at one.
+ * For screen readers: expose the chart as a slider over the steps that announces the values at the selected step.
  * @param {any} plot
  * @param {View|undefined} view
  * @param {number|undefined} pointed
@@ -234,7 +234,7 @@ function describe(plot, view, pointed) {
   if (!view) {
     for (const name of SLIDER) plot.removeAttribute(name);
     plot.setAttribute("role", "img");
-    plot.setAttribute("aria-label", "Loss: no step is finished yet");
+    plot.setAttribute("aria-label", "Loss: no finished steps yet");
     return;
   }
   const { steps } = view.curve;

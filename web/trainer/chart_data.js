@@ -1,8 +1,8 @@
 // @ts-check
-/** The arithmetic of the chart. */
+/** Calculations for the chart. */
 
 /**
- * Exponential moving mean over about `window` values, unbiased at the beginning; as the trainer's own chart has it.
+ * Bias-corrected exponential moving average over about `window` values, as in trainer_core's chart.
  * @param {number[]} values
  * @param {number} window
  */
@@ -19,24 +19,24 @@ export function smoothed(values, window) {
   });
 }
 
-/** Whether a measure is a loss on held-out pairs, of the trained weights or their average. @param {string} name */
+/** Whether this is a loss on held-out pairs, of the trained weights or their EMA. @param {string} name */
 export function isHeldOut(name) {
   return /^(ema_)?validation_loss/.test(name);
 }
 
-/** Whether validation found it, now and then. @param {string} name */
+/** Whether validation measures this value. @param {string} name */
 export function isMeasured(name) {
   return isHeldOut(name) || name.startsWith("drift");
 }
 
-/** @param {number} count Of values. */
+/** @param {number} count Number of values to smooth. */
 export function smoothingWindow(count) {
   return Math.min(50, Math.max(5, count / 20));
 }
 
 /**
- * Lowest and highest value to show. Single outliers of `values` are left out, so that they don't press the course flat;
- * all of `needed` is shown.
+ * Lowest and highest value to show. The top 1 % of `values` may be cut off, so that outliers do not flatten the curve;
+ * all of `needed` is visible.
  * @param {number[]} values
  * @param {number[]} needed
  * @returns {[number, number]}
@@ -48,7 +48,7 @@ export function range(values, needed) {
   const top = sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * 0.99))];
   const low = Math.min(...shown, sorted[0] ?? Infinity);
   const high = Math.max(...shown, top ?? -Infinity);
-  const span = high - low > 1e-9 * Math.abs(high) ? high - low : 0; // less is rounding: a mean of one value beside it
+  const span = high - low > 1e-9 * Math.abs(high) ? high - low : 0; // a smaller span is rounding noise
   const margin = span * 0.08 || Math.abs(high) * 0.1 || 1;
   return [low >= 0 ? Math.max(0, low - margin) : low - margin, high + margin];
 }
@@ -61,7 +61,7 @@ export function range(values, needed) {
  */
 export function ticks(low, high, count) {
   const rough = (high - low) / Math.max(1, count);
-  if (!(rough > 1e-12 * Math.abs(high))) return [low]; // numbers have no more places
+  if (!(rough > 1e-12 * Math.abs(high))) return [low]; // below floating point precision
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough) ?? rough;
   const found = [];

@@ -1,11 +1,11 @@
 // @ts-check
-/** Elements made in one call. Texts are only ever set as text: names and captions come from strangers. */
+/** DOM helpers. Text is never parsed as HTML, because names and captions are untrusted. */
 
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
  * @param {string} tag
- * @param {Record<string, any>} [options] Attributes; `text` for the content, `on` for listeners by event.
+ * @param {Record<string, any>} [options] Attributes. `text` sets the content, `on` adds listeners by event.
  * @param {...(Node|string)} children
  * @returns {any}
  */
@@ -40,7 +40,7 @@ function furnish(made, options, children) {
 }
 
 /**
- * Set a text only where it changes, so that a screen reader is not told the same again.
+ * Set the text only if it changes, so that screen readers do not announce it again.
  * @param {Element} target
  * @param {string} text
  */
@@ -49,7 +49,7 @@ export function setText(target, text) {
 }
 
 /**
- * `call`, but once per picture of the screen however often it is asked for.
+ * A function that runs `call` at most once per animation frame.
  * @param {() => void} call
  */
 export function onceAFrame(call) {
@@ -65,13 +65,13 @@ export function onceAFrame(call) {
 }
 
 /**
- * Into the clipboard. Pages without https have none to write to, except on the machine itself; an old command can.
+ * Copy a text. Falls back to execCommand, because the clipboard API needs https or localhost.
  * @param {string} text
  */
 export async function copyText(text) {
   const written = await navigator.clipboard?.writeText(text).then(() => true, () => false);
   if (written || copySelected(text)) return;
-  throw new Error("The browser lets this page copy nothing. Copy it from Settings.");
+  throw new Error("The browser blocked access to the clipboard. Open Settings below and copy from there.");
 }
 
 /** @param {string} text */
@@ -87,7 +87,7 @@ function copySelected(text) {
   return copied;
 }
 
-/** The style sheet, once per page. The pack's folder may have any name. */
+/** Load the style sheet once. Its address is relative to this file, because the pack's folder may have any name. */
 export function loadStyle() {
   if (document.querySelector("link[data-qet]")) return;
   const href = new URL("./trainer.css", import.meta.url).href;

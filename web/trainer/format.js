@@ -1,5 +1,5 @@
 // @ts-check
-/** Numbers as people read them. */
+/** Formats numbers and states for display. */
 
 const UNKNOWN = "–";
 
@@ -16,7 +16,7 @@ export function rate(value) {
 }
 
 /** @param {number|null|undefined} seconds */
-export function duration(seconds) {
+function duration(seconds) {
   if (typeof seconds !== "number" || !Number.isFinite(seconds)) return UNKNOWN;
   const whole = Math.max(0, Math.round(seconds));
   if (whole < 60) return `${whole} s`;
@@ -24,14 +24,14 @@ export function duration(seconds) {
   return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
 }
 
-/** @param {number|null|undefined} seconds Of one step. */
-export function speed(seconds) {
+/** @param {number|null|undefined} seconds Seconds per step. */
+function speed(seconds) {
   if (typeof seconds !== "number" || !(seconds > 0)) return UNKNOWN;
   return seconds < 1 ? `${(1 / seconds).toFixed(1)} steps/s` : `${seconds.toFixed(1)} s/step`;
 }
 
 /** @param {number|null|undefined} bytes */
-export function memory(bytes) {
+function memory(bytes) {
   return bytes ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : UNKNOWN;
 }
 
@@ -54,7 +54,7 @@ export function state(run) {
 }
 
 /**
- * One line: steps, and while the training goes on its speed, the time left and the memory.
+ * One line: steps and memory, and for a run in progress its phase, or its speed and remaining time.
  * @param {import("./store.js").Run} run
  */
 export function progress(run) {

@@ -1,28 +1,28 @@
 // @ts-check
-/** All that touches the graph and the page of ComfyUI, in one place: these interfaces change the most. */
+/** All access to ComfyUI's graph and page, in one file because these interfaces change most often. */
 
 const PREFIX = "QwenEdit_";
-export const TRAIN = `${PREFIX}TrainLora`;
-const NONE = "none"; // of a combo: no preset, no LoRA
+const TRAIN = `${PREFIX}TrainLora`;
+const NONE = "none"; // the combo value for no preset or no LoRA
 
 /** @param {any} node */
 export function isTrainNode(node) {
   return (node.comfyClass ?? node.type) === TRAIN;
 }
 
-/** Every node, those inside subgraphs too. @param {any} graph @returns {any[]} */
+/** All nodes, including those in subgraphs. @param {any} graph @returns {any[]} */
 function allNodes(graph) {
   const own = graph?.nodes ?? graph?._nodes ?? [];
   return own.flatMap((/** @type {any} */ node) => [node, ...(node.subgraph ? allNodes(node.subgraph) : [])]);
 }
 
-/** A node's own widget of a name. @param {any} node @param {string} name */
+/** The widget with this name. @param {any} node @param {string} name */
 export function widget(node, name) {
   return (node.widgets ?? []).find((/** @type {any} */ each) => each.name === name);
 }
 
 /**
- * Whether messages about `id` are about this node. Inside subgraphs ids have the form outer:inner.
+ * Whether a message with this node id is about this node. In subgraphs ids have the form outer:inner.
  * @param {any} node
  * @param {string|null|undefined} id
  */
@@ -30,7 +30,7 @@ export function hasId(node, id) {
   return typeof id === "string" && (id === String(node.id) || id.endsWith(`:${node.id}`));
 }
 
-/** The settings of a run by name, without their sections. @param {any} settings @returns {Record<string, any>} */
+/** A run's settings by name, with nested sections flattened. @param {any} settings @returns {Record<string, any>} */
 export function leaves(settings) {
   const found = /** @type {Record<string, any>} */ ({});
   for (const [name, value] of Object.entries(settings)) {
@@ -41,11 +41,12 @@ export function leaves(settings) {
 }
 
 /**
- * Put a run's settings into the graph: into the training node and its settings nodes; those that are missing and needed
- * are made and connected. No preset is left, since it would count where there is no settings node.
+ * Copy a run's settings into the training node and its settings nodes. Creates and connects settings nodes that are
+ * missing. Resets the preset, which would otherwise apply where no settings node is connected.
  * @param {any} app
- * @param {any} settings As the server tells them.
- * @returns {{changed: number, made: number, left: string[]}} Widgets, nodes, and settings that a widget does not offer.
+ * @param {any} settings From the server.
+ * @returns {{changed: number, made: number, left: string[]}} Number of changed widgets and
+ *   created nodes, and settings whose value no widget offers.
  */
 export function applySettings(app, settings) {
   const values = { ...leaves(settings), preset: NONE };
@@ -77,8 +78,8 @@ function isSettingsNode(node) {
 }
 
 /**
- * Make a settings node for each free socket of the training node for which the run differs from the defaults. Beside an
- * import, which counts wherever there is no node, for each free socket.
+ * Create a settings node for each free input of the training node whose settings differ from the defaults. If an import
+ * is connected, create one for every free input, because the import would apply there.
  * @param {any} lite
  * @param {any} train
  * @param {Record<string, any>} values
@@ -94,7 +95,7 @@ function addSettingsNodes(lite, train, values) {
     const node = kind && lite.createNode(kind[0]);
     if (!node) return;
     const { changed, left } = setWidgets(node, values);
-    const isOff = input.name === "ema_settings" && !values.use_ema; // as without the node, whose own default is on
+    const isOff = input.name === "ema_settings" && !values.use_ema; // no node means off, but the node's default is on
     if (!imported && (isOff || changed + left.length === 0)) return;
     node.pos = [train.pos[0] - node.size[0] - 60, train.pos[1] + made * 260];
     train.graph.add(node);
@@ -107,7 +108,8 @@ function addSettingsNodes(lite, train, values) {
 /**
  * @param {any} node
  * @param {Record<string, any>} values
- * @returns {{changed: number, left: string[]}} Widgets that changed, and settings that a widget does not offer.
+ * @returns {{changed: number, left: string[]}} Number of changed widgets, and settings whose value
+ *   the widget does not offer.
  */
 function setWidgets(node, values) {
   const left = [];
@@ -125,11 +127,11 @@ function setWidgets(node, values) {
 }
 
 /**
- * A setting as its widget holds it: several texts a line each; of choices the one meant, as a run knows a file by its
- * last name and an unset one as an empty text.
+ * Convert a setting to the value of its widget. A list becomes one line per item. In a combo, a path selects the choice
+ * with the same file name, and an empty text selects none.
  * @param {any} target The widget.
  * @param {any} value
- * @returns {any} Undefined where there is no such choice, or more than one.
+ * @returns {any} Undefined if no choice or more than one matches.
  */
 function asWidget(target, value) {
   if (Array.isArray(value)) return value.join("\n");
@@ -153,7 +155,7 @@ function middleOf(app) {
 }
 
 /**
- * Open the graph that started a run, in a tab of its own.
+ * Open the graph that started a run in a new tab.
  * @param {any} app
  * @param {any} workflow
  * @param {string} name
@@ -162,12 +164,12 @@ export async function openGraph(app, workflow, name) {
   await app.loadGraphData(workflow, true, true, name);
 }
 
-/** Queue a graph as the Run button would. @param {any} api @param {{prompt: any, workflow: any}} graph */
+/** Queue a graph, as the Run button does. @param {any} api @param {{prompt: any, workflow: any}} graph */
 export async function queueGraph(api, { prompt, workflow }) {
   await api.queuePrompt(0, { output: prompt, workflow });
 }
 
-/** New files into the lists of all loaders. @param {any} app */
+/** Refresh the file lists of all loader nodes. @param {any} app */
 export async function refreshLists(app) {
   await app.refreshComboInNodes?.();
 }
@@ -182,7 +184,7 @@ export function toast(app, severity, summary, detail = "") {
   app.extensionManager?.toast?.add?.({ severity, summary, detail, life: 5000 });
 }
 
-/** Show the side panel if it is not shown. @param {any} app @param {string} id */
+/** Show the side panel if it is hidden. @param {any} app @param {string} id */
 export function openSidebar(app, id) {
   const bar = app.extensionManager?.sidebarTab;
   if (bar?.activeSidebarTabId === id) return;

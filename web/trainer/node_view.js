@@ -1,5 +1,5 @@
 // @ts-check
-/** What the training node shows: how the run stands, its curve, and the pictures as they come. */
+/** The view on the training node: state, loss curve and sample pictures of the run. */
 import { createChart } from "./chart.js";
 import { element, setText } from "./dom.js";
 import * as format from "./format.js";
@@ -20,7 +20,7 @@ const STRIP_HEIGHT = 84;
  * @param {{app: any, store: Store, onPick: (run: string, step: number) => void}} given
  */
 export function attachView(node, { app, store, onPick }) {
-  const badge = element("span", { class: "qet-badge", role: "status" }); // read out; the line changes too often
+  const badge = element("span", { class: "qet-badge", role: "status" }); // only this is announced
   const line = element("span", { class: "qet-quiet" });
   const chart = createChart();
   /** @type {Run|undefined} */
@@ -34,10 +34,10 @@ export function attachView(node, { app, store, onPick }) {
     hideOnZoom: false,
     getMinHeight: () => height,
   });
-  view.serialize = false; // nor in the saved graph
+  view.serialize = false; // not in the saved graph
   chart.element.addEventListener("wheel", (/** @type {WheelEvent} */ event) => {
     const { LiteGraph } = /** @type {any} */ (window);
-    if (!LiteGraph?.vueNodesMode) app.canvas?.processMouseWheel?.(event); // zooms as elsewhere on the canvas
+    if (!LiteGraph?.vueNodesMode) app.canvas?.processMouseWheel?.(event); // zoom as elsewhere on the canvas
   });
 
   function paint() {
@@ -83,7 +83,7 @@ function wantedHeight(run) {
 }
 
 /**
- * The run of this node's name, or the one that this node is training under a name with a number.
+ * The active run of this node, whose name may have a number appended, or else the run with the name in its widget.
  * @param {any} node
  * @param {Store} store
  * @returns {Run|undefined}
@@ -95,7 +95,7 @@ function runOf(node, store) {
 }
 
 /**
- * Call `also` after whatever is called there already.
+ * Call `also` after the existing method, if any.
  * @param {any} object
  * @param {string} method
  * @param {() => void} also

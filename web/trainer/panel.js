@@ -1,5 +1,5 @@
 // @ts-check
-/** The side panel: all runs, and one of them with its curve, pictures, settings and what can be done with it. */
+/** The side panel: a list of runs, and the details and actions of one run. */
 import { createChart } from "./chart.js";
 import { copyText, element, setText } from "./dom.js";
 import * as format from "./format.js";
@@ -20,7 +20,7 @@ const OWN_KEYS = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Enter", " 
  */
 export function createPanel(app, api, store) {
   const problem = element("p", { class: "qet-problem", role: "alert", hidden: true });
-  const list = createList(store, (name) => select(name, true));
+  const list = createList((name) => select(name, true));
   const detail = createDetail({ app, api, store, back: () => select(undefined, true) });
   const keydown = (/** @type {KeyboardEvent} */ event) => OWN_KEYS.includes(event.key) && event.stopPropagation();
   const root = element("div", { class: "qet-panel", on: { keydown } }, problem, list.element, detail.element);
@@ -41,7 +41,7 @@ export function createPanel(app, api, store) {
     if (run) store.want(run.run_name);
     const wrong = store.problem(selected);
     problem.hidden = !wrong;
-    setText(problem, wrong ? `The server does not answer as expected and is asked again: ${wrong}` : "");
+    setText(problem, wrong ? `Request to the server failed; retrying: ${wrong}` : "");
     list.element.hidden = Boolean(run);
     detail.element.hidden = !run;
     if (run) detail.show(run);
@@ -68,10 +68,10 @@ export function createPanel(app, api, store) {
   };
 }
 
-/** @param {Store} store @param {(name: string) => void} onPick */
-function createList(store, onPick) {
+/** @param {(name: string) => void} onPick */
+function createList(onPick) {
   const heading = element("h3", { class: "qet-heading", text: "Runs" });
-  const invitation = "No run yet. Queue a graph with Train Qwen Edit LoRA in it.";
+  const invitation = "No runs yet. Queue a graph that contains Train Qwen Edit LoRA.";
   const empty = element("p", { class: "qet-quiet", text: invitation });
   const rows = element("ul", { class: "qet-runs" });
   const box = element("section", { "aria-label": "Runs" }, heading, empty, rows);
@@ -125,7 +125,7 @@ function createRow(name, onPick) {
 /** @param {{app: any, api: any, store: Store, back: () => void}} given */
 function createDetail({ app, api, store, back }) {
   const title = element("h3", { class: "qet-heading qet-name", tabindex: "-1" });
-  const badge = element("span", { class: "qet-badge", role: "status" }); // read out; the line changes too often
+  const badge = element("span", { class: "qet-badge", role: "status" }); // only this is announced
   const line = element("p", { class: "qet-quiet" });
   const bar = element("progress", { class: "qet-progress", max: 1, "aria-label": "Steps done" });
   const chart = createChart();
@@ -139,20 +139,20 @@ function createDetail({ app, api, store, back }) {
   const load = async () => (await store.get(`${store.runPath(name())}/settings`)).settings;
   const graph = () => store.get(`${store.runPath(name())}/graph`);
   const actions = {
-    stop: action(app, "Stop and keep", "End this training now and keep its LoRA", () => store.stopAndKeep(name())),
-    go: action(app, "Continue", "Queue the graph that started this run; it goes on where it stopped", async () => {
+    stop: action(app, "Stop and keep", "Stop this training now and keep its LoRA", () => store.stopAndKeep(name())),
+    go: action(app, "Continue", "Queue the graph that started this run; it resumes where it stopped", async () => {
       await queueGraph(api, await graph());
-      toast(app, "success", "Queued", `${name()} goes on`);
+      toast(app, "success", "Queued", `${name()} will resume`);
     }),
     open: action(app, "Open graph", "Open the graph that started this run", async () => {
       const { workflow } = await graph();
-      if (!workflow) throw new Error("This run was queued without a page, so there is only its prompt.");
+      if (!workflow) throw new Error("This run was not queued from the page, so it has no graph layout to open.");
       await openGraph(app, workflow, name());
     }),
     apply: action(app, "Settings into graph", "Copy this run's settings into the nodes of the graph", async () => {
       const { changed, made, left } = applySettings(app, await load());
       toast(app, "success", "Settings copied", `${changed} widgets changed, ${made} nodes added`);
-      if (left.length) toast(app, "warn", "Not in the lists, choose by hand", left.join(", "));
+      if (left.length) toast(app, "warn", "Not in the lists; select manually", left.join(", "));
     }),
     copy: action(app, "Copy as JSON", "Copy this run's settings to the clipboard", async () => {
       await copyText(JSON.stringify(await load(), null, 1));
@@ -168,9 +168,9 @@ function createDetail({ app, api, store, back }) {
   ); // prettier-ignore
 
   async function fill() {
-    const of = name();
+    const requested = name();
     const values = await load();
-    if (of !== name()) return; // another run is looked at by now
+    if (requested !== name()) return; // the user has selected another run
     const rows = Object.entries(leaves(values)).map(([key, value]) => [
       element("dt", { text: key }),
       element("dd", { text: typeof value === "string" ? value || "(empty)" : JSON.stringify(value) }),
@@ -181,7 +181,7 @@ function createDetail({ app, api, store, back }) {
   settings.addEventListener("toggle", () => {
     if (!settings.open) return;
     fill().catch((error) => {
-      settings.open = false; // opened again, it asks again
+      settings.open = false; // opening it again repeats the request
       tell(app, "Settings", error);
     });
   });
@@ -212,7 +212,7 @@ function createDetail({ app, api, store, back }) {
   };
 }
 
-/** How near the pictures of the held-out pairs come to their targets. @param {Run} run */
+/** PSNR of the samples of held-out pairs against their targets. @param {Run} run */
 function ratios({ psnr }) {
   const named = [
     ["LoRA", psnr?.lora],
@@ -223,13 +223,13 @@ function ratios({ psnr }) {
   return known.length > 1 ? [known.join(", ")] : [];
 }
 
-/** @param {any} app @param {string} what Failed. @param {any} error */
+/** @param {any} app @param {string} what The action that failed. @param {any} error */
 function tell(app, what, error) {
   toast(app, "error", what, String(error?.message ?? error));
 }
 
 /**
- * A button whose failure is told.
+ * A button that shows a toast if its action fails.
  * @param {any} app
  * @param {string} text
  * @param {string} title

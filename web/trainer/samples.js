@@ -1,5 +1,5 @@
 // @ts-check
-/** Validation pictures: a strip over the steps, and one laid over another with a slider between them. */
+/** Validation pictures: a strip of thumbnails by step, and a comparison of two pictures with a divider. */
 import { element, setText } from "./dom.js";
 
 /**
@@ -8,10 +8,10 @@ import { element, setText } from "./dom.js";
  * @typedef {import("./store.js").Store} Store
  */
 
-const THUMB_EDGE = 192; // pixels, asked of the server
+const THUMB_EDGE = 192; // pixels; size of the requested thumbnails
 
 /**
- * What was trained, of the pictures of a pair: the weights themselves, else their running average.
+ * The column with the trained result: the LoRA, or its EMA if there is no LoRA picture.
  * @param {string[]} columns
  */
 function drawn(columns) {
@@ -19,7 +19,7 @@ function drawn(columns) {
 }
 
 /**
- * Base, the LoRA's picture of every step, target; of one pair.
+ * Thumbnails of one pair: base, the LoRA's picture at every step, target.
  * @param {Store} store
  * @param {(step: number) => void} onPick
  */
@@ -34,7 +34,7 @@ export function createStrip(store, onPick) {
    * @param {number} pair
    * @param {string} column
    * @param {string} label
-   * @returns {[string, any]} Address of the picture and its button, the one that is there if there is one.
+   * @returns {[string, any]} Address of the picture, and its button, reused if it exists.
    */
   function thumb(run, sample, pair, column, label) {
     const address = store.pictureAddress(run.run_name, sample, pair, column, THUMB_EDGE);
@@ -49,7 +49,7 @@ export function createStrip(store, onPick) {
 
   return {
     element: list,
-    /** @param {Run} run @param {number} pair @param {number} [chosen] The step to mark, if there is one to choose. */
+    /** @param {Run} run @param {number} pair @param {number} [chosen] The step to mark as selected. */
     show(run, pair, chosen) {
       const samples = (run.samples ?? []).filter((sample) => sample.pairs[pair]);
       const newest = samples[samples.length - 1];
@@ -76,7 +76,7 @@ export function createStrip(store, onPick) {
 }
 
 /**
- * The LoRA's picture of a step against base, target or reference of the same pair.
+ * Compares the LoRA's picture at a step with the base, target or reference picture of the same pair.
  * @param {Store} store
  */
 export function createComparison(store) {
@@ -101,7 +101,7 @@ export function createComparison(store) {
   ); // prettier-ignore
   /** @type {Run|undefined} */
   let run;
-  /** @type {number|undefined} The step looked at; undefined follows the newest. */
+  /** @type {number|undefined} The selected step; undefined follows the newest. */
   let chosen;
 
   /** @param {number} step */
@@ -148,7 +148,7 @@ export function createComparison(store) {
     setSource(over, store.pictureAddress(name, sample, number, against.value), named(against.value));
     setText(leftLabel, named(against.value));
     setText(rightLabel, `${named(trained)}, step ${sample.step}`);
-    divider.setAttribute("aria-label", `How much of ${named(against.value)} lies over the trained picture`);
+    divider.setAttribute("aria-label", `Share of the width that shows ${named(against.value)}`);
     setText(caption, pair.label ? `${pair.caption} (${pair.label})` : pair.caption);
     strip.show(run, number, sample.step);
   }
@@ -180,7 +180,7 @@ function slider(name, min, max, value) {
 }
 
 /**
- * Each column once, if the pair has it, and never one against itself.
+ * Filter for the columns to compare with: those that the pair has, once each, without the trained one.
  * @param {string[]} columns
  * @param {string} trained
  */
@@ -194,7 +194,7 @@ function named(column) {
   return { "reference-1": "reference", lora: "LoRA", ema: "EMA" }[column] ?? column.replaceAll("-", " ");
 }
 
-/** The choices of a select, the chosen one kept where it can be. @param {any} select @param {string[][]} choices */
+/** Set the choices of a select; keep its value if possible. @param {any} select @param {string[][]} choices */
 function offer(select, choices) {
   const before = select.value;
   const same = [...select.options].map((option) => option.value).join() === choices.map(([value]) => value).join();

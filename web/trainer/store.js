@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * What this page knows of the runs. The truth is on the server: it is asked at the start, after a lost connection and
- * when a run begins or ends; in between its messages keep this up to date.
+ * State of the runs on this page. It is fetched from the server at the start, after a lost connection and when a run
+ * starts or ends; in between, the server's messages update it.
  *
  * @typedef {{steps: number[], loss: number[], learning_rate: (number|null)[],
  *   measured: Record<string, number[][]>}} Curve
@@ -16,20 +16,20 @@ import { isMeasured } from "./chart_data.js";
 import { onceAFrame } from "./dom.js";
 
 const BASE = "/qwen_edit_trainer";
-const POINTS = 600; // asked of the server
-const MAX_POINTS = 2400; // kept here; then the server's thinned curve is asked for again
-const RETRY_MS = 4000; // from a request that failed to the next
-const LIST = ""; // among the failures, which are by run
+const POINTS = 600; // requested from the server
+const MAX_POINTS = 2400; // kept here; above that, fetch the server's thinned curve again
+const RETRY_MS = 4000; // delay after a failed request
+const LIST = ""; // key of the list request in `failures` and `waiting`, where other keys are run names
 
-/** @param {any} api ComfyUI's. */
+/** @param {any} api ComfyUI's API object. */
 export function createStore(api) {
   /** @type {Map<string, Run>} */
   const runs = new Map();
   /** @type {Set<string>} */
   const loaded = new Set();
-  /** @type {Map<string, string>} Why the last request failed. */
+  /** @type {Map<string, string>} Error message of the last failed request. */
   const failures = new Map();
-  /** @type {Set<string>} What failed a moment ago and is not asked for yet. */
+  /** @type {Set<string>} Failed requests that wait for their retry. */
   const waiting = new Set();
   /** @type {Set<() => void>} */
   const listeners = new Set();
@@ -58,7 +58,7 @@ export function createStore(api) {
   }
 
   /**
-   * Send a request; where it fails say so to listeners, and a moment later call `again`.
+   * Send a request. If it fails, tell the listeners, and call `again` after RETRY_MS.
    * @param {string} name
    * @param {() => Promise<void>} request
    * @param {() => void} again
@@ -79,7 +79,7 @@ export function createStore(api) {
     }
   }
 
-  /** Ask for the list of runs, until there is one. @returns {Promise<void>} */
+  /** Fetch the list of runs, with retries. @returns {Promise<void>} */
   function refresh() {
     return attempt(LIST, readList, refresh);
   }
@@ -95,7 +95,7 @@ export function createStore(api) {
     tell();
   }
 
-  /** Curve and samples of a run, from now on kept up to date. @param {string} name */
+  /** Fetch curve and samples of a run, and keep them up to date from now on. @param {string} name */
   function load(name) {
     loaded.add(name);
     const request = () =>
@@ -103,7 +103,7 @@ export function createStore(api) {
         loaded.delete(name);
         throw error;
       });
-    return attempt(name, request, tell); // whoever still shows it wants it again
+    return attempt(name, request, tell); // a view that still shows the run calls `want` again
   }
 
   /** @param {string} name */
@@ -141,11 +141,11 @@ export function createStore(api) {
 
   return {
     refresh,
-    /** Load a run that is looked at, unless it is there, on its way or failed a moment ago. @param {string} name */
+    /** Load a run, unless it is loaded, being loaded or waiting for a retry. @param {string} name */
     want(name) {
       if (!loaded.has(name) && !waiting.has(name)) load(name);
     },
-    /** What does not work, if something does not. @param {string} [name] Of the run that is looked at. */
+    /** Error message of the list request or of a run's request. @param {string} [name] The run. */
     problem: (name = LIST) => failures.get(LIST) ?? failures.get(name),
     get,
     runPath,
@@ -153,7 +153,7 @@ export function createStore(api) {
     list: () => [...runs.values()],
     /** @param {string} name @returns {Run|undefined} */
     find: (name) => runs.get(name),
-    /** @param {() => void} listener @returns {() => void} Ends it. */
+    /** @param {() => void} listener @returns {() => void} Unsubscribes. */
     subscribe(listener) {
       listeners.add(listener);
       return () => listeners.delete(listener);
@@ -163,13 +163,13 @@ export function createStore(api) {
      * @param {Sample} sample
      * @param {number} pair
      * @param {string} column
-     * @param {number} [edge] Of a small one, in pixels.
+     * @param {number} [edge] Longest side of a thumbnail, in pixels. Full size without it.
      */
     pictureAddress(name, sample, pair, column, edge) {
       const place = `${runPath(name)}/samples/${sample.step}/${pair}/${encodeURIComponent(column)}`;
       return api.apiURL(`${BASE}${place}?v=${sample.version}${edge ? `&edge=${edge}` : ""}`);
     },
-    /** End a training and keep its LoRA. @param {string} name */
+    /** Stop a training and keep its LoRA. @param {string} name */
     async stopAndKeep(name) {
       const body = JSON.stringify({ run_name: name });
       const headers = { "Content-Type": "application/json" };
@@ -184,7 +184,7 @@ export function createStore(api) {
 
 /**
  * @param {Curve} curve
- * @param {any[]} points Steps as the server reports them.
+ * @param {any[]} points Steps from the server.
  * @returns {Curve}
  */
 export function extended(curve, points) {
@@ -207,7 +207,7 @@ export function extended(curve, points) {
 }
 
 /**
- * The server's curve, and what came by message while it was on its way.
+ * The server's curve, extended by the steps that arrived by message during the request.
  * @param {Curve} curve
  * @param {Curve} live
  */

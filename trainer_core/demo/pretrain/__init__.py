@@ -1,1 +1,1 @@
-"""How the embedded demo model was made: `python -m trainer_core.demo.pretrain --out DIR`."""
+"""The pre-training of the embedded demo model: `python -m trainer_core.demo.pretrain --out DIR`."""

@@ -1,4 +1,4 @@
-"""Make the embedded demo model: python -m trainer_core.demo.pretrain --out DIR --tokenizer DIR --device cuda."""
+"""Pre-train the embedded demo model: python -m trainer_core.demo.pretrain --out DIR --tokenizer DIR --device cuda."""
 
 from __future__ import annotations
 
@@ -25,12 +25,18 @@ from .pictures import PictureSource
 
 TEXT_ENCODER = Path(__file__).parent.parent / "model" / "text_encoder"
 NUM_HELD_OUT, NUM_STEPS = 24, 20
-TWICE = ("astronaut.png", "coffee.png", "grace_hopper.jpg", "motorcycle_left.png", "ihc.png")  # colour is rare
+TWICE = (
+    "astronaut.png",
+    "coffee.png",
+    "grace_hopper.jpg",
+    "motorcycle_left.png",
+    "ihc.png",
+)  # drawn twice as often, because colourful photographs are rare
 _LOG = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Both parts, then figures and pictures on photographs that were not trained on."""
+    """Train the VAE and the transformer, then measure them on photographs that were not trained on."""
     options = _options()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device(options.device)
@@ -65,8 +71,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with Qwen2.5's vocab.json and merges.txt")
-    parser.add_argument("--photograph", type=Path, action="append", default=[], help="a further picture to learn from")
-    parser.add_argument("--resume", type=Path, help="output of an earlier run to go on from")
+    parser.add_argument("--photograph", type=Path, action="append", default=[], help="an additional training picture")
+    parser.add_argument("--resume", type=Path, help="output folder of an earlier run to resume")
     parser.add_argument("--minutes-vae", type=float, default=4.0)
     parser.add_argument("--minutes-transformer", type=float, default=5.0)
     parser.add_argument("--batch-vae", type=int, default=48)
@@ -76,13 +82,13 @@ def _options() -> argparse.Namespace:
 
 
 def held_out_pictures() -> Tensor:
-    """Tiles [B, 3, 128, 128] of the photographs kept for the demo."""
+    """Tiles [B, 3, 128, 128] in 0..1 of the demo's photographs."""
     tiles = [tile.resize((128, 128)) for _, tile in demo_pictures.demo_tiles(NUM_HELD_OUT)]
     return torch.stack([torch.from_numpy(np.array(tile)) for tile in tiles]).permute(0, 3, 1, 2) / 255
 
 
 def begin(network: torch.nn.Module, resume: Path | None, part: str) -> torch.nn.Module:
-    """The network with an earlier run's weights, if there was one."""
+    """Load an earlier run's weights into the network, if `resume` is given."""
     if resume is not None:
         weights = load_file(resume / part / "diffusion_pytorch_model.safetensors")
         network.load_state_dict({name: weight.float() for name, weight in weights.items()})
@@ -90,7 +96,7 @@ def begin(network: torch.nn.Module, resume: Path | None, part: str) -> torch.nn.
 
 
 def save(network: torch.nn.Module, folder: Path) -> None:
-    """In diffusers' layout, fp16; the network stays as it is."""
+    """Save a network in diffusers' layout, in fp16. The network itself is not changed."""
     weights = {name: weight.half().contiguous() for name, weight in network.state_dict().items()}
     network.save_config(folder)  # type: ignore[operator]
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
@@ -98,7 +104,7 @@ def save(network: torch.nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def measure(networks: transformer_part.Networks, held_out: Tensor, out: Path) -> dict[str, float]:
-    """dB per instruction and flavour against the exact edit, beside what the VAE alone reaches."""
+    """PSNR (dB) against the exact edit, per instruction and flavour, and the PSNR that the VAE alone reaches."""
     figures = {
         "vae": vae_part.psnr(_through(networks, held_out), held_out),
         "vae negatives": vae_part.psnr(_through(networks, 1 - held_out), 1 - held_out),
@@ -131,7 +137,7 @@ def _through(networks: transformer_part.Networks, pictures: Tensor) -> Tensor:
 
 
 def save_grid(pictures: Tensor, path: Path, columns: int = 8) -> None:
-    """Pictures [B, 3, H, W] in rows."""
+    """Save pictures [B, 3, H, W] as a grid; an incomplete last row is left out."""
     rows = [torch.cat(list(row), dim=2) for row in pictures.split(columns) if len(row) == columns]
     pixels = (torch.cat(rows, dim=1).float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     Image.fromarray(pixels).save(path)

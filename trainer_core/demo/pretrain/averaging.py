@@ -1,4 +1,4 @@
-"""A running average of weights."""
+"""A running average of a network's weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class RunningAverage:
-    """Exponential average of a network's parameters, quick to follow at first."""
+    """An exponential moving average of a network's parameters. Its decay grows over the first updates to `decay`."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
@@ -15,13 +15,13 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Move towards the network's weights."""
+        """Move the average towards the network's current weights."""
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + 10))
         torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in network.parameters()], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:
-        """Give the network the averaged weights."""
+        """Copy the averaged weights into the network."""
         for parameter, weight in zip(network.parameters(), self.weights, strict=True):
             parameter.copy_(weight)

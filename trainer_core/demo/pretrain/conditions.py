@@ -1,4 +1,4 @@
-"""Prompt embeddings of whole batches: as `qwen_image.text_encoder` makes them one by one."""
+"""Prompt embeddings for whole batches, equal to those that `qwen_image.text_encoder` computes one by one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class PromptEncoder:
-    """The narrow text encoder, for batches whose pictures have one size."""
+    """The demo's text encoder for batches of pictures of one size. `known` caches token ids."""
 
     network: Qwen2_5_VLForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
@@ -38,13 +38,13 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, flavour: Flavour, captions: Sequence[str], references: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, D] and their mask [B, L], of one caption per pair and references [B, 3, H, W] each."""
+        """Embeddings [B, L, D] and their mask [B, L] for B captions. Each reference is a batch [B, 3, H, W]."""
         seen, grids = zip(*(self.see(flavour, reference) for reference in references), strict=True)
         return self.encode_seen(flavour, captions, torch.cat(seen, 1), grids)
 
     @torch.no_grad()
     def see(self, flavour: Flavour, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Vision tokens [B, N, D] of pictures [B, 3, H, W], and their common grid [1, 3]."""
+        """Vision tokens [B, N, D] of pictures [B, 3, H, W], and the grid [1, 3] that they all have."""
         patches, grid = batch_patches(self._view(flavour, pictures))
         grids = grid.repeat(len(pictures), 1).to(pictures.device)
         features = self.network.model.get_image_features(patches.flatten(0, 1), grids)
@@ -60,9 +60,9 @@ class PromptEncoder:
         *,
         as_text: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The same for pictures whose vision tokens [B, N of all, D] are known.
+        """`encode` for pictures that already went through `see`. `seen` [B, N, D] joins the tokens of all references.
 
-        `as_text` counts picture tokens like text in the positions, as diffusers' pipelines make transformers do.
+        With `as_text`, picture tokens get positions like text, which is what happens in diffusers' pipelines.
         """
         batch, device = len(captions), seen.device
         counts = tuple(num_vision_tokens(grid) for grid in grids)
@@ -91,7 +91,7 @@ class PromptEncoder:
         return self.known[key]
 
     def _view(self, flavour: Flavour, pictures: Tensor) -> Tensor:
-        """What the vision tower gets: the very picture, or one of the flavour's vision area."""
+        """The pictures at the size for the vision tower: unchanged, or scaled to the flavour's vision area."""
         if flavour.same_picture:
             return pictures
         width, height = area_size(Size(pictures.shape[3], pictures.shape[2]), flavour.vision_area)
@@ -99,7 +99,7 @@ class PromptEncoder:
 
 
 def batch_patches(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """`vision_patches` of pictures [B, 3, H, W] at once: [B, N, 1176] and their common grid [1, 3]."""
+    """`vision_patches` for a batch [B, 3, H, W]: patches [B, N, 1176] and the grid [1, 3] that all have."""
     height, width = vision_size(*pictures.shape[2:])
     resized = interpolate(pictures, size=(height, width), mode="bilinear", align_corners=False)
     mean, std = (torch.tensor(values, device=pictures.device).view(1, 3, 1, 1) for values in (MEAN, STD))

@@ -1,4 +1,4 @@
-"""What the demo's base model is taught: edits as functions, each with several ways to ask for it."""
+"""The edits that the demo's base model learns: functions on pictures, each with several phrasings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEPIA = ((0.393, 0.769, 0.189), (0.349, 0.686, 0.168), (0.272, 0.534, 0.131))
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """An edit of pictures [B, 3, H, W] in 0..1, how often it is drawn, and its phrasings."""
+    """An edit of pictures [B, 3, H, W] in 0..1, its relative frequency (`weight`), and its phrasings."""
 
     name: str
     weight: float
@@ -116,5 +116,5 @@ INSTRUCTIONS = (
         "warm", 1.0, _warm, ("make the colours warmer", "give the photo a warm tone", "add warm evening light")
     ),
 )
-# With several references: the first is meant unless one is named.
+# For several references. Instructions without a picture's number always refer to the first one.
 NAMED_REFERENCE = ("show picture {}", "keep picture {} as it is", "copy picture {}")

@@ -1,4 +1,4 @@
-"""Endless training pictures on the device: crops of photographs and drawings, all batches computed at once.
+"""Generates random training pictures on the device, a batch at a time: crops of photographs, noise and drawings.
 
 Shapes: B batch, H and W picture sides; pictures are [B, 3, H, W] in 0..1.
 """
@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-_ATLAS_SIDE = 720  # pixels; larger photographs are brought down to it
+_ATLAS_SIDE = 720  # pixels; larger photographs are scaled down to it
 _LEVELS = (1.0, 0.5)  # each photograph is kept at these scales, so that crops can be wide without aliasing
 _OCTAVES = (3, 6, 12, 24, 48, 96)
 _SHAPES = 6
 
 
 class PictureSource:
-    """Draws batches of pictures from one generator."""
+    """A random source of picture batches, with its own seeded generator."""
 
     def __init__(self, photographs: list[Image.Image], device: torch.device, seed: int) -> None:
         self.device = device
@@ -34,15 +34,15 @@ class PictureSource:
         self.atlas = atlas.to(device)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Uniform draws."""
+        """Uniform random numbers in [low, high)."""
         return torch.rand(shape, device=self.device, generator=self.generator) * (high - low) + low
 
     def chance(self, batch: int, share: float) -> Tensor:
-        """True for about `share` of the batch, as [B, 1, 1, 1]."""
+        """A mask [B, 1, 1, 1] that is True with probability `share`."""
         return self.uniform(batch, 1, 1, 1) < share
 
     def photographs(self, batch: int, height: int, width: int) -> Tensor:
-        """Crops at random scale, rotation, place and flip."""
+        """Crops of photographs with random scale, rotation, position and flip."""
         page = torch.randint(len(self.sides), (batch,), device=self.device, generator=self.generator)
         sides = self.sides[page]
         half = torch.tensor([height, width], device=self.device) / 2
@@ -69,7 +69,7 @@ class PictureSource:
         return grid_sample(self.atlas[page].float(), grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
 
     def clouds(self, batch: int, height: int, width: int, channels: int = 3) -> Tensor:
-        """Noise of random roughness and contrast."""
+        """Multi-scale noise with random roughness and contrast."""
         total = torch.zeros(batch, channels, height, width, device=self.device)
         falloff = self.uniform(batch, 1, 1, 1, low=0.2, high=0.9)
         for power, cells in enumerate(_OCTAVES):
@@ -80,7 +80,7 @@ class PictureSource:
         return (level + contrast * total).clamp(0, 1)
 
     def drawings(self, ground: Tensor) -> Tensor:
-        """Soft-edged ellipses and rectangles in plain colours and gradients over `ground`."""
+        """Soft-edged ellipses and rectangles with colour gradients, drawn over `ground`."""
         batch, _, height, width = ground.shape
         y = torch.linspace(-1, 1, height, device=self.device).view(1, 1, -1, 1)
         x = torch.linspace(-1, 1, width, device=self.device).view(1, 1, 1, -1)
@@ -98,7 +98,7 @@ class PictureSource:
         return picture.clamp(0, 1)
 
     def recoloured(self, picture: Tensor) -> Tensor:
-        """Channels exchanged, hue and saturation, gamma, contrast, grey and negatives, each at random."""
+        """Pictures with random changes of channel order, saturation, gamma and contrast; some become negatives."""
         batch = len(picture)
         order = self.uniform(batch, 3).argsort(1).view(batch, 3, 1, 1).expand_as(picture)
         picture = torch.where(self.chance(batch, 0.35), picture.gather(1, order), picture)
@@ -115,7 +115,7 @@ class PictureSource:
         return torch.where(self.chance(batch, 0.25), 1 - picture, picture)
 
     def batch(self, batch: int, height: int, width: int) -> Tensor:
-        """Mostly photographs, an eighth of clouds, drawings over both."""
+        """A batch of recoloured pictures: seven eighths photographs, one eighth noise, some of both with drawings."""
         drawn = max(1, batch // 8)
         ground = torch.cat([self.photographs(batch - drawn, height, width), self.clouds(drawn, height, width)])
         over = torch.cat([ground[:drawn], ground[-(drawn + 1) // 2 :]])

@@ -1,4 +1,4 @@
-"""Part two: the narrow QwenImageTransformer2DModel, one for all three flavours."""
+"""Part two of the pre-training: a narrow QwenImageTransformer2DModel for all three flavours."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ PEAK_RATE, WARM_UP, LAST_RATE = 1.2e-3, 300, 0.01
 SHIFT, UNIFORM_SHARE = 1.73, 0.3
 SIZES = ((128, 128), (128, 128), (128, 128), (96, 160), (160, 96), (96, 96), (160, 160), (192, 128), (128, 192))
 FLAVOUR_SHARES = (("edit-v1", 0.6), ("edit-v2", 0.17), ("edit-v3", 0.23))
-LIVE_BLOCKS, USES, SEEN = 6, 8, 16  # blocks of pairs drawn from in turn, steps per block, pictures seen per block
+LIVE_BLOCKS, USES, SEEN = 6, 8, 16  # blocks of pairs in use at once, steps per block, vision-encoded pictures per block
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """All that a training step or a sample needs."""
+    """The networks for training and sampling."""
 
     transformer: QwenImageTransformer2DModel
     vae: AutoencoderKLQwenImage
@@ -57,7 +57,7 @@ class Networks:
 
 
 def new_transformer() -> QwenImageTransformer2DModel:
-    """An untrained network; its prediction starts at zero."""
+    """An untrained network that predicts zero."""
     from diffusers import QwenImageTransformer2DModel
 
     transformer = QwenImageTransformer2DModel(**CONFIG)
@@ -72,7 +72,7 @@ def new_transformer() -> QwenImageTransformer2DModel:
 
 
 def set_flavour(transformer: QwenImageTransformer2DModel, flavour: Flavour) -> None:
-    """Modulate references at timestep zero, or not."""
+    """Set whether references are modulated at timestep zero, as the flavour needs it."""
     transformer.zero_cond_t = flavour.zero_cond_t
     for block in transformer.transformer_blocks:
         block.zero_cond_t = flavour.zero_cond_t
@@ -93,7 +93,7 @@ def pictures_of(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class Block:
-    """Encoded pairs of one shape and flavour, [N, ...] each, from which a few steps draw."""
+    """Encoded pairs of one shape and flavour, all [N, ...]. Several steps draw from it: encoding is expensive."""
 
     flavour: Flavour
     captions: list[str]
@@ -107,7 +107,7 @@ class Block:
 def train_transformer(
     networks: Networks, source: PictureSource, *, seconds: float, batch: int
 ) -> QwenImageTransformer2DModel:
-    """Train `networks.transformer` for so many seconds; it ends with the averaged weights."""
+    """Train `networks.transformer` for `seconds`. It ends with the averaged weights."""
     transformer = networks.transformer
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     average = RunningAverage(transformer, 0.999)
@@ -137,8 +137,11 @@ def train_transformer(
 
 @torch.no_grad()
 def _new_block(networks: Networks, source: PictureSource, chooser: random.Random, batch: int) -> Block:
-    """Draw pictures, edit and encode them. The vision tower sees a few pictures per block, of which pairs take any:
-    its random features are nothing to learn from, only something to get used to."""
+    """Draw pictures, apply edits, and encode both.
+
+    The vision tower encodes only SEEN pictures per block, and each pair gets the tokens of any of them. Its weights are
+    random, so the transformer need not learn from its features, only get used to them.
+    """
     flavour = FLAVOURS[chooser.choices(*zip(*FLAVOUR_SHARES, strict=True))[0]]  # type: ignore[arg-type]
     num_references = chooser.choice((1, 1, 2, 3)) if flavour.max_references > 1 else 1
     height, width = chooser.choice(SIZES)
@@ -179,14 +182,14 @@ def _loss(networks: Networks, source: PictureSource, chooser: random.Random, blo
 
 
 def noise_levels(source: PictureSource, batch: int) -> Tensor:
-    """Sigma [B]: logit-normal and shifted, partly uniform."""
+    """Noise levels sigma [B]: a mix of shifted logit-normal and uniform draws."""
     draws = torch.randn(batch, device=source.device, generator=source.generator).sigmoid()
     shifted = SHIFT * draws / (1 + (SHIFT - 1) * draws)
     return torch.where(source.uniform(batch) < UNIFORM_SHARE, source.uniform(batch), shifted)
 
 
 def edited(references: Sequence[Tensor], chooser: random.Random) -> tuple[Tensor, list[str]]:
-    """Targets [B, 3, H, W] and captions for a batch: each pair with an edit of its own."""
+    """Targets [B, 3, H, W] and captions for a batch, with an instruction per pair."""
     target, captions, done, batch = references[0].clone(), [], 0, len(references[0])
     total = sum(instruction.weight for instruction in INSTRUCTIONS)
     if len(references) > 1:
@@ -209,7 +212,7 @@ def edited(references: Sequence[Tensor], chooser: random.Random) -> tuple[Tensor
 def sample(
     networks: Networks, flavour: Flavour, captions: Sequence[str], references: Sequence[Tensor], num_steps: int
 ) -> Tensor:
-    """Pictures [B, 3, H, W] by plain Euler steps without guidance; noise from a fixed seed."""
+    """Sample pictures [B, 3, H, W] with Euler steps and without guidance. The noise has a fixed seed."""
     set_flavour(networks.transformer, flavour)
     embeds, mask = networks.prompts.encode(flavour, captions, references)
     condition = Condition(tuple(latents_of(networks.vae, picture) for picture in references), embeds, mask)

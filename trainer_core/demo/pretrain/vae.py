@@ -1,4 +1,4 @@
-"""Part one: the narrow AutoencoderKLQwenImage."""
+"""Part one of the pre-training: a narrow AutoencoderKLQwenImage."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def new_vae() -> AutoencoderKLQwenImage:
-    """An untrained network whose kernels see single frames only: their weights for earlier frames are zero."""
+    """An untrained VAE for single frames: all weights for other frames are zero."""
     from diffusers import AutoencoderKLQwenImage
 
     vae = AutoencoderKLQwenImage(**CONFIG)
@@ -51,7 +51,7 @@ def new_vae() -> AutoencoderKLQwenImage:
 
 
 def flatten(vae: AutoencoderKLQwenImage) -> None:
-    """Compute convolutions over one frame as two-dimensional ones, and norms in fewer passes. Same results."""
+    """Replace 3D convolutions by 2D ones, and norms by faster ones. Results for single pictures stay the same."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.forward = MethodType(_flat_convolution, module)
@@ -78,19 +78,19 @@ def encode(vae: AutoencoderKLQwenImage, pictures: Tensor) -> tuple[Tensor, Tenso
 
 
 def decode(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] in 0..1, not clamped, of raw latents."""
+    """Decode raw latents to pictures [B, 3, H, W] in about 0..1 (not clamped)."""
     return (vae.decoder(vae.post_quant_conv(latents.unsqueeze(2))).squeeze(2).float() + 1) / 2
 
 
 def psnr(one: Tensor, other: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in 0..1, from the mean error of all."""
+    """The PSNR in dB of pictures in 0..1, from the mean squared error over all of them."""
     return -10 * math.log10(mse_loss(one.clamp(0, 1), other.clamp(0, 1)).item())
 
 
 def train_vae(
     vae: AutoencoderKLQwenImage, source: PictureSource, held_out: Tensor, *, seconds: float, batch: int
 ) -> AutoencoderKLQwenImage:
-    """Train for so many seconds; the averaged weights, with the latents' statistics in the config."""
+    """Train for `seconds`. Returns the VAE with averaged weights, and the latents' mean and std in its config."""
     flatten(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     average = RunningAverage(vae, 0.999)
@@ -123,7 +123,7 @@ def train_vae(
 
 
 def _supply(source: PictureSource, batch: int) -> Iterator[Tensor]:
-    """Batches of about `batch` pictures of 128 pixels, drawn several at a time."""
+    """Batches with as many pixels as `batch` pictures of 128 x 128. AT_ONCE batches are generated together."""
     for index in count():
         height, width = SIZES[index % len(SIZES)]
         size = batch * 128 * 128 // (height * width)
@@ -147,7 +147,7 @@ def _quality(vae: AutoencoderKLQwenImage, pictures: Tensor) -> float:
 
 @torch.no_grad()
 def _set_statistics(vae: AutoencoderKLQwenImage, source: PictureSource) -> None:
-    """Measure the latents' mean and deviation per channel and write them into the config."""
+    """Write the latents' mean and standard deviation per channel to the config."""
     latents = torch.cat([encode(vae, source.batch(64, 128, 128))[0] for _ in range(16)])
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     vae.register_to_config(

@@ -1,4 +1,4 @@
-"""Which entry of the cache of quantised weights a network has."""
+"""Determines a network's entry in the cache of quantised weights."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..precision.materialise import Placement
 from ..precision.quantised_cache import QuantisedCache
 from .folder import weights_digest
 
-_FORMAT = 1
+_FORMAT = 1  # raise it when the cache's files change, so that old entries are no longer found
 _QUANTISERS = ("optimum-quanto", "bitsandbytes")
 
 
-def kept_weights(config: ModelConfig, place: Path, placement: Placement) -> QuantisedCache | None:
-    """The entry for the network in `place` under `placement`; None where nothing is kept.
+def quantised_entry(config: ModelConfig, place: Path, placement: Placement) -> QuantisedCache | None:
+    """The cache entry for the network at `place` under `placement`; None if the cache is off.
 
-    Its key has all that decides the codes: file, format, dtype, layers left out, the kind of device that computes them,
-    and the versions of who does.
+    The key covers everything that determines the codes: the model file, precision, dtype, unquantised layers, type of
+    the quantising device, and the versions of torch and the quantising packages.
 
     Raises:
-        ConfigError: weights are to be kept, and there is no folder for them.
+        ConfigError: the cache is on, but has no folder.
     """
     if config.quantised_cache_gb == 0:
         return None

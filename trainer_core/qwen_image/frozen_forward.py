@@ -1,4 +1,4 @@
-"""A transformer that computes and keeps less than diffusers' while it is trained through, with the same result."""
+"""Makes the frozen transformer compute and keep less than diffusers' does in training, with the same result."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
 
-def lighten(transformer: QwenImageTransformer2DModel) -> None:
-    """Have a frozen network compute and keep less, with the same result: nobody reads what the last block computes of
-    the text after its attention, norms of queries and keys need not keep them in float32, and a picture's modulation
-    not a scale for every token."""
+def optimise_frozen_forward(transformer: QwenImageTransformer2DModel) -> None:
+    """Replace parts of a frozen network in place; the output stays the same.
+
+    - The last block's text stream after attention is removed: nothing uses its output.
+    - The norms of queries and keys no longer keep float32 copies of their inputs.
+    - The modulation no longer builds a scale and a shift for every token.
+    """
     last = transformer.transformer_blocks[-1]
     last.attn.to_add_out, last.txt_norm2, last.txt_mlp = (torch.nn.Identity() for _ in range(3))
     for block in transformer.transformer_blocks:
@@ -26,12 +29,12 @@ def lighten(transformer: QwenImageTransformer2DModel) -> None:
 
 
 def _modulated(x: Tensor, parameters: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x [B, L, d] scaled and shifted, and the gate, as diffusers' `_modulate` gives them.
+    """x [B, L, d] scaled and shifted, and the gate: the same as diffusers' `_modulate`.
 
-    `parameters` [B, 3 d] hold shift, scale and gate. With an `index` [B, L], as in a 2511, they are [2 B, 3 d], and
-    tokens of index 0 take those of the first half.
+    `parameters` [B, 3 d] are shift, scale and gate. With `index` [B, L] (in a 2511) they are [2 B, 3 d]: tokens with
+    index 0 use the first half, the others the second.
 
-    One function for all blocks, as compiled ones share their code.
+    A function rather than a method, so that compiled blocks share its code.
     """
     if index is None:
         shift, scale, gate = parameters.unsqueeze(1).chunk(3, dim=-1)

@@ -1,4 +1,4 @@
-"""What is to be encoded: every pair's views and cache keys, and which of the entries the cache lacks."""
+"""Plan the encoding: the views and cache keys of every pair, and the entries that the cache lacks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ from .pictures import PairPlan, View, plan_pair, render
 from .types import ReferenceFile
 
 
-class LatentJob(NamedTuple):
-    """A picture for the VAE: key of the latents, file, its SHA-256, view; key of its pixels for held-out pairs."""
+class LatentTask(NamedTuple):
+    """A picture to encode with the VAE.
+
+    `key` is the cache key of its latents, `content` the file's SHA-256, and `picture` the cache key of its pixels,
+    which are kept for held-out pairs only.
+    """
 
     key: str
     path: Path
@@ -32,28 +36,28 @@ class LatentJob(NamedTuple):
     picture: str = ""
 
     def read(self) -> Tensor:
-        """Its pixels."""
+        """The pixels of its view, [3, H, W] in 0..1."""
         return render(open_checked_picture(self.path, self.content), self.view)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedPair:
-    """A pair, its views and its cache keys."""
+    """A pair with its views and its cache keys."""
 
     pair: EditPair
     plan: PairPlan
     entry: EncodedEntry
     negative_prompt: str
 
-    def latent_jobs(self) -> Iterator[LatentJob]:
-        """Every picture that goes through the VAE now: the target, and references that aren't encoded on the fly."""
+    def latent_tasks(self) -> Iterator[LatentTask]:
+        """The pictures to encode now: the target, and references unless they are encoded on the fly."""
         keys, views = (self.entry.target, *self.entry.references), (self.plan.target, *self.plan.references)
         files, pictures = (self.pair.target, *self.pair.references), self.entry.pictures or ("",) * len(keys)
-        jobs = [LatentJob(*each) for each in zip(keys, files, self.pair.digests, views, pictures, strict=True)]
-        yield from jobs[:1] if self.entry.reference_files else jobs
+        tasks = [LatentTask(*each) for each in zip(keys, files, self.pair.digests, views, pictures, strict=True)]
+        yield from tasks[:1] if self.entry.reference_files else tasks
 
     def prompts(self) -> Iterator[tuple[str, str]]:
-        """Key and caption of every prompt."""
+        """Cache key and text of every prompt."""
         yield from zip(self.entry.prompts, self.pair.captions, strict=True)
         yield from zip(self.entry.validation_prompts, self.entry.validation_captions, strict=True)
         if self.entry.negative:
@@ -62,18 +66,18 @@ class PlannedPair:
             yield self.entry.empty, ""
 
 
-class Jobs(NamedTuple):
-    """What is to be made: masks and latents by their key, and the prompts (text by key) of pairs."""
+class MissingWork(NamedTuple):
+    """What the cache lacks: masks and latents by cache key, and pairs with their missing prompts (text by key)."""
 
     masks: dict[str, PlannedPair]
-    latents: dict[str, LatentJob]
+    latents: dict[str, LatentTask]
     prompts: list[tuple[PlannedPair, dict[str, str]]]
 
 
 def plan_encoding(
     pair: EditPair, model: ModelConfig, encoding: EncodingConfig, digests: tuple[str, str], held_out: set[str]
 ) -> PlannedPair:
-    """`digests` are the VAE's and the text encoder's."""
+    """The views and cache keys of a pair. `digests` are those of the VAE and the text encoder."""
     flavour, kinds = FLAVOURS[model.flavour], pair.conditioning_types
     plan = plan_pair(pair.sizes, flavour, encoding, pair.key, conditioning_types=kinds)
     entry = _entry(pair, plan, digests, encoding, keep_pictures=pair.key in held_out)
@@ -118,33 +122,37 @@ def _entry(
 
 
 def latents_key(vae: str, content: str, view: Sequence[Any]) -> str:
-    """Of a picture by its file's SHA-256 and what is seen of it; `vae` is the network's digest."""
+    """Cache key of a picture's latents, from the VAE's digest, the file's SHA-256 and the view as JSON."""
     return digest([vae, content, view])
 
 
 def mask_box(pair: EditPair, plan: PairPlan) -> Box:
+    """The part of the pair's mask that corresponds to the target's view."""
     assert pair.mask is not None
     return plan.mask_box(pair.sizes[0], pair.mask.size)
 
 
-def missing_jobs(planned: list[PlannedPair], cache_dir: Path) -> Jobs:
-    """What the cache lacks."""
+def find_missing(planned: list[PlannedPair], cache_dir: Path) -> MissingWork:
+    """The entries of these pairs that are not in the cache."""
 
     def lacks(kind: str, key: str) -> bool:
         return bool(key) and not is_whole(entry_path(cache_dir, kind, key))
 
-    jobs = Jobs({}, {}, [])
+    missing = MissingWork({}, {}, [])
     for each in planned:
         if lacks("mask", each.entry.mask):
-            jobs.masks[each.entry.mask] = each
-        for job in each.latent_jobs():
-            if lacks("latents", job.key) or lacks("picture", job.picture):
-                jobs.latents[job.key] = job._replace(picture=job.picture or jobs.latents.get(job.key, job).picture)
+            missing.masks[each.entry.mask] = each
+        for task in each.latent_tasks():
+            if lacks("latents", task.key) or lacks("picture", task.picture):
+                # pairs may share a picture; keep its pixels if any of them is held out
+                picture = task.picture or missing.latents.get(task.key, task).picture
+                missing.latents[task.key] = task._replace(picture=picture)
         prompts = {key: text for key, text in each.prompts() if lacks("prompt", key)}
         if prompts:
-            jobs.prompts.append((each, prompts))
-    return jobs
+            missing.prompts.append((each, prompts))
+    return missing
 
 
 def latents_shape(view: View) -> tuple[int, int, int]:
+    """Shape [C, H, W] of a view's latents."""
     return LATENT_CHANNELS, view.size.height // VAE_FACTOR, view.size.width // VAE_FACTOR

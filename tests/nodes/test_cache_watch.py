@@ -1,4 +1,4 @@
-"""What a queued graph notices of a cache that somebody removed in part."""
+"""A queued graph notices when part of the cache was deleted."""
 
 from __future__ import annotations
 
@@ -47,23 +47,26 @@ def made_again_empty(encoded: EncodedDataset) -> None:
 def test_a_loss_changes_the_fingerprint_once(
     loss: Callable[[EncodedDataset], None], copied: EncodedDataset, pack_module: Callable[[str], ModuleType]
 ):
-    here = pack_module("encoded_here").EncodedHere()
-    here.note(copied)
-    assert here.losses() == here.losses() == "0"
+    watch = pack_module("cache_watch").CacheWatch()
+    watch.watch(copied)
+    assert watch.losses() == watch.losses() == "0"
     loss(copied)
-    here.note(copied)  # as after the node was asked again
-    assert [here.losses() for _ in range(3)] == ["1", "1", "1"]
-    here.note(copied)
-    assert here.losses() == "2"
+    watch.watch(copied)  # as after the node was asked again
+    assert [watch.losses() for _ in range(3)] == ["1", "1", "1"]
+    watch.watch(copied)
+    assert watch.losses() == "2"
 
 
-def test_it_looks_once_a_second(copied: EncodedDataset, pack_module: Callable[[str], ModuleType]):
-    now = [0.0]
-    here = pack_module("encoded_here").EncodedHere(lambda: now[0])
-    here.note(copied)
-    assert here.losses() == "0"
+def test_it_looks_once_a_second(
+    copied: EncodedDataset, pack_module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+):
+    now, module = [0.0], pack_module("cache_watch")
+    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+    watch = module.CacheWatch()
+    watch.watch(copied)
+    assert watch.losses() == "0"
     removed(copied)
     now[0] = 0.9
-    assert here.losses() == "0"
+    assert watch.losses() == "0"
     now[0] = 1.0
-    assert here.losses() == "1"
+    assert watch.losses() == "1"

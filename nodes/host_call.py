@@ -1,0 +1,141 @@
+"""Long calls inside ComfyUI: memory, torch modes, progress and interruption."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from PIL import Image
+
+from ..trainer_core.errors import Interrupted
+from ..trainer_core.events import SampleReport, StepReport, Stop
+from .active_runs import RUN_MESSAGE, ActiveRun, LiveMessages, active_run
+from .host_server import executing_node, send_message, server
+
+_PREVIEW_EDGE = 768  # pixels
+_TEXT_EVERY_SECONDS = 1.0
+
+
+class NodeObserver:
+    """Reports progress on the executing node and to open pages, and reports the user's stop requests.
+
+    Implements `trainer_core.events.Observer`. `on_first_step` is called once, when the first step is done.
+    """
+
+    def __init__(self, run: ActiveRun | None = None, on_first_step: Callable[[], None] | None = None) -> None:
+        self._run, self._on_first_step = run, on_first_step
+        self._live = LiveMessages(run, send_message) if run is not None else None
+        self._bar = comfy.utils.ProgressBar(1)
+        self._node_id = executing_node()
+        self._text_at = 0.0
+
+    def on_progress(self, phase: str, done: int, total: int) -> None:
+        """Show one progress bar per phase."""
+        self._update(done, max(1, total))
+        self._show(f"{phase}: {done} of {total}", final=done >= total)
+        if self._live is not None:
+            self._live.phase(f"{phase}: {done} of {total}")
+
+    def on_step(self, report: StepReport) -> None:
+        """Show the training progress bar."""
+        if self._live is not None:
+            self._live.step(report)
+        if self._on_first_step is not None:
+            self._on_first_step()
+            self._on_first_step = None
+        self._update(report.step, report.num_steps)
+        self._show(f"Step {report.step} of {report.num_steps}, loss {report.loss:.4f}")
+
+    def on_samples(self, report: SampleReport) -> None:
+        """Show the sample grid as the node's preview."""
+        with Image.open(report.grid_file) as grid:
+            preview = ("JPEG", grid.convert("RGB"), _PREVIEW_EDGE)
+        self._update(self._bar.current, self._bar.total, preview)
+        if self._live is not None:
+            self._live.samples(report.step)
+
+    def should_stop(self) -> Stop:
+        """PAUSE after ComfyUI's interrupt, KEEP after "Stop and keep", otherwise NO."""
+        if comfy.model_management.processing_interrupted():
+            return Stop.PAUSE
+        return Stop.KEEP if self._run is not None and self._run.keep.is_set() else Stop.NO
+
+    def _update(self, done: int, total: int, preview: tuple[str, Image.Image, int] | None = None) -> None:
+        """Move the bar. ComfyUI's bar raises and clears a pending interrupt; set it again for `should_stop`."""
+        if total != self._bar.total or done < self._bar.current:
+            # Since ComfyUI 0.13 a bar sends nothing until it passes the last value it sent: use a new bar.
+            self._bar = comfy.utils.ProgressBar(total)
+        try:
+            self._bar.update_absolute(done, total, preview)
+        except comfy.model_management.InterruptProcessingException:
+            comfy.model_management.interrupt_current_processing()
+
+    def _show(self, text: str, *, final: bool = False) -> None:
+        send = getattr(server(), "send_progress_text", None)
+        now = time.monotonic()
+        if send is None or self._node_id is None or (now - self._text_at < _TEXT_EVERY_SECONDS and not final):
+            return
+        self._text_at = now
+        send(text, self._node_id)
+
+
+@contextmanager
+def interruptible(
+    run: ActiveRun | None = None, on_first_step: Callable[[], None] | None = None
+) -> Iterator[NodeObserver]:
+    """Yield an observer. Turns `Interrupted` into ComfyUI's own exception if ComfyUI was interrupted."""
+    try:
+        yield NodeObserver(run, on_first_step)
+    except Interrupted:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise
+
+
+@contextmanager
+def long_call(run_name: str = "", on_first_step: Callable[[], None] | None = None) -> Iterator[NodeObserver]:
+    """Run one interruptible call with ComfyUI's networks unloaded and autograd on; restore global state afterwards.
+
+    With a `run_name` the call is listed in `active_runs`. ComfyUI executes nodes in inference mode, and tensors created
+    in that mode can never be used by autograd, so networks must be loaded inside this context.
+    """
+    free_memory()
+    try:
+        with (
+            active_run(run_name, executing_node()) if run_name else nullcontext() as run,
+            interruptible(run, on_first_step) as observer,
+            _globals_kept(),
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+        ):
+            yield observer
+    finally:
+        free_memory()
+        if run_name:
+            send_message(RUN_MESSAGE, {"run_name": run_name, "active": False})  # the run folder says how it ended
+
+
+def free_memory() -> None:
+    """Unload all of ComfyUI's networks. Unloading also removes LoRA patches from their weights."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+@contextmanager
+def _globals_kept() -> Iterator[None]:
+    """Restores the global random generators and default dtype, so that the results of other nodes do not change."""
+    python_state, numpy_state, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_default_dtype(dtype)

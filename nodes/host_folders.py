@@ -1,0 +1,166 @@
+"""ComfyUI's folders, the model and LoRA files it lists, and its compute device."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import folder_paths
+
+from ..trainer_core.config import DEMO_MODEL
+from ..trainer_core.errors import ConfigError, ModelFileError
+
+DEMO_CHOICE = "demo (embedded)"
+NO_LORA = "none"
+NO_FILE = "none found"
+_SAVED_AS = {
+    "diffusion_models": "QwenImageTransformer2DModel",
+    "text_encoders": "Qwen2_5_VLForConditionalGeneration",
+    "vae": "AutoencoderKLQwenImage",
+}
+_OWN_FOLDER = "qwen_edit_trainer"
+_ROOTS_KEY, _ROOTS_VARIABLE = "qwen_edit_datasets", "QWEN_EDIT_DATASET_ROOTS"
+
+
+def output_dir() -> Path:
+    """ComfyUI's output folder."""
+    return Path(folder_paths.get_output_directory())
+
+
+def cache_dir() -> Path:
+    """Root folder of the cache: encoded pairs, quantised weights and results of picture checks."""
+    return output_dir() / _OWN_FOLDER / "cache"
+
+
+def runs_dir() -> Path:
+    """Folder that contains one folder per run."""
+    return output_dir() / _OWN_FOLDER / "runs"
+
+
+def output_name(path: Path) -> str:
+    """`path` relative to the output folder, so that messages do not reveal where that folder is.
+
+    A path outside the output folder gives only its file name.
+    """
+    try:
+        return path.relative_to(output_dir()).as_posix()
+    except ValueError:
+        return path.name
+
+
+def dataset_roots() -> dict[str, Path]:
+    """Folders that may contain datasets, by the name that messages use for them."""
+    roots = {"input": Path(folder_paths.get_input_directory()), "output": output_dir()}
+    named = folder_paths.get_folder_paths(_ROOTS_KEY) if _ROOTS_KEY in folder_paths.folder_names_and_paths else []
+    for place in [*named, *os.environ.get(_ROOTS_VARIABLE, "").split(os.pathsep)]:
+        if Path(place).is_absolute():
+            roots.setdefault(Path(place).name or place, Path(place))
+    return roots
+
+
+def base_models() -> list[str]:
+    """Names of the base models in diffusers layout in ComfyUI's `diffusers` folders, followed by the demo model."""
+    found = {
+        config.parent.parent.relative_to(root).as_posix()
+        for root in _diffusers_dirs()
+        for pattern in ("*", "*/*")
+        for config in root.glob(f"{pattern}/transformer/config.json")
+    }
+    return [*sorted(found), DEMO_CHOICE]
+
+
+def base_model(name: str) -> tuple[str, str]:
+    """`base` and `tokenizer` of ModelConfig for a name from `base_models`.
+
+    Raises:
+        ModelFileError: the base model is not listed.
+    """
+    if name == DEMO_CHOICE:
+        return DEMO_MODEL, tokenizer_dir()
+    if name in base_models():
+        return next(str(root / name) for root in _diffusers_dirs() if (root / name / "transformer").is_dir()), ""
+    raise ModelFileError(
+        f"Base model {name[:200]!r} not found. Available: {', '.join(base_models())}. Download a Qwen-Image-Edit model "
+        "in diffusers layout to its own folder in models/diffusers, then press R to refresh the list."
+    )
+
+
+def model_files(folder: str) -> list[str]:
+    """Names of the models in a ComfyUI folder type (diffusion_models, text_encoders or vae).
+
+    Lists files in formats that cannot contain code, and folders written by `save_pretrained` of diffusers or
+    transformers.
+    """
+    suffixes = (".safetensors", ".gguf") if folder == "diffusion_models" else (".safetensors",)
+    named = {name for name in folder_paths.get_filename_list(folder) if name.endswith(suffixes)}
+    for root in map(Path, folder_paths.get_folder_paths(folder)):
+        if ".gguf" in suffixes:  # ComfyUI does not list GGUF files
+            named |= {path.relative_to(root).as_posix() for path in root.rglob("*.gguf")}
+        saved = (path for depth in ("*", "*/*") for path in root.glob(f"{depth}/config.json"))
+        named |= {path.parent.relative_to(root).as_posix() for path in saved if _is_saved(path, _SAVED_AS[folder])}
+    return sorted(named) or [NO_FILE]
+
+
+def _is_saved(config: Path, class_name: str) -> bool:
+    """Whether the folder of `config` contains a network of this class."""
+    try:
+        stored = json.loads(config.read_text(encoding="utf-8"))
+        named = {stored.get("_class_name"), *stored.get("architectures", ())}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+    return class_name in named and any(config.parent.glob("*.safetensors"))
+
+
+def model_file(folder: str, name: str) -> str:
+    """Path of a file or folder that `model_files` lists.
+
+    Raises:
+        ModelFileError: the name is not listed.
+    """
+    roots = folder_paths.get_folder_paths(folder) if name in model_files(folder) else []
+    found = next((str(Path(root) / name) for root in roots if (Path(root) / name).exists()), "")
+    if not found:
+        raise ModelFileError(
+            f"{name[:200]!r} is not in models/{folder}. Put it there, then press R to refresh the list."
+        )
+    return found
+
+
+def tokenizer_dir() -> str:
+    """Folder of the Qwen2.5 tokenizer that ships with ComfyUI."""
+    return str(Path(comfy.sd.__file__).parent / "text_encoders" / "qwen25_tokenizer")
+
+
+def _diffusers_dirs() -> list[Path]:
+    return [Path(place) for place in folder_paths.get_folder_paths("diffusers")]
+
+
+def device_name() -> str:
+    """ComfyUI's compute device as a torch device string."""
+    return str(comfy.model_management.get_torch_device())
+
+
+def lora_dir() -> Path:
+    """Folder for new LoRAs: output/loras if ComfyUI's LoRA loaders list it, otherwise the first LoRA folder."""
+    places = [Path(place) for place in folder_paths.get_folder_paths("loras")]
+    preferred = output_dir() / "loras"
+    return preferred if preferred in places else places[0]
+
+
+def lora_names() -> list[str]:
+    """`NO_LORA` and the .safetensors LoRA files that ComfyUI lists. Other formats can contain code."""
+    return [NO_LORA, *(name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors"))]
+
+
+def lora_path(name: str) -> Path:
+    """Path of a LoRA that `lora_names` lists.
+
+    Raises:
+        ConfigError: the name is not listed.
+    """
+    if name not in lora_names()[1:]:
+        raise ConfigError(f"LoRA {name[:200]!r} not found. Choose a .safetensors file that ComfyUI lists.")
+    return Path(folder_paths.get_full_path_or_raise("loras", name))

@@ -1,0 +1,81 @@
+"""ComfyUI's LoRA loader: check that it applies an exported file correctly, and apply one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+
+from ..trainer_core.adapters.reader import adapter_parts, changed_weight
+from ..trainer_core.errors import ExportError
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+
+def check_lora_file(path: Path, num_layers: int) -> None:
+    """Check that this ComfyUI applies every key of the LoRA file to a Qwen-Image model with the intended weight change.
+
+    The model is built on the meta device, without weights, which takes a fraction of a second.
+
+    Raises:
+        ExportError: ComfyUI ignores some keys, or changes a weight by a different amount.
+    """
+    lora = comfy.utils.load_torch_file(str(path), safe_load=True)
+    patches = _patches(lora, _key_map(num_layers), "The LoRA file")
+    layers = {key.removeprefix("diffusion_model.").removesuffix(".weight"): key for key in patches}
+    for layer, part in adapter_parts(lora, layers, path.name).items():
+        like_the_change = part.change().abs().mean().clamp_min(1e-12)  # a larger base would hide the change of a DoRA
+        base = like_the_change.expand(part.shape).clone() if part.kind == "dora" else torch.zeros(part.shape)
+        wanted, key = changed_weight(part, base), layers[layer]
+        found = comfy.lora.calculate_weight([(1.0, patches[key], 1.0, None, None)], base, key)
+        if not torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())):
+            raise ExportError(
+                f"ComfyUI would change {key} by a different amount than training did. Report this as a bug."
+            )
+
+
+def _key_map(num_layers: int) -> dict[str, str]:
+    """Names that ComfyUI accepts in LoRA files for a Qwen-Image model, mapped to its parameter names."""
+    config = comfy.supported_models.QwenImage(
+        {"image_model": "qwen_image", "num_layers": num_layers, "in_channels": 64}
+    )
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, device=torch.device("meta"))
+    return comfy.lora.model_lora_keys_unet(model, {})
+
+
+def apply_lora(model: ModelPatcher, path: Path, strength: float) -> ModelPatcher:
+    """A copy of `model` with the LoRA file `path` applied.
+
+    Raises:
+        ExportError: some keys do not match a layer of the model.
+    """
+    lora = comfy.utils.load_torch_file(str(path), safe_load=True)
+    _patches(lora, comfy.lora.model_lora_keys_unet(model.model, {}), path.name)
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)[0]
+
+
+def _patches(lora: dict[str, torch.Tensor], key_map: dict[str, str], name: str) -> dict[str, Any]:
+    """ComfyUI's patches for the LoRA.
+
+    Raises:
+        ExportError: some keys do not match, or the LoRA is empty.
+    """
+    lora = comfy.lora_convert.convert_lora(lora)
+    patches = comfy.lora.load_lora(lora, key_map, log_missing=False)
+    matched = {key for patch in patches.values() for key in getattr(patch, "loaded_keys", ())}
+    unmatched = sorted(set(lora) - matched)
+    if unmatched or not patches:
+        shown = ", ".join(unmatched[:5]) or "the file is empty"
+        raise ExportError(
+            f"{name}: {len(unmatched)} of {len(lora)} keys do not match a layer of the model ({shown}). Use the LoRA "
+            "with a Qwen-Image-Edit model that has as many blocks as the one it was trained on."
+        )
+    return patches

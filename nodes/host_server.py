@@ -1,0 +1,27 @@
+"""ComfyUI's server: messages to open pages, and the node being executed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server import PromptServer
+
+
+def server() -> PromptServer | None:
+    """ComfyUI's server, or None if this process does not run one."""
+    return getattr(PromptServer, "instance", None)
+
+
+def send_message(event: str, values: dict[str, Any]) -> None:
+    """Send a message to every open page. Callable from any thread."""
+    instance = server()
+    if instance is not None:
+        instance.send_sync(event, values, None)
+
+
+def executing_node() -> str | None:
+    """Id of the node that ComfyUI is executing in this context, or None."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return context.node_id if context is not None else None

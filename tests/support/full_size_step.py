@@ -1,0 +1,150 @@
+"""A training step of the full-size transformer with random weights, and the bytes that its plan expects."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.master_weights import master_weights
+from trainer_core.adapters.plan import plan_adapter
+from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, NoiseConfig, OptimizerConfig, TrainConfig
+from trainer_core.events import SILENT
+from trainer_core.geometry import Size
+from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
+from trainer_core.planning.network import measure_network
+from trainer_core.planning.plan import plan_memory
+from trainer_core.planning.workload import Workload, pair_size
+from trainer_core.precision.quantise import quantise
+from trainer_core.qwen_image.base_model import empty_transformer
+from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
+from trainer_core.qwen_image.transformer import predict_velocity
+from trainer_core.qwen_image.types import Condition
+from trainer_core.training.objective import add_noise, velocity_loss
+from trainer_core.training.optimizer import optimizer_builder
+
+GIB = 2**30
+
+PROMPT_TOKENS = 230  # edit-v2 with one reference: 196 vision tokens and a sentence
+
+RANK = 16
+
+Step = Callable[[Tensor, Condition], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row."""
+
+    step: str  # ours or plain
+    precision: str
+    side: int
+    references: int
+    memory: str
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's settings, of which only the memory's and the adapter's are read."""
+        words = dict(word.partition("=")[::2] for word in self.memory.split(","))
+        memory = MemoryConfig(
+            gradient_checkpointing_blocks=int(words.get("blocks", -1)),
+            blocks_to_stream=int(words.get("stream", 0)),
+            stream_buffers=int(words.get("buffers", 2)),
+            activation_offload="offload" in words,
+            compile_blocks="compile" in words,
+        )
+        checkpointing = "none" not in words
+        return TrainConfig(
+            run_dir="-",
+            encoded="-",
+            gradient_checkpointing=checkpointing,
+            memory=memory,
+            lora=LoraConfig(lora_rank=RANK),
+        )
+
+
+def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[int, ...]) -> Any:
+    """A frozen transformer with random weights in the setting's precision; blocks in `on_host` in host memory."""
+    from diffusers import QwenImageTransformer2DModel
+    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+
+    with torch.device("meta"):
+        transformer = QwenImageTransformer2DModel(num_layers=layers).bfloat16()
+    transformer.requires_grad_(False)
+    if setting.step == "ours":
+        optimise_frozen_forward(transformer)
+    blocks = list(transformer.transformer_blocks)
+    for index, block in enumerate(blocks):
+        draw(block, device)
+        holder = nn.ModuleList([block])
+        if setting.step == "plain" and setting.precision.endswith("quanto"):
+            quantise_plainly(block, setting.precision)
+        else:
+            quantise(holder, setting.precision, (), device, SILENT)  # type: ignore[arg-type]
+        blocks[index] = holder[0].to("cpu") if index in on_host else holder[0]
+    transformer.transformer_blocks = nn.ModuleList()
+    draw(transformer, device)
+    transformer.transformer_blocks = nn.ModuleList(blocks)
+    transformer.pos_embed = QwenEmbedRope(theta=10000, axes_dim=[16, 56, 56], scale_rope=True)
+    return transformer.eval()
+
+
+def quantise_plainly(block: nn.Module, precision: str) -> None:
+    """quanto's own layers."""
+    from optimum.quanto import freeze, qtypes
+    from optimum.quanto import quantize as quanto_quantise
+
+    kinds = {"int8-quanto": "qint8", "fp8-quanto": "qfloat8", "int4-quanto": "qint4", "int2-quanto": "qint2"}
+    quanto_quantise(block, weights=qtypes[kinds[precision]])
+    freeze(block)
+
+
+def draw(module: nn.Module, device: torch.device) -> None:
+    """Random weights of a trained network's order of size, drawn on the device."""
+    module.to_empty(device=device)
+    for name, weight in module.named_parameters():
+        if weight.ndim > 1:
+            weight.data.normal_(std=0.02)
+        else:
+            weight.data.fill_(1.0 if "norm" in name else 0.0)
+
+
+def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, Step]:
+    """The product's step: its placement, adapter, objective, forward and optimizer."""
+    config = setting.config
+    on_host = blocks_on_host(config.memory, layers, checkpointing=config.gradient_checkpointing)
+    transformer = build(setting, layers, device, on_host)
+    stream = stream_blocks(transformer, on_host, device, config.memory)
+    weights = master_weights(inject_lora(transformer, plan_adapter(transformer, config.lora), seed=0), torch.bfloat16)
+    apply_memory(transformer, stream, device, config)
+    optimizer = optimizer_builder(OptimizerConfig(), device)(list(weights.masters.values()))
+
+    def step(latents: Tensor, condition: Condition) -> None:
+        noisy = add_noise(latents, NoiseConfig(), 0, [0])
+        velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition)
+        velocity_loss(velocity, noisy.target_velocity).sum().backward()
+        nn.utils.clip_grad_norm_(weights.masters.values(), 1.0)
+        optimizer.step()
+        weights.publish()
+        optimizer.zero_grad(set_to_none=True)
+
+    return transformer, step
+
+
+def planned_bytes(setting: Setting, layers: int) -> int:
+    """What the planner expects `ours` to take at its fullest moment."""
+    model = ModelConfig(base_model_precision=setting.precision)  # type: ignore[arg-type]
+    config = dataclasses.replace(setting.config, model=model)
+    empty = empty_transformer({"num_layers": layers})
+    optimise_frozen_forward(empty)
+    network = measure_network(empty, plan_adapter(empty, config.lora), model)
+    side = Size(setting.side, setting.side)
+    pair = pair_size(side, [side] * setting.references, PROMPT_TOKENS)
+    phase = plan_memory(config, network, Workload(train=pair, batch=1)).phase("training")
+    assert phase is not None
+    return phase.total_bytes

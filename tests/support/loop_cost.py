@@ -1,0 +1,171 @@
+"""What the training loop costs beyond the network's own work: time and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import mse_loss
+from torch.utils.checkpoint import checkpoint
+
+from tests.support.narrow import make_pairs, small_encoding
+from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.plan import plan_adapter
+from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
+from trainer_core.config import (
+    BatchingConfig,
+    CheckpointConfig,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from trainer_core.data.pairing import pair_folders
+from trainer_core.events import SilentObserver, StepReport
+from trainer_core.qwen_image.base_model import BaseModel
+from trainer_core.qwen_image.latents import pack, token_shape
+from trainer_core.qwen_image.transformer import load_transformer
+from trainer_core.run import train_lora
+from trainer_core.training.optimizer import optimizer_builder
+
+WARM_UP = 5  # steps not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Overhead:
+    """Seconds of a loop's step and of the bare step beside it, in turn; then the same in processor time.
+
+    Processor time hardly depends on what else the machine does, if torch has one thread (waiting threads spin).
+    """
+
+    loop: list[float]
+    bare: list[float]
+    loop_cpu: list[float]
+    bare_cpu: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """Median of loop over median of bare."""
+        return statistics.median(self.loop) / statistics.median(self.bare)
+
+    @property
+    def cpu_ratio(self) -> float:
+        """The same in processor time."""
+        return statistics.median(self.loop_cpu) / statistics.median(self.bare_cpu)
+
+    @property
+    def ratio_of_fastest(self) -> float:
+        """Of the fastest tenths, which other programs on the machine disturbed least."""
+        tenth = max(1, len(self.loop) // 10)
+        return statistics.mean(sorted(self.loop)[:tenth]) / statistics.mean(sorted(self.bare)[:tenth])
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """One look at the process."""
+
+    step: int
+    resident_bytes: int
+    objects: int
+    tensors: int
+
+
+def train_config(folder: Path, encoded: EncodedDataset, model: ModelConfig, steps: int) -> TrainConfig:
+    """A run without validation or checkpoints in between: both are asked for by the user, not the loop's own."""
+    return TrainConfig(
+        run_dir=str(folder),
+        encoded=str(encoded.manifest),
+        max_train_steps=steps,
+        model=model,
+        lora=LoraConfig(lora_rank=16, lora_targets="attention-mlp"),
+        batching=BatchingConfig(train_batch_size=1, gradient_accumulation_steps=1),
+        validation=ValidationConfig(num_validation_images=0),
+        checkpoints=CheckpointConfig(checkpoint_step_interval=1_000_000),
+    )
+
+
+def bare_step(config: TrainConfig) -> Callable[[], None]:
+    """Forward, backward and optimizer step on tensors that lie ready, with the loop's adapter and recomputation."""
+    device = torch.device("cpu")
+    transformer = load_transformer(BaseModel(config.model), device)
+    lora = inject_lora(transformer, plan_adapter(transformer, config.lora), config.seed)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+    optimizer = optimizer_builder(config.optimizer, device)(list(lora.values()))
+    encoded = load_encoded(Path(config.encoded))
+    pair = encoded.load(encoded.pairs[0])
+    latents, references = pair.target_latents[None], [each[None] for each in pair.reference_latents]
+    noisy, wanted = torch.randn_like(latents), pack(torch.randn_like(latents))
+    arguments: dict[str, Any] = {
+        "hidden_states": torch.cat([pack(each) for each in (noisy, *references)], dim=1),
+        "timestep": torch.tensor([0.5]),
+        "encoder_hidden_states": pair.prompt_embeds[None],
+        "encoder_hidden_states_mask": None,
+        "img_shapes": [[token_shape(each) for each in (latents, *references)]],
+        "return_dict": False,
+    }
+
+    def step() -> None:
+        predicted = transformer(**arguments)[0][:, : wanted.shape[1]]
+        mse_loss(predicted, wanted).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure_overhead(config: TrainConfig) -> Overhead:
+    """Train, and after each step of the loop take a bare one."""
+    bare = bare_step(config)
+    overhead = Overhead([], [], [], [])
+
+    class Between(SilentObserver):
+        ended, ended_cpu = 0.0, 0.0
+
+        def on_step(self, report: StepReport) -> None:
+            began, began_cpu = time.perf_counter(), time.process_time()
+            loop, loop_cpu = began - self.ended, began_cpu - self.ended_cpu
+            bare()
+            self.ended, self.ended_cpu = time.perf_counter(), time.process_time()
+            if report.step > WARM_UP:
+                overhead.loop.append(loop)
+                overhead.loop_cpu.append(loop_cpu)
+                overhead.bare.append(self.ended - began)
+                overhead.bare_cpu.append(self.ended_cpu - began_cpu)
+
+    train_lora(config, Between())
+    return overhead
+
+
+def measure_memory(config: TrainConfig, every: int) -> list[Memory]:
+    """Train and look at the process every so many steps."""
+    import psutil
+
+    process, seen = psutil.Process(), []
+
+    class Look(SilentObserver):
+        def on_step(self, report: StepReport) -> None:
+            if report.step % every == 0:
+                gc.collect()
+                objects = gc.get_objects()
+                tensors = sum(issubclass(type(each), torch.Tensor) for each in objects)
+                seen.append(Memory(report.step, process.memory_info().rss, len(objects), tensors))
+
+    train_lora(config, Look())
+    return seen
+
+
+def encode(folder: Path, model: ModelConfig, *, resolution: int, pairs: int) -> tuple[EncodedDataset, float]:
+    """Encode made-up pairs of one size; the dataset, and seconds."""
+    dataset = pair_folders(make_pairs(folder / "pairs", pairs, ((resolution, resolution),)))
+    began = time.perf_counter()
+    encoding = small_encoding(resolution=resolution, num_eval_images=0)
+    return encode_dataset(dataset, BaseModel(model), encoding, folder / "cache"), time.perf_counter() - began

@@ -1,0 +1,134 @@
+"""What a run is about: found out once, before a weight is read, and handed on as frozen values."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..adapters.plan import AdapterPlan, plan_adapter
+from ..conditioning.encoded import EncodedDataset, check_alike, load_encoded
+from ..config import TrainConfig
+from ..device import pick_device
+from ..errors import ConfigError, DatasetError
+from ..memory.placement import blocks_on_host, check_compiler
+from ..precision.quantise import converter
+from ..qwen_image.base_model import BaseModel
+from ..runs.metrics import check_tensorboard
+from ..training.optimizer import optimizer_builder
+from .advice import STEP, VALIDATION, memory_advice, memory_errors_explained
+from .choose import budget_of, choose_memory
+from .network import NetworkSize, network_size
+from .plan import MemoryPlan, plan_memory
+from .report import plan_report, verdict
+from .workload import Workload, workload_of_encoded
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """The base model, the adapter that it gets, and the size of both."""
+
+    base: BaseModel
+    adapter: AdapterPlan
+    size: NetworkSize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """Everything that is known about a run before its weights are read.
+
+    `config` has the memory settings that the run trains under. `held_out` has the pairs to validate on, and may be
+    the same dataset as `encoded`.
+    """
+
+    config: TrainConfig
+    model: PreparedModel
+    encoded: EncodedDataset
+    held_out: EncodedDataset
+    work: Workload
+
+    def memory_plan(self) -> MemoryPlan:
+        """What each phase of the run takes."""
+        return plan_memory(self.config, self.model.size, self.work)
+
+    def explain_memory_errors(self, phases: tuple[str, ...], during: str, kept: str) -> AbstractContextManager[None]:
+        """Turns out-of-memory errors into ours, with advice: see `memory_errors_explained`."""
+        return memory_errors_explained(self.memory_plan, phases, during, kept)
+
+
+def prepare_model(config: TrainConfig, base: BaseModel) -> PreparedModel:
+    """Read the base model's headers and plan the adapter.
+
+    Raises:
+        ConfigError: a layer pattern matches nothing, or `init_lora` does not suit the settings.
+        ModelFileError: no such transformer, or an `init_lora` that is not for it.
+    """
+    adapter = plan_adapter(base.network, config.lora)
+    return PreparedModel(base, adapter, network_size(base, adapter))
+
+
+def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
+    """Check the settings against device, packages and base model before hours of encoding or loading.
+
+    Raises:
+        ConfigError: as `prepare_model`, or more blocks to stream than possible, or an optimizer or a device that is not
+            available here.
+        ModelFileError: as `prepare_model`.
+        MissingPackageError: a setting needs one.
+    """
+    check_tensorboard()
+    check_compiler(config.memory)
+    optimizer_builder(config.optimizer, pick_device(config.model.device))
+    for precision in (config.model.text_encoder_precision, config.model.base_model_precision):
+        converter(precision)
+    if config.memory.memory == "manual":  # under auto they are chosen to fit
+        blocks_on_host(config.memory, base.num_blocks, checkpointing=config.gradient_checkpointing)
+    return prepare_model(config, base)
+
+
+def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *, processes: int = 1) -> Preparation:
+    """Find out what a run is about, and choose its memory settings under `memory` auto. Reads no weights.
+
+    `model` spares reading the headers again where `check_training` was asked before. `processes` share this machine's
+    memory.
+
+    Raises:
+        ConfigError, ModelFileError, MissingPackageError: as `check_training`, or the dataset is for another flavour.
+        DatasetError: encoded pairs are missing, or none is left to train on.
+        OutOfMemoryError: under `memory` auto, if no settings fit.
+    """
+    encoded = load_encoded(Path(config.encoded))
+    held_out = _held_out(config, encoded)
+    model = model or check_training(config, BaseModel(config.model))
+    work = workload_of_encoded(encoded, config.batching, config.validation, held_out)
+    budget = budget_of(pick_device(config.model.device), config.memory.vram_gib, processes=processes)
+    if config.memory.memory == "manual":
+        if not budget.holds(plan := plan_memory(config, model.size, work)):
+            _LOG.warning("Memory plan: %s %s", verdict(plan, budget), memory_advice(plan, STEP + VALIDATION))
+    else:
+        plan = choose_memory(config, model.size, work, budget)
+        _LOG.info("%s", plan_report(plan, budget))
+        config = plan.config
+    return Preparation(config=config, model=model, encoded=encoded, held_out=held_out, work=work)
+
+
+def _held_out(config: TrainConfig, encoded: EncodedDataset) -> EncodedDataset:
+    """The dataset whose held-out pairs are validated on, after checking that both datasets are complete and suit."""
+    second = load_encoded(Path(config.validation_encoded)) if config.validation_encoded else encoded
+    for each in (encoded, second):
+        if each.flavour != config.model.flavour:
+            raise ConfigError(
+                f"The dataset was encoded for {each.flavour}, but the model is {config.model.flavour}. "
+                "Encode it again with this model."
+            )
+        if missing := each.missing():
+            raise DatasetError(f"{len(missing)} encoded pairs are not in the cache. Encode the dataset again:", missing)
+    check_alike(encoded, second, ("The encoded dataset", "the one to validate on"))
+    if not encoded.pairs:
+        raise DatasetError("The dataset has no pair to train on: all are held out. Lower num_eval_images.")
+    if not second.validation_pairs and config.validation_encoded:
+        raise DatasetError("The validation dataset holds no pair out. Encode it with num_eval_images -1.")
+    return second

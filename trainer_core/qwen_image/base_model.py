@@ -1,0 +1,216 @@
+"""Facts about a base model, read from its files' headers and configurations without reading weights."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import ModelFileError
+from ..weights.source import open_weights
+from ..weights.stored import WeightSource
+from .flavours import FLAVOURS
+from .folder import DEMO_FOLDER, ModelFolder, model_folder, read_json, weights_digest
+from .frozen_forward import optimise_frozen_forward
+
+if TYPE_CHECKING:
+    from diffusers import QwenImageTransformer2DModel
+
+# Prefixes that programs put before all weight names when they save a transformer to a single file.
+TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+# Width of each rotary axis (frame, row, column) by attention head width. A single file doesn't store them.
+ROPE_AXES = {128: (16, 56, 56)}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model on disk. Each fact is read once, when it is first needed.
+
+    Create one per run and pass it on, so that planning, encoding, training and validation all use the same facts.
+    """
+
+    config: ModelConfig
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        """Paths of the model's parts.
+
+        Raises:
+            ModelFileError: a file or folder is missing.
+        """
+        return model_folder(self.config)
+
+    @cached_property
+    def network_settings(self) -> dict[str, Any]:
+        """The arguments of the transformer's class, with the flavour's `zero_cond_t`.
+
+        Raises:
+            ModelFileError: not a Qwen-Image transformer, one of another flavour, or the precision is `file` and the
+                weights are packed in a format that no layer can use directly.
+        """
+        place = self.folder.transformer
+        settings = transformer_settings(place)
+        _check_flavour(self.config, place, settings)
+        if self.config.base_model_precision == "file" and (
+            packing := open_weights(place, TRANSFORMER_PREFIXES).packing
+        ):
+            raise ModelFileError(
+                f"{place.name} stores its weights as {packing}, but base_model_precision 'file' supports only fp8 and "
+                "int8. Set base_model_precision to nf4-bnb or int8-quanto."
+            )
+        return {**settings, "zero_cond_t": FLAVOURS[self.config.flavour].zero_cond_t}
+
+    @property
+    def num_blocks(self) -> int:
+        """The number of transformer blocks."""
+        return int(self.network_settings["num_layers"])
+
+    @property
+    def prompt_width(self) -> int:
+        """Width D of the prompt embeddings."""
+        return int(self.network_settings.get("joint_attention_dim", 3584))
+
+    @cached_property
+    def vae_digest(self) -> str:
+        """The `weights_digest` of the VAE."""
+        return weights_digest(self.folder.vae)
+
+    @cached_property
+    def bytes_per_weight(self) -> float:
+        """Mean bytes per transformer weight in the model's files: 0.5 (NF4) to 4 (float32)."""
+        place = self.folder.transformer
+        files = [place] if place.is_file() else list(place.glob("*.safetensors"))
+        return sum(path.stat().st_size for path in files) / self._empty[1]
+
+    @property
+    def network(self) -> QwenImageTransformer2DModel:
+        """The transformer on the meta device, as it is trained. Don't change it; use `new_network` for that."""
+        return self._empty[0]
+
+    def new_network(self) -> QwenImageTransformer2DModel:
+        """A copy of `network` to load weights into."""
+        return copy.deepcopy(self.network)
+
+    @cached_property
+    def _empty(self) -> tuple[QwenImageTransformer2DModel, int]:
+        """The network, and the number of weights in the file, counted before unused layers are removed."""
+        network = empty_transformer(self.network_settings)
+        count = sum(weight.numel() for weight in network.parameters())
+        optimise_frozen_forward(network)
+        return network, count
+
+
+def transformer_settings(place: Path) -> dict[str, Any]:
+    """The network's configuration, from config.json or derived from a single file's shapes. Reads no weights.
+
+    `zero_cond_t` is None if a single file has no marker: the marker proves a 2511, but its absence proves nothing.
+
+    Raises:
+        ModelFileError: not a Qwen-Image transformer.
+    """
+    if not place.is_dir():
+        return _settings_of_file(open_weights(place, TRANSFORMER_PREFIXES))
+    stored = read_json(place / "config.json")
+    if stored.get("_class_name") != "QwenImageTransformer2DModel":
+        raise ModelFileError(
+            f"{str(place)!r} contains a {stored.get('_class_name')}, not a QwenImageTransformer2DModel. "
+            "Choose a Qwen-Image-Edit download."
+        )
+    return {"zero_cond_t": False, **stored}
+
+
+def _settings_of_file(source: WeightSource) -> dict[str, Any]:
+    shapes, name = source.shapes, source.place.name
+    first = "transformer_blocks.0.attn."
+    marks = ("txt_norm.weight", "img_in.weight", "txt_in.weight", "proj_out.weight", f"{first}norm_added_k.weight")
+    missing = [mark for mark in marks if mark not in shapes]
+    if missing:
+        raise ModelFileError(
+            f"{name} is not a Qwen-Image transformer: it has no {missing[0]}{_looks_like(shapes)}. Choose a "
+            "Qwen-Image-Edit file from models/diffusion_models."
+        )
+    head = shapes[f"{first}norm_added_k.weight"][0]
+    if head not in ROPE_AXES:
+        raise ModelFileError(
+            f"{name} is not a Qwen-Image transformer: its attention heads have width {head} instead of 128. Choose a "
+            "Qwen-Image-Edit file."
+        )
+    numbers = {int(key.split(".")[1]) for key in shapes if key.startswith("transformer_blocks.")}
+    return {
+        "num_layers": max(numbers) + 1,
+        "in_channels": shapes["img_in.weight"][1],
+        "out_channels": shapes["proj_out.weight"][0] // 4,
+        "attention_head_dim": head,
+        "num_attention_heads": shapes["img_in.weight"][0] // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "axes_dims_rope": ROPE_AXES[head],
+        "zero_cond_t": True if "__index_timestep_zero__" in source.markers else None,
+    }
+
+
+def _looks_like(names: Collection[str]) -> str:
+    """A guess at what a wrong file is, as the end of a sentence; empty if there is none."""
+    if any("lora" in name for name in names):
+        return "; it looks like a LoRA"
+    if any("self_attn.k_proj" in name for name in names):
+        return "; it looks like a text encoder"
+    if any(name.startswith(("decoder.", "encoder.")) for name in names):
+        return "; it looks like a VAE"
+    return ""
+
+
+def empty_transformer(settings: dict[str, Any]) -> QwenImageTransformer2DModel:
+    """The network on the meta device. The rotary table is real, because it is computed and not loaded."""
+    from diffusers import QwenImageTransformer2DModel
+
+    known = inspect.signature(QwenImageTransformer2DModel.__init__).parameters
+    chosen = {key: value for key, value in settings.items() if key in known}
+    with torch.device("meta"):
+        network = QwenImageTransformer2DModel(**chosen)
+    axes = list(network.config.axes_dims_rope)
+    network.pos_embed = type(network.pos_embed)(theta=10000, axes_dim=axes, scale_rope=True)
+    return network
+
+
+def compute_dtype(config: ModelConfig) -> torch.dtype:
+    """The dtype of unquantised weights and of matrix products."""
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def _check_flavour(config: ModelConfig, place: Path, settings: dict[str, Any]) -> None:
+    """Check that the transformer belongs to the chosen flavour.
+
+    A 2511 has zero_cond_t; the others differ in the pipeline that their download names. A single file without the
+    marker may be any flavour. For a folder without model_index.json, only zero_cond_t can be checked.
+
+    Raises:
+        ModelFileError: the transformer belongs to another flavour.
+    """
+    is_2511 = settings["zero_cond_t"]
+    if place.is_relative_to(DEMO_FOLDER) or is_2511 is None:
+        return
+    pipeline = _pipeline_of(place)
+    alike = [row for row in FLAVOURS.values() if row.zero_cond_t == bool(is_2511)]
+    fitting = [row for row in alike if row.pipeline == pipeline] or alike
+    if config.flavour in [row.name for row in fitting]:
+        return
+    found = f"zero_cond_t is {bool(is_2511)}" + (f", model_index.json says {pipeline}" if pipeline else "")
+    raise ModelFileError(
+        f"{place.name if place.is_file() else config.base!r} is a "
+        f"{' or '.join(row.released_as.split('/')[1] for row in fitting)} ({found}), but the flavour is "
+        f"{config.flavour}. Choose {' or '.join(row.name for row in fitting)}."
+    )
+
+
+def _pipeline_of(place: Path) -> str:
+    """The diffusers edit pipeline named in the download's model_index.json; empty if there is none."""
+    index = place.parent / "model_index.json"
+    name = read_json(index).get("_class_name") if place.is_dir() and index.is_file() else ""
+    return str(name) if name in {row.pipeline for row in FLAVOURS.values()} else ""
