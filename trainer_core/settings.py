@@ -96,18 +96,17 @@ def _number(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def setting(default: Any, help: str, *, unless: str = "", **limits: Any) -> Any:  # noqa: A002 - argparse's and click's word for it
-    """A dataclass field with its documentation and its `Limits`, which are given as keywords.
+def setting(default: Any, help: str, limits: Limits | None = None, *, unless: str = "") -> Any:  # noqa: A002 - argparse's and click's word for it
+    """A dataclass field with its documentation and its limits.
 
     With `unless`, JSON must contain the setting if it lacks that other key.
     """
-    metadata = {"help": help, "unless": unless, "limits": Limits(**limits)}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"help": help, "unless": unless, "limits": limits or Limits()})
 
 
-def required(help: str, **limits: Any) -> Any:  # noqa: A002
-    """A dataclass field without a default, with its documentation and its `Limits`."""
-    return dataclasses.field(metadata={"help": help, "unless": "", "limits": Limits(**limits)})
+def required(help: str, limits: Limits | None = None) -> Any:  # noqa: A002
+    """A dataclass field without a default, with its documentation and its limits."""
+    return setting(dataclasses.MISSING, help, limits)
 
 
 class Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..settings import Settings, check, check_setting, is_plain_name, required, setting
+from ..settings import Limits, Settings, check, check_setting, is_plain_name, required, setting
 
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt", "csv", "parquet", "jsonl"]
 CAPTION_TABLES: tuple[CaptionStrategy, ...] = ("csv", "parquet", "jsonl")
@@ -36,15 +36,13 @@ class CaptionConfig(Settings):
     caption_column: str = setting(
         "caption",
         "Column with the edit instructions. A list in a cell gives the pair several captions.",
-        valid=bool,
-        allowed="the name of a column",
+        Limits(valid=bool, allowed="the name of a column"),
     )
     filename_column: str = setting(
         "filename",
         "Column with the path of the target relative to target_dir, with or without extension. Several rows for one "
         "target give it several captions.",
-        valid=bool,
-        allowed="the name of a column",
+        Limits(valid=bool, allowed="the name of a column"),
     )
 
 
@@ -53,12 +51,11 @@ class DatasetConfig(Settings):
     """Folders of pictures, paired by relative path without extension."""
 
     target_dir: str = required(
-        "Folder of the pictures that the model should produce.", valid=bool, allowed="a folder of pictures"
+        "Folder of the pictures that the model should produce.", Limits(valid=bool, allowed="a folder of pictures")
     )
     reference_dirs: tuple[str, ...] = required(
         "One to three folders of the pictures to edit.",
-        valid=lambda folders: 1 <= len(folders) <= 3,
-        allowed="one, two or three folders",
+        Limits(valid=lambda folders: 1 <= len(folders) <= 3, allowed="one, two or three folders"),
     )
     caption_strategy: CaptionStrategy = setting(
         "textfile",
@@ -119,17 +116,12 @@ class SizeConfig(Settings):
     megapixels: float = setting(
         1.0,
         "Area of targets in million pixels, for resolution_type area.",
-        min=0.01,
-        max=17,
-        unit="million pixels",
-        step=0.01,
+        Limits(min=0.01, max=17, unit="million pixels", step=0.01),
     )
     aspect_bucket_alignment: int = setting(
         32,
         "The sides of targets are multiples of this many pixels: 16 or 32.",
-        choices=(16, 32),
-        unit="pixels",
-        step=16,
+        Limits(choices=(16, 32), unit="pixels", step=16),
     )
     crop: bool = setting(
         False, "Crop targets to crop_aspect. Off: keep the aspect ratio and crop only the remainder of rounding."
@@ -145,25 +137,19 @@ class SizeConfig(Settings):
     minimum_image_size: float = setting(
         0.0,
         "Smallest allowed target, in the unit of resolution_type (area: megapixels). 0 allows any size.",
-        min=0,
-        soft_max=100_000,
-        step=0.01,
+        Limits(min=0, soft_max=100_000, step=0.01),
     )
     leave_out_small: bool = setting(False, "Skip targets smaller than minimum_image_size. Off: they are an error.")
     maximum_image_size: float = setting(
         0.0,
         "With crop: larger targets are cropped as if they had first been scaled down to target_downsample_size. 0 "
         "turns this off.",
-        min=0,
-        soft_max=100_000,
-        step=0.01,
+        Limits(min=0, soft_max=100_000, step=0.01),
     )
     target_downsample_size: float = setting(
         0.0,
         "Size to which targets above maximum_image_size are scaled down before the crop.",
-        min=0,
-        soft_max=100_000,
-        step=0.01,
+        Limits(min=0, soft_max=100_000, step=0.01),
     )
 
     def check_combinations(self) -> None:
@@ -182,10 +168,7 @@ class EncodingConfig(Settings):
     resolution: int = setting(
         1024,
         "Side in pixels of a square with the area of the target. The aspect ratio is kept. 512 to 1024 is typical.",
-        min=64,
-        max=4096,
-        unit="pixels",
-        step=32,
+        Limits(min=64, max=4096, unit="pixels", step=32),
     )
     preprocessing: Preprocessing = setting(
         "comfyui",
@@ -199,13 +182,12 @@ class EncodingConfig(Settings):
         2,
         "Number of pairs held out of training, for validation pictures and loss. 0 for none, -1 for all pairs of this "
         "dataset.",
-        min=-1,
-        soft_max=1000,
+        Limits(min=-1, soft_max=1000),
     )
     validation_negative_prompt: str = setting(
         " ", "Negative prompt of validation pictures. It is encoded together with the references."
     )
-    seed: int = setting(0, "Seed of the choice of held-out pairs.", soft_min=0, soft_max=2**32 - 1)
+    seed: int = setting(0, "Seed of the choice of held-out pairs.", Limits(soft_min=0, soft_max=2**32 - 1))
     encode_empty_caption: bool = setting(
         False, "Also encode every pair with an empty caption. Needed for caption_dropout_probability in training."
     )
@@ -219,8 +201,7 @@ class EncodingConfig(Settings):
         "",
         "Name of the cache of the references' visual tokens, which all captions share. It must exist. Empty: use the "
         "cache named after the first reference folder, and create it if needed.",
-        valid=lambda name: not name or is_plain_name(name),
-        allowed="a name without folders",
+        Limits(valid=lambda name: not name or is_plain_name(name), allowed="a name without folders"),
     )
     create_image_embeds: bool = setting(
         False, "Create the cache that conditioning_image_embeds names if it does not exist. Off: that is an error."
@@ -234,8 +215,7 @@ class EncodingConfig(Settings):
         (),
         "Edit instructions to sample for every held-out pair, in addition to its caption. They are encoded together "
         "with its references.",
-        valid=lambda prompts: all(prompt.strip() for prompt in prompts),
-        allowed="a list of edit instructions",
+        Limits(valid=lambda prompts: all(prompt.strip() for prompt in prompts), allowed="a list of edit instructions"),
     )
 
 
@@ -244,20 +224,18 @@ class DatasetPartConfig(Settings):
     """One of several datasets in a run."""
 
     id: str = required(
-        "Name of the dataset, for eval_dataset_id and reports.", valid=lambda name: bool(name.strip()), allowed="a name"
+        "Name of the dataset, for eval_dataset_id and reports.",
+        Limits(valid=lambda name: bool(name.strip()), allowed="a name"),
     )
     dataset: DatasetConfig = required("The folders of pictures.")
     encoding: EncodingConfig = setting(EncodingConfig(), "Settings that differ from `encoding` of the whole file.")
     repeats: int = setting(
-        0, "How many more times each pair is used per epoch: 0 is once, 2 is three times.", min=0, max=10_000
+        0, "How many more times each pair is used per epoch: 0 is once, 2 is three times.", Limits(min=0, max=10_000)
     )
     probability: float = setting(
         1.0,
         "Fraction of the pairs that each epoch draws at random. 1 for all, 0 for none.",
-        min=0.01,
-        max=1,
-        also=0,
-        step=0.01,
+        Limits(min=0.01, max=1, also=0, step=0.01),
     )
 
 
@@ -274,42 +252,33 @@ class PairCheckConfig(Settings):
     max_shift: float = setting(
         0.75,
         "Maximum shift between reference and target outside the edit, in pixels of the target. 0.5 to 1 is typical.",
-        min=0,
-        soft_max=1000,
-        step=0.05,
+        Limits(min=0, soft_max=1000, step=0.05),
     )
     max_zoom_percent: float = setting(
-        0.3, "Maximum difference in scale between reference and target, in percent.", min=0, soft_max=100, step=0.05
+        0.3,
+        "Maximum difference in scale between reference and target, in percent.",
+        Limits(min=0, soft_max=100, step=0.05),
     )
     max_colour_offset: float = setting(
         3.0,
         "Maximum difference in brightness or colour outside the edit, in 8-bit steps. Set it higher if the edit "
         "changes colours.",
-        min=0,
-        soft_max=255,
-        step=0.5,
+        Limits(min=0, soft_max=255, step=0.5),
     )
     min_difference: float = setting(
         6.0,
         "Minimum difference between target and reference at their most different spot, in 8-bit steps. A pair below it "
         "teaches nothing.",
-        min=0,
-        soft_max=255,
-        step=0.5,
+        Limits(min=0, soft_max=255, step=0.5),
     )
     duplicate_bits: int = setting(
         6,
         "Pairs whose picture hashes differ in at most this many of 128 bits are reported as near-duplicates. 0 reports "
         "only equal hashes.",
-        min=0,
-        max=40,
-        unit="bits",
+        Limits(min=0, max=40, unit="bits"),
     )
     check_side: int = setting(
         512,
         "Longer side in pixels at which pictures are measured. 512 is fast, 1024 is more precise.",
-        min=128,
-        max=4096,
-        unit="pixels",
-        step=64,
+        Limits(min=128, max=4096, unit="pixels", step=64),
     )

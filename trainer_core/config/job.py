@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import Settings, check, merged, required, setting, to_json
+from ..settings import Limits, Settings, check, merged, required, setting, to_json
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
 from .ema import EmaConfig, check_ema
 from .memory import MemoryConfig, check_streaming
@@ -32,12 +32,13 @@ class TrainingSettings(Settings):
 
     run_dir: str = required(
         "The run folder: configuration, metrics, samples, checkpoints and the LoRA file.",
-        valid=bool,
-        allowed="a folder",
+        Limits(valid=bool, allowed="a folder"),
     )
     model: ModelConfig = setting(ModelConfig(), "The base model.")
-    max_train_steps: int = setting(1000, "Number of optimizer steps.", min=1, max=1_000_000)
-    seed: int = setting(0, "Seed of all random draws: adapter, order of pairs, noise.", soft_min=0, soft_max=2**32 - 1)
+    max_train_steps: int = setting(1000, "Number of optimizer steps.", Limits(min=1, max=1_000_000))
+    seed: int = setting(
+        0, "Seed of all random draws: adapter, order of pairs, noise.", Limits(soft_min=0, soft_max=2**32 - 1)
+    )
     gradient_checkpointing: bool = setting(
         True, "Recompute activations in the backward pass. Needs less memory, but is slower."
     )

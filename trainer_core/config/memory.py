@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..settings import Settings, check, setting
+from ..settings import Limits, Settings, check, setting
 from .training import LoraConfig
 
 MemoryPlanning = Literal["manual", "auto"]
@@ -22,8 +22,7 @@ class MemoryConfig(Settings):
         -1,
         "Number of transformer blocks, counted from the first, whose activations are recomputed in the backward pass. "
         "-1 for all. Fewer is faster and needs more memory. Applies if gradient_checkpointing is on.",
-        min=-1,
-        soft_max=1000,
+        Limits(min=-1, soft_max=1000),
     )
     activation_offload: bool = setting(
         False,
@@ -34,16 +33,13 @@ class MemoryConfig(Settings):
         "Number of blocks whose frozen weights stay in host memory and are copied to the device just in time, in the "
         "forward and the backward pass. The full model has 60. For cards that can't hold the model; needs "
         "gradient_checkpointing.",
-        min=0,
-        soft_max=1000,
+        Limits(min=0, soft_max=1000),
     )
     stream_buffers: int = setting(
         2,
         "Device memory reserved for streamed weights, in blocks. 2 are enough if a block takes longer to compute than "
         "to copy.",
-        min=2,
-        max=16,
-        unit="blocks",
+        Limits(min=2, max=16, unit="blocks"),
     )
     compile_blocks: bool = setting(
         False, "Compile the blocks with torch.compile: takes about a minute at the start, then is faster. Needs Triton."
@@ -51,10 +47,7 @@ class MemoryConfig(Settings):
     vram_gib: float = setting(
         0.0,
         "With memory auto: device memory to plan for, in GiB. 0 for what is free now.",
-        min=0,
-        unit="GiB",
-        soft_max=1000,
-        step=0.5,
+        Limits(min=0, unit="GiB", soft_max=1000, step=0.5),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..settings import Settings, check, setting
+from ..settings import Limits, Settings, check, setting
 
 DEMO_MODEL = "demo"
 
@@ -23,8 +23,7 @@ class ModelConfig(Settings):
     base: str = setting(
         DEMO_MODEL,
         "Folder of the base model in the diffusers layout, or `demo` for the small embedded model.",
-        valid=bool,
-        allowed="a folder in the diffusers layout, or `demo`",
+        Limits(valid=bool, allowed="a folder in the diffusers layout, or `demo`"),
     )
     flavour: FlavourName = setting(
         "edit-v1",
@@ -65,10 +64,7 @@ class ModelConfig(Settings):
         0.0,
         "Maximum size in GB of the cache of quantised weights, which makes later starts several times faster. The "
         "least recently used weights are deleted first. 0 turns the cache off.",
-        min=0,
-        unit="GB",
-        soft_max=1000,
-        step=1,
+        Limits(min=0, unit="GB", soft_max=1000, step=1),
     )
     quantised_cache_dir: str = setting("", "Folder of the cache of quantised weights. Empty: a folder in cache_dir.")
     device: str = setting("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..settings import Settings, check, setting
+from ..settings import Limits, Settings, check, setting
 
 OptimizerName = Literal["adamw", "adamw-8bit", "adafactor", "lion", "prodigy", "adamw-schedulefree"]
 SchedulerName = Literal["constant_with_warmup", "cosine", "linear", "constant", "cosine_with_restarts", "polynomial"]
@@ -27,78 +27,58 @@ class OptimizerConfig(Settings):
         1e-4,
         "Peak learning rate. 1e-4 for ranks up to 16, 5e-5 above; a third of that for lion. For prodigy it is a factor "
         "on the rate that prodigy finds: set it to 1.",
-        above=0,
-        max=10,
-        usual="1e-4",
-        soft_min=1e-8,
-        step=1e-6,
+        Limits(above=0, max=10, usual="1e-4", soft_min=1e-8, step=1e-6),
     )
     lr_scheduler: SchedulerName = setting(
         "constant_with_warmup",
         "Learning rate schedule after the warm-up. constant has no warm-up. adamw-schedulefree needs a constant one.",
     )
-    lr_warmup_steps: int = setting(10, "Steps over which the learning rate rises from zero.", min=0, soft_max=100_000)
+    lr_warmup_steps: int = setting(
+        10, "Steps over which the learning rate rises from zero.", Limits(min=0, soft_max=100_000)
+    )
     weight_decay: float = setting(
         0.01,
         "Decoupled weight decay: each step shrinks the weights by this times the learning rate.",
-        min=0,
-        soft_max=1,
-        step=0.001,
+        Limits(min=0, soft_max=1, step=0.001),
     )
     adam_beta1: float = setting(
         0.9,
         "Decay of the running mean of the gradient. Not used by adafactor.",
-        min=0,
-        below=1,
-        soft_max=0.9999,
-        step=0.01,
+        Limits(min=0, below=1, soft_max=0.9999, step=0.01),
     )
     adam_beta2: float = setting(
         0.999,
         "Decay of the running mean of the squared gradient. Not used by adafactor and lion.",
-        min=0,
-        below=1,
-        soft_max=0.99999,
-        step=0.001,
+        Limits(min=0, below=1, soft_max=0.99999, step=0.001),
     )
     adam_epsilon: float = setting(
         1e-8,
         "Number added to Adam's denominator. Not used by adafactor and lion.",
-        above=0,
-        soft_min=1e-16,
-        soft_max=0.01,
-        step=1e-8,
+        Limits(above=0, soft_min=1e-16, soft_max=0.01, step=1e-8),
     )
     max_grad_norm: float = setting(
-        1.0, "Gradients with a larger norm are scaled down to it. 0 turns this off.", min=0, soft_max=1000, step=0.1
+        1.0,
+        "Gradients with a larger norm are scaled down to it. 0 turns this off.",
+        Limits(min=0, soft_max=1000, step=0.1),
     )
     lr_num_cycles: int = setting(
-        1, "Number of cycles of cosine_with_restarts, each from the peak to zero.", min=1, soft_max=1000
+        1, "Number of cycles of cosine_with_restarts, each from the peak to zero.", Limits(min=1, soft_max=1000)
     )
     lr_power: float = setting(
         1.0,
         "Exponent of polynomial: 1 is a straight line, larger values fall faster at first.",
-        above=0,
-        soft_min=0.1,
-        soft_max=10,
-        step=0.1,
+        Limits(above=0, soft_min=0.1, soft_max=10, step=0.1),
     )
-    lr_end: float = setting(1e-7, "Final learning rate of polynomial.", min=0, soft_max=0.1, step=1e-7)
+    lr_end: float = setting(1e-7, "Final learning rate of polynomial.", Limits(min=0, soft_max=0.1, step=1e-7))
     lion_beta2: float = setting(
         0.99,
         "Decay of lion's momentum. adam_beta1 sets the share of the momentum in an update; the rest is the gradient.",
-        min=0,
-        below=1,
-        soft_max=0.99999,
-        step=0.01,
+        Limits(min=0, below=1, soft_max=0.99999, step=0.01),
     )
     prodigy_d_coef: float = setting(
         1.0,
         "Factor on the learning rate that prodigy finds: 0.5 is cautious, 2 is bold.",
-        above=0,
-        soft_min=0.01,
-        soft_max=100,
-        step=0.1,
+        Limits(above=0, soft_min=0.01, soft_max=100, step=0.1),
     )
 
     def check_combinations(self) -> None:

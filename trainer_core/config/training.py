@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..settings import Settings, check, setting
+from ..settings import Limits, Settings, check, setting
 from .layer_patterns import layer_patterns, value_for
 
 LoraType = Literal["lora", "dora", "lokr"]
@@ -28,16 +28,13 @@ class LoraConfig(Settings):
     lora_rank: int = setting(
         16,
         "Rank of the adapter. 8 to 32 is typical; a higher rank learns more detail and makes a larger file.",
-        min=1,
-        max=1024,
+        Limits(min=1, max=1024),
     )
     lora_alpha: float = setting(
         0.0,
         "The adapter is scaled by lora_alpha / lora_rank, or by lora_alpha / √lora_rank with use_rslora. 0 means equal "
         "to the rank: a scale of 1 or √rank.",
-        min=0,
-        soft_max=4096,
-        step=0.5,
+        Limits(min=0, soft_max=4096, step=0.5),
     )
     lora_targets: LoraTargets = setting(
         "image-attention",
@@ -48,10 +45,7 @@ class LoraConfig(Settings):
     lora_dropout: float = setting(
         0.0,
         "Fraction of the adapter's inputs that is zeroed at random in each step.",
-        min=0,
-        below=1,
-        soft_max=0.95,
-        step=0.01,
+        Limits(min=0, below=1, soft_max=0.95, step=0.01),
     )
     lora_type: LoraType = setting(
         "lora",
@@ -65,9 +59,7 @@ class LoraConfig(Settings):
         8,
         "Size of LoKr's first factor. 4 to 16 is typical; smaller makes a larger file. -1 is about the square root of "
         "the layer's width.",
-        min=2,
-        also=-1,
-        soft_max=256,
+        Limits(min=2, also=-1, soft_max=256),
     )
     rank_pattern: tuple[str, ...] = setting(
         (),
@@ -114,24 +106,17 @@ class NoiseConfig(Settings):
         "more in the middle, but also both ends. cosmap: twice as many in the middle as at the ends.",
     )
     logit_mean: float = setting(
-        0.0, "Mean of the normal distribution of logit_normal.", soft_min=-10, soft_max=10, step=0.05
+        0.0, "Mean of the normal distribution of logit_normal.", Limits(soft_min=-10, soft_max=10, step=0.05)
     )
     logit_std: float = setting(
         1.0,
         "Standard deviation of the normal distribution of logit_normal.",
-        above=0,
-        soft_min=0.01,
-        soft_max=10,
-        step=0.05,
+        Limits(above=0, soft_min=0.01, soft_max=10, step=0.05),
     )
     flow_schedule_shift: float = setting(
         1.73,
         "Shift s towards higher noise levels: s·σ / (1 + (s-1)·σ). 1 is no shift.",
-        above=0,
-        usual="1 to 3",
-        soft_min=0.01,
-        soft_max=20,
-        step=0.01,
+        Limits(above=0, usual="1 to 3", soft_min=0.01, soft_max=20, step=0.01),
     )
     flow_schedule_auto_shift: bool = setting(
         False,
@@ -141,18 +126,12 @@ class NoiseConfig(Settings):
         0.0,
         "How much the loss concentrates on the edit. 0: all pixels count alike. 1: mostly where target and reference "
         "differ. 0.5 is a strong effect.",
-        min=0,
-        max=1,
-        step=0.05,
+        Limits(min=0, max=1, step=0.05),
     )
     mode_scale: float = setting(
         1.29,
         "How much sigma_distribution mode favours the middle. 0 is uniform, below 0 favours the ends.",
-        min=-1,
-        max=LARGEST_MODE_SCALE,
-        usual="1.29",
-        soft_max=1.75,
-        step=0.05,
+        Limits(min=-1, max=LARGEST_MODE_SCALE, usual="1.29", soft_max=1.75, step=0.05),
     )
     stratified_sigmas: bool = setting(
         False,
@@ -168,11 +147,7 @@ class NoiseConfig(Settings):
     huber_c: float = setting(
         0.1,
         "Error above which huber and smooth_l1 are linear.",
-        above=0,
-        max=1,
-        usual="0.1",
-        soft_min=0.001,
-        step=0.01,
+        Limits(above=0, max=1, usual="0.1", soft_min=0.001, step=0.01),
     )
     huber_schedule: HuberSchedule = setting(
         "snr",
@@ -189,16 +164,12 @@ class RolloutConfig(Settings):
         0,
         "A rolled-out pair starts 0 to this many thousandths of the noise range higher and is sampled down in "
         "steps of one thousandth, with a forward pass for each. 0 turns rollouts off; start with 5 to 10.",
-        min=0,
-        max=999,
-        usual="0 or 5 to 10",
+        Limits(min=0, max=999, usual="0 or 5 to 10"),
     )
     scheduled_sampling_probability: float = setting(
         0.0,
         "Fraction of pairs that are rolled out, from start_step on. 0 rolls out none.",
-        min=0,
-        max=1,
-        step=0.05,
+        Limits(min=0, max=1, step=0.05),
     )
     scheduled_sampling_strategy: RolloutStrategy = setting(
         "uniform",
@@ -206,44 +177,39 @@ class RolloutConfig(Settings):
         "ones.",
     )
     scheduled_sampling_start_step: int = setting(
-        0, "Optimizer step at which rollouts start.", min=0, soft_max=1_000_000
+        0, "Optimizer step at which rollouts start.", Limits(min=0, soft_max=1_000_000)
     )
     scheduled_sampling_ramp_steps: int = setting(
         0,
         "Steps over which the probability goes from prob_start to prob_end; it replaces probability. 0 for no ramp.",
-        min=0,
-        soft_max=1_000_000,
+        Limits(min=0, soft_max=1_000_000),
     )
     scheduled_sampling_ramp_shape: RampShape = setting("linear", "Shape of the ramp. cosine starts and ends slowly.")
     scheduled_sampling_prob_start: float = setting(
-        0.0, "Probability at the start of the ramp.", min=0, max=1, step=0.05
+        0.0, "Probability at the start of the ramp.", Limits(min=0, max=1, step=0.05)
     )
     scheduled_sampling_prob_end: float = setting(
-        0.5, "Probability at the end of the ramp and after it.", min=0, max=1, step=0.05
+        0.5, "Probability at the end of the ramp and after it.", Limits(min=0, max=1, step=0.05)
     )
     scheduled_sampling_sampler: RolloutSampler = setting(
         "unipc", "Sampler of the rollout. rk4 needs four forward passes per step, the others one."
     )
-    scheduled_sampling_order: int = setting(2, "Order of the samplers unipc and dpm.", min=1, max=3)
+    scheduled_sampling_order: int = setting(2, "Order of the samplers unipc and dpm.", Limits(min=1, max=3))
     scheduled_sampling_reflexflow: bool = setting(
         True, "Use ReflexFlow for rolled-out pairs: the three terms below, which counteract drift."
     )
     scheduled_sampling_reflexflow_alpha: float = setting(
         1.0,
         "Extra weight of the loss where drift changed the prediction. Needs one forward pass if above 0.",
-        min=0,
-        soft_max=100,
-        step=0.1,
+        Limits(min=0, soft_max=100, step=0.1),
     )
     scheduled_sampling_reflexflow_beta1: float = setting(
         10.0,
         "Weight of the term that aligns the velocity with the line from the target picture to the sampled point.",
-        min=0,
-        soft_max=1000,
-        step=0.5,
+        Limits(min=0, soft_max=1000, step=0.5),
     )
     scheduled_sampling_reflexflow_beta2: float = setting(
-        1.0, "Weight of the usual loss of rolled-out pairs.", min=0, soft_max=100, step=0.1
+        1.0, "Weight of the usual loss of rolled-out pairs.", Limits(min=0, soft_max=100, step=0.1)
     )
 
 
@@ -252,18 +218,14 @@ class BatchingConfig(Settings):
     """How many pairs form a step."""
 
     train_batch_size: int = setting(
-        1, "Pairs per forward pass. Only pairs of equal shape are batched.", min=1, soft_max=256
+        1, "Pairs per forward pass. Only pairs of equal shape are batched.", Limits(min=1, soft_max=256)
     )
-    gradient_accumulation_steps: int = setting(4, "Forward passes per optimizer step.", min=1, soft_max=1024)
+    gradient_accumulation_steps: int = setting(4, "Forward passes per optimizer step.", Limits(min=1, soft_max=1024))
     caption_dropout_probability: float = setting(
         0.0,
         "Probability that a pair is trained with an empty caption; the references stay. Usually 0 for edits. Needs "
         "encode_empty_caption, which a job file turns on by itself.",
-        min=0,
-        below=1,
-        usual="0 and at most 0.1",
-        soft_max=0.99,
-        step=0.01,
+        Limits(min=0, below=1, usual="0 and at most 0.1", soft_max=0.99, step=0.01),
     )
 
 
@@ -272,10 +234,10 @@ class CheckpointConfig(Settings):
     """When checkpoints for resuming are written."""
 
     checkpoint_step_interval: int = setting(
-        250, "Steps between checkpoints. One is always written at the end.", min=1, soft_max=1_000_000
+        250, "Steps between checkpoints. One is always written at the end.", Limits(min=1, soft_max=1_000_000)
     )
     checkpoints_total_limit: int = setting(
-        2, "Number of checkpoints to keep. Older ones are deleted.", min=1, soft_max=1000
+        2, "Number of checkpoints to keep. Older ones are deleted.", Limits(min=1, soft_max=1000)
     )
 
 
@@ -286,7 +248,6 @@ class ExportConfig(Settings):
     lora_name: str = setting(
         "",
         "File name without extension. Empty: the name of the run.",
-        valid=lambda name: Path(name).name == name,
-        allowed="a name without folders",
+        Limits(valid=lambda name: Path(name).name == name, allowed="a name without folders"),
     )
     trigger_words: str = setting("", "Trigger words, written into the header of the file for programs that show them.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..geometry import Size
-from ..settings import Settings, setting
+from ..settings import Limits, Settings, setting
 
 _SIZE = re.compile(r"(\d+)(?:[xX](\d+))?")
 SIZE_STEP = 16  # pixels: one token is 2 x 2 latents, one latent 8 x 8 pixels
@@ -34,34 +34,33 @@ class ValidationConfig(Settings):
     """Sample pictures and loss of held-out pairs during training. They do not change the training."""
 
     validation_step_interval: int = setting(
-        250, "Steps between validations. 0 validates only at the end.", min=0, soft_max=1_000_000
+        250, "Steps between validations. 0 validates only at the end.", Limits(min=0, soft_max=1_000_000)
     )
     validation_num_inference_steps: int = setting(
-        30, "Number of sampling steps of a validation picture.", min=1, soft_max=1000
+        30, "Number of sampling steps of a validation picture.", Limits(min=1, soft_max=1000)
     )
     validation_guidance: float = setting(
         4.0,
         "True classifier-free guidance scale. 3.5 to 4.5 suits Qwen-Image-Edit; 1 turns guidance off.",
-        min=1,
-        soft_max=30,
-        step=0.1,
+        Limits(min=1, soft_max=30, step=0.1),
     )
     validation_seed: int = setting(
-        42, "Seed of the sampling noise of validation pictures.", soft_min=0, soft_max=2**32 - 1
+        42, "Seed of the sampling noise of validation pictures.", Limits(soft_min=0, soft_max=2**32 - 1)
     )
     num_validation_images: int = setting(
         4,
         "Maximum number of held-out pairs to sample. The validation loss always uses all of them.",
-        min=0,
-        soft_max=100,
+        Limits(min=0, soft_max=100),
     )
     validation_resolution: str = setting(
         "",
         "Sizes of validation pictures in pixels, separated by commas. 1024x768 is width and height; 768 has the area "
         "of a 768 x 768 square and the pair's aspect ratio. Empty: the size of the encoded pair. Smaller needs less "
         "memory.",
-        valid=_are_sizes,
-        allowed="comma separated sizes of 64 to 4096 pixels, such as 1024x768 (in multiples of 16) or 768, or empty",
+        Limits(
+            valid=_are_sizes,
+            allowed="comma separated sizes of 64 to 4096 pixels, such as 1024x768 (in multiples of 16) or 768, or empty",
+        ),
     )
 
     @staticmethod
