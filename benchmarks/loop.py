@@ -30,7 +30,7 @@ from trainer_core.config import (
     ModelConfig,
 )
 from trainer_core.data.pairing import pair_folders
-from trainer_core.demo.pretrain.transformer import CONFIG as DEMO_TRANSFORMER
+from tools.pretrain_demo.transformer import CONFIG as DEMO_TRANSFORMER
 from trainer_core.qwen_image.base_model import BaseModel
 
 

@@ -26,7 +26,7 @@ ROWS = (
     ("training", "runs"),
     ("planning",),
     ("run", "sample", "job", "example"),
-    ("__main__", "demo.pretrain"),  # programs
+    ("__main__",),
 )
 LEVEL = {part: level for level, row in enumerate(ROWS) for part in row}
 # The demo's files and pictures stand beside the rows: what makes and describes them imports only the foundations.
@@ -60,7 +60,7 @@ def part_of(path: Path) -> str:
 
 def part_named(module: str) -> str:
     """The part that a dotted module name below trainer_core belongs to."""
-    return "demo.pretrain" if (module + ".").startswith("demo.pretrain.") else module.split(".")[0]
+    return module.split(".")[0]
 
 
 def for_types_only(path: Path) -> set[ast.AST]:

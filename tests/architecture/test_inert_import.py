@@ -112,11 +112,7 @@ def assert_inert(result: dict) -> None:
 
 
 def core_modules() -> list[str]:
-    paths = sorted(
-        path
-        for path in (REPO / "trainer_core").rglob("*.py")
-        if path.name != "__main__.py" and "pretrain" not in path.parts
-    )
+    paths = sorted(path for path in (REPO / "trainer_core").rglob("*.py") if path.name != "__main__.py")
     dotted = [path.relative_to(REPO).with_suffix("").as_posix().replace("/", ".") for path in paths]
     return [module.removesuffix(".__init__") for module in dotted]
 

@@ -47,7 +47,7 @@ def test_what_shipped_code_imports_is_asked_for(pyproject: dict):
     known |= {"gguf"}  # optional: a .gguf file without it is refused in words
     known |= {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "server"}  # ComfyUI itself
     known |= {"pyarrow", "pandas"}  # only for captions in Parquet files; the error says how to install one
-    shipped = [path for path in python_files("nodes", "trainer_core") if "pretrain" not in path.parts]
+    shipped = python_files("nodes", "trainer_core")
     found = {top: path for path in shipped for top in absolute_imports(path)}
     foreign = {n: str(p) for n, p in found.items() if n not in sys.stdlib_module_names and n.lower() not in known}
     assert foreign == {}
@@ -81,6 +81,6 @@ def test_an_installation_has_what_it_needs_and_no_more(tmp_path: Path):
     assert needed <= have
     top = {name.split("/")[0] for name in have}
     assert top & {"tests", "tools", "benchmarks", ".git", ".venv", ".comfyui", ".demo", "Makefile"} == set()
-    assert not any("pretrain" in name or "__pycache__" in name for name in have)
+    assert not any("__pycache__" in name for name in have)
     assert {name.split("/")[0] for name in have if name.endswith(".py")} == {"__init__.py", "nodes", "trainer_core"}
     assert sum((pack / name).stat().st_size for name in have) < 40e6

@@ -21,9 +21,8 @@ NETWORK = {"socket", "urllib", "http", "requests", "httpx", "ftplib", "smtplib",
 ABSOLUTE_PATH = re.compile(r"^(?:/(?!/)[\w.~-]+/|[A-Za-z]:[\\/]|\\\\|~/|file:)")
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf]")
 
-ALL = [REPO / "__init__.py", *python_files("nodes", "trainer_core")]
-SHIPPED = [path for path in ALL if "pretrain" not in path.parts]  # .comfyignore leaves that program out
-OURS = [*ALL, *python_files("tests", "tools", "benchmarks")]
+SHIPPED = [REPO / "__init__.py", *python_files("nodes", "trainer_core")]
+OURS = [*SHIPPED, *python_files("tests", "tools", "benchmarks")]
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:

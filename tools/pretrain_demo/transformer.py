@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from ...qwen_image.flavours import FLAVOURS, Flavour
-from ...qwen_image.latents import denormalise, normalise
-from ...qwen_image.transformer import predict_velocity
-from ...qwen_image.types import Condition
+from trainer_core.qwen_image.flavours import FLAVOURS, Flavour
+from trainer_core.qwen_image.latents import denormalise, normalise
+from trainer_core.qwen_image.transformer import predict_velocity
+from trainer_core.qwen_image.types import Condition
+
 from . import vae as vae_part
 from .averaging import RunningAverage
 from .conditions import PromptEncoder

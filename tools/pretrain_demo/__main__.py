@@ -1,4 +1,4 @@
-"""Pre-train the embedded demo model: python -m trainer_core.demo.pretrain --out DIR --tokenizer DIR --device cuda."""
+"""Pre-train the embedded demo model: python -m tools.pretrain_demo --out DIR --tokenizer DIR --device cuda."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...qwen_image.flavours import FLAVOURS
-from ...qwen_image.prompt import load_tokenizer
-from .. import pictures as demo_pictures
-from ..text_encoder import build_text_encoder
+from trainer_core.demo import pictures as demo_pictures
+from trainer_core.demo.text_encoder import build_text_encoder
+from trainer_core.qwen_image.flavours import FLAVOURS
+from trainer_core.qwen_image.folder import DEMO_FOLDER
+from trainer_core.qwen_image.prompt import load_tokenizer
+
 from . import transformer as transformer_part
 from . import vae as vae_part
 from .conditions import PromptEncoder
 from .instructions import INSTRUCTIONS
 from .pictures import PictureSource
 
-TEXT_ENCODER = Path(__file__).parent.parent / "model" / "text_encoder"
+TEXT_ENCODER = DEMO_FOLDER / "text_encoder"
 NUM_HELD_OUT, NUM_STEPS = 24, 20
 TWICE = (
     "astronaut.png",

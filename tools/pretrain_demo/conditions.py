@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ...geometry import Size, area_size
-from ...qwen_image import prompt
-from ...qwen_image.flavours import Flavour
-from ...qwen_image.vision import (
+from trainer_core.geometry import Size, area_size
+from trainer_core.qwen_image import prompt
+from trainer_core.qwen_image.flavours import Flavour
+from trainer_core.qwen_image.vision import (
     FRAMES,
     MEAN,
     MERGE,

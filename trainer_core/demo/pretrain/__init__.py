@@ -1,1 +1,0 @@
-"""The pre-training of the embedded demo model: `python -m trainer_core.demo.pretrain --out DIR`."""
