@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..trainer_core.config import PairCheckConfig
 from . import host_call, sockets
-from .schema import new_input, new_output, node_schema, setting_input
+from .schema import new_input, new_output, node_schema, setting_inputs
 
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
@@ -28,12 +28,10 @@ class CheckPairs(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 new_input(sockets.Dataset, "dataset", tooltip="Pairs from Pair Edit Folders."),
-                setting_input(PairCheckConfig, "max_shift"),
-                setting_input(PairCheckConfig, "max_zoom_percent"),
-                setting_input(PairCheckConfig, "max_colour_offset"),
-                setting_input(PairCheckConfig, "min_difference"),
-                setting_input(PairCheckConfig, "duplicate_bits"),
-                setting_input(PairCheckConfig, "check_side"),
+                *setting_inputs(
+                    PairCheckConfig,
+                    "max_shift max_zoom_percent max_colour_offset min_difference duplicate_bits check_side",
+                ),
                 new_input(
                     io.Int,
                     "max_pairs",

@@ -11,7 +11,7 @@ from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
 from ..trainer_core.errors import TrainerError
 from . import host_call, host_folders, sockets
-from .schema import new_input, new_output, node_schema, setting_input
+from .schema import new_input, new_output, node_schema, setting_input, setting_inputs
 from .untrusted import file_below, folders_below
 
 if TYPE_CHECKING:
@@ -165,13 +165,11 @@ class CaptionSettings(io.ComfyNode):
             "each line of a .txt file is one caption, used as written.",
             search_aliases=["trigger word", "csv captions", "parquet", "jsonl"],
             inputs=[
-                setting_input(CaptionConfig, "disable_multiline_split"),
-                setting_input(CaptionConfig, "prepend_instance_prompt"),
-                setting_input(CaptionConfig, "caption_prefix"),
-                setting_input(CaptionConfig, "caption_suffix"),
-                setting_input(CaptionConfig, "caption_file"),
-                setting_input(CaptionConfig, "caption_column"),
-                setting_input(CaptionConfig, "filename_column"),
+                *setting_inputs(
+                    CaptionConfig,
+                    "disable_multiline_split prepend_instance_prompt caption_prefix caption_suffix caption_file "
+                    "caption_column filename_column",
+                ),
             ],
             outputs=[new_output(sockets.CaptionSettings, "caption_settings", "For Pair Edit Folders.")],
         )

@@ -10,7 +10,7 @@ from ..trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
 from ..trainer_core.qwen_image.base_model import BaseModel
 from . import host_call, host_folders, sockets
 from .cache_watch import CACHE_WATCH
-from .schema import help_of, new_input, new_output, node_schema, setting_input
+from .schema import help_of, new_input, new_output, node_schema, setting_input, setting_inputs
 
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
@@ -30,10 +30,7 @@ class EncodePairs(io.ComfyNode):
             inputs=[
                 new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
                 new_input(sockets.Dataset, "dataset", tooltip="Pairs from Pair Edit Folders."),
-                setting_input(EncodingConfig, "resolution"),
-                setting_input(EncodingConfig, "preprocessing"),
-                setting_input(EncodingConfig, "match_target_res"),
-                setting_input(EncodingConfig, "num_eval_images"),
+                *setting_inputs(EncodingConfig, "resolution preprocessing match_target_res num_eval_images"),
                 setting_input(EncodingConfig, "validation_negative_prompt", multiline=True),
                 setting_input(EncodingConfig, "seed", control_after_generate=False),
                 setting_input(EncodingConfig, "encode_empty_caption", optional=True, advanced=True),
@@ -113,16 +110,11 @@ class SizeSettings(io.ComfyNode):
             "is scaled to an area of resolution squared.",
             search_aliases=["crop", "resolution type", "aspect bucket"],
             inputs=[
-                setting_input(SizeConfig, "resolution_type"),
-                setting_input(SizeConfig, "megapixels"),
-                setting_input(SizeConfig, "aspect_bucket_alignment"),
-                setting_input(SizeConfig, "crop"),
-                setting_input(SizeConfig, "crop_aspect"),
-                setting_input(SizeConfig, "crop_style"),
-                setting_input(SizeConfig, "minimum_image_size"),
-                setting_input(SizeConfig, "leave_out_small"),
-                setting_input(SizeConfig, "maximum_image_size"),
-                setting_input(SizeConfig, "target_downsample_size"),
+                *setting_inputs(
+                    SizeConfig,
+                    "resolution_type megapixels aspect_bucket_alignment crop crop_aspect crop_style "
+                    "minimum_image_size leave_out_small maximum_image_size target_downsample_size",
+                ),
             ],
             outputs=[new_output(sockets.SizeSettings, "size_settings", "For Encode Edit Pairs.")],
         )

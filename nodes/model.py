@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..trainer_core.config import ModelConfig
 from ..trainer_core.errors import TrainerError
 from . import host_folders, sockets
-from .schema import new_input, new_output, node_schema, setting_input
+from .schema import new_input, new_output, node_schema, setting_inputs
 
 
 class LoadModel(io.ComfyNode):
@@ -32,13 +32,13 @@ class LoadModel(io.ComfyNode):
                     tooltip="A Qwen-Image-Edit model in diffusers layout in models/diffusers (a folder with "
                     "transformer, vae and text_encoder), or the small embedded demo model.",
                 ),
-                setting_input(ModelConfig, "flavour"),
-                setting_input(ModelConfig, "base_model_precision"),
-                setting_input(ModelConfig, "mixed_precision"),
-                setting_input(ModelConfig, "text_encoder_precision", optional=True, advanced=True),
-                setting_input(ModelConfig, "quantize_activations", optional=True, advanced=True),
-                setting_input(ModelConfig, "quantised_cache_gb", optional=True, advanced=True),
-                setting_input(ModelConfig, "quantize_via", optional=True, advanced=True),
+                *setting_inputs(ModelConfig, "flavour base_model_precision mixed_precision"),
+                *setting_inputs(
+                    ModelConfig,
+                    "text_encoder_precision quantize_activations quantised_cache_gb quantize_via",
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[new_output(sockets.Model, "model", "The chosen model, for the encode, train and sample nodes.")],
         )
@@ -92,13 +92,13 @@ class LoadModelFiles(io.ComfyNode):
             search_aliases=["qwen image edit", "base model", "fp8", "gguf", "single file", "lora training"],
             inputs=[
                 *files,
-                setting_input(ModelConfig, "flavour"),
-                setting_input(ModelConfig, "base_model_precision"),
-                setting_input(ModelConfig, "mixed_precision"),
-                setting_input(ModelConfig, "quantize_via"),
-                setting_input(ModelConfig, "text_encoder_precision", optional=True, advanced=True),
-                setting_input(ModelConfig, "quantize_activations", optional=True, advanced=True),
-                setting_input(ModelConfig, "quantised_cache_gb", optional=True, advanced=True),
+                *setting_inputs(ModelConfig, "flavour base_model_precision mixed_precision quantize_via"),
+                *setting_inputs(
+                    ModelConfig,
+                    "text_encoder_precision quantize_activations quantised_cache_gb",
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[new_output(sockets.Model, "model", "The chosen model, for the encode, train and sample nodes.")],
         )

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import ConditioningType, EncodingConfig
 from . import sockets
-from .schema import new_input, new_output, node_schema, setting_input
+from .schema import new_input, new_output, node_schema, setting_inputs
 
 AS_FIRST = "as the first"
 
@@ -46,10 +46,11 @@ class ReferenceSettings(io.ComfyNode):
                     )
                     for number, word in ((2, "second"), (3, "third"))
                 ),
-                setting_input(EncodingConfig, "conditioning_multidataset_sampling"),
-                setting_input(EncodingConfig, "conditioning_image_embeds"),
-                setting_input(EncodingConfig, "create_image_embeds"),
-                setting_input(EncodingConfig, "reference_latents"),
+                *setting_inputs(
+                    EncodingConfig,
+                    "conditioning_multidataset_sampling conditioning_image_embeds create_image_embeds "
+                    "reference_latents",
+                ),
             ],
             outputs=[
                 new_output(

@@ -52,12 +52,17 @@ def setting_input(config: type, setting: str, name: str = "", **keywords: Any) -
     return new_input(_KINDS[hint], name, **{**_limits(config, setting, hint), **keywords})
 
 
+def setting_inputs(config: type, settings: str, **keywords: Any) -> list[io.Input]:
+    """A widget for each of the settings, whose names are separated by spaces."""
+    return [setting_input(config, setting, **keywords) for setting in settings.split()]
+
+
 def _limits(config: type, setting: str, kind: type) -> dict[str, Any]:
-    """min, max and step of a number widget, as far as they are declared."""
+    """min, max, step and round of a number widget, as far as they are declared."""
     if kind not in (int, float):
         return {}
     limits = limits_of(config, setting)
-    declared = {"min": limits.lowest, "max": limits.highest, "step": limits.step}
+    declared = {"min": limits.lowest, "max": limits.highest, "step": limits.step, "round": limits.round}
     return {key: kind(value) for key, value in declared.items() if value is not None}
 
 

@@ -20,7 +20,7 @@ from ..trainer_core.config import (
 )
 from ..trainer_core.errors import TrainerError
 from . import host_folders, sockets
-from .schema import fields_of, lines, new_input, new_output, node_schema, setting_input
+from .schema import fields_of, lines, new_input, new_output, node_schema, setting_input, setting_inputs
 
 
 class LoraSettings(io.ComfyNode):
@@ -35,14 +35,10 @@ class LoraSettings(io.ComfyNode):
             "attention.",
             search_aliases=["rank", "alpha", "network dim"],
             inputs=[
-                setting_input(LoraConfig, "lora_rank"),
-                setting_input(LoraConfig, "lora_alpha"),
-                setting_input(LoraConfig, "lora_targets"),
+                *setting_inputs(LoraConfig, "lora_rank lora_alpha lora_targets"),
                 setting_input(LoraConfig, "lora_target_pattern", placeholder=r".*\.attn\.to_[qkv]"),
                 setting_input(LoraConfig, "lora_dropout"),
-                setting_input(LoraConfig, "lora_type", optional=True),
-                setting_input(LoraConfig, "use_rslora", optional=True),
-                setting_input(LoraConfig, "lokr_factor", optional=True),
+                *setting_inputs(LoraConfig, "lora_type use_rslora lokr_factor", optional=True),
                 setting_input(LoraConfig, "rank_pattern", optional=True, placeholder="0-9 = 8"),
                 setting_input(LoraConfig, "alpha_pattern", optional=True, placeholder="0-9 = 8"),
                 new_input(
@@ -87,20 +83,14 @@ class OptimizerSettings(io.ComfyNode):
             "short warm-up.",
             search_aliases=["learning rate", "scheduler", "adamw", "lion", "prodigy", "adafactor", "schedule-free"],
             inputs=[
-                setting_input(OptimizerConfig, "optimizer"),
-                setting_input(OptimizerConfig, "learning_rate", round=1e-8),
-                setting_input(OptimizerConfig, "lr_scheduler"),
-                setting_input(OptimizerConfig, "lr_warmup_steps"),
-                setting_input(OptimizerConfig, "weight_decay", round=1e-6),
-                setting_input(OptimizerConfig, "adam_beta1", round=1e-4),
-                setting_input(OptimizerConfig, "adam_beta2", round=1e-5),
-                setting_input(OptimizerConfig, "adam_epsilon", round=1e-16),
-                setting_input(OptimizerConfig, "max_grad_norm"),
-                setting_input(OptimizerConfig, "lr_num_cycles", optional=True),
-                setting_input(OptimizerConfig, "lr_power", optional=True),
-                setting_input(OptimizerConfig, "lr_end", optional=True, round=1e-10),
-                setting_input(OptimizerConfig, "lion_beta2", optional=True, round=1e-5),
-                setting_input(OptimizerConfig, "prodigy_d_coef", optional=True),
+                *setting_inputs(
+                    OptimizerConfig,
+                    "optimizer learning_rate lr_scheduler lr_warmup_steps weight_decay adam_beta1 adam_beta2 "
+                    "adam_epsilon max_grad_norm",
+                ),
+                *setting_inputs(
+                    OptimizerConfig, "lr_num_cycles lr_power lr_end lion_beta2 prodigy_d_coef", optional=True
+                ),
             ],
             outputs=[new_output(sockets.OptimizerSettings, "optimizer_settings", "For Train Qwen Edit LoRA.")],
         )
@@ -146,23 +136,18 @@ class TrainingSettings(io.ComfyNode):
             "time, with gradient checkpointing.",
             search_aliases=["batch size", "gradient accumulation", "gradient checkpointing", "timestep", "huber"],
             inputs=[
-                setting_input(BatchingConfig, "train_batch_size"),
-                setting_input(BatchingConfig, "gradient_accumulation_steps"),
+                *setting_inputs(BatchingConfig, "train_batch_size gradient_accumulation_steps"),
                 setting_input(TrainConfig, "gradient_checkpointing"),
-                setting_input(NoiseConfig, "sigma_distribution"),
-                setting_input(NoiseConfig, "logit_mean"),
-                setting_input(NoiseConfig, "logit_std"),
-                setting_input(NoiseConfig, "flow_schedule_shift"),
-                setting_input(NoiseConfig, "flow_schedule_auto_shift"),
-                setting_input(CheckpointConfig, "checkpoint_step_interval"),
-                setting_input(CheckpointConfig, "checkpoints_total_limit"),
+                *setting_inputs(
+                    NoiseConfig, "sigma_distribution logit_mean logit_std flow_schedule_shift flow_schedule_auto_shift"
+                ),
+                *setting_inputs(CheckpointConfig, "checkpoint_step_interval checkpoints_total_limit"),
                 setting_input(BatchingConfig, "caption_dropout_probability", optional=True),
-                setting_input(NoiseConfig, "edit_weight", optional=True),
-                setting_input(NoiseConfig, "mode_scale", optional=True),
-                setting_input(NoiseConfig, "stratified_sigmas", optional=True),
-                setting_input(NoiseConfig, "loss_type", optional=True),
-                setting_input(NoiseConfig, "huber_c", optional=True, round=0.001),
-                setting_input(NoiseConfig, "huber_schedule", optional=True),
+                *setting_inputs(
+                    NoiseConfig,
+                    "edit_weight mode_scale stratified_sigmas loss_type huber_c huber_schedule",
+                    optional=True,
+                ),
             ],
             outputs=[new_output(sockets.TrainingSettings, "training_settings", "For Train Qwen Edit LoRA.")],
         )
@@ -185,31 +170,17 @@ class RolloutSettings(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        def widget(name: str) -> io.Input:
-            return setting_input(RolloutConfig, f"scheduled_sampling_{name}")
-
+        names = (
+            "max_step_offset probability strategy start_step ramp_steps ramp_shape prob_start prob_end sampler order "
+            "reflexflow reflexflow_alpha reflexflow_beta1 reflexflow_beta2"
+        )
         return node_schema(
             "RolloutSettings",
             "Qwen Edit Rollout Settings",
             description="Scheduled sampling: also trains on the model's own samples, so that it learns to correct its "
             "own errors. Needs extra forward passes. Without this node: off.",
             search_aliases=["scheduled sampling", "rollout", "reflexflow", "exposure bias"],
-            inputs=[
-                widget("max_step_offset"),
-                widget("probability"),
-                widget("strategy"),
-                widget("start_step"),
-                widget("ramp_steps"),
-                widget("ramp_shape"),
-                widget("prob_start"),
-                widget("prob_end"),
-                widget("sampler"),
-                widget("order"),
-                widget("reflexflow"),
-                widget("reflexflow_alpha"),
-                widget("reflexflow_beta1"),
-                widget("reflexflow_beta2"),
-            ],
+            inputs=[setting_input(RolloutConfig, f"scheduled_sampling_{name}") for name in names.split()],
             outputs=[new_output(sockets.RolloutSettings, "rollout_settings", "For Train Qwen Edit LoRA.")],
         )
 
@@ -231,9 +202,9 @@ class ValidationSettings(io.ComfyNode):
             "and at the end.",
             search_aliases=["samples", "validation images"],
             inputs=[
-                setting_input(ValidationConfig, "validation_step_interval"),
-                setting_input(ValidationConfig, "validation_num_inference_steps"),
-                setting_input(ValidationConfig, "validation_guidance"),
+                *setting_inputs(
+                    ValidationConfig, "validation_step_interval validation_num_inference_steps validation_guidance"
+                ),
                 setting_input(ValidationConfig, "validation_seed", control_after_generate=False),
                 setting_input(ValidationConfig, "num_validation_images"),
                 setting_input(
@@ -261,13 +232,11 @@ class MemorySettings(io.ComfyNode):
             "change the training result. Without this node, all blocks are recomputed and nothing is moved.",
             search_aliases=["block swap", "offload", "low vram", "gradient checkpointing"],
             inputs=[
-                setting_input(MemoryConfig, "memory"),
-                setting_input(MemoryConfig, "gradient_checkpointing_blocks"),
-                setting_input(MemoryConfig, "activation_offload"),
-                setting_input(MemoryConfig, "blocks_to_stream"),
-                setting_input(MemoryConfig, "stream_buffers"),
-                setting_input(MemoryConfig, "compile_blocks"),
-                setting_input(MemoryConfig, "vram_gib"),
+                *setting_inputs(
+                    MemoryConfig,
+                    "memory gradient_checkpointing_blocks activation_offload blocks_to_stream stream_buffers "
+                    "compile_blocks vram_gib",
+                ),
             ],
             outputs=[new_output(sockets.MemorySettings, "memory_settings", "For Train Qwen Edit LoRA.")],
         )
@@ -291,10 +260,7 @@ class EmaSettings(io.ComfyNode):
             search_aliases=["exponential moving average", "weight averaging"],
             inputs=[
                 setting_input(EmaConfig, "use_ema", default=True),
-                setting_input(EmaConfig, "ema_device"),
-                setting_input(EmaConfig, "ema_decay", round=1e-5),
-                setting_input(EmaConfig, "ema_update_interval"),
-                setting_input(EmaConfig, "ema_validation"),
+                *setting_inputs(EmaConfig, "ema_device ema_decay ema_update_interval ema_validation"),
             ],
             outputs=[new_output(sockets.EmaSettings, "ema_settings", "For Train Qwen Edit LoRA.")],
         )

@@ -39,6 +39,8 @@ class Limits:
     """The highest value that widgets offer."""
     step: float | None = None
     """Increment of widgets. Values between the steps are accepted."""
+    round: float | None = None
+    """Widgets round a number that is typed to a multiple of this. Default: of `step`."""
     unit: str = ""
     usual: str = ""
     """Typical values, in words."""

@@ -27,7 +27,7 @@ class OptimizerConfig(Settings):
         1e-4,
         "Peak learning rate. 1e-4 for ranks up to 16, 5e-5 above; a third of that for lion. For prodigy it is a factor "
         "on the rate that prodigy finds: set it to 1.",
-        Limits(above=0, max=10, usual="1e-4", soft_min=1e-8, step=1e-6),
+        Limits(above=0, max=10, usual="1e-4", soft_min=1e-8, step=1e-6, round=1e-8),
     )
     lr_scheduler: SchedulerName = setting(
         "constant_with_warmup",
@@ -39,22 +39,22 @@ class OptimizerConfig(Settings):
     weight_decay: float = setting(
         0.01,
         "Decoupled weight decay: each step shrinks the weights by this times the learning rate.",
-        Limits(min=0, soft_max=1, step=0.001),
+        Limits(min=0, soft_max=1, step=0.001, round=1e-6),
     )
     adam_beta1: float = setting(
         0.9,
         "Decay of the running mean of the gradient. Not used by adafactor.",
-        Limits(min=0, below=1, soft_max=0.9999, step=0.01),
+        Limits(min=0, below=1, soft_max=0.9999, step=0.01, round=1e-4),
     )
     adam_beta2: float = setting(
         0.999,
         "Decay of the running mean of the squared gradient. Not used by adafactor and lion.",
-        Limits(min=0, below=1, soft_max=0.99999, step=0.001),
+        Limits(min=0, below=1, soft_max=0.99999, step=0.001, round=1e-5),
     )
     adam_epsilon: float = setting(
         1e-8,
         "Number added to Adam's denominator. Not used by adafactor and lion.",
-        Limits(above=0, soft_min=1e-16, soft_max=0.01, step=1e-8),
+        Limits(above=0, soft_min=1e-16, soft_max=0.01, step=1e-8, round=1e-16),
     )
     max_grad_norm: float = setting(
         1.0,
@@ -69,11 +69,13 @@ class OptimizerConfig(Settings):
         "Exponent of polynomial: 1 is a straight line, larger values fall faster at first.",
         Limits(above=0, soft_min=0.1, soft_max=10, step=0.1),
     )
-    lr_end: float = setting(1e-7, "Final learning rate of polynomial.", Limits(min=0, soft_max=0.1, step=1e-7))
+    lr_end: float = setting(
+        1e-7, "Final learning rate of polynomial.", Limits(min=0, soft_max=0.1, step=1e-7, round=1e-10)
+    )
     lion_beta2: float = setting(
         0.99,
         "Decay of lion's momentum. adam_beta1 sets the share of the momentum in an update; the rest is the gradient.",
-        Limits(min=0, below=1, soft_max=0.99999, step=0.01),
+        Limits(min=0, below=1, soft_max=0.99999, step=0.01, round=1e-5),
     )
     prodigy_d_coef: float = setting(
         1.0,

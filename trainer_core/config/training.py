@@ -147,7 +147,7 @@ class NoiseConfig(Settings):
     huber_c: float = setting(
         0.1,
         "Error above which huber and smooth_l1 are linear.",
-        Limits(above=0, max=1, usual="0.1", soft_min=0.001, step=0.01),
+        Limits(above=0, max=1, usual="0.1", soft_min=0.001, step=0.01, round=0.001),
     )
     huber_schedule: HuberSchedule = setting(
         "snr",

@@ -59,7 +59,7 @@ class ValidationConfig(Settings):
         "memory.",
         Limits(
             valid=_are_sizes,
-            allowed="comma separated sizes of 64 to 4096 pixels, such as 1024x768 (in multiples of 16) or 768, or empty",
+            allowed="comma-separated sizes of 64 to 4096 pixels, such as 1024x768 (multiples of 16) or 768, or empty",
         ),
     )
 
