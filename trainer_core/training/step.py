@@ -1,12 +1,12 @@
-"""One optimizer step: forward and backward of its micro-batches, clipping, the check, the update."""
+"""One optimizer step: forward and backward passes, gradient clipping, a check for NaN, and the update."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,34 +42,31 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Networks:
-    """The frozen transformer, its adapter's weights, the only trainable ones, and what moves them."""
+    """The frozen transformer, the trainable adapter weights, and their optimizer."""
 
     transformer: QwenImageTransformer2DModel
     weights: MasterWeights
     optimizer: torch.optim.Optimizer
     device: torch.device
-    ema: dict[str, Tensor]  # their running average; empty without one
+    ema: dict[str, Tensor]  # moving average of the masters by name; empty without use_ema
 
     @property
     def lora(self) -> dict[str, nn.Parameter]:
-        """The adapter's float32 weights by name. Whoever changes them calls `weights.publish` afterwards."""
+        """The adapter's float32 master weights by name. After changing them, call `weights.publish`."""
         return self.weights.masters
 
-    @contextlib.contextmanager
-    def weights_to_use(self) -> Iterator[None]:
-        """The network computes with the weights to validate and export while the context lasts."""
-        try:
-            with weights_to_use(self.optimizer, self.lora):
-                self.weights.publish()
-                yield
-        finally:
-            self.weights.publish()
+    def weights_to_use(self) -> AbstractContextManager[None]:
+        """Puts the trained weights, in the form to validate and export, into the network while the context lasts."""
+        return self._published(weights_to_use(self.optimizer, self.lora))
 
-    @contextlib.contextmanager
-    def average_to_use(self) -> Iterator[None]:
-        """The same with their running average."""
+    def average_to_use(self) -> AbstractContextManager[None]:
+        """Puts the moving average into the network while the context lasts."""
+        return self._published(average_in_place(self.lora, self.ema))
+
+    @contextmanager
+    def _published(self, masters_replaced: AbstractContextManager[None]) -> Iterator[None]:
         try:
-            with average_in_place(self.lora, self.ema):
+            with masters_replaced:
                 self.weights.publish()
                 yield
         finally:
@@ -79,7 +76,9 @@ class Networks:
 def build_networks(
     config: TrainConfig, base: BaseModel, adapter: AdapterPlan, preprocessing: Preprocessing, observer: Observer
 ) -> Networks:
-    """Load, quantise and adapt the transformer. Its rotary positions follow the dataset's preprocessing policy.
+    """Load and quantise the transformer, add the adapter and create the optimizer.
+
+    `preprocessing` "comfyui" also gives the transformer ComfyUI's rotary positions.
 
     Raises:
         ConfigError: the optimizer can't run on this device.
@@ -87,16 +86,16 @@ def build_networks(
         Interrupted: the observer wants to stop.
     """
     device = pick_device(config.model.device)
-    build_optimizer = optimizer_builder(config.optimizer, device)  # refused here rather than after loading
+    build_optimizer = optimizer_builder(config.optimizer, device)  # before loading, so that errors come at once
     on_host = blocks_on_host(config.memory, base.num_blocks, checkpointing=config.gradient_checkpointing)
     transformer = load_transformer(base, device, observer, on_host=on_host)
-    stream = stream_blocks(transformer, on_host, device, config.memory)  # before the adapter, which stays on the device
+    stream = stream_blocks(transformer, on_host, device, config.memory)  # first: the adapter must stay on the device
     raise_if_stopped(observer)
     if preprocessing == "comfyui":
         use_comfyui_positions(transformer)
     parameters = inject_lora(transformer, adapter, config.seed)
     weights = master_weights(parameters, compute_dtype(config.model))
-    transformer.train(config.lora.lora_dropout > 0)  # the only dropout there is
+    transformer.train(config.lora.lora_dropout > 0)  # the network has no other dropout
     apply_memory(transformer, stream, device, config)
     optimizer = build_optimizer(list(weights.masters.values()))
     return Networks(transformer, weights, optimizer, device, start_ema(weights.masters, config.ema))
@@ -104,25 +103,26 @@ def build_networks(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Gradients:
-    """What a step found out before it changes a weight. The gradients themselves are in the parameters, clipped."""
+    """Results of a step's forward and backward passes. The clipped gradients are in the parameters."""
 
-    done: int  # steps before this one
+    done: int  # number of steps before this one
     learning_rate: float
     loss: float
     grad_norm: float
     loss_by_sigma: dict[str, float]
     extra_forwards: int | None
-    began: float  # seconds of time.perf_counter
+    began: float  # time.perf_counter() at the start of the step, in seconds
 
 
 def step_gradients(
     networks: Networks, loader: BatchLoader, done: int, config: TrainConfig, observer: Observer
 ) -> Gradients:
-    """The first part of a step. Weights, their average and the optimizer's state stay as they were.
+    """First part of a step: compute and clip the gradients. Leaves weights, EMA and optimizer state unchanged.
 
     Raises:
-        Interrupted: the observer of some process wants to stop.
-        NonFiniteLossError: the loss or a gradient is not finite.
+        Interrupted: the observer of any process wants to stop.
+        NonFiniteLossError: the loss or a gradient is NaN or infinite.
+        LostRankError: another process has ended or hangs.
     """
     began = time.perf_counter()
     rate = learning_rate_at(done, config.max_train_steps, config.optimizer)
@@ -133,9 +133,8 @@ def step_gradients(
         networks.optimizer.zero_grad(set_to_none=True)
         raise
     grad_norm = clip_grad_norm_(networks.lora.values(), config.optimizer.max_grad_norm or math.inf)
-    *numbers, norm = torch.cat(
-        [accumulated.flatten(), grad_norm.float().view(1)]
-    ).tolist()  # the only device sync per step
+    # This transfer is the only device sync per step.
+    *numbers, norm = torch.cat([accumulated.flatten(), grad_norm.float().view(1)]).tolist()
     count = accumulated.shape[1]
     losses, sigmas, forwards = (numbers[row * count : (row + 1) * count] for row in range(3))
     loss = sum(losses) / count
@@ -152,7 +151,7 @@ def step_gradients(
 
 
 def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig) -> StepReport:
-    """The second part of a step. An error in here leaves half-updated weights, which must not be saved."""
+    """Second part of a step. After an error in here the weights may be half updated: don't save them."""
     step = gradients.done + 1
     networks.optimizer.step()
     networks.weights.publish()
@@ -172,11 +171,10 @@ def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig
 
 
 def _accumulate(networks: Networks, loader: BatchLoader, done: int, config: TrainConfig, observer: Observer) -> Tensor:
-    """Forward and backward of each micro-batch of a step.
+    """Forward and backward passes of a step's micro-batches.
 
-    Returns [3, pairs] on the device: the loss and the sigma of each pair, and the extra forward passes of rollouts.
-
-    Every pair weighs the same, so 1 x 4 and 4 x 1 give equal gradients, and so do several processes together.
+    Returns [3, pairs] on the device: loss, sigma and extra forward passes (rollouts) of each pair in all processes.
+    All pairs have equal weight, so only their number matters, not their split into micro-batches and processes.
     """
     count, plan = config.batching.gradient_accumulation_steps, loader.plan
     draws = plan.draws_of_step(done)
@@ -188,16 +186,16 @@ def _accumulate(networks: Networks, loader: BatchLoader, done: int, config: Trai
         loss, rolled = _pair_losses(networks, loader[number], turns, done, config)
         (loss.sum() / len(draws)).backward()
         forwards = torch.zeros_like(rolled.noisy.sigma)
-        forwards[0] = rolled.forwards  # of the micro-batch, which goes through the network as one
+        forwards[0] = rolled.forwards  # the micro-batch's total; only the sum over all pairs is used
         rows.append(torch.stack([loss.detach(), rolled.noisy.sigma, forwards]))
-    if stop := plan.ranks.agree(stop):  # all processes leave together, or one would wait for the others for ever
+    if stop := plan.ranks.agree(stop):  # all processes must stop in the same step, or one would wait for the others
         raise Interrupted(keep=stop is Stop.KEEP)
     before, own = draws.index(plan[done * count][0]), torch.cat(rows, dim=1)
     return add_up_step(plan.ranks, networks.lora.values(), own, before=before, total=len(draws))
 
 
 def rehearse(networks: Networks, loader: BatchLoader, micro_batch: int, config: TrainConfig) -> None:
-    """Forward and backward of a micro-batch for its memory alone. Draws, weights and optimizer stay as they are."""
+    """Forward and backward passes of a micro-batch, to test that the memory suffices. Discards the gradients."""
     batch = loader[micro_batch]
     turns = range(batch.draws[0].index, batch.draws[-1].index + 1)
     losses, _ = _pair_losses(networks, batch, turns, 0, config)
@@ -208,7 +206,7 @@ def rehearse(networks: Networks, loader: BatchLoader, micro_batch: int, config: 
 def _pair_losses(
     networks: Networks, batch: Batch, step_turns: range, done: int, config: TrainConfig
 ) -> tuple[Tensor, RolledOut]:
-    """Loss [B] of a micro-batch's pairs, and what went into the network."""
+    """Loss [B] of a micro-batch's pairs, and the network's input."""
     latents = batch.target_latents.to(networks.device, non_blocking=True)
     indices = [draw.index for draw in batch.draws]
     noisy = add_noise(latents, config.noise, config.seed, indices, step_turns)
@@ -230,7 +228,7 @@ def _pair_losses(
 def _rolled_out(
     networks: Networks, noisy: NoisyLatents, condition: Condition, offsets: Sequence[int], config: TrainConfig
 ) -> RolledOut:
-    """The pairs with an offset sampled by the model as it stands; the rest as they are."""
+    """Roll out the pairs with a non-zero offset, using the current weights without dropout."""
     if not any(offsets):
         return RolledOut(noisy)
 
@@ -241,9 +239,9 @@ def _rolled_out(
         return roll_out(velocity, noisy, offsets, config.rollout)
 
 
-def _dropout(config: TrainConfig, index: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
+def _dropout(config: TrainConfig, index: int, device: torch.device) -> AbstractContextManager[None]:
     if config.lora.lora_dropout == 0:
-        return contextlib.nullcontext()
+        return nullcontext()
     return seeded_globally(config.seed, "dropout", index, device)
 
 
@@ -251,7 +249,7 @@ def _raise_if_not_finite(loss: float, grad_norm: float, done: int, config: Train
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     raise NonFiniteLossError(
-        f"The loss became {loss} (gradient norm {grad_norm}) at step {done + 1}. The weights are still those of step "
-        f"{done} and a checkpoint of them is kept. Usual causes: learning_rate too high (it is "
-        f"{config.optimizer.learning_rate}), or a damaged picture or model file."
+        f"The loss became {loss} (gradient norm {grad_norm}) in step {done + 1}. The run keeps the weights of step "
+        f"{done}. Lower learning_rate (now {config.optimizer.learning_rate}) and start a new run. If that does not "
+        "help, look for a damaged picture or model file."
     )
