@@ -56,7 +56,7 @@ def test_json_round_trip() -> None:
         ({"export": {"lora_name": "../up"}}, ["lora_name", "../up", "without folders"]),
         ({"lora": {"lora_targets": "pattern"}}, ["lora_target_pattern"]),
         ({"validation": {"validation_resolution": "1024x1000"}}, ["'1024x1000'", "multiples of 16"]),
-        ({"validation": {"validation_resolution": "768x768,"}}, ["validation_resolution", "comma separated"]),
+        ({"validation": {"validation_resolution": "768x768,"}}, ["validation_resolution", "comma-separated"]),
         ({"validation": {"validation_resolution": "32"}}, ["64 to 4096"]),
         ({"encoding": {"validation_prompts": [" "]}}, ["validation_prompts", "edit instructions"]),
     ],
