@@ -114,7 +114,7 @@ def test_instance_prompt_is_missing(prompt: dict[str, Any], comfyui: PackServer)
     _, inputs = node_of(prompt, "PairFolders")
     preview, _ = node_of(prompt, "PreviewPairs")
     inputs.update(caption_strategy="instanceprompt", instance_prompt=" ")
-    assert "instance_prompt is" in failure(comfyui.wait(comfyui.queue(prompt, [preview])))
+    assert "instance_prompt must be" in failure(comfyui.wait(comfyui.queue(prompt, [preview])))
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "nul", "a" * 81])
@@ -131,7 +131,8 @@ def test_base_model_is_missing(prompt: dict[str, Any], comfyui: PackServer):
     training, _ = node_of(prompt, "TrainLora")
     inputs["base_model"] = "../../etc"
     details = refusal(comfyui, prompt, [training])[loader]["errors"][0]["details"]
-    assert "Available: demo (embedded)" in details
+    assert "'../../etc' not found" in details
+    assert "demo (embedded)" in details
 
 
 def test_base_model_file_is_missing(prompt: dict[str, Any], comfyui: PackServer):
@@ -183,7 +184,6 @@ def test_lora_to_start_from_is_missing(prompt: dict[str, Any], comfyui: PackServ
 
 
 def test_stop_refuses_what_it_does_not_know(comfyui: PackServer):
-    assert comfyui.get("/qwen_edit_trainer/runs") == {"runs": []}
     for body in ({"run_name": "x"}, {"run_name": "../x"}, {}, [], "x"):
         with pytest.raises(ComfyUIError) as caught:
             comfyui.post("/qwen_edit_trainer/stop", body)
