@@ -67,7 +67,7 @@ class Ranks:
             # Finish this process's GPU work first: after this call every process is then ready for a GPU collective.
             torch.cuda.synchronize()
         wishes = torch.tensor(_STOPS.index(wish))
-        self._exchange(lambda: dist.all_reduce(wishes, dist.ReduceOp.MAX))
+        _exchange(self, lambda: dist.all_reduce(wishes, dist.ReduceOp.MAX))
         return _STOPS[int(wishes)]
 
     def all_gather_ints(self, numbers: Sequence[int]) -> list[tuple[int, ...]]:
@@ -80,7 +80,7 @@ class Ranks:
             return [tuple(numbers)]
         own = torch.tensor(numbers, dtype=torch.int64)
         of_all = [torch.zeros_like(own) for _ in range(self.size)]
-        self._exchange(lambda: dist.all_gather(of_all, own))
+        _exchange(self, lambda: dist.all_gather(of_all, own))
         return [tuple(each.tolist()) for each in of_all]
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
@@ -93,17 +93,8 @@ class Ranks:
             return values
         through_host = values.is_cuda and not dist.is_nccl_available()
         total = values.cpu() if through_host else values.clone()
-        self._exchange(lambda: dist.all_reduce(total))
+        _exchange(self, lambda: dist.all_reduce(total))
         return total.to(values.device)
-
-    def _exchange(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except RuntimeError as error:  # base class of torch.distributed's errors in every backend
-            raise LostRankError(
-                f"Another of the {self.size} processes has ended or no longer answers ({_first_line(error)}); this is "
-                f"process {self.rank}. Start all processes again to resume from the last checkpoint."
-            ) from error
 
 
 SINGLE_PROCESS = Ranks()
@@ -129,9 +120,19 @@ def joined_ranks(device: str = "auto") -> Iterator[Ranks]:
     if gpu is not None:
         torch.cuda.set_device(gpu)
     backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
-    ranks._exchange(lambda: dist.init_process_group(backend, timeout=TIMEOUT))
+    _exchange(ranks, lambda: dist.init_process_group(backend, timeout=TIMEOUT))
     yield ranks
     dist.destroy_process_group()  # not after an error, when the other processes may have ended
+
+
+def _exchange(ranks: Ranks, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except RuntimeError as error:  # base class of torch.distributed's errors in every backend
+        raise LostRankError(
+            f"Another of the {ranks.size} processes has ended or no longer answers ({_first_line(error)}); this is "
+            f"process {ranks.rank}. Start all processes again to resume from the last checkpoint."
+        ) from error
 
 
 def _own_gpu(device: str, size: int) -> int | None:

@@ -18,7 +18,8 @@ class RunningAverage:
         """Move the average towards the network's current weights."""
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + 10))
-        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in network.parameters()], 1 - decay)
+        current = [parameter.detach() for parameter in network.parameters()]
+        torch._foreach_lerp_(self.weights, current, 1 - decay)  # pyright: ignore[reportPrivateUsage]  # no public name
 
     @torch.no_grad()
     def copy_to(self, network: nn.Module) -> None:

@@ -166,4 +166,5 @@ def load_encoded(manifest: Path) -> EncodedDataset:
         raise DatasetError(f"The encoded dataset {manifest} has another format version. Encode the dataset again.")
     for name in ("pairs", "validation_pairs"):
         values[name] = tuple(map(EncodedEntry.from_row, values[name]))
-    return EncodedDataset(manifest=manifest, **{**values, "left_out": tuple(values.get("left_out", ()))})
+    left_out = tuple(values.pop("left_out", ()))
+    return EncodedDataset(manifest=manifest, left_out=left_out, **values)

@@ -95,7 +95,7 @@ def _entry(
     pair: EditPair, plan: PairPlan, digests: tuple[str, str], encoding: EncodingConfig, *, keep_pictures: bool
 ) -> EncodedEntry:
     views = (plan.target, *plan.references)
-    files = [[file, view.as_json()] for file, view in zip(pair.digests, views, strict=True)]
+    files = [(file, view.as_json()) for file, view in zip(pair.digests, views, strict=True)]
     seen = [[file, view.as_json()] for file, view in zip(pair.digests[1:], plan.vision, strict=True)]
     vae, text_encoder = digests
     latents = [latents_key(vae, *file) for file in files]

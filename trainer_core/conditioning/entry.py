@@ -107,8 +107,8 @@ class EncodedEntry:
     def from_row(row: dict[str, Any]) -> EncodedEntry:
         """The entry that `as_row` wrote with places."""
         values = {_FIELD_NAMES.get(name, name): _tuples(item) for name, item in row.items()}
-        files = tuple(ReferenceFile(*each) for each in values.get("reference_files", ()))
-        return EncodedEntry(**{**values, "reference_files": files})
+        values["reference_files"] = tuple(ReferenceFile(*each) for each in values.get("reference_files", ()))
+        return EncodedEntry(**values)
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(EncodedEntry)}

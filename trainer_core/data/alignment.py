@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import avg_pool2d, grid_sample
 
-Pixels = NDArray[np.float32]  # [H, W, 3] in 0..255
-Where = NDArray[np.bool_]  # [H, W]
+Pixels: TypeAlias = NDArray[np.float32]  # [H, W, 3] in 0..255
+Where: TypeAlias = NDArray[np.bool_]  # [H, W]
 
 UNEDITED = 8.0  # differences below this many 8-bit steps count as noise or compression, not as an edit
 _STEPS = 12

@@ -128,8 +128,7 @@ class HostCopies:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             _bytes(kept.coming).copy_(kept.host, non_blocking=True)
-            kept.came = torch.cuda.Event()
-            kept.came.record(self._stream)
+            kept.came = self._stream.record_event()
 
 
 @dataclass(frozen=True, slots=True)

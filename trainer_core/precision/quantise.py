@@ -108,7 +108,7 @@ def _to_nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
     quantised = Linear4bit(
         layer.in_features,
         layer.out_features,
-        bias=layer.bias is not None,
+        bias=layer.bias is not None,  # pyright: ignore[reportUnnecessaryComparison]  # torch's stub omits None
         compute_dtype=weight.dtype,
         quant_type="nf4",
         device="meta",

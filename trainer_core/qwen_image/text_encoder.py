@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
 PICTURE_TOKEN = "<|image_pad|>"
-Picture = Tensor | Image.Image  # by preprocessing: `comfyui` has tensors [3, H, W] in 0..1, `diffusers` 8-bit RGB
+# By preprocessing: `comfyui` has tensors [3, H, W] in 0..1, `diffusers` 8-bit RGB.
+Picture: TypeAlias = Tensor | Image.Image
 
 
 @dataclass(frozen=True, slots=True)
