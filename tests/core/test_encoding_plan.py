@@ -83,7 +83,7 @@ def job_of(model: ModelConfig, tmp_path: Path, **changes: object) -> JobConfig:
 
 def test_the_plan_speaks_of_encoding(model: ModelConfig, tmp_path: Path) -> None:
     text, _ = plan_job(job_of(model, tmp_path), vram_gib=24)
-    assert "Encoding before that:" in text
+    assert "Encoding, before training:" in text
 
 
 def test_memory_that_ran_out_while_encoding_is_explained(
@@ -106,4 +106,4 @@ def test_more_references_than_the_flavour_takes_are_refused_before_encoding(mode
         pair_job(job)
     one_at_a_time = dataclasses.replace(job.encoding, conditioning_multidataset_sampling="random")
     text, _ = plan_job(dataclasses.replace(job, encoding=one_at_a_time), 24, SILENT)
-    assert "and 1 reference:" in text
+    assert ", 1 reference:" in text

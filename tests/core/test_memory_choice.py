@@ -111,8 +111,8 @@ def test_a_refusal_names_numbers_and_the_nearest_that_fits(network: NetworkSize)
     message = str(refused.value)
     assert re.search(r"needs \d+\.\d GiB on the device and \d+\.\d GiB of host memory", message)
     assert "16.0 and 24.0 GiB are free" in message
-    assert "The nearest that fits: base_model_precision" in message
-    with pytest.raises(OutOfMemoryError, match="Nothing smaller fits"):
+    assert "The smallest change that fits: base_model_precision" in message
+    with pytest.raises(OutOfMemoryError, match="No smaller setting fits"):
         chosen(network, "none", 1)
 
 
@@ -128,7 +128,7 @@ def test_the_report_says_what_it_is_for_and_whether_it_fits(network: NetworkSize
     budget = Budget(24 * GIB, 64 * GIB)
     plan = plan_memory(config_of(), network, WORK)
     text = plan_report(plan, budget)
-    assert "target of 1024 x 1024 and 1 reference: 8192 tokens, and 230 of the prompt" in text
+    assert "1 x (target 1024 x 1024, 1 reference: 8192 picture tokens, 230 prompt tokens)" in text
     assert "Does not fit" in text and "frozen weights" in text and "decoding" in text
     assert text.count("\n") < 30 and max(map(len, text.splitlines())) < 200
     assert "Fits" in plan_report(chosen(network, "nf4-bnb", 24), budget)

@@ -206,7 +206,7 @@ def test_plan_on_the_command_line(model: ModelConfig, tmp_path: Path, capsys: py
     job.write_text(json.dumps(values))
     assert main(["plan", str(job)]) == 0
     text = capsys.readouterr().out
-    assert "target of 96 x 96 and 1 reference: 72 tokens" in text and "Fits" in text
+    assert "(target 96 x 96, 1 reference: 72 picture tokens" in text and "Fits" in text
     assert main(["plan", str(job), "--vram", "0.7", "--set", "memory.memory=auto"]) == 1
     assert "Does not fit" in capsys.readouterr().out
     assert not list((tmp_path / "cache").rglob("*.safetensors")) and not (tmp_path / "runs").exists()

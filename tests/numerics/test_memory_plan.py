@@ -20,7 +20,7 @@ from trainer_core.geometry import Size
 from trainer_core.memory.recompute import Recomputation
 from trainer_core.memory.streaming import _frozen_tensors as frozen_tensors
 from trainer_core.planning import activations
-from trainer_core.planning.activations import Tokens, kept_by_block, kept_bytes
+from trainer_core.planning.activations import Tokens, saved_activation_bytes
 from trainer_core.planning.plan import plan_memory
 from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.precision.quantise import quantise
@@ -104,10 +104,9 @@ def test_a_block_keeps_what_is_planned(case: dict, monkeypatch: pytest.MonkeyPat
     weights = inject_lora(network, plan_adapter(network, lora), 0)
     master_weights(weights, dtype)
     network.train(dropout > 0)
-    rows = kept_by_block(size, rank=4, batch=case.get("batch", 1), dropout=dropout > 0)
     tokens = [Tokens(batch=case.get("batch", 1), image=image, text=TEXT) for image in (64, 192)]
     found = [saved_bytes(network.transformer_blocks[0], network, each, dtype, v3) for each in tokens]
-    planned = [kept_bytes(rows, each) for each in tokens]
+    planned = [saved_activation_bytes(size, each, rank=4, dropout=dropout > 0) for each in tokens]
     assert planned[1] - planned[0] == pytest.approx(found[1] - found[0], rel=0.002)
     assert planned[1] == pytest.approx(found[1], rel=0.03)
 
@@ -169,7 +168,7 @@ def test_the_peak_of_a_step_is_within_a_tenth_of_the_plan(recomputed: int, flavo
     work = Workload(train=pair_size(Size(384, 384), [Size(384, 384)], 32), batch=1)
     plan = plan_memory(dataclasses.replace(config, memory=memory), size, work)
     parts = dict(plan.device[1].parts)
-    working = parts["blocks' inputs"] + parts["activations"] + parts["backward pass"] + parts["latents and embeddings"]
+    working = parts["block inputs"] + parts["activations"] + parts["backward pass"] + parts["latents and embeddings"]
     working -= 4 * size.largest_layer_weights  # on the CPU nothing is dequantised
 
     network = network_of(4, 3, dtype=torch.bfloat16, zero_cond_t=v3)

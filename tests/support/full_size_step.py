@@ -17,7 +17,7 @@ from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, NoiseConf
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
 from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
-from trainer_core.planning.network import measure_network
+from trainer_core.planning.network import network_size
 from trainer_core.planning.plan import plan_memory
 from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.precision.quantise import quantise
@@ -142,7 +142,7 @@ def planned_bytes(setting: Setting, layers: int) -> int:
     config = dataclasses.replace(setting.config, model=model)
     empty = empty_transformer({"num_layers": layers})
     optimise_frozen_forward(empty)
-    network = measure_network(empty, plan_adapter(empty, config.lora), model)
+    network = network_size(empty, plan_adapter(empty, config.lora), model)
     side = Size(setting.side, setting.side)
     pair = pair_size(side, [side] * setting.references, PROMPT_TOKENS)
     phase = plan_memory(config, network, Workload(train=pair, batch=1)).phase("training")

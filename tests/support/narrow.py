@@ -14,7 +14,7 @@ from PIL import Image
 from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import DatasetConfig, EncodingConfig, LoraConfig, ModelConfig, Preprocessing, TrainConfig
 from trainer_core.events import SILENT
-from trainer_core.planning.network import NetworkSize, measure_network
+from trainer_core.planning.network import NetworkSize, network_size
 from trainer_core.planning.preparation import prepare_model
 from trainer_core.qwen_image.base_model import BaseModel, empty_transformer
 from trainer_core.qwen_image.flavours import FLAVOURS
@@ -100,7 +100,7 @@ def planned_size(
     """The size of a transformer with these settings, which no file has."""
     network = empty_transformer(settings)
     optimise_frozen_forward(network)
-    return measure_network(network, plan_adapter(network, lora), model, stored_bytes=stored_bytes)
+    return network_size(network, plan_adapter(network, lora), model, stored_bytes)
 
 
 def networks_of(config: TrainConfig, preprocessing: Preprocessing = "comfyui") -> Networks:

@@ -1,1 +1,1 @@
-"""What a training takes in memory, before anything is loaded."""
+"""Plans the memory of a run before anything is loaded."""

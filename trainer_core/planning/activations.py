@@ -1,8 +1,8 @@
-"""What a transformer block keeps for its backward pass, and what it needs besides while it works.
+"""Activation memory of a transformer block: what it saves for its backward pass, and its working memory.
 
-Read off diffusers' QwenImageTransformerBlock with frozen weights: a linear layer without an adapter keeps nothing, for
-its input would only be needed for a gradient of its weight. Widths d are the block's, bytes e those of the arithmetic.
-tests/numerics/test_memory_plan.py counts the saved tensors of a real block and finds the same numbers.
+Derived from diffusers' QwenImageTransformerBlock with frozen weights. A frozen linear layer without an adapter saves
+nothing: only a gradient of its weight would need its input. tests/numerics/test_memory_plan.py compares the numbers
+with the tensors that a real block saves.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ from dataclasses import dataclass
 
 from .network import NetworkSize
 
-_FLOAT32 = 4
-MASK_BYTES = 1  # of a dropout, per number, on CUDA devices
-_KEEP_INPUTS = ("int4-quanto", "int2-quanto")  # quanto's own layers keep their inputs, which nobody needs
-# What the backward pass of a block holds besides what the forward pass kept, in widths per token: at the widest moment,
-# in the MLP, the gradients of the block's output (1), of the MLP's output (1), of the activation function's output (4)
-# and of its input (4).
+FLOAT32 = 4  # bytes
+MASK_BYTES = 1  # per element of a dropout mask on CUDA devices
+_KEEP_INPUTS = ("int4-quanto", "int2-quanto")  # quanto's layers save their inputs, although nothing uses them
+# Gradients at the peak of a block's backward pass, which is in the MLP, in widths per token: of the block's output (1),
+# the MLP's output (1), the activation function's output (4) and its input (4).
 _BACKWARD_WIDTHS = 10
 _LATENT_COPIES = 3  # of target and references: clean or noise, noisy, and the velocity
-_FORWARD_WIDTHS = 14  # without gradients, at the widest moment
+_FORWARD_WIDTHS = 14  # peak of a forward pass without gradients, in widths per token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """Of a micro-batch: pairs, tokens of the pictures (target and references) and of the prompt, per pair."""
+    """Size of a micro-batch: its pairs, and per pair the picture tokens (target and references) and prompt tokens."""
 
     batch: int
     image: int
@@ -33,35 +32,35 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """Bytes per token of the picture and of the prompt that a block keeps for one reason."""
+class SavedActivation:
+    """A tensor that a block saves: bytes per picture token and per prompt token."""
 
     what: str
     image: float
     text: float
 
 
-def kept_by_block(network: NetworkSize, *, rank: int, batch: int, dropout: bool = False) -> list[Kept]:
-    """Everything a block keeps for its backward pass, if it does not compute it again."""
+def saved_activation_bytes(network: NetworkSize, tokens: Tokens, *, rank: int, dropout: bool = False) -> int:
+    """Bytes that one block saves for its backward pass if it is not recomputed."""
     width = network.element_bytes * network.width
     rows = [
-        Kept("the block's input, for the first norm", width + 8, width + 8),
-        Kept("queries and keys before their norm", 2 * width, 2 * width),
-        Kept("their lengths", *2 * [2 * _FLOAT32 * network.heads]),
-        Kept("queries, keys, values and output of the attention", *2 * [4 * width + _FLOAT32 * network.heads]),
-        Kept("the second norm's input", width + 8, width + 8),
-        Kept("the MLP's activation function's input", 4 * width, 4 * width),
-        *_inputs_of_layers(network, batch=batch, dropout=dropout),
-        *_kept_by_adapters(network, rank=rank, dropout=dropout),
+        SavedActivation("input of the block, for the first norm", width + 8, width + 8),
+        SavedActivation("queries and keys before their norm", 2 * width, 2 * width),
+        SavedActivation("their lengths", *2 * [2 * FLOAT32 * network.heads]),
+        SavedActivation("queries, keys, values and attention output", *2 * [4 * width + FLOAT32 * network.heads]),
+        SavedActivation("input of the second norm", width + 8, width + 8),
+        SavedActivation("input of the MLP's activation function", 4 * width, 4 * width),
+        *_layer_inputs(network, batch=tokens.batch, dropout=dropout),
+        *_adapter_activations(network, rank=rank, dropout=dropout),
     ]
     if network.is_modulated_per_token:
-        rows.append(Kept("gates, which differ between target and references", 2 * width, 0))
-    return [row for row in rows if row.image or row.text]
+        rows.append(SavedActivation("gates, which differ between target and references", 2 * width, 0))
+    return round(tokens.batch * sum(row.image * tokens.image + row.text * tokens.text for row in rows))
 
 
-def _inputs_of_layers(network: NetworkSize, *, batch: int, dropout: bool) -> Iterator[Kept]:
-    """Inputs of linear layers that an adapter, or the layer itself, wants again. Under dropout an adapter wants what
-    was left of them, which is counted with the adapters."""
+def _layer_inputs(network: NetworkSize, *, batch: int, dropout: bool) -> Iterator[SavedActivation]:
+    """Inputs of linear layers that the layer or its adapter saves. With dropout, an adapter saves the input after
+    dropout instead, which `_adapter_activations` counts."""
     width, keep_all = network.element_bytes * network.width, network.precision in _KEEP_INPUTS
     adapted = () if dropout else network.adapted
 
@@ -69,56 +68,52 @@ def _inputs_of_layers(network: NetworkSize, *, batch: int, dropout: bool) -> Ite
         return [wide * (keep_all or any(name in adapted for name in names)) for names in sides]
 
     attention_in = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-    yield Kept("input of the attention's layers", *share(width, *attention_in))
-    if batch > 1:  # a copy: the picture's and the prompt's part of a batch don't lie in one piece
-        yield Kept("input of the attention's last layers", *share(width, ("attn.to_out.0",), ("attn.to_add_out",)))
+    yield SavedActivation("input of the q, k and v projections", *share(width, *attention_in))
+    if batch > 1:  # a copy, because the picture and prompt parts of a batch are not contiguous
+        attention_out = share(width, ("attn.to_out.0",), ("attn.to_add_out",))
+        yield SavedActivation("input of the attention's output projections", *attention_out)
     first, second = (tuple((f"{side}_mlp.net.{layer}",) for side in ("img", "txt")) for layer in ("0.proj", "2"))
-    yield Kept("input of the MLP's first layer", *share(width, *first))
-    yield Kept("input of the MLP's second layer", *share(4 * width, *second))
-    # With an adapter on the modulation, its factors get gradients, which need what they are multiplied with.
+    yield SavedActivation("input of the MLP's first layer", *share(width, *first))
+    yield SavedActivation("input of the MLP's second layer", *share(4 * width, *second))
+    # With an adapter on the modulation, the scales and gates get gradients, which need the tensors they multiply.
     modulated = [4 * width * (name in network.adapted) for name in ("img_mod.1", "txt_mod.1")]
-    yield Kept("what is modulated", *modulated)
+    yield SavedActivation("modulated tensors", *modulated)
 
 
-def _kept_by_adapters(network: NetworkSize, *, rank: int, dropout: bool) -> Iterator[Kept]:
-    """Inputs of lora_B; under dropout each adapter's own input and its mask."""
+def _adapter_activations(network: NetworkSize, *, rank: int, dropout: bool) -> Iterator[SavedActivation]:
+    """Inputs of lora_B; with dropout also each adapter's input and mask."""
     e = network.element_bytes
     inner, dropped = [0.0, 0.0], [0.0, 0.0]
     for name, inputs in network.adapted.items():
-        if "_mod." in name:  # one row a pair, not a token
+        if "_mod." in name:  # one row per pair, not per token
             continue
         side = int(name.startswith("txt_") or ".add_" in name or name.endswith("to_add_out"))
         inner[side] += rank * e
         dropped[side] += inputs * (e + MASK_BYTES)
-    yield Kept("the adapters' inner values", *inner)
+    yield SavedActivation("outputs of lora_A", *inner)
     if dropout:
-        yield Kept("the adapters' inputs under dropout", *dropped)
+        yield SavedActivation("adapter inputs after dropout, and masks", *dropped)
 
 
-def kept_bytes(rows: list[Kept], tokens: Tokens) -> int:
-    """Bytes that one block keeps."""
-    return round(tokens.batch * sum(row.image * tokens.image + row.text * tokens.text for row in rows))
-
-
-def boundary_bytes(network: NetworkSize, tokens: Tokens) -> int:
-    """Bytes of a block's inputs, which is all that a block keeps that computes the rest again."""
+def block_input_bytes(network: NetworkSize, tokens: Tokens) -> int:
+    """Bytes of a block's inputs, which is all that a recomputed block saves."""
     return tokens.batch * network.element_bytes * network.width * (tokens.image + tokens.text)
 
 
 def backward_bytes(network: NetworkSize, tokens: Tokens) -> int:
-    """What the backward pass of a block needs besides what was kept; the prompt's gradient waits meanwhile."""
+    """Working memory of a block's backward pass, with the prompt's gradient that waits meanwhile."""
     width = network.element_bytes * network.width
     return tokens.batch * width * (_BACKWARD_WIDTHS * tokens.image + tokens.text)
 
 
 def forward_bytes(network: NetworkSize, tokens: Tokens) -> int:
-    """What the forward pass of a block needs when nothing is kept, its inputs included."""
-    return tokens.batch * network.element_bytes * network.width * _FORWARD_WIDTHS * (tokens.image + tokens.text)
+    """Working memory of a block's forward pass without gradients, inputs included."""
+    return _FORWARD_WIDTHS * block_input_bytes(network, tokens)
 
 
-def border_bytes(network: NetworkSize, tokens: Tokens) -> int:
-    """Latents, embeddings and rotary angles, which are there all the time."""
+def latent_and_embedding_bytes(network: NetworkSize, tokens: Tokens) -> int:
+    """Latents, prompt embeddings and rotary angles, which exist during the whole step."""
     rotary = 8 * network.width // network.heads // 2
-    latents = _LATENT_COPIES * _FLOAT32 * 4 * network.latent_channels
-    embeddings = (_FLOAT32 + network.element_bytes) * network.prompt_width
+    latents = _LATENT_COPIES * FLOAT32 * 4 * network.latent_channels
+    embeddings = (FLOAT32 + network.element_bytes) * network.prompt_width
     return tokens.batch * ((rotary + latents) * tokens.image + (rotary + embeddings) * tokens.text)

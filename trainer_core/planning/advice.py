@@ -1,4 +1,4 @@
-"""What to do when memory ran out: the settings that save most, by the plan's own numbers."""
+"""What to do when memory runs out: the settings that save most by the memory plan."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from .plan import GIB, MemoryPlan, plan_memory
 from .workload import with_target
 
 _LOG = logging.getLogger(__name__)
-_ADVISED = 3
-STEP, VALIDATION = ("training",), ("drawing", "decoding")  # phases of the plan
+_MAX_ADVICE = 3
+STEP, VALIDATION = ("training",), ("sampling", "decoding")  # phases of the plan
 
 
 def memory_advice(plan: MemoryPlan, phases: tuple[str, ...]) -> str:
-    """The three settings that make the fullest of these phases smaller by most, in words."""
-    before = _fullest(plan, phases)
+    """A sentence with the three settings that save most in the largest of these phases."""
+    before = _largest(plan, phases)
     savings: dict[str, tuple[int, str]] = {}
     for words, after in _changes(plan):
-        saved = before - _fullest(after, phases)
+        saved = before - _largest(after, phases)
         if saved > 0:
             savings.setdefault(words.split()[0], (saved, words))
-    best = sorted(savings.values(), reverse=True)[:_ADVISED]
+    best = sorted(savings.values(), reverse=True)[:_MAX_ADVICE]
     if not best:
-        return "No setting would save much: this training is as small as it gets."
+        return "No other setting saves memory here."
     return "What helps most: " + ", ".join(f"{words} (saves {saved / GIB:.1f} GiB)" for saved, words in best) + "."
 
 
-def _fullest(plan: MemoryPlan, phases: tuple[str, ...]) -> int:
+def _largest(plan: MemoryPlan, phases: tuple[str, ...]) -> int:
     return max((phase.total_bytes for phase in plan.device if phase.name in phases), default=0)
 
 
 def _changes(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
-    """Changes of one setting in words, each with its plan. Those that the other settings forbid are left out."""
+    """Changes of one setting as text, each with its plan, without those that the other settings exclude."""
     config, network, work = plan.config, plan.network, plan.work
 
     def planned(words: str, **changes: object) -> Iterator[tuple[str, MemoryPlan]]:
@@ -72,7 +72,7 @@ def _changes(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
 
 
 def _half_rank(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a LoRA matrix, whose smaller side is the rank; a DoRA's vector stays."""
+    """The shape of an adapter weight at half the rank, which is a matrix's smaller side; a DoRA's vector stays."""
     if len(shape) == 1:
         return shape
     rank = min(shape)
@@ -83,25 +83,25 @@ def _half_rank(shape: tuple[int, ...]) -> tuple[int, ...]:
 def memory_errors_explained(
     plan_of: Callable[[], MemoryPlan], phases: tuple[str, ...], during: str, kept: str
 ) -> Iterator[None]:
-    """Turn torch's error into ours: what ran out `during` which work, what is `kept`, which settings help.
+    """Raise torch's out-of-memory error as ours, with `during` (which work), `kept` (what is saved) and advice.
 
-    What the failed work held is given back. `plan_of` is only called then.
+    Frees the memory of the failed work first. Calls `plan_of` only after an error.
 
     Raises:
-        OutOfMemoryError: there was not enough.
+        OutOfMemoryError: the work ran out of memory.
     """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the work that failed
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed work
         release_memory()
         raise OutOfMemoryError(f"Out of memory {during}. {kept} {_advice(plan_of, phases)}".rstrip()) from error
 
 
 def _advice(plan_of: Callable[[], MemoryPlan], phases: tuple[str, ...]) -> str:
-    """The advice, or nothing where no plan can be made: then memory ran out all the same, and that is what to say."""
+    """The advice; empty if planning fails, because the out-of-memory error matters more."""
     try:
         return memory_advice(plan_of(), phases)
-    except Exception:  # noqa: BLE001 - whatever it is, it must not stand in the place of the error at hand
-        _LOG.warning("No advice, because the memory could not be planned.", exc_info=True)
+    except Exception:  # noqa: BLE001 - no error may replace the out-of-memory error
+        _LOG.warning("No advice: the memory plan failed.", exc_info=True)
         return ""

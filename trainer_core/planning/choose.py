@@ -1,4 +1,4 @@
-"""Settings of the memory that let a training fit, without a change to what is learned; else what would have to."""
+"""Chooses memory settings that make a run fit without changing what it learns, or suggests other changes."""
 
 from __future__ import annotations
 
@@ -19,35 +19,34 @@ from .plan import GIB, MemoryPlan, plan_memory
 from .workload import PairSize, Workload
 
 C = TypeVar("C")
-CONTEXT_BYTES = int(0.6 * GIB)  # what CUDA itself takes of a card
-_SMALLER_PRECISIONS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "nf4-bnb")
+_CUDA_CONTEXT = int(0.6 * GIB)  # device memory that CUDA itself uses
+SMALLER_PRECISIONS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "nf4-bnb")
 _SMALLER_SIDES = (1024, 768, 512)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Memory that a run may take. `is_shared`: the device computes in host memory, as the CPU does."""
+    """Memory available to a run. `is_shared`: the device uses host memory, as the CPU does."""
 
     device_bytes: int
     host_bytes: int
     is_shared: bool = False
 
     def holds(self, plan: MemoryPlan) -> bool:
-        """Whether the plan fits, with its margin."""
+        """Whether the plan fits with its margin."""
         if self.is_shared:
             return plan.needed_device_bytes + plan.host_peak_bytes <= self.host_bytes
         return plan.needed_device_bytes <= self.device_bytes and plan.host_peak_bytes <= self.host_bytes
 
 
 def budget_of(device: torch.device, vram_gib: float = 0.0, *, processes: int = 1, held_leaves: bool = False) -> Budget:
-    """What is free on this machine for one of so many processes; `vram_gib` above 0 speaks of a card of that size.
+    """Memory that is free for one of `processes` on this machine. `vram_gib` above 0: for a card of that size instead.
 
-    With `held_leaves` what this process holds on the device counts as free, for a plan that is made while models are
-    there which leave before a training begins.
+    `held_leaves`: counts this process's own device memory as free, because its models are unloaded before a run.
     """
     host = int(psutil.virtual_memory().available) // processes
     if vram_gib > 0:
-        return Budget(max(0, int(vram_gib * GIB) - CONTEXT_BYTES), host)
+        return Budget(max(0, int(vram_gib * GIB) - _CUDA_CONTEXT), host)
     if device.type != "cuda":
         return Budget(host, host, is_shared=True)
     free, _ = torch.cuda.mem_get_info(device)
@@ -56,10 +55,10 @@ def budget_of(device: torch.device, vram_gib: float = 0.0, *, processes: int = 1
 
 
 def choose_memory(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> MemoryPlan:
-    """The first plan that fits, from the fastest to the most frugal; its `config` has the settings.
+    """The first plan that fits, from the fastest to the one that needs least; its `config` has the settings.
 
     Raises:
-        OutOfMemoryError: none does; the message has the numbers and the nearest change that would fit.
+        OutOfMemoryError: none fits; gives the numbers and the smallest change that would fit.
     """
     plan = None
     for candidate in _candidates(config, network.num_blocks):
@@ -71,7 +70,7 @@ def choose_memory(config: TrainConfig, network: NetworkSize, work: Workload, bud
 
 
 def if_allowed(build: Callable[[], C]) -> C | None:
-    """The settings that `build` makes, or None where they exclude each other, as streamed blocks and DoRA do."""
+    """The settings that `build` returns; None if they exclude each other, as streamed blocks and DoRA do."""
     try:
         return build()
     except ConfigError:
@@ -79,8 +78,8 @@ def if_allowed(build: Callable[[], C]) -> C | None:
 
 
 def _candidates(config: TrainConfig, num_blocks: int) -> Iterator[TrainConfig]:
-    """Recompute as few blocks as possible; then let their inputs wait in host memory; then stream as few as possible.
-    Last come those without waiting inputs, where host memory is short."""
+    """First recomputes as few blocks as possible, then offloads their inputs, then streams as few as possible. Last,
+    streams without offloading, for when host memory is short."""
     for blocks in range(num_blocks + 1):
         yield from _with(config, blocks, streamed=0, offload=False)
     for offload in (True, False):
@@ -89,7 +88,7 @@ def _candidates(config: TrainConfig, num_blocks: int) -> Iterator[TrainConfig]:
 
 
 def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool) -> Iterator[TrainConfig]:
-    """The one training with such a memory; none where the other settings forbid it."""
+    """The config with these memory settings; nothing if the other settings exclude them."""
     memory = dataclasses.replace(
         config.memory,
         gradient_checkpointing_blocks=recomputed,
@@ -104,15 +103,15 @@ def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool)
 def _refusal(plan: MemoryPlan, budget: Budget) -> str:
     device, host = plan.needed_device_bytes / GIB, plan.host_peak_bytes / GIB
     if budget.is_shared:
-        numbers = f"{device + host:.1f} GiB of memory, and {budget.host_bytes / GIB:.1f} GiB are free"
+        numbers = f"{device + host:.1f} GiB of memory, but {budget.host_bytes / GIB:.1f} GiB are free"
     else:
         numbers = (
-            f"{device:.1f} GiB on the device and {host:.1f} GiB of host memory, and "
+            f"{device:.1f} GiB on the device and {host:.1f} GiB of host memory, but "
             f"{budget.device_bytes / GIB:.1f} and {budget.host_bytes / GIB:.1f} GiB are free"
         )
     nearest = next(_smaller_that_fit(plan, budget), None)
-    advice = f"The nearest that fits: {nearest}." if nearest else "Nothing smaller fits either."
-    return f"The training does not fit, whatever waits in host memory: it still needs {numbers}. {advice}"
+    advice = f"The smallest change that fits: {nearest}." if nearest else "No smaller setting fits either."
+    return f"The run does not fit. With the smallest memory settings it still needs {numbers}. {advice}"
 
 
 def _smaller_that_fit(plan: MemoryPlan, budget: Budget) -> Iterator[str]:
@@ -126,37 +125,37 @@ Training = tuple[TrainConfig, NetworkSize, Workload]
 
 
 def smaller_trainings(plan: MemoryPlan) -> Iterator[tuple[str, Training]]:
-    """Changes of one setting that make a training smaller, the mildest of each setting first, with the words for it."""
+    """Changes of one setting that save memory, as text and run, the smallest change of each setting first."""
     training = plan.config, plan.network, plan.work
     if plan.work.batch > 1:
-        yield "train_batch_size 1", one_at_a_time(training)
+        yield "train_batch_size 1", _one_at_a_time(training)
     for precision in _smaller_precisions(plan):
-        yield f"base_model_precision {precision}", in_precision(training, precision)
+        yield f"base_model_precision {precision}", _in_precision(training, precision)
     for side in _smaller_sides(plan):
-        yield f"resolution {side}", at_resolution(training, side)
+        yield f"resolution {side}", _at_resolution(training, side)
 
 
 def _much_smaller_trainings(plan: MemoryPlan) -> Iterator[tuple[str, Training]]:
-    """Several changes at once."""
-    training = one_at_a_time((plan.config, plan.network, plan.work))
+    """Combinations of changes."""
+    training = _one_at_a_time((plan.config, plan.network, plan.work))
     single = "train_batch_size 1 and " if plan.work.batch > 1 else ""
     for precision in _smaller_precisions(plan)[-1:]:
-        smaller, words = in_precision(training, precision), f"{single}base_model_precision {precision}"
+        smaller, words = _in_precision(training, precision), f"{single}base_model_precision {precision}"
         if single:
             yield words, smaller
         for side in _smaller_sides(plan):
-            yield f"{words} and resolution {side}", at_resolution(smaller, side)
+            yield f"{words} and resolution {side}", _at_resolution(smaller, side)
 
 
 def _smaller_precisions(plan: MemoryPlan) -> tuple[BaseModelPrecision, ...]:
-    """Those that the other settings allow and that save more than a tenth."""
+    """Precisions that the other settings allow and that save more than a tenth of the weights' memory."""
 
     def is_smaller(precision: BaseModelPrecision) -> bool:
         model = if_allowed(lambda: dataclasses.replace(plan.config.model, base_model_precision=precision))
         size = dataclasses.replace(plan.network, precision=precision).weight_bytes
         return model is not None and size < 0.9 * plan.network.weight_bytes
 
-    return tuple(each for each in _SMALLER_PRECISIONS if is_smaller(each))
+    return tuple(each for each in SMALLER_PRECISIONS if is_smaller(each))
 
 
 def _smaller_sides(plan: MemoryPlan) -> tuple[int, ...]:
@@ -164,22 +163,22 @@ def _smaller_sides(plan: MemoryPlan) -> tuple[int, ...]:
     return tuple(side for side in _SMALLER_SIDES if side**2 < 0.9 * pixels)
 
 
-def one_at_a_time(training: Training) -> Training:
-    """The training with one pair a batch."""
+def _one_at_a_time(training: Training) -> Training:
+    """The run with one pair per micro-batch."""
     config, network, work = training
     batching = dataclasses.replace(config.batching, train_batch_size=1)
     return dataclasses.replace(config, batching=batching), network, dataclasses.replace(work, batch=1)
 
 
-def in_precision(training: Training, precision: BaseModelPrecision) -> Training:
-    """The training with other frozen weights."""
+def _in_precision(training: Training, precision: BaseModelPrecision) -> Training:
+    """The run with the base model in another precision."""
     config, network, work = training
     model = dataclasses.replace(config.model, base_model_precision=precision)
     return dataclasses.replace(config, model=model), dataclasses.replace(network, precision=precision), work
 
 
-def at_resolution(training: Training, side: int) -> Training:
-    """The training at another resolution, references made smaller by as much as targets."""
+def _at_resolution(training: Training, side: int) -> Training:
+    """The run at another resolution. References shrink by the same factor as targets."""
     config, network, work = training
     validation = None if work.validation is None else _resized(work.validation, side)
     return config, network, dataclasses.replace(work, train=_resized(work.train, side), validation=validation)

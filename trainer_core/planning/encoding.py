@@ -1,4 +1,4 @@
-"""What encoding needs in device memory: the VAE for a picture, then Qwen2.5-VL for the prompts."""
+"""Device memory of encoding: the VAE for pictures, then Qwen2.5-VL for prompts."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from ..config import BaseModelPrecision
 from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.folder import DEMO_FOLDER
 from ..qwen_image.text_encoder_file import KEPT_LAYERS, stored_shapes
-from .choose import Budget
-from .network import Weights, stored_bytes
-from .plan import ENCODING_ELEMENTS, GIB, VAE_WEIGHTS
+from .choose import SMALLER_PRECISIONS, Budget
+from .network import WeightShapes, stored_bytes
+from .plan import ENCODING_ELEMENTS, GAPS, GIB, VAE_WEIGHTS
 
 _PROMPT_BYTES = GIB // 2  # activations of a prompt and of the pictures in it, without gradients
-_GAPS = GIB // 2  # as in the plan of the training
-_SMALLER: tuple[BaseModelPrecision, ...] = ("int8-quanto", "nf4-bnb")
 
 
 def text_encoder_bytes(base: BaseModel, precision: BaseModelPrecision, element_bytes: int) -> int:
-    """The text encoder's weights in a precision, from headers alone; 0 for the demo's small one.
+    """Bytes of the text encoder's weights in a precision, from its files' headers; 0 for the demo's small one.
 
-    `element_bytes`: of a weight that is not quantised.
+    `element_bytes`: of an unquantised weight.
 
     Raises:
-        ModelFileError: no Qwen2.5-VL.
+        ModelFileError: the files aren't those of a Qwen2.5-VL.
     """
     place = base.folder.text_encoder
     if place.is_relative_to(DEMO_FOLDER):
@@ -35,23 +33,23 @@ def text_encoder_bytes(base: BaseModel, precision: BaseModelPrecision, element_b
     matrices = tuple((shape[0], shape[1]) for name, shape in shapes.items() if _is_quantised(name, shape))
     others = everything - sum(rows * columns for rows, columns in matrices)
     in_file = sum(file.stat().st_size for file in files) / everything
-    return stored_bytes(Weights(matrices, others), precision, element_bytes, in_file=in_file)
+    return stored_bytes(WeightShapes(matrices, others), precision, element_bytes, in_file=in_file)
 
 
 def encoding_in_words(base: BaseModel, largest_picture: int, budget: Budget) -> tuple[str, bool]:
-    """Two lines for people, and whether encoding fits. `largest_picture` in pixels."""
+    """Report lines, and whether encoding fits. `largest_picture` is in pixels."""
     model = base.config
-    element_bytes = 4 if budget.is_shared else compute_dtype(model).itemsize  # processors encode in float32
+    element_bytes = 4 if budget.is_shared else compute_dtype(model).itemsize  # on the CPU, encoding computes in float32
     pictures = element_bytes * (VAE_WEIGHTS + ENCODING_ELEMENTS * largest_picture)
     weights = text_encoder_bytes(base, model.text_encoder_precision, element_bytes)
     prompts = weights + _PROMPT_BYTES
-    needed = max(pictures, prompts) + _GAPS
+    needed = max(pictures, prompts) + GAPS
     fits = needed <= budget.device_bytes
     lines = [
-        f"Encoding before that: {pictures / GIB:.1f} GiB for pictures, {prompts / GIB:.1f} GiB for prompts "
+        f"Encoding, before training: {pictures / GIB:.1f} GiB for pictures, {prompts / GIB:.1f} GiB for prompts "
         f"(text encoder {weights / GIB:.1f}, text_encoder_precision {model.text_encoder_precision}).",
-        f"{'Fits' if fits else 'Does not fit'}: {needed / GIB:.1f} GiB with a margin of {_GAPS / GIB:.1f} on the "
-        f"device, where {budget.device_bytes / GIB:.1f} GiB are available.",
+        f"{'Fits' if fits else 'Does not fit'}: needs {needed / GIB:.1f} GiB of device memory (with a margin of "
+        f"{GAPS / GIB:.1f} GiB), {budget.device_bytes / GIB:.1f} GiB available.",
     ]
     if not fits:
         lines.append(_advice(base, pictures, budget))
@@ -59,13 +57,15 @@ def encoding_in_words(base: BaseModel, largest_picture: int, budget: Budget) -> 
 
 
 def _advice(base: BaseModel, pictures: int, budget: Budget) -> str:
-    if pictures + _GAPS > budget.device_bytes:
-        return "Lower resolution, or the size of the references."
-    for precision in _SMALLER:
+    if pictures + GAPS > budget.device_bytes:
+        return "Lower resolution or the size of the references."
+    for precision in SMALLER_PRECISIONS:
         smaller = text_encoder_bytes(base, precision, compute_dtype(base.config).itemsize)
-        if smaller + _PROMPT_BYTES + _GAPS <= budget.device_bytes:
-            return f"Set text_encoder_precision to {precision}, which takes {smaller / GIB:.1f} GiB."
-    return "Encode on a larger device, or with device cpu; training then finds everything in the cache."
+        if smaller + _PROMPT_BYTES + GAPS <= budget.device_bytes:
+            return f"Set text_encoder_precision to {precision}, which needs {smaller / GIB:.1f} GiB."
+    return (
+        "Encode on a larger device, or set device to cpu for encoding; training then reads everything from the cache."
+    )
 
 
 def _is_quantised(name: str, shape: tuple[int, ...]) -> bool:

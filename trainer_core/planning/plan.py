@@ -1,4 +1,4 @@
-"""The plan: what every part of a training takes in device and host memory, phase by phase."""
+"""The memory plan: device memory of a training run by phase and part, and host memory by part."""
 
 from __future__ import annotations
 
@@ -11,45 +11,50 @@ from ..memory.placement import recomputed_blocks
 from ..training.ema import ema_bytes
 from ..training.optimizer import optimizer_bytes
 from .activations import (
+    FLOAT32,
     Tokens,
     backward_bytes,
-    border_bytes,
-    boundary_bytes,
+    block_input_bytes,
     forward_bytes,
-    kept_by_block,
-    kept_bytes,
+    latent_and_embedding_bytes,
+    saved_activation_bytes,
 )
 from .network import NetworkSize
 from .workload import PairSize, Workload
 
 GIB = 2**30
-FLOAT32 = 4
-# Of the VAE as `vae.for_pictures` leaves it: its weights, and elements per pixel that a picture takes besides them.
+GAPS = GIB // 2  # fragmentation of the device's memory
+# Of the VAE that `vae.for_pictures` returns: number of weights, and elements of working memory per pixel.
 VAE_WEIGHTS = 44_599_603
 DECODING_ELEMENTS = 675
 ENCODING_ELEMENTS = 581
-LIBRARY_BYTES = 100 * 2**20  # workspaces of cuBLAS and others, which torch's allocator counts
-PROCESS_BYTES = 3 * GIB  # Python, torch and CUDA in host memory
-ENCODED_BYTES = GIB  # encoded pairs that the loader holds
-OFFLOADED_ON_DEVICE = 4  # blocks' inputs that are on their way between device and host
+_LIBRARIES = 100 * 2**20  # bytes of workspaces of cuBLAS and others, which torch's allocator counts
+_PROCESS = 3 * GIB  # host memory of Python, torch and CUDA
+_LOADED_PAIRS = GIB  # host memory of the encoded pairs that the loader holds
+_OFFLOADED_ON_DEVICE = 4  # offloaded block inputs that are being copied and are still on the device
+_EXACT = (  # parts that are counted, not estimated
+    *("frozen weights", "streaming buffers", "adapter", "running average", "optimizer state"),
+    *("VAE", "VAE for references"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A time of the run, and bytes of device memory by what takes them."""
+    """A phase of the run, and its bytes of device memory by part."""
 
     name: str
     parts: Mapping[str, int]
 
     @property
     def total_bytes(self) -> int:
-        """All parts together."""
+        """Sum of the parts."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """`device`: phases of the run on the device. `host`: what takes host memory, at its fullest moment."""
+    """`device`: device memory of each phase. `host`: bytes of host memory by part, at the peak. `recomputed`,
+    `streamed`: number of blocks."""
 
     config: TrainConfig
     network: NetworkSize
@@ -61,56 +66,40 @@ class MemoryPlan:
 
     @property
     def device_peak_bytes(self) -> int:
-        """What the fullest phase takes."""
-        return self.fullest.total_bytes
+        """Bytes of the largest phase."""
+        return max(phase.total_bytes for phase in self.device)
 
     @property
     def host_peak_bytes(self) -> int:
-        """What the process takes of host memory."""
+        """Bytes of host memory."""
         return sum(self.host.values())
 
-    @property
-    def fullest(self) -> Phase:
-        """The phase that decides whether the run fits."""
-        return max(self.device, key=lambda phase: phase.total_bytes)
-
     def phase(self, name: str) -> Phase | None:
-        """The phase of that name."""
+        """The phase with this name; None if the run doesn't have it."""
         return next((phase for phase in self.device if phase.name == name), None)
 
     @property
     def needed_device_bytes(self) -> int:
-        """The peak with a margin: a tenth of what is estimated, none of what is counted, half a GiB for gaps."""
-        return max(phase.total_bytes + _estimated(phase) // 10 for phase in self.device) + GIB // 2
-
-
-COUNTED = (
-    "frozen weights",
-    "streaming buffers",
-    "adapter",
-    "running average",
-    "optimizer state",
-    "VAE",
-    "VAE for references",
-)
+        """The peak with a margin: a tenth of the estimated parts, nothing for the counted ones, 0.5 GiB for gaps."""
+        return max(phase.total_bytes + _estimated(phase) // 10 for phase in self.device) + GAPS
 
 
 def _estimated(phase: Phase) -> int:
-    return sum(size for what, size in phase.parts.items() if what not in COUNTED)
+    return sum(size for what, size in phase.parts.items() if what not in _EXACT)
 
 
 def plan_memory(config: TrainConfig, network: NetworkSize, work: Workload) -> MemoryPlan:
-    """Plan a training under settings taken as they are, `memory` auto or not.
+    """Plan a run with exactly these settings; `memory` auto changes nothing here.
 
     Raises:
-        ConfigError: settings of the memory that exclude each other.
+        ConfigError: the memory settings exclude each other.
     """
     recomputed = recomputed_blocks(config.memory, network.num_blocks, checkpointing=config.gradient_checkpointing)
     streamed = min(config.memory.blocks_to_stream, recomputed)
-    resting = {**_resting(config, network, streamed), **_on_the_fly(network, work.encoded)}
+    resting = {**_resting(config, network, streamed), **_on_the_fly(network, work.on_the_fly_pixels)}
     tokens = work.tokens
     phases = [
-        Phase("loading", {**_weights(config, network, streamed), "a layer on its way": _layer_bytes(network)}),
+        Phase("loading", {**_weights(config, network, streamed), "layer being loaded": _layer_bytes(network)}),
         Phase("training", {**resting, "gradients": FLOAT32 * network.adapter_weights,
                            **_step(config, network, tokens, recomputed)}),
         *_validation(config, network, work.validation, resting),
@@ -134,7 +123,7 @@ def _weights(config: TrainConfig, network: NetworkSize, streamed: int) -> dict[s
 
 
 def _resting(config: TrainConfig, network: NetworkSize, streamed: int) -> dict[str, int]:
-    """What is on the device from the first step to the last."""
+    """Parts that stay on the device from the first step to the last."""
     copies = network.element_bytes if network.element_bytes < FLOAT32 else 0
     _, average = ema_bytes([(network.adapter_weights,)], config.ema)
     return {
@@ -142,12 +131,12 @@ def _resting(config: TrainConfig, network: NetworkSize, streamed: int) -> dict[s
         "adapter": (FLOAT32 + copies) * network.adapter_weights,
         **({"running average": average} if average else {}),
         "optimizer state": optimizer_bytes(config.optimizer.optimizer, network.adapter_shapes),
-        "libraries": LIBRARY_BYTES,
+        "libraries": _LIBRARIES,
     }
 
 
 def _on_the_fly(network: NetworkSize, pixels: int) -> dict[str, int]:
-    """The VAE that encodes references ahead of the steps, in a thread of its own."""
+    """Parts of the VAE that encodes references in a thread while the steps run. `pixels`: of the largest reference."""
     if not pixels:
         return {}
     return {
@@ -157,63 +146,56 @@ def _on_the_fly(network: NetworkSize, pixels: int) -> dict[str, int]:
 
 
 def _step(config: TrainConfig, network: NetworkSize, tokens: Tokens, recomputed: int) -> dict[str, int]:
-    """Activations at the fullest moment: going backward through the last block, or through the last recomputed one."""
-    rows = kept_by_block(
-        network,
-        rank=config.lora.lora_rank,
-        batch=tokens.batch,
-        dropout=config.lora.lora_dropout > 0,
-    )
-    kept, boundary = kept_bytes(rows, tokens), boundary_bytes(network, tokens)
-    computed = network.num_blocks - recomputed
-    waiting = max(0, recomputed - (computed == 0))  # the input of the block at work is among what it keeps
+    """Activations at the peak, which is in the backward pass of the last block, or of the last recomputed one."""
+    saved = saved_activation_bytes(network, tokens, rank=config.lora.lora_rank, dropout=config.lora.lora_dropout > 0)
+    not_recomputed = network.num_blocks - recomputed
+    waiting = max(0, recomputed - (not_recomputed == 0))  # `saved` has the input of the block being recomputed
     if config.memory.activation_offload:
-        waiting = min(waiting, OFFLOADED_ON_DEVICE)
+        waiting = min(waiting, _OFFLOADED_ON_DEVICE)
     return {
-        "blocks' inputs": waiting * boundary,
-        "activations": max(1, computed) * kept,
+        "block inputs": waiting * block_input_bytes(network, tokens),
+        "activations": max(1, not_recomputed) * saved,
         "backward pass": backward_bytes(network, tokens) + _layer_bytes(network),
-        "latents and embeddings": border_bytes(network, tokens),
+        "latents and embeddings": latent_and_embedding_bytes(network, tokens),
     }
 
 
 def _layer_bytes(network: NetworkSize) -> int:
-    """The largest layer's weight in the arithmetic's type, twice: as it is dequantised, and as it is used."""
+    """Bytes of two copies of the largest layer's weight in the compute dtype: while dequantised, and while used."""
     return 2 * network.largest_layer_weights * network.element_bytes
 
 
 def _validation(
     config: TrainConfig, network: NetworkSize, pair: PairSize | None, resting: Mapping[str, int]
 ) -> list[Phase]:
-    """Drawing, where the prompt and the negative one take turns, and decoding, with the transformer still there."""
+    """Sampling, where prompt and negative prompt take turns, and decoding, with the transformer still loaded."""
     if pair is None or not config.validation.num_validation_images:
         return []
     tokens = Tokens(batch=1, image=pair.image_tokens, text=pair.text_tokens)
-    drawing = {
+    sampling = {
         "forward pass": forward_bytes(network, tokens) + _layer_bytes(network),
-        "latents and embeddings": border_bytes(network, tokens),
+        "latents and embeddings": latent_and_embedding_bytes(network, tokens),
     }
     pixels = pair.target.width * pair.target.height
     decoding = {
         "VAE": VAE_WEIGHTS * network.element_bytes,
         "decoding a picture": DECODING_ELEMENTS * network.element_bytes * pixels,
     }
-    return [Phase("drawing", {**resting, **drawing}), Phase("decoding", {**resting, **decoding})]
+    return [Phase("sampling", {**resting, **sampling}), Phase("decoding", {**resting, **decoding})]
 
 
 def _host(
     config: TrainConfig, network: NetworkSize, tokens: Tokens, *, recomputed: int, streamed: int
 ) -> dict[str, int]:
-    """Host memory. Loading holds two blocks unquantised, before pairs and offloaded inputs are there."""
-    inputs = [boundary_bytes(network, part) for part in (replace(tokens, text=0), replace(tokens, image=0))]
+    """Host memory by part, without empty parts."""
+    inputs = [block_input_bytes(network, part) for part in (replace(tokens, text=0), replace(tokens, image=0))]
     offloaded = offloaded_bytes(recomputed * inputs) if config.memory.activation_offload else 0
-    block_weights = 2 * network.largest_layer_weights * FLOAT32
     parts = {
-        "Python, torch and CUDA": PROCESS_BYTES,
+        "Python, torch and CUDA": _PROCESS,
         "streamed weights": streamed * network.block_bytes,
-        "offloaded inputs of blocks": offloaded,
-        "encoded pairs": ENCODED_BYTES,
+        "offloaded block inputs": offloaded,
+        "encoded pairs": _LOADED_PAIRS,
         "running average": ema_bytes([(network.adapter_weights,)], config.ema)[0],
-        "layers on their way": block_weights,
+        "layers being loaded": 2 * network.largest_layer_weights * FLOAT32,
     }
     return {what: size for what, size in parts.items() if size}

@@ -1,4 +1,4 @@
-"""What a run is about: found out once, before a weight is read, and handed on as frozen values."""
+"""Prepares a run: checks its settings, reads its files' headers and plans its memory, without reading weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """The base model, the adapter that it gets, and the size of both."""
+    """The base model, the plan of its adapter, and the size of both."""
 
     base: BaseModel
     adapter: AdapterPlan
@@ -38,10 +38,10 @@ class PreparedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preparation:
-    """Everything that is known about a run before its weights are read.
+    """Everything known about a run before weights are read.
 
-    `config` has the memory settings that the run trains under. `held_out` has the pairs to validate on, and may be
-    the same dataset as `encoded`.
+    `config` has the chosen memory settings. `held_out` is the dataset whose held-out pairs validation uses; it can be
+    the same as `encoded`.
     """
 
     config: TrainConfig
@@ -51,11 +51,11 @@ class Preparation:
     work: Workload
 
     def memory_plan(self) -> MemoryPlan:
-        """What each phase of the run takes."""
+        """The memory plan of the run."""
         return plan_memory(self.config, self.model.size, self.work)
 
     def explain_memory_errors(self, phases: tuple[str, ...], during: str, kept: str) -> AbstractContextManager[None]:
-        """Turns out-of-memory errors into ours, with advice: see `memory_errors_explained`."""
+        """A context that adds advice to out-of-memory errors; see `memory_errors_explained`."""
         return memory_errors_explained(self.memory_plan, phases, during, kept)
 
 
@@ -63,42 +63,40 @@ def prepare_model(config: TrainConfig, base: BaseModel) -> PreparedModel:
     """Read the base model's headers and plan the adapter.
 
     Raises:
-        ConfigError: a layer pattern matches nothing, or `init_lora` does not suit the settings.
-        ModelFileError: no such transformer, or an `init_lora` that is not for it.
+        ConfigError: a layer pattern matches nothing, or `init_lora` doesn't match the settings.
+        ModelFileError: the transformer's files are missing or wrong, or `init_lora` belongs to another model.
     """
     adapter = plan_adapter(base.network, config.lora)
-    return PreparedModel(base, adapter, network_size(base, adapter))
+    return PreparedModel(base, adapter, network_size(base.network, adapter, base.config, base.bytes_per_weight))
 
 
 def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
     """Check the settings against device, packages and base model before hours of encoding or loading.
 
     Raises:
-        ConfigError: as `prepare_model`, or more blocks to stream than possible, or an optimizer or a device that is not
-            available here.
+        ConfigError: as `prepare_model`; blocks_to_stream is too high; the optimizer or device isn't available here.
         ModelFileError: as `prepare_model`.
-        MissingPackageError: a setting needs one.
+        MissingPackageError: a setting needs a package that is not installed.
     """
     check_tensorboard()
     check_compiler(config.memory)
     optimizer_builder(config.optimizer, pick_device(config.model.device))
     for precision in (config.model.text_encoder_precision, config.model.base_model_precision):
         converter(precision)
-    if config.memory.memory == "manual":  # under auto they are chosen to fit
+    if config.memory.memory == "manual":  # auto only chooses possible values
         blocks_on_host(config.memory, base.num_blocks, checkpointing=config.gradient_checkpointing)
     return prepare_model(config, base)
 
 
 def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *, processes: int = 1) -> Preparation:
-    """Find out what a run is about, and choose its memory settings under `memory` auto. Reads no weights.
+    """Load the datasets' manifests, check everything, and with `memory` auto choose the memory settings.
 
-    `model` spares reading the headers again where `check_training` was asked before. `processes` share this machine's
-    memory.
+    `model`: the result of `check_training`, if it was called before. `processes`: how many share this machine's memory.
 
     Raises:
-        ConfigError, ModelFileError, MissingPackageError: as `check_training`, or the dataset is for another flavour.
-        DatasetError: encoded pairs are missing, or none is left to train on.
-        OutOfMemoryError: under `memory` auto, if no settings fit.
+        ConfigError, ModelFileError, MissingPackageError: as `check_training`; the dataset is for another flavour.
+        DatasetError: encoded pairs are missing, or there is no pair to train on.
+        OutOfMemoryError: `memory` is auto and no settings fit.
     """
     encoded = load_encoded(Path(config.encoded))
     held_out = _held_out(config, encoded)
@@ -116,7 +114,7 @@ def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *,
 
 
 def _held_out(config: TrainConfig, encoded: EncodedDataset) -> EncodedDataset:
-    """The dataset whose held-out pairs are validated on, after checking that both datasets are complete and suit."""
+    """The dataset with the held-out pairs. Checks that both datasets are complete and match the model."""
     second = load_encoded(Path(config.validation_encoded)) if config.validation_encoded else encoded
     for each in (encoded, second):
         if each.flavour != config.model.flavour:
@@ -125,10 +123,10 @@ def _held_out(config: TrainConfig, encoded: EncodedDataset) -> EncodedDataset:
                 "Encode it again with this model."
             )
         if missing := each.missing():
-            raise DatasetError(f"{len(missing)} encoded pairs are not in the cache. Encode the dataset again:", missing)
-    check_alike(encoded, second, ("The encoded dataset", "the one to validate on"))
+            raise DatasetError(f"The cache lacks {len(missing)} encoded pairs. Encode the dataset again:", missing)
+    check_alike(encoded, second, ("The encoded dataset", "the validation dataset"))
     if not encoded.pairs:
-        raise DatasetError("The dataset has no pair to train on: all are held out. Lower num_eval_images.")
+        raise DatasetError("The dataset has no pairs to train on: all are held out. Lower num_eval_images.")
     if not second.validation_pairs and config.validation_encoded:
-        raise DatasetError("The validation dataset holds no pair out. Encode it with num_eval_images -1.")
+        raise DatasetError("The validation dataset has no held-out pairs. Encode it with num_eval_images -1.")
     return second

@@ -1,4 +1,4 @@
-"""A plan as text: what it is for, phases side by side, host memory, the settings, and whether it fits."""
+"""A memory plan as text: the run, a table of the phases, host memory, memory settings, and whether it fits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .workload import Workload
 
 
 def planned_in_words(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> tuple[str, bool]:
-    """The report of the plan that a run under these settings would have, and whether it fits."""
+    """The report on the memory plan of a run with these settings, and whether it fits."""
     if config.memory.memory == "auto":
         try:
             return plan_report(choose_memory(config, network, work, budget), budget), True
@@ -21,25 +21,25 @@ def planned_in_words(config: TrainConfig, network: NetworkSize, work: Workload, 
     plan = plan_memory(config, network, work)
     text, fits = plan_report(plan, budget), budget.holds(plan)
     if not fits:
-        hint = "With `memory` auto the trainer looks for settings of the memory that fit."
+        hint = "With memory set to auto, the trainer chooses memory settings that fit."
         text += f"\n\n{memory_advice(plan, STEP + VALIDATION)} {hint}"
     return text, fits
 
 
 def plan_report(plan: MemoryPlan, budget: Budget | None = None) -> str:
-    """Lines for people; sizes in GiB."""
-    lines = [*_what(plan), "", *_device_table(plan), "", *_host(plan), "", *_settings(plan)]
+    """The report; sizes are in GiB."""
+    lines = [*_run(plan), "", *_device_table(plan), "", *_host(plan), "", *_settings(plan)]
     return "\n".join([*lines, *([] if budget is None else ["", verdict(plan, budget)])])
 
 
-def _what(plan: MemoryPlan) -> list[str]:
+def _run(plan: MemoryPlan) -> list[str]:
     config, pair = plan.config, plan.work.train
     references = "1 reference" if pair.references == 1 else f"{pair.references} references"
     return [
-        f"Memory of a training of {config.model.flavour}, base_model_precision {plan.network.precision}, "
+        f"Memory to train {config.model.flavour}: base_model_precision {plan.network.precision}, "
         f"rank {config.lora.lora_rank} on {config.lora.lora_targets}, {config.optimizer.optimizer}",
-        f"Largest micro-batch: {plan.work.batch} x (target of {pair.target.width} x {pair.target.height} and "
-        f"{references}: {pair.image_tokens} tokens, and {pair.text_tokens} of the prompt)",
+        f"Largest micro-batch: {plan.work.batch} x (target {pair.target.width} x {pair.target.height}, "
+        f"{references}: {pair.image_tokens} picture tokens, {pair.text_tokens} prompt tokens)",
     ]
 
 
@@ -51,7 +51,7 @@ def _device_table(plan: MemoryPlan) -> list[str]:
     for name in names:
         cells = [f"{phase.parts[name] / GIB:8.2f}" if name in phase.parts else " " * 8 for phase in plan.device]
         rows.append("  ".join([f"{name:<{left}}", *cells]).rstrip())
-    rows.append("  ".join([f"{'all':<{left}}", *(f"{phase.total_bytes / GIB:8.2f}" for phase in plan.device)]))
+    rows.append("  ".join([f"{'total':<{left}}", *(f"{phase.total_bytes / GIB:8.2f}" for phase in plan.device)]))
     return rows
 
 
@@ -71,15 +71,15 @@ def _settings(plan: MemoryPlan) -> list[str]:
 
 
 def verdict(plan: MemoryPlan, budget: Budget) -> str:
-    """A sentence: whether the plan fits, and the numbers."""
+    """A sentence that says whether the plan fits, with the numbers."""
     needed, margin = plan.needed_device_bytes, plan.needed_device_bytes - plan.device_peak_bytes
     if budget.is_shared:
         needed, there = needed + plan.host_peak_bytes, budget.host_bytes
-        numbers = f"{needed / GIB:.1f} GiB with a margin of {margin / GIB:.1f}; {there / GIB:.1f} GiB are free"
+        numbers = f"{needed / GIB:.1f} GiB (with a margin of {margin / GIB:.1f} GiB), {there / GIB:.1f} GiB available"
     else:
         numbers = (
-            f"{needed / GIB:.1f} GiB with a margin of {margin / GIB:.1f} on the device, where "
-            f"{budget.device_bytes / GIB:.1f} GiB are available; {plan.host_peak_bytes / GIB:.1f} of "
-            f"{budget.host_bytes / GIB:.1f} GiB of host memory"
+            f"{needed / GIB:.1f} GiB of device memory (with a margin of {margin / GIB:.1f} GiB), "
+            f"{budget.device_bytes / GIB:.1f} GiB available; {plan.host_peak_bytes / GIB:.1f} GiB of host memory, "
+            f"{budget.host_bytes / GIB:.1f} GiB available"
         )
-    return f"{'Fits' if budget.holds(plan) else 'Does not fit'}: {numbers}."
+    return f"{'Fits' if budget.holds(plan) else 'Does not fit'}: needs {numbers}."

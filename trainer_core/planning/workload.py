@@ -1,4 +1,4 @@
-"""The largest micro-batch of a training and the largest picture of its validation, from sizes alone."""
+"""The largest micro-batch of a run and its largest validation picture, from picture sizes and prompt lengths."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import PATCH, VAE_FACTOR
 from .activations import Tokens
 
-_VISION_PATCH = 28  # pixels of a picture's side that are one token to Qwen2.5-VL
-_AROUND_CAPTION, _LETTERS_PER_TOKEN = 16, 3
-_PROMPTS_LOOKED_AT = 64  # of pairs of equal size, whose prompts differ little
+_VISION_PATCH = 28  # pixels per side of a Qwen2.5-VL picture token
+_AROUND_CAPTION, _LETTERS_PER_TOKEN = 16, 3  # estimates: tokens of the prompt template, characters per caption token
+_PROMPTS_READ = 64  # at most, of pairs of equal size, whose prompts differ little
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSize:
-    """A pair to the planner. `target` in pixels; `group`: pairs of equal groups may share a batch."""
+    """Size of a pair. `target` is in pixels. Pairs of equal `group` can share a batch. `turns`: per epoch, of all pairs
+    that this one stands for."""
 
     target: Size
     references: int
@@ -44,42 +45,43 @@ class PairSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """`train`: the largest pair, `batch` of them at once. `validation`: the largest that is drawn, None without.
-    `encoded`: pixels of the largest reference that is encoded while training; 0 where all are in the cache.
-    `largest_picture`: pixels of the largest target or reference; 0 where all are encoded."""
+    """`train`: the largest pair, `batch` of them per micro-batch. `validation`: the largest sampled pair, or None.
+    `on_the_fly_pixels`: pixels of the largest reference that is encoded on the fly; 0 if all are in the cache.
+    `largest_picture`: pixels of the largest target or reference that is still to be encoded; 0 if there is none."""
 
     train: PairSize
     batch: int
     validation: PairSize | None = None
-    encoded: int = 0
+    on_the_fly_pixels: int = 0
     largest_picture: int = 0
 
     @property
     def tokens(self) -> Tokens:
-        """Of the largest micro-batch."""
+        """Tokens of the largest micro-batch."""
         return Tokens(batch=self.batch, image=self.train.image_tokens, text=self.train.text_tokens)
 
 
-def pair_size(target: Size, references: Sequence[Size], text_tokens: int) -> PairSize:
-    """A pair whose pictures have these sizes in pixels."""
+def pair_size(target: Size, references: Sequence[Size], text_tokens: int, turns: int = 1) -> PairSize:
+    """The size of a pair from its pictures' sizes in pixels."""
     return PairSize(
         target=target,
         references=len(references),
         image_tokens=sum(map(_picture_tokens, (target, *references))),
         text_tokens=text_tokens,
         group=(target, *references),
+        turns=turns,
     )
 
 
 def workload_of_encoded(
     encoded: EncodedDataset, batching: BatchingConfig, validation: ValidationConfig, held_out: EncodedDataset
 ) -> Workload:
-    """Of a dataset in the cache, validated on the pairs that `held_out` keeps out."""
+    """The workload of an encoded dataset. Validation uses the held-out pairs of `held_out`."""
     drawn = _sizes(held_out, held_out.validation_pairs[: validation.num_validation_images])
     work = _workload(_sizes(encoded, encoded.pairs), _at_sizes(drawn, validation), batching)
     flying = (shape for pair in encoded.pairs if pair.reference_files for shape in pair.shapes[1:])
     return dataclasses.replace(
-        work, encoded=VAE_FACTOR**2 * max((math.prod(shape[-2:]) for shape in flying), default=0)
+        work, on_the_fly_pixels=VAE_FACTOR**2 * max((math.prod(shape[-2:]) for shape in flying), default=0)
     )
 
 
@@ -89,7 +91,7 @@ def workload_of_pairs(
     batching: BatchingConfig,
     validation: ValidationConfig,
 ) -> Workload:
-    """Of datasets that are not encoded yet, from the pictures' headers; lengths of prompts are estimated."""
+    """The workload of datasets that are not encoded yet, from the pictures' headers. Prompt lengths are estimated."""
     train, drawn, flying, largest = [], [], [0], 0
     for dataset, encoding in parts:
         sizes = []
@@ -106,11 +108,11 @@ def workload_of_pairs(
         train += sizes if held < len(sizes) else []
         drawn += sizes if held else []
     work = _workload(train, _at_sizes(drawn, validation) if validation.num_validation_images else [], batching)
-    return dataclasses.replace(work, encoded=max(flying), largest_picture=largest)
+    return dataclasses.replace(work, on_the_fly_pixels=max(flying), largest_picture=largest)
 
 
 def _at_sizes(pairs: Sequence[PairSize], validation: ValidationConfig) -> list[PairSize]:
-    """The pairs at each of the sizes that validation pictures have."""
+    """The pairs at each validation size, or at their own size if none is set."""
     if not validation.sizes:
         return list(pairs)
     wanted = [
@@ -122,24 +124,25 @@ def _at_sizes(pairs: Sequence[PairSize], validation: ValidationConfig) -> list[P
 
 
 def with_target(pair: PairSize, size: Size) -> PairSize:
-    """The pair with a target of another size and its own references."""
+    """The pair with a target of another size and the same references."""
     others = pair.image_tokens - _picture_tokens(pair.target)
     return dataclasses.replace(pair, target=size, image_tokens=others + _picture_tokens(size))
 
 
 def _picture_tokens(size: Size) -> int:
-    return _image_tokens(size.height // VAE_FACTOR, size.width // VAE_FACTOR)
+    """Tokens of a picture's latents; odd sides are padded."""
+    return -(-(size.height // VAE_FACTOR) // PATCH) * -(-(size.width // VAE_FACTOR) // PATCH)
 
 
 def estimated_prompt(plan: PairPlan, letters: int) -> int:
-    """Tokens of a prompt: those of its pictures, and its words by their letters."""
+    """Prompt tokens: those of the pictures, and an estimate for a caption of so many characters."""
     vision = sum((view.size.height // _VISION_PATCH) * (view.size.width // _VISION_PATCH) for view in plan.vision)
     return vision + _AROUND_CAPTION + letters // _LETTERS_PER_TOKEN
 
 
 def _workload(train: Sequence[PairSize], drawn: Sequence[PairSize], batching: BatchingConfig) -> Workload:
     if not train:
-        raise DatasetError("There is no pair to train on, so there is nothing to plan. Lower num_eval_images.")
+        raise DatasetError("The memory plan has no pairs to train on: all are held out. Lower num_eval_images.")
     turns = Counter[Hashable]()
     for pair in train:
         turns[pair.group] += pair.turns
@@ -155,25 +158,16 @@ def _all_tokens(pair: PairSize) -> int:
 
 
 def _sizes(encoded: EncodedDataset, entries: Sequence[EncodedEntry]) -> list[PairSize]:
-    groups: dict[Hashable, list[EncodedEntry]] = {}
+    groups: dict[tuple[tuple[int, ...], ...], list[EncodedEntry]] = {}
     for entry in entries:
-        for reference_set in range(max(1, len(entry.prompts_by_reference))):  # each turn may show one reference
+        for reference_set in range(max(1, len(entry.prompts_by_reference))):  # more than 1: a turn has one reference
             seen = entry.seen(reference_set)
             groups.setdefault(seen.shapes, []).append(seen)
     sizes = []
     for shapes, members in groups.items():
-        text = max(_prompt_tokens(encoded, entry) for entry in islice(members, _PROMPTS_LOOKED_AT))
-        (_, height, width), *references = ((1, *shape[-2:]) for shape in shapes)  # type: ignore[attr-defined]
-        sizes.append(
-            PairSize(
-                target=Size(width * VAE_FACTOR, height * VAE_FACTOR),
-                references=len(references),
-                image_tokens=_image_tokens(height, width) + sum(_image_tokens(*shape[-2:]) for shape in references),
-                text_tokens=text,
-                group=shapes,
-                turns=sum(1 + entry.repeats for entry in members),
-            )
-        )
+        text = max(_prompt_tokens(encoded, entry) for entry in islice(members, _PROMPTS_READ))
+        target, *references = (Size(shape[-1] * VAE_FACTOR, shape[-2] * VAE_FACTOR) for shape in shapes)
+        sizes.append(pair_size(target, references, text, turns=sum(1 + entry.repeats for entry in members)))
     return sizes
 
 
@@ -182,11 +176,6 @@ def _prompt_tokens(encoded: EncodedDataset, entry: EncodedEntry) -> int:
 
 
 def _length(path: Path) -> int:
-    """Rows of a cached prompt, from the file's header."""
+    """Tokens of a cached prompt, from the file's header."""
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
         return int(file.get_slice("prompt").get_shape()[0])
-
-
-def _image_tokens(height: int, width: int) -> int:
-    """Of latents of this height and width; odd sides are padded."""
-    return -(-height // PATCH) * -(-width // PATCH)
