@@ -1,8 +1,9 @@
-"""Builds the optimizer out of the library that has it, and says what its state weighs."""
+"""Create the optimizer from the library that has it, and calculate the size of its state."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -17,21 +18,14 @@ from ..errors import ConfigError, MissingPackageError
 
 Builder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
-# Bytes of state per element of a float32 parameter; adafactor keeps sums of rows and columns instead.
-STATE_BYTES: dict[OptimizerName, int] = {
-    "adamw": 8,
-    "adamw-8bit": 2,
-    "adafactor": 0,
-    "lion": 4,
-    "prodigy": 16,
-    "adamw-schedulefree": 8,
-}
+# Bytes of state per element of a float32 parameter, for the optimizers that keep the same for every shape.
+_STATE_BYTES: dict[OptimizerName, int] = {"adamw": 8, "lion": 4, "prodigy": 16, "adamw-schedulefree": 8}
 _SMALLEST_8BIT = 4096  # elements; bitsandbytes keeps smaller tensors in 32 bits
-_BLOCK_8BIT = 256  # elements that share one 32-bit scale in each of its two states
+_BLOCK_8BIT = 256  # elements that share one 32-bit scale in each of the two states
 
 
 def optimizer_builder(config: OptimizerConfig, device: torch.device) -> Builder:
-    """What makes the optimizer of a list of weights: asked for before a model is loaded, it fails early.
+    """A function that creates the optimizer for a list of weights. Call this before a model is loaded, to fail early.
 
     Raises:
         ConfigError: the optimizer can't run on the device.
@@ -43,71 +37,50 @@ def optimizer_builder(config: OptimizerConfig, device: torch.device) -> Builder:
         case "adamw":
             return partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda"), **adam)
         case "adamw-8bit":
-            return _adamw_8bit(adam, device)
-        case "adafactor":
-            return _adafactor(rate_and_decay)
-        case "lion":
-            return _lion({**rate_and_decay, "betas": (config.adam_beta1, config.lion_beta2)})
+            if device.type != "cuda":
+                raise ConfigError(
+                    f"optimizer 'adamw-8bit' must run on a CUDA device, got {device}. Set optimizer to adamw, or to "
+                    "lion or adafactor for less memory."
+                )
+            return partial(_library("bitsandbytes", config).optim.AdamW8bit, **adam)
+        case "adafactor":  # Shazeer and Stern 2018
+            from transformers.optimization import Adafactor
+
+            # Its own learning rates scale with the weights' size, so LoRA's B would hardly leave its initial zero.
+            return partial(Adafactor, scale_parameter=False, relative_step=False, **rate_and_decay)
+        case "lion":  # Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms"
+            betas = (config.adam_beta1, config.lion_beta2)
+            return partial(_library("lion-pytorch", config).Lion, betas=betas, **rate_and_decay)
         case "prodigy":
             return _prodigy(adam, config)
         case "adamw-schedulefree":
-            return _schedule_free(adam)
+            return _schedule_free(adam, config)
 
 
-def _adamw_8bit(settings: dict[str, Any], device: torch.device) -> Builder:
-    if device.type != "cuda":
-        raise ConfigError(
-            f"optimizer 'adamw-8bit' must run on a CUDA device, got {device}. Set optimizer to adamw, or to lion or "
-            "adafactor for less memory."
-        )
+def _library(package: str, config: OptimizerConfig) -> Any:
     try:
-        from bitsandbytes.optim import AdamW8bit
+        return importlib.import_module(package.replace("-", "_"))
     except ImportError as error:
-        raise MissingPackageError("bitsandbytes", "optimizer adamw-8bit") from error
-    return partial(AdamW8bit, **settings)
-
-
-def _adafactor(settings: dict[str, Any]) -> Builder:
-    """Shazeer and Stern 2018 with the rate from outside. Rates relative to the weights' size would hold B at zero."""
-    from transformers.optimization import Adafactor
-
-    return partial(Adafactor, scale_parameter=False, relative_step=False, **settings)
-
-
-def _lion(settings: dict[str, Any]) -> Builder:
-    """Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms"."""
-    try:
-        from lion_pytorch import Lion
-    except ImportError as error:
-        raise MissingPackageError("lion-pytorch", "optimizer lion") from error
-    return partial(Lion, **settings)
+        raise MissingPackageError(package, f"optimizer {config.optimizer}") from error
 
 
 def _prodigy(settings: dict[str, Any], config: OptimizerConfig) -> Builder:
-    """Mishchenko and Defazio 2023, with what its authors advise under a warm-up."""
-    try:
-        from prodigyopt import Prodigy
-    except ImportError as error:
-        raise MissingPackageError("prodigyopt", "optimizer prodigy") from error
+    """Mishchenko and Defazio 2023, with the safeguard that the authors recommend for a warm-up."""
+    kind = _library("prodigyopt", config).Prodigy
 
     def build(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces its weight decay
-            return Prodigy(
-                weights, d_coef=config.prodigy_d_coef, safeguard_warmup=config.lr_warmup_steps > 0, **settings
-            )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its kind of weight decay
+            return kind(weights, d_coef=config.prodigy_d_coef, safeguard_warmup=config.lr_warmup_steps > 0, **settings)
 
     return build
 
 
-def _schedule_free(settings: dict[str, Any]) -> Builder:
-    """Defazio et al. 2024, "The Road Less Scheduled". The warm-up comes with the learning rate of each step."""
-    try:
-        from schedulefree import AdamWScheduleFree
-    except ImportError as error:
-        raise MissingPackageError("schedulefree", "optimizer adamw-schedulefree") from error
+def _schedule_free(settings: dict[str, Any], config: OptimizerConfig) -> Builder:
+    """Defazio et al. 2024, "The Road Less Scheduled". The warm-up is in the learning rate of each step."""
+    kind = _library("schedulefree", config).AdamWScheduleFree
 
     def build(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = AdamWScheduleFree(weights, **settings)
+        optimizer = kind(weights, **settings)
         optimizer.train()
         return optimizer
 
@@ -115,24 +88,24 @@ def _schedule_free(settings: dict[str, Any]) -> Builder:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Set the next step's rate; the rate in effect, which where the optimizer finds it is its estimate times `rate`."""
+    """Set the next step's rate. Returns the effective rate: `rate` times Prodigy's estimate `d`, if there is one."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate * optimizer.param_groups[0].get("d", 1.0)
 
 
 def optimizer_bytes(name: OptimizerName, shapes: Iterable[Sequence[int]]) -> int:
-    """Bytes of optimizer state for float32 parameters of these shapes, without gradients and the weights themselves.
+    """Bytes of optimizer state for float32 parameters of these shapes, without the parameters and their gradients.
 
-    While adamw-schedulefree's averaged weights are validated or exported, 4 bytes an element come on top.
+    Validation and export with adamw-schedulefree temporarily need another 4 bytes per element.
     """
     return sum(_state_bytes(name, shape) for shape in shapes)
 
 
 def _state_bytes(name: OptimizerName, shape: Sequence[int]) -> int:
     count = prod(shape)
-    if name == "adafactor":
+    if name == "adafactor":  # sums of a matrix's rows and columns
         return 4 * (count // shape[-1] + count // shape[-2] if len(shape) > 1 else count)
     if name == "adamw-8bit":
         return 8 * count if count < _SMALLEST_8BIT else 2 * count + 8 * -(-count // _BLOCK_8BIT)
-    return STATE_BYTES[name] * count
+    return _STATE_BYTES[name] * count
