@@ -128,7 +128,8 @@ class HostCopies:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             _bytes(kept.coming).copy_(kept.host, non_blocking=True)
-            kept.came = self._stream.record_event()
+            kept.came = came = torch.cuda.Event()
+            came.record(self._stream)
 
 
 @dataclass(frozen=True, slots=True)
