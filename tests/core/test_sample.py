@@ -1,0 +1,67 @@
+"""Sampling: what can't be drawn is refused before a network is read; a picture has the asked size and repeats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.narrow import picture
+from trainer_core import sample as sample_module
+from trainer_core.config import ModelConfig
+from trainer_core.errors import ConfigError, Interrupted
+from trainer_core.events import SilentObserver, Stop
+from trainer_core.geometry import Size
+from trainer_core.sample import SampleRequest, sample_edit
+
+
+def request(model: ModelConfig, **changes: Any) -> SampleRequest:
+    values = {"references": (picture(0, (128, 64)),), "prompt": "a negative", "resolution": 64, **changes}
+    return SampleRequest(model=model, num_inference_steps=2, guidance=1.0, **values)
+
+
+@pytest.mark.parametrize(
+    ("flavour", "changes", "words"),
+    [
+        ("edit-v1", {"references": ()}, "0 reference"),
+        ("edit-v1", {"references": (picture(0), picture(1))}, "2 reference"),
+        ("edit-v2", {"references": (picture(0),) * 4}, "4 reference"),
+        ("edit-v1", {"size": Size(96, 100)}, "96 x 100"),
+        ("edit-v1", {"size": Size(0, 96)}, "0 x 96"),
+    ],
+)
+def test_what_can_not_be_drawn_is_refused_at_once(flavour: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        sample_edit(request(ModelConfig(base="nowhere", flavour=flavour), **changes))
+
+
+class Watching(SilentObserver):
+    """Keeps the counts of sampling; stops at once if told to."""
+
+    def __init__(self, stop: Stop = Stop.NO) -> None:
+        self.stop = stop
+        self.seen: list[tuple[int, int]] = []
+
+    def on_progress(self, phase: str, done: int, total: int) -> None:
+        if phase == "Sampling":
+            self.seen.append((done, total))
+
+    def should_stop(self) -> Stop:
+        return self.stop
+
+
+def test_a_picture_has_the_asked_size_and_repeats_with_its_seed(model: ModelConfig) -> None:
+    observer = Watching()
+    first = sample_edit(request(model), observer)
+    assert observer.seen[-1] == (2, 2)
+    assert first.size == (96, 32), "the first reference's aspect"
+    assert sample_edit(request(model, size=Size(*first.size))).tobytes() == first.tobytes()
+    assert sample_edit(request(model, seed=1, size=Size(48, 64))).size == (48, 64)
+
+
+def test_a_stop_is_obeyed_before_the_next_network_is_loaded(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_module, "load_text_encoder", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(Interrupted):
+        sample_edit(request(model), Watching(Stop.PAUSE))
