@@ -1,4 +1,4 @@
-"""Rectified flow: the noise level drawn, the noisy latents made, the velocity's error measured.
+"""Rectified flow: draw the noise level, add the noise, compute the loss of the predicted velocity.
 
 sigma is the noise level in [0, 1]; 1 is pure noise. latents_sigma = (1 - sigma) latents + sigma noise, and the
 network predicts velocity = noise - latents (Liu et al., "Flow Straight and Fast", 2022; Esser et al., "Scaling
@@ -20,16 +20,16 @@ from ..qwen_image.types import NoisyLatents
 from ..rng import stream
 
 SIGMA_BUCKETS = 5
-Penalty = Callable[[Tensor], Tensor]  # of an error, element by element
+Penalty = Callable[[Tensor], Tensor]  # elementwise function of the error
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """Move noise levels up by a factor of the odds: s σ / (1 + (s - 1) σ)."""
+    """Multiply the odds σ / (1 - σ) of noise levels by `shift`: s σ / (1 + (s - 1) σ)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def shift_for(num_tokens: int, noise: NoiseConfig) -> float:
-    """The shift of a picture with `num_tokens` target tokens."""
+    """The shift for a picture with `num_tokens` target tokens."""
     if not noise.flow_schedule_auto_shift:
         return noise.flow_schedule_shift
     return math.exp(dynamic_shift(num_tokens, QWEN_SCHEDULE))
@@ -38,7 +38,7 @@ def shift_for(num_tokens: int, noise: NoiseConfig) -> float:
 def draw_sigma(
     noise: NoiseConfig, num_tokens: int, generator: torch.Generator, part: int = 0, parts: int = 1
 ) -> Tensor:
-    """One noise level [] in (0, 1), out of number `part` of `parts` equally likely parts of the distribution."""
+    """One noise level [] in (0, 1), from stratum `part` of `parts` equally likely strata of the distribution."""
     if noise.sigma_distribution == "logit_normal" and parts == 1:
         sigma = torch.sigmoid(noise.logit_mean + noise.logit_std * torch.randn((), generator=generator))
     else:
@@ -47,10 +47,10 @@ def draw_sigma(
 
 
 def sigma_of_quantile(quantile: Tensor, noise: NoiseConfig) -> Tensor:
-    """Noise levels before the shift: uniform numbers in (0, 1) brought into the chosen distribution.
+    """Quantile function of the noise levels before the shift. `quantile` is uniform in (0, 1).
 
-    logit-normal, mode and cosmap are those of Esser et al. 2024 (arXiv 2403.03206), section 3.1. cosmap's density
-    2 / (pi (1 - 2 σ + 2 σ²)) is what diffusers applies as a weight of the loss to uniform levels.
+    logit-normal, mode and cosmap follow Esser et al. 2024 (arXiv 2403.03206), section 3.1. cosmap has the density
+    2 / (pi (1 - 2 σ + 2 σ²)), which diffusers applies as a loss weight to uniform levels instead.
     """
     u = quantile.clamp(1e-6, 1 - 1e-6)
     if noise.sigma_distribution == "logit_normal":
@@ -65,9 +65,9 @@ def sigma_of_quantile(quantile: Tensor, noise: NoiseConfig) -> Tensor:
 def add_noise(
     latents_BCHW: Tensor, noise: NoiseConfig, seed: int, indices: Sequence[int], step_turns: range | None = None
 ) -> NoisyLatents:
-    """Noisy latents for training; every pair's draw depends on (seed, its index) alone, on any device.
+    """Noisy latents for training. A pair's sigma and noise depend only on (seed, its index), not on the device.
 
-    Stratified ones depend on which turns the step has, too (`step_turns`): each takes another part of the range.
+    With stratified_sigmas and `step_turns`, the draw indices of the step, each index gets its own stratum of sigma.
     """
     _, rows, columns = token_shape(latents_BCHW)
     parts = _parts(seed, indices, step_turns if noise.stratified_sigmas else None)
@@ -81,7 +81,7 @@ def add_noise(
 
 
 def _parts(seed: int, indices: Sequence[int], step_turns: range | None) -> list[tuple[int, int]]:
-    """(part, parts) of the range for each index: shuffled anew every step, so that over time each turn sees all."""
+    """(part, parts) for each index. The order is shuffled in every step, so that no position is tied to a stratum."""
     if step_turns is None:
         return [(0, 1)] * len(indices)
     count = len(step_turns)
@@ -90,7 +90,7 @@ def _parts(seed: int, indices: Sequence[int], step_turns: range | None) -> list[
 
 
 def noisy_latents(latents_BCHW: Tensor, sigma_B: Tensor, noise_BCHW: Tensor) -> NoisyLatents:
-    """The point at noise level sigma on the straight line from latents to noise, and the line's velocity."""
+    """The point at noise level sigma on the line from latents to noise, and the target velocity noise - latents."""
     sigma = sigma_B.view(-1, 1, 1, 1)
     return NoisyLatents((1 - sigma) * latents_BCHW + sigma * noise_BCHW, sigma_B, noise_BCHW - latents_BCHW)
 
@@ -98,7 +98,7 @@ def noisy_latents(latents_BCHW: Tensor, sigma_B: Tensor, noise_BCHW: Tensor) -> 
 def velocity_loss(
     velocity_BCHW: Tensor, target_BCHW: Tensor, weights_B1HW: Tensor | None = None, penalty: Penalty = torch.square
 ) -> Tensor:
-    """Mean penalty of the error per pair [B], in float32; weighted by a mask of mean 1 where there is one."""
+    """Mean penalty of the error per pair [B], in float32. `weights_B1HW` has mean 1 per pair."""
     counted = penalty(velocity_BCHW.float() - target_BCHW.float())
     if weights_B1HW is not None:
         counted = counted * weights_B1HW
@@ -106,10 +106,10 @@ def velocity_loss(
 
 
 def penalty_at(sigma_B: Tensor, noise: NoiseConfig) -> Penalty:
-    """What an error counts at these noise levels: its square, or pseudo-Huber with width c.
+    """The penalty at these noise levels: the squared error e², or pseudo-Huber of width c.
 
-    huber is 2c (sqrt(e² + c²) - c), which is e² for small errors; smooth_l1 is the same without the c in front, 2|e|
-    for large ones. Written as a fraction, so that small errors don't vanish in the difference.
+    huber is 2c (sqrt(e² + c²) - c), about e² for small errors. smooth_l1 is 2 (sqrt(e² + c²) - c), about 2|e| for large
+    ones. Computed as e² / (sqrt(e² + c²) + c), which keeps small errors precise.
     """
     if noise.loss_type == "l2":
         return torch.square
@@ -124,7 +124,7 @@ def penalty_at(sigma_B: Tensor, noise: NoiseConfig) -> Penalty:
 
 
 def huber_width(sigma_B: Tensor, noise: NoiseConfig) -> Tensor:
-    """Width c [B] of the penalty. Errors of the velocity are largest where there is little noise, and so is c there.
+    """Width c [B] of the penalty. snr and exponential raise it at low noise, where the velocity's error is largest.
 
     snr is SimpleTuner's and sd-scripts' (1 - c) / (1 + s)² + c with a flow's noise-to-signal ratio s = σ / (1 - σ).
     """
@@ -136,7 +136,7 @@ def huber_width(sigma_B: Tensor, noise: NoiseConfig) -> Tensor:
 
 
 def loss_by_sigma(losses: Sequence[float], sigmas: Sequence[float]) -> dict[str, float]:
-    """Mean loss per fifth of the noise range, which makes a flow's loss readable: it depends mostly on sigma."""
+    """Mean loss per fifth of the noise range, because a flow's loss depends mostly on sigma."""
     buckets: dict[str, list[float]] = {}
     for loss, sigma in zip(losses, sigmas, strict=True):
         low = min(int(sigma * SIGMA_BUCKETS), SIGMA_BUCKETS - 1) / SIGMA_BUCKETS

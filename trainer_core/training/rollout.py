@@ -1,15 +1,15 @@
-"""Scheduled sampling: now and then a pair's noisy latents are not drawn but sampled by the model itself.
+"""Scheduled sampling: for some pairs, the model samples the noisy latents itself.
 
-A training sees points that lie exactly between picture and noise, a sampler those that the model's own errors have
-moved ("exposure bias"). Here a pair is taken at a higher noise level and sampled down to its own one without gradient,
-in steps of a thousandth of the noise range. The velocity to predict stays noise minus latents.
+Training uses points exactly on the line between picture and noise. At inference, the model's own errors move the
+points off this line ("exposure bias"). A rolled-out pair starts at a higher noise level and is sampled down to its own
+level without gradient, in steps of a thousandth of the noise range. The target velocity stays noise - latents.
 
 ReflexFlow (Huang et al. 2025, arXiv 2512.04904) changes the loss of such a pair:
 
 loss = beta2 · mean(weights · penalty(velocity - target)) + beta1 · |unit(velocity) - unit(rolled-out - picture)|²
 
-The second term turns the velocity towards where the rollout has drifted. The weights grow where the drift has changed
-the prediction: 1 + alpha · change / mean(change), scaled back to mean 1.
+The second term aligns the velocity with the line from the picture to the rolled-out point. The weights are larger where
+drift has changed the prediction: 1 + alpha · change / mean(change), scaled to mean 1.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,18 +28,18 @@ from ..qwen_image.types import NoisyLatents
 from ..rng import stream
 from .objective import Penalty, velocity_loss
 
-OFFSETS = 1000  # an offset of this many would be the whole noise range
-HIGHEST = 1 - 1 / OFFSETS  # where rollouts begin at most: multistep samplers divide by the share of picture
+OFFSETS = 1000  # the noise range in units of the offset
+HIGHEST = 1 - 1 / OFFSETS  # highest start of a rollout: multistep samplers divide by 1 - sigma
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents [1, C, H, W] at noise level [1]
-PairVelocity = Callable[[int, Tensor, Tensor], Tensor]  # the same for the pair of that row
+Velocity = Callable[[Tensor, Tensor], Tensor]  # velocity at latents [1, C, H, W] and noise level [1]
+PairVelocity = Callable[[int, Tensor, Tensor], Tensor]  # the same, for the pair in this row of the batch
 
 
 @dataclass(frozen=True, slots=True)
 class RolledOut:
-    """A micro-batch's training input. Pairs in `rows` were sampled; `forwards` were spent on that.
+    """A micro-batch's training input. The pairs in `rows` were rolled out, with `forwards` forward passes in all.
 
-    `exact_velocity` [rows, C, H, W] is what the model says on their exact points, where ReflexFlow asks for it.
+    `exact_velocity` [rows, C, H, W] is the prediction at their points on the line; None unless ReflexFlow needs it.
     """
 
     noisy: NoisyLatents
@@ -48,7 +49,7 @@ class RolledOut:
 
 
 def rollout_probability(step: int, rollout: RolloutConfig) -> float:
-    """Chance that a pair of step `step` (counted from 0) is rolled out."""
+    """Probability that a pair of step `step` (counted from 0) is rolled out."""
     if rollout.scheduled_sampling_max_step_offset == 0 or step < rollout.scheduled_sampling_start_step:
         return 0.0
     if rollout.scheduled_sampling_ramp_steps == 0:
@@ -61,9 +62,7 @@ def rollout_probability(step: int, rollout: RolloutConfig) -> float:
 
 
 def draw_offsets(rollout: RolloutConfig, step: int, seed: int, indices: Sequence[int]) -> tuple[int, ...]:
-    """How far up each pair of a step begins, in thousandths of the noise range: 0 to max_step_offset.
-
-    A pair that is not rolled out has 0, and so has one that drew it."""
+    """How much higher each pair starts, in thousandths of the noise range: 0 (no rollout) to max_step_offset."""
     probability = rollout_probability(step, rollout)
     if probability <= 0:
         return (0,) * len(indices)
@@ -80,7 +79,7 @@ def _draw_offset(rollout: RolloutConfig, probability: float, generator: torch.Ge
 
 
 def rollout_sigmas(sigma: float, offset: int) -> list[float]:
-    """Noise levels from where the rollout begins down to `sigma`, in even steps of a thousandth or a little less."""
+    """Noise levels from the start of the rollout down to `sigma`, in equal steps of at most about a thousandth."""
     begin = min(sigma + offset / OFFSETS, HIGHEST)
     count = math.ceil((begin - sigma) * OFFSETS - 1e-4)
     return [*(begin + (sigma - begin) * done / count for done in range(count)), sigma]
@@ -88,50 +87,38 @@ def rollout_sigmas(sigma: float, offset: int) -> list[float]:
 
 @torch.no_grad()
 def roll_out(velocity: PairVelocity, noisy: NoisyLatents, offsets: Sequence[int], rollout: RolloutConfig) -> RolledOut:
-    """Replace the latents of pairs with an offset by what the model samples."""
+    """Replace the latents of pairs with a non-zero offset by latents that the model samples."""
     latents, rows, exact, forwards = noisy.latents.clone(), [], [], 0
+
+    def counted(row: int, point: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal forwards
+        forwards += 1
+        return velocity(row, point, sigma).float()
+
     for row, (sigma, offset) in enumerate(zip(noisy.sigma.tolist(), offsets, strict=True)):
         sigmas = rollout_sigmas(sigma, offset)
         if len(sigmas) == 1:
             continue
-        counted = _Counted(velocity, row)
         point, line = noisy.latents[row : row + 1], noisy.target_velocity[row : row + 1]
-        if _compares(rollout):
-            exact.append(counted(point, noisy.sigma[row : row + 1]))
+        if rollout.scheduled_sampling_reflexflow and rollout.scheduled_sampling_reflexflow_alpha > 0:
+            exact.append(counted(row, point, noisy.sigma[row : row + 1]))
         begin = point + (sigmas[0] - sigma) * line
-        latents[row] = integrate(
-            counted, begin, sigmas, rollout.scheduled_sampling_sampler, rollout.scheduled_sampling_order
-        )[0]
+        sampler, order = rollout.scheduled_sampling_sampler, rollout.scheduled_sampling_order
+        latents[row] = integrate(partial(counted, row), begin, sigmas, sampler, order)[0]
         rows.append(row)
-        forwards += counted.calls
     sampled = NoisyLatents(latents, noisy.sigma, noisy.target_velocity)
     return RolledOut(sampled, tuple(rows), torch.cat(exact) if exact else None, forwards)
-
-
-def _compares(rollout: RolloutConfig) -> bool:
-    return rollout.scheduled_sampling_reflexflow and rollout.scheduled_sampling_reflexflow_alpha > 0
-
-
-class _Counted:
-    """A pair's velocity in float32, and how often it was asked for."""
-
-    def __init__(self, velocity: PairVelocity, row: int) -> None:
-        self._velocity, self._row, self.calls = velocity, row, 0
-
-    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        self.calls += 1
-        return self._velocity(self._row, latents, sigma).float()
 
 
 def integrate(
     velocity: Velocity, latents: Tensor, sigmas: Sequence[float], sampler: RolloutSampler, order: int = 2
 ) -> Tensor:
-    """Follow the velocity from the first noise level to the last; `order` is that of unipc and dpm."""
+    """Integrate the velocity from the first noise level to the last. `order` applies to unipc and dpm."""
     if sampler == "rk4":
         return _runge_kutta(velocity, latents, sigmas)
     scheduler = _scheduler(sampler, order)
     scheduler.set_timesteps(len(sigmas) - 1)
-    # Their own schedules end at zero; ours are handed over whole. Logarithms of near levels want float64.
+    # Replace their own noise levels, which end at 0. float64, because they subtract logarithms of nearly equal levels.
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float64)
     scheduler.timesteps = scheduler.sigmas[:-1] * OFFSETS
     scheduler.set_begin_index(0)
@@ -142,7 +129,7 @@ def integrate(
 
 
 def _scheduler(sampler: RolloutSampler, order: int):  # noqa: ANN202 - three classes of diffusers without a common type
-    """diffusers' sampler for flow matching, at its full order up to the last step."""
+    """A scheduler of diffusers for flow matching that does not lower its order in the last steps."""
     import diffusers
 
     if sampler == "euler":
@@ -158,7 +145,7 @@ def _scheduler(sampler: RolloutSampler, order: int):  # noqa: ANN202 - three cla
 
 
 def _runge_kutta(velocity: Velocity, latents: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """The classical method of order 4, with four forwards a step."""
+    """The classical fourth-order Runge-Kutta method: four forward passes per step."""
     for begin, end in itertools.pairwise(sigmas):
         span, middle = end - begin, _level((begin + end) / 2, latents)
         first = velocity(latents, _level(begin, latents))
@@ -182,22 +169,20 @@ def reflexflow_loss(
     penalty: Penalty,
     rollout: RolloutConfig,
 ) -> Tensor:
-    """Loss per pair [B]; that of pairs that were not rolled out is their plain one. `latents` are the pictures'."""
+    """Loss per pair [B]: ReflexFlow's for rolled-out pairs, else the usual one. `latents` are the target pictures'."""
     target, rows = rolled.noisy.target_velocity, list(rolled.rows)
     counted = compensation(velocity.detach(), rolled, rollout.scheduled_sampling_reflexflow_alpha)
     counted = counted if weights is None else counted * weights
     loss = velocity_loss(velocity, target, counted, penalty)
-    turned = direction_error(
-        velocity[rows], rolled.noisy.latents[rows] - latents[rows], None if weights is None else weights[rows]
-    )
-    scaled = rollout.scheduled_sampling_reflexflow_beta2 * loss[rows]
-    return loss.index_copy(
-        0, torch.tensor(rows, device=loss.device), scaled + rollout.scheduled_sampling_reflexflow_beta1 * turned
-    )
+    displacement = rolled.noisy.latents[rows] - latents[rows]
+    turned = direction_error(velocity[rows], displacement, None if weights is None else weights[rows])
+    beta1, beta2 = rollout.scheduled_sampling_reflexflow_beta1, rollout.scheduled_sampling_reflexflow_beta2
+    loss[rows] = beta2 * loss[rows] + beta1 * turned
+    return loss
 
 
 def compensation(velocity: Tensor, rolled: RolledOut, alpha: float) -> Tensor:
-    """Weights [B, C, H, W] of mean 1 from how far prediction and prediction on the exact point are apart."""
+    """Weights [B, C, H, W] of mean 1, larger where the rollout has changed the prediction."""
     weights = torch.ones(velocity.shape, device=velocity.device)
     if rolled.exact_velocity is None:
         return weights
@@ -209,7 +194,7 @@ def compensation(velocity: Tensor, rolled: RolledOut, alpha: float) -> Tensor:
 
 
 def direction_error(velocity: Tensor, displacement: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Squared distance [B] of the two directions, 0 for equal to 4 for opposite; a mask's zeros don't take part."""
+    """Scale both by sqrt(weights), then return the squared distance [B] of their unit vectors: 0 (parallel) to 4."""
     root = 1.0 if weights is None else weights.sqrt()
     one, other = ((each.float() * root).flatten(1) for each in (velocity, displacement))
     return (_unit(one) - _unit(other)).square().sum(dim=1)
