@@ -1,4 +1,4 @@
-"""The pack in a real ComfyUI: it loads under any folder name, quickly, and shows its nodes."""
+"""The pack in a real ComfyUI: it loads under any folder name and shows its nodes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ def test_the_pack_is_loaded_without_complaint(comfyui: PackServer):
     text = log_text(comfyui)
     assert not re.search(r"IMPORT FAILED.*custom_nodes", text)
     assert "Error while calling comfy_entrypoint" not in text
-    found = re.findall(r"([\d.]+) seconds: .*custom_nodes/(.+)", text)
-    times = {name: float(seconds) for seconds, name in found}
-    assert {ODD_NAME, TEST_NODES} <= set(times)
-    assert times[ODD_NAME] <= 0.5
+    assert {ODD_NAME, TEST_NODES} <= set(re.findall(r"seconds: .*custom_nodes/(.+)", text))
 
 
 def test_object_info_has_our_nodes(comfyui: PackServer):

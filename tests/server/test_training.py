@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from tests.support.training_graph import (
     EMA,
     PLOT,
     TRAIN,
-    NodeTimes,
     assert_same_lora,
+    cache_entries,
     changed,
     error_of,
     figures,
@@ -136,10 +135,9 @@ def stamps(folder: Path) -> dict[str, int]:
 def test_again_is_cached(first: dict[str, Any], studio: PackServer):
     prompt = training("first", STEPS, validate=3)
     studio.run(prompt)
-    before, began = stamps(run_dir(studio, "first")), time.monotonic()
+    before = stamps(run_dir(studio, "first"))
     prompt_id = studio.queue(prompt)
     entry = studio.wait(prompt_id)
-    assert time.monotonic() - began < 2
     assert status_of(entry) == "execution_success"
     (cached,) = studio.events_of(prompt_id, "execution_cached")
     assert TRAIN in cached["data"]["nodes"]
@@ -150,10 +148,8 @@ def test_another_graph_finds_the_finished_run(first: dict[str, Any], studio: Pac
     """Nothing cached, as after an eviction: the result comes from the folder, without a training step."""
     forget(studio)
     before = stamps(run_dir(studio, "first"))
-    with NodeTimes(studio) as times:
-        prompt_id = studio.queue(training("first", STEPS, validate=3))
-        outputs = studio.wait(prompt_id)["outputs"]
-    assert times[TRAIN] < 1
+    prompt_id = studio.queue(training("first", STEPS, validate=3))
+    outputs = studio.wait(prompt_id)["outputs"]
     assert figures(outputs)["lora_name"] == figures(first)["lora_name"]
     assert not [event for event in studio.events_of(prompt_id, "progress") if event["data"]["node"] == TRAIN]
     assert stamps(run_dir(studio, "first")) == before
@@ -178,12 +174,11 @@ def test_without_any_cache(comfyui_of_its_own: Callable[..., PackServer], tokeni
     first_id = server.queue(prompt)
     server.wait(first_id)
     first = told(server, first_id)
-    before, began = stamps(run_dir(server, "none")), time.monotonic()
-    with NodeTimes(server) as times:
-        prompt_id = server.queue(prompt)
-        server.wait(prompt_id)
-    assert times[TRAIN] < 1
-    assert time.monotonic() - began < 4  # with pairing and a look into the cache of encoded pairs
+    before, latents = stamps(run_dir(server, "none")), cache_entries(server, "latents")
+    prompt_id = server.queue(prompt)
+    server.wait(prompt_id)
+    assert latents
+    assert cache_entries(server, "latents") == latents
     assert told(server, prompt_id) == first
     assert not [event for event in server.events_of(prompt_id, "progress") if event["data"]["node"] == TRAIN]
     assert stamps(run_dir(server, "none")) == before

@@ -173,8 +173,7 @@ def test_stop_and_keep(studio: PackServer):
     assert pressed.answer["stopping"] == "kept"
     assert (pressed.answer["run_name"], pressed.answer["num_steps"]) == ("kept", 100_000)
     assert pressed.answer["step"] >= 3
-    assert pressed.seconds < 10
-    assert 3 <= found["steps"] < 100_000
+    assert 3 <= found["steps"] < pressed.answer["step"] + 1000  # of 100 000
     assert found["stopped"] == "keep"
     assert (studio.output / found["lora_file"]).is_file()
     assert pressed.entry["outputs"][PLOT]["images"]  # the graph went on

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,28 +242,6 @@ def progress_of(node_id: str, value: int = 1, total: int | None = None) -> Calla
     return matches
 
 
-class NodeTimes(dict[str, float]):
-    """Seconds that each node was at work while the block lasted."""
-
-    def __init__(self, server: PackServer) -> None:
-        super().__init__()
-        self._server, self._at = server, ("", 0.0)
-
-    def __enter__(self) -> NodeTimes:
-        self._server.on_event = self._note
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.on_event = None
-
-    def _note(self, event: dict[str, Any]) -> None:
-        if event["type"] == "executing":
-            (node_id, began), now = self._at, time.monotonic()
-            if node_id:
-                self[node_id] = self.get(node_id, 0.0) + now - began
-            self._at = (event["data"].get("node") or "", now)
-
-
 class Pressed:
     """How a prompt ended when a button was pressed at a message: ComfyUI's interruption, or another `button`."""
 
@@ -276,15 +253,15 @@ class Pressed:
         button: Callable[[], Any] | None = None,
     ) -> None:
         queued = threading.Event()
-        self.pressed_at = 0.0
+        self.pressed = False
         self.answer: Any = None
         self._prompt_id = ""
 
         def listen(event: dict[str, Any]) -> None:
             queued.wait()
             mine = event.get("data", {}).get("prompt_id") == self._prompt_id
-            if mine and not self.pressed_at and when(event):
-                self.pressed_at = time.monotonic()
+            if mine and not self.pressed and when(event):
+                self.pressed = True
                 self.answer = (button or server.interrupt)()
 
         server.on_event = listen
@@ -295,13 +272,11 @@ class Pressed:
         finally:
             queued.set()
             server.on_event = None
-        assert self.pressed_at, f"the awaited message did not come; the prompt ended as {status_of(self.entry)}"
-        self.seconds = time.monotonic() - self.pressed_at
+        assert self.pressed, f"the awaited message did not come; the prompt ended as {status_of(self.entry)}"
         self.progress = [event["data"] for event in server.events_of(self._prompt_id, "progress")]
 
     def assert_interrupted_at(self, node_id: str) -> None:
-        """Soon, at this node, and as ComfyUI knows it."""
+        """At this node, and as ComfyUI knows it."""
         assert status_of(self.entry) == "execution_interrupted", self.entry["status"]
         messages = dict(self.entry["status"]["messages"])
         assert messages["execution_interrupted"]["node_id"] == node_id
-        assert self.seconds < 10
