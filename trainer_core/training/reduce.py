@@ -1,4 +1,4 @@
-"""What processes that train together exchange: where they start, and a step's gradients and losses, added up."""
+"""Data that the processes of a distributed training exchange: their starting state, and each step's gradients."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ..ranks import Ranks
 
 
 def check_same_start(ranks: Ranks, done: int, weights: Mapping[str, Tensor]) -> None:
-    """Only gradients are exchanged later, so all have to begin with the same weights after the same `done` steps.
+    """Check that all processes start with the same step and weights, because later they exchange only gradients.
 
     Raises:
-        RunFolderError: they don't, in each of them.
-        LostRankError: a process is gone.
+        RunFolderError: they differ. Every process raises it.
+        LostRankError: another process has ended or hangs.
     """
     if ranks.size == 1:
         return
     states = ranks.all_gather_ints((done, _digest(weights)))
     if len(set(states)) > 1:
         found = "; ".join(
-            f"process {rank}: step {step}, weights {name:016x}" for rank, (step, name) in enumerate(states)
+            f"process {rank}: step {step}, weights {digest:016x}" for rank, (step, digest) in enumerate(states)
         )
         raise RunFolderError(
-            f"The {ranks.size} processes would not train the same LoRA. They start from {found}. The run folder and "
-            "the model's and init_lora's files have to be the same for all: put the run folder on a disk that all "
-            "machines see, at the same path. Nothing was trained."
+            f"The {ranks.size} processes do not start from the same LoRA ({found}). Put the run folder on a disk that "
+            "all machines see at the same path, and use the same model and init_lora files everywhere. Nothing was "
+            "trained."
         )
 
 
 def _digest(weights: Mapping[str, Tensor]) -> int:
-    """63 bits that stand for these weights, to the last bit."""
+    """A 63-bit hash of the weights' names and bytes."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
@@ -43,12 +43,12 @@ def _digest(weights: Mapping[str, Tensor]) -> int:
 
 
 def add_up_step(ranks: Ranks, weights: Collection[nn.Parameter], own: Tensor, *, before: int, total: int) -> Tensor:
-    """Numbers [n, total] of all processes' pairs, after the gradients of `weights` have become sums over the processes.
+    """Sum the gradients of `weights` over all processes, and collect n numbers per pair of the step: [n, total].
 
-    `own` [n, pairs] are those of this process's pairs, and `before` counts the step's pairs that come before them.
+    `own` [n, pairs] are the numbers of this process's pairs; `before` is how many pairs of the step precede them.
 
     Raises:
-        LostRankError: a process is gone; the gradients are as they were.
+        LostRankError: another process has ended or hangs. The gradients are unchanged.
     """
     if ranks.size == 1:
         return own
@@ -56,8 +56,7 @@ def add_up_step(ranks: Ranks, weights: Collection[nn.Parameter], own: Tensor, *,
     numbers[:, before : before + own.shape[1]] = own
     gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
     flat = ranks.all_reduce_sum(torch.cat([*(each.flatten() for each in gradients), numbers.flatten()]))
-    sizes = [weight.numel() for weight in weights]
-    *sums, together = flat.split([*sizes, numbers.numel()])
+    *sums, of_all = flat.split([*(weight.numel() for weight in weights), numbers.numel()])
     for weight, gradient in zip(weights, sums, strict=True):
         weight.grad = gradient.view_as(weight)
-    return together.view_as(numbers)
+    return of_all.view_as(numbers)

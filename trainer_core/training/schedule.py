@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step, so that checkpoints need no scheduler state."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ..config import OptimizerConfig
 
 
 def learning_rate_at(step: int, num_steps: int, optimizer: OptimizerConfig) -> float:
-    """Learning rate of step `step` (counted from 0) of `num_steps`: a linear warm-up, then the chosen course.
+    """Learning rate of step `step` (counted from 0) of `num_steps`: a linear warm-up, then the chosen schedule.
 
-    The courses are diffusers' and transformers' `get_scheduler`, without their first step at a rate of zero: step s
-    here is step s + 1 there, with one more step of warm-up and of training. All but the constant ones reach their end
-    (zero; `lr_end` for polynomial) after the last step.
+    The schedules equal those of `get_scheduler` in diffusers and transformers, without their first step at rate 0: step
+    s here is step s + 1 there, with one more step of warm-up and of training. All but the constant ones reach their
+    final rate (0, or `lr_end` for polynomial) after the last step.
     """
     peak, warmup = optimizer.learning_rate, optimizer.lr_warmup_steps
     if step < warmup:
