@@ -24,13 +24,13 @@ from tests.support.loop_cost import (
     train_config,
 )
 from tests.support.narrow import fill, make_base, small_encoding
+from tools.pretrain_demo.transformer import CONFIG as DEMO_TRANSFORMER
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     ModelConfig,
 )
 from trainer_core.data.pairing import pair_folders
-from tools.pretrain_demo.transformer import CONFIG as DEMO_TRANSFORMER
 from trainer_core.qwen_image.base_model import BaseModel
 
 
