@@ -4,7 +4,8 @@
 #   make test        the whole test suite            (make test ARGS="tests/core -k pairing")
 #   make test-fast   the fast tier: no server, no browser, no training
 #   make comfyui     ComfyUI's page with the pack in it, for a person
-#   make lint types  formatting and style; types
+#   make lint types  formatting and style; types     (needs only Python: no torch, no ComfyUI)
+#   make types-torch types again, with torch and the other libraries
 #   make types-web   types of the page's scripts (needs npm)
 #   make docs        writes docs/settings.md from the settings, and the drawing in docs/architecture.md
 #
@@ -17,10 +18,12 @@ ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+LINT := .venv-lint
+LINT_RUN := $(LINT)/bin/python
 export COMFYUI_DIR
 export TORCH
 
-.PHONY: help setup test test-fast demo comfyui lint format types types-web docs clean
+.PHONY: help setup test test-fast demo comfyui lint format types types-torch types-web docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,16 +44,25 @@ demo: setup
 comfyui: setup
 	@$(RUN) tools/serve.py $(ARGS)
 
-lint: setup
-	$(RUN) -m ruff format --check .
-	$(RUN) -m ruff check .
+$(LINT)/installed: requirements-lint.txt
+	$(PYTHON) -m venv $(LINT)
+	$(LINT_RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements-lint.txt
+	touch $@
 
-format: setup
-	$(RUN) -m ruff format .
-	$(RUN) -m ruff check --fix .
+lint: $(LINT)/installed
+	$(LINT_RUN) -m ruff format --check .
+	$(LINT_RUN) -m ruff check .
 
-types: setup
-	$(RUN) -m pyright
+format: $(LINT)/installed
+	$(LINT_RUN) -m ruff format .
+	$(LINT_RUN) -m ruff check --fix .
+
+# pyright takes the libraries' types from the environment that --pythonpath names.
+types: $(LINT)/installed
+	$(LINT_RUN) -m pyright --pythonpath $(LINT_RUN)
+
+types-torch: $(LINT)/installed setup
+	$(LINT_RUN) -m pyright --pythonpath $(RUN)
 
 types-web:
 	npx --yes --package typescript@5.9.3 tsc --project tsconfig.json

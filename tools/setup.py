@@ -67,7 +67,7 @@ def name_of(requirement: str) -> str:
 def wanted() -> str:
     """Changes when a set-up has to be done again."""
     parts = [sys.version, TORCH, str(COMFYUI)]
-    files = [REPO / "requirements.txt", REPO / "requirements-dev.txt", Path(__file__), COMFYUI / "requirements.txt"]
+    files = [*sorted(REPO.glob("requirements*.txt")), Path(__file__), COMFYUI / "requirements.txt"]
     parts += [file.read_text(encoding="utf-8") if file.is_file() else "" for file in files]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
