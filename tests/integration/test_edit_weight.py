@@ -61,6 +61,6 @@ def test_a_run_follows_it_and_the_preview_shows_it(encoded: EncodedDataset, mode
         )
         losses.append(read_rows(train_lora(config).run_dir / "metrics.jsonl")[0]["loss"])
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.5)
-    assert edit_weight_preview(encoded, 1.0, max_pairs=2, cell=64).width > 64
+    assert edit_weight_preview(encoded, 1.0, max_pairs=2).width > 160
     with pytest.raises(ConfigError, match="edit_weight must be 0 to 1, got 2"):
         NoiseConfig(edit_weight=2)

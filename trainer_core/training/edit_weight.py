@@ -1,6 +1,6 @@
-"""Where a pair's edit is: a weight of the loss from the difference of reference and target latents. Off by default.
+"""Loss weights that emphasise the edited region, from the difference of reference and target latents. Off by default.
 
-No mask has to be painted. The mean of the weights is 1, so that losses stay comparable and the learning rate its own.
+They need no painted masks. Their mean is 1 per pair, so that losses and learning rates stay comparable.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ..conditioning.encoded import EncodedDataset
 from ..geometry import Size, similar_shape
 from ..pictures.rows import Look, PictureRow, draw_rows
 
-FLOOR = 0.1  # of the strongest spot's weight that the unedited region keeps at strength 1
-_SMOOTHING = 3  # latents, each 8 pixels
+FLOOR = 0.1  # weight of unchanged latents relative to the most changed ones, at strength 1
+_SMOOTHING = 3  # width of the averaging window in latents of 8 pixels
 
 
 def edit_weights(target_BCHW: Tensor, reference_BCHW: Tensor, strength: float) -> Tensor:
-    """Weights [B, 1, H, W] of mean 1 per pair: all alike at strength 0, by the difference at 1."""
+    """Weights [B, 1, H, W] of mean 1 per pair: all 1 at strength 0, given by the difference at strength 1."""
     ones = torch.ones_like(target_BCHW[:, :1])
     (height, width), (rows, columns) = target_BCHW.shape[-2:], reference_BCHW.shape[-2:]
     if not similar_shape(Size(columns, rows), Size(width, height)):
-        return ones  # a reference of another shape does not show the same scene
+        return ones  # a reference with another aspect ratio does not show the same scene
     reference = reference_BCHW
     if (rows, columns) != (height, width):
         reference = interpolate(reference_BCHW, size=(height, width), mode="bilinear", antialias=True)
@@ -38,7 +38,7 @@ def edit_weights(target_BCHW: Tensor, reference_BCHW: Tensor, strength: float) -
 def combined_weights(
     target_BCHW: Tensor, references: tuple[Tensor, ...], mask_B1HW: Tensor | None, strength: float
 ) -> Tensor | None:
-    """The loss's weights from a mask and from the edit (the first reference), of mean 1; None where all count alike."""
+    """Loss weights of mean 1: the edit weights (from the first reference) times the mask. None if all are 1."""
     if strength == 0 or not references:
         return mask_B1HW
     weights = edit_weights(target_BCHW, references[0], strength)
@@ -48,10 +48,12 @@ def combined_weights(
     return weights / weights.mean(dim=(2, 3), keepdim=True)
 
 
-def edit_weight_preview(
-    encoded: EncodedDataset, strength: float, *, max_pairs: int = 12, cell: int = 160
-) -> Image.Image:
-    """The weights of pairs as pictures: grey for 1, white for 3 and more, black for 0."""
+def edit_weight_preview(encoded: EncodedDataset, strength: float, *, max_pairs: int = 12) -> Image.Image:
+    """The loss weights of the first pairs as pictures: grey is 1, white is 3 or more, black is 0.
+
+    Raises:
+        ConfigError: the references are not in the cache (reference_latents on_the_fly).
+    """
     rows = []
     for entry in (*encoded.pairs, *encoded.validation_pairs)[:max_pairs]:
         pair = encoded.load(entry)
@@ -63,6 +65,4 @@ def edit_weight_preview(
         size = (grey.width * 8, grey.height * 8)
         label = f"{entry.key}   weights {level.min():.2f} to {level.max():.2f}"
         rows.append(PictureRow((grey.resize(size, Image.Resampling.NEAREST),), entry.captions[0], label))
-    return draw_rows(
-        ["weight"], rows, Look(cell=cell, columns=0, title=f"Weight of the loss at edit_weight {strength:g}")
-    )
+    return draw_rows(["weight"], rows, Look(cell=160, columns=0, title=f"Loss weights at edit_weight {strength:g}"))
