@@ -1,6 +1,6 @@
-"""The trainer without ComfyUI: `python -m trainer_core check|encode|train|sample|import-simpletuner CONFIG.json`.
+"""The trainer without ComfyUI: `python -m trainer_core check|encode|train|plan|sample|import-simpletuner CONFIG.json`.
 
-The configuration is one JSON file, see docs/settings.md. Ctrl-C pauses a run so that the same command goes on.
+The configuration is one JSON file; see docs/settings.md. Ctrl-C pauses a run, and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ EXIT_OK, EXIT_ERROR, EXIT_STOPPED = 0, 1, 130
 
 
 class ConsoleObserver:
-    """Progress as lines on standard error; an interrupt signal is the wish to pause."""
+    """Logs progress. A signal asks the run to pause."""
 
     def __init__(self) -> None:
         self._stop = Stop.NO
         self._last_line = ("", -1)
 
     def interrupt(self, _signal: int, _frame: FrameType | None) -> None:
-        """Handler of SIGINT and SIGTERM: pause; a second SIGINT ends the process at once."""
-        _LOG.warning("Stopping after this micro-batch. Press Ctrl-C again to end now.")
+        """Handles SIGINT and SIGTERM: asks for a pause. A second SIGINT ends the process at once."""
+        _LOG.warning("Stopping after this micro-batch. Press Ctrl-C again to stop at once.")
         self._stop = Stop.PAUSE
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
-        """A line for every tenth of a phase."""
+        """Logs each tenth of a phase."""
         tenth = 10 * done // max(1, total)
         if (phase, tenth) != self._last_line:
             self._last_line = (phase, tenth)
             _LOG.info("%s: %d of %d", phase, done, total)
 
     def on_step(self, report: StepReport) -> None:
-        """A line per step."""
+        """Logs a step."""
         losses = {name.replace("_", " "): getattr(report, name) for name in VALIDATION_LOSSES}
         validation = "".join(f"  {name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
         _LOG.info(
@@ -58,16 +58,16 @@ class ConsoleObserver:
         )
 
     def on_samples(self, report: SampleReport) -> None:
-        """Where the pictures are, and how near the targets."""
+        """Logs the grid file and how close the pictures are to the targets."""
         _LOG.info("step %d  pictures %s  %s", report.step, report.grid_file, report.as_text())
 
     def should_stop(self) -> Stop:
-        """What the signals said."""
+        """PAUSE after a signal."""
         return self._stop
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the process's exit code."""
+    """Run one command. Returns the exit code of the process."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "diffusers", "transformers", "torch", "matplotlib"):
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _job(options: argparse.Namespace) -> JobConfig:
-    """CONFIG over the preset, or an example by itself in the working directory."""
+    """CONFIG, which overrides the preset; without it an example in the working directory."""
     from .example import example_job
     from .job import load_job
 
@@ -94,7 +94,7 @@ def _job(options: argparse.Namespace) -> JobConfig:
         return load_job(options.config, options.set, preset=options.example)
     if options.example:
         return example_job(options.example, Path.cwd(), options.set)
-    raise ConfigError("There is no configuration. Name a JSON file, or an example with --example.")
+    raise ConfigError("The command has no configuration. Give a JSON file, or an example with --example.")
 
 
 def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
@@ -118,7 +118,7 @@ def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .job import encode_job
 
     job = _job(options)
-    with _together(job) as ranks:
+    with _ranks(job) as ranks:
         for encoded in encode_job(job, observer, ranks):
             if encoded is not None and ranks.leads:
                 _LOG.info(encoding_report(encoded))
@@ -134,14 +134,14 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .run import train_lora
 
     job = _job(options)
-    with _together(job) as ranks:
+    with _ranks(job) as ranks:
         base = BaseModel(job.model)
         model = check_training(job.train_config("-"), base)  # refuse before hours of encoding
         encoded, validation = encode_job(job, observer, ranks, base)
         config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
         result = train_lora(config, observer, model=model, continue_kept=options.continue_kept, ranks=ranks)
     if result.lora_file is None:
-        _LOG.warning("Paused after %d steps. Run the same command to go on.", result.steps_done)
+        _LOG.warning("Paused after %d steps. Run the same command to resume.", result.steps_done)
         return EXIT_STOPPED
     if note := READERS[job.lora.lora_type]:
         _LOG.info("%s", note)
@@ -151,13 +151,13 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 
 @contextmanager
-def _together(job: JobConfig) -> Iterator[Ranks]:
-    """The processes that torchrun or accelerate started; those that follow the first say only what goes wrong."""
+def _ranks(job: JobConfig) -> Iterator[Ranks]:
+    """The processes that torchrun or accelerate started. Processes other than the leader log only warnings."""
     from .ranks import joined_ranks
 
     with joined_ranks(job.model.device) as ranks:
         if ranks.leads and ranks.size > 1:
-            _LOG.info("%d processes work together", ranks.size)
+            _LOG.info("%d processes train together", ranks.size)
         if not ranks.leads:
             logging.getLogger().setLevel(logging.WARNING)
         yield ranks
@@ -219,38 +219,38 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer_core", description="Train LoRAs for Qwen-Image-Edit.")
     commands = parser.add_subparsers(required=True)
     described = {
-        "check": (_check, "Check the model folder and the dataset, and report on its pairs."),
-        "encode": (_encode, "Encode the dataset; prints the manifest's path."),
-        "train": (_train, "Encode what is missing, train, and print the LoRA file's path."),
-        "plan": (_plan, "Say what training would need in device and host memory; nothing is loaded."),
+        "check": (_check, "Check the model folder and the dataset, and print a report on the pairs."),
+        "encode": (_encode, "Encode the dataset and print the manifest's path."),
+        "train": (_train, "Encode missing pairs, train, and print the LoRA file's path."),
+        "plan": (_plan, "Estimate the device and host memory of training, without loading anything."),
         "sample": (_sample, "Edit one picture with the base model or a LoRA."),
-        "import-simpletuner": (_import_simpletuner, "Turn SimpleTuner's config.json into a configuration."),
+        "import-simpletuner": (_import_simpletuner, "Convert SimpleTuner's config.json to a configuration."),
     }
     for name, (command, text) in described.items():
         sub = commands.add_parser(name, help=text, description=text)
         foreign = name == "import-simpletuner"
         sub.add_argument("config", type=Path, nargs=None if foreign else "?", help="The JSON configuration.")
         if not foreign:
-            sub.add_argument("--example", default="", metavar="PRESET", help="A preset, under CONFIG or by itself.")
+            sub.add_argument("--example", default="", metavar="PRESET", help="Preset for settings that CONFIG lacks.")
         sub.add_argument(
             "--set", action="append", default=[], metavar="NAME=VALUE", help="Change a setting; repeatable."
         )
         sub.set_defaults(command=command)
         if name == "train":
-            sub.add_argument("--continue-kept", action="store_true", help="Go on with a run that was ended early.")
+            sub.add_argument("--continue-kept", action="store_true", help="Continue a run that was ended early.")
         if name == "plan":
             sub.add_argument("--vram", type=float, default=0.0, metavar="GIB", help="Plan for a card of this size.")
         if name == "import-simpletuner":
-            sub.add_argument("--data", type=Path, help="multidatabackend.json; without it the one that CONFIG names.")
-            sub.add_argument("--base", default="", help="Folder of the base model, or demo.")
+            sub.add_argument("--data", type=Path, help="multidatabackend.json; default: the one that CONFIG names.")
+            sub.add_argument("--base", default="", help="The base model's folder, or demo.")
             sub.add_argument("--out", type=Path, default=Path("job.json"), help="The configuration to write.")
         if name == "sample":
             sub.add_argument("--reference", type=Path, nargs="+", required=True, help="One to three pictures.")
             sub.add_argument("--prompt", required=True, help="The edit instruction.")
             sub.add_argument("--out", type=Path, required=True, help="The picture to write.")
-            sub.add_argument("--lora", type=Path, help="A LoRA file; without it the base model draws.")
-            sub.add_argument("--strength", type=float, default=1.0, help="Factor of the LoRA.")
-            sub.add_argument("--seed", type=int, default=0, help="Of the noise.")
+            sub.add_argument("--lora", type=Path, help="A LoRA file; default: the base model alone.")
+            sub.add_argument("--strength", type=float, default=1.0, help="Strength of the LoRA.")
+            sub.add_argument("--seed", type=int, default=0, help="Seed of the sampling noise.")
     return parser
 
 

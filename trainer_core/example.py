@@ -1,4 +1,4 @@
-"""A preset as a job: beneath a configuration, or, for the quickstart's examples, a whole one on the demo model."""
+"""The quickstart's examples: presets that are complete jobs on the demo model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _FURTHER_REFERENCES = {"reference_2": ImageOps.grayscale, "reference_3": ImageOp
 
 
 def example_job(name: str, folder: Path, changes: Sequence[str] = ()) -> JobConfig:
-    """The job of an example, with its pairs made in `folder`/example if they are not there yet.
+    """The job of an example. Creates its pairs in `folder`/example if that doesn't exist.
 
     Raises:
-        ConfigError: there is no such example, or no tokenizer for the demo model.
+        ConfigError: there is no such example, or no tokenizer was found.
         MissingPackageError: the packages that ship the photographs are not installed.
     """
     preset = read_preset(name)
     if "demo" not in preset:
         whole = ", ".join(each for each in preset_names() if "demo" in read_preset(each))
         raise ConfigError(
-            f"The preset {name!r} needs a configuration with your folders. Whole by themselves are {whole}."
+            f"The preset {name!r} needs a configuration with your folders. Presets that work without one: {whole}."
         )
     values = changed(merged(preset["job"], preset["demo"]), changes)
     values["model"].setdefault("tokenizer", "")
@@ -42,7 +42,7 @@ def example_job(name: str, folder: Path, changes: Sequence[str] = ()) -> JobConf
 
 
 def _make_pairs(folder: Path) -> None:
-    """Demo pairs, and two further references of each, for flavours that take three."""
+    """Create demo pairs with two more references each, for flavours that take three."""
     make_demo_pairs(folder)
     for path in sorted((folder / "reference").glob("*.png")):
         with Image.open(path) as picture:
@@ -52,13 +52,13 @@ def _make_pairs(folder: Path) -> None:
 
 
 def _find_tokenizer(folder: Path) -> Path:
-    """That of the ComfyUI around this extension or around `folder`, or of the one that set-up has got."""
+    """The tokenizer of a ComfyUI in or beside a folder that contains this extension or `folder`."""
     here = Path(__file__).resolve()
     for place in (*here.parents, folder.resolve(), *folder.resolve().parents):
         for tree in (place, place / ".comfyui" / "ComfyUI", place / "ComfyUI"):
             if (tree / _TOKENIZER).is_dir():
                 return tree / _TOKENIZER
     raise ConfigError(
-        "The demo model comes without a tokenizer, and no ComfyUI is near. Name the folder "
+        "The demo model has no tokenizer, and no ComfyUI was found near this folder. Set the folder "
         f"{_TOKENIZER.as_posix()} of a ComfyUI with --set model.tokenizer=FOLDER."
     )

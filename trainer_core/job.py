@@ -1,4 +1,4 @@
-"""A whole job from its JSON file: read it, pair its folders, encode its datasets into one."""
+"""A job file: read it, pair its folders, encode its datasets and plan its memory."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ PairedPart = tuple[DatasetPartConfig, EditDataset]
 
 
 def load_job(path: Path, changes: Sequence[str] = (), *, preset: str = "") -> JobConfig:
-    """Read a configuration, with `changes` (`name=value`) in it and `preset` beneath it.
+    """Read a job file. `changes` (`name=value`) override its settings, and it overrides those of `preset`.
 
-    Relative paths in it start at its folder.
+    Relative paths are relative to the file's folder.
 
     Raises:
-        ConfigError: unreadable, not JSON, or with a wrong setting.
+        ConfigError: the file can't be read, isn't JSON or has a wrong setting.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not text in UTF-8. Save it with the encoding UTF-8.") from error
+        raise ConfigError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
     if isinstance(values, dict):
@@ -53,30 +53,30 @@ def load_job(path: Path, changes: Sequence[str] = (), *, preset: str = "") -> Jo
 
 
 def resolve_job(job: JobConfig, folder: Path) -> JobConfig:
-    """The job with its relative paths below `folder`."""
+    """The job with its relative paths resolved against `folder`."""
 
-    def beside(name: str) -> str:
+    def resolved_path(name: str) -> str:
         return str(folder / Path(name).expanduser()) if name else name
 
     def resolved(dataset: DatasetConfig) -> DatasetConfig:
         return dataclasses.replace(
             dataset,
-            target_dir=beside(dataset.target_dir),
-            reference_dirs=tuple(map(beside, dataset.reference_dirs)),
-            mask_dir=beside(dataset.mask_dir),
+            target_dir=resolved_path(dataset.target_dir),
+            reference_dirs=tuple(map(resolved_path, dataset.reference_dirs)),
+            mask_dir=resolved_path(dataset.mask_dir),
         )
 
-    base = job.model.base if job.model.base == DEMO_MODEL else beside(job.model.base)
-    files = {name: beside(getattr(job.model, name)) for name in _MODEL_FILES}
-    kept = beside(job.model.quantised_cache_dir or str(Path(job.cache_dir) / "quantised"))
+    base = job.model.base if job.model.base == DEMO_MODEL else resolved_path(job.model.base)
+    files = {name: resolved_path(getattr(job.model, name)) for name in _MODEL_FILES}
+    kept = resolved_path(job.model.quantised_cache_dir or str(Path(job.cache_dir) / "quantised"))
     return dataclasses.replace(
         job,
         model=dataclasses.replace(job.model, base=base, quantised_cache_dir=kept, **files),
-        lora=dataclasses.replace(job.lora, init_lora=beside(job.lora.init_lora)),
+        lora=dataclasses.replace(job.lora, init_lora=resolved_path(job.lora.init_lora)),
         dataset=resolved(job.dataset) if job.dataset else None,
         datasets=tuple(dataclasses.replace(part, dataset=resolved(part.dataset)) for part in job.datasets),
-        cache_dir=beside(job.cache_dir),
-        run_dir=beside(job.run_dir),
+        cache_dir=resolved_path(job.cache_dir),
+        run_dir=resolved_path(job.run_dir),
     )
 
 
@@ -84,38 +84,34 @@ def pair_job(job: JobConfig, observer: Observer = SILENT) -> list[PairedPart]:
     """Each dataset of the job with its pairs.
 
     Raises:
-        DatasetError: with the problems of all datasets.
+        DatasetError: lists the problems of all datasets.
         ConfigError: a pair has more references than the flavour takes.
     """
-    paired = _pair_job(job, observer)
-    for part, dataset in paired:
-        check_references(dataset, job.model, part.encoding)
-    return paired
-
-
-def _pair_job(job: JobConfig, observer: Observer) -> list[PairedPart]:
-    checked_dir = Path(job.cache_dir) / "checked"
-    if not job.datasets:
-        return [(part, pair_folders(part.dataset, observer, checked_dir=checked_dir)) for part in job.parts()]
     paired: list[PairedPart] = []
     problems: list[str] = []
     for part in job.parts():
         try:
-            paired.append((part, pair_folders(part.dataset, observer, checked_dir=checked_dir)))
+            dataset = pair_folders(part.dataset, observer, checked_dir=Path(job.cache_dir) / "checked")
         except DatasetError as error:
+            if not job.datasets:
+                raise
             problems += [f"{part.id}: {each}" for each in error.problems or (error.summary,)]
+        else:
+            paired.append((part, dataset))
     if problems:
-        raise DatasetError(f"The datasets have {len(problems)} problems:", problems)
+        raise DatasetError(f"The datasets have {len(problems)} problems. Fix them and run again:", problems)
+    for part, dataset in paired:
+        check_references(dataset, job.model, part.encoding)
     return paired
 
 
 def encode_job(
     job: JobConfig, observer: Observer = SILENT, ranks: Ranks = SINGLE_PROCESS, base: BaseModel | None = None
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """What to train on, and what `eval_dataset_id` says to validate on instead of held-out pairs. Shared by `ranks`.
+    """The encoded training dataset, and the validation dataset that `eval_dataset_id` names. `ranks` share the work.
 
     Raises:
-        DatasetError, ConfigError, ModelFileError, Interrupted: as pairing and encoding do.
+        DatasetError, ConfigError, ModelFileError, Interrupted: see `pair_job` and `encode_dataset`.
     """
     return encode_paired(job, pair_job(job, observer), observer, ranks=ranks, base=base)
 
@@ -128,7 +124,7 @@ def encode_paired(
     ranks: Ranks = SINGLE_PROCESS,
     base: BaseModel | None = None,
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """`encode_job` for datasets that are paired already; `encoders` stand in the place of the base model's."""
+    """`encode_job` for datasets that are already paired. `encoders` replaces the base model's encoders."""
     cache_dir, base = Path(job.cache_dir), base or BaseModel(job.model)
     parts: dict[bool, list[MixPart]] = {False: [], True: []}
     for part, dataset in paired:
@@ -143,9 +139,9 @@ def encode_paired(
 
 
 def plan_job(job: JobConfig, vram_gib: float = 0.0, observer: Observer = SILENT) -> tuple[str, bool]:
-    """What training the job would need in memory, as text, and whether it fits, here or on a card of `vram_gib`.
+    """A report on the memory that the job needs, and whether it fits on this machine, or on a card of `vram_gib`.
 
-    Reads the pictures' headers; prompts that are not encoded yet are estimated.
+    Reads only the pictures' headers and estimates the prompts' lengths.
     """
     parts = [(dataset, part.encoding) for part, dataset in pair_job(job, observer)]
     config, base = job.train_config("plan"), BaseModel(job.model)

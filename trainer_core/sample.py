@@ -1,4 +1,4 @@
-"""Draw one edit, with or without a LoRA, through the same encoding and forward that training uses."""
+"""Edits one picture, with or without a LoRA, with the encoding and forward pass that training uses."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from .rng import stream
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """One picture to draw.
+    """One edit to sample.
 
-    `references`: RGB pictures in order. `size`: of the result in pixels, multiples of 16; None takes the first
-    reference's aspect with the area of `resolution`². `lora_file`: None draws the base model.
+    `references`: RGB pictures in order. `size`: of the result in pixels, multiples of 16; None for the first
+    reference's aspect ratio with an area of `resolution`². `lora_file`: None for the base model alone.
     """
 
     model: ModelConfig
@@ -53,17 +53,17 @@ class SampleRequest:
 
     @property
     def encoding(self) -> EncodingConfig:
-        """The settings that training encodes with."""
+        """The encoding settings, as for training."""
         return EncodingConfig(
             resolution=self.resolution, preprocessing=self.preprocessing, match_target_res=self.match_target_res
         )
 
 
 def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Image:
-    """Encode, draw, decode; one network in memory at a time.
+    """Encode, sample and decode, with one network in memory at a time.
 
     Raises:
-        ConfigError: more references than the flavour takes, or none; a size that is no multiple of 16.
+        ConfigError: there is no reference, or more than the flavour takes; the size isn't a multiple of 16.
         ModelFileError: a part of the model can't be loaded, or the LoRA file belongs to another model.
         Interrupted: the observer wants to stop.
     """
@@ -84,7 +84,7 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
 def _checked_size(request: SampleRequest) -> Size:
     count, allowed = len(request.references), FLAVOURS[request.model.flavour].max_references
     if not 1 <= count <= allowed:
-        raise ConfigError(f"{count} reference pictures are given; {request.model.flavour} takes 1 to {allowed}.")
+        raise ConfigError(f"There are {count} reference pictures, but {request.model.flavour} takes 1 to {allowed}.")
     if request.size is None:
         return bucket_size(Size(*request.references[0].size), request.encoding.resolution)
     if any(side % (2 * VAE_FACTOR) or side <= 0 for side in request.size):
@@ -93,7 +93,7 @@ def _checked_size(request: SampleRequest) -> Size:
 
 
 def _views(picture: Image.Image, request: SampleRequest, size: Size) -> tuple[View, View]:
-    """As at inference in ComfyUI: the whole reference; under match_target_res its middle in the result's aspect."""
+    """A reference for the VAE and for the text encoder: whole, as in ComfyUI; with match_target_res a centre crop."""
     own = Size(*picture.size)
     box = crop_box(own, size) if request.encoding.match_target_res else Box(0, 0, *own)
     return plan_reference(box, FLAVOURS[request.model.flavour], request.encoding, size)

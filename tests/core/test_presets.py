@@ -41,7 +41,7 @@ def test_the_file_wins_over_the_preset_and_a_change_over_both(tmp_path: Path) ->
 
 
 def test_what_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ConfigError, match=r"'qualty' is not there; there are qwen_image.*Did you mean 'quality'"):
+    with pytest.raises(ConfigError, match=r"no preset 'qualty'.*one of qwen_image.*Did you mean 'quality'"):
         read_preset("qualty")
     assert main(["train"]) == 1 and "no configuration" in caplog.text
     assert main(["train", "--example", "quality"]) == 1 and "needs a configuration" in caplog.text

@@ -1,6 +1,6 @@
-"""Settings that go together, as data: one JSON file each, with a sentence about it.
+"""Presets: one JSON file each, with a description (`about`).
 
-`job` holds any of the job file's settings. `demo`, where there is one, makes it a whole job on the demo model.
+`job` has any of the job file's settings. `demo`, if present, completes it to a job on the demo model.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ _NOT_TRAINING = ("model", "dataset", "datasets", "eval_dataset_id", "encoding", 
 
 
 def preset_names() -> tuple[str, ...]:
-    """All of them, examples first."""
+    """The names of all presets, examples first."""
     names = sorted(path.stem for path in _FOLDER.glob("*.json"))
     return tuple(sorted(names, key=lambda name: not name.startswith("qwen_image.")))
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """`about`, `job` and perhaps `demo` of a preset.
+    """The `about`, `job` and, for an example, `demo` of a preset.
 
     Raises:
-        ConfigError: there is no such preset; with those that there are.
+        ConfigError: there is no such preset; lists the existing ones.
     """
     names = preset_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"The preset {name!r} is not there; there are {', '.join(names)}.{hint}")
+        raise ConfigError(f"There is no preset {name!r}. Choose one of {', '.join(names)}.{hint}")
     return json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def with_preset(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """A job's parsed JSON with the preset's settings wherever it does not say otherwise."""
+    """A job's parsed JSON, with the preset's settings where the job has none."""
     return merged(read_preset(name)["job"], values)
 
 
 def training_preset(name: str) -> TrainConfig:
-    """The preset's settings of the training itself, with its defaults; places and model are still to be filled in."""
+    """The preset's training settings; others have their defaults. run_dir, encoded and model are placeholders."""
     job = read_preset(name)["job"]
     return from_json(TrainConfig, {**_PLACES, **{key: job[key] for key in job if key not in _NOT_TRAINING}})
