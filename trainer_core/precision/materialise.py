@@ -76,8 +76,7 @@ def materialise(
             with source.opened() as read:
                 for name in names:
                     _fill(network, name, read, placement, _Quantised(convert, known, made if entry else None))
-            if not known:  # cached weights are in one allocation already
-                in_one_buffer(network, names)
+            in_one_buffer(network, names)
             if entry and not known:
                 entry.write(done, made)
             observer.on_progress(phase, done + 1, len(groups))
@@ -159,7 +158,7 @@ def _fill(network: nn.Module, name: str, read: Read, placement: Placement, quant
 def _known(module: nn.Module, name: str, read: Read, placement: Placement, pieces: Pieces) -> nn.Module:
     """The quantised layer from cached pieces. Only its bias is read from the model file."""
     bias = None
-    if module.bias is not None:
+    if isinstance(module.bias, Tensor):
         value = read(f"{name}.bias").to(placement.quantise_on).dequantise(placement.dtype)
         bias = nn.Parameter(value, requires_grad=False)
     return layer_of(pieces, bias).to(placement.device_of(name))

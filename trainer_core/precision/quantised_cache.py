@@ -19,30 +19,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..errors import ModelFileError
-from ..files import HEADER_LENGTH_BYTES, is_whole, write_atomically
+from ..files import is_whole, write_atomically
 from .pieces import Pieces
 
 _LOG = logging.getLogger(__name__)
-_ALIGNMENT = 256  # bytes; as CUDA allocations, so that views into a buffer are as fast as tensors of their own
 _LEFT_OVER_SECONDS = 86_400  # an unfinished entry this old was left by a process that has ended
-_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +72,7 @@ class Entry:
         path = self.place / f"{block:05d}.safetensors"
         try:
             return _read(path, device)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ModelFileError(
                 f"The quantised weights in {path} can't be read ({error}). Delete the folder {self.place}; it will be "
                 "rebuilt from the model."
@@ -97,7 +84,7 @@ class Entry:
             return
         try:
             self._bytes += _write(self.temporary / f"{block:05d}.safetensors", weights)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             self._give_up(f"{self.cache.folder} can't be written to ({error})")
         if self._bytes > self.cache.limit_bytes:
             self._give_up(f"they need more than the cache's limit of {self.cache.limit_bytes / 1e9:.1f} GB")
@@ -146,57 +133,24 @@ def _make_room(cache: QuantisedCache) -> None:
 
 
 def _write(path: Path, weights: dict[str, Pieces]) -> int:
-    """Write a safetensors file tensor by tensor, without a second copy of the block in memory. Returns its size.
-
-    Padding between tensors is stored as tensors of its own, because safetensors files may not have gaps.
-    """
-    header: dict[str, Any] = {
-        "__metadata__": {"notes": json.dumps({name: pieces.note for name, pieces in weights.items()})}
-    }
-    tensors, end = [], 0
-    for name, pieces in weights.items():
-        for key, tensor in pieces.tensors.items():
-            begin, end = end, end + tensor.nbytes
-            header[f"{name}/{key}"] = _described(_NAMES[tensor.dtype], list(tensor.shape), begin, end)
-            tensors.append(tensor)
-            if padding := -end % _ALIGNMENT:
-                header[f"{name}/{key}/padding"] = _described("U8", [padding], end, end + padding)
-                tensors.append(torch.zeros(padding, dtype=torch.uint8))
-                end += padding
-    text = json.dumps(header).encode()
-    text += b" " * (-(HEADER_LENGTH_BYTES + len(text)) % _ALIGNMENT)
+    """Write a block to a safetensors file. Returns its size."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text)
-        for tensor in tensors:
-            file.write(_as_bytes(tensor).numpy().data)
-        file.flush()
+    tensors = {
+        f"{name}/{key}": tensor.detach().cpu().contiguous()
+        for name, pieces in weights.items()
+        for key, tensor in pieces.tensors.items()
+    }
+    save_file(tensors, path, {"notes": json.dumps({name: pieces.note for name, pieces in weights.items()})})
+    with path.open("rb") as file:
         os.fsync(file.fileno())
-    return HEADER_LENGTH_BYTES + len(text) + end
-
-
-def _described(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return path.stat().st_size
 
 
 def _read(path: Path, device: torch.device) -> dict[str, Pieces]:
-    """Read a block with one read into one buffer. Its tensors are views of that buffer."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")))
-        notes = json.loads(header.pop("__metadata__")["notes"])
-        size = max((each["data_offsets"][1] for each in header.values()), default=0)
-        host = torch.empty(size, dtype=torch.uint8)
-        if file.readinto(host.numpy().data) != size:
-            raise ValueError("the file is truncated")
-    buffer = host.to(device)
-    weights = {name: Pieces({}, note) for name, note in notes.items()}
-    for full, each in header.items():
-        name, key, *padding = full.split("/")
-        if not padding:
-            begin, end = each["data_offsets"]
-            weights[name].tensors[key] = buffer[begin:end].view(_DTYPES[each["dtype"]]).view(each["shape"])
+    with safe_open(path, framework="pt", device=str(device)) as file:  # type: ignore[no-untyped-call]
+        weights = {name: Pieces({}, note) for name, note in json.loads(file.metadata()["notes"]).items()}
+        for full in file.keys():  # noqa: SIM118 - not a dict
+            name, key, *padding = full.split("/")
+            if not padding:  # entries of an older version are padded with tensors of their own
+                weights[name].tensors[key] = file.get_tensor(full)
     return weights
