@@ -79,8 +79,28 @@ def test_an_installation_has_what_it_needs_and_no_more(tmp_path: Path):
     }
     needed |= {"web/qwen_edit_trainer.js", "web/trainer/trainer.css"}
     assert needed <= have
+    assert {name for name in have if "/" not in name} <= {
+        "__init__.py",
+        "CHANGELOG.md",
+        "LICENSE",
+        "README.md",
+        "SECURITY.md",
+        "pyproject.toml",
+        "requirements.txt",
+    }
     top = {name.split("/")[0] for name in have}
-    assert top & {"tests", "tools", "benchmarks", ".git", ".venv", ".comfyui", ".demo", "Makefile"} == set()
+    assert top & {"tests", "tools", "benchmarks", ".git", ".venv", ".comfyui", ".demo"} == set()
     assert not any("__pycache__" in name for name in have)
     assert {name.split("/")[0] for name in have if name.endswith(".py")} == {"__init__.py", "nodes", "trainer_core"}
     assert sum((pack / name).stat().st_size for name in have) < 40e6
+
+
+def test_hooks_and_make_lint_run_the_same_ruff():
+    pins = (REPO / "requirements-lint.txt").read_text(encoding="utf-8")
+    hooks = (REPO / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"ruff==[\d.]+", hooks)) == set(re.findall(r"ruff==[\d.]+", pins)) != set()
+
+
+def test_ci_tests_the_oldest_comfyui_that_the_pack_claims(pyproject: dict):
+    oldest = pyproject["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
+    assert f"v{oldest}" in (REPO / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
