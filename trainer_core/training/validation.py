@@ -1,4 +1,4 @@
-"""Pictures and loss on held-out pairs, through the training's own forward. Nothing that follows is changed by it."""
+"""Loss and pictures of held-out pairs, with the forward pass of training. Does not change the rest of the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LOSS_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 
 
 class Validator:
-    """Holds what never changes between validations: the shots, and what base model and VAE make of them."""
+    """Validates a run. Keeps the base model's latents and the targets' VAE results from the first validation."""
 
     def __init__(self, encoded: EncodedDataset, base: BaseModel, config: ValidationConfig) -> None:
         self._encoded, self._base_model, self._config = encoded, base, config
@@ -43,12 +43,16 @@ class Validator:
         self._standards: dict[Shot, Standard] = {}
 
     def __bool__(self) -> bool:
-        """False when no pair is held out."""
+        """False if no pair is held out."""
         return bool(self._encoded.validation_pairs)
 
     @torch.no_grad()
     def loss(self, transformer: QwenImageTransformer2DModel, device: torch.device, observer: Observer) -> float:
-        """Mean loss over all held-out pairs at four fixed noise levels, with noise fixed per pair."""
+        """Mean loss of all held-out pairs at the noise levels LOSS_SIGMAS. Each pair's noise is fixed.
+
+        Raises:
+            Interrupted: the observer wants to stop.
+        """
         losses = []
         with without_dropout(transformer):
             for entry in self._encoded.validation_pairs:
@@ -75,9 +79,7 @@ class Validator:
         grid_file: Path,
         observer: Observer,
     ) -> SampleReport | None:
-        """Draw the held-out pairs without the adapter and under each of `variants`, and save the grid.
-
-        None where no picture is wanted.
+        """Sample the shots with the base model and with each of `variants`, and save the grid. None without shots.
 
         Raises:
             Interrupted: the observer wants to stop.
@@ -110,7 +112,10 @@ class Validator:
         observer: Observer,
         place: tuple[int, int],
     ) -> Tensor:
-        """Latents [C, H, W] of a shot, number `place` of so many. The noise is the pair's own at its own size."""
+        """Sample the latents [C, H, W] of a shot, on the CPU. The noise depends only on the pair and the size.
+
+        `place` is the number of shots before this one and of all shots, for the progress report.
+        """
         steps, (number, total) = self._config.validation_num_inference_steps, place
         pair = self._encoded.load(shot.entry)
         prompt, negative = (self._encoded.load_prompt(shot.entry, key) for key in (shot.prompt, shot.entry.negative))
@@ -131,12 +136,12 @@ class Validator:
         return latents[0].cpu()
 
     def _noise(self, purpose: str, index: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """[1, C, H, W]."""
+        """Noise [1, C, H, W] for a `shape` [C, H, W]."""
         generator = stream(self._config.validation_seed, purpose, index)
         return torch.randn((1, *shape), generator=generator).to(device)
 
 
 def _condition(pair: EncodedPair, prompt: Tensor, device: torch.device) -> Condition:
-    """A prompt [L, D] with the pair's own references, whatever their sizes."""
+    """The pair's references with a prompt [L, D], as a batch of 1."""
     references = tuple(latents.unsqueeze(0) for latents in pair.reference_latents)
     return Condition(references, *pad_prompts([prompt])).to(device)

@@ -1,7 +1,4 @@
-"""Which validation pictures are drawn, and what is shown and measured of them.
-
-A shot is a held-out pair under one instruction at one size. Its references are the pair's own, as encoded.
-"""
+"""Validation pictures: plan which ones to sample, compare them with their targets, and save the grid."""
 
 from __future__ import annotations
 
@@ -31,12 +28,15 @@ from .ema import AVERAGE, TRAINED
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage
 
-Drawn = Mapping[str, Mapping["Shot", Tensor]]  # latents [C, H, W] by who drew them ("base", "LoRA") and by shot
+Drawn = Mapping[str, Mapping["Shot", Tensor]]  # latents [C, H, W] by variant ("base", TRAINED, AVERAGE) and shot
 
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """`prompt` is the cache key of `caption`; `asks_for_target`: it is the pair's own instruction."""
+    """A held-out pair with one caption at one size. The references are always used as encoded.
+
+    `prompt` is the caption's cache key. `asks_for_target` is True for the pair's own caption.
+    """
 
     entry: EncodedEntry
     caption: str
@@ -46,24 +46,24 @@ class Shot:
 
     @property
     def latents_shape(self) -> tuple[int, ...]:
-        """[C, H, W]."""
+        """Shape [C, H, W] of the latents to sample."""
         return self.entry.shape[0], self.size.height // VAE_FACTOR, self.size.width // VAE_FACTOR
 
     @property
     def at_own_size(self) -> bool:
-        """Whether the pair was encoded at this very size."""
+        """Whether the pair was encoded at this size."""
         return self.size == own_size(self.entry)
 
     @property
     def has_target(self) -> bool:
-        """Whether the picture can be held against the target."""
+        """Whether the picture can be compared with the target."""
         return self.asks_for_target and similar_shape(self.size, own_size(self.entry))
 
 
 @dataclass(frozen=True, slots=True)
 class Standard:
-    """What the pictures of a shot are held against: the target at its size, how near (dB) the VAE alone comes to that,
-    and where the target shows its reference unedited (None where that can't be told)."""
+    """What a shot's pictures are compared with: the target at the shot's size, the PSNR (dB) of the target encoded and
+    decoded by the VAE, and the region where the target equals its reference (None if it can't be measured)."""
 
     target: Image.Image
     vae_psnr: float
@@ -72,36 +72,36 @@ class Standard:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One drawn picture against its target."""
+    """A sampled picture compared with its target. `psnr` is in dB."""
 
     psnr: float
     drift: Drift | None
 
     def as_text(self) -> str:
-        """For people."""
+        """PSNR and drift with their units."""
         return f"{self.psnr:.1f} dB" + (f", {self.drift.as_text()}" if self.drift else "")
 
 
 def plan_shots(entries: Sequence[EncodedEntry], sizes: Sequence[Size | int]) -> tuple[Shot, ...]:
-    """Every pair under its first caption and under the validation prompts, each at every size."""
+    """Every pair with its first caption and its validation captions, at every size; at its own size if there is none.
+
+    A number as size is the side of a square of equal area.
+    """
     shots = []
     for entry in entries:
-        words = [(entry.captions[0], entry.prompts[0], True)]
+        own = own_size(entry)
+        wanted = (size if isinstance(size, Size) else bucket_size(own, size, SIZE_STEP) for size in sizes)
+        distinct = dict.fromkeys(wanted) or [own]
         prompts = zip(entry.validation_captions, entry.validation_prompts, strict=True)
-        words += [(caption, prompt, False) for caption, prompt in prompts]
-        of_pair = dict.fromkeys(_size(entry, size) for size in sizes) or [own_size(entry)]
-        shots += [Shot(entry, words, prompt, size, own) for words, prompt, own in words for size in of_pair]
+        captions = [(entry.captions[0], entry.prompts[0], True), *((*each, False) for each in prompts)]
+        shots += [Shot(entry, text, prompt, size, asks) for text, prompt, asks in captions for size in distinct]
     return tuple(shots)
 
 
 def own_size(entry: EncodedEntry) -> Size:
-    """The size that a pair's target is encoded at."""
+    """The size at which a pair's target was encoded."""
     _, height, width = entry.shape
     return Size(width * VAE_FACTOR, height * VAE_FACTOR)
-
-
-def _size(entry: EncodedEntry, size: Size | int) -> Size:
-    return size if isinstance(size, Size) else bucket_size(own_size(entry), size, SIZE_STEP)
 
 
 def report_pictures(
@@ -113,7 +113,7 @@ def report_pictures(
     step: int,
     grid_file: Path,
 ) -> SampleReport:
-    """Decode, measure, save the grid. `standards` are remembered from one validation to the next."""
+    """Decode and measure the pictures, and save the grid. Adds missing entries to the cache `standards`."""
     rows = []
     measured: dict[str, list[Measured]] = {name: [] for name in drawn}
     for shot in drawn["base"]:
@@ -127,14 +127,13 @@ def report_pictures(
             for name in drawn:
                 measured[name].append(_measure(pixels[name], pictures[name], standards[shot]))
                 label += f"  ·  {name} {measured[name][-1].as_text()}"
-        wanted = target if shot.asks_for_target else None
         rows.append(
             GridRow(
                 references=tuple(references),
                 base=pictures["base"],
                 lora=pictures.get(TRAINED),
                 ema=pictures.get(AVERAGE),
-                target=wanted,
+                target=target if shot.asks_for_target else None,
                 caption=shot.caption,
                 label=label,
             )
@@ -148,7 +147,7 @@ def report_pictures(
 def _report(
     measured: Mapping[str, Sequence[Measured]], vae_psnr: float | None, step: int, grid_file: Path
 ) -> SampleReport:
-    """Drift is that of the trained weights, or of their average where they are not drawn."""
+    """The drift is that of the trained weights, or of the average if only that was sampled."""
     drift = mean_drift(each.drift for each in measured.get(TRAINED, measured.get(AVERAGE, ())))
     base, lora, ema = (_mean([each.psnr for each in measured.get(name, ())]) for name in ("base", TRAINED, AVERAGE))
     return SampleReport(
@@ -171,7 +170,7 @@ def _standard(
     target: Image.Image,
     references: Sequence[Image.Image],
 ) -> Standard:
-    """At the shot's size and no larger: memory is short just now."""
+    """Encodes and decodes at the shot's size, to save memory while the transformer is loaded."""
     at_size = target.resize(shot.size, Image.Resampling.LANCZOS)
     wanted = to_tensor(at_size)
     latents = encoded.load(shot.entry).target_latents if shot.at_own_size else encode_picture(vae, wanted)
@@ -188,6 +187,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def psnr(picture: Tensor, target: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in 0..1."""
+    """Peak signal-to-noise ratio in dB of pictures with values from 0 to 1."""
     error = float((picture - target).square().mean())
     return math.inf if error == 0 else -10 * math.log10(error)
