@@ -44,19 +44,28 @@ def test_a_picture_that_changed_in_any_way_is_opened_again(tmp_path: Path, decod
         pair(tmp_path, key)
     first = paired(tmp_path)
     decoded.clear()
-    same_size = tmp_path / "after/a.png"
-    before = same_size.stat()
-    same_size.write_bytes(same_size.read_bytes()[::-1][::-1])
-    os.utime(same_size, ns=(before.st_atime_ns, before.st_mtime_ns))  # only the entry's own time tells
     picture(tmp_path / "before/b.png", seed=200)
     os.utime(tmp_path / "after/c.png")
     replacement = picture(tmp_path / "elsewhere.png", seed=250)
-    os.utime(replacement, ns=(before.st_atime_ns, (tmp_path / "after/d.png").stat().st_mtime_ns))
+    os.utime(replacement, ns=(0, (tmp_path / "after/d.png").stat().st_mtime_ns))
     replacement.replace(tmp_path / "after/d.png")
     second = paired(tmp_path)
-    assert sorted(decoded) == ["a.png", "b.png", "c.png", "d.png"]
+    assert sorted(decoded) == ["b.png", "c.png", "d.png"]
     assert second.fingerprint != first.fingerprint
     assert second.fingerprint == pair_folders(config(tmp_path)).fingerprint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps no time of an entry's last change")
+def test_a_picture_that_kept_its_size_and_time_is_opened_again(tmp_path: Path, decoded: list[str]) -> None:
+    pair(tmp_path, "a")
+    paired(tmp_path)
+    decoded.clear()
+    same_size = tmp_path / "after/a.png"
+    before = same_size.stat()
+    same_size.write_bytes(same_size.read_bytes())
+    os.utime(same_size, ns=(before.st_atime_ns, before.st_mtime_ns))
+    paired(tmp_path)
+    assert decoded == ["a.png"]
 
 
 def test_a_file_written_a_moment_ago_is_not_remembered(

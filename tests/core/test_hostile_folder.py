@@ -9,7 +9,7 @@ from PIL import Image
 from tests.support.pair_files import config, contents, pair, picture, problems_of, text
 from trainer_core.data.pairing import pair_folders, scan_folders
 
-LONG = f"{'folder with a long name ' * 6}/{'and one more below it ' * 7}/{'x' * 240}"  # 540 characters; 255 a part
+LONG = f"{'folder with a long name,' * 6}/{'and one more below it,' * 7}/{'x' * 240}"  # 540 characters; 255 a part
 
 
 def frames(path: Path, kind: str) -> None:

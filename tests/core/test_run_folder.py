@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -148,7 +149,9 @@ def test_one_process_at_a_time_also_after_a_kill(tmp_path: Path) -> None:
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "inside\n"
         try:
-            with pytest.raises(RunFolderError, match=rf"{path} is in use.*Wait until it has ended.*run\.lock"):
+            with pytest.raises(
+                RunFolderError, match=rf"{re.escape(str(path))} is in use.*Wait until it has ended.*run\.lock"
+            ):
                 entered(path, key)
             assert len(list((path / "checkpoints").iterdir())) == 1, "the other's unfinished checkpoint stays"
         finally:

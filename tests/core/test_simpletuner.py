@@ -242,7 +242,7 @@ def test_masks_and_several_data_sets():
     imported = read(changes, data, conditioning_data=["m", "my-reference-images"], crop=False, disable_validation=True)
     first, more, held_out = imported.job.datasets
     assert first.dataset.mask_dir == str(ROOT / "masks") and not more.dataset.mask_dir
-    assert first.dataset.reference_dirs == more.dataset.reference_dirs == ("/datasets/reference-images",)
+    assert first.dataset.reference_dirs == more.dataset.reference_dirs == (str(Path("/datasets/reference-images")),)
     assert [part.encoding.resolution for part in imported.job.datasets] == [1024, 512, 1024]
     assert [part.encoding.sizes.crop for part in imported.job.datasets] == [False, True, False]
     assert (more.repeats, more.probability, first.repeats) == (3, 0.4, 0)
@@ -283,7 +283,7 @@ def with_second_reference(**entry: Any) -> list:
 def test_one_reference_a_turn_keeps_all_folders():
     """Two or three folders are trained with edit-v1 where a turn sees one of them."""
     imported = read({"conditioning_multidataset_sampling": "random"}, with_second_reference())
-    assert imported.job.dataset.reference_dirs == ("/datasets/reference-images", "/datasets/b")
+    assert imported.job.dataset.reference_dirs == (str(Path("/datasets/reference-images")), str(Path("/datasets/b")))
     assert not [each for each in imported.report if "LEFT OUT" in each]
     data = with_second_reference()
     more = [{**data[-1], "id": each} for each in ("c", "d")]
@@ -295,7 +295,7 @@ def test_one_reference_a_turn_keeps_all_folders():
 
 def test_references_that_are_named_and_left_out_say_so():
     imported = read({}, with_second_reference())
-    assert imported.job.dataset.reference_dirs == ("/datasets/reference-images",)
+    assert imported.job.dataset.reference_dirs == (str(Path("/datasets/reference-images")),)
     why = line(imported, "b: LEFT OUT:")
     assert "my-edited-images refers to it" in why and "conditioning_multidataset_sampling random" in why
     assert "no data set refers to it" not in why
