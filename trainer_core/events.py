@@ -56,8 +56,7 @@ class StepReport:
 
     def as_dict(self) -> dict[str, object]:
         """The fields that are not None, for JSON."""
-        row: dict[str, object] = {name: getattr(self, name) for name in StepReport.__slots__}
-        return {name: value for name, value in row.items() if value is not None}
+        return {name: value for name in StepReport.__slots__ if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +87,7 @@ class SampleReport:
 
     def drift(self) -> dict[str, float]:
         """The drift fields that are not None, by name."""
-        found = {name: getattr(self, name) for name in DRIFT}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name in DRIFT if (value := getattr(self, name)) is not None}
 
 
 class Observer(Protocol):
@@ -102,7 +100,7 @@ class Observer(Protocol):
         """Called after every optimizer step."""
 
     def on_samples(self, report: SampleReport) -> None:
-        """Called after every validation that has made pictures."""
+        """Called after every validation that made pictures."""
 
     def should_stop(self) -> Stop:
         """What the user wants now. Called at least once per micro-batch, picture, layer and sampling step."""

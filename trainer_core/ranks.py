@@ -1,7 +1,7 @@
 """Distributed training: the ranks of the processes that train one LoRA together, and their collective operations.
 
 `torchrun` or `accelerate launch` starts the processes, on one machine or several, and sets their environment
-variables. Without them there is SINGLE_PROCESS, whose collective operations return their input at once.
+variables. Without these, SINGLE_PROCESS is used, whose operations need no communication.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .errors import ConfigError, LostRankError
 from .events import Stop
 
 T = TypeVar("T")
-# Only a process that hangs runs into this timeout: one that ends closes its connections and is noticed at once. The
-# timeout must exceed the longest validation, because all other processes wait for rank 0 to finish it.
+# Only matters for a process that hangs: one that ends closes its connections, which the others notice at once. Must
+# exceed the longest validation, because all other processes wait for rank 0 to finish it.
 TIMEOUT = timedelta(hours=2)
-_STOPS = (Stop.NO, Stop.PAUSE, Stop.KEEP)  # if processes differ, the latest in this order wins
+_STOPS = (Stop.NO, Stop.PAUSE, Stop.KEEP)  # if processes disagree, the last one in this order wins
 
 
 @dataclass(frozen=True, slots=True)
