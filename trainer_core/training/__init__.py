@@ -1,1 +1,1 @@
-"""Objective, LoRA, optimizer, schedule and the run folder."""
+"""Training steps and validation: objective, optimizer, learning rate schedule, EMA."""

@@ -17,7 +17,7 @@ from ..errors import RunFolderError
 from .optimizer_state import copy_into, restored_after
 
 Weights = Callable[[], AbstractContextManager[None]]  # puts weights into the transformer while the context lasts
-TRAINED, AVERAGE = "LoRA", "EMA"  # their column headings in the validation grid
+TRAINED, AVERAGE = "LoRA", "EMA"  # their names in the labels of the validation grid
 
 
 def start_ema(parameters: Mapping[str, nn.Parameter], config: EmaConfig) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ..errors import ConfigError, MissingPackageError
 
 Builder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
-# Bytes of state per element of a float32 parameter, for the optimizers that keep the same for every shape.
+# Bytes of state per element of a float32 parameter. For the other optimizers they depend on the shape.
 _STATE_BYTES: dict[OptimizerName, int] = {"adamw": 8, "lion": 4, "prodigy": 16, "adamw-schedulefree": 8}
 _SMALLEST_8BIT = 4096  # elements; bitsandbytes keeps smaller tensors in 32 bits
 _BLOCK_8BIT = 256  # elements that share one 32-bit scale in each of the two states

@@ -118,7 +118,7 @@ def integrate(
         return _runge_kutta(velocity, latents, sigmas)
     scheduler = _scheduler(sampler, order)
     scheduler.set_timesteps(len(sigmas) - 1)
-    # Replace their own noise levels, which end at 0. float64, because they subtract logarithms of nearly equal levels.
+    # Replace its own noise levels, which end at 0. float64, because it subtracts logarithms of nearly equal levels.
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float64)
     scheduler.timesteps = scheduler.sigmas[:-1] * OFFSETS
     scheduler.set_begin_index(0)

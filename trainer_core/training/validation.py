@@ -112,7 +112,7 @@ class Validator:
         observer: Observer,
         place: tuple[int, int],
     ) -> Tensor:
-        """Sample the latents [C, H, W] of a shot, on the CPU. The noise depends only on the pair and the size.
+        """Sample a shot's latents [C, H, W] and move them to the CPU. The noise depends only on the pair and the size.
 
         `place` is the number of shots before this one and of all shots, for the progress report.
         """
