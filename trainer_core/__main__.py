@@ -157,7 +157,7 @@ def _ranks(job: JobConfig) -> Iterator[Ranks]:
 
     with joined_ranks(job.model.device) as ranks:
         if ranks.leads and ranks.size > 1:
-            _LOG.info("%d processes train together", ranks.size)
+            _LOG.info("Running in %d processes", ranks.size)
         if not ranks.leads:
             logging.getLogger().setLevel(logging.WARNING)
         yield ranks

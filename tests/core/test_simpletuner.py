@@ -373,7 +373,7 @@ def test_a_job_file_as_windows_saves_it(tmp_path: Path):
     path.write_text(text, encoding="utf-8-sig")
     assert load_job(path).model.flavour == "edit-v1"
     path.write_text(text, encoding="utf-16")
-    with pytest.raises(ConfigError, match=r"job\.json is not text in UTF-8\. Save it"):
+    with pytest.raises(ConfigError, match=r"job\.json is not UTF-8 text\. Save it"):
         load_job(path)
 
 

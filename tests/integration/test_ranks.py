@@ -79,7 +79,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
     assert process.returncode == 0, err
     assert Path(out.strip()).name == "two.safetensors" and out.count("\n") == 1
     assert len(re.findall(rf"step {STEPS} of {STEPS}", err)) == 1, "only one process reports"
-    assert err.count("2 processes train together") == 1
+    assert err.count("Running in 2 processes") == 1
     entries = sorted((job.parent / "cache").rglob("*.safetensors"))
     times = {entry: entry.stat().st_mtime_ns for entry in entries}
     assert main(arguments(job)) == 0
