@@ -1,4 +1,4 @@
-"""Train one LoRA from start to file: prepare, build, restore, step, validate, save, export."""
+"""Trains one LoRA: prepare, build, restore, step, validate, save, export."""
 
 from __future__ import annotations
 
@@ -23,20 +23,17 @@ from .planning.plan import GIB
 from .planning.preparation import Preparation, PreparedModel, prepare_training
 from .ranks import SINGLE_PROCESS, Ranks
 from .runs.folder import Checkpoint, RunFolder
-from .runs.metrics import Metrics
+from .runs.metrics import metrics_writer
 from .runs.result import TrainResult, find_result, how_to_start, recorded_samples
-from .training.ema import AVERAGE, TRAINED, restore_ema, weights_to_validate
+from .training.ema import AVERAGE, TRAINED, Weights, restore_ema, weights_to_validate
 from .training.optimizer_state import optimizer_tensors, restore_optimizer
 from .training.reduce import check_same_start
-from .training.step import Gradients, Networks, build_networks, rehearse, step_gradients, update_weights
+from .training.step import Networks, build_networks, rehearse, step_gradients, update_weights
 from .training.validation import Validator
 
-ExtraCheck = Callable[[Path, int], None]  # reads a LoRA file for a model of so many blocks; raises if it won't load
+ExtraCheck = Callable[[Path, int], None]  # (LoRA file, number of the model's blocks); raises if it can't be loaded
 _LOG = logging.getLogger(__name__)
-_VALIDATION_KEPT = (
-    "The training is kept up to this step. Lower validation_resolution (768x768, 512x512), or set "
-    "num_validation_images to 0, which leaves the validation loss; then the same run goes on."
-)
+_LOSS_OF = {TRAINED: VALIDATION_LOSSES[0], AVERAGE: VALIDATION_LOSSES[1]}
 
 
 def train_lora(
@@ -48,188 +45,63 @@ def train_lora(
     continue_kept: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> TrainResult:
-    """Train one LoRA, from the start or from where this run folder stopped.
+    """Train one LoRA from the start, or resume from the newest checkpoint in its run folder.
 
-    A finished run, or one that was ended early and kept, is answered from its folder; `continue_kept` goes on with
-    the latter. `model` spares reading the base model's headers again. `extra_check` gets the exported file and the
-    number of transformer blocks before the file gets its name, and raises if it won't load. Every one of `ranks` makes
-    this call with the same config and gets the same result; the leader alone validates and writes.
+    Returns the recorded result of a run that is finished, or was ended early; `continue_kept` continues the latter.
+    `model`: the result of `check_training`, if it was called before. `extra_check`: called with the LoRA file before it
+    gets its final name. Every process of `ranks` makes this call with the same config and gets the same result; only
+    the leader validates and writes.
 
     Raises:
         TrainerError: something the user can fix; see errors.py.
-        Interrupted: stopped before the first step could begin. A later stop returns a result.
+        Interrupted: the user stopped before the first step. A later stop returns a result.
     """
     if finished := find_result(config, continue_kept=continue_kept, num_ranks=ranks.size):
         return finished
     prepared = prepare_training(config, model, processes=ranks.on_machine)
     config, base = prepared.config, prepared.model.base
     validator = Validator(prepared.held_out, base, config.validation)
-    with _open_run(config, ranks) as run:  # refuses a folder of another run, or one that is in use
-        stop = how_to_start(run, config.max_train_steps, continue_kept=continue_kept)  # KEEP: only export is left to do
+    with _open_run(config, ranks) as run:
+        stop = how_to_start(run, config.max_train_steps, continue_kept=continue_kept)
         run.write_config(to_json(config))
         with prepared.explain_memory_errors(STEP, "while the model was loaded", "Nothing is lost."):
             networks = build_networks(config, base, prepared.model.adapter, prepared.encoded.preprocessing, observer)
-        done = _restore(run, networks)  # 0 steps in a fresh folder
+        parts = _Parts(prepared, run, networks, validator, observer, ranks)
+        done = _restore(parts)
         check_same_start(ranks, done, networks.lora)
-        if not stop:
-            _make_up_for_validation(validator, networks, run, done, prepared, observer)
-            done, stop = _train(run, networks, validator, prepared, done, observer, ranks)
-        result = _finish(prepared, run, networks, done, stop, extra_check)
+        if not stop:  # else only the export is missing
+            _validate_if_missed(parts, done)
+            done, stop = _train(parts, done)
+        result = _finish(parts, done, stop, extra_check)
         ranks.wait()  # until the leader has written the file
         return result
 
 
-def _train(
-    run: RunFolder,
-    networks: Networks,
-    validator: Validator,
-    prepared: Preparation,
-    done: int,
-    observer: Observer,
-    ranks: Ranks,
-) -> tuple[int, Stop]:
-    """Steps from `done` on, until there are enough or the user stops: how many are done then, and what was asked."""
-    config, encoded = prepared.config, prepared.encoded
-    whole = BatchPlan(encoded, config.batching, config.seed)  # micro-batch i of the run, a pure function of i
-    plan = RankPlan(whole, ranks, config.batching.gradient_accumulation_steps)  # those of this process
-    report = None
-    with (
-        Metrics(run, done) as metrics,
-        reference_encoder(encoded, prepared.model.base, observer) as encode_reference,
-        BatchLoader(encoded, plan, encode_reference=encode_reference) as loader,
-    ):
-        dry_step(networks, loader, prepared)
-        try:
-            while done < config.max_train_steps:
-                gradients = _gradients(networks, loader, done, prepared, observer)
-                report = None  # half-updated weights must not be saved
-                report = _update(networks, gradients, prepared)
-                done = report.step
-                if done % config.checkpoints.checkpoint_step_interval == 0:
-                    _save(run, report, networks, config)
-                if _validation_is_due(done, config):
-                    report = _validate(validator, networks, run, report, prepared, observer)
-                metrics.write(report)
-                observer.on_step(report)
-                _raise_if_stopped(observer, ranks)
-        except Interrupted as stopped:
-            return done, Stop.KEEP if stopped.keep else Stop.PAUSE
-        finally:
-            _save(run, report, networks, config)
-    return done, Stop.NO
-
-
-def _raise_if_stopped(observer: Observer, ranks: Ranks) -> None:
-    """Ask once per step: the answers of two processes may differ, and all must leave together."""
-    if stop := ranks.agree(observer.should_stop()):
-        raise Interrupted(keep=stop is Stop.KEEP)
-
-
-def dry_step(networks: Networks, loader: BatchLoader, prepared: Preparation) -> tuple[int, int] | None:
-    """On CUDA devices, forward and backward of the largest micro-batch, so that memory runs out now or never.
-
-    Changes nothing of the run. Returns the bytes planned and measured, which are logged too; optimizer state that does
-    not exist yet is added to what was measured. Returns None on other devices.
-    """
-    if networks.device.type != "cuda":
-        return None
-    planned = prepared.memory_plan().phase("training")
-    assert planned is not None
-    torch.cuda.reset_peak_memory_stats(networks.device)
-    with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
-        rehearse(networks, loader, largest_batch(loader.plan, prepared.encoded), prepared.config)
-    coming = 0 if networks.optimizer.state else planned.parts["optimizer state"]
-    measured = peak_bytes(networks.device) + coming
-    _LOG.info("Device memory of a step: %.1f GiB, planned %.1f.", measured / GIB, planned.total_bytes / GIB)
-    return planned.total_bytes, measured
-
-
-def _gradients(
-    networks: Networks, loader: BatchLoader, done: int, prepared: Preparation, observer: Observer
-) -> Gradients:
-    with prepared.explain_memory_errors(STEP, f"in step {done + 1}", f"The {done} steps before it are kept."):
-        return step_gradients(networks, loader, done, prepared.config, observer)
-
-
-def _update(networks: Networks, gradients: Gradients, prepared: Preparation) -> StepReport:
-    during = f"in step {gradients.done + 1}, while the weights changed"
-    with prepared.explain_memory_errors(STEP, during, "The run goes on from its last checkpoint."):
-        return update_weights(networks, gradients, prepared.config)
-
-
 @contextmanager
 def _open_run(config: TrainConfig, ranks: Ranks) -> Iterator[RunFolder]:
-    """Create the folder, or open one of the same settings. Following processes wait until the leader has done so."""
+    """Create the run folder, or open that of the same settings. The other processes wait until the leader has."""
     path, key = Path(config.run_dir), resume_key(config, ranks.size)
     with RunFolder.open(path, key) if ranks.leads else nullcontext(RunFolder(path, writes=False)) as run:
         ranks.wait()
         yield run
 
 
-def _validation_is_due(done: int, config: TrainConfig) -> bool:
-    interval = config.validation.validation_step_interval
-    return done == config.max_train_steps or (interval > 0 and done % interval == 0)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Parts:
+    """What every stage of a run needs. In the functions below, `done` is the number of finished steps."""
+
+    prepared: Preparation
+    run: RunFolder
+    networks: Networks
+    validator: Validator
+    observer: Observer
+    ranks: Ranks
 
 
-def _validate(
-    validator: Validator,
-    networks: Networks,
-    run: RunFolder,
-    report: StepReport,
-    prepared: Preparation,
-    observer: Observer,
-) -> StepReport:
-    """The step's report with the validation's results; pictures go to the run folder and the observer."""
-    try:
-        found = _validate_at(validator, networks, run, report.step, prepared, observer)
-    except Interrupted:
-        return report  # the loop asks the observer next, together with the other processes
-    return dataclasses.replace(report, **found)
-
-
-def _make_up_for_validation(
-    validator: Validator, networks: Networks, run: RunFolder, done: int, prepared: Preparation, observer: Observer
-) -> None:
-    """Validate the restored step if a stop or a kill cut its validation off."""
-    if done == 0 or not _validation_is_due(done, prepared.config) or run.state().get("validated") == done:
-        return
-    try:
-        found = _validate_at(validator, networks, run, done, prepared, observer)
-    except Interrupted:
-        return
-    if found:
-        *rows, last = run.metrics()
-        run.write_metrics([*rows, {**last, **found}])
-
-
-def _validate_at(
-    validator: Validator, networks: Networks, run: RunFolder, step: int, prepared: Preparation, observer: Observer
-) -> dict[str, float]:
-    """Values for the step's report; empty without held-out pairs, or where another process validates."""
-    if not validator or not run.writes:
-        return {}
-    transformer, device, grid_file = networks.transformer, networks.device, run.grid_file(step)
-    variants = weights_to_validate(networks.weights_to_use, networks.average_to_use, prepared.config.ema)
-    found: dict[str, float] = {}
-    with prepared.explain_memory_errors(VALIDATION, f"during the validation of step {step}", _VALIDATION_KEPT):
-        for name, weights in variants.items():
-            with weights():
-                found[_LOSS_OF[name]] = validator.loss(transformer, device, observer)
-        samples = validator.sample(transformer, device, variants, step=step, grid_file=grid_file, observer=observer)
-    if samples is not None:
-        run.write_state(samples={**dataclasses.asdict(samples), "grid_file": samples.grid_file.name})
-        observer.on_samples(samples)
-    run.write_state(validated=step)
-    return {**found, **(samples.drift() if samples else {})}
-
-
-_LOSS_OF = {TRAINED: VALIDATION_LOSSES[0], AVERAGE: VALIDATION_LOSSES[1]}
-
-
-def _restore(run: RunFolder, networks: Networks) -> int:
-    """Load the newest checkpoint into adapter and optimizer. Returns its number of steps."""
-    checkpoint = run.latest_checkpoint()
-    run.metrics_until(checkpoint)
+def _restore(parts: _Parts) -> int:
+    """Load the newest checkpoint, if there is one. Returns its number of steps."""
+    checkpoint, networks = parts.run.latest_checkpoint(), parts.networks
+    parts.run.metrics_until(checkpoint)
     if checkpoint is None:
         return 0
     with torch.no_grad():
@@ -241,50 +113,140 @@ def _restore(run: RunFolder, networks: Networks) -> int:
     return checkpoint.step
 
 
-def _save(run: RunFolder, report: StepReport | None, networks: Networks, config: TrainConfig) -> None:
-    """Save a checkpoint of the last step. Does nothing without a report: before the first step, or amid an update."""
+def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
+    """Train until max_train_steps or until the user stops. Returns the number of steps and the user's wish."""
+    prepared, networks, config, encoded = parts.prepared, parts.networks, parts.prepared.config, parts.prepared.encoded
+    whole = BatchPlan(encoded, config.batching, config.seed)
+    plan = RankPlan(whole, parts.ranks, config.batching.gradient_accumulation_steps)
+    report = None
+    with (
+        metrics_writer(parts.run, done) as write_metrics,
+        reference_encoder(encoded, prepared.model.base, parts.observer) as encode_reference,
+        BatchLoader(encoded, plan, encode_reference=encode_reference) as loader,
+    ):
+        _dry_step(parts, loader)
+        try:
+            while done < config.max_train_steps:
+                during, kept = f"in step {done + 1}", f"The {done} steps before it are kept."
+                with prepared.explain_memory_errors(STEP, during, kept):
+                    gradients = step_gradients(networks, loader, done, config, parts.observer)
+                report = None  # half-updated weights must not be saved
+                kept = "The run resumes from its last checkpoint."
+                with prepared.explain_memory_errors(STEP, f"{during}, while the weights were updated", kept):
+                    report = update_weights(networks, gradients, config)
+                done = report.step
+                if done % config.checkpoints.checkpoint_step_interval == 0:
+                    _save(parts, report)
+                if _validation_is_due(parts, done):
+                    report = dataclasses.replace(report, **_validate(parts, done))
+                write_metrics(report)
+                parts.observer.on_step(report)
+                if stop := parts.ranks.agree(parts.observer.should_stop()):  # all processes leave after the same step
+                    return done, stop
+        except Interrupted as stopped:
+            return done, Stop.KEEP if stopped.keep else Stop.PAUSE
+        finally:
+            _save(parts, report)
+    return done, Stop.NO
+
+
+def _dry_step(parts: _Parts, loader: BatchLoader) -> None:
+    """On CUDA, run the largest micro-batch forward and backward, so that too little memory shows up at once.
+
+    Logs the planned and measured memory. Optimizer state that doesn't exist yet is added to the measured memory.
+    """
+    networks = parts.networks
+    if networks.device.type != "cuda":
+        return
+    planned = parts.prepared.memory_plan().phase("training")
+    assert planned is not None
+    torch.cuda.reset_peak_memory_stats(networks.device)
+    with parts.prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
+        rehearse(networks, loader, largest_batch(loader.plan, parts.prepared.encoded), parts.prepared.config)
+    missing = 0 if networks.optimizer.state else planned.parts["optimizer state"]
+    measured = peak_bytes(networks.device) + missing
+    _LOG.info("Device memory of a step: %.1f GiB, planned %.1f GiB.", measured / GIB, planned.total_bytes / GIB)
+
+
+def _save(parts: _Parts, report: StepReport | None) -> None:
+    """Save a checkpoint. None (before the first step or during an update) saves nothing."""
     if report is not None:
-        optimizer = optimizer_tensors(networks.optimizer, networks.lora)
-        state = Checkpoint(report.as_dict(), dict(networks.lora), optimizer, networks.ema)
-        run.save_checkpoint(state, config.checkpoints.checkpoints_total_limit)
+        optimizer = optimizer_tensors(parts.networks.optimizer, parts.networks.lora)
+        state = Checkpoint(report.as_dict(), dict(parts.networks.lora), optimizer, parts.networks.ema)
+        parts.run.save_checkpoint(state, parts.prepared.config.checkpoints.checkpoints_total_limit)
 
 
-def _finish(
-    prepared: Preparation,
-    run: RunFolder,
-    networks: Networks,
-    done: int,
-    stop: Stop,
-    extra_check: ExtraCheck | None,
-) -> TrainResult:
-    """Export unless the run was paused, and note in the folder how it ended."""
-    config = prepared.config
+def _validation_is_due(parts: _Parts, done: int) -> bool:
+    """Whether to validate after this step."""
+    interval = parts.prepared.config.validation.validation_step_interval
+    return done == parts.prepared.config.max_train_steps or (interval > 0 and done % interval == 0)
+
+
+def _validate_if_missed(parts: _Parts, done: int) -> None:
+    """Validate the restored step if a stop or a kill cut its validation short."""
+    is_missed = done > 0 and _validation_is_due(parts, done) and parts.run.state().get("validated") != done
+    if is_missed and (found := _validate(parts, done)):
+        *rows, last = parts.run.metrics()
+        parts.run.write_metrics([*rows, {**last, **found}])
+
+
+def _validate(parts: _Parts, done: int) -> dict[str, float]:
+    """Losses and drift of a step for its report; empty without held-out pairs, in a process that doesn't lead, or
+    if the user stops. Saves the pictures and shows them to the observer."""
+    networks, run, observer = parts.networks, parts.run, parts.observer
+    if not parts.validator or not run.writes:
+        return {}
+    variants = weights_to_validate(networks.weights_to_use, networks.average_to_use, parts.prepared.config.ema)
+    grid_file, found = run.grid_file(done), dict[str, float]()
+    kept = (
+        "The run is saved up to this step. To continue it, lower validation_resolution (768x768, 512x512), or set "
+        "num_validation_images to 0, which still measures the validation loss."
+    )
+    try:
+        with parts.prepared.explain_memory_errors(VALIDATION, f"during the validation of step {done}", kept):
+            for name, weights in variants.items():
+                with weights():
+                    found[_LOSS_OF[name]] = parts.validator.loss(networks.transformer, networks.device, observer)
+            samples = parts.validator.sample(
+                networks.transformer, networks.device, variants, step=done, grid_file=grid_file, observer=observer
+            )
+    except Interrupted:
+        return {}  # the training loop asks the observer next, together with the other processes
+    if samples is not None:
+        run.write_state(samples={**dataclasses.asdict(samples), "grid_file": samples.grid_file.name})
+        observer.on_samples(samples)
+    run.write_state(validated=done)
+    return {**found, **(samples.drift() if samples else {})}
+
+
+def _finish(parts: _Parts, done: int, stop: Stop, extra_check: ExtraCheck | None) -> TrainResult:
+    """Export the LoRA, unless the run was paused, and record the result in the run folder."""
+    run, networks, export = parts.run, parts.networks, parts.prepared.config.export
     if stop is Stop.PAUSE or done == 0:
         run.write_state(state="paused", steps=done)
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
-    name = config.export.lora_name or run.path.name
-    path = run.path / f"{name}.safetensors"
-    ema_path = run.path / f"{name}-ema.safetensors" if networks.ema else None
-    if run.writes:
-        with networks.weights_to_use():
-            _export(prepared, networks, path, done, extra_check)
-    if run.writes and ema_path is not None:
-        with networks.average_to_use():
-            _export(prepared, networks, ema_path, done, extra_check)
-    kept = stop is Stop.KEEP
-    result = {"lora_file": path.name, "steps": done, "kept": kept, "export": to_json(config.export)}
-    if ema_path is not None:
-        result["ema_file"] = ema_path.name
+    name, kept = export.lora_name or run.path.name, stop is Stop.KEEP
+    lora_file = run.path / f"{name}.safetensors"
+    ema_file = run.path / f"{name}-ema.safetensors" if networks.ema else None
+    _export(parts, networks.weights_to_use, lora_file, done, extra_check)
+    result = {"lora_file": lora_file.name, "steps": done, "kept": kept, "export": to_json(export)}
+    if ema_file is not None:
+        _export(parts, networks.average_to_use, ema_file, done, extra_check)
+        result["ema_file"] = ema_file.name
     run.write_state(state="kept" if kept else "finished", steps=done, result=result)
     samples = recorded_samples(run)
     return TrainResult(
-        run_dir=run.path, steps_done=done, stopped=stop, lora_file=path, ema_file=ema_path, samples=samples
+        run_dir=run.path, steps_done=done, stopped=stop, lora_file=lora_file, ema_file=ema_file, samples=samples
     )
 
 
-def _export(prepared: Preparation, networks: Networks, path: Path, done: int, extra_check: ExtraCheck | None) -> None:
-    """Write the weights that are in the transformer now, under the name of `path`."""
-    export = dataclasses.replace(prepared.config.export, lora_name=path.stem)
-    metadata = LoraMetadata(dataclasses.replace(prepared.config, export=export), done)
-    tensors, num_blocks = for_file(networks.transformer, networks.lora), prepared.model.base.num_blocks
-    export_lora(tensors, path, metadata, extra_check and (lambda file: extra_check(file, num_blocks)))
+def _export(parts: _Parts, weights: Weights, path: Path, done: int, extra_check: ExtraCheck | None) -> None:
+    """Write these weights to a LoRA file."""
+    if not parts.run.writes:
+        return
+    export = dataclasses.replace(parts.prepared.config.export, lora_name=path.stem)
+    metadata = LoraMetadata(dataclasses.replace(parts.prepared.config, export=export), done)
+    num_blocks = parts.prepared.model.base.num_blocks
+    with weights():
+        tensors = for_file(parts.networks.transformer, parts.networks.lora)
+        export_lora(tensors, path, metadata, extra_check and (lambda file: extra_check(file, num_blocks)))

@@ -1,1 +1,1 @@
-"""The run folder: what it holds, how it is read and written."""
+"""Reads and writes run folders."""

@@ -1,12 +1,12 @@
-"""A run folder: what belongs to one training, written so that a kill at any moment keeps the last whole state.
+"""A run folder: all files of one run, written so that a kill at any moment keeps the last complete state.
 
-run.json          settings that decide the weights, and how the run ended
+run.json          the settings that determine the weights, and how the run ended
 config.json       all settings of the last start
-metrics.jsonl     one line per step
-tensorboard/      the same for TensorBoard
-samples/          validation grids, step-000250.png, and their single pictures, step-000250/
-checkpoints/      resumable state, step-000250/
-run.lock          locked by the process that trains
+metrics.jsonl     one JSON object per step
+tensorboard/      the same as TensorBoard event files
+samples/          validation grids (step-000250.png) and their single pictures (step-000250/)
+checkpoints/      resumable states (step-000250/)
+run.lock          locked by the training process
 <name>.safetensors  the LoRA file
 """
 
@@ -33,27 +33,27 @@ from ..files import is_whole, read_tensors, write_atomically, write_tensors, wri
 FORMAT = 1
 LOCK = "run.lock"
 _LOG = logging.getLogger(__name__)
-_CHECKPOINT = re.compile(r"step-\d+")  # whole name: a person's copy, such as step-000250.bak, is none
+_CHECKPOINT = re.compile(r"step-\d+")  # the whole name, so that a user's copy such as step-000250.bak is ignored
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """State after a step, as tensors by name. `report` is the step's line in the metrics, which a kill may have cut."""
+    """State after a step; tensors by name. `report` is the step's metrics row, in case a kill cut the metrics file."""
 
     report: dict[str, Any]
     lora: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    ema: dict[str, Tensor] = field(default_factory=dict)  # empty without a running average
+    ema: dict[str, Tensor] = field(default_factory=dict)  # empty without EMA
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of finished steps."""
         return int(self.report["step"])
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths and atomic writes of one run. `writes` is False in processes that follow another, which only read."""
+    """Paths and atomic writes of one run. `writes` is False in processes other than the leader, which only read."""
 
     path: Path
     writes: bool = True
@@ -62,17 +62,17 @@ class RunFolder:
     @classmethod
     @contextmanager
     def open(cls, path: Path, key: Mapping[str, Any]) -> Iterator[RunFolder]:
-        """Make the folder, or enter one of the same settings. No other process can while the context lasts.
+        """Create the folder, or open that of a run with the same settings, and lock it inside the context.
 
         Raises:
-            RunFolderError: the folder is no run, or another process trains in it, or it belongs to a run with other
-                settings; the message names each with both values.
+            RunFolderError: the folder isn't a run, is in use, or belongs to a run with other settings; lists each
+                setting with both values.
         """
         folder = cls(path)
         if path.exists() and not folder.state() and any(each.name != LOCK for each in path.iterdir()):
-            raise RunFolderError(f"The folder {path} exists, is not empty and is not a run. Choose another run name.")
+            raise RunFolderError(f"The folder {path} is not empty and is not a run. Choose another run name.")
         path.mkdir(parents=True, exist_ok=True)
-        with _held_alone(path):
+        with _locked(path):
             folder._enter(key)
             yield folder
 
@@ -82,43 +82,38 @@ class RunFolder:
         elif changed := self.changes(key):
             changes = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changed)
             raise RunFolderError(
-                f"The run folder {self.path.name!r} was started with other settings: {changes}. Set them back to go on "
-                "with it, or choose another run name to start a new run. Nothing was changed."
+                f"The run {self.path.name!r} was started with other settings: {changes}. Set them back to continue it, "
+                "or choose another run name to start a new run. Nothing was changed."
             )
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        for left_over in self.checkpoints.glob(".step-*.tmp"):  # of a process that was killed: no other is at work here
+        for left_over in self.checkpoints.glob(".step-*.tmp"):  # of a killed process; the lock excludes others
             shutil.rmtree(left_over, ignore_errors=True)
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON object per step."""
+        """The file with one JSON object per step."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples(self) -> Path:
-        """Validation grids."""
+        """Folder of the validation pictures."""
         return self.path / "samples"
 
     @property
     def checkpoints(self) -> Path:
-        """Resumable states."""
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    @property
-    def tensorboard(self) -> Path:
-        """Event files."""
-        return self.path / "tensorboard"
-
     def grid_file(self, step: int) -> Path:
-        """The validation grid of a step."""
+        """Path of a step's validation grid."""
         return self.samples / f"step-{step:06d}.png"
 
     def state(self) -> dict[str, Any]:
-        """The values in run.json, read again only when the file has changed; empty without one.
+        """The values in run.json; empty if it doesn't exist. Reads the file only if it has changed.
 
         Raises:
-            RunFolderError: it is damaged.
+            RunFolderError: the file is damaged.
         """
         path = self.path / "run.json"
         try:
@@ -134,11 +129,11 @@ class RunFolder:
         return dict(self._state["state"])
 
     def changes(self, key: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-        """(dotted name, value there, value in `key`) of the settings that decide the weights and differ."""
-        return differences(completed_key(self.state()["key"]), json.loads(json.dumps(key)))
+        """(dotted name, value in the folder, value in `key`) of each differing setting that determines the weights."""
+        return _differences(completed_key(self.state()["key"]), json.loads(json.dumps(key)))
 
     def write_state(self, **values: Any) -> None:
-        """Change some of run.json."""
+        """Set some values in run.json."""
         if not self.writes:
             return
         text = json.dumps({**self.state(), "format": FORMAT, **values}, indent=1, ensure_ascii=False)
@@ -146,18 +141,18 @@ class RunFolder:
         self._state.update(version=_version_of(self.path / "run.json"), state=json.loads(text))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Keep the settings of this start beside the results."""
+        """Save all settings of this start."""
         if self.writes:
             write_atomically(self.path / "config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
 
     def save_checkpoint(self, checkpoint: Checkpoint, limit: int) -> None:
-        """Write a checkpoint under a temporary name, rename it, then remove the oldest above the limit.
+        """Write a checkpoint under a temporary name, rename it, and keep the newest `limit` up to its step.
 
-        One of the same step stays if it is whole. One that was cut short, or a later one, which then was passed over
-        when the run went on, neither stands in the way nor counts.
+        A complete checkpoint of the same step is kept as it is; an incomplete one is replaced. Checkpoints of later
+        steps are incomplete, or the run would have resumed from them, so they don't count.
         """
         final = self.checkpoints / f"step-{checkpoint.step:06d}"
-        if not self.writes or self._is_whole(final):
+        if not self.writes or self._is_complete(final):
             return
         with written_beside(final) as temporary:
             temporary.mkdir()
@@ -171,27 +166,27 @@ class RunFolder:
             shutil.rmtree(old)
 
     def steps_done(self) -> int:
-        """Of the newest whole checkpoint; 0 without one."""
-        folder = self._newest_whole()
+        """Steps of the newest complete checkpoint; 0 without one."""
+        folder = self._newest_complete()
         return _step_of(folder) if folder else 0
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint."""
-        folder = self._newest_whole()
+        """The newest complete checkpoint; None without one."""
+        folder = self._newest_complete()
         if folder is None:
             return None
         tensors = {part: read_tensors(folder / f"{part}.safetensors") for part in self._parts()}
         return Checkpoint(_report_in(folder), **tensors)
 
-    def _newest_whole(self) -> Path | None:
-        return next(filter(self._is_whole, reversed(self._checkpoint_folders())), None)
+    def _newest_complete(self) -> Path | None:
+        return next(filter(self._is_complete, reversed(self._checkpoint_folders())), None)
 
-    def _is_whole(self, folder: Path) -> bool:
+    def _is_complete(self, folder: Path) -> bool:
         files = (folder / f"{part}.safetensors" for part in self._parts())
         return _report_in(folder).get("step") == _step_of(folder) and all(map(is_whole, files))
 
     def _parts(self) -> tuple[str, ...]:
-        """What a checkpoint of this run's settings holds."""
+        """Names of a checkpoint's tensor files under this run's settings."""
         return ("lora", "optimizer", "ema") if "ema" in self.state().get("key", {}) else ("lora", "optimizer")
 
     def _checkpoint_folders(self) -> list[Path]:
@@ -199,7 +194,7 @@ class RunFolder:
         return sorted(found, key=_step_of)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The metrics written so far; a line cut short by a kill is left out."""
+        """The metrics rows, up to a line that a kill cut short."""
         if not self.metrics_file.is_file():
             return []
         rows = []
@@ -211,7 +206,7 @@ class RunFolder:
         return rows
 
     def metrics_until(self, checkpoint: Checkpoint | None) -> None:
-        """Lines up to the checkpoint's step: those of steps that will be done again go, and a lost one comes back."""
+        """Cut the metrics back to the checkpoint's step, and add that step's row if a kill lost it."""
         if checkpoint is None:
             self.write_metrics([])
             return
@@ -221,29 +216,28 @@ class RunFolder:
         self.write_metrics(kept)
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Replace the metrics."""
+        """Replace the metrics file."""
         if self.writes:
             write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 @contextmanager
-def _held_alone(path: Path) -> Iterator[None]:
-    """The folder's lock, which the system takes back from a process that ends in whatever way.
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the folder's lock. The system releases it however the process ends.
 
     Raises:
-        RunFolderError: another has it.
+        RunFolderError: another process holds it.
     """
     lock = FileLock(path / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise RunFolderError(
-            f"The run folder {path} is in use: another training writes into it. Wait until it has ended, stop it, or "
-            f"choose another run name. If none is running on any machine, delete {LOCK} in the folder. Nothing was "
-            "changed."
+            f"The run folder {path} is in use by another training. Wait until it has ended, stop it, or choose another "
+            f"run name. If no training is running on any machine, delete {LOCK} in the folder. Nothing was changed."
         ) from error
     except (OSError, NotImplementedError) as error:  # some network drives
-        _LOG.warning("%s can't be locked (%s). Make sure that no other training uses this run folder.", path, error)
+        _LOG.warning("The run folder %s can't be locked (%s). Make sure that no other training uses it.", path, error)
     try:
         yield
     finally:
@@ -251,7 +245,7 @@ def _held_alone(path: Path) -> Iterator[None]:
 
 
 def _version_of(path: Path) -> tuple[int, ...]:
-    """Changes whenever the file is replaced, as every atomic write does."""
+    """A value that changes whenever the file is replaced, as every atomic write does."""
     stat = path.stat()
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
@@ -261,7 +255,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _report_in(folder: Path) -> dict[str, Any]:
-    """The report of a checkpoint; empty where there is none that can be read."""
+    """The report of a checkpoint; empty if it can't be read."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -269,20 +263,20 @@ def _report_in(folder: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted name, old value, new value) of every setting that differs."""
     found: list[tuple[str, Any, Any]] = []
     for name in sorted({*old, *new}):
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{name}.")
+            found += _differences(before, after, f"{prefix}{name}.")
         elif before != after:
             found.append((prefix + name, before, after))
     return found
 
 
 def _flush_folder(path: Path) -> None:
-    """Make a rename durable, where the system can (not on Windows)."""
+    """Make a rename in this folder durable; Windows can't."""
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

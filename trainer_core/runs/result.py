@@ -1,4 +1,4 @@
-"""How a run ended: what its folder answers without training, and what is left to do, before a model is read."""
+"""The result of a run, read from its folder without loading a model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .folder import RunFolder
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a run ended. `lora_file` is None when it was paused, `ema_file` (the running average) also without use_ema,
-    `samples` without held-out pairs."""
+    """How a run ended. `lora_file` and `ema_file` are None if it was paused, `ema_file` also without use_ema.
+    `samples` is None without validation pictures."""
 
     run_dir: Path
     steps_done: int
@@ -25,12 +25,13 @@ class TrainResult:
 
 
 def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: int = 1) -> TrainResult | None:
-    """The result of a run that needs no more training under these settings, from its folder in a moment."""
+    """The recorded result, if the run is complete under these settings and its files exist; else None."""
     run = RunFolder(Path(config.run_dir))
     result = run.state().get("result")
     if not result or run.changes(resume_key(config, num_ranks)):
         return None
-    if {**to_json(ExportConfig()), **result["export"]} != to_json(config.export):  # by an older version with fewer
+    export = {**to_json(ExportConfig()), **result["export"]}  # older versions recorded fewer settings
+    if export != to_json(config.export):
         return None
     stays_kept = 0 < kept_at(run) <= config.max_train_steps and not continue_kept
     lora_file = run.path / result["lora_file"]
@@ -49,32 +50,31 @@ def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: 
 
 
 def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -> Stop:
-    """KEEP for a run that was ended early and kept and is not asked to go on: only its files are to be written again.
+    """KEEP if the run was ended early and must only be exported again; NO if it must train.
 
     Raises:
-        RunFolderError: more steps are done than wanted, or the kept weights are gone.
+        RunFolderError: the run has more steps than `max_train_steps`, or the checkpoint to export is missing.
     """
     done, kept = max(run.steps_done(), (run.state().get("result") or {}).get("steps", 0)), kept_at(run)
     if done > max_train_steps:
         raise RunFolderError(
-            f"The run {run.path.name!r} has {done} steps behind it, and max_train_steps is {max_train_steps}. Steps "
-            f"are not taken back: set max_train_steps to {done} or more, or choose another run name for a shorter run. "
-            "Nothing was changed."
+            f"The run {run.path.name!r} has {done} steps already, but max_train_steps is {max_train_steps}. Set "
+            f"max_train_steps to {done} or more, or choose another run name for a shorter run. Nothing was changed."
         )
     if not kept or continue_kept:
         return Stop.NO
     if run.steps_done() != kept:
         raise RunFolderError(
-            f"The run {run.path.name!r} was ended early at step {kept} and kept, and the checkpoint of that step is "
-            "missing or damaged, so its LoRA can't be written again with these settings. Choose another run name, set "
-            "the export settings back, or go on with the training (if_run_exists 'continue a kept run', or "
-            "--continue-kept). Nothing was changed."
+            f"The run {run.path.name!r} was ended early at step {kept}, but the checkpoint of that step is missing or "
+            "damaged, so its LoRA can't be exported with these settings. Set the export settings back, continue the "
+            "training (if_run_exists 'continue a kept run', or --continue-kept), or choose another run name. Nothing "
+            "was changed."
         )
     return Stop.KEEP
 
 
 def kept_at(run: RunFolder) -> int:
-    """The step at which a run was ended early and kept; 0 if it was not, or has gone on since."""
+    """The step at which the run was ended early and kept; 0 if it wasn't, or has been continued since."""
     result = run.state().get("result")
     if not result or not result["kept"] or run.steps_done() > result["steps"]:
         return 0
@@ -82,6 +82,6 @@ def kept_at(run: RunFolder) -> int:
 
 
 def recorded_samples(run: RunFolder) -> SampleReport | None:
-    """What the newest validation drew, as run.json has it."""
+    """The newest validation pictures recorded in run.json; None without."""
     record = run.state().get("samples")
     return SampleReport(**{**record, "grid_file": run.samples / record["grid_file"]}) if record else None

@@ -1,6 +1,6 @@
-"""What a page shows of a run folder: how it stands, its curve, its pictures, its settings. Reads, never writes.
+"""Reads what the page shows of a run folder: its state, curve, pictures and settings.
 
-A run folder may have been copied from somebody else: nothing in it is trusted to be there or to be whole.
+Files in the folder may be missing, damaged or from someone else, so nothing in them is trusted.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 from ..events import MEASURED
 from ..pictures.sample_pictures import INDEX, read_sample_index
 
-MAX_FILE_BYTES = 16 << 20  # of a JSON file that is read whole
-_MAX_ROWS = 50_000  # of the metrics that are parsed; of a longer file every second line, every third, ...
-_TAIL_BYTES = 8192  # hold the last line of the metrics
-_IN_A_LINE = tuple(f'"{name}"'.encode() for name in MEASURED)  # now and then, so no such line is left out
+MAX_FILE_BYTES = 16 << 20  # of a JSON file; a larger one counts as missing
+_MAX_ROWS = 50_000  # rows of the metrics to parse; of a longer file, only every second, third, ... row
+_TAIL_BYTES = 8192  # enough for the last line of the metrics
+_VALIDATION_NAMES = tuple(f'"{name}"'.encode() for name in MEASURED)  # rows with one of these are always parsed
 
 
 def run_folders(runs_dir: Path, limit: int) -> list[Path]:
-    """The run folders, those started or ended last first, at most `limit`."""
+    """At most `limit` run folders, those whose state changed last first."""
     if not runs_dir.is_dir():
         return []
     found = [folder for folder in runs_dir.iterdir() if (folder / "run.json").is_file() and not folder.is_symlink()]
@@ -29,7 +29,7 @@ def run_folders(runs_dir: Path, limit: int) -> list[Path]:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """How a run stands: state, steps, newest loss, time of the last change (seconds since 1970)."""
+    """State, steps and newest loss of a run. `changed`: seconds since 1970."""
     state, config, last = _read_object(folder / "run.json"), read_config(folder), _last_row(folder / "metrics.jsonl")
     samples = state.get("samples") or {}
     return finite(
@@ -48,9 +48,9 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def curve(folder: Path, points: int) -> dict[str, Any]:
-    """Loss and learning rate in at most `points` means over neighbouring steps, and all that validation measured.
+    """The loss averaged over neighbouring steps to at most `points` values, and all validation results.
 
-    `steps`, `loss` and `learning_rate` are of equal length; `measured` has a list of [step, value] by name.
+    `steps` and `learning_rate` are those at the end of each average. `measured` has [step, value] lists by name.
     """
     rows = _rows(folder / "metrics.jsonl")
     measured: dict[str, list[list[float]]] = {}
@@ -84,7 +84,7 @@ def samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def picture_name(folder: Path, step: int, pair: int, column: str) -> str:
-    """The file of one picture, relative to the run folder. Empty if the index of that step has none."""
+    """The path of one picture, relative to the run folder. Empty if that step has no such picture."""
     place = f"samples/step-{step:06d}"
     pairs = read_sample_index(folder / place)
     name = pairs[pair]["pictures"].get(column) if 0 <= pair < len(pairs) else None
@@ -92,17 +92,17 @@ def picture_name(folder: Path, step: int, pair: int, column: str) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """All settings of the last start, with the last part of each path instead of the path."""
-    return _without_places(_read_object(folder / "config.json"))
+    """All settings of the last start. Paths are shortened to their last part."""
+    return _without_folders(_read_object(folder / "config.json"))
 
 
 def read_graph(folder: Path) -> dict[str, Any]:
-    """The graph that started the run, if it was started from one and that was kept."""
+    """The ComfyUI graph that started the run; empty if none was saved."""
     return _read_object(folder / "graph.json")
 
 
 def finite(value: Any) -> Any:
-    """For JSON as pages read it: None in place of infinities and not-a-numbers."""
+    """The value with None in place of infinities and NaNs, which the page's JSON can't have."""
     if isinstance(value, dict):
         return {name: finite(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -110,11 +110,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _without_places(value: Any) -> Any:
+def _without_folders(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_places(each) for name, each in value.items()}
+        return {name: _without_folders(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [_without_places(each) for each in value]
+        return [_without_folders(each) for each in value]
     if isinstance(value, str) and (Path(value).is_absolute() or PureWindowsPath(value).is_absolute()):
         return PureWindowsPath(value).name  # splits at both kinds of slashes
     return finite(value)
@@ -141,7 +141,7 @@ def _last_row(path: Path) -> Mapping[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The metrics; of a very long file not every line, but all with a validation."""
+    """Rows of the metrics. A very long file is thinned out, except for rows with validation results."""
     if not path.is_file():
         return []
     found = []
@@ -149,7 +149,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         every = 1 + path.stat().st_size // (_MAX_ROWS * max(1, len(file.readline())))
         file.seek(0)
         for number, line in enumerate(file):
-            if number % every == 0 or any(name in line for name in _IN_A_LINE):
+            if number % every == 0 or any(name in line for name in _VALIDATION_NAMES):
                 found.append(_row(line))
     return [row for row in found if row]
 
