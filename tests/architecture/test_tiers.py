@@ -12,8 +12,6 @@ from tools import structure
 from tools.comfyui import REPO
 
 TESTS = python_files("tests")
-# These need ComfyUI or a whole run: tests/server and tests/integration cover them.
-NOT_IN_THE_FAST_TIER: set[str] = set()
 
 
 def fast_files() -> list[Path]:
@@ -32,7 +30,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_every_room_has_a_test_in_the_fast_tier():
-    rooms = set(structure.arrows()) - {"nodes"} - NOT_IN_THE_FAST_TIER
+    rooms = set(structure.arrows()) - {"nodes"}
     tested = {dotted.split(".")[1] for path in fast_files() for dotted in imported(path) if "trainer_core." in dotted}
     assert sorted(rooms - tested) == []
     assert any("pack_module" in path.read_text(encoding="utf-8") for path in fast_files()), "no test of nodes/"

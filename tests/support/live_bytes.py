@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.gpu_step import PROMPT_TOKENS, Setting, our_step
+from tests.support.full_size_step import PROMPT_TOKENS, Setting, our_step
 from trainer_core.memory.offload import HostCopies
 from trainer_core.qwen_image.types import Condition
 

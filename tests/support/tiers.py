@@ -8,8 +8,12 @@ FAST_PATHS = (
     "tests/core",
     "tests/nodes",
     "tests/tools",
+    "tests/integration/test_early_refusals.py",
+    "tests/numerics/test_adapter.py",
+    "tests/numerics/test_frozen_norm.py",
     "tests/numerics/test_noise_and_loss.py",
     "tests/numerics/test_objective.py",
     "tests/numerics/test_positions.py",
+    "tests/numerics/test_wrong_files.py",
 )
 FAST_MARKERS = "not slow and not server"
