@@ -7,7 +7,7 @@
 #   make lint types  formatting and style; types     (needs only Python: no torch, no ComfyUI)
 #   make types-torch types again, with torch and the other libraries
 #   make types-web   types of the page's scripts (needs npm)
-#   make docs        writes docs/settings.md from the settings, and the drawing in docs/architecture.md
+#   make docs        writes docs/settings.md, docs/job.schema.json, and the drawing in docs/architecture.md
 #
 # COMFYUI_DIR=folder uses that ComfyUI; TORCH=requirement installs that torch (only if there is none yet).
 

@@ -1,4 +1,7 @@
-"""Writes docs/settings.md from the declarations of the settings. `make docs` runs it; a test compares the page."""
+"""Writes docs/settings.md and docs/job.schema.json from the declarations of the settings (`make docs`).
+
+A test compares both files.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer_core import config
+from trainer_core.settings import Limits
 
-FILE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+FILE, SCHEMA = DOCS / "settings.md", DOCS / "job.schema.json"
 
 # Section: class, key in the JSON file (empty: the file itself, None: not in it), nodes with these settings.
 SECTIONS: tuple[tuple[type, str | None, str], ...] = (
@@ -57,8 +62,10 @@ All settings with their type or allowed values, default and meaning. `make docs`
 offer a narrower range.
 
 Sections with a key are part of the JSON file of `python -m trainer_core`. The file is an object with the settings of
-*The whole file*; the settings of a section are in an object under its key. An unknown key is an error, which suggests
-the most similar known key. [headless.md](headless.md#the-configuration-file) has an example of such a file.
+*The whole file*; the settings of a section are in an object under its key. A list of texts may be given as one text.
+An unknown key is an error, which suggests the most similar known key. [headless.md](headless.md#the-configuration-file)
+has an example of such a file. [job.schema.json](job.schema.json) is its JSON schema: with the path to it under
+`$schema`, editors complete and check the file.
 """
 
 
@@ -111,7 +118,7 @@ def _list(field: Any, of: Any) -> str:
         title = _title(typing.cast(type, of))
         return f"list of objects, see [{title}](#{title.lower()})"
     if typing.get_origin(of) is typing.Literal:
-        return f"one of {', '.join(f'`{choice}`' for choice in typing.get_args(of))}, or a list of them"
+        return f"list of {', '.join(f'`{choice}`' for choice in typing.get_args(of))}"
     return _described(f"list of {TYPES[of]}", field)
 
 
@@ -120,10 +127,64 @@ def _described(kind: str, field: Any) -> str:
     return f"{kind}: {limits}" if limits else kind
 
 
+def job_schema() -> dict[str, Any]:
+    """The JSON schema of a job file."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Qwen Edit Trainer job"}
+    schema = _object_schema(config.JobConfig)
+    schema["properties"]["$schema"] = {"type": "string"}
+    return {**head, **schema}
+
+
+def _object_schema(cls: type) -> dict[str, Any]:
+    fields = dataclasses.fields(cls)
+    hints = typing.get_type_hints(cls)
+    required = [f.name for f in fields if f.default is dataclasses.MISSING and not f.metadata["unless"]]
+    properties = {
+        field.name: {**_value_schema(hints[field.name], field), "description": field.metadata["help"]}
+        for field in fields
+    }
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _value_schema(hint: Any, field: Any) -> dict[str, Any]:
+    if typing.get_origin(hint) is types.UnionType:
+        hint = typing.get_args(hint)[0]
+    if dataclasses.is_dataclass(hint):
+        return _object_schema(typing.cast(type, hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return {"enum": list(typing.get_args(hint))}
+    if typing.get_origin(hint) is tuple:
+        item = _value_schema(typing.get_args(hint)[0], None)
+        array = {"type": "array", "items": item}
+        return array if item.get("type") == "object" else {"anyOf": [array, item]}
+    if field and field.name == "validation_resolution":  # the side of a square may be a number
+        return {"type": ["string", "integer"]}
+    kind = {int: "integer", float: "number", bool: "boolean", str: "string"}[hint]
+    return _bounded(kind, field.metadata["limits"]) if field else {"type": kind}
+
+
+def _bounded(kind: str, limits: Limits) -> dict[str, Any]:
+    """The type and limits of a value. Checks that only Python can express are left to the trainer."""
+    bounds = {
+        "minimum": limits.min,
+        "maximum": limits.max,
+        "exclusiveMinimum": limits.above,
+        "exclusiveMaximum": limits.below,
+        "enum": list(limits.choices) or None,
+    }
+    schema = {"type": kind, **{name: bound for name, bound in bounds.items() if bound is not None}}
+    return schema if limits.also is None else {"anyOf": [{"const": limits.also}, schema]}
+
+
+def schema_text() -> str:
+    """The JSON schema as it is stored."""
+    return json.dumps(job_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
 def main() -> int:
-    """Write the page."""
-    FILE.parent.mkdir(exist_ok=True)
+    """Write both files."""
     FILE.write_text(reference(), encoding="utf-8")
+    SCHEMA.write_text(schema_text(), encoding="utf-8")
     return 0
 
 

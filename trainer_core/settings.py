@@ -179,7 +179,9 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[C], values: object, where: str = "") -> C:
-    """Build a config from parsed JSON. A static method `prepare_json(values)` of the class may first change the values.
+    """Build a config from parsed JSON. A list of texts may be given as one text.
+
+    A static method `prepare_json(values)` of the class may first change the values.
 
     Raises:
         ConfigError: an unknown key (the error suggests the most similar one), a missing key, or a wrong value.
@@ -263,7 +265,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_json(hint, value, where)  # type: ignore[arg-type]
     if get_origin(hint) is tuple:
-        if isinstance(value, str) or not isinstance(value, list | tuple):
+        if isinstance(value, str) and not dataclasses.is_dataclass(get_args(hint)[0]):
+            value = [value]
+        if not isinstance(value, list | tuple):
             raise ConfigError(f"{where} must be a list, got {value!r}.")
         return tuple(_value(get_args(hint)[0], item, f"{where}[{number}]") for number, item in enumerate(value))
     if get_origin(hint) in (Literal, types.UnionType):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
+import jsonschema
 import pytest
 
-from tools.settings_reference import SECTIONS
+from tools.settings_reference import SECTIONS, job_schema
 from trainer_core.config import (
     DatasetConfig,
     DatasetPartConfig,
@@ -49,7 +51,7 @@ def test_json_round_trip() -> None:
         ({"lora": {"lora_rank": 0}}, ["lora_rank", "0", "1 to 1024"]),
         ({"lora": {"lora_rank": "16"}}, ["lora.lora_rank", "'16'", "whole number"]),
         ({"lora": {"lora_rank": True}}, ["lora.lora_rank", "True"]),
-        ({"dataset": {"target_dir": "a", "reference_dirs": "b"}}, ["reference_dirs", "'b'", "list"]),
+        ({"dataset": {"target_dir": "a", "reference_dirs": 5}}, ["reference_dirs", "5", "list"]),
         ({"dataset": {"target_dir": "a", "reference_dirs": ["b"] * 4}}, ["reference_dirs", "one, two or three"]),
         ({"dataset": {"reference_dirs": ["b"]}}, ["dataset.target_dir"]),
         ({"optimizer": {"learning_rate": 3}}, ["learning_rate", "3"]),
@@ -194,3 +196,27 @@ def test_number_of_steps_matters_where_the_learning_rate_depends_on_it() -> None
 def test_digest_ignores_order_of_keys_only() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"$schema": "docs/job.schema.json"}, True),
+        ({"encoding": {"validation_prompts": "in autumn"}}, True),
+        ({"validation": {"validation_resolution": 768}}, True),
+        ({"lora": {"lora_rank": 1024, "lokr_factor": -1}}, True),
+        ({"lora": {"lora_rank": 1025}}, False),
+        ({"lora": {"lokr_factor": 0}}, False),
+        ({"lora": {"lora_dropout": 1.0}}, False),
+        ({"lora": {"lora_targets": "everything"}}, False),
+        ({"encoding": {"sizes": {"aspect_bucket_alignment": 8}}}, False),
+        ({"optimizer": {"learning_rates": 1e-4}}, False),
+        ({"max_train_steps": "many"}, False),
+    ],
+)
+def test_json_schema_and_trainer_accept_the_same_files(change: dict, fits: bool):
+    job = {**JOB, **change}
+    assert jsonschema.Draft202012Validator(job_schema()).is_valid(job) == fits
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError):
+        from_json(JobConfig, job)

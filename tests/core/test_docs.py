@@ -61,6 +61,7 @@ def command_lines(page: Path) -> Iterator[str]:
 def test_settings_page_is_what_the_settings_say():
     """Run `make docs` after changing a setting."""
     assert text(settings_reference.FILE) == settings_reference.reference()
+    assert text(settings_reference.SCHEMA) == settings_reference.schema_text()
 
 
 def test_settings_page_has_every_setting_and_its_limits():

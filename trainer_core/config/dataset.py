@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..settings import Limits, Settings, check, check_setting, is_plain_name, required, setting
 
@@ -85,12 +85,6 @@ class DatasetConfig(Settings):
         "a different aspect ratio is an error. reference_loose: never. auto: like the target if the aspect ratios "
         "differ by at most 1 %.",
     )
-
-    @staticmethod
-    def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
-        """Accepts one conditioning_type without a list."""
-        kind = values.get("conditioning_type")
-        return {**values, "conditioning_type": [kind]} if isinstance(kind, str) else values
 
     def check_combinations(self) -> None:
         """There is a conditioning_type for each folder, and the source of the captions is given."""

@@ -82,7 +82,7 @@ class JobConfig(TrainingSettings):
     datasets: tuple[DatasetPartConfig, ...] = setting((), "Several datasets in one run, instead of `dataset`.")
     eval_dataset_id: tuple[str, ...] = setting(
         (),
-        "Id or list of ids of those `datasets` that are only validated and not trained. No pairs of the other datasets "
+        "Ids of those `datasets` that are only validated and not trained. No pairs of the other datasets "
         "are held out then.",
     )
 
@@ -103,10 +103,9 @@ class JobConfig(TrainingSettings):
 
     @staticmethod
     def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
-        """Fills the encoding of each dataset from `encoding`, and accepts one eval_dataset_id without a list."""
+        """Fills the encoding of each dataset from `encoding`. Drops `$schema`, which only editors read."""
         values, shared = dict(values), values.get("encoding", {})
-        if isinstance(values.get("eval_dataset_id"), str):
-            values["eval_dataset_id"] = [values["eval_dataset_id"]]
+        values.pop("$schema", None)
         parts = values.get("datasets")
         if isinstance(parts, list) and isinstance(shared, dict):
             common = {"encoding": shared} if shared else {}
