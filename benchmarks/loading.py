@@ -3,11 +3,10 @@
     python benchmarks/loading.py --blocks 7 --precision int8-quanto
 
 Writes a bf16 file of that many blocks with random weights, then loads it in fresh processes: `ours` block by block;
-`first` the same while keeping the quantised weights (quantised_cache_gb); `second`, the start after it, which finds
-them; `read`, the kept files' bytes and nothing else; `whole`, diffusers' from_pretrained followed by quantising. Before
-each the files' pages are dropped from the system's cache, so that all read from the disk; with `--warm` they are read
-once instead. Peaks: `anonymous` is memory of the process itself (what must fit into RAM), `resident` counts pages of
-the mapped file as well, which the system takes back at will.
+`first` the same, and stores the quantised weights (quantised_cache_gb); `second` is the next start, which reads them;
+`read` only reads the stored files; `whole` is diffusers' from_pretrained followed by quantising. Before each, the files
+are dropped from the system's file cache, or with `--warm` read into it. Peaks: `anonymous` is the process's own memory,
+which must fit into RAM; `resident` also counts mapped pages of the files, which the system can take back.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 GIB = 2**30
 WAYS = ("ours", "first", "second", "read", "whole")
-KEPT = ("first", "second")  # ways that keep quantised weights
+CACHED = ("first", "second")  # ways that use the cache of quantised weights
 
 
 class PeakMemory(threading.Thread):
-    """Polls this process's anonymous memory; bytes."""
+    """Polls this process's memory, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -45,19 +44,19 @@ class PeakMemory(threading.Thread):
         return found["RssAnon"], sum(found.values())
 
     def run(self) -> None:
-        """Until stopped."""
+        """Poll until `stop` is called."""
         while not self._over.wait(0.005):
             anonymous, resident = self.read()
             self.anonymous, self.resident = max(self.anonymous, anonymous), max(self.resident, resident)
 
     def stop(self) -> None:
-        """And wait."""
+        """Stop polling, and wait for the thread."""
         self._over.set()
         self.join()
 
 
 def write(folder: Path, blocks: int) -> int:
-    """A transformer in diffusers' layout, one file per part; its bytes."""
+    """Write a transformer in diffusers' layout, one file per block. Returns its size in bytes."""
     from diffusers import QwenImageTransformer2DModel
     from safetensors.torch import save_file
 
@@ -81,8 +80,8 @@ def write(folder: Path, blocks: int) -> int:
     return total
 
 
-def load(way: str, folder: Path, precision: str) -> None:
-    """One way, in this process; prints its figures as JSON."""
+def load(way: str, folder: Path, precision: str, device: torch.device) -> None:
+    """Load one way, in this process, and print the figures as JSON."""
     from diffusers import QwenImageTransformer2DModel
 
     from trainer_core.config import ModelConfig
@@ -91,12 +90,11 @@ def load(way: str, folder: Path, precision: str) -> None:
     from trainer_core.qwen_image.base_model import BaseModel
     from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, load_transformer
 
-    kept = {"quantised_cache_gb": 100.0, "quantised_cache_dir": str(folder / "kept")} if way in KEPT else {}
-    config = ModelConfig(base=str(folder), base_model_precision=precision, device="cpu", **kept)
-    cpu = torch.device("cpu")
+    kept = {"quantised_cache_gb": 100.0, "quantised_cache_dir": str(folder / "kept")} if way in CACHED else {}
+    config = ModelConfig(base=str(folder), base_model_precision=precision, device=str(device), **kept)
     convert = converter(config.base_model_precision)
     if convert is not None:
-        convert(torch.nn.Linear(64, 64).bfloat16(), cpu)  # its imports are no part of the loading
+        convert(torch.nn.Linear(64, 64, device=device).bfloat16(), device)  # don't time its imports
     peak = PeakMemory()
     before, start = peak.read()[0], time.monotonic()
     peak.start()
@@ -104,10 +102,13 @@ def load(way: str, folder: Path, precision: str) -> None:
         read_all(folder / "kept")
         network = None
     elif way != "whole":
-        network = load_transformer(BaseModel(config), cpu)
+        network = load_transformer(BaseModel(config), device)
     else:
         network = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
-        quantise(network, config.base_model_precision, SENSITIVE_LAYERS, cpu, SILENT)
+        quantise(network, config.base_model_precision, SENSITIVE_LAYERS, device, SILENT)
+        network.to(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds = time.monotonic() - start
     peak.stop()
     figures = {"seconds": seconds, "anonymous": peak.anonymous - before, "resident": peak.resident}
@@ -115,14 +116,14 @@ def load(way: str, folder: Path, precision: str) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drop the files' pages from the system's cache."""
+    """Drop the files from the system's file cache."""
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_all(folder: Path) -> None:
-    """The bytes of all files below, into one buffer after the other: the speed that the disk, or its cache, allows."""
+    """Read all files below: as fast as the disk, or the file cache, allows."""
     for path in sorted(folder.rglob("*.safetensors")):
         buffer = torch.empty(path.stat().st_size, dtype=torch.uint8)
         with path.open("rb") as file:
@@ -130,21 +131,23 @@ def read_all(folder: Path) -> None:
 
 
 def main() -> None:
-    """Write, load twice, print."""
+    """Write the model, load it each way, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--precision", default="int8-quanto")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--warm", action="store_true")
     given = parser.parse_args()
     if given.way:
-        load(given.way, given.folder, given.precision)
+        load(given.way, given.folder, given.precision, torch.device(given.device))
         return
     with tempfile.TemporaryDirectory() as name:
         size = write(Path(name), given.blocks)
+        threads = torch.get_num_threads()
         print(
-            f"{size / GIB:.2f} GiB in bf16, {given.blocks} blocks, {given.precision}, {torch.get_num_threads()} threads"
+            f"{size / GIB:.2f} GiB in bf16, {given.blocks} blocks, {given.precision}, {threads} threads, {given.device}"
         )
         print(
             "| way | seconds | peak anonymous, GiB | left after, GiB | peak resident, GiB |\n"
@@ -153,6 +156,7 @@ def main() -> None:
         for way in WAYS:
             read_all(Path(name)) if given.warm else forget(Path(name))
             command = [sys.executable, __file__, "--way", way, "--folder", name, "--precision", given.precision]
+            command += ["--device", given.device]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             row = json.loads(output.splitlines()[-1])
             sizes = " | ".join(f"{row[key] / GIB:.2f}" for key in ("anonymous", "left", "resident"))

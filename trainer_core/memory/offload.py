@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..device import aligned
+
 SMALL_BYTES = 1 << 20  # smaller tensors stay on the device: copying them would cost more than it saves
 CHUNK_BYTES = 1 << 28  # host memory per allocation; a power of two, because torch rounds pinned memory up to one
-_ALIGNMENT = 512  # bytes; where the next tensor in a chunk may begin
 
 
 @dataclass(eq=False)
@@ -98,7 +99,7 @@ class HostCopies:
             chunk, end = chunk + 1, 0
         host = self._chunks[chunk][end : end + tensor.nbytes]
         kept = OffloadedTensor(host, tensor.shape, tensor.dtype)
-        self._stack.append(_StackEntry(weakref.ref(kept), chunk, end + _aligned(tensor.nbytes)))
+        self._stack.append(_StackEntry(weakref.ref(kept), chunk, end + aligned(tensor.nbytes)))
         return kept
 
     def _pop_unused(self) -> None:
@@ -151,17 +152,13 @@ def offloaded_bytes(sizes: Iterable[int]) -> int:
         if not chunks or end + size > chunks[-1]:
             chunks.append(_chunk_bytes(size))
             end = 0
-        end += _aligned(size)
+        end += aligned(size)
     return sum(chunks)
 
 
 def _chunk_bytes(size: int) -> int:
     """Bytes of a new chunk whose first tensor has `size` bytes."""
     return max(CHUNK_BYTES, 1 << (size - 1).bit_length())
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import aligned
+
 _LOG = logging.getLogger(__name__)
-_ALIGNMENT = 256  # bytes; kernels read faster from aligned addresses
 
 
 class BlockStream:
@@ -160,7 +161,7 @@ def _layout(block: nn.Module) -> tuple[list[_TensorSlot], int]:
     slots, size = [], 0
     for owner, name, tensor in _frozen_tensors(block):
         slots.append(_TensorSlot(owner, name, tensor, size))
-        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        size += aligned(tensor.nbytes)
     return slots, size
 
 

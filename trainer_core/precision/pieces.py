@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..device import aligned
 from ..weights.stored import StoredWeight
 from .frozen_linear import FrozenLinear
-
-_ALIGNMENT = 64  # bytes; torch aligns its own CPU tensors to this too
 
 
 class Pieces(NamedTuple):
@@ -131,7 +130,7 @@ def _copied(tensors: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
     places, end = [], 0
     for _, each in tensors:
         places.append(end)
-        end += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
+        end += aligned(each.nbytes)
     buffer = torch.empty(end, dtype=torch.uint8)
     moved = {}
     for place, (name, each) in zip(places, tensors, strict=True):
