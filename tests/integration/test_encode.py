@@ -173,7 +173,7 @@ def test_held_out_pairs_are_kept_whole_and_out_of_training(encode: Encode) -> No
 
 
 def test_too_many_held_out_is_refused(encode: Encode) -> None:
-    with pytest.raises(DatasetError, match=r"num_eval_images is 3, but the dataset has only 3 pairs"):
+    with pytest.raises(DatasetError, match=r"num_eval_images must be less than .*\(3\), got 3"):
         encode(small_encoding(num_eval_images=3))
 
 

@@ -194,7 +194,7 @@ def test_settings(node_id: str, setting: str, value: Any, studio: PackServer):
     prompt = training("nothing", 2)
     linked = {**changed(prompt, node_id, **{setting: ["value", 0]}), "value": hidden(value)}
     said = failure_at(studio, linked, node_id)
-    assert f"{setting} must be" in said or f"{setting} is {value}" in said
+    assert f"{setting} must be" in said
     assert str(value) in said
     assert not (studio.output / "qwen_edit_trainer" / "runs" / "nothing").exists()
 

@@ -135,7 +135,7 @@ def _held_out(dataset: EditDataset, encoding: EncodingConfig) -> set[str]:
     wanted = len(keys) if encoding.num_eval_images < 0 else encoding.num_eval_images
     if 0 < len(keys) <= wanted and encoding.num_eval_images > 0:
         raise DatasetError(
-            f"num_eval_images is {wanted}, but the dataset has only {len(keys)} pairs, so none would be left to "
-            f"train on. Set it to {len(keys) - 1} or less."
+            f"num_eval_images must be less than the dataset's number of pairs ({len(keys)}), got {wanted}. "
+            "At least one pair must be left to train on."
         )
     return {pair.key for pair in keys[:wanted]}
