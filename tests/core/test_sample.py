@@ -50,6 +50,7 @@ class Watching(SilentObserver):
         return self.stop
 
 
+@pytest.mark.slow
 def test_a_picture_has_the_asked_size_and_repeats_with_its_seed(model: ModelConfig) -> None:
     observer = Watching()
     first = sample_edit(request(model), observer)

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.comfy_subprocess import run_in_comfyui
 
+pytestmark = pytest.mark.slow  # starts a ComfyUI without its server
+
 NETWORKS = [
     ("diffusion_models", "edit/transformer", {"_class_name": "QwenImageTransformer2DModel"}),
     ("text_encoders", "Qwen2.5-VL-7B-Instruct", {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}),
