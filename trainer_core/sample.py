@@ -109,8 +109,7 @@ def _reference_latents(
 
 def _prompts(request: SampleRequest, base: BaseModel, views: list[View], device: torch.device) -> list[Tensor]:
     encoder = load_text_encoder(base, request.encoding.preprocessing, device)
-    pictures = [vision_picture(picture, view) for picture, view in zip(request.references, views, strict=True)]
-    seen = [encoder.see(picture) for picture in pictures]
+    seen = [encoder.see(vision_picture(*each)) for each in zip(request.references, views, strict=True)]
     return [encoder.encode_seen(text, seen) for text in (request.prompt, request.negative_prompt)]
 
 
