@@ -4,6 +4,7 @@ Settings have the names that SimpleTuner's Qwen edit quickstart uses. A field's 
 docs/settings.md and in the tooltips of the nodes: effect, unit and typical values.
 """
 
+# pyright: reportUnusedImport=false
 from __future__ import annotations
 
 from ..settings import digest, from_json, to_json
@@ -18,10 +19,10 @@ from .dataset import (
     Preprocessing,
     SizeConfig,
 )
-from .ema import EmaConfig, EmaDevice, EmaValidation
+from .ema import EmaConfig
 from .job import JobConfig, TrainConfig, completed_key, resume_key
-from .memory import MemoryConfig, MemoryPlanning
-from .model import DEMO_MODEL, BaseModelPrecision, FlavourName, MixedPrecision, ModelConfig, QuantizeVia
+from .memory import MemoryConfig
+from .model import DEMO_MODEL, BaseModelPrecision, FlavourName, MixedPrecision, ModelConfig
 from .optimizer import ENDLESS, OptimizerConfig, OptimizerName, SchedulerName
 from .training import (
     BatchingConfig,
@@ -36,48 +37,3 @@ from .training import (
     SigmaDistribution,
 )
 from .validation import ValidationConfig
-
-__all__ = [
-    "DEMO_MODEL",
-    "ENDLESS",
-    "BaseModelPrecision",
-    "BatchingConfig",
-    "CaptionConfig",
-    "CaptionStrategy",
-    "CheckpointConfig",
-    "ConditioningType",
-    "DatasetConfig",
-    "DatasetPartConfig",
-    "EmaConfig",
-    "EmaDevice",
-    "EmaValidation",
-    "EncodingConfig",
-    "ExportConfig",
-    "FlavourName",
-    "JobConfig",
-    "LoraConfig",
-    "LoraTargets",
-    "LoraType",
-    "MemoryConfig",
-    "MemoryPlanning",
-    "MixedPrecision",
-    "ModelConfig",
-    "NoiseConfig",
-    "OptimizerConfig",
-    "OptimizerName",
-    "PairCheckConfig",
-    "Preprocessing",
-    "QuantizeVia",
-    "RolloutConfig",
-    "RolloutSampler",
-    "SchedulerName",
-    "SigmaDistribution",
-    "SizeConfig",
-    "TrainConfig",
-    "ValidationConfig",
-    "completed_key",
-    "digest",
-    "from_json",
-    "resume_key",
-    "to_json",
-]
