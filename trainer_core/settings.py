@@ -163,9 +163,7 @@ def check(condition: bool, name: str, value: object, allowed: str) -> None:  # n
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raises ConfigError, with the most similar choice, if the value is none of the choices."""
     if value not in choices:
-        near = nearest(value, choices)
-        hint = f" Did you mean {near!r}?" if near else ""
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{did_you_mean(value, choices)}")
 
 
 def is_plain_name(name: str) -> bool:
@@ -192,9 +190,8 @@ def from_json(cls: type[C], values: object, where: str = "") -> C:
     values = typing.cast("dict[str, Any]", getattr(cls, "prepare_json", dict)(values))
     for key in values:
         if key not in fields:
-            near = nearest(key, fields)
-            hint = f"Did you mean {near!r}?" if near else f"Known settings: {', '.join(fields)}."
-            raise ConfigError(f"Unknown setting {_dotted(where, key)!r}. {hint}")
+            hint = did_you_mean(key, fields) or f" Known settings: {', '.join(fields)}."
+            raise ConfigError(f"Unknown setting {_dotted(where, key)!r}.{hint}")
     missing = [name for name, field in fields.items() if name not in values and _must_be_given(field, values)]
     if missing:
         raise ConfigError(
@@ -284,6 +281,7 @@ def digest(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
-    """The known name most similar to `name`, or "" if none is similar."""
-    return next(iter(difflib.get_close_matches(str(name), list(known), 1)), "")
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of an error: " Did you mean ...?" with the known name most similar to `name`; "" if none is similar."""
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f" Did you mean {near[0]!r}?" if near else ""

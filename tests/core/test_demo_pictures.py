@@ -9,26 +9,26 @@ import pytest
 from PIL import Image
 
 from trainer_core.demo import pictures
-from trainer_core.errors import ConfigError, MissingPackageError
+from trainer_core.errors import MissingPackageError
 
 
 def test_pairs_have_pictures_targets_and_captions(tmp_path):
-    assert pictures.make_demo_pairs(tmp_path, resolution=96, num_pairs=12) == 12
+    pictures.make_demo_pairs(tmp_path)
     references = sorted((tmp_path / "reference").glob("*.png"))
-    assert len(references) == 12
+    assert len(references) == pictures.NUM_PAIRS
     for path in references:
         target = tmp_path / "target" / path.name
         with Image.open(path) as reference, Image.open(target) as edited:
-            assert reference.size == edited.size == (96, 96)
+            assert reference.size == edited.size == (pictures.SIDE, pictures.SIDE)
             assert (np.array(reference).astype(int) + np.array(edited) == 255).all()
         assert target.with_suffix(".txt").read_text(encoding="utf-8").strip() == pictures.CAPTION
 
 
 def test_pairs_are_the_same_every_time(tmp_path):
     for part in ("a", "b"):
-        pictures.make_demo_pairs(tmp_path / part, num_pairs=4)
+        pictures.make_demo_pairs(tmp_path / part)
     names = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
-    assert len(names) == 12
+    assert len(names) == 3 * pictures.NUM_PAIRS
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
 
 
@@ -58,7 +58,7 @@ def test_demo_photographs_are_not_those_of_the_pre_training():
 
 
 def test_too_many_pairs_are_refused():
-    with pytest.raises(ConfigError, match="num_pairs must be 1 to"):
+    with pytest.raises(ValueError, match="fewer than 9999"):
         pictures.demo_tiles(9999)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from torch import nn
@@ -96,11 +95,6 @@ class AdapterPlan:
 
     config: LoraConfig
     layers: Mapping[str, LayerPlan]
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of trained values."""
-        return sum(map(prod, self.shapes()))
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of all trained tensors."""

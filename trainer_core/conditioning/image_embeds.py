@@ -13,7 +13,7 @@ from ..config import EncodingConfig, digest
 from ..errors import ConfigError
 from ..files import is_whole, read_tensors, write_tensors
 from ..qwen_image.text_encoder import VisualTokens
-from ..settings import is_plain_name, nearest
+from ..settings import did_you_mean, is_plain_name
 from .encoders import PromptEncoder
 from .entry import entry_path
 from .pictures import View
@@ -77,6 +77,5 @@ def open_image_embeds(
 def _known(name: str, folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     there = f"the only existing caches are {', '.join(names)}." if names else "no cache exists yet."
-    near = nearest(name, names)
-    hint = f" Did you mean {near!r}?" if near else ""
+    hint = did_you_mean(name, names)
     return f"{there}{hint} Turn create_image_embeds on to create it or leave the name empty for the default."

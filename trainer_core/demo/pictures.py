@@ -8,8 +8,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, ImageStat
 
-from ..errors import ConfigError, MissingPackageError
+from ..errors import MissingPackageError
 
+NUM_PAIRS, SIDE = 40, 128  # side in pixels
 CAPTION = "turn the photo into a colour negative"
 
 # (import name, package on PyPI, picture folder in the package)
@@ -68,26 +69,23 @@ def photograph(name: str) -> Image.Image:
         return picture.convert("RGB")
 
 
-def make_demo_pairs(folder: Path, *, resolution: int = 128, num_pairs: int = 40) -> int:
-    """Write `folder`/reference/*.png, and `folder`/target/*.png with *.txt captions. Returns the number of pairs.
+def make_demo_pairs(folder: Path) -> None:
+    """Write `folder`/reference/*.png, and `folder`/target/*.png with *.txt captions.
 
     Pairs are tiles that don't overlap, so a held-out pair shares no pixel with the others. The first pairs by name
-    come from different photographs. Equal arguments give equal files.
+    come from different photographs. Every call writes the same files.
 
     Raises:
-        ConfigError: the photographs don't have that many tiles.
         MissingPackageError: scikit-image or scikit-learn is not installed.
     """
-    tiles = demo_tiles(num_pairs)
     for part in ("reference", "target"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    for number, (name, tile) in enumerate(tiles):
-        reference = tile.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    for number, (name, tile) in enumerate(demo_tiles(NUM_PAIRS)):
+        reference = tile.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         stem = f"{number:02d}_{name}"
         reference.save(folder / "reference" / f"{stem}.png")
         edit(reference).save(folder / "target" / f"{stem}.png")
         (folder / "target" / f"{stem}.txt").write_text(CAPTION + "\n", encoding="utf-8")
-    return len(tiles)
 
 
 def edit(picture: Image.Image) -> Image.Image:
@@ -99,18 +97,16 @@ def demo_tiles(num_pairs: int) -> list[tuple[str, Image.Image]]:
     """(photograph's name, tile) pairs: the largest squares that give `num_pairs` tiles without overlap.
 
     Raises:
-        ConfigError: the photographs don't have that many tiles.
+        ValueError: the photographs don't have that many tiles.
         MissingPackageError: scikit-image or scikit-learn is not installed.
     """
     photographs = {name.split(".")[0]: photograph(name) for name in DEMO_PHOTOGRAPHS}
-    most = 0
     for side in range(_LARGEST_TILE, _SMALLEST_TILE - 1, -4):
         rows = [[(name, tile) for tile in _tiles(picture, side)] for name, picture in photographs.items()]
-        most = max(most, sum(map(len, rows)))
         if sum(map(len, rows)) >= num_pairs:
             mixed = [entry for entries in zip_longest(*rows) for entry in entries if entry is not None]
             return mixed[:num_pairs]
-    raise ConfigError(f"num_pairs must be 1 to {most}, got {num_pairs!r}.")
+    raise ValueError(f"the photographs have fewer than {num_pairs} tiles")
 
 
 def _tiles(picture: Image.Image, side: int) -> list[Image.Image]:

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from ..config import TrainConfig, from_json
 from ..errors import ConfigError
-from ..settings import merged
+from ..settings import did_you_mean, merged
 
 _FOLDER = Path(__file__).parent
 _PLACES = {"run_dir": "-", "encoded": "-"}
@@ -33,9 +32,7 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     names = preset_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"There is no preset {name!r}. Choose one of {', '.join(names)}.{hint}")
+        raise ConfigError(f"There is no preset {name!r}. Choose one of {', '.join(names)}.{did_you_mean(name, names)}")
     return json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import nearest
+from ..settings import did_you_mean
 
 CACHES = ("text_embeds", "image_embeds", "conditioning_image_embeds")
 MASKS = ("mask", "segmentation")
@@ -59,9 +59,8 @@ class Backends:
         """
         if isinstance(name, str) and name in known:
             return name
-        near = nearest(name, known)
         there = f"It must be one of {', '.join(known)}." if known else "The data file has no data set of that type."
-        raise ConfigError(f"{key} refers to {name!r}. {there}" + (f" Did you mean {near!r}?" if near else ""))
+        raise ConfigError(f"{key} refers to {name!r}. {there}{did_you_mean(name, known)}")
 
     def main(self) -> tuple[str, ...]:
         """Ids of the data sets with references, for training and validation.

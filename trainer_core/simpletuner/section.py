@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import nearest
+from ..settings import did_you_mean
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ class Section:
         self.asked.update(names)
 
     def explain(self, reasons: Mapping[str, str], also_known: Iterable[str] = ()) -> None:
-        """Report every key that was not read: the reason, or the nearest known key if the key is unknown."""
+        """Report every key that was not read: the reason, or the did_you_mean known key if the key is unknown."""
         names = {*reasons, *self.asked, *also_known}
         for key in sorted(self._left):
             if key in reasons:
@@ -105,8 +105,7 @@ class Section:
             elif key in names:
                 self.note(key, "left out: it has no effect with these other settings.")
             else:
-                near = nearest(key, names)
-                self.note(key, "UNKNOWN, left out." + (f" Did you mean {near!r}?" if near else ""))
+                self.note(key, f"UNKNOWN, left out.{did_you_mean(key, names)}")
 
     def _named(self, names: tuple[str, ...]) -> str:
         return self._dotted(next((name for name in names if name in self._values), names[0]))
