@@ -1,4 +1,4 @@
-"""A real ComfyUI as a child process, and its API. For the demo, for `make comfyui`, and for the server tests."""
+"""Runs a real ComfyUI as a child process and calls its API, for the demo, `make comfyui` and the server tests."""
 
 from __future__ import annotations
 
@@ -25,31 +25,29 @@ FOLDERS = ("custom_nodes", "input", "output", "temp", "user", "models/loras")
 
 
 class ComfyUIError(RuntimeError):
-    """The server did not start, died, refused a request, or a prompt failed. The message is for people."""
+    """The server did not start, died or refused a request, or a prompt failed. The message is shown to the user."""
 
 
 def comfyui_dir() -> Path:
-    """The ComfyUI to run: COMFYUI_DIR, else the one that set-up has unpacked.
+    """ComfyUI's folder: COMFYUI_DIR, or the one that `make setup` unpacked.
 
     Raises:
-        ComfyUIError: there is none.
+        ComfyUIError: the folder has no main.py.
     """
     folder = Path(os.environ.get("COMFYUI_DIR") or REPO / ".comfyui" / "ComfyUI").expanduser().absolute()
     if not (folder / "main.py").is_file():
-        raise ComfyUIError(
-            f"There is no ComfyUI in {folder}. Run `make setup`, or set COMFYUI_DIR to a ComfyUI folder."
-        )
+        raise ComfyUIError(f"No main.py in {folder}. Run `make setup`, or set COMFYUI_DIR to a ComfyUI folder.")
     return folder
 
 
 def not_shipped() -> list[str]:
-    """Patterns of .comfyignore: what people who install the pack do not get."""
+    """The patterns of .comfyignore: files that the published pack does not contain."""
     lines = (REPO / ".comfyignore").read_text(encoding="utf-8").splitlines()
     return [line.strip().strip("/") for line in lines if line.strip() and not line.startswith("#")]
 
 
 def install_pack(base: Path, name: str = PACK_NAME) -> Path:
-    """Copy what is published into `base/custom_nodes/name`, as an installation does. Returns that folder."""
+    """Copy the files that are published to `base/custom_nodes/name`. Returns that folder."""
     patterns, target = not_shipped(), base / "custom_nodes" / name
 
     def left_out(folder: str, names: list[str]) -> set[str]:
@@ -64,28 +62,28 @@ def install_pack(base: Path, name: str = PACK_NAME) -> Path:
 
 
 def make_base(base: Path) -> Path:
-    """The folders ComfyUI expects in a --base-directory."""
+    """Create the folders that ComfyUI expects in a --base-directory. Returns `base`."""
     for folder in FOLDERS:
         (base / folder).mkdir(parents=True, exist_ok=True)
     return base
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def device_arguments() -> list[str]:
-    """`--cpu` where torch finds no accelerator; ComfyUI would not start without it."""
+    """`--cpu` if torch finds no accelerator, because ComfyUI would not start without it."""
     import torch
 
     return [] if torch.cuda.is_available() or torch.backends.mps.is_available() else ["--cpu"]
 
 
 class ComfyUI:
-    """One server. `start` and `stop` it, or use it in a `with`; in between, ask it things."""
+    """A ComfyUI server and its API. Call `start` and `stop`, or use it as a context manager."""
 
     def __init__(self, base: Path, *arguments: str, log: Path, environment: dict[str, str] | None = None) -> None:
         self.base, self.log, self.arguments = make_base(base), log, arguments
@@ -109,20 +107,20 @@ class ComfyUI:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """The server's address."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
-        """The server's process."""
+        """Process id of the server."""
         assert self._process is not None
         return self._process.pid
 
     def start(self, seconds: float = 180) -> ComfyUI:
-        """Boot, wait until it answers, listen to its messages.
+        """Start the server, wait until it responds, and receive its messages.
 
         Raises:
-            ComfyUIError: it ended or did not answer in time; with the end of its log.
+            ComfyUIError: it ended or did not respond in time. The message has the end of the log.
         """
         tree, self.port = comfyui_dir(), free_port()
         command = [sys.executable, str(tree / "main.py"), "--port", str(self.port), "--base-directory", str(self.base)]
@@ -146,7 +144,7 @@ class ComfyUI:
         return self
 
     def stop(self) -> None:
-        """End this server's process, and only it."""
+        """Stop the server's process; kill it after 15 seconds."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -159,13 +157,13 @@ class ComfyUI:
         self._process = None
 
     def kill(self) -> None:
-        """End it without warning, as a power cut would."""
+        """Kill the process, which simulates a crash."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def restart(self) -> ComfyUI:
-        """A fresh process over the same folders."""
+        """Stop the server and start it again with the same folders."""
         self.stop()
         return self.start()
 
@@ -213,15 +211,15 @@ class ComfyUI:
             self.on_event(event)
 
     def events_of(self, prompt_id: str, *types: str) -> list[dict[str, Any]]:
-        """The messages about one prompt, of the named types (all if none is named), oldest first."""
+        """Messages about a prompt, oldest first: those of the given types, or all if none is given."""
         about = [event for event in list(self.events) if event.get("data", {}).get("prompt_id") == prompt_id]
         return [event for event in about if not types or event["type"] in types]
 
     def wait_for_event(self, matches: Callable[[dict[str, Any]], bool], timeout: float = 60) -> dict[str, Any]:
-        """The first message, past or coming, for which `matches` is true.
+        """Wait for a message for which `matches` is true. Earlier messages count too.
 
         Raises:
-            ComfyUIError: none came in time, or the server is gone.
+            ComfyUIError: none came in time, or the server has ended.
         """
         seen, deadline = 0, time.monotonic() + timeout
         with self._news:
@@ -232,16 +230,16 @@ class ComfyUI:
                 seen = len(self.events)
                 self._raise_if_dead()
                 if time.monotonic() > deadline:
-                    raise ComfyUIError(f"The awaited message did not come within {timeout} s.\n{self.log_end()}")
+                    raise ComfyUIError(f"The expected message did not come within {timeout} s.\n{self.log_end()}")
                 self._news.wait(0.5)
 
     # Requests
 
     def request(self, method: str, path: str, body: bytes | None = None, content: str = "application/json") -> Any:
-        """One HTTP request; the answer parsed from JSON where it is JSON, else bytes.
+        """Send an HTTP request. Returns the parsed response if it is JSON, or else bytes.
 
         Raises:
-            ComfyUIError: no answer, or an error; then `status` and `answer` are attributes of it.
+            ComfyUIError: no response, or an error status, which is in the attributes `status` and `answer`.
         """
         request = urllib.request.Request(
             self.url + path, data=body, method=method, headers={"Content-Type": content} if body is not None else {}
@@ -256,22 +254,22 @@ class ComfyUI:
             raise error from None
         except urllib.error.URLError as gone:
             raise ComfyUIError(
-                f"ComfyUI does not answer ({gone.reason}). The end of its log:\n{self.log_end()}"
+                f"ComfyUI does not respond ({gone.reason}). The end of its log:\n{self.log_end()}"
             ) from None
 
     def get(self, path: str) -> Any:
-        """GET, parsed."""
+        """`request` with GET."""
         return self.request("GET", path)
 
     def post(self, path: str, values: Any = None) -> Any:
-        """POST JSON, parsed."""
+        """`request` with POST and a JSON body."""
         return self.request("POST", path, json.dumps({} if values is None else values).encode())
 
     def queue(self, prompt: dict[str, Any], targets: Sequence[str] | None = None) -> str:
-        """Queue an API prompt and return its id.
+        """Queue an API prompt. Returns its id.
 
         Raises:
-            ComfyUIError: ComfyUI found it invalid; says which node and why, and holds the whole `answer`.
+            ComfyUIError: the prompt is invalid. The message has the reasons by node, `answer` the whole response.
         """
         body: dict[str, Any] = {"prompt": prompt, "client_id": self.client_id, "prompt_id": str(uuid.uuid4())}
         if targets is not None:
@@ -279,10 +277,10 @@ class ComfyUI:
         return str(self.post("/prompt", body)["prompt_id"])
 
     def wait(self, prompt_id: str, timeout: float = 300) -> dict[str, Any]:
-        """The prompt's history entry, once it has ended (well or not: see `status_of`).
+        """Wait until the prompt ends, in success or not. Returns its history entry, see `status_of`.
 
         Raises:
-            ComfyUIError: it did not end in time, or the server is gone.
+            ComfyUIError: it did not end in time, or the server has ended.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -295,10 +293,10 @@ class ComfyUI:
             time.sleep(0.1)
 
     def run(self, prompt: dict[str, Any], timeout: float = 300) -> dict[str, Any]:
-        """Queue, wait, and return the outputs by node.
+        """Queue a prompt and wait. Returns the outputs by node id.
 
         Raises:
-            ComfyUIError: invalid, failed, interrupted, or not in time.
+            ComfyUIError: the prompt is invalid, failed, was interrupted, or did not end in time.
         """
         entry = self.wait(self.queue(prompt), timeout)
         if status_of(entry) != "execution_success":
@@ -306,7 +304,7 @@ class ComfyUI:
         return entry["outputs"]
 
     def interrupt(self) -> None:
-        """Press the page's stop button."""
+        """Interrupt the running prompt, as the page's stop button does."""
         self.post("/interrupt")
 
     def _raise_if_dead(self) -> None:
@@ -322,7 +320,7 @@ def status_of(entry: dict[str, Any]) -> str:
 
 
 def failure(entry: dict[str, Any]) -> str:
-    """Why a prompt failed, for people; empty if it did not."""
+    """A readable reason why the prompt failed; empty if it succeeded."""
     for name, data in entry["status"]["messages"]:
         if name == "execution_error":
             node = f"node {data.get('node_id')} ({data.get('node_type')})"

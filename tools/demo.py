@@ -1,7 +1,7 @@
-"""`make demo`: train the demo LoRA inside a real ComfyUI, from pictures to file, over its API.
+"""`make demo`: trains the demo LoRA in a real ComfyUI, over its API.
 
-Boots ComfyUI with the pack installed as people install it, queues workflows/api/demo.json, shows progress, and puts the
-LoRA file and the picture grid into .demo/. The last line it prints:
+Starts ComfyUI with the published files of the pack, queues workflows/api/demo.json, shows progress, and copies the LoRA
+and the validation grid to .demo/. The last line of the output is:
 
     demo: lora=<path> keys=<n> steps=<n> psnr_base=<dB> psnr_lora=<dB> psnr_vae=<dB> seconds=<s>
 """
@@ -32,20 +32,20 @@ from tools.comfyui import (
 )
 
 WORKFLOW = REPO / "workflows" / "api" / "demo.json"
-EXAMPLE = "example.png"  # lies in ComfyUI's own input folder, which is not this one
-MARK = ".made-by-make-demo"  # only a folder with this file in it is emptied
+EXAMPLE = "example.png"  # ComfyUI's own input folder has it; the input folder of the demo does not
+MARK = ".made-by-make-demo"  # the demo empties a folder only if it contains this file
 RESULT = "qwen_edit_run"  # the key of the training node's ui output
 FIGURES = ("psnr_base", "psnr_lora", "psnr_vae")
 
 
 def say(text: str) -> None:
-    """One line on standard output, at once."""
+    """Print a line and flush it."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 class Progress:
-    """Shows ComfyUI's progress messages: one line per phase or per tenth of it, or a bar on a terminal."""
+    """Shows ComfyUI's progress: one line for every tenth of a node's work, or an updated line on a terminal."""
 
     def __init__(self, prompt: dict[str, Any]) -> None:
         self.titles = {
@@ -78,7 +78,7 @@ class Progress:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value."""
+    """All texts in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -87,35 +87,35 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def pictures_folder(prompt: dict[str, Any]) -> str:
-    """The folder below ComfyUI's input that the demo graph reads pairs from.
+    """The folder of the demo graph's pairs, relative to ComfyUI's input folder.
 
     Raises:
-        ComfyUIError: the graph names no folder `.../target`.
+        ComfyUIError: no text in the graph ends in `/target`.
     """
     inputs = [node["inputs"] for node in prompt.values()]
     for text in strings(inputs):
         parts = text.replace("\\", "/").split("/")
         if len(parts) > 1 and parts[-1] == "target":
             return "/".join(parts[1:-1] if parts[0] == "input" else parts[:-1])
-    raise ComfyUIError(f"{WORKFLOW} names no target folder.")
+    raise ComfyUIError(f"{WORKFLOW} has no path that ends in /target.")
 
 
 def result_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """What the training node reported.
+    """The training node's result.
 
     Raises:
-        ComfyUIError: the prompt did not succeed, or no node reported a run.
+        ComfyUIError: the prompt did not succeed, or no node returned a run.
     """
     if status_of(entry) != "execution_success":
         raise ComfyUIError(failure(entry))
     for output in entry["outputs"].values():
         if output.get(RESULT):
             return output[RESULT][0]
-    raise ComfyUIError(f"The prompt ended, but no node reported {RESULT!r}; outputs are {entry['outputs']}.")
+    raise ComfyUIError(f"The prompt succeeded, but no node reported {RESULT!r}. The outputs are {entry['outputs']}.")
 
 
 def find_file(base: Path, name: str) -> Path:
-    """A reported file: an absolute path, or a path below ComfyUI's LoRA or output folders.
+    """The path of a file that ComfyUI reported, absolute or relative to its LoRA or output folders.
 
     Raises:
         ComfyUIError: there is no such file.
@@ -123,18 +123,18 @@ def find_file(base: Path, name: str) -> Path:
     for folder in (base, base / "models" / "loras", base / "output" / "loras", base / "output"):
         if (folder / name).is_file():
             return folder / name
-    raise ComfyUIError(f"ComfyUI reported the file {name!r}, but it is not below {base}.")
+    raise ComfyUIError(f"ComfyUI reported the file {name!r}, but {base} does not contain it.")
 
 
 def count_keys(file: Path) -> int:
-    """Tensors named in a safetensors header."""
+    """Number of tensors in a safetensors file."""
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
         return len(set(json.loads(opened.read(size))) - {"__metadata__"})
 
 
 def run_demo(folder: Path, server: ComfyUI, timeout: float) -> str:
-    """Queue the demo, wait, keep its files. Returns the closing line."""
+    """Queue the demo, wait for it, and copy its files to `folder`. Returns the last line of the output."""
     started = time.monotonic()
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     server.on_event = Progress(prompt)
@@ -151,13 +151,13 @@ def run_demo(folder: Path, server: ComfyUI, timeout: float) -> str:
 
 
 def prepare(folder: Path) -> Path:
-    """A fresh ComfyUI base folder with the pack and the demo pairs in it.
+    """Empty `folder` and create a ComfyUI base folder in it, with the pack and the demo pairs. Returns the base folder.
 
     Raises:
-        ComfyUIError: the folder holds things that are not a former demo's.
+        ComfyUIError: the folder contains files that an earlier demo did not make.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise ComfyUIError(f"{folder} holds other things; name an empty or a new folder.")
+        raise ComfyUIError(f"{folder} contains other files. Choose an empty or a new folder.")
     from trainer_core.demo.pictures import make_demo_pairs
 
     base = folder / "base"
@@ -174,10 +174,10 @@ def prepare(folder: Path) -> Path:
 
 
 def main() -> int:
-    """Prepare, boot, train, report."""
+    """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=REPO / ".demo", help="made anew; everything is written below it")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds until it gives up")
+    parser.add_argument("--folder", type=Path, default=REPO / ".demo", help="emptied first; everything is written here")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds before the demo fails")
     given = parser.parse_args()
     folder = given.folder.absolute()
     try:
@@ -185,7 +185,7 @@ def main() -> int:
         say("starting ComfyUI")
         arguments = [*device_arguments(), "--disable-api-nodes"]
         with ComfyUI(base, *arguments, log=folder / "comfyui.log") as server:
-            say(f"ComfyUI answers at {server.url}; its log is {server.log}")
+            say(f"ComfyUI is ready at {server.url}; its log is {server.log}")
             say(run_demo(folder, server, given.timeout))
     except ComfyUIError as error:
         raise SystemExit(f"demo: failed: {error}") from None

@@ -1,4 +1,4 @@
-"""ComfyUI's page for a person, with this pack linked in: edits here are there after a restart of the server.
+"""Runs ComfyUI with a link to this repository as the pack. Restart it to see changes of the code.
 
 make comfyui [ARGS="--base folder --port 8188 -- further ComfyUI arguments"]
 """
@@ -17,19 +17,19 @@ from tools.comfyui import PACK_NAME, REPO, ComfyUIError, comfyui_dir, device_arg
 
 
 def link_pack(base: Path) -> None:
-    """A link to this repository below custom_nodes."""
+    """Link this repository into custom_nodes."""
     link = base / "custom_nodes" / PACK_NAME
     if not link.exists():
-        link.unlink(missing_ok=True)  # a link into nowhere
+        link.unlink(missing_ok=True)  # it may be a broken link
         link.symlink_to(REPO, target_is_directory=True)
 
 
 def main() -> int:
-    """Serve until Ctrl+C."""
+    """Run the server until Ctrl+C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, default=REPO / ".comfyui" / "base", help="models, input, output live here")
+    parser.add_argument("--base", type=Path, default=REPO / ".comfyui" / "base", help="for models, input and output")
     parser.add_argument("--port", type=int, default=8188)
-    parser.add_argument("comfyui", nargs="*", help="handed to ComfyUI's main.py")
+    parser.add_argument("comfyui", nargs="*", help="arguments for ComfyUI's main.py")
     given = parser.parse_args()
     try:
         tree, base = comfyui_dir(), make_base(given.base.absolute())

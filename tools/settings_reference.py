@@ -1,6 +1,6 @@
 """Writes docs/settings.md and docs/job.schema.json from the declarations of the settings (`make docs`).
 
-A test compares both files.
+A test checks that both files are current.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainer_core.settings import Limits
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FILE, SCHEMA = DOCS / "settings.md", DOCS / "job.schema.json"
 
-# Section: class, key in the JSON file (empty: the file itself, None: not in it), nodes with these settings.
+# Per section: class, key in the JSON file (empty: top level; None: not in the file), nodes with these settings.
 SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.JobConfig, "", "`run_dir` is named after `run_name` of **Train Qwen Edit LoRA**, `cache_dir` is fixed."),
     (config.ModelConfig, "model", "**Load Qwen Edit Model**; ComfyUI chooses the tokenizer and the device."),
@@ -70,7 +70,7 @@ has an example of such a file. [job.schema.json](job.schema.json) is its JSON sc
 
 
 def reference() -> str:
-    """The whole page."""
+    """The text of docs/settings.md."""
     return "\n".join([HEAD, *(line for section in SECTIONS for line in _section(*section))]).rstrip() + "\n"
 
 
@@ -164,7 +164,7 @@ def _value_schema(hint: Any, field: Any) -> dict[str, Any]:
 
 
 def _bounded(kind: str, limits: Limits) -> dict[str, Any]:
-    """The type and limits of a value. Checks that only Python can express are left to the trainer."""
+    """Schema of a number or text with its limits. The trainer also makes checks that a schema can't express."""
     bounds = {
         "minimum": limits.min,
         "maximum": limits.max,
@@ -177,7 +177,7 @@ def _bounded(kind: str, limits: Limits) -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """The JSON schema as it is stored."""
+    """The text of docs/job.schema.json."""
     return json.dumps(job_schema(), indent=1, ensure_ascii=False) + "\n"
 
 

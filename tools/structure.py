@@ -1,7 +1,7 @@
-"""Draws which room of the code imports which, into docs/architecture.md: python tools/structure.py
+"""Draws the imports between the rooms of the code into docs/architecture.md: python tools/structure.py
 
-A room is a package or a top-level module of `trainer_core`, or all of `nodes`. The drawing is made from the source, so
-nothing is imported. Needs only Python's standard library.
+A room is a package or a top-level module of `trainer_core`, or all of `nodes`. The source is parsed, not imported, so
+Python's standard library is enough.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ REPO = Path(__file__).resolve().parents[1]
 CORE = REPO / "trainer_core"
 PAGE = REPO / "docs" / "architecture.md"
 BEGIN, END = "<!-- rooms: begin -->", "<!-- rooms: end -->"
-# Almost every room imports these, so the drawing has one box for all of them and no arrows to it.
+# Almost every room imports these, so they share one box. Only rooms that import nothing else have an arrow to it.
 FOUNDATIONS = ("config", "device", "errors", "events", "files", "geometry", "ranks", "rng", "settings")
 
 
 def room_of(path: Path) -> str:
-    """The room that a file of the core or of the nodes belongs to."""
+    """The room of a file in `trainer_core` or `nodes`."""
     if path.is_relative_to(CORE):
         return path.relative_to(CORE).with_suffix("").parts[0]
     return "nodes"
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """Rooms of the core that a file imports, also inside functions, without its own."""
+    """Other rooms of `trainer_core` that a file imports, also inside functions."""
     package = path.relative_to(REPO).parts[:-1]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -38,7 +38,7 @@ def imported_rooms(path: Path) -> set[str]:
 
 
 def arrows() -> dict[str, set[str]]:
-    """Each room with the rooms that it imports."""
+    """The rooms that each room imports."""
     found: dict[str, set[str]] = {}
     for folder in (CORE, REPO / "nodes"):
         for path in sorted(folder.rglob("*.py")):
@@ -60,7 +60,7 @@ def drawing() -> str:
 
 
 def with_drawing(page: str) -> str:
-    """The page with the present drawing between its markers."""
+    """The page with the current drawing between its markers."""
     before, rest = page.split(BEGIN, 1)
     _, after = rest.split(END, 1)
     return f"{before}{BEGIN}\n\n{drawing()}\n\n{END}{after}"

@@ -91,6 +91,6 @@ def test_a_missing_comfyui_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_only_a_former_demo_is_emptied(tmp_path: Path):
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(ComfyUIError, match="other things"):
+    with pytest.raises(ComfyUIError, match="other files"):
         demo.prepare(tmp_path)
     assert (tmp_path / "mine.txt").is_file()
