@@ -1,11 +1,10 @@
-"""Encoding at scale: pairs per second and peak memory, and seconds to start when all is in the cache.
+"""Encodes many pairs: pairs per second, peak memory, and seconds to start when everything is in the cache.
 
     python -m benchmarks.encode --tokenizer <ComfyUI>/comfy/text_encoders/qwen25_tokenizer --pairs 10 1000 10000
 
-The demo model on small pictures, or with `--stand-ins` networks that do nothing, so that only the work around them
-is measured. Every figure is of a process of its own: `first` encodes, `again` finds everything encoded and gets as far
-as a training does before it loads a network: folders read, pictures compared with what is known of them, cache entries
-looked up.
+Uses the demo model on small pictures. With `--stand-ins` the networks do nothing, which measures only the work around
+them. Each row is a separate process: `first` encodes; `again` finds everything encoded and does what a training does
+before it loads a network: read the folders, compare the pictures with the stored checks, look up the cache entries.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ MIB = 2**20
 
 
 def make_folders(folder: Path, pairs: int, side: int) -> None:
-    """PNG files of noise, no two alike, and a caption for each."""
+    """Write pairs of noise as PNG files, all different, with a caption each."""
     draws = np.random.default_rng(0)
     for part in ("target", "reference"):
         (folder / part).mkdir(parents=True)
@@ -51,7 +50,7 @@ def make_folders(folder: Path, pairs: int, side: int) -> None:
 
 
 def stand_ins(width: int) -> Encoders:
-    """Networks that answer with zeros at once."""
+    """Networks that return zeros without computing anything."""
 
     @contextmanager
     def pictures(_observer: Observer) -> Iterator[EncodePicture]:
@@ -65,22 +64,22 @@ def stand_ins(width: int) -> Encoders:
 
 
 class Prompts:
-    """Embeddings of 40 tokens, all zero."""
+    """A prompt encoder that returns zeros."""
 
     def __init__(self, width: int) -> None:
         self.width = width
 
     def see(self, picture: object) -> object:
-        """Nothing is kept of it."""
+        """Returns the picture unchanged."""
         return picture
 
     def encode_seen(self, caption: str, seen: Sequence[object]) -> torch.Tensor:  # noqa: ARG002
-        """Zeros."""
+        """Zeros [40, width]."""
         return torch.zeros(40, self.width)
 
 
 def one_start(folder: Path, tokenizer: str, side: int, *, without: bool) -> dict[str, float]:
-    """Figures of a start in this process, in seconds and bytes."""
+    """Pair, encode and look up everything in this process. Returns seconds and bytes."""
     memory_before = peak_bytes()
     began = time.perf_counter()
     dataset = pair_folders(
@@ -106,13 +105,13 @@ def one_start(folder: Path, tokenizer: str, side: int, *, without: bool) -> dict
 
 
 def peak_bytes() -> int:
-    """The most resident memory this process has had."""
+    """Peak resident memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def measured(folder: Path, tokenizer: str, side: int, *, without: bool) -> dict[str, float]:
-    """`one_start` in a fresh process."""
+    """`one_start` in a new process."""
     command = [sys.executable, "-m", "benchmarks.encode", "--tokenizer", tokenizer, "--side", str(side)]
     command += ["--stand-ins"] if without else []
     done = subprocess.run([*command, "--folder", str(folder)], check=True, capture_output=True, text=True)
@@ -120,11 +119,11 @@ def measured(folder: Path, tokenizer: str, side: int, *, without: bool) -> dict[
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table. With `--folder`, measure one row and print it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="comfy/text_encoders/qwen25_tokenizer")
     parser.add_argument("--pairs", type=int, nargs="+", default=[10, 1000, 10_000])
-    parser.add_argument("--side", type=int, default=64, help="of the pictures, in pixels")
+    parser.add_argument("--side", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--stand-ins", action="store_true", help="networks that do nothing")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -137,7 +136,7 @@ def main() -> None:
     for pairs in given.pairs:
         with tempfile.TemporaryDirectory() as name:
             make_folders(Path(name), pairs, given.side)
-            time.sleep(3)  # files that have just been written are not yet remembered as checked
+            time.sleep(3)  # files written a moment ago are not stored as checked
             for start in ("first", "again"):
                 row = measured(Path(name), given.tokenizer, given.side, without=given.stand_ins)
                 total = row["pairing"] + row["encoding"] + row["reading"]

@@ -1,8 +1,8 @@
-"""Every choice of the training on the demo edit: `python -m benchmarks.features --tokenizer FOLDER`.
+"""Trains the demo edit with every feature: `python -m benchmarks.features --tokenizer FOLDER`.
 
-Prints a Markdown table with a row per choice: peak signal-to-noise ratio of held-out pairs before and after, validation
-loss, and what it cost. A row is the demo's settings with some of them changed; to add a choice, add a row to ROWS.
-What the table shows is that each choice trains; which is better on a real edit it does not.
+Prints a Markdown table with a row per feature: PSNR of held-out pairs before and after training, validation loss and
+cost. A row is the demo's settings with some changes; to add one, extend ROWS. The table shows that each feature trains,
+not which one is best for a real edit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer_core.run import train_lora
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a row; ratios in dB."""
+    """Results of a row. `base` and `lora` are PSNR in dB; `seconds` is per step."""
 
     base: float
     lora: float
@@ -36,13 +36,13 @@ class Outcome:
     seconds: float
 
     def cells(self) -> list[str]:
-        """For the table."""
+        """Cells of the table."""
         numbers = [f"{self.base:.2f}", f"{self.lora:.2f}", f"{self.lora - self.base:+.2f}"]
         return [*numbers, f"{self.validation_loss:.4f}", str(self.extra_forwards or ""), f"{self.seconds:.3f}"]
 
 
 class Reports(SilentObserver):
-    """Keeps them."""
+    """Stores the reports of all steps."""
 
     def __init__(self) -> None:
         self.all: list[StepReport] = []
@@ -52,7 +52,7 @@ class Reports(SilentObserver):
 
 
 def train(job: JobConfig, file: Path) -> Outcome:
-    """Encode what is missing, train, and put the LoRA under a name of the row."""
+    """Encode what is missing, train, and copy the LoRA to `file`."""
     encoded, _ = encode_job(job)
     reports = Reports()
     began = time.perf_counter()
@@ -82,9 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="comfy/text_encoders/qwen25_tokenizer")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--only", nargs="*", default=[], help="rows with one of these words in their name")
+    parser.add_argument("--only", nargs="*", default=[], help="run only rows with one of these words in their name")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--keep", type=Path, help="a folder for the LoRA files, which features_in_comfyui.py reads")
+    parser.add_argument("--keep", type=Path, help="copy the LoRA files to this folder, for features_in_comfyui.py")
     arguments = parser.parse_args()
     chosen = {name: row for name, row in ROWS.items() if not arguments.only or any(w in name for w in arguments.only)}
     print(f"{arguments.steps} steps of 4 pairs at 128 px; torch {torch.__version__}\n")

@@ -1,7 +1,7 @@
-"""The files of `benchmarks.features --keep FOLDER` in ComfyUI: `python -m benchmarks.features_in_comfyui FOLDER`.
+"""Checks the files of `benchmarks.features --keep FOLDER`: `python -m benchmarks.features_in_comfyui FOLDER`.
 
-ComfyUI's own loader puts every file on the demo's transformer; the table says how many layers it changed, how many
-lines of its log complain, and how far its velocity is from the trainer's own, relative to what the file changes.
+ComfyUI's own loader applies every file to the demo's transformer. The table shows how many layers changed, and how far
+ComfyUI's velocity is from the trainer's, relative to what the file changes. Complaints in ComfyUI's log are counted.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
 
 CASE = {"name": "one", "references": 1, "method": "index"}
-SIDE = 16  # of the latents: 128 pixels
+SIDE = 16  # side of the latents, for pictures of 128 pixels
 
 
 def inputs(width: int) -> tuple[Tensor, Tensor, Condition]:
-    """Noisy latents, sigma and condition."""
+    """Random noisy latents, sigma and condition."""
     generator = stream(0, "features in comfyui")
     latents, reference = (torch.randn(1, 16, SIDE, SIDE, generator=generator) for _ in range(2))
     return latents, torch.tensor([0.6]), Condition((reference,), torch.randn(1, 9, width, generator=generator))
@@ -39,7 +39,7 @@ def inputs(width: int) -> tuple[Tensor, Tensor, Condition]:
 
 @torch.no_grad()
 def ours(file: Path | None) -> Tensor:
-    """The velocity by the trainer's forward."""
+    """The velocity that the trainer predicts, with the LoRA file if given."""
     tokenizer = str(comfyui_dir() / "comfy/text_encoders/qwen25_tokenizer")
     model = ModelConfig(base=DEMO_MODEL, tokenizer=tokenizer, mixed_precision="no")
     transformer = load_transformer(BaseModel(model), torch.device("cpu"))
@@ -49,7 +49,7 @@ def ours(file: Path | None) -> Tensor:
 
 
 def theirs(files: list[Path], work: Path) -> tuple[dict[str, Tensor], dict[str, list[str]], list[str]]:
-    """ComfyUI's velocities, the layers it changed, and its log."""
+    """ComfyUI's velocities by file, the layers that it changed by file, and its log."""
     config = json.loads((DEMO_FOLDER / "transformer/config.json").read_text(encoding="utf-8"))
     vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1).config  # ComfyUI's constants
     names = ("num_layers", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "axes_dims_rope")

@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_step.py --layers 60 --device cuda
 
-One row per setting. `plain` is the same step as diffusers' and peft's examples write it (autocast, their checkpoints,
-quanto's and bitsandbytes' own layers), in the same run: the peer to beat. Weights are drawn block by block and at once
-quantised, so the bf16 network is never held whole unless it is the wanted precision. A `--memory` is a list of words:
-`full` or `none` for gradient checkpointing of all or no blocks, `blocks=40`, `stream=60`, `buffers=3`, `offload`,
-`compile`. Figures: median seconds of the timed steps; TFLOP/s from the matrix products counted below; peak bytes as
-torch's allocator reports them.
+One row per setting. `ours` is the trainer's step. `plain` is the baseline: the same step written like the examples of
+diffusers and peft, with autocast, their checkpointing and the layers of quanto and bitsandbytes. Weights are drawn and
+quantised block by block, so the whole network is in bf16 only if that is the chosen precision. Each `--memory` is a
+comma-separated list: `full` or `none` (gradient checkpointing of all or no blocks), `blocks=40`, `stream=60`,
+`buffers=3`, `offload`, `compile`. Seconds are the median of the timed steps, TFLOP/s come from `flops`, and peak bytes
+from torch's allocator.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ HEAD = (
 
 
 def plain_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, Step]:
-    """The step as diffusers' training examples write it."""
+    """The transformer and a training step as in diffusers' examples."""
     import peft
 
     transformer = build(setting, layers, device, ())
@@ -68,9 +68,12 @@ def plain_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any
 
 
 def flops(setting: Setting, layers: int, width: int = 3072) -> float:
-    """Matrix products of a step: linear layers forward, again for the gradient to their input (frozen weights have
-    none of their own), and once more when recomputed; attention counts 2 products forward and 4 (5 with
-    FlashAttention's own recomputation, not counted) backward. The adapter's own are under 1 %."""
+    """Floating point operations of a step, from its matrix products.
+
+    A linear layer counts once forward, once for the gradient of its input (frozen weights have no gradient), and once
+    more if recomputed. Attention counts 2 products forward and 4 backward, without FlashAttention's own recomputation.
+    The adapter is left out: under 1 %.
+    """
     image = (setting.side // 16) ** 2 * (1 + setting.references)
     tokens = image + PROMPT_TOKENS
     linear = 2 * tokens * (4 * width * width + 8 * width * width)
@@ -81,7 +84,7 @@ def flops(setting: Setting, layers: int, width: int = 3072) -> float:
 
 
 def measure(setting: Setting, arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Seconds, bytes and rate of a setting."""
+    """Measure a setting. Returns the figures of its row."""
     began = time.perf_counter()
     _transformer, step = (our_step if setting.step == "ours" else plain_step)(setting, arguments.layers, device)
     wait(device)
@@ -116,7 +119,7 @@ def measure(setting: Setting, arguments: argparse.Namespace, device: torch.devic
 
 
 def profile(step: Callable[[], None], device: torch.device) -> None:
-    """Where the device's time goes, kernel by kernel."""
+    """Print the device time of one step by kernel."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -132,7 +135,7 @@ def allocated(device: torch.device) -> int:
 
 
 def host_bytes() -> int:
-    """This process's resident memory now; its peak where the system does not tell."""
+    """Resident memory of this process now, or its peak on systems without /proc."""
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
@@ -146,7 +149,7 @@ def wait(device: torch.device) -> None:
 
 
 def bf16_peak(device: torch.device) -> float:
-    """TFLOP/s of a large bf16 matrix product here: the ceiling that shares are taken of."""
+    """TFLOP/s of a large bf16 matrix product on this device, which the table takes as the peak."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     times = []
@@ -170,7 +173,7 @@ def arguments_of_the_command() -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", default=["none", "int8-quanto", "nf4-bnb"])
     parser.add_argument("--memory", nargs="+", default=["full"])
     parser.add_argument("--step", nargs="+", default=["plain", "ours"], choices=["plain", "ours"])
-    parser.add_argument("--seconds", type=float, default=1e9, help="Begin no setting after so long.")
+    parser.add_argument("--seconds", type=float, default=1e9, help="Start no further setting after this time.")
     parser.add_argument("--profile", action="store_true", help="Also print the kernels of one step.")
     return parser.parse_args()
 
@@ -194,13 +197,13 @@ def main() -> None:
     ]
     for setting in settings:
         if time.perf_counter() - began > arguments.seconds:
-            print("out of time", flush=True)
+            print("stopped: --seconds have passed", flush=True)
             return
         print_row(setting, arguments, device, peak)
 
 
 def print_row(setting: Setting, arguments: argparse.Namespace, device: torch.device, peak: float) -> None:
-    """Measure a setting."""
+    """Measure a setting and print its row."""
     label = f"| {setting.step} | {setting.precision} | {setting.side} | {setting.references} | {setting.memory} |"
     try:
         got = measure(setting, arguments, device)

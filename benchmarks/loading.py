@@ -1,4 +1,4 @@
-"""Seconds and host memory of loading a transformer of several GB, in a process of its own.
+"""Seconds and host memory of loading a transformer of several GB, in a separate process each time.
 
     python benchmarks/loading.py --blocks 7 --precision int8-quanto
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 GIB = 2**30
 WAYS = ("ours", "first", "second", "read", "whole")
-CACHED = ("first", "second")  # ways that use the cache of quantised weights
+CACHED = ("first", "second")  # these use the cache of quantised weights
 
 
 class PeakMemory(threading.Thread):
@@ -81,7 +81,7 @@ def write(folder: Path, blocks: int) -> int:
 
 
 def load(way: str, folder: Path, precision: str, device: torch.device) -> None:
-    """Load one way, in this process, and print the figures as JSON."""
+    """Load in this process in one of the WAYS, and print the figures as JSON."""
     from diffusers import QwenImageTransformer2DModel
 
     from trainer_core.config import ModelConfig
@@ -94,7 +94,7 @@ def load(way: str, folder: Path, precision: str, device: torch.device) -> None:
     config = ModelConfig(base=str(folder), base_model_precision=precision, device=str(device), **kept)
     convert = converter(config.base_model_precision)
     if convert is not None:
-        convert(torch.nn.Linear(64, 64, device=device).bfloat16(), device)  # don't time its imports
+        convert(torch.nn.Linear(64, 64, device=device).bfloat16(), device)  # its imports should not be timed
     peak = PeakMemory()
     before, start = peak.read()[0], time.monotonic()
     peak.start()
@@ -123,7 +123,7 @@ def forget(folder: Path) -> None:
 
 
 def read_all(folder: Path) -> None:
-    """Read all files below: as fast as the disk, or the file cache, allows."""
+    """Read all safetensors files below `folder`."""
     for path in sorted(folder.rglob("*.safetensors")):
         buffer = torch.empty(path.stat().st_size, dtype=torch.uint8)
         with path.open("rb") as file:
@@ -131,7 +131,7 @@ def read_all(folder: Path) -> None:
 
 
 def main() -> None:
-    """Write the model, load it each way, print a table."""
+    """Write the model, load it in all WAYS, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--precision", default="int8-quanto")

@@ -1,8 +1,8 @@
-"""What the training loop costs beyond the network's own work: `python -m benchmarks.loop --tokenizer FOLDER`.
+"""Overhead of the training loop beyond the network's own work: `python -m benchmarks.loop --tokenizer FOLDER`.
 
-Prints a Markdown table: time of a loop's step over a bare forward, backward and optimizer step of the same
-transformer on tensors of the same shapes, the two taken in turn in one process; growth of memory over a long run; and
-pairs encoded per second. The numbers kept beside this file say on which machine they were measured.
+Prints a Markdown table: the time of the loop's step relative to a bare forward, backward and optimizer step of the same
+transformer on tensors of the same shapes, measured alternately in one process; the memory growth over a long run; and
+pairs encoded per second. loop_cpu_2026-11.md has results and the machine they were measured on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def demo_sized_base(folder: Path, tokenizer: Path) -> ModelConfig:
 
 
 def report(work: Path, tokenizer: Path, resolution: int, steps: int, long_steps: int) -> str:
-    """The Markdown table."""
+    """Measure everything. Returns the Markdown table."""
     model = demo_sized_base(work / "base", tokenizer)
     encoded, encode_seconds = encode(work, model, resolution=resolution, pairs=(pairs := 24))
     _, again_seconds = encode_again(work, model, resolution)
@@ -77,7 +77,7 @@ def report(work: Path, tokenizer: Path, resolution: int, steps: int, long_steps:
 
 
 def encode_again(work: Path, model: ModelConfig, resolution: int) -> tuple[EncodedDataset, float]:
-    """The same dataset, which the cache has."""
+    """Encode the same data set again, from the cache. Returns it and the seconds."""
     from trainer_core.config import DatasetConfig
 
     folders = DatasetConfig(target_dir=str(work / "pairs/target"), reference_dirs=(str(work / "pairs/reference_1"),))
@@ -88,7 +88,7 @@ def encode_again(work: Path, model: ModelConfig, resolution: int) -> tuple[Encod
 
 
 def versions() -> str:
-    """Machine and packages, for the record."""
+    """The machine and the versions of the packages."""
     import diffusers
     import peft
     import transformers

@@ -1,14 +1,14 @@
-"""What each format of the frozen weights costs in accuracy: error of the output, direction of the adapter's gradient.
+"""Accuracy of each format of the frozen weights: error of the output, and direction of the adapter's gradient.
 
     python benchmarks/precisions.py
 
-One block of Qwen-Image at full width (380 M parameters) with random bf16 weights, written as a file and loaded by the
-product's own loader in every `base_model_precision`; float32 arithmetic, so that only the format shows. The error is
-the norm of the velocity's difference over the norm; the cosine is between the gradients of an adapter (rank 16, all
-layers) in one vector. Random weights have no outliers, so int8 and fp8 look a little better than on trained ones.
+Writes one block of Qwen-Image at full width (380 M parameters) with random bf16 weights, and loads it with the trainer
+in every `base_model_precision`. Arithmetic is float32, so that only the format matters. The error is the norm of the
+velocity's difference divided by the velocity's norm. The cosine compares the gradients of an adapter (rank 16, all
+layers) as one vector. Random weights have no outliers, so int8 and fp8 look slightly better than with trained weights.
 
-The second table is of `text_encoder_precision`: one layer of Qwen2.5-VL-7B at full width on 64 random tokens, the error
-of its last hidden state.
+The second table is for `text_encoder_precision`: the error of the last hidden state of one layer of Qwen2.5-VL-7B at
+full width on 64 random tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trainer_core.qwen_image.transformer import load_transformer, predict_veloci
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
 
-TOKENS = 1000  # words of the small text encoder
+TOKENS = 1000  # vocabulary size of the small text encoder
 BOTH = " + quantize_activations"
 QUANTISED = ("int8-quanto", "fp8-quanto", "nf4-bnb", "int4-quanto", "int2-quanto")
 FILES = {
@@ -53,7 +53,7 @@ FILES = {
 def measure(
     path: Path, precision: str, device: torch.device, *, activations: bool = False
 ) -> tuple[Tensor, Tensor, float]:
-    """Velocity, gradient, and seconds of loading."""
+    """Load a file and run forward and backward. Returns the velocity, the gradient and the seconds of loading."""
     config = ModelConfig(
         transformer_file=str(path), text_encoder_file=str(path), vae_file=str(path), tokenizer="none",
         base_model_precision=precision, mixed_precision="no", device=str(device),
@@ -76,7 +76,7 @@ def measure(
 
 
 def rows(device: torch.device) -> Iterator[str]:
-    """The table's lines."""
+    """Lines of the table for base_model_precision."""
     yield "| file | base_model_precision | output error | gradient cosine | loading, s |"
     yield "| --- | --- | --- | --- | --- |"
     weights = layouts.random_weights({"num_layers": 1})
@@ -100,7 +100,7 @@ def rows(device: torch.device) -> Iterator[str]:
 
 
 def text_encoder_rows(device: torch.device) -> Iterator[str]:
-    """The second table's lines."""
+    """Lines of the table for text_encoder_precision."""
     yield "| text_encoder_precision | output error |"
     yield "| --- | --- |"
     ids = torch.randint(0, TOKENS, (1, 64), generator=stream(0, "ids")).to(device)
@@ -119,7 +119,7 @@ def text_encoder_rows(device: torch.device) -> Iterator[str]:
 
 
 def write_text_encoder(folder: Path) -> None:
-    """One layer and one block of the vision tower at full width, few words, random bf16 weights."""
+    """Write a text encoder with one layer and one vision block at full width, TOKENS words and random bf16 weights."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     settings = qwen25_vl_7b()

@@ -1,7 +1,7 @@
-"""How soon ComfyUI answers while it trains: `python -m benchmarks.server`.
+"""Response times of ComfyUI during training: `python -m benchmarks.server`.
 
-Trains the demo edit in a ComfyUI of its own, asks two addresses in turn twenty times a second, first with nothing to do
-and then during the training's steps, and prints a Markdown table. An answer that waits holds up every page and script.
+Trains the demo edit in a ComfyUI of its own. Requests two addresses up to twenty times a second, first while idle and
+then during training, and prints a Markdown table. A slow response holds up every page and script.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ADDRESSES = ("/queue", "/qwen_edit_trainer/runs")
 
 
 def demo_prompt(steps: int) -> dict[str, Any]:
-    """The demo's training alone: no pictures on the way, so that all of the time is steps."""
+    """The demo's training node and its inputs, without validation, so that all time is spent on steps."""
     prompt = json.loads((REPO / "workflows" / "api" / "demo.json").read_text(encoding="utf-8"))
     by_class = {node["class_type"]: key for key, node in prompt.items()}
     train = prompt[by_class["QwenEdit_TrainLora"]]["inputs"]
@@ -44,9 +44,9 @@ def row(what: str, path: str, values: list[float]) -> str:
 
 
 def main() -> None:
-    """Boot, measure idle and training, print."""
+    """Start ComfyUI, measure it idle and during training, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30, help="of asking each address, idle and while training")
+    parser.add_argument("--seconds", type=float, default=30, help="time per address, idle and during training")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder))

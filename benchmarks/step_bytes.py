@@ -2,10 +2,10 @@
 
     python benchmarks/step_bytes.py --precision none int8-quanto --memory full full,offload
 
-Runs the product's own step on torch's meta device, where tensors have sizes and no contents, and adds up what is alive
-after each operation: the same figure that torch's allocator reports as its peak of allocated bytes on a card, without
-the workspaces of CUDA's libraries (0.1 GiB). Attention is counted as FlashAttention. Words of `--memory` are those of
-gpu_step.py; precisions are `none`, `int8-quanto` and `fp8-quanto`.
+Runs the trainer's step on torch's meta device, where tensors have sizes but no data, and sums the live tensors after
+each operation. The largest sum equals the peak of allocated bytes that torch's allocator reports on a GPU, without the
+workspaces of CUDA's libraries (0.1 GiB). Attention counts as FlashAttention. `--memory` is as in gpu_step.py;
+precisions are `none`, `int8-quanto` and `fp8-quanto`.
 """
 
 from __future__ import annotations
