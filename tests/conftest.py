@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # narrow networks gain nothing from a second thread, and wait for it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 from tests.support.comfyui_server import PackServer
-from tests.support.fixtures import base_of, encoded, model, tokenizer_dir  # noqa: F401 - fixtures
+from tests.support.fixtures import base_of, encoded, model, one_tokenizer, tokenizer_dir  # noqa: F401 - fixtures
 from tests.support.tiers import FAST_MARKERS, FAST_PATHS
 from tools.comfyui import REPO
 from tools.comfyui import comfyui_dir as find_comfyui

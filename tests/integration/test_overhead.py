@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.support.loop_cost import encode, measure_memory, measure_overhead, train_config
-from tests.support.narrow import make_base
 from trainer_core.config import ModelConfig
 
 STEPS, LOOK_EVERY = 60, 10
@@ -18,10 +17,9 @@ MOST_OVERHEAD = 1.2
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, comfyui_dir: Path) -> tuple[Path, ModelConfig]:
-    """A folder with a narrow base model."""
-    folder = tmp_path_factory.mktemp("overhead")
-    return folder, make_base(folder / "base", comfyui_dir / "comfy/text_encoders/qwen25_tokenizer")
+def base(tmp_path_factory: pytest.TempPathFactory, model: ModelConfig) -> tuple[Path, ModelConfig]:
+    """A folder, and a narrow base model."""
+    return tmp_path_factory.mktemp("overhead"), model
 
 
 @pytest.fixture(autouse=True)

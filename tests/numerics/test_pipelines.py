@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,11 +15,10 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_p
 from PIL import Image
 
 import trainer_core.sample
-from tests.support.narrow import make_base, picture
+from tests.support.narrow import picture
 from trainer_core.conditioning.pictures import plan_reference, vision_picture
 from trainer_core.config import EncodingConfig, ModelConfig
 from trainer_core.geometry import Box, Size
-from trainer_core.qwen_image import prompt
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.folder import model_folder
@@ -46,20 +43,9 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory, comfyui_dir: Path) -> dict[str, ModelConfig]:
+def bases(base_of: Callable[[str], ModelConfig]) -> dict[str, ModelConfig]:
     """A narrow base model per flavour; they differ in `zero_cond_t` only."""
-    tokenizer = comfyui_dir / "comfy/text_encoders/qwen25_tokenizer"
-    return {name: make_base(tmp_path_factory.mktemp("base") / name, tokenizer, name) for name in FLAVOURS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_tokenizer(comfyui_dir: Path) -> Iterator[None]:
-    """Reads the tokenizer's files once: that takes longer than all the rest. (They are one folder's copies.)"""
-    with pytest.MonkeyPatch.context() as patch:
-        read = prompt.load_tokenizer
-        known = lru_cache(lambda: read(comfyui_dir / "comfy/text_encoders/qwen25_tokenizer"))
-        patch.setattr(prompt, "load_tokenizer", lambda folder: known())
-        yield
+    return {name: base_of(name) for name in FLAVOURS}
 
 
 @pytest.fixture
