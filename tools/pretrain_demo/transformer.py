@@ -131,7 +131,7 @@ def train_transformer(
         if step % 250 == 0:
             _LOG.info("transformer step %d loss %.4f at %.0f s", step, loss.item(), elapsed)
         step, elapsed = step + 1, time.monotonic() - start
-    _LOG.info("transformer: %d steps of up to %d", step, batch)
+    _LOG.info("transformer: %d steps, batch %d", step, batch)
     average.copy_to(transformer)
     return transformer.requires_grad_(False).eval()  # noqa: FBT003
 

@@ -107,13 +107,13 @@ def train_vae(
         optimizer.zero_grad(set_to_none=True)
         average.update(vae)
         if step % 500 == 0:
-            _LOG.info("vae step %d loss %.4f dB %.2f at %.0f s", step, loss.item(), _quality(vae, held_out), elapsed)
+            _LOG.info("vae step %d loss %.4f, %.2f dB at %.0f s", step, loss.item(), _quality(vae, held_out), elapsed)
         step, elapsed = step + 1, time.monotonic() - start
     average.copy_to(vae)
     vae.requires_grad_(False).eval()  # noqa: FBT003
     _set_statistics(vae, source)
     _LOG.info(
-        "vae: %d steps of %d, %.2f dB, %.2f dB on negatives",
+        "vae: %d steps, batch %d, %.2f dB, %.2f dB on negatives",
         step,
         batch,
         _quality(vae, held_out),
