@@ -20,7 +20,7 @@ const STRIP_HEIGHT = 84;
  * @param {{app: any, store: Store, onPick: (run: string, step: number) => void}} given
  */
 export function attachView(node, { app, store, onPick }) {
-  const badge = element("span", { class: "qet-badge", role: "status" }); // only this is announced
+  const badge = element("span", { class: "qet-badge", role: "status" }); // screen readers announce only this
   const line = element("span", { class: "qet-quiet" });
   const chart = createChart();
   /** @type {Run|undefined} */

@@ -11,6 +11,7 @@ import { createComparison } from "./samples.js";
  * @typedef {import("./store.js").Store} Store
  */
 
+// ComfyUI's canvas also handles these keys, so the panel stops them from reaching it.
 const OWN_KEYS = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Enter", " ", "Delete", "Backspace"];
 
 /**
@@ -125,7 +126,7 @@ function createRow(name, onPick) {
 /** @param {{app: any, api: any, store: Store, back: () => void}} given */
 function createDetail({ app, api, store, back }) {
   const title = element("h3", { class: "qet-heading qet-name", tabindex: "-1" });
-  const badge = element("span", { class: "qet-badge", role: "status" }); // only this is announced
+  const badge = element("span", { class: "qet-badge", role: "status" }); // screen readers announce only this
   const line = element("p", { class: "qet-quiet" });
   const bar = element("progress", { class: "qet-progress", max: 1, "aria-label": "Steps done" });
   const chart = createChart();
@@ -152,7 +153,7 @@ function createDetail({ app, api, store, back }) {
     apply: action(app, "Settings into graph", "Copy this run's settings into the nodes of the graph", async () => {
       const { changed, made, left } = applySettings(app, await load());
       toast(app, "success", "Settings copied", `${changed} widgets changed, ${made} nodes added`);
-      if (left.length) toast(app, "warn", "Not in the lists; select manually", left.join(", "));
+      if (left.length) toast(app, "warn", "No matching choice; set these widgets yourself", left.join(", "));
     }),
     copy: action(app, "Copy as JSON", "Copy this run's settings to the clipboard", async () => {
       await copyText(JSON.stringify(await load(), null, 1));
@@ -182,7 +183,7 @@ function createDetail({ app, api, store, back }) {
     if (!settings.open) return;
     fill().catch((error) => {
       settings.open = false; // opening it again repeats the request
-      tell(app, "Settings", error);
+      tell(app, "Reading the settings", error);
     });
   });
 
@@ -223,9 +224,9 @@ function ratios({ psnr }) {
   return known.length > 1 ? [known.join(", ")] : [];
 }
 
-/** @param {any} app @param {string} what The action that failed. @param {any} error */
+/** Report a failed action. @param {any} app @param {string} what The action. @param {any} error */
 function tell(app, what, error) {
-  toast(app, "error", what, String(error?.message ?? error));
+  toast(app, "error", `${what} failed`, String(error?.message ?? error));
 }
 
 /**
