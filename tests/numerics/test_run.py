@@ -65,14 +65,17 @@ def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: 
     longer = dataclasses.replace(config, max_train_steps=40, optimizer=OptimizerConfig(learning_rate=3e-3))
     unbroken, killed = train_lora(longer), named(longer, "killed")
     (tmp_path / "config.json").write_text(json.dumps(to_json(killed)))
-    metrics = Path(killed.run_dir) / "metrics.jsonl"
+    metrics, errors = Path(killed.run_dir) / "metrics.jsonl", tmp_path / "stderr.txt"
     seed = time.time_ns()
     print(f"seed of the moments: {seed}")  # noqa: T201 - pytest shows it when the test fails
     moments = random.Random(seed)
     for _ in range(3):
         command = [sys.executable, "-m", "tests.support.train_until_killed", str(tmp_path / "config.json")]
         steps_before = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
-        with subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL) as process:
+        with (
+            errors.open("w") as stderr,
+            subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=stderr) as process,
+        ):
             deadline = time.monotonic() + 120
             while process.poll() is None and time.monotonic() < deadline:
                 if metrics.exists() and len(metrics.read_bytes().splitlines()) != steps_before:
@@ -80,7 +83,7 @@ def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: 
                     break
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL, errors.read_text()
     assert 0 < len(read_rows(metrics)) < 40, "the kills came too late to show anything"
     result = train_lora(killed)
     assert unbroken.lora_file is not None and result.lora_file is not None
