@@ -77,7 +77,7 @@ def _draw_loss(axes: Axes, rows: Rows) -> None:
     if not steps:
         axes.set_yticks([])
         axes.text(
-            0.5, 0.5, "No step has finished yet", color=_MUTED, fontsize=12, ha="center", transform=axes.transAxes
+            0.5, 0.5, "No finished steps yet", color=_MUTED, fontsize=12, ha="center", transform=axes.transAxes
         )
         return
     dot = "o" if len(steps) == 1 else ""
