@@ -17,9 +17,7 @@ from .untrusted import file_below, folders_below
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
 
-_BELOW = (
-    "Relative to ComfyUI's input or output folder, such as my_edit/target, or inside another folder the server allows."
-)
+_BELOW = "A path below ComfyUI's input or output folder, such as my_edit/{}, or below another folder the server allows."
 
 
 class PairFolders(io.ComfyNode):
@@ -37,13 +35,14 @@ class PairFolders(io.ComfyNode):
                     io.String,
                     "target_folder",
                     default="my_edit/target",
-                    tooltip=f"Folder of the pictures that the model should produce. {_BELOW}",
+                    tooltip=f"Folder of the pictures that the model should produce. {_BELOW.format('target')}",
                 ),
                 new_input(
                     io.String,
                     "reference_folder_1",
                     default="my_edit/reference",
-                    tooltip=f"Folder of the pictures to edit, with the same file names as their targets. {_BELOW}",
+                    tooltip="Folder of the pictures to edit, with the same names as their targets apart from the "
+                    f"extension. {_BELOW.format('reference')}",
                 ),
                 setting_input(DatasetConfig, "caption_strategy"),
                 setting_input(DatasetConfig, "instance_prompt", multiline=True),
@@ -73,8 +72,8 @@ class PairFolders(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     default="",
-                    tooltip="Folder of masks with the same file names as their targets. White counts in the loss, "
-                    "black does not. Empty for none.",
+                    tooltip="Folder of masks with the same file names as their targets; extensions may differ. White "
+                    "counts in the loss, black does not. Empty for none.",
                 ),
                 setting_input(DatasetConfig, "references_optional", optional=True, advanced=True),
                 new_input(
@@ -104,7 +103,7 @@ class PairFolders(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **widgets: Any) -> str:
-        """Changes when a file in one of the folders changes."""
+        """A value that changes when a file in one of the folders changes."""
         from ..trainer_core.data.pairing import folder_state
 
         try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class EncodePairs(io.ComfyNode):
-    """Encode a dataset once for any number of trainings."""
+    """Encode a dataset once for any number of training runs."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -77,7 +77,7 @@ class EncodePairs(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_widgets: Any) -> str:
-        """Changes when encoded files are missing from the cache, so that a queued graph encodes again."""
+        """A value that changes when encoded files are missing from the cache, so that a queued graph encodes again."""
         return CACHE_WATCH.losses()
 
     @classmethod

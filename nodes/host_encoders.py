@@ -60,7 +60,7 @@ def connected_encoders(sockets: dict[str, Any], flavour: FlavourName) -> Encoder
 
 @contextmanager
 def _vae_loaded(vae: VAE) -> Iterator[EncodePicture]:
-    """ComfyUI loads the VAE on first use."""
+    """An EncodePicture for the VAE, which ComfyUI loads on first use."""
     yield lambda pixels: encode_picture(vae, pixels)
     free_memory()
 
@@ -141,8 +141,8 @@ def _digest_of(patcher: ModelPatcher, socket: str) -> str:
     """
     if patcher.patches or getattr(patcher, "forced_hooks", None) is not None:
         raise ConfigError(
-            f"A LoRA or hook modifies the network connected to {socket}, which the cache key does not cover. Connect "
-            f"{socket} directly to its loader."
+            f"A LoRA or hook modifies the network connected to {socket}. The cache can't distinguish such changes. "
+            f"Connect {socket} directly to its loader."
         )
     hasher = hashlib.sha256()
     # not state_dict: GGUF loaders put placeholders there

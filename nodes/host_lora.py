@@ -28,7 +28,7 @@ def check_lora_file(path: Path, num_layers: int) -> None:
         ExportError: ComfyUI ignores some keys, or changes a weight by a different amount.
     """
     lora = comfy.utils.load_torch_file(str(path), safe_load=True)
-    patches = _patches(lora, _key_map(num_layers), "The LoRA file")
+    patches = _patches(lora, _key_map(num_layers), "the LoRA file")
     layers = {key.removeprefix("diffusion_model.").removesuffix(".weight"): key for key in patches}
     for layer, part in adapter_parts(lora, layers, path.name).items():
         like_the_change = part.change().abs().mean().clamp_min(1e-12)  # a larger base would hide the change of a DoRA
@@ -72,10 +72,11 @@ def _patches(lora: dict[str, torch.Tensor], key_map: dict[str, str], name: str) 
     patches = comfy.lora.load_lora(lora, key_map, log_missing=False)
     matched = {key for patch in patches.values() for key in getattr(patch, "loaded_keys", ())}
     unmatched = sorted(set(lora) - matched)
-    if unmatched or not patches:
-        shown = ", ".join(unmatched[:5]) or "the file is empty"
+    if not lora:
+        raise ExportError(f"There is no weight in {name}. Choose another file.")
+    if unmatched:
         raise ExportError(
-            f"{name}: {len(unmatched)} of {len(lora)} keys do not match a layer of the model ({shown}). Use the LoRA "
-            "with a Qwen-Image-Edit model that has as many blocks as the one it was trained on."
+            f"{len(unmatched)} of the {len(lora)} keys in {name} do not match a layer of the model, such as "
+            f"{', '.join(unmatched[:5])}. Use a Qwen-Image-Edit model with the number of blocks that the LoRA was trained for."
         )
     return patches

@@ -93,7 +93,7 @@ class ImportSimpleTuner(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **widgets: Any) -> str:
-        """Changes when a configuration file or a file in one of the picture folders changes."""
+        """A value that changes when a configuration file or a file in one of the picture folders changes."""
         from ..trainer_core.data.pairing import folder_state
 
         try:
@@ -173,7 +173,7 @@ class EncodeImported(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_widgets: Any) -> str:
-        """Changes when encoded files are missing from the cache, so that a queued graph encodes again."""
+        """A value that changes when encoded files are missing from the cache, so that a queued graph encodes again."""
         return CACHE_WATCH.losses()
 
     @classmethod

@@ -37,7 +37,7 @@ class PlanMemory(io.ComfyNode):
                     MemoryConfig,
                     "vram_gib",
                     "card_gib",
-                    tooltip="Memory in GiB of the card to plan for, which need not be in this machine. 0 for this one.",
+                    tooltip="Memory in GiB of the card to plan for, in any machine. 0: what is free in this one.",
                 ),
                 *(settings_input(f"{name}_settings") for name in _SETTINGS),
                 preset_input(),

@@ -37,7 +37,7 @@ class MixPairs(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_widgets: Any) -> str:
-        """Changes when encoded files or the manifest of the mix are missing."""
+        """A value that changes when encoded files or the manifest of the mix are missing."""
         return CACHE_WATCH.losses()
 
     @classmethod

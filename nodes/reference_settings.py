@@ -22,7 +22,7 @@ class ReferenceSettings(io.ComfyNode):
         return node_schema(
             "ReferenceSettings",
             "Qwen Edit Reference Settings",
-            description="How references are cropped, presented and cached. Connect it to Pair Edit Folders and to "
+            description="How references are cropped, presented and cached. Connect this node to Pair Edit Folders and "
             "Encode Edit Pairs. Without this node, references with the aspect ratio of their target are cropped like "
             "it, all references of a pair are used together, and their latents are cached.",
             search_aliases=["reference_strict", "conditioning_type", "control images"],
@@ -42,7 +42,7 @@ class ReferenceSettings(io.ComfyNode):
                         f"conditioning_type_{number}",
                         options=[AS_FIRST, *kinds],
                         default=AS_FIRST,
-                        tooltip=f"The same for the {word} reference folder.",
+                        tooltip=f"The same for the references of the {word} folder.",
                     )
                     for number, word in ((2, "second"), (3, "third"))
                 ),

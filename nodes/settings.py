@@ -1,4 +1,4 @@
-"""Nodes for the optional settings of a training: adapter, optimizer, loop, validation, memory and EMA."""
+"""Nodes for the optional settings of a training run: adapter, optimizer, loop, validation, memory and EMA."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def validation_input() -> io.Input:
         sockets.Encoded,
         "validation_encoded",
         optional=True,
-        tooltip="A second encoded dataset. Validation uses its held-out pairs instead of those of encoded.",
+        tooltip="A second encoded dataset. Validation uses its held-out pairs instead of those from `encoded`.",
     )
 
 

@@ -71,8 +71,8 @@ class DatasetConfig(Settings):
     captions: CaptionConfig = setting(CaptionConfig(), "Where captions are read and what is added to them.")
     mask_dir: str = setting(
         "",
-        "Folder of masks with the same file names as their targets. White counts in the loss, black does not. Empty "
-        "for none.",
+        "Folder of masks with the same file names as their targets; extensions may differ. White counts in the loss, "
+        "black does not. Empty for none.",
     )
     references_optional: bool = setting(
         False,
@@ -87,7 +87,7 @@ class DatasetConfig(Settings):
     )
 
     def check_combinations(self) -> None:
-        """There is a conditioning_type for each folder, and the source of the captions is given."""
+        """Checks that each folder has a conditioning_type, and that the source of the captions is given."""
         allowed = "one for all reference folders, or one for each"
         fits = len(self.conditioning_type) in (1, len(self.reference_dirs))
         check(fits, "conditioning_type", self.conditioning_type, allowed)
@@ -147,7 +147,7 @@ class SizeConfig(Settings):
     )
 
     def check_combinations(self) -> None:
-        """maximum_image_size and target_downsample_size come together, and need crop."""
+        """Checks that maximum_image_size and target_downsample_size are set together, and only with crop."""
         maximum, shrunk = self.maximum_image_size, self.target_downsample_size
         if maximum or shrunk:
             allowed = f"above 0 and at most maximum_image_size ({maximum:g}); set both or neither"
@@ -161,7 +161,8 @@ class EncodingConfig(Settings):
 
     resolution: int = setting(
         1024,
-        "Side in pixels of a square with the area of the target. The aspect ratio is kept. 512 to 1024 is typical.",
+        "Target area as the side of a square: 512 is about 512 x 512 pixels in the picture's own aspect ratio. 512 to "
+        "1024 is typical.",
         Limits(min=64, max=4096, unit="pixels", step=32),
     )
     preprocessing: Preprocessing = setting(

@@ -28,7 +28,7 @@ from .validation import ValidationConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSettings(Settings):
-    """What a job file and one of its trainings have in common."""
+    """Settings that a job file and a TrainConfig have in common."""
 
     run_dir: str = required(
         "The run folder: configuration, metrics, samples, checkpoints and the LoRA file.",
@@ -54,7 +54,7 @@ class TrainingSettings(Settings):
     ema: EmaConfig = setting(EmaConfig(), "The moving average of the adapter's weights.")
 
     def check_combinations(self) -> None:
-        """The parts work together."""
+        """Checks that the parts work together."""
         check_warmup(self.optimizer, self.max_train_steps)
         check_streaming(self.memory, self.lora)
         check_ema(self.ema, self.optimizer)
@@ -87,7 +87,7 @@ class JobConfig(TrainingSettings):
     )
 
     def check_combinations(self) -> None:
-        """Exactly one of dataset and datasets is given, ids are unique, and a dataset is left to train on."""
+        """Checks `dataset` or `datasets`: one of them is given, ids are unique, and a dataset is left to train on."""
         if bool(self.datasets) == (self.dataset is not None):
             given = "both" if self.datasets else "neither"
             raise ConfigError(f"Exactly one of dataset and datasets must be given, got {given}.")

@@ -16,7 +16,7 @@ class MemoryConfig(Settings):
     """What stays on the device, what is recomputed, and what is moved to host memory."""
 
     memory: MemoryPlanning = setting(
-        "manual", "manual uses the settings below. auto chooses them so that the training fits on the device."
+        "manual", "manual uses the settings below. auto chooses them so that the run fits on the device."
     )
     gradient_checkpointing_blocks: int = setting(
         -1,

@@ -32,9 +32,9 @@ class ModelConfig(Settings):
     )
     base_model_precision: BaseModelPrecision = setting(
         "none",
-        "Format of the frozen weights. none: as mixed_precision. int8-quanto and fp8-quanto: half the size of bf16. "
-        "nf4-bnb and int4-quanto: a quarter. int2-quanto: an eighth, with low accuracy. file: keep the fp8 or int8 "
-        "weights of the file.",
+        "Format of the frozen weights. none: not quantised (bf16, or float32 if mixed_precision is no). int8-quanto "
+        "and fp8-quanto: half the size of bf16. nf4-bnb and int4-quanto: a quarter. int2-quanto: an eighth, with low "
+        "accuracy. file: keep the fp8 or int8 weights of the file.",
     )
     quantize_via: QuantizeVia = setting(
         "accelerator", "Where weights are quantised: accelerator is faster, cpu saves VRAM."
@@ -76,7 +76,7 @@ class ModelConfig(Settings):
         Settings.__post_init__(self)  # super() does not work in a dataclass with slots
 
     def check_combinations(self) -> None:
-        """Quantised activations need layers that multiply 8-bit numbers."""
+        """Checks that quantised activations have layers that multiply 8-bit numbers."""
         if self.quantize_activations:
             allowed = " or ".join(EIGHT_BITS) + " if quantize_activations is on"
             check(self.base_model_precision in EIGHT_BITS, "base_model_precision", self.base_model_precision, allowed)

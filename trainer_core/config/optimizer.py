@@ -84,7 +84,7 @@ class OptimizerConfig(Settings):
     )
 
     def check_combinations(self) -> None:
-        """The learning rate and its schedule suit the optimizer."""
+        """Checks that the learning rate and its schedule suit the optimizer."""
         self._check_learning_rate()
         self._check_schedule()
 

@@ -1,4 +1,4 @@
-"""Settings of a training: adapter, noise, rollout, batches, checkpoints and export."""
+"""Settings of a training run: adapter, noise, rollout, batches, checkpoints and export."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class LoraConfig(Settings):
     )
 
     def check_combinations(self) -> None:
-        """Patterns are valid, and LoKr gets no setting that it does not support."""
+        """Checks that patterns are valid and that LoKr gets no setting that it does not support."""
         layer_patterns("alpha_pattern", self.alpha_pattern)
         for pattern in layer_patterns("rank_pattern", self.rank_pattern):
             whole = pattern.value == int(pattern.value) and pattern.value <= 1024
@@ -103,7 +103,7 @@ class NoiseConfig(Settings):
     sigma_distribution: SigmaDistribution = setting(
         "logit_normal",
         "Distribution of noise levels before the shift. logit_normal: more in the middle. uniform: all alike. mode: "
-        "more in the middle, but also both ends. cosmap: twice as many in the middle as at the ends.",
+        "more in the middle, but the ends are sampled too. cosmap: twice as many in the middle as at the ends.",
     )
     logit_mean: float = setting(
         0.0, "Mean of the normal distribution of logit_normal.", Limits(soft_min=-10, soft_max=10, step=0.05)
@@ -141,7 +141,7 @@ class NoiseConfig(Settings):
     loss_type: LossType = setting(
         "l2",
         "Loss of the predicted velocity. l2: squared error. huber: squared for small errors, linear for large ones. "
-        "smooth_l1: huber divided by its width. The last two reduce the influence of bad pictures. Validation loss is "
+        "smooth_l1: huber divided by huber_c. The last two reduce the influence of bad pictures. Validation loss is "
         "always l2.",
     )
     huber_c: float = setting(
@@ -223,8 +223,8 @@ class BatchingConfig(Settings):
     gradient_accumulation_steps: int = setting(4, "Forward passes per optimizer step.", Limits(min=1, soft_max=1024))
     caption_dropout_probability: float = setting(
         0.0,
-        "Probability that a pair is trained with an empty caption; the references stay. Usually 0 for edits. Needs "
-        "encode_empty_caption, which a job file turns on by itself.",
+        "Probability that a pair is trained with an empty caption; the references stay. Usually 0 for edits. In "
+        "ComfyUI, turn on encode_empty_caption; the command line does so automatically.",
         Limits(min=0, below=1, usual="0 and at most 0.1", soft_max=0.99, step=0.01),
     )
 
