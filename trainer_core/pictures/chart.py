@@ -76,9 +76,7 @@ def _draw_loss(axes: Axes, rows: Rows) -> None:
     axes.set_ylabel("loss", color=_MUTED, fontsize=10)
     if not steps:
         axes.set_yticks([])
-        axes.text(
-            0.5, 0.5, "No finished steps yet", color=_MUTED, fontsize=12, ha="center", transform=axes.transAxes
-        )
+        axes.text(0.5, 0.5, "No finished steps yet", color=_MUTED, fontsize=12, ha="center", transform=axes.transAxes)
         return
     dot = "o" if len(steps) == 1 else ""
     axes.plot(steps, losses, color=_LOSS, alpha=0.35, linewidth=0.9, marker=dot, label="loss of each step")

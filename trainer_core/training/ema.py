@@ -53,7 +53,7 @@ def restore_ema(average: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> No
     """
     if average.keys() != tensors.keys():
         raise RunFolderError(
-            "The checkpoint's EMA is missing or for other layers than this run's adapter has. Choose another run name."
+            "The checkpoint's EMA is missing or does not match this run's adapter layers. Choose another run name."
         )
     copy_into(average, tensors)
 

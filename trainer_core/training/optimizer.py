@@ -65,7 +65,7 @@ def _library(package: str, config: OptimizerConfig) -> Any:
 
 
 def _prodigy(settings: dict[str, Any], config: OptimizerConfig) -> Builder:
-    """Mishchenko and Defazio 2023, with the safeguard that the authors recommend for a warm-up."""
+    """Builds Prodigy (Mishchenko and Defazio 2023) with the safeguard that the authors recommend for a warm-up."""
     kind = _library("prodigyopt", config).Prodigy
 
     def build(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -76,7 +76,7 @@ def _prodigy(settings: dict[str, Any], config: OptimizerConfig) -> Builder:
 
 
 def _schedule_free(settings: dict[str, Any], config: OptimizerConfig) -> Builder:
-    """Defazio et al. 2024, "The Road Less Scheduled". The warm-up is in the learning rate of each step."""
+    """Builds schedule-free AdamW (Defazio et al. 2024). The warm-up is in the learning rate of each step."""
     kind = _library("schedulefree", config).AdamWScheduleFree
 
     def build(weights: list[nn.Parameter]) -> torch.optim.Optimizer:

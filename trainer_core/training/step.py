@@ -249,7 +249,7 @@ def _raise_if_not_finite(loss: float, grad_norm: float, done: int, config: Train
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     raise NonFiniteLossError(
-        f"The loss became {loss} (gradient norm {grad_norm}) in step {done + 1}. The run keeps the weights of step "
-        f"{done}. Lower learning_rate (now {config.optimizer.learning_rate}) and start a new run. If that does not "
-        "help, look for a damaged picture or model file."
+        f"The loss or its gradient became NaN or infinite in step {done + 1} (loss {loss}, gradient norm {grad_norm}). "
+        f"The run keeps the weights of step {done}. Lower learning_rate (now {config.optimizer.learning_rate}) and "
+        "start a new run. If that does not help, look for a damaged picture or model file."
     )
