@@ -77,6 +77,6 @@ def _patches(lora: dict[str, torch.Tensor], key_map: dict[str, str], name: str) 
     if unmatched:
         raise ExportError(
             f"{len(unmatched)} of the {len(lora)} keys in {name} do not match a layer of the model, such as "
-            f"{', '.join(unmatched[:5])}. Use a Qwen-Image-Edit model with the number of blocks that the LoRA was trained for."
+            f"{', '.join(unmatched[:5])}. Use the Qwen-Image-Edit model that the LoRA was trained for."
         )
     return patches

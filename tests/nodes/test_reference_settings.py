@@ -65,7 +65,7 @@ def test_all_settings_together(comfyui: PackServer, folders: str) -> None:
     assert shapes == [[[16, 12, 12], [16, 10, 14]]] * 2
     assert len(list((cache / "conditioning_image_embeds" / "shared tokens").rglob("*.safetensors"))) == 5
     settings |= {"reference_latents": "on_the_fly", "create_image_embeds": False}
-    with pytest.raises(ComfyUIError, match="encoded on the fly, which only training does"):
+    with pytest.raises(ComfyUIError, match="so only training can use them"):
         comfyui.run(graph(folders, **settings))
 
 

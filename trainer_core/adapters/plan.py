@@ -61,7 +61,7 @@ def target_modules(transformer: nn.Module, lora: LoraConfig) -> list[str]:
 def linear_layers(transformer: nn.Module) -> list[str]:
     """Full names of the model's linear layers, in the network's order.
 
-    The last ones are the layers that `optimise_frozen_forward` removes: LoRA files may still contain them.
+    Layers that `optimise_frozen_forward` may have removed follow at the end: LoRA files may still contain them.
     """
     found = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     return found + [name for name in _unread_layers(transformer) if name not in found]

@@ -50,12 +50,12 @@ class LowRank:
 
     @property
     def kind(self) -> LoraType:
-        """As `lora_type` names it."""
+        """The adapter's type, as a value of `lora_type`."""
         return "lora" if self.dora_scale is None else "dora"
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(o, i)."""
+        """Shape (o, i) of the layer's weight."""
         return self.up.shape[0], self.down.shape[1]
 
     def change(self) -> Tensor:
@@ -73,12 +73,12 @@ class Kronecker:
 
     @property
     def kind(self) -> LoraType:
-        """As `lora_type` names it."""
+        """The adapter's type, as a value of `lora_type`."""
         return "lokr"
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(o, i)."""
+        """Shape (o, i) of the layer's weight."""
         return self.first.shape[0] * self.second[0].shape[0], self.first.shape[1] * self.second[-1].shape[1]
 
     def change(self) -> Tensor:
@@ -129,14 +129,16 @@ def adapter_parts(tensors: Mapping[str, Tensor], layers: Collection[str], name: 
             found.setdefault(layer, {})[_PARTS[ending]] = tensor
     if foreign:
         raise ModelFileError(
-            f"{name} has {len(foreign)} of {len(tensors)} tensors that are neither LoRA, DoRA nor LoKr, such as "
+            f"{len(foreign)} of the {len(tensors)} tensors in {name} are neither LoRA, DoRA nor LoKr, such as "
             f"{', '.join(foreign[:_SHOWN])}. Choose another file; ComfyUI's own LoRA loader may support this one."
         )
-    if unknown or not found:
+    if unknown:
         raise ModelFileError(
-            f"{name} has {len(unknown)} of {len(tensors)} tensors for layers that this model doesn't have, such as "
-            f"{', '.join(unknown[:_SHOWN])}. It was trained for another model; choose another file."
+            f"{len(unknown)} of the {len(tensors)} tensors in {name} belong to layers that this model doesn't have, "
+            f"such as {', '.join(unknown[:_SHOWN])}. The file was made for another model. Choose another file."
         )
+    if not found:
+        raise ModelFileError(f"{name} contains no LoRA weights. Choose another file.")
     return {layer: _part(parts, layer, name) for layer, parts in sorted(found.items())}
 
 
@@ -168,7 +170,7 @@ def _part(parts: Mapping[str, Tensor], layer: str, name: str) -> AdapterPart:
 
 
 def _factors(parts: Mapping[str, Tensor], key: str) -> tuple[Tensor, ...]:
-    """(matrix,), or its two factors, or () if the file has neither."""
+    """The part `key` as one matrix or as its two factors; empty if the file has neither."""
     if key in parts:
         return (parts[key],)
     return (parts[f"{key}_a"], parts[f"{key}_b"]) if {f"{key}_a", f"{key}_b"} <= parts.keys() else ()

@@ -85,13 +85,11 @@ class BatchPlan:
         self._draws_pairs = any(pair.probability < 1 for pair in self._pairs)
         self._draws_references = any(pair.prompts_by_reference for pair in self._pairs)
         self._epochs_differ = self._draws_pairs or any(len(_shapes_per_reference(pair)) > 1 for pair in self._pairs)
-        self._epoch_starts = [
-            _EpochStart(0, 0)
-        ]  # of the epochs computed so far; unused if all epochs have equal length
+        self._epoch_starts = [_EpochStart(0, 0)]  # of the epochs computed so far; unused if all have equal length
         self._lock = Lock()  # the loader's thread and the training thread both read the plan
 
     def __getitem__(self, micro_batch: int) -> tuple[Draw, ...]:
-        """The draws of a micro-batch. Micro-batches are counted from the start of the run."""
+        """The pairs that a micro-batch uses, as Draws. Micro-batches are counted from the start of the run."""
         epoch, position = self._place(micro_batch)
         return self._epoch(epoch)[position]
 
@@ -199,7 +197,7 @@ class RankPlan:
     per_step: int
 
     def __getitem__(self, micro_batch: int) -> tuple[Draw, ...]:
-        """The draws of one of this process's micro-batches, counted from the start of the run."""
+        """The pairs that one of this process's micro-batches uses. They are counted from the start of the run."""
         step, position = divmod(micro_batch, self.per_step)
         return self.whole[(step * self.ranks.size + self.ranks.rank) * self.per_step + position]
 
@@ -208,7 +206,7 @@ class RankPlan:
         return max(1, self.whole.batches_in_epoch(0) // self.ranks.size)
 
     def draws_of_step(self, step: int) -> list[Draw]:
-        """The draws of a step in all processes together."""
+        """The pairs that a step uses in all processes together."""
         count = self.per_step * self.ranks.size
         return [draw for number in range(step * count, (step + 1) * count) for draw in self.whole[number]]
 

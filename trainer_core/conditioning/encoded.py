@@ -85,8 +85,8 @@ class EncodedDataset:
             return tuple(self._tensor("latents", key, entry) for key in entry.references)
         if encode_reference is None:
             raise ConfigError(
-                f"The references of {entry.key!r} are encoded on the fly, which only training does. Encode the dataset "
-                "with reference_latents cached to use them here."
+                f"The reference latents of {entry.key!r} were not stored (reference_latents is on_the_fly), so "
+                "only training can use them. Set reference_latents to cached and encode again."
             )
         return tuple(map(encode_reference, entry.reference_files))
 
@@ -109,7 +109,7 @@ class EncodedDataset:
 
 
 def check_alike(first: EncodedDataset, other: EncodedDataset, names: tuple[str, str]) -> None:
-    """Check that two datasets can be used in one training. `names` are their names in the message.
+    """Check that two datasets can be used in one run. `names` are their names in the message.
 
     Raises:
         ConfigError: the flavour, preprocessing or prompt width differs.
@@ -163,7 +163,7 @@ def load_encoded(manifest: Path) -> EncodedDataset:
     except (OSError, ValueError) as error:
         raise DatasetError(f"Can't read the encoded dataset {manifest}: {error}. Encode the dataset again.") from error
     if values.pop("format", None) != FORMAT:
-        raise DatasetError(f"The encoded dataset {manifest} has another format version. Encode the dataset again.")
+        raise DatasetError(f"The encoded dataset {manifest} has a different format version. Encode the dataset again.")
     for name in ("pairs", "validation_pairs"):
         values[name] = tuple(map(EncodedEntry.from_row, values[name]))
     left_out = tuple(values.pop("left_out", ()))

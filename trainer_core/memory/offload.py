@@ -29,7 +29,7 @@ class OffloadedTensor:
 
 
 class HostCopies:
-    """A stack of tensors in host memory, with prefetch: fetching one begins to copy back the `ahead` before it.
+    """A stack of tensors in host memory. Fetching one also starts copying back the `ahead` tensors kept just before it.
 
     On CUDA, copies run on their own stream. Tensors lie one after another in pinned memory, which is reused in every
     step. It grows to what the largest step needs and no further, however the tensor sizes vary between steps.

@@ -212,12 +212,18 @@ def _pin(owner: object, tensors: Sequence[Tensor]) -> None:
     Torch's own pinned memory is rounded up to powers of two, which would waste up to half of it.
     """
     runtime: Any = torch.cuda.cudart()
+    unpinned = 0
     for tensor in tensors:
         if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
-            _LOG.warning("%.1f GiB of host memory can't be pinned; streaming will be slow.", tensor.nbytes / 2**30)
+            unpinned += tensor.nbytes
             _forget_error()
-            continue
-        weakref.finalize(owner, _unpin, tensor)
+        else:
+            weakref.finalize(owner, _unpin, tensor)
+    if unpinned:
+        text = (
+            "%.1f GiB of host memory can't be pinned, so streaming is slow. Lower blocks_to_stream or free host memory."
+        )
+        _LOG.warning(text, unpinned / 2**30)
 
 
 def _forget_error() -> None:

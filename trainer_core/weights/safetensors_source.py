@@ -169,7 +169,7 @@ def _common_prefix(names: dict[str, Any], prefixes: Sequence[str]) -> str:
 
 def _header_layers(path: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
     text = metadata.get("_quantization_metadata")
-    return dict(_parsed(text.encode(), path.name, "the header").get("layers", {})) if text else {}
+    return dict(_parsed(text.encode(), path.name, "all layers").get("layers", {})) if text else {}
 
 
 def _parsed(text: bytes, file: str, where: str) -> dict[str, Any]:
@@ -177,5 +177,5 @@ def _parsed(text: bytes, file: str, where: str) -> dict[str, Any]:
         return dict(json.loads(text.rstrip(b"\x00 ")))
     except (ValueError, TypeError) as error:
         raise ModelFileError(
-            f"{file}: the format of {where} is not valid JSON ({error}). Download it again."
+            f"The format of {where} in {file} is not valid JSON ({error}). Download the file again."
         ) from error
