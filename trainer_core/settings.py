@@ -240,10 +240,12 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
 def _inside(place: Any, part: str, change: str) -> Any:
     if isinstance(place, dict):
         return place.setdefault(part, {})
-    named = [item for item in place if isinstance(item, dict) and item.get("id") == part] if place else []
-    if isinstance(place, list) and (named or (part.isdigit() and int(part) < len(place))):
-        return named[0] if named else place[int(part)]
-    raise ConfigError(f"Can't apply the change {change!r}: there is no {part!r}.")
+    items = place if isinstance(place, list) else []
+    known = {str(number): item for number, item in enumerate(items)}
+    known |= {item["id"]: item for item in items if isinstance(item, dict) and isinstance(item.get("id"), str)}
+    if part in known:
+        return known[part]
+    raise ConfigError(f"Can't apply the change {change!r}: there is no {part!r} in {list(known) or place!r}.")
 
 
 def _must_be_given(field: dataclasses.Field[Any], values: dict[str, Any]) -> bool:

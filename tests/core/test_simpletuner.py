@@ -83,9 +83,9 @@ def test_every_key_of_the_documents_is_taken_or_explained(monkeypatch: pytest.Mo
     assert len(config_keys) > 80 and {"csv_file", "conditioning_type"} < data_keys
     imported = read(dict.fromkeys(CONFIG_REASONS, "x"), **dict.fromkeys(DATA_REASONS, "x"))
     for key in CONFIG_REASONS:
-        line(imported, f"{key}: left out: ")
+        line(imported, f"{key}: left out; ")
     for key in DATA_REASONS:
-        line(imported, f"my-edited-images.{key}: left out: ")
+        line(imported, f"my-edited-images.{key}: left out; ")
     given = {"model_flavour": "edit-v1"}
     assert not [each for each in read(dict.fromkeys(config_keys) | given).report if "has no effect" in each]
     based = convert(json.loads(plain_json(CONFIG)), json.loads(plain_json(EDIT_V1)), base="models/x", root=ROOT)
@@ -248,7 +248,7 @@ def test_masks_and_several_data_sets():
     assert (more.repeats, more.probability, first.repeats) == (3, 0.4, 0)
     assert imported.job.eval_dataset_id == ("held-out",) and held_out.id == "held-out"
     assert imported.job.validation.num_validation_images == 3
-    assert "conditioning_data" in line(imported, "plain: LEFT OUT") and "no data set" in line(imported, "spare: LEFT")
+    assert "conditioning_data" in line(imported, "plain: LEFT OUT") and "No data set" in line(imported, "spare: LEFT")
     assert "cache" in line(imported, "text:") and "probability" in line(imported, "more.probability:")
 
 
@@ -290,13 +290,13 @@ def test_one_reference_a_turn_keeps_all_folders():
     data[0]["conditioning_data"] += ["c", "d"]
     imported = read({"conditioning_multidataset_sampling": "random"}, data + more)
     assert len(imported.job.dataset.reference_dirs) == 3
-    assert "my-edited-images refers to it, but only the first 3" in line(imported, "d: LEFT OUT:")
+    assert "my-edited-images refers to it, but only the first 3" in line(imported, "d: LEFT OUT.")
 
 
 def test_references_that_are_named_and_left_out_say_so():
     imported = read({}, with_second_reference())
     assert imported.job.dataset.reference_dirs == (str(Path("/datasets/reference-images")),)
-    why = line(imported, "b: LEFT OUT:")
+    why = line(imported, "b: LEFT OUT.")
     assert "my-edited-images refers to it" in why and "conditioning_multidataset_sampling random" in why
     assert "no data set refers to it" not in why
     assert line(imported, "my-edited-images.conditioning_data:").endswith("in this order: my-reference-images.")
@@ -317,7 +317,7 @@ def test_pairs_held_out_unasked_are_said():
 def test_epochs_beside_steps_are_said():
     imported = read({"max_train_steps": 300, "num_train_epochs": 3})
     assert imported.job.max_train_steps == 300
-    assert "max_train_steps 300 counts" in line(imported, "num_train_epochs:")
+    assert "max_train_steps (300) sets the length" in line(imported, "num_train_epochs:")
     for epochs in (0, None):
         assert "num_train_epochs" not in str(read({"max_train_steps": 300, "num_train_epochs": epochs}).report)
 

@@ -180,7 +180,7 @@ def test_settings_of_ones_own_that_do_not_fit_are_named(
     """They are tried all the same: a plan has its margin."""
     monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
     assert train_lora(named(config, "manual")).lora_file is not None
-    said = [record.getMessage() for record in caplog.records if "Does not fit" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "does not fit" in record.getMessage()]
     assert len(said) == 1
     assert "What helps most:" in said[0]
 
@@ -206,9 +206,9 @@ def test_plan_on_the_command_line(model: ModelConfig, tmp_path: Path, capsys: py
     job.write_text(json.dumps(values))
     assert main(["plan", str(job)]) == 0
     text = capsys.readouterr().out
-    assert "(target 96 x 96, 1 reference: 72 picture tokens" in text and "Fits" in text
+    assert "(target 96 x 96, 1 reference: 72 picture tokens" in text and "The run fits" in text
     assert main(["plan", str(job), "--vram", "0.7", "--set", "memory.memory=auto"]) == 1
-    assert "Does not fit" in capsys.readouterr().out
+    assert "does not fit" in capsys.readouterr().out
     assert not list((tmp_path / "cache").rglob("*.safetensors")) and not (tmp_path / "runs").exists()
 
 

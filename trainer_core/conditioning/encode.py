@@ -104,7 +104,7 @@ def _memory_errors_explained(what: str, advice: str) -> Iterator[None]:
         release_memory()
         raise OutOfMemoryError(
             f"Out of memory while encoding {what}. Finished results stay in the cache. {advice}, close other programs "
-            "that use the device, or encode once with device cpu; training then uses the cached results."
+            "that use the device, or encode once on the CPU (device cpu, or ComfyUI with --cpu)."
         ) from error
 
 

@@ -136,7 +136,7 @@ def smaller_trainings(plan: MemoryPlan) -> Iterator[tuple[str, Training]]:
 
 
 def _much_smaller_trainings(plan: MemoryPlan) -> Iterator[tuple[str, Training]]:
-    """Combinations of changes."""
+    """Combinations of changes that save memory, as `smaller_trainings` gives them."""
     training = _one_at_a_time((plan.config, plan.network, plan.work))
     single = "train_batch_size 1 and " if plan.work.batch > 1 else ""
     for precision in _smaller_precisions(plan)[-1:]:

@@ -48,8 +48,8 @@ def encoding_in_words(base: BaseModel, largest_picture: int, budget: Budget) -> 
     lines = [
         f"Encoding, before training: {pictures / GIB:.1f} GiB for pictures, {prompts / GIB:.1f} GiB for prompts "
         f"(text encoder {weights / GIB:.1f}, text_encoder_precision {model.text_encoder_precision}).",
-        f"{'Fits' if fits else 'Does not fit'}: needs {needed / GIB:.1f} GiB of device memory (with a margin of "
-        f"{GAPS / GIB:.1f} GiB), {budget.device_bytes / GIB:.1f} GiB available.",
+        f"Encoding {'fits' if fits else 'does not fit'}: it needs {needed / GIB:.1f} GiB of device memory (with a "
+        f"margin of {GAPS / GIB:.1f} GiB), {budget.device_bytes / GIB:.1f} GiB available.",
     ]
     if not fits:
         lines.append(_advice(base, pictures, budget))
@@ -63,9 +63,7 @@ def _advice(base: BaseModel, pictures: int, budget: Budget) -> str:
         smaller = text_encoder_bytes(base, precision, compute_dtype(base.config).itemsize)
         if smaller + _PROMPT_BYTES + GAPS <= budget.device_bytes:
             return f"Set text_encoder_precision to {precision}, which needs {smaller / GIB:.1f} GiB."
-    return (
-        "Encode on a larger device, or set device to cpu for encoding; training then reads everything from the cache."
-    )
+    return "Encode on a larger device, or once on the CPU (device cpu); training then reads everything from the cache."
 
 
 def _is_quantised(name: str, shape: tuple[int, ...]) -> bool:

@@ -136,7 +136,7 @@ def _resting(config: TrainConfig, network: NetworkSize, streamed: int) -> dict[s
 
 
 def _on_the_fly(network: NetworkSize, pixels: int) -> dict[str, int]:
-    """Parts of the VAE that encodes references in a thread while the steps run. `pixels`: of the largest reference."""
+    """Memory of the VAE that encodes references in a thread while the steps run. `pixels`: of the largest reference."""
     if not pixels:
         return {}
     return {
@@ -168,7 +168,7 @@ def _layer_bytes(network: NetworkSize) -> int:
 def _validation(
     config: TrainConfig, network: NetworkSize, pair: PairSize | None, resting: Mapping[str, int]
 ) -> list[Phase]:
-    """Sampling, where prompt and negative prompt take turns, and decoding, with the transformer still loaded."""
+    """The phases sampling (prompt and negative prompt take turns) and decoding, with the transformer still loaded."""
     if pair is None or not config.validation.num_validation_images:
         return []
     tokens = Tokens(batch=1, image=pair.image_tokens, text=pair.text_tokens)

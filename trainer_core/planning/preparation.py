@@ -105,7 +105,7 @@ def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *,
     budget = budget_of(pick_device(config.model.device), config.memory.vram_gib, processes=processes)
     if config.memory.memory == "manual":
         if not budget.holds(plan := plan_memory(config, model.size, work)):
-            _LOG.warning("Memory plan: %s %s", verdict(plan, budget), memory_advice(plan, STEP + VALIDATION))
+            _LOG.warning("%s Trying anyway. %s", verdict(plan, budget), memory_advice(plan, STEP + VALIDATION))
     else:
         plan = choose_memory(config, model.size, work, budget)
         _LOG.info("%s", plan_report(plan, budget))

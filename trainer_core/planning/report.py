@@ -82,4 +82,4 @@ def verdict(plan: MemoryPlan, budget: Budget) -> str:
             f"{budget.device_bytes / GIB:.1f} GiB available; {plan.host_peak_bytes / GIB:.1f} GiB of host memory, "
             f"{budget.host_bytes / GIB:.1f} GiB available"
         )
-    return f"{'Fits' if budget.holds(plan) else 'Does not fit'}: needs {numbers}."
+    return f"The run {'fits' if budget.holds(plan) else 'does not fit'}: it needs {numbers}."

@@ -94,7 +94,7 @@ def _from_file(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
         unknown = [name for name in weights if name not in wanted]
         raise ModelFileError(
             f"{place.name} is not a Qwen-Image VAE, or incomplete: {len(wrong)} of {len(wanted)} weights are missing "
-            f"or have the wrong shape, {len(unknown)} are unknown, such as {(wrong + unknown)[0]}. Download it again."
+            f"or have the wrong shape, {len(unknown)} are unknown (first: {(wrong + unknown)[0]}). Download it again."
         )
     vae.load_state_dict(weights)
     return vae

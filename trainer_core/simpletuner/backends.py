@@ -76,6 +76,6 @@ class Backends:
         candidates = tuple(name for name in candidates if name not in self.eval_ids)
         references = ", ".join(self.of_kind("conditioning")) or "none in this file"
         raise ConfigError(
-            f"No data set to train on: one of {', '.join(candidates) or 'type image'} needs `conditioning_data` with "
-            f"the ids of its references (data sets with dataset_type conditioning: {references})."
+            f"No data set to train on: one of {', '.join(candidates) or 'dataset_type image'} needs "
+            f"`conditioning_data` with the ids of its references (data sets with dataset_type conditioning: {references})."
         )

@@ -230,7 +230,7 @@ def _model(section: Section, flavour: Flavour, base: str, root: Path) -> dict[st
             model[f"{part}_file"] = str(root / Path(file).expanduser())
         elif file:
             section.note(
-                key, f"left out: the {part} of model.base is used. Set model.{part}_file to use a single file."
+                key, f"left out; the {part} of model.base is used. Set model.{part}_file to use a single file."
             )
     precision = section.text("base_model_precision")
     if precision in _PRECISIONS and precision != "no_change":
@@ -253,7 +253,7 @@ def _other_precisions(section: Section, precision: str) -> dict[str, Any]:
         if precision in EIGHT_BITS:
             found["quantize_activations"] = True
         else:
-            section.note("quantize_activations", f"left out: it works only with {' and '.join(EIGHT_BITS)}.")
+            section.note("quantize_activations", f"left out, because it works only with {' and '.join(EIGHT_BITS)}.")
     text_encoder = section.text("text_encoder_1_precision", "text_encoder_precision")
     if text_encoder:
         found["text_encoder_precision"] = _PRECISIONS.get(text_encoder, text_encoder)
@@ -310,7 +310,7 @@ def _clipping_and_targets(section: Section, values: dict[str, Any]) -> None:
     elif norm is not None:
         section.note(
             "max_grad_norm",
-            f"left out: SimpleTuner clips each element at {norm:g} (grad_clip_method value), but this trainer limits "
+            f"left out. SimpleTuner clips each element at {norm:g} (grad_clip_method value), but this trainer limits "
             "the norm of the whole gradient, by default to 1.",
         )
     if section.truth("use_dora"):
@@ -350,11 +350,11 @@ def _steps_and_folders(section: Section, values: dict[str, Any], root: Path) -> 
     if steps and steps > 0:
         values["max_train_steps"] = steps
         if epochs:
-            section.note("num_train_epochs", f"left out: max_train_steps {steps} counts.")
+            section.note("num_train_epochs", f"left out, because max_train_steps ({steps}) sets the length.")
     elif epochs:
         section.note(
             "num_train_epochs",
-            f"left out: the length is set in steps. Set max_train_steps to {epochs:g} x pairs x (repeats + 1) / "
+            f"left out. The length is set in steps. Set max_train_steps to {epochs:g} x pairs x (repeats + 1) / "
             "(train_batch_size x gradient_accumulation_steps); the default is 1000.",
         )
     folder = section.text("output_dir")
@@ -386,5 +386,5 @@ def _rest(section: Section, values: dict[str, Any]) -> None:
         values["encoding"].setdefault("sizes", {})["aspect_bucket_alignment"] = step
     elif step is not None:
         section.note(
-            "aspect_bucket_alignment", f"left out: {step} is not 16 or 32. 32 is used, as Qwen-Image-Edit expects."
+            "aspect_bucket_alignment", f"left out; {step} is not 16 or 32. 32 is used, as Qwen-Image-Edit expects."
         )

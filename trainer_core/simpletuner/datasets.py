@@ -61,7 +61,7 @@ def read_data(
             _other(backends, other, used, cut, known, notes)
     first = next(iter(offsets))
     if len(set(offsets.values())) > 1:
-        notes.append(f"timestep_sampling_offset: one value applies to the whole run; that of {first} is used.")
+        notes.append(f"timestep_sampling_offset: that of {first} is used, because one value applies to the whole run.")
     evals = [name for name in names if name in backends.eval_ids]
     return ImportedData(values=_job_values(parts, evals, notes), name=first, offset=offsets[first])
 
@@ -130,7 +130,7 @@ def _image_embeds(backends: Backends, section: Section, name: str) -> dict[str, 
     found = backends.named(embeds, f"{name}.conditioning_image_embeds", known)
     if not is_plain_name(found):
         section.note(
-            "conditioning_image_embeds", f"left out: {found!r} is not a valid folder name. The default is used."
+            "conditioning_image_embeds", f"left out; {found!r} is not a valid folder name. The default is used."
         )
         return {}
     return {"conditioning_image_embeds": found, "create_image_embeds": True}
@@ -191,7 +191,7 @@ def _too_many(name: str, max_references: int) -> str:
         return f"{name} refers to it, but only the first {max_references} references are used"
     return (
         f"{name} refers to it, but this flavour uses only the first reference. With conditioning_multidataset_sampling "
-        "random each turn uses one of up to three"
+        "random, each use of a pair draws one of up to three"
     )
 
 
@@ -265,7 +265,7 @@ def _sizes(section: Section) -> dict[str, Any]:
     elif any(limits):
         section.note(
             "maximum_image_size",
-            "left out with target_downsample_size: they need each other and crop to have an effect.",
+            "left out with target_downsample_size, because they work only together and with crop.",
         )
     return {**encoding, "sizes": sizes} if sizes else encoding
 
@@ -279,7 +279,7 @@ def _other(
         return
     kind = backends.kind(name)
     if name in cut:
-        notes.append(f"{name}: LEFT OUT: {cut[name]}.")
+        notes.append(f"{name}: LEFT OUT. {cut[name]}.")
     elif kind in CACHES:
         place = (
             "in the cache folder, under this name"
@@ -288,11 +288,11 @@ def _other(
         )
         notes.append(f"{name}: {kind} are stored {place}, keyed by content.")
     elif kind in ("image", "eval"):
-        notes.append(f"{name}: LEFT OUT: it has no conditioning_data, but an edit starts from a picture.")
+        notes.append(f"{name}: LEFT OUT. It has no conditioning_data, but an edit starts from a picture.")
     elif kind == "conditioning":
-        notes.append(f"{name}: LEFT OUT: no data set refers to it in conditioning_data.")
+        notes.append(f"{name}: LEFT OUT. No data set refers to it in conditioning_data.")
     else:
-        notes.append(f"{name}: LEFT OUT: edits do not use data sets of type {kind}.")
+        notes.append(f"{name}: LEFT OUT. Edits do not use data sets of type {kind}.")
 
 
 def _explain_linked(section: Section, known: set[str]) -> None:

@@ -97,13 +97,13 @@ class Section:
         self.asked.update(names)
 
     def explain(self, reasons: Mapping[str, str], also_known: Iterable[str] = ()) -> None:
-        """Report every key that was not read: the reason, or the did_you_mean known key if the key is unknown."""
+        """Report every key that was not read: the reason, or the most similar known key if the key is unknown."""
         names = {*reasons, *self.asked, *also_known}
         for key in sorted(self._left):
             if key in reasons:
-                self.note(key, f"left out: {reasons[key]}.")
+                self.note(key, f"left out; {reasons[key]}.")
             elif key in names:
-                self.note(key, "left out: it has no effect with these other settings.")
+                self.note(key, "left out, because it has no effect with these other settings.")
             else:
                 self.note(key, f"UNKNOWN, left out.{did_you_mean(key, names)}")
 

@@ -27,7 +27,7 @@ def read_validation(section: Section, values: dict[str, Any]) -> None:
     if count is not None and not values.get("eval_dataset_id"):
         values["encoding"].setdefault("num_eval_images", count)
         section.note(
-            "num_eval_images", f"{count} pairs of each data set are kept out of training. Lower it for a small one."
+            "num_eval_images", f"{count} pairs of each data set are kept out of training. Use fewer for small ones."
         )
     if section.truth("validation_disable"):
         put(values, "validation.num_validation_images", 0)
