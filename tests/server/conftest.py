@@ -1,4 +1,4 @@
-"""A server with a narrow base model and pairs in it."""
+"""Fixture: a ComfyUI server with a narrow base model and a small dataset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.training_graph import place_base, place_pairs
 
 @pytest.fixture(scope="session")
 def studio(comfyui: PackServer, tokenizer_dir: Path) -> PackServer:
-    """The session's server, with a base model and five pairs."""
+    """The server that all tests share, with a narrow base model and five pairs."""
     place_base(comfyui, tokenizer_dir)
     place_pairs(comfyui)
     return comfyui

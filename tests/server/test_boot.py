@@ -1,4 +1,4 @@
-"""The pack in a real ComfyUI: it loads under any folder name and shows its nodes."""
+"""A real ComfyUI must load the pack under any folder name and list its nodes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A stranger's workflow, a page of another origin, and honest mistakes: refused in words, and nothing is touched.
+"""Untrusted workflows, requests from other origins and honest mistakes get a clear error and change no files.
 
-Linked values can't be checked by ComfyUI before the run, so each value comes both ways.
+ComfyUI cannot validate linked inputs before the run, so each value is tested as a widget value and as a linked input.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ RUN_NAMES = ["../x", "a/b", "C:\\x", "nul", "NUL.txt", "", ".", "..", "x" * 300,
 
 @pytest.fixture(scope="module")
 def outside(studio: PackServer) -> Path:
-    """Pictures beside ComfyUI's folders, and a link to them that somebody left in the input folder."""
+    """Folder with pictures outside ComfyUI's folders; `leads_out` in the input folder is a symlink to it."""
     folder = studio.base.parent / "outside"
     for part in ("target", "reference_1"):
         (folder / part).mkdir(parents=True)
@@ -68,24 +68,24 @@ def outside(studio: PackServer) -> Path:
 
 
 def files(studio: PackServer) -> dict[str, int]:
-    """All files that nobody may touch here, with the time of their last change."""
+    """Modification time (ns) of every file that these tests must leave unchanged, by path."""
     found = [studio.base.parent / "outside", studio.output, studio.input, studio.base / "models"]
     paths = [path for folder in found for path in folder.rglob("*")]
     return {str(path): path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
 def refusal(server: PackServer, prompt: dict[str, Any], node_id: str) -> str:
-    """Why the prompt was not queued."""
+    """Queue a prompt that validation must reject; returns the reason given for the node."""
     with pytest.raises(ComfyUIError) as caught:
         server.queue(prompt)
     assert caught.value.status == 400
     problems = caught.value.answer["node_errors"][node_id]["errors"]
-    assert {problem["type"] for problem in problems} == {"custom_validation_failed"}, problems  # once for each widget
+    assert {problem["type"] for problem in problems} == {"custom_validation_failed"}, problems  # one per widget
     return problems[0]["details"]
 
 
 def failure_at(server: PackServer, prompt: dict[str, Any], node_id: str) -> str:
-    """What the node said that failed."""
+    """Run a prompt that must fail at this node; returns the error message."""
     error = error_of(server.wait(server.queue(prompt)))
     assert error["node_id"] == node_id
     assert "trainer_core.errors." in error["exception_type"], error["exception_message"]
@@ -97,7 +97,7 @@ def test_folders(folder: str, outside: Path, studio: PackServer):
     name, before = folder.format(outside=outside), files(studio)
     for prompt in (pairing(target_folder=name), pairing(reference_folder_1=name)):
         assert "Use a folder below one of: input, output" in refusal(studio, prompt, PAIR)
-    for widget in ("reference_folder_2", "mask_folder"):  # empty for none
+    for widget in ("reference_folder_2", "mask_folder"):  # optional inputs: empty means none
         said = failure_at(studio, pairing(**{widget: name or ".."}), PAIR)
         assert f"{widget} is" in said
         assert str(studio.base) not in said
@@ -222,7 +222,7 @@ def test_a_missing_folder_is_named(studio: PackServer):
 
 
 def ask(server: PackServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
-    """Status and answer."""
+    """Status and body of the response."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(server.url + path, data, headers, method=method)
     try:
@@ -241,7 +241,7 @@ def test_another_origin_is_refused(prefix: str, studio: PackServer):
     body = {"run_name": "x"}
     assert ask(studio, "POST", prefix + STOP, body, Origin="http://evil.example", **JSON)[0] == 403
     assert ask(studio, "GET", prefix + "/qwen_edit_trainer/runs", Origin="http://evil.example")[0] == 403
-    assert ask(studio, "POST", prefix + STOP, body, Origin=studio.url, **JSON)[0] == 404  # it may ask
+    assert ask(studio, "POST", prefix + STOP, body, Origin=studio.url, **JSON)[0] == 404  # allowed, but no such run
 
 
 def test_stop_changes_nothing_by_get(studio: PackServer):
@@ -258,5 +258,5 @@ def test_stop_of_an_unknown_run(studio: PackServer):
 
 @pytest.mark.parametrize("content", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
 def test_stop_takes_no_forms(content: str, studio: PackServer):
-    """Those a foreign page may send without being asked."""
+    """A page of another origin can send these content types without a CORS preflight, so they must be refused."""
     assert ask(studio, "POST", STOP, {"run_name": "x"}, **{"Content-Type": content})[0] == 400

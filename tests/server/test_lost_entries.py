@@ -1,4 +1,4 @@
-"""Entries that vanish from the cache are made again when the graph is queued again, with ComfyUI's own cache full."""
+"""Deleted cache entries must be encoded again when the same graph is queued, even if ComfyUI has cached the node."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ pytestmark = pytest.mark.server
 
 
 def all_entries(server: PackServer) -> dict[Path, int]:
-    """Latents and prompts, with the time of their writing."""
+    """Modification time (ns) of every cached latent and prompt file."""
     return {**cache_entries(server, "latents"), **cache_entries(server, "prompt")}
 
 
 def test_only_what_is_missing_is_made(studio: PackServer):
     earlier = set(all_entries(studio))
-    prompt = encoding(place_pairs(studio, "for losses", 3, sizes=((224, 96),)))  # entries of its own
+    prompt = encoding(place_pairs(studio, "for losses", 3, sizes=((224, 96),)))  # a size that no other test encodes
     studio.run(prompt)
     before = all_entries(studio)
     lost = next(path for path in before if path not in earlier)

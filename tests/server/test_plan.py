@@ -1,4 +1,4 @@
-"""The planning node plans what the training node would train: it takes the same sockets."""
+"""The planning node takes the training node's inputs and must plan the same training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.server
 
 
 def planned(server: PackServer, more: Prompt | None = None, **inputs: Any) -> str:
-    """The plan of a training on five pairs."""
+    """The text of the plan for a training on five pairs."""
     plan = ours("PlanMemory", model=[LOAD, 0], encoded=[ENCODE, 0], card_gib=8.0, **inputs)
     return server.run({**encoding(), **(more or {}), "plan": plan})["plan"]["text"][0]
 

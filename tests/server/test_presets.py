@@ -1,4 +1,4 @@
-"""What wins on the training node: its widgets, then connected settings, then the preset."""
+"""Precedence on the training node: its widgets, then connected settings, then the preset."""
 
 from __future__ import annotations
 

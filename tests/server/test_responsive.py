@@ -1,4 +1,4 @@
-"""ComfyUI answers while it trains. benchmarks/server.py measures the same at length, on an idle machine."""
+"""ComfyUI must answer requests while it trains. benchmarks/server.py measures response times on an idle machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATHS = ("/queue", "/qwen_edit_trainer/runs/busy/curve")
 
 
 def test_answers_while_training(studio: PackServer):
-    """Several answers come within a step: a server that the training held up would give one between two steps."""
+    """The server must answer several requests per training step; if training blocked it, it would answer about one."""
     prompt_id = studio.queue(training("busy", 1_000_000))
     try:
         wait_for_steps(studio, 1, 120)

@@ -1,4 +1,4 @@
-"""What pages and scripts get to know of runs, and what strangers don't."""
+"""Routes and messages about runs: what pages and scripts can read, and what other origins and bad paths cannot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def run(studio: PackServer) -> dict[str, Any]:
-    """A finished training with pictures of two steps, and the messages that it sent to pages."""
+    """A finished training with sample pictures at two steps, and the messages that it sent to pages."""
     prompt, seen = training("watched", STEPS, validate=3), len(studio.events)
     prompt["name"] = helper("SaveText", value=[TRAIN, 2])
     outputs = studio.run(prompt)
@@ -31,7 +31,7 @@ def run(studio: PackServer) -> dict[str, Any]:
 
 
 def asked(server: PackServer, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and answer to a path that is sent as it is written."""
+    """Status, headers and body of the response. The path is sent exactly as written, without normalisation."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     try:
         connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
@@ -95,7 +95,7 @@ def test_the_kept_graph_goes_on_with_the_run(run: dict[str, Any], studio: PackSe
     assert prompt[TRAIN]["inputs"]["run_name"] == "watched"
     prompt[TRAIN]["inputs"]["max_train_steps"] = STEPS + 1
     assert figures(studio.run(prompt))["steps"] == STEPS + 1
-    prompt[TRAIN]["inputs"]["max_train_steps"] = STEPS  # as the other tests know it
+    prompt[TRAIN]["inputs"]["max_train_steps"] = STEPS  # the value that the other tests expect
     (run_dir(studio, "watched") / "graph.json").unlink()
     assert not studio.get(f"{RUNS}/watched")["has_graph"]
     with pytest.raises(ComfyUIError, match="404"):
@@ -162,7 +162,7 @@ def test_a_link_out_of_the_runs_is_not_followed(run: dict[str, Any], studio: Pac
         ({"Sec-Fetch-Site": "same-site"}, 403),  # another port of this machine
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
-        ({"Host": "trainer.example", "Origin": "http://evil.example"}, 403),  # ComfyUI itself looks at loopback only
+        ({"Host": "trainer.example", "Origin": "http://evil.example"}, 403),  # ComfyUI checks loopback hosts only
         ({"Host": "trainer.example", "Origin": "https://trainer.example"}, 200),
         ({"Sec-Fetch-Site": "same-origin"}, 200),
         ({"Sec-Fetch-Site": "none"}, 200),

@@ -1,4 +1,4 @@
-"""The templates' API twins on a running server: accepted as they are, and run at small size."""
+"""API versions of the templates: ComfyUI must accept each one unchanged and run small versions of the trainings."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ MODELS = {"unet_name": "diffusion_models", "clip_name": "text_encoders", "vae_na
 
 
 def template(name: str) -> dict[str, Any]:
-    """An API prompt that people get."""
+    """The API prompt of a shipped template."""
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def inputs_of(prompt: dict[str, Any], class_type: str) -> dict[str, Any]:
-    """Of the node of a class."""
+    """Inputs of the first node of this class."""
     return next(each["inputs"] for each in prompt.values() if each["class_type"] == class_type)
 
 
 def place_scenes(studio: PackServer) -> None:
-    """Three references, the folders named as in the template."""
+    """Pairs with three references, in folders named as in the template."""
     place_pairs(studio, "my_scenes", num_references=3)
     for number, part in enumerate(("person", "clothes", "place"), 1):
         (studio.input / "my_scenes" / f"reference_{number}").rename(studio.input / "my_scenes" / part)
 
 
 def place_masked(studio: PackServer, name: str) -> None:
-    """Pairs with masks, half white."""
+    """Pairs with masks whose left half is white."""
     place_pairs(studio, name, 3)
     folder = studio.input / name
     (folder / "reference_1").rename(folder / "reference")
@@ -53,7 +53,7 @@ def place_masked(studio: PackServer, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def furnished(studio: PackServer, tokenizer_dir: Path) -> PackServer:
-    """Everything that the templates name lies there: models small, other people's files empty."""
+    """A server with every file that the templates name: narrow base models, small datasets, other files empty."""
     for name, flavour in (("Qwen-Image-Edit", "edit-v1"), ("Qwen-Image-Edit-2509", "edit-v2")):
         place_base(studio, tokenizer_dir, name, flavour)
     place_pairs(studio, "my_edit")
@@ -77,7 +77,7 @@ def furnished(studio: PackServer, tokenizer_dir: Path) -> PackServer:
 
 @pytest.fixture
 def busy(furnished: PackServer) -> Iterator[PackServer]:
-    """The server at work, so that what is queued is looked at and not begun."""
+    """A server that is busy, so that prompts are validated and queued but not started."""
     waiting = furnished.queue({"wait": helper("Wait", seconds=60.0)})
     yield furnished
     furnished.post("/queue", {"clear": True})
@@ -97,7 +97,7 @@ def test_accepted_as_it_is(name: str, busy: PackServer):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("train_*.json")))
 def test_training_templates(name: str, furnished: PackServer):
-    """With the template's own precision and settings, but two steps on narrow models, pictures after each."""
+    """Runs with the template's precision and settings, except for two steps, narrow models and samples at each step."""
     prompt = template(name)
     for node in prompt.values():
         if node["class_type"] == "QwenEdit_EncodePairs":
@@ -117,7 +117,7 @@ def test_training_templates(name: str, furnished: PackServer):
 
 
 def test_import_template(furnished: PackServer):
-    """The quickstart's two files as they are printed, but one step of small pictures."""
+    """The quickstart's two files are imported as printed, then trained for one step at low resolution."""
     prompt = template("import_simpletuner")
     changes = ("encoding.resolution=96", "encoding.match_target_res=true", "max_train_steps=1", "seed=7")
     smaller = ("validation.validation_num_inference_steps=1", "validation.num_validation_images=1")
@@ -140,7 +140,7 @@ def test_import_template(furnished: PackServer):
 
 
 def test_demo_at_small_size(furnished: PackServer):
-    """The embedded model and the demo's own pictures; `make demo` runs it whole."""
+    """Runs a few steps with the demo's own model and six of its pairs; `make demo` runs the full demo."""
     from trainer_core.demo.pictures import make_demo_pairs
 
     prompt = template("demo")

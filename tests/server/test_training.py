@@ -1,4 +1,4 @@
-"""Trainings in a real ComfyUI: from pictures to a file that its own nodes take."""
+"""Trainings in a real ComfyUI, from pictures to a LoRA file that ComfyUI's own nodes load."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def first(studio: PackServer) -> dict[str, Any]:
-    """Outputs of a whole training, with ComfyUI's own nodes for its results behind it."""
+    """Outputs of a complete training with nodes attached to its results; `previews` counts its live previews."""
     prompt = training("first", STEPS, validate=3)
     prompt["graph"] = node("LossGraphNode", loss=[TRAIN, 1], filename_prefix="loss")
     prompt["own graph"] = ours("PlotLoss", loss_map=[TRAIN, 1])
@@ -63,7 +63,7 @@ def test_figures(first: dict[str, Any], studio: PackServer):
     assert all(0 < found[name] < 100 for name in ("psnr_base", "psnr_lora", "psnr_vae"))
     assert (studio.output / found["lora_file"]).is_file()
     assert (studio.output / found["grid_file"]).is_file()
-    assert str(studio.base) not in json.dumps(first)  # folders of the machine stay private
+    assert str(studio.base) not in json.dumps(first)  # absolute paths must not be shown
 
 
 def test_file_and_its_header(first: dict[str, Any], studio: PackServer):
@@ -88,7 +88,7 @@ def test_pictures(first: dict[str, Any], studio: PackServer):
     with Image.open(studio.output / grid["subfolder"] / grid["filename"]) as picture:
         assert picture.width >= 4 * 96
     assert studio.get(f"/view?filename={grid['filename']}&subfolder={grid['subfolder']}&type=output")
-    assert first["previews"] > 0  # live, on the node
+    assert first["previews"] > 0  # live previews on the node
     for plot in (PLOT, "graph", "own graph", "grid", "preview"):
         assert first[plot]["images"], plot
     assert first["shown"]["digest"][0]["extent"] > 0.5
@@ -107,7 +107,7 @@ def test_run_folder(first: dict[str, Any], studio: PackServer):
 
 
 def test_the_running_average_has_a_name_for_loaders(studio: PackServer):
-    """Also where the name was taken by another file, as in the second of these runs."""
+    """The EMA file is listed for LoRA loaders; if its name is taken (second run), it gets a number."""
     prompt = {**training("averaged", 2, ema_settings=["ema", 0]), "ema": EMA}
     first = figures(studio.run(prompt))
     assert first["ema_lora_name"] == "averaged/averaged-ema.safetensors"
@@ -124,11 +124,11 @@ def test_the_running_average_has_a_name_for_loaders(studio: PackServer):
     assert {first["ema_lora_name"], second["ema_lora_name"]} <= set(options)
 
 
-# The same again
+# Repeated prompts
 
 
 def stamps(folder: Path) -> dict[str, int]:
-    """Files with the time of their last change."""
+    """Modification time (ns) of every file in the folder, by relative path."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
@@ -145,7 +145,7 @@ def test_again_is_cached(first: dict[str, Any], studio: PackServer):
 
 
 def test_another_graph_finds_the_finished_run(first: dict[str, Any], studio: PackServer):
-    """Nothing cached, as after an eviction: the result comes from the folder, without a training step."""
+    """With ComfyUI's cache empty, the result comes from the run folder, without a training step."""
     forget(studio)
     before = stamps(run_dir(studio, "first"))
     prompt_id = studio.queue(training("first", STEPS, validate=3))
@@ -156,7 +156,7 @@ def test_another_graph_finds_the_finished_run(first: dict[str, Any], studio: Pac
 
 
 def told(server: PackServer, prompt_id: str) -> dict[str, Any]:
-    """The figures as sent to pages: without a cache, 0.3.64 forgets an output when it was passed on."""
+    """The figures as sent to pages: with --cache-none, ComfyUI 0.3.64 drops outputs that were passed to other nodes."""
 
     def matches(event: dict[str, Any]) -> bool:
         data = event.get("data", {})
@@ -227,7 +227,7 @@ def test_more_steps_go_on_with_a_finished_run(studio: PackServer):
 
 
 def sampling(model: list[Any]) -> dict[str, Any]:
-    """ComfyUI's sampler on a narrow MODEL."""
+    """Prompt nodes that run ComfyUI's sampler on a narrow MODEL."""
     return {
         "condition": helper("Condition", width=128, seed=0),
         "latent": helper("Latent"),
@@ -249,7 +249,7 @@ def sampling(model: list[Any]) -> dict[str, Any]:
 
 
 def drawn_with(server: PackServer, graph: dict[str, Any], model: list[Any]) -> str:
-    """The picture's fingerprint."""
+    """Hash of the latents that the model samples."""
     prompt = {**graph, "narrow": helper("NarrowModel", base=BASE, num_layers=2), **sampling(model)}
     (digest,) = server.run(prompt)["digest"]["digest"]
     assert digest["finite"]
@@ -263,7 +263,7 @@ def test_the_lora_works_in_comfyui_by_three_ways(first: dict[str, Any], studio: 
     applied = ours("ApplyLora", model=["narrow", 0], run=[TRAIN, 4], strength=1.0)
     core = node("LoraModelLoader", model=["narrow", 0], lora=[TRAIN, 0], strength_model=1.0)
     asked = studio.get("/object_info/LoraModelLoader")["LoraModelLoader"]["input"]["required"]
-    core["inputs"] |= dict.fromkeys(asked.keys() & {"bypass"}, False)  # of newer versions
+    core["inputs"] |= dict.fromkeys(asked.keys() & {"bypass"}, False)  # input in newer versions
     by_name = node(
         "LoraLoaderModelOnly", model=["narrow", 0], lora_name=figures(first)["lora_name"], strength_model=1.0
     )

@@ -1,4 +1,4 @@
-"""What belongs to the process is after a training as it was before: other nodes draw the same pictures."""
+"""Training must leave process-wide state (such as random generators) unchanged, so other nodes sample the same."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ pytestmark = pytest.mark.server
 
 
 def with_state(name: str, steps: int = 3, **options: Any) -> dict[str, Any]:
-    """A training between two looks at the state. Pairs are encoded in it, too."""
+    """A prompt that records the process state before and after encoding and training."""
     prompt = training(["name", 0], steps, **options)
-    del prompt[PLOT]  # ComfyUI keeps the large picture
+    del prompt[PLOT]  # ComfyUI caches its large picture, which would count as a held tensor
     return {
         **prompt,
         "before": helper("GlobalState"),
@@ -39,7 +39,7 @@ def with_state(name: str, steps: int = 3, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def warm(studio: PackServer) -> PackServer:
-    """Packages are imported once in a process, and may add to its lists then; and ComfyUI's own cache is filled."""
+    """A server after one training: packages are imported, which may change process state, and the cache is filled."""
     studio.run(training("warm", 2))
     return studio
 
@@ -72,7 +72,7 @@ def test_global_draws_of_other_nodes(warm: PackServer):
     alone = {"seed": helper("SeedGlobally", seed=7), "drawn": helper("DrawGlobally", after=["seed", 0])}
     place_pairs(warm, "for draws", 3)
     trained = training(["name", 0], 2, folder="for draws")
-    del trained[PLOT]  # ComfyUI draws the names of previews from Python's generator
+    del trained[PLOT]  # ComfyUI takes preview file names from Python's random generator
     between = {
         **trained,
         "seed": helper("SeedGlobally", seed=7),
@@ -83,7 +83,7 @@ def test_global_draws_of_other_nodes(warm: PackServer):
 
 
 def picture(server: PackServer, seed: int, also: dict[str, Any]) -> dict[str, Any]:
-    """ComfyUI's sampler on a model that is loaded anew (nothing of it is cached)."""
+    """Digest of latents from ComfyUI's sampler with an empty cache, in one prompt with the nodes in `also`."""
     forget(server)
     prompt = {
         **also,

@@ -1,4 +1,4 @@
-"""Interruption in every phase keeps the work, and the same graph goes on; stop-and-keep gives a file at once."""
+"""Interrupting any phase must keep the work for the next run of the graph; stop-and-keep must save a LoRA at once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_pairing(studio: PackServer):
 
 
 def test_encoding(studio: PackServer):
-    """Twice, among the pictures and among the prompts; what is there is not made again."""
+    """Interrupted once among pictures and once among prompts; existing cache entries are not made again."""
     count = 40
     place_pairs(studio, "some", count, sizes=((64, 64),))
     prompt = encoding("some", resolution=64)
@@ -64,7 +64,7 @@ def test_encoding(studio: PackServer):
     assert 2 <= len(latents) < 2 * count
     assert not made("prompt")
 
-    # The first message: newer versions send them a tenth of a second apart, and by then all may be done.
+    # Interrupts at the first message: newer ComfyUI sends one per 0.1 s, so all may be done before the second.
     Pressed(studio, prompt, progress_of(ENCODE, 1, count + 1)).assert_interrupted_at(ENCODE)
     assert latents.items() <= made("latents").items()
     assert len(made("latents")) == 2 * count
@@ -78,12 +78,12 @@ def test_encoding(studio: PackServer):
 
 @pytest.fixture(scope="module")
 def unbroken(studio: PackServer) -> Path:
-    """A LoRA trained without a break."""
+    """Path of a LoRA trained without interruption."""
     return studio.output / figures(studio.run(training("unbroken", STEPS)))["lora_file"]
 
 
 def test_training(unbroken: Path, studio: PackServer):
-    """While the model is loaded, between two steps, and while pictures are drawn; then to the end."""
+    """Interrupted while loading the model, between steps and while sampling; the final LoRA equals the unbroken one."""
     prompt = training("broken", STEPS, validate=MIDDLE, draw=DRAW)
 
     Pressed(studio, prompt, progress_of(TRAIN, 0)).assert_interrupted_at(TRAIN)
@@ -97,7 +97,7 @@ def test_training(unbroken: Path, studio: PackServer):
     assert {path.name for path in checkpoint.iterdir()} == {"lora.safetensors", "optimizer.safetensors", "report.json"}
     assert steps_written(studio, "broken") == list(range(1, paused["steps"] + 1))
 
-    drawing = Pressed(studio, prompt, progress_of(TRAIN, 2, 2 * DRAW))  # base and LoRA
+    drawing = Pressed(studio, prompt, progress_of(TRAIN, 2, 2 * DRAW))  # total: DRAW steps each for base and LoRA
     drawing.assert_interrupted_at(TRAIN)
     assert state_of(studio, "broken")["steps"] == MIDDLE
     assert not (run_dir(studio, "broken") / "samples" / f"step-{MIDDLE:06d}.png").exists()
@@ -111,7 +111,7 @@ def test_training(unbroken: Path, studio: PackServer):
 
 
 def losses(server: PackServer, name: str) -> list[float]:
-    """Of every step."""
+    """Loss of every step."""
     lines = (run_dir(server, name) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
@@ -154,13 +154,13 @@ def test_sampling(studio: PackServer):
 
 
 def stop(server: PackServer, name: str) -> dict[str, Any]:
-    """What the server says about a run before it is asked to end, and to that."""
+    """Ask the server to stop and keep the run; returns its answer, and the run's entry in the list just before."""
     (listed,) = under_way(server)
     return {**listed, **server.post("/qwen_edit_trainer/stop", {"run_name": name})}
 
 
 def kept(server: PackServer, prompt: dict[str, Any], when: int) -> tuple[Pressed, dict[str, Any]]:
-    """A training ended early."""
+    """Train, stop and keep the run at step `when`; returns how the prompt ended and the training node's figures."""
     asked = prompt[TRAIN]["inputs"]["max_train_steps"]
     pressed = Pressed(server, prompt, progress_of(TRAIN, when, asked), lambda: stop(server, "kept"))
     assert status_of(pressed.entry) == "execution_success", pressed.entry["status"]
@@ -173,15 +173,15 @@ def test_stop_and_keep(studio: PackServer):
     assert pressed.answer["stopping"] == "kept"
     assert (pressed.answer["run_name"], pressed.answer["num_steps"]) == ("kept", 100_000)
     assert pressed.answer["step"] >= 3
-    assert 3 <= found["steps"] < pressed.answer["step"] + 1000  # of 100 000
+    assert 3 <= found["steps"] < pressed.answer["step"] + 1000  # stopped soon, not at step 100 000
     assert found["stopped"] == "keep"
     assert (studio.output / found["lora_file"]).is_file()
-    assert pressed.entry["outputs"][PLOT]["images"]  # the graph went on
+    assert pressed.entry["outputs"][PLOT]["images"]  # nodes after the training still run
     assert state_of(studio, "kept")["state"] == "kept"
     assert under_way(studio) == []
 
     forget(studio)
-    assert figures(studio.run(prompt)) == found  # it was meant to end there
+    assert figures(studio.run(prompt)) == found  # a kept run counts as finished
 
     _, later = kept(studio, changed(prompt, TRAIN, if_run_exists="continue a kept run"), found["steps"] + 3)
     assert later["steps"] > found["steps"]

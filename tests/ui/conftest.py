@@ -1,4 +1,4 @@
-"""A browser, and a ComfyUI with a small demo in it."""
+"""Fixtures: a browser, and a ComfyUI server with a small demo dataset."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ OpenPage = Callable[..., ComfyPage]
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Chromium without a window, with a folder of its own that is gone afterwards."""
+    """Headless Chromium with a temporary profile."""
     path = find_browser()
-    assert path, "There is no Chromium. `make setup` gets it on Debian and Ubuntu; else name one in CHROMIUM."
+    assert path, "No Chromium found. `make setup` installs it on Debian and Ubuntu; elsewhere set CHROMIUM to its path."
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield chromium
@@ -31,7 +31,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackServer]:
-    """With six demo pairs. Not the session's server: ComfyUI serves no script of a pack with a blank in its name."""
+    """Server with six demo pairs, not the shared one: ComfyUI serves no scripts of a pack with a space in its name."""
     server = PackServer(tmp_path_factory.mktemp("comfyui-page"), name=PACK_NAME)
     folder = server.input / "demo"
     make_demo_pairs(folder)
@@ -40,14 +40,14 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackServer
             path.unlink()
     shutil.copy(
         folder / "reference" / "00_chelsea.png", server.input / "example.png"
-    )  # ComfyUI brings one of that name
+    )  # ComfyUI ships a file of that name
     with server:
         yield server
 
 
 @pytest.fixture
 def open_page(browser: Browser, demo_server: PackServer) -> Iterator[OpenPage]:
-    """Opens tabs in a renderer of nodes, `classic` or `nodes 2.0`, and a palette. None may complain on its console."""
+    """Opens tabs with a node renderer (`classic` or `nodes 2.0`) and a palette. Any console error fails the test."""
     pages: list[ComfyPage] = []
 
     def opened(renderer: str = "classic", palette: str = "dark") -> ComfyPage:
@@ -60,7 +60,7 @@ def open_page(browser: Browser, demo_server: PackServer) -> Iterator[OpenPage]:
     problems = [problem for page in pages for problem in page.problems]
     for page in pages:
         page.close()
-    if demo_server.get("/queue")["queue_running"]:  # of a test that failed
+    if demo_server.get("/queue")["queue_running"]:  # left running by a failed test
         demo_server.interrupt()
     assert not problems, "\n".join(problems)
 

@@ -1,4 +1,4 @@
-"""Templates and the side panel on their own: nothing missing, by keyboard, and with a stranger's texts in it."""
+"""Templates and the side panel without a training: complete, usable by keyboard, safe with untrusted texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOSTILE = "<img src=x onerror='window.hacked = true'><script>window.hacked = tru
 
 
 def place_models(server: PackServer) -> None:
-    """Files of the names that templates link downloads for or load as a LoRA, so that the page misses none."""
+    """Empty files for the models and LoRAs that the templates name, so that the page reports none as missing."""
     for path in (REPO / "workflows").glob("*.json"):
         for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
             named = [f"{model['directory']}/{model['name']}" for model in node["properties"].get("models", ())]
@@ -51,7 +51,7 @@ def test_every_template_opens_with_nothing_missing(renderer: str, open_page: Ope
 
 @pytest.fixture(scope="module")
 def told(runs_dir: Path) -> str:
-    """A run folder from somebody else."""
+    """Name of a paused run (40 of 60 steps, samples at 10, 20 and 30) whose texts contain hostile HTML."""
     folder = runs_dir / "from a stranger"
     rows = [{"step": step, "num_steps": 60, "loss": 1 / step, "learning_rate": 1e-4} for step in range(1, 41)]
     for row in rows[9::10]:
@@ -193,7 +193,7 @@ def test_of_a_run_that_validates_its_average_alone_there_is_a_curve(runs_dir: Pa
     assert found["measured"] == {"ema_validation_loss": [[10, 0.125]]}
 
 
-NO_ANSWER = {"status": 200, "content_type": "application/json", "body": "no JSON"}  # other failures reach the console
+NO_ANSWER = {"status": 200, "content_type": "application/json", "body": "no JSON"}  # the console logs error statuses
 
 
 def test_a_run_that_could_not_be_loaded_is_asked_for_again(told: str, open_page: OpenPage):
@@ -235,7 +235,7 @@ def test_settings_that_did_not_come_are_asked_for_again(told: str, open_page: Op
 
 
 def test_a_chart_of_one_value_and_its_mean_ends(open_page: OpenPage):
-    """The mean of one value may differ from it by a rounding, which is no span to put marks on."""
+    """Computing range and ticks must end, also where a value and its mean differ only by a rounding error."""
     found = open_page().page.evaluate(
         """async () => {
             const data = await import("/extensions/qwen-edit-trainer/trainer/chart_data.js");

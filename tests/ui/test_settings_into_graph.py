@@ -1,4 +1,4 @@
-"""Settings of a run in the graph: as the training had them, in a prompt that runs."""
+"""Copying a run's settings into the graph: its nodes must run and give the settings of the training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATTERNS = ("0 = 2", r".*\.attn\.to_q = 3")
 
 
 def place_run(runs_dir: Path, name: str, **sections: Any) -> str:
-    """A run folder as a training begins it."""
+    """Create a run folder with the settings, as a training does at its start; returns its name."""
     config = TrainConfig(run_dir=str(runs_dir / name), encoded="-", seed=5, **sections)
     with RunFolder.open(runs_dir / name, resume_key(config)) as folder:
         folder.write_config(to_json(config))
@@ -31,7 +31,7 @@ def place_run(runs_dir: Path, name: str, **sections: Any) -> str:
 
 
 def put_into_graph(page: ComfyPage, run_name: str) -> None:
-    """Press the button, and wait for the word that it is done."""
+    """Press the button and wait for the confirmation."""
     page.open_panel(run_name)
     page.panel.get_by_role("button", name="Settings into graph").click()
     page.page.get_by_text("Settings copied", exact=True).wait_for()
@@ -44,7 +44,7 @@ def settings_nodes(page: ComfyPage) -> dict[str, dict[str, Any]]:
 
 
 def values_made(server: PackServer, nodes: dict[str, dict[str, Any]]) -> list[str]:
-    """What the nodes give, each run by the server."""
+    """Run the nodes on the server; returns each output as text."""
     asked = {f"told{key}": helper("SaveText", value=[key, 0]) for key in nodes}
     outputs = server.run({**nodes, **asked})
     return [outputs[key]["text"][0] for key in asked]
@@ -52,7 +52,7 @@ def values_made(server: PackServer, nodes: dict[str, dict[str, Any]]) -> list[st
 
 @pytest.fixture(scope="module")
 def lora_file(demo_server: PackServer) -> Path:
-    """A LoRA that ComfyUI lists in a folder of its run."""
+    """An empty file that ComfyUI lists as a LoRA, in a subfolder."""
     path = demo_server.base / "models" / "loras" / LISTED
     path.parent.mkdir(parents=True)
     path.touch()
@@ -70,7 +70,7 @@ def test_the_nodes_give_the_runs_settings(
     put_into_graph(page, name)
     assert page.widgets("LoraSettings")["init_lora"] == LISTED
     made = values_made(demo_server, settings_nodes(page))
-    assert sorted(made) == sorted([str(lora), str(optimizer)])  # no others: the rest are defaults, EMA off among them
+    assert sorted(made) == sorted([str(lora), str(optimizer)])  # no nodes for default settings, such as EMA off
 
 
 def test_nodes_that_are_there(lora_file: Path, runs_dir: Path, open_page: OpenPage, demo_server: PackServer):

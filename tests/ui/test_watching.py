@@ -1,4 +1,4 @@
-"""A demo training watched in the browser: on the node, in the side panel, after a reload, from a second browser."""
+"""A demo training must be shown on the node, in the side panel, after a reload and in a second browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.server
 
 
 def small_demo(page: ComfyPage, run_name: str) -> None:
-    """The demo's template on six pairs, with a training that goes on until it is ended."""
+    """Open the demo template and set its training to run until it is stopped."""
     page.open_template("demo")
     assert page.missing() == []
     page.set_widgets("EncodePairs", num_eval_images=2)
@@ -36,10 +36,10 @@ def test_a_training(renderer: str, palette: str, open_page: OpenPage, demo_serve
     page.run()
 
     page.wait_for_points(page.node_view, 10)
-    expect(page.node_view.get_by_role("status")).to_have_text("training")  # all that is read out by itself
+    expect(page.node_view.get_by_role("status")).to_have_text("training")  # the only text that screen readers announce
     expect(page.node_view.locator(".qet-quiet")).to_contain_text("of 100000")
     expect(page.node_view.locator(".qet-quiet")).to_contain_text("left")
-    expect(page.node_view.locator(".qet-thumb").nth(2)).to_be_visible()  # base, step 8, target, and steps since then
+    expect(page.node_view.locator(".qet-thumb").nth(2)).to_be_visible()  # base, step 8, target and any later steps
 
     page.open_panel(name)
     comparison = page.panel.locator(".qet-compare")
@@ -48,17 +48,17 @@ def test_a_training(renderer: str, palette: str, open_page: OpenPage, demo_serve
     assert page.points(page.panel, "qet-line-held") >= 1
     page.picture(f"panel {renderer}")
 
-    second = open_page(renderer, palette)  # another browser, which has seen no message
+    second = open_page(renderer, palette)  # a new browser that has received no live messages
     second.open_panel(name)
     second.wait_for_points(second.panel, page.points(page.panel))
 
     seen = page.points(page.panel)
-    page.load()  # in mid-run
+    page.load()  # reload while the training runs
     page.open_panel(name)
     page.wait_for_points(page.panel, seen)
     small_demo(page, name)
     page.wait_for_points(page.node_view, seen)
-    page.wait_for_points(page.node_view, page.points(page.node_view) + 3)  # and it goes on
+    page.wait_for_points(page.node_view, page.points(page.node_view) + 3)  # new points still arrive
     page.picture(f"node {renderer}")
 
     assert name not in loras(page)
@@ -79,7 +79,7 @@ def test_a_training(renderer: str, palette: str, open_page: OpenPage, demo_serve
 
 
 def goes_on(page: ComfyPage):
-    """An ended run goes on, and its graph is opened, from the panel."""
+    """From the panel: open a stopped run's graph, continue the run and stop it again."""
     page.page.evaluate("() => app.graph.clear()")
     page.panel.get_by_role("button", name="Open graph").click()
     page.page.wait_for_function("() => app.graph.nodes.some(node => node.comfyClass === 'QwenEdit_TrainLora')")
@@ -92,7 +92,7 @@ def goes_on(page: ComfyPage):
 
 
 def loras(page: ComfyPage) -> str:
-    """What the graph's loader offers."""
+    """JSON of the options that the graph's `lora_name` widget offers."""
     return page.page.evaluate(
         "() => JSON.stringify("
         "app.graph.nodes.flatMap(n => n.widgets ?? []).find(w => w.name === 'lora_name').options.values)"
