@@ -104,8 +104,8 @@ def test_one_report_names_every_problem_and_no_file_is_touched(tmp_path):
         "after/none.png": "no caption; looked for none.txt",
         "after/latin1.txt": "not UTF-8",
         "after/lonely.png": f"no reference in {before}",
-        "after/Case.png": "case.png differs only in letter case",
-        "after/heic.png": "heic.heic has an unsupported format",
+        "after/Case.png": "Rename case.png or the target",
+        "after/heic.png": "Convert heic.heic to PNG or JPEG",
         "after/good.png": "same name",
     }
     for name, sentence in expected.items():

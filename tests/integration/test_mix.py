@@ -93,7 +93,7 @@ def test_repeats_are_extra_turns(small: EncodedDataset, large: EncodedDataset) -
     assert plan.batches_in_epoch(0) == plan.batches_in_epoch(7) == 12
     assert Counter(draw.pair for (draw,) in first) == {0: 3, 1: 3, 2: 3, 3: 1, 4: 1, 5: 1}
     assert [draw.index for (draw,) in first + second] == list(range(24))
-    assert "about 12 turns" in encoding_report(mix)
+    assert "about 12 pairs" in encoding_report(mix)
     twice = mix_encoded([MixPart(encoded=mix, repeats=1, probability=0.5)], small.cache_dir)
     assert [pair.repeats for pair in twice.pairs] == [5, 5, 5, 1, 1, 1]
     assert {pair.probability for pair in twice.pairs} == {0.5}

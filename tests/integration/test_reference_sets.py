@@ -77,7 +77,7 @@ def test_prompts_are_encoded_with_each_reference_alone(encoded: EncodedDataset, 
         for entry, alone in zip(encoded.pairs, single.pairs, strict=True):
             assert entry.seen(number) == alone
     assert '"alone"' not in singles[0].manifest.read_text()
-    assert "show one of 2 references per turn: 6." in encoding_report(encoded)
+    assert "show one of 2 references per use: 6." in encoding_report(encoded)
 
 
 def test_latents_and_words_of_a_turn_are_of_one_reference(

@@ -98,8 +98,8 @@ def check_file(path: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, tole
     lost, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if lost or unknown:
         raise ExportError(
-            f"The LoRA file would not load completely in {reader}: {len(lost)} tensors are lost {lost[:3]} and "
-            f"{len(unknown)} are unknown {unknown[:3]}. The file was not saved; the checkpoint is kept."
+            f"{reader} would not load the whole LoRA file: {len(lost)} tensors are lost and {len(unknown)} are unknown "
+            f"(first: {(lost + unknown)[0]}). The file was not saved; the checkpoint is kept. Report this as a bug."
         )
     layers = {name.rpartition(".")[0] for name in tensors}
     read, trained = (adapter_parts(each, layers, path.name) for each in (found, wanted))
@@ -108,7 +108,7 @@ def check_file(path: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, tole
         if not error <= tolerance:  # also true for NaN
             raise ExportError(
                 f"The LoRA file changes {layer} differently than trained (relative error {error:.1e}, at most "
-                f"{tolerance:.0e} is allowed). The file was not saved; the checkpoint is kept."
+                f"{tolerance:.0e} is allowed). The file was not saved; the checkpoint is kept. Report this as a bug."
             )
 
 

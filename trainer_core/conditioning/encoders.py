@@ -106,7 +106,7 @@ def own_prompts(base: BaseModel, encoding: EncodingConfig, device: torch.device)
 
 
 def _libraries(folder: ModelFolder) -> list[str]:
-    """What affects patches and positions if the transformers library computes them, see text_encoder.py."""
+    """Cache key of patches and positions if the transformers library computes them, see text_encoder.py."""
     import transformers
 
     return [weights_digest(folder.processor), transformers.__version__]

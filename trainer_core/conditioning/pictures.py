@@ -32,7 +32,7 @@ class View:
     resample: Literal["lanczos", "area"]
 
     def as_json(self) -> list[object]:
-        """For cache keys."""
+        """The view as JSON values, for cache keys."""
         return [list(self.box), list(self.size), self.resample]
 
     @staticmethod

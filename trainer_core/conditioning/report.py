@@ -28,12 +28,11 @@ def encoding_report(encoded: EncodedDataset) -> str:
         more = ", …" if len(encoded.left_out) > _MOST_KEYS else ""
         lines.append(f"Left out because smaller than minimum_image_size: {len(encoded.left_out)} ({names}{more}).")
     if encoded.changed:
-        names = ", ".join(map(shown, encoded.changed[:_MOST_KEYS])) + (
-            ", …" if len(encoded.changed) > _MOST_KEYS else ""
-        )
+        names = ", ".join(map(shown, encoded.changed[:_MOST_KEYS]))
+        more = ", …" if len(encoded.changed) > _MOST_KEYS else ""
         lines.append(
-            f"Files added, changed or removed while encoding: {len(encoded.changed)} ({names}). The dataset is encoded "
-            "without these changes; run again to include them."
+            f"Files added, changed or removed while encoding: {len(encoded.changed)} ({names}{more}). The dataset is "
+            "encoded without these changes; run again to include them."
         )
     return "\n".join(lines)
 
@@ -43,9 +42,9 @@ def _epoch(encoded: EncodedDataset) -> list[str]:
     lines = []
     if any(pair.repeats or pair.probability < 1 for pair in encoded.pairs):
         turns = sum((1 + pair.repeats) * pair.probability for pair in encoded.pairs)
-        lines.append(f"An epoch has about {turns:.0f} turns, because of repeats and probability.")
+        lines.append(f"An epoch uses about {turns:.0f} pairs, because of repeats and probability.")
     several = Counter(len(pair.prompts_by_reference) for pair in encoded.pairs if pair.prompts_by_reference)
-    lines += [f"Pairs that show one of {sets} references per turn: {count}." for sets, count in sorted(several.items())]
+    lines += [f"Pairs that show one of {sets} references per use: {count}." for sets, count in sorted(several.items())]
     flying = sum(len(pair.reference_files) for pair in encoded.pairs)
     if flying:
         lines.append(f"References encoded on the fly while training, with the VAE in memory: {flying}.")

@@ -40,8 +40,8 @@ def _written(target: Path, text_file: Path | None, config: DatasetConfig, listed
         if listed:
             return listed
         raise DatasetError(
-            f"{shown(target)}: no caption in {shown(config.captions.caption_file)}. Add a row with its path below the "
-            f"target folder in the column {config.captions.filename_column!r}."
+            f"{shown(target)}: no caption in {shown(config.captions.caption_file)}. Add a row with "
+            f"the target's path below the target folder in the column {config.captions.filename_column!r}."
         )
     if text_file is None:
         raise DatasetError(

@@ -30,10 +30,10 @@ class Folder:
     def almost(self, key: str) -> str:
         """A hint about a file that almost matches a missing key, to append to a message; empty if there is none."""
         if key in self.unread:
-            return f"; {shown(self.unread[key].name)} has an unsupported format, convert it to PNG or JPEG"
+            return f". Convert {shown(self.unread[key].name)} to PNG or JPEG, because its format is not supported"
         other = self.caseless.get(key.casefold())
         if other is not None:
-            return f"; {shown(other.relative_to(self.root))} differs only in letter case, rename one of them"
+            return f". Rename {shown(other.relative_to(self.root))} or the target, because only the letter case differs"
         return ""
 
 
@@ -59,7 +59,7 @@ def scan_folder(root: Path) -> Folder:
             _add(folder, kinds, path)
     for path in folder.unread.values():
         folder.notes.append(
-            f"{shown(path)}: not used, {path.suffix.lower()} files are not supported. Convert it to PNG or "
+            f"{shown(path)}: not used, because {path.suffix.lower()} files are not supported. Convert it to PNG or "
             "JPEG to use it."
         )
     return folder

@@ -137,12 +137,12 @@ def _size_findings(key: str, name: str, target: Size, reference: Size) -> Iterat
         return
     sizes = f"{name} is {reference.width} x {reference.height}, the target {target.width} x {target.height}"
     if same_framing(target, reference):
-        yield Finding(key, "size", f"{sizes}: same aspect ratio, so it is scaled. Equal sizes would be sharper.")
+        yield Finding(key, "size", f"{sizes}. Training scales {name}. Equal sizes would be sharper.")
     else:
         yield Finding(
             key,
             "framing",
-            f"{sizes}: different aspect ratios, so it is used whole. Crop both alike if they show the same scene.",
+            f"{sizes}. Aspect ratios differ, so {name} is not cropped. Crop both alike if they show the same scene.",
         )
 
 
@@ -161,11 +161,9 @@ def _findings(
         return
     if not found.measured:
         text = (
-            f"{name} can't be aligned with the target ({found.unedited:.0%} of it looks unedited, or it is too plain)."
+            f"{name} can't be aligned with the target, as it is plain or too little is unedited ({found.unedited:.0%})"
         )
-        yield Finding(
-            key, "unmeasured", f"{text} Fine if the edit changes the whole picture; check that both belong together."
-        )
+        yield Finding(key, "unmeasured", f"{text}. Fine if the edit changes all of it; otherwise check the pair.")
         return
     right, down = (part * scale for part in found.shift)
     if max(abs(right), abs(down)) > config.max_shift:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,8 +104,8 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     checked = check_pictures(used, observer, masks=masks, memory=_memory(checked_dir, folders))
     if accepts_cut_pictures():
         notes.append(
-            "Another extension in this process set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, so truncated pictures are read "
-            "with grey areas and can't be detected."
+            "Another extension set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, so truncated pictures are read with grey areas "
+            "and not reported. Disable that extension to find them."
         )
     notes += _without_reference(folders, config)
     table, table_problems = _caption_table(config)
@@ -182,7 +183,7 @@ def _clashes(roots: list[Path], *, with_masks: bool) -> list[str]:
         for earlier in range(later):
             pair = f"{names[earlier]} ({shown(roots[earlier])}) and {names[later]} ({shown(roots[later])})"
             if resolved[earlier] == resolved[later]:
-                problems.append(f"{pair} are the same folder. Use a separate folder for the targets and for each set.")
+                problems.append(f"{pair} are the same folder. Use a different folder for each.")
             elif resolved[earlier].is_relative_to(resolved[later]) or resolved[later].is_relative_to(resolved[earlier]):
                 problems.append(f"{pair} are nested. Move one out of the other.")
     return problems
@@ -190,17 +191,9 @@ def _clashes(roots: list[Path], *, with_masks: bool) -> list[str]:
 
 def _leftovers(target: Folder, references: list[Folder]) -> list[str]:
     """Notes on references, masks and texts that belong to no target and are not used."""
-    notes = [
-        f"{shown(path)}: not used, no target has this name."
-        for folder in references
-        for key, path in folder.pictures.items()
-        if key not in target.pictures
-    ]
-    return notes + [
-        f"{shown(path)}: not used, no target has this name."
-        for key, path in target.texts.items()
-        if key not in target.pictures
-    ]
+    files = chain(*(folder.pictures.items() for folder in references), target.texts.items())
+    unused = [path for key, path in files if key not in target.pictures]
+    return [f"{shown(path)}: not used, because no target has this name." for path in unused]
 
 
 def _pair(

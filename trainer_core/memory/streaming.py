@@ -220,9 +220,7 @@ def _pin(owner: object, tensors: Sequence[Tensor]) -> None:
         else:
             weakref.finalize(owner, _unpin, tensor)
     if unpinned:
-        text = (
-            "%.1f GiB of host memory can't be pinned, so streaming is slow. Lower blocks_to_stream or free host memory."
-        )
+        text = "%.1f GiB of host memory can't be pinned, so streaming is slow. Lower blocks_to_stream or free memory."
         _LOG.warning(text, unpinned / 2**30)
 
 

@@ -35,7 +35,7 @@ class Drift:
 
 
 def unedited_region(target: Image.Image, references: Sequence[Image.Image]) -> Where | None:
-    """Where the target still equals its first reference with the same framing; None if that can't be measured."""
+    """The region where the target equals its first reference with the same framing; None if that can't be measured."""
     wanted = _pixels(target)
     for reference in references:
         if not same_framing(Size(*target.size), Size(*reference.size)):

@@ -97,7 +97,7 @@ def _check_weight_shapes(network: nn.Module, source: WeightSource) -> None:
     if missing:
         raise ModelFileError(
             f"{source.place.name} lacks {len(missing)} of {len(wanted)} weights, such as "
-            f"{', '.join(missing[:_SHOWN])}. It is incomplete or another model: download it again."
+            f"{', '.join(missing[:_SHOWN])}. It is incomplete or belongs to another model. Download it again."
         )
     other = [name for name, shape in wanted.items() if source.shapes[name] != shape]
     if other:

@@ -85,14 +85,14 @@ class Entry:
         try:
             self._bytes += _write(self.temporary / f"{block:05d}.safetensors", weights)
         except (OSError, SafetensorError) as error:
-            self._give_up(f"{self.cache.folder} can't be written to ({error})")
+            self._give_up(f"{self.cache.folder} can't be written to ({error}). Check its permissions and the disk")
         if self._bytes > self.cache.limit_bytes:
-            self._give_up(f"they need more than the cache's limit of {self.cache.limit_bytes / 1e9:.1f} GB")
+            self._give_up(f"they need more than quantised_cache_gb ({self.cache.limit_bytes / 1e9:.1f}). Raise it")
 
     def _give_up(self, reason: str) -> None:
         self._gave_up = True
         shutil.rmtree(self.temporary, ignore_errors=True)
-        _LOG.warning("The quantised weights are not cached: %s.", reason)
+        _LOG.warning("The quantised weights are not cached, because %s.", reason)
 
     def finish(self) -> None:
         """After the last block: publish a written entry and delete old ones, or mark a read one as used."""
@@ -105,7 +105,9 @@ class Entry:
                 self.temporary.replace(self.place)
                 _make_room(self.cache)
         except OSError as error:  # for example, another run has just published the same entry
-            _LOG.warning("The quantised weights could not be cached in %s: %s", self.place, error)
+            _LOG.warning(
+                "The quantised weights are not cached in %s (%s). The next run tries again.", self.place, error
+            )
 
 
 def _is_complete(place: Path, num_blocks: int) -> bool:

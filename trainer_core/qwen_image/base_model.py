@@ -120,7 +120,7 @@ def transformer_settings(place: Path) -> dict[str, Any]:
     stored = read_json(place / "config.json")
     if stored.get("_class_name") != "QwenImageTransformer2DModel":
         raise ModelFileError(
-            f"{str(place)!r} contains a {stored.get('_class_name')}, not a QwenImageTransformer2DModel. "
+            f"{place / 'config.json'} has the class {stored.get('_class_name')!r}, not 'QwenImageTransformer2DModel'. "
             "Choose a Qwen-Image-Edit download."
         )
     return {"zero_cond_t": False, **stored}

@@ -233,7 +233,7 @@ def _locked(path: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise RunFolderError(
-            f"The run folder {path} is in use by another training. Wait until it has ended, stop it, or choose another "
+            f"The run folder {path} is in use by another training run. Wait until it ends, stop it, or choose another "
             f"run name. If no training is running on any machine, delete {LOCK} in the folder. Nothing was changed."
         ) from error
     except (OSError, NotImplementedError) as error:  # some network drives

@@ -77,5 +77,5 @@ class Backends:
         references = ", ".join(self.of_kind("conditioning")) or "none in this file"
         raise ConfigError(
             f"No data set to train on: one of {', '.join(candidates) or 'dataset_type image'} needs "
-            f"`conditioning_data` with the ids of its references (data sets with dataset_type conditioning: {references})."
+            f"`conditioning_data` with the ids of its references (dataset_type conditioning: {references})."
         )

@@ -13,7 +13,7 @@ _CONFIG = {
     "held-out pairs are sampled with their captions; add more prompts in encoding.validation_prompts": (
         "validation_prompt_library user_prompt_library num_validation_images validation_input"
     ),
-    "validation uses the training's model and noise schedule": "validation_noise_scheduler validation_torch_compile "
+    "validation uses the model and noise schedule of training": "validation_noise_scheduler validation_torch_compile "
     "validation_torch_compile_mode validation_preview validation_preview_steps validation_guidance_rescale "
     "validation_guidance_skip_layers validation_using_datasets validation_stitch_input_location "
     "validation_disable_unconditional validation_lycoris_strength validation_lora_strength validation_on_startup "
@@ -53,7 +53,7 @@ _CONFIG = {
     "the learning rate is used unscaled, and its schedule counts steps": "lr_scale lr_scale_sqrt lr_warmup_epochs",
     "the LoRA starts at zero, in peft's standard form": "init_lora_step lora_init_type peft_lora_mode "
     "lycoris_config lora_format flux_lora_target singlora_ramp_up_steps",
-    "the number of processes is set where the training is started": "num_processes num_machines ddp_backend "
+    "torchrun or accelerate sets the number of processes": "num_processes num_machines ddp_backend "
     "accelerator_cache_clear_interval "
     "dynamo_backend fsdp_enable deepspeed_config i_know_what_i_am_doing",
     "only edit LoRAs are trained": "controlnet control tread_config text_encoder_lora train_text_encoder "

@@ -147,7 +147,7 @@ def report_pictures(
 def _report(
     measured: Mapping[str, Sequence[Measured]], vae_psnr: float | None, step: int, grid_file: Path
 ) -> SampleReport:
-    """The drift is that of the trained weights, or of the average if only that was sampled."""
+    """The report. Its drift is that of the trained weights, or of the average if only that was sampled."""
     drift = mean_drift(each.drift for each in measured.get(TRAINED, measured.get(AVERAGE, ())))
     base, lora, ema = (_mean([each.psnr for each in measured.get(name, ())]) for name in ("base", TRAINED, AVERAGE))
     return SampleReport(
@@ -170,7 +170,7 @@ def _standard(
     target: Image.Image,
     references: Sequence[Image.Image],
 ) -> Standard:
-    """Encodes and decodes at the shot's size, to save memory while the transformer is loaded."""
+    """The shot's Standard. Works at the shot's size, to save memory while the transformer is loaded."""
     at_size = target.resize(shot.size, Image.Resampling.LANCZOS)
     wanted = to_tensor(at_size)
     latents = encoded.load(shot.entry).target_latents if shot.at_own_size else encode_picture(vae, wanted)

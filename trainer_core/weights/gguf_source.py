@@ -33,7 +33,7 @@ class GgufSource:
 
     @contextmanager
     def opened(self) -> Iterator[Read]:
-        """As WeightSource.opened."""
+        """Implements WeightSource.opened."""
         from gguf import quants
 
         tensors = {tensor.name: tensor for tensor in _reader(self.place).tensors}

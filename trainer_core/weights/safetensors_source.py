@@ -71,7 +71,7 @@ class SafetensorsSource:
 
     @contextmanager
     def opened(self) -> Iterator[Read]:
-        """As WeightSource.opened."""
+        """Implements WeightSource.opened."""
         with self._files() as get:
             yield lambda name: self._read(name, get)
 
