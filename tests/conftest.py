@@ -1,4 +1,4 @@
-"""Fixtures that every folder of tests may use."""
+"""Fixtures for all tests, the fast tier and the server marker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # narrow networks gain nothing from a second thread, and wait for it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only slow the tests' small networks down
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
@@ -21,26 +21,26 @@ from tools.comfyui import comfyui_dir as find_comfyui
 
 @pytest.fixture(scope="session")
 def repo() -> Path:
-    """This repository."""
+    """Root folder of this repository."""
     return REPO
 
 
 @pytest.fixture(scope="session")
 def comfyui_dir() -> Path:
-    """The ComfyUI tree that set-up has got, or COMFYUI_DIR."""
+    """ComfyUI's folder: COMFYUI_DIR, or the one that `make setup` unpacked."""
     return find_comfyui()
 
 
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackServer]:
-    """The session's ComfyUI server, with the pack in it. Booted by the first test that asks for it."""
+    """The session's ComfyUI server with the pack installed. It starts on first use."""
     with PackServer(tmp_path_factory.mktemp("comfyui")) as server:
         yield server
 
 
 @pytest.fixture
 def comfyui_of_its_own(tmp_path: Path) -> Iterator[Callable[..., PackServer]]:
-    """Boots a server that the test may kill or start with other arguments: `comfyui_of_its_own("--cache-none")`."""
+    """Starts a server that only this test uses, and may kill: `comfyui_of_its_own("--cache-none")`."""
     servers: list[PackServer] = []
 
     def boot(*arguments: str, environment: dict[str, str] | None = None) -> PackServer:
@@ -55,7 +55,7 @@ def comfyui_of_its_own(tmp_path: Path) -> Iterator[Callable[..., PackServer]]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """Shows the end of the server's log under a failed server test."""
+    """Adds the end of the server's log to the report of a failed server test."""
     outcome = yield
     report = outcome.get_result()
     server = getattr(item, "funcargs", {}).get("comfyui")
@@ -64,7 +64,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """tests/gpu is for machines with a CUDA device."""
+    """Skips tests/gpu on machines without a CUDA device."""
     import torch
 
     return True if "gpu" in collection_path.parts and not torch.cuda.is_available() else None
@@ -75,7 +75,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """--fast without paths runs the fast tier's folders; a marker expression of the user's own stays."""
+    """Makes --fast run FAST_PATHS unless paths are given, and FAST_MARKERS unless -m is given."""
     if config.getoption("--fast"):
         if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
             config.args = list(FAST_PATHS)
@@ -83,7 +83,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that uses the session's ComfyUI server is a server test, in whichever folder it is."""
+    """Adds the marker `server` to each test that uses a ComfyUI server, whatever its folder."""
     for item in items:
         if {"comfyui", "comfyui_of_its_own"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)

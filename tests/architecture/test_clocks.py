@@ -1,4 +1,4 @@
-"""No test asserts that something took fewer or more than some seconds: on a busy machine such a test fails by chance.
+"""No test may assert how long something takes: on a busy machine such a test fails at random.
 
 Timeouts on waiting for an event are fine. Durations are measured in benchmarks/.
 """
@@ -32,7 +32,7 @@ def reads_clock(tree: ast.AST) -> bool:
 
 
 def timed(tree: list[ast.AST]) -> Iterator[str]:
-    """Assertions that compare the size of a value that comes from a clock."""
+    """Assertions that compare a clock reading or a duration with <, <=, > or >=."""
     assigned = [node for node in tree if isinstance(node, ast.Assign) and reads_clock(node.value)]
     times = DURATIONS.union(*(names(target) for node in assigned for target in node.targets)) - {"self"}
     for node in tree:

@@ -1,4 +1,4 @@
-"""Who may import whom. Read from the source, so that nothing has to be imported for it."""
+"""Which package may import which. The source is parsed, not imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.comfyui import REPO
 CORE = REPO / "trainer_core"
 NODES = REPO / "nodes"
 
-# Each part imports only parts on a lower row, and itself.
+# Each part of trainer_core may import itself and parts in the same or an earlier row.
 ROWS = (
     ("errors", "settings", "config", "events", "rng", "geometry", "device", "files", "ranks"),
     ("weights",),
@@ -29,11 +29,11 @@ ROWS = (
     ("__main__",),
 )
 LEVEL = {part: level for level, row in enumerate(ROWS) for part in row}
-# The demo's files and pictures stand beside the rows: what makes and describes them imports only the foundations.
+# Parts outside the rows: they may import only the first two rows.
 LEVEL["demo"] = 1
 LEVEL["presets"] = 1
 LEVEL["simpletuner"] = 1  # other trainers' settings, turned into ours
-# Leaves that lower rows may read, because they import nothing of ours but the settings.
+# Exceptions: (part, module of a later row that it may import). The module may import only `errors` and `config`.
 ALLOWED_UPWARD = {("simpletuner", "qwen_image.flavours")}
 COMFYUI_RUNTIME = {
     "comfy",
@@ -64,7 +64,7 @@ def part_named(module: str) -> str:
 
 
 def for_types_only(path: Path) -> set[ast.AST]:
-    """All nodes under `if TYPE_CHECKING:`."""
+    """All syntax tree nodes under `if TYPE_CHECKING:`."""
     blocks = [n for n in nodes(path) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
     return {node for block in blocks for child in block.body for node in ast.walk(child)}
 
@@ -108,7 +108,7 @@ def absolute_imports(path: Path, packages: set[str]) -> list[str]:
 
 
 def upward(path: Path) -> list[str]:
-    """Imports against the direction."""
+    """Imports that the rows don't allow."""
     part, wrong = part_of(path), []
     if part == "__init__":
         return list(core_imports(path))
@@ -133,7 +133,7 @@ def test_core_imports_go_one_way():
 
 
 def test_the_reader_sees_imports():
-    """Otherwise the test above would pass on anything."""
+    """Without finding any import, the test above would always pass."""
     assert "errors" in core_imports(CORE / "settings.py")
     assert "qwen_image.flavours" in core_imports(CORE / "simpletuner" / "convert.py")
     assert sum(len(core_imports(path)) for path in CORE_FILES) > 10
@@ -167,7 +167,7 @@ def test_only_host_modules_touch_comfyui_at_run_time():
 
 
 def test_the_pack_imports_itself_relatively():
-    """ComfyUI imports it under a made-up name, and its folder `nodes` would shadow ComfyUI's module."""
+    """ComfyUI imports the pack under another name, and ComfyUI has a module `nodes` of its own."""
     paths = [REPO / "__init__.py", *NODE_FILES, *CORE_FILES]
     assert report(paths, lambda path: absolute_imports(path, {"trainer_core", "nodes"})) == ""
 

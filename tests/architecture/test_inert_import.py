@@ -11,8 +11,8 @@ import pytest
 
 from tools.comfyui import REPO
 
-# Runs in a fresh Python. Each step's code is watched by itself; `before` runs first and stands for what ComfyUI has
-# loaded anyway.
+# Runs in a new Python process and records the effects of each step. `before` runs first, unrecorded, and loads what
+# ComfyUI has loaded already.
 PROBE = """
 import json, logging, os, random, signal, sys, threading, warnings
 sys.dont_write_bytecode = True
@@ -83,7 +83,7 @@ server.PromptServer(asyncio.new_event_loop())
 
 
 FOUNDATIONS = "import trainer_core, trainer_core.config, trainer_core.errors, trainer_core.events, trainer_core.rng"
-# What the probe has to notice, and the word it has for that.
+# Statement -> text in the probe's report of it.
 ACTS = {
     "open('x', 'w').close()": "writes x",
     "os.mkdir('y')": "os.mkdir",
@@ -92,12 +92,12 @@ ACTS = {
     "torch.set_default_dtype(torch.float64)": "dtype",
     "os.environ['A'] = '1'": "environment",
 }
-PACK_NAME = "/some/custom_nodes/Qwen-Edit_x_Trainer test"  # as ComfyUI makes it from the pack's folder
+PACK_NAME = "/some/custom_nodes/Qwen-Edit_x_Trainer test"  # ComfyUI makes such a name from the pack's folder
 OURS = ("trainer_core", PACK_NAME)
 
 
 def probe(folder: Path, *steps: str, before: str = "") -> list[dict]:
-    """What each step did, in one process, one after the other."""
+    """Runs the steps in order in one new process. Returns a report of each: what happened, changed and was loaded."""
     source = PROBE.format(before=before, steps=steps)
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -119,7 +119,7 @@ def core_modules() -> list[str]:
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """The steps below, in one process with torch in it, in their order."""
+    """Reports of the pack's import, of FOUNDATIONS and of each of ACTS, in this order."""
     steps = (LOAD_PACK.format(path=str(REPO), name=PACK_NAME), FOUNDATIONS, *ACTS)
     path = f"sys.path.insert(0, {str(REPO)!r})"
     return probe(tmp_path_factory.mktemp("probe"), *steps, before=path)
@@ -143,7 +143,7 @@ def test_the_probe_sees_what_is_done(probed: list[dict], act: str):
 
 @pytest.mark.slow
 def test_every_module_of_the_core(tmp_path: Path):
-    """Beside the packages that they need."""
+    """Only the third-party packages that the modules import, loaded beforehand, may have side effects."""
     modules = core_modules()
     assert len(modules) > 10
     others = "import diffusers, transformers, peft, optimum.quanto, bitsandbytes, matplotlib.figure, PIL.Image"

@@ -1,4 +1,4 @@
-"""What ComfyUI-Manager and the Comfy Registry read, and what people get from them."""
+"""Metadata for ComfyUI-Manager and the Comfy Registry, and the files of an installation."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_requirements_are_lower_bounds_on_what_comfyui_lacks():
 
 
 def test_what_shipped_code_imports_is_asked_for(pyproject: dict):
-    """Each third-party import of shipped code is ComfyUI's, a requirement, or named here with its reason."""
+    """Each third-party import of shipped code comes with ComfyUI, is a requirement, or is listed here with a reason."""
     names = {re.split(r"[>=;\s]", line)[0].lower().replace("-", "_") for line in requirements()}
     known = names | {name.replace("-", "_") for name in BROUGHT_BY_COMFYUI} | {"pil", "yaml", "optimum"}
-    known |= {"gguf"}  # optional: a .gguf file without it is refused in words
+    known |= {"gguf"}  # optional: without it, a .gguf file is refused with an error that names the package
     known |= {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "server"}  # ComfyUI itself
-    known |= {"pyarrow", "pandas"}  # only for captions in Parquet files; the error says how to install one
+    known |= {"pyarrow", "pandas"}  # optional, for captions in Parquet files: the error says how to install it
     shipped = python_files("nodes", "trainer_core")
     found = {top: path for path in shipped for top in absolute_imports(path)}
     foreign = {n: str(p) for n, p in found.items() if n not in sys.stdlib_module_names and n.lower() not in known}
@@ -61,7 +61,7 @@ def test_registry_metadata(pyproject: dict):
     assert "comfyui" not in project["name"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
     assert {"PublisherId", "DisplayName", "requires-comfyui"} <= set(comfy)
-    assert "web" not in comfy  # WEB_DIRECTORY does it; both would load every script twice
+    assert "web" not in comfy  # WEB_DIRECTORY is used instead; with both, each script would load twice
     assert project["version"] in (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
     assert "Version 2.0, January 2004" in (REPO / "LICENSE").read_text(encoding="utf-8")
 

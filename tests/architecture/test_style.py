@@ -1,4 +1,4 @@
-"""Limits that ruff does not check: lengths, and calls, imports and characters that shipped code must not contain."""
+"""Rules that ruff does not check: lengths, and calls, imports and characters that shipped code must not contain."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def long_functions(path: Path) -> list[str]:
 
 
 def forbidden(nodes_of_a_file: Iterable[ast.AST]) -> list[str]:
-    """Calls and imports that a shipped file must not contain."""
+    """Calls and imports among these nodes that shipped code must not contain."""
     found: list[str] = []
     for node in nodes_of_a_file:
         if isinstance(node, ast.Call):

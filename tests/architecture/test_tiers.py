@@ -1,4 +1,4 @@
-"""The fast tier covers every room, tests stay independent of each other, and the drawn structure is the real one."""
+"""The fast tier covers every part of the code, tests don't import each other, and the structure diagram is current."""
 
 from __future__ import annotations
 
@@ -49,4 +49,4 @@ def test_tests_import_neither_each_other_nor_benchmarks():
 
 def test_the_drawn_structure_is_the_real_one():
     page = structure.PAGE.read_text(encoding="utf-8")
-    assert structure.with_drawing(page) == page, "Run `make docs`."
+    assert structure.with_drawing(page) == page, "Run `make docs` to update the diagram."

@@ -1,4 +1,4 @@
-"""The page's scripts: small modules with checked types that never parse text as HTML and contact no other host."""
+"""The page's scripts are small modules with checked types that never parse text as HTML and contact no other host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORBIDDEN = re.compile(
     r"|https?://(?!www\.w3\.org/2000/svg)"
 )
 IMPORT = re.compile(r"^import .* from \"([^\"]+)\"", re.MULTILINE)
-HOST_MODULES = {"../../scripts/app.js", "../../scripts/api.js"}  # the two that ComfyUI promises
+HOST_MODULES = {"../../scripts/app.js", "../../scripts/api.js"}  # ComfyUI's modules for extensions
 
 
 def test_there_is_something_to_check():
@@ -33,7 +33,7 @@ def badly_written(path: Path) -> list[str]:
 
 
 def bad_imports(path: Path) -> list[str]:
-    """Only the entry imports ComfyUI's modules. ComfyUI loads every script, so the others only define things."""
+    """Only the entry may import ComfyUI's modules. ComfyUI loads all scripts, so others may only define things."""
     entry, found = path.parent == WEB, []
     for target in IMPORT.findall(text(path)):
         ours = target.startswith("./") and (path.parent / target).is_file()

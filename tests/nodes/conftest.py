@@ -1,4 +1,4 @@
-"""The pack's nodes as a real ComfyUI lists them, and its plain modules without ComfyUI."""
+"""Fixtures: the nodes as a running ComfyUI lists them, and modules of `nodes/` that need no ComfyUI."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 
 from tests.support.comfyui_server import PackServer
 
-PARENT = "qwen_edit_pack"  # ComfyUI imports the pack under a name of its own, too
+PARENT = "qwen_edit_pack"  # ComfyUI too imports the pack under another name
 
 
 @pytest.fixture(scope="session")
 def all_nodes(comfyui: PackServer) -> dict[str, Any]:
-    """/object_info."""
+    """ComfyUI's /object_info: node id -> description of the node."""
     return comfyui.get("/object_info")
 
 
@@ -39,5 +39,5 @@ def pack_module(repo: Path) -> Callable[[str], types.ModuleType]:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file."""
+    """The parsed JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

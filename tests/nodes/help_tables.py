@@ -1,4 +1,4 @@
-"""The tables of a help page, as the node itself describes its inputs and outputs."""
+"""The input and output tables of a help page, generated from the node's entry in /object_info."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SECTIONS = re.compile(r"## Inputs\n.*?(?=\n## Typical values\n)", re.DOTALL)
 
 
 def tables(info: dict[str, Any]) -> str:
-    """The sections Inputs and Outputs."""
+    """The sections Inputs and Outputs for a node's entry in /object_info, as Markdown."""
     rows = ["## Inputs", "", "| input | type | default | meaning |", "| --- | --- | --- | --- |"]
     for part in ("required", "optional"):
         for name, (kind, options) in info["input"].get(part, {}).items():
@@ -27,13 +27,13 @@ def tables(info: dict[str, Any]) -> str:
 
 
 def tables_in(page: str) -> str:
-    """The same sections of a page; empty if they are not there."""
+    """The sections Inputs and Outputs of a page; empty if it has none."""
     found = _SECTIONS.search(page)
     return found.group() if found else ""
 
 
 def with_tables(page: str, info: dict[str, Any]) -> str:
-    """The page with these sections written anew."""
+    """The page with both sections regenerated."""
     return _SECTIONS.sub(lambda _: tables(info), page)
 
 

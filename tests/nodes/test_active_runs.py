@@ -1,4 +1,4 @@
-"""The list of trainings under way."""
+"""The list of runs in progress."""
 
 from __future__ import annotations
 

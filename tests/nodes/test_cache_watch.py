@@ -1,4 +1,4 @@
-"""A queued graph notices when part of the cache was deleted."""
+"""A queued graph encodes again if part of the cache was deleted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def entries(encoded: EncodedDataset) -> list[Path]:
 
 @pytest.fixture
 def copied(encoded: EncodedDataset, tmp_path: Path) -> EncodedDataset:
-    """A dataset whose entries may be removed."""
+    """A dataset with a copy of its cache, which the test may damage."""
     shutil.copytree(encoded.cache_dir, tmp_path / "cache")
     return dataclasses.replace(encoded, manifest=tmp_path / "cache" / "datasets" / encoded.manifest.name)
 
@@ -38,7 +38,7 @@ def without_manifest(encoded: EncodedDataset) -> None:
 
 
 def made_again_empty(encoded: EncodedDataset) -> None:
-    """The folder may get the same number on the disk."""
+    """The new folder may get the old one's inode number."""
     shutil.rmtree(encoded.cache_dir)
     encoded.cache_dir.mkdir()
 
@@ -51,7 +51,7 @@ def test_a_loss_changes_the_fingerprint_once(
     watch.watch(copied)
     assert watch.losses() == watch.losses() == "0"
     loss(copied)
-    watch.watch(copied)  # as after the node was asked again
+    watch.watch(copied)  # as when the node has encoded again
     assert [watch.losses() for _ in range(3)] == ["1", "1", "1"]
     watch.watch(copied)
     assert watch.losses() == "2"

@@ -1,4 +1,4 @@
-"""nodes/host_*.py with the real ComfyUI: folders, long calls and the LoRA loader."""
+"""nodes/host_*.py with the real ComfyUI: folders, long calls and loading LoRAs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.comfy_subprocess import run_in_comfyui
 
-pytestmark = pytest.mark.slow  # starts a ComfyUI without its server
+pytestmark = pytest.mark.slow  # imports ComfyUI in a subprocess, without a server
 
 NETWORKS = [
     ("diffusion_models", "edit/transformer", {"_class_name": "QwenImageTransformer2DModel"}),
@@ -24,7 +24,7 @@ NETWORKS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ComfyUI's folders for these tests, with a base model and a LoRA in a format that can hold code."""
+    """ComfyUI's folders for these tests, with a base model and a LoRA in a pickle format, which must not be listed."""
     base = tmp_path_factory.mktemp("host")
     for name in ("input", "output/loras", "named", "named_by_variable", "diffusers/Some-Model/transformer"):
         (base / name).mkdir(parents=True)
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(folder: Path, comfyui_dir: Path, repo: Path) -> dict[str, Any]:
-    """What tests/support/comfy_subprocess_host.py found."""
+    """The results of tests/support/comfy_subprocess_host.py."""
     values = {"repo": str(repo), "folder": str(folder), "named": str(folder / "named")}
     with pytest.MonkeyPatch.context() as patch:
         roots = os.pathsep.join(["relative", "", str(folder / "named_by_variable")])
@@ -53,7 +53,7 @@ def answers(folder: Path, comfyui_dir: Path, repo: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("file", ["good", "halved", "dora", "lokr"])
 def test_a_good_file_passes(file: str, answers: dict[str, Any]):
-    """`halved` has an alpha, which both sides count."""
+    """`halved` has an alpha of half the rank, which ComfyUI and the check must both apply."""
     assert answers["check"][file] == "None"
 
 
@@ -102,7 +102,7 @@ def test_an_interruption_ends_as_comfyuis(answers: dict[str, Any]):
 
 
 def test_every_phase_has_a_bar_of_its_own(answers: dict[str, Any]):
-    """Newer versions of ComfyUI send nothing of a bar whose value went back, until it is past the last one sent."""
+    """Newer ComfyUI versions send nothing after a bar's value falls, until it exceeds the last value sent."""
     steps = [[[1, 9], [2, 9]], [[3, 9]]]
     drawing = [[[4, 4]], [[1, 9], [2, 9]]]
     assert answers["bars"] == [[[80, 80]], [[1, 41], [41, 41]], steps[0], drawing[0], steps[1], drawing[1]]
@@ -127,11 +127,11 @@ def test_listed_files(answers: dict[str, Any]):
 
 
 def test_listed_networks(answers: dict[str, Any], folder: Path):
-    """Files, and folders that hold the network that the list is for."""
+    """Each list has files, and folders that contain a network of the list's kind."""
     found = answers["folders"]
     wanted: dict[str, list[str]] = {}
     for kind, name, _ in NETWORKS:
-        wanted.setdefault(kind, []).append(f"{name}/model.safetensors")  # as ComfyUI lists it
+        wanted.setdefault(kind, []).append(f"{name}/model.safetensors")  # ComfyUI itself lists files
         wanted[kind] += [] if name in ("another", "odd") else [name]
     wanted = {kind: sorted(names) for kind, names in wanted.items()}
     assert found["networks"] == str(wanted)

@@ -1,4 +1,4 @@
-"""Messages for pages, and the graph kept in a run folder."""
+"""Progress messages for the page, and the graph saved in a run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two resolutions mixed by the nodes of a real ComfyUI, with a target that has no reference."""
+"""In a real ComfyUI, one dataset is mixed at two resolutions. One of its targets has no reference."""
 
 from __future__ import annotations
 

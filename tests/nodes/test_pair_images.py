@@ -1,4 +1,4 @@
-"""From pictures of the graph and from folders to checked and previewed pairs, in a real ComfyUI."""
+"""In a real ComfyUI, pairs from the graph's images and from folders are checked and previewed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_table_of_captions_and_masks_through_the_nodes(comfyui: PackServer):
 
 
 def coloured(folder: Path, values: list[int]) -> None:
-    """Pictures of one colour and unlike sizes, and a caption each that says which."""
+    """Writes a grey picture for each value, all of different widths, with captions such as `value 10`."""
     folder.mkdir(parents=True)
     for value in values:
         Image.fromarray(np.full((40, 32 + value, 3), value, np.uint8)).save(folder / f"{value:03d}.png")
@@ -72,7 +72,7 @@ def coloured(folder: Path, values: list[int]) -> None:
 
 
 def pairs_written(server: PackServer, before: set[Path]) -> list[tuple[int, int, str]]:
-    """Target's and reference's grey values and the caption of each pair in the folder that is new."""
+    """(grey value of the target, of the reference, caption) of each pair in the only folder that is not in `before`."""
     (folder,) = set((server.output / "qwen_edit_trainer" / "graph_pairs").iterdir()) - before
     found = []
     for target in sorted((folder / "target").glob("*.png")):
@@ -83,7 +83,7 @@ def pairs_written(server: PackServer, before: set[Path]) -> list[tuple[int, int,
 
 
 def test_comfyui_own_nodes_for_folders_of_images_and_texts(comfyui: PackServer):
-    """LoadImageTextDataSetFromFolder gives lists of pictures of unlike sizes; its resizing node stays in between."""
+    """Lists of images of different sizes from ComfyUI's loader can go through its resize node before pairing."""
     coloured(comfyui.input / "own_nodes", [10, 20, 30, 40])
     graph_pairs = comfyui.output / "qwen_edit_trainer" / "graph_pairs"
     before = set(graph_pairs.iterdir()) if graph_pairs.is_dir() else set()
@@ -100,7 +100,7 @@ def test_comfyui_own_nodes_for_folders_of_images_and_texts(comfyui: PackServer):
 
 
 def test_two_folders_through_comfyui_own_nodes(comfyui: PackServer):
-    """References from the node without texts. Both list a folder as the disk does, and the numbers go together."""
+    """References come from the node without captions. Both nodes list files in disk order; pairs go by position."""
     coloured(comfyui.input / "own_targets", [11, 21, 31])
     coloured(comfyui.input / "own_references", [101, 121, 131])
     listed = [

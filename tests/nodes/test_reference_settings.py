@@ -1,4 +1,4 @@
-"""Types, sampling, caches and latents of references through the nodes of a real ComfyUI."""
+"""The settings of the ReferenceSettings node, used in a real ComfyUI."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def graph(name: str, **settings: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def folders(comfyui: PackServer, request: pytest.FixtureRequest) -> str:
-    """Three pairs of two references, the second ones of another shape; their name below ComfyUI's input."""
+    """Makes three pairs with two references, the second of another shape. Returns their folder below `input`."""
     name = f"seen_{request.node.name}"
     config = make_pairs(comfyui.input / name, 3, num_references=2)
     for number in range(3):

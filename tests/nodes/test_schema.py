@@ -1,4 +1,4 @@
-"""What workflows depend on (ids, inputs, their order and defaults) and what users read (names, tooltips, pages)."""
+"""The nodes as workflows store them (ids, order of inputs, defaults) and users see them (names, tooltips, help)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ EXPECTED = {
 
 
 def inputs(info: dict[str, Any]) -> list[tuple[str, str, str, dict[str, Any]]]:
-    """(required or optional, id, type, options) in the order of the node."""
+    """(required or optional, id, type, options) of each input, in the node's order."""
     return [
         (part, name, spec[0], spec[1] if len(spec) > 1 else {})
         for part in ("required", "optional")
@@ -67,7 +67,7 @@ def schema_of(name: str, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_schema_is_as_workflows_know_it(our_nodes: dict[str, Any]):
-    """Ids must stay and widgets may only be appended. UPDATE_GOLDEN=1 rewrites the file; commit that separately."""
+    """Ids must not change, widgets may only be appended. UPDATE_GOLDEN=1 rewrites the file; commit it separately."""
     found = {name: schema_of(name, info) for name, info in sorted(our_nodes.items())}
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -138,7 +138,7 @@ def test_help_pages(our_nodes: dict[str, Any], repo: Path):
 
 
 def test_help_pages_say_what_the_nodes_say(our_nodes: dict[str, Any], repo: Path):
-    """Their tables show the tooltips, defaults and limits. UPDATE_GOLDEN=1 rewrites the tables."""
+    """Help tables show the tooltips, defaults and limits of the nodes. UPDATE_GOLDEN=1 rewrites the tables."""
     for name, info in our_nodes.items():
         path = repo / "web" / "docs" / f"{name}.md"
         page = path.read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ def test_help_pages_say_what_the_nodes_say(our_nodes: dict[str, Any], repo: Path
 
 
 def test_help_pages_lie_where_comfyui_looks(repo: Path):
-    """ComfyUI serves WEB_DIRECTORY, and its page requests docs/<node id>.md there."""
+    """ComfyUI serves WEB_DIRECTORY, and its page requests docs/<node id>.md from it."""
     root = (repo / "__init__.py").read_text(encoding="utf-8")
     assert re.search(r'^WEB_DIRECTORY = "\./web"$', root, re.MULTILINE)
-    assert "NODE_CLASS_MAPPINGS" not in root  # would keep ComfyUI from calling comfy_entrypoint
+    assert "NODE_CLASS_MAPPINGS" not in root  # with it, ComfyUI would not call comfy_entrypoint

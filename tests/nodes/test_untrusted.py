@@ -1,4 +1,4 @@
-"""Names and folders from a workflow that a stranger wrote."""
+"""Names and paths from an untrusted workflow."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ HOSTILE_NAMES = (
 
 @pytest.fixture
 def names(pack_module) -> ModuleType:
-    """nodes/untrusted.py."""
+    """The module nodes/untrusted.py."""
     return pack_module("untrusted")
 
 
 @pytest.fixture
 def config_error(pack_module) -> type[Exception]:
-    """The error class of the same copy of the pack."""
+    """ConfigError as `names` raises it: this import of the pack has its own class."""
     pack_module("untrusted")
     import sys
 
@@ -73,7 +73,7 @@ def config_error(pack_module) -> type[Exception]:
 
 @pytest.fixture
 def roots(tmp_path: Path) -> dict[str, Path]:
-    """Two allowed roots with a set in each, and links out of the first and between both."""
+    """Two allowed roots, each with a folder `set`. The first has a link to outside and a link into the second."""
     found = {"input": tmp_path / "private" / "input", "pictures": tmp_path / "private" / "pictures"}
     for root in found.values():
         (root / "set").mkdir(parents=True)
@@ -166,6 +166,6 @@ def test_names_in_a_file_are_looked_for_from_the_file_upwards(
     (deep / "data.json").unlink()
     assert Path(names.near("data.json", deep, roots, Path.is_file)) == roots["input"] / "set" / "data.json"
     (roots["input"] / "set" / "data.json").unlink()
-    assert names.near("data.json", deep, roots, Path.is_file) == "data.json"  # not above the root
+    assert names.near("data.json", deep, roots, Path.is_file) == "data.json"  # the search stops at the root
     assert names.file_below_roots("data.json", roots, "data_file") == roots["pictures"] / "data.json"
     assert names.near("only_here", deep, roots, Path.is_dir) == "only_here"

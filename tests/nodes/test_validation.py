@@ -1,4 +1,4 @@
-"""Errors that can be known early appear at the node, before anything runs."""
+"""Wrong inputs are reported as early as possible, at the node that has them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .conftest import read_json
 
 @pytest.fixture
 def prompt(comfyui: PackServer) -> dict[str, Any]:
-    """The demo, as an API prompt, with folders that are there."""
+    """The demo as an API prompt, with dataset folders that exist."""
     for part in ("target", "reference"):
         (comfyui.input / "validation" / part).mkdir(parents=True, exist_ok=True)
     demo = read_json(REPO / "workflows" / "api" / "demo.json")
@@ -27,12 +27,12 @@ def prompt(comfyui: PackServer) -> dict[str, Any]:
 
 
 def node_of(prompt: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
-    """Id and inputs of the node of a class."""
+    """Id and inputs of the first node of the class QwenEdit_<name>."""
     return next((key, node["inputs"]) for key, node in prompt.items() if node["class_type"] == f"QwenEdit_{name}")
 
 
 def refusal(server: PackServer, prompt: dict[str, Any], targets: list[str]) -> dict[str, Any]:
-    """The answer to a prompt that must not be queued."""
+    """The node_errors of a prompt that the server must refuse."""
     with pytest.raises(ComfyUIError) as caught:
         server.queue(prompt, targets)
     return caught.value.answer["node_errors"]
@@ -53,7 +53,7 @@ def test_folders(name: str, widget: str, prompt: dict[str, Any], comfyui: PackSe
 
 
 def test_all_folders_that_are_missing_are_named_together(prompt: dict[str, Any], comfyui: PackServer):
-    """ComfyUI repeats a refusal for every input that is asked about: so few are, and the others a moment later."""
+    """ComfyUI repeats the message per validated input, so only two are; the node checks the others when it runs."""
     pairing, inputs = node_of(prompt, "PairFolders")
     preview, _ = node_of(prompt, "PreviewPairs")
     inputs.update(target_folder="lost/target", reference_folder_1="lost/reference", reference_folder_3="lost/third")
@@ -95,7 +95,7 @@ def test_imported_files(name: str, comfyui: PackServer):
 
 
 def test_folders_that_an_imported_file_names_must_be_allowed(comfyui: PackServer):
-    """The file may come from a stranger, so it opens nothing that a graph could not name."""
+    """The file is untrusted: it may name only folders that a graph may name."""
     (comfyui.input / "imported").mkdir()
     entries = [
         {"id": "a", "instance_data_dir": "/etc", "conditioning_data": "b"},
@@ -146,7 +146,7 @@ def test_base_model_file_is_missing(prompt: dict[str, Any], comfyui: PackServer)
 
 
 def test_base_model_files_are_listed_and_looked_into(prompt: dict[str, Any], comfyui: PackServer):
-    """A wrong one is refused by the node itself, before anything is loaded."""
+    """Files in subfolders are listed. The node refuses a wrong file before it loads any weights."""
     files = {"transformer_file": "diffusion_models", "text_encoder_file": "text_encoders", "vae_file": "vae"}
     wrong = {"x.lora_A.weight": torch.zeros(2)}
     for folder in files.values():

@@ -1,4 +1,4 @@
-"""The templates: they open without missing nodes or values, and their API twins are the same graphs."""
+"""Workflow templates open without missing nodes or values, and each has an identical API version."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ OUR_VERSION = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_tex
 
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
-    """A template's name."""
+    """Name of a template."""
     return request.param
 
 
 @pytest.fixture
 def graph(name: str) -> dict[str, Any]:
-    """The template as the page saved it."""
+    """The template as ComfyUI's page saves it."""
     return read_json(FOLDER / f"{name}.json")
 
 
@@ -80,7 +80,7 @@ def test_links_are_consistent(graph: dict[str, Any]):
 
 def test_flat_and_for_old_pages(graph: dict[str, Any]):
     assert graph["version"] == 0.4
-    assert "definitions" not in graph  # subgraphs
+    assert "definitions" not in graph  # no subgraphs
     assert {"id", "nodes", "links", "groups", "last_link_id"} <= set(graph)
 
 
@@ -92,7 +92,7 @@ def test_api_twin(name: str, graph: dict[str, Any], all_nodes: dict[str, Any]):
 
 
 def test_values_are_allowed(name: str, all_nodes: dict[str, Any]):
-    """Choices are among the choices (except files that a person downloads), numbers within their range."""
+    """Each choice exists (except files that the user downloads), and each number is within its range."""
     for node in read_json(FOLDER / "api" / f"{name}.json").values():
         info = all_nodes[node["class_type"]]["input"]
         specs = {**info.get("required", {}), **info.get("optional", {})}
@@ -109,7 +109,7 @@ def test_values_are_allowed(name: str, all_nodes: dict[str, Any]):
 
 
 def test_pictures_are_found_by_every_page(graph: dict[str, Any]):
-    """Frontends from 1.49 at the latest miss any that the loader does not list: it lists no folders."""
+    """Frontends since 1.49 or earlier report images that LoadImage doesn't list as missing; it lists no subfolders."""
     named = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "LoadImage"]
     assert all("/" not in name for name in named)
 
@@ -166,7 +166,7 @@ def test_templates_are_published(comfyui: Any, tmp_path: Path):
 
 
 def strings(value: Any) -> list[str]:
-    """Every text in a JSON value."""
+    """All strings in a JSON value."""
     if isinstance(value, str):
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []

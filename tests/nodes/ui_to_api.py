@@ -1,4 +1,4 @@
-"""A saved graph of ComfyUI's page to the prompt that the page would queue for it."""
+"""Converts a graph that ComfyUI's page saved to the prompt that the page would queue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NOTES = {"Note", "MarkdownNote"}
 
 
 def widgets_of(info: dict[str, Any]) -> list[tuple[str, int]]:
-    """(input id, number of saved values) of a node's widgets, in their order; the page adds some of its own."""
+    """(input id, number of saved values) of each widget in order. Seeds and uploads save a second value."""
     found = []
     for part in ("required", "optional"):
         for name, spec in info["input"].get(part, {}).items():
@@ -22,7 +22,7 @@ def widgets_of(info: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def to_prompt(graph: dict[str, Any], all_nodes: dict[str, Any]) -> dict[str, Any]:
-    """The API prompt: node id -> class_type and inputs."""
+    """The API prompt of a saved graph: node id -> class_type and inputs."""
     links = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
     prompt = {}
     for node in graph["nodes"]:

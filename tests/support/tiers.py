@@ -1,8 +1,8 @@
-"""The fast tier: what `make test-fast` runs. It starts no ComfyUI server, no browser and no training."""
+"""The fast tier: the tests that `make test-fast` runs. They need no ComfyUI server, browser or training."""
 
 from __future__ import annotations
 
-# Folders and files of tests. In them, tests marked `slow` or `server` are left out.
+# Test folders and files of the fast tier. FAST_MARKERS leaves out the tests in them marked `slow` or `server`.
 FAST_PATHS = (
     "tests/architecture",
     "tests/core",

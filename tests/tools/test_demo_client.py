@@ -1,4 +1,4 @@
-"""The demo's client: what it reads from ComfyUI's answers, and what it says when something is wrong."""
+"""The demo's client: how it reads ComfyUI's answers, and its error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Set-up's search for a browser. The rest of it is what made the environment that runs this."""
+"""How set-up finds a browser. The rest of set-up is tested by making the environment that runs these tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools import setup
 
 @pytest.fixture
 def no_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder as the only one on the path."""
+    """An empty folder, the only one on PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CHROMIUM", raising=False)
     return tmp_path
