@@ -42,7 +42,7 @@ export function createPanel(app, api, store) {
     if (run) store.want(run.run_name);
     const wrong = store.problem(selected);
     problem.hidden = !wrong;
-    setText(problem, wrong ? `Request to the server failed; retrying: ${wrong}` : "");
+    setText(problem, wrong ? `Retrying a failed request to the server: ${wrong}` : "");
     list.element.hidden = Boolean(run);
     detail.element.hidden = !run;
     if (run) detail.show(run);
