@@ -1,4 +1,4 @@
-"""The CUDA path on a real card, with narrow models. Collected only where there is one: see tests/conftest.py."""
+"""The CUDA path on a real GPU, with narrow models. Collected only on machines with one: see tests/conftest.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trainer_core.sample import SampleRequest, sample_edit
 
 @pytest.fixture
 def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
-    """Eight steps on the card."""
+    """Eight steps on the GPU."""
     return TrainConfig(
         run_dir=str(tmp_path / "run"),
         encoded=str(encoded.manifest),
@@ -96,10 +96,10 @@ def test_compiled_blocks_take_the_same_course(config: TrainConfig) -> None:
 
 
 def test_memory_that_cannot_be_locked_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    stream = torch.nn.Module()  # anything that can be weakly referred to
+    stream = torch.nn.Module()  # any object that supports weak references
     host = torch.empty(2**20, dtype=torch.uint8)
     _pin(stream, [host])
-    _pin(stream, [host])  # which is an error to CUDA
+    _pin(stream, [host])  # pinning the same memory twice is a CUDA error
     assert "can't be pinned" in caplog.text
     assert torch.ones(2, device="cuda").add(1).tolist() == [2, 2]
 

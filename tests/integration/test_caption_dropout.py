@@ -1,4 +1,4 @@
-"""The empty caption: seen with the real references, and drawn as a function of seed and turn."""
+"""Caption dropout: the empty caption keeps its pair's references, and its draw depends only on seed and turn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from trainer_core.run import train_lora
 
 @pytest.fixture(scope="module")
 def encoded(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> EncodedDataset:
-    """Three pairs with the empty caption."""
+    """Three pairs, also encoded with the empty caption."""
     root = tmp_path_factory.mktemp("dropout")
     dataset = pair_folders(make_pairs(root / "pairs", 3))
     encoding = small_encoding(num_eval_images=0, encode_empty_caption=True)

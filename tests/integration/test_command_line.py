@@ -1,4 +1,4 @@
-"""python -m trainer_core, as a person without ComfyUI uses it."""
+"""`python -m trainer_core`, as someone without ComfyUI uses it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPO = Path(__file__).parents[2]
 
 @pytest.fixture
 def job(model: ModelConfig, tmp_path: Path) -> Path:
-    """A configuration with relative paths, in a folder that is not the working directory."""
+    """A job file with relative paths, outside the working directory."""
     make_pairs(tmp_path / "pairs", 4)
     path = tmp_path / "job.json"
     path.write_text(

@@ -1,4 +1,4 @@
-"""The drift score of a run: in its metrics, in TensorBoard's, in the report of its pictures."""
+"""The drift score of a run appears in its metrics, in TensorBoard and in the report of its sample pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can't be trained is refused before hours of encoding, and before a large model is loaded."""
+"""Settings that can't be trained are refused before hours of encoding and before a large model is loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer_core.run import train_lora
 
 
 def without(package: str) -> Callable[[str], object]:
-    """`find_spec` where a package is not installed."""
+    """A `find_spec` that does not find `package`."""
     return lambda name: None if name.split(".")[0] == package else find_spec(name)
 
 

@@ -1,4 +1,4 @@
-"""The edit-aware weight of the loss."""
+"""The edit-aware loss weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer_core.training.edit_weight import FLOOR, combined_weights, edit_weig
 
 
 def edited() -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents that differ in a corner of the first pair, and nowhere in the second."""
+    """Target and reference latents [2, 16, 12, 12]: the first pair differs in a corner, the second not at all."""
     reference = torch.randn(2, 16, 12, 12)
     target = reference.clone()
     target[0, :, :4, :4] += 2

@@ -1,4 +1,4 @@
-"""Encoding: found again when nothing changed, made again when anything did, and never lost."""
+"""Encoding reuses what has not changed, encodes again what has, and keeps its results when it is stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer_core.qwen_image.flavours import FLAVOURS
 
 
 class Work(SilentObserver):
-    """Counts what was encoded; wants to stop after `limit` results."""
+    """Counts the encoded pictures and prompts, and asks to pause after `limit` of them."""
 
     def __init__(self, limit: int = 10**9) -> None:
         self.done: dict[str, int] = {"Encoding pictures": 0, "Encoding prompts": 0}
@@ -56,7 +56,7 @@ Encode = Callable[..., tuple[EncodedDataset, tuple[int, int]]]
 
 @pytest.fixture
 def encode(model: ModelConfig, pairs: DatasetConfig, tmp_path: Path) -> Encode:
-    """Encode into one cache; the dataset and how many pictures and prompts were made."""
+    """Encodes into one cache. Returns the dataset and the numbers of pictures and prompts that were encoded."""
 
     def run(
         encoding: EncodingConfig | None = None, model_: ModelConfig = model
@@ -72,7 +72,7 @@ def encode(model: ModelConfig, pairs: DatasetConfig, tmp_path: Path) -> Encode:
 
 def test_the_second_time_nothing_is_made(encode: Encode) -> None:
     first, made = encode()
-    assert made == (6, 4)  # three targets and references; three captions and a negative prompt
+    assert made == (6, 4)  # three targets and three references; three captions and one negative prompt
     second, again = encode()
     assert again == (0, 0) and second == first == load_encoded(first.manifest)
 
@@ -104,7 +104,7 @@ def test_every_thing_that_decides_the_result_is_in_the_key(
     if change == "size":
         assert encode(small_encoding(resolution=128))[1] == (6, 4)
     if change == "policy":
-        assert encode(small_encoding(preprocessing="diffusers"))[1] == (3, 4)  # targets are resized alike
+        assert encode(small_encoding(preprocessing="diffusers"))[1] == (3, 4)  # both resize targets alike
     if change == "flavour":
         assert encode(model_=base_of("edit-v2"))[1][1] == 4
     if change in ("vae", "text encoder"):
@@ -165,7 +165,7 @@ def test_held_out_pairs_are_kept_whole_and_out_of_training(encode: Encode) -> No
     entry = encoded.validation_pairs[0]
     target, reference = encoded.load_pictures(entry)
     assert target.shape == reference.shape == (3, 96, 96) and target.dtype == torch.uint8
-    assert abs(int(target.int().add(reference.int()).median()) - 255) <= 1  # targets are negatives
+    assert abs(int(target.int().add(reference.int()).median()) - 255) <= 1  # each target is its reference's negative
     negative, prompt = encoded.load_prompt(entry, entry.negative), encoded.load(entry).prompt_embeds
     assert len(negative) < len(prompt) and negative.shape[1] == prompt.shape[1]
     everything, _ = encode(small_encoding(num_eval_images=-1))
@@ -196,7 +196,7 @@ def test_two_references_are_two_latents_in_order(base_of: Callable[[str], ModelC
 @pytest.mark.parametrize("flavour", ["edit-v1", "edit-v2"])
 @pytest.mark.parametrize("preprocessing", ["comfyui", "diffusers"])
 def test_target_and_reference_show_the_same_rectangle(size: Size, flavour: str, preprocessing: str) -> None:
-    """On sizes that don't divide: the same picture as target and reference has the same pixels up to the filter."""
+    """At sides that are not multiples of 16. The views differ by less than a quarter of a one-pixel shift."""
     encoding = EncodingConfig(resolution=256, match_target_res=True, preprocessing=preprocessing)
     plan = plan_pair((size, size), FLAVOURS[flavour], encoding)
     assert plan.target.box == plan.references[0].box and plan.target.size == plan.references[0].size

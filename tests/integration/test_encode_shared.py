@@ -1,4 +1,4 @@
-"""Encoding that is killed, shared between runs, or whose folders change under it."""
+"""Encoding that is killed, that shares its cache with another run, or whose folders change meanwhile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer_core.qwen_image.base_model import BaseModel
 
 
 class Count(SilentObserver):
-    """Of results."""
+    """Counts the encoding results."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -37,7 +37,7 @@ class Count(SilentObserver):
 
 
 def other_pixels(path: Path) -> None:
-    """Another picture of the same size under the name."""
+    """Replaces a picture by another one of the same size."""
     Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
 
 
@@ -48,7 +48,7 @@ def pairs(tmp_path: Path) -> DatasetConfig:
 
 
 def entries(cache: Path) -> dict[str, Path]:
-    """Files in the cache by name below it, without manifests and notes."""
+    """The cache's tensor files by their path relative to it."""
     return {str(path.relative_to(cache)): path for path in cache.rglob("*.safetensors")}
 
 
@@ -77,7 +77,7 @@ def test_pictures_that_changed_are_named_and_all_others_encoded(
     (target / "005.txt").unlink()
     rest, work = pair_folders(pairs), Count()
     encoded = encode_dataset(rest, BaseModel(model), encoding, tmp_path / "cache", work)
-    assert work.made == 1, "the changed target; all else was there"
+    assert work.made == 1, "only the changed target is encoded again"
     fresh = encode_dataset(rest, BaseModel(model), encoding, tmp_path / "fresh")
     for one, two in zip(encoded.pairs, fresh.pairs, strict=True):
         assert torch.equal(encoded.load(one).target_latents, fresh.load(two).target_latents)
@@ -85,7 +85,7 @@ def test_pictures_that_changed_are_named_and_all_others_encoded(
 
 
 class Meddler(SilentObserver):
-    """Adds, writes and removes files when the first result is there."""
+    """Changes a picture and a caption and adds a picture, once, after the first result."""
 
     def __init__(self, config: DatasetConfig) -> None:
         self.folder, self.over = Path(config.target_dir), False
@@ -107,12 +107,12 @@ def test_a_folder_that_changes_while_encoding_is_reported(
     report = encoding_report(encoded)
     assert "while encoding: 3 (" in report and "001.txt" in report
     again = encode_dataset(paired, BaseModel(model), small_encoding(), tmp_path / "cache")
-    assert again == encoded == load_encoded(encoded.manifest), "what was encoded is what was paired"
+    assert again == encoded == load_encoded(encoded.manifest), "changes after the pairing have no effect"
     assert not again.changed and "while encoding" not in encoding_report(again)
 
 
 def start(job: Path) -> subprocess.Popen[str]:
-    """`python -m trainer_core encode` in a process of its own."""
+    """Starts `python -m trainer_core encode` in its own process."""
     command = [sys.executable, "-m", "trainer_core", "encode", str(job)]
     return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -130,7 +130,7 @@ def test_after_a_kill_two_runs_finish_it_together(model: ModelConfig, pairs: Dat
     assert 3 <= len(left) < 20
     assert all(map(is_whole, left.values()))
     torn = next(iter(left.values()))
-    torn.write_bytes(torn.read_bytes()[:-7])  # as a disk that ran full may leave it
+    torn.write_bytes(torn.read_bytes()[:-7])  # as a full disk may leave it
 
     together = [start(job), start(job)]
     answers = [each.communicate(timeout=300) for each in together]

@@ -1,4 +1,4 @@
-"""Sizes and crops through the encoders, and pairs that are too small."""
+"""Sizes and crops in encoding, and pairs that are too small."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer_core.run import train_lora
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> EditDataset:
-    """Four pairs of two sizes that don't divide."""
+    """Four pairs in two sizes whose sides are not multiples of 16."""
     return pair_folders(make_pairs(tmp_path / "pairs", 4, ((131, 77), (50, 61))))
 
 
@@ -65,7 +65,7 @@ def test_small_targets_are_all_listed_or_left_out(dataset: EditDataset, model: M
 
 
 def test_sizes_of_a_single_pair_are_reported_and_trained(model: ModelConfig, tmp_path: Path) -> None:
-    """Three sizes, each smaller than a batch and than a step: told, never fatal, and every pair has its turn."""
+    """Three sizes with fewer pairs than a batch: this is reported, is no error, and every pair is trained."""
     shapes = ((96, 96), (192, 96), (96, 192))
     dataset = pair_folders(make_pairs(tmp_path / "pairs", 3, shapes))
     encoded = encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=0), tmp_path / "cache")
@@ -93,7 +93,7 @@ def test_no_picture_is_resized_twice(
     preprocessing: str,
     flavour: str,
 ) -> None:
-    """Target, reference, and reference for Qwen2.5-VL: one resize each, of pixels as they are in the file."""
+    """The target, the reference and the reference for Qwen2.5-VL are each resized once, from the file's own pixels."""
     original = (131, 97)
     dataset = pair_folders(make_pairs(tmp_path / "pairs", 1, (original,)))
     seen: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Examples: whole trainings that the command line makes of a preset."""
+"""`train --example` runs a complete training from a preset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLES = ("qwen_image.edit-v1-lora", "qwen_image.edit-v2-lora")
 def test_an_example_is_a_whole_training(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In an empty folder, by one command; here shorter and smaller than it is."""
+    """One command in an empty folder suffices. The test makes the example shorter and smaller."""
     monkeypatch.chdir(tmp_path)
     smaller = ("max_train_steps=1", "encoding.resolution=64", "validation.num_validation_images=0")
     changes = [part for change in smaller for part in ("--set", change)]

@@ -1,4 +1,4 @@
-"""conditioning_image_embeds: the vision tower sees a reference once, and what it makes of it is found by content."""
+"""conditioning_image_embeds: the vision tower sees each reference once, and its tokens are cached by content."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 
 CPU = torch.device("cpu")
-ONE_TO_SEVERAL = 1e-5  # of the largest value: a tower that sees several pictures at once adds in another order
+ONE_TO_SEVERAL = 1e-5  # of the largest value: with several pictures at once, the tower sums in another order
 
 
 @pytest.fixture
 def tower(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Patches of each picture that the vision tower saw."""
+    """The number of patches in each call of the vision tower."""
     runs: list[int] = []
 
     def load(*arguments: Any) -> Any:
@@ -50,7 +50,7 @@ def tower(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def folders_of(root: Path, count: int = 2, num_references: int = 1) -> DatasetConfig:
-    """Pairs with four captions each; sides that don't divide."""
+    """Pairs with four captions each, whose sides are not multiples of 16."""
     folders = make_pairs(root / "pairs", count, ((131, 97), (77, 120)), num_references)
     for path in Path(folders.target_dir).glob("*.txt"):
         path.write_text("make it blue\nturn it blue\nblue\nas blue as the sky")
@@ -75,9 +75,9 @@ def test_once_per_reference_whatever_the_captions(model: ModelConfig, tmp_path: 
     assert {path.parts[-3] for path in tokens_in(cache)} == {"reference_1"} and len(tokens_in(cache)) == 3
     (Path(folders.target_dir) / "000.txt").write_text("another word\nand one more")
     encode(folders, model, cache, num_eval_images=1, encode_empty_caption=True)
-    assert len(tower) == 3, "the tokens of the first time serve new captions"
+    assert len(tower) == 3, "new captions use the cached tokens"
     encode(folders, model, cache, preprocessing="diffusers")
-    assert len(tower) == 6, "the other policy sees other patches"
+    assert len(tower) == 6, "the other policy needs other tokens"
 
 
 @pytest.mark.parametrize("preprocessing", ["comfyui", "diffusers"])
@@ -111,7 +111,7 @@ def test_embeddings_with_kept_tokens_equal_those_without(
 
 
 def _as_transformers_does(encoder: Any, caption: str, pictures: Sequence[Any]) -> torch.Tensor:
-    """With the pictures given to the network itself, all at once."""
+    """Embeddings [tokens, width] from the network itself, which is given all pictures at once."""
     patches, grids = zip(*(encoder._patches(picture) for picture in pictures), strict=True)
     tokens = [int(grid.prod()) // 4 for grid in grids]
     ids = torch.tensor([encoder.token_ids(caption, tokens)])
@@ -136,9 +136,9 @@ def test_content_is_the_key(base_of: Callable[[str], ModelConfig], tmp_path: Pat
     folders, cache = folders_of(tmp_path), tmp_path / "cache"
     encode(folders, base_of("edit-v2"), cache)
     encode(folders, base_of("edit-v3"), cache)
-    assert len(tower) == 2, "a flavour of the same text encoder and sizes finds them"
+    assert len(tower) == 2, "edit-v3 uses the tokens of edit-v2, because text encoder and sizes are equal"
     reference = Path(folders.reference_dirs[0])
-    for folder in (reference, Path(folders.target_dir)):  # a third pair of the first one's reference
+    for folder in (reference, Path(folders.target_dir)):  # a third pair with the first pair's pictures
         shutil.copy(folder / "000.png", folder / "002.png")
     (Path(folders.target_dir) / "002.txt").write_text("words")
     encode(folders, base_of("edit-v2"), cache)
@@ -189,7 +189,7 @@ def test_a_named_cache_must_exist_or_be_declared(model: ModelConfig, tmp_path: P
 
 @dataclasses.dataclass
 class Anew:
-    """A text encoder that keeps nothing of pictures, as ComfyUI's CLIP."""
+    """A text encoder without image embeds to cache, like ComfyUI's CLIP."""
 
     width: int
     calls: list[tuple[str, int]]

@@ -1,4 +1,4 @@
-"""A job of several datasets: one to validate on, one at two sizes; as the command line runs it."""
+"""A job with several datasets on the command line: one at two resolutions, and one for validation only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def part(name: str, folder: str, **settings: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def job(model: ModelConfig, tmp_path: Path) -> Path:
-    """Relative paths, in a folder that is not the working directory."""
+    """A job file with relative paths, outside the working directory."""
     make_pairs(tmp_path / "pairs", 3)
     make_pairs(tmp_path / "more", 2)
     values = {

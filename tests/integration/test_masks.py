@@ -1,4 +1,4 @@
-"""Masks weigh the loss, follow the target's crop, and are never seen by the model."""
+"""Masks weight the loss, follow the target's crop, and are never seen by the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZE = (131, 77)
 
 
 def paint(folder: Path, count: int, box: tuple[int, int, int, int] | None, size: tuple[int, int] = SIZE) -> None:
-    """White masks, or black ones with a white box."""
+    """Saves `count` masks: white, or with `box` black with a white box."""
     folder.mkdir(exist_ok=True)
     for index in range(count):
         mask = Image.new("L", size, 255 if box is None else 0)
@@ -41,13 +41,13 @@ def paint(folder: Path, count: int, box: tuple[int, int, int, int] | None, size:
 
 @pytest.fixture
 def plain(tmp_path: Path) -> DatasetConfig:
-    """Three pairs on a size that doesn't divide."""
+    """Three pairs whose sides are not multiples of 16."""
     return make_pairs(tmp_path / "pairs", 3, (SIZE,))
 
 
 @pytest.fixture
 def masked(plain: DatasetConfig, tmp_path: Path) -> DatasetConfig:
-    """The same with white masks in tmp_path/mask."""
+    """The same pairs with white masks in tmp_path/mask."""
     paint(tmp_path / "mask", 3, None)
     return dataclasses.replace(plain, mask_dir=str(tmp_path / "mask"))
 
@@ -79,7 +79,7 @@ def test_white_masks_change_nothing_and_others_do(
     assert [entry.references for entry in white.pairs] == [entry.references for entry in first.pairs]
     assert load_encoded(white.manifest) == white != first
     without = losses(first, model, tmp_path / "a")
-    assert losses(white, model, tmp_path / "b") == without  # to the last bit, validation too
+    assert losses(white, model, tmp_path / "b") == without  # bit for bit, including the validation loss
     paint(tmp_path / "mask", 3, (0, 0, 60, 77))
     half = encode(masked, model, tmp_path)
     assert half.manifest != white.manifest and half.pairs[0].target == white.pairs[0].target

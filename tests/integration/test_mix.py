@@ -1,4 +1,4 @@
-"""Several encoded datasets as one: what is seen how often, the same after any stop, and clear refusals."""
+"""Several encoded datasets as one: how often each pair is seen, resumed runs, and clear errors."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def pairs(cache: Path) -> EditDataset:
 
 @pytest.fixture(scope="module")
 def small(model: ModelConfig, pairs: EditDataset, cache: Path) -> EncodedDataset:
-    """Three pairs of 96 pixels and one held out."""
+    """Three training pairs at 96 pixels and one held out."""
     return encode_dataset(pairs, BaseModel(model), small_encoding(), cache)
 
 
 @pytest.fixture(scope="module")
 def large(model: ModelConfig, pairs: EditDataset, cache: Path) -> EncodedDataset:
-    """The same at 128 pixels."""
+    """The same pairs at 128 pixels."""
     return encode_dataset(pairs, BaseModel(model), small_encoding(resolution=128), cache)
 
 
 @pytest.fixture
 def drawn(small: EncodedDataset, large: EncodedDataset) -> EncodedDataset:
-    """Large pairs twice an epoch, small ones in three epochs of ten."""
+    """Large pairs twice per epoch, small ones with a probability of 0.3 per epoch."""
     parts = [MixPart(encoded=small, probability=0.3), MixPart(encoded=large, repeats=1)]
     return mix_encoded(parts, small.cache_dir)
 
 
 def epochs(plan: BatchPlan, count: int) -> list[list[tuple]]:
-    """The batches of the first epochs, read one after the other."""
+    """The batches of each of the first `count` epochs."""
     found, at = [], 0
     for epoch in range(count):
         length = plan.batches_in_epoch(epoch)
@@ -154,7 +154,7 @@ def test_what_cannot_be_mixed(small: EncodedDataset) -> None:
 
 
 class PauseEvery(SilentObserver):
-    """Pauses after so many steps."""
+    """Pauses after `steps` steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -169,7 +169,7 @@ class PauseEvery(SilentObserver):
 def test_a_broken_run_of_a_mix_equals_the_unbroken_one(
     drawn: EncodedDataset, model: ModelConfig, pairs: EditDataset, tmp_path: Path
 ) -> None:
-    """With a share drawn, two sizes, and a validation set of its own, all of it held out."""
+    """With drawn pairs, two sizes, and a separate validation set that is entirely held out."""
     second = encode_dataset(pairs, BaseModel(model), small_encoding(num_eval_images=-1), drawn.cache_dir)
     config = TrainConfig(
         run_dir=str(tmp_path / "whole"),

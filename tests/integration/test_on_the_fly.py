@@ -1,4 +1,4 @@
-"""reference_latents on_the_fly: no latents of references on the disk, and not a bit of the training changes."""
+"""reference_latents on_the_fly: no latents of training references on disk, and training stays the same bit for bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trainer_core.training.edit_weight import edit_weight_preview
 
 @pytest.fixture
 def folders(tmp_path: Path) -> DatasetConfig:
-    """Four pairs of two references, whose sides don't divide."""
+    """Four pairs with two references, whose sides are not multiples of 16."""
     return make_pairs(tmp_path / "pairs", 4, ((131, 97), (120, 77)), num_references=2)
 
 
@@ -52,7 +52,7 @@ def test_latents_equal_those_of_the_cache(
 ) -> None:
     cached = encode(folders, model, tmp_path / "cached", preprocessing=preprocessing)
     flying = encode(folders, model, tmp_path / "flying", preprocessing=preprocessing, reference_latents="on_the_fly")
-    assert num_latents(cached) == 12 and num_latents(flying) == 6  # targets, and references of the held-out pair
+    assert num_latents(cached) == 12 and num_latents(flying) == 6  # targets, and the held-out pair's two references
     assert load_encoded(flying.manifest) == flying and flying.missing() == ()
     assert flying.validation_pairs == cached.validation_pairs
     with (

@@ -1,4 +1,4 @@
-"""References optional per pair: edits and text-to-image in one run."""
+"""References that are optional per pair: edits and text-to-image in one run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trainer_core.run import train_lora
 
 @pytest.fixture
 def folders(tmp_path: Path) -> DatasetConfig:
-    """Five pairs of two references: 001 lacks the first, 002 the second, 003 both."""
+    """Five pairs with two references: 001 lacks the first, 002 the second, 003 both."""
     config = make_pairs(tmp_path / "pairs", 5, num_references=2)
     for number, keys in ((0, ("001", "003")), (1, ("002", "003"))):
         for key in keys:
@@ -94,7 +94,7 @@ def test_they_are_trained_and_validated(
 
 
 def test_edit_v1_without_any_reference(model: ModelConfig, tmp_path: Path) -> None:
-    """A folder of targets alone is text-to-image, in the template ComfyUI uses without a picture."""
+    """Targets without any reference are encoded as text-to-image."""
     config = make_pairs(tmp_path / "pairs", 2)
     for path in Path(config.reference_dirs[0]).iterdir():
         path.unlink()

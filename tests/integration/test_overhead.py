@@ -1,4 +1,4 @@
-"""The loop adds little to the network's own work and keeps nothing. benchmarks/loop.py measures the same at length."""
+"""The loop adds little to the network's own work and leaks nothing. benchmarks/loop.py measures this at length."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tests.support.loop_cost import encode, measure_memory, measure_overhead, tr
 from trainer_core.config import ModelConfig
 
 STEPS, LOOK_EVERY = 60, 10
-# The narrow network's step is 40 ms or so, the demo model's at 256 pixels 200 ms: there the target is 1.03.
+# High because the narrow network's step takes only about 40 ms. The target is 1.03 for a step of 200 ms (demo model).
 MOST_OVERHEAD = 1.2
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, model: ModelConfig) -> tuple[Path, ModelConfig]:
-    """A folder, and a narrow base model."""
+    """A folder and a narrow base model."""
     return tmp_path_factory.mktemp("overhead"), model
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Processor time is comparable on a busy machine only where no thread spins for another."""
+    """On a busy machine, CPU times are comparable only if no thread spins while it waits for another."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -45,5 +45,5 @@ def test_nothing_grows_from_step_to_step(base: tuple[Path, ModelConfig]):
     settled = looks[1:]
     assert len(settled) == STEPS // LOOK_EVERY - 1
     assert len({look.tensors for look in settled}) == 1, [look.tensors for look in settled]
-    assert settled[-1].objects - settled[0].objects < STEPS, "less than one object in a step"
+    assert settled[-1].objects - settled[0].objects < STEPS, "fewer than one new object per step"
     assert settled[-1].resident_bytes - settled[0].resident_bytes < 16 * 2**20

@@ -1,4 +1,4 @@
-"""What a run is about is found out once, whoever asks for it."""
+"""Each fact about a run is determined once, however many parts of the program need it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer_core.runs import folder as run_folder
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each fact was found out."""
+    """Counts how often each fact is determined."""
     counted: Counter[str] = Counter()
 
     def count(module: Any, name: str) -> None:
@@ -52,15 +52,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_every_fact_of_a_run_is_found_out_once(
     model: ModelConfig, tmp_path: Path, calls: Counter[str], write_job: Callable[..., Path]
 ) -> None:
-    """Encoding and two steps of training from one job file, and the same again with one more step."""
+    """One command encodes and trains two steps; a second one continues with one more step."""
     job = write_job(model, rank_pattern=["0 = 2"])
     assert main(["train", str(job)]) == 0
     once = ("model_folder", "transformer_settings", "_check_flavour", "empty_transformer", "plan_adapter", "_pattern")
     assert {name: calls[name] for name in once} == dict.fromkeys(once, 1)
-    assert calls["run.json"] == 0  # it was written here
+    assert calls["run.json"] == 0  # the process that wrote it knows its content
     calls.clear()
     assert main(["train", str(job), "--set", "max_train_steps=3"]) == 0
-    assert calls["run.json"] == 2  # a folder may change until its lock is held, so it is read before and after
+    assert calls["run.json"] == 2  # before and after locking, because the folder may change in between
     assert {name: calls[name] for name in once[:5]} == dict.fromkeys(once[:5], 1)
 
 

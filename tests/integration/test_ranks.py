@@ -1,4 +1,4 @@
-"""Two processes on the CPU, as torchrun starts them: they train what one process with more accumulation trains."""
+"""Two processes on the CPU under torchrun train the same as one process with twice the gradient accumulation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def job(model: ModelConfig, tmp_path: Path) -> Path:
 
 
 def launched(job: Path, *settings: str) -> subprocess.Popen[str]:
-    """`train` by two processes under torchrun."""
+    """Starts `train` in two processes under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += ["-m", "trainer_core", *arguments(job, *settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -83,7 +83,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
     entries = sorted((job.parent / "cache").rglob("*.safetensors"))
     times = {entry: entry.stat().st_mtime_ns for entry in entries}
     assert main(arguments(job)) == 0
-    assert {entry: entry.stat().st_mtime_ns for entry in entries} == times, "they share a cache"
+    assert {entry: entry.stat().st_mtime_ns for entry in entries} == times, "both runs use the same cache"
     one, other = lora_at(job, "one"), lora_at(job, "two")
     assert one.keys() == other.keys()
     for name in one:
@@ -94,7 +94,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
         assert second["loss_by_sigma"] == pytest.approx(first["loss_by_sigma"], rel=1e-5)
         assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
-    # A run folder belongs to the settings, not to how many processes share them out: more steps, and alone.
+    # A run folder does not depend on the number of processes: a single one continues the run.
     caplog.clear()
     caplog.set_level(logging.INFO)
     assert main(arguments(job, two, f"max_train_steps={STEPS + 1}")) == 0
@@ -124,7 +124,7 @@ def test_a_wish_to_stop_is_agreed_on(job: Path) -> None:
     run = RunFolder(job.parent / "runs" / "stopped")
     try:
         wait_for(lambda: len(run.metrics()) >= 2, process)
-        os.kill(follower(process.pid), signal.SIGTERM)  # one of them alone
+        os.kill(follower(process.pid), signal.SIGTERM)  # only one of the two processes
         process.communicate(timeout=120)
     finally:
         process.kill()
@@ -133,7 +133,7 @@ def test_a_wish_to_stop_is_agreed_on(job: Path) -> None:
 
 
 def test_processes_that_do_not_start_alike_are_refused(job: Path) -> None:
-    """As on two machines, each with a disk of its own: the first goes on, the second begins."""
+    """As on two machines without a shared disk: process 0 would resume at step 2, process 1 would start at step 0."""
     settings = ("batching.gradient_accumulation_steps=2", "optimizer.lr_scheduler=constant")
     assert main(arguments(job, "batching.gradient_accumulation_steps=4", *settings[1:], "max_train_steps=2")) == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
@@ -170,7 +170,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
 
 
 def follower(launcher: int) -> int:
-    """The process id of rank 1 below torchrun."""
+    """The process id of rank 1, which torchrun (`launcher`) started."""
     import psutil
 
     for child in psutil.Process(launcher).children(recursive=True):

@@ -1,4 +1,4 @@
-"""conditioning_multidataset_sampling random: one reference a turn, with the words that were encoded with it."""
+"""conditioning_multidataset_sampling random: each turn shows one reference, with the prompt encoded with it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(root: Path) -> DatasetConfig:
-    """Six pairs of two references; the second one is loose, and of another shape in three of them."""
+    """Six pairs with two references. The second one is loose, and in three pairs it has another shape."""
     config = make_pairs(root / "pairs", 6, num_references=2)
     for number in range(3):
         picture(number + 300, (128, 96)).save(Path(config.reference_dirs[1]) / f"{number:03d}.png")
@@ -47,7 +47,7 @@ def folders(root: Path) -> DatasetConfig:
 
 @pytest.fixture(scope="module")
 def encode(base_of: Callable[[str], ModelConfig], root: Path) -> Callable[..., EncodedDataset]:
-    """Encode for edit-v2 into one cache."""
+    """Encodes for edit-v2 into one cache."""
 
     def run(folders: DatasetConfig, **changes: object) -> EncodedDataset:
         encoding = small_encoding(**{"num_eval_images": 0, "encode_empty_caption": True, **changes})
@@ -63,7 +63,7 @@ def encoded(encode: Callable[..., EncodedDataset], folders: DatasetConfig) -> En
 
 @pytest.fixture(scope="module")
 def singles(encode: Callable[..., EncodedDataset], folders: DatasetConfig) -> list[EncodedDataset]:
-    """The same pairs with the one folder of references, and with the other."""
+    """The same pairs with only the first, and with only the second reference folder."""
     one_by_one = zip(folders.reference_dirs, folders.conditioning_type, strict=True)
     return [
         encode(dataclasses.replace(folders, reference_dirs=(each,), conditioning_type=(kind,)))
@@ -84,7 +84,7 @@ def test_latents_and_words_of_a_turn_are_of_one_reference(
     encoded: EncodedDataset, singles: list[EncodedDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, seen = BatchPlan(encoded, BATCHING, 3), set()
-    monkeypatch.setattr(batches, "MEMORY_BYTES", 1)  # every pair is read again
+    monkeypatch.setattr(batches, "MEMORY_BYTES", 1)  # pairs are not kept in memory but read again
     with BatchLoader(encoded, plan) as loader:
         for number in range(160):
             batch = loader[number]
@@ -96,7 +96,7 @@ def test_latents_and_words_of_a_turn_are_of_one_reference(
                 assert torch.equal(latents[place], wanted.reference_latents[0])
                 embeds = batch.condition.prompt_embeds[place][: len(wanted.prompt_embeds)]
                 assert torch.equal(embeds, wanted.prompt_embeds)
-    assert len(seen) == 6 * 2 * 2, "every pair with each of its references, with and without words"
+    assert len(seen) == 6 * 2 * 2, "every pair with each of its references, with and without its caption"
 
 
 def test_turns_are_a_function_of_seed_and_number(encoded: EncodedDataset) -> None:
@@ -193,7 +193,7 @@ def test_references_that_are_missing_and_a_mix(
 
 
 def test_the_largest_batch_is_the_largest_as_seen(encoded: EncodedDataset) -> None:
-    """The pair with the most in all its references together shows one a turn, which is a small one."""
+    """A pair counts with the reference that the turn shows, not with all its references together."""
     first, *others = encoded.pairs
     channels, height, width = first.shape
     first = dataclasses.replace(first, reference_shapes=((channels, height * 4, width), (channels, 2, 2)))
@@ -211,7 +211,7 @@ def test_the_largest_batch_is_the_largest_as_seen(encoded: EncodedDataset) -> No
 
 
 def test_every_caption_has_its_turn(singles: list[EncodedDataset]) -> None:
-    """Of a pair's two captions; the others have one. Which it is, seed and turn decide."""
+    """The first pair has two captions, the others one. Seed and turn decide which caption is used."""
     encoded, batching = singles[0], BatchingConfig(gradient_accumulation_steps=1)
     plan = BatchPlan(encoded, batching, 7)
     turns = [plan[number][0] for number in range(60)]

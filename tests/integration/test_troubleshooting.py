@@ -1,4 +1,4 @@
-"""Each entry of the quickstart's Troubleshooting, reproduced from its own configurations, and what is said then."""
+"""The problems in the Troubleshooting section of SimpleTuner's quickstart, reproduced with its configurations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def problems_of(job: JobConfig) -> str:
 
 
 def test_a_control_set_lacks_a_file_that_the_edits_have(tmp_path: Path) -> None:
-    """SimpleTuner: Control tensor list length does not match batch size."""
+    """SimpleTuner says: Control tensor list length does not match batch size."""
     job = job_of(tmp_path, as_edit_v2(CONFIG), EDIT_V2)
     (tmp_path / "pairs" / "reference_2" / "001.png").unlink()
     (tmp_path / "pairs" / "reference_3" / "000.png").rename(tmp_path / "pairs" / "reference_3" / "zero.png")
@@ -55,7 +55,7 @@ def test_a_control_set_is_empty(tmp_path: Path) -> None:
 def test_out_of_memory_during_validation(
     encoded: EncodedDataset, model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run is kept, and the sentence names the settings of SimpleTuner's advice that help here."""
+    """The run is kept, and the error names those of SimpleTuner's recommended settings that help here."""
     from trainer_core.training import validation
 
     def exhausted(*_: object, **__: object) -> None:
@@ -76,7 +76,7 @@ def test_out_of_memory_during_validation(
 
 
 def test_a_cache_of_embeds_that_has_no_entry(tmp_path: Path) -> None:
-    """Cache not found, in SimpleTuner's file: the ids that there are, before anything is read."""
+    """SimpleTuner says: Cache not found. Our import of its file lists the ids that exist."""
     wrong = EDIT_V1.replace('"conditioning_image_embeds": "my-reference-embeds"', '"conditioning_image_embeds": "mine"')
     with pytest.raises(
         ConfigError, match=r"conditioning_image_embeds refers to 'mine'. It must be one of my-reference-embeds"
@@ -85,7 +85,7 @@ def test_a_cache_of_embeds_that_has_no_entry(tmp_path: Path) -> None:
 
 
 def test_a_cache_of_embeds_that_was_never_made(tmp_path: Path, model: ModelConfig) -> None:
-    """The same in our own file: the caches that there are."""
+    """The same mistake in our own job file: the error lists the caches that exist."""
     smaller = ("encoding.resolution=96", "encoding.match_target_res=true", "encoding.num_eval_images=0")
     job = dataclasses.replace(job_of(tmp_path, CONFIG, EDIT_V1, *smaller), model=model)
     encode_job(job)

@@ -1,4 +1,4 @@
-"""A dataset of its own for validation, sizes and prompts of its pictures, and what to do when memory is short."""
+"""A separate validation dataset, sizes and prompts of validation pictures, and recovery from out of memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROMPTS = ("paint it red", "draw it with a pencil")
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> EditDataset:
-    """Three pairs of two shapes."""
+    """Three pairs in two shapes."""
     return pair_folders(make_pairs(tmp_path_factory.mktemp("pairs"), 3, ((96, 96), (128, 96))))
 
 
@@ -60,7 +60,7 @@ def config_of(encoded: EncodedDataset, model: ModelConfig, run: Path, **validati
 
 
 class Spy:
-    """In the place of sample_latents: remembers what is asked for, and runs out of memory above a size."""
+    """Replaces sample_latents: records its arguments, and runs out of memory above `too_large` latent positions."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, too_large: int = 10**9) -> None:
         self.asked: list[tuple[tuple[int, ...], list[tuple[int, ...]], torch.Tensor]] = []
@@ -124,7 +124,7 @@ def test_validation_prompts_are_no_reason_for_a_new_run(
 def test_every_pair_is_planned_under_every_prompt_at_every_size(encoded: EncodedDataset) -> None:
     entry = dataclasses.replace(encoded.validation_pairs[0], shape=(16, 12, 16))
     shots = plan_shots([entry], ValidationConfig(validation_resolution="64x128, 128,128").sizes)
-    sizes = [Size(64, 128), Size(144, 112)]  # 128 is the area of 128 x 128 in the pair's shape, and asked for once
+    sizes = [Size(64, 128), Size(144, 112)]  # 128: the area of 128 x 128 at the pair's aspect ratio, listed twice
     assert [(shot.caption, shot.size) for shot in shots] == [
         (caption, size) for caption in (entry.captions[0], *PROMPTS) for size in sizes
     ]
@@ -143,9 +143,9 @@ def test_pictures_have_their_size_and_keep_the_references(
     references = [shape[1:] for shape in entry.reference_shapes]
     assert [(size, seen) for size, seen, _ in spy.asked[:7:6]] == [
         ((16, 8), references)
-    ] * 2  # base, and after all bases LoRA
+    ] * 2  # base, then LoRA after all base pictures
     assert {size for size, _, _ in spy.asked} == {(16, 8), (20, 20)}
-    assert len(spy.asked) == 2 * 3 * 3  # two sizes under three instructions: base once, LoRA at steps 2 and 4
+    assert len(spy.asked) == 2 * 3 * 3  # 2 sizes x 3 prompts, each for the base once and for the LoRA at steps 2 and 4
     prompts = [encoded.load_prompt(entry, key) for key in (*entry.prompts[:1], *entry.validation_prompts)]
     seen = [embeds[0] for _, _, embeds in spy.asked[:6:2]]
     assert all(torch.equal(one, other) for one, other in zip(seen, prompts, strict=True))
@@ -164,7 +164,7 @@ def test_no_picture_that_can_be_held_against_its_target_gives_no_figure(
 def test_a_dataset_of_its_own_with_references_of_different_sizes(
     base_of: Callable[[str], ModelConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As eval_dataset_id asks: none of its pairs is trained on, and its own references are seen."""
+    """As with eval_dataset_id: none of its pairs is trained on, and they are sampled with their own references."""
     monkeypatch.setitem(FLAVOURS, "edit-v2", dataclasses.replace(FLAVOURS["edit-v2"], reference_area=96 * 96))
     model = base_of("edit-v2")
     folders = make_pairs(tmp_path / "eval", 2, ((96, 96),), num_references=2)
