@@ -28,7 +28,7 @@ pytestmark = pytest.mark.server
 def with_state(name: str, steps: int = 3, **options: Any) -> dict[str, Any]:
     """A prompt that records the process state before and after encoding and training."""
     prompt = training(["name", 0], steps, **options)
-    del prompt[PLOT]  # ComfyUI caches its large picture, which would count as a held tensor
+    del prompt[PLOT]  # ComfyUI would cache its large picture
     return {
         **prompt,
         "before": helper("GlobalState"),

@@ -1,4 +1,4 @@
-"""Adapters of every kind, filled with numbers that do something."""
+"""Settings for every kind of adapter, random adapter weights, and inputs for a narrow transformer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainer_core.config import LoraConfig
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
 
-# With a rank of its own for one layer, and an alpha for the second block.
+# A different rank for the to_q layers and a different alpha for the second block.
 PATTERNS = {"rank_pattern": (r".*attn\.to_q = 6",), "alpha_pattern": ("1 = 3",)}
 KINDS = {
     "lora": LoraConfig(lora_rank=4, lora_alpha=10, lora_targets="all", **PATTERNS),
@@ -25,14 +25,14 @@ KINDS = {
 
 
 def randomise(parameters: dict[str, nn.Parameter], scale: float = 0.3) -> None:
-    """Normal numbers from the names; a DoRA's row lengths move by a few percent."""
+    """Fill each parameter with normal draws that depend on its name; DoRA scales only vary by 10 % (std)."""
     for name, weight in parameters.items():
         drawn = torch.randn(weight.shape, generator=stream(1, "adapter cases", name))
         weight.data.copy_(weight.detach() * (1 + 0.1 * drawn) if name.endswith("dora_scale") else drawn * scale)
 
 
 def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Condition]:
-    """Latents, sigma and condition for a narrow model."""
+    """Latents [batch, 16, 12, 12], sigma [batch] and condition for a narrow model."""
     generator = stream(0, "adapter cases")
     latents, reference = (torch.randn(batch, 16, 12, 12, generator=generator) for _ in range(2))
     prompt = torch.randn(batch, 9, 128, generator=generator)

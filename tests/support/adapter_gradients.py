@@ -16,7 +16,7 @@ LORA = LoraConfig(lora_rank=4, lora_targets="all")
 
 
 def task() -> tuple[Tensor, Tensor, Condition, Tensor]:
-    """Latents, sigma, condition and wanted velocity."""
+    """Latents, sigma, condition and target velocity, the same at each call."""
     draws = stream(0, "quantised")
     shapes = ((1, 16, 12, 12), (1, 16, 8, 12), (1, 20, 128), (1, 16, 12, 12))
     latents, reference, prompt, wanted = (torch.randn(shape, generator=draws) for shape in shapes)
@@ -24,7 +24,7 @@ def task() -> tuple[Tensor, Tensor, Condition, Tensor]:
 
 
 def with_adapter(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """An adapter that does something, the same for every precision."""
+    """Inject an adapter with non-zero weights, the same for every precision; returns its parameters by name."""
     lora = inject_lora(transformer, plan_adapter(transformer, LORA), seed=1)
     for name, weight in lora.items():
         if name.endswith("lora_B"):
@@ -33,12 +33,12 @@ def with_adapter(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def predict(transformer: nn.Module) -> Tensor:
-    """Velocity for the task."""
+    """The predicted velocity for the task."""
     latents, sigma, condition, _ = task()
     return predict_velocity(transformer, latents, sigma, condition)
 
 
 def gradients(transformer: nn.Module, lora: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Of the task's loss, by the adapter's names."""
+    """Gradients of the task's loss, by adapter parameter name."""
     (predict(transformer) - task()[-1]).square().mean().backward()
     return {name: weight.grad for name, weight in lora.items() if weight.grad is not None}

@@ -1,4 +1,4 @@
-"""ComfyUI's page in a Chromium without a window: what a person does with it, and what it complains about."""
+"""ComfyUI's page in headless Chromium: user actions, and the errors on its console."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.comfyui_server import PackServer
 
 ARGUMENTS = [
     "--headless",
-    "--no-sandbox",  # of containers, where the tests may run as root
+    "--no-sandbox",  # needed in containers, where the tests may run as root
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -21,25 +21,25 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SECONDS = 1000.0  # of playwright, which counts milliseconds
-# What ComfyUI's page says by itself on a fresh folder, without this pack as well. Address and text, in one line.
+SECONDS = 1000.0  # one second in playwright's unit, milliseconds
+# Console errors of ComfyUI's own page on a new base folder, also without this pack. Each line is "address text".
 HARMLESS = (
     r"/user\.css .*404",
     r"/userdata/user\.css .*404",
     r"/userdata\?dir=(workflows|subgraphs).* .*404",
     r"/userdata/comfy\.templates\.json .*404",
     r"/favicon\.ico .*404",
-    r"Cannot read properties of undefined \(reading 'id'\)\s+at onChange ",  # of its own settings, frontend 1.32.9
-    r"api\.comfy\.org.*Content Security Policy",  # it may look up node packs; --disable-api-nodes forbids it
-    # Its own listener to a node's progress text, where one comes while the page is still loading. Frontend 1.32.9.
-    r"ComfyApp graph accessed before initialization",  # by its own store, frontend 1.49.6
-    r"huggingface\.co.*Content Security Policy",  # its first graph's models, likewise
+    r"Cannot read properties of undefined \(reading 'id'\)\s+at onChange ",  # in its settings, frontend 1.32.9
+    r"api\.comfy\.org.*Content Security Policy",  # looks up node packs; --disable-api-nodes blocks it
+    r"ComfyApp graph accessed before initialization",  # in its own store, frontend 1.49.6
+    r"huggingface\.co.*Content Security Policy",  # looks up its default graph's models; blocked likewise
+    # A node's progress text that arrives while the page is still loading, frontend 1.32.9.
     r"getCanvas: canvas is null[\s\S]* at ComfyApi\.handleProgressText ",
 )
 
 
 class ComfyPage:
-    """One tab. `problems` are errors on its console that are not HARMLESS."""
+    """One browser tab. `problems` lists the errors on its console that are not HARMLESS."""
 
     def __init__(self, browser: Browser, server: PackServer) -> None:
         self.server, self.problems = server, list[str]()
@@ -51,11 +51,11 @@ class ComfyPage:
         self.load()
 
     def close(self) -> None:
-        """Close the tab and forget its storage."""
+        """Close the tab and delete its storage."""
         self._context.close()
 
     def load(self) -> None:
-        """Open the page, or reload it, until this pack's part of it is there."""
+        """Open or reload the page and wait until this pack's extension is loaded."""
         self.page.goto(self.server.url, wait_until="domcontentloaded")
         self.page.wait_for_selector(".qwen-edit-trainer-tab-button")
         self.page.wait_for_function("() => window.graph && window.app.extensionManager")  # `graph` is set last
@@ -71,7 +71,7 @@ class ComfyPage:
     # The graph
 
     def open_template(self, name: str) -> None:
-        """Open one of this pack's templates, as its entry in the list of templates does."""
+        """Open one of this pack's templates, as a click in ComfyUI's list of templates does."""
         address = f"/api/workflow_templates/{self.server.pack.name}/{name}.json"
         self.page.evaluate(
             "async ([address, name]) => app.loadGraphData(await (await fetch(address)).json(), true, true, name)",
@@ -79,7 +79,7 @@ class ComfyPage:
         )
 
     def missing(self) -> list[str]:
-        """Kinds of nodes in the graph that the page does not know, and what a dialog says is missing."""
+        """Node types of the graph that are unknown or have errors, and the texts of open dialogs."""
         unknown = self.page.evaluate(
             "() => app.graph.nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])"
             ".map(n => n.type).filter(t => t !== 'MarkdownNote')"
@@ -87,7 +87,7 @@ class ComfyPage:
         return [*unknown, *self.page.locator(".p-dialog:visible").all_inner_texts()]
 
     def set_widgets(self, class_type: str, **values: Any) -> None:
-        """What a person types into one of our nodes."""
+        """Set widgets of this pack's first node of a class, as if the user had typed the values."""
         self.page.evaluate(
             """([type, values]) => {
                 const node = app.graph.nodes.find(each => each.comfyClass === type);
@@ -101,7 +101,7 @@ class ComfyPage:
         )
 
     def widgets(self, class_type: str) -> dict[str, Any]:
-        """Name and value of the widgets of one of our nodes."""
+        """Widget values by name, of this pack's first node of a class."""
         return self.page.evaluate(
             "type => Object.fromEntries("
             "app.graph.nodes.find(n => n.comfyClass === type).widgets.map(w => [w.name, w.value]))",
@@ -116,7 +116,7 @@ class ComfyPage:
 
     @property
     def node_view(self) -> Locator:
-        """What the training node shows."""
+        """The view inside the training node."""
         return self.page.locator(".qet-node")
 
     @property
@@ -125,29 +125,29 @@ class ComfyPage:
         return self.page.locator(".qet-panel")
 
     def open_panel(self, run_name: str = "") -> None:
-        """Show the runs, or one of them."""
+        """Show the list of runs, or one run, in the side panel."""
         if not self.panel.is_visible():
             self.page.locator(".qwen-edit-trainer-tab-button").click()
         if run_name:
             self.panel.locator(".qet-run", has=self.page.get_by_text(run_name, exact=True)).click()
 
     def points(self, place: Locator, line: str = "qet-line-smooth") -> int:
-        """Points of a line in the chart there."""
+        """Number of points of a line in the chart inside `place`."""
         text = place.locator(f"polyline.{line}").first.get_attribute("points", timeout=60 * SECONDS)
         return len((text or "").split())
 
     def wait_for_points(self, place: Locator, count: int) -> None:
-        """Until the chart there has so many."""
+        """Wait until the loss line of the chart inside `place` has at least `count` points."""
         self.page.wait_for_function(
             "([place, count]) => (place.querySelector('polyline.qet-line-smooth')?.getAttribute('points') ?? '')"
             ".split(' ').length >= count",
             arg=[place.element_handle(), count],
             polling=200,
-            timeout=150 * SECONDS,  # the model has to be loaded and the pairs to be encoded
+            timeout=150 * SECONDS,  # includes loading the model and encoding the pairs
         )
 
     def picture(self, name: str) -> None:
-        """A picture of the page for the documents, where UI_PICTURES names a folder."""
+        """Save a screenshot for the documentation in the folder named by UI_PICTURES, if that is set."""
         folder = os.environ.get("UI_PICTURES")
         if folder:
             self.page.screenshot(path=Path(folder) / f"{name}.png")

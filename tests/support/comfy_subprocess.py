@@ -1,6 +1,6 @@
-"""Runs a function of ours inside a ComfyUI tree, in a process of its own: their `nodes` and ours never meet.
+"""Runs a test script inside a ComfyUI tree, in a separate process because both ComfyUI and this pack have `nodes`.
 
-The other side is `comfy_subprocess_main.py`. Tensors travel as safetensors, the rest as JSON.
+`comfy_subprocess_main.py` runs in that process. Tensors are passed as safetensors, other values as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAIN = Path(__file__).with_name("comfy_subprocess_main.py")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a script's `main` gave back, and ComfyUI's log."""
+    """The results of a script's `main`, and ComfyUI's log lines."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
@@ -32,7 +32,7 @@ class Answer:
 def run_in_comfyui(
     tree: Path, script: str, work: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], seconds: float = 300
 ) -> Answer:
-    """Call `main(tensors, values)` of tests/support/`script` with the tree on sys.path; files go to `work`."""
+    """Call `main(tensors, values)` of tests/support/`script` with `tree` on sys.path; exchanges files in `work`."""
     work.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work / "question.safetensors")
     (work / "question.json").write_text(json.dumps(dict(values)), encoding="utf-8")

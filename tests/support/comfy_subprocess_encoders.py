@@ -1,7 +1,7 @@
-"""Inside ComfyUI: its two Qwen edit nodes over its own tokenizer and its own Qwen2.5-VL, built narrow.
+"""Inside ComfyUI: its two Qwen edit nodes with its own tokenizer and a narrow version of its Qwen2.5-VL.
 
-Asked with one [1, H, W, 3] per picture, the narrow network's weights under `weights.`, and cases of a node's name, a
-prompt and its pictures' slots. Answers, per case, the tokens, what the vision tower and the VAE were given and the
+Input: pictures [1, H, W, 3] as `picture.<name>`, the narrow network's weights as `weights.<name>`, and cases (node
+name, prompt, picture names). Output for each case: the tokens, the inputs of the vision tower and the VAE, and the
 embeddings.
 """
 
@@ -19,13 +19,13 @@ from comfy_extras.nodes_qwen import TextEncodeQwenImageEdit, TextEncodeQwenImage
 from torch import Tensor
 
 IMAGE_PAD = 151655
-# transformers, and ComfyUI's master, put the vision tokens back into rows and columns after the windowed attention.
-# ComfyUI to 0.3.75 at least leaves them in the order of the windows.
+# transformers and ComfyUI's master restore the row and column order of the vision tokens after the windowed attention.
+# ComfyUI up to at least 0.3.75 leaves them in window order.
 RESTORES_ORDER = "argsort" in inspect.getsource(qwen_vl.Qwen2VLVisionTransformer.forward)
 
 
 def build_narrow(config: dict[str, Any], weights: dict[str, Tensor]) -> qwen_image.QwenImageTEModel:
-    """ComfyUI's text encoder in the widths of a transformers configuration, with its weights."""
+    """ComfyUI's text encoder with these weights and the sizes of a transformers configuration."""
     text, vision = config["text_config"], config["vision_config"]
     fields = [
         "vocab_size",
@@ -71,7 +71,7 @@ def build_narrow(config: dict[str, Any], weights: dict[str, Tensor]) -> qwen_ima
 
 
 class NarrowClip:
-    """What a node does with a CLIP, over ComfyUI's own tokenizer and narrow text encoder; remembers it."""
+    """The CLIP methods that a node calls, with ComfyUI's tokenizer and a narrow text encoder; records their inputs."""
 
     def __init__(self, encoder: qwen_image.QwenImageTEModel) -> None:
         self.tokenizer = qwen_image.QwenImageTokenizer()
@@ -80,21 +80,21 @@ class NarrowClip:
         self.images: list[Tensor] = []
 
     def tokenize(self, text: str, images: list[Tensor], **options: Any) -> dict[str, Any]:
-        """As comfy.sd.CLIP.tokenize."""
+        """Like comfy.sd.CLIP.tokenize."""
         self.images = images
         tokens = self.tokenizer.tokenize_with_weights(text, images=images, **options)
         self.tokens = tokens["qwen25_7b"][0]
         return tokens
 
     def encode_from_tokens_scheduled(self, tokens: dict[str, Any]) -> list[Any]:
-        """As comfy.sd.CLIP.encode_from_tokens_scheduled, without schedules."""
+        """Like comfy.sd.CLIP.encode_from_tokens_scheduled, without schedules."""
         embeds, _, extra = self.encoder.encode_token_weights(tokens)
         assert "attention_mask" not in extra
         return [[embeds, {}]]
 
 
 class RecordingVae:
-    """Crops as comfy.sd.VAE.encode does and gives the pixels back as latents."""
+    """Crops like comfy.sd.VAE.encode and returns the pixels in place of latents."""
 
     crop_input = True
 
@@ -103,12 +103,12 @@ class RecordingVae:
         return 8
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """The pixels that the network would be given."""
+        """The cropped pixels that the network would get."""
         return comfy.sd.VAE.vae_encode_crop_pixels(self, pixels)
 
 
 def encode(case: dict[str, Any], pictures: dict[str, Tensor], clip: NarrowClip) -> tuple[dict[str, Tensor], Any]:
-    """One node, executed."""
+    """Execute a case's node; returns its tensors and token ids (IMAGE_PAD for each image)."""
     if case["node"] == "TextEncodeQwenImageEdit":
         chosen = {"image": pictures[case["pictures"][0]]} if case["pictures"] else {}
         output = TextEncodeQwenImageEdit.execute(clip, case["prompt"], RecordingVae(), **chosen)
@@ -131,7 +131,7 @@ def encode(case: dict[str, Any], pictures: dict[str, Tensor], clip: NarrowClip) 
 
 
 def sizes_of(originals: list[list[int]]) -> list[Any]:
-    """Sizes [width, height] that the two nodes make of pictures of these sizes: v1's, plus' vision, plus' reference."""
+    """For each picture size, the sizes [width, height] the nodes scale to: v1, plus (vision), plus (reference)."""
     asked: list[list[int]] = []
 
     def record(samples: Tensor, width: int, height: int, *_: object) -> Tensor:
@@ -162,7 +162,7 @@ def sizes_of(originals: list[list[int]]) -> list[Any]:
 
 @torch.no_grad()
 def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All cases."""
+    """Run all cases and compute the sizes of `values["sizes"]`."""
     answer: dict[str, Tensor] = {"nothing": torch.zeros(1)}
     pictures = {name.removeprefix("picture."): each for name, each in tensors.items() if name.startswith("picture.")}
     weights = {name.removeprefix("weights."): each for name, each in tensors.items() if name.startswith("weights.")}

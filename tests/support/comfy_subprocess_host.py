@@ -1,6 +1,6 @@
 """Inside ComfyUI: nodes/host_*.py and nodes/publish.py with the real ComfyUI modules.
 
-Asked for the repository, a base folder and LoRA tensors; answers what each call did, as text.
+Input: paths of the repository and of working folders. Output: the result of each call as text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 RANK, DEPTH = 2, 2
-# what 4 x 8-wide heads give: 32 in and out of the attention, 128 in the middle of the MLP
+# 2 heads of width 16: the attention is 32 wide, the MLP's hidden layer 128
 NARROW = {
     "image_model": "qwen_image",
     "num_layers": DEPTH,
@@ -34,7 +34,7 @@ PHASES += [("drawing", 4, 4), ("steps", 3, 9), ("drawing", 1, 9), ("drawing", 2,
 
 
 def pack(repo: str) -> Callable[[str], types.ModuleType]:
-    """Imports modules of the pack as ComfyUI does, under another name."""
+    """Returns a function that imports modules of the pack under another package name, as ComfyUI does."""
     parent = types.ModuleType("qwen_edit_pack")
     parent.__path__ = [repo]
     sys.modules["qwen_edit_pack"] = parent
@@ -42,7 +42,7 @@ def pack(repo: str) -> Callable[[str], types.ModuleType]:
 
 
 def outcome(call: Callable[[], Any]) -> str:
-    """The result's text, or the error's class and text."""
+    """The call's result as text, or its error as "Class: message"."""
     try:
         return str(call())
     except (ValueError, RuntimeError) as error:
@@ -50,7 +50,7 @@ def outcome(call: Callable[[], Any]) -> str:
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> Path:
-    """A LoRA file."""
+    """Write a LoRA file; returns its path."""
     from safetensors.torch import save_file
 
     save_file(tensors, folder / name)
@@ -58,7 +58,7 @@ def write(folder: Path, name: str, tensors: dict[str, Tensor]) -> Path:
 
 
 def good_lora(width: int = 32) -> dict[str, Tensor]:
-    """Adapters of both attention outputs of every block."""
+    """LoRA tensors for attn.to_q and attn.to_out.0 of every block."""
     generator = torch.Generator().manual_seed(1)
     names = [f"transformer_blocks.{block}.attn.{layer}" for block in range(DEPTH) for layer in ("to_q", "to_out.0")]
     return {
@@ -69,7 +69,7 @@ def good_lora(width: int = 32) -> dict[str, Tensor]:
 
 
 def other_kinds() -> dict[str, dict[str, Tensor]]:
-    """A DoRA and a LoKr of the same layers; a DoRA that scales columns, which is another one."""
+    """A DoRA and a LoKr of the same layers, and a DoRA that scales columns, which must be refused."""
     generator = torch.Generator().manual_seed(2)
     good = good_lora()
     names = {key.split(".lora_")[0] for key in good}
@@ -85,7 +85,7 @@ def other_kinds() -> dict[str, dict[str, Tensor]]:
 
 
 def check_files(host: types.ModuleType, folder: Path) -> dict[str, str]:
-    """The check of an exported file, on a good one and on some bad ones."""
+    """Results of `check_lora_file` for good and bad files, by label."""
     good = good_lora()
     halved = {**good, "transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(RANK / 2)}
     raw_names = {f"base_model.model.{key}": tensor for key, tensor in good.items()}
@@ -100,7 +100,7 @@ def check_files(host: types.ModuleType, folder: Path) -> dict[str, str]:
 
 
 def apply_files(host: types.ModuleType, folder: Path) -> dict[str, str]:
-    """A file on a narrow model: the change of one weight against up @ down, and a file that does not fit."""
+    """Apply a LoRA file to a narrow model and check a weight's change against up @ down; try a file that can't fit."""
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -127,7 +127,7 @@ def apply_files(host: types.ModuleType, folder: Path) -> dict[str, str]:
 
 
 def long_calls(host: types.ModuleType, runs: types.ModuleType, errors: types.ModuleType) -> dict[str, str]:
-    """Modes inside, everything as before afterwards, and an interruption as ComfyUI knows it."""
+    """Check torch's modes inside `long_call`, the restored state after it, and that interruptions become ComfyUI's."""
     import comfy.model_management as management
 
     def state() -> tuple[Any, ...]:
@@ -155,7 +155,7 @@ def long_calls(host: types.ModuleType, runs: types.ModuleType, errors: types.Mod
         def interrupted() -> None:
             with host.long_call("name") as observer:
                 management.interrupt_current_processing()
-                observer.on_progress("phase", 1, 2)  # ComfyUI's bar would raise here
+                observer.on_progress("phase", 1, 2)  # a direct update of ComfyUI's bar would raise here
                 found["pause"] = observer.should_stop().name
                 raise errors.Interrupted("stopped")
 
@@ -169,7 +169,7 @@ def long_calls(host: types.ModuleType, runs: types.ModuleType, errors: types.Mod
 
 
 def bars(host: types.ModuleType) -> list[list[tuple[int, int]]]:
-    """(value, total) of each bar of ComfyUI's that a training's phases move."""
+    """The (value, total) updates of each ComfyUI progress bar during PHASES."""
     import comfy.utils
 
     moved: list[list[tuple[int, int]]] = []
@@ -192,7 +192,7 @@ def bars(host: types.ModuleType) -> list[list[tuple[int, int]]]:
 
 
 def bar_that_raises() -> None:
-    """ComfyUI's server puts a hook under progress bars which raises when the user has interrupted."""
+    """Install a progress hook that raises after an interruption by the user, as ComfyUI's server does."""
     import comfy.model_management
     import comfy.utils
 
@@ -203,7 +203,7 @@ def bar_that_raises() -> None:
 
 
 def placed(publish: types.ModuleType, folder: Path) -> dict[str, str]:
-    """Names under which LoRA loaders list files that were put there."""
+    """Names that `place_lora` returns for two versions of a file, each placed twice."""
     good = good_lora()
     first = write(folder, "mine.safetensors", good)
     names = [publish.place_lora(first, "mine"), publish.place_lora(first, "mine")]
@@ -213,7 +213,7 @@ def placed(publish: types.ModuleType, folder: Path) -> dict[str, str]:
 
 
 def folders(host: types.ModuleType, values: dict[str, Any]) -> dict[str, str]:
-    """Roots and names of folders."""
+    """Results of `host_folders` for models, datasets, LoRAs and output names, by label."""
     import folder_paths
 
     folder_paths.add_model_folder_path(host._ROOTS_KEY, values["named"])
@@ -235,9 +235,9 @@ def folders(host: types.ModuleType, values: dict[str, Any]) -> dict[str, str]:
 
 
 def main(_: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything above."""
+    """Run all checks; returns their texts, by group."""
     import folder_paths
-    import utils.extra_config  # noqa: F401 - before another package named utils is found
+    import utils.extra_config  # noqa: F401 - imported before another package named utils
 
     folder = Path(values["folder"])
     folder_paths.set_output_directory(str(folder / "output"))

@@ -1,4 +1,4 @@
-"""Inside ComfyUI: a transformer from a file or built narrow, with and without a LoRA file, and its velocities."""
+"""Inside ComfyUI: velocities of a transformer, full-width or narrow, with and without LoRA files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUPPORTS_TIMESTEP_ZERO = "timestep_zero" in inspect.getsource(comfy.ldm.qwen_ima
 
 
 def load(values: dict[str, Any]) -> comfy.model_patcher.ModelPatcher:
-    """The model as UNETLoader makes it, or a narrow one that its detection would refuse, over the same classes."""
+    """The model as UNETLoader loads it, or a narrow one of the same classes, which ComfyUI's detection would reject."""
     if not values["narrow"]:
         return comfy.sd.load_diffusion_model(values["model_file"], model_options={"dtype": torch.float32})
     config = comfy.supported_models.QwenImage({"image_model": "qwen_image", "in_channels": 64, **values["narrow"]})
@@ -32,7 +32,7 @@ def load(values: dict[str, Any]) -> comfy.model_patcher.ModelPatcher:
 
 
 def velocity(model: Any, case: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
-    """[B, 16, H, W], as the sampler asks the model; reference latents are raw, as conditioning carries them."""
+    """Velocity [B, 16, H, W], called as the sampler does; reference latents are not normalised, as in CONDITIONING."""
     latents, sigma = tensors[f"{case['name']}.latents"].unsqueeze(2), tensors[f"{case['name']}.sigma"]
     references = [tensors[f"{case['name']}.reference.{n}"].unsqueeze(2) for n in range(case["references"])]
     conditions = model.extra_conds(
@@ -50,7 +50,7 @@ def velocity(model: Any, case: dict[str, Any], tensors: dict[str, Tensor]) -> Te
 def velocities(
     patcher: comfy.model_patcher.ModelPatcher, values: dict[str, Any], tensors: dict[str, Tensor], name: str
 ) -> dict[str, Tensor]:
-    """All cases this ComfyUI knows."""
+    """Velocities of all cases that this ComfyUI version supports, as `<name>.<case>`."""
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     cases = [each for each in values["cases"] if SUPPORTS_TIMESTEP_ZERO or each["method"] != "index_timestep_zero"]
     return {f"{name}.{case['name']}": velocity(patcher.model, case, tensors) for case in cases}
@@ -58,7 +58,7 @@ def velocities(
 
 @torch.no_grad()
 def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Velocities of all cases without a LoRA and with each of `lora_files`, by name; the layers that each patched."""
+    """Velocities of all cases without a LoRA and with each of `lora_files`, and the layers that each file patches."""
     patcher = load(values)
     answer = velocities(patcher, values, tensors, "base")
     layers = {}

@@ -1,4 +1,4 @@
-"""The inside of `comfy_subprocess.py`: python comfy_subprocess_main.py <ComfyUI tree> <script> <work folder>."""
+"""Child process of `comfy_subprocess.py`: python comfy_subprocess_main.py <ComfyUI tree> <script> <work folder>."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class LogLines(logging.Handler):
-    """Keeps what is logged."""
+    """Collects log messages."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -21,7 +21,7 @@ class LogLines(logging.Handler):
 
 
 def main(tree: str, script: str, work: str) -> None:
-    """Boot ComfyUI's library on the CPU, call the script's `main`, write down what it answers."""
+    """Import ComfyUI's modules on the CPU, call the script's `main` and write its answer to `work`."""
     own = Path(__file__).resolve().parent
     sys.path[:] = [tree, *(path for path in sys.path if path and Path(path).resolve() != own)]
     sys.argv = ["main.py"]

@@ -1,7 +1,7 @@
-"""Inside ComfyUI: Encode Edit Pairs with a CLIP and a VAE of ComfyUI's, next to ComfyUI's own Qwen edit nodes.
+"""Inside ComfyUI: Encode Edit Pairs with ComfyUI's CLIP and VAE, compared with ComfyUI's own Qwen edit nodes.
 
-Both are ComfyUI's classes, built narrow. Asked with the narrow text encoder's weights, and cases of a base model, its
-flavour, folders of pairs and the pictures in them.
+CLIP and VAE are narrow versions of ComfyUI's classes. Input: the narrow text encoder's weights, and cases with a base
+model, its flavour, dataset folders, reference pictures and a caption.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VAE_WIDTH = 8
 
 
 def sibling(name: str) -> types.ModuleType:
-    """Another script of this folder, which is not on sys.path here."""
+    """Import another script of this folder, which is not on sys.path here."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -35,23 +35,23 @@ def sibling(name: str) -> types.ModuleType:
 
 
 def make_clip(config: dict[str, Any], weights: dict[str, Tensor]) -> comfy.sd.CLIP:
-    """A CLIP through ComfyUI's own constructor; `build_narrow` has made the classes narrow."""
+    """A CLIP made by ComfyUI's own constructor, after `build_narrow` has replaced the classes by narrow ones."""
     sibling("comfy_subprocess_encoders").build_narrow(config, weights)
     target = types.SimpleNamespace(params={}, clip=qwen_image.QwenImageTEModel, tokenizer=qwen_image.QwenImageTokenizer)
     clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
     network = clip.cond_stage_model.qwen25_7b.transformer
     network.load_state_dict(weights, strict=True)
-    network.visual.restores_order = False  # the tree's own forward, as it is
+    network.visual.restores_order = False  # uses this ComfyUI's own forward unchanged
     return clip
 
 
 def opened(path: str) -> Tensor:
-    """[1, H, W, 3] as LoadImage."""
+    """The picture [1, H, W, 3] in 0..1, as LoadImage gives it."""
     return torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255).unsqueeze(0)
 
 
 def by_comfyui(case: dict[str, Any], clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:
-    """What the node puts into CONDITIONING, references as the model gets them."""
+    """Embeddings and references that ComfyUI's node puts into CONDITIONING; references normalised for the model."""
     images = [opened(path) for path in case["references"]]
     if case["flavour"] == "edit-v1":
         output = TextEncodeQwenImageEdit.execute(clip, case["caption"], vae, images[0])
@@ -65,7 +65,7 @@ def by_comfyui(case: dict[str, Any], clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> 
 
 
 class Runner:
-    """Encode Edit Pairs of one case."""
+    """Runs Encode Edit Pairs on the dataset of one case."""
 
     def __init__(self, module: Any, case: dict[str, Any], *, small: bool = False) -> None:
         self.small = small
@@ -86,7 +86,7 @@ class Runner:
         return self.node.execute(self.model, self.dataset, preprocessing=preprocessing, **widgets, **sockets).args[0]
 
     def stored(self, **sockets: Any) -> dict[str, Tensor]:
-        """What lies in the cache for the one pair."""
+        """The cached embeddings and reference latents of the case's first pair."""
         encoded = self(**sockets)
         pair = encoded.load(encoded.pairs[0])
         references = {f"reference.{n}": each for n, each in enumerate(pair.reference_latents)}
@@ -94,7 +94,7 @@ class Runner:
 
 
 def keys_of(run: Runner, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, str]:
-    """Keys of target and prompt with the same and other networks; the flags are about the first ones."""
+    """Cache keys [target, prompt] of the first pair for different combinations of networks, by label."""
     both, own, only_clip, only_vae = run(clip=clip, vae=vae), run(), run(clip=clip), run(vae=vae)
     rows = {"both": both, "again": run(clip=clip, vae=vae), "own": own, "only clip": only_clip, "only vae": only_vae}
     weight = clip.cond_stage_model.qwen25_7b.transformer.model.layers[0].mlp.up_proj.weight
@@ -106,7 +106,7 @@ def keys_of(run: Runner, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, st
 
 
 def refusals(run: Runner, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, outcome: Any) -> dict[str, str]:
-    """What each thing that can't be says."""
+    """Error messages for unsupported networks and combinations, by label."""
     patched = clip.clone()
     key = next(iter(patched.patcher.model.state_dict()))
     patched.add_patches({key: ("diff", (torch.zeros(1),))})
@@ -115,7 +115,7 @@ def refusals(run: Runner, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, outcome: Any) 
     )
     other = clip.clone()
     other.tokenizer = types.SimpleNamespace(tokenize_with_weights=lambda *_, **__: {"l": [], "t5xxl": []})
-    other.layer_idx = -2  # else the prompt is in the cache
+    other.layer_idx = -2  # another cache key, so that the prompt is encoded again
     return {
         "diffusers": outcome(lambda: run("diffusers", clip=clip)),
         "diffusers, vae": outcome(lambda: run("diffusers", vae=vae)),
@@ -128,9 +128,9 @@ def refusals(run: Runner, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, outcome: Any) 
 
 @torch.inference_mode()
 def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All cases; keys and refusals of the first one."""
+    """Encode all cases with both nodes; cache keys and error messages for the first case."""
     import folder_paths
-    import utils.extra_config  # noqa: F401 - before another package named utils is found
+    import utils.extra_config  # noqa: F401 - imported before another package named utils
 
     host = sibling("comfy_subprocess_host")
     module = host.pack(values["repo"])

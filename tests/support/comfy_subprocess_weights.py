@@ -1,7 +1,7 @@
-"""Inside ComfyUI: velocities of transformers and latents of a VAE, from files as its own loaders read them.
+"""Inside ComfyUI: velocities of transformer files and latents of a VAE, both loaded by ComfyUI's own loaders.
 
-Asked for transformer files and a VAE width; answers each file's velocity, and a VAE of that width in Wan's names with
-what it makes of a picture.
+Input: transformer files and a VAE width. Output: each file's velocity, and the weights of a random VAE of that width,
+named as in Wan, with its latents and its reconstruction of a picture.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def velocity(path: str, tensors: dict[str, Tensor]) -> Tensor:
-    """[B, 16, H, W] without references."""
+    """Velocity [B, 16, H, W] of a transformer file, without references."""
     patcher = comfy.sd.load_diffusion_model(path)
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     model, latents = patcher.model, tensors["latents"].unsqueeze(2)
@@ -29,7 +29,7 @@ def velocity(path: str, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def vae_weights(width: int) -> dict[str, Tensor]:
-    """A VAE of Qwen-Image's depth, in Wan's names, random but lively."""
+    """Random weights of a VAE as deep as Qwen-Image's, named as in Wan, scaled to keep activations in range."""
     network = comfy.ldm.wan.vae.WanVAE(
         dim=width, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], dropout=0.0,
         temperal_downsample=[False, True, True],
@@ -43,7 +43,7 @@ def vae_weights(width: int) -> dict[str, Tensor]:
 
 
 def vae(width: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as the file has them, latents [1, 16, h, w] before normalisation, and the picture decoded again."""
+    """Weights named as in the file, latents [1, 16, h, w] before normalisation, and the decoded picture."""
     weights = vae_weights(width)
     loaded = comfy.sd.VAE(sd=dict(weights))
     latents = loaded.encode(tensors["picture"])
@@ -54,6 +54,6 @@ def vae(width: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All files."""
+    """Velocities of all files, and the VAE's tensors."""
     answer = {name: velocity(path, tensors) for name, path in values["files"].items()}
     return {**answer, **vae(values["vae_width"], tensors)}, {}

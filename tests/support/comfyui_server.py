@@ -1,4 +1,4 @@
-"""The real ComfyUI for server tests: booted once, with this pack copied in as an installation would do it."""
+"""A real ComfyUI server for tests, with this pack installed by copying it into custom_nodes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tools.comfyui import ComfyUI, device_arguments, install_pack, make_base
 
-ODD_NAME = "Qwen-Edit.Trainer test"  # people rename folders; a dot and a blank must not matter
+ODD_NAME = "Qwen-Edit.Trainer test"  # users rename the folder; a dot and a space must work
 TEST_NODES = "qet_test_nodes"
 
 
 class PackServer(ComfyUI):
-    """A ComfyUI with our pack, under an odd folder name, and the helper nodes of tests/support/test_nodes."""
+    """ComfyUI with this pack, by default in an oddly named folder, and with the nodes of tests/support/test_nodes."""
 
     def __init__(
         self, base: Path, *arguments: str, environment: dict[str, str] | None = None, name: str = ODD_NAME
@@ -29,7 +29,7 @@ class PackServer(ComfyUI):
             *only_ours,
             *arguments,
             log=base / "comfyui.log",
-            environment={"OMP_NUM_THREADS": "1", **(environment or {})},  # narrow models wait for threads
+            environment={"OMP_NUM_THREADS": "1", **(environment or {})},  # threads slow narrow models down
         )
 
     @property
@@ -43,5 +43,5 @@ class PackServer(ComfyUI):
         return self.base / "output"
 
     def our_nodes(self) -> dict[str, dict]:
-        """This pack's part of /object_info."""
+        """The entries of this pack's nodes in /object_info, by node id."""
         return {name: info for name, info in self.get("/object_info").items() if name.startswith("QwenEdit_")}

@@ -1,4 +1,4 @@
-"""One short training of the demo per feature: its settings."""
+"""Settings for one short demo training per feature."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIRST = "the demo's settings (adamw, logit_normal, l2)"
 
 
 def rollout(**changes: Any) -> Changes:
-    """Scheduled sampling of half the pairs with these of its settings, without their common prefix."""
+    """Scheduled sampling for half of the pairs; `changes` are its settings without the common prefix."""
     values = {"max_step_offset": 5, "probability": 0.5, **changes}
     return {"rollout": {f"scheduled_sampling_{name}": value for name, value in values.items()}}
 
@@ -80,7 +80,7 @@ ROWS: dict[str, Changes] = {
 
 
 def job_of(changes: Changes, name: str, work: Path, arguments: argparse.Namespace) -> JobConfig:
-    """The demo's job with a row's changes."""
+    """The demo's job with one row's changes."""
     values = {**DEMO, "max_train_steps": arguments.steps, "run_dir": f"runs/{name}"}
     values["model"] = {**DEMO["model"], "tokenizer": str(arguments.tokenizer.resolve()), "device": arguments.device}
     for section, settings in changes.items():

@@ -1,4 +1,4 @@
-"""Narrow models and encoded datasets, made once a session."""
+"""Fixtures: narrow models and encoded datasets, made once per test session."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from trainer_core.qwen_image.base_model import BaseModel
 
 @pytest.fixture(scope="session")
 def tokenizer_dir() -> Path:
-    """The Qwen2.5 tokenizer that ComfyUI ships."""
-    named = os.environ.get("QWEN_TOKENIZER_DIR")  # a machine without ComfyUI
+    """Folder of the Qwen2.5 tokenizer that ComfyUI ships, or QWEN_TOKENIZER_DIR if set."""
+    named = os.environ.get("QWEN_TOKENIZER_DIR")  # for machines without ComfyUI
     return Path(named) if named else comfyui_dir() / "comfy" / "text_encoders" / "qwen25_tokenizer"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_tokenizer() -> Iterator[None]:
-    """Reads a tokenizer's files once a session, and again when they differ: it takes a third of a second each time."""
+    """Loads each tokenizer once per test session, because that takes 0.3 s; reloads it if its files change."""
     read, known = prompt.load_tokenizer, {}
 
     def load(folder: Path) -> Any:
@@ -45,7 +45,7 @@ def one_tokenizer() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def base_of(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Callable[[str], ModelConfig]:
-    """`base_of("edit-v2")`: a narrow base model of that flavour."""
+    """`base_of("edit-v2")` returns a narrow base model of that flavour."""
     made: dict[str, ModelConfig] = {}
 
     def base(flavour: str = "edit-v1") -> ModelConfig:
@@ -58,13 +58,13 @@ def base_of(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Ca
 
 @pytest.fixture(scope="session")
 def model(base_of: Callable[[str], ModelConfig]) -> ModelConfig:
-    """A narrow edit-v1."""
+    """A narrow base model of flavour edit-v1."""
     return base_of("edit-v1")
 
 
 @pytest.fixture(scope="session")
 def encoded(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> EncodedDataset:
-    """Seven pairs of two shapes for `model`, two of them held out."""
+    """Seven pairs of two picture sizes, encoded for `model`; two are held out."""
     root = tmp_path_factory.mktemp("encoded")
     dataset = pair_folders(make_pairs(root / "pairs", 7, ((96, 96), (128, 96))))
     return encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=2), root / "cache")

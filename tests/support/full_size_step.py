@@ -1,4 +1,4 @@
-"""A training step of the full-size transformer with random weights, and the bytes that its plan expects."""
+"""A training step of the full-size transformer with random weights, and the memory that the planner expects for it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ Step = Callable[[Tensor, Condition], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """One row."""
+    """One measured configuration. `memory` is a list such as "blocks=20,stream=10,offload"; `side` is in pixels."""
 
-    step: str  # ours or plain
+    step: str  # "ours" or "plain"
     precision: str
     side: int
     references: int
@@ -49,7 +49,7 @@ class Setting:
 
     @property
     def config(self) -> TrainConfig:
-        """The run's settings, of which only the memory's and the adapter's are read."""
+        """The training settings; only the memory and adapter settings are used."""
         words = dict(word.partition("=")[::2] for word in self.memory.split(","))
         memory = MemoryConfig(
             gradient_checkpointing_blocks=int(words.get("blocks", -1)),
@@ -69,7 +69,7 @@ class Setting:
 
 
 def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[int, ...]) -> Any:
-    """A frozen transformer with random weights in the setting's precision; blocks in `on_host` in host memory."""
+    """A frozen transformer with random weights in the setting's precision; blocks in `on_host` are in host memory."""
     from diffusers import QwenImageTransformer2DModel
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
@@ -95,7 +95,7 @@ def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[in
 
 
 def quantise_plainly(block: nn.Module, precision: str) -> None:
-    """quanto's own layers."""
+    """Quantise with quanto's own layers."""
     from optimum.quanto import freeze, qtypes
     from optimum.quanto import quantize as quanto_quantise
 
@@ -105,7 +105,7 @@ def quantise_plainly(block: nn.Module, precision: str) -> None:
 
 
 def draw(module: nn.Module, device: torch.device) -> None:
-    """Random weights of a trained network's order of size, drawn on the device."""
+    """Fill with random weights as large as a trained network's, drawn on the device."""
     module.to_empty(device=device)
     for name, weight in module.named_parameters():
         if weight.ndim > 1:
@@ -137,7 +137,7 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
 
 
 def planned_bytes(setting: Setting, layers: int) -> int:
-    """What the planner expects `ours` to take at its fullest moment."""
+    """Peak device memory in bytes that the planner expects for the step "ours"."""
     model = ModelConfig(base_model_precision=setting.precision)  # type: ignore[arg-type]
     config = dataclasses.replace(setting.config, model=model)
     empty = empty_transformer({"num_layers": layers})

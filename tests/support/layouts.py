@@ -1,4 +1,4 @@
-"""Transformer files as people have them, each written from one set of bfloat16 weights."""
+"""Writes transformer files in the layouts that users have, all from the same bfloat16 weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP = 256
 
 
 def random_weights(config: dict) -> Weights:
-    """bfloat16 weights of a transformer, of a trained one's order of size, the same every time."""
+    """Random bfloat16 weights as large as a trained transformer's, the same at each call."""
     with torch.device("meta"):
         empty = QwenImageTransformer2DModel(**config)
     generator, weights = torch.Generator().manual_seed(3), {}
@@ -29,35 +29,35 @@ def random_weights(config: dict) -> Weights:
 
 
 def matrices(weights: Weights) -> Weights:
-    """What such files quantise: the blocks' matrices, by layer."""
+    """The weights that such files quantise: the blocks' matrices, by layer name."""
     found = {name: each for name, each in weights.items() if name.startswith("transformer_blocks.") and each.ndim == 2}
     return {name.removesuffix(".weight"): each for name, each in found.items()}
 
 
 def rest(weights: Weights) -> Weights:
-    """All others."""
+    """All weights that are not in `matrices`, by tensor name."""
     return {name: each for name, each in weights.items() if name.removesuffix(".weight") not in matrices(weights)}
 
 
 def as_bytes(values: dict) -> Tensor:
-    """JSON as the newer layout's entries hold it."""
+    """JSON as a uint8 tensor, as in the `comfy_quant` entries of the newer layout."""
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
 
 def scaled_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and their one scale."""
+    """FP8 codes and one scale for the whole tensor."""
     scale = weight.float().abs().max() / 448
     return (weight.float() / scale).to(E4M3), scale
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and a scale per row [out, 1]."""
+    """INT8 codes and one scale per row [out, 1]."""
     scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
     return (weight.float() / scale).round().to(torch.int8), scale
 
 
 def rotated(weight: Tensor) -> Tensor:
-    """Columns in groups times the Hadamard matrix, built from its published seed."""
+    """Multiply each group of 256 columns by the Hadamard matrix, built from its published 4 x 4 seed matrix."""
     seed = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]).float() / 2
     matrix = torch.kron(torch.kron(seed, seed), torch.kron(seed, seed))
     return (weight.float().view(len(weight), -1, GROUP) @ matrix.T).flatten(1)
@@ -69,7 +69,7 @@ def bf16(weights: Weights, path: Path) -> Path:
 
 
 def prefixed(weights: Weights, path: Path) -> Path:
-    """fp16, and the prefix of a whole checkpoint, beside parts of something else."""
+    """fp16 weights with a full checkpoint's prefix, and a tensor of another part."""
     renamed = {f"model.diffusion_model.{name}": each.half() for name, each in weights.items()}
     save_file({**renamed, "first_stage_model.x": torch.zeros(1)}, path)
     return path
@@ -81,7 +81,7 @@ def plain_fp8(weights: Weights, path: Path) -> Path:
 
 
 def older_fp8(weights: Weights, path: Path) -> Path:
-    """Every linear layer, not only the blocks': ComfyUI rounds all of such a file to fp8, biases without scale."""
+    """Quantises every linear layer: ComfyUI rounds all of such a file to fp8, biases without a scale."""
     tensors = {"scaled_fp8": torch.empty(2, dtype=E4M3)}
     for name, weight in weights.items():
         layer, _, kind = name.rpartition(".")
@@ -106,7 +106,7 @@ def header_fp8(weights: Weights, path: Path) -> Path:
 def newer(
     weights: Weights, path: Path, codes: Callable[[Tensor], tuple[Tensor, Tensor]], note: dict[str, object]
 ) -> Path:
-    """An entry per layer."""
+    """The newer layout: a `comfy_quant` entry for each quantised layer."""
     tensors = rest(weights)
     for layer, weight in matrices(weights).items():
         tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale"] = codes(weight)
@@ -129,7 +129,7 @@ def rotated_int8(weights: Weights, path: Path) -> Path:
 
 
 def gguf(weights: Weights, path: Path, kind_of_matrices: str = "Q8_0") -> Path:
-    """float32 besides the blocks' matrices."""
+    """GGUF: the blocks' matrices in the given type, all other weights in float32."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     path = path.with_suffix(".gguf")
@@ -147,7 +147,7 @@ def gguf(weights: Weights, path: Path, kind_of_matrices: str = "Q8_0") -> Path:
 
 
 def parts(weights: Weights, path: Path) -> Path:
-    """A folder in diffusers' layout, in two files."""
+    """A folder in diffusers' layout, with the weights in two files."""
     path = path.with_suffix("")
     path.mkdir()
     config = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 1}
@@ -162,7 +162,7 @@ def parts(weights: Weights, path: Path) -> Path:
 
 
 def nf4(weights: Weights, path: Path) -> Path:
-    """A folder as diffusers saves a transformer that bitsandbytes quantised."""
+    """A folder as diffusers saves a transformer quantised to NF4 by bitsandbytes."""
     from bitsandbytes.functional import quantize_4bit
 
     path = path.with_suffix("")

@@ -1,6 +1,6 @@
-"""Counts the device memory of a training step on torch's meta device, without a card.
+"""Counts the device memory of a training step on torch's meta device, without a GPU.
 
-What is alive after each operation is added up. Attention counts as FlashAttention.
+Sums the tensors that are alive after each operation. Attention is counted as FlashAttention.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trainer_core.qwen_image.types import Condition
 
 META = torch.device("meta")
 
-_ALLOCATED_IN = 512  # bytes: what CUDA's allocator rounds up to
+_ALLOCATED_IN = 512  # bytes: CUDA's allocator rounds up to a multiple of this
 
-_STEPS = 2  # the optimizer's state is there from the second on
+_STEPS = 2  # the optimizer's state exists from the second step on
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the meta device's tensors that are alive, `now` and at their `peak`; `at_peak` says whose they were."""
+    """Bytes of live tensors on the meta device, `now` and at the `peak`; `at_peak` lists them by origin, if `names`."""
 
     def __init__(self, *, names: bool = False) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default and args[0].device != META and args[1].device == META:
-            return args[0]  # there is nothing to copy
+            return args[0]  # meta tensors have no data to copy
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device == META and not self._paused:
@@ -50,12 +50,12 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def restart(self) -> None:
-        """Look for the peak from here on."""
+        """Start a new search for the peak."""
         self.peak = self.now
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is made inside does not count."""
+        """Context manager: tensors made inside are not counted."""
         self._paused = True
         yield
         self._paused = False
@@ -88,12 +88,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBytes:
-    """Count a step of the settings, as it is from the second one on."""
+    """Count the memory of a training step with these settings, once the optimizer's state exists."""
     live = LiveBytes(names=names)
     keep = HostCopies.keep
 
     def keep_uncounted(copies: HostCopies, tensor: Tensor) -> Any:
-        with live.paused():  # its copy is in host memory, and its description on the meta device
+        with live.paused():  # the copy is in host memory; its stand-in here is a meta tensor
             return keep(copies, tensor)
 
     with (
@@ -112,10 +112,10 @@ def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBy
 
 
 def flash_attention() -> AbstractContextManager[Any]:
-    """Attention as a card computes it, which keeps no matrix of all tokens times all tokens."""
+    """Patch torch's attention to FlashAttention, as a GPU runs it: it keeps no tokens x tokens matrix."""
     return mock.patch("torch.nn.functional.scaled_dot_product_attention", _flash_attention)
 
 
 def _flash_attention(query: Tensor, key: Tensor, value: Tensor, **_options: Any) -> Tensor:
-    """Keeps what FlashAttention keeps: its inputs, its output and a number per token and head."""
+    """Keeps what FlashAttention keeps for backward: inputs, output and one number per token and head."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]

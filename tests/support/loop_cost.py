@@ -1,4 +1,4 @@
-"""What the training loop costs beyond the network's own work: time and memory."""
+"""Measures the time and memory that the training loop needs beyond the network's own work."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from trainer_core.qwen_image.transformer import load_transformer
 from trainer_core.run import train_lora
 from trainer_core.training.optimizer import optimizer_builder
 
-WARM_UP = 5  # steps not counted
+WARM_UP = 5  # the first steps are not measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Overhead:
-    """Seconds of a loop's step and of the bare step beside it, in turn; then the same in processor time.
+    """Seconds per loop step and per bare step, measured alternately; wall time, then CPU time.
 
-    Processor time hardly depends on what else the machine does, if torch has one thread (waiting threads spin).
+    With one torch thread, CPU time hardly depends on the machine's other load (waiting threads would spin).
     """
 
     loop: list[float]
@@ -53,24 +53,24 @@ class Overhead:
 
     @property
     def ratio(self) -> float:
-        """Median of loop over median of bare."""
+        """Median loop time over median bare time."""
         return statistics.median(self.loop) / statistics.median(self.bare)
 
     @property
     def cpu_ratio(self) -> float:
-        """The same in processor time."""
+        """The same ratio in CPU time."""
         return statistics.median(self.loop_cpu) / statistics.median(self.bare_cpu)
 
     @property
     def ratio_of_fastest(self) -> float:
-        """Of the fastest tenths, which other programs on the machine disturbed least."""
+        """The ratio of the means of the fastest tenths, which other programs disturb least."""
         tenth = max(1, len(self.loop) // 10)
         return statistics.mean(sorted(self.loop)[:tenth]) / statistics.mean(sorted(self.bare)[:tenth])
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """One look at the process."""
+    """The process's memory and live Python objects after a step."""
 
     step: int
     resident_bytes: int
@@ -79,7 +79,7 @@ class Memory:
 
 
 def train_config(folder: Path, encoded: EncodedDataset, model: ModelConfig, steps: int) -> TrainConfig:
-    """A run without validation or checkpoints in between: both are asked for by the user, not the loop's own."""
+    """Settings without validation or periodic checkpoints, because these are not costs of the loop itself."""
     return TrainConfig(
         run_dir=str(folder),
         encoded=str(encoded.manifest),
@@ -93,7 +93,7 @@ def train_config(folder: Path, encoded: EncodedDataset, model: ModelConfig, step
 
 
 def bare_step(config: TrainConfig) -> Callable[[], None]:
-    """Forward, backward and optimizer step on tensors that lie ready, with the loop's adapter and recomputation."""
+    """Forward, backward and optimizer step on prepared tensors, with the loop's adapter and gradient checkpointing."""
     device = torch.device("cpu")
     transformer = load_transformer(BaseModel(config.model), device)
     lora = inject_lora(transformer, plan_adapter(transformer, config.lora), config.seed)
@@ -123,7 +123,7 @@ def bare_step(config: TrainConfig) -> Callable[[], None]:
 
 
 def measure_overhead(config: TrainConfig) -> Overhead:
-    """Train, and after each step of the loop take a bare one."""
+    """Train, and run one bare step after each step of the loop."""
     bare = bare_step(config)
     overhead = Overhead([], [], [], [])
 
@@ -146,7 +146,7 @@ def measure_overhead(config: TrainConfig) -> Overhead:
 
 
 def measure_memory(config: TrainConfig, every: int) -> list[Memory]:
-    """Train and look at the process every so many steps."""
+    """Train and record the process's memory after every `every` steps."""
     import psutil
 
     process, seen = psutil.Process(), []
@@ -164,7 +164,7 @@ def measure_memory(config: TrainConfig, every: int) -> list[Memory]:
 
 
 def encode(folder: Path, model: ModelConfig, *, resolution: int, pairs: int) -> tuple[EncodedDataset, float]:
-    """Encode made-up pairs of one size; the dataset, and seconds."""
+    """Encode generated square pairs; returns the dataset and the seconds taken."""
     dataset = pair_folders(make_pairs(folder / "pairs", pairs, ((resolution, resolution),)))
     began = time.perf_counter()
     encoding = small_encoding(resolution=resolution, num_eval_images=0)

@@ -1,4 +1,4 @@
-"""Narrow models with random weights and real pictures made on the spot: everything real but the size."""
+"""Narrow models with random weights, and generated pairs: real classes and files, only smaller."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NARROW = {
 
 
 def fill(network: torch.nn.Module, seed: int, scale: float = 1.0) -> None:
-    """Random weights with lively outputs, from the seed and the names alone."""
+    """Random weights that keep activations in range; they depend only on the seed and the parameter names."""
     for name, parameter in network.named_parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
         drawn = torch.randn(parameter.shape, generator=stream(seed, "narrow", name))
@@ -43,7 +43,7 @@ def fill(network: torch.nn.Module, seed: int, scale: float = 1.0) -> None:
 
 
 def make_base(folder: Path, tokenizer: Path, flavour: str = "edit-v1", seed: int = 0) -> ModelConfig:
-    """A base model in diffusers' layout, narrow, with the demo's text encoder configuration."""
+    """Write a narrow base model in diffusers' layout, with the demo's text encoder configuration."""
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
     from trainer_core.demo.text_encoder import build_text_encoder
@@ -61,7 +61,7 @@ def make_base(folder: Path, tokenizer: Path, flavour: str = "edit-v1", seed: int
 
 
 def picture(seed: int, size: tuple[int, int] = (96, 96)) -> Image.Image:
-    """Coloured clouds."""
+    """A smooth random colour picture of size (width, height)."""
     width, height = size
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small, "RGB").resize((width, height), Image.Resampling.BICUBIC)
@@ -70,7 +70,7 @@ def picture(seed: int, size: tuple[int, int] = (96, 96)) -> Image.Image:
 def make_pairs(
     folder: Path, count: int = 4, sizes: tuple[tuple[int, int], ...] = ((96, 96),), num_references: int = 1
 ) -> DatasetConfig:
-    """Folders of references, and targets that are their negatives, with captions of unequal length."""
+    """Write folders of references, and targets that are the first reference's negatives, with captions."""
     references = tuple(folder / f"reference_{number + 1}" for number in range(num_references))
     for each in (folder / "target", *references):
         each.mkdir(parents=True)
@@ -85,25 +85,25 @@ def make_pairs(
 
 
 def small_encoding(**changes: object) -> EncodingConfig:
-    """96 pixels, references of the target's size."""
+    """Encoding settings: resolution 96, references in the target's size, one pair held out."""
     return EncodingConfig(**{"resolution": 96, "match_target_res": True, "num_eval_images": 1, **changes})
 
 
 def read_rows(path: Path) -> list[dict]:
-    """A metrics file."""
+    """The rows of a metrics file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def planned_size(
     settings: dict[str, Any], model: ModelConfig, lora: LoraConfig, *, stored_bytes: float = 0.0
 ) -> NetworkSize:
-    """The size of a transformer with these settings, which no file has."""
+    """The planner's size of a transformer with these settings, made without a file."""
     network = empty_transformer(settings)
     optimise_frozen_forward(network)
     return network_size(network, plan_adapter(network, lora), model, stored_bytes)
 
 
 def networks_of(config: TrainConfig, preprocessing: Preprocessing = "comfyui") -> Networks:
-    """Transformer, adapter and optimizer as a training builds them."""
+    """Transformer, adapter and optimizer, built as in a training."""
     model = prepare_model(config, BaseModel(config.model))
     return build_networks(config, model.base, model.adapter, preprocessing, SILENT)

@@ -1,4 +1,4 @@
-"""Small pictures and captions in folders, good and bad, for tests of pairing."""
+"""Writes folders of small pictures and captions, valid and invalid, for tests of pairing."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def contents(root: Path) -> dict[str, tuple[bytes, int]]:
 def problems_of(settings: DatasetConfig) -> list[str]:
     with pytest.raises(DatasetError) as caught:
         pair_folders(settings)
-    assert str(caught.value).count("\n") == len(caught.value.problems), "each problem is one line"
+    assert str(caught.value).count("\n") == len(caught.value.problems), "each problem must be one line"
     return list(caught.value.problems)

@@ -1,4 +1,4 @@
-"""The configurations that SimpleTuner's Qwen edit quickstart prints, word for word, in folders of a test's own."""
+"""The configuration files in SimpleTuner's Qwen edit quickstart, word for word, and a way to put in real folders."""
 
 from __future__ import annotations
 
@@ -103,14 +103,14 @@ SUFFIXES = ("-a", "-b", "-c")
 
 
 def as_edit_v2(config: str) -> str:
-    """The configuration with the other flavour that its comment names."""
+    """The configuration with flavour edit-v2, which its comment offers."""
     return config.replace('"model_flavour": "edit-v1",      // or "edit-v2"', '"model_flavour": "edit-v2",')
 
 
 def in_folders(data: str, folder: Path, count: int = 4, *, place: str = "") -> str:
-    """The data file with its picture folders replaced by ones with small pairs, made in `folder`.
+    """Make small pairs in `folder` and return the data file with these folders in place of the printed ones.
 
-    They are written as they are below `place`, or as absolute paths.
+    Paths are absolute, or `<place>/<folder name>` if `place` is given.
     """
     references = 3 if "reference-images-a" in data else 1
     pairs = make_pairs(folder, count, num_references=references)

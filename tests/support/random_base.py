@@ -1,4 +1,4 @@
-"""A transformer file of random weights that diffusers and ComfyUI both read, and the measure of a difference."""
+"""A transformer file with random weights that both diffusers and ComfyUI read, and a relative error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer_core.rng import stream
 
 
 def save_base(folder: Path, config: dict[str, Any]) -> Path:
-    """A transformer of random bfloat16 weights in diffusers' layout; ComfyUI reads the same file."""
+    """Write a base model whose transformer has random bfloat16 weights; returns the transformer's file."""
     with torch.device("meta"):
         empty = QwenImageTransformer2DModel(**config)
     generator, weights = stream(0, "comfyui base"), {}
@@ -32,6 +32,6 @@ def save_base(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """Norm of the difference divided by the norm of `wanted`."""
     assert found.shape == wanted.shape
     return float((found - wanted).norm() / wanted.norm())

@@ -1,4 +1,4 @@
-"""A small training run with everything going on, and ways to stop and watch it."""
+"""A small training run that uses many features, and observers that stop or record it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer_core.run import TrainResult
 
 
 def twelve_steps(encoded: EncodedDataset, model: ModelConfig, run_dir: Path) -> TrainConfig:
-    """Twelve steps with everything going on: checkpoints, validation, accumulation, dropout, a schedule."""
+    """Twelve steps with checkpoints, validation, gradient accumulation, dropout and a learning rate schedule."""
     return TrainConfig(
         run_dir=str(run_dir),
         encoded=str(encoded.manifest),
@@ -56,7 +56,7 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
 
 
 class StopAfter(SilentObserver):
-    """Wants to stop at the n-th time of asking after this process's first step."""
+    """Asks to stop once `should_stop` was called more than `asked` times since this process's first step."""
 
     def __init__(self, asked: int, stop: Stop = Stop.PAUSE) -> None:
         self.left, self.stop, self.training = asked, stop, False
@@ -70,7 +70,7 @@ class StopAfter(SilentObserver):
 
 
 class Steps(SilentObserver):
-    """Remembers the reports."""
+    """Records the report of each step."""
 
     def __init__(self) -> None:
         self.reports: list[StepReport] = []
@@ -80,7 +80,7 @@ class Steps(SilentObserver):
 
 
 class PauseAt(SilentObserver):
-    """Pauses after the step of this number."""
+    """Asks to pause once this step is done."""
 
     def __init__(self, step: int) -> None:
         self.step, self.done = step, 0

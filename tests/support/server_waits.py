@@ -1,4 +1,4 @@
-"""How long a ComfyUI server takes to answer while it trains."""
+"""Measures how long a ComfyUI server takes to answer while it trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EVERY_SECONDS = 0.05
 
 
 def waits(server: ComfyUI, path: str, seconds: float) -> list[float]:
-    """Seconds that each answer took, of requests one after the other over a time."""
+    """Response times in seconds of requests sent one after the other for `seconds`."""
     found, end = [], time.monotonic() + seconds
     while time.monotonic() < end:
         began = time.perf_counter()
@@ -24,12 +24,12 @@ def waits(server: ComfyUI, path: str, seconds: float) -> list[float]:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The value below which a share of all lies."""
+    """The nearest-rank percentile; `share` is between 0 and 1."""
     return sorted(values)[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
 
 
 def wait_for_steps(server: ComfyUI, count: int, seconds: float = 600) -> None:
-    """Until the training has done so many."""
+    """Wait until the training has done `count` steps. Raises TimeoutError after `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if any(run["active"] and run["step"] >= count for run in server.get("/qwen_edit_trainer/runs")["runs"]):

@@ -1,4 +1,4 @@
-"""Source files of this repository, read and parsed once per session."""
+"""Source files of this repository, read and parsed once per test session."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ def name(path: Path) -> str:
 
 @functools.cache
 def text(path: Path) -> str:
-    """The file's text."""
     return path.read_text(encoding="utf-8")
 
 
@@ -36,12 +35,12 @@ def nodes(path: Path) -> tuple[ast.AST, ...]:
 
 
 def absolute_imports(path: Path) -> set[str]:
-    """Top-level packages that the file imports, also inside functions."""
+    """Top-level packages that the file imports absolutely, including imports inside functions."""
     found = {alias.name for node in nodes(path) if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module or "" for node in nodes(path) if isinstance(node, ast.ImportFrom) and not node.level}
     return {dotted.split(".")[0] for dotted in found}
 
 
 def report(paths: Iterable[Path], find: Callable[[Path], Iterable[object]]) -> str:
-    """One line for each thing that `find` returns, with its file. Empty if there is nothing."""
+    """One line `file: finding` for each finding of `find`; empty if there is none."""
     return "\n".join(f"{name(path)}: {each}" for path in paths for each in find(path))

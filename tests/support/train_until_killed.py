@@ -1,4 +1,4 @@
-"""A process to be killed: python -m tests.support.train_until_killed CONFIG.json"""
+"""A training process for tests to kill: python -m tests.support.train_until_killed CONFIG.json"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""API prompts that train on a narrow model, and what came of them."""
+"""API prompts that train on a narrow model, and helpers that read their results."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ Prompt = dict[str, Any]
 
 
 def place_base(server: PackServer, tokenizer: Path, name: str = BASE, flavour: str = "edit-v1") -> str:
-    """A narrow base model where ComfyUI looks for models in diffusers' layout."""
+    """Write a narrow base model below models/diffusers; returns its name."""
     make_base(server.base / "models" / "diffusers" / name, tokenizer, flavour)
     return name
 
 
 def place_pairs(server: PackServer, name: str = PAIRS, count: int = 5, **options: Any) -> str:
-    """Pictures below ComfyUI's input folder."""
+    """Write pairs below ComfyUI's input folder; returns the folder's name."""
     make_pairs(server.input / name, count, **options)
     return name
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    """One node."""
+    """One node of a prompt."""
     return {"class_type": class_type, "inputs": inputs}
 
 
 def ours(class_type: str, **inputs: Any) -> dict[str, Any]:
-    """One node of this pack."""
+    """One of this pack's nodes."""
     return node(f"QwenEdit_{class_type}", **inputs)
 
 
 def helper(class_type: str, **inputs: Any) -> dict[str, Any]:
-    """One node of tests/support/test_nodes."""
+    """One of the nodes in tests/support/test_nodes."""
     return node(f"QetTest_{class_type}", **inputs)
 
 
 def pairing(folder: str = PAIRS, **inputs: Any) -> Prompt:
-    """Only the pairing, with a preview to ask for it."""
+    """Prompt: pairing only, with a preview as the output node."""
     widgets = {
         "target_folder": f"{folder}/target",
         "reference_folder_1": f"{folder}/reference_1",
@@ -63,7 +63,7 @@ def pairing(folder: str = PAIRS, **inputs: Any) -> Prompt:
 
 
 def encoding(folder: str = PAIRS, base: str = BASE, **inputs: Any) -> Prompt:
-    """Pairing and encoding, with a node that asks for it."""
+    """Prompt: pairing and encoding, with an output node."""
     widgets = {
         "resolution": 96,
         "preprocessing": "comfyui",
@@ -92,7 +92,7 @@ EMA = ours(
 
 
 def settings(validate: int, draw: int) -> Prompt:
-    """The settings nodes of a small training."""
+    """The settings nodes of a small training that validates every `validate` steps with `draw` sampling steps."""
     return {
         "lora": ours(
             "LoraSettings",
@@ -141,7 +141,7 @@ def settings(validate: int, draw: int) -> Prompt:
 def training(
     run_name: Any, steps: Any = 4, *, folder: str = PAIRS, validate: int = 0, draw: int = 2, **inputs: Any
 ) -> Prompt:
-    """The whole path: load, pair, encode, settings, train, plot. Validates every `validate` steps in `draw` steps."""
+    """Prompt: load, pair, encode, settings, train, plot. Samples `draw` steps in each validation."""
     prompt = encoding(folder)
     del prompt["encoded"]
     return {
@@ -169,70 +169,70 @@ def training(
 
 
 def changed(prompt: Prompt, node_id: str, **inputs: Any) -> Prompt:
-    """A copy with other inputs at one node."""
+    """A copy of the prompt with other inputs at one node."""
     prompt = copy.deepcopy(prompt)
     prompt[node_id]["inputs"].update(inputs)
     return prompt
 
 
 def hidden(value: Any, after: list[Any] | None = None) -> dict[str, Any]:
-    """A node that hands `value` to any input, so that ComfyUI can't check it before the run."""
+    """A node that outputs `value` for any input, so that ComfyUI cannot check it before the run."""
     return helper("PassOn", value=json.dumps(value), **({"after": after} if after else {}))
 
 
 def forget(server: PackServer) -> None:
-    """Empty ComfyUI's cache of results and models. It happens between two prompts, so here is one."""
+    """Empty ComfyUI's cache of results and models. ComfyUI does this between two prompts, so one is run."""
     server.post("/free", {"unload_models": True, "free_memory": True})
     server.run({"state": helper("GlobalState")})
 
 
 def figures(outputs: dict[str, Any], node_id: str = TRAIN) -> dict[str, Any]:
-    """What the training node reports."""
+    """The figures that the training node reports."""
     return outputs[node_id]["qwen_edit_run"][0]
 
 
 def run_dir(server: PackServer, name: str) -> Path:
-    """A run's folder."""
+    """The folder of a run."""
     return server.output / "qwen_edit_trainer" / "runs" / name
 
 
 def cache_entries(server: PackServer, kind: str) -> dict[Path, int]:
-    """Encoded results, with the time of their writing."""
+    """Modification time (ns) of the cached files of this kind ("latents" or "prompt"), by path."""
     folder = server.output / "qwen_edit_trainer" / "cache" / kind
     return {path: path.stat().st_mtime_ns for path in folder.glob("*/*.safetensors")}
 
 
 def state_of(server: PackServer, name: str) -> dict[str, Any]:
-    """run.json."""
+    """The parsed run.json of a run."""
     return json.loads((run_dir(server, name) / "run.json").read_text(encoding="utf-8"))
 
 
 def under_way(server: PackServer) -> list[dict[str, Any]]:
-    """Trainings that the server lists as going on."""
+    """The trainings that the server lists as active."""
     return [run for run in server.get("/qwen_edit_trainer/runs")["runs"] if run["active"]]
 
 
 def steps_written(server: PackServer, name: str) -> list[int]:
-    """Steps in the metrics file."""
+    """The step numbers in a run's metrics file."""
     lines = (run_dir(server, name) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["step"] for line in lines]
 
 
 def assert_same_lora(one: Path, other: Path) -> None:
-    """Equal bit for bit."""
+    """Assert that two LoRA files have bit-identical tensors."""
     left, right = read_tensors(one), read_tensors(other)
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def error_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """The data of a prompt's execution_error."""
+    """The data of the execution_error message of a failed prompt."""
     assert status_of(entry) == "execution_error", entry["status"]
     return next(data for name, data in entry["status"]["messages"] if name == "execution_error")
 
 
 def progress_of(node_id: str, value: int = 1, total: int | None = None) -> Callable[[dict[str, Any]], bool]:
-    """True for a progress message of a node that has come to `value`, of a bar with `total` parts if given."""
+    """Returns a filter for progress messages of a node that have reached `value`, and have this `total` if given."""
 
     def matches(event: dict[str, Any]) -> bool:
         data = event.get("data", {})
@@ -243,7 +243,7 @@ def progress_of(node_id: str, value: int = 1, total: int | None = None) -> Calla
 
 
 class Pressed:
-    """How a prompt ended when a button was pressed at a message: ComfyUI's interruption, or another `button`."""
+    """Runs a prompt, presses `button` (default: ComfyUI's interrupt) at the first message that `when` accepts."""
 
     def __init__(
         self,
@@ -272,11 +272,11 @@ class Pressed:
         finally:
             queued.set()
             server.on_event = None
-        assert self.pressed, f"the awaited message did not come; the prompt ended as {status_of(self.entry)}"
+        assert self.pressed, f"the expected message did not arrive; the prompt ended with {status_of(self.entry)}"
         self.progress = [event["data"] for event in server.events_of(self._prompt_id, "progress")]
 
     def assert_interrupted_at(self, node_id: str) -> None:
-        """At this node, and as ComfyUI knows it."""
+        """Assert that the prompt was interrupted at this node, as reported by ComfyUI."""
         assert status_of(self.entry) == "execution_interrupted", self.entry["status"]
         messages = dict(self.entry["status"]["messages"])
         assert messages["execution_interrupted"]["node_id"] == node_id

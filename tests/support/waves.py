@@ -1,4 +1,4 @@
-"""Pictures whose offset is known to the last digit."""
+"""Pictures with exactly known offsets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WIDTH, HEIGHT = 192, 144
 
 @functools.lru_cache(maxsize=64)
 def scene(seed: int = 0, shift: tuple[float, float] = (0, 0), zoom: float = 1.0, colour: int = 0) -> np.ndarray:
-    """Waves, evaluated where they are, so that the offset is exact."""
+    """Sine waves evaluated at shifted and zoomed coordinates, so the offset is exact. uint8 [HEIGHT, WIDTH, 3]."""
     rng = np.random.default_rng(seed)
     x, y = np.meshgrid(np.arange(WIDTH) - (WIDTH - 1) / 2, np.arange(HEIGHT) - (HEIGHT - 1) / 2)
     x, y = (x - shift[0]) / zoom, (y - shift[1]) / zoom
@@ -24,7 +24,7 @@ def scene(seed: int = 0, shift: tuple[float, float] = (0, 0), zoom: float = 1.0,
 
 
 def edited(seed: int = 0) -> np.ndarray:
-    """A target whose middle quarter shows something else."""
+    """The scene of this seed with different content in the middle quarter of its area."""
     target = scene(seed).copy()
     target[36:108, 48:144] = scene(seed + 50)[:72, :96]
     return target

@@ -1,4 +1,4 @@
-"""Helper nodes for server tests, loaded by the real ComfyUI beside the pack. Ids begin with QetTest_."""
+"""Helper nodes for server tests, loaded by ComfyUI in addition to the pack. Their ids begin with QetTest_."""
 
 from __future__ import annotations
 

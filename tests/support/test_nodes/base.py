@@ -1,10 +1,10 @@
-"""What the helper nodes share."""
+"""Base classes of the helper nodes."""
 
 from __future__ import annotations
 
 
 class AnyType(str):
-    """A socket that fits every other one."""
+    """A socket type that connects to every other type."""
 
     def __ne__(self, other: object) -> bool:
         return False
@@ -16,7 +16,7 @@ ANY = AnyType("*")
 
 
 class Node:
-    """ComfyUI's class attributes, with the commonest values."""
+    """Default values for the class attributes that ComfyUI reads."""
 
     CATEGORY = "tests"
     FUNCTION = "run"
@@ -25,7 +25,7 @@ class Node:
 
 
 class Uncached(Node):
-    """Runs in every prompt."""
+    """A node that runs in every prompt, because ComfyUI never caches it."""
 
     @classmethod
     def IS_CHANGED(cls, **_):  # noqa: N802 - ComfyUI's name

@@ -1,4 +1,4 @@
-"""A narrow Qwen-Image as ComfyUI's MODEL. Its loader takes full-width ones only, so this one is built by hand."""
+"""A narrow Qwen-Image MODEL, built by hand because ComfyUI's loader accepts only full-width ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFIX = "diffusion_model."
 
 
 class NarrowModel(Node):
-    """The transformer of a narrow base model below models/diffusers, its first `num_layers` blocks."""
+    """The first `num_layers` blocks of the transformer of a narrow base model below models/diffusers."""
 
     RETURN_TYPES = ("MODEL",)
 
@@ -43,7 +43,7 @@ class NarrowModel(Node):
 
 
 class Condition(Node):
-    """A CONDITIONING of random numbers with one reference."""
+    """A random CONDITIONING with one reference latent."""
 
     RETURN_TYPES = ("CONDITIONING",)
 

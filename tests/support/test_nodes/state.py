@@ -1,4 +1,4 @@
-"""State that belongs to the process, and pictures as numbers."""
+"""Nodes that read or change process-wide state, and one that summarises pictures as numbers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ LARGE = 1_000_000  # elements
 
 
 def sha(data: bytes) -> str:
-    """A short name for equal bytes."""
+    """A short hash of the bytes."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def is_image(tensor: torch.Tensor) -> bool:
-    """ComfyUI keeps nodes' pictures."""
+    """Whether the tensor is shaped like an IMAGE [B, H, W, 3], which ComfyUI may keep in its cache."""
     return tensor.ndim == 4 and tensor.shape[-1] == 3
 
 
 def tensors_held() -> dict[str, Any]:
-    """Weights of networks and other large tensors that somebody still holds."""
+    """Number of live parameters, and shapes of live large tensors except images."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     return {
@@ -42,7 +42,7 @@ def tensors_held() -> dict[str, Any]:
 
 
 class GlobalState(Uncached):
-    """A fingerprint of the state a node must leave as it found it. Never cached; `after` only orders the nodes."""
+    """The process-wide state that a node must leave unchanged. Never cached; `after` only orders the nodes."""
 
     OUTPUT_NODE = True
     RETURN_TYPES = (ANY,)
@@ -83,7 +83,7 @@ class GlobalState(Uncached):
 
 
 class SeedGlobally(Uncached):
-    """Sets the process's generators, as some nodes do."""
+    """Seeds the global random generators, as some nodes do."""
 
     RETURN_TYPES = (ANY,)
 
@@ -99,7 +99,7 @@ class SeedGlobally(Uncached):
 
 
 class DrawGlobally(Uncached):
-    """Draws from the process's generators, as some nodes do."""
+    """Draws from the global random generators, as some nodes do."""
 
     OUTPUT_NODE = True
 
@@ -112,7 +112,7 @@ class DrawGlobally(Uncached):
 
 
 class Digest(Node):
-    """The numbers of an IMAGE or LATENT, in /history under `digest`: shape, mean, extent, and a name for the bytes."""
+    """Puts shape, mean, extent (max - min), finiteness and hash of an IMAGE or LATENT into /history, as `digest`."""
 
     OUTPUT_NODE = True
 

@@ -1,4 +1,4 @@
-"""Values on their way."""
+"""Nodes that show a value, pass one on, or wait."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import ANY, Node, Uncached
 
 
 class SaveText(Node):
-    """Makes any value visible in /history under `text`."""
+    """Puts any value as text into /history, under `text`."""
 
     OUTPUT_NODE = True
 
@@ -28,7 +28,7 @@ class SaveText(Node):
 
 
 class PassOn(Node):
-    """A JSON value for any input, which validation can't see. `after` only orders the nodes."""
+    """Outputs a JSON value for any input, hidden from validation. `after` only orders the nodes."""
 
     RETURN_TYPES = (ANY,)
 
@@ -41,7 +41,7 @@ class PassOn(Node):
 
 
 class Wait(Uncached):
-    """Keeps the queue busy until it is interrupted."""
+    """Keeps the queue busy for `seconds` or until it is interrupted."""
 
     OUTPUT_NODE = True
 
