@@ -1,4 +1,4 @@
-"""Captions from text files and tables, with what is put before and behind them."""
+"""Captions from text files and tables, with prefixes and suffixes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer_core.errors import ConfigError, DatasetError, MissingPackageError
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """Pairs a and b/c without captions."""
+    """Folders `after` and `before` with the pairs a and b/c, without captions. Returns their parent."""
     for part in ("after", "before"):
         for key in ("a", "b/c"):
             path = tmp_path / part / f"{key}.png"
@@ -76,7 +76,7 @@ def test_jsonl(folders: Path) -> None:
 
 
 def test_parquet(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package is not needed for the tests: its one function is stood in for."""
+    """Without a Parquet package the error says what to install. A stub of pyarrow then returns the rows."""
     (folders / "after" / "t.parquet").write_bytes(b"PAR1")
     settings = config(folders, "parquet", caption_file="t.parquet")
     for name in ("pyarrow", "pandas"):
@@ -115,7 +115,7 @@ def test_real_parquet(folders: Path) -> None:
     ],
 )
 def test_what_is_wrong_with_a_table(folders: Path, strategy: str, text: str | None, words: list[str]) -> None:
-    (folders / "before" / "a.png").unlink()  # other problems are told as well
+    (folders / "before" / "a.png").unlink()  # a second problem, which must be reported too
     if text is not None:
         write(folders / "after" / f"t.{strategy}", text)
     with pytest.raises(DatasetError) as caught:

@@ -1,4 +1,4 @@
-"""What is remembered of pictures: as long as a file is as it was, and no longer."""
+"""Results of picture checks are cached for as long as the file is unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer_core.errors import DatasetError
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that were opened."""
+    """Names of the picture files opened so far. Also lets checks of just-written files be cached."""
     names: list[str] = []
     opened = checking.open_picture_file
     monkeypatch.setattr(checking, "open_picture_file", lambda path: names.append(path.name) or opened(path))
@@ -26,7 +26,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def paired(root: Path) -> EditDataset:
-    """The dataset, with a memory."""
+    """The paired dataset. Check results are cached in `checked`."""
     return pair_folders(config(root), checked_dir=root / "checked")
 
 
@@ -36,7 +36,7 @@ def test_the_second_time_no_picture_is_opened(tmp_path: Path, decoded: list[str]
     first = paired(tmp_path)
     assert len(decoded) == 6
     assert paired(tmp_path) == first == pair_folders(config(tmp_path))
-    assert len(decoded) == 12, "only the call without a memory opened them again"
+    assert len(decoded) == 12, "only the call without a cache may open them again"
 
 
 def test_a_picture_that_changed_in_any_way_is_opened_again(tmp_path: Path, decoded: list[str]) -> None:
@@ -89,7 +89,7 @@ def test_problems_are_looked_at_again(tmp_path: Path, decoded: list[str]) -> Non
     for _ in range(2):
         with pytest.raises(DatasetError, match=r"a\.png: this is not a JPEG"):
             paired(tmp_path)
-    assert decoded.count("a.png") == 3, "the whole reference once, the damaged target twice"
+    assert decoded.count("a.png") == 3, "the intact reference must be opened once, the damaged target twice"
     assert len(problems_of(config(tmp_path))) == 1
 
 
@@ -104,7 +104,7 @@ def test_a_memory_that_can_not_be_read_is_none(tmp_path: Path, decoded: list[str
     assert paired(tmp_path) == first
     assert len(decoded) == 4
     paired(tmp_path)
-    assert len(decoded) == 4, "it was written anew"
+    assert len(decoded) == 4, "the cache must be rewritten"
 
 
 def test_a_mask_is_remembered_with_its_brightness(tmp_path: Path, decoded: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""conditioning_type: what of a reference is seen, and references that can't be seen so."""
+"""conditioning_type: which part of a reference is encoded, and which references it refuses."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def encoding(match: bool = True, preprocessing: str = "diffusers", **sizes: obje
 
 
 def waves(size: Size) -> Image.Image:
-    """One smooth scene at any size."""
+    """The same smooth RGB picture, drawn at any size."""
     x, y = np.meshgrid((np.arange(size.width) + 0.5) / size.width, (np.arange(size.height) + 0.5) / size.height)
     bands = np.stack([np.sin(40 * x), np.cos(37 * y), np.sin(29 * (x + y))], axis=-1)
     return Image.fromarray(((bands + 1) * 127.5).astype(np.uint8))
 
 
 def shift(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """Pixels by which `other` lies to the right of and below `one`, by its slopes (a least-squares fit)."""
+    """(right, down) offset in pixels of `other` from `one`, both CHW: a least-squares fit on the slopes of `one`."""
     inner = one[:, 1:-1, 1:-1]
     across, down = (one[:, 1:-1, 2:] - one[:, 1:-1, :-2]) / 2, (one[:, 2:, 1:-1] - one[:, :-2, 1:-1]) / 2
     slopes = torch.stack([-across.flatten(), -down.flatten()], dim=1)
@@ -66,7 +66,7 @@ def test_strict_of_another_size_lies_within_half_a_pixel(size: Size, scale: floa
     (reference,) = plan.references
     for side, wanted, of, own in zip(reference.box, plan.target.box, size * 2, smaller * 2, strict=True):
         assert abs(side - wanted * own / of) <= 0.5
-    if preprocessing == "diffusers":  # equal filters, so that only the place can differ
+    if preprocessing == "diffusers":  # both use the same filter, so only the position can differ
         half = 0.5 * reference.size.width / reference.box.size.width
         moved = shift(render(waves(size), plan.target), render(waves(smaller), reference))
         assert max(map(abs, moved)) <= half + 0.02
@@ -118,7 +118,7 @@ def test_shapes_are_equal_but_for_rounding(other: Size, fits: bool) -> None:
 
 def test_strict_references_of_another_shape_are_all_listed(tmp_path) -> None:
     for number in range(3):
-        pair(tmp_path, f"{number}", seed=9 * number, references=("before", "style"))  # 16 x 12, and 20 x 10
+        pair(tmp_path, f"{number}", seed=9 * number, references=("before", "style"))  # target 16 x 12, others 20 x 10
         picture(tmp_path / "before" / f"{number}.png", size=(32, 24 if number else 20), seed=number + 40)
     settings = config(tmp_path, "before", "style")
     assert len(pair_folders(settings).pairs) == 3

@@ -1,4 +1,4 @@
-"""Settings are strict, are checked when they are made, and have clear errors."""
+"""Settings are strict and checked on construction, with errors that name the setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sheet and the text that show a dataset to people."""
+"""The contact sheet and the text report of a dataset."""
 
 from __future__ import annotations
 
@@ -113,5 +113,5 @@ def test_rows_of_unequal_shapes_share_a_height():
     tall, wide = Image.new("RGB", (10, 400), RED), Image.new("RGB", (4000, 10), BLUE)
     sheet = draw_rows(["a", "b"], [PictureRow((tall, wide), "x"), PictureRow((None, tall), "y")], Look(cell=100))
     rows = (np.asarray(sheet) == RED).all(-1)
-    assert rows.any(1).sum() == 200, "each tall picture is as high as a cell"
-    assert (np.asarray(sheet) == BLUE).all(-1).any(0).sum() == 200, "a very wide one is as wide as two cells"
+    assert rows.any(1).sum() == 200, "each tall picture must be as high as a cell"
+    assert (np.asarray(sheet) == BLUE).all(-1).any(0).sum() == 200, "a very wide picture must be two cells wide"

@@ -1,4 +1,4 @@
-"""The embedded demo model: small enough, complete, finite, and it copies its reference."""
+"""The embedded demo model is small, complete and finite, and it copies its reference."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_text_encoder_tells_captions_apart(text_encoder):
 
 
 def test_base_copies_its_reference(tokenizer_dir):
-    """Without a caption, in a few Euler steps, on a photograph that pre-training did not see."""
+    """Without a caption, in 8 Euler steps, for a photograph that was not used in pre-training."""
     model = ModelConfig(base=DEMO_MODEL, tokenizer=str(tokenizer_dir), mixed_precision="no")
     device = torch.device("cpu")
     _, tile = pictures.demo_tiles(8)[0]

@@ -1,4 +1,4 @@
-"""The demo's pairs: real photographs, disjoint, edited."""
+"""The demo's pairs: disjoint parts of real photographs, and their negatives as targets."""
 
 from __future__ import annotations
 

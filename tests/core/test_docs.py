@@ -45,7 +45,7 @@ def without_code(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes from the headings."""
+    """The anchors that GitHub generates from the headings."""
     headings = re.findall(r"^#+ (.+)$", without_code(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -59,7 +59,7 @@ def command_lines(page: Path) -> Iterator[str]:
 
 
 def test_settings_page_is_what_the_settings_say():
-    """Run `make docs` after changing a setting."""
+    """The settings page and the JSON schema are current. `make docs` regenerates both."""
     assert text(settings_reference.FILE) == settings_reference.reference()
     assert text(settings_reference.SCHEMA) == settings_reference.schema_text()
 
@@ -116,7 +116,7 @@ def test_configurations_are_accepted(page: Path):
 
 
 def test_the_readme_is_a_landing_page():
-    """Details belong in docs/."""
+    """The README stays short; details belong in docs/."""
     assert len(text(REPO / "README.md").splitlines()) <= 130
 
 

@@ -19,7 +19,7 @@ def shown(pixels: np.ndarray) -> Image.Image:
 
 @pytest.mark.parametrize(("shift", "zoom", "colour"), CASES)
 def test_known_drift_is_measured_beside_an_edit(shift: tuple[float, float], zoom: float, colour: int) -> None:
-    """The drawn picture has none of the edit, which is as far off as a base model may be."""
+    """The drawn picture lacks the edit altogether, which is the worst case for a base model."""
     target, reference = shown(edited()), shown(scene())
     region = unedited_region(target, [reference])
     found = measure_drift(shown(scene(0, shift, zoom, colour)), target, region)
@@ -30,7 +30,7 @@ def test_known_drift_is_measured_beside_an_edit(shift: tuple[float, float], zoom
 
 
 def test_what_happens_inside_the_edit_does_not_count() -> None:
-    """Two thirds of the picture are edited and lie three pixels off; the rest lies where it should."""
+    """Two thirds of the picture are edited and shifted by three pixels; the rest is not shifted."""
     inside = np.s_[14:130, 19:173]
     target, drawn, reference = scene(0).copy(), scene(0).copy(), scene(0)
     target[inside], drawn[inside] = scene(50)[inside], scene(50, (3.0, 0.0))[inside]

@@ -1,4 +1,4 @@
-"""What encoding would need: the text encoder decides on small cards, and the plan says so before anything is loaded."""
+"""The memory plan of encoding: on small cards the text encoder decides, and the plan says so before loading it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_weights_are_counted_from_the_header(model: ModelConfig, precision: Base
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 7B's file as its header has it; what follows is a hole in the disk."""
+    """A file with the header of the full Qwen2.5-VL-7B. Its weights are a sparse hole that takes no disk space."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What a report says of its validation, and the line about it on a console."""
+"""StepReport.was_validated, and the validation losses in the console line."""
 
 from __future__ import annotations
 

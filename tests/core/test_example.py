@@ -1,4 +1,4 @@
-"""An example's job: a preset on the demo model with pairs made on the spot."""
+"""The job of an example: a preset with the demo model and generated pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENIZER = Path("comfy", "text_encoders", "qwen25_tokenizer")
 
 @pytest.fixture
 def few_pairs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Stands for the demo's pairs: one picture. Where it was made."""
+    """Makes one small pair in place of the demo's pairs. Returns the list of folders in which it was made."""
     made: list[Path] = []
 
     def make(folder: Path) -> None:
@@ -38,9 +38,9 @@ def test_a_job_names_folders_below_the_given_one(few_pairs: list[Path], tmp_path
     references = [Path(each) for each in job.dataset.reference_dirs]
     assert len(references) == 3
     assert all((each / "0.png").is_file() and each.is_relative_to(tmp_path) for each in references)
-    assert len({(each / "0.png").read_bytes() for each in references}) > 1, "three views, not one picture"
+    assert len({(each / "0.png").read_bytes() for each in references}) > 1, "the references must be different views"
     assert example_job("qwen_image.edit-v2-lora", tmp_path, changes) == job
-    assert few_pairs == [tmp_path / "example"], "pairs that are there are kept"
+    assert few_pairs == [tmp_path / "example"], "existing pairs must be reused"
 
 
 def test_a_tokenizer_is_found_in_a_comfyui_around_the_folder(
@@ -50,7 +50,7 @@ def test_a_tokenizer_is_found_in_a_comfyui_around_the_folder(
     job_folder = tmp_path / "work" / "job"
     with pytest.raises(ConfigError, match=r"model\.tokenizer"):
         example_job("qwen_image.edit-v1-lora", job_folder)
-    assert few_pairs == [], "refused before pairs are made"
+    assert few_pairs == [], "it must be refused before pairs are made"
     (tmp_path / "work" / "ComfyUI" / TOKENIZER).mkdir(parents=True)
     job = example_job("qwen_image.edit-v1-lora", job_folder)
     assert job.model.tokenizer == str(tmp_path / "work" / "ComfyUI" / TOKENIZER)

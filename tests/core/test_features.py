@@ -1,4 +1,4 @@
-"""Rows of benchmarks/features.py: each is a run that the settings allow, and no two are the same."""
+"""Rows of benchmarks/features.py: each is valid and differs from the plain run, and every choice has a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic writes: a failure in the middle leaves the old file and nothing else; truncated files are noticed."""
+"""Atomic writes: a failed write leaves only the old file. Truncated files are detected."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_tensors", [0, 1, 40])
 def test_a_file_is_whole_only_at_its_full_length(num_tensors: int, tmp_path: Path) -> None:
-    """The header of 40 tensors is longer than the first read."""
+    """With 40 tensors the header is longer than the first read."""
     path = tmp_path / "entry.safetensors"
     write_tensors(path, {f"{'layer' * 10}.{number}": torch.ones(3) for number in range(num_tensors)})
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Pairs that a program made."""
+"""Pairs made from pictures in memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_equal_content_is_written_once_and_other_content_elsewhere(tmp_path: Pat
     assert make(0, "a") == first
     assert written == {path: path.stat().st_mtime_ns for path in Path(first).iterdir()}
     assert len({first, make(1, "a"), make(0, "b")}) == 3
-    assert len(list(tmp_path.iterdir())) == 3  # nothing temporary is left
+    assert len(list(tmp_path.iterdir())) == 3  # no temporary folder is left
 
 
 def test_numbers_that_disagree_are_all_told(tmp_path: Path) -> None:

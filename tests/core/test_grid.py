@@ -1,4 +1,4 @@
-"""Validation pictures side by side, and whole files."""
+"""The grid of validation pictures, and saving it atomically."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def row(*references: str, caption: str = "Make it blue.", label: str = "") -> Gr
 
 
 def span(grid: Image.Image, name: str) -> tuple[int, int, int]:
-    """First column, width and number of rows of pixels of this colour."""
+    """(first column, number of columns, number of rows) that contain this colour, in pixels."""
     found = (np.asarray(grid) == COLOURS[name]).all(-1)
     columns = np.flatnonzero(found.any(0))
     return int(columns[0]), len(columns), int(found.any(1).sum())

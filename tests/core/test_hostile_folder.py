@@ -1,4 +1,4 @@
-"""Everything that people's folders have in them, at once: one report that can be read, and no file is touched."""
+"""A folder with all known kinds of trouble gives one readable report, and no file is changed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from PIL import Image
 from tests.support.pair_files import config, contents, pair, picture, problems_of, text
 from trainer_core.data.pairing import pair_folders, scan_folders
 
-LONG = f"{'folder with a long name,' * 6}/{'and one more below it,' * 7}/{'x' * 240}"  # 540 characters; 255 a part
+LONG = f"{'folder with a long name,' * 6}/{'and one more below it,' * 7}/{'x' * 240}"  # 540 characters, 240 in one part
 
 
 def frames(path: Path, kind: str) -> None:
-    """An animation of three frames."""
+    """Saves an animation of three frames."""
     colours = [Image.new("RGB", (16, 12), colour) for colour in ("red", "green", "blue")]
     colours[0].save(path, kind, save_all=True, append_images=colours[1:])
 
 
 def hostile(root: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Folders of trouble; what has to be told as a problem, and what as a note, by the file's place."""
+    """Makes the folders. Returns the expected problems and the expected notes: relative path -> part of the message."""
     after, before = root / "after", root / "before"
     for key in ("good", "zero", "cut_png", "cut_jpg", "words", "alone", "mute", "linked", "chain", "twice", "huge"):
         pair(root, key)

@@ -1,4 +1,4 @@
-"""Pictures of every common kind become the same upright RGB."""
+"""Pictures of all common formats and modes are read as upright RGB with 8 bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXIF_ORIENTATION = 274
 
 
 def colours(width: int = 24, height: int = 16) -> Image.Image:
-    """A smooth picture without any symmetry."""
+    """A smooth RGB picture without symmetry."""
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x * 255 // width, y * 255 // height, (x + y) * 3 % 256], 2).astype(np.uint8))
 
@@ -50,7 +50,7 @@ def test_every_format_keeps_its_pixels(tmp_path, suffix, options, tolerance):
     assert np.abs(pixels(picture) - pixels(colours())).max() <= tolerance
 
 
-STORED_AS = {  # how a camera held in another way stores an upright picture, EXIF 2.3 table 4.6.4
+STORED_AS = {  # EXIF orientation -> how it stores an upright picture (EXIF 2.3, 4.6.4)
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
     3: lambda p: p[::-1, ::-1],
@@ -73,7 +73,7 @@ def test_orientation_is_applied_exactly_once(tmp_path, orientation, suffix):
     picture = open_picture(path)
     assert np.abs(pixels(picture) - pixels(colours())).max() <= (8 if suffix == ".jpg" else 0)
     assert picture.size == (24, 16)
-    assert picture.getexif().get(EXIF_ORIENTATION, 1) == 1, "whoever turns it again must find nothing to turn"
+    assert picture.getexif().get(EXIF_ORIENTATION, 1) == 1, "no orientation may be left that others apply again"
 
 
 def test_cmyk_is_not_inverted(tmp_path):
@@ -142,7 +142,7 @@ def test_grey_and_black_and_white(tmp_path):
 
 
 def transparent_red(mode: str) -> Image.Image:
-    """Left clear, middle half, right opaque, over the colour red (grey 100 for LA)."""
+    """Three red pixels (grey 100 for LA) with alpha 0, 128 and 255."""
     picture = Image.new("RGBA", (3, 1), (255, 0, 0, 0) if mode == "RGBA" else (100, 100, 100, 0))
     for x, alpha in enumerate((0, 128, 255)):
         picture.putpixel((x, 0), (*picture.getpixel((x, 0))[:3], alpha))
@@ -244,7 +244,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("width", [12_000, 16_000, 60_000])  # allowed by Pillow with a warning, and not at all
+@pytest.mark.parametrize("width", [12_000, 16_000, 60_000])  # Pillow warns about the first and refuses the others
 def test_bombs_are_refused_by_their_header(tmp_path, width, monkeypatch):
     monkeypatch.setattr(images, "MAX_PICTURE_PIXELS", 10_000 * 12_000)
 

@@ -1,4 +1,4 @@
-"""Settings of the memory that the planner chooses, what it refuses, and what it advises."""
+"""The planner: which memory settings it chooses, what it refuses, and what it advises."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def chosen(network: NetworkSize, precision: str, gib: float, host: int = PLENTY)
     return choose_memory(config_of(model=model), sized, WORK, Budget(int(gib * GIB), host))
 
 
-# GiB at the peak of a step, as measured on an H100 with a target and a reference of that side, 230 prompt tokens and
-# rank 16: benchmarks/gpu_step_h100_2026-11.md. The blocks of that day's code kept queries and keys in float32 as well.
+# (precision, side of target and reference in pixels, memory settings) -> peak GiB of a step on an H100 with 230 prompt
+# tokens and rank 16 (benchmarks/gpu_step_h100_2026-11.md). Blocks then kept queries and keys in float32 as well.
 MEASURED = {
     ("none", 1024, ""): 42.43,
     ("int8-quanto", 1024, ""): 23.76,
@@ -78,8 +78,8 @@ def test_the_plan_is_within_a_twentieth_of_what_was_measured(
 
 
 def test_the_fastest_settings_that_fit_are_chosen(network: NetworkSize) -> None:
-    """More memory never means more recomputation, offloading or streaming, and each kind begins where the one before
-    is used up."""
+    """More memory never means more recomputation, offloading or streaming. Each begins only when the one before is
+    used up."""
     plans = [chosen(network, "nf4-bnb", gib) for gib in (140, 80, 48, 24, 16, 12, 8)]
     spent = [(plan.recomputed, plan.config.memory.activation_offload, plan.streamed) for plan in plans]
     assert spent == sorted(spent)
@@ -88,7 +88,7 @@ def test_the_fastest_settings_that_fit_are_chosen(network: NetworkSize) -> None:
     assert spent[-1][0] == 60 and spent[-1][2] > 0
     for plan, gib in zip(plans, (140, 80, 48, 24, 16, 12, 8), strict=True):
         assert plan.needed_device_bytes <= gib * GIB
-        assert plan.config.model == ModelConfig(base_model_precision="nf4-bnb")  # only the memory is chosen
+        assert plan.config.model == ModelConfig(base_model_precision="nf4-bnb")  # only memory settings are changed
 
 
 def test_one_block_less_would_not_fit(network: NetworkSize) -> None:
@@ -117,7 +117,7 @@ def test_a_refusal_names_numbers_and_the_nearest_that_fits(network: NetworkSize)
 
 
 def test_shared_memory_is_counted_once(network: NetworkSize) -> None:
-    """On the CPU the device's part and the process's come out of one pot."""
+    """On the CPU, device memory and host memory are the same memory."""
     small = dataclasses.replace(network, num_blocks=2)
     plan = choose_memory(config_of(), small, WORK, Budget(PLENTY, PLENTY, is_shared=True))
     need = plan.needed_device_bytes + plan.host_peak_bytes
@@ -159,7 +159,7 @@ def test_torch_runs_out_and_the_sentence_says_what_to_do(network: NetworkSize) -
     cause = found.value.__cause__
     assert isinstance(cause, torch.OutOfMemoryError)
     frames = [frame for frame in iter_frames(cause) if "held" in frame.f_code.co_varnames]
-    assert frames and "held" not in frames[0].f_locals, "the failed work's tensors are still held"
+    assert frames and "held" not in frames[0].f_locals, "the traceback still holds the failed work's tensors"
 
 
 DORA = {"lora": LoraConfig(lora_type="dora")}
@@ -170,7 +170,7 @@ ACTIVATIONS = {"model": ModelConfig(base_model_precision="int8-quanto", quantize
 def test_what_other_settings_forbid_is_not_advised(
     network: NetworkSize, changes: dict[str, object], forbidden: str
 ) -> None:
-    """DoRA does not stream, and rounded activations need 8 bits."""
+    """DoRA can't be streamed, and quantised activations need an 8-bit base model."""
     config = config_of(**changes)
     sized = dataclasses.replace(network, precision=config.model.base_model_precision)
     plan = plan_memory(config, sized, WORK)

@@ -57,7 +57,7 @@ def kinds(check: PairCheck) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> EditDataset:
-    """One pair of each kind."""
+    """One pair for each kind of finding, and pairs without any."""
     pairs = {
         "a_good": (edited(0), scene(0)),
         "b_shifted": (edited(1), scene(1, (3.0, 0.0))),
@@ -119,7 +119,7 @@ def test_large_pictures_are_measured_small_and_told_in_their_own_pixels(tmp_path
 
 
 def red_pixels(sheet: Image.Image) -> int:
-    """Of the frame's colour, which scaling changes a little."""
+    """Number of pixels close to the colour of the frame; scaling changes it a little."""
     return int((np.abs(np.asarray(sheet).astype(int) - (235, 87, 87)) < 16).all(axis=-1).sum())
 
 

@@ -1,4 +1,4 @@
-"""Folders become pairs, or one report that names everything that is wrong with them."""
+"""Folders become pairs, or one report names all their problems."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_names_that_break_lines_or_unicode_do_not_break_the_report(tmp_path):
     try:
         Path(os.fsdecode(bad)).write_bytes(b"")
     except OSError:
-        bad = b""  # file systems that only take Unicode
+        bad = b""  # this file system accepts only Unicode
     problems = problems_of(config(tmp_path, "before"))
     assert any(r"two\nlines.png" in line for line in problems)
     if bad:

@@ -1,4 +1,4 @@
-"""What a dataset says of itself and of its making: fingerprint, state, progress, stops."""
+"""Fingerprint, folder state and repr of a dataset; progress and interruption of pairing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presets: data that our own settings accept, under what a person says."""
+"""Presets contain valid settings, and the user's own settings override them."""
 
 from __future__ import annotations
 

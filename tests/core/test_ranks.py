@@ -1,4 +1,4 @@
-"""What each of several processes does, without starting any."""
+"""How several processes share the work, tested without starting them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_alone_nothing_is_exchanged() -> None:
 
 @pytest.fixture
 def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torchrun names a process, on a machine with one GPU."""
+    """Environment of the second of two processes under torchrun, on a machine with one GPU."""
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

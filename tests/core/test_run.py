@@ -1,4 +1,4 @@
-"""What a run answers before any training: from its folder alone, or with a refusal that leaves no trace."""
+"""train_lora without training: an ended run returns its stored result, and a refused run leaves no folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer_core.runs.folder import RunFolder
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    """Of a run whose pairs and base model are not there, so that reading either is an error."""
+    """Config of a run whose pairs and base model don't exist, so that reading either is an error."""
     return TrainConfig(
         run_dir=str(tmp_path / "run"),
         encoded=str(tmp_path / "pairs.json"),
@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 
 def ended(config: TrainConfig, steps: int, *, kept: bool) -> Path:
-    """The folder of a run that ended; returns its LoRA file."""
+    """Makes the folder of a run that ended. Returns its LoRA file."""
     with RunFolder.open(Path(config.run_dir), resume_key(config)) as run:
         lora = run.path / "run.safetensors"
         lora.write_bytes(b"weights")
@@ -50,7 +50,7 @@ def test_a_run_that_ended_is_answered_from_its_folder(
 
 
 def test_it_is_prepared_where_the_folder_is_no_answer(config: TrainConfig) -> None:
-    """More steps, a kept run that shall go on, other weights, a file that was moved away."""
+    """Training is prepared if the run has too many steps, needs an EMA, goes on after a kept end, or lost its file."""
     lora = ended(config, 3, kept=True)
     longer, averaged = (
         dataclasses.replace(config, **each) for each in ({"max_train_steps": 2}, {"ema": EmaConfig(use_ema=True)})

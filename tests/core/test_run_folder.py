@@ -1,4 +1,4 @@
-"""A run folder by itself: whose it is, what it holds, and what is left of a kill."""
+"""A run folder: which settings may continue it, its checkpoints, its lock, and what a killed process leaves."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def key_of(**changes: Any) -> dict[str, Any]:
 
 
 def entered(path: Path, key: dict[str, Any]) -> RunFolder:
-    """The folder after a process was in it."""
+    """Opens and closes the run folder. Returns it."""
     with RunFolder.open(path, key) as run:
         return run
 
 
 def without(key: dict[str, Any], section: str, *names: str) -> dict[str, Any]:
-    """The key as a version wrote it that did not know these settings yet."""
+    """The key as an older version without these settings wrote it."""
     return {**key, section: {name: value for name, value in key[section].items() if name not in names}}
 
 
@@ -68,7 +68,7 @@ def test_a_setting_that_only_a_later_version_knows_is_named(tmp_path: Path) -> N
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[RunFolder]:
-    """With a running average, and checkpoints of steps 2 and 4."""
+    """An open run with a running average and checkpoints of steps 2 and 4."""
     with RunFolder.open(tmp_path / "run", key_of(ema=EmaConfig(use_ema=True))) as run:
         for step in (2, 4):
             run.save_checkpoint(checkpoint(step), 5)
@@ -153,7 +153,7 @@ def test_one_process_at_a_time_also_after_a_kill(tmp_path: Path) -> None:
                 RunFolderError, match=rf"{re.escape(str(path))} is in use.*Wait until it has ended.*run\.lock"
             ):
                 entered(path, key)
-            assert len(list((path / "checkpoints").iterdir())) == 1, "the other's unfinished checkpoint stays"
+            assert len(list((path / "checkpoints").iterdir())) == 1, "the other's unfinished checkpoint must stay"
         finally:
             other.kill()
     assert list((entered(path, key).path / "checkpoints").iterdir()) == []

@@ -1,4 +1,4 @@
-"""What a page shows of a run folder, whole or damaged."""
+"""What the page shows of an intact or damaged run folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_summary(tmp_path: Path):
     found = run_view.summary(run)
     assert (found["run_name"], found["state"], found["step"], found["num_steps"]) == ("mine", "paused", 2, 100)
     assert (found["loss"], found["peak_bytes"]) == (2.0, 7)
-    # JSON as pages read it knows no infinity
+    # browsers can't parse infinity in JSON
     assert found["psnr"] == {"base": 9.0, "lora": None, "ema": None, "vae": 20.0}
     assert str(tmp_path) not in json.dumps(found)
 
@@ -104,7 +104,7 @@ def test_samples(tmp_path: Path):
         save_sample_pictures(
             [GridRow((picture,), picture, picture, picture, "x")], run / "samples" / f"step-{step:06d}"
         )
-    (run / "samples" / "step-000750").mkdir()  # drawn just now
+    (run / "samples" / "step-000750").mkdir()  # its pictures are still being drawn
     (run / "samples" / "step-x").mkdir()
     found = run_view.samples(run)
     assert [each["step"] for each in found] == [250, 500]

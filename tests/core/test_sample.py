@@ -1,4 +1,4 @@
-"""Sampling: what can't be drawn is refused before a network is read; a picture has the asked size and repeats."""
+"""Sampling: bad requests fail before a network is loaded; pictures have the requested size and are reproducible."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_what_can_not_be_drawn_is_refused_at_once(flavour: str, changes: dict[st
 
 
 class Watching(SilentObserver):
-    """Keeps the counts of sampling; stops at once if told to."""
+    """Records sampling progress as (done, total). Requests `stop` from the start."""
 
     def __init__(self, stop: Stop = Stop.NO) -> None:
         self.stop = stop
@@ -55,7 +55,7 @@ def test_a_picture_has_the_asked_size_and_repeats_with_its_seed(model: ModelConf
     observer = Watching()
     first = sample_edit(request(model), observer)
     assert observer.seen[-1] == (2, 2)
-    assert first.size == (96, 32), "the first reference's aspect"
+    assert first.size == (96, 32), "must have the first reference's aspect ratio, in multiples of 32"
     assert sample_edit(request(model, size=Size(*first.size))).tobytes() == first.tobytes()
     assert sample_edit(request(model, seed=1, size=Size(48, 64))).size == (48, 64)
 

@@ -1,4 +1,4 @@
-"""Single validation pictures in a run folder."""
+"""Validation pictures in a run folder, one file each, and their index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SimpleTuner's two files become one of our configurations, with a word on every key."""
+"""SimpleTuner's two files are converted to one job, with a report on every key."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path("/somewhere")
 
 
 def read(changes: dict[str, Any] | None = None, datasets: list | None = None, **first: Any) -> Imported:
-    """The edit-v1 example with `changes`, and `first` in its data set."""
+    """Converts the edit-v1 example, with `changes` in the configuration and `first` in the first data set."""
     settings = {**json.loads(plain_json(CONFIG)), **(changes or {})}
     datasets = datasets if datasets is not None else json.loads(plain_json(EDIT_V1))
     datasets[0] = {**datasets[0], **first}
@@ -38,7 +38,7 @@ def line(imported: Imported, start: str) -> str:
 
 
 def files(folder: Path, config: str, data: str) -> Path:
-    """Both files, with their folders replaced by small ones, read by the command line; the configuration written."""
+    """Writes both files, with small folders in place of theirs, and imports them. Returns the written job file."""
     (folder / "config.json").write_text(config)
     (folder / "data.json").write_text(in_folders(data, folder / "pairs"))
     arguments = (str(folder / "config.json"), "--data", str(folder / "data.json"), "--out", str(folder / "job.json"))
@@ -58,7 +58,7 @@ def test_first_example(tmp_path: Path):
     assert job.model.base_model_precision == "int8-quanto"
     assert (job.noise.flow_schedule_shift, job.batching.gradient_accumulation_steps) == (1.73, 4)
     assert (job.encoding.resolution, job.validation.validation_guidance) == (1024, 4.0)
-    assert job.memory.memory == "auto"  # what fits a card is this trainer's to find
+    assert job.memory.memory == "auto"  # the trainer chooses what fits the card
     dataset = pair_folders(job.dataset)
     assert len(dataset.pairs) == 4 and check_pairs(dataset, job.pair_check)
 
@@ -281,7 +281,7 @@ def with_second_reference(**entry: Any) -> list:
 
 
 def test_one_reference_a_turn_keeps_all_folders():
-    """Two or three folders are trained with edit-v1 where a turn sees one of them."""
+    """edit-v1 takes two or three reference folders if each step uses only one of them."""
     imported = read({"conditioning_multidataset_sampling": "random"}, with_second_reference())
     assert imported.job.dataset.reference_dirs == (str(Path("/datasets/reference-images")), str(Path("/datasets/b")))
     assert not [each for each in imported.report if "LEFT OUT" in each]
@@ -367,7 +367,7 @@ def test_mistakes_name_what_there_is(config: dict, first: dict, words: list[str]
 
 
 def test_a_job_file_as_windows_saves_it(tmp_path: Path):
-    """With the mark that says UTF-8; another encoding is an error that says what to do."""
+    """A UTF-8 byte order mark is accepted. Another encoding is an error that says what to do."""
     path = files(tmp_path, CONFIG, EDIT_V1)
     text = path.read_text(encoding="utf-8")
     path.write_text(text, encoding="utf-8-sig")

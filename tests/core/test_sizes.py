@@ -1,4 +1,4 @@
-"""Sizes and rectangles of targets and references, on pictures whose sides don't divide."""
+"""Sizes and crops of targets and references, for sides that are not multiples of the alignment."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_random_places_depend_on_seed_and_pair_alone() -> None:
 @pytest.mark.parametrize("style", ["center", "random", "corner"])
 def test_a_random_crop_shows_the_same_pixels_in_target_and_reference(style: str) -> None:
     size = Size(641, 480)
-    settings = dataclasses.replace(encoding(crop=True, crop_style=style), preprocessing="diffusers")  # one filter
+    settings = dataclasses.replace(encoding(crop=True, crop_style=style), preprocessing="diffusers")  # same filter
     plan = plan_pair((size, size), EDIT, settings, "x")
     x, y = np.meshgrid(np.linspace(0, 12, size.width), np.linspace(0, 9, size.height))
     picture = Image.fromarray(((np.stack([np.sin(x), np.cos(y), np.sin(x + y)], axis=-1) + 1) * 127).astype(np.uint8))
@@ -94,14 +94,14 @@ def test_large_pictures_are_cut_as_if_shrunk_first() -> None:
     large, fits = Size(5001, 2999), Size(1500, 1499)
     plan = plan_pair((large,), EDIT, encoding(1024, **sizes))
     assert plan.target.size == (1024, 1024)
-    assert abs(plan.target.box.size.width - 1024 / 1280 * 2999) <= 1  # of 2999 pixels those that 1024 of 1280 are
+    assert abs(plan.target.box.size.width - 1024 / 1280 * 2999) <= 1  # 1024 of the 1280 after shrinking
     assert abs(plan.target.box.left + plan.target.box.right - large.width) <= 1
     assert plan_pair((fits,), EDIT, encoding(1024, **sizes)).target.box.size == (1499, 1499)
     area = {"resolution_type": "area", "crop": True, "maximum_image_size": 4.0, "target_downsample_size": 2.25}
     plan = plan_pair((Size(3000, 3000),), EDIT, encoding(megapixels=1.024**2, **area))
     assert plan.target.size == (1024, 1024) and abs(plan.target.box.size.width - 1024 / 1500 * 3000) <= 1
     tiny = {**sizes, "maximum_image_size": 500.0, "target_downsample_size": 400.0}
-    assert plan_pair((fits,), EDIT, encoding(1024, **tiny)).target.box.size == (1499, 1499)  # no more than there is
+    assert plan_pair((fits,), EDIT, encoding(1024, **tiny)).target.box.size == (1499, 1499)  # the largest square
 
 
 def test_references_of_another_framing() -> None:

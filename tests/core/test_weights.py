@@ -1,4 +1,4 @@
-"""Weight files by themselves: names and shapes from the header, weights one by one, damage named with its file."""
+"""Weight files: names and shapes come from the header, weights are read one by one, and errors name the file."""
 
 from __future__ import annotations
 
