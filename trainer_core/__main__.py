@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             sub.add_argument("--continue-kept", action="store_true", help="Continue a run that was ended early.")
         if name == "plan":
-            sub.add_argument("--vram", type=float, default=0.0, metavar="GIB", help="Plan for a card of this size.")
+            sub.add_argument("--vram", type=float, default=0.0, metavar="GIB", help="Memory of the card to plan for.")
         if name == "import-simpletuner":
             sub.add_argument("--data", type=Path, help="multidatabackend.json; default: the one that CONFIG names.")
             sub.add_argument("--base", default="", help="The base model's folder, or demo.")

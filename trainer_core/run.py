@@ -127,7 +127,7 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
         _dry_step(parts, loader)
         try:
             while done < config.max_train_steps:
-                during, kept = f"in step {done + 1}", f"The {done} steps before it are kept."
+                during, kept = f"in step {done + 1}", f"The run is saved up to step {done}."
                 with prepared.explain_memory_errors(STEP, during, kept):
                     gradients = step_gradients(networks, loader, done, config, parts.observer)
                 report = None  # half-updated weights must not be saved

@@ -1,4 +1,4 @@
-"""Memory in a run: settings that are chosen, a dry step that changes nothing, and running out without losing work."""
+"""Memory in a run: chosen settings, a dry step that changes nothing, and out of memory without losing steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from trainer_core.training import validation as validation_module
 
 @pytest.fixture
 def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
-    """Four steps with dropout and a validation in the middle."""
+    """Four steps with dropout, and a validation after every second one."""
     return TrainConfig(
         run_dir=str(tmp_path / "run"),
         encoded=str(encoded.manifest),
@@ -63,7 +63,7 @@ def is_equal(first: TrainResult, second: TrainResult) -> bool:
 
 
 def runs_out_at(call: int, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
-    """`predict_velocity` as `module` calls it runs out of memory at its n-th call."""
+    """Makes `module.predict_velocity` run out of memory at call number `call`, counted from 1."""
     original, calls = module.predict_velocity, iter(range(1, 10**6))  # type: ignore[attr-defined]
 
     def predict(*arguments):
@@ -81,7 +81,7 @@ def test_out_of_memory_in_a_step_keeps_the_steps_before_it(
     broken = named(config, "broken")
     with monkeypatch.context() as patch:
         runs_out_at(6, patch, step_module)
-        with pytest.raises(OutOfMemoryError, match=r"in step 3\. The 2 steps before it are kept\. What helps most: "):
+        with pytest.raises(OutOfMemoryError, match=r"in step 3\. The run is saved up to step 2\. What helps most: "):
             train_lora(broken)
     kept = RunFolder(Path(broken.run_dir)).latest_checkpoint()
     assert kept is not None and kept.step == 2
@@ -103,7 +103,7 @@ def test_out_of_memory_in_the_validation_keeps_its_step(config: TrainConfig, mon
 
 
 def test_a_dry_step_changes_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CUDA device, where it is made before the first step and after a resume."""
+    """A run on CUDA makes a dry step when it starts or resumes. Here one is made before every step."""
     plain = train_lora(config)
     made = []
     original = step_module.step_gradients
@@ -123,11 +123,11 @@ def test_a_dry_step_changes_nothing(config: TrainConfig, monkeypatch: pytest.Mon
 def test_pairs_are_read_one_at_a_time_after_a_dry_step(
     encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It leaves a micro-batch that nobody asks for; what is held, and a VAE, are for one thread."""
+    """The dry step leaves a prefetched micro-batch unused. The cache of pairs and the VAE are not thread-safe."""
     original, reading, readers = EncodedDataset.load, Lock(), []
 
     def load(*arguments: Any, **named: Any) -> Any:
-        assert reading.acquire(blocking=False), "two threads read at once"
+        assert reading.acquire(blocking=False), "two threads read at the same time"
         try:
             readers.append(current_thread())
             sleep(0.05)
@@ -158,7 +158,7 @@ def test_the_largest_batch_is_found(encoded: EncodedDataset) -> None:
 def test_auto_chooses_and_trains_the_same(
     config: TrainConfig, encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a card for which only recomputing everything is small enough, and streaming one of the two blocks."""
+    """With plenty of memory, and config.json keeps the settings as the user gave them."""
     auto = named(config, "auto", memory=MemoryConfig(memory="auto"), gradient_checkpointing=False)
     needs = {}
     for streamed in (0, 1):
@@ -177,7 +177,7 @@ def test_auto_chooses_and_trains_the_same(
 def test_settings_of_ones_own_that_do_not_fit_are_named(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They are tried all the same: a plan has its margin."""
+    """The run starts nevertheless, because the plan includes a margin."""
     monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
     assert train_lora(named(config, "manual")).lora_file is not None
     said = [record.getMessage() for record in caplog.records if "does not fit" in record.getMessage()]

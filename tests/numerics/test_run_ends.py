@@ -1,4 +1,4 @@
-"""How a run ends and goes on: kept, finished, cut short, refused; what its folder holds then."""
+"""How a run ends and continues: kept, finished, interrupted or refused, and what its folder contains then."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_crash_keeps_the_last_whole_step(config: TrainConfig, monkeypatch: pyt
         return original(*arguments)
 
     monkeypatch.setattr(step_module, "predict_velocity", out_of_memory)
-    with pytest.raises(OutOfMemoryError, match=r"in step 5\. The 4 steps before it are kept"):
+    with pytest.raises(OutOfMemoryError, match=r"in step 5\. The run is saved up to step 4"):
         train_lora(config)
     assert (Path(config.run_dir) / "checkpoints" / "step-000004").is_dir()
 
@@ -129,7 +129,7 @@ def test_a_crash_keeps_the_last_whole_step(config: TrainConfig, monkeypatch: pyt
 def test_an_update_cut_short_is_not_saved(
     error: type[BaseException], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights have moved and their average has not: they are of no step, whatever report came last."""
+    """The weights have moved but their average has not, so they belong to no step, whatever was reported last."""
     averaged = dataclasses.replace(config, ema=EmaConfig(use_ema=True))
     unbroken, original = train_lora(named(averaged, "unbroken")), step_module.update_ema
 
@@ -188,7 +188,7 @@ def test_fewer_steps_than_are_done_are_refused_before_the_model_is_read(
             train_lora(dataclasses.replace(constant, max_train_steps=4))
         assert finished is False or train_lora(six) == first
         state = json.loads((Path(config.run_dir) / "run.json").read_text())
-        state.pop("result", None)  # paused at step 6, then
+        state.pop("result", None)  # makes it a run that is paused at step 6
         (Path(config.run_dir) / "run.json").write_text(json.dumps(state))
 
 

@@ -237,7 +237,7 @@ def _locked(path: Path) -> Iterator[None]:
             f"run name. If no training is running on any machine, delete {LOCK} in the folder. Nothing was changed."
         ) from error
     except (OSError, NotImplementedError) as error:  # some network drives
-        _LOG.warning("The run folder %s can't be locked (%s). Make sure that no other training uses it.", path, error)
+        _LOG.warning("The run folder %s can't be locked (%s). Make sure that no other run uses it.", path, error)
     try:
         yield
     finally:
