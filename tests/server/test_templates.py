@@ -97,7 +97,7 @@ def test_accepted_as_it_is(name: str, busy: PackServer):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("train_*.json")))
 def test_training_templates(name: str, furnished: PackServer):
-    """Runs with the template's precision and settings, except for two steps, narrow models and samples at each step."""
+    """Runs with the template's precision and settings, but two steps on narrow models with validation after each."""
     prompt = template(name)
     for node in prompt.values():
         if node["class_type"] == "QwenEdit_EncodePairs":

@@ -263,7 +263,7 @@ def test_the_lora_works_in_comfyui_by_three_ways(first: dict[str, Any], studio: 
     applied = ours("ApplyLora", model=["narrow", 0], run=[TRAIN, 4], strength=1.0)
     core = node("LoraModelLoader", model=["narrow", 0], lora=[TRAIN, 0], strength_model=1.0)
     asked = studio.get("/object_info/LoraModelLoader")["LoraModelLoader"]["input"]["required"]
-    core["inputs"] |= dict.fromkeys(asked.keys() & {"bypass"}, False)  # input in newer versions
+    core["inputs"] |= dict.fromkeys(asked.keys() & {"bypass"}, False)  # an input of newer versions
     by_name = node(
         "LoraLoaderModelOnly", model=["narrow", 0], lora_name=figures(first)["lora_name"], strength_model=1.0
     )

@@ -127,7 +127,7 @@ def apply_files(host: types.ModuleType, folder: Path) -> dict[str, str]:
 
 
 def long_calls(host: types.ModuleType, runs: types.ModuleType, errors: types.ModuleType) -> dict[str, str]:
-    """Check torch's modes inside `long_call`, the restored state after it, and that interruptions become ComfyUI's."""
+    """Check torch's modes inside `long_call`, the restored state after it, and ComfyUI's error on interruption."""
     import comfy.model_management as management
 
     def state() -> tuple[Any, ...]:

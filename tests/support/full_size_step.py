@@ -105,7 +105,7 @@ def quantise_plainly(block: nn.Module, precision: str) -> None:
 
 
 def draw(module: nn.Module, device: torch.device) -> None:
-    """Fill with random weights as large as a trained network's, drawn on the device."""
+    """Fill with random weights on the scale of a trained network's, drawn on the device."""
     module.to_empty(device=device)
     for name, weight in module.named_parameters():
         if weight.ndim > 1:

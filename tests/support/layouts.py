@@ -17,7 +17,7 @@ GROUP = 256
 
 
 def random_weights(config: dict) -> Weights:
-    """Random bfloat16 weights as large as a trained transformer's, the same at each call."""
+    """Random bfloat16 weights on the scale of a trained transformer's, the same at each call."""
     with torch.device("meta"):
         empty = QwenImageTransformer2DModel(**config)
     generator, weights = torch.Generator().manual_seed(3), {}

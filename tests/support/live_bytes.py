@@ -93,7 +93,7 @@ def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBy
     keep = HostCopies.keep
 
     def keep_uncounted(copies: HostCopies, tensor: Tensor) -> Any:
-        with live.paused():  # the copy is in host memory; its stand-in here is a meta tensor
+        with live.paused():  # the copy is in host memory; temporary meta tensors must not count
             return keep(copies, tensor)
 
     with (

@@ -1,4 +1,4 @@
-"""The configuration files in SimpleTuner's Qwen edit quickstart, word for word, and a way to put in real folders."""
+"""The configuration files in SimpleTuner's Qwen edit quickstart, word for word, and functions that adapt them."""
 
 from __future__ import annotations
 

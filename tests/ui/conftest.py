@@ -38,9 +38,7 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackServer
     for name in sorted(path.stem for path in (folder / "target").glob("*.png"))[6:]:
         for path in folder.glob(f"*/{name}.*"):
             path.unlink()
-    shutil.copy(
-        folder / "reference" / "00_chelsea.png", server.input / "example.png"
-    )  # ComfyUI ships a file of that name
+    shutil.copy(folder / "reference" / "00_chelsea.png", server.input / "example.png")  # ComfyUI ships one
     with server:
         yield server
 

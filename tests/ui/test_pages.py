@@ -235,7 +235,7 @@ def test_settings_that_did_not_come_are_asked_for_again(told: str, open_page: Op
 
 
 def test_a_chart_of_one_value_and_its_mean_ends(open_page: OpenPage):
-    """Computing range and ticks must end, also where a value and its mean differ only by a rounding error."""
+    """Computing range and ticks must end even if a value and its mean differ only by a rounding error."""
     found = open_page().page.evaluate(
         """async () => {
             const data = await import("/extensions/qwen-edit-trainer/trainer/chart_data.js");
