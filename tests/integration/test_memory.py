@@ -158,7 +158,7 @@ def test_the_largest_batch_is_found(encoded: EncodedDataset) -> None:
 def test_auto_chooses_and_trains_the_same(
     config: TrainConfig, encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With plenty of memory, and config.json keeps the settings as the user gave them."""
+    """With plenty of memory. config.json keeps the settings as the user gave them."""
     auto = named(config, "auto", memory=MemoryConfig(memory="auto"), gradient_checkpointing=False)
     needs = {}
     for streamed in (0, 1):

@@ -1,4 +1,4 @@
-"""The adapter: changes nothing at first, is all that trains, and a file carries its whole effect."""
+"""The adapter: a fresh one changes nothing, nothing else is trained, and its file has the same effect."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_fresh_adapter_changes_nothing_and_alone_is_trainable(model: ModelConf
 
 @pytest.mark.parametrize("targets", ["image-attention", "attention", "attention-mlp", "all"])
 def test_every_adapter_gets_a_gradient(model: ModelConfig, targets: str) -> None:
-    """None is dead weight: the last block's text tail, which nothing reads, has no adapter."""
+    """Layers of the last block that have no effect on the output get no adapter."""
     transformer = load_transformer(BaseModel(model), CPU)
     lora = inject_lora(transformer, plan_adapter(transformer, LoraConfig(lora_rank=2, lora_targets=targets)), seed=0)
     randomise(lora)
@@ -63,7 +63,7 @@ def test_every_adapter_gets_a_gradient(model: ModelConfig, targets: str) -> None
 
 def test_first_weights_depend_on_seed_and_name_alone(model: ModelConfig) -> None:
     def fresh(seed: int, targets: str) -> dict[str, torch.nn.Parameter]:
-        torch.rand(5)  # whatever the process-wide generator did
+        torch.rand(5)  # the process-wide generator must not matter
         transformer = load_transformer(BaseModel(model), CPU)
         plan = plan_adapter(transformer, LoraConfig(lora_rank=4, lora_targets=targets))
         return inject_lora(transformer, plan, seed)
@@ -179,4 +179,4 @@ def test_zero_timestep_references_belong_to_edit_v3_alone(base_of: Callable[[str
         name: predict_velocity(load_transformer(BaseModel(base_of(name)), CPU), *inputs())
         for name in ("edit-v2", "edit-v3")
     }
-    assert not torch.allclose(outputs["edit-v2"], outputs["edit-v3"], atol=1e-3)  # equal weights, other modulation
+    assert not torch.allclose(outputs["edit-v2"], outputs["edit-v3"], atol=1e-3)  # equal weights, different modulation

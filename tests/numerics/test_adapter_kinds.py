@@ -1,4 +1,4 @@
-"""LoRA, rank-stabilised, DoRA and LoKr: a fresh one changes nothing, a trained one does what its file says."""
+"""LoRA, rsLoRA, DoRA and LoKr: a fresh adapter changes nothing, and a trained one has the same effect as its file."""
 
 from __future__ import annotations
 
@@ -34,12 +34,11 @@ PRECISIONS = ["int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto", "nf4-bn
 
 @pytest.fixture(params=list(KINDS))
 def kind(request: pytest.FixtureRequest) -> str:
-    """Each kind."""
     return request.param
 
 
 def adapted(model: ModelConfig, lora: LoraConfig) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A transformer and its randomised adapter."""
+    """A transformer and the parameters of its randomised adapter."""
     transformer = load_transformer(BaseModel(model), CPU)
     parameters = inject_lora(transformer, plan_adapter(transformer, lora), seed=0)
     randomise(parameters)
@@ -47,7 +46,7 @@ def adapted(model: ModelConfig, lora: LoraConfig) -> tuple[nn.Module, dict[str, 
 
 
 def export(model: ModelConfig, lora: LoraConfig, path: Path, config: LoraConfig | None = None) -> tuple[Path, Tensor]:
-    """A file of a randomised adapter, and the velocity with it."""
+    """Exports a randomised adapter. Returns the file, and the velocity with the adapter."""
     transformer, parameters = adapted(model, lora)
     settings = TrainConfig(run_dir="run", encoded="x", model=model, lora=config or lora)
     export_lora(for_file(transformer, parameters), path, LoraMetadata(settings, 1))
@@ -55,7 +54,7 @@ def export(model: ModelConfig, lora: LoraConfig, path: Path, config: LoraConfig 
 
 
 def velocity(model: ModelConfig, lora: LoraConfig) -> Tensor:
-    """With the adapter as it is at first."""
+    """The velocity with a fresh adapter, which starts from `init_lora` if that is set."""
     transformer = load_transformer(BaseModel(model), CPU)
     inject_lora(transformer, plan_adapter(transformer, lora), seed=0)
     return predict_velocity(transformer, *inputs()).detach()
@@ -101,7 +100,7 @@ def test_names_are_those_of_the_file(kind: str, model: ModelConfig, tmp_path: Pa
 
 
 def test_the_file_is_the_whole_effect(kind: str, model: ModelConfig, tmp_path: Path):
-    """Read back into a fresh model, and as plain weights by the file's own arithmetic."""
+    """The velocity is the same with the file loaded into a fresh model, and with the file merged into the weights."""
     path, wanted = export(model, KINDS[kind], tmp_path / "x.safetensors")
     fresh, merged = load_transformer(BaseModel(model), CPU), load_transformer(BaseModel(model), CPU)
     load_into(fresh, path)
@@ -143,7 +142,7 @@ def test_the_number_of_parameters_is_known_beforehand(kind: str, model: ModelCon
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["dora", "lokr"])
 def test_on_quantised_weights(name: str, precision: str, model: ModelConfig, tmp_path: Path):
-    """Fresh it changes nothing; trained it acts on the numbers that the quantised layer multiplies with."""
+    """A fresh adapter changes nothing; a trained one acts on the dequantised weights."""
     quantised = dataclasses.replace(model, base_model_precision=precision)
     transformer = load_transformer(BaseModel(quantised), CPU)
     base = predict_velocity(transformer, *inputs())
@@ -163,7 +162,7 @@ def test_on_quantised_weights(name: str, precision: str, model: ModelConfig, tmp
 
 @pytest.mark.parametrize("scaling", [1.0, 2.5])
 def test_dora_is_pefts(scaling: float):
-    """Output and gradients, on an ordinary weight, where peft's own can do it."""
+    """Output and gradients equal peft's on an ordinary weight, which peft's own DoRA supports."""
     found = []
     for custom in (False, True):
         with torch.random.fork_rng():
@@ -190,7 +189,7 @@ def test_dora_is_pefts(scaling: float):
 
 
 def test_lokr_is_pefts(model: ModelConfig):
-    """Our forward against peft's, which builds the product."""
+    """Our forward equals peft's, which computes the whole weight change."""
     transformer, _ = adapted(model, KINDS["lokr"])
     for layer in (transformer.get_submodule(f"transformer_blocks.0.{name}") for name in ("attn.to_q", "img_mlp.net.2")):
         x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
@@ -240,7 +239,7 @@ RENAMED = {
 
 @pytest.mark.parametrize("layout", list(RENAMED))
 def test_starts_from_files_of_any_layout(layout: str, model: ModelConfig, tmp_path: Path):
-    """With an alpha of its own, and a rank that is not the configured one."""
+    """The file has its own alpha, and a rank other than the configured one."""
     lora = dataclasses.replace(KINDS["lora"], rank_pattern=(), alpha_pattern=(), lora_alpha=0)
     path, wanted = export(model, lora, tmp_path / "x.safetensors")
     renamed = {}
@@ -249,7 +248,7 @@ def test_starts_from_files_of_any_layout(layout: str, model: ModelConfig, tmp_pa
         name = RENAMED[layout](layer, part)
         renamed[name] = tensor * 2 if part == "lora_B" else tensor
         stem = name.split(".lora")[0].split(".default")[0]
-        renamed[f"{stem}.alpha"] = torch.tensor(2.0)  # of rank 4: half
+        renamed[f"{stem}.alpha"] = torch.tensor(2.0)  # with rank 4, a scale of 1/2
     save_file(renamed, tmp_path / "y.safetensors")
     start = dataclasses.replace(lora, lora_rank=16, init_lora=str(tmp_path / "y.safetensors"))
     assert close(velocity(model, start), wanted)

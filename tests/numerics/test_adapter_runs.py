@@ -1,4 +1,4 @@
-"""Runs with every kind of adapter: stopped and continued they equal the unbroken one, and the loss falls."""
+"""Runs with each kind of adapter: a resumed run equals the uninterrupted one, and a run can start from a file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS = {
 
 @pytest.fixture(params=list(KINDS))
 def config(request: pytest.FixtureRequest, encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
-    """Four steps with a checkpoint on the way, on quantised weights."""
+    """Four steps on quantised weights, with a checkpoint after step 2."""
     return TrainConfig(
         run_dir=str(tmp_path / "run"),
         encoded=str(encoded.manifest),
@@ -59,7 +59,7 @@ def test_stopped_and_continued_equals_the_unbroken_run(config: TrainConfig):
 
 
 def test_a_run_goes_on_from_the_file_of_another(config: TrainConfig):
-    """Its first loss is that of the trained adapter, not of the base; where the file lies is no part of the run."""
+    """Its first loss is that of the trained adapter, not of the base. The file may move without a new run."""
     before, after = Steps(), Steps()
     result = train_lora(config, before)
     start = dataclasses.replace(config.lora, init_lora=str(result.lora_file), lora_dropout=0.0)

@@ -1,4 +1,4 @@
-"""Every kind of adapter acts in the real ComfyUI as in training."""
+"""Every kind of adapter has the same effect in the real ComfyUI as in training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Outcome:
-    """Velocities with each kind's adapter by ComfyUI and by the training's forward, and the layers it has."""
+    """Velocities from ComfyUI (`halved`: at strength 0.5) and from training, and adapted layers and files, by kind."""
 
     comfyui: Answer
     halved: Answer
@@ -73,7 +73,7 @@ def outcome(comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Outc
 
 
 def for_comfyui() -> dict[str, Tensor]:
-    """The same inputs; the reference's latents as ComfyUI's VAE gives them, before normalisation."""
+    """The inputs for ComfyUI, with reference latents before normalisation, as its VAE returns them."""
     from diffusers import AutoencoderKLQwenImage
 
     vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1).config

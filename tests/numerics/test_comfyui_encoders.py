@@ -1,4 +1,4 @@
-"""Under the policy `comfyui` an encoded prompt equals what the tree's own TextEncodeQwenImageEdit nodes make of it."""
+"""With preprocessing `comfyui`, prompts are encoded exactly as by ComfyUI's own TextEncodeQwenImageEdit nodes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NODES = {"edit-v1": "TextEncodeQwenImageEdit", "edit-v2": "TextEncodeQwenImageEd
 ENCODING = EncodingConfig(preprocessing="comfyui")
 PICTURES = {"wide": (301, 227), "ribbon": (64, 333), "large": (1500, 901), "odd": (1023, 1025)}
 PIXEL_TOLERANCE = 1e-6
-EMBEDS_TOLERANCE = 1e-4  # relative to the largest: two attention kernels in float32
+EMBEDS_TOLERANCE = 1e-4  # relative to the largest value: the attention kernels differ, in float32
 
 
 @dataclass(frozen=True)
 class Case:
-    """A node with a prompt and pictures."""
+    """One call of the flavour's node: a prompt and the names of its pictures."""
 
     flavour: str
     prompt: str
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def as_question(self) -> dict[str, object]:
-        """For the other process."""
+        """The case as sent to the ComfyUI process."""
         return {"node": NODES[self.flavour], "prompt": self.prompt, "pictures": self.pictures}
 
 
@@ -68,19 +68,19 @@ SIZES = [
 
 
 def view_of(name: str, flavour: str) -> tuple[View, View]:
-    """The views of a whole picture."""
+    """A whole picture as the VAE and as the vision tower see it."""
     return plan_reference(Box(0, 0, *PICTURES[name]), FLAVOURS[flavour], ENCODING, Size(1024, 1024))
 
 
 @pytest.fixture(scope="module")
 def originals() -> dict[str, Image.Image]:
-    """The pictures as people have them."""
+    """The pictures at their original sizes, by name."""
     return {name: picture(number, size) for number, (name, size) in enumerate(PICTURES.items())}
 
 
 @pytest.fixture(scope="module")
 def encoder(comfyui_dir: Path) -> TextEncoder:
-    """Our encoder around a narrow Qwen2.5-VL with lively weights, biases and norms."""
+    """Our encoder with a narrow Qwen2.5-VL, whose weights, biases and norms are random."""
     network = build_text_encoder(DEMO_FOLDER / "text_encoder")
     fill(network, 17)
     for name, parameter in network.named_parameters():
@@ -94,9 +94,9 @@ def encoder(comfyui_dir: Path) -> TextEncoder:
 def theirs(
     comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory, encoder: TextEncoder, originals: dict[str, Image.Image]
 ) -> Answer:
-    """What ComfyUI answers to all cases."""
+    """ComfyUI's results for all cases."""
     tensors = {
-        f"picture.{name}": torch.from_numpy(np.asarray(each, dtype=np.float32) / 255).unsqueeze(0)  # as LoadImage
+        f"picture.{name}": torch.from_numpy(np.asarray(each, dtype=np.float32) / 255).unsqueeze(0)  # as LoadImage does
         for name, each in originals.items()
     }
     for name, weight in encoder.network.state_dict().items():
@@ -114,17 +114,17 @@ def theirs(
 
 @pytest.fixture(params=list(CASES), ids=lambda name: name.replace(", ", "-"))
 def numbered(request: pytest.FixtureRequest) -> tuple[int, Case]:
-    """A case and its number."""
+    """Each case with its number."""
     return list(CASES).index(request.param), CASES[request.param]
 
 
 def seen_by_us(case: Case, originals: dict[str, Image.Image]) -> list[Tensor]:
-    """The pictures as our text encoder takes them."""
+    """The pictures [3, H, W] as our text encoder gets them."""
     return [render(originals[name], view_of(name, case.flavour)[1]) for name in case.pictures]
 
 
 def for_flavour(encoder: TextEncoder, flavour: str) -> TextEncoder:
-    """The same network for another flavour."""
+    """An encoder for another flavour with the same network."""
     return TextEncoder(encoder.network, encoder.tokenizer, FLAVOURS[flavour], "comfyui", Path())
 
 
@@ -137,7 +137,7 @@ def test_the_vision_tower_is_given_the_same(
         assert torch.equal(grid, theirs.tensors[f"{number}.grid.{slot}"])
         wanted = theirs.tensors[f"{number}.patches.{slot}"]
         assert patches.shape == wanted.shape
-        assert (patches - wanted).abs().max() <= 4 * PIXEL_TOLERANCE  # divided by a deviation of a quarter
+        assert (patches - wanted).abs().max() <= 4 * PIXEL_TOLERANCE  # normalisation divides by about 1/4
 
 
 def test_the_vae_is_given_the_same(
@@ -186,9 +186,9 @@ def test_a_picture_marker_in_a_caption_is_refused(encoder: TextEncoder):
 
 
 def test_the_one_known_difference_is_the_order_of_vision_tokens(theirs: Answer):
-    """Of ComfyUI 0.3.75, mended in its master: the tokens are the same, in the order of the attention windows.
+    """ComfyUI 0.3.75 leaves the tokens in the order of the attention windows, which its master has fixed.
 
-    The comparisons above put them in order on ComfyUI's side. When the tree of the tests does so itself, remove that.
+    The other tests restore the order on ComfyUI's side. Once the tested ComfyUI does so itself, remove that.
     """
     assert not theirs.values["restores_order"]
     number = list(CASES).index("plus, three")
@@ -206,5 +206,5 @@ def test_sizes_equal_the_nodes_arithmetic(theirs: Answer):
         for flavour in ("edit-v2", "edit-v3"):
             reference, vision = plan_reference(box, FLAVOURS[flavour], ENCODING, Size(1024, 1024))
             if min(*plus_reference, *plus_vision) == 0:
-                continue  # ComfyUI fails on such a ribbon, we give it one step
+                continue  # ComfyUI fails on so narrow a picture; ours is one grid step wide
             assert [list(reference.size), list(vision.size)] == [plus_reference, plus_vision], (width, height)

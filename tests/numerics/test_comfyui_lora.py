@@ -1,4 +1,4 @@
-"""An exported LoRA acts in the real ComfyUI and in diffusers as in training: full width and shallow, or narrow."""
+"""An exported LoRA acts the same in ComfyUI, diffusers and training, for one block of full width and a narrow model."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from trainer_core.qwen_image.transformer import load_transformer, predict_veloci
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
 
-TOLERANCE = 1e-3  # relative, as the product's description asks
-FULL_WIDTH = {"num_layers": 1}  # all else is Qwen-Image's own: 24 heads of 128, prompts of 3584
+TOLERANCE = 1e-3  # relative; a requirement of the product
+FULL_WIDTH = {"num_layers": 1}  # the rest is Qwen-Image's default: 24 heads of 128, prompt width 3584
 LORA = LoraConfig(lora_rank=8, lora_alpha=12, lora_targets="all")
 WIDTHS = {"full width": FULL_WIDTH, "narrow": NARROW}
 
 
 @dataclass(frozen=True)
 class Case:
-    """Latent sides of the target and of its references, and ComfyUI's name for what is done with them."""
+    """Latent heights and widths of the target and its references, and ComfyUI's name of the reference method."""
 
     target: tuple[int, int]
     references: tuple[tuple[int, int], ...]
@@ -45,19 +45,19 @@ class Case:
 
 CASES = {
     "one reference": Case((12, 8), ((12, 8),)),
-    "odd latents": Case((12, 12), ((7, 11),)),  # continued circularly to 4 by 6 tokens
+    "odd latents": Case((12, 12), ((7, 11),)),  # padded circularly to 4 x 6 tokens
     "three references": Case((12, 12), ((8, 8), (7, 12), (12, 4))),
     "2511": Case((12, 8), ((12, 8), (8, 4)), "index_timestep_zero"),
     "reference larger than the target": Case((8, 8), ((12, 8),)),
     "odd tokens": Case((12, 12), ((9, 6),)),
 }
-# ComfyUI and diffusers give tokens of these other rotary positions, see ComfyuiPositions.
+# In these cases ComfyUI's rotary positions differ from diffusers', see ComfyuiPositions.
 OTHER_POSITIONS = ("reference larger than the target", "odd tokens")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Velocities by case, without and with the LoRA (`moved`: at ComfyUI's positions), and the layers that have one."""
+    """Velocities by case, with and without the LoRA (`moved`: with it, at ComfyUI's positions); the adapted layers."""
 
     ours: dict[str, Tensor]
     diffusers: dict[str, Tensor]
@@ -66,7 +66,7 @@ class Outcome:
 
 
 def draw(name: str, *shape: int) -> Tensor:
-    """Normal numbers from a name."""
+    """Normal random numbers, seeded by `name`."""
     return torch.randn(shape, generator=stream(0, "comfyui lora", name))
 
 
@@ -81,7 +81,7 @@ def condition_of(name: str, case: Case, width: int) -> tuple[Tensor, Tensor, Con
 
 
 def for_comfyui(width: int) -> dict[str, Tensor]:
-    """The same cases; reference latents as ComfyUI's VAE gives them, before normalisation."""
+    """The cases for ComfyUI, with reference latents before normalisation, as its VAE returns them."""
     vae = AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1).config
     tensors = {}
     for name, case in CASES.items():
@@ -95,7 +95,7 @@ def for_comfyui(width: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def our_velocities(model: ModelConfig, lora_file: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Velocities with a trained adapter, which is then exported, and without; the layers that have one."""
+    """Velocities with and without a randomised adapter, and its layers. Exports it to `lora_file`."""
     transformer = load_transformer(BaseModel(model), torch.device("cpu"))
     lora = inject_lora(transformer, plan_adapter(transformer, LORA), seed=0)
     for name, weight in lora.items():
@@ -121,7 +121,7 @@ def our_velocities(model: ModelConfig, lora_file: Path) -> tuple[dict[str, Tenso
 
 @torch.no_grad()
 def diffusers_velocities(folder: Path, lora_file: Path) -> dict[str, Tensor]:
-    """A fresh transformer with the file, through diffusers' own loader and packing. Even sides only, as there."""
+    """Velocities of a fresh transformer with diffusers' own loader and packing, which supports even sides only."""
     transformer = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
     state = QwenImageLoraLoaderMixin.lora_state_dict(str(lora_file.parent), weight_name=lora_file.name)
     QwenImageLoraLoaderMixin.load_lora_into_transformer(state, transformer=transformer)
@@ -150,7 +150,7 @@ def diffusers_velocities(folder: Path, lora_file: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module", params=list(WIDTHS))
 def outcome(request: pytest.FixtureRequest, comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One adapter, three programs. One network is in memory at a time."""
+    """One adapter in three programs. Only one network is in memory at a time."""
     config, folder = WIDTHS[request.param], tmp_path_factory.mktemp("lora")
     base, lora_file = save_base(folder, config), folder / "edit.safetensors"
     model = ModelConfig(base=str(folder), mixed_precision="no", device="cpu")
@@ -167,7 +167,7 @@ def outcome(request: pytest.FixtureRequest, comfyui_dir: Path, tmp_path_factory:
         "cases": cases,
     }
     answer = run_in_comfyui(comfyui_dir, "comfy_subprocess_lora.py", folder / "comfyui", for_comfyui(width), question)
-    base.unlink()  # three quarters of a gigabyte
+    base.unlink()  # 0.75 GB
     return Outcome(ours, diffusers, answer, layers)
 
 
@@ -196,7 +196,7 @@ def test_comfyui_predicts_the_same(outcome: Outcome, with_lora: str):
 
 @pytest.mark.parametrize("name", OTHER_POSITIONS)
 def test_where_comfyui_differs_it_is_the_rotary_positions_alone(outcome: Outcome, name: str):
-    """Known and small: our forward is diffusers', which is Qwen's own."""
+    """The difference is known and small. Our forward is diffusers', which is Qwen's own."""
     theirs = outcome.comfyui.tensors[f"lora.{name}"]
     assert relative_error(theirs, outcome.ours[f"moved.{name}"]) < TOLERANCE
     assert TOLERANCE < relative_error(theirs, outcome.ours[f"lora.{name}"]) < 0.05
@@ -215,7 +215,7 @@ def test_diffusers_predicts_the_same(outcome: Outcome, with_lora: str):
 
 
 def test_comfyui_says_when_it_does_not_take_a_key(comfyui_dir: Path, tmp_path: Path):
-    """So that the silence above means something."""
+    """Shows that ComfyUI reports such keys, so no report in the tests above means success."""
     base = save_base(tmp_path, NARROW)
     model = ModelConfig(base=str(tmp_path), mixed_precision="no", device="cpu")
     our_velocities(model, tmp_path / "edit.safetensors")

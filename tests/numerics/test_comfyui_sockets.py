@@ -1,4 +1,4 @@
-"""With ComfyUI's CLIP and VAE connected, what is stored is what its own nodes put into CONDITIONING."""
+"""With ComfyUI's CLIP and VAE connected, the cache holds what ComfyUI's own nodes put into CONDITIONING."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CASES = {
     "plus, two": ("edit-v2", "put the hat of picture 2 on the person in picture 1", [(120, 96), (64, 101)]),
 }
 LATENTS_TOLERANCE = 1e-5
-EMBEDS_TOLERANCE = 1e-6  # relative to the largest: pixels in another order in memory are resized with another rounding
+EMBEDS_TOLERANCE = 1e-6  # relative to the largest value: another memory layout of pixels changes a resize's rounding
 
 
 def case(root: Path, base: ModelConfig, caption: str, sizes: list[tuple[int, int]]) -> dict[str, object]:
-    """One pair in folders; no reference has the target's shape, so all of it is used, as by ComfyUI's nodes."""
+    """Writes one pair. No reference has the target's shape, so each is used whole, as in ComfyUI's nodes."""
     places = {"target": (96, 96), **{f"reference_{number}": size for number, size in enumerate(sizes)}}
     for number, (name, size) in enumerate(places.items()):
         (root / name).mkdir(parents=True)
@@ -45,7 +45,7 @@ def case(root: Path, base: ModelConfig, caption: str, sizes: list[tuple[int, int
 def answer(
     tmp_path_factory: pytest.TempPathFactory, base_of: Callable[[str], ModelConfig], comfyui_dir: Path, repo: Path
 ) -> Answer:
-    """Both sides of all cases."""
+    """The results of both sides for all cases."""
     network = build_text_encoder(DEMO_FOLDER / "text_encoder")
     fill(network, 17)
     weights = {

@@ -1,4 +1,4 @@
-"""The running average: what it is, that it changes nothing, that it is resumed bit for bit and exported."""
+"""The EMA: its formula, no effect on the training, a bit-exact resume, and its export."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ON = EmaConfig(use_ema=True, ema_decay=0.5)
 
 @pytest.fixture
 def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
-    """Six steps with dropout, every checkpoint kept, one validation on the way and one at the end."""
+    """Six steps with dropout, every checkpoint kept, and validations after step 4 and at the end."""
     return TrainConfig(
         run_dir=str(tmp_path / "run"),
         encoded=str(encoded.manifest),
@@ -79,7 +79,7 @@ def test_changes_too_small_for_bfloat16_add_up() -> None:
     settings = EmaConfig(use_ema=True, ema_decay=0.999)
     weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     average = start_ema({"a": weight}, settings)
-    weight.data.fill_(1.0078125)  # the next number that bfloat16 has
+    weight.data.fill_(1.0078125)  # the next larger bfloat16 number
     for step in range(20_000, 20_010):
         update_ema(average, {"a": weight}, step, settings)
     assert float(average["a"]) == pytest.approx(1 + 0.0078125 * (1 - 0.999**10), rel=1e-6)
@@ -147,7 +147,7 @@ def test_a_broken_run_has_the_same_average(config: TrainConfig) -> None:
 
 
 def validated(result: TrainResult) -> tuple[set[str], set[str]]:
-    """Losses in the metrics, and columns of drawn pictures."""
+    """The names of the validation losses in the last metrics row, and of the sampled columns."""
     row = read_rows(result.run_dir / "metrics.jsonl")[-1]
     pictures = (result.run_dir / "samples" / "step-000006").glob("0-*.png")
     losses = {name for name in ("validation_loss", "ema_validation_loss") if name in row}

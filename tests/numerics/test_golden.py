@@ -1,7 +1,7 @@
-"""The course of a run, pinned: a change that is not meant to alter the computation leaves it untouched.
+"""Pins the loss curve of a run: a change that is not meant to alter the computation must not move it.
 
-To move it on purpose: `python -m tests.numerics.test_golden` rewrites tests/golden/loss_curve.json, in a commit of its
-own that shows the curve before and after.
+To change the curve on purpose, run `python -m tests.numerics.test_golden`, which rewrites tests/golden/loss_curve.json,
+and commit that file alone, so that the commit shows the curve before and after.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "loss_curve.json"
 
 
 def curve(model: ModelConfig, folder: Path) -> list[list[float]]:
-    """Loss and gradient norm of twenty steps, and the validation loss at the end."""
+    """Loss and gradient norm of each of twenty steps, then the final validation loss."""
     dataset = pair_folders(make_pairs(folder / "pairs", 6, ((96, 96), (128, 96))))
     encoded = encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=2), folder / "cache")
     result = train_lora(
@@ -46,7 +46,7 @@ def curve(model: ModelConfig, folder: Path) -> list[list[float]]:
 def test_the_loss_curve_is_the_pinned_one(model: ModelConfig, tmp_path: Path) -> None:
     pinned = json.loads(GOLDEN.read_text())
     measured = curve(model, tmp_path)
-    # float32 sums differ in their last bits between processors (AVX2, AVX-512); a changed computation differs at 1e-3
+    # float32 sums differ in their last bits between processors (AVX2, AVX-512); a changed computation by about 1e-3
     assert measured == [pytest.approx(row, rel=1e-5) for row in pinned]
 
 

@@ -1,4 +1,4 @@
-"""Float32 masters over bfloat16 copies: what the optimizer sees, and what the network computes with."""
+"""Float32 master weights, which the optimizer updates, and bfloat16 copies, with which the network computes."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_gradients_are_added_up_in_float32():
     assert made.weight.grad is None
     gradient = weights.masters["a"].grad
     assert gradient is not None and gradient.dtype == torch.float32
-    assert torch.equal(gradient, torch.full((5, 6), 1 + 2**-8)), "bfloat16 would have added nothing to 1"
+    assert torch.equal(gradient, torch.full((5, 6), 1 + 2**-8)), "in bfloat16 the sum would stay at 1"
 
 
 def test_nothing_keeps_the_weights_alive():
-    gc.disable()  # reference counts alone must do
+    gc.disable()  # reference counting alone must free them
     try:
         made = layer()
         weights = master_weights({"a": made.weight}, torch.bfloat16)

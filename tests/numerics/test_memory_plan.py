@@ -1,4 +1,4 @@
-"""The planner's numbers against what torch really keeps: saved tensors, weights and the peak of a step, on the CPU."""
+"""The planned bytes against those that torch uses on the CPU: saved tensors, weights and the peak of a step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEXT = 16
 
 
 def network_of(heads: int, num_layers: int, *, dtype: torch.dtype, zero_cond_t: bool = False) -> nn.Module:
-    """A transformer of Qwen-Image's shape and `heads` times its head's width, with small equal weights."""
+    """A transformer with Qwen-Image's layout and `heads` heads. All its weights are 0.01."""
     settings = {"num_layers": num_layers, "num_attention_heads": heads, "zero_cond_t": zero_cond_t}
     network = empty_transformer(settings)
     rotary = network.pos_embed
@@ -46,12 +46,12 @@ def network_of(heads: int, num_layers: int, *, dtype: torch.dtype, zero_cond_t: 
 
 
 def bytes_of(tensors: list[Tensor]) -> int:
-    """Of their memory, each piece once."""
+    """Bytes of the tensors' storages, each counted once."""
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
 def saved_bytes(block: nn.Module, network: nn.Module, tokens: Tokens, dtype: torch.dtype, zero_cond_t: bool) -> int:
-    """What autograd keeps of one forward pass of a block, without weights and what all blocks share."""
+    """Bytes that autograd saves in a block's forward pass, without weights and tensors that all blocks share."""
     width = network.inner_dim
     image, text = (
         torch.randn(tokens.batch, length, width, dtype=dtype, requires_grad=True)
@@ -90,8 +90,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_a_block_keeps_what_is_planned(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Per token, so that a block of few tokens speaks for all: the difference of two lengths is compared."""
-    monkeypatch.setattr(activations, "MASK_BYTES", 2)  # the CPU keeps a mask in bfloat16
+    """The difference between two lengths shows that the bytes per token are right, so the plan holds for any length."""
+    monkeypatch.setattr(activations, "MASK_BYTES", 2)  # the CPU keeps the dropout mask in bfloat16
     targets, dropout = case.get("targets", "image-attention"), case.get("dropout", 0.0)
     flavour, heads = case.get("flavour", "edit-v1"), case.get("heads", 2)
     dtype = torch.float32 if case.get("precision") == "no" else torch.bfloat16
@@ -135,7 +135,7 @@ def test_weights_take_what_is_planned(precision: BaseModelPrecision) -> None:
 @pytest.mark.parametrize("mixed_precision", ["bf16", "no"])
 @pytest.mark.parametrize(("stored", "kept"), [(1, True), (2, False), (4, False)])
 def test_file_keeps_codes_of_a_byte_and_nothing_else(mixed_precision: MixedPrecision, stored: int, kept: bool) -> None:
-    """A bf16 file is as under `none`, also where the arithmetic is float32."""
+    """Precision `file` counts a file of larger elements, such as bf16, like `none`, also for float32 arithmetic."""
     settings, lora = {"num_layers": 2, "num_attention_heads": 3}, LoraConfig()
     plain = ModelConfig(mixed_precision=mixed_precision)
     none = planned_size(settings, plain, lora)
@@ -146,7 +146,7 @@ def test_file_keeps_codes_of_a_byte_and_nothing_else(mixed_precision: MixedPreci
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """Most that was allocated at once during a call, beyond what was before."""
+    """Peak bytes allocated during a call, beyond those allocated before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -159,7 +159,7 @@ def peak_bytes(step: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize(("recomputed", "flavour"), [(0, "edit-v2"), (2, "edit-v2"), (3, "edit-v2"), (3, "edit-v3")])
 def test_the_peak_of_a_step_is_within_a_tenth_of_the_plan(recomputed: int, flavour: str) -> None:
-    """Forward and backward of three blocks, of which none, two and all compute their activations again."""
+    """Forward and backward of three blocks, of which none, two or all recompute their activations."""
     v3, lora = flavour == "edit-v3", LoraConfig(lora_rank=4)
     model = ModelConfig(flavour=flavour)
     size = planned_size({"num_layers": 3, "num_attention_heads": 4, "zero_cond_t": v3}, model, lora)
@@ -169,7 +169,7 @@ def test_the_peak_of_a_step_is_within_a_tenth_of_the_plan(recomputed: int, flavo
     plan = plan_memory(dataclasses.replace(config, memory=memory), size, work)
     parts = dict(plan.device[1].parts)
     working = parts["block inputs"] + parts["activations"] + parts["backward pass"] + parts["latents and embeddings"]
-    working -= 4 * size.largest_layer_weights  # on the CPU nothing is dequantised
+    working -= 4 * size.largest_layer_weights  # this step dequantises nothing
 
     network = network_of(4, 3, dtype=torch.bfloat16, zero_cond_t=v3)
     master_weights(inject_lora(network, plan_adapter(network, lora), 0), torch.bfloat16)

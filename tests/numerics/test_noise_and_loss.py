@@ -1,4 +1,4 @@
-"""Distributions of the noise level against diffusers and their formulas; strata; what an error counts."""
+"""Sigma distributions against diffusers and their formulas, stratified sigmas, and the loss penalties."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def noise_of(distribution: str, **changes: Any) -> NoiseConfig:
 
 
 def largest_gap(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Between the distribution functions of two samples of equal size (Kolmogorov and Smirnov)."""
+    """Largest difference between the distribution functions of two samples (Kolmogorov-Smirnov)."""
     both = torch.cat([first, second]).sort().values
     shares = [torch.searchsorted(each.sort().values, both, right=True) / len(each) for each in (first, second)]
     return float((shares[0] - shares[1]).abs().max())
@@ -85,7 +85,7 @@ def test_a_steps_strata_share_the_range_and_keep_the_distribution(distribution: 
     plain = add_noise(torch.zeros(480, 16, 4, 4), noise_of(distribution), 8, list(range(480))).sigma
     assert largest_gap(torch.cat(seen), plain) < 0.11
     first_turns = torch.stack(seen)[:, 0]
-    assert first_turns.min() < edges[2] and first_turns.max() > edges[-3]  # no turn keeps its part of the range
+    assert first_turns.min() < edges[2] and first_turns.max() > edges[-3]  # a turn's stratum changes from step to step
 
 
 def test_strata_do_not_depend_on_how_a_step_is_cut_into_micro_batches() -> None:
@@ -147,7 +147,7 @@ def test_each_pair_has_the_width_of_its_own_level_and_weights_count() -> None:
     assert first == pytest.approx(2 * (math.sqrt(10) - 1), rel=1e-5)
     assert second == pytest.approx(0.2 * (math.sqrt(9.01) - 0.1), rel=1e-5)
     weights = torch.tensor([2.0, 0.0]).expand(2, 1, 1, 2)
-    velocity[..., 1] = 99.0  # where the weight is 0
+    velocity[..., 1] = 99.0  # an error where the weight is 0
     assert velocity_loss(velocity, target, weights, penalty_at(sigma, noise)).tolist() == pytest.approx([first, second])
 
 

@@ -1,4 +1,4 @@
-"""Rectified flow: the straight line, its velocity, and the draw of noise levels."""
+"""Rectified flow: the straight path, its velocity, the draw of noise levels, and the learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers and courses of the learning rate against the libraries they come from; their state in a checkpoint."""
+"""Optimizers and learning-rate schedules against the libraries they come from, and optimizer state in checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def optimizer_config(name: OptimizerName, **changes: Any) -> OptimizerConfig:
 
 
 def fresh_parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
-    """As an adapter begins: A drawn, B zero."""
+    """The weights of a fresh adapter: A is random, B is zero."""
     return {
         name: nn.Parameter(
             torch.zeros(shape, dtype=dtype)
@@ -49,7 +49,7 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
 
 
 def take_steps(parameters: dict[str, nn.Parameter], optimizer: Any, config: OptimizerConfig, steps: range) -> None:
-    """Noisy pulls towards one; the rate as a training sets it."""
+    """Takes steps with noisy gradients towards one, at the learning rates that a training sets."""
     for step in steps:
         set_learning_rate(optimizer, learning_rate_at(step, 20, config))
         for name, parameter in parameters.items():
@@ -121,7 +121,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused_where_the_rate_should_fall() ->
     job = {"model": {}, "dataset": {"target_dir": "a", "reference_dirs": ["b"]}, "cache_dir": "c", "run_dir": "r"}
     with pytest.raises(ConfigError, match=r"lr_warmup_steps must be less.*got 50"):
         from_json(JobConfig, {**job, "max_train_steps": 40, "optimizer": dataclasses.asdict(cosine)})
-    TrainConfig(run_dir="run", encoded="x.json", max_train_steps=4)  # may go on later
+    TrainConfig(run_dir="run", encoded="x.json", max_train_steps=4)  # allowed: the run may be extended later
 
 
 @pytest.mark.parametrize("name", ON_CPU)
@@ -181,7 +181,7 @@ def test_prodigy_finds_a_rate_of_its_own_and_says_nothing(capsys: pytest.Capture
 
 
 def test_schedule_free_weights_to_use_are_the_authors_average() -> None:
-    """Their plain form keeps the average x as tensors of its own; ours is got from y and z."""
+    """The authors' reference implementation stores the average x; ours computes it from y and z."""
     config = optimizer_config("adamw-schedulefree", weight_decay=0.02)
     ours, theirs = fresh_parameters(torch.float64), fresh_parameters(torch.float64)
     optimizer = build_optimizer(ours, config)
@@ -206,7 +206,7 @@ def test_trained_weights_come_back_after_an_error_too() -> None:
     with pytest.raises(KeyError), weights_to_use(optimizer, parameters):
         raise KeyError
     assert all(torch.equal(parameters[name], trained[name]) for name in parameters)
-    take_steps(parameters, optimizer, config, range(3, 4))  # still in its training mode
+    take_steps(parameters, optimizer, config, range(3, 4))  # the optimizer is in training mode again
 
 
 def test_adamw_8bit_without_cuda_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
@@ -238,11 +238,11 @@ def test_a_missing_package_is_named_with_its_install_line(
 
 def test_8bit_state_is_counted_as_bitsandbytes_keeps_it() -> None:
     assert optimizer_bytes("adamw-8bit", [(16, 4096)]) == 16 * 4096 * 2 + 16 * 4096 // 256 * 8
-    assert optimizer_bytes("adamw-8bit", [(4, 64)]) == 4 * 64 * 8  # too small for blocks
+    assert optimizer_bytes("adamw-8bit", [(4, 64)]) == 4 * 64 * 8  # too small to be stored in 8-bit blocks
 
 
 def test_numbers_of_the_group_come_back_by_whatever_name() -> None:
-    """A library's next version may count under another name."""
+    """A library's next version may store its values in the parameter group under other names."""
     weight = torch.nn.Parameter(torch.ones(2))
     weights = {"layer.lora_A": weight}
     optimizer, restored = (torch.optim.AdamW([weight], lr=0.1) for _ in range(2))

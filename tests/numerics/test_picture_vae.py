@@ -1,4 +1,4 @@
-"""The VAE as pictures need it against diffusers' own, which is one of videos."""
+"""The VAE reduced to pictures equals diffusers' original, which is a video VAE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Under the policy `diffusers` a sample equals what diffusers' own edit pipelines draw, for every flavour."""
+"""With preprocessing `diffusers`, a sample equals that of diffusers' own edit pipelines, for every flavour."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from trainer_core.qwen_image.vision import rotary_positions
 from trainer_core.rng import stream
 from trainer_core.sample import SampleRequest, sample_edit
 
-PIXEL_TOLERANCE = 1e-3  # of the pixel range, as the product's description asks
-REFERENCE_AREA, VISION_AREA = 128 * 128, 96 * 96  # instead of 1024² and 384², the same on both sides
+PIXEL_TOLERANCE = 1e-3  # of the pixel range; a requirement of the product
+REFERENCE_AREA, VISION_AREA = 128 * 128, 96 * 96  # instead of 1024² and 384², on both sides
 SIZE = Size(128, 96)
 PROMPT, NEGATIVE = "turn the sky red and remove the boat", "blurry, grey"
 REFERENCES = ((150, 100), (90, 140), (121, 117))
@@ -50,7 +50,7 @@ def bases(base_of: Callable[[str], ModelConfig]) -> dict[str, ModelConfig]:
 
 @pytest.fixture
 def small_areas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of about 128 pixels a side in the pipelines and in our table of flavours."""
+    """Lowers the areas in the pipelines and in our flavours to REFERENCE_AREA and VISION_AREA."""
     dimensions = edit_v1_pipeline.calculate_dimensions
     monkeypatch.setattr(edit_v1_pipeline, "calculate_dimensions", lambda _, ratio: dimensions(REFERENCE_AREA, ratio))
     monkeypatch.setattr(edit_plus_pipeline, "VAE_IMAGE_SIZE", REFERENCE_AREA)
@@ -62,12 +62,12 @@ def small_areas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pictures(count: int) -> list[Image.Image]:
-    """Pictures of different odd sizes."""
+    """The first `count` references, which differ in size."""
     return [picture(number, size) for number, size in enumerate(REFERENCES[:count])]
 
 
 def build_pipeline(model: ModelConfig) -> Any:
-    """diffusers' pipeline for the flavour around the base model's networks."""
+    """diffusers' pipeline for the flavour, with the base model's networks."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
     device, folder = torch.device("cpu"), model_folder(model)
@@ -86,12 +86,12 @@ def build_pipeline(model: ModelConfig) -> Any:
 
 
 def for_pipeline(model: ModelConfig, references: list[Image.Image]) -> Any:
-    """The first edit model takes one picture, its successors a list."""
+    """The pipeline's `image` argument: one picture for edit-v1, a list for later flavours."""
     return references[0] if model.flavour == "edit-v1" else references
 
 
 def their_sample(model: ModelConfig, references: list[Image.Image], *, seed: int, steps: int) -> torch.Tensor:
-    """Pixels [3, H, W] in 0..1 that the pipeline draws from our noise."""
+    """Pixels [3, H, W] in 0..1 that the pipeline samples from our noise."""
     noise = torch.randn((1, 16, SIZE.height // 8, SIZE.width // 8), generator=stream(seed, "sample"))
     pipeline = build_pipeline(model)
     return pipeline(
@@ -110,7 +110,7 @@ def their_sample(model: ModelConfig, references: list[Image.Image], *, seed: int
 def our_sample(
     monkeypatch: pytest.MonkeyPatch, model: ModelConfig, references: list[Image.Image], **changes: object
 ) -> torch.Tensor:
-    """Pixels [3, H, W] in 0..1 that `sample_edit` draws, before they become bytes."""
+    """Pixels [3, H, W] in 0..1 that `sample_edit` samples, before they become bytes."""
     monkeypatch.setattr(trainer_core.sample, "to_picture", lambda pixels: pixels)
     settings = {"seed": 5, "num_inference_steps": 4, "preprocessing": "diffusers", "prompt": PROMPT, "size": SIZE}
     request = SampleRequest(
@@ -184,12 +184,12 @@ def test_sizes_equal_the_pipelines_at_their_own_areas():
                 areas = (edit_plus_pipeline.VAE_IMAGE_SIZE, edit_plus_pipeline.CONDITION_IMAGE_SIZE)
                 wanted = [edit_plus_pipeline.calculate_dimensions(area, ratio) for area in areas]
             if min(map(min, wanted)) == 0:
-                continue  # the pipelines fail on such a ribbon, we give it 32 pixels
+                continue  # the pipelines fail on so narrow a picture; ours is 32 pixels wide
             assert [reference.size, vision.size] == wanted, (width, height, flavour.name)
 
 
 class Positions:
-    """Records the positions that Qwen2.5-VL's language part is given."""
+    """Records the positions that Qwen2.5-VL's language model gets."""
 
     def __init__(self, network: Any) -> None:
         self.seen: list[torch.Tensor | None] = []
@@ -204,10 +204,10 @@ class Positions:
 
 @pytest.mark.usefixtures("small_areas")
 def test_the_pipelines_and_our_diffusers_policy_count_pictures_as_text(bases: dict[str, ModelConfig]):
-    """transformers 5 wants `mm_token_type_ids` for three-dimensional positions; diffusers 0.42 does not pass them.
+    """transformers 5 needs `mm_token_type_ids` for three-dimensional positions, which diffusers 0.42 does not pass.
 
-    If this fails, diffusers has begun to: both ways of encoding then agree without a change here, but cached prompts
-    of the policy `diffusers` are of the old kind (their key holds transformers' version, not diffusers').
+    If this fails, diffusers passes them. Both encodings then still agree without a change here, but cached prompts of
+    the policy `diffusers` are outdated, because their key contains the version of transformers, not of diffusers.
     """
     model, references = bases["edit-v2"], pictures(2)
     pipeline, ours = build_pipeline(model), load_text_encoder(BaseModel(model), "diffusers", torch.device("cpu"))

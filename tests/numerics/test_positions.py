@@ -1,4 +1,4 @@
-"""Rotary positions of many prompts and sizes: right for each, and few of them held."""
+"""Rotary positions for prompts and pictures of many sizes: each is right, and only a few stay in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits: how far the output moves, and that the adapter still learns what it should."""
+"""Quantised base weights: how far the output moves, and whether the adapter's gradients keep their direction."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from trainer_core.qwen_image.transformer import load_transformer
 
 @dataclass(frozen=True)
 class Bound:
-    """Relative error of the output, cosine of the adapter's gradient, share of a float32 weight's bytes."""
+    """Largest output error, smallest cosine of the adapter's gradients, largest share of a float32 weight's bytes."""
 
     error: float
     cosine: float
     share: float
 
 
-# About three times what was measured on this network (int8 3.0e-4 and 0.99999, nf4 6.7e-3 and 0.993).
+# About three times the deviations measured on this network (int8 3.0e-4 and 0.99999, nf4 6.7e-3 and 0.993).
 BOUNDS: dict[BaseModelPrecision, Bound] = {
     "int8-quanto": Bound(error=1e-3, cosine=0.999, share=0.28),
     "nf4-bnb": Bound(error=2e-2, cosine=0.98, share=0.14),
@@ -54,18 +54,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=list(BOUNDS))
 def precision(request: pytest.FixtureRequest) -> BaseModelPrecision:
-    """Each quantised format."""
     return request.param
 
 
 def load(base: Path, precision: BaseModelPrecision) -> nn.Module:
-    """The transformer in a precision, float32 arithmetic."""
+    """The transformer in a precision, with float32 arithmetic."""
     config = ModelConfig(base=str(base), base_model_precision=precision, mixed_precision="no", device="cpu")
     return load_transformer(BaseModel(config), torch.device("cpu"))
 
 
 def num_bytes(weight: Tensor) -> int:
-    """Bytes that a frozen weight takes, with its scales."""
+    """Bytes of a frozen weight with its scales."""
     if hasattr(weight, "quant_state"):
         state = weight.quant_state
         return weight.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
@@ -80,7 +79,7 @@ def num_bytes(weight: Tensor) -> int:
 def test_output_stays_near_float32(base: Path, precision: BaseModelPrecision):
     exact, quantised = predict(load(base, "none")), predict(load(base, precision))
     error = float((exact - quantised).norm() / exact.norm())
-    assert 1e-5 < error < BOUNDS[precision].error, "below, nothing was quantised"
+    assert 1e-5 < error < BOUNDS[precision].error, "below 1e-5 nothing was quantised"
 
 
 def test_gradient_of_every_adapter_weight_points_the_same_way(base: Path, precision: BaseModelPrecision):

@@ -1,4 +1,4 @@
-"""Quantised weights that are kept: the next start reads the same bits, and the folder keeps within its limit."""
+"""The cache of quantised weights: the next load reads the same bits, and the folder stays within its size limit."""
 
 from __future__ import annotations
 
@@ -40,24 +40,22 @@ def make_folder(folder: Path, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model."""
     return make_folder(tmp_path_factory.mktemp("base"))
 
 
 def config_of(base: Path, kept: Path, precision: BaseModelPrecision = "int8-quanto", **changes: object) -> ModelConfig:
-    """With a cache of 1 GB."""
+    """A model with a quantised cache of up to 1 GB in `kept`."""
     settings = {"mixed_precision": "no", "device": "cpu", "quantised_cache_gb": 1.0, **changes}
     return ModelConfig(base=str(base), base_model_precision=precision, quantised_cache_dir=str(kept), **settings)
 
 
 def load(config: ModelConfig) -> nn.Module:
-    """The transformer."""
     return load_transformer(BaseModel(config), CPU)
 
 
 @torch.no_grad()
 def velocity(network: nn.Module) -> Tensor:
-    """For a task that is always the same."""
+    """The velocity for inputs that are always the same."""
     draws = stream(0, "kept")
     latents, reference = (torch.randn(1, 16, 8, 12, generator=draws) for _ in range(2))
     prompt = torch.randn(1, 20, 128, generator=draws)
@@ -65,13 +63,13 @@ def velocity(network: nn.Module) -> Tensor:
 
 
 def entries(kept: Path) -> set[str]:
-    """Names in the cache."""
+    """The names of the cache's entries."""
     return {path.name for path in kept.iterdir()} if kept.is_dir() else set()
 
 
 @pytest.fixture
 def no_converter(monkeypatch: pytest.MonkeyPatch):
-    """From when it is called, quantising is an error."""
+    """A function that makes all later quantising fail."""
 
     def forbidden(*_: object) -> nn.Module:
         raise AssertionError("quantised again")
@@ -165,7 +163,7 @@ def test_those_unused_longest_make_room(base: Path, tmp_path: Path) -> None:
     for name, age in ((first, 200), (second, 100)):
         path = tmp_path / name / "entry.json"
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
-    load(config)  # used, so that the other is now the older one
+    load(config)  # uses the first entry, so that the second is now the older one
     left_over = tmp_path / ".abc.1.ff.tmp"
     left_over.mkdir()
     os.utime(left_over, (0, 0))
@@ -203,7 +201,7 @@ def test_a_block_lies_in_one_piece_of_memory(base: Path, tmp_path: Path, precisi
         places |= {each.untyped_storage().data_ptr() for each in held}
         total += sum(each.nbytes for each in held)
     assert total > 10_000
-    if precision != "nf4-bnb":  # bitsandbytes describes its states anew for each question
+    if precision != "nf4-bnb":  # bitsandbytes creates the tensors of its state on each request
         assert len(places) == 1
     else:
         weights = [layer.weight for layer in block.modules() if pieces_of(layer) is not None]
@@ -220,7 +218,7 @@ def test_the_notes_hold_no_code(base: Path, tmp_path: Path) -> None:
         layer_of(Pieces({}, note), None)
 
 
-# Activations of 8 bits
+# 8-bit activations
 
 
 @pytest.mark.parametrize(("precision", "most"), [("int8-quanto", 2e-2), ("fp8-quanto", 8e-2)])

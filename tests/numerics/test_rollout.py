@@ -1,4 +1,4 @@
-"""Scheduled sampling on flows whose course is known, and ReflexFlow's loss by its formula."""
+"""Scheduled sampling on flows with a known solution, and ReflexFlow's loss against its formula."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def even(begin: float, end: float, steps: int) -> list[float]:
 
 
 def micro_batch(sigmas: tuple[float, ...] = (0.3, 0.6)) -> tuple[torch.Tensor, NoisyLatents]:
-    """Pictures, and their points at these levels."""
+    """Latents [B, 4, 6, 6], and the same with noise at these sigmas."""
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(len(sigmas), 4, 6, 6, generator=generator) for _ in range(2))
     return latents, noisy_latents(latents, torch.tensor(sigmas), noise)
 
 
-# dx/dσ = a x, so x(σ) = x(s) exp(a (σ - s))
+# The linear flow dx/dσ = a x has the solution x(σ) = x(s) exp(a (σ - s)).
 
 
 @pytest.mark.parametrize("steps", [1, 4, 10])
@@ -82,7 +82,7 @@ def test_a_flow_towards_one_picture_is_followed_exactly(sampler: RolloutSampler,
 
 @pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
 def test_multistep_samplers_equal_diffusers_on_its_own_schedule(kind: Any) -> None:
-    """There the schedule goes down to zero; ours stops at its last but one level."""
+    """diffusers' schedule ends at zero. The comparison stops one level earlier."""
 
     def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return torch.sin(3 * x) + sigma * x
@@ -90,7 +90,7 @@ def test_multistep_samplers_equal_diffusers_on_its_own_schedule(kind: Any) -> No
     scheduler = kind(prediction_type="flow_prediction", use_flow_sigmas=True, lower_order_final=False)
     scheduler.set_timesteps(9)
     begin = latents = torch.randn(1, 4, 3, 3)
-    levels = scheduler.sigmas.tolist()[1:]  # the first is 1, or nearly
+    levels = scheduler.sigmas.tolist()[1:]  # without the first level, which is 1 or nearly 1
     scheduler.set_begin_index(1)
     for index in range(1, 8):
         predicted = velocity(latents, scheduler.sigmas[index])
@@ -150,7 +150,7 @@ def test_probability_over_the_steps() -> None:
     assert course(10, 15, 20, **ramp, ramp_shape="cosine") == pytest.approx([0.2, 0.4, 0.6])
     assert course(12, **ramp, ramp_shape="cosine")[0] < course(12, **ramp)[0]
     down = {"ramp_steps": 10, "prob_start": 0.8, "prob_end": 0.0, "probability": 1.0}
-    assert course(0, 5, 10, 50, **down) == pytest.approx([0.8, 0.4, 0, 0])  # zeros count as zeros
+    assert course(0, 5, 10, 50, **down) == pytest.approx([0.8, 0.4, 0, 0])  # a prob_end of 0 does not mean unset
     assert course(3, max_step_offset=0) == [0]
 
 
@@ -158,17 +158,17 @@ def test_offsets_are_a_turns_own_and_as_often_as_the_probability_says() -> None:
     indices = list(range(4000))
     drawn = draw_offsets(settings(probability=0.25), 0, 7, indices)
     assert draw_offsets(settings(probability=0.25), 3, 7, [11, 12]) == (drawn[11], drawn[12])
-    assert sum(offset > 0 for offset in drawn) / 4000 == pytest.approx(0.25 * 10 / 11, abs=0.02)  # one of 11 draws is 0
+    assert sum(offset > 0 for offset in drawn) / 4000 == pytest.approx(0.25 * 10 / 11, abs=0.02)  # 1 offset of 11 is 0
     assert set(drawn) == set(range(11))
     means = {
         strategy: sum(draw_offsets(settings(strategy=strategy), 0, 7, indices)) / 4000
         for strategy in ("biased_early", "uniform", "biased_late")
     }
-    # of floor(11 u²), floor(11 u) and floor(11 (1 - u²))
+    # the means of floor(11 u), floor(11 u²) and floor(11 (1 - u²)) for uniform u
     assert means["uniform"] == pytest.approx(5.0, abs=0.15)
     assert means["biased_early"] == pytest.approx(3.23, abs=0.15)
     assert means["biased_late"] == pytest.approx(6.77, abs=0.15)
-    assert set(draw_offsets(settings(max_step_offset=3), 0, 7, indices)) == {0, 1, 2, 3}  # as its document says
+    assert set(draw_offsets(settings(max_step_offset=3), 0, 7, indices)) == {0, 1, 2, 3}  # as its help text says
 
 
 def test_nothing_is_drawn_while_the_probability_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ def test_reflexflow_costs_one_forward_more_and_only_where_it_weighs() -> None:
 
 
 def rolled_out() -> tuple[torch.Tensor, torch.Tensor, RolledOut]:
-    """Pictures, predictions, and a micro-batch whose second pair was rolled out."""
+    """Latents, predicted velocities, and a micro-batch whose second pair was rolled out."""
     latents, noisy = micro_batch()
     generator = torch.Generator().manual_seed(1)
     moved = noisy.latents.clone()

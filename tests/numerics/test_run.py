@@ -1,4 +1,4 @@
-"""The training run: equal to itself after any stop, whatever the batches, and never spoilt."""
+"""The training run: the same result after any stop and with any batch size, and weights that are never spoilt."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_stopped_at_every_moment_and_continued_equals_the_unbroken_run(config: T
         if result.lora_file:
             break
         assert result.stopped is Stop.PAUSE
-    assert len(set(pauses)) >= 2, f"never stopped on the way: {pauses}"
+    assert len(set(pauses)) >= 2, f"the run was never interrupted: {pauses}"
     assert equal(lora_tensors(result), lora_tensors(unbroken))
     without_time = [{**row, "seconds": 0} for row in read_rows(Path(broken.run_dir) / "metrics.jsonl")]
     assert without_time == [{**row, "seconds": 0} for row in read_rows(Path(config.run_dir) / "metrics.jsonl")]
 
 
 def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: TrainConfig, tmp_path: Path) -> None:
-    """SIGKILL three times, at random moments. The printed seed repeats them."""
+    """SIGKILL at three random moments. The printed seed reproduces them."""
     longer = dataclasses.replace(config, max_train_steps=40, optimizer=OptimizerConfig(learning_rate=3e-3))
     unbroken, killed = train_lora(longer), named(longer, "killed")
     (tmp_path / "config.json").write_text(json.dumps(to_json(killed)))
@@ -84,7 +84,7 @@ def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: 
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL, errors.read_text()
-    assert 0 < len(read_rows(metrics)) < 40, "the kills came too late to show anything"
+    assert 0 < len(read_rows(metrics)) < 40, "the kills came too early or too late to interrupt the run"
     result = train_lora(killed)
     assert unbroken.lora_file is not None and result.lora_file is not None
     assert equal(lora_tensors(result), lora_tensors(unbroken))
@@ -118,7 +118,7 @@ def test_memory_settings_change_nothing(config: TrainConfig) -> None:
 
 
 def test_one_batch_of_four_equals_four_of_one(model: ModelConfig, tmp_path: Path) -> None:
-    """Prompts are of unequal length here, so this also shows that padding is masked away."""
+    """The prompts have unequal lengths, so this also shows that padding is masked."""
     dataset = pair_folders(make_pairs(tmp_path / "pairs", 4))
     encoded = encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=0), tmp_path / "cache")
     assert len({encoded.load(entry).prompt_embeds.shape for entry in encoded.pairs}) > 1
@@ -240,13 +240,13 @@ def test_validation_loss_is_the_same_number_for_the_same_weights(config: TrainCo
 
 
 def test_tokens_stand_where_the_policy_has_them(model: ModelConfig) -> None:
-    """ComfyUI and diffusers place odd sides and larger references differently, and so does a training for them."""
+    """ComfyUI and diffusers place odd sides and larger references differently. A training follows its policy."""
     odd, even = [[(1, 6, 7), (1, 8, 9)]], [[(1, 6, 8), (1, 6, 8)]]
     config, cpu = TrainConfig(run_dir="x", encoded="y", model=model), torch.device("cpu")
     placed = {}
     for policy in ("comfyui", "diffusers"):
         embed = networks_of(config, policy).transformer.pos_embed
         placed[policy] = [embed(shapes, max_txt_seq_len=5, device=cpu) for shapes in (odd, even)]
-    for part in (0, 1):  # pictures, prompt
+    for part in (0, 1):  # the positions of the pictures, and of the prompt
         assert not torch.equal(placed["comfyui"][0][part], placed["diffusers"][0][part])
         assert torch.equal(placed["comfyui"][1][part], placed["diffusers"][1][part])

@@ -1,4 +1,4 @@
-"""Bytes of the full-size step, counted on the meta device: what is promised, what was measured, what is planned."""
+"""Bytes of the full-size step, counted on the meta device: it fits a 24 GB card, and the plan is close."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from tests.support.full_size_step import GIB, Setting, planned_bytes
 from tests.support.live_bytes import traced_step
 
 LAYERS = 60
-WORKSPACES = 0.1 * GIB  # of CUDA's libraries, which are not counted
+WORKSPACES = 0.1 * GIB  # of CUDA's libraries, which the count does not include
 
 
 def counted_bytes(precision: str, memory: str = "full", *, side: int = 1024, references: int = 1) -> float:
-    """At the peak of a step of the whole network: every block but the first and the last few takes the same."""
+    """Peak bytes of a step of all layers, extrapolated from 4 and 6: all blocks but the outermost need the same."""
     setting = Setting("ours", precision, side, references, memory)
     few, more = (traced_step(setting, layers).peak for layers in (4, 6))
     return more + (more - few) / 2 * (LAYERS - 6)
 
 
 def test_int8_fits_a_card_of_24_gb_without_streaming() -> None:
-    """Target and reference of 1 MP. 23.5 GiB is what such a card has left beside CUDA's own."""
+    """Target and reference have 1 MP. Such a card has 23.5 GiB left besides CUDA's own memory."""
     assert counted_bytes("int8-quanto") + WORKSPACES < 23.5 * GIB
     assert counted_bytes("int8-quanto", "full,offload") + WORKSPACES < 21 * GIB
 

@@ -1,4 +1,4 @@
-"""Computing again, offloading and streaming change where tensors are, and nothing of what is computed."""
+"""Recomputation, offloading and streaming change where tensors are, but not what is computed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYERS = 5
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A narrow transformer of five blocks, which all differ."""
+    """A narrow transformer of five blocks with different weights."""
     from diffusers import QwenImageTransformer2DModel
 
     folder = tmp_path_factory.mktemp("base")
@@ -50,7 +50,7 @@ class Outcome:
 
 
 def run(base: Path, precision: BaseModelPrecision = "none", **memory: object) -> Outcome:
-    """Forward and backward under settings of memory; without any, nothing is computed again."""
+    """Forward and backward with these memory settings. Without any, nothing is recomputed."""
     config = TrainConfig(
         run_dir="-",
         encoded="-",
@@ -66,7 +66,7 @@ def run(base: Path, precision: BaseModelPrecision = "none", **memory: object) ->
     apply_memory(transformer, stream, CPU, config)
     found = gradients(transformer, lora)
     with torch.no_grad():
-        velocity = predict(transformer)  # after the step, so that a stream that broke off shows
+        velocity = predict(transformer)  # after the step, to detect a broken stream
     return Outcome(velocity, found)
 
 
@@ -89,7 +89,7 @@ def test_computing_again_is_bit_equal(base: Path, plain: Outcome, blocks: int):
 
 
 def test_fewer_blocks_keep_more(base: Path):
-    """The saved tensors of blocks that are not computed again are there at the end of the forward pass."""
+    """Blocks that are not recomputed keep their saved tensors until the end of the forward pass."""
 
     def saved(blocks: int) -> int:
         transformer = load_transformer(BaseModel(ModelConfig(base=str(base), mixed_precision="no", device="cpu")), CPU)
@@ -145,7 +145,7 @@ def test_streamed_weights_keep_their_addresses_and_share_them(base: Path):
 
 
 def test_each_weight_comes_over_once_a_pass(base: Path, monkeypatch: pytest.MonkeyPatch):
-    """Forward and backward copy each block once, but for the last two, which are still there when the order turns."""
+    """Each pass copies a block once, but the backward pass finds the last two blocks still in their buffers."""
     copies: list[int] = []
     copy = BlockStream._fetch
 
@@ -161,7 +161,7 @@ def test_each_weight_comes_over_once_a_pass(base: Path, monkeypatch: pytest.Monk
 
 
 class Counting(HostCopies):
-    """Counts what it offloads."""
+    """Counts the tensors that it offloads."""
 
     kept = 0
 
@@ -189,7 +189,7 @@ def test_offloading_is_bit_equal_and_uses_its_memory_again(base: Path, plain: Ou
 
 
 def test_offloaded_tensors_of_many_sizes_take_what_the_largest_step_takes(monkeypatch: pytest.MonkeyPatch):
-    """Prompts and pictures of all lengths, a step that breaks off, and one that doesn't fit the memory so far."""
+    """Steps of many lengths, one that is aborted, and one that needs more memory than all before."""
     monkeypatch.setattr(offload_module, "CHUNK_BYTES", 1 << 14)
     monkeypatch.setattr(offload_module, "SMALL_BYTES", 1)
     offload = HostCopies(CPU, small_bytes=1)
@@ -200,7 +200,7 @@ def test_offloaded_tensors_of_many_sizes_take_what_the_largest_step_takes(monkey
         largest = max(largest, offloaded_bytes(tensor.nbytes for tensor in tensors))
         if length == 150:
             kept.clear()
-            continue  # nobody fetched it
+            continue  # an aborted step fetches nothing
         for one, other in zip(reversed(kept), reversed(tensors), strict=True):
             assert torch.equal(offload.fetch(one), other)
         assert offload.host_bytes <= largest

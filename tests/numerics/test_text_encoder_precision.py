@@ -1,4 +1,4 @@
-"""The text encoder in fewer bits: near the whole one, kept apart in the cache, read layer by layer."""
+"""The quantised text encoder: close to the full one, with its own cache entries, and loaded layer by layer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 
 
 def encoder(model: ModelConfig, precision: BaseModelPrecision) -> TextEncoder:
-    """In a precision."""
+    """The text encoder in a precision."""
     return load_text_encoder(BaseModel(dataclasses.replace(model, text_encoder_precision=precision)), "comfyui", CPU)
 
 
 def embeddings(loaded: TextEncoder) -> torch.Tensor:
-    """Of one prompt with one picture."""
+    """Embeddings of one prompt with one picture."""
     return loaded.encode("turn it into a pencil drawing", [to_tensor(picture(3))])
 
 

@@ -1,4 +1,4 @@
-"""Choices of noise, loss, optimizer and rollout: a stopped and continued run equals the unbroken one bit for bit."""
+"""With each choice of noise, loss, optimizer and rollout, a resumed run equals the uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
 
 @pytest.fixture
 def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
-    """Five steps; the stop comes in the middle of one."""
+    """Five steps. `stopped_and_continued` stops in the middle of one."""
     return TrainConfig(
         run_dir=str(tmp_path / "run"),
         encoded=str(encoded.manifest),
@@ -70,7 +70,7 @@ def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> Train
 
 
 def stopped_and_continued(config: TrainConfig) -> Steps:
-    """Asserts that it equals the unbroken run, whose reports are returned."""
+    """Asserts that a resumed run equals the uninterrupted one, and returns the latter's reports."""
     unbroken, broken, seen = named(config, "unbroken"), named(config, "broken"), Steps()
     whole = train_lora(unbroken, seen)
     paused = train_lora(broken, StopAfter(5))
@@ -92,7 +92,7 @@ def test_noise_and_loss(config: TrainConfig, row: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(config: TrainConfig, name: str) -> None:
-    """Validated on the way, which must leave no trace either."""
+    """Validation during the run must have no effect either."""
     settings = {"learning_rate": 3e-3, "lr_warmup_steps": 2, **OPTIMIZERS[name]}
     chosen = dataclasses.replace(config, optimizer=OptimizerConfig(optimizer=name, **settings))
     seen = stopped_and_continued(chosen)
@@ -123,7 +123,7 @@ def test_schedule_free_is_validated_and_exported_as_its_average(config: TrainCon
 
 
 def validation_loss_of(config: TrainConfig, lora: dict[str, torch.Tensor]) -> float:
-    """Of a transformer with these adapter weights."""
+    """The validation loss with these adapter weights."""
     networks = networks_of(config)
     with torch.no_grad():
         for name, parameter in networks.lora.items():
@@ -134,7 +134,7 @@ def validation_loss_of(config: TrainConfig, lora: dict[str, torch.Tensor]) -> fl
 
 @pytest.mark.parametrize("row", ROLLOUTS)
 def test_rollouts(config: TrainConfig, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With dropout, which a rollout must not draw from; the extra forwards reported are those that were made."""
+    """A rollout draws no dropout, and the reported number of extra forward passes is right."""
     calls, original = [], step_module.predict_velocity
     monkeypatch.setattr(step_module, "predict_velocity", lambda *a: calls.append(a[1].shape[0]) or original(*a))
     dropping = dataclasses.replace(config, lora=LoraConfig(lora_rank=4, lora_dropout=0.2))
@@ -147,7 +147,7 @@ def test_rollouts(config: TrainConfig, row: str, monkeypatch: pytest.MonkeyPatch
     assert [report.extra_forwards for report in again.reports] == made
     assert sum(count or 0 for count in made) == len(calls) - 2 * config.max_train_steps > 0
     if row == "euler on a ramp":
-        assert made[:2] == [None, None] and made[2] is not None  # begins at step 1 with a probability of 0
+        assert made[:2] == [None, None] and made[2] is not None  # the ramp begins at step 1, with a probability of 0
 
 
 def test_a_rollout_of_probability_zero_changes_nothing(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Every layout of weight files at full width, one block deep, against the same weights in bf16 and against ComfyUI."""
+"""Every layout of weight files, at full width with one block, against the same weights in bf16 and against ComfyUI."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Row:
-    """A writer, the relative error its output may have, and whether ComfyUI 0.3.75 reads it."""
+    """A function that writes the layout, its largest relative error, and whether ComfyUI 0.3.75 reads it."""
 
     write: Callable[[layouts.Weights, Path], Path]
     error: float
     in_comfyui: bool = False
 
 
-# Errors are about twice what was measured.
+# Errors are about twice the measured ones.
 ROWS = {
     "bf16": Row(layouts.bf16, 0.0, in_comfyui=True),
     "fp16, prefixed": Row(layouts.prefixed, 1e-3),
@@ -60,14 +60,14 @@ KEPT = ["fp8", "fp8 scaled, older", "fp8 scaled, in the header", "int8", "int8, 
 
 @dataclass(frozen=True)
 class Written:
-    """Files by row, and their outputs as loaded here."""
+    """The files and our outputs with them, by row."""
 
     files: dict[str, Path]
     velocities: dict[str, Tensor]
 
 
 def config_of(path: Path, precision: str = "none") -> ModelConfig:
-    """A base model with that transformer; the other parts are not looked at."""
+    """A model whose three files are all `path`. A test loads only the part that the file contains."""
     return ModelConfig(
         transformer_file=str(path),
         text_encoder_file=str(path),
@@ -80,27 +80,27 @@ def config_of(path: Path, precision: str = "none") -> ModelConfig:
 
 
 def task() -> dict[str, Tensor]:
-    """Latents, noise level and prompt."""
+    """Latents [1, 16, 12, 8], sigma [1] and prompt [1, 19, 3584]."""
     draws = stream(0, "weight files")
     latents, prompt = torch.randn(1, 16, 12, 8, generator=draws), torch.randn(1, 19, 3584, generator=draws)
     return {"latents": latents, "sigma": torch.tensor([0.63]), "prompt": prompt}
 
 
 def velocity(network: nn.Module) -> Tensor:
-    """For the task."""
+    """The predicted velocity for the task."""
     asked = task()
     return predict_velocity(network, asked["latents"], asked["sigma"], Condition((), asked["prompt"])).float()
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference over the norm."""
+    """Norm of the difference, relative to the norm of `wanted`."""
     assert found.shape == wanted.shape
     return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
-    """All rows; only those asked for again stay on the disk."""
+    """The files of all rows. Only those that tests load again stay on disk."""
     folder, files, velocities = tmp_path_factory.mktemp("layouts"), {}, {}
     weights = layouts.random_weights({"num_layers": 1})
     for number, (name, row) in enumerate(ROWS.items()):
@@ -119,7 +119,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
 
 @pytest.fixture(scope="module")
 def comfyui_says(written: Written, comfyui_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Answer:
-    """What ComfyUI makes of the files it reads, and of a VAE."""
+    """ComfyUI's outputs with the files it reads, and with a VAE."""
     files = {name: str(written.files[name]) for name, row in ROWS.items() if row.in_comfyui}
     seen = {"picture": torch.rand(1, 64, 48, 3, generator=stream(0, "picture")), **task()}
     question = {"files": files, "vae_width": 8}
@@ -140,7 +140,7 @@ def test_output_is_comfyuis(written: Written, comfyui_says: Answer, name: str):
 
 
 def gradients(network: nn.Module) -> Tensor:
-    """Of an adapter that does something, in one vector."""
+    """The gradients of an adapter that is not zero, as one vector."""
     lora = inject_lora(network, plan_adapter(network, LoraConfig(lora_rank=2)), seed=0)
     for name, weight in lora.items():
         if name.endswith("lora_B"):
@@ -153,7 +153,7 @@ def gradients(network: nn.Module) -> Tensor:
 def test_codes_kept_as_they_are_compute_and_train_the_same(written: Written, name: str):
     kept = load_transformer(BaseModel(config_of(written.files[name], "file")), CPU)
     layers = [layer for layer in kept.transformer_blocks.modules() if isinstance(layer, FrozenLinear)]
-    assert len(layers) == 11  # of a block's 14; the last block's end of the text side is left out
+    assert len(layers) == 11  # of a block's 14, without the 3 of the last block's text output
     assert all(layer.weight.element_size() == 1 for layer in layers)
     with torch.no_grad():
         assert relative_error(velocity(kept), written.velocities[name]) < 1e-5
@@ -174,7 +174,7 @@ def test_digest_tells_files_apart(written: Written, tmp_path: Path):
 
 @torch.no_grad()
 def test_vae_with_wans_names(comfyui_says: Answer, tmp_path: Path):
-    """Latents and pictures are ComfyUI's, which writes such files."""
+    """Latents and pictures equal ComfyUI's, from which the file comes."""
     weights = {name.removeprefix("vae."): each for name, each in comfyui_says.tensors.items() if name[:4] == "vae."}
     path = layouts.bf16(weights, tmp_path / "vae.safetensors")
     network = load_vae(BaseModel(replace(config_of(path), mixed_precision="no")), CPU)
@@ -189,7 +189,7 @@ def test_vae_with_wans_names(comfyui_says: Answer, tmp_path: Path):
 
 
 def in_comfyuis_names(network: nn.Module) -> layouts.Weights:
-    """A text encoder's weights as ComfyUI's files name them."""
+    """A text encoder's weights under their names in ComfyUI's files."""
     renamed = {}
     for name, weight in network.named_parameters():
         stored = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
@@ -199,7 +199,7 @@ def in_comfyuis_names(network: nn.Module) -> layouts.Weights:
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["plain", "fp8 scaled"])
 def test_text_encoder_in_a_file(model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool):
-    """Narrow, which only this test allows: the configuration is otherwise that of Qwen2.5-VL-7B."""
+    """Replaces the configuration of Qwen2.5-VL-7B, which such files always have, by a narrow one."""
     wanted = load_text_encoder(BaseModel(model), "comfyui", CPU)
     weights = in_comfyuis_names(wanted.network)
     if quantised:

@@ -1,4 +1,4 @@
-"""Files that can't be used: each refused in one clear sentence, before weights are read."""
+"""Files that can't be used are refused with a clear message, before weights are read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYER = "transformer_blocks.1.attn.to_q"
 
 @pytest.fixture(autouse=True)
 def narrow_heads(monkeypatch: pytest.MonkeyPatch):
-    """Files of narrow transformers are refused otherwise."""
+    """Allows files of narrow transformers, which are refused otherwise."""
     monkeypatch.setitem(base_model.ROPE_AXES, NARROW["attention_head_dim"], NARROW["axes_dims_rope"])
 
 
@@ -57,7 +57,7 @@ def complaint(path: Path, **changes: object) -> str:
 
 
 def test_a_narrow_file_loads(weights: Weights, tmp_path: Path):
-    """So that the refusals below mean something; and it equals diffusers' own loading."""
+    """Otherwise the refusals below would prove nothing. The loaded network also matches diffusers'."""
     network = load_transformer(BaseModel(config_of(write(tmp_path / "a.safetensors", weights))), CPU)
     assert all(torch.equal(each, weights[name].float()) for name, each in network.named_parameters())
     assert not any(each.requires_grad for each in network.parameters())
@@ -186,7 +186,7 @@ def test_flavour_by_the_download(pipeline: str | None, zero_cond_t: bool, fittin
 
 
 def test_folders_in_the_place_of_files(base_of: Callable[[str], ModelConfig], tokenizer_dir: Path):
-    """As ComfyUI's lists offer them; the tokenizer comes from elsewhere."""
+    """ComfyUI's lists offer folders too. The tokenizer comes from elsewhere."""
     base = Path(base_of("edit-v1").base)
     parts = {f"{part}_file": str(base / part) for part in ("transformer", "text_encoder", "vae")}
     config = ModelConfig(**parts, tokenizer=str(tokenizer_dir), mixed_precision="no", device="cpu")
@@ -202,7 +202,7 @@ def test_gguf_is_not_kept_as_it_is(tmp_path: Path, weights: Weights):
 
 
 def test_nf4_is_not_kept_as_it_is(tmp_path: Path):
-    """The plan would count its codes, and bf16 would be loaded."""
+    """The plan would count the bytes of NF4 codes, but bf16 would be loaded."""
     folder = nf4(random_weights({**NARROW, "num_layers": 1}), tmp_path / "transformer")
     (folder / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", **NARROW}))
     config = replace(config_of(folder), base_model_precision="file")
