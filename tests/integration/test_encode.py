@@ -196,7 +196,7 @@ def test_two_references_are_two_latents_in_order(base_of: Callable[[str], ModelC
 @pytest.mark.parametrize("flavour", ["edit-v1", "edit-v2"])
 @pytest.mark.parametrize("preprocessing", ["comfyui", "diffusers"])
 def test_target_and_reference_show_the_same_rectangle(size: Size, flavour: str, preprocessing: str) -> None:
-    """At sides that are not multiples of 16. The views differ by less than a quarter of a one-pixel shift."""
+    """At sizes that are not multiples of 16, the views differ by less than a quarter of what a one-pixel shift does."""
     encoding = EncodingConfig(resolution=256, match_target_res=True, preprocessing=preprocessing)
     plan = plan_pair((size, size), FLAVOURS[flavour], encoding)
     assert plan.target.box == plan.references[0].box and plan.target.size == plan.references[0].size

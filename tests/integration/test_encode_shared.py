@@ -37,7 +37,7 @@ class Count(SilentObserver):
 
 
 def other_pixels(path: Path) -> None:
-    """Replaces a picture by another one of the same size."""
+    """Replaces a picture with another one of the same size."""
     Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
 
 

@@ -12,7 +12,7 @@ from tests.support.quickstart import CONFIG, EDIT_V1, EDIT_V2, as_edit_v2, in_fo
 from trainer_core.__main__ import main
 from trainer_core.files import read_metadata, read_tensors
 
-SMALLER = (  # too large for the demo model on a CPU; everything else is as printed
+SMALLER = (  # changed for the demo model on a CPU; everything else is as printed
     "encoding.resolution=96",
     "encoding.match_target_res=true",
     "max_train_steps=1",

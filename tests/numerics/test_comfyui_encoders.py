@@ -1,4 +1,4 @@
-"""With preprocessing `comfyui`, prompts are encoded exactly as by ComfyUI's own TextEncodeQwenImageEdit nodes."""
+"""With preprocessing `comfyui`, encoded prompts equal those of ComfyUI's own TextEncodeQwenImageEdit nodes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NODES = {"edit-v1": "TextEncodeQwenImageEdit", "edit-v2": "TextEncodeQwenImageEd
 ENCODING = EncodingConfig(preprocessing="comfyui")
 PICTURES = {"wide": (301, 227), "ribbon": (64, 333), "large": (1500, 901), "odd": (1023, 1025)}
 PIXEL_TOLERANCE = 1e-6
-EMBEDS_TOLERANCE = 1e-4  # relative to the largest value: the attention kernels differ, in float32
+EMBEDS_TOLERANCE = 1e-4  # relative to the largest value: two different attention kernels in float32
 
 
 @dataclass(frozen=True)

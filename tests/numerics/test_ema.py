@@ -1,4 +1,4 @@
-"""The EMA: its formula, no effect on the training, a bit-exact resume, and its export."""
+"""The EMA: its formula, no effect on training, a bit-exact resume, and its export."""
 
 from __future__ import annotations
 

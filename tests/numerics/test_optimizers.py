@@ -49,7 +49,7 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
 
 
 def take_steps(parameters: dict[str, nn.Parameter], optimizer: Any, config: OptimizerConfig, steps: range) -> None:
-    """Takes steps with noisy gradients towards one, at the learning rates that a training sets."""
+    """Takes steps with noisy gradients towards one, at the learning rates that training uses."""
     for step in steps:
         set_learning_rate(optimizer, learning_rate_at(step, 20, config))
         for name, parameter in parameters.items():

@@ -240,7 +240,7 @@ def test_validation_loss_is_the_same_number_for_the_same_weights(config: TrainCo
 
 
 def test_tokens_stand_where_the_policy_has_them(model: ModelConfig) -> None:
-    """ComfyUI and diffusers place odd sides and larger references differently. A training follows its policy."""
+    """ComfyUI and diffusers place odd sides and larger references differently. Training follows its policy."""
     odd, even = [[(1, 6, 7), (1, 8, 9)]], [[(1, 6, 8), (1, 6, 8)]]
     config, cpu = TrainConfig(run_dir="x", encoded="y", model=model), torch.device("cpu")
     placed = {}
