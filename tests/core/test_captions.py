@@ -65,7 +65,7 @@ def test_csv(folders: Path) -> None:
     write(folders / "after" / "table.csv", table)
     settings = config(folders, "csv", caption_file="table.csv", caption_column="words", filename_column="picture")
     assert captions(settings) == {"a": ('one, "two"', "three"), "b/c": ("x", "y")}
-    assert [note for note in scan_folders(settings).notes if "rows without a target, not used: 1 (z)" in note]
+    assert [note for note in scan_folders(settings).notes if "without a target, not used: 1 (z)" in note]
 
 
 def test_jsonl(folders: Path) -> None:

@@ -65,7 +65,7 @@ def _named_captions(path: Path, number: int, row: Row, config: DatasetConfig) ->
         column = getattr(config.captions, setting)
         if column not in row:
             raise DatasetError(
-                f"{shown(path)}, row {number}: there is no column {column!r}. Its columns are: "
+                f"{shown(path)}, row {number}: there is no column {column!r}. Its columns are "
                 f"{', '.join(shown(str(key)) for key in row) or 'none'}. Correct the table or {setting}."
             )
         values.append(row[column])

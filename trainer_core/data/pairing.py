@@ -165,7 +165,7 @@ def _unused_rows(table: dict[str, tuple[str, ...]] | None, target: Folder, confi
     if not unused:
         return []
     examples = ", ".join(map(shown, unused[:3])) + (", …" if len(unused) > 3 else "")
-    return [f"{shown(config.captions.caption_file)}: rows without a target, not used: {len(unused)} ({examples})."]
+    return [f"Rows of {shown(config.captions.caption_file)} without a target, not used: {len(unused)} ({examples})."]
 
 
 def _mask_roots(config: DatasetConfig) -> list[Path]:
@@ -252,7 +252,7 @@ def _without_reference(folders: list[Folder], config: DatasetConfig) -> list[str
         keys = [key for key in sorted(target.pictures) if key not in folder.pictures]
         if keys and _may_lack(folder, config):
             examples = ", ".join(map(shown, keys[:3])) + (", …" if len(keys) > 3 else "")
-            notes.append(f"{shown(folder.root)}: targets without a reference in this folder: {len(keys)} ({examples}).")
+            notes.append(f"Targets without a reference in {shown(folder.root)}: {len(keys)} ({examples}).")
     return notes
 
 
