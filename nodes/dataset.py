@@ -28,7 +28,7 @@ class PairFolders(io.ComfyNode):
         return node_schema(
             "PairFolders",
             "Pair Edit Folders",
-            description="Pairs the pictures of a target folder and one to three reference folders by file name.",
+            description="Pairs the pictures of a target and one to three reference folders by name without extension.",
             search_aliases=["dataset", "training pairs", "before after"],
             inputs=[
                 new_input(
@@ -41,8 +41,7 @@ class PairFolders(io.ComfyNode):
                     io.String,
                     "reference_folder_1",
                     default="my_edit/reference",
-                    tooltip="Folder of the pictures to edit, with the same names as their targets apart from the "
-                    f"extension. {_BELOW.format('reference')}",
+                    tooltip=f"Folder of the pictures to edit, named like the targets. {_BELOW.format('reference')}",
                 ),
                 setting_input(DatasetConfig, "caption_strategy"),
                 setting_input(DatasetConfig, "instance_prompt", multiline=True),
