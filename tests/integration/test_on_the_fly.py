@@ -142,5 +142,5 @@ def test_another_vae_is_refused(folders: DatasetConfig, model: ModelConfig, tmp_
     given = Encoders(pictures=PictureEncoder("theirs", loaded))
     with pytest.raises(ConfigError, match=r"on_the_fly.*disconnect vae"):
         given.check(small_encoding(reference_latents="on_the_fly"))
-    with pytest.raises(ConfigError, match="reference_latents cached"):
+    with pytest.raises(ConfigError, match="reference_latents to cached"):
         edit_weight_preview(encoded, 0.5)

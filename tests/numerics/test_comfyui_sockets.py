@@ -94,8 +94,8 @@ def test_keys_tell_networks_apart(answer: Answer):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("diffusers", "`comfyui` only"),
-        ("diffusers, vae", "`comfyui` only"),
+        ("diffusers", "works with comfyui only"),
+        ("diffusers, vae", "works with comfyui only"),
         ("patched", "LoRA or hook"),
         ("nothing", "clip and vae"),
         ("flat vae", "[1, 16, 12, 12]"),
