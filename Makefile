@@ -18,6 +18,9 @@ ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+# One process per core, each with whole files of tests, because the tests of a file share what they set up.
+# ARGS="-n 0" runs all in one process, as a debugger needs.
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
 LINT := .venv-lint
 LINT_RUN := $(LINT)/bin/python
 export COMFYUI_DIR
@@ -33,10 +36,10 @@ setup:
 	@$(PYTHON) tools/setup.py
 
 test: setup
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) $(PYTEST) $(ARGS)
 
 test-fast: setup
-	$(RUN) -m pytest --fast $(ARGS)
+	$(RUN) $(PYTEST) --fast $(ARGS)
 
 demo: setup
 	@$(RUN) tools/demo.py $(ARGS)
