@@ -199,7 +199,7 @@ def _validate(parts: _Parts, done: int) -> dict[str, float]:
     variants = weights_to_validate(networks.weights_to_use, networks.average_to_use, parts.prepared.config.ema)
     grid_file, found = run.grid_file(done), dict[str, float]()
     kept = (
-        "The run is saved up to this step. To continue it, lower validation_resolution (768x768, 512x512), or set "
+        "The run is saved up to this step. To continue it, lower validation_resolution, or set "
         "num_validation_images to 0, which still measures the validation loss."
     )
     try:

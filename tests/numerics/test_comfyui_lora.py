@@ -28,7 +28,7 @@ from trainer_core.qwen_image.transformer import load_transformer, predict_veloci
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
 
-TOLERANCE = 1e-3  # relative; a requirement of the product
+TOLERANCE = 1e-3  # relative
 FULL_WIDTH = {"num_layers": 1}  # the rest is Qwen-Image's default: 24 heads of 128, prompt width 3584
 LORA = LoraConfig(lora_rank=8, lora_alpha=12, lora_targets="all")
 WIDTHS = {"full width": FULL_WIDTH, "narrow": NARROW}

@@ -29,7 +29,7 @@ from trainer_core.qwen_image.vision import rotary_positions
 from trainer_core.rng import stream
 from trainer_core.sample import SampleRequest, sample_edit
 
-PIXEL_TOLERANCE = 1e-3  # of the pixel range; a requirement of the product
+PIXEL_TOLERANCE = 1e-3  # of the pixel range; a quarter of an 8-bit step
 REFERENCE_AREA, VISION_AREA = 128 * 128, 96 * 96  # instead of 1024² and 384², on both sides
 SIZE = Size(128, 96)
 PROMPT, NEGATIVE = "turn the sky red and remove the boat", "blurry, grey"
