@@ -150,7 +150,7 @@ def test_one_process_at_a_time_also_after_a_kill(tmp_path: Path) -> None:
         assert other.stdout is not None and other.stdout.readline() == "inside\n"
         try:
             with pytest.raises(
-                RunFolderError, match=rf"{re.escape(str(path))} is in use.*Wait until it has ended.*run\.lock"
+                RunFolderError, match=rf"{re.escape(str(path))} is in use.*Wait until it ends.*run\.lock"
             ):
                 entered(path, key)
             assert len(list((path / "checkpoints").iterdir())) == 1, "the other's unfinished checkpoint must stay"

@@ -28,6 +28,12 @@ def random_weights(config: dict) -> Weights:
     return weights
 
 
+def config_of(weights: Weights) -> str:
+    """The config.json of a transformer with these weights and one block."""
+    heads = len(weights["img_in.weight"]) // 128
+    return json.dumps({"_class_name": "QwenImageTransformer2DModel", "num_layers": 1, "num_attention_heads": heads})
+
+
 def matrices(weights: Weights) -> Weights:
     """The weights that such files quantise: the blocks' matrices, by layer name."""
     found = {name: each for name, each in weights.items() if name.startswith("transformer_blocks.") and each.ndim == 2}
@@ -150,8 +156,7 @@ def parts(weights: Weights, path: Path) -> Path:
     """A folder in diffusers' layout, with the weights in two files."""
     path = path.with_suffix("")
     path.mkdir()
-    config = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 1}
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(config_of(weights))
     names, index = list(weights), {}
     for number, half in enumerate((names[::2], names[1::2])):
         file = f"diffusion_pytorch_model-{number + 1:05d}-of-00002.safetensors"
@@ -167,8 +172,7 @@ def nf4(weights: Weights, path: Path) -> Path:
 
     path = path.with_suffix("")
     path.mkdir()
-    config = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 1}
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(config_of(weights))
     tensors = rest(weights)
     for layer, weight in matrices(weights).items():
         codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
