@@ -142,7 +142,8 @@ def _size_findings(key: str, name: str, target: Size, reference: Size) -> Iterat
         yield Finding(
             key,
             "framing",
-            f"{sizes}. Aspect ratios differ, so {name} is not cropped. Crop both alike if they show the same scene.",
+            f"{sizes}. Aspect ratios differ, so {name} can't be cropped like the target. Crop both alike if they show "
+            "the same scene.",
         )
 
 

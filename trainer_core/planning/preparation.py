@@ -126,7 +126,9 @@ def _held_out(config: TrainConfig, encoded: EncodedDataset) -> EncodedDataset:
             raise DatasetError(f"The cache lacks {len(missing)} encoded pairs. Encode the dataset again:", missing)
     check_alike(encoded, second, ("The encoded dataset", "the validation dataset"))
     if not encoded.pairs:
-        raise DatasetError("The dataset has no pairs to train on: all are held out. Lower num_eval_images.")
+        raise DatasetError(
+            "The dataset has no pairs to train on: all are held out. Set num_eval_images lower, to 0 or more."
+        )
     if not second.validation_pairs and config.validation_encoded:
         raise DatasetError("The validation dataset has no held-out pairs. Encode it with num_eval_images -1.")
     return second

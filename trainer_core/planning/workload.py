@@ -142,7 +142,9 @@ def estimated_prompt(plan: PairPlan, letters: int) -> int:
 
 def _workload(train: Sequence[PairSize], drawn: Sequence[PairSize], batching: BatchingConfig) -> Workload:
     if not train:
-        raise DatasetError("The memory plan has no pairs to train on: all are held out. Lower num_eval_images.")
+        raise DatasetError(
+            "The memory plan has no pairs to train on: all are held out. Set num_eval_images lower, to 0 or more."
+        )
     turns = Counter[Hashable]()
     for pair in train:
         turns[pair.group] += pair.turns
