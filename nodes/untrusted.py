@@ -27,9 +27,9 @@ def checked_run_name(name: str) -> str:
     fits = _RUN_NAME.fullmatch(name) and name[-1] not in " ." and name.split(".")[0].upper() not in _WINDOWS_DEVICES
     if not fits:
         raise ConfigError(
-            "run_name must be 1 to 80 letters, digits, spaces and _ - + . (starting with a letter, digit or _, not ending "
-            f"with a dot or space, and not reserved by Windows, such as CON), got {name[:100]!r}. Enter the name of a "
-            "folder, not a path."
+            "run_name must be 1 to 80 letters, digits, spaces and _ - + . (starting with a letter, digit or _, not "
+            f"ending with a dot or space, and not reserved by Windows, such as CON), got {name[:100]!r}. Enter the name of "
+            "a folder, not a path."
         )
     return name
 
