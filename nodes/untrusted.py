@@ -28,8 +28,8 @@ def checked_run_name(name: str) -> str:
     if not fits:
         raise ConfigError(
             "run_name must be 1 to 80 letters, digits, spaces and _ - + . (starting with a letter, digit or _, not "
-            f"ending with a dot or space, and not reserved by Windows, such as CON), got {name[:100]!r}. Enter the name of "
-            "a folder, not a path."
+            f"ending with a dot or space, and not reserved by Windows, such as CON), got {name[:100]!r}. Enter the "
+            "name of a folder, not a path."
         )
     return name
 
