@@ -55,7 +55,7 @@ def test_a_picture_that_changed_in_any_way_is_opened_again(tmp_path: Path, decod
     assert second.fingerprint == pair_folders(config(tmp_path)).fingerprint
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows keeps no time of an entry's last change")
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not record when a file's metadata changed")
 def test_a_picture_that_kept_its_size_and_time_is_opened_again(tmp_path: Path, decoded: list[str]) -> None:
     pair(tmp_path, "a")
     paired(tmp_path)

@@ -190,7 +190,7 @@ def test_links_may_not_leave_the_folder(tmp_path):
     assert "password" not in "".join(scan.problems)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes in folders")
+@pytest.mark.skipif(os.name == "nt", reason="Windows folders can't contain named pipes")
 def test_a_pipe_is_not_opened(tmp_path):
     pair(tmp_path, "a")
     os.mkfifo(tmp_path / "after/pipe.png")
@@ -205,7 +205,7 @@ def test_links_within_the_folder_are_followed(tmp_path):
     assert [p.key for p in pair_folders(config(tmp_path)).pairs] == ["a", "b"]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="names on Windows have no line breaks")
+@pytest.mark.skipif(os.name == "nt", reason="Windows file names can't contain line breaks")
 def test_names_that_break_lines_or_unicode_do_not_break_the_report(tmp_path):
     picture(tmp_path / "after/two\nlines.png")
     bad = os.fsencode(tmp_path / "after") + b"/br\xf8ken.png"

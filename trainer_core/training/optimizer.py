@@ -65,7 +65,7 @@ def _library(package: str, config: OptimizerConfig) -> Any:
 
 
 def _prodigy(settings: dict[str, Any], config: OptimizerConfig) -> Builder:
-    """Builds Prodigy (Mishchenko and Defazio 2023) with the safeguard that the authors recommend for a warm-up."""
+    """Builds Prodigy (Mishchenko and Defazio 2023). A warm-up turns on `safeguard_warmup`, as its authors advise."""
     kind = _library("prodigyopt", config).Prodigy
 
     def build(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
