@@ -91,7 +91,7 @@ def test_where_weights_and_activations_wait_changes_nothing(config: TrainConfig,
 
 def test_compiled_blocks_take_the_same_course(config: TrainConfig) -> None:
     settings = elsewhere(config, "bf16", mixed_precision="bf16")
-    compiled = dataclasses.replace(settings, run_dir=f"{settings.run_dir}-c", memory=MemoryConfig(compile_blocks=True))
+    compiled = dataclasses.replace(settings, run_dir=f"{settings.run_dir}-c", memory=MemoryConfig(compile_blocks="on"))
     torch.testing.assert_close(torch.tensor(losses(compiled)), torch.tensor(losses(settings)), rtol=2e-2, atol=2e-2)
 
 

@@ -253,4 +253,4 @@ def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):
 def test_compiling_without_triton_names_the_package(base: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("trainer_core.memory.placement.find_spec", lambda _: None)
     with pytest.raises(MissingPackageError, match="compile_blocks needs the package triton"):
-        run(base, compile_blocks=True)
+        run(base, compile_blocks="on")

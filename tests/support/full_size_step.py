@@ -56,7 +56,7 @@ class Setting:
             blocks_to_stream=int(words.get("stream", 0)),
             stream_buffers=int(words.get("buffers", 2)),
             activation_offload="offload" in words,
-            compile_blocks="compile" in words,
+            compile_blocks="on" if "compile" in words else "off",
         )
         checkpointing = "none" not in words
         return TrainConfig(

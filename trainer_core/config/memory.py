@@ -8,7 +8,8 @@ from typing import Literal
 from ..settings import Limits, Settings, check, setting
 from .training import LoraConfig
 
-MemoryPlanning = Literal["manual", "auto"]
+MemoryPlanning = Literal["auto", "manual"]
+CompileBlocks = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,8 @@ class MemoryConfig(Settings):
     """What stays on the device, what is recomputed, and what is moved to host memory."""
 
     memory: MemoryPlanning = setting(
-        "manual", "manual uses the settings below. auto chooses them so that the run fits on the device."
+        "auto",
+        "auto chooses the fastest settings with which the run fits on the device. manual uses the settings below.",
     )
     gradient_checkpointing_blocks: int = setting(
         -1,
@@ -41,14 +43,21 @@ class MemoryConfig(Settings):
         "to copy.",
         Limits(min=2, max=16, unit="blocks"),
     )
-    compile_blocks: bool = setting(
-        False, "Compile the blocks with torch.compile: takes about a minute at the start, then is faster. Needs Triton."
+    compile_blocks: CompileBlocks = setting(
+        "auto",
+        "Compile the blocks with torch.compile: takes about a minute at the start, then steps are faster. Needs a CUDA "
+        "device and Triton. auto: compile if that shortens the run.",
     )
     vram_gib: float = setting(
         0.0,
         "With memory auto: device memory to plan for, in GiB. 0 for what is free now.",
         Limits(min=0, unit="GiB", soft_max=1000, step=0.5),
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.compile_blocks, bool):  # its type in older job files and saved graphs
+            object.__setattr__(self, "compile_blocks", "on" if self.compile_blocks else "off")
+        Settings.__post_init__(self)  # super() does not work in a dataclass with slots
 
 
 def check_streaming(memory: MemoryConfig, lora: LoraConfig) -> None:

@@ -62,7 +62,7 @@ def apply_memory(
     blocks = list(transformer.transformer_blocks)
     again = recomputed_blocks(config.memory, len(blocks), checkpointing=config.gradient_checkpointing)
     check_compiler(config.memory)
-    if config.memory.compile_blocks:
+    if config.memory.compile_blocks == "on":
         _compile(blocks)
     if again:
         offload = HostCopies(device) if config.memory.activation_offload else None
@@ -78,7 +78,7 @@ def check_compiler(memory: MemoryConfig) -> None:
     Raises:
         MissingPackageError: triton is not installed.
     """
-    if memory.compile_blocks and find_spec("triton") is None:
+    if memory.compile_blocks == "on" and find_spec("triton") is None:
         raise MissingPackageError("triton", "compile_blocks")
 
 
