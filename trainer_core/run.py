@@ -30,6 +30,7 @@ from .training.optimizer_state import optimizer_tensors, restore_optimizer
 from .training.reduce import check_same_start
 from .training.step import Networks, build_networks, rehearse, step_gradients, update_weights
 from .training.validation import Validator
+from .training.validation_work import validation_is_due
 
 ExtraCheck = Callable[[Path, int], None]  # (LoRA file, number of the model's blocks); raises if it can't be loaded
 _LOG = logging.getLogger(__name__)
@@ -178,8 +179,8 @@ def _save(parts: _Parts, report: StepReport | None) -> None:
 
 def _validation_is_due(parts: _Parts, done: int) -> bool:
     """Whether to validate after this step."""
-    interval = parts.prepared.config.validation.validation_step_interval
-    return done == parts.prepared.config.max_train_steps or (interval > 0 and done % interval == 0)
+    config = parts.prepared.config
+    return validation_is_due(config.validation, done, config.max_train_steps)
 
 
 def _validate_if_missed(parts: _Parts, done: int) -> None:

@@ -23,6 +23,7 @@ from ..errors import DatasetError
 from ..geometry import Size, bucket_size
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import PATCH, VAE_FACTOR
+from ..training.validation_work import Passes
 from .activations import Tokens
 
 _VISION_PATCH = 28  # pixels per side of a Qwen2.5-VL picture token
@@ -47,13 +48,17 @@ class PairSize:
 class Workload:
     """`train`: the largest pair, `batch` of them per micro-batch. `validation`: the largest sampled pair, or None.
     `on_the_fly_pixels`: pixels of the largest reference that is encoded on the fly; 0 if all are in the cache.
-    `largest_picture`: pixels of the largest target or reference that is still to be encoded; 0 if there is none."""
+    `largest_picture`: pixels of the largest target or reference that is still to be encoded; 0 if there is none.
+    `held_out` and `pictures`: tokens and number of the held-out pairs and of the validation pictures that one set of
+    weights draws, for `validation_work`."""
 
     train: PairSize
     batch: int
     validation: PairSize | None = None
     on_the_fly_pixels: int = 0
     largest_picture: int = 0
+    held_out: tuple[Passes, ...] = ()
+    pictures: tuple[Passes, ...] = ()
 
     @property
     def tokens(self) -> Tokens:
@@ -77,11 +82,19 @@ def workload_of_encoded(
     encoded: EncodedDataset, batching: BatchingConfig, validation: ValidationConfig, held_out: EncodedDataset
 ) -> Workload:
     """The workload of an encoded dataset. Validation uses the held-out pairs of `held_out`."""
-    drawn = _sizes(held_out, held_out.validation_pairs[: validation.num_validation_images])
+    shown = held_out.validation_pairs[: validation.num_validation_images]
+    drawn = [
+        dataclasses.replace(size, turns=1 + len(entry.validation_captions))
+        for entry in shown
+        for size in _sizes(held_out, [entry])
+    ]
     work = _workload(_sizes(encoded, encoded.pairs), _at_sizes(drawn, validation), batching)
     flying = (shape for pair in encoded.pairs if pair.reference_files for shape in pair.shapes[1:])
     return dataclasses.replace(
-        work, on_the_fly_pixels=VAE_FACTOR**2 * max((math.prod(shape[-2:]) for shape in flying), default=0)
+        work,
+        on_the_fly_pixels=VAE_FACTOR**2 * max((math.prod(shape[-2:]) for shape in flying), default=0),
+        held_out=_passes(_sizes(held_out, held_out.validation_pairs)),
+        pictures=_passes(_at_sizes(drawn, validation)),
     )
 
 
@@ -91,8 +104,11 @@ def workload_of_pairs(
     batching: BatchingConfig,
     validation: ValidationConfig,
 ) -> Workload:
-    """The workload of datasets that are not encoded yet, from the pictures' headers. Prompt lengths are estimated."""
-    train, drawn, flying, largest = [], [], [0], 0
+    """The workload of datasets that are not encoded yet, from the pictures' headers.
+
+    Prompt lengths are estimated. The first pairs stand for the ones that encoding will hold out.
+    """
+    train, drawn, out, flying, largest = [], [], [], [0], 0
     for dataset, encoding in parts:
         sizes = []
         for pair in split_by_reference(dataset.pairs, encoding, held_out=()):
@@ -107,20 +123,33 @@ def workload_of_pairs(
         held = len(sizes) if encoding.num_eval_images < 0 else encoding.num_eval_images
         train += sizes if held < len(sizes) else []
         drawn += sizes if held else []
+        out += [dataclasses.replace(size, turns=1 + len(encoding.validation_prompts)) for size in sizes[:held]]
     work = _workload(train, _at_sizes(drawn, validation) if validation.num_validation_images else [], batching)
-    return dataclasses.replace(work, on_the_fly_pixels=max(flying), largest_picture=largest)
+    return dataclasses.replace(
+        work,
+        on_the_fly_pixels=max(flying),
+        largest_picture=largest,
+        held_out=_passes(dataclasses.replace(pair, turns=1) for pair in out),
+        pictures=_passes(_at_sizes(out[: validation.num_validation_images], validation)),
+    )
 
 
 def _at_sizes(pairs: Sequence[PairSize], validation: ValidationConfig) -> list[PairSize]:
-    """The pairs at each validation size, or at their own size if none is set."""
+    """The pairs at each distinct validation size, or at their own size if none is set."""
     if not validation.sizes:
         return list(pairs)
-    wanted = [
-        (pair, size if isinstance(size, Size) else bucket_size(pair.target, size, SIZE_STEP))
-        for pair in pairs
-        for size in validation.sizes
-    ]
-    return [with_target(pair, size) for pair, size in wanted]
+    sized: list[PairSize] = []
+    for pair in pairs:
+        wanted = (
+            size if isinstance(size, Size) else bucket_size(pair.target, size, SIZE_STEP) for size in validation.sizes
+        )
+        sized += [with_target(pair, size) for size in dict.fromkeys(wanted)]
+    return sized
+
+
+def _passes(pairs: Iterable[PairSize]) -> tuple[Passes, ...]:
+    """The pairs as input of `validation_work`."""
+    return tuple(Passes(pair.image_tokens, pair.text_tokens, pair.turns) for pair in pairs)
 
 
 def with_target(pair: PairSize, size: Size) -> PairSize:
@@ -174,7 +203,8 @@ def _sizes(encoded: EncodedDataset, entries: Sequence[EncodedEntry]) -> list[Pai
 
 
 def _prompt_tokens(encoded: EncodedDataset, entry: EncodedEntry) -> int:
-    return max(_length(entry_path(encoded.cache_dir, "prompt", key)) for key in entry.prompts)
+    prompts = (*entry.prompts, *entry.validation_prompts)
+    return max(_length(entry_path(encoded.cache_dir, "prompt", key)) for key in prompts)
 
 
 def _length(path: Path) -> int:
