@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.adapter_gradients import gradients, predict, task, with_adapter
 from tests.support.narrow import NARROW
 from trainer_core.config import BaseModelPrecision, ModelConfig
+from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer
 
@@ -63,16 +64,11 @@ def load(base: Path, precision: BaseModelPrecision) -> nn.Module:
     return load_transformer(BaseModel(config), torch.device("cpu"))
 
 
-def num_bytes(weight: Tensor) -> int:
-    """Bytes of a frozen weight with its scales."""
-    if hasattr(weight, "quant_state"):
-        state = weight.quant_state
-        return weight.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
-    if hasattr(weight, "_shift"):
-        return weight._data._data.nbytes + weight._scale.nbytes + weight._shift.nbytes
-    if hasattr(weight, "_data"):
-        return weight._data.nbytes + weight._scale.nbytes
-    return weight.nbytes
+def num_bytes(layer: nn.Module) -> int:
+    """Bytes of a layer's frozen weight with its scales."""
+    if isinstance(layer, FrozenLinear):
+        return sum(each.nbytes for name, each in layer.quantised.tensors.items() if name != "nested_map")
+    return layer.weight.nbytes
 
 
 @torch.no_grad()
@@ -110,7 +106,7 @@ def test_sensitive_layers_stay_and_all_others_shrink(base: Path, precision: Base
             twin = quantised.get_submodule(name)
             (kept if type(twin) is nn.Linear else shrunk).append(name)
             if name not in kept:
-                assert num_bytes(twin.weight) < BOUNDS[precision].share * layer.weight.nbytes, name
+                assert num_bytes(twin) < BOUNDS[precision].share * layer.weight.nbytes, name
             else:
                 assert torch.equal(twin.weight, layer.weight)
     assert all(name.startswith(SENSITIVE) for name in kept)

@@ -15,7 +15,7 @@ from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.pictures import to_tensor
 from trainer_core.config import BaseModelPrecision, ModelConfig
 from trainer_core.data.pairing import pair_folders
-from trainer_core.precision.pieces import pieces_of
+from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.text_encoder import TextEncoder, load_text_encoder
 
@@ -46,7 +46,7 @@ def test_a_quantised_text_encoder_is_near(
     error = float((embeddings(loaded) - exact).norm() / exact.norm())
     assert least < error < most
     named = dict(loaded.network.named_modules())
-    changed = {name for name, layer in named.items() if pieces_of(layer) is not None}
+    changed = {name for name, layer in named.items() if isinstance(layer, FrozenLinear)}
     assert any("visual.blocks" in name for name in changed) and any("language_model.layers" in name for name in changed)
     kept = {name for name, layer in named.items() if type(layer) is nn.Linear}
     assert all("visual.merger" in name for name in kept)

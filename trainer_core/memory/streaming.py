@@ -134,76 +134,33 @@ class _CopyQueue:
             self._freed[buffer].record(torch.cuda.current_stream(self._stream.device))
 
 
-class _TensorSlot:
-    """Where a module holds a plain tensor: an attribute of a parameter, tensor subclass or quantisation state.
-
-    `offset` is the tensor's position in its block's bytes.
-    """
-
-    def __init__(self, owner: Any, name: str, tensor: Tensor, offset: int) -> None:
-        self.owner, self.name, self.tensor, self.offset = owner, name, tensor, offset
-
-    def view(self, buffer: Tensor) -> Tensor:
-        """The view of a byte buffer that has this tensor's place, type and shape."""
-        part = buffer[self.offset : self.offset + self.tensor.nbytes]
-        return part.view(self.tensor.dtype).view(self.tensor.shape)
-
-    def exchange(self, tensor: Tensor) -> None:
-        """Put another tensor of the same shape and dtype into the slot."""
-        if self.name == "data":
-            self.owner.data = tensor
-        else:
-            setattr(self.owner, self.name, tensor)
-
-
-def _layout(block: nn.Module) -> tuple[list[_TensorSlot], int]:
+def _layout(block: nn.Module) -> tuple[list[tuple[Tensor, int]], int]:
     """The block's frozen tensors with their offsets in one allocation, and its size in bytes."""
     slots, size = [], 0
-    for owner, name, tensor in _frozen_tensors(block):
-        slots.append(_TensorSlot(owner, name, tensor, size))
-        size += aligned(tensor.nbytes)
+    for tensor in (*block.parameters(), *block.buffers()):
+        if not tensor.requires_grad:
+            slots.append((tensor, size))
+            size += aligned(tensor.nbytes)
     return slots, size
 
 
-def _frozen_tensors(block: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
-    for module in block.modules():
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:
-                yield from _inner(parameter, "data", parameter)
-                yield from _companions(getattr(parameter, "quant_state", None))
-        for name, buffer in module.named_buffers(recurse=False):
-            yield module, name, buffer
+def _view(buffer: Tensor, tensor: Tensor, offset: int) -> Tensor:
+    """The part of a byte buffer at `offset`, with the type and shape of a tensor."""
+    return buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
-def _inner(owner: Any, name: str, tensor: Any) -> Iterator[tuple[Any, str, Tensor]]:
-    """The plain tensors inside a tensor subclass such as quanto's, or the tensor itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield owner, name, tensor.data if name == "data" else tensor
-        return
-    for inner_name in tensor.__tensor_flatten__()[0]:
-        yield from _inner(tensor, inner_name, getattr(tensor, inner_name))
-
-
-def _companions(state: Any) -> Iterator[tuple[Any, str, Tensor]]:
-    """The tensors of a bitsandbytes quantisation state, and of the nested state of its scales."""
-    for each in (state, getattr(state, "state2", None)):
-        for name in ("absmax", "code", "offset"):
-            if isinstance(getattr(each, name, None), Tensor):
-                yield each, name, getattr(each, name)
-
-
-def _packed(slots: list[_TensorSlot], size: int) -> Tensor:
+def _packed(slots: list[tuple[Tensor, int]], size: int) -> Tensor:
     """Copy the tensors into one allocation in host memory, and free their own memory."""
     host = torch.empty(size, dtype=torch.uint8)
-    for slot in slots:
-        slot.view(host).copy_(slot.tensor)
-        slot.tensor = torch.empty_like(slot.tensor, device="meta")
+    for tensor, offset in slots:
+        _view(host, tensor, offset).copy_(tensor)
+        tensor.data = _view(host, tensor, offset)
     return host
 
 
-def _point_into(slots: list[_TensorSlot], buffer: Tensor) -> None:
-    for slot in slots:
-        slot.exchange(slot.view(buffer))
+def _point_into(slots: list[tuple[Tensor, int]], buffer: Tensor) -> None:
+    for tensor, offset in slots:
+        tensor.data = _view(buffer, tensor, offset)
 
 
 def _pin(owner: object, tensors: Sequence[Tensor]) -> None:

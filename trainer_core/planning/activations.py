@@ -14,7 +14,6 @@ from .network import NetworkSize
 
 FLOAT32 = 4  # bytes
 MASK_BYTES = 1  # per element of a dropout mask on CUDA devices
-_KEEP_INPUTS = ("int4-quanto", "int2-quanto")  # quanto's layers save their inputs, although nothing uses them
 # Gradients at the peak of a block's backward pass, which is in the MLP, in widths per token: of the block's output (1),
 # the MLP's output (1), the activation function's output (4) and its input (4).
 _BACKWARD_WIDTHS = 10
@@ -61,11 +60,11 @@ def saved_activation_bytes(network: NetworkSize, tokens: Tokens, *, rank: int, d
 def _layer_inputs(network: NetworkSize, *, batch: int, dropout: bool) -> Iterator[SavedActivation]:
     """Inputs of linear layers that the layer or its adapter saves. With dropout, an adapter saves the input after
     dropout instead, which `_adapter_activations` counts."""
-    width, keep_all = network.element_bytes * network.width, network.precision in _KEEP_INPUTS
+    width = network.element_bytes * network.width
     adapted = () if dropout else network.adapted
 
     def share(wide: float, *sides: tuple[str, ...]) -> list[float]:
-        return [wide * (keep_all or any(name in adapted for name in names)) for names in sides]
+        return [wide * any(name in adapted for name in names) for names in sides]
 
     attention_in = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
     yield SavedActivation("input of the q, k and v projections", *share(width, *attention_in))

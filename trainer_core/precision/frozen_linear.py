@@ -1,21 +1,27 @@
-"""A frozen linear layer with fp8 or int8 codes, from a model file or from quanto, that gradients pass through."""
+"""A frozen linear layer with a quantised weight that gradients pass through."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..weights.stored import StoredWeight, dequantise
+from .formats import Format, QuantisedWeight, format_of
+
+_LIBRARIES: list[torch.library.Library] = []  # an operator exists as long as its library object
 
 
 class FrozenLinear(nn.Linear):
     """y = x · dequantised(weight)ᵀ + bias, x [..., in], y [..., out]. Only x gets a gradient.
 
-    Forward and backward each dequantise the weight to x's dtype, so that only codes and scales stay in memory. x is not
-    kept for the backward pass, because a frozen weight has no gradient.
+    Forward and backward each dequantise the weight to x's dtype, so that only the quantised weight stays in memory. x
+    is not kept for the backward pass, because a frozen weight has no gradient. The parameter `weight` holds the codes,
+    and buffers hold the format's other tensors.
 
     With `rounds_input`, x is rounded to the codes' 8-bit format first, with one scale per token. The backward pass
     ignores the rounding (a straight-through estimator).
@@ -23,23 +29,33 @@ class FrozenLinear(nn.Linear):
 
     rounds_input = False
 
-    def __init__(self, stored: StoredWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = stored.codes.shape
-        self.rotation = stored.rotation
-        self.weight = nn.Parameter(stored.codes, requires_grad=False)
-        scale = torch.ones((), device=stored.codes.device) if stored.scale is None else stored.scale
-        self.register_buffer("scale", scale)
+        self.out_features, self.in_features = weight.shape
+        self.format, self._note = weight.format, json.dumps(weight.note)
+        tensors = dict(weight.tensors)
+        self.weight = nn.Parameter(tensors.pop("codes"), requires_grad=False)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def quantised(self) -> QuantisedWeight:
+        """The weight; its tensors are the layer's own."""
+        return QuantisedWeight(self.format, dict(zip(self.format.names, self._tensors(), strict=True)))
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.weight.data, *(self.get_buffer(name) for name in self.format.names[1:])]
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] as a new tensor of `dtype`."""
-        return dequantise(self.weight, self.get_buffer("scale"), self.rotation, dtype)
+        return self.format.dequantise(self._tensors(), dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """x [..., in] to y [..., out]."""
         x = _Rounded.apply(input, self.weight.dtype) if self.rounds_input else input  # type: ignore[no-untyped-call]
-        return _Product.apply(x, self.weight, self.scale, self.rotation, self.bias)  # type: ignore[no-untyped-call]
+        others = [getattr(self, name) for name in self.format.names[1:]]
+        return _Product.apply(x, self.bias, self._note, self.out_features, self.weight, *others)  # type: ignore[no-untyped-call]
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,25 +79,59 @@ class _Rounded(torch.autograd.Function):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, rotation: int, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        ctx.rotation = rotation
-        return functional.linear(x, dequantise(codes, scale, rotation, x.dtype), bias)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, note: str, width: int, *weight: Tensor) -> Tensor:
+        ctx.save_for_backward(*weight)
+        ctx.note, ctx.width = note, x.shape[-1]
+        return _product()(x, weight, note, width, False, bias)  # noqa: FBT003 - operators have no keywords here
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale = ctx.saved_tensors
-        gradient = gradients[0]
-        return gradient @ dequantise(codes, scale, ctx.rotation, gradient.dtype), None, None, None, None
+        weight = ctx.saved_tensors
+        gradient = _product()(gradients[0], weight, ctx.note, ctx.width, True, None)  # noqa: FBT003
+        return gradient, None, None, None, *(None for _ in weight)
+
+
+def _product() -> Any:
+    """The product, or in compiled code the operator that hides it."""
+    return torch.ops.qwen_edit_trainer.product if torch.compiler.is_compiling() else _multiplied
+
+
+def _multiplied(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    note: str,
+    width: int,  # noqa: ARG001 - of the result; the compiler needs it
+    transposed: bool,  # noqa: FBT001 - operators have no keywords here
+    bias: Tensor | None,
+) -> Tensor:
+    """x · Wᵀ + bias, or x · W if `transposed`."""
+    matrix = _format(note).dequantise(weight, x.dtype)
+    return x @ matrix if transposed else functional.linear(x, matrix, bias)
+
+
+@cache
+def _format(note: str) -> Format:
+    return format_of(json.loads(note))
+
+
+@cache
+def register_product() -> None:
+    """Register the product as an operator, before code that uses it is compiled.
+
+    The compiler would otherwise see the dequantised weight, and keep it from the forward to the backward pass.
+    """
+    if hasattr(torch.ops.qwen_edit_trainer, "product"):  # by a copy of this module with another package name
+        return
+    library = torch.library.Library("qwen_edit_trainer", "FRAGMENT")
+    library.define("product(Tensor x, Tensor[] w, str note, int width, bool transposed, Tensor? bias) -> Tensor")
+    library.impl("product", _multiplied, "CompositeExplicitAutograd")
+    library.impl("product", lambda x, _w, _note, width, *_: x.new_empty((*x.shape[:-1], width)), "Meta")
+    _LIBRARIES.append(library)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight [out, in] of a linear layer of any precision. A quantised weight is dequantised on every call."""
-    weight: Any = layer.weight
     if isinstance(layer, FrozenLinear):
         return layer.dequantised(torch.float32)
-    if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)
-    return weight.dequantize().detach() if hasattr(weight, "qtype") else weight.detach()
+    weight: Any = layer.weight
+    return weight.detach()

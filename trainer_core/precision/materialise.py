@@ -13,8 +13,9 @@ from ..config import BaseModelPrecision
 from ..errors import ModelFileError
 from ..events import Observer, raise_if_stopped
 from ..weights.stored import Read, StoredWeight, WeightSource
+from .formats import EightBits, QuantisedWeight
 from .frozen_linear import FrozenLinear
-from .pieces import Pieces, in_one_buffer, layer_of, pieces_of
+from .one_buffer import in_one_buffer
 from .quantise import Convert, converter, is_kept
 from .quantised_cache import QuantisedCache
 
@@ -72,7 +73,7 @@ def materialise(
         for done, names in enumerate(groups):
             raise_if_stopped(observer)
             known = entry.read(done, placement.quantise_on) if entry else {}
-            made: dict[str, Pieces] = {}
+            made: dict[str, QuantisedWeight] = {}
             with source.opened() as read:
                 for name in names:
                     _fill(network, name, read, placement, _Quantised(convert, known, made if entry else None))
@@ -128,8 +129,8 @@ class _Quantised(NamedTuple):
     """
 
     convert: Convert | None
-    known: dict[str, Pieces]
-    made: dict[str, Pieces] | None
+    known: dict[str, QuantisedWeight]
+    made: dict[str, QuantisedWeight] | None
 
 
 def _fill(network: nn.Module, name: str, read: Read, placement: Placement, quantised: _Quantised) -> None:
@@ -149,24 +150,23 @@ def _fill(network: nn.Module, name: str, read: Read, placement: Placement, quant
         setattr(module, each, nn.Parameter(value, requires_grad=False))
     if changes and quantised.convert is not None:
         layer = quantised.convert(module, device)  # type: ignore[arg-type]
-        pieces = pieces_of(layer) if quantised.made is not None else None
-        if pieces is not None and quantised.made is not None:
-            quantised.made[name] = pieces
+        if quantised.made is not None:
+            quantised.made[name] = layer.quantised
         _replace(network, name, layer.to(placement.device_of(name)))
 
 
-def _known(module: nn.Module, name: str, read: Read, placement: Placement, pieces: Pieces) -> nn.Module:
-    """The quantised layer from cached pieces. Only its bias is read from the model file."""
+def _known(module: nn.Module, name: str, read: Read, placement: Placement, weight: QuantisedWeight) -> nn.Module:
+    """The layer with a cached weight. Only its bias is read from the model file."""
     bias = None
     if isinstance(module.bias, Tensor):
-        value = read(f"{name}.bias").to(placement.quantise_on).dequantise(placement.dtype)
-        bias = nn.Parameter(value, requires_grad=False)
-    return layer_of(pieces, bias).to(placement.device_of(name))
+        bias = read(f"{name}.bias").to(placement.quantise_on).dequantise(placement.dtype)
+    return FrozenLinear(weight, bias).to(placement.device_of(name))
 
 
 def _as_it_is(stored: dict[str, StoredWeight], placement: Placement, device: torch.device) -> FrozenLinear:
     weight = stored["weight"].to(device)
-    own = StoredWeight(_owned(weight.codes), weight.scale, weight.rotation)
+    scale = torch.ones((), device=device) if weight.scale is None else weight.scale
+    own = QuantisedWeight(EightBits(weight.rotation), {"codes": _owned(weight.codes), "scale": scale})
     bias = stored["bias"].to(device).dequantise(placement.dtype) if "bias" in stored else None
     return FrozenLinear(own, bias)
 

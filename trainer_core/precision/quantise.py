@@ -14,10 +14,10 @@ from torch import nn
 from ..config import BaseModelPrecision
 from ..errors import MissingPackageError
 from ..events import Observer, raise_if_stopped
-from ..weights.stored import StoredWeight
+from .formats import EightBits, Nf4, Packed, QuantisedWeight
 from .frozen_linear import FrozenLinear
 
-Convert = Callable[[nn.Linear, torch.device], nn.Module]
+Convert = Callable[[nn.Linear, torch.device], FrozenLinear]
 _QUANTO_TYPES = {"int8-quanto": "qint8", "int4-quanto": "qint4", "int2-quanto": "qint2", "fp8-quanto": "qfloat8"}
 
 
@@ -80,43 +80,39 @@ def _need(module: str, package: str, precision: str) -> None:
         raise MissingPackageError(package, f"The precision {precision}")
 
 
-def _to_quanto(type_name: str, layer: nn.Linear, device: torch.device) -> nn.Module:
-    from optimum.quanto import freeze, qtypes
-    from optimum.quanto.nn import QLinear
+def _to_quanto(type_name: str, layer: nn.Linear, device: torch.device) -> FrozenLinear:
+    from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qtypes, quantize_weight
 
     layer, codes = layer.to(device), qtypes[type_name]
+    weight = layer.weight.data
     if codes.bits == 8:
-        return _to_quanto_codes(layer, codes)
-    quantised = QLinear.from_module(layer, weights=codes)
-    freeze(quantised)
-    return quantised.requires_grad_(False)  # noqa: FBT003
+        scale = AbsmaxOptimizer()(weight, qtype=codes, axis=0)
+        made: Any = quantize_weight(weight, qtype=codes, axis=0, scale=scale, optimized=False)
+        return FrozenLinear(QuantisedWeight(EightBits(), {"codes": made._data, "scale": scale.float()}), layer.bias)
+    group = _group(layer.in_features)
+    scale, shift = MaxOptimizer()(weight, qtype=codes, axis=0, group_size=group)
+    made = quantize_weight(weight, codes, 0, scale, shift, group_size=group, optimized=False)
+    form = Packed(layer.out_features, layer.in_features, codes.bits, group or layer.in_features)
+    tensors = {"codes": made._data._data, "scale": made._scale, "shift": made._shift}
+    return FrozenLinear(QuantisedWeight(form, tensors), layer.bias)
 
 
-def _to_quanto_codes(layer: nn.Linear, codes: Any) -> FrozenLinear:
-    """Quanto's 8-bit codes and row scales in a FrozenLinear, which keeps no input for the backward pass."""
-    from optimum.quanto import AbsmaxOptimizer, quantize_weight
-
-    scale = AbsmaxOptimizer()(layer.weight.data, qtype=codes, axis=0)
-    weight: Any = quantize_weight(layer.weight.data, qtype=codes, axis=0, scale=scale, optimized=False)
-    return FrozenLinear(StoredWeight(weight._data, scale.float()), layer.bias)
+def _group(columns: int) -> int | None:
+    """The weights of a row that share a scale, as in quanto's own linear layer; None for the whole row."""
+    return next((size for size in (128, 96, 64, 32) if columns > 128 and columns % size == 0), None)
 
 
-def _to_nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
+def _to_nf4(layer: nn.Linear, device: torch.device) -> FrozenLinear:
+    from bitsandbytes.functional import quantize_4bit
 
-    weight = layer.weight
-    quantised = Linear4bit(
-        layer.in_features,
-        layer.out_features,
-        bias=layer.bias is not None,  # pyright: ignore[reportUnnecessaryComparison]  # torch's stub omits None
-        compute_dtype=weight.dtype,
-        quant_type="nf4",
-        device="meta",
-    )
-    quantised.weight = Params4bit(
-        weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=quantised
-    )
-    quantised.bias = layer.bias
-    # On some CPUs, a forward without gradients would reorder the weights, and a later backward would not work.
-    quantised.support_avx512bf16_for_cpu = False
-    return quantised.to(device)
+    layer = layer.to(device)
+    codes, state = quantize_4bit(layer.weight.data, quant_type="nf4", compress_statistics=True)
+    form = Nf4(layer.out_features, layer.in_features, state.blocksize, state.state2.blocksize)
+    tensors = {
+        "codes": codes,
+        "absmax": state.absmax,
+        "nested_absmax": state.state2.absmax,
+        "nested_map": state.state2.code,
+        "offset": state.offset,
+    }
+    return FrozenLinear(QuantisedWeight(form, tensors), layer.bias)

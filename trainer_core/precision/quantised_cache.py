@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from ..errors import ModelFileError
 from ..files import is_whole, write_atomically
-from .pieces import Pieces
+from .formats import QuantisedWeight, format_of
 
 _LOG = logging.getLogger(__name__)
 _LEFT_OVER_SECONDS = 86_400  # an unfinished entry this old was left by a process that has ended
@@ -61,7 +61,7 @@ class Entry:
         self.temporary = cache.folder / f".{cache.key}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         self._bytes, self._gave_up = 0, reading
 
-    def read(self, block: int, device: torch.device) -> dict[str, Pieces]:
+    def read(self, block: int, device: torch.device) -> dict[str, QuantisedWeight]:
         """A block's quantised weights on `device`, by layer name; empty if the entry is open for writing.
 
         Raises:
@@ -72,13 +72,13 @@ class Entry:
         path = self.place / f"{block:05d}.safetensors"
         try:
             return _read(path, device)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ModelFileError(
                 f"The quantised weights in {path} can't be read ({error}). Delete the folder {self.place}; it will be "
                 "rebuilt from the model."
             ) from error
 
-    def write(self, block: int, weights: dict[str, Pieces]) -> None:
+    def write(self, block: int, weights: dict[str, QuantisedWeight]) -> None:
         """Write a block. A disk error is logged and stops the caching, but not the loading of the network."""
         if self._gave_up:
             return
@@ -134,25 +134,25 @@ def _make_room(cache: QuantisedCache) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _write(path: Path, weights: dict[str, Pieces]) -> int:
+def _write(path: Path, weights: dict[str, QuantisedWeight]) -> int:
     """Write a block to a safetensors file. Returns its size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{name}/{key}": tensor.detach().cpu().contiguous()
-        for name, pieces in weights.items()
-        for key, tensor in pieces.tensors.items()
+        for name, weight in weights.items()
+        for key, tensor in weight.tensors.items()
     }
-    save_file(tensors, path, {"notes": json.dumps({name: pieces.note for name, pieces in weights.items()})})
+    save_file(tensors, path, {"notes": json.dumps({name: weight.note for name, weight in weights.items()})})
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return path.stat().st_size
 
 
-def _read(path: Path, device: torch.device) -> dict[str, Pieces]:
+def _read(path: Path, device: torch.device) -> dict[str, QuantisedWeight]:
     with safe_open(path, framework="pt", device=str(device)) as file:  # type: ignore[no-untyped-call]
-        weights = {name: Pieces({}, note) for name, note in json.loads(file.metadata()["notes"]).items()}
+        notes = json.loads(file.metadata()["notes"])
+        weights = {name: QuantisedWeight(format_of(note), {}) for name, note in notes.items()}
         for full in file.keys():  # noqa: SIM118 - not a dict
-            name, key, *padding = full.split("/")
-            if not padding:  # entries of an older version are padded with tensors of their own
-                weights[name].tensors[key] = file.get_tensor(full)
+            name, _, key = full.partition("/")
+            weights[name].tensors[key] = file.get_tensor(full)
     return weights

@@ -13,7 +13,7 @@ from ..precision.materialise import Placement
 from ..precision.quantised_cache import QuantisedCache
 from .folder import weights_digest
 
-_FORMAT = 1  # raise it when the cache's files change, so that old entries are no longer found
+_FORMAT = 2  # raise it when the cache's files change, so that old entries are no longer found
 _QUANTISERS = ("optimum-quanto", "bitsandbytes")
 
 

@@ -1,0 +1,105 @@
+"""The formats of quantised weights: 8-bit codes, bitsandbytes' NF4, and quanto's packed 4-bit and 2-bit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..weights.stored import dequantise
+
+
+@dataclass(frozen=True, slots=True)
+class EightBits:
+    """fp8 or int8 codes [out, in], a float32 scale per row [out, 1] or for all [], and StoredWeight's `rotation`."""
+
+    names: ClassVar[tuple[str, ...]] = ("codes", "scale")
+    rotation: int = 0
+
+    def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], computed in float32 and rounded once."""
+        codes, scale = tensors
+        return dequantise(codes, scale, self.rotation, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4:
+    """bitsandbytes' 4-bit codes, whose scales are 8-bit codes themselves. Sizes of blocks are in weights and scales."""
+
+    names: ClassVar[tuple[str, ...]] = ("codes", "absmax", "nested_absmax", "nested_map", "offset")
+    rows: int
+    columns: int
+    blocksize: int
+    nested_blocksize: int
+
+    def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], as bitsandbytes computes it: in float32 and rounded once."""
+        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+        codes, absmax, nested_absmax, nested_map, offset = tensors
+        scales = dequantize_blockwise(absmax, absmax=nested_absmax, code=nested_map, blocksize=self.nested_blocksize)
+        shape = torch.Size((self.rows, self.columns))
+        state = QuantState(scales.add_(offset), shape, blocksize=self.blocksize, quant_type="nf4", dtype=dtype)
+        return dequantize_4bit(codes, state)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """quanto's codes of 4 or 2 bits in groups of `group` weights, each with a scale and a shift: scale * code - shift.
+
+    A byte holds the codes of one column in 8 / bits rows, which are a fraction of all rows apart.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("codes", "scale", "shift")
+    rows: int
+    columns: int
+    bits: int
+    group: int
+
+    def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], computed in float32 and rounded once."""
+        codes, scale, shift = tensors
+        weight = torch.empty(self.rows * self.columns // self.group, self.group, dtype=dtype, device=codes.device)
+        parts = zip(*(each.split(len(codes)) for each in (weight, scale.float(), shift.float())), strict=True)
+        for number, (part, factor, offset) in enumerate(parts):
+            unpacked = (codes[: len(part)] >> (number * self.bits)) & (2**self.bits - 1)
+            torch.sub(unpacked * factor, offset, out=part)
+        return weight.view(self.rows, self.columns)
+
+
+Format: TypeAlias = EightBits | Nf4 | Packed
+_KINDS: dict[str, type[Format]] = {"codes": EightBits, "nf4": Nf4, "packed": Packed}
+
+
+def format_of(note: Mapping[str, Any]) -> Format:
+    """The format that `note`, made by `QuantisedWeight.note`, describes.
+
+    Raises:
+        KeyError, TypeError: it describes no known format.
+    """
+    values = dict(note)
+    return _KINDS[values.pop("kind")](**values)
+
+
+class QuantisedWeight(NamedTuple):
+    """A quantised weight [out, in]: its format, and that format's tensors by name."""
+
+    format: Format
+    tensors: dict[str, Tensor]
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """The format as JSON values."""
+        kind = next(name for name, each in _KINDS.items() if isinstance(self.format, each))
+        return {"kind": kind, **asdict(self.format)}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        if isinstance(self.format, EightBits):
+            rows, columns = self.tensors["codes"].shape
+            return rows, columns
+        return self.format.rows, self.format.columns
