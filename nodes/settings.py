@@ -229,7 +229,7 @@ class MemorySettings(io.ComfyNode):
             "MemorySettings",
             "Qwen Edit Memory Settings",
             description="What stays on the device, what is recomputed and what is moved to host memory. Does not "
-            "change the training result. Without this node, all blocks are recomputed and nothing is moved.",
+            "change the training result. Without this node, the trainer chooses the fastest settings that fit.",
             search_aliases=["block swap", "offload", "low vram", "gradient checkpointing"],
             inputs=[
                 *setting_inputs(
@@ -240,6 +240,14 @@ class MemorySettings(io.ComfyNode):
             ],
             outputs=[new_output(sockets.MemorySettings, "memory_settings", "For Train Qwen Edit LoRA.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, compile_blocks: str | bool | None = None) -> bool | str:
+        """Check `compile_blocks`, because ComfyUI would refuse the true or false of older graphs."""
+        try:
+            return compile_blocks is None or bool(MemoryConfig(compile_blocks=compile_blocks))  # type: ignore[arg-type]
+        except TrainerError as error:
+            return str(error)
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:

@@ -44,7 +44,7 @@ _SETTINGS = {
     ),
     "memory_settings": (
         sockets.MemorySettings,
-        "What stays on the device and what is moved to host memory. Default: activations are recomputed.",
+        "What stays on the device and what is moved to host memory. Default: the fastest settings that fit.",
     ),
     "ema_settings": (
         sockets.EmaSettings,

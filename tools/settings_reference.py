@@ -152,7 +152,8 @@ def _value_schema(hint: Any, field: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(hint):
         return _object_schema(typing.cast(type, hint))
     if typing.get_origin(hint) is typing.Literal:
-        return {"enum": list(typing.get_args(hint))}
+        older = [True, False] if field and field.name == "compile_blocks" else []  # its values in older files
+        return {"enum": [*typing.get_args(hint), *older]}
     if typing.get_origin(hint) is tuple:
         item = _value_schema(typing.get_args(hint)[0], None)
         array = {"type": "array", "items": item}

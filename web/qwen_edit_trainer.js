@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 // @ts-ignore
 import { api } from "../../scripts/api.js";
 import { loadStyle } from "./trainer/dom.js";
-import { isTrainNode, openSidebar, refreshLists } from "./trainer/graph.js";
+import { isTrainNode, openSidebar, readOldValues, refreshLists } from "./trainer/graph.js";
 import { attachView } from "./trainer/node_view.js";
 import { createPanel } from "./trainer/panel.js";
 import { createStore } from "./trainer/store.js";
@@ -40,6 +40,7 @@ app.registerExtension({
   },
 
   nodeCreated(/** @type {any} */ node) {
+    readOldValues(node);
     if (!isTrainNode(node)) return;
     const onPick = (/** @type {string} */ run, /** @type {number} */ step) => {
       openSidebar(app, TAB);

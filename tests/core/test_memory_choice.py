@@ -16,7 +16,7 @@ from trainer_core.planning.advice import STEP, VALIDATION, memory_advice, memory
 from trainer_core.planning.choose import Budget, choose_memory
 from trainer_core.planning.network import NetworkSize
 from trainer_core.planning.plan import GIB, MemoryPlan, plan_memory
-from trainer_core.planning.report import plan_report
+from trainer_core.planning.report import plan_report, planned_in_words, unused_settings
 from trainer_core.planning.workload import Workload, pair_size
 
 PLENTY = 512 * GIB
@@ -132,6 +132,18 @@ def test_the_report_says_what_it_is_for_and_whether_it_fits(network: NetworkSize
     assert "does not fit" in text and "frozen weights" in text and "decoding" in text
     assert text.count("\n") < 30 and max(map(len, text.splitlines())) < 200
     assert "The run fits" in plan_report(chosen(network, "nf4-bnb", 24), budget)
+
+
+def test_settings_that_auto_does_not_use_are_named(network: NetworkSize) -> None:
+    given = MemoryConfig(blocks_to_stream=20, activation_offload=True, stream_buffers=3)
+    config = dataclasses.replace(config_of(gradient_checkpointing=False), memory=given)
+    text, fits = planned_in_words(config, network, WORK, Budget(80 * GIB, PLENTY))
+    assert fits and text.splitlines()[-1] == (
+        "Not used, because memory is auto: activation_offload on, blocks_to_stream 20, gradient_checkpointing off. "
+        "Set memory to manual to use them."
+    )
+    assert unused_settings(config_of()) == ""
+    assert unused_settings(dataclasses.replace(config, memory=dataclasses.replace(given, memory="manual"))) == ""
 
 
 def test_advice_is_the_three_that_save_most(network: NetworkSize) -> None:

@@ -33,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], type[TrainerError], str]] = {
     ),
     "rank": ({"lora": LoraConfig(rank_pattern=("77 = 4",))}, ConfigError, "rank_pattern '77 = 4' matches none"),
     "start": ({"lora": LoraConfig(init_lora="nowhere.safetensors")}, ModelFileError, "nowhere.safetensors"),
-    "streamed": ({"memory": MemoryConfig(blocks_to_stream=2)}, ConfigError, "blocks_to_stream is 2"),
+    "streamed": ({"memory": MemoryConfig(memory="manual", blocks_to_stream=2)}, ConfigError, "blocks_to_stream is 2"),
     "triton": ({"memory": MemoryConfig(compile_blocks="on")}, MissingPackageError, "compile_blocks needs .* triton"),
     "tensorboardX": ({}, MissingPackageError, "A training run needs the package tensorboardX"),
     "bitsandbytes": (

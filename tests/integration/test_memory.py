@@ -159,10 +159,12 @@ def test_auto_chooses_and_trains_the_same(
     config: TrainConfig, encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With plenty of memory. config.json keeps the settings as the user gave them."""
-    auto = named(config, "auto", memory=MemoryConfig(memory="auto"), gradient_checkpointing=False)
+    auto = named(config, "auto", gradient_checkpointing=False)
     needs = {}
     for streamed in (0, 1):
-        memory = MemoryConfig(blocks_to_stream=streamed, activation_offload=True, gradient_checkpointing_blocks=2)
+        memory = MemoryConfig(
+            memory="manual", blocks_to_stream=streamed, activation_offload=True, gradient_checkpointing_blocks=2
+        )
         frugal = dataclasses.replace(config, memory=memory, gradient_checkpointing=True)
         needs[streamed] = prepare_training(frugal).memory_plan().needed_device_bytes
     assert needs[1] <= needs[0]
@@ -179,7 +181,7 @@ def test_settings_of_ones_own_that_do_not_fit_are_named(
 ) -> None:
     """The run starts nevertheless, because the plan includes a margin."""
     monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
-    assert train_lora(named(config, "manual")).lora_file is not None
+    assert train_lora(named(config, "manual", memory=MemoryConfig(memory="manual"))).lora_file is not None
     said = [record.getMessage() for record in caplog.records if "does not fit" in record.getMessage()]
     assert len(said) == 1
     assert "What helps most:" in said[0]
@@ -189,7 +191,7 @@ def test_auto_refuses_before_anything_is_loaded(config: TrainConfig, monkeypatch
     monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
     monkeypatch.setattr("trainer_core.run.build_networks", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(OutOfMemoryError, match=r"still needs \d+\.\d GiB on the device"):
-        train_lora(dataclasses.replace(config, memory=MemoryConfig(memory="auto")))
+        train_lora(config)
     assert not Path(config.run_dir).exists()
 
 
@@ -207,7 +209,7 @@ def test_plan_on_the_command_line(model: ModelConfig, tmp_path: Path, capsys: py
     assert main(["plan", str(job)]) == 0
     text = capsys.readouterr().out
     assert "(target 96 x 96, 1 reference: 72 picture tokens" in text and "The run fits" in text
-    assert main(["plan", str(job), "--vram", "0.7", "--set", "memory.memory=auto"]) == 1
+    assert main(["plan", str(job), "--vram", "0.7", "--set", "memory.blocks_to_stream=1"]) == 1
     assert "does not fit" in capsys.readouterr().out
     assert not list((tmp_path / "cache").rglob("*.safetensors")) and not (tmp_path / "runs").exists()
 

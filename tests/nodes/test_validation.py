@@ -196,6 +196,16 @@ def test_stop_refuses_what_it_does_not_know(comfyui: PackServer):
     assert caught.value.status == 400
 
 
+def test_a_choice_of_compile_blocks_that_there_is_not(comfyui: PackServer, prompt: dict[str, Any]):
+    training, inputs = node_of(prompt, "TrainLora")
+    widgets = {"memory": "auto", "gradient_checkpointing_blocks": -1, "activation_offload": False}
+    widgets |= {"blocks_to_stream": 0, "stream_buffers": 2, "compile_blocks": "sometimes", "vram_gib": 0.0}
+    prompt["memory"] = {"class_type": "QwenEdit_MemorySettings", "inputs": widgets}
+    inputs["memory_settings"] = ["memory", 0]
+    errors = refusal(comfyui, prompt, [training])
+    assert "compile_blocks must be one of auto, on, off" in errors["memory"]["errors"][0]["details"]
+
+
 @pytest.mark.parametrize(
     ("widgets", "words"),
     [

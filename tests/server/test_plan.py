@@ -12,6 +12,17 @@ from tests.support.training_graph import EMA, ENCODE, LOAD, Prompt, encoding, ou
 pytestmark = pytest.mark.server
 
 
+MEMORY = {
+    "memory": "auto",
+    "gradient_checkpointing_blocks": -1,
+    "activation_offload": False,
+    "blocks_to_stream": 0,
+    "stream_buffers": 2,
+    "compile_blocks": "auto",
+    "vram_gib": 0.0,
+}
+
+
 def planned(server: PackServer, more: Prompt | None = None, **inputs: Any) -> str:
     """The text of the plan for a training on five pairs."""
     plan = ours("PlanMemory", model=[LOAD, 0], encoded=[ENCODE, 0], card_gib=8.0, **inputs)
@@ -24,6 +35,19 @@ def test_settings_of_the_training_node_count(studio: PackServer):
     assert "rank 16 on image-attention" in plain
     assert "running average" in planned(studio, {"ema": EMA}, ema_settings=["ema", 0])
     assert "rank 32 on attention-mlp" in planned(studio, preset="quality")
+
+
+@pytest.mark.parametrize(("saved", "said"), [(False, "off"), (True, "on"), ("off", "off")])
+def test_a_toggle_of_an_older_graph_counts(studio: PackServer, saved: object, said: str):
+    """compile_blocks was true or false in graphs and prompts before it had auto."""
+    node = {"memory": ours("MemorySettings", **{**MEMORY, "memory": "manual", "compile_blocks": saved})}
+    assert f"compile_blocks {said}" in planned(studio, node, memory_settings=["memory", 0])
+
+
+def test_settings_that_auto_does_not_use_are_named(studio: PackServer):
+    node = {"memory": ours("MemorySettings", **{**MEMORY, "blocks_to_stream": 20})}
+    text = planned(studio, node, memory_settings=["memory", 0])
+    assert text.endswith("Not used, because memory is auto: blocks_to_stream 20. Set memory to manual to use it.")
 
 
 def test_the_dataset_that_is_validated_on_counts(studio: PackServer):

@@ -86,6 +86,36 @@ def test_nodes_that_are_there(lora_file: Path, runs_dir: Path, open_page: OpenPa
     assert {str(LoraConfig()), str(memory), str(ema)} <= set(made)
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_older_graph_keeps_its_toggle(saved: bool, open_page: OpenPage, demo_server: PackServer):
+    """compile_blocks was a toggle. ComfyUI refuses choices that a combo does not list."""
+    page = open_page()
+    page.page.evaluate(
+        """async (saved) => {
+            app.graph.clear();
+            app.graph.add(LiteGraph.createNode("QwenEdit_MemorySettings"));
+            const graph = app.graph.serialize();
+            graph.nodes[0].widgets_values = ["manual", 40, false, 0, 2, saved, 0];
+            await app.loadGraphData(graph);
+        }""",
+        saved,
+    )
+    assert page.widgets("MemorySettings")["compile_blocks"] == ("on" if saved else "off")
+    assert page.missing() == []
+    memory = MemoryConfig(memory="manual", gradient_checkpointing_blocks=40, compile_blocks="on" if saved else "off")
+    assert values_made(demo_server, settings_nodes(page)) == [str(memory)]
+
+
+def test_an_older_run_keeps_its_toggle(runs_dir: Path, open_page: OpenPage):
+    name = place_run(runs_dir, "compiled", memory=MemoryConfig())
+    file = runs_dir / name / "config.json"
+    file.write_text(file.read_text(encoding="utf-8").replace('"compile_blocks": "auto"', '"compile_blocks": true'))
+    page = open_page()
+    page.page.evaluate("() => app.graph.clear()")
+    put_into_graph(page, name)
+    assert page.widgets("MemorySettings")["compile_blocks"] == "on"
+
+
 def test_a_lora_that_is_not_listed_is_named(runs_dir: Path, open_page: OpenPage, tmp_path: Path):
     lora = LoraConfig(init_lora=str(tmp_path / "gone.safetensors"))
     page = open_page()

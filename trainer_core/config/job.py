@@ -40,7 +40,8 @@ class TrainingSettings(Settings):
         0, "Seed of all random draws: adapter, order of pairs, noise.", Limits(soft_min=0, soft_max=2**32 - 1)
     )
     gradient_checkpointing: bool = setting(
-        True, "Recompute activations in the backward pass. Needs less memory, but is slower."
+        True,
+        "Recompute activations in the backward pass. Needs less memory, but is slower. Applies if memory is manual.",
     )
     lora: LoraConfig = setting(LoraConfig(), "The adapter.")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), "The optimizer and the learning rate schedule.")

@@ -18,7 +18,8 @@ class MemoryConfig(Settings):
 
     memory: MemoryPlanning = setting(
         "auto",
-        "auto chooses the fastest settings with which the run fits on the device. manual uses the settings below.",
+        "auto chooses what is recomputed, offloaded and streamed: the fastest settings with which the run fits on the "
+        "device. manual uses gradient_checkpointing and the settings below as they are.",
     )
     gradient_checkpointing_blocks: int = setting(
         -1,

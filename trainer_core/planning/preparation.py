@@ -21,7 +21,7 @@ from .advice import STEP, VALIDATION, memory_advice, memory_errors_explained
 from .choose import budget_of, choose_memory
 from .network import NetworkSize, network_size
 from .plan import MemoryPlan, plan_memory
-from .report import plan_report, verdict
+from .report import plan_report, unused_settings, verdict
 from .workload import Workload, workload_of_encoded
 
 _LOG = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *,
     else:
         plan = choose_memory(config, model.size, work, budget)
         _LOG.info("%s", plan_report(plan, budget))
+        if unused := unused_settings(config):
+            _LOG.info("%s", unused)
         config = plan.config
     return Preparation(config=config, model=model, encoded=encoded, held_out=held_out, work=work)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import TrainConfig
+from ..config import MemoryConfig, TrainConfig
 from ..errors import OutOfMemoryError
 from .advice import STEP, VALIDATION, memory_advice
 from .choose import Budget, choose_memory
@@ -10,12 +10,15 @@ from .network import NetworkSize
 from .plan import GIB, MemoryPlan, plan_memory
 from .workload import Workload
 
+_CHOSEN_BY_AUTO = ("gradient_checkpointing_blocks", "activation_offload", "blocks_to_stream")
+
 
 def planned_in_words(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> tuple[str, bool]:
     """The report on the memory plan of a run with these settings, and whether it fits."""
     if config.memory.memory == "auto":
         try:
-            return plan_report(choose_memory(config, network, work, budget), budget), True
+            report = plan_report(choose_memory(config, network, work, budget), budget)
+            return f"{report}\n{unused_settings(config)}".rstrip(), True
         except OutOfMemoryError as error:
             return f"{plan_report(plan_memory(config, network, work), budget)}\n\n{error}", False
     plan = plan_memory(config, network, work)
@@ -24,6 +27,25 @@ def planned_in_words(config: TrainConfig, network: NetworkSize, work: Workload, 
         hint = "With memory set to auto, the trainer chooses memory settings that fit."
         text += f"\n\n{memory_advice(plan, STEP + VALIDATION)} {hint}"
     return text, fits
+
+
+def unused_settings(config: TrainConfig) -> str:
+    """A sentence that names the memory settings that `memory` auto ignores although they were changed; "" if none."""
+    if config.memory.memory != "auto":
+        return ""
+    default = MemoryConfig()
+    given = {name: getattr(config.memory, name) for name in _CHOSEN_BY_AUTO}
+    changed = [f"{name} {_on_off(value)}" for name, value in given.items() if value != getattr(default, name)]
+    if not config.gradient_checkpointing:
+        changed.append("gradient_checkpointing off")
+    if not changed:
+        return ""
+    them = "it" if len(changed) == 1 else "them"
+    return f"Not used, because memory is auto: {', '.join(changed)}. Set memory to manual to use {them}."
+
+
+def _on_off(value: object) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def plan_report(plan: MemoryPlan, budget: Budget | None = None) -> str:
@@ -63,10 +85,10 @@ def _host(plan: MemoryPlan) -> list[str]:
 def _settings(plan: MemoryPlan) -> list[str]:
     memory, total = plan.config.memory, plan.network.num_blocks
     return [
-        f"gradient_checkpointing {'on' if plan.recomputed else 'off'}, "
+        f"gradient_checkpointing {_on_off(plan.recomputed > 0)}, "
         f"gradient_checkpointing_blocks {plan.recomputed} of {total}",
-        f"activation_offload {'on' if memory.activation_offload and plan.recomputed else 'off'}, "
-        f"blocks_to_stream {plan.streamed} of {total}",
+        f"activation_offload {_on_off(memory.activation_offload and plan.recomputed > 0)}, "
+        f"blocks_to_stream {plan.streamed} of {total}, compile_blocks {memory.compile_blocks}",
     ]
 
 

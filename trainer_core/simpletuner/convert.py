@@ -156,9 +156,9 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     read_validation(section, values)
     _steps_and_folders(section, values, root)
     _rest(section, values)
-    values["memory"] = {"memory": "auto"}
     notes.append(
-        "memory is auto: checkpointing, offloading and streaming are chosen so that the training fits into memory."
+        "memory is auto: what is recomputed, offloaded, streamed and compiled is chosen for the device. "
+        "gradient_checkpointing applies only with memory.memory manual."
     )
     section.explain(CONFIG_REASONS)
     values = changed(values, changes)

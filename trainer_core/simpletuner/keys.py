@@ -34,9 +34,10 @@ _CONFIG = {
     "unload_text_encoder keep_vae_loaded vae_enable_tiling vae_enable_slicing vae_dtype vae_batch_size "
     "text_encoder_batch_size write_batch_size read_batch_size image_processing_batch_size max_workers "
     "aws_max_pool_connections torch_num_threads dataloader_prefetch dataloader_prefetch_qlen base_model_default_dtype "
-    "attention_mechanism fuse_qkv_projections gradient_checkpointing_interval gradient_checkpointing_backend "
-    "gradient_precision allow_tf32 disable_tf32 fused_qkv_projections enable_group_offload "
-    "conditioning_image_embed_batch_size",
+    "attention_mechanism fuse_qkv_projections gradient_precision allow_tf32 "
+    "disable_tf32 fused_qkv_projections conditioning_image_embed_batch_size",
+    "memory is auto, which chooses what is recomputed, offloaded and compiled": "gradient_checkpointing_interval "
+    "gradient_checkpointing_backend enable_group_offload dynamo_backend",
     "encoded pairs are cached by content, so nothing needs to be scanned or cleared": "cache_dir cache_dir_vae "
     "cache_dir_text cache_file_suffix vae_cache_ondemand vae_cache_disable vae_cache_scan_behaviour "
     "vae_cache_clear_each_epoch vae_cache_preprocess text_cache_ondemand text_cache_disable skip_file_discovery "
@@ -55,7 +56,7 @@ _CONFIG = {
     "lycoris_config lora_format flux_lora_target singlora_ramp_up_steps",
     "torchrun or accelerate sets the number of processes": "num_processes num_machines ddp_backend "
     "accelerator_cache_clear_interval "
-    "dynamo_backend fsdp_enable deepspeed_config i_know_what_i_am_doing",
+    "fsdp_enable deepspeed_config i_know_what_i_am_doing",
     "only edit LoRAs are trained": "controlnet control tread_config text_encoder_lora train_text_encoder "
     "distillation_method max_grounding_entities",
     "the folder determines the model files": "revision variant cache_dir_hf pretrained_model_revision",

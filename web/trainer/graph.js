@@ -127,8 +127,21 @@ function setWidgets(node, values) {
 }
 
 /**
+ * Convert the values of widgets that were toggles when the graph was saved and are combos now.
+ * @param {any} node A new node. Its saved values come later.
+ */
+export function readOldValues(node) {
+  if (!isSettingsNode(node)) return;
+  const before = node.onConfigure;
+  node.onConfigure = function (/** @type {any[]} */ ...saved) {
+    before?.apply(this, saved);
+    for (const each of this.widgets ?? []) if (typeof each.value === "boolean") each.value = asWidget(each, each.value);
+  };
+}
+
+/**
  * Convert a setting to the value of its widget. A list becomes one line per item. In a combo, a path selects the choice
- * with the same file name, and an empty text selects none.
+ * with the same file name, an empty text selects none, and true or false selects on or off.
  * @param {any} target The widget.
  * @param {any} value
  * @returns {any} Undefined if no choice or more than one matches.
@@ -138,6 +151,7 @@ function asWidget(target, value) {
   const choices = target.options?.values;
   if (!Array.isArray(choices) || choices.includes(value)) return value;
   if (value === "") return choices.includes(NONE) ? NONE : undefined;
+  if (typeof value === "boolean") value = value ? "on" : "off";
   const named = choices.filter((choice) => lastName(choice) === lastName(value));
   if (named.includes(target.value)) return target.value;
   return named.length === 1 ? named[0] : undefined;
