@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.support.narrow import planned_size
 from tools.comfyui import REPO
 from trainer_core.__main__ import main
 from trainer_core.config import JobConfig, from_json, to_json
 from trainer_core.errors import ConfigError
+from trainer_core.geometry import Size
 from trainer_core.job import load_job
+from trainer_core.planning.choose import budget_of, choose_memory
+from trainer_core.planning.plan import GIB
+from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.presets import preset_names, read_preset, training_preset, with_preset
 
 JOB = {"dataset": {"target_dir": "a", "reference_dirs": ["b"]}, "cache_dir": "c", "run_dir": "r", "model": {}}
+CARDS = (8, 12, 16, 24, 32, 48)
+HOST = 24 * GIB  # free memory of a computer with 32 GB
 EXAMPLES = ("qwen_image.edit-v1-lora", "qwen_image.edit-v2-lora")
 
 
@@ -30,6 +39,26 @@ def test_settings_are_ours_and_documented(name: str) -> None:
     presets = (REPO / "docs" / "reference.md").read_text(encoding="utf-8")
     assert f"| `{name}` | {preset['about']} |" in presets
     assert ("demo" in preset) == (name in EXAMPLES)
+
+
+@pytest.mark.parametrize("gib", CARDS)
+def test_the_preset_of_a_card_fits_and_uses_it(gib: int) -> None:
+    """With the full-size network and one reference. `choose_memory` returns only plans that fit with their margin."""
+    job = from_json(JobConfig, with_preset(JOB, f"{gib}gb"))
+    assert job.memory.memory == job.memory.compile_blocks == "auto" and job.model.quantize_via == "accelerator"
+    side = Size(job.encoding.resolution, job.encoding.resolution)
+    pair = pair_size(side, [side], 230)
+    network = planned_size({"num_layers": 60}, job.model, job.lora)
+    budget = dataclasses.replace(budget_of(torch.device("cpu"), gib), host_bytes=HOST)
+    plan = choose_memory(job.train_config("-"), network, Workload(train=pair, batch=1, validation=pair), budget)
+    assert plan.device_peak_bytes > 2 / 3 * gib * GIB
+    assert plan.streamed == 0 or gib < 24
+
+
+def test_presets_of_cards_are_listed_by_size() -> None:
+    names = preset_names()
+    assert names[: len(EXAMPLES)] == EXAMPLES
+    assert names[len(EXAMPLES) :][: len(CARDS)] == tuple(f"{gib}gb" for gib in CARDS)
 
 
 def test_the_file_wins_over_the_preset_and_a_change_over_both(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,13 @@ _NOT_TRAINING = ("model", "dataset", "datasets", "eval_dataset_id", "encoding", 
 
 
 def preset_names() -> tuple[str, ...]:
-    """The names of all presets, examples first."""
-    names = sorted(path.stem for path in _FOLDER.glob("*.json"))
-    return tuple(sorted(names, key=lambda name: not name.startswith("qwen_image.")))
+    """The names of all presets: examples, then cards by size, then the others."""
+
+    def place(name: str) -> tuple[bool, float, str]:
+        card = re.match(r"\d+", name)
+        return not name.startswith("qwen_image."), float(card[0]) if card else math.inf, name
+
+    return tuple(sorted((path.stem for path in _FOLDER.glob("*.json")), key=place))
 
 
 def read_preset(name: str) -> dict[str, Any]:
