@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from PIL import Image
 from tests.support.narrow import small_encoding
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import load_encoded
-from trainer_core.conditioning.encoders import EncodePicture, Encoders, PictureEncoder, PromptEncoder
+from trainer_core.conditioning.encoders import EncodePictures, Encoders, PictureEncoder, PromptEncoder
 from trainer_core.config import DatasetConfig, ModelConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.events import Observer
@@ -53,8 +53,8 @@ def stand_ins(width: int) -> Encoders:
     """Networks that return zeros without computing anything."""
 
     @contextmanager
-    def pictures(_observer: Observer) -> Iterator[EncodePicture]:
-        yield lambda pixels: torch.zeros(16, pixels.shape[1] // 8, pixels.shape[2] // 8)
+    def pictures(_observer: Observer) -> Iterator[EncodePictures]:
+        yield lambda each: (torch.zeros(16, pixels.shape[1] // 8, pixels.shape[2] // 8) for pixels in each)
 
     @contextmanager
     def prompts(_observer: Observer) -> Iterator[Prompts]:
@@ -69,13 +69,14 @@ class Prompts:
     def __init__(self, width: int) -> None:
         self.width = width
 
-    def see(self, picture: object) -> object:
-        """Returns the picture unchanged."""
-        return picture
+    def see_all(self, pictures: Iterable[object]) -> Iterator[object]:
+        """Yields the pictures unchanged."""
+        yield from pictures
 
-    def encode_seen(self, caption: str, seen: Sequence[object]) -> torch.Tensor:  # noqa: ARG002
-        """Zeros [40, width]."""
-        return torch.zeros(40, self.width)
+    def encode_all(self, prompts: Iterable[tuple[str, Sequence[object]]]) -> Iterator[torch.Tensor]:
+        """Yields zeros [40, width]."""
+        for _ in prompts:
+            yield torch.zeros(40, self.width)
 
 
 def one_start(folder: Path, tokenizer: str, side: int, *, without: bool) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import CLIP, VAE
 
-    from ..trainer_core.conditioning.encoders import EncodePicture, EncodePrompts, Encoders
+    from ..trainer_core.conditioning.encoders import EncodePictures, EncodePrompts, Encoders
 
 _TOKENS = "qwen25_7b"  # the only key in the output of ComfyUI's tokenizer for Qwen-Image
 _SAMPLES = 256  # values per weight that go into a digest
@@ -59,9 +59,10 @@ def connected_encoders(sockets: dict[str, Any], flavour: FlavourName) -> Encoder
 
 
 @contextmanager
-def _vae_loaded(vae: VAE) -> Iterator[EncodePicture]:
-    """An EncodePicture for the VAE, which ComfyUI loads on first use."""
-    yield lambda pixels: encode_picture(vae, pixels)
+def _vae_loaded(vae: VAE) -> Iterator[EncodePictures]:
+    """An EncodePictures for the VAE, which ComfyUI loads on first use. One at a time: ComfyUI encodes a batch of
+    pictures as a video."""
+    yield lambda pictures: (encode_picture(vae, pixels) for pixels in pictures)
     free_memory()
 
 
@@ -72,11 +73,12 @@ class _ClipPrompts:
     clip: CLIP
     flavour: Flavour
 
-    def see(self, picture: Any) -> Any:
-        return picture
+    def see_all(self, pictures: Iterable[Any]) -> Iterator[Any]:
+        yield from pictures
 
-    def encode_seen(self, caption: str, seen: Sequence[Any]) -> Tensor:
-        return encode_prompt(self.clip, self.flavour, caption, seen)
+    def encode_all(self, prompts: Iterable[tuple[str, Sequence[Any]]]) -> Iterator[Tensor]:
+        for caption, seen in prompts:
+            yield encode_prompt(self.clip, self.flavour, caption, seen)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import psutil
 import torch
 
 from .errors import ConfigError
@@ -32,6 +33,14 @@ def pick_device(name: str) -> torch.device:
 def peak_bytes(device: torch.device) -> int:
     """Peak bytes that torch's tensors have used on a CUDA device so far; 0 on other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that new tensors on the device can use now. Devices other than CUDA share host memory."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def release_memory() -> None:

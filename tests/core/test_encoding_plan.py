@@ -18,7 +18,6 @@ from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, OutOfMemoryError
 from trainer_core.events import SILENT
 from trainer_core.job import pair_job, plan_job
-from trainer_core.memory.streaming import _frozen_tensors as frozen_tensors
 from trainer_core.planning.choose import Budget
 from trainer_core.planning.encoding import encoding_in_words, text_encoder_bytes
 from trainer_core.planning.plan import GIB
@@ -33,7 +32,7 @@ MEGAPIXEL = 1024 * 1024
 def test_weights_are_counted_from_the_header(model: ModelConfig, precision: BaseModelPrecision) -> None:
     model = dataclasses.replace(model, text_encoder_precision=precision)
     network = load_text_encoder(BaseModel(model), "comfyui", torch.device("cpu")).network
-    held = {each.data_ptr(): each.nbytes for _, _, each in frozen_tensors(network)}
+    held = {each.data_ptr(): each.nbytes for each in (*network.parameters(), *network.buffers())}
     assert text_encoder_bytes(BaseModel(model), precision, 4) == pytest.approx(sum(held.values()), rel=0.02)
 
 

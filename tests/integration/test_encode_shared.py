@@ -48,8 +48,8 @@ def pairs(tmp_path: Path) -> DatasetConfig:
 
 
 def entries(cache: Path) -> dict[str, Path]:
-    """The cache's tensor files by their path relative to it."""
-    return {str(path.relative_to(cache)): path for path in cache.rglob("*.safetensors")}
+    """The cache's tensor files by their path relative to it, without hidden ones, which a kill leaves unfinished."""
+    return {str(path.relative_to(cache)): path for path in cache.rglob("[!.]*.safetensors")}
 
 
 def test_pictures_that_changed_are_named_and_all_others_encoded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -194,13 +194,14 @@ class Anew:
     width: int
     calls: list[tuple[str, int]]
 
-    def see(self, picture: Any) -> Any:
-        return picture
+    def see_all(self, pictures: Iterable[Any]) -> Iterator[Any]:
+        yield from pictures
 
-    def encode_seen(self, caption: str, seen: Sequence[Any]) -> torch.Tensor:
-        assert all(picture.shape[0] == 3 for picture in seen)
-        self.calls.append((caption, len(seen)))
-        return torch.zeros(2, self.width)
+    def encode_all(self, prompts: Iterable[tuple[str, Sequence[Any]]]) -> Iterator[torch.Tensor]:
+        for caption, seen in prompts:
+            assert all(picture.shape[0] == 3 for picture in seen)
+            self.calls.append((caption, len(seen)))
+            yield torch.zeros(2, self.width)
 
 
 def test_an_encoder_that_keeps_nothing(model: ModelConfig, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.support.narrow import make_pairs, picture, small_encoding
 from trainer_core.conditioning.batches import BatchLoader, BatchPlan
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
-from trainer_core.conditioning.encoders import EncodePicture, Encoders, PictureEncoder
+from trainer_core.conditioning.encoders import EncodePictures, Encoders, PictureEncoder
 from trainer_core.conditioning.on_the_fly import reference_encoder
 from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.data.pairing import pair_folders
@@ -136,7 +136,7 @@ def test_another_vae_is_refused(folders: DatasetConfig, model: ModelConfig, tmp_
         pass
 
     @contextmanager
-    def loaded(_: Observer) -> Iterator[EncodePicture]:
+    def loaded(_: Observer) -> Iterator[EncodePictures]:
         yield lambda pixels: pixels
 
     given = Encoders(pictures=PictureEncoder("theirs", loaded))

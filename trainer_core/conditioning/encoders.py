@@ -6,7 +6,7 @@ This module loads those of the base model. nodes/host_encoders.py provides Comfy
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from ..config import EncodingConfig, digest
+from ..device import free_bytes
 from ..errors import ConfigError
 from ..events import Observer
 from ..qwen_image.base_model import BaseModel
 from ..qwen_image.folder import ModelFolder, weights_digest
 from ..qwen_image.text_encoder import Picture, load_text_encoder
-from ..qwen_image.vae import encode_picture, load_vae
+from ..qwen_image.vae import batch_pixels, encode_pictures, load_vae
 
-EncodePicture = Callable[[Tensor], Tensor]  # [3, H, W] in 0..1 -> normalised latents [C, H/8, W/8], float32 on the CPU
+# Pictures [3, H, W] in 0..1 -> their normalised latents [C, H/8, W/8], float32 on any device, in the same order. Takes
+# several pictures before it yields the first latents if they share a forward pass.
+EncodePictures = Callable[[Iterable[Tensor]], Iterator[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +35,21 @@ class PictureEncoder:
     while its context is open."""
 
     digest: str
-    loaded: Callable[[Observer], AbstractContextManager[EncodePicture]]
+    loaded: Callable[[Observer], AbstractContextManager[EncodePictures]]
 
 
 class EncodePrompts(Protocol):
-    """A loaded text encoder. It encodes each picture once and reuses the result for all captions."""
+    """A loaded text encoder. It encodes each picture once and reuses the result for all captions.
 
-    def see(self, picture: Picture) -> Any:
-        """The encoding of a picture: VisualTokens if the PromptEncoder has a `visual_digest`."""
+    Both methods take several inputs before they yield the first result if these share a forward pass.
+    """
 
-    def encode_seen(self, caption: str, seen: Sequence[Any]) -> Tensor:
-        """Embeddings [L, D] of a caption and results of `see`, float32 on the CPU."""
+    def see_all(self, pictures: Iterable[Picture]) -> Iterator[Any]:
+        """The encoding of each picture: VisualTokens if the PromptEncoder has a `visual_digest`."""
+        ...
+
+    def encode_all(self, prompts: Iterable[tuple[str, Sequence[Any]]]) -> Iterator[Tensor]:
+        """Embeddings [L, D] of each caption with its results of `see_all`, float32 on any device."""
         ...
 
 
@@ -81,9 +88,10 @@ def own_pictures(base: BaseModel, device: torch.device) -> PictureEncoder:
     """Loader of the base model's VAE."""
 
     @contextmanager
-    def loaded(_observer: Observer) -> Iterator[EncodePicture]:
+    def loaded(_observer: Observer) -> Iterator[EncodePictures]:
         vae = load_vae(base, device)
-        yield lambda pixels: encode_picture(vae, pixels)
+        at_once = batch_pixels(free_bytes(device), vae.dtype.itemsize) if device.type == "cuda" else 0
+        yield lambda pictures: encode_pictures(vae, pictures, at_once)
 
     return PictureEncoder(digest([base.vae_digest, base.config.mixed_precision]), loaded)
 

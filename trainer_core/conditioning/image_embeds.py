@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..config import EncodingConfig, digest
 from ..errors import ConfigError
-from ..files import is_whole, read_tensors, write_tensors
+from ..files import is_whole, read_tensors
 from ..qwen_image.text_encoder import VisualTokens
 from ..settings import did_you_mean, is_plain_name
 from .encoders import PromptEncoder
@@ -35,18 +35,14 @@ class ImageEmbeds:
 
     def find(self, key: str) -> VisualTokens | None:
         """The cached tokens of this key, or None."""
-        path = self._path(key)
+        path = self.path(key)
         if not key or not is_whole(path):
             return None
         tensors = read_tensors(path)
         return VisualTokens(tensors["tokens"], tensors["grid"])
 
-    def keep(self, key: str, seen: VisualTokens) -> None:
-        """Write visual tokens to the cache."""
-        if key:
-            write_tensors(self._path(key), {"tokens": seen.tokens, "grid": seen.grid})
-
-    def _path(self, key: str) -> Path:
+    def path(self, key: str) -> Path:
+        """The file of this key."""
         return entry_path(self.cache_dir, f"{FOLDER}/{self.name}", key)
 
 

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..events import SILENT, Observer
 from ..qwen_image.base_model import BaseModel
 from .encoded import EncodedDataset, EncodeReference
-from .encoders import EncodePicture, own_pictures
+from .encoders import EncodePictures, own_pictures
 from .encoding_plan import latents_key
 from .pictures import View, render
 from .types import ReferenceFile
@@ -44,6 +44,6 @@ def reference_encoder(
         yield lambda file: _latents(file, encode)
 
 
-def _latents(file: ReferenceFile, encode: EncodePicture) -> Tensor:
+def _latents(file: ReferenceFile, encode: EncodePictures) -> Tensor:
     picture = open_checked_picture(Path(file.path), file.content)
-    return encode(render(picture, View.from_json(file.view)))
+    return next(encode([render(picture, View.from_json(file.view))])).cpu()

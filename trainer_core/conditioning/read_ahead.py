@@ -1,15 +1,27 @@
-"""Read files in background threads while a network runs, and return errors instead of raising them."""
+"""Read pictures and write results in background threads while a network runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from pathlib import Path
+from typing import TypeAlias, TypeVar
 
-from ..errors import DatasetError
+from torch import Tensor
 
-READ_AHEAD = 4  # pictures decoded ahead of the network
+from ..errors import DatasetError, TrainerError
+from ..files import write_tensors
+
+_READERS = max(2, min(8, os.cpu_count() or 1))
+_READ_AHEAD = 16  # pictures decoded ahead of the network
+_WRITERS = 4  # several, because each waits until its file is on the disk
+WRITE_BEHIND = 8  # results that wait to be written
+
+Write: TypeAlias = Callable[[Path, Mapping[str, Tensor]], None]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,10 +40,10 @@ def or_error(read: Callable[[T], R]) -> Callable[[T], R | DatasetError]:
 
 
 def read_ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T, R]]:
-    """Yield each item with the result of `read`, which threads call for at most READ_AHEAD items in advance."""
+    """Yield each item with the result of `read`, which threads call for a few items in advance."""
     source = iter(items)
-    with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="read-ahead") as pool:
-        waiting = [(item, pool.submit(read, item)) for item in islice(source, READ_AHEAD)]
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="read-ahead") as pool:
+        waiting = [(item, pool.submit(read, item)) for item in islice(source, _READ_AHEAD)]
         try:
             while waiting:
                 item, future = waiting.pop(0)
@@ -41,3 +53,35 @@ def read_ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[tuple[T, 
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def write_behind() -> Iterator[Write]:
+    """Yield a function that writes tensors to a file in the background. At most WRITE_BEHIND files wait at a time.
+
+    The context ends when all files are written, also if it ends with an error.
+
+    Raises:
+        TrainerError: a file can't be written. Raised by a later call, or when the context ends.
+    """
+    waiting: deque[Future[None]] = deque()
+
+    def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        while waiting and (len(waiting) >= WRITE_BEHIND or waiting[0].done()):
+            waiting.popleft().result()
+        waiting.append(pool.submit(_write, path, tensors))
+
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write-behind") as pool:
+        yield write
+        for each in waiting:
+            each.result()
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        write_tensors(path, tensors)
+    except OSError as error:
+        raise TrainerError(
+            f"Can't write {path}: {error.strerror or error}. The results before it are in the cache. Free disk space "
+            "or set cache_dir to a folder on another disk, then run again."
+        ) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ..config import TrainConfig
 from ..memory.offload import offloaded_bytes
 from ..memory.placement import recomputed_blocks
+from ..qwen_image.vae import ENCODING_ELEMENTS, GAPS, VAE_WEIGHTS
 from ..training.ema import ema_bytes
 from ..training.optimizer import optimizer_bytes
 from .activations import (
@@ -23,11 +24,7 @@ from .network import NetworkSize
 from .workload import PairSize, Workload
 
 GIB = 2**30
-GAPS = GIB // 2  # fragmentation of the device's memory
-# Of the VAE that `vae.for_pictures` returns: number of weights, and elements of working memory per pixel.
-VAE_WEIGHTS = 44_599_603
-DECODING_ELEMENTS = 675
-ENCODING_ELEMENTS = 581
+DECODING_ELEMENTS = 675  # of working memory per pixel, of the VAE that `vae.for_pictures` returns
 _LIBRARIES = 100 * 2**20  # bytes of workspaces of cuBLAS and others, which torch's allocator counts
 _PROCESS = 3 * GIB  # host memory of Python, torch and CUDA
 _LOADED_PAIRS = GIB  # host memory of the encoded pairs that the loader holds

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..config import ModelConfig, Preprocessing
 from ..errors import DatasetError, MissingPackageError
@@ -17,6 +19,7 @@ from ..events import SILENT, Observer
 from ..precision.quantise import quantise
 from . import prompt
 from .base_model import BaseModel
+from .batching import in_batches
 from .flavours import FLAVOURS, Flavour
 from .folder import DEMO_FOLDER, ModelFolder
 from .text_encoder_file import KEPT_LAYERS, load_by_layers
@@ -43,13 +46,17 @@ class VisualTokens:
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """Qwen2.5-VL with its tokenizer, and how a flavour uses it."""
+    """Qwen2.5-VL with its tokenizer, and how a flavour uses it.
+
+    A forward pass takes inputs of `batch_tokens` tokens together, or a single larger one.
+    """
 
     network: Qwen2_5_VLForConditionalGeneration
     tokenizer: PreTrainedTokenizerBase
     flavour: Flavour
     preprocessing: Preprocessing
     processor_folder: Path
+    batch_tokens: int = 0
 
     def encode(self, caption: str, pictures: Sequence[Picture]) -> Tensor:
         """Prompt embeddings [L, D] on the CPU: the last hidden state of all tokens after the system turn.
@@ -57,42 +64,77 @@ class TextEncoder:
         Raises:
             DatasetError: the caption contains a picture placeholder.
         """
-        return self.encode_seen(caption, [self.see(picture) for picture in pictures])
+        return self.encode_seen(caption, list(self.see_all(pictures)))
 
-    @torch.no_grad()
     def see(self, picture: Picture) -> VisualTokens:
-        """Run the vision tower on one picture. The result is independent of the caption and of other pictures."""
-        patches, grid = self._patches(picture)
-        seen = self.network.model.visual(
-            patches.to(self.network.device, self.network.dtype), grid_thw=grid.to(self.network.device)
-        )
-        tokens: Tensor = getattr(seen, "pooler_output", seen)  # transformers 4 returns the tensor itself
-        return VisualTokens(tokens.cpu(), grid)
+        """`see_all` for one picture."""
+        return next(self.see_all([picture]))
 
-    @torch.no_grad()
     def encode_seen(self, caption: str, seen: Sequence[VisualTokens]) -> Tensor:
         """`encode` for pictures that already went through `see`.
 
         Raises:
             DatasetError: the caption contains a picture placeholder.
         """
-        grids = [each.grid for each in seen]
-        ids = self.token_ids(caption, [num_vision_tokens(grid) for grid in grids])
-        device = self.network.device
-        input_ids = torch.tensor([ids], device=device)
-        inputs: dict[str, Tensor] = {"inputs_embeds": self.network.get_input_embeddings()(input_ids)}
-        if seen:
-            tokens = torch.cat([each.tokens for each in seen]).to(device, inputs["inputs_embeds"].dtype)
-            places = (input_ids == prompt.IMAGE_PAD).unsqueeze(-1)
-            inputs["inputs_embeds"] = inputs["inputs_embeds"].masked_scatter(places, tokens)
-            inputs["image_grid_thw"] = torch.cat(grids).to(device)
+        return next(self.encode_all([(caption, seen)])).cpu()
+
+    def see_all(self, pictures: Iterable[Picture]) -> Iterator[VisualTokens]:
+        """Run the vision tower on pictures. Each result is independent of the caption and of other pictures.
+
+        Consecutive pictures of one size share a forward pass, up to `batch_tokens` tokens.
+        """
+        prepared = map(self._patches, pictures)
+        for batch in in_batches(prepared, self.batch_tokens, _vision_cost):
+            yield from self._see(torch.cat([patches for patches, _ in batch]), [grid for _, grid in batch])
+
+    def encode_all(self, prompts: Iterable[tuple[str, Sequence[VisualTokens]]]) -> Iterator[Tensor]:
+        """Embeddings [L, D] of captions, each with the results of `see_all`. They are float32 on the network's device.
+
+        Consecutive prompts share a forward pass, up to `batch_tokens` tokens.
+
+        Raises:
+            DatasetError: a caption contains a picture placeholder.
+        """
+        for batch in in_batches(map(self._prompt, prompts), self.batch_tokens, _prompt_cost):
+            yield from self._encode(batch)
+
+    @torch.no_grad()
+    def _see(self, patches: Tensor, grids: list[Tensor]) -> Iterator[VisualTokens]:
+        tower = self.network.model.visual
+        seen = tower(patches.to(tower.device, tower.dtype), grid_thw=torch.cat(grids).to(tower.device))
+        tokens: Tensor = getattr(seen, "pooler_output", seen)  # transformers 4 returns the tensor itself
+        parts = tokens.cpu().split([num_vision_tokens(grid) for grid in grids])
+        return iter([VisualTokens(part.clone(), grid) for part, grid in zip(parts, grids, strict=True)])
+
+    def _prompt(self, prompt_and_seen: tuple[str, Sequence[VisualTokens]]) -> _Prompt:
+        caption, seen = prompt_and_seen
+        return _Prompt(self.token_ids(caption, [num_vision_tokens(each.grid) for each in seen]), seen)
+
+    @torch.no_grad()
+    def _encode(self, batch: list[_Prompt]) -> Iterator[Tensor]:
+        """Shorter prompts are padded at their end. Attention is causal, so no token attends to the padding."""
+        length = max(len(each.ids) for each in batch)
+        device = self.network.model.visual.device  # `network.device` may be that of the token embeddings, the CPU
+        ids = torch.tensor([each.ids + [0] * (length - len(each.ids)) for each in batch])
+        inputs: dict[str, Any] = {}
+        embed = self.network.get_input_embeddings()
+        embeds = embed(ids.to(embed.weight.device))
+        if seen := [each for one in batch for each in one.seen]:
+            tokens = torch.cat([each.tokens for each in seen]).to(embeds)
+            places = (ids == prompt.IMAGE_PAD).unsqueeze(-1).to(embeds.device)
+            embeds = embeds.masked_scatter(places, tokens)
+            inputs["image_grid_thw"] = torch.cat([each.grid for each in seen]).to(device)
         if self.preprocessing == "comfyui":
-            inputs["position_ids"] = rotary_positions(ids, grids).unsqueeze(1).to(device)
+            inputs["position_ids"] = torch.stack([_positions(each, length) for each in batch], dim=1).to(device)
         # With `diffusers`, transformers chooses the positions, as in diffusers' pipelines.
         hidden = self.network.model(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False, **inputs
-        ).last_hidden_state[0]
-        return hidden[prompt.first_kept(ids) :].float().cpu()
+            input_ids=ids.to(device),
+            inputs_embeds=embeds.to(device),
+            use_cache=False,
+            **inputs,
+        ).last_hidden_state
+        kept = [slice(prompt.first_kept(each.ids), len(each.ids)) for each in batch]
+        return iter([row[part].float() for row, part in zip(hidden, kept, strict=True)])
 
     def token_ids(self, caption: str, picture_tokens: Sequence[int]) -> list[int]:
         """Token ids of the whole prompt, with one placeholder per vision token of each picture.
@@ -109,9 +151,33 @@ class TextEncoder:
 
     def _patches(self, picture: Picture) -> tuple[Tensor, Tensor]:
         if isinstance(picture, Tensor):
-            return vision_patches(picture)
+            return vision_patches(picture.to(self.network.model.visual.device))
         batch = _image_processor(self.processor_folder)(images=[picture], return_tensors="pt")
         return batch["pixel_values"], batch["image_grid_thw"]
+
+
+class _Prompt(NamedTuple):
+    """Token ids of a prompt, and the pictures in it."""
+
+    ids: list[int]
+    seen: Sequence[VisualTokens]
+
+
+def _vision_cost(batch: list[tuple[Tensor, Tensor]]) -> float:
+    """Tokens of a batch of patches and grids; infinity if the sizes differ."""
+    grid = batch[0][1]
+    return len(batch) * num_vision_tokens(grid) if torch.equal(batch[-1][1], grid) else math.inf
+
+
+def _prompt_cost(batch: list[_Prompt]) -> int:
+    """Tokens of a batch of prompts with its padding."""
+    return len(batch) * max(len(each.ids) for each in batch)
+
+
+def _positions(each: _Prompt, length: int) -> Tensor:
+    """Rotary positions [3, `length`] of a prompt. Those of the padding have no effect."""
+    positions = rotary_positions(each.ids, [picture.grid for picture in each.seen])
+    return pad(positions, (0, length - len(each.ids)))
 
 
 def _image_processor(folder: Path) -> Any:

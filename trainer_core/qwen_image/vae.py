@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +14,17 @@ from torch.nn import functional
 from ..errors import ModelFileError
 from ..weights.source import open_weights
 from .base_model import BaseModel
+from .batching import in_batches
 from .latents import VAE_FACTOR, denormalise, normalise
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage
 
+# Of the VAE that `for_pictures` returns: number of weights, and elements of working memory per pixel while encoding.
+VAE_WEIGHTS = 44_599_603
+ENCODING_ELEMENTS = 581
+GAPS = 2**29  # bytes of device memory that are left to fragmentation
+_BATCH_PIXELS = 4 * 2**20  # a larger batch is hardly faster
 _WAN_MARK, _WIDTH_FROM = "decoder.middle.0.residual.0.gamma", "decoder.norm_out.gamma"
 
 
@@ -100,20 +108,45 @@ def _from_file(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     return vae
 
 
-@torch.no_grad()
-def encode_picture(vae: AutoencoderKLQwenImage, picture: Tensor) -> Tensor:
-    """Encode a picture [3, H, W] in 0..1 to normalised latents [C, H/8, W/8] (float32, CPU): the posterior's mode.
+def batch_pixels(free: int, element_bytes: int) -> int:
+    """The pixels that `encode_pictures` takes at a time so that it needs at most `free` bytes, up to 4 megapixels."""
+    return max(0, min(_BATCH_PIXELS, (free - GAPS) // (ENCODING_ELEMENTS * element_bytes)))
 
-    Sides are cropped centrally to multiples of 8, as in ComfyUI's VAE.
+
+def encode_pictures(vae: AutoencoderKLQwenImage, pictures: Iterable[Tensor], batch_pixels: int = 0) -> Iterator[Tensor]:
+    """Encode pictures [3, H, W] in 0..1 to normalised latents [C, H/8, W/8], the posterior's mode. They are float32 on
+    the VAE's device.
+
+    Consecutive pictures of one size share a forward pass, up to `batch_pixels` pixels. Sides are cropped centrally to
+    multiples of 8, as in ComfyUI's VAE.
     """
-    for dim in (1, 2):
-        side = picture.shape[dim]
+    for batch in in_batches(pictures, batch_pixels, _pixels):
+        yield from _encode(vae, torch.stack(batch))
+
+
+def encode_picture(vae: AutoencoderKLQwenImage, picture: Tensor) -> Tensor:
+    """`encode_pictures` for one picture, with the latents on the CPU."""
+    return next(encode_pictures(vae, [picture])).cpu()
+
+
+def _pixels(pictures: list[Tensor]) -> float:
+    """Pixels of a batch; infinity if the sizes differ."""
+    first = pictures[0].shape
+    return len(pictures) * first[1] * first[2] if pictures[-1].shape == first else math.inf
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKLQwenImage, pictures: Tensor) -> Tensor:
+    for dim in (2, 3):
+        side = pictures.shape[dim]
         kept = side // VAE_FACTOR * VAE_FACTOR
-        picture = picture.narrow(dim, (side % VAE_FACTOR) // 2, kept)
-    pixels = (picture * 2 - 1).to(vae.device, vae.dtype)
+        pictures = pictures.narrow(dim, (side % VAE_FACTOR) // 2, kept)
+    if vae.device.type == "cuda":
+        pictures = pictures.pin_memory()  # otherwise the copy would wait for the previous batch
+    pixels = (pictures.to(vae.device, non_blocking=True) * 2 - 1).to(vae.dtype)
     # Not `vae.encode`: it keeps a copy of every layer's input for the next video frame. The same holds for `decode`.
-    moments = vae.quant_conv(vae.encoder(pixels[None, :, None]))
-    latents = moments.chunk(2, dim=1)[0][0, :, 0].float().cpu()
+    moments = vae.quant_conv(vae.encoder(pixels[:, :, None]))
+    latents = moments.chunk(2, dim=1)[0][:, :, 0].float()
     return normalise(latents, vae.config.latents_mean, vae.config.latents_std)
 
 
