@@ -1,8 +1,7 @@
-"""Applies MemoryConfig to a transformer: recomputation, block streaming, activation offload and compilation."""
+"""Applies MemoryConfig to a transformer: recomputation, block streaming and activation offload."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -54,16 +53,9 @@ def stream_blocks(
 def apply_memory(
     transformer: QwenImageTransformer2DModel, stream: BlockStream | None, device: torch.device, config: TrainConfig
 ) -> None:
-    """Set up recomputation, activation offload and compilation of the transformer's blocks.
-
-    Raises:
-        MissingPackageError: blocks are to be compiled, but triton is not installed.
-    """
+    """Set up recomputation and activation offload of the transformer's blocks."""
     blocks = list(transformer.transformer_blocks)
     again = recomputed_blocks(config.memory, len(blocks), checkpointing=config.gradient_checkpointing)
-    check_compiler(config.memory)
-    if config.memory.compile_blocks == "on":
-        _compile(blocks)
     if again:
         offload = HostCopies(device) if config.memory.activation_offload else None
         dropout = config.lora.lora_dropout > 0
@@ -73,24 +65,10 @@ def apply_memory(
 
 
 def check_compiler(memory: MemoryConfig) -> None:
-    """Check that blocks can be compiled, if they are to be.
+    """Check that blocks can be compiled, if `compile_blocks` is on.
 
     Raises:
         MissingPackageError: triton is not installed.
     """
     if memory.compile_blocks == "on" and find_spec("triton") is None:
         raise MissingPackageError("triton", "compile_blocks")
-
-
-def _compile(blocks: Sequence[torch.nn.Module]) -> None:
-    """Compile each block's forward, and raise torch's recompile limit.
-
-    All blocks share one code object. It is compiled once per variant (with or without gradients, first or last block)
-    and picture size, which exceeds the default limit of 8. Beyond the limit torch silently runs uncompiled code.
-    """
-    import torch._dynamo.config as dynamo
-
-    name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # its name before torch 2.6
-    setattr(dynamo, name, max(64, getattr(dynamo, name)))
-    for block in blocks:
-        block.forward = torch.compile(block.forward)

@@ -22,6 +22,9 @@ from .streaming import BlockStream
 class Recomputation:
     """A gradient checkpointing function for diffusers, which calls it with a block and the block's inputs.
 
+    The first block's inputs must need gradients, as `predict_velocity` makes them: autograd skips a function whose
+    inputs need none, although its adapter does.
+
     The first `num_blocks` of `blocks` are recomputed; the others keep their activations. With `dropout`, a block drops
     the same values in both forward passes.
     """
@@ -37,14 +40,12 @@ class Recomputation:
     ) -> None:
         self.stream, self.offload, self.dropout = stream, offload, dropout
         self._recomputed = set(blocks[:num_blocks])
-        # Autograd skips a function whose inputs need no gradients. The first block's don't, but its adapter does.
-        self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, ...]:
         """Run a block and return its outputs."""
         if block not in self._recomputed:
             return block(*inputs)
-        return _Recomputed.apply(self, block, self._anchor, *inputs)  # type: ignore[no-untyped-call]
+        return _Recomputed.apply(self, block, *inputs)  # type: ignore[no-untyped-call]
 
     def keep(self, value: Any) -> Any:
         """Store an input of a block for its backward pass, in host memory if there is an offload."""
@@ -61,7 +62,7 @@ class Recomputation:
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, how: Recomputation, block: nn.Module, _anchor: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, how: Recomputation, block: nn.Module, *inputs: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # None instead of zeros as the gradient of an unused output
         ctx.how, ctx.block = how, block
         ctx.random = _RandomState.of(inputs) if how.dropout else None
@@ -86,7 +87,6 @@ class _Recomputed(torch.autograd.Function):
             if pairs:
                 torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         return (
-            None,
             None,
             None,
             *(each.grad if needed else None for each, needed in zip(inputs, ctx.needed, strict=True)),

@@ -54,8 +54,10 @@ class FrozenLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """x [..., in] to y [..., out]."""
         x = _Rounded.apply(input, self.weight.dtype) if self.rounds_input else input  # type: ignore[no-untyped-call]
-        others = [getattr(self, name) for name in self.format.names[1:]]
-        return _Product.apply(x, self.bias, self._note, self.out_features, self.weight, *others)  # type: ignore[no-untyped-call]
+        tensors = [getattr(self, name) for name in ("weight", *self.format.names[1:])]
+        if torch.compiler.is_compiling():
+            return torch.ops.qwen_edit_trainer.product(x, tensors, self._note, self.out_features, False, self.bias)  # noqa: FBT003
+        return _Product.apply(x, self.bias, self._note, *tensors)  # type: ignore[no-untyped-call]
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,28 +81,23 @@ class _Rounded(torch.autograd.Function):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, note: str, width: int, *weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, note: str, *weight: Tensor) -> Tensor:
         ctx.save_for_backward(*weight)
-        ctx.note, ctx.width = note, x.shape[-1]
-        return _product()(x, weight, note, width, False, bias)  # noqa: FBT003 - operators have no keywords here
+        ctx.note = note
+        return _multiplied(x, weight, note, 0, False, bias)  # noqa: FBT003
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight = ctx.saved_tensors
-        gradient = _product()(gradients[0], weight, ctx.note, ctx.width, True, None)  # noqa: FBT003
-        return gradient, None, None, None, *(None for _ in weight)
-
-
-def _product() -> Any:
-    """The product, or in compiled code the operator that hides it."""
-    return torch.ops.qwen_edit_trainer.product if torch.compiler.is_compiling() else _multiplied
+        gradient = _multiplied(gradients[0], weight, ctx.note, 0, True, None)  # noqa: FBT003
+        return gradient, None, None, *(None for _ in weight)
 
 
 def _multiplied(
     x: Tensor,
     weight: Sequence[Tensor],
     note: str,
-    width: int,  # noqa: ARG001 - of the result; the compiler needs it
+    width: int,  # noqa: ARG001 - of the result; only the compiler needs it
     transposed: bool,  # noqa: FBT001 - operators have no keywords here
     bias: Tensor | None,
 ) -> Tensor:
@@ -126,7 +123,19 @@ def register_product() -> None:
     library.define("product(Tensor x, Tensor[] w, str note, int width, bool transposed, Tensor? bias) -> Tensor")
     library.impl("product", _multiplied, "CompositeExplicitAutograd")
     library.impl("product", lambda x, _w, _note, width, *_: x.new_empty((*x.shape[:-1], width)), "Meta")
+    torch.library.register_autograd("qwen_edit_trainer::product", _backward, setup_context=_keep, lib=library)
     _LIBRARIES.append(library)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - torch's form
+    x, weight, ctx.note = inputs[:3]
+    ctx.width = x.shape[-1]
+    ctx.save_for_backward(*weight)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    product, weight = torch.ops.qwen_edit_trainer.product, list(ctx.saved_tensors)
+    return product(gradient, weight, ctx.note, ctx.width, True, None), [None] * len(weight), None, None, None, None  # noqa: FBT003
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

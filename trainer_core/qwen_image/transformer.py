@@ -65,10 +65,13 @@ def predict_velocity(
     references = [pad_to_patches(reference) for reference in condition.reference_latents]
     shapes = [token_shape(latents) for latents in (latents_BCHW, *references)]
     dtype = transformer.proj_out.weight.dtype
+    picture, prompt = torch.cat([tokens, *map(pack, references)], dim=1).to(dtype), condition.prompt_embeds.to(dtype)
+    if torch.is_grad_enabled():  # so that all blocks are alike to the compiler and to recomputation
+        picture, prompt = (each.detach().requires_grad_() for each in (picture, prompt))
     prediction = transformer(
-        hidden_states=torch.cat([tokens, *map(pack, references)], dim=1).to(dtype),
+        hidden_states=picture,
         timestep=sigma_B.to(dtype),
-        encoder_hidden_states=condition.prompt_embeds.to(dtype),
+        encoder_hidden_states=prompt,
         encoder_hidden_states_mask=condition.prompt_mask,
         img_shapes=[shapes] * latents_BCHW.shape[0],
         return_dict=False,

@@ -1,0 +1,112 @@
+"""Compiles the transformer's blocks with torch.compile: once for all sizes, and kept on disk for the next run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..precision.frozen_linear import register_product
+
+CACHE_BYTES = 2 << 30  # limit of the folder of compiled code
+_CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+class CompiledBlocks:
+    """Compiles blocks until `undo`. All blocks share one graph with gradients and one without.
+
+    The numbers of picture and prompt tokens are symbols in these graphs, so pairs of other sizes need no compilation.
+    The last block is different, because it drops the prompt, and stays as it is: its own graphs would take longer to
+    compile than they save.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        import torch._dynamo.config as dynamo
+
+        register_product()
+        # Graphs differ between batches of one and of several pairs, with and without a mask or an enabled adapter.
+        name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
+        setattr(dynamo, name, max(64, getattr(dynamo, name)))
+        self._blocks = list(blocks[:-1])
+        for block in self._blocks:
+            block.forward = _AnySize(block.forward)
+
+    def undo(self) -> None:
+        """Let the blocks run uncompiled from now on."""
+        for block in self._blocks:
+            del block.forward
+        self._blocks = []
+
+
+class _AnySize:
+    """A block's compiled forward, which tells the compiler which dimensions count tokens."""
+
+    def __init__(self, forward: Any) -> None:
+        self._compiled = torch.compile(forward)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulate_index: Tensor | None = None,
+    ) -> Any:
+        rotary = tuple(map(torch.view_as_real, image_rotary_emb))  # inductor generates no code for complex numbers
+        for tokens in (hidden_states, encoder_hidden_states, encoder_hidden_states_mask, modulate_index):
+            _mark(tokens, 1)
+        for angles in rotary:
+            _mark(angles, 0)
+        return self._compiled(
+            hidden_states,
+            encoder_hidden_states,
+            encoder_hidden_states_mask,
+            temb,
+            rotary,
+            joint_attention_kwargs,
+            modulate_index,
+        )
+
+
+def _mark(tensor: Tensor | None, dim: int) -> None:
+    if tensor is not None:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile can generate code for the device: a CUDA device, with Triton installed."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+@contextmanager
+def compiled_code_in(folder: Path) -> Iterator[None]:
+    """Keep compiled code in `folder` while the context lasts, for this run and the next. Limits the folder's size."""
+    before = {name: os.environ.get(name) for name in _CACHE_VARIABLES}
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        _limit(folder, CACHE_BYTES)
+
+
+def _limit(folder: Path, max_bytes: int) -> None:
+    """Delete the least recently used files until the rest is within `max_bytes`."""
+    with suppress(OSError):  # another run may be writing or deleting here; the next run tries again
+        files = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
+        total = sum(stat.st_size for _, stat in files)
+        for path, stat in sorted(files, key=lambda file: max(file[1].st_atime, file[1].st_mtime)):
+            if total <= max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= stat.st_size
