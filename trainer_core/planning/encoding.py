@@ -9,9 +9,10 @@ from ..config import BaseModelPrecision
 from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.folder import DEMO_FOLDER
 from ..qwen_image.text_encoder_file import KEPT_LAYERS, stored_shapes
+from ..qwen_image.vae_tiles import ENCODING_ELEMENTS
 from .choose import SMALLER_PRECISIONS, Budget
 from .network import WeightShapes, stored_bytes
-from .plan import ENCODING_ELEMENTS, GAPS, GIB, VAE_WEIGHTS
+from .plan import GAPS, GIB, VAE_WEIGHTS
 
 _PROMPT_BYTES = GIB // 2  # activations of a prompt and of the pictures in it, without gradients
 

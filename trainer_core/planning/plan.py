@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from ..config import TrainConfig
 from ..memory.offload import offloaded_bytes
 from ..memory.placement import recomputed_blocks
-from ..qwen_image.vae import ENCODING_ELEMENTS, GAPS, VAE_WEIGHTS
+from ..qwen_image.vae import GAPS, VAE_WEIGHTS
+from ..qwen_image.vae_tiles import ENCODING_ELEMENTS, least_decoding_bytes
 from ..training.ema import ema_bytes
 from ..training.optimizer import optimizer_bytes
 from .activations import (
@@ -24,7 +25,6 @@ from .network import NetworkSize
 from .workload import PairSize, Workload
 
 GIB = 2**30
-DECODING_ELEMENTS = 675  # of working memory per pixel, of the VAE that `vae.for_pictures` returns
 _LIBRARIES = 100 * 2**20  # bytes of workspaces of cuBLAS and others, which torch's allocator counts
 _PROCESS = 3 * GIB  # host memory of Python, torch and CUDA
 _LOADED_PAIRS = GIB  # host memory of the encoded pairs that the loader holds
@@ -173,10 +173,10 @@ def _validation(
         "forward pass": forward_bytes(network, tokens) + _layer_bytes(network),
         "latents and embeddings": latent_and_embedding_bytes(network, tokens),
     }
-    pixels = pair.target.width * pair.target.height
+    height, width = pair.target.height, pair.target.width
     decoding = {
         "VAE": VAE_WEIGHTS * network.element_bytes,
-        "decoding a picture": DECODING_ELEMENTS * network.element_bytes * pixels,
+        "decoding a picture": least_decoding_bytes(height, width, network.element_bytes),
     }
     return [Phase("sampling", {**resting, **sampling}), Phase("decoding", {**resting, **decoding})]
 

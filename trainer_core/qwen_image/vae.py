@@ -16,13 +16,13 @@ from ..weights.source import open_weights
 from .base_model import BaseModel
 from .batching import in_batches
 from .latents import VAE_FACTOR, denormalise, normalise
+from .vae_tiles import ENCODING_ELEMENTS, decode_raw, encode_raw
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage
 
-# Of the VAE that `for_pictures` returns: number of weights, and elements of working memory per pixel while encoding.
-VAE_WEIGHTS = 44_599_603
-ENCODING_ELEMENTS = 581
+
+VAE_WEIGHTS = 44_599_603  # of the VAE that `for_pictures` returns
 GAPS = 2**29  # bytes of device memory that are left to fragmentation
 _BATCH_PIXELS = 4 * 2**20  # a larger batch is hardly faster
 _WAN_MARK, _WIDTH_FROM = "decoder.middle.0.residual.0.gamma", "decoder.norm_out.gamma"
@@ -144,9 +144,7 @@ def _encode(vae: AutoencoderKLQwenImage, pictures: Tensor) -> Tensor:
     if vae.device.type == "cuda":
         pictures = pictures.pin_memory()  # otherwise the copy would wait for the previous batch
     pixels = (pictures.to(vae.device, non_blocking=True) * 2 - 1).to(vae.dtype)
-    # Not `vae.encode`: it keeps a copy of every layer's input for the next video frame. The same holds for `decode`.
-    moments = vae.quant_conv(vae.encoder(pixels[:, :, None]))
-    latents = moments.chunk(2, dim=1)[0][:, :, 0].float()
+    latents = encode_raw(vae, pixels[:, :, None]).chunk(2, dim=1)[0][:, :, 0].float()
     return normalise(latents, vae.config.latents_mean, vae.config.latents_std)
 
 
@@ -154,5 +152,5 @@ def _encode(vae: AutoencoderKLQwenImage, pictures: Tensor) -> Tensor:
 def decode_latents(vae: AutoencoderKLQwenImage, latents: Tensor) -> Tensor:
     """Decode normalised latents [C, H, W] to a picture [3, 8 H, 8 W] in 0..1 (float32, CPU)."""
     raw = denormalise(latents.float(), vae.config.latents_mean, vae.config.latents_std)
-    pixels = vae.decoder(vae.post_quant_conv(raw[None, :, None].to(vae.device, vae.dtype)))[0, :, 0]
-    return ((pixels.float() + 1) / 2).clamp(0, 1).cpu()
+    pixels = decode_raw(vae, raw[None, :, None].to(vae.device, vae.dtype))[0, :, 0].cpu()
+    return ((pixels.float() + 1) / 2).clamp(0, 1)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from ..config import EmaConfig, ValidationConfig
 from .ema import weights_to_validate
 from .validation import LOSS_SIGMAS
 
 
-class Passes(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Passes:
     """`count` forward passes of one pair without gradients. `image`: tokens of target and references. `text`: tokens of
     the prompt."""
 
@@ -73,4 +73,4 @@ def validation_work(
 
 
 def _times(passes: Iterable[Passes], factor: int) -> tuple[Passes, ...]:
-    return tuple(each._replace(count=each.count * factor) for each in passes)
+    return tuple(replace(each, count=each.count * factor) for each in passes)
