@@ -44,7 +44,7 @@ def in_batches(monkeypatch: pytest.MonkeyPatch, pixels: int, tokens: int) -> dic
 
     def vae_of(*arguments: Any) -> Any:
         vae = load_vae(*arguments)
-        vae.encoder.register_forward_pre_hook(lambda _, inputs: calls["vae"].append(len(inputs[0])))
+        vae.quant_conv.register_forward_pre_hook(lambda _, inputs: calls["vae"].append(len(inputs[0])))
         return vae
 
     def text_encoder_of(*arguments: Any) -> Any:
