@@ -56,6 +56,7 @@ class Row:
     phases: dict[str, Spent] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
+    exported: bool = False
     patches: int = 0
     backend: str = "native"
 
@@ -74,6 +75,7 @@ class Row:
             held = Spent()
 
     def _column(self, event: dict[str, Any]) -> str:
+        self.exported = self.exported or event["phase"] == "export"
         if "plan" in event:
             self.plan = event
         self.patches += event.get("patches", 0) if event["phase"] == LORA else 0
@@ -105,6 +107,7 @@ class Row:
         found = [
             (len(self.steps) < steps, f"{len(self.steps)} of {steps} steps"),
             (bool(missing), f"no {', '.join(missing)}"),
+            (not self.exported, "no LoRA was exported"),
             (self.peak > self.card * GIB > 0, f"peak of {self.peak / GIB:.2f} GiB is above the card's {self.card} GiB"),
             (self.via == "comfyui" and not self.patches, "ComfyUI patched no weight with the LoRA"),
         ]
