@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import platform
 import resource
 import statistics
@@ -28,15 +29,26 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.support.full_size_step import GIB, PROMPT_TOKENS, RANK, Setting, Step, build, our_step, planned_bytes
+from tests.support.full_size_step import (
+    GIB,
+    PROMPT_TOKENS,
+    RANK,
+    Setting,
+    Step,
+    build,
+    our_step,
+    planned_bytes,
+    planned_run,
+)
 from trainer_core.adapters.plan import TARGET_PATTERNS
 from trainer_core.memory.placement import recomputed_blocks
+from trainer_core.planning.duration import probed_speed, training_operations, training_seconds
 from trainer_core.qwen_image.transformer import predict_velocity
 from trainer_core.qwen_image.types import Condition
 
 HEAD = (
-    "| step | weights | side | references | memory | s/step | TFLOP/s | of peak | weights GiB | peak allocated GiB "
-    "| planned GiB | peak reserved GiB | host GiB | built in s |"
+    "| step | weights | side | references | memory | s/step | estimated s | TFLOP/s | of peak | weights GiB "
+    "| peak allocated GiB | planned GiB | peak reserved GiB | host GiB | built in s |"
 )
 
 
@@ -68,19 +80,11 @@ def plain_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any
 
 
 def flops(setting: Setting, layers: int, width: int = 3072) -> float:
-    """Floating point operations of a step, from its matrix products.
-
-    A linear layer counts once forward, once for the gradient of its input (frozen weights have no gradient), and once
-    more if recomputed. Attention counts 2 products forward and 4 backward, without FlashAttention's own recomputation.
-    The adapter is left out: under 1 %.
-    """
+    """Floating point operations of a step, from its matrix products."""
     image = (setting.side // 16) ** 2 * (1 + setting.references)
-    tokens = image + PROMPT_TOKENS
-    linear = 2 * tokens * (4 * width * width + 8 * width * width)
-    attention = 4 * tokens**2 * width
     config = setting.config
     again = recomputed_blocks(config.memory, layers, checkpointing=config.gradient_checkpointing)
-    return layers * (linear * 2 + attention * 3) + again * (linear + attention)
+    return training_operations(width, image + PROMPT_TOKENS, layers, again)
 
 
 def measure(setting: Setting, arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
@@ -110,12 +114,21 @@ def measure(setting: Setting, arguments: argparse.Namespace, device: torch.devic
         "built": built,
         "weights": weights,
         "seconds": median,
+        "estimated": estimated_seconds(setting, arguments.layers, device),
         "tflops": flops(setting, arguments.layers) / median / 1e12,
         "allocated": torch.cuda.max_memory_allocated() if cuda else 0,
         "planned": planned_bytes(setting, arguments.layers),
         "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
         "host": host_bytes(),
     }
+
+
+def estimated_seconds(setting: Setting, layers: int, device: torch.device) -> float:
+    """What the planner estimates for the step "ours" before anything is loaded; NaN on other devices than CUDA."""
+    config, network, work = planned_run(setting, layers)
+    speed = probed_speed(config, network, work, device)
+    tokens = work.tokens.image + work.tokens.text
+    return math.nan if speed is None else training_seconds(config, network, speed, tokens)
 
 
 def profile(step: Callable[[], None], device: torch.device) -> None:
@@ -208,7 +221,7 @@ def print_row(setting: Setting, arguments: argparse.Namespace, device: torch.dev
     try:
         got = measure(setting, arguments, device)
         print(
-            f"{label} {got['seconds']:.3f} | {got['tflops']:.0f} | {got['tflops'] / peak:.0%} "
+            f"{label} {got['seconds']:.3f} | {got['estimated']:.3f} | {got['tflops']:.0f} | {got['tflops'] / peak:.0%} "
             f"| {got['weights'] / GIB:.2f} | {got['allocated'] / GIB:.2f} | {got['planned'] / GIB:.2f} "
             f"| {got['reserved'] / GIB:.2f} | {got['host'] / GIB:.1f} | {got['built']:.0f} |",
             flush=True,

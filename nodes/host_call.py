@@ -38,10 +38,11 @@ class NodeObserver:
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
         """Show one progress bar per phase."""
+        text = f"{phase}: {done} of {total}" if total else phase
         self._update(done, max(1, total))
-        self._show(f"{phase}: {done} of {total}", final=done >= total)
+        self._show(text, final=done >= total)
         if self._live is not None:
-            self._live.phase(f"{phase}: {done} of {total}")
+            self._live.phase(text)
 
     def on_step(self, report: StepReport) -> None:
         """Show the training progress bar."""

@@ -27,7 +27,7 @@ class PlanMemory(io.ComfyNode):
             "PlanMemory",
             "Plan Qwen Edit Memory",
             description="Estimates the device and host memory of a training run with these settings, part by part, and "
-            "says whether it fits. Loads no weights and changes no files.",
+            "says whether it fits and, on a CUDA device, how long it takes. Loads no weights and changes no files.",
             search_aliases=["vram", "out of memory", "memory estimate"],
             is_output_node=True,
             inputs=[
@@ -47,7 +47,7 @@ class PlanMemory(io.ComfyNode):
                 settings_input("rollout_settings"),
             ],
             outputs=[
-                new_output(io.String, "plan", "The plan as text: memory by phase, settings, and whether it fits.")
+                new_output(io.String, "plan", "The plan as text: memory by phase, settings, whether it fits, and time.")
             ],
         )
 
@@ -68,6 +68,7 @@ class PlanMemory(io.ComfyNode):
         work = workload_of_encoded(
             encoded, config.batching, config.validation, settings.get("validation_encoded") or encoded
         )
-        budget = budget_of(pick_device(model.device), card_gib or config.memory.vram_gib, held_leaves=True)
-        text, _ = planned_in_words(config, network, work, budget)
+        device, other_card = pick_device(model.device), card_gib or config.memory.vram_gib
+        budget = budget_of(device, other_card, held_leaves=True)
+        text, _ = planned_in_words(config, network, work, budget, None if other_card else device)
         return io.NodeOutput(text, ui={"text": [text]})

@@ -44,7 +44,9 @@ class ConsoleObserver:
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
         """Logs each tenth of a phase."""
-        tenth = 10 * done // max(1, total)
+        if not total:
+            return
+        tenth = 10 * done // total
         if (phase, tenth) != self._last_line:
             self._last_line = (phase, tenth)
             _LOG.info("%s: %d of %d", phase, done, total)

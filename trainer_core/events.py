@@ -94,7 +94,10 @@ class Observer(Protocol):
     """Receives a call's reports and can stop it."""
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
-        """`done` of `total` parts of a phase are finished. `phase` is a short text to show to the user."""
+        """`done` of `total` parts of a phase are finished. `phase` is a short text to show to the user.
+
+        If `total` is 0, `phase` is a whole sentence, which the caller has also logged.
+        """
 
     def on_step(self, report: StepReport) -> None:
         """Called after every optimizer step."""

@@ -146,7 +146,9 @@ def plan_job(job: JobConfig, vram_gib: float = 0.0, observer: Observer = SILENT)
     parts = [(dataset, part.encoding) for part, dataset in pair_job(job, observer)]
     config, base = job.train_config("plan"), BaseModel(job.model)
     work = workload_of_pairs(parts, job.model, job.batching, job.validation)
-    budget = budget_of(pick_device(job.model.device), vram_gib or job.memory.vram_gib)
+    device, other_card = pick_device(job.model.device), vram_gib or job.memory.vram_gib
+    budget = budget_of(device, other_card)
     encoding, can_be_encoded = encoding_in_words(base, work.largest_picture, budget)
-    text, fits = planned_in_words(config, prepare_model(config, base).size, work, budget)
+    size = prepare_model(config, base).size
+    text, fits = planned_in_words(config, size, work, budget, None if other_card else device)
     return f"{text}\n\n{encoding}", fits and can_be_encoded

@@ -18,7 +18,7 @@ from trainer_core.events import SILENT
 from trainer_core.geometry import Size
 from trainer_core.memory.compilation import CompiledBlocks
 from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
-from trainer_core.planning.network import network_size
+from trainer_core.planning.network import NetworkSize, network_size
 from trainer_core.planning.plan import plan_memory
 from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.precision.quantise import quantise
@@ -141,6 +141,13 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
 
 def planned_bytes(setting: Setting, layers: int) -> int:
     """Peak device memory in bytes that the planner expects for the step "ours"."""
+    phase = plan_memory(*planned_run(setting, layers)).phase("training")
+    assert phase is not None
+    return phase.total_bytes
+
+
+def planned_run(setting: Setting, layers: int) -> tuple[TrainConfig, NetworkSize, Workload]:
+    """The step "ours" as the planner sees it."""
     model = ModelConfig(base_model_precision=setting.precision)  # type: ignore[arg-type]
     config = dataclasses.replace(setting.config, model=model)
     empty = empty_transformer({"num_layers": layers})
@@ -148,6 +155,4 @@ def planned_bytes(setting: Setting, layers: int) -> int:
     network = network_size(empty, plan_adapter(empty, config.lora), model)
     side = Size(setting.side, setting.side)
     pair = pair_size(side, [side] * setting.references, PROMPT_TOKENS)
-    phase = plan_memory(config, network, Workload(train=pair, batch=1)).phase("training")
-    assert phase is not None
-    return phase.total_bytes
+    return config, network, Workload(train=pair, batch=1)

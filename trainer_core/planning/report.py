@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..config import MemoryConfig, TrainConfig
 from ..errors import OutOfMemoryError
 from .advice import STEP, VALIDATION, memory_advice
 from .choose import Budget, choose_memory
+from .duration import probed_speed, time_in_words
 from .network import NetworkSize
 from .plan import GIB, MemoryPlan, plan_memory
 from .workload import Workload
@@ -13,17 +16,25 @@ from .workload import Workload
 _CHOSEN_BY_AUTO = ("gradient_checkpointing_blocks", "activation_offload", "blocks_to_stream")
 
 
-def planned_in_words(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> tuple[str, bool]:
-    """The report on the memory plan of a run with these settings, and whether it fits."""
+def planned_in_words(
+    config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget, device: torch.device | None = None
+) -> tuple[str, bool]:
+    """The report on the memory plan of a run with these settings, and whether it fits.
+
+    `device`: also estimates how long the run takes there, which takes a moment; None for a card that is elsewhere.
+    """
     if config.memory.memory == "auto":
         try:
-            report = plan_report(choose_memory(config, network, work, budget), budget)
-            return f"{report}\n{unused_settings(config)}".rstrip(), True
+            plan = choose_memory(config, network, work, budget)
         except OutOfMemoryError as error:
             return f"{plan_report(plan_memory(config, network, work), budget)}\n\n{error}", False
+        more = (unused_settings(config), _estimated_time(plan, device))
+        return "\n".join(filter(None, (plan_report(plan, budget), *more))), True
     plan = plan_memory(config, network, work)
     text, fits = plan_report(plan, budget), budget.holds(plan)
-    if not fits:
+    if fits:
+        text = "\n".join(filter(None, (text, _estimated_time(plan, device))))
+    else:
         hint = "With memory set to auto, the trainer chooses memory settings that fit."
         text += f"\n\n{memory_advice(plan, STEP + VALIDATION)} {hint}"
     return text, fits
@@ -42,6 +53,12 @@ def unused_settings(config: TrainConfig) -> str:
         return ""
     them = "it" if len(changed) == 1 else "them"
     return f"Not used, because memory is auto: {', '.join(changed)}. Set memory to manual to use {them}."
+
+
+def _estimated_time(plan: MemoryPlan, device: torch.device | None) -> str:
+    """How long the run takes on this device, as far as that can be told before anything is loaded."""
+    speed = None if device is None else probed_speed(plan.config, plan.network, plan.work, device)
+    return "" if speed is None else time_in_words(plan.config, plan.network, plan.work, speed)
 
 
 def _on_off(value: object) -> str:

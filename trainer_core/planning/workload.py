@@ -49,14 +49,15 @@ class Workload:
     """`train`: the largest pair, `batch` of them per micro-batch. `validation`: the largest sampled pair, or None.
     `on_the_fly_pixels`: pixels of the largest reference that is encoded on the fly; 0 if all are in the cache.
     `largest_picture`: pixels of the largest target or reference that is still to be encoded; 0 if there is none.
-    `held_out` and `pictures`: tokens and number of the held-out pairs and of the validation pictures that one set of
-    weights draws, for `validation_work`."""
+    `training`: tokens of the pairs of each size, and their turns per epoch. `held_out` and `pictures`: tokens and
+    number of the held-out pairs and of the validation pictures that one set of weights draws, for `validation_work`."""
 
     train: PairSize
     batch: int
     validation: PairSize | None = None
     on_the_fly_pixels: int = 0
     largest_picture: int = 0
+    training: tuple[Passes, ...] = ()
     held_out: tuple[Passes, ...] = ()
     pictures: tuple[Passes, ...] = ()
 
@@ -71,7 +72,7 @@ def pair_size(target: Size, references: Sequence[Size], text_tokens: int, turns:
     return PairSize(
         target=target,
         references=len(references),
-        image_tokens=sum(map(_picture_tokens, (target, *references))),
+        image_tokens=sum(map(picture_tokens, (target, *references))),
         text_tokens=text_tokens,
         group=(target, *references),
         turns=turns,
@@ -154,11 +155,11 @@ def _passes(pairs: Iterable[PairSize]) -> tuple[Passes, ...]:
 
 def with_target(pair: PairSize, size: Size) -> PairSize:
     """The pair with a target of another size and the same references."""
-    others = pair.image_tokens - _picture_tokens(pair.target)
-    return dataclasses.replace(pair, target=size, image_tokens=others + _picture_tokens(size))
+    others = pair.image_tokens - picture_tokens(pair.target)
+    return dataclasses.replace(pair, target=size, image_tokens=others + picture_tokens(size))
 
 
-def _picture_tokens(size: Size) -> int:
+def picture_tokens(size: Size) -> int:
     """Tokens of a picture's latents; odd sides are padded."""
     return -(-(size.height // VAE_FACTOR) // PATCH) * -(-(size.width // VAE_FACTOR) // PATCH)
 
@@ -179,8 +180,12 @@ def _workload(train: Sequence[PairSize], drawn: Sequence[PairSize], batching: Ba
         turns[pair.group] += pair.turns
     batches = {group: min(batching.train_batch_size, count) for group, count in turns.items()}
     largest = max(train, key=lambda pair: batches[pair.group] * _all_tokens(pair))
+    texts = {pair.group: pair for pair in sorted(train, key=_all_tokens)}  # the longest prompt of each size
     return Workload(
-        train=largest, batch=batches[largest.group], validation=max(drawn, key=_all_tokens) if drawn else None
+        train=largest,
+        batch=batches[largest.group],
+        validation=max(drawn, key=_all_tokens) if drawn else None,
+        training=_passes(dataclasses.replace(pair, turns=turns[group]) for group, pair in texts.items()),
     )
 
 

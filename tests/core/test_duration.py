@@ -1,0 +1,247 @@
+"""How long a run takes, by arithmetic that is written out here once more, and what the sentence says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from tests.support.narrow import planned_size
+from trainer_core.config import (
+    BatchingConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    RolloutConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from trainer_core.geometry import Size
+from trainer_core.planning import duration as planning_duration
+from trainer_core.planning.choose import Budget
+from trainer_core.planning.duration import (
+    Speed,
+    duration,
+    measured_speed,
+    probed_speed,
+    time_in_words,
+    training_operations,
+    training_seconds,
+)
+from trainer_core.planning.network import NetworkSize
+from trainer_core.planning.report import planned_in_words
+from trainer_core.planning.workload import Workload, pair_size
+from trainer_core.training.validation_work import Passes
+
+TEXT = 230
+LARGE, SMALL = Size(1024, 1024), Size(512, 512)
+PAIR = pair_size(LARGE, [LARGE], TEXT)
+SIZES = (Passes(8192, TEXT, 6), Passes(2048, TEXT, 2))
+WORK = Workload(train=PAIR, batch=1, validation=PAIR, training=SIZES)
+SHOWN = dataclasses.replace(WORK, held_out=(Passes(8192, TEXT, 3),), pictures=(Passes(8192, TEXT, 2),))
+WIDTH, BLOCKS = 3072, 60
+
+
+def network_of(precision: str = "int8-quanto") -> NetworkSize:
+    return planned_size({"num_layers": BLOCKS}, ModelConfig(base_model_precision=precision), LoraConfig())
+
+
+@pytest.fixture(scope="module")
+def network() -> NetworkSize:
+    """Qwen-Image at its full size, in int8."""
+    return network_of()
+
+
+def config_of(**changes: object) -> TrainConfig:
+    given: dict[str, object] = {"memory": MemoryConfig(memory="manual", compile_blocks="on"), "max_train_steps": 1000}
+    return TrainConfig(run_dir="run", encoded="data", **{**given, **changes})
+
+
+def forward_operations(tokens: int) -> int:
+    return BLOCKS * (2 * tokens * 12 * WIDTH**2 + 4 * tokens**2 * WIDTH)
+
+
+def seconds_of(text: str) -> float:
+    """The duration that a text such as "3 h 10 min" or "4.9 s" names, in seconds."""
+    units = {"h": 3600, "min": 60, "s": 1}
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+) (h|min|s)\b", text))
+
+
+def test_a_steps_operations_are_those_of_its_matrix_products() -> None:
+    """Counted by torch on a narrow block: forward, gradients of the inputs, and a second forward if recomputed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    width, heads, tokens = 256, 4, 96
+    linears = [torch.nn.Linear(width, width * wide, bias=False).requires_grad_(False) for wide in (3, 1, 4)]
+    back = torch.nn.Linear(4 * width, width, bias=False).requires_grad_(False)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.view(1, tokens, heads, -1).transpose(1, 2) for part in linears[0](x).chunk(3, dim=-1))
+        attended = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return back(linears[2](linears[1](attended.transpose(1, 2).reshape(1, tokens, width))))
+
+    x = torch.randn(1, tokens, width, requires_grad=True)
+    with FlopCounterMode(display=False) as counted:
+        block(x).sum().backward()
+    assert counted.get_total_flops() == training_operations(width, tokens, num_blocks=1, recomputed=0)
+    with FlopCounterMode(display=False) as again, torch.no_grad():
+        block(x)
+    assert again.get_total_flops() == training_operations(width, tokens, 1, 1) - training_operations(
+        width, tokens, 1, 0
+    )
+
+
+def test_the_measured_micro_batch_takes_what_was_measured(network: NetworkSize) -> None:
+    pairs = dataclasses.replace(WORK, batch=2)
+    speed = measured_speed(config_of(), network, pairs, 3.0)
+    assert 2 * training_seconds(config_of(), network, speed, 8192 + TEXT) == pytest.approx(3.0)
+
+
+def test_a_step_is_the_mean_of_all_sizes(network: NetworkSize) -> None:
+    config = config_of(batching=BatchingConfig(gradient_accumulation_steps=4))
+    speed = measured_speed(config, network, WORK, 1.2)
+    ratio = training_operations(WIDTH, 2048 + TEXT, BLOCKS, BLOCKS) / training_operations(
+        WIDTH, 8192 + TEXT, BLOCKS, BLOCKS
+    )
+    whole = duration(config, network, WORK, speed)
+    assert whole.step == pytest.approx(4 * 1.2 * (6 + 2 * ratio) / 8)
+    assert (whole.steps, whole.previews, whole.total) == (1000, 0, pytest.approx(1000 * whole.step))
+    batched = dataclasses.replace(config, batching=BatchingConfig(train_batch_size=4, gradient_accumulation_steps=1))
+    pairs = dataclasses.replace(WORK, batch=4)
+    speed = measured_speed(batched, network, pairs, 4.8)  # 6 + 2 pairs are 2 + 1 micro-batches
+    assert duration(batched, network, pairs, speed).step == pytest.approx(1.2 * (6 + 2 * ratio) / 3)
+
+
+def test_previews_are_the_forward_passes_of_all_validations(network: NetworkSize) -> None:
+    config = config_of(validation=ValidationConfig(validation_step_interval=250, validation_num_inference_steps=30))
+    speed = measured_speed(config, network, SHOWN, 1.2)
+    rate = training_operations(WIDTH, 8192 + TEXT, BLOCKS, BLOCKS) / 1.2
+    drawing = 2 * 30 * 2  # pictures, steps, guidance
+    whole = duration(config, network, SHOWN, speed)
+    assert (whole.times, whole.pictures) == (4, 2)
+    passes = drawing + 4 * (drawing + 3 * 4)  # the base model's pictures once; losses of 3 pairs at 4 noise levels
+    assert whole.previews == pytest.approx(passes * forward_operations(8192 + TEXT) / rate)
+    later = duration(config, network, SHOWN, speed, done=750)
+    assert (later.steps, later.times) == (250, 1)
+    assert later.previews == pytest.approx((drawing + 3 * 4) * forward_operations(8192 + TEXT) / rate)
+
+
+def test_rollouts_add_their_expected_forward_passes(network: NetworkSize) -> None:
+    rollout = RolloutConfig(scheduled_sampling_max_step_offset=8, scheduled_sampling_probability=0.5)
+    rate = Speed(product=1e-15, attention=1e-15, attention_backward=1e-15)
+    one = dataclasses.replace(WORK, training=SIZES[:1])
+    config = config_of(batching=BatchingConfig(gradient_accumulation_steps=1))
+    plain, rolled = (duration(dataclasses.replace(config, rollout=each), network, one, rate).step
+                     for each in (RolloutConfig(), rollout))  # fmt: skip
+    assert rolled - plain == pytest.approx(0.5 * 8 / 2 * forward_operations(8192 + TEXT) * 1e-15)
+
+
+def test_a_step_waits_for_the_slowest_of_arithmetic_launches_and_copies(network: NetworkSize) -> None:
+    streamed = config_of(memory=MemoryConfig(memory="manual", blocks_to_stream=30))
+    tokens, fast = 2048 + TEXT, Speed(product=1e-18, attention=1e-18, attention_backward=1e-18)
+    launched = dataclasses.replace(fast, launch=2e-3)
+    assert training_seconds(streamed, network, launched, tokens) == pytest.approx(180 * 2e-3)  # 60 blocks, 3 passes
+    copied = dataclasses.replace(launched, copy=1 / 10e9)
+    assert training_seconds(streamed, network, copied, tokens) == pytest.approx(2 * 30 * network.block_bytes / 10e9)
+
+
+def test_the_sentence_adds_up(network: NetworkSize) -> None:
+    config = config_of()
+    speed = measured_speed(config, network, SHOWN, 1.2)
+    text = time_in_words(config, network, SHOWN, speed, encoding=600)
+    told = re.fullmatch(
+        r"About (.+): 1,000 steps of (.+), previews (.+) \(4 times 2 pictures\), encoding 10 min\. What saves most: .*",
+        text,
+    )
+    assert told is not None, text
+    total, step, previews = map(seconds_of, told.groups())
+    assert total == pytest.approx(1000 * step + previews + 600, rel=0.02)
+    estimate = dataclasses.replace(speed, is_estimate=True)
+    assert ", estimated: 1,000 steps" in time_in_words(config, network, SHOWN, estimate)
+
+
+def test_changes_are_computed_and_only_the_halving_are_called_that(network: NetworkSize) -> None:
+    config = config_of(batching=BatchingConfig(gradient_accumulation_steps=2))
+    one = dataclasses.replace(WORK, training=SIZES[:1])
+    speed = measured_speed(config, network, one, 1.2)
+    text = time_in_words(config, network, one, speed)
+    assert re.search(r"Half the time: resolution 768 \(\d+ min\) or gradient_accumulation_steps 1 \(20 min\)\.$", text)
+    smaller = 4608 + TEXT
+    expected = (
+        40 * training_operations(WIDTH, smaller, BLOCKS, BLOCKS) / training_operations(WIDTH, 8422, BLOCKS, BLOCKS)
+    )
+    assert seconds_of(text.split("768 (")[1].split(")")[0]) == pytest.approx(60 * expected, abs=31)
+    single = dataclasses.replace(config, batching=BatchingConfig(gradient_accumulation_steps=1))
+    at_512 = pair_size(SMALL, [SMALL], TEXT)
+    low = Workload(train=at_512, batch=1, training=(Passes(2048, TEXT, 1),))
+    eager = dataclasses.replace(single, memory=MemoryConfig(memory="manual", compile_blocks="off"))
+    found = time_in_words(eager, network, low, measured_speed(eager, network, low, 0.6))
+    assert "What saves most: compile_blocks on" in found and "Half" not in found
+    compiled = time_in_words(single, network, low, measured_speed(single, network, low, 0.4))
+    assert compiled == "About 7 min: 1,000 steps of 0.40 s."
+
+
+def test_references_that_are_larger_than_the_target_are_named(network: NetworkSize) -> None:
+    pair = pair_size(SMALL, [LARGE], TEXT)
+    work = Workload(train=pair, batch=1, training=(Passes(pair.image_tokens, TEXT, 4),))
+    speed = measured_speed(config_of(), network, work, 1.0)
+    assert "Half the time: match_target_res on (" in time_in_words(config_of(), network, work, speed)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.0421, "0.04 s"), (4.94, "4.9 s"), (59.6, "60 s"), (100, "2 min"), (3599, "1 h 0 min"), (11400, "3 h 10 min")],
+)
+def test_durations_in_words(network: NetworkSize, seconds: float, words: str) -> None:
+    config = config_of(max_train_steps=1, batching=BatchingConfig(gradient_accumulation_steps=1))
+    one = dataclasses.replace(WORK, training=SIZES[:1])
+    assert f"1 step of {words}" in time_in_words(config, network, one, measured_speed(config, network, one, seconds))
+
+
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, rates: list[float] | None = None) -> None:
+    """Makes the measurement of a CUDA device run on the CPU, or give these rates."""
+    original = planning_duration._probes
+    monkeypatch.setattr(planning_duration, "_seconds", lambda call: float(call() is not None))
+    monkeypatch.setattr(
+        planning_duration, "_probes", lambda network, tokens, _: rates or original(network, tokens, torch.device("cpu"))
+    )
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_an_estimate_is_what_was_measured_by_the_efficiency(
+    network: NetworkSize, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_cpu(monkeypatch, [1.0, 2.0, 3.0, 4.0])
+    config = config_of(memory=MemoryConfig(memory="manual", compile_blocks="on" if compiled else "off"))
+    speed = probed_speed(config, network, SHOWN, torch.device("cuda"))
+    assert speed is not None and speed.is_estimate and speed.copy == 4.0
+    efficiency = 1 / speed.product
+    assert 0 < efficiency < 1
+    assert (speed.attention, speed.attention_backward) == pytest.approx((2 / efficiency, 3 / efficiency))
+
+
+def test_the_device_is_measured_in_the_mode_in_which_comfyui_runs_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference mode, in which attention has no backward pass."""
+    on_the_cpu(monkeypatch)
+    narrow = planned_size({"num_layers": 2, "num_attention_heads": 2}, ModelConfig(), LoraConfig())
+    low = Workload(train=pair_size(Size(64, 64), [], 8), batch=1)
+    with torch.inference_mode():
+        speed = probed_speed(config_of(), narrow, low, torch.device("cuda"))
+    assert speed is not None and speed.attention_backward > 0
+
+
+def test_a_card_that_is_full_is_not_measured(network: NetworkSize, monkeypatch: pytest.MonkeyPatch) -> None:
+    def probes(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(planning_duration, "_probes", probes)
+    assert probed_speed(config_of(), network, SHOWN, torch.device("cuda")) is None
+
+
+def test_nothing_is_said_of_seconds_without_cuda(network: NetworkSize) -> None:
+    cpu = torch.device("cpu")
+    assert probed_speed(config_of(), network, SHOWN, cpu) is None
+    text, fits = planned_in_words(config_of(), network, SHOWN, Budget(2**40, 2**40), cpu)
+    assert fits and "About" not in text

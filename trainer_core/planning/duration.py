@@ -1,0 +1,317 @@
+"""How long a run takes: steps and previews, from a measured step or from a short measurement of the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..config import RolloutConfig, TrainConfig
+from ..memory.placement import recomputed_blocks
+from ..training.rollout import rollout_probability
+from ..training.validation_work import Passes, validation_work
+from .network import NetworkSize
+from .workload import Workload, picture_tokens
+
+# Fitted to steps in int8 on an H200, at 512 and 1024 pixels with one reference. Uncompiled, then compiled:
+_EFFICIENCY = (0.52, 0.70)  # the device's measured speed is reached to this part
+_LAUNCH = (3.0e-3, 2.1e-3)  # seconds in which the host starts the kernels of a block's pass
+_COPIED = 2**26  # bytes of the measured copy
+_SIDES = (1024, 768, 512)
+_HALF = 0.55  # of the time counts as half of it
+_MANY = 50  # steps of which rollouts are averaged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Seconds per floating point operation: of matrix products, and of attention forward and backward. `launch`:
+    seconds in which the host starts a block's pass. `copy`: seconds per byte from host to device memory."""
+
+    product: float
+    attention: float
+    attention_backward: float
+    launch: float = 0.0
+    copy: float = 0.0
+    is_estimate: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Duration:
+    """What remains of a run, in seconds. `previews`: of all validations together, which are `times` times `pictures`
+    validation pictures. `encoding`: of the pairs that are not encoded yet."""
+
+    step: float
+    steps: int
+    previews: float
+    times: int
+    pictures: int
+    encoding: float = 0.0
+    is_estimate: bool = False
+
+    @property
+    def total(self) -> float:
+        """Seconds until the end of the run."""
+        return self.step * self.steps + self.previews + self.encoding
+
+
+def block_operations(width: int, tokens: int) -> tuple[int, int]:
+    """Floating point operations of a block's forward pass: of its linear layers, and of attention.
+
+    The adapter is left out: about a percent.
+    """
+    return 2 * tokens * 12 * width * width, 4 * tokens**2 * width
+
+
+def training_operations(width: int, tokens: int, num_blocks: int, recomputed: int) -> int:
+    """Floating point operations of a forward and backward pass through the blocks.
+
+    A linear layer counts once forward, once for the gradient of its input (frozen weights have no gradient), and once
+    more if recomputed. Attention counts 2 products forward and 4 backward, without FlashAttention's own recomputation.
+    """
+    linear, attention = block_operations(width, tokens)
+    return num_blocks * (2 * linear + 3 * attention) + recomputed * (linear + attention)
+
+
+def measured_speed(config: TrainConfig, network: NetworkSize, work: Workload, seconds: float) -> Speed:
+    """The speed at which the largest micro-batch takes so many seconds, forward and backward."""
+    tokens, again = work.tokens, _recomputed(config, network)
+    operations = training_operations(network.width, tokens.image + tokens.text, network.num_blocks, again)
+    each = seconds / (tokens.batch * operations)
+    return Speed(product=each, attention=each, attention_backward=each)
+
+
+@torch.inference_mode(mode=False)  # ComfyUI runs nodes in that mode
+@torch.enable_grad()
+def probed_speed(config: TrainConfig, network: NetworkSize, work: Workload, device: torch.device) -> Speed | None:
+    """An estimate from a matrix product, attention and a copy of this run's sizes, which take a fraction of a second.
+
+    None on other devices than CUDA, and if memory is too short for it.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        product, forward, backward, copy = _probes(network, work.tokens.image + work.tokens.text, device)
+    except torch.OutOfMemoryError:
+        return None
+    compiled = config.memory.compile_blocks == "on"
+    efficiency = _EFFICIENCY[compiled]
+    return Speed(
+        product=product / efficiency,
+        attention=forward / efficiency,
+        attention_backward=backward / efficiency,
+        launch=_LAUNCH[compiled],
+        copy=copy,
+        is_estimate=True,
+    )
+
+
+def _probes(network: NetworkSize, tokens: int, device: torch.device) -> tuple[float, float, float, float]:
+    """Seconds per operation of a matrix product and of attention forward and backward, and per byte of a copy."""
+    dtype = torch.bfloat16 if network.element_bytes == 2 else torch.float32
+    width, attention = network.width, block_operations(network.width, tokens)[1]
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
+    weight = torch.randn(width, 4 * width, device=device, dtype=dtype)
+    q, k, v = (
+        torch.randn(1, network.heads, tokens, width // network.heads, device=device, dtype=dtype, requires_grad=True)
+        for _ in range(3)
+    )
+    attended = scaled_dot_product_attention(q, k, v)
+    grad = torch.randn_like(attended)
+    host = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    there = torch.empty_like(host, device=device)
+    return (
+        _seconds(lambda: x @ weight) / (8 * tokens * width**2),
+        _seconds(lambda: scaled_dot_product_attention(q, k, v)) / attention,
+        _seconds(lambda: torch.autograd.grad(attended, (q, k, v), grad, retain_graph=True)) / (2 * attention),
+        _seconds(lambda: there.copy_(host, non_blocking=True)) / _COPIED,
+    )
+
+
+def _seconds(call: Callable[[], object], times: int = 4) -> float:
+    """Median seconds that a call takes on the CUDA device, after two calls that are not counted."""
+    taken = []
+    for _ in range(2 + times):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(taken[2:])
+
+
+def _recomputed(config: TrainConfig, network: NetworkSize) -> int:
+    return recomputed_blocks(config.memory, network.num_blocks, checkpointing=config.gradient_checkpointing)
+
+
+def training_seconds(config: TrainConfig, network: NetworkSize, speed: Speed, tokens: int) -> float:
+    """Seconds of a forward and backward pass of one pair."""
+    linear, attention = block_operations(network.width, tokens)
+    again, blocks = _recomputed(config, network), network.num_blocks
+    forward = linear * speed.product + attention * speed.attention
+    backward = linear * speed.product + 2 * attention * speed.attention_backward
+    launched, copied = (2 * blocks + again) * speed.launch, 2 * _streamed_bytes(config, network) * speed.copy
+    return max((blocks + again) * forward + blocks * backward, launched, copied)
+
+
+def forward_seconds(config: TrainConfig, network: NetworkSize, speed: Speed, tokens: int) -> float:
+    """Seconds of a forward pass of one pair without gradients."""
+    linear, attention = block_operations(network.width, tokens)
+    each = max(linear * speed.product + attention * speed.attention, speed.launch)
+    return max(network.num_blocks * each, _streamed_bytes(config, network) * speed.copy)
+
+
+def _streamed_bytes(config: TrainConfig, network: NetworkSize) -> int:
+    return min(config.memory.blocks_to_stream, network.num_blocks) * network.block_bytes
+
+
+def duration(
+    config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed, *, done: int = 0, encoding: float = 0.0
+) -> Duration:
+    """What remains of a run after step `done`. `encoding`: seconds to encode the pairs, which is added."""
+    validation = validation_work(
+        config.validation,
+        config.ema,
+        max_train_steps=config.max_train_steps,
+        held_out=work.held_out,
+        pictures=work.pictures,
+        done=done,
+    )
+    previews = sum(
+        each.count * forward_seconds(config, network, speed, each.image + each.text) for each in validation.total
+    )
+    return Duration(
+        step=config.batching.gradient_accumulation_steps * _micro_batch(config, network, work, speed),
+        steps=max(0, config.max_train_steps - done),
+        previews=previews,
+        times=validation.times,
+        pictures=sum(each.count for each in work.pictures),
+        encoding=encoding,
+        is_estimate=speed.is_estimate,
+    )
+
+
+def _micro_batch(config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed) -> float:
+    """Mean seconds of a micro-batch: an epoch's pairs of all sizes, by the number of its micro-batches."""
+    largest = Passes(work.train.image_tokens, work.train.text_tokens, work.batch)
+    forwards = _rollout_forwards(config.rollout, config.max_train_steps)
+    seconds, batches = 0.0, 0
+    for pairs in work.training or (largest,):
+        tokens = pairs.image + pairs.text
+        each = training_seconds(config, network, speed, tokens)
+        each += forwards * forward_seconds(config, network, speed, tokens) if forwards else 0
+        seconds += pairs.count * each
+        batches += -(-pairs.count // config.batching.train_batch_size)
+    return seconds / batches
+
+
+def _rollout_forwards(rollout: RolloutConfig, max_train_steps: int) -> float:
+    """Expected forward passes of a pair's rollout, as the mean over the run."""
+    if not rollout.scheduled_sampling_max_step_offset:
+        return 0.0
+    steps = range(0, max_train_steps, -(-max_train_steps // _MANY))
+    probability = statistics.fmean(rollout_probability(step, rollout) for step in steps)
+    share = {"uniform": 1 / 2, "biased_early": 1 / 3, "biased_late": 2 / 3}[rollout.scheduled_sampling_strategy]
+    passes = 4 if rollout.scheduled_sampling_sampler == "rk4" else 1
+    return probability * share * rollout.scheduled_sampling_max_step_offset * passes
+
+
+def time_in_words(
+    config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed, *, done: int = 0, encoding: float = 0.0
+) -> str:
+    """How long the run still takes, and which change of one setting would halve that or saves most. Two sentences."""
+    whole = duration(config, network, work, speed, done=done, encoding=encoding)
+    changes = [
+        (words, duration(*run, done=done, encoding=encoding).total)
+        for words, run in _changes(config, network, work, speed)
+    ]
+    return " ".join(filter(None, (_told(whole), _advice(whole.total, changes))))
+
+
+def _told(whole: Duration) -> str:
+    parts = [f"{_counted(whole.steps, 'step')} of {_in_words(whole.step)}"]
+    if whole.previews:
+        pictures = f"{_counted(whole.times, 'time')} {_counted(whole.pictures, 'picture')}"
+        parts.append(f"previews {_in_words(whole.previews)} ({pictures})")
+    if whole.encoding:
+        parts.append(f"encoding {_in_words(whole.encoding)}")
+    return f"About {_in_words(whole.total)}{', estimated' if whole.is_estimate else ''}: {', '.join(parts)}."
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _advice(total: float, changes: Sequence[tuple[str, float]]) -> str:
+    """Up to two changes that halve the time; else the one that saves most, if it saves a tenth."""
+    halving = [each for each in changes if each[1] <= _HALF * total][:2]
+    if halving:
+        return "Half the time: " + " or ".join(f"{words} ({_in_words(seconds)})" for words, seconds in halving) + "."
+    words, seconds = min(changes, key=lambda each: each[1], default=("", total))
+    return f"What saves most: {words} ({_in_words(seconds)})." if seconds < 0.9 * total else ""
+
+
+_Run = tuple[TrainConfig, NetworkSize, Workload, Speed]
+
+
+def _changes(config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed) -> Iterator[tuple[str, _Run]]:
+    """Changes of one setting that save time, with the run that has them. Those that cost least quality come first."""
+
+    def validated(name: str, value: int) -> tuple[str, _Run]:
+        validation = dataclasses.replace(config.validation, **{name: value})
+        return f"{name} {value}", (dataclasses.replace(config, validation=validation), network, work, speed)
+
+    if work.pictures:
+        if interval := config.validation.validation_step_interval:
+            yield validated("validation_step_interval", 2 * interval)
+        yield validated("validation_num_inference_steps", max(1, config.validation.validation_num_inference_steps // 2))
+    if config.memory.compile_blocks == "off" and network.element_bytes == 2:
+        ratio = _EFFICIENCY[False] / _EFFICIENCY[True]
+        rates = {name: getattr(speed, name) * ratio for name in ("product", "attention", "attention_backward")}
+        faster = dataclasses.replace(speed, **rates, launch=speed.launch * _LAUNCH[True] / _LAUNCH[False])
+        yield "compile_blocks on", (config, network, work, faster)
+    pair = work.train
+    matched = picture_tokens(pair.target) * (1 + pair.references)
+    if matched < 0.9 * pair.image_tokens:
+        yield "match_target_res on", (config, network, _scaled(work, matched / pair.image_tokens), speed)
+    pixels = pair.target.width * pair.target.height
+    if side := next((side for side in _SIDES if side**2 < 0.9 * pixels), 0):
+        yield f"resolution {side}", (config, network, _scaled(work, side**2 / pixels), speed)
+    if (count := config.batching.gradient_accumulation_steps) > 1:
+        batching = dataclasses.replace(config.batching, gradient_accumulation_steps=count // 2)
+        yield (
+            f"gradient_accumulation_steps {count // 2}",
+            (dataclasses.replace(config, batching=batching), network, work, speed),
+        )
+
+
+def _scaled(work: Workload, factor: float) -> Workload:
+    """The work with so many times the picture tokens."""
+
+    def scaled(passes: Sequence[Passes]) -> tuple[Passes, ...]:
+        return tuple(dataclasses.replace(each, image=round(each.image * factor)) for each in passes)
+
+    train = dataclasses.replace(work.train, image_tokens=round(work.train.image_tokens * factor))
+    return dataclasses.replace(
+        work,
+        train=train,
+        training=scaled(work.training),
+        held_out=scaled(work.held_out),
+        pictures=scaled(work.pictures),
+    )
+
+
+def _in_words(seconds: float) -> str:
+    """Seconds as "0.42 s", "4.9 s", "50 s", "22 min" or "3 h 10 min"."""
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
