@@ -10,8 +10,9 @@ import torch
 
 from tests.support.narrow import planned_size
 from trainer_core.config import EmaConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
-from trainer_core.errors import ModelFileError, OutOfMemoryError
+from trainer_core.errors import ConfigError, ModelFileError, OutOfMemoryError
 from trainer_core.geometry import Size
+from trainer_core.memory.placement import blocks_on_host
 from trainer_core.planning.advice import STEP, VALIDATION, memory_advice, memory_errors_explained
 from trainer_core.planning.choose import Budget, choose_memory
 from trainer_core.planning.network import NetworkSize
@@ -96,6 +97,15 @@ def test_one_block_less_would_not_fit(network: NetworkSize) -> None:
     memory = dataclasses.replace(plan.config.memory, gradient_checkpointing_blocks=plan.recomputed - 1)
     faster = plan_memory(dataclasses.replace(plan.config, memory=memory), plan.network, plan.work)
     assert plan.needed_device_bytes <= 40 * GIB < faster.needed_device_bytes
+
+
+def test_streamed_blocks_are_spread_among_the_recomputed() -> None:
+    memory = MemoryConfig(blocks_to_stream=3, gradient_checkpointing_blocks=9)
+    assert blocks_on_host(memory, 12, checkpointing=True) == (0, 3, 6)
+    with pytest.raises(ConfigError, match="at most the 2 blocks"):
+        blocks_on_host(dataclasses.replace(memory, gradient_checkpointing_blocks=2), 12, checkpointing=True)
+    with pytest.raises(ConfigError, match="gradient_checkpointing on"):
+        blocks_on_host(memory, 12, checkpointing=False)
 
 
 def test_host_memory_is_not_exceeded(network: NetworkSize) -> None:

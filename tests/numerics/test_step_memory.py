@@ -13,7 +13,7 @@ from tests.support.adapter_gradients import gradients, predict, with_adapter
 from tests.support.narrow import NARROW, fill
 from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
-from trainer_core.errors import ConfigError, MissingPackageError
+from trainer_core.errors import MissingPackageError
 from trainer_core.memory import offload as offload_module
 from trainer_core.memory.offload import CHUNK_BYTES, HostCopies, offloaded_bytes
 from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
@@ -231,13 +231,6 @@ def test_dropout_drops_the_same_twice(base: Path):
 
     kept, again = dropped(0), dropped(LAYERS)
     assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
-
-
-def test_more_streamed_than_computed_again_is_refused():
-    with pytest.raises(ConfigError, match="at most the 3 blocks"):
-        blocks_on_host(MemoryConfig(blocks_to_stream=4, gradient_checkpointing_blocks=3), LAYERS, checkpointing=True)
-    with pytest.raises(ConfigError, match="gradient_checkpointing on"):
-        blocks_on_host(MemoryConfig(blocks_to_stream=1), LAYERS, checkpointing=False)
 
 
 def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):
