@@ -209,7 +209,13 @@ def _validate(parts: _Parts, done: int) -> dict[str, float]:
                 with weights():
                     found[_LOSS_OF[name]] = parts.validator.loss(networks.transformer, networks.device, observer)
             samples = parts.validator.sample(
-                networks.transformer, networks.device, variants, step=done, grid_file=grid_file, observer=observer
+                networks.transformer,
+                networks.device,
+                variants,
+                step=done,
+                grid_file=grid_file,
+                base_folder=run.base_pictures,
+                observer=observer,
             )
     except Interrupted:
         return {}  # the training loop asks the observer next, together with the other processes

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..qwen_image.sampling import FORWARD_WIDTHS
 from .network import NetworkSize
 
 FLOAT32 = 4  # bytes
@@ -18,7 +19,6 @@ MASK_BYTES = 1  # per element of a dropout mask on CUDA devices
 # the MLP's output (1), the activation function's output (4) and its input (4).
 _BACKWARD_WIDTHS = 10
 _LATENT_COPIES = 3  # of target and references: clean or noise, noisy, and the velocity
-_FORWARD_WIDTHS = 14  # peak of a forward pass without gradients, in widths per token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,7 @@ def backward_bytes(network: NetworkSize, tokens: Tokens) -> int:
 
 def forward_bytes(network: NetworkSize, tokens: Tokens) -> int:
     """Working memory of a block's forward pass without gradients, inputs included."""
-    return _FORWARD_WIDTHS * block_input_bytes(network, tokens)
+    return FORWARD_WIDTHS * block_input_bytes(network, tokens)
 
 
 def latent_and_embedding_bytes(network: NetworkSize, tokens: Tokens) -> int:

@@ -83,6 +83,11 @@ class BaseModel:
         return weights_digest(self.folder.vae)
 
     @cached_property
+    def transformer_digest(self) -> str:
+        """The `weights_digest` of the transformer."""
+        return weights_digest(self.folder.transformer)
+
+    @cached_property
     def bytes_per_weight(self) -> float:
         """Mean bytes per transformer weight in the model's files: 0.5 (NF4) to 4 (float32)."""
         place = self.folder.transformer

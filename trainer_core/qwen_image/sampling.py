@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..device import free_bytes
 from ..events import SILENT, Observer, raise_if_stopped
 from .latents import pack, token_shape, unpack
 from .transformer import predict_velocity
@@ -29,6 +30,12 @@ QWEN_SCHEDULE = {
     "max_image_seq_len": 8192,
     "shift_terminal": 0.02,
 }
+# Most tokens of a pass that shares a forward pass with the other one of guidance. 0: never. A shared pass is slower if
+# the device is busy with one already, because prompts of different lengths need masked attention, and compiled blocks
+# are compiled again for it. benchmarks/sampling.py measures both ways.
+TOGETHER_TOKENS = 0
+FORWARD_WIDTHS = 14  # peak memory of a forward pass without gradients, in widths of the network per token
+_USABLE = 0.9  # of free memory, because the peak is an estimate
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
@@ -64,6 +71,18 @@ def guided_velocity(conditional: Tensor, negative: Tensor, guidance: float) -> T
     return combined * unpack(ratio, *combined.shape[-2:])
 
 
+def guides_together(transformer: QwenImageTransformer2DModel, condition: Condition, latents_BCHW: Tensor) -> bool:
+    """Whether guidance's two passes should share a forward pass: on CUDA, with at most TOGETHER_TOKENS tokens each, and
+    if memory holds both."""
+    if latents_BCHW.device.type != "cuda":
+        return False
+    shapes = map(token_shape, (latents_BCHW, *condition.reference_latents))
+    tokens = condition.prompt_embeds.shape[1] + sum(rows * columns for _, rows, columns in shapes)
+    element_bytes = transformer.proj_out.weight.element_size()
+    needed = 2 * len(latents_BCHW) * tokens * FORWARD_WIDTHS * transformer.inner_dim * element_bytes
+    return tokens <= TOGETHER_TOKENS and needed < _USABLE * free_bytes(latents_BCHW.device)
+
+
 @torch.no_grad()
 def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     transformer: QwenImageTransformer2DModel,
@@ -74,26 +93,37 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     num_steps: int,
     guidance: float = 1.0,
     negative: Condition | None = None,
+    together: bool | None = None,
     observer: Observer = SILENT,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Integrate from noise [B, C, H, W] to latents of the same shape.
 
-    Guidance needs a `negative` condition and a scale above 1. `on_step` gets the number of finished steps.
+    Guidance needs a `negative` condition and a scale above 1. `together`: whether its two passes share a forward pass;
+    None asks `guides_together`. `on_step` gets the number of finished steps. Waits for the device in no step.
 
     Raises:
         Interrupted: the observer wants to stop.
     """
     _, rows, columns = token_shape(noise_BCHW)
-    sigmas = sigma_schedule(scheduler, num_steps, rows * columns)
+    schedule = sigma_schedule(scheduler, num_steps, rows * columns)
+    lengths, sigmas = schedule.diff().tolist(), schedule.to(noise_BCHW.device)
+    negative = negative if guidance > 1 else None
+    if together is None:
+        together = guides_together(transformer, condition, noise_BCHW)
+    both = condition.beside(negative) if negative is not None and together else None
     latents = noise_BCHW
     for index in range(num_steps):
         raise_if_stopped(observer)
-        sigma = sigmas[index].expand(latents.shape[0]).to(latents.device)
-        velocity = predict_velocity(transformer, latents, sigma, condition)
-        if negative is not None and guidance > 1:
-            velocity = guided_velocity(velocity, predict_velocity(transformer, latents, sigma, negative), guidance)
-        latents = latents + (sigmas[index + 1] - sigmas[index]).item() * velocity.float()
+        sigma = sigmas[index].expand(len(latents))
+        if both is not None:
+            twice = predict_velocity(transformer, torch.cat([latents, latents]), torch.cat([sigma, sigma]), both)
+            velocity = guided_velocity(*twice.chunk(2), guidance)
+        else:
+            velocity = predict_velocity(transformer, latents, sigma, condition)
+            if negative is not None:
+                velocity = guided_velocity(velocity, predict_velocity(transformer, latents, sigma, negative), guidance)
+        latents = latents + lengths[index] * velocity.float()
         if on_step is not None:
             on_step(index + 1)
     return latents

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,26 @@ class Condition:
         mask = None if self.prompt_mask is None else self.prompt_mask.to(device)
         references = tuple(latents.to(device, non_blocking=True) for latents in self.reference_latents)
         return Condition(references, self.prompt_embeds.to(device, non_blocking=True), mask)
+
+    def beside(self, other: Condition) -> Condition:
+        """The pairs of both conditions as one batch. Pads the shorter prompts at the end and masks the padding."""
+        conditions, sizes = (self, other), [each.prompt_embeds.shape[:2] for each in (self, other)]
+        longest = max(length for _, length in sizes)
+        prompts = [
+            functional.pad(each.prompt_embeds, (0, 0, 0, longest - length))
+            for each, (_, length) in zip(conditions, sizes, strict=True)
+        ]
+        mask = None
+        if sizes[0][1] != sizes[1][1] or any(each.prompt_mask is not None for each in conditions):
+            real = [
+                torch.ones(size, dtype=torch.bool, device=each.prompt_embeds.device)
+                if each.prompt_mask is None
+                else each.prompt_mask
+                for each, size in zip(conditions, sizes, strict=True)
+            ]
+            mask = torch.cat([functional.pad(each, (0, longest - each.shape[1])) for each in real])
+        references = zip(self.reference_latents, other.reference_latents, strict=True)
+        return Condition(tuple(map(torch.cat, references)), torch.cat(prompts), mask)
 
     def of_pair(self, row: int) -> Condition:
         """The condition of one pair of the batch, as a batch of 1."""

@@ -5,6 +5,7 @@ config.json       all settings of the last start
 metrics.jsonl     one JSON object per step
 tensorboard/      the same as TensorBoard event files
 samples/          validation grids (step-000250.png) and their single pictures (step-000250/)
+base_pictures/    latents of the base model's validation pictures, by a digest of all that determines them
 checkpoints/      resumable states (step-000250/)
 run.lock          locked by the training process
 <name>.safetensors  the LoRA file
@@ -99,6 +100,11 @@ class RunFolder:
     def samples(self) -> Path:
         """Folder of the validation pictures."""
         return self.path / "samples"
+
+    @property
+    def base_pictures(self) -> Path:
+        """Folder of the latents of the base model's validation pictures."""
+        return self.path / "base_pictures"
 
     @property
     def checkpoints(self) -> Path:

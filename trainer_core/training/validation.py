@@ -13,7 +13,7 @@ from ..adapters.inject import without_dropout, without_lora
 from ..conditioning.batches import pad_prompts
 from ..conditioning.encoded import EncodedDataset
 from ..conditioning.types import EncodedPair
-from ..config import ValidationConfig
+from ..config import ValidationConfig, digest
 from ..device import release_memory
 from ..events import Observer, SampleReport, raise_if_stopped
 from ..qwen_image.base_model import BaseModel
@@ -24,7 +24,7 @@ from ..qwen_image.vae import load_vae
 from ..rng import stream
 from .ema import Weights
 from .objective import noisy_latents, velocity_loss
-from .validation_pictures import Shot, Standard, plan_shots, report_pictures
+from .validation_pictures import Shot, Standard, keep_base, plan_shots, read_base, report_pictures
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -33,7 +33,7 @@ LOSS_SIGMAS = (0.2, 0.4, 0.6, 0.8)
 
 
 class Validator:
-    """Validates a run. Keeps the base model's latents and the targets' VAE results from the first validation."""
+    """Validates a run. Keeps the targets' VAE results in memory, and the base model's latents in the run folder."""
 
     def __init__(self, encoded: EncodedDataset, base: BaseModel, config: ValidationConfig) -> None:
         self._encoded, self._base_model, self._config = encoded, base, config
@@ -53,7 +53,7 @@ class Validator:
         Raises:
             Interrupted: the observer wants to stop.
         """
-        losses = []
+        losses, sigmas = [], torch.tensor(LOSS_SIGMAS, device=device)
         with without_dropout(transformer):
             for entry in self._encoded.validation_pairs:
                 pair = self._encoded.load(entry)
@@ -61,9 +61,9 @@ class Validator:
                 condition = _condition(pair, pair.prompt_embeds, device)
                 weights = None if pair.loss_weights is None else pair.loss_weights.unsqueeze(0).to(device)
                 noise = self._noise("validation-loss", entry.key, entry.shape, device)
-                for sigma in LOSS_SIGMAS:
+                for sigma in sigmas.split(1):
                     raise_if_stopped(observer)
-                    noisy = noisy_latents(target, torch.tensor([sigma], device=device), noise)
+                    noisy = noisy_latents(target, sigma, noise)
                     velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition)
                     losses.append(velocity_loss(velocity, noisy.target_velocity, weights))
         return float(torch.cat(losses).mean())
@@ -77,23 +77,29 @@ class Validator:
         *,
         step: int,
         grid_file: Path,
+        base_folder: Path,
         observer: Observer,
     ) -> SampleReport | None:
         """Sample the shots with the base model and with each of `variants`, and save the grid. None without shots.
+
+        The base model's latents are read from `base_folder`, and drawn only if that lacks them.
 
         Raises:
             Interrupted: the observer wants to stop.
         """
         if not self._shots:
             return None
+        files = {shot: base_folder / self._base_name(shot) for shot in self._shots if shot not in self._base}
+        self._base |= {shot: latents for shot, path in files.items() if (latents := read_base(path, shot)) is not None}
         missing = [shot for shot in self._shots if shot not in self._base]
         total = len(missing) + len(self._shots) * len(variants)
         places = ((number, total) for number in range(total))
-        pictures: dict[str, dict[Shot, Tensor]] = {"base": self._base}
         with without_dropout(transformer):
             with without_lora(transformer):
                 for shot in missing:
                     self._base[shot] = self._draw(transformer, shot, device, observer, next(places))
+                    keep_base(files[shot], self._base[shot])
+            pictures = {"base": {shot: self._base[shot] for shot in self._shots}}
             for name, weights in variants.items():
                 with weights():
                     drawn = (self._draw(transformer, shot, device, observer, next(places)) for shot in self._shots)
@@ -119,10 +125,9 @@ class Validator:
         steps, (number, total) = self._config.validation_num_inference_steps, place
         pair = self._encoded.load(shot.entry)
         prompt, negative = (self._encoded.load_prompt(shot.entry, key) for key in (shot.prompt, shot.entry.negative))
-        at_size = "" if shot.at_own_size else f"\x00{shot.size.width}x{shot.size.height}"
         latents = sample_latents(
             transformer,
-            self._noise("validation", shot.entry.key + at_size, shot.latents_shape, device),
+            self._noise("validation", _noise_index(shot), shot.latents_shape, device),
             _condition(pair, prompt, device),
             scheduler=self._scheduler,
             num_steps=steps,
@@ -135,10 +140,28 @@ class Validator:
         )
         return latents[0].cpu()
 
+    def _base_name(self, shot: Shot) -> str:
+        """Name of the file of the base model's latents: a digest of all that determines them."""
+        model, config = self._base_model.config, self._config
+        schedule = {name: each for name, each in self._scheduler.config.items() if not name.startswith("_")}
+        determining = [
+            self._base_model.transformer_digest,
+            *(model.flavour, model.base_model_precision, model.quantize_via, model.quantize_activations),
+            *(model.mixed_precision, self._encoded.preprocessing, schedule),
+            *(config.validation_num_inference_steps, config.validation_guidance, config.validation_seed),
+            *(shot.prompt, shot.entry.negative, shot.entry.references, _noise_index(shot), shot.latents_shape),
+        ]
+        return f"{digest(determining)}.safetensors"
+
     def _noise(self, purpose: str, index: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Noise [1, C, H, W] for a `shape` [C, H, W]."""
         generator = stream(self._config.validation_seed, purpose, index)
-        return torch.randn((1, *shape), generator=generator).to(device)
+        return torch.randn((1, *shape), generator=generator).to(device, non_blocking=True)
+
+
+def _noise_index(shot: Shot) -> str:
+    """What a shot's noise depends on besides the seed: the pair, and the size if it isn't the pair's own."""
+    return shot.entry.key + ("" if shot.at_own_size else f"\x00{shot.size.width}x{shot.size.height}")
 
 
 def _condition(pair: EncodedPair, prompt: Tensor, device: torch.device) -> Condition:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..conditioning.encoded import EncodedDataset
@@ -17,6 +19,7 @@ from ..conditioning.pictures import to_picture, to_tensor
 from ..config.validation import SIZE_STEP
 from ..data.alignment import Where
 from ..events import SampleReport
+from ..files import is_whole, read_tensors, write_tensors
 from ..geometry import Size, bucket_size, similar_shape
 from ..pictures.drift import Drift, mean_drift, measure_drift, unedited_region
 from ..pictures.grid import GridRow, save_picture, validation_grid
@@ -28,6 +31,7 @@ from .ema import AVERAGE, TRAINED
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage
 
+_LOG = logging.getLogger(__name__)
 Drawn = Mapping[str, Mapping["Shot", Tensor]]  # latents [C, H, W] by variant ("base", TRAINED, AVERAGE) and shot
 
 
@@ -102,6 +106,24 @@ def own_size(entry: EncodedEntry) -> Size:
     """The size at which a pair's target was encoded."""
     _, height, width = entry.shape
     return Size(width * VAE_FACTOR, height * VAE_FACTOR)
+
+
+def read_base(path: Path, shot: Shot) -> Tensor | None:
+    """The base model's latents [C, H, W] of a shot that `keep_base` wrote; None if the file is missing or damaged."""
+    try:
+        latents = read_tensors(path)["latents"] if is_whole(path) else None
+    except (OSError, SafetensorError, KeyError):
+        return None
+    whole = latents is not None and tuple(latents.shape) == shot.latents_shape and bool(latents.isfinite().all())
+    return latents if whole else None
+
+
+def keep_base(path: Path, latents: Tensor) -> None:
+    """Write the base model's latents for later starts of the run. A full disk does not stop the validation."""
+    try:
+        write_tensors(path, {"latents": latents})
+    except OSError as error:
+        _LOG.warning("%s can't be written (%s). After a pause, this picture is drawn again.", path, error)
 
 
 def report_pictures(
