@@ -1,4 +1,4 @@
-"""The base model's validation pictures: drawn once per run, kept for a run that continues, drawn anew if they differ."""
+"""The base model's validation pictures: drawn once per run, kept for later starts of it, drawn anew if they differ."""
 
 from __future__ import annotations
 

@@ -1,0 +1,113 @@
+"""Guidance's two passes as one batch equal two passes, and no sampling step reads a number from the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.narrow import NARROW, fill
+from trainer_core.qwen_image import sampling
+from trainer_core.qwen_image.base_model import empty_transformer
+from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
+from trainer_core.qwen_image.positions import use_comfyui_positions
+from trainer_core.qwen_image.sampling import QWEN_SCHEDULE, guides_together, sample_latents
+from trainer_core.qwen_image.types import Condition
+
+
+def network(dtype: torch.dtype, *, zero_cond_t: bool = False) -> nn.Module:
+    made = empty_transformer({**NARROW, "zero_cond_t": zero_cond_t})
+    rotary = made.pos_embed
+    made.to_empty(device="cpu")
+    fill(made, 0)
+    made.pos_embed = rotary
+    optimise_frozen_forward(made)
+    use_comfyui_positions(made)
+    return made.to(dtype).eval().requires_grad_(False)
+
+
+def condition(tokens: int, seed: int, masked: int = 0) -> Condition:
+    """Two references, the second with odd sides, and a prompt whose last `masked` tokens are padding."""
+    generator = torch.Generator().manual_seed(0)
+    references = tuple(torch.randn(1, 16, *size, generator=generator) for size in ((12, 8), (7, 9)))
+    prompt = torch.randn(1, tokens, 128, generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(tokens) < tokens - masked)[None] if masked else None
+    return Condition(references, prompt, mask)
+
+
+def drawn(transformer: Any, prompt: Condition, negative: Condition, **changes: Any) -> Tensor:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    noise = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(5))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(QWEN_SCHEDULE)
+    settings = {"scheduler": scheduler, "num_steps": 3, "guidance": 4.0, "negative": negative, **changes}
+    return sample_latents(transformer, noise, prompt, **settings)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+@pytest.mark.parametrize(("lengths", "masked"), [((9, 9), 0), ((9, 4), 0), ((4, 9), 0), ((9, 6), 2)])
+def test_one_batch_equals_two_passes(
+    dtype: torch.dtype, tolerance: float, zero_cond_t: bool, lengths: tuple[int, int], masked: int
+) -> None:
+    transformer = network(dtype, zero_cond_t=zero_cond_t)
+    prompt, negative = condition(lengths[0], 1, masked), condition(lengths[1], 2)
+    batches: list[int] = []
+    transformer.register_forward_pre_hook(
+        lambda _, __, given: batches.append(len(given["hidden_states"])), with_kwargs=True
+    )
+    apart = drawn(transformer, prompt, negative, together=False)
+    together = drawn(transformer, prompt, negative, together=True)
+    assert batches == [1] * 6 + [2] * 3
+    unguided = drawn(transformer, prompt, negative, guidance=1.0)
+    assert (apart - unguided).norm() > 0.05 * apart.norm()  # guidance has an effect
+    assert (together - apart).norm() < tolerance * apart.norm()
+
+
+def test_prompts_of_equal_length_need_no_mask() -> None:
+    assert condition(9, 1).beside(condition(9, 2)).prompt_mask is None
+    mask = condition(9, 1).beside(condition(4, 2)).prompt_mask
+    assert mask is not None and mask.sum(dim=1).tolist() == [9, 4]
+    both = condition(9, 1, masked=2).beside(condition(9, 2)).prompt_mask
+    assert both is not None and both.sum(dim=1).tolist() == [7, 9]
+
+
+def test_a_batch_is_used_on_cuda_with_few_tokens_and_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        """Stands in for latents [1, 16, 12, 8] on a GPU."""
+
+        device, shape = torch.device("cuda"), (1, 16, 12, 8)
+
+        def __len__(self) -> int:
+            return 1
+
+    transformer, tokens = network(torch.float32), 9 + 24 + 24 + 20
+    free = 2 * tokens * sampling.FORWARD_WIDTHS * transformer.inner_dim * 4
+    for bound, memory, expected in ((tokens, 2 * free, True), (tokens - 1, 2 * free, False), (tokens, free, False)):
+        monkeypatch.setattr(sampling, "TOGETHER_TOKENS", bound)
+        monkeypatch.setattr(sampling, "free_bytes", lambda _, memory=memory: memory)
+        assert guides_together(transformer, condition(9, 1), OnCuda()) is expected
+        assert not guides_together(transformer, condition(9, 1), torch.randn(1, 16, 12, 8))
+
+
+class Reads(TorchDispatchMode):
+    """Counts reads of a number from a tensor, for which CUDA would wait."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_no_step_reads_a_number(together: bool) -> None:
+    transformer, counts = network(torch.float32), []
+    for steps in (2, 5):
+        with Reads() as reads:
+            drawn(transformer, condition(9, 1), condition(4, 2), num_steps=steps, together=together)
+        counts.append(reads.number)
+    assert counts[0] == counts[1]
