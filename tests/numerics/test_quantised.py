@@ -67,7 +67,7 @@ def load(base: Path, precision: BaseModelPrecision) -> nn.Module:
 def num_bytes(layer: nn.Module) -> int:
     """Bytes of a layer's frozen weight with its scales."""
     if isinstance(layer, FrozenLinear):
-        return sum(each.nbytes for name, each in layer.quantised.tensors.items() if name != "nested_map")
+        return sum(each.nbytes for name, each in layer.quantised.tensors.items() if not name.endswith("_map"))
     return layer.weight.nbytes
 
 

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..precision.frozen_linear import register_product
-
 CACHE_BYTES = 2 << 30  # limit of the folder of compiled code
 _CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
@@ -29,7 +27,6 @@ class CompiledBlocks:
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         import torch._dynamo.config as dynamo
 
-        register_product()
         # Graphs differ between batches of one and of several pairs, with and without a mask or an enabled adapter.
         name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
         setattr(dynamo, name, max(64, getattr(dynamo, name)))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _BLOCK = re.compile(r"transformer_blocks\.\d+\.(.+)")
 _GROUP = 128  # weights per scale and shift in quanto's int4 and int2
 _NF4_BLOCK, _NF4_SCALES = 64, 256  # weights per 8-bit scale; 8-bit scales per float32 scale
-_NF4_TABLES = 4 * (256 + 1)  # bytes of the float32 table of scales, and their offset
+_NF4_TABLES = 4 * (16 + 256 + 1)  # bytes of the float32 tables of codes and of scales, and the scales' offset
 
 
 @dataclass(frozen=True, slots=True)

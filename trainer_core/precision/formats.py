@@ -29,7 +29,7 @@ class EightBits:
 class Nf4:
     """bitsandbytes' 4-bit codes, whose scales are 8-bit codes themselves. Sizes of blocks are in weights and scales."""
 
-    names: ClassVar[tuple[str, ...]] = ("codes", "absmax", "nested_absmax", "nested_map", "offset")
+    names: ClassVar[tuple[str, ...]] = ("codes", "absmax", "quant_map", "nested_absmax", "nested_map", "offset")
     rows: int
     columns: int
     blocksize: int
@@ -37,13 +37,25 @@ class Nf4:
 
     def dequantise(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """The weight [out, in], as bitsandbytes computes it: in float32 and rounded once."""
+        if torch.compiler.is_compiling():
+            return self._in_one_kernel(tensors, dtype)
         from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
-        codes, absmax, nested_absmax, nested_map, offset = tensors
+        codes, absmax, _, nested_absmax, nested_map, offset = tensors
         scales = dequantize_blockwise(absmax, absmax=nested_absmax, code=nested_map, blocksize=self.nested_blocksize)
         shape = torch.Size((self.rows, self.columns))
         state = QuantState(scales.add_(offset), shape, blocksize=self.blocksize, quant_type="nf4", dtype=dtype)
         return dequantize_4bit(codes, state)
+
+    def _in_one_kernel(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """`dequantise` in operations that the compiler fuses; bitsandbytes needs four kernels."""
+        codes, absmax, quant_map, nested_absmax, nested_map, offset = tensors
+        blocks = torch.arange(absmax.numel(), device=absmax.device) // self.nested_blocksize
+        scales = nested_map[absmax.int()] * nested_absmax[blocks] + offset
+        pairs = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=-1)
+        values = quant_map[pairs.int()]
+        weight = values.view(-1, self.blocksize) * scales.unsqueeze(-1)
+        return weight.to(dtype).view(self.rows, self.columns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .formats import Format, QuantisedWeight, format_of
+from .formats import Format, QuantisedWeight
 
-_LIBRARIES: list[torch.library.Library] = []  # an operator exists as long as its library object
+_MOST_TENSORS = 6  # of a format
 
 
 class FrozenLinear(nn.Linear):
@@ -32,7 +29,7 @@ class FrozenLinear(nn.Linear):
     def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.format, self._note = weight.format, json.dumps(weight.note)
+        self.format = weight.format
         tensors = dict(weight.tensors)
         self.weight = nn.Parameter(tensors.pop("codes"), requires_grad=False)
         for name, tensor in tensors.items():
@@ -55,9 +52,8 @@ class FrozenLinear(nn.Linear):
         """x [..., in] to y [..., out]."""
         x = _Rounded.apply(input, self.weight.dtype) if self.rounds_input else input  # type: ignore[no-untyped-call]
         tensors = [getattr(self, name) for name in ("weight", *self.format.names[1:])]
-        if torch.compiler.is_compiling():
-            return torch.ops.qwen_edit_trainer.product(x, tensors, self._note, self.out_features, False, self.bias)  # noqa: FBT003
-        return _Product.apply(x, self.bias, self._note, *tensors)  # type: ignore[no-untyped-call]
+        padded = tensors + [None] * (_MOST_TENSORS - len(tensors))
+        return _Product.apply(x, self.bias, self.format, *padded)  # type: ignore[no-untyped-call]
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,61 +77,33 @@ class _Rounded(torch.autograd.Function):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, note: str, *weight: Tensor) -> Tensor:
-        ctx.save_for_backward(*weight)
-        ctx.note = note
-        return _multiplied(x, weight, note, 0, False, bias)  # noqa: FBT003
+    def forward(  # noqa: PLR0913 - torch's compiler can't handle a variable number of arguments
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        form: Format,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor | None,
+        d: Tensor | None,
+        e: Tensor | None,
+        f: Tensor | None,
+    ) -> Tensor:
+        """`a` to `f` are the format's tensors."""
+        ctx.save_for_backward(a, b, c, d, e, f)
+        ctx.form = form
+        weight = [each for each in (a, b, c, d, e, f) if each is not None]
+        return functional.linear(x, form.dequantise(weight, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight = ctx.saved_tensors
-        gradient = _multiplied(gradients[0], weight, ctx.note, 0, True, None)  # noqa: FBT003
-        return gradient, None, None, *(None for _ in weight)
-
-
-def _multiplied(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    note: str,
-    width: int,  # noqa: ARG001 - of the result; only the compiler needs it
-    transposed: bool,  # noqa: FBT001 - operators have no keywords here
-    bias: Tensor | None,
-) -> Tensor:
-    """x · Wᵀ + bias, or x · W if `transposed`."""
-    matrix = _format(note).dequantise(weight, x.dtype)
-    return x @ matrix if transposed else functional.linear(x, matrix, bias)
-
-
-@cache
-def _format(note: str) -> Format:
-    return format_of(json.loads(note))
-
-
-@cache
-def register_product() -> None:
-    """Register the product as an operator, before code that uses it is compiled.
-
-    The compiler would otherwise see the dequantised weight, and keep it from the forward to the backward pass.
-    """
-    if hasattr(torch.ops.qwen_edit_trainer, "product"):  # by a copy of this module with another package name
-        return
-    library = torch.library.Library("qwen_edit_trainer", "FRAGMENT")
-    library.define("product(Tensor x, Tensor[] w, str note, int width, bool transposed, Tensor? bias) -> Tensor")
-    library.impl("product", _multiplied, "CompositeExplicitAutograd")
-    library.impl("product", lambda x, _w, _note, width, *_: x.new_empty((*x.shape[:-1], width)), "Meta")
-    torch.library.register_autograd("qwen_edit_trainer::product", _backward, setup_context=_keep, lib=library)
-    _LIBRARIES.append(library)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - torch's form
-    x, weight, ctx.note = inputs[:3]
-    ctx.width = x.shape[-1]
-    ctx.save_for_backward(*weight)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    product, weight = torch.ops.qwen_edit_trainer.product, list(ctx.saved_tensors)
-    return product(gradient, weight, ctx.note, ctx.width, True, None), [None] * len(weight), None, None, None, None  # noqa: FBT003
+        gradient = gradients[0]
+        weight = [each for each in ctx.saved_tensors if each is not None]
+        if torch.compiler.is_compiling():
+            # Adds zero. The compiler sees that this weight depends on the gradient. Otherwise it would compute the
+            # weight in the forward pass and keep it until the backward pass.
+            weight[-1] = weight[-1] + gradient.flatten()[:0].sum().to(weight[-1].dtype)
+        return gradient @ ctx.form.dequantise(weight, gradient.dtype), *(None for _ in range(2 + _MOST_TENSORS))
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

@@ -111,6 +111,7 @@ def _to_nf4(layer: nn.Linear, device: torch.device) -> FrozenLinear:
     tensors = {
         "codes": codes,
         "absmax": state.absmax,
+        "quant_map": state.code,
         "nested_absmax": state.state2.absmax,
         "nested_map": state.state2.code,
         "offset": state.offset,
