@@ -12,14 +12,14 @@ import torch
 
 from .adapters.inject import for_file
 from .adapters.writer import LoraMetadata, export_lora
-from .conditioning.batches import BatchLoader, BatchPlan, RankPlan, largest_batch
+from .conditioning.batches import BatchLoader, BatchPlan, RankPlan
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
-from .device import peak_bytes
+from .dry_step import dry_step
 from .errors import Interrupted
-from .events import SILENT, VALIDATION_LOSSES, Observer, StepReport, Stop
+from .events import SILENT, VALIDATION_LOSSES, Observer, SampleReport, StepReport, Stop
+from .memory.compilation import compiled_code_in
 from .planning.advice import STEP, VALIDATION
-from .planning.plan import GIB
 from .planning.preparation import Preparation, PreparedModel, prepare_training
 from .ranks import SINGLE_PROCESS, Ranks
 from .runs.folder import Checkpoint, RunFolder
@@ -28,7 +28,7 @@ from .runs.result import TrainResult, find_result, how_to_start, recorded_sample
 from .training.ema import AVERAGE, TRAINED, Weights, restore_ema, weights_to_validate
 from .training.optimizer_state import optimizer_tensors, restore_optimizer
 from .training.reduce import check_same_start
-from .training.step import Networks, build_networks, rehearse, step_gradients, update_weights
+from .training.step import Networks, build_networks, step_gradients, update_weights
 from .training.validation import Validator
 from .training.validation_work import validation_is_due
 
@@ -124,8 +124,9 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
         metrics_writer(parts.run, done) as write_metrics,
         reference_encoder(encoded, prepared.model.base, parts.observer) as encode_reference,
         BatchLoader(encoded, plan, encode_reference=encode_reference) as loader,
+        compiled_code_in(encoded.cache_dir / "compiled"),
     ):
-        _dry_step(parts, loader)
+        dry_step(prepared, networks, loader, done)
         try:
             while done < config.max_train_steps:
                 during, kept = f"in step {done + 1}", f"The run is saved up to step {done}."
@@ -149,24 +150,6 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
         finally:
             _save(parts, report)
     return done, Stop.NO
-
-
-def _dry_step(parts: _Parts, loader: BatchLoader) -> None:
-    """On CUDA, run the largest micro-batch forward and backward, so that too little memory shows up at once.
-
-    Logs the planned and measured memory. Optimizer state that doesn't exist yet is added to the measured memory.
-    """
-    networks = parts.networks
-    if networks.device.type != "cuda":
-        return
-    planned = parts.prepared.memory_plan().phase("training")
-    assert planned is not None
-    torch.cuda.reset_peak_memory_stats(networks.device)
-    with parts.prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
-        rehearse(networks, loader, largest_batch(loader.plan, parts.prepared.encoded), parts.prepared.config)
-    missing = 0 if networks.optimizer.state else planned.parts["optimizer state"]
-    measured = peak_bytes(networks.device) + missing
-    _LOG.info("Device memory of a step: %.1f GiB, planned %.1f GiB.", measured / GIB, planned.total_bytes / GIB)
 
 
 def _save(parts: _Parts, report: StepReport | None) -> None:
@@ -197,26 +180,13 @@ def _validate(parts: _Parts, done: int) -> dict[str, float]:
     networks, run, observer = parts.networks, parts.run, parts.observer
     if not parts.validator or not run.writes:
         return {}
-    variants = weights_to_validate(networks.weights_to_use, networks.average_to_use, parts.prepared.config.ema)
-    grid_file, found = run.grid_file(done), dict[str, float]()
     kept = (
         "The run is saved up to this step. To continue it, lower validation_resolution, or set "
         "num_validation_images to 0, which still measures the validation loss."
     )
     try:
         with parts.prepared.explain_memory_errors(VALIDATION, f"during the validation of step {done}", kept):
-            for name, weights in variants.items():
-                with weights():
-                    found[_LOSS_OF[name]] = parts.validator.loss(networks.transformer, networks.device, observer)
-            samples = parts.validator.sample(
-                networks.transformer,
-                networks.device,
-                variants,
-                step=done,
-                grid_file=grid_file,
-                base_folder=run.base_pictures,
-                observer=observer,
-            )
+            found, samples = networks.compilation.attempt(lambda: _losses_and_samples(parts, done))
     except Interrupted:
         return {}  # the training loop asks the observer next, together with the other processes
     if samples is not None:
@@ -224,6 +194,25 @@ def _validate(parts: _Parts, done: int) -> dict[str, float]:
         observer.on_samples(samples)
     run.write_state(validated=done)
     return {**found, **(samples.drift() if samples else {})}
+
+
+def _losses_and_samples(parts: _Parts, done: int) -> tuple[dict[str, float], SampleReport | None]:
+    """The validation losses of a step by their names in a report, and its pictures."""
+    networks, run, observer, losses = parts.networks, parts.run, parts.observer, dict[str, float]()
+    variants = weights_to_validate(networks.weights_to_use, networks.average_to_use, parts.prepared.config.ema)
+    for name, weights in variants.items():
+        with weights():
+            losses[_LOSS_OF[name]] = parts.validator.loss(networks.transformer, networks.device, observer)
+    samples = parts.validator.sample(
+        networks.transformer,
+        networks.device,
+        variants,
+        step=done,
+        grid_file=run.grid_file(done),
+        base_folder=run.base_pictures,
+        observer=observer,
+    )
+    return losses, samples
 
 
 def _finish(parts: _Parts, done: int, stop: Stop, extra_check: ExtraCheck | None) -> TrainResult:

@@ -25,7 +25,7 @@ ROWS = (
     ("adapters", "memory", "pictures"),
     ("training", "runs"),
     ("planning",),
-    ("run", "sample", "job", "example"),
+    ("run", "dry_step", "sample", "job", "example"),
     ("__main__",),
 )
 LEVEL = {part: level for level, row in enumerate(ROWS) for part in row}

@@ -16,7 +16,7 @@ from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, NoiseConfig, OptimizerConfig, TrainConfig
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
-from trainer_core.memory.compilation import CompiledBlocks
+from trainer_core.memory.compilation import Compilation
 from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
 from trainer_core.planning.network import NetworkSize, network_size
 from trainer_core.planning.plan import plan_memory
@@ -124,7 +124,7 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
     weights = master_weights(inject_lora(transformer, plan_adapter(transformer, config.lora), seed=0), torch.bfloat16)
     apply_memory(transformer, stream, device, config)
     if config.memory.compile_blocks == "on":
-        CompiledBlocks(list(transformer.transformer_blocks))
+        Compilation(list(transformer.transformer_blocks)).start()
     optimizer = optimizer_builder(OptimizerConfig(), device)(list(weights.masters.values()))
 
     def step(latents: Tensor, condition: Condition) -> None:

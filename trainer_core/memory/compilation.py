@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import TrainerError
+
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 CACHE_BYTES = 2 << 30  # limit of the folder of compiled code
 _CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
-class CompiledBlocks:
-    """Compiles blocks until `undo`. All blocks share one graph with gradients and one without.
+class Compilation:
+    """Compiles a transformer's blocks from `start` to `stop`. All share one graph with gradients and one without.
 
     The numbers of picture and prompt tokens are symbols in these graphs, so pairs of other sizes need no compilation.
     The last block is different, because it drops the prompt, and stays as it is: its own graphs would take longer to
@@ -25,20 +30,43 @@ class CompiledBlocks:
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks = blocks[:-1]
+        self.is_active = False
+
+    def start(self) -> None:
+        """Let the blocks run compiled from now on. Each graph is compiled when it is first needed."""
         import torch._dynamo.config as dynamo
 
         # Graphs differ between batches of one and of several pairs, with and without a mask or an enabled adapter.
         name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
         setattr(dynamo, name, max(64, getattr(dynamo, name)))
-        self._blocks = list(blocks[:-1])
         for block in self._blocks:
             block.forward = _AnySize(block.forward)
+        self.is_active = True
 
-    def undo(self) -> None:
-        """Let the blocks run uncompiled from now on."""
+    def stop(self, reason: str) -> None:
+        """Let the blocks run uncompiled from now on, and log the reason."""
         for block in self._blocks:
             del block.forward
-        self._blocks = []
+        self.is_active = False
+        _LOG.warning("The transformer's blocks run uncompiled from now on, because %s.", reason)
+
+    def attempt(self, compute: Callable[[], T]) -> T:
+        """The result of `compute`. If it fails with compiled blocks, it is called again with uncompiled ones.
+
+        The compiler may fail at any time, in ways that differ between its versions, so this catches every error that
+        is not ours and not about memory. An error that has another cause occurs again and is raised.
+        """
+        try:
+            return compute()
+        except (TrainerError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            if not self.is_active:
+                raise
+            first_line = next(iter(str(error).splitlines()), "")
+            self.stop(f"compiled ones fail ({type(error).__name__}: {first_line[:200]})")
+        return compute()
 
 
 class _AnySize:

@@ -233,13 +233,13 @@ def time_in_words(
 
 
 def _told(whole: Duration) -> str:
-    parts = [f"{_counted(whole.steps, 'step')} of {_in_words(whole.step)}"]
+    parts = [f"{_counted(whole.steps, 'step')} of {in_words(whole.step)}"]
     if whole.previews:
         pictures = f"{_counted(whole.times, 'time')} {_counted(whole.pictures, 'picture')}"
-        parts.append(f"previews {_in_words(whole.previews)} ({pictures})")
+        parts.append(f"previews {in_words(whole.previews)} ({pictures})")
     if whole.encoding:
-        parts.append(f"encoding {_in_words(whole.encoding)}")
-    return f"About {_in_words(whole.total)}{', estimated' if whole.is_estimate else ''}: {', '.join(parts)}."
+        parts.append(f"encoding {in_words(whole.encoding)}")
+    return f"About {in_words(whole.total)}{', estimated' if whole.is_estimate else ''}: {', '.join(parts)}."
 
 
 def _counted(number: int, what: str) -> str:
@@ -250,9 +250,9 @@ def _advice(total: float, changes: Sequence[tuple[str, float]]) -> str:
     """Up to two changes that halve the time; else the one that saves most, if it saves a tenth."""
     halving = [each for each in changes if each[1] <= _HALF * total][:2]
     if halving:
-        return "Half the time: " + " or ".join(f"{words} ({_in_words(seconds)})" for words, seconds in halving) + "."
+        return "Half the time: " + " or ".join(f"{words} ({in_words(seconds)})" for words, seconds in halving) + "."
     words, seconds = min(changes, key=lambda each: each[1], default=("", total))
-    return f"What saves most: {words} ({_in_words(seconds)})." if seconds < 0.9 * total else ""
+    return f"What saves most: {words} ({in_words(seconds)})." if seconds < 0.9 * total else ""
 
 
 _Run = tuple[TrainConfig, NetworkSize, Workload, Speed]
@@ -305,7 +305,7 @@ def _scaled(work: Workload, factor: float) -> Workload:
     )
 
 
-def _in_words(seconds: float) -> str:
+def in_words(seconds: float) -> str:
     """Seconds as "0.42 s", "4.9 s", "50 s", "22 min" or "3 h 10 min"."""
     if seconds < 1:
         return f"{seconds:.2f} s"

@@ -21,6 +21,7 @@ from ..config import Preprocessing, TrainConfig
 from ..device import peak_bytes, pick_device
 from ..errors import Interrupted, NonFiniteLossError
 from ..events import Observer, StepReport, Stop, raise_if_stopped
+from ..memory.compilation import Compilation
 from ..memory.placement import apply_memory, blocks_on_host, stream_blocks
 from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.positions import use_comfyui_positions
@@ -48,6 +49,7 @@ class Networks:
     weights: MasterWeights
     optimizer: torch.optim.Optimizer
     device: torch.device
+    compilation: Compilation
     ema: dict[str, Tensor]  # moving average of the masters by name; empty without use_ema
 
     @property
@@ -98,7 +100,8 @@ def build_networks(
     transformer.train(config.lora.lora_dropout > 0)  # the network has no other dropout
     apply_memory(transformer, stream, device, config)
     optimizer = build_optimizer(list(weights.masters.values()))
-    return Networks(transformer, weights, optimizer, device, start_ema(weights.masters, config.ema))
+    compilation = Compilation(list(transformer.transformer_blocks))
+    return Networks(transformer, weights, optimizer, device, compilation, start_ema(weights.masters, config.ema))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +130,13 @@ def step_gradients(
     began = time.perf_counter()
     rate = learning_rate_at(done, config.max_train_steps, config.optimizer)
     learning_rate = set_learning_rate(networks.optimizer, rate)
+
+    def accumulate() -> Tensor:
+        networks.optimizer.zero_grad(set_to_none=True)  # a failed attempt may have left gradients
+        return _accumulate(networks, loader, done, config, observer)
+
     try:
-        accumulated = _accumulate(networks, loader, done, config, observer)
+        accumulated = networks.compilation.attempt(accumulate)
     except Interrupted:
         networks.optimizer.zero_grad(set_to_none=True)
         raise
@@ -196,6 +204,7 @@ def _accumulate(networks: Networks, loader: BatchLoader, done: int, config: Trai
 
 def rehearse(networks: Networks, loader: BatchLoader, micro_batch: int, config: TrainConfig) -> None:
     """Forward and backward passes of a micro-batch, to test that the memory suffices. Discards the gradients."""
+    networks.optimizer.zero_grad(set_to_none=True)  # a failed attempt may have left gradients
     batch = loader[micro_batch]
     turns = range(batch.draws[0].index, batch.draws[-1].index + 1)
     losses, _ = _pair_losses(networks, batch, turns, 0, config)

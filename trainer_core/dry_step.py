@@ -1,0 +1,91 @@
+"""A step of the largest pairs before the first step: tests the memory, measures the time, and compiles if that pays."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from .conditioning.batches import BatchLoader, largest_batch
+from .device import peak_bytes
+from .memory.compilation import can_compile
+from .planning.advice import STEP
+from .planning.duration import duration, in_words, measured_speed, time_in_words
+from .planning.plan import GIB
+from .planning.preparation import Preparation
+from .training.step import Networks, rehearse
+
+_LOG = logging.getLogger(__name__)
+# Measured on an H200 with the full-size transformer: compiling takes 31 s, and compiled steps take 0.75 to 0.85 of the
+# time (benchmarks/gpu_step_h200_2026-11.md). A slower processor takes longer.
+_COMPILING_SECONDS, _SAVED = 60, 0.2
+
+
+def dry_step(prepared: Preparation, networks: Networks, loader: BatchLoader, done: int) -> None:
+    """On CUDA, run the largest micro-batch forward and backward, so that too little memory shows up at once.
+
+    Compiles the blocks if `compile_blocks` says so; `auto` compiles if the steps after `done` become faster by more
+    than compiling takes, and only keeps compiled blocks that are faster. Logs the time of the run and its memory.
+
+    Raises:
+        OutOfMemoryError: the memory does not suffice.
+    """
+    if networks.device.type != "cuda":
+        return
+    config = prepared.config
+    run = (config, prepared.model.size, prepared.work)
+    micro_batch = largest_batch(loader.plan, prepared.encoded)
+
+    def seconds() -> float:
+        with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
+            for _ in range(2):  # the first is slower: libraries choose their kernels, or the blocks are compiled
+                began = time.perf_counter()
+                networks.compilation.attempt(lambda: rehearse(networks, loader, micro_batch, config))
+                torch.cuda.synchronize(networks.device)
+            return time.perf_counter() - began
+
+    torch.cuda.reset_peak_memory_stats(networks.device)
+    taken = 0.0
+    if config.memory.compile_blocks == "on":
+        networks.compilation.start()
+        taken = seconds()
+    else:
+        taken = seconds()
+        left = duration(*run, measured_speed(*run, taken), done=done).total
+        if config.memory.compile_blocks == "auto" and _pays(networks.device, left):
+            _LOG.info(
+                "Compiling the transformer's blocks: takes up to a minute and saves about %s of %s. Set compile_blocks "
+                "to off to prevent it.",
+                in_words(left * _SAVED),
+                in_words(left),
+            )
+            networks.compilation.start()
+            compiled = seconds()
+            if compiled < taken:
+                taken = compiled
+            elif networks.compilation.is_active:
+                networks.compilation.stop("they are not faster here")
+    _log_memory(prepared, networks)
+    torch.cuda.empty_cache()  # blocks of memory that only the compiler or another size needed
+    _LOG.info("%s", time_in_words(*run, measured_speed(*run, taken), done=done))
+
+
+def _pays(device: torch.device, left: float) -> bool:
+    """Whether compiling shortens a run that takes `left` more seconds. Logs why not."""
+    if not can_compile(device):
+        _LOG.info("The blocks are not compiled, because Triton is not installed. Steps would be about a fifth shorter.")
+        return False
+    if left * _SAVED < _COMPILING_SECONDS:
+        _LOG.info("The blocks are not compiled: that takes up to a minute, and only %s are left.", in_words(left))
+        return False
+    return True
+
+
+def _log_memory(prepared: Preparation, networks: Networks) -> None:
+    """Log the planned and measured memory. Optimizer state that doesn't exist yet is added to the measured memory."""
+    planned = prepared.memory_plan().phase("training")
+    assert planned is not None
+    missing = 0 if networks.optimizer.state else planned.parts["optimizer state"]
+    measured = peak_bytes(networks.device) + missing
+    _LOG.info("Device memory of a step: %.1f GiB, planned %.1f GiB.", measured / GIB, planned.total_bytes / GIB)
