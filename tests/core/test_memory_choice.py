@@ -230,3 +230,16 @@ def test_a_running_average_counts_where_it_lies(network: NetworkSize, place: str
     size = 4 * network.adapter_weights
     assert averaged.host_peak_bytes - plain.host_peak_bytes == on_host * size
     assert averaged.device_peak_bytes - plain.device_peak_bytes == on_device * size
+
+
+@pytest.mark.parametrize("side", [256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("precision", ["none", "nf4-bnb"])
+def test_no_run_is_refused_because_of_decoding(network: NetworkSize, precision: str, side: int) -> None:
+    """Decoding in tiles needs less than a step or sampling, even where all weights are streamed."""
+    pair = pair_size(Size(side, side), [Size(side, side)], 230)
+    config = dataclasses.replace(config_of(), memory=MEMORY["stream=60"])
+    sized = dataclasses.replace(network, precision=precision)
+    plan = plan_memory(config, sized, Workload(train=pair, batch=1, validation=pair))
+    decoding = plan.phase("decoding")
+    assert decoding is not None
+    assert decoding.total_bytes < max(each.total_bytes for each in plan.device if each is not decoding)
