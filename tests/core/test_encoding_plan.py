@@ -12,18 +12,22 @@ import torch
 
 from tests.support.narrow import make_pairs, small_encoding
 from trainer_core.conditioning import encode as encode_module
-from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encode import encode_dataset, missing_work
 from trainer_core.config import BaseModelPrecision, JobConfig, ModelConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, OutOfMemoryError
 from trainer_core.events import SILENT
 from trainer_core.job import pair_job, plan_job
+from trainer_core.memory.streaming import BlockStream
 from trainer_core.planning.choose import Budget
-from trainer_core.planning.encoding import encoding_in_words, text_encoder_bytes
+from trainer_core.planning.encoding import encoding_in_words, encoding_work
 from trainer_core.planning.plan import GIB
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.text_encoder_file import qwen25_vl_7b
+from trainer_core.qwen_image.text_encoder_size import STREAM_BUFFERS, text_encoder_size
+from trainer_core.qwen_image.vae import GAPS, VAE_WEIGHTS, batch_pixels
+from trainer_core.qwen_image.vae_tiles import ENCODING_ELEMENTS
 
 MEGAPIXEL = 1024 * 1024
 
@@ -33,7 +37,19 @@ def test_weights_are_counted_from_the_header(model: ModelConfig, precision: Base
     model = dataclasses.replace(model, text_encoder_precision=precision)
     network = load_text_encoder(BaseModel(model), "comfyui", torch.device("cpu")).network
     held = {each.data_ptr(): each.nbytes for each in (*network.parameters(), *network.buffers())}
-    assert text_encoder_bytes(BaseModel(model), precision, 4) == pytest.approx(sum(held.values()), rel=0.02)
+    assert text_encoder_size(BaseModel(model), 4, precision).weights == pytest.approx(sum(held.values()), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["none", "int8-quanto", "nf4-bnb"])
+def test_streamed_layers_take_what_is_counted(model: ModelConfig, precision: BaseModelPrecision) -> None:
+    base = BaseModel(dataclasses.replace(model, text_encoder_precision=precision))
+    size = text_encoder_size(base, 4, precision)
+    layers = load_text_encoder(base, "comfyui", torch.device("cpu")).network.model.language_model.layers
+    stream = BlockStream(list(layers), torch.device("cpu"), STREAM_BUFFERS)
+    assert stream.host_bytes == pytest.approx(size.layers * size.layer, rel=0.1)
+    assert stream.device_bytes == pytest.approx(
+        STREAM_BUFFERS * size.layer, rel=0.1
+    )  # tensors are aligned, and these are narrow
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +71,39 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_small_card_is_told_which_precision_fits(model: ModelConfig, full_size: Path) -> None:
+def test_a_small_card_is_told_what_is_streamed(model: ModelConfig, full_size: Path) -> None:
     model = dataclasses.replace(model, text_encoder_file=str(full_size), mixed_precision="bf16")
-    assert text_encoder_bytes(BaseModel(model), "none", 2) / GIB == pytest.approx(14.4, abs=0.1)
+    size = text_encoder_size(BaseModel(model), 2, "none")
+    assert size.weights / GIB == pytest.approx(14.4, abs=0.1) and size.layers == 28
+    text, fits = encoding_in_words(BaseModel(model), MEGAPIXEL, Budget(int(23 * GIB), 64 * GIB))
+    assert fits and "streamed" not in text
     card = Budget(int(11.4 * GIB), 64 * GIB)
     text, fits = encoding_in_words(BaseModel(model), MEGAPIXEL, card)
-    assert not fits
-    assert "text encoder 14.4, text_encoder_precision none" in text
-    assert "Set text_encoder_precision to int8-quanto" in text
+    assert fits and "text encoder 14.4, text_encoder_precision none" in text
+    assert "10 of its 28 layers are streamed from host memory" in text
+    assert "With text_encoder_precision int8-quanto it would fit." in text
     smaller = dataclasses.replace(model, text_encoder_precision="int8-quanto")
-    assert encoding_in_words(BaseModel(smaller), MEGAPIXEL, card)[1]
-    assert "Encode on a larger device" in encoding_in_words(BaseModel(model), MEGAPIXEL, Budget(4 * GIB, 64 * GIB))[0]
-    assert "Lower resolution" in encoding_in_words(BaseModel(model), 64 * MEGAPIXEL, card)[0]
+    text, fits = encoding_in_words(BaseModel(smaller), MEGAPIXEL, card)
+    assert fits and "streamed" not in text
+    text, fits = encoding_in_words(BaseModel(model), MEGAPIXEL, Budget(card.device_bytes, 3 * GIB))
+    assert not fits and "GiB of host memory, but 3.0 GiB are free" in text
+    text, fits = encoding_in_words(BaseModel(model), 64 * MEGAPIXEL, card)
+    assert not fits and "Lower resolution" in text
+
+
+@pytest.mark.parametrize("precision", ["none", "int8-quanto", "nf4-bnb"])
+@pytest.mark.parametrize("card", [3.6, 5, 6.6, 11.4, 15.4, 23.4])
+def test_the_most_layers_that_fit_stay_on_the_device(
+    model: ModelConfig, full_size: Path, precision: BaseModelPrecision, card: float
+) -> None:
+    """On a card of 8 GB, encoding stays below 7.2 GiB."""
+    base = BaseModel(dataclasses.replace(model, text_encoder_file=str(full_size), mixed_precision="bf16"))
+    size, free = text_encoder_size(base, 2, precision), int(card * GIB)
+    streamed = size.streamed_layers(free)
+    assert size.device_bytes(streamed) + GAPS <= free
+    assert streamed == 0 or size.device_bytes(streamed - 1) + GAPS > free
+    picture = ENCODING_ELEMENTS * 2 * batch_pixels(free - 2 * VAE_WEIGHTS, 2) + 2 * VAE_WEIGHTS
+    assert picture + GAPS <= free
 
 
 def job_of(model: ModelConfig, tmp_path: Path, **changes: object) -> JobConfig:
@@ -83,6 +120,16 @@ def job_of(model: ModelConfig, tmp_path: Path, **changes: object) -> JobConfig:
 def test_the_plan_speaks_of_encoding(model: ModelConfig, tmp_path: Path) -> None:
     text, _ = plan_job(job_of(model, tmp_path), vram_gib=24)
     assert "Encoding, before training:" in text
+
+
+def test_the_work_is_what_the_cache_lacks(model: ModelConfig, tmp_path: Path) -> None:
+    dataset, encoding = pair_folders(make_pairs(tmp_path / "pairs", 3)), small_encoding(num_eval_images=0)
+    work = encoding_work(missing_work(dataset, BaseModel(model), encoding, tmp_path / "cache"))
+    assert work.pixels == 6 * 96 * 96 and work.vision_tokens == 3 * (96 // 28) ** 2
+    encoded = encode_dataset(dataset, BaseModel(model), encoding, tmp_path / "cache")
+    tokens = sum(len(encoded.load(entry).prompt_embeds) for entry in encoded.pairs)
+    assert work.prompt_tokens == pytest.approx(tokens + 3 * 64, rel=0.2)
+    assert encoding_work(missing_work(dataset, BaseModel(model), encoding, tmp_path / "cache")) == (0, 0, 0)
 
 
 def test_memory_that_ran_out_while_encoding_is_explained(

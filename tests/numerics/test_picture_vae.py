@@ -79,6 +79,9 @@ def test_what_it_takes_is_what_is_planned(full_size: AutoencoderKLQwenImage, mon
         latents = torch.empty(1, 16, 1, height // 8, width // 8, dtype=torch.bfloat16, device=META)
         least = vae_tiles.least_decoding_bytes(height, width, 2)
         assert peak(decode_raw, full_size, latents) == pytest.approx(least, rel=0.05)
+        picture = torch.empty(1, 3, 1, height, width, dtype=torch.bfloat16, device=META)
+        least = vae_tiles.least_encoding_bytes(height, width, 2)
+        assert peak(encode_raw, full_size, picture) == pytest.approx(least, rel=0.05)
 
 
 @torch.no_grad()

@@ -35,7 +35,10 @@ def embeddings(loaded: TextEncoder) -> torch.Tensor:
 def test_layer_by_layer_is_what_transformers_loads(model: ModelConfig) -> None:
     ours = encoder(model, "none")
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(Path(model.base) / "text_encoder").eval()
-    assert torch.equal(embeddings(ours), embeddings(dataclasses.replace(ours, network=whole)))
+    wanted = embeddings(dataclasses.replace(ours, network=whole))
+    assert (
+        embeddings(ours) - wanted
+    ).abs().max() <= 1e-6 * wanted.abs().max()  # the vision tower's sums are ordered otherwise
 
 
 @pytest.mark.parametrize(("precision", "least", "most"), [("int8-quanto", 1e-4, 2e-2), ("nf4-bnb", 1e-3, 0.3)])

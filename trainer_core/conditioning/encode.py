@@ -27,7 +27,7 @@ from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
 from .encoded import EncodedDataset, save_manifest
 from .encoders import Encoders, own_pictures, own_prompts
-from .encoding_plan import find_missing, plan_encoding
+from .encoding_plan import MissingWork, PlannedPair, find_missing, plan_encoding
 from .image_embeds import open_image_embeds
 from .reference_sets import entries_of_pairs, split_by_reference
 from .sizes import large_enough
@@ -60,16 +60,13 @@ def encode_dataset(
     check_references(dataset, model, encoding)
     encoders = encoders or Encoders()
     encoders.check(encoding)
-    pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
-    dataset = dataclasses.replace(dataset, pairs=pairs)
+    dataset, left_out = _without_small(dataset, encoding)
     device = pick_device(model.device)
     vae = encoders.pictures or own_pictures(base, device)
     text_encoder = encoders.prompts or own_prompts(base, encoding, device)
     image_embeds = open_image_embeds(encoding, cache_dir, dataset.reference_dirs[0], text_encoder)
     held_out = _held_out(dataset, encoding)
-    digests = (vae.digest, text_encoder.digest)
-    pairs = split_by_reference(dataset.pairs, encoding, held_out)
-    planned = [plan_encoding(pair, model, encoding, digests, held_out) for pair in pairs]
+    planned = _planned(dataset, model, encoding, (vae.digest, text_encoder.digest), held_out)
     missing = find_missing(list(ranks.share(planned)), cache_dir)
     before = dataset_states(dataset) if any(missing) else {}
     problems = encode_masks(missing.masks, cache_dir, observer)
@@ -93,6 +90,31 @@ def encode_dataset(
     )
     changed = changed_files(before, dataset_states(dataset)) if any(missing) else ()
     return dataclasses.replace(encoded, changed=changed)
+
+
+def missing_work(dataset: EditDataset, base: BaseModel, encoding: EncodingConfig, cache_dir: Path) -> MissingWork:
+    """What `encode_dataset` has to make with the base model's encoders. Loads nothing.
+
+    Raises:
+        DatasetError: targets are too small, or no pair is left to train on.
+    """
+    dataset, _ = _without_small(dataset, encoding)
+    device = pick_device(base.config.device)
+    digests = own_pictures(base, device).digest, own_prompts(base, encoding, device).digest
+    return find_missing(_planned(dataset, base.config, encoding, digests, _held_out(dataset, encoding)), cache_dir)
+
+
+def _without_small(dataset: EditDataset, encoding: EncodingConfig) -> tuple[EditDataset, tuple[str, ...]]:
+    """The dataset without the pairs whose targets are too small, and their keys."""
+    pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
+    return dataclasses.replace(dataset, pairs=pairs), left_out
+
+
+def _planned(
+    dataset: EditDataset, model: ModelConfig, encoding: EncodingConfig, digests: tuple[str, str], held_out: set[str]
+) -> list[PlannedPair]:
+    pairs = split_by_reference(dataset.pairs, encoding, held_out)
+    return [plan_encoding(pair, model, encoding, digests, held_out) for pair in pairs]
 
 
 @contextmanager

@@ -1,73 +1,105 @@
-"""Device memory of encoding: the VAE for pictures, then Qwen2.5-VL for prompts."""
+"""Device memory and work of encoding: the VAE for pictures, then Qwen2.5-VL for prompts."""
 
 from __future__ import annotations
 
 import math
-from fnmatch import fnmatch
+from typing import NamedTuple
 
-from ..config import BaseModelPrecision
+from ..conditioning.encoding_plan import MissingWork
 from ..qwen_image.base_model import BaseModel, compute_dtype
-from ..qwen_image.folder import DEMO_FOLDER
-from ..qwen_image.text_encoder_file import KEPT_LAYERS, stored_shapes
-from ..qwen_image.vae_tiles import ENCODING_ELEMENTS
+from ..qwen_image.flavours import FLAVOURS
+from ..qwen_image.text_encoder_size import TextEncoderSize, text_encoder_size
+from ..qwen_image.vae import GAPS, VAE_WEIGHTS, batch_pixels
+from ..qwen_image.vae_tiles import ENCODING_ELEMENTS, least_encoding_bytes
 from .choose import SMALLER_PRECISIONS, Budget
-from .network import WeightShapes, stored_bytes
-from .plan import GAPS, GIB, VAE_WEIGHTS
+from .plan import GIB
+from .workload import VISION_PATCH, estimated_prompt
 
-_PROMPT_BYTES = GIB // 2  # activations of a prompt and of the pictures in it, without gradients
-
-
-def text_encoder_bytes(base: BaseModel, precision: BaseModelPrecision, element_bytes: int) -> int:
-    """Bytes of the text encoder's weights in a precision, from its files' headers; 0 for the demo's small one.
-
-    `element_bytes`: of an unquantised weight.
-
-    Raises:
-        ModelFileError: the files aren't those of a Qwen2.5-VL.
-    """
-    place = base.folder.text_encoder
-    if place.is_relative_to(DEMO_FOLDER):
-        return 0
-    shapes = stored_shapes(place)
-    files = [place] if place.is_file() else list(place.glob("*.safetensors"))
-    everything = sum(math.prod(shape) for shape in shapes.values())
-    matrices = tuple((shape[0], shape[1]) for name, shape in shapes.items() if _is_quantised(name, shape))
-    others = everything - sum(rows * columns for rows, columns in matrices)
-    in_file = sum(file.stat().st_size for file in files) / everything
-    return stored_bytes(WeightShapes(matrices, others), precision, element_bytes, in_file=in_file)
+_SYSTEM_TURN = 64  # tokens before the user's turn, which the text encoder reads but prompt embeddings leave out
 
 
 def encoding_in_words(base: BaseModel, largest_picture: int, budget: Budget) -> tuple[str, bool]:
     """Report lines, and whether encoding fits. `largest_picture` is in pixels."""
     model = base.config
     element_bytes = 4 if budget.is_shared else compute_dtype(model).itemsize  # on the CPU, encoding computes in float32
-    pictures = element_bytes * (VAE_WEIGHTS + ENCODING_ELEMENTS * largest_picture)
-    weights = text_encoder_bytes(base, model.text_encoder_precision, element_bytes)
-    prompts = weights + _PROMPT_BYTES
+    pictures = _picture_bytes(largest_picture, element_bytes, budget)
+    size = text_encoder_size(base, element_bytes, model.text_encoder_precision)
+    seen = largest_picture // VISION_PATCH**2 if FLAVOURS[model.flavour].same_picture else 0
+    streamed = 0 if budget.is_shared else size.streamed_layers(budget.device_bytes, seen)
+    prompts = size.device_bytes(streamed, seen)
+    host = size.embeddings + streamed * size.layer
+    if budget.is_shared:
+        prompts, host = prompts + host, 0
     needed = max(pictures, prompts) + GAPS
-    fits = needed <= budget.device_bytes
+    fits = needed <= budget.device_bytes and host <= budget.host_bytes
     lines = [
         f"Encoding, before training: {pictures / GIB:.1f} GiB for pictures, {prompts / GIB:.1f} GiB for prompts "
-        f"(text encoder {weights / GIB:.1f}, text_encoder_precision {model.text_encoder_precision}).",
+        f"(text encoder {size.weights / GIB:.1f}, text_encoder_precision {model.text_encoder_precision}).",
         f"Encoding {'fits' if fits else 'does not fit'}: it needs {needed / GIB:.1f} GiB of device memory (with a "
         f"margin of {GAPS / GIB:.1f} GiB), {budget.device_bytes / GIB:.1f} GiB available.",
     ]
+    if streamed:
+        lines.insert(1, _streaming(base, size, streamed, host, budget))
     if not fits:
-        lines.append(_advice(base, pictures, budget))
+        lines.append(_advice(host, budget))
     return "\n".join(lines), fits
 
 
-def _advice(base: BaseModel, pictures: int, budget: Budget) -> str:
-    if pictures + GAPS > budget.device_bytes:
-        return "Lower resolution or the size of the references."
+def _picture_bytes(largest_picture: int, element_bytes: int, budget: Budget) -> int:
+    """Device memory of the VAE with a batch of pictures, with the largest picture, or with its tiles if that is all
+    that fits."""
+    weights = VAE_WEIGHTS * element_bytes
+    free = budget.device_bytes - weights
+    together = 0 if budget.is_shared else batch_pixels(free, element_bytes)
+    whole = ENCODING_ELEMENTS * element_bytes * max(together, largest_picture)
+    side = math.isqrt(largest_picture)
+    return weights + (whole if whole + GAPS <= free else least_encoding_bytes(side, side, element_bytes))
+
+
+def _streaming(base: BaseModel, size: TextEncoderSize, streamed: int, host: int, budget: Budget) -> str:
+    words = (
+        f"The text encoder does not fit: {streamed} of its {size.layers} layers are streamed from host memory "
+        f"({host / GIB:.1f} GiB there), which takes longer."
+    )
     for precision in SMALLER_PRECISIONS:
-        smaller = text_encoder_bytes(base, precision, compute_dtype(base.config).itemsize)
-        if smaller + _PROMPT_BYTES + GAPS <= budget.device_bytes:
-            return f"Set text_encoder_precision to {precision}, which needs {smaller / GIB:.1f} GiB."
-    return "Encode on a larger device, or once on the CPU (device cpu); training then reads everything from the cache."
+        smaller = text_encoder_size(base, size.element_bytes, precision)
+        if smaller.weights < size.weights and not smaller.streamed_layers(budget.device_bytes):
+            return f"{words} With text_encoder_precision {precision} it would fit."
+    return words
 
 
-def _is_quantised(name: str, shape: tuple[int, ...]) -> bool:
-    layer, _, kind = name.rpartition(".")
-    is_linear = kind == "weight" and len(shape) == 2 and not layer.endswith("embed_tokens")
-    return is_linear and not any(fnmatch(layer, pattern) for pattern in KEPT_LAYERS)
+def _advice(host: int, budget: Budget) -> str:
+    if host > budget.host_bytes:
+        return (
+            f"It needs {host / GIB:.1f} GiB of host memory, but {budget.host_bytes / GIB:.1f} GiB are free. Close "
+            "other programs or set text_encoder_precision to nf4-bnb."
+        )
+    return (
+        "Lower resolution or the size of the references, encode on a larger device, or encode once on the CPU (device "
+        "cpu); training then reads everything from the cache."
+    )
+
+
+class EncodingWork(NamedTuple):
+    """What encoding computes: pixels for the VAE, tokens of references for the vision tower, tokens of prompts."""
+
+    pixels: int
+    vision_tokens: int
+    prompt_tokens: int
+
+
+def encoding_work(missing: MissingWork) -> EncodingWork:
+    """The work of encoding what `conditioning.encode.missing_work` found. Prompt lengths are estimated."""
+    pixels = sum(task.view.size.width * task.view.size.height for task in missing.latents.values())
+    seen = {
+        (content, view): view.size
+        for planned, _ in missing.prompts
+        for content, view in zip(planned.pair.digests[1:], planned.plan.vision, strict=True)
+    }
+    vision = sum((size.width // VISION_PATCH) * (size.height // VISION_PATCH) for size in seen.values())
+    prompts = sum(
+        estimated_prompt(planned.plan, len(text)) + _SYSTEM_TURN
+        for planned, texts in missing.prompts
+        for text in texts.values()
+    )
+    return EncodingWork(pixels, vision, prompts)

@@ -26,7 +26,7 @@ from ..qwen_image.latents import PATCH, VAE_FACTOR
 from ..training.validation_work import Passes
 from .activations import Tokens
 
-_VISION_PATCH = 28  # pixels per side of a Qwen2.5-VL picture token
+VISION_PATCH = 28  # pixels per side of a Qwen2.5-VL picture token
 _AROUND_CAPTION, _LETTERS_PER_TOKEN = 16, 3  # estimates: tokens of the prompt template, characters per caption token
 _PROMPTS_READ = 64  # at most, of pairs of equal size, whose prompts differ little
 
@@ -166,7 +166,7 @@ def picture_tokens(size: Size) -> int:
 
 def estimated_prompt(plan: PairPlan, letters: int) -> int:
     """Prompt tokens: those of the pictures, and an estimate for a caption of so many characters."""
-    vision = sum((view.size.height // _VISION_PATCH) * (view.size.width // _VISION_PATCH) for view in plan.vision)
+    vision = sum((view.size.height // VISION_PATCH) * (view.size.width // VISION_PATCH) for view in plan.vision)
     return vision + _AROUND_CAPTION + letters // _LETTERS_PER_TOKEN
 
 

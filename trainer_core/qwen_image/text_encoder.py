@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,21 +14,26 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..config import ModelConfig, Preprocessing
+from ..config import Preprocessing
+from ..device import free_bytes
 from ..errors import DatasetError, MissingPackageError
 from ..events import SILENT, Observer
+from ..memory.streaming import BlockStream
 from ..precision.quantise import quantise
 from . import prompt
 from .base_model import BaseModel
 from .batching import in_batches
 from .flavours import FLAVOURS, Flavour
-from .folder import DEMO_FOLDER, ModelFolder
+from .folder import DEMO_FOLDER
 from .text_encoder_file import KEPT_LAYERS, load_by_layers
+from .text_encoder_size import BATCH_TOKENS, STREAM_BUFFERS, spread, text_encoder_size
 from .vision import num_vision_tokens, rotary_positions, vision_patches
+from .vision_attention import attend_in_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
+_LOG = logging.getLogger(__name__)
 PICTURE_TOKEN = "<|image_pad|>"
 # By preprocessing: `comfyui` has tensors [3, H, W] in 0..1, `diffusers` 8-bit RGB.
 Picture: TypeAlias = Tensor | Image.Image
@@ -196,32 +202,49 @@ def load_text_encoder(
 ) -> TextEncoder:
     """Load a base model's text encoder, frozen. Its dtype is bf16 on accelerators and float32 on the CPU.
 
+    If it does not fit the free memory of a CUDA device, as many layers as necessary stay in host memory, and are copied
+    to the device in each forward pass.
+
     Raises:
         ModelFileError: the folder or file is not a Qwen2.5-VL.
         Interrupted: the observer wants to stop.
     """
     folder, config = base.folder, base.config
     is_demo = folder.text_encoder.is_relative_to(DEMO_FOLDER)
-    network = _demo_network(folder) if is_demo else _stored_network(folder, config, device, observer)
-    if is_demo:
-        quantise(network, config.text_encoder_precision, KEPT_LAYERS, device, observer)
+    network = _demo_network(base, device, observer) if is_demo else _stored_network(base, device, observer)
+    attend_in_batches(network.model.visual)
     return TextEncoder(
-        network=network.to(device).eval().requires_grad_(False),  # noqa: FBT003
+        network=network.eval().requires_grad_(False),  # noqa: FBT003
         tokenizer=prompt.load_tokenizer(folder.tokenizer),
         flavour=FLAVOURS[config.flavour],
         preprocessing=preprocessing,
         processor_folder=folder.processor,
+        batch_tokens=BATCH_TOKENS if device.type == "cuda" else 0,
     )
 
 
-def _demo_network(folder: ModelFolder) -> Qwen2_5_VLForConditionalGeneration:
+def _demo_network(base: BaseModel, device: torch.device, observer: Observer) -> Qwen2_5_VLForConditionalGeneration:
     from ..demo.text_encoder import build_text_encoder
 
-    return build_text_encoder(folder.text_encoder)
+    network = build_text_encoder(base.folder.text_encoder)
+    quantise(network, base.config.text_encoder_precision, KEPT_LAYERS, device, observer)
+    return network.to(device)
 
 
-def _stored_network(
-    folder: ModelFolder, config: ModelConfig, device: torch.device, observer: Observer
-) -> Qwen2_5_VLForConditionalGeneration:
+def _stored_network(base: BaseModel, device: torch.device, observer: Observer) -> Qwen2_5_VLForConditionalGeneration:
+    config, place = base.config, base.folder.text_encoder
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" and device.type != "cpu" else torch.float32
-    return load_by_layers(config, folder.text_encoder, dtype, device, observer)
+    streamed = _streamed_layers(base, dtype, device)
+    network = load_by_layers(config, place, dtype, device, observer, streamed)
+    if streamed:
+        layers = network.model.language_model.layers
+        _LOG.info("%d of the text encoder's %d layers are streamed from host memory.", len(streamed), len(layers))
+        BlockStream([layers[number] for number in streamed], device, STREAM_BUFFERS)  # the layers' hooks keep it alive
+    return network
+
+
+def _streamed_layers(base: BaseModel, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
+    if device.type != "cuda":
+        return ()
+    size = text_encoder_size(base, dtype.itemsize, base.config.text_encoder_precision)
+    return spread(size.streamed_layers(free_bytes(device)), size.layers)

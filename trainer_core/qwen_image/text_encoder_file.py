@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
 KEPT_LAYERS = ("lm_head", "model.visual.merger.*")  # connects vision and language; 1 % of the weights
+LAYERS, TOKEN_EMBEDDINGS = "model.language_model.layers", "model.language_model.embed_tokens"
 _MARK = "model.layers.0.self_attn.k_proj.bias"
 # Prefixes that ComfyUI's and other programs' files put before all weight names.
 _FILE_PREFIXES = ("text_encoders.qwen25_7b.transformer.", "qwen25_7b.transformer.", "text_encoder.")
@@ -73,9 +74,17 @@ def qwen25_vl_7b() -> dict[str, Any]:
 
 
 def load_by_layers(
-    config: ModelConfig, place: Path, dtype: torch.dtype, device: torch.device, observer: Observer
+    config: ModelConfig,
+    place: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    observer: Observer,
+    on_host: Collection[int] = (),
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Load the network layer by layer onto `device`, in its precision and without its unused language head.
+
+    The token embeddings stay in host memory, because a prompt needs only few of their rows. So do the language model's
+    layers with numbers in `on_host`.
 
     Raises:
         ModelFileError: not a Qwen2.5-VL, or a single file that is not the 7B model.
@@ -91,12 +100,17 @@ def load_by_layers(
     network.lm_head = nn.Identity()
     quantise_on = torch.device("cpu") if config.quantize_via == "cpu" else device
     placement = Placement(
-        precision=config.text_encoder_precision, dtype=dtype, device=device, quantise_on=quantise_on, keep=KEPT_LAYERS
+        precision=config.text_encoder_precision,
+        dtype=dtype,
+        device=device,
+        quantise_on=quantise_on,
+        keep=KEPT_LAYERS,
+        on_host=(TOKEN_EMBEDDINGS, *(f"{LAYERS}.{number}." for number in on_host)),
     )
     materialise(
         network, source, placement, "Loading the text encoder", observer, quantised_entry(config, place, placement)
     )
-    _restore_rotary(network)
+    _restore_rotary(network, device)
     return network
 
 
@@ -146,7 +160,7 @@ class _Renamed:
             yield lambda name: read(self._stored[name])
 
 
-def _restore_rotary(network: Any) -> None:
+def _restore_rotary(network: Any, device: torch.device) -> None:
     """Compute the rotary frequencies: no file has them, and the meta device left them without values."""
     vision = network.config.vision_config
     for module in network.modules():
@@ -158,4 +172,4 @@ def _restore_rotary(network: Any) -> None:
             argument = module.config if hasattr(module, "config") else vision.hidden_size // vision.num_heads // 2
             fresh = type(module)(argument)
             for name in names:
-                setattr(module, name, getattr(fresh, name))
+                setattr(module, name, getattr(fresh, name).to(device))

@@ -66,6 +66,13 @@ def least_decoding_bytes(height: int, width: int, element_bytes: int) -> int:
     return element_bytes * max(MIDDLE_ELEMENTS * pixels, _FEATURE_ELEMENTS * pixels + DECODING_ELEMENTS * tile)
 
 
+def least_encoding_bytes(height: int, width: int, element_bytes: int) -> int:
+    """Working memory of encoding a picture of this size in pixels in the smallest tiles."""
+    tile = VAE_FACTOR**2 * _largest_tile(height // VAE_FACTOR, width // VAE_FACTOR, _SIDES[-1], _ENCODING_MARGIN)
+    pixels = height * width
+    return element_bytes * max(MIDDLE_ELEMENTS * pixels, _FEATURE_ELEMENTS * pixels + ENCODING_ELEMENTS * tile)
+
+
 def _largest_tile(rows: int, columns: int, side: int, margin: int) -> int:
     """Latents of the largest tile, with its margin."""
     longest = (
