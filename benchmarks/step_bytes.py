@@ -4,47 +4,77 @@
 
 Runs the trainer's step on torch's meta device, where tensors have sizes but no data, and sums the live tensors after
 each operation. The largest sum equals the peak of allocated bytes that torch's allocator reports on a GPU, without the
-workspaces of CUDA's libraries (0.1 GiB). Attention counts as FlashAttention. `--memory` is as in gpu_step.py;
-precisions are `none`, `int8-quanto` and `fp8-quanto`.
+workspaces of CUDA's libraries (0.1 GiB), which the planned bytes here leave out too. Attention counts as
+FlashAttention. `--memory` is as in gpu_step.py. Each `--others` is a comma-separated list of other fields of Setting:
+
+    python benchmarks/step_bytes.py --others adapter=lokr,targets=all batch=2,rollout=1 flavour=edit-v3
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.gpu_step import GIB, Setting, planned_bytes
+from tests.support.full_size_step import GIB, Setting, memory_plan
 from tests.support.live_bytes import traced_step
 
 
 def main() -> None:
+    arguments = arguments_of_the_command()
+    settings = [
+        Setting("ours", precision, side, references, memory, **dict(map(other, others.split(",") if others else [])))
+        for precision in arguments.precision
+        for side in arguments.side
+        for references in arguments.references
+        for memory in arguments.memory
+        for others in arguments.others
+    ]
+    print("| weights | side | references | memory | others | counted GiB | planned GiB | ratio | without weights |")
+    print(f"|{' --- |' * 9}", flush=True)
+    for setting in settings:
+        print_row(setting, arguments)
+
+
+def print_row(setting: Setting, arguments: argparse.Namespace) -> None:
+    """Count a setting and print its row. `ratio` is planned / counted, then without the frozen weights."""
+    live = traced_step(setting, arguments.layers, names=arguments.list > 0)
+    phase = memory_plan(setting, arguments.layers).phase("training")
+    assert phase is not None
+    planned = phase.total_bytes - phase.parts["libraries"]
+    weights = phase.parts["frozen weights"] + phase.parts.get("streaming buffers", 0)
+    changed = {each.name: getattr(setting, each.name) for each in dataclasses.fields(setting)[5:]}
+    others = " ".join(f"{name}={value}" for name, value in changed.items() if value != getattr(Setting, name))
+    print(
+        f"| `{setting.precision}` | {setting.side} | {setting.references} | {setting.memory} | {others} "
+        f"| {live.peak / GIB:.2f} | {planned / GIB:.2f} | {planned / live.peak:.3f} "
+        f"| {(planned - weights) / (live.peak - weights):.3f} |",
+        flush=True,
+    )
+    for name, num_bytes in live.at_peak.most_common(arguments.list):
+        print(f"    {num_bytes / 2**20:9.1f} MiB {name}")
+
+
+def other(text: str) -> tuple[str, Any]:
+    """A field of Setting and its value, from text such as rank=128."""
+    name, _, value = text.partition("=")
+    return name, type(getattr(Setting, name))(int(value) if value.isdigit() else value)
+
+
+def arguments_of_the_command() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--side", type=int, nargs="+", default=[1024])
     parser.add_argument("--references", type=int, nargs="+", default=[1])
     parser.add_argument("--precision", nargs="+", default=["none", "int8-quanto"])
     parser.add_argument("--memory", nargs="+", default=["full"])
+    parser.add_argument("--others", nargs="+", default=[""])
     parser.add_argument("--list", type=int, default=0, metavar="N", help="Also print the N largest kinds of tensors.")
-    arguments = parser.parse_args()
-    print("| weights | side | references | memory | counted GiB | planned GiB | planned / counted |")
-    print(f"|{' --- |' * 7}", flush=True)
-    for precision in arguments.precision:
-        for side in arguments.side:
-            for references in arguments.references:
-                for memory in arguments.memory:
-                    setting = Setting("ours", precision, side, references, memory)
-                    live = traced_step(setting, arguments.layers, names=arguments.list > 0)
-                    planned = planned_bytes(setting, arguments.layers)
-                    print(
-                        f"| `{precision}` | {side} | {references} | {memory} | {live.peak / GIB:.2f} "
-                        f"| {planned / GIB:.2f} | {planned / live.peak:.3f} |",
-                        flush=True,
-                    )
-                    for name, num_bytes in live.at_peak.most_common(arguments.list):
-                        print(f"    {num_bytes / 2**20:9.1f} MiB {name}")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,22 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.inject import inject_lora, without_dropout
 from trainer_core.adapters.master_weights import master_weights
 from trainer_core.adapters.plan import plan_adapter
-from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, NoiseConfig, OptimizerConfig, TrainConfig
+from trainer_core.config import (
+    BatchingConfig,
+    EmaConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
 from trainer_core.memory.compilation import Compilation
 from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
 from trainer_core.planning.network import NetworkSize, network_size
-from trainer_core.planning.plan import plan_memory
+from trainer_core.planning.plan import MemoryPlan, plan_memory
 from trainer_core.planning.workload import Workload, pair_size
+from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.precision.quantise import quantise
-from trainer_core.qwen_image.base_model import empty_transformer
+from trainer_core.qwen_image.base_model import compute_dtype, empty_transformer
+from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
 from trainer_core.qwen_image.transformer import predict_velocity
 from trainer_core.qwen_image.types import Condition
+from trainer_core.training.ema import start_ema, update_ema
 from trainer_core.training.objective import add_noise, velocity_loss
 from trainer_core.training.optimizer import optimizer_builder
 
@@ -40,17 +51,32 @@ Step = Callable[[Tensor, Condition], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """One measured configuration. `memory` is a list such as "blocks=20,stream=10,offload"; `side` is in pixels."""
+    """One measured configuration. `memory` is a list such as "blocks=20,stream=10,offload"; `side` is in pixels.
+
+    With `rollout`, a forward pass without gradients of each pair comes first. The prompts of a batch are padded.
+    """
 
     step: str  # "ours" or "plain"
     precision: str
     side: int
     references: int
     memory: str
+    adapter: str = "lora"
+    targets: str = "image-attention"
+    rank: int = RANK
+    dropout: float = 0.0
+    batch: int = 1
+    flavour: str = "edit-v2"
+    arithmetic: str = "bf16"  # mixed_precision; "no" is float32
+    quantised_inputs: bool = False
+    ema: bool = False
+    rollout: bool = False
+    micro_batches: int = 1  # per step
+    optimizer: str = "adamw"
 
     @property
     def config(self) -> TrainConfig:
-        """The training settings; only the memory and adapter settings are used."""
+        """The training settings."""
         words = dict(word.partition("=")[::2] for word in self.memory.split(","))
         memory = MemoryConfig(
             gradient_checkpointing_blocks=int(words.get("blocks", -1)),
@@ -59,14 +85,35 @@ class Setting:
             activation_offload="offload" in words,
             compile_blocks="on" if "compile" in words else "off",
         )
-        checkpointing = "none" not in words
+        model: dict[str, Any] = {"base_model_precision": self.precision, "mixed_precision": self.arithmetic}
+        model |= {"flavour": self.flavour, "quantize_activations": self.quantised_inputs}
+        lora: dict[str, Any] = {"lora_type": self.adapter, "lora_targets": self.targets}
         return TrainConfig(
             run_dir="-",
             encoded="-",
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing="none" not in words,
             memory=memory,
-            lora=LoraConfig(lora_rank=RANK),
+            model=ModelConfig(**model),
+            lora=LoraConfig(lora_rank=self.rank, lora_dropout=self.dropout, **lora),
+            batching=BatchingConfig(train_batch_size=self.batch, gradient_accumulation_steps=self.micro_batches),
+            optimizer=OptimizerConfig(optimizer=self.optimizer),  # type: ignore[arg-type]
+            ema=EmaConfig(use_ema=self.ema, ema_device="accelerator"),
         )
+
+    @property
+    def network(self) -> dict[str, bool]:
+        """The transformer's settings that differ from Qwen-Image's."""
+        return {"zero_cond_t": FLAVOURS[self.config.model.flavour].zero_cond_t}
+
+    def inputs(self, device: torch.device) -> tuple[Tensor, Condition]:
+        """Random latents and condition of a micro-batch."""
+        side = self.side // 8
+        latents, *references = (
+            torch.randn(self.batch, 16, side, side, device=device) for _ in range(1 + self.references)
+        )
+        prompt = torch.randn(self.batch, PROMPT_TOKENS, 3584, device=device)
+        mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=device) if self.batch > 1 else None
+        return latents, Condition(tuple(references), prompt, mask)
 
 
 def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[int, ...]) -> Any:
@@ -75,8 +122,8 @@ def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[in
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
     with torch.device("meta"):
-        transformer = QwenImageTransformer2DModel(num_layers=layers).bfloat16()
-    transformer.requires_grad_(False)
+        transformer = QwenImageTransformer2DModel(num_layers=layers, **setting.network)
+    transformer.to(compute_dtype(setting.config.model)).requires_grad_(False)
     if setting.step == "ours":
         optimise_frozen_forward(transformer)
     blocks = list(transformer.transformer_blocks)
@@ -87,6 +134,9 @@ def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[in
             quantise_plainly(block, setting.precision)
         else:
             quantise(holder, setting.precision, (), device, SILENT)  # type: ignore[arg-type]
+        for layer in holder.modules():
+            if isinstance(layer, FrozenLinear):
+                layer.rounds_input = setting.quantised_inputs
         blocks[index] = holder[0].to("cpu") if index in on_host else holder[0]
     transformer.transformer_blocks = nn.ModuleList()
     draw(transformer, device)
@@ -116,43 +166,57 @@ def draw(module: nn.Module, device: torch.device) -> None:
 
 
 def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, Step]:
-    """The product's step: its placement, adapter, objective, forward and optimizer."""
+    """The product's step: its placement, adapter, objective, forward, optimizer and average."""
     config = setting.config
     on_host = blocks_on_host(config.memory, layers, checkpointing=config.gradient_checkpointing)
     transformer = build(setting, layers, device, on_host)
     stream = stream_blocks(transformer, on_host, device, config.memory)
-    weights = master_weights(inject_lora(transformer, plan_adapter(transformer, config.lora), seed=0), torch.bfloat16)
+    parameters = inject_lora(transformer, plan_adapter(transformer, config.lora), seed=0)
+    weights = master_weights(parameters, compute_dtype(config.model))
+    transformer.train(setting.dropout > 0)
     apply_memory(transformer, stream, device, config)
     if config.memory.compile_blocks == "on":
         Compilation(list(transformer.transformer_blocks)).start()
-    optimizer = optimizer_builder(OptimizerConfig(), device)(list(weights.masters.values()))
+    optimizer = optimizer_builder(config.optimizer, device)(list(weights.masters.values()))
+    average = start_ema(weights.masters, config.ema)
 
     def step(latents: Tensor, condition: Condition) -> None:
-        noisy = add_noise(latents, NoiseConfig(), 0, [0])
-        velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition)
-        velocity_loss(velocity, noisy.target_velocity).sum().backward()
+        noisy = add_noise(latents, NoiseConfig(), 0, range(setting.batch))
+        if setting.rollout:
+            with torch.no_grad(), without_dropout(transformer):
+                for row in range(setting.batch):
+                    pair = noisy.latents[row : row + 1], noisy.sigma[row : row + 1]
+                    noisy.latents[row] = predict_velocity(transformer, *pair, condition.of_pair(row))[0]
+        for _ in range(setting.micro_batches):
+            velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition)
+            velocity_loss(velocity, noisy.target_velocity).sum().backward()
         nn.utils.clip_grad_norm_(weights.masters.values(), 1.0)
         optimizer.step()
         weights.publish()
         optimizer.zero_grad(set_to_none=True)
+        update_ema(average, weights.masters, 1, config.ema)
 
     return transformer, step
 
 
 def planned_bytes(setting: Setting, layers: int) -> int:
     """Peak device memory in bytes that the planner expects for the step "ours"."""
-    phase = plan_memory(*planned_run(setting, layers)).phase("training")
+    phase = memory_plan(setting, layers).phase("training")
     assert phase is not None
     return phase.total_bytes
 
 
+def memory_plan(setting: Setting, layers: int) -> MemoryPlan:
+    """The memory plan of the step "ours"."""
+    return plan_memory(*planned_run(setting, layers))
+
+
 def planned_run(setting: Setting, layers: int) -> tuple[TrainConfig, NetworkSize, Workload]:
     """The step "ours" as the planner sees it."""
-    model = ModelConfig(base_model_precision=setting.precision)  # type: ignore[arg-type]
-    config = dataclasses.replace(setting.config, model=model)
-    empty = empty_transformer({"num_layers": layers})
+    config = setting.config
+    empty = empty_transformer({"num_layers": layers, **setting.network})
     optimise_frozen_forward(empty)
-    network = network_size(empty, plan_adapter(empty, config.lora), model)
+    network = network_size(empty, plan_adapter(empty, config.lora), config.model)
     side = Size(setting.side, setting.side)
     pair = pair_size(side, [side] * setting.references, PROMPT_TOKENS)
-    return config, network, Workload(train=pair, batch=1)
+    return config, network, Workload(train=pair, batch=setting.batch)

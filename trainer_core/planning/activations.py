@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..config import BaseModelPrecision
 from ..qwen_image.sampling import FORWARD_WIDTHS
 from .network import NetworkSize
 
@@ -18,6 +19,8 @@ MASK_BYTES = 1  # per element of a dropout mask on CUDA devices
 # Gradients at the peak of a block's backward pass, which is in the MLP, in widths per token: of the block's output (1),
 # the MLP's output (1), the activation function's output (4) and its input (4).
 _BACKWARD_WIDTHS = 10
+# Copies of a weight in the compute dtype while it is dequantised; a layer that is not quantised needs none.
+_DEQUANTISED_COPIES: dict[BaseModelPrecision, int] = {"none": 0, "fp8-quanto": 2, "file": 2, "int4-quanto": 2}
 _LATENT_COPIES = 3  # of target and references: clean or noise, noisy, and the velocity
 
 
@@ -39,7 +42,7 @@ class SavedActivation:
     text: float
 
 
-def saved_activation_bytes(network: NetworkSize, tokens: Tokens, *, rank: int, dropout: bool = False) -> int:
+def saved_activation_bytes(network: NetworkSize, tokens: Tokens, *, dropout: bool = False) -> int:
     """Bytes that one block saves for its backward pass if it is not recomputed."""
     width = network.element_bytes * network.width
     rows = [
@@ -50,7 +53,7 @@ def saved_activation_bytes(network: NetworkSize, tokens: Tokens, *, rank: int, d
         SavedActivation("input of the second norm", width + 8, width + 8),
         SavedActivation("input of the MLP's activation function", 4 * width, 4 * width),
         *_layer_inputs(network, batch=tokens.batch, dropout=dropout),
-        *_adapter_activations(network, rank=rank, dropout=dropout),
+        *_adapter_activations(network, dropout=dropout),
     ]
     if network.is_modulated_per_token:
         rows.append(SavedActivation("gates, which differ between target and references", 2 * width, 0))
@@ -79,17 +82,17 @@ def _layer_inputs(network: NetworkSize, *, batch: int, dropout: bool) -> Iterato
     yield SavedActivation("modulated tensors", *modulated)
 
 
-def _adapter_activations(network: NetworkSize, *, rank: int, dropout: bool) -> Iterator[SavedActivation]:
-    """Inputs of lora_B; with dropout also each adapter's input and mask."""
+def _adapter_activations(network: NetworkSize, *, dropout: bool) -> Iterator[SavedActivation]:
+    """What the adapters save besides their input, such as lora_B's input; with dropout also that input and the mask."""
     e = network.element_bytes
     inner, dropped = [0.0, 0.0], [0.0, 0.0]
-    for name, inputs in network.adapted.items():
+    for name, layer in network.adapted.items():
         if "_mod." in name:  # one row per pair, not per token
             continue
         side = int(name.startswith("txt_") or ".add_" in name or name.endswith("to_add_out"))
-        inner[side] += rank * e
-        dropped[side] += inputs * (e + MASK_BYTES)
-    yield SavedActivation("outputs of lora_A", *inner)
+        inner[side] += layer.saved * e
+        dropped[side] += layer.inputs * (e + MASK_BYTES)
+    yield SavedActivation("inside adapters", *inner)
     if dropout:
         yield SavedActivation("adapter inputs after dropout, and masks", *dropped)
 
@@ -99,10 +102,22 @@ def block_input_bytes(network: NetworkSize, tokens: Tokens) -> int:
     return tokens.batch * network.element_bytes * network.width * (tokens.image + tokens.text)
 
 
-def backward_bytes(network: NetworkSize, tokens: Tokens) -> int:
-    """Working memory of a block's backward pass, with the prompt's gradient that waits meanwhile."""
+def backward_bytes(network: NetworkSize, tokens: Tokens, *, rounds_inputs: bool = False) -> int:
+    """Working memory of a block's backward pass and of its second forward pass, which need about the same.
+
+    It includes the prompt's gradient that waits meanwhile. `rounds_inputs`: linear layers round their inputs, in
+    float32 (`quantize_activations`). The MLP's second layer then needs two such copies of its input.
+    """
     width = network.element_bytes * network.width
-    return tokens.batch * width * (_BACKWARD_WIDTHS * tokens.image + tokens.text)
+    image, layer = _BACKWARD_WIDTHS * width, dequantised_bytes(network)
+    if rounds_inputs:  # before the product, so without its result and its weight
+        image, layer = (_BACKWARD_WIDTHS - 1) * width + 2 * FLOAT32 * 4 * network.width, 0
+    return tokens.batch * (image * tokens.image + width * tokens.text) + layer
+
+
+def dequantised_bytes(network: NetworkSize) -> int:
+    """Bytes of an MLP layer's weight in the compute dtype, while it is used. Larger layers run at other times."""
+    return _DEQUANTISED_COPIES.get(network.precision, 1) * network.element_bytes * 4 * network.width**2
 
 
 def forward_bytes(network: NetworkSize, tokens: Tokens) -> int:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..adapters.plan import AdapterPlan
-from ..config import BaseModelPrecision, ModelConfig
+from ..adapters.plan import AdapterPlan, LayerPlan, lokr_shapes
+from ..config import BaseModelPrecision, LoraConfig, ModelConfig
 from ..precision.weight_bytes import WeightShapes, stored_bytes
 from ..qwen_image.base_model import compute_dtype
 
@@ -21,10 +21,18 @@ if TYPE_CHECKING:
 _BLOCK = re.compile(r"transformer_blocks\.\d+\.(.+)")
 
 
+@dataclass(frozen=True, slots=True)
+class AdaptedLayer:
+    """An adapted layer's input width, and the elements per token that its adapter saves besides its input."""
+
+    inputs: int
+    saved: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSize:
-    """`adapted`: input width of each adapted layer by its name within a block. `adapter_shapes`: of all blocks' adapter
-    weights. `element_bytes`: of an unquantised weight. `file_bytes_per_weight`: used by the precision `file`."""
+    """`adapted`: each adapted layer by its name within a block. `adapter_shapes`: of all blocks' adapter weights.
+    `element_bytes`: of an unquantised weight. `file_bytes_per_weight`: used by the precision `file`."""
 
     num_blocks: int
     width: int
@@ -37,7 +45,7 @@ class NetworkSize:
     precision: BaseModelPrecision
     element_bytes: int
     file_bytes_per_weight: float
-    adapted: Mapping[str, int]
+    adapted: Mapping[str, AdaptedLayer]
     adapter_shapes: tuple[tuple[int, ...], ...]
     is_modulated_per_token: bool
 
@@ -71,9 +79,11 @@ def network_size(
 ) -> NetworkSize:
     """The sizes of a transformer, which may be on the meta device, with the adapter it is going to get."""
     blocks, config = list(network.transformer_blocks), network.config
-    adapted = {
-        match[1]: layer.in_features for name, layer in adapter.layers.items() if (match := _BLOCK.fullmatch(name))
-    }
+    adapted: dict[str, AdaptedLayer] = {}
+    for name, layer in adapter.layers.items():
+        if match := _BLOCK.fullmatch(name):  # ranks can differ between blocks: the one that saves most counts
+            found = _adapted_layer(layer, adapter.config)
+            adapted[match[1]] = max(adapted.get(match[1], found), found, key=lambda each: each.saved)
     return NetworkSize(
         num_blocks=len(blocks),
         width=network.inner_dim,
@@ -90,6 +100,17 @@ def network_size(
         adapter_shapes=adapter.shapes(),
         is_modulated_per_token=bool(network.zero_cond_t),
     )
+
+
+def _adapted_layer(layer: LayerPlan, lora: LoraConfig) -> AdaptedLayer:
+    saved = layer.rank  # lora_B's input
+    if lora.lora_type == "dora":  # also the output, which the gain multiplies
+        saved += layer.out_features
+    if lora.lora_type == "lokr":  # inputs of the products after the first, each with as many columns as lokr_w1
+        shapes = lokr_shapes(layer, lora.lokr_factor)
+        rows = [shapes[name][0] for name in ("lokr_w2", "lokr_w2_a", "lokr_w2_b") if name in shapes]
+        saved = shapes["lokr_w1"][1] * sum(rows)
+    return AdaptedLayer(layer.in_features, saved)
 
 
 def _weight_shapes(block: nn.Module) -> WeightShapes:

@@ -28,7 +28,7 @@ GIB = 2**30
 _LIBRARIES = 100 * 2**20  # bytes of workspaces of cuBLAS and others, which torch's allocator counts
 _PROCESS = 3 * GIB  # host memory of Python, torch and CUDA
 _LOADED_PAIRS = GIB  # host memory of the encoded pairs that the loader holds
-_OFFLOADED_ON_DEVICE = 4  # offloaded block inputs that are being copied and are still on the device
+_FETCHED_AHEAD = 1  # offloaded block inputs that are back on the device before their block needs them
 _EXACT = (  # parts that are counted, not estimated
     *("frozen weights", "streaming buffers", "adapter", "running average", "optimizer state"),
     *("VAE", "VAE for references"),
@@ -95,10 +95,10 @@ def plan_memory(config: TrainConfig, network: NetworkSize, work: Workload) -> Me
     streamed = min(config.memory.blocks_to_stream, recomputed)
     resting = {**_resting(config, network, streamed), **_on_the_fly(network, work.on_the_fly_pixels)}
     tokens = work.tokens
+    loading = {**_weights(config, network, streamed), "layer being loaded": _loading_bytes(config, network)}
     phases = [
-        Phase("loading", {**_weights(config, network, streamed), "layer being loaded": _layer_bytes(network)}),
-        Phase("training", {**resting, "gradients": FLOAT32 * network.adapter_weights,
-                           **_step(config, network, tokens, recomputed)}),
+        Phase("loading", loading),
+        Phase("training", {**resting, **_step(config, network, tokens, recomputed)}),
         *_validation(config, network, work.validation, resting),
     ]  # fmt: skip
     return MemoryPlan(
@@ -143,18 +143,39 @@ def _on_the_fly(network: NetworkSize, pixels: int) -> dict[str, int]:
 
 
 def _step(config: TrainConfig, network: NetworkSize, tokens: Tokens, recomputed: int) -> dict[str, int]:
-    """Activations at the peak, which is in the backward pass of the last block, or of the last recomputed one."""
-    saved = saved_activation_bytes(network, tokens, rank=config.lora.lora_rank, dropout=config.lora.lora_dropout > 0)
+    """A step's memory by part at its peak.
+
+    Without gradient accumulation, gradients take the place of activations block by block. Then the peak is at either
+    end of the backward pass, or in the optimizer's update.
+    """
+    saved = saved_activation_bytes(network, tokens, dropout=config.lora.lora_dropout > 0)
     not_recomputed = network.num_blocks - recomputed
     waiting = max(0, recomputed - (not_recomputed == 0))  # `saved` has the input of the block being recomputed
     if config.memory.activation_offload:
-        waiting = min(waiting, _OFFLOADED_ON_DEVICE)
-    return {
-        "block inputs": waiting * block_input_bytes(network, tokens),
-        "activations": max(1, not_recomputed) * saved,
-        "backward pass": backward_bytes(network, tokens) + _layer_bytes(network),
+        waiting = min(waiting, _FETCHED_AHEAD)
+    gradients, accumulates = FLOAT32 * network.adapter_weights, config.batching.gradient_accumulation_steps > 1
+    rounds = config.model.quantize_activations
+    working = {
+        "backward pass": backward_bytes(network, tokens, rounds_inputs=rounds),
         "latents and embeddings": latent_and_embedding_bytes(network, tokens),
     }
+    last = {
+        "block inputs": waiting * block_input_bytes(network, tokens),
+        "activations": max(1, not_recomputed) * saved,
+        "gradients": gradients if accumulates else gradients // network.num_blocks,
+        **working,
+    }
+    # This optimizer divides all gradients at once; the others take one tensor after the other.
+    denominators = gradients if config.optimizer.optimizer == "adamw-schedulefree" else 0
+    first = {"activations": saved, "gradients": gradients, **working}
+    update = {"gradients": gradients, "update": denominators}
+    return max(last, first, update, key=lambda parts: sum(parts.values()))
+
+
+def _loading_bytes(config: TrainConfig, network: NetworkSize) -> int:
+    """Bytes of the largest layer while it is loaded. Quanto makes two more copies: it scales, then it clamps."""
+    made_here = network.precision.endswith("-quanto") and config.model.quantize_via == "accelerator"
+    return (4 if made_here else 2) * network.largest_layer_weights * network.element_bytes
 
 
 def _layer_bytes(network: NetworkSize) -> int:
