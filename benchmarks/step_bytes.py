@@ -15,13 +15,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.support.full_size_step import GIB, Setting, memory_plan
+from tests.support.full_size_step import GIB, Setting
 from tests.support.live_bytes import traced_step
+from tests.support.plan_cases import PLAN_CASES, measured_peak, planned_step, setting
 
 
 def main() -> None:
@@ -34,28 +38,33 @@ def main() -> None:
         for memory in arguments.memory
         for others in arguments.others
     ]
+    if arguments.cases:
+        settings = [setting(**case) for case in PLAN_CASES]
     print("| weights | side | references | memory | others | counted GiB | planned GiB | ratio | without weights |")
     print(f"|{' --- |' * 9}", flush=True)
-    for setting in settings:
-        print_row(setting, arguments)
+    for each in settings:
+        print_row(each, arguments)
 
 
-def print_row(setting: Setting, arguments: argparse.Namespace) -> None:
+def print_row(step: Setting, arguments: argparse.Namespace) -> None:
     """Count a setting and print its row. `ratio` is planned / counted, then without the frozen weights."""
-    live = traced_step(setting, arguments.layers, names=arguments.list > 0)
-    phase = memory_plan(setting, arguments.layers).phase("training")
-    assert phase is not None
-    planned = phase.total_bytes - phase.parts["libraries"]
-    weights = phase.parts["frozen weights"] + phase.parts.get("streaming buffers", 0)
-    changed = {each.name: getattr(setting, each.name) for each in dataclasses.fields(setting)[5:]}
+    names: Counter[str] = Counter()
+    weights, planned, libraries = planned_step(step, arguments.layers)
+    if arguments.device == "meta":
+        live = traced_step(step, arguments.layers, names=arguments.list > 0)
+        found, names = live.peak - weights, live.at_peak
+    else:
+        found = measured_peak(step, arguments.layers, torch.device(arguments.device)) - weights
+        planned += libraries
+    changed = {each.name: getattr(step, each.name) for each in dataclasses.fields(step)[5:]}
     others = " ".join(f"{name}={value}" for name, value in changed.items() if value != getattr(Setting, name))
     print(
-        f"| `{setting.precision}` | {setting.side} | {setting.references} | {setting.memory} | {others} "
-        f"| {live.peak / GIB:.2f} | {planned / GIB:.2f} | {planned / live.peak:.3f} "
-        f"| {(planned - weights) / (live.peak - weights):.3f} |",
+        f"| `{step.precision}` | {step.side} | {step.references} | {step.memory} | {others} "
+        f"| {(weights + found) / GIB:.2f} | {(weights + planned) / GIB:.2f} "
+        f"| {(weights + planned) / (weights + found):.3f} | {planned / found:.3f} |",
         flush=True,
     )
-    for name, num_bytes in live.at_peak.most_common(arguments.list):
+    for name, num_bytes in names.most_common(arguments.list):
         print(f"    {num_bytes / 2**20:9.1f} MiB {name}")
 
 
@@ -73,6 +82,10 @@ def arguments_of_the_command() -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", default=["none", "int8-quanto"])
     parser.add_argument("--memory", nargs="+", default=["full"])
     parser.add_argument("--others", nargs="+", default=[""])
+    parser.add_argument(
+        "--cases", action="store_true", help="The settings of the plan's tests, instead of those above."
+    )
+    parser.add_argument("--device", default="meta", help="meta to count, cuda to measure.")
     parser.add_argument("--list", type=int, default=0, metavar="N", help="Also print the N largest kinds of tensors.")
     return parser.parse_args()
 
