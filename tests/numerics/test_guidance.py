@@ -67,6 +67,21 @@ def test_one_batch_equals_two_passes(
     assert (together - apart).norm() < tolerance * apart.norm()
 
 
+def test_a_batch_that_does_not_fit_after_all_becomes_two_passes() -> None:
+    transformer, batches = network(torch.float32), list[int]()
+    prompt, negative = condition(9, 1), condition(4, 2)
+    apart = drawn(transformer, prompt, negative, together=False)
+
+    def limited(_: Any, __: Any, given: dict[str, Tensor]) -> None:
+        batches.append(len(given["hidden_states"]))
+        if batches[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    transformer.register_forward_pre_hook(limited, with_kwargs=True)
+    assert torch.equal(drawn(transformer, prompt, negative, together=True), apart)
+    assert batches == [2] + [1] * 6
+
+
 def test_prompts_of_equal_length_need_no_mask() -> None:
     assert condition(9, 1).beside(condition(9, 2)).prompt_mask is None
     mask = condition(9, 1).beside(condition(4, 2)).prompt_mask

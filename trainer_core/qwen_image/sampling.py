@@ -99,8 +99,8 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
 ) -> Tensor:
     """Integrate from noise [B, C, H, W] to latents of the same shape.
 
-    Guidance needs a `negative` condition and a scale above 1. `together`: whether its two passes share a forward pass;
-    None asks `guides_together`. `on_step` gets the number of finished steps. Waits for the device in no step.
+    Guidance needs a `negative` condition and a scale above 1. `together`: whether its two passes share a forward pass
+    until memory runs out; None asks `guides_together`. `on_step` gets the number of finished steps. Waits for the device in no step.
 
     Raises:
         Interrupted: the observer wants to stop.
@@ -115,14 +115,17 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     latents = noise_BCHW
     for index in range(num_steps):
         raise_if_stopped(observer)
-        sigma = sigmas[index].expand(len(latents))
+        sigma, velocities = sigmas[index].expand(len(latents)), None
         if both is not None:
-            twice = predict_velocity(transformer, torch.cat([latents, latents]), torch.cat([sigma, sigma]), both)
-            velocity = guided_velocity(*twice.chunk(2), guidance)
-        else:
-            velocity = predict_velocity(transformer, latents, sigma, condition)
-            if negative is not None:
-                velocity = guided_velocity(velocity, predict_velocity(transformer, latents, sigma, negative), guidance)
+            try:
+                twice = predict_velocity(transformer, torch.cat([latents, latents]), torch.cat([sigma, sigma]), both)
+                velocities = twice.chunk(2)
+            except torch.OutOfMemoryError:
+                both = None  # one after the other from now on
+        if velocities is None:
+            conditions = (condition,) if negative is None else (condition, negative)
+            velocities = tuple(predict_velocity(transformer, latents, sigma, each) for each in conditions)
+        velocity = guided_velocity(*velocities, guidance) if len(velocities) == 2 else velocities[0]
         latents = latents + lengths[index] * velocity.float()
         if on_step is not None:
             on_step(index + 1)
