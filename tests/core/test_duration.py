@@ -209,17 +209,22 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, rates: list[float] | None = None
     )
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("has_triton", [True, False])
 def test_an_estimate_is_what_was_measured_by_the_efficiency(
-    network: NetworkSize, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    network: NetworkSize, has_triton: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_the_cpu(monkeypatch, [1.0, 2.0, 3.0, 4.0])
-    config = config_of(memory=MemoryConfig(memory="manual", compile_blocks="on" if compiled else "off"))
-    speed = probed_speed(config, network, SHOWN, torch.device("cuda"))
-    assert speed is not None and speed.is_estimate and speed.copy == 4.0
-    efficiency = 1 / speed.product
-    assert 0 < efficiency < 1
-    assert (speed.attention, speed.attention_backward) == pytest.approx((2 / efficiency, 3 / efficiency))
+    monkeypatch.setattr(planning_duration, "can_compile", lambda _: has_triton)
+    speeds = {}
+    for wish in ("on", "off", "auto"):
+        config = config_of(memory=MemoryConfig(memory="manual", compile_blocks=wish))
+        speed = probed_speed(config, network, SHOWN, torch.device("cuda"))
+        assert speed is not None and speed.is_estimate and speed.copy == 4.0
+        assert speed.product > 1, "the device's measured speed is not reached"
+        assert (speed.attention, speed.attention_backward) == pytest.approx((2 * speed.product, 3 * speed.product))
+        speeds[wish] = speed
+    assert speeds["on"].product < speeds["off"].product and speeds["on"].launch < speeds["off"].launch
+    assert speeds["auto"] == speeds["on" if has_triton else "off"]
 
 
 def test_the_device_is_measured_in_the_mode_in_which_comfyui_runs_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

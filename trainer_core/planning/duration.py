@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import RolloutConfig, TrainConfig
+from ..memory.compilation import can_compile
 from ..memory.placement import recomputed_blocks
 from ..training.rollout import rollout_probability
 from ..training.validation_work import Passes, validation_work
@@ -97,7 +98,8 @@ def probed_speed(config: TrainConfig, network: NetworkSize, work: Workload, devi
         product, forward, backward, copy = _probes(network, work.tokens.image + work.tokens.text, device)
     except torch.OutOfMemoryError:
         return None
-    compiled = config.memory.compile_blocks == "on"
+    wish = config.memory.compile_blocks
+    compiled = wish == "on" or (wish == "auto" and can_compile(device))
     efficiency = _EFFICIENCY[compiled]
     return Speed(
         product=product / efficiency,
