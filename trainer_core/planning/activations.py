@@ -1,8 +1,9 @@
 """Activation memory of a transformer block: what it saves for its backward pass, and its working memory.
 
 Derived from diffusers' QwenImageTransformerBlock with frozen weights. A frozen linear layer without an adapter saves
-nothing: only a gradient of its weight would need its input. tests/numerics/test_memory_plan.py compares the numbers
-with the tensors that a real block saves.
+nothing: only a gradient of its weight would need its input. A compiled block saves the same, except
+tensors that it computes again in the backward pass. tests/numerics/test_memory_plan.py compares the numbers with the
+tensors that real blocks save.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class SavedActivation:
     text: float
 
 
-def saved_activation_bytes(network: NetworkSize, tokens: Tokens, *, dropout: bool = False) -> int:
+def saved_activation_bytes(
+    network: NetworkSize, tokens: Tokens, *, dropout: bool = False, compiled: bool = False
+) -> int:
     """Bytes that one block saves for its backward pass if it is not recomputed."""
     width = network.element_bytes * network.width
     rows = [
@@ -52,15 +55,16 @@ def saved_activation_bytes(network: NetworkSize, tokens: Tokens, *, dropout: boo
         SavedActivation("queries, keys, values and attention output", *2 * [4 * width + FLOAT32 * network.heads]),
         SavedActivation("input of the second norm", width + 8, width + 8),
         SavedActivation("input of the MLP's activation function", 4 * width, 4 * width),
-        *_layer_inputs(network, batch=tokens.batch, dropout=dropout),
+        *_layer_inputs(network, batch=tokens.batch, dropout=dropout, compiled=compiled),
         *_adapter_activations(network, dropout=dropout),
     ]
     if network.is_modulated_per_token:
-        rows.append(SavedActivation("gates, which differ between target and references", 2 * width, 0))
+        gates = 1 if compiled else 2  # the compiler computes one again
+        rows.append(SavedActivation("gates, which differ between target and references", gates * width, 0))
     return round(tokens.batch * sum(row.image * tokens.image + row.text * tokens.text for row in rows))
 
 
-def _layer_inputs(network: NetworkSize, *, batch: int, dropout: bool) -> Iterator[SavedActivation]:
+def _layer_inputs(network: NetworkSize, *, batch: int, dropout: bool, compiled: bool) -> Iterator[SavedActivation]:
     """Inputs of linear layers that the layer or its adapter saves. With dropout, an adapter saves the input after
     dropout instead, which `_adapter_activations` counts."""
     width = network.element_bytes * network.width
@@ -78,7 +82,8 @@ def _layer_inputs(network: NetworkSize, *, batch: int, dropout: bool) -> Iterato
     yield SavedActivation("input of the MLP's first layer", *share(width, *first))
     yield SavedActivation("input of the MLP's second layer", *share(4 * width, *second))
     # With an adapter on the modulation, the scales and gates get gradients, which need the tensors they multiply.
-    modulated = [4 * width * (name in network.adapted) for name in ("img_mod.1", "txt_mod.1")]
+    # A compiled block keeps one of the four and computes the others again.
+    modulated = [(1 if compiled else 4) * width * (name in network.adapted) for name in ("img_mod.1", "txt_mod.1")]
     yield SavedActivation("modulated tensors", *modulated)
 
 

@@ -148,7 +148,8 @@ def _step(config: TrainConfig, network: NetworkSize, tokens: Tokens, recomputed:
     Without gradient accumulation, gradients take the place of activations block by block. Then the peak is at either
     end of the backward pass, or in the optimizer's update.
     """
-    saved = saved_activation_bytes(network, tokens, dropout=config.lora.lora_dropout > 0)
+    dropout, compiled = config.lora.lora_dropout > 0, config.memory.compile_blocks == "on"
+    saved = saved_activation_bytes(network, tokens, dropout=dropout, compiled=compiled)
     not_recomputed = network.num_blocks - recomputed
     waiting = max(0, recomputed - (not_recomputed == 0))  # `saved` has the input of the block being recomputed
     if config.memory.activation_offload:
@@ -214,6 +215,7 @@ def _host(
         "offloaded block inputs": offloaded,
         "encoded pairs": _LOADED_PAIRS,
         "running average": ema_bytes([(network.adapter_weights,)], config.ema)[0],
-        "layers being loaded": 2 * network.largest_layer_weights * FLOAT32,
+        # A streamed block is also copied into one piece of memory.
+        "layers being loaded": max(2 * network.largest_layer_weights * FLOAT32, network.block_bytes if streamed else 0),
     }
     return {what: size for what, size in parts.items() if size}
