@@ -9,8 +9,8 @@ before it loads a network: read the folders, compare the pictures with the store
     python -m benchmarks.encode --tokenizer ... --device cuda --files FOLDER --pairs 64 --side 1024
 
 Uses the full-size networks on a GPU, with random weights in files of ComfyUI's layouts, which it writes to FOLDER if
-they are not there (16 GB). Rows differ in the size of the card, the text encoder's precision, and in whether pictures and
-prompts are encoded in batches or one by one.
+they are not there (16 GB). Rows differ in the size of the card, the text encoder's precision, and in whether pictures
+and prompts are encoded in batches or one by one.
 """
 
 from __future__ import annotations

@@ -43,6 +43,13 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def copied_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device. A copy from host memory to CUDA does not wait for the work enqueued before it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def release_memory() -> None:
     """Give unused CUDA memory back to the driver, so that other programs can use it."""
     if torch.cuda.is_available():

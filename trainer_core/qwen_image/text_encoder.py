@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..config import Preprocessing
-from ..device import free_bytes
+from ..device import copied_to, free_bytes
 from ..errors import DatasetError, MissingPackageError
 from ..events import SILENT, Observer
 from ..memory.streaming import BlockStream
@@ -135,7 +135,7 @@ class TextEncoder:
         # With `diffusers`, transformers chooses the positions, as in diffusers' pipelines.
         hidden = self.network.model(
             input_ids=ids.to(device),
-            inputs_embeds=embeds.to(device),
+            inputs_embeds=copied_to(device, embeds),
             use_cache=False,
             **inputs,
         ).last_hidden_state

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..device import copied_to
 from ..errors import ModelFileError
 from ..weights.source import open_weights
 from .base_model import BaseModel
@@ -141,9 +142,7 @@ def _encode(vae: AutoencoderKLQwenImage, pictures: Tensor) -> Tensor:
         side = pictures.shape[dim]
         kept = side // VAE_FACTOR * VAE_FACTOR
         pictures = pictures.narrow(dim, (side % VAE_FACTOR) // 2, kept)
-    if vae.device.type == "cuda":
-        pictures = pictures.pin_memory()  # otherwise the copy would wait for the previous batch
-    pixels = (pictures.to(vae.device, non_blocking=True) * 2 - 1).to(vae.dtype)
+    pixels = (copied_to(vae.device, pictures) * 2 - 1).to(vae.dtype)
     latents = encode_raw(vae, pixels[:, :, None]).chunk(2, dim=1)[0][:, :, 0].float()
     return normalise(latents, vae.config.latents_mean, vae.config.latents_std)
 
