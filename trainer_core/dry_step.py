@@ -9,6 +9,7 @@ import torch
 
 from .conditioning.batches import BatchLoader, largest_batch
 from .device import peak_bytes
+from .events import SILENT, Observer
 from .memory.compilation import can_compile
 from .planning.advice import STEP
 from .planning.duration import duration, in_words, measured_speed, time_in_words
@@ -22,11 +23,14 @@ _LOG = logging.getLogger(__name__)
 _COMPILING_SECONDS, _SAVED = 60, 0.2
 
 
-def dry_step(prepared: Preparation, networks: Networks, loader: BatchLoader, done: int) -> None:
+def dry_step(
+    prepared: Preparation, networks: Networks, loader: BatchLoader, done: int, observer: Observer = SILENT
+) -> None:
     """On CUDA, run the largest micro-batch forward and backward, so that too little memory shows up at once.
 
     Compiles the blocks if `compile_blocks` says so; `auto` compiles if the steps after `done` become faster by more
-    than compiling takes, and only keeps compiled blocks that are faster. Logs the time of the run and its memory.
+    than compiling takes, and only keeps compiled blocks that are faster. Logs the memory, and tells the log and the
+    observer how long the run takes.
 
     Raises:
         OutOfMemoryError: the memory does not suffice.
@@ -41,7 +45,9 @@ def dry_step(prepared: Preparation, networks: Networks, loader: BatchLoader, don
         with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
             for _ in range(2):  # the first is slower: libraries choose their kernels, or the blocks are compiled
                 began = time.perf_counter()
-                networks.compilation.attempt(lambda: rehearse(networks, loader, micro_batch, config))
+                networks.compilation.attempt(
+                    lambda: rehearse(networks, loader, micro_batch, config), clean_up=networks.optimizer.zero_grad
+                )
                 torch.cuda.synchronize(networks.device)
             return time.perf_counter() - began
 
@@ -60,6 +66,7 @@ def dry_step(prepared: Preparation, networks: Networks, loader: BatchLoader, don
                 in_words(left * _SAVED),
                 in_words(left),
             )
+            observer.on_progress("Compiling the transformer's blocks", 0, 1)
             networks.compilation.start()
             compiled = seconds()
             if compiled < taken:
@@ -68,7 +75,9 @@ def dry_step(prepared: Preparation, networks: Networks, loader: BatchLoader, don
                 networks.compilation.stop("they are not faster here")
     _log_memory(prepared, networks)
     torch.cuda.empty_cache()  # blocks of memory that only the compiler or another size needed
-    _LOG.info("%s", time_in_words(*run, measured_speed(*run, taken), done=done))
+    words = time_in_words(*run, measured_speed(*run, taken), done=done)
+    _LOG.info("%s", words)
+    observer.on_progress(words, 0, 1)
 
 
 def _pays(device: torch.device, left: float) -> bool:

@@ -126,7 +126,7 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
         BatchLoader(encoded, plan, encode_reference=encode_reference) as loader,
         compiled_code_in(encoded.cache_dir / "compiled"),
     ):
-        dry_step(prepared, networks, loader, done)
+        dry_step(prepared, networks, loader, done, parts.observer)
         try:
             while done < config.max_train_steps:
                 during, kept = f"in step {done + 1}", f"The run is saved up to step {done}."

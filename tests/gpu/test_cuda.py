@@ -16,7 +16,6 @@ from trainer_core.config import (
     BatchingConfig,
     CheckpointConfig,
     LoraConfig,
-    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -79,20 +78,6 @@ def test_stopped_and_continued(config: TrainConfig, optimizer: str) -> None:
     first = train_lora(broken, StopAfter(5))
     assert 0 < first.steps_done < 8 and first.lora_file is None
     assert equal(lora_tensors(train_lora(broken)), lora_tensors(unbroken))
-
-
-@pytest.mark.parametrize("precision", ["none", "int8-quanto", "fp8-quanto", "int4-quanto", "nf4-bnb"])
-def test_where_weights_and_activations_wait_changes_nothing(config: TrainConfig, precision: str) -> None:
-    plain = elsewhere(config, "plain", base_model_precision=precision, mixed_precision="bf16")
-    memory = MemoryConfig(blocks_to_stream=2, activation_offload=True)
-    moved = dataclasses.replace(plain, run_dir=f"{plain.run_dir}-moved", memory=memory)
-    assert equal(lora_tensors(train_lora(moved)), lora_tensors(train_lora(plain)))
-
-
-def test_compiled_blocks_take_the_same_course(config: TrainConfig) -> None:
-    settings = elsewhere(config, "bf16", mixed_precision="bf16")
-    compiled = dataclasses.replace(settings, run_dir=f"{settings.run_dir}-c", memory=MemoryConfig(compile_blocks="on"))
-    torch.testing.assert_close(torch.tensor(losses(compiled)), torch.tensor(losses(settings)), rtol=2e-2, atol=2e-2)
 
 
 def test_memory_that_cannot_be_locked_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:

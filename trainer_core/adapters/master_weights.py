@@ -23,9 +23,8 @@ class MasterWeights:
     @torch.no_grad()
     def publish(self) -> None:
         """Copy the masters into the network."""
-        for name, copy in self.copies.items():
-            if copy is not self.masters[name]:
-                copy.copy_(self.masters[name])
+        if self.copies is not self.masters:
+            torch._foreach_copy_(list(self.copies.values()), [self.masters[name] for name in self.copies])
 
 
 def master_weights(parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> MasterWeights:

@@ -51,8 +51,10 @@ class Compilation:
         self.is_active = False
         _LOG.warning("The transformer's blocks run uncompiled from now on, because %s.", reason)
 
-    def attempt(self, compute: Callable[[], T]) -> T:
+    def attempt(self, compute: Callable[[], T], clean_up: Callable[[], None] | None = None) -> T:
         """The result of `compute`. If it fails with compiled blocks, it is called again with uncompiled ones.
+
+        `clean_up` is called in between.
 
         The compiler may fail at any time, in ways that differ between its versions, so this catches every error that
         is not ours and not about memory. An error that has another cause occurs again and is raised.
@@ -66,6 +68,8 @@ class Compilation:
                 raise
             first_line = next(iter(str(error).splitlines()), "")
             self.stop(f"compiled ones fail ({type(error).__name__}: {first_line[:200]})")
+        if clean_up is not None:
+            clean_up()
         return compute()
 
 

@@ -100,7 +100,8 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     """Integrate from noise [B, C, H, W] to latents of the same shape.
 
     Guidance needs a `negative` condition and a scale above 1. `together`: whether its two passes share a forward pass
-    until memory runs out; None asks `guides_together`. `on_step` gets the number of finished steps. Waits for the device in no step.
+    until memory runs out; None asks `guides_together`. `on_step` gets the number of finished steps. No step waits for
+    the device.
 
     Raises:
         Interrupted: the observer wants to stop.

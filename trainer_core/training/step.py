@@ -130,13 +130,10 @@ def step_gradients(
     began = time.perf_counter()
     rate = learning_rate_at(done, config.max_train_steps, config.optimizer)
     learning_rate = set_learning_rate(networks.optimizer, rate)
-
-    def accumulate() -> Tensor:
-        networks.optimizer.zero_grad(set_to_none=True)  # a failed attempt may have left gradients
-        return _accumulate(networks, loader, done, config, observer)
-
     try:
-        accumulated = networks.compilation.attempt(accumulate)
+        accumulated = networks.compilation.attempt(
+            lambda: _accumulate(networks, loader, done, config, observer), clean_up=networks.optimizer.zero_grad
+        )
     except Interrupted:
         networks.optimizer.zero_grad(set_to_none=True)
         raise
@@ -204,7 +201,6 @@ def _accumulate(networks: Networks, loader: BatchLoader, done: int, config: Trai
 
 def rehearse(networks: Networks, loader: BatchLoader, micro_batch: int, config: TrainConfig) -> None:
     """Forward and backward passes of a micro-batch, to test that the memory suffices. Discards the gradients."""
-    networks.optimizer.zero_grad(set_to_none=True)  # a failed attempt may have left gradients
     batch = loader[micro_batch]
     turns = range(batch.draws[0].index, batch.draws[-1].index + 1)
     losses, _ = _pair_losses(networks, batch, turns, 0, config)

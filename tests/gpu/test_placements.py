@@ -1,0 +1,118 @@
+"""Every precision with every place for weights and activations, for every kind of adapter, on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.narrow import NARROW
+from tests.support.random_base import relative_error
+from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.master_weights import master_weights
+from trainer_core.adapters.plan import plan_adapter
+from trainer_core.config import BaseModelPrecision, LoraConfig, LoraType, MemoryConfig, TrainConfig
+from trainer_core.errors import ConfigError
+from trainer_core.events import SILENT
+from trainer_core.memory.compilation import Compilation
+from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
+from trainer_core.precision.quantise import quantise
+from trainer_core.qwen_image.base_model import empty_transformer
+from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
+from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, predict_velocity
+from trainer_core.qwen_image.types import Condition
+
+LAYERS = 4
+PRECISIONS = [each for each in get_args(BaseModelPrecision) if each != "file"]  # its layers are those of fp8 and int8
+STREAMED = MemoryConfig(memory="manual", blocks_to_stream=3)
+OFFLOADED = MemoryConfig(memory="manual", gradient_checkpointing_blocks=3, activation_offload=True)
+KEPT = MemoryConfig(memory="manual", gradient_checkpointing_blocks=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A velocity, and gradients by name."""
+
+    velocity: Tensor
+    gradients: dict[str, Tensor]
+
+
+def step(
+    precision: BaseModelPrecision,
+    kind: LoraType,
+    memory: MemoryConfig = KEPT,
+    *,
+    compiled: bool = False,
+    device: str = "cuda",
+) -> Outcome:
+    """Forward and backward of a narrow transformer with the same random weights on each call, made on the device."""
+    config = TrainConfig(
+        run_dir="-", encoded="-", memory=memory, lora=LoraConfig(lora_rank=4, lora_type=kind, lora_targets="all")
+    )
+    there, draws = torch.device(device), torch.Generator(device).manual_seed(0)
+    transformer = empty_transformer({**NARROW, "num_layers": LAYERS, "num_attention_heads": 4}).to_empty(device=there)
+    transformer.pos_embed = empty_transformer(NARROW).pos_embed
+    for name, weight in transformer.named_parameters():
+        weight.data = torch.randn(weight.shape, generator=draws, device=there, dtype=torch.bfloat16)
+        weight.data.mul_(weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.1).add_("norm" in name)
+    optimise_frozen_forward(transformer.requires_grad_(False).eval())
+    quantise(transformer, precision, SENSITIVE_LAYERS, there, SILENT)
+    stream = stream_blocks(transformer, blocks_on_host(memory, LAYERS, checkpointing=True), there, memory)
+    weights = master_weights(inject_lora(transformer, plan_adapter(transformer, config.lora), seed=1), torch.bfloat16)
+    for name, weight in weights.masters.items():
+        if name.endswith(("lora_B", "lokr_w1")):
+            weight.data.copy_(torch.randn(weight.shape, generator=draws, device=there) * 0.05)
+    weights.publish()
+    apply_memory(transformer, stream, there, config)
+    if compiled:
+        Compilation(list(transformer.transformer_blocks)).start()
+    latents, reference, prompt = (
+        torch.randn(shape, generator=draws, device=there) for shape in ((1, 16, 12, 12), (1, 16, 8, 12), (1, 20, 128))
+    )
+    velocity = predict_velocity(
+        transformer, latents, torch.tensor([0.6], device=there), Condition((reference,), prompt)
+    )
+    velocity.float().square().mean().backward()
+    return Outcome(
+        velocity.detach(), {name: each.grad for name, each in weights.masters.items() if each.grad is not None}
+    )
+
+
+@functools.cache
+def plain(precision: BaseModelPrecision, kind: LoraType) -> Outcome:
+    """The step with everything on the device."""
+    return step(precision, kind)
+
+
+@pytest.mark.parametrize("kind", get_args(LoraType))
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("memory", [STREAMED, OFFLOADED], ids=["streamed", "offloaded"])
+def test_placement_is_bit_equal(precision: BaseModelPrecision, kind: LoraType, memory: MemoryConfig) -> None:
+    if kind == "dora" and memory is STREAMED:
+        with pytest.raises(ConfigError, match="blocks_to_stream must be 0 with lora_type dora"):
+            step(precision, kind, memory)
+        return
+    wanted, found = plain(precision, kind), step(precision, kind, memory)
+    assert torch.equal(found.velocity, wanted.velocity)
+    assert len(wanted.gradients) > 50 and found.gradients.keys() == wanted.gradients.keys()
+    assert [name for name, each in found.gradients.items() if not torch.equal(each, wanted.gradients[name])] == []
+
+
+COMPILED = [
+    *((precision, kind, KEPT) for precision in PRECISIONS for kind in get_args(LoraType)),
+    *((precision, "lora", memory) for precision in PRECISIONS for memory in (OFFLOADED, STREAMED)),
+]
+
+
+@pytest.mark.parametrize(("precision", "kind", "memory"), COMPILED)
+def test_compiled_blocks_differ_by_rounding(
+    precision: BaseModelPrecision, kind: LoraType, memory: MemoryConfig
+) -> None:
+    wanted, found = plain(precision, kind), step(precision, kind, memory, compiled=True)
+    assert relative_error(found.velocity, wanted.velocity) < 1e-2
+    for name, each in wanted.gradients.items():
+        assert relative_error(found.gradients[name], each) < 5e-2, name

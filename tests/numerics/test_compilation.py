@@ -1,0 +1,165 @@
+"""Compiled blocks: one compilation for all sizes, equal results, little memory, and no run is lost to a failure.
+
+Graphs are traced and partitioned as on a GPU, but run without generated code, which would take minutes on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from tests.support.narrow import NARROW, fill
+from tests.support.random_base import relative_error
+from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.plan import plan_adapter
+from trainer_core.config import BaseModelPrecision, LoraConfig
+from trainer_core.errors import NonFiniteLossError
+from trainer_core.events import SILENT
+from trainer_core.memory import compilation
+from trainer_core.memory.compilation import Compilation, compiled_code_in
+from trainer_core.memory.recompute import Recomputation
+from trainer_core.precision.quantise import quantise
+from trainer_core.qwen_image.base_model import empty_transformer
+from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
+from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, predict_velocity
+from trainer_core.qwen_image.types import Condition
+from trainer_core.rng import stream
+
+# Four heads make all widths multiples of 64: bitsandbytes' CPU kernel dequantises other widths wrongly.
+SHAPE = {**NARROW, "num_layers": 4, "num_attention_heads": 4}
+SIZES = [(8, 12, 20), (16, 8, 33), (10, 14, 21), (6, 8, 50), (4, 16, 7)]
+
+
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiled functions go through torch's tracer and partitioner, and no further."""
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    yield
+    torch.compiler.reset()
+
+
+def built(precision: BaseModelPrecision, *, recomputed: int) -> tuple[nn.Module, dict[str, nn.Parameter], Compilation]:
+    """A narrow transformer with an adapter, its trained weights, and its compilation, which has not started."""
+    transformer = empty_transformer(SHAPE).to_empty(device="cpu")
+    transformer.pos_embed = empty_transformer(NARROW).pos_embed
+    fill(transformer, seed=3)
+    optimise_frozen_forward(transformer.requires_grad_(False).eval())
+    quantise(transformer, precision, SENSITIVE_LAYERS, torch.device("cpu"), SILENT)
+    lora = inject_lora(transformer, plan_adapter(transformer, LoraConfig(lora_rank=4)), seed=1)
+    for name, weight in lora.items():
+        if name.endswith("lora_B"):
+            weight.data.copy_(torch.randn(weight.shape, generator=stream(0, "up", name)) * 0.05)
+    blocks = list(transformer.transformer_blocks)
+    transformer.enable_gradient_checkpointing(Recomputation(blocks, recomputed))
+    return transformer, lora, Compilation(blocks)
+
+
+def step(transformer: nn.Module, lora: dict[str, nn.Parameter], size: tuple[int, int, int]) -> dict[str, Tensor]:
+    """The velocity and the adapter's gradients for a picture of `size` (rows, columns, prompt tokens)."""
+    rows, columns, prompt = size
+    draws = stream(0, "task", str(size))
+    latents, reference = (torch.randn(1, 16, rows, columns, generator=draws) for _ in range(2))
+    condition = Condition((reference,), torch.randn(1, prompt, 128, generator=draws))
+    for weight in lora.values():
+        weight.grad = None
+    velocity = predict_velocity(transformer, latents, torch.tensor([0.4]), condition)  # type: ignore[arg-type]
+    velocity.square().sum().backward()
+    return {"velocity": velocity.detach(), **{name: each.grad for name, each in lora.items() if each.grad is not None}}
+
+
+@pytest.mark.parametrize("precision", ["none", "int8-quanto", "nf4-bnb", "int4-quanto"])
+def test_two_graphs_serve_all_sizes_with_equal_results(precision: BaseModelPrecision) -> None:
+    """One graph with gradients, for blocks that keep their activations and for recomputation, and one without."""
+    transformer, lora, blocks = built(precision, recomputed=2)
+    wanted = [step(transformer, lora, size) for size in SIZES]
+    blocks.start()
+    for size, expected in zip(SIZES, wanted, strict=True):
+        found = step(transformer, lora, size)
+        assert found.keys() == expected.keys() and len(found) > 30
+        assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-5
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb", "int4-quanto"])
+def test_kept_activations_hold_no_dequantised_weight(precision: BaseModelPrecision) -> None:
+    transformer, lora, blocks = built(precision, recomputed=0)
+    blocks.start()
+    step(transformer, lora, SIZES[0])
+    rows, columns, prompt = SIZES[0]
+    tokens = {rows * columns // 4 * 2, prompt, rows * columns // 4 * 2 + prompt}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        step(transformer, lora, SIZES[0])
+    frozen = {each.data_ptr() for each in (*transformer.parameters(), *transformer.buffers())}
+    others = [
+        each for each in kept if each.data_ptr() not in frozen and each.is_floating_point() and each.numel() > 2000
+    ]
+    assert len(others) > 20
+    assert [each.shape for each in others if not tokens & set(each.shape)] == []
+
+
+def test_a_failing_compiler_ends_no_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    transformer, lora, blocks = built("none", recomputed=2)
+    wanted = step(transformer, lora, SIZES[0])
+
+    def broken(_: object) -> object:
+        def compiled(*_: object) -> None:
+            raise RuntimeError("no C compiler found\nmore lines")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", broken)
+    blocks.start()
+    with caplog.at_level(logging.WARNING):
+        found = blocks.attempt(lambda: step(transformer, lora, SIZES[0]))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not blocks.is_active
+    assert "run uncompiled from now on, because compiled ones fail (RuntimeError: no C compiler found)" in caplog.text
+
+
+@pytest.mark.parametrize("error", [NonFiniteLossError("loss"), torch.OutOfMemoryError("memory"), MemoryError()])
+def test_other_errors_are_raised_at_once(error: Exception) -> None:
+    _, _, blocks = built("none", recomputed=2)
+    blocks.start()
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        blocks.attempt(fail)
+    assert len(calls) == 1 and blocks.is_active
+    blocks.stop("the test ends")
+    with pytest.raises(ZeroDivisionError):
+        blocks.attempt(lambda: 1 / 0)
+
+
+def test_compiled_code_goes_to_the_folder_and_stays_within_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setattr(compilation, "CACHE_BYTES", 250)
+    folder = tmp_path / "compiled"
+    with compiled_code_in(folder):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+        assert os.environ["TRITON_CACHE_DIR"].startswith(str(folder))
+        for number in range(4):
+            path = folder / "ab" / str(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(100))
+            os.utime(path, (number, number))
+    assert sorted(path.name for path in (folder / "ab").iterdir()) == ["2", "3"]
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before" and "TRITON_CACHE_DIR" not in os.environ
