@@ -14,7 +14,8 @@ from trainer_core.errors import ConfigError, ModelFileError, OutOfMemoryError
 from trainer_core.geometry import Size
 from trainer_core.memory.placement import blocks_on_host
 from trainer_core.planning.advice import STEP, VALIDATION, memory_advice, memory_errors_explained
-from trainer_core.planning.choose import Budget, choose_memory
+from trainer_core.planning.choose import _TYPICAL, Budget, choose_memory
+from trainer_core.planning.duration import training_seconds
 from trainer_core.planning.network import NetworkSize
 from trainer_core.planning.plan import GIB, MemoryPlan, plan_memory
 from trainer_core.planning.report import plan_report, planned_in_words, unused_settings
@@ -78,25 +79,38 @@ def test_the_plan_is_within_a_twentieth_of_what_was_measured(
     assert (training.total_bytes + in_float32) / GIB == pytest.approx(MEASURED[measured], rel=0.05)
 
 
+def seconds(plan: MemoryPlan) -> float:
+    """The estimated time of a step."""
+    return training_seconds(plan.config, plan.network, _TYPICAL, MEGAPIXEL.image_tokens + MEGAPIXEL.text_tokens)
+
+
 def test_the_fastest_settings_that_fit_are_chosen(network: NetworkSize) -> None:
-    """More memory never means more recomputation, offloading or streaming. Each begins only when the one before is
-    used up."""
-    plans = [chosen(network, "nf4-bnb", gib) for gib in (140, 80, 48, 24, 16, 12, 8)]
-    spent = [(plan.recomputed, plan.config.memory.activation_offload, plan.streamed) for plan in plans]
-    assert spent == sorted(spent)
-    assert spent[0] == (0, False, 0) and not plans[0].config.gradient_checkpointing
-    assert 0 < spent[2][0] < 60 and spent[2][1:] == (False, 0)
-    assert spent[-1][0] == 60 and spent[-1][2] > 0
-    for plan, gib in zip(plans, (140, 80, 48, 24, 16, 12, 8), strict=True):
+    sizes = (140, 80, 48, 24, 16, 12, 8)
+    plans = [chosen(network, "nf4-bnb", gib) for gib in sizes]
+    assert [plan.recomputed for plan in plans] == sorted(plan.recomputed for plan in plans)
+    assert [seconds(plan) for plan in plans] == sorted(seconds(plan) for plan in plans)
+    assert (plans[0].recomputed, plans[0].streamed) == (0, 0) and not plans[0].config.gradient_checkpointing
+    assert not plans[0].config.memory.activation_offload
+    for plan, gib in zip(plans, sizes, strict=True):
         assert plan.needed_device_bytes <= gib * GIB
         assert plan.config.model == ModelConfig(base_model_precision="nf4-bnb")  # only memory settings are changed
 
 
-def test_one_block_less_would_not_fit(network: NetworkSize) -> None:
-    plan = chosen(network, "int8-quanto", 40)
-    memory = dataclasses.replace(plan.config.memory, gradient_checkpointing_blocks=plan.recomputed - 1)
-    faster = plan_memory(dataclasses.replace(plan.config, memory=memory), plan.network, plan.work)
-    assert plan.needed_device_bytes <= 40 * GIB < faster.needed_device_bytes
+@pytest.mark.parametrize("gib", [12, 24, 40])
+def test_streaming_makes_room_for_blocks_that_are_not_recomputed(network: NetworkSize, gib: int) -> None:
+    """The choice is faster than recomputing everything, and any other choice that fits is no faster."""
+    plan, budget = chosen(network, "int8-quanto", gib), Budget(gib * GIB, PLENTY)
+    assert 0 < plan.recomputed < 60 and plan.streamed > 0
+    others = [
+        plan_memory(dataclasses.replace(plan.config, memory=memory), plan.network, plan.work)
+        for recomputed in (-1, plan.recomputed - 1, plan.recomputed)
+        for streamed in (0, plan.streamed - 1, plan.recomputed - 1)
+        for memory in [
+            MemoryConfig(gradient_checkpointing_blocks=recomputed, blocks_to_stream=streamed, activation_offload=True)
+        ]
+    ]
+    fitting = [each for each in others if budget.holds(each)]
+    assert fitting and min(map(seconds, fitting)) >= seconds(plan)
 
 
 def test_streamed_blocks_are_spread_among_the_recomputed() -> None:

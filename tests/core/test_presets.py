@@ -52,7 +52,6 @@ def test_the_preset_of_a_card_fits_and_uses_it(gib: int) -> None:
     budget = dataclasses.replace(budget_of(torch.device("cpu"), gib), host_bytes=HOST)
     plan = choose_memory(job.train_config("-"), network, Workload(train=pair, batch=1, validation=pair), budget)
     assert plan.device_peak_bytes > 2 / 3 * gib * GIB
-    assert plan.streamed == 0 or gib < 24
 
 
 def test_presets_of_cards_are_listed_by_size() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -14,11 +15,14 @@ import torch
 from ..config import BaseModelPrecision, TrainConfig
 from ..errors import ConfigError, OutOfMemoryError
 from ..geometry import scaled_size
+from .duration import Speed, training_seconds
 from .network import NetworkSize
 from .plan import GIB, MemoryPlan, plan_memory
 from .workload import PairSize, Workload
 
 C = TypeVar("C")
+# A card whose copies are slow for its computation: 100 TFLOP/s with PCIe 4.0 x8. Others hide the same copies as well.
+_TYPICAL = Speed(product=1e-14, attention=1e-14, attention_backward=1e-14, copy=1 / 12e9)
 _CUDA_CONTEXT = int(0.6 * GIB)  # device memory that CUDA itself uses
 SMALLER_PRECISIONS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "nf4-bnb")
 _SMALLER_SIDES = (1024, 768, 512)
@@ -36,7 +40,11 @@ class Budget:
         """Whether the plan fits with its margin."""
         if self.is_shared:
             return plan.needed_device_bytes + plan.host_peak_bytes <= self.host_bytes
-        return plan.needed_device_bytes <= self.device_bytes and plan.host_peak_bytes <= self.host_bytes
+        return self.holds_device(plan) and plan.host_peak_bytes <= self.host_bytes
+
+    def holds_device(self, plan: MemoryPlan) -> bool:
+        """Whether the plan's device memory fits with its margin."""
+        return self.is_shared or plan.needed_device_bytes <= self.device_bytes
 
 
 def budget_of(device: torch.device, vram_gib: float = 0.0, *, processes: int = 1, held_leaves: bool = False) -> Budget:
@@ -55,18 +63,47 @@ def budget_of(device: torch.device, vram_gib: float = 0.0, *, processes: int = 1
 
 
 def choose_memory(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> MemoryPlan:
-    """The first plan that fits, from the fastest to the one that needs least; its `config` has the settings.
+    """The plan that fits and whose steps take least time; its `config` has the memory settings.
+
+    Recomputing a block takes time. Offloading block inputs and streaming weights take none as long as the copies run
+    beside the computation, so they make room for blocks that are not recomputed.
 
     Raises:
         OutOfMemoryError: none fits; gives the numbers and the smallest change that would fit.
     """
-    plan = None
-    for candidate in _candidates(config, network.num_blocks):
-        plan = plan_memory(candidate, network, work)
-        if budget.holds(plan):
-            return plan
-    assert plan is not None
-    raise OutOfMemoryError(_refusal(plan, budget))
+    tokens = work.train.image_tokens + work.train.text_tokens
+
+    def cost(plan: MemoryPlan) -> tuple[float, int, bool]:
+        seconds = training_seconds(plan.config, network, _TYPICAL, tokens)
+        return seconds, plan.streamed, plan.config.memory.activation_offload
+
+    fitting = _fitting(config, network, work, budget)
+    if best := min(fitting, key=cost, default=None):
+        return best
+    raise OutOfMemoryError(_refusal(_smallest(config, network, work), budget))
+
+
+def _fitting(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> Iterator[MemoryPlan]:
+    """For each number of recomputed blocks, with and without offloading, the plan that streams fewest blocks."""
+    for recomputed in range(network.num_blocks + 1):
+        for offload in (False, True) if recomputed and not budget.is_shared else (False,):
+
+            def plan(streamed: int, recomputed: int = recomputed, offload: bool = offload) -> MemoryPlan | None:  # noqa: FBT001
+                candidate = _with(config, recomputed, streamed=streamed, offload=offload)
+                return None if candidate is None else plan_memory(candidate, network, work)
+
+            most = 0 if budget.is_shared or plan(recomputed) is None else recomputed
+            # Each streamed block needs less device memory, so the plans that fit are at the end.
+            fits = lambda count: int((each := plan(count)) is not None and budget.holds_device(each))  # noqa: E731
+            streamed = bisect_left(range(most + 1), 1, key=fits)
+            if streamed <= most and (found := plan(streamed)) and budget.holds(found):
+                yield found
+
+
+def _smallest(config: TrainConfig, network: NetworkSize, work: Workload) -> MemoryPlan:
+    """The plan that needs least device memory."""
+    candidates = (_with(config, network.num_blocks, streamed=count, offload=True) for count in (network.num_blocks, 0))
+    return plan_memory(next(filter(None, candidates)), network, work)
 
 
 def if_allowed(build: Callable[[], C]) -> C | None:
@@ -77,27 +114,15 @@ def if_allowed(build: Callable[[], C]) -> C | None:
         return None
 
 
-def _candidates(config: TrainConfig, num_blocks: int) -> Iterator[TrainConfig]:
-    """First recomputes as few blocks as possible, then offloads their inputs, then streams as few as possible. Last,
-    streams without offloading, for when host memory is short."""
-    for blocks in range(num_blocks + 1):
-        yield from _with(config, blocks, streamed=0, offload=False)
-    for offload in (True, False):
-        for streamed in range(num_blocks + 1):
-            yield from _with(config, num_blocks, streamed=streamed, offload=offload)
-
-
-def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool) -> Iterator[TrainConfig]:
-    """The config with these memory settings; nothing if the other settings exclude them."""
+def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool) -> TrainConfig | None:
+    """The config with these memory settings; None if the other settings exclude them."""
     memory = dataclasses.replace(
         config.memory,
         gradient_checkpointing_blocks=recomputed,
         activation_offload=offload,
         blocks_to_stream=streamed,
     )
-    changed = if_allowed(lambda: dataclasses.replace(config, gradient_checkpointing=recomputed > 0, memory=memory))
-    if changed is not None:
-        yield changed
+    return if_allowed(lambda: dataclasses.replace(config, gradient_checkpointing=recomputed > 0, memory=memory))
 
 
 def _refusal(plan: MemoryPlan, budget: Budget) -> str:
@@ -116,8 +141,7 @@ def _refusal(plan: MemoryPlan, budget: Budget) -> str:
 
 def _smaller_that_fit(plan: MemoryPlan, budget: Budget) -> Iterator[str]:
     for words, (config, network, work) in chain(smaller_trainings(plan), _much_smaller_trainings(plan)):
-        plans = (plan_memory(each, network, work) for each in _candidates(config, network.num_blocks))
-        if fitting := next(filter(budget.holds, plans), None):
+        if fitting := next(_fitting(config, network, work, budget), None):
             yield f"{words} ({fitting.needed_device_bytes / GIB:.1f} GiB on the device)"
 
 

@@ -21,6 +21,7 @@ from .workload import Workload, picture_tokens
 # Fitted to steps in int8 on an H200, at 512 and 1024 pixels with one reference. Uncompiled, then compiled:
 _EFFICIENCY = (0.52, 0.70)  # the device's measured speed is reached to this part
 _LAUNCH = (3.0e-3, 2.1e-3)  # seconds in which the host starts the kernels of a block's pass
+_OVERLAP = 0.6  # of a step's time, in which copies run beside the computation without delaying it
 _COPIED = 2**26  # bytes of the measured copy
 _SIDES = (1024, 768, 512)
 _HALF = 0.55  # of the time counts as half of it
@@ -156,8 +157,9 @@ def training_seconds(config: TrainConfig, network: NetworkSize, speed: Speed, to
     again, blocks = _recomputed(config, network), network.num_blocks
     forward = linear * speed.product + attention * speed.attention
     backward = linear * speed.product + 2 * attention * speed.attention_backward
-    launched, copied = (2 * blocks + again) * speed.launch, 2 * _streamed_bytes(config, network) * speed.copy
-    return max((blocks + again) * forward + blocks * backward, launched, copied)
+    copied = 2 * (_streamed_bytes(config, network) + _offloaded_bytes(config, network, tokens)) * speed.copy
+    launched = (2 * blocks + again) * speed.launch
+    return max((blocks + again) * forward + blocks * backward, launched, copied / _OVERLAP)
 
 
 def forward_seconds(config: TrainConfig, network: NetworkSize, speed: Speed, tokens: int) -> float:
@@ -165,6 +167,12 @@ def forward_seconds(config: TrainConfig, network: NetworkSize, speed: Speed, tok
     linear, attention = block_operations(network.width, tokens)
     each = max(linear * speed.product + attention * speed.attention, speed.launch)
     return max(network.num_blocks * each, _streamed_bytes(config, network) * speed.copy)
+
+
+def _offloaded_bytes(config: TrainConfig, network: NetworkSize, tokens: int) -> int:
+    if not config.memory.activation_offload:
+        return 0
+    return _recomputed(config, network) * tokens * network.width * network.element_bytes
 
 
 def _streamed_bytes(config: TrainConfig, network: NetworkSize) -> int:
