@@ -41,15 +41,18 @@ def dry_step(
     run = (config, prepared.model.size, prepared.work)
     micro_batch = largest_batch(loader.plan, prepared.encoded)
 
+    def one() -> float:
+        began = time.perf_counter()
+        networks.compilation.attempt(
+            lambda: rehearse(networks, loader, micro_batch, config), clean_up=networks.optimizer.zero_grad
+        )
+        torch.cuda.synchronize(networks.device)
+        return time.perf_counter() - began
+
     def seconds() -> float:
         with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
-            for _ in range(2):  # the first is slower: libraries choose their kernels, or the blocks are compiled
-                began = time.perf_counter()
-                networks.compilation.attempt(
-                    lambda: rehearse(networks, loader, micro_batch, config), clean_up=networks.optimizer.zero_grad
-                )
-                torch.cuda.synchronize(networks.device)
-            return time.perf_counter() - began
+            one()  # slower: libraries choose their kernels, or the blocks are compiled
+            return one()
 
     torch.cuda.reset_peak_memory_stats(networks.device)
     taken = 0.0

@@ -56,8 +56,9 @@ class MemoryConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.compile_blocks, bool):  # its type in older job files and saved graphs
-            object.__setattr__(self, "compile_blocks", "on" if self.compile_blocks else "off")
+        given: object = self.compile_blocks
+        if isinstance(given, bool):  # its type in older job files and saved graphs
+            object.__setattr__(self, "compile_blocks", "on" if given else "off")
         Settings.__post_init__(self)  # super() does not work in a dataclass with slots
 
 
