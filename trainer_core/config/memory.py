@@ -56,9 +56,8 @@ class MemoryConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        given: object = self.compile_blocks
-        if isinstance(given, bool):  # its type in older job files and saved graphs
-            object.__setattr__(self, "compile_blocks", "on" if given else "off")
+        older: dict[object, CompileBlocks] = {True: "on", False: "off"}  # in job files and saved graphs
+        object.__setattr__(self, "compile_blocks", older.get(self.compile_blocks, self.compile_blocks))
         Settings.__post_init__(self)  # super() does not work in a dataclass with slots
 
 
