@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Callable
 
 import torch
 
 from .conditioning.batches import BatchLoader, largest_batch
 from .device import peak_bytes
+from .errors import OutOfMemoryError
 from .events import SILENT, Observer
 from .memory.compilation import can_compile
 from .planning.advice import STEP
@@ -28,9 +31,9 @@ def dry_step(
 ) -> None:
     """On CUDA, run the largest micro-batch forward and backward, so that too little memory shows up at once.
 
-    Compiles the blocks if `compile_blocks` says so; `auto` compiles if the steps after `done` become faster by more
-    than compiling takes, and only keeps compiled blocks that are faster. Logs the memory, and tells the log and the
-    observer how long the run takes.
+    Compiles the blocks if `compile_blocks` says so; `auto` compiles if that takes less time than it saves in the steps
+    after `done`, and keeps compiled blocks only if they fit into memory and are faster. Logs the memory, and tells the
+    log and the observer how long the run takes.
 
     Raises:
         OutOfMemoryError: the memory does not suffice.
@@ -69,18 +72,31 @@ def dry_step(
                 in_words(left * _SAVED),
                 in_words(left),
             )
-            observer.on_progress("Compiling the transformer's blocks", 0, 1)
-            networks.compilation.start()
-            compiled = seconds()
-            if compiled < taken:
-                taken = compiled
-            elif networks.compilation.is_active:
-                networks.compilation.stop("they are not faster here")
+            observer.on_progress("Compiling the transformer's blocks", 0, 0)
+            taken = _compiled_if_better(networks, seconds, taken)
     _log_memory(prepared, networks)
     torch.cuda.empty_cache()  # blocks of memory that only the compiler or another size needed
     words = time_in_words(*run, measured_speed(*run, taken), done=done)
     _LOG.info("%s", words)
-    observer.on_progress(words, 0, 1)
+    observer.on_progress(words, 0, 0)
+
+
+def _compiled_if_better(networks: Networks, seconds: Callable[[], float], uncompiled: float) -> float:
+    """Compile the blocks, and keep that if they then fit into memory and are faster. Returns the seconds of a step.
+
+    `seconds` measures a step, and `uncompiled` is what it measured before.
+    """
+    networks.compilation.start()
+    try:
+        compiled, drawback = seconds(), "compiled ones are not faster here"
+    except OutOfMemoryError:
+        networks.optimizer.zero_grad()
+        compiled, drawback = math.inf, "compiled ones need more memory than is free"
+    if compiled < uncompiled:
+        return compiled
+    if networks.compilation.is_active:
+        networks.compilation.stop(drawback)
+    return uncompiled
 
 
 def _pays(device: torch.device, left: float) -> bool:

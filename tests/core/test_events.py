@@ -30,3 +30,12 @@ def test_the_console_tells_each_loss_on_held_out_pairs(
     caplog.set_level(logging.INFO)
     ConsoleObserver().on_step(report(**dict.fromkeys(names, 0.25)))
     assert caplog.messages[-1].endswith("2.00 s" + "".join(f"  {name.replace('_', ' ')} 0.2500" for name in names))
+
+
+def test_the_console_shows_counts_only(caplog: pytest.LogCaptureFixture) -> None:
+    """A sentence, which has no total, is in the log already."""
+    caplog.set_level(logging.INFO)
+    observer = ConsoleObserver()
+    observer.on_progress("About 3 h.", 0, 0)
+    observer.on_progress("Encoding prompts", 1, 2)
+    assert caplog.messages == ["Encoding prompts: 1 of 2"]
