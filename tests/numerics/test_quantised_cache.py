@@ -242,7 +242,19 @@ def test_a_token_does_not_change_the_rounding_of_another() -> None:
     for dtype, most in ((torch.int8, 1 / 254), (torch.float8_e4m3fn, 1 / 16)):
         assert torch.equal(rounded_tokens(x, dtype)[0], rounded_tokens(loud, dtype)[0])
         assert float((rounded_tokens(x, dtype) - x).abs().max() / x.abs().max()) <= most + 1e-6
-    assert torch.equal(rounded_tokens(torch.zeros(2, 4), torch.int8), torch.zeros(2, 4))
+
+
+def test_a_token_of_zeros_stays_zero_on_devices_without_denormal_numbers() -> None:
+    from trainer_core.precision.frozen_linear import rounded_tokens
+
+    zeros = torch.zeros(2, 64)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor can't treat denormal numbers as zero")
+    try:
+        found = [rounded_tokens(zeros, dtype) for dtype in (torch.int8, torch.float8_e4m3fn)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(each, zeros) for each in found)
 
 
 @pytest.mark.parametrize("precision", ["none", "no_change", "nf4-bnb", "int4-quanto", "int2-quanto", "file"])

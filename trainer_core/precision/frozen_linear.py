@@ -59,7 +59,8 @@ class FrozenLinear(nn.Linear):
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [..., in] rounded to int8 or fp8 with one scale per token, in x's dtype again."""
     largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
-    scale = x.float().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / largest
+    # The least scale is not denormal: MPS would take it as zero, and divide a token of zeros by it.
+    scale = (x.float().abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     codes = x.float() / scale
     codes = codes.to(dtype).float() if dtype.is_floating_point else codes.round()
     return codes.mul_(scale).to(x.dtype)
