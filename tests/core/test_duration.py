@@ -144,7 +144,23 @@ def test_a_step_waits_for_the_slowest_of_arithmetic_launches_and_copies(network:
     launched = dataclasses.replace(fast, launch=2e-3)
     assert training_seconds(streamed, network, launched, tokens) == pytest.approx(180 * 2e-3)  # 60 blocks, 3 passes
     copied = dataclasses.replace(launched, copy=1 / 10e9)
-    assert training_seconds(streamed, network, copied, tokens) == pytest.approx(2 * 30 * network.block_bytes / 10e9)
+    copies = 2 * 30 * network.block_bytes / 10e9  # these run beside 0.6 of the computation
+    assert training_seconds(streamed, network, copied, tokens) == pytest.approx(copies / 0.6)
+
+
+@pytest.mark.parametrize("bound", [{"launch": 2e-3}, {"copy": 1 / 10e9}], ids=str)
+def test_pairs_of_a_micro_batch_share_launches_and_copies_of_weights(
+    bound: dict[str, float], network: NetworkSize
+) -> None:
+    speed = Speed(product=1e-18, attention=1e-18, attention_backward=1e-18, **bound)
+    memory = MemoryConfig(memory="manual", blocks_to_stream=30)
+
+    def step(size: int) -> float:
+        config = config_of(memory=memory, batching=BatchingConfig(train_batch_size=size))
+        pairs = dataclasses.replace(WORK, batch=size, training=(dataclasses.replace(SIZES[0], count=8),))
+        return duration(config, network, pairs, speed).step
+
+    assert step(1) > 0 and step(4) == pytest.approx(step(1))
 
 
 def test_the_sentence_adds_up(network: NetworkSize) -> None:

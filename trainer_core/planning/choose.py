@@ -74,7 +74,7 @@ def choose_memory(config: TrainConfig, network: NetworkSize, work: Workload, bud
     tokens = work.train.image_tokens + work.train.text_tokens
 
     def cost(plan: MemoryPlan) -> tuple[float, int, bool]:
-        seconds = training_seconds(plan.config, network, _TYPICAL, tokens)
+        seconds = training_seconds(plan.config, network, _TYPICAL, tokens, work.batch)
         return seconds, plan.streamed, plan.config.memory.activation_offload
 
     fitting = _fitting(config, network, work, budget)

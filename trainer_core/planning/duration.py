@@ -151,14 +151,19 @@ def _recomputed(config: TrainConfig, network: NetworkSize) -> int:
     return recomputed_blocks(config.memory, network.num_blocks, checkpointing=config.gradient_checkpointing)
 
 
-def training_seconds(config: TrainConfig, network: NetworkSize, speed: Speed, tokens: int) -> float:
-    """Seconds of a forward and backward pass of one pair."""
+def training_seconds(
+    config: TrainConfig, network: NetworkSize, speed: Speed, tokens: int, together: float = 1
+) -> float:
+    """Seconds of a forward and backward pass for each of the pairs that are `together` in a micro-batch.
+
+    They share the copies of streamed weights and the launches of kernels.
+    """
     linear, attention = block_operations(network.width, tokens)
     again, blocks = _recomputed(config, network), network.num_blocks
     forward = linear * speed.product + attention * speed.attention
     backward = linear * speed.product + 2 * attention * speed.attention_backward
-    copied = 2 * (_streamed_bytes(config, network) + _offloaded_bytes(config, network, tokens)) * speed.copy
-    launched = (2 * blocks + again) * speed.launch
+    copied = 2 * (_streamed_bytes(config, network) / together + _offloaded_bytes(config, network, tokens)) * speed.copy
+    launched = (2 * blocks + again) * speed.launch / together
     return max((blocks + again) * forward + blocks * backward, launched, copied / _OVERLAP)
 
 
@@ -211,11 +216,11 @@ def _micro_batch(config: TrainConfig, network: NetworkSize, work: Workload, spee
     forwards = _rollout_forwards(config.rollout, config.max_train_steps)
     seconds, batches = 0.0, 0
     for pairs in work.training or (largest,):
-        tokens = pairs.image + pairs.text
-        each = training_seconds(config, network, speed, tokens)
+        tokens, number = pairs.image + pairs.text, -(-pairs.count // config.batching.train_batch_size)
+        each = training_seconds(config, network, speed, tokens, pairs.count / number)
         each += forwards * forward_seconds(config, network, speed, tokens) if forwards else 0
         seconds += pairs.count * each
-        batches += -(-pairs.count // config.batching.train_batch_size)
+        batches += number
     return seconds / batches
 
 
