@@ -113,7 +113,7 @@ def test_a_failing_compiler_ends_no_step(monkeypatch: pytest.MonkeyPatch, caplog
     transformer, lora, blocks = built("none", recomputed=2)
     wanted = step(transformer, lora, SIZES[0])
 
-    def broken(_: object) -> object:
+    def broken(*_: object, **__: object) -> object:
         def compiled(*_: object) -> None:
             raise RuntimeError("no C compiler found\nmore lines")
 

@@ -29,8 +29,11 @@ class Compilation:
     compile than they save.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], *, dropout: bool = False) -> None:
         self._blocks = blocks[:-1]
+        # A recomputed block must drop the same values again, although its second forward is another graph. Torch's own
+        # dropout draws in the same order in both; the compiler's does not promise that.
+        self._options = {"fallback_random": True} if dropout else None
         self.is_active = False
 
     def start(self) -> None:
@@ -41,7 +44,7 @@ class Compilation:
         name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
         setattr(dynamo, name, max(64, getattr(dynamo, name)))
         for block in self._blocks:
-            block.forward = _AnySize(block.forward)
+            block.forward = _AnySize(torch.compile(block.forward, options=self._options))
         self.is_active = True
 
     def stop(self, reason: str) -> None:
@@ -76,8 +79,8 @@ class Compilation:
 class _AnySize:
     """A block's compiled forward, which tells the compiler which dimensions count tokens."""
 
-    def __init__(self, forward: Any) -> None:
-        self._compiled = torch.compile(forward)
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
 
     def __call__(
         self,

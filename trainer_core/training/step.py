@@ -100,7 +100,7 @@ def build_networks(
     transformer.train(config.lora.lora_dropout > 0)  # the network has no other dropout
     apply_memory(transformer, stream, device, config)
     optimizer = build_optimizer(list(weights.masters.values()))
-    compilation = Compilation(list(transformer.transformer_blocks))
+    compilation = Compilation(list(transformer.transformer_blocks), dropout=config.lora.lora_dropout > 0)
     return Networks(transformer, weights, optimizer, device, compilation, start_ema(weights.masters, config.ema))
 
 
