@@ -15,6 +15,7 @@ from trainer_core.config import (
     EncodingConfig,
     JobConfig,
     LoraConfig,
+    MemoryConfig,
     ModelConfig,
     NoiseConfig,
     OptimizerConfig,
@@ -220,3 +221,14 @@ def test_json_schema_and_trainer_accept_the_same_files(change: dict, fits: bool)
     assert jsonschema.Draft202012Validator(job_schema()).is_valid(job) == fits
     with contextlib.nullcontext() if fits else pytest.raises(ConfigError):
         from_json(JobConfig, job)
+
+
+@pytest.mark.parametrize(("older", "now"), [(True, "on"), (False, "off"), ("auto", "auto")])
+def test_compile_blocks_was_a_switch(older: object, now: str) -> None:
+    assert from_json(MemoryConfig, {"compile_blocks": older}).compile_blocks == now
+
+
+@pytest.mark.parametrize("value", [[True], {"on": True}, 2])
+def test_other_values_of_compile_blocks_are_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="compile_blocks must be one of auto, on, off"):
+        from_json(MemoryConfig, {"compile_blocks": value})

@@ -56,8 +56,8 @@ class MemoryConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        older: dict[object, CompileBlocks] = {True: "on", False: "off"}  # in job files and saved graphs
-        object.__setattr__(self, "compile_blocks", older.get(self.compile_blocks, self.compile_blocks))
+        older: dict[str, CompileBlocks] = {"True": "on", "False": "off"}  # true and false in job files and saved graphs
+        object.__setattr__(self, "compile_blocks", older.get(str(self.compile_blocks), self.compile_blocks))
         Settings.__post_init__(self)  # super() does not work in a dataclass with slots
 
 
