@@ -69,7 +69,9 @@ def write_behind() -> Iterator[Write]:
     def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         while waiting and (len(waiting) >= WRITE_BEHIND or waiting[0].done()):
             waiting.popleft().result()
-        waiting.append(pool.submit(_write, path, tensors))
+        # Not in the background from MPS: torch crashes if two threads use it at once.
+        ready = {name: each if each.device.type == "cuda" else each.cpu() for name, each in tensors.items()}
+        waiting.append(pool.submit(_write, path, ready))
 
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write-behind") as pool:
         yield write
