@@ -79,7 +79,7 @@ def test_the_plan_is_within_a_twentieth_of_what_was_measured(
     assert (training.total_bytes + in_float32) / GIB == pytest.approx(MEASURED[measured], rel=0.05)
 
 
-def seconds(plan: MemoryPlan) -> float:
+def step_time(plan: MemoryPlan) -> float:
     """The estimated time of a step."""
     return training_seconds(plan.config, plan.network, _TYPICAL, MEGAPIXEL.image_tokens + MEGAPIXEL.text_tokens)
 
@@ -88,7 +88,7 @@ def test_the_fastest_settings_that_fit_are_chosen(network: NetworkSize) -> None:
     sizes = (140, 80, 48, 24, 16, 12, 8)
     plans = [chosen(network, "nf4-bnb", gib) for gib in sizes]
     assert [plan.recomputed for plan in plans] == sorted(plan.recomputed for plan in plans)
-    assert [seconds(plan) for plan in plans] == sorted(seconds(plan) for plan in plans)
+    assert [step_time(plan) for plan in plans] == sorted(step_time(plan) for plan in plans)
     assert (plans[0].recomputed, plans[0].streamed) == (0, 0) and not plans[0].config.gradient_checkpointing
     assert not plans[0].config.memory.activation_offload
     for plan, gib in zip(plans, sizes, strict=True):
@@ -110,7 +110,7 @@ def test_streaming_makes_room_for_blocks_that_are_not_recomputed(network: Networ
         ]
     ]
     fitting = [each for each in others if budget.holds(each)]
-    assert fitting and min(map(seconds, fitting)) >= seconds(plan)
+    assert fitting and min(map(step_time, fitting)) >= step_time(plan)
 
 
 def test_streamed_blocks_are_spread_among_the_recomputed() -> None:
