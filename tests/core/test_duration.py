@@ -166,14 +166,14 @@ def test_pairs_of_a_micro_batch_share_launches_and_copies_of_weights(
 def test_the_sentence_adds_up(network: NetworkSize) -> None:
     config = config_of()
     speed = measured_speed(config, network, SHOWN, 1.2)
-    text = time_in_words(config, network, SHOWN, speed, encoding=600)
+    text = time_in_words(config, network, SHOWN, speed)
     told = re.fullmatch(
-        r"About (.+): 1,000 steps of (.+), previews (.+) \(4 times 2 pictures\), encoding 10 min\. What saves most: .*",
+        r"About (.+): 1,000 steps of (.+), previews (.+) \(4 times 2 pictures\)\. Half the time: .*",
         text,
     )
     assert told is not None, text
     total, step, previews = map(seconds_of, told.groups())
-    assert total == pytest.approx(1000 * step + previews + 600, rel=0.02)
+    assert total == pytest.approx(1000 * step + previews, rel=0.02)
     estimate = dataclasses.replace(speed, is_estimate=True)
     assert ", estimated: 1,000 steps" in time_in_words(config, network, SHOWN, estimate)
 

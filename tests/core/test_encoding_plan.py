@@ -12,7 +12,7 @@ import torch
 
 from tests.support.narrow import make_pairs, small_encoding
 from trainer_core.conditioning import encode as encode_module
-from trainer_core.conditioning.encode import encode_dataset, missing_work
+from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.config import BaseModelPrecision, JobConfig, ModelConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, OutOfMemoryError
@@ -20,7 +20,7 @@ from trainer_core.events import SILENT
 from trainer_core.job import pair_job, plan_job
 from trainer_core.memory.streaming import BlockStream
 from trainer_core.planning.choose import Budget
-from trainer_core.planning.encoding import encoding_in_words, encoding_work
+from trainer_core.planning.encoding import encoding_in_words
 from trainer_core.planning.plan import GIB
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.text_encoder import load_text_encoder
@@ -120,16 +120,6 @@ def job_of(model: ModelConfig, tmp_path: Path, **changes: object) -> JobConfig:
 def test_the_plan_speaks_of_encoding(model: ModelConfig, tmp_path: Path) -> None:
     text, _ = plan_job(job_of(model, tmp_path), vram_gib=24)
     assert "Encoding, before training:" in text
-
-
-def test_the_work_is_what_the_cache_lacks(model: ModelConfig, tmp_path: Path) -> None:
-    dataset, encoding = pair_folders(make_pairs(tmp_path / "pairs", 3)), small_encoding(num_eval_images=0)
-    work = encoding_work(missing_work(dataset, BaseModel(model), encoding, tmp_path / "cache"))
-    assert work.pixels == 6 * 96 * 96 and work.vision_tokens == 3 * (96 // 28) ** 2
-    encoded = encode_dataset(dataset, BaseModel(model), encoding, tmp_path / "cache")
-    tokens = sum(len(encoded.load(entry).prompt_embeds) for entry in encoded.pairs)
-    assert work.prompt_tokens == pytest.approx(tokens + 3 * 64, rel=0.2)
-    assert encoding_work(missing_work(dataset, BaseModel(model), encoding, tmp_path / "cache")) == (0, 0, 0)
 
 
 def test_memory_that_ran_out_while_encoding_is_explained(

@@ -27,7 +27,7 @@ from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
 from .encoded import EncodedDataset, save_manifest
 from .encoders import Encoders, own_pictures, own_prompts
-from .encoding_plan import MissingWork, PlannedPair, find_missing, plan_encoding
+from .encoding_plan import PlannedPair, find_missing, plan_encoding
 from .image_embeds import open_image_embeds
 from .reference_sets import entries_of_pairs, split_by_reference
 from .sizes import large_enough
@@ -90,18 +90,6 @@ def encode_dataset(
     )
     changed = changed_files(before, dataset_states(dataset)) if any(missing) else ()
     return dataclasses.replace(encoded, changed=changed)
-
-
-def missing_work(dataset: EditDataset, base: BaseModel, encoding: EncodingConfig, cache_dir: Path) -> MissingWork:
-    """What `encode_dataset` has to make with the base model's encoders. Loads nothing.
-
-    Raises:
-        DatasetError: targets are too small, or no pair is left to train on.
-    """
-    dataset, _ = _without_small(dataset, encoding)
-    device = pick_device(base.config.device)
-    digests = own_pictures(base, device).digest, own_prompts(base, encoding, device).digest
-    return find_missing(_planned(dataset, base.config, encoding, digests, _held_out(dataset, encoding)), cache_dir)
 
 
 def _without_small(dataset: EditDataset, encoding: EncodingConfig) -> tuple[EditDataset, tuple[str, ...]]:

@@ -44,20 +44,19 @@ class Speed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Duration:
     """What remains of a run, in seconds. `previews`: of all validations together, which are `times` times `pictures`
-    validation pictures. `encoding`: of the pairs that are not encoded yet."""
+    validation pictures."""
 
     step: float
     steps: int
     previews: float
     times: int
     pictures: int
-    encoding: float = 0.0
     is_estimate: bool = False
 
     @property
     def total(self) -> float:
         """Seconds until the end of the run."""
-        return self.step * self.steps + self.previews + self.encoding
+        return self.step * self.steps + self.previews
 
 
 def block_operations(width: int, tokens: int) -> tuple[int, int]:
@@ -184,10 +183,8 @@ def _streamed_bytes(config: TrainConfig, network: NetworkSize) -> int:
     return min(config.memory.blocks_to_stream, network.num_blocks) * network.block_bytes
 
 
-def duration(
-    config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed, *, done: int = 0, encoding: float = 0.0
-) -> Duration:
-    """What remains of a run after step `done`. `encoding`: seconds to encode the pairs, which is added."""
+def duration(config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed, *, done: int = 0) -> Duration:
+    """What remains of a run after step `done`."""
     validation = validation_work(
         config.validation,
         config.ema,
@@ -205,7 +202,6 @@ def duration(
         previews=previews,
         times=validation.times,
         pictures=sum(each.count for each in work.pictures),
-        encoding=encoding,
         is_estimate=speed.is_estimate,
     )
 
@@ -235,15 +231,10 @@ def _rollout_forwards(rollout: RolloutConfig, max_train_steps: int) -> float:
     return probability * share * rollout.scheduled_sampling_max_step_offset * passes
 
 
-def time_in_words(
-    config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed, *, done: int = 0, encoding: float = 0.0
-) -> str:
+def time_in_words(config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed, *, done: int = 0) -> str:
     """How long the run still takes, and which change of one setting would halve that or saves most. Two sentences."""
-    whole = duration(config, network, work, speed, done=done, encoding=encoding)
-    changes = [
-        (words, duration(*run, done=done, encoding=encoding).total)
-        for words, run in _changes(config, network, work, speed)
-    ]
+    whole = duration(config, network, work, speed, done=done)
+    changes = [(words, duration(*run, done=done).total) for words, run in _changes(config, network, work, speed)]
     return " ".join(filter(None, (_told(whole), _advice(whole.total, changes))))
 
 
@@ -252,8 +243,6 @@ def _told(whole: Duration) -> str:
     if whole.previews:
         pictures = f"{_counted(whole.times, 'time')} {_counted(whole.pictures, 'picture')}"
         parts.append(f"previews {in_words(whole.previews)} ({pictures})")
-    if whole.encoding:
-        parts.append(f"encoding {in_words(whole.encoding)}")
     return f"About {in_words(whole.total)}{', estimated' if whole.is_estimate else ''}: {', '.join(parts)}."
 
 

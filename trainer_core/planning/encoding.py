@@ -1,11 +1,9 @@
-"""Device memory and work of encoding: the VAE for pictures, then Qwen2.5-VL for prompts."""
+"""Device memory of encoding: the VAE for pictures, then Qwen2.5-VL for prompts."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
-from ..conditioning.encoding_plan import MissingWork
 from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.text_encoder_size import TextEncoderSize, text_encoder_size
@@ -13,9 +11,7 @@ from ..qwen_image.vae import GAPS, VAE_WEIGHTS, batch_pixels
 from ..qwen_image.vae_tiles import ENCODING_ELEMENTS, least_encoding_bytes
 from .choose import SMALLER_PRECISIONS, Budget
 from .plan import GIB
-from .workload import VISION_PATCH, estimated_prompt
-
-_SYSTEM_TURN = 64  # tokens before the user's turn, which the text encoder reads but prompt embeddings leave out
+from .workload import VISION_PATCH
 
 
 def encoding_in_words(base: BaseModel, largest_picture: int, budget: Budget) -> tuple[str, bool]:
@@ -78,28 +74,3 @@ def _advice(host: int, budget: Budget) -> str:
         "Lower resolution or the size of the references, encode on a larger device, or encode once on the CPU (device "
         "cpu); training then reads everything from the cache."
     )
-
-
-class EncodingWork(NamedTuple):
-    """What encoding computes: pixels for the VAE, tokens of references for the vision tower, tokens of prompts."""
-
-    pixels: int
-    vision_tokens: int
-    prompt_tokens: int
-
-
-def encoding_work(missing: MissingWork) -> EncodingWork:
-    """The work of encoding what `conditioning.encode.missing_work` found. Prompt lengths are estimated."""
-    pixels = sum(task.view.size.width * task.view.size.height for task in missing.latents.values())
-    seen = {
-        (content, view): view.size
-        for planned, _ in missing.prompts
-        for content, view in zip(planned.pair.digests[1:], planned.plan.vision, strict=True)
-    }
-    vision = sum((size.width // VISION_PATCH) * (size.height // VISION_PATCH) for size in seen.values())
-    prompts = sum(
-        estimated_prompt(planned.plan, len(text)) + _SYSTEM_TURN
-        for planned, texts in missing.prompts
-        for text in texts.values()
-    )
-    return EncodingWork(pixels, vision, prompts)

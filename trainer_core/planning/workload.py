@@ -115,7 +115,7 @@ def workload_of_pairs(
         for pair in split_by_reference(dataset.pairs, encoding, held_out=()):
             kinds = pair.conditioning_types
             plan = plan_pair(pair.sizes, FLAVOURS[model.flavour], encoding, pair.key, conditioning_types=kinds)
-            text = estimated_prompt(plan, max(map(len, pair.captions), default=0))
+            text = _estimated_prompt(plan, max(map(len, pair.captions), default=0))
             references = [view.size for view in plan.references]
             sizes.append(pair_size(plan.target.size, references, text))
             largest = max(largest, *(size.width * size.height for size in (plan.target.size, *references)))
@@ -164,7 +164,7 @@ def picture_tokens(size: Size) -> int:
     return -(-(size.height // VAE_FACTOR) // PATCH) * -(-(size.width // VAE_FACTOR) // PATCH)
 
 
-def estimated_prompt(plan: PairPlan, letters: int) -> int:
+def _estimated_prompt(plan: PairPlan, letters: int) -> int:
     """Prompt tokens: those of the pictures, and an estimate for a caption of so many characters."""
     vision = sum((view.size.height // VISION_PATCH) * (view.size.width // VISION_PATCH) for view in plan.vision)
     return vision + _AROUND_CAPTION + letters // _LETTERS_PER_TOKEN
