@@ -44,6 +44,7 @@ def test_nothing_grows_from_step_to_step(base: tuple[Path, ModelConfig]):
     looks = measure_memory(train_config(folder / "memory/run", encoded, model, STEPS), LOOK_EVERY)
     settled = looks[1:]
     assert len(settled) == STEPS // LOOK_EVERY - 1
-    assert len({look.tensors for look in settled}) == 1, [look.tensors for look in settled]
+    counts = [look.tensors for look in settled]  # fewer are fine: tests that ran before may leave some for a while
+    assert counts == sorted(counts, reverse=True)
     assert settled[-1].objects - settled[0].objects < STEPS, "fewer than one new object per step"
     assert settled[-1].resident_bytes - settled[0].resident_bytes < 16 * 2**20

@@ -16,7 +16,7 @@ from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, Mo
 from trainer_core.errors import MissingPackageError
 from trainer_core.memory import offload as offload_module
 from trainer_core.memory.offload import CHUNK_BYTES, HostCopies, offloaded_bytes
-from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
+from trainer_core.memory.placement import apply_memory, blocks_on_host, check_compiler, stream_blocks
 from trainer_core.memory.recompute import Recomputation
 from trainer_core.memory.streaming import BlockStream
 from trainer_core.qwen_image.base_model import BaseModel
@@ -243,7 +243,8 @@ def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):
         predict(transformer)
 
 
-def test_compiling_without_triton_names_the_package(base: Path, monkeypatch: pytest.MonkeyPatch):
+def test_compiling_without_triton_names_the_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("trainer_core.memory.placement.find_spec", lambda _: None)
+    check_compiler(MemoryConfig())
     with pytest.raises(MissingPackageError, match="compile_blocks needs the package triton"):
-        run(base, compile_blocks="on")
+        check_compiler(MemoryConfig(compile_blocks="on"))
