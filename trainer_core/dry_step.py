@@ -21,8 +21,8 @@ from .planning.preparation import Preparation
 from .training.step import Networks, rehearse
 
 _LOG = logging.getLogger(__name__)
-# Measured on an H200 with the full-size transformer: compiling takes 31 s, and compiled steps take 0.75 to 0.85 of the
-# time (benchmarks/gpu_step_h200_2026-11.md). A slower processor takes longer.
+# Measured on an H200 with the full-size transformer: compiling takes 28 to 36 s, and compiled steps take 0.75 to 0.8 of
+# the time at 1024 pixels and less at 512 (benchmarks/gpu_step_h200_2026-11.md). A slower processor takes longer.
 _COMPILING_SECONDS, _SAVED = 60, 0.2
 
 
