@@ -43,6 +43,9 @@ class Compilation:
         # Graphs differ between batches of one and of several pairs, with and without a mask or an enabled adapter.
         name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
         setattr(dynamo, name, max(64, getattr(dynamo, name)))
+        # Lets blocks share graphs. Torch 2.4 has it off, other packages turn it off, and from 2.13 on it is always on.
+        if torch.__version__ < "2.13":
+            dynamo.inline_inbuilt_nn_modules = True
         for block in self._blocks:
             block.forward = _AnySize(torch.compile(block.forward, options=self._options))
         self.is_active = True
