@@ -18,7 +18,7 @@ from .config import TrainConfig, resume_key, to_json
 from .dry_step import dry_step
 from .errors import Interrupted
 from .events import SILENT, VALIDATION_LOSSES, Observer, SampleReport, StepReport, Stop
-from .memory.compilation import compiled_code_in
+from .memory.compilation import code_folder, compiled_code_in
 from .planning.advice import STEP, VALIDATION
 from .planning.preparation import Preparation, PreparedModel, prepare_training
 from .ranks import SINGLE_PROCESS, Ranks
@@ -124,7 +124,7 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
         metrics_writer(parts.run, done) as write_metrics,
         reference_encoder(encoded, prepared.model.base, parts.observer) as encode_reference,
         BatchLoader(encoded, plan, encode_reference=encode_reference) as loader,
-        compiled_code_in(encoded.cache_dir / "compiled"),
+        compiled_code_in(code_folder()),
     ):
         dry_step(prepared, networks, loader, done, parts.observer)
         try:

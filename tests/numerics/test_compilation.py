@@ -24,7 +24,7 @@ from trainer_core.config import BaseModelPrecision, LoraConfig
 from trainer_core.errors import NonFiniteLossError
 from trainer_core.events import SILENT
 from trainer_core.memory import compilation
-from trainer_core.memory.compilation import Compilation, compiled_code_in
+from trainer_core.memory.compilation import Compilation, code_folder, compiled_code_in
 from trainer_core.memory.recompute import Recomputation
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import empty_transformer
@@ -34,8 +34,8 @@ from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
 
 # Four heads make all widths multiples of 64: bitsandbytes' CPU kernel dequantises other widths wrongly.
-SHAPE = {**NARROW, "num_layers": 4, "num_attention_heads": 4}
-SIZES = [(8, 12, 20), (16, 8, 33), (10, 14, 21), (6, 8, 50), (4, 16, 7)]
+SHAPE = {**NARROW, "num_layers": 3, "num_attention_heads": 4}
+SIZES = [(8, 12, 20), (16, 8, 33), (10, 14, 21), (6, 8, 50)]
 
 
 @pytest.fixture(autouse=True)
@@ -77,21 +77,21 @@ def step(transformer: nn.Module, lora: dict[str, nn.Parameter], size: tuple[int,
     return {"velocity": velocity.detach(), **{name: each.grad for name, each in lora.items() if each.grad is not None}}
 
 
-@pytest.mark.parametrize("precision", ["none", "int8-quanto", "nf4-bnb", "int4-quanto"])
+@pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb"])
 def test_two_graphs_serve_all_sizes_with_equal_results(precision: BaseModelPrecision) -> None:
     """One graph with gradients, for blocks that keep their activations and for recomputation, and one without."""
-    transformer, lora, blocks = built(precision, recomputed=2)
+    transformer, lora, blocks = built(precision, recomputed=1)
     wanted = [step(transformer, lora, size) for size in SIZES]
     blocks.start()
     for size, expected in zip(SIZES, wanted, strict=True):
         found = step(transformer, lora, size)
-        assert found.keys() == expected.keys() and len(found) > 30
+        assert found.keys() == expected.keys() and len(found) > 20
         assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-5
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb", "int4-quanto"])
+@pytest.mark.parametrize("precision", ["int8-quanto", "int4-quanto"])
 def test_kept_activations_hold_no_dequantised_weight(precision: BaseModelPrecision) -> None:
     transformer, lora, blocks = built(precision, recomputed=0)
     blocks.start()
@@ -110,7 +110,7 @@ def test_kept_activations_hold_no_dequantised_weight(precision: BaseModelPrecisi
 
 
 def test_a_failing_compiler_ends_no_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    transformer, lora, blocks = built("none", recomputed=2)
+    transformer, lora, blocks = built("none", recomputed=1)
     wanted = step(transformer, lora, SIZES[0])
 
     def broken(*_: object, **__: object) -> object:
@@ -130,7 +130,7 @@ def test_a_failing_compiler_ends_no_step(monkeypatch: pytest.MonkeyPatch, caplog
 
 @pytest.mark.parametrize("error", [NonFiniteLossError("loss"), torch.OutOfMemoryError("memory"), MemoryError()])
 def test_other_errors_are_raised_at_once(error: Exception) -> None:
-    _, _, blocks = built("none", recomputed=2)
+    _, _, blocks = built("none", recomputed=1)
     blocks.start()
     calls = []
 
@@ -163,3 +163,13 @@ def test_compiled_code_goes_to_the_folder_and_stays_within_its_limit(
             os.utime(path, (number, number))
     assert sorted(path.name for path in (folder / "ab").iterdir()) == ["2", "3"]
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before" and "TRITON_CACHE_DIR" not in os.environ
+
+
+def test_compiled_code_is_outside_the_folders_that_graphs_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert code_folder() == tmp_path / "qwen_edit_trainer" / "compiled"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    assert code_folder() == Path.home() / ".cache" / "qwen_edit_trainer" / "compiled"

@@ -121,6 +121,15 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
+def code_folder() -> Path:
+    """The folder of compiled code: below the user's cache folder.
+
+    Torch unpickles files in it, so it must not be where a graph can make ComfyUI write.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    return Path(caches) / "qwen_edit_trainer" / "compiled"
+
+
 @contextmanager
 def compiled_code_in(folder: Path) -> Iterator[None]:
     """Keep compiled code in `folder` while the context lasts, for this run and the next. Limits the folder's size."""
