@@ -125,6 +125,8 @@ def test_streamed_blocks_are_spread_among_the_recomputed() -> None:
 def test_host_memory_is_not_exceeded(network: NetworkSize) -> None:
     with pytest.raises(OutOfMemoryError, match="host memory"):
         chosen(network, "none", 12, host=16 * GIB)
+    with pytest.raises(OutOfMemoryError, match=r"needs 1[01]\.\d GiB on the device and 3\d\.\d GiB of host memory"):
+        chosen(network, "none", 12, host=30 * GIB)  # tells the least host memory with which the device suffices
     plan = chosen(network, "none", 12, host=64 * GIB)
     assert plan.streamed > 40 and plan.host_peak_bytes <= 64 * GIB
 

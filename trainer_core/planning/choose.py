@@ -77,14 +77,18 @@ def choose_memory(config: TrainConfig, network: NetworkSize, work: Workload, bud
         seconds = training_seconds(plan.config, network, _TYPICAL, tokens, work.batch)
         return seconds, plan.streamed, plan.config.memory.activation_offload
 
-    fitting = _fitting(config, network, work, budget)
-    if best := min(fitting, key=cost, default=None):
+    on_device = list(_fitting_on_device(config, network, work, budget))
+    if best := min(filter(budget.holds, on_device), key=cost, default=None):
         return best
-    raise OutOfMemoryError(_refusal(_smallest(config, network, work), budget))
+    nearest = min(on_device, key=lambda plan: plan.host_peak_bytes, default=None)
+    raise OutOfMemoryError(_refusal(nearest or _smallest(config, network, work), budget))
 
 
-def _fitting(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> Iterator[MemoryPlan]:
-    """For each number of recomputed blocks, with and without offloading, the plan that streams fewest blocks."""
+def _fitting_on_device(
+    config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget
+) -> Iterator[MemoryPlan]:
+    """Plans whose device memory fits: for each number of recomputed blocks, with and without offloading, the one that
+    streams fewest blocks."""
     for recomputed in range(network.num_blocks + 1):
         for offload in (False, True) if recomputed and not budget.is_shared else (False,):
 
@@ -96,7 +100,7 @@ def _fitting(config: TrainConfig, network: NetworkSize, work: Workload, budget: 
             # Each streamed block needs less device memory, so the plans that fit are at the end.
             fits = lambda count: int((each := plan(count)) is not None and budget.holds_device(each))  # noqa: E731
             streamed = bisect_left(range(most + 1), 1, key=fits)
-            if streamed <= most and (found := plan(streamed)) and budget.holds(found):
+            if streamed <= most and (found := plan(streamed)):
                 yield found
 
 
@@ -141,7 +145,7 @@ def _refusal(plan: MemoryPlan, budget: Budget) -> str:
 
 def _smaller_that_fit(plan: MemoryPlan, budget: Budget) -> Iterator[str]:
     for words, (config, network, work) in chain(smaller_trainings(plan), _much_smaller_trainings(plan)):
-        if fitting := next(_fitting(config, network, work, budget), None):
+        if fitting := next(filter(budget.holds, _fitting_on_device(config, network, work, budget)), None):
             yield f"{words} ({fitting.needed_device_bytes / GIB:.1f} GiB on the device)"
 
 
