@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +24,13 @@ _LOG = logging.getLogger(__name__)
 # Measured on an H200 with the full-size transformer: compiling takes 28 to 36 s, and compiled steps take 0.75 to 0.8 of
 # the time at 1024 pixels and less at 512 (benchmarks/gpu_step_h200_2026-11.md). A slower processor takes longer.
 _COMPILING_SECONDS, _SAVED = 60, 0.2
+
+
+class Measured(NamedTuple):
+    """A micro-batch forward and backward: its seconds, and its peak of device memory in bytes."""
+
+    seconds: float
+    peak_bytes: int
 
 
 def dry_step(
@@ -52,19 +59,18 @@ def dry_step(
         torch.cuda.synchronize(networks.device)
         return time.perf_counter() - began
 
-    def seconds() -> float:
+    def measure() -> Measured:
+        torch.cuda.reset_peak_memory_stats(networks.device)
         with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
             one()  # slower: libraries choose their kernels, or the blocks are compiled
-            return one()
+            return Measured(one(), peak_bytes(networks.device))
 
-    torch.cuda.reset_peak_memory_stats(networks.device)
-    taken = 0.0
     if config.memory.compile_blocks == "on":
         networks.compilation.start()
-        taken = seconds()
+        measured = measure()
     else:
-        taken = seconds()
-        left = duration(*run, measured_speed(*run, taken), done=done).total
+        measured = measure()
+        left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
         if config.memory.compile_blocks == "auto" and _pays(networks.device, left):
             _LOG.info(
                 "Compiling the transformer's blocks: takes up to a minute and saves about %s of %s. Set compile_blocks "
@@ -73,26 +79,26 @@ def dry_step(
                 in_words(left),
             )
             observer.on_progress("Compiling the transformer's blocks", 0, 0)
-            taken = _compiled_if_better(networks, seconds, taken)
-    _log_memory(prepared, networks)
+            measured = _compiled_if_better(networks, measure, measured)
+    _log_memory(prepared, networks, measured.peak_bytes)
     torch.cuda.empty_cache()  # blocks of memory that only the compiler or another size needed
-    words = time_in_words(*run, measured_speed(*run, taken), done=done)
+    words = time_in_words(*run, measured_speed(*run, measured.seconds), done=done)
     _LOG.info("%s", words)
     observer.on_progress(words, 0, 0)
 
 
-def _compiled_if_better(networks: Networks, seconds: Callable[[], float], uncompiled: float) -> float:
-    """Compile the blocks, and keep that if they then fit into memory and are faster. Returns the seconds of a step.
+def _compiled_if_better(networks: Networks, measure: Callable[[], Measured], uncompiled: Measured) -> Measured:
+    """Compile the blocks, and keep that if they then fit into memory and are faster.
 
-    `seconds` measures a step, and `uncompiled` is what it measured before.
+    Returns what was measured with the blocks that are kept.
     """
     networks.compilation.start()
     try:
-        compiled, drawback = seconds(), "compiled ones are not faster here"
+        compiled, drawback = measure(), "compiled ones are not faster here"
     except OutOfMemoryError:
         networks.optimizer.zero_grad()
-        compiled, drawback = math.inf, "compiled ones need more memory than is free"
-    if compiled < uncompiled:
+        compiled, drawback = None, "compiled ones need more memory than is free"
+    if compiled is not None and compiled.seconds < uncompiled.seconds:
         return compiled
     if networks.compilation.is_active:
         networks.compilation.stop(drawback)
@@ -110,10 +116,9 @@ def _pays(device: torch.device, left: float) -> bool:
     return True
 
 
-def _log_memory(prepared: Preparation, networks: Networks) -> None:
-    """Log the planned and measured memory. Optimizer state that doesn't exist yet is added to the measured memory."""
+def _log_memory(prepared: Preparation, networks: Networks, peak: int) -> None:
+    """Log the planned memory and the measured peak (bytes). Optimizer state that doesn't exist yet is added to it."""
     planned = prepared.memory_plan().phase("training")
     assert planned is not None
     missing = 0 if networks.optimizer.state else planned.parts["optimizer state"]
-    measured = peak_bytes(networks.device) + missing
-    _LOG.info("Device memory of a step: %.1f GiB, planned %.1f GiB.", measured / GIB, planned.total_bytes / GIB)
+    _LOG.info("Device memory of a step: %.1f GiB, planned %.1f GiB.", (peak + missing) / GIB, planned.total_bytes / GIB)

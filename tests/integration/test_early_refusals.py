@@ -34,7 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], type[TrainerError], str]] = {
     "rank": ({"lora": LoraConfig(rank_pattern=("77 = 4",))}, ConfigError, "rank_pattern '77 = 4' matches none"),
     "start": ({"lora": LoraConfig(init_lora="nowhere.safetensors")}, ModelFileError, "nowhere.safetensors"),
     "streamed": ({"memory": MemoryConfig(memory="manual", blocks_to_stream=2)}, ConfigError, "blocks_to_stream is 2"),
-    "triton": ({"memory": MemoryConfig(compile_blocks="on")}, MissingPackageError, "compile_blocks needs .* triton"),
+    "compiled": ({"memory": MemoryConfig(compile_blocks="on")}, ConfigError, "needs a CUDA device, but .* cpu"),
     "tensorboardX": ({}, MissingPackageError, "A training run needs the package tensorboardX"),
     "bitsandbytes": (
         {"model": {"base_model_precision": "nf4-bnb"}},
@@ -42,7 +42,7 @@ CASES: dict[str, tuple[dict[str, Any], type[TrainerError], str]] = {
         "The precision nf4-bnb needs the package bitsandbytes",
     ),
 }
-LOOKED_UP_IN = {"triton": "memory.placement", "tensorboardX": "runs.metrics", "bitsandbytes": "precision.quantise"}
+LOOKED_UP_IN = {"tensorboardX": "runs.metrics", "bitsandbytes": "precision.quantise"}
 
 
 @pytest.mark.parametrize("case", CASES)

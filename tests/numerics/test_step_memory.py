@@ -245,6 +245,6 @@ def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):
 
 def test_compiling_without_triton_names_the_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("trainer_core.memory.placement.find_spec", lambda _: None)
-    check_compiler(MemoryConfig())
+    check_compiler(MemoryConfig(), CPU)
     with pytest.raises(MissingPackageError, match="compile_blocks needs the package triton"):
-        check_compiler(MemoryConfig(compile_blocks="on"))
+        check_compiler(MemoryConfig(compile_blocks="on"), torch.device("cuda"))

@@ -64,11 +64,18 @@ def apply_memory(
         )
 
 
-def check_compiler(memory: MemoryConfig) -> None:
+def check_compiler(memory: MemoryConfig, device: torch.device) -> None:
     """Check that blocks can be compiled, if `compile_blocks` is on.
 
     Raises:
+        ConfigError: the device is not a CUDA device.
         MissingPackageError: triton is not installed.
     """
-    if memory.compile_blocks == "on" and find_spec("triton") is None:
+    if memory.compile_blocks != "on":
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            f"compile_blocks is on, which needs a CUDA device, but the device is {device}. Set it to auto."
+        )
+    if find_spec("triton") is None:
         raise MissingPackageError("triton", "compile_blocks")

@@ -79,8 +79,9 @@ def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
         MissingPackageError: a setting needs a package that is not installed.
     """
     check_tensorboard()
-    check_compiler(config.memory)
-    optimizer_builder(config.optimizer, pick_device(config.model.device))
+    device = pick_device(config.model.device)
+    check_compiler(config.memory, device)
+    optimizer_builder(config.optimizer, device)
     for precision in (config.model.text_encoder_precision, config.model.base_model_precision):
         converter(precision)
     if config.memory.memory == "manual":  # auto only chooses possible values

@@ -16,7 +16,7 @@ def in_one_buffer(network: nn.Module, names: Iterable[str]) -> None:
     The C library returns one large allocation to the system when it is freed, but keeps the gaps that many small ones
     leave. With one allocation per weight, loading would end with about twice the memory that the weights need.
     """
-    held = [each for name in names for each in own_tensors(network.get_submodule(name)) if each.device.type == "cpu"]
+    held = [each for name in names for each in _own_tensors(network.get_submodule(name)) if each.device.type == "cpu"]
     buffer = torch.empty(sum(aligned(each.nbytes) for each in held), dtype=torch.uint8)
     place = 0
     for each in held:
@@ -25,6 +25,6 @@ def in_one_buffer(network: nn.Module, names: Iterable[str]) -> None:
         each.data = moved.copy_(each)
 
 
-def own_tensors(module: nn.Module) -> list[Tensor]:
+def _own_tensors(module: nn.Module) -> list[Tensor]:
     """The module's own parameters and buffers, without those of its children."""
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
