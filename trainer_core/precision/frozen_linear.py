@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .formats import Format, QuantisedWeight
 
-_MOST_TENSORS = 6  # of a format
+_PADDING = (None,) * 6  # a format has at most so many tensors
 
 
 class FrozenLinear(nn.Linear):
@@ -51,9 +51,8 @@ class FrozenLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """x [..., in] to y [..., out]."""
         x = _Rounded.apply(input, self.weight.dtype) if self.rounds_input else input  # type: ignore[no-untyped-call]
-        tensors = [getattr(self, name) for name in ("weight", *self.format.names[1:])]
-        padded = tensors + [None] * (_MOST_TENSORS - len(tensors))
-        return _Product.apply(x, self.bias, self.format, *padded)  # type: ignore[no-untyped-call]
+        tensors = [self.weight, *(getattr(self, name) for name in self.format.names[1:])]
+        return _Product.apply(x, self.bias, self.format, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,7 +103,7 @@ class _Product(torch.autograd.Function):
             # Adds zero. The compiler sees that this weight depends on the gradient. Otherwise it would compute the
             # weight in the forward pass and keep it until the backward pass.
             weight[-1] = weight[-1] + gradient.flatten()[:0].sum().to(weight[-1].dtype)
-        return gradient @ ctx.form.dequantise(weight, gradient.dtype), *(None for _ in range(2 + _MOST_TENSORS))
+        return gradient @ ctx.form.dequantise(weight, gradient.dtype), None, None, *_PADDING
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
