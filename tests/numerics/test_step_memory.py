@@ -243,8 +243,12 @@ def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):
         predict(transformer)
 
 
-def test_compiling_without_triton_names_the_package(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("platform", "package"), [("linux", "triton"), ("win32", "triton-windows")])
+def test_compiling_without_triton_names_the_package(platform: str, package: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("trainer_core.memory.placement.find_spec", lambda _: None)
+    monkeypatch.setattr("sys.platform", platform)
     check_compiler(MemoryConfig(), CPU)
-    with pytest.raises(MissingPackageError, match="compile_blocks needs the package triton"):
+    with pytest.raises(
+        MissingPackageError, match=f"compile_blocks needs the package {package}, .* pip install {package}$"
+    ):
         check_compiler(MemoryConfig(compile_blocks="on"), torch.device("cuda"))

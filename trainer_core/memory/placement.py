@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -78,4 +79,5 @@ def check_compiler(memory: MemoryConfig, device: torch.device) -> None:
             f"compile_blocks is on, which needs a CUDA device, but the device is {device}. Set it to auto."
         )
     if find_spec("triton") is None:
-        raise MissingPackageError("triton", "compile_blocks")
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        raise MissingPackageError(package, "compile_blocks")
