@@ -9,21 +9,21 @@ from typing import NamedTuple
 
 import torch
 
-from .conditioning.batches import BatchLoader, largest_batch
+from .conditioning.batches import BatchLoader
 from .device import peak_bytes
-from .errors import OutOfMemoryError
 from .events import SILENT, Observer
 from .memory.compilation import can_compile
 from .planning.advice import STEP
-from .planning.duration import duration, in_words, measured_speed, time_in_words
+from .planning.duration import compiled_seconds, duration, in_words, measured_speed, time_in_words
 from .planning.plan import GIB
 from .planning.preparation import Preparation
+from .planning.workload import largest_draws
 from .training.step import Networks, rehearse
 
 _LOG = logging.getLogger(__name__)
-# Measured on an H200 with the full-size transformer: compiling takes 28 to 36 s, and compiled steps take 0.75 to 0.8 of
-# the time at 1024 pixels and less at 512 (benchmarks/gpu_step_h200_2026-11.md). A slower processor takes longer.
-_COMPILING_SECONDS, _SAVED = 60, 0.2
+# Measured on an H200 with the full-size transformer (benchmarks/gpu_step_h200_2026-11.md): compiling takes 10 to 36 s,
+# longer on a slower processor, and saves at least 0.19 of a step's time.
+_COMPILING_SECONDS, _LEAST_SAVED = 60, 0.15
 
 
 class Measured(NamedTuple):
@@ -49,37 +49,31 @@ def dry_step(
         return
     config = prepared.config
     run = (config, prepared.model.size, prepared.work)
-    micro_batch = largest_batch(loader.plan, prepared.encoded)
+    draws = largest_draws(prepared.encoded, prepared.work)
 
     def one() -> float:
         began = time.perf_counter()
         networks.compilation.attempt(
-            lambda: rehearse(networks, loader, micro_batch, config), clean_up=networks.optimizer.zero_grad
+            lambda: rehearse(networks, loader.read(draws), config), clean_up=networks.optimizer.zero_grad
         )
         torch.cuda.synchronize(networks.device)
         return time.perf_counter() - began
 
     def measure() -> Measured:
-        torch.cuda.reset_peak_memory_stats(networks.device)
         with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
             one()  # slower: libraries choose their kernels, or the blocks are compiled
+            torch.cuda.reset_peak_memory_stats(networks.device)
             return Measured(one(), peak_bytes(networks.device))
 
     if config.memory.compile_blocks == "on":
         networks.compilation.start()
-        measured = measure()
-    else:
-        measured = measure()
+    measured = measure()
+    if config.memory.compile_blocks == "auto" and not observer.should_stop():
         left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
-        if config.memory.compile_blocks == "auto" and _pays(networks.device, left):
-            _LOG.info(
-                "Compiling the transformer's blocks: takes up to a minute and saves about %s of %s. Set compile_blocks "
-                "to off to prevent it.",
-                in_words(left * _SAVED),
-                in_words(left),
-            )
+        saved = left * _saved_share(compiled_seconds(*run, networks.device), measured.seconds)
+        if _pays(networks.device, left, saved):
             observer.on_progress("Compiling the transformer's blocks", 0, 0)
-            measured = _compiled_if_better(networks, measure, measured)
+            measured = _compiled_if_faster(networks, measure, measured)
     _log_memory(prepared, networks, measured.peak_bytes)
     torch.cuda.empty_cache()  # blocks of memory that only the compiler or another size needed
     words = time_in_words(*run, measured_speed(*run, measured.seconds), done=done)
@@ -87,33 +81,45 @@ def dry_step(
     observer.on_progress(words, 0, 0)
 
 
-def _compiled_if_better(networks: Networks, measure: Callable[[], Measured], uncompiled: Measured) -> Measured:
-    """Compile the blocks, and keep that if they then fit into memory and are faster.
+def _saved_share(compiled: float | None, uncompiled: float) -> float:
+    """The share of a step's time that compiling saves, from an estimate and a measurement in seconds.
+
+    Compiled steps wait less for the host to launch kernels, so small pictures gain most.
+    """
+    return _LEAST_SAVED if compiled is None else max(_LEAST_SAVED, 1 - compiled / uncompiled)
+
+
+def _pays(device: torch.device, left: float, saved: float) -> bool:
+    """Whether to compile in a run that takes `left` more seconds, of which compiling saves `saved`. Logs why."""
+    numbers = in_words(saved), in_words(left)
+    if saved < _COMPILING_SECONDS:
+        text = "The blocks are not compiled: that takes up to a minute, and would save about %s of the remaining %s."
+    elif not can_compile(device):
+        text = (
+            "The blocks are not compiled, because Triton is not installed. It would save about %s of the remaining %s."
+        )
+    else:
+        text = (
+            "Compiling the transformer's blocks: takes up to a minute and saves about %s of the remaining %s. Set "
+            "compile_blocks to off to prevent it."
+        )
+    _LOG.info(text, *numbers)
+    return saved >= _COMPILING_SECONDS and can_compile(device)
+
+
+def _compiled_if_faster(networks: Networks, measure: Callable[[], Measured], uncompiled: Measured) -> Measured:
+    """Compile the blocks, and keep them compiled if they work and are faster.
 
     Returns what was measured with the blocks that are kept.
     """
     networks.compilation.start()
-    try:
-        compiled, drawback = measure(), "compiled ones are not faster here"
-    except OutOfMemoryError:
-        networks.optimizer.zero_grad()
-        compiled, drawback = None, "compiled ones need more memory than is free"
-    if compiled is not None and compiled.seconds < uncompiled.seconds:
+    compiled = measure()
+    if not networks.compilation.is_active:  # they failed or did not fit
+        return uncompiled
+    if compiled.seconds < uncompiled.seconds:
         return compiled
-    if networks.compilation.is_active:
-        networks.compilation.stop(drawback)
+    networks.compilation.stop("compiled ones are not faster here")
     return uncompiled
-
-
-def _pays(device: torch.device, left: float) -> bool:
-    """Whether compiling shortens a run that takes `left` more seconds. Logs why not."""
-    if not can_compile(device):
-        _LOG.info("The blocks are not compiled, because Triton is not installed. Steps would be about a fifth shorter.")
-        return False
-    if left * _SAVED < _COMPILING_SECONDS:
-        _LOG.info("The blocks are not compiled: that takes up to a minute, and only %s are left.", in_words(left))
-        return False
-    return True
 
 
 def _log_memory(prepared: Preparation, networks: Networks, peak: int) -> None:

@@ -18,7 +18,7 @@ from .config import TrainConfig, resume_key, to_json
 from .dry_step import dry_step
 from .errors import Interrupted
 from .events import SILENT, VALIDATION_LOSSES, Observer, SampleReport, StepReport, Stop
-from .memory.compilation import code_folder, compiled_code_in
+from .memory.compilation import compiled_code_kept
 from .planning.advice import STEP, VALIDATION
 from .planning.preparation import Preparation, PreparedModel, prepare_training
 from .ranks import SINGLE_PROCESS, Ranks
@@ -123,8 +123,10 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
     with (
         metrics_writer(parts.run, done) as write_metrics,
         reference_encoder(encoded, prepared.model.base, parts.observer) as encode_reference,
-        BatchLoader(encoded, plan, encode_reference=encode_reference) as loader,
-        compiled_code_in(code_folder()),
+        BatchLoader(
+            encoded, plan, encode_reference=encode_reference, in_background=networks.device.type != "mps"
+        ) as loader,
+        compiled_code_kept(networks.device),
     ):
         dry_step(prepared, networks, loader, done, parts.observer)
         try:
@@ -177,7 +179,7 @@ def _validate_if_missed(parts: _Parts, done: int) -> None:
 def _validate(parts: _Parts, done: int) -> dict[str, float]:
     """Losses and drift of a step for its report; empty without held-out pairs, in a process that doesn't lead, or
     if the user stops. Saves the pictures and shows them to the observer."""
-    networks, run, observer = parts.networks, parts.run, parts.observer
+    run, observer = parts.run, parts.observer
     if not parts.validator or not run.writes:
         return {}
     kept = (
@@ -185,8 +187,11 @@ def _validate(parts: _Parts, done: int) -> dict[str, float]:
         "num_validation_images to 0, which still measures the validation loss."
     )
     try:
-        with parts.prepared.explain_memory_errors(VALIDATION, f"during the validation of step {done}", kept):
-            found, samples = networks.compilation.attempt(lambda: _losses_and_samples(parts, done))
+        with (
+            parts.prepared.explain_memory_errors(VALIDATION, f"during the validation of step {done}", kept),
+            parts.networks.compilation.forward_only(),
+        ):
+            found, samples = _losses_and_samples(parts, done)
     except Interrupted:
         return {}  # the training loop asks the observer next, together with the other processes
     if samples is not None:

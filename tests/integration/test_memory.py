@@ -17,14 +17,16 @@ from safetensors.torch import load_file
 from tests.support.narrow import make_pairs
 from trainer_core.__main__ import main
 from trainer_core.conditioning import batches
-from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan, largest_batch
+from trainer_core.conditioning.batches import BatchLoader, BatchPlan, Draw, RankPlan
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BatchingConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.errors import OutOfMemoryError
+from trainer_core.memory.compilation import Compilation
 from trainer_core.planning import choose as choose_module
 from trainer_core.planning.choose import Budget
 from trainer_core.planning.plan import GIB
 from trainer_core.planning.preparation import prepare_training
+from trainer_core.planning.workload import largest_draws, workload_of_encoded
 from trainer_core.ranks import SINGLE_PROCESS
 from trainer_core.run import TrainResult, train_lora
 from trainer_core.runs.folder import RunFolder
@@ -110,7 +112,7 @@ def test_a_dry_step_changes_nothing(config: TrainConfig, monkeypatch: pytest.Mon
 
     def with_dry_step(networks, loader, done, config, observer):
         before = torch.get_rng_state()
-        step_module.rehearse(networks, loader, 3, config)
+        step_module.rehearse(networks, loader.read(loader.plan[3]), config)
         made.append(all(weight.grad is None for weight in networks.lora.values()))
         assert torch.equal(before, torch.get_rng_state())
         return original(networks, loader, done, config, observer)
@@ -144,15 +146,106 @@ def test_pairs_are_read_one_at_a_time_after_a_dry_step(
     assert len(set(readers)) == 1
 
 
-def test_the_largest_batch_is_found(encoded: EncodedDataset) -> None:
-    whole = BatchPlan(encoded, BatchingConfig(train_batch_size=2), 0)
-    plan = RankPlan(whole, SINGLE_PROCESS, 1)
-    sizes = [
-        len(plan[number]) * sum(h * w for _, h, w in encoded.pairs[plan[number][0].pair].shapes)
-        for number in range(whole.batches_in_epoch(0))
-    ]
-    assert len(set(sizes)) > 1
-    assert sizes[largest_batch(plan, encoded)] == max(sizes)
+def test_where_two_threads_must_not_compute_pairs_are_read_by_the_caller(
+    encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch crashes if references are encoded on MPS while another thread trains on it."""
+    original, readers = EncodedDataset.load, []
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        readers.append(current_thread())
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(EncodedDataset, "load", load)
+    plan = RankPlan(BatchPlan(encoded, BatchingConfig(), 0), SINGLE_PROCESS, 1)
+    with BatchLoader(encoded, plan, in_background=False) as loader:
+        assert [loader[number].draws for number in (0, 1)] == [plan[0], plan[1]]
+        assert loader.read(plan[2]).draws == plan[2]
+    assert set(readers) == {current_thread()}
+
+
+def test_the_largest_micro_batch_is_found(encoded: EncodedDataset) -> None:
+    """Not smaller than any of the run, with the longest prompts of its size."""
+    batching = BatchingConfig(train_batch_size=2)
+    plan = BatchPlan(encoded, batching, 0)
+    micro_batches = [plan[number] for number in range(plan.batches_in_epoch(0))]
+
+    def latents(draws: tuple[Draw, ...]) -> int:
+        return len(draws) * sum(h * w for _, h, w in encoded.pairs[draws[0].pair].shapes)
+
+    def prompts(draws: tuple[Draw, ...]) -> list[int]:
+        keys = (encoded.pairs[draw.pair].prompt(draw.caption) for draw in draws)
+        return sorted(encoded.prompt_tokens(key) for key in keys)
+
+    work = workload_of_encoded(encoded, batching, ValidationConfig(), encoded)
+    largest = largest_draws(encoded, work)
+    assert len({latents(draws) for draws in micro_batches}) > 1
+    assert latents(largest) == max(map(latents, micro_batches))
+    of_this_size = [draws for draws in micro_batches if latents(draws) == latents(largest)]
+    assert prompts(largest) >= max(map(prompts, of_this_size))
+    assert prompts(largest)[-1] == work.train.text_tokens
+
+
+def test_the_longest_of_all_captions_is_found(encoded: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of unequal length, as in a data set with captions of several lines."""
+    monkeypatch.setattr(EncodedDataset, "prompt_tokens", lambda _, key: int(key[:3], 16))
+    work = workload_of_encoded(encoded, BatchingConfig(), ValidationConfig(), encoded)
+    (draw,) = largest_draws(encoded, work)
+    found = encoded.pairs[draw.pair]
+    same_size = [entry for entry in encoded.pairs if entry.shapes == found.shapes]
+    assert found.prompt(draw.caption)[:3] == max(key[:3] for entry in same_size for key in entry.prompts)
+
+
+def test_compiled_code_that_fails_in_a_validation_repeats_nothing(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on without it."""
+    original, drawn = validation_module.sample_latents, []
+
+    def sample(*arguments: Any, **named: Any) -> torch.Tensor:
+        drawn.append(1)
+        return original(*arguments, **named)
+
+    def compiled(forward: Any, **_: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            if drawn:
+                raise RuntimeError("no code for this graph")
+            return forward(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(validation_module, "sample_latents", sample)
+    monkeypatch.setattr("trainer_core.run.dry_step", lambda _, networks, *__: networks.compilation.start())
+    assert train_lora(config).steps_done == 4
+    assert len(drawn) == 3  # the base model's picture once, and the LoRA's in two validations
+    assert caplog.text.count("run uncompiled from now on") == 1 and "no code for this graph" in caplog.text
+
+
+def test_a_step_that_is_repeated_exchanges_its_gradients_once(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the other processes of a distributed run would wait for it forever."""
+    original, attempts, exchanged = step_module.add_up_step, [], []
+
+    def attempt(_: Compilation, compute: Any, clean_up: Any) -> Any:
+        attempts.append(True)
+        compute()
+        clean_up()
+        try:
+            return compute()
+        finally:
+            attempts.pop()
+
+    def add_up(*arguments: Any, **named: Any) -> Any:
+        exchanged.append(bool(attempts))
+        return original(*arguments, **named)
+
+    unbroken = train_lora(config)
+    monkeypatch.setattr(Compilation, "attempt", attempt)
+    monkeypatch.setattr(step_module, "add_up_step", add_up)
+    assert is_equal(train_lora(named(config, "repeated")), unbroken)
+    assert exchanged == [False] * 4
 
 
 def test_auto_chooses_and_trains_the_same(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from tests.support.narrow import make_pairs, picture, small_encoding
 from tests.support.runs import PauseAt
 from trainer_core.conditioning import batches
-from trainer_core.conditioning.batches import BatchLoader, BatchPlan, RankPlan, largest_batch
+from trainer_core.conditioning.batches import BatchLoader, BatchPlan
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.entry import EMPTY_CAPTION
@@ -23,8 +22,8 @@ from trainer_core.conditioning.report import encoding_report
 from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
+from trainer_core.planning.workload import largest_draws, workload_of_encoded
 from trainer_core.qwen_image.base_model import BaseModel
-from trainer_core.ranks import SINGLE_PROCESS
 from trainer_core.run import train_lora
 
 BATCHING = BatchingConfig(train_batch_size=2, gradient_accumulation_steps=1, caption_dropout_probability=0.3)
@@ -192,22 +191,16 @@ def test_references_that_are_missing_and_a_mix(
         assert {len(loader[number].condition.reference_latents) for number in range(20)} == {0, 1}
 
 
-def test_the_largest_batch_is_the_largest_as_seen(encoded: EncodedDataset) -> None:
+def test_the_largest_micro_batch_is_the_largest_as_seen(encoded: EncodedDataset) -> None:
     """A pair counts with the reference that the turn shows, not with all its references together."""
     first, *others = encoded.pairs
     channels, height, width = first.shape
     first = dataclasses.replace(first, reference_shapes=((channels, height * 4, width), (channels, 2, 2)))
     others = [dataclasses.replace(each, reference_shapes=((channels, height * 3, width),) * 2) for each in others]
     sized = dataclasses.replace(encoded, pairs=(first, *others))
-    for seed in range(8):
-        plan = RankPlan(BatchPlan(sized, BatchingConfig(), seed), SINGLE_PROCESS, 1)
-        numels = [
-            sum(
-                prod(shape) for draw in plan[number] for shape in sized.pairs[draw.pair].seen(draw.reference_set).shapes
-            )
-            for number in range(plan.first_epoch())
-        ]
-        assert numels[largest_batch(plan, sized)] == max(numels)
+    work = workload_of_encoded(sized, BatchingConfig(), ValidationConfig(), sized)
+    (draw,) = largest_draws(sized, work)
+    assert (draw.pair, draw.reference_set) == (0, 0)
 
 
 def test_every_caption_has_its_turn(singles: list[EncodedDataset]) -> None:

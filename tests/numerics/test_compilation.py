@@ -24,7 +24,7 @@ from trainer_core.config import BaseModelPrecision, LoraConfig
 from trainer_core.errors import NonFiniteLossError
 from trainer_core.events import SILENT
 from trainer_core.memory import compilation
-from trainer_core.memory.compilation import Compilation, code_folder, compiled_code_in
+from trainer_core.memory.compilation import Compilation, code_folder, compiled_code_kept
 from trainer_core.memory.recompute import Recomputation
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import empty_transformer
@@ -35,6 +35,7 @@ from trainer_core.rng import stream
 
 # Four heads make all widths multiples of 64: bitsandbytes' CPU kernel dequantises other widths wrongly.
 SHAPE = {**NARROW, "num_layers": 3, "num_attention_heads": 4}
+compile_with = torch.compile  # the original, which the fixture below replaces
 SIZES = [(8, 12, 20), (16, 8, 33), (10, 14, 21), (6, 8, 50)]
 
 
@@ -118,51 +119,166 @@ def test_kept_activations_hold_no_dequantised_weight(precision: BaseModelPrecisi
     assert [each.shape for each in others if not tokens & set(each.shape)] == []
 
 
-def test_a_failing_compiler_ends_no_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    transformer, lora, blocks = built("none", recomputed=1)
-    wanted = step(transformer, lora, SIZES[0])
+def fails_when_called(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Makes every compiled function raise this error."""
 
     def broken(*_: object, **__: object) -> object:
         def compiled(*_: object) -> None:
-            raise RuntimeError("no C compiler found\nmore lines")
+            raise error
 
         return compiled
 
     monkeypatch.setattr(torch, "compile", broken)
+
+
+def test_a_compiler_that_refuses_ends_no_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As torch.compile does with a version of Python that is too new for it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("torch.compile is not supported on Python 3.99+")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    transformer, lora, blocks = built("none", recomputed=1)
     blocks.start()
+    assert blocks.attempt(lambda: step(transformer, lora, SIZES[0]), clean_up=lambda: None)
+    assert "compiled ones fail (RuntimeError: torch.compile is not supported on Python 3.99+)" in caplog.text
+
+
+def test_a_failing_compiler_ends_no_step(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    transformer, lora, blocks = built("none", recomputed=1)
+    wanted = step(transformer, lora, SIZES[0])
+    fails_when_called(monkeypatch, RuntimeError("no C compiler found\nmore lines"))
+    blocks.start()
+    calls = []
     with caplog.at_level(logging.WARNING):
-        found = blocks.attempt(lambda: step(transformer, lora, SIZES[0]))
+        found = blocks.attempt(
+            lambda: calls.append(1) or step(transformer, lora, SIZES[0]), clean_up=lambda: calls.append(2)
+        )
+    assert calls == [1, 2, 1]
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert not blocks.is_active
     assert "run uncompiled from now on, because compiled ones fail (RuntimeError: no C compiler found)" in caplog.text
 
 
-@pytest.mark.parametrize("error", [NonFiniteLossError("loss"), torch.OutOfMemoryError("memory"), MemoryError()])
-def test_other_errors_are_raised_at_once(error: Exception) -> None:
+class Doubled(nn.Module):
+    """A block that compiles fast: it has a block's inputs and outputs."""
+
+    def forward(self, picture: Tensor, prompt: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        return prompt, 2 * picture.sin()
+
+
+@pytest.mark.parametrize("recomputed", [0, 1])
+def test_a_backward_pass_that_fails_ends_no_step(recomputed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks with and without recomputation. The graph of the backward pass is compiled when it is first needed."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def broken(*_: object) -> None:
+        raise ValueError("no code for this backward pass")
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=broken)
+    monkeypatch.setattr(torch, "compile", lambda forward, options=None: compile_with(forward, backend=backend))
+    block, calls = Doubled(), []
+    blocks, run = Compilation([block, Doubled()]), Recomputation([block], recomputed)
+    rotary = torch.ones(4, 1, dtype=torch.complex64)
+
+    def gradient() -> Tensor:
+        calls.append(blocks.is_active)
+        picture = torch.ones(1, 4, 2, requires_grad=True)
+        run(block, picture, torch.ones(1, 3, 2), None, torch.ones(1, 2), (rotary, rotary))[1].sum().backward()
+        assert picture.grad is not None
+        return picture.grad
+
+    blocks.start()
+    found = blocks.attempt(gradient, clean_up=lambda: None)
+    torch.testing.assert_close(found, 2 * torch.ones(1, 4, 2).cos())
+    assert calls == [True, False] and not blocks.is_active
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "compiled ones need more memory than is free"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+    ids=["memory", "disk"],
+)
+def test_forward_passes_go_on_where_compiled_code_fails(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A validation is not repeated: the block that failed runs uncompiled at once."""
+    transformer, _, blocks = built("none", recomputed=1)
+    latents, condition = torch.randn(1, 16, 8, 8), Condition((), torch.randn(1, 9, 128))
+    with torch.no_grad():
+        wanted = predict_velocity(transformer, latents, torch.tensor([0.4]), condition)  # type: ignore[arg-type]
+        fails_when_called(monkeypatch, error)
+        blocks.start()
+        with pytest.raises(type(error)):
+            predict_velocity(transformer, latents, torch.tensor([0.4]), condition)  # type: ignore[arg-type]
+        with blocks.forward_only():
+            found = predict_velocity(transformer, latents, torch.tensor([0.4]), condition)  # type: ignore[arg-type]
+    assert torch.equal(found, wanted) and not blocks.is_active
+    assert caplog.text.count("run uncompiled from now on") == 1 and words in caplog.text
+
+
+def test_memory_that_runs_out_beside_compiled_blocks_ends_no_step(caplog: pytest.LogCaptureFixture) -> None:
+    """What compiled blocks keep may be what a later, uncompiled operation lacks."""
     _, _, blocks = built("none", recomputed=1)
     blocks.start()
-    calls = []
+
+    def compute() -> bool:
+        if blocks.is_active:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return True
+
+    assert blocks.attempt(compute, clean_up=lambda: None)
+    assert "because compiled ones need more memory than is free" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [NonFiniteLossError("loss"), MemoryError(), OSError("a picture is gone"), RuntimeError("a mistake")]
+)
+def test_other_errors_are_raised_at_once_and_not_blamed_on_the_compiler(error: Exception) -> None:
+    blocks, calls = Compilation([Doubled(), Doubled()]), []
+    blocks.start()
 
     def fail() -> None:
         calls.append(1)
         raise error
 
     with pytest.raises(type(error)):
-        blocks.attempt(fail)
-    assert len(calls) == 1 and blocks.is_active
-    blocks.stop("the test ends")
-    with pytest.raises(ZeroDivisionError):
-        blocks.attempt(lambda: 1 / 0)
+        blocks.attempt(fail, clean_up=lambda: calls.append(2))
+    assert calls == [1] and blocks.is_active
+
+
+def test_without_compiled_blocks_nothing_is_repeated() -> None:
+    _, _, blocks = built("none", recomputed=1)
+    calls = []
+    with pytest.raises(torch.OutOfMemoryError):
+        blocks.attempt(lambda: calls.append(1) or run_out(), clean_up=lambda: None)
+    assert calls == [1]
+
+
+def run_out() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of compiled code, which does not exist yet, on a machine that can compile."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setattr(compilation, "can_compile", lambda device: device.type == "cuda")
+    return tmp_path / "qwen_edit_trainer" / "compiled"
 
 
 def test_compiled_code_goes_to_the_folder_and_stays_within_its_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "before")
-    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setattr(compilation, "CACHE_BYTES", 250)
-    folder = tmp_path / "compiled"
-    with compiled_code_in(folder):
+    with compiled_code_kept(torch.device("cuda")):
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
         assert os.environ["TRITON_CACHE_DIR"].startswith(str(folder))
         for number in range(4):
@@ -172,6 +288,32 @@ def test_compiled_code_goes_to_the_folder_and_stays_within_its_limit(
             os.utime(path, (number, number))
     assert sorted(path.name for path in (folder / "ab").iterdir()) == ["2", "3"]
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before" and "TRITON_CACHE_DIR" not in os.environ
+
+
+def test_nothing_is_kept_where_nothing_is_compiled(folder: Path) -> None:
+    with compiled_code_kept(torch.device("cpu")):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before"
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("hindrance", ["a file in its place", "no home folder"])
+def test_a_folder_that_cannot_be_written_prevents_no_compilation(
+    hindrance: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch then uses the folder that it would use anyway."""
+    if hindrance == "no home folder":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("LOCALAPPDATA", raising=False)
+        monkeypatch.setattr(Path, "home", raise_no_home)
+    else:
+        folder.parent.write_text("a file")
+    with compiled_code_kept(torch.device("cuda")):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before"
+    assert "Compiled code is not kept for later runs, because its folder can't be written" in caplog.text
+
+
+def raise_no_home() -> None:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_compiled_code_is_outside_the_folders_that_graphs_write_to(

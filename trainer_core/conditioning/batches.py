@@ -201,10 +201,6 @@ class RankPlan:
         step, position = divmod(micro_batch, self.per_step)
         return self.whole[(step * self.ranks.size + self.ranks.rank) * self.per_step + position]
 
-    def first_epoch(self) -> int:
-        """Approximate number of this process's micro-batches in the first epoch, at least 1."""
-        return max(1, self.whole.batches_in_epoch(0) // self.ranks.size)
-
     def draws_of_step(self, step: int) -> list[Draw]:
         """The pairs that a step uses in all processes together."""
         count = self.per_step * self.ranks.size
@@ -214,7 +210,8 @@ class RankPlan:
 class BatchLoader:
     """Reads batches one ahead of the training step. Use it as a context manager.
 
-    Keeps up to about 1 GiB of pairs in memory. `encode_reference` encodes references on the fly.
+    Keeps up to about 1 GiB of pairs in memory. `encode_reference` encodes references on the fly, in a thread if
+    `in_background`; on MPS it must not, because torch crashes if two threads use MPS at once.
     """
 
     def __init__(
@@ -223,35 +220,42 @@ class BatchLoader:
         plan: RankPlan,
         *,
         encode_reference: EncodeReference | None = None,
+        in_background: bool = True,
     ) -> None:
         self.plan = plan
         self._encoded = encoded
         self._encode_reference = encode_reference
         self._held: OrderedDict[tuple[int, int, int], EncodedPair] = OrderedDict()
         self._held_bytes = 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        # One thread reads everything, because the cache of pairs and the VAE are not thread-safe.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if in_background else None
         self._next: tuple[int, Future[Batch]] | None = None
 
     def __enter__(self) -> BatchLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __getitem__(self, micro_batch: int) -> Batch:
         """The tensors of a micro-batch. Starts to read the next one in the background."""
         ready, self._next = self._next, None
         if ready and ready[0] == micro_batch:
             batch = ready[1].result()
-        else:  # also in the pool's only thread, because the cache of pairs and the VAE are not thread-safe
+        else:
             if ready:
                 ready[1].cancel()
-            batch = self._pool.submit(self._read, micro_batch).result()
-        self._next = (micro_batch + 1, self._pool.submit(self._read, micro_batch + 1))
+            batch = self.read(self.plan[micro_batch])
+        if self._pool is not None:
+            self._next = (micro_batch + 1, self._pool.submit(lambda: self._read(self.plan[micro_batch + 1])))
         return batch
 
-    def _read(self, micro_batch: int) -> Batch:
-        draws = self.plan[micro_batch]
+    def read(self, draws: tuple[Draw, ...]) -> Batch:
+        """The tensors of a micro-batch with these draws, of the plan or not."""
+        return self._read(draws) if self._pool is None else self._pool.submit(self._read, draws).result()
+
+    def _read(self, draws: tuple[Draw, ...]) -> Batch:
         return collate(draws, [self._pair(draw) for draw in draws])
 
     def _pair(self, draw: Draw) -> EncodedPair:
@@ -298,14 +302,3 @@ def pad_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     if bool((lengths == lengths[0]).all()):
         return padded, None
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
-
-
-def largest_batch(plan: RankPlan, encoded: EncodedDataset) -> int:
-    """Number of the micro-batch of this process with the most latent positions, within about one epoch."""
-
-    def size(number: int) -> int:
-        draws = plan[number]
-        shapes = encoded.pairs[draws[0].pair].seen(draws[0].reference_set).shapes
-        return len(draws) * sum(height * width for _, height, width in shapes)  # type: ignore[misc]
-
-    return max(range(plan.first_epoch()), key=size)

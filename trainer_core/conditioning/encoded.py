@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from ..config import FlavourName, Preprocessing, digest
@@ -75,6 +76,11 @@ class EncodedDataset:
     def load_prompt(self, entry: EncodedEntry, key: str) -> Any:
         """Embeddings [L, D] of one of the pair's prompts by cache key: a caption, validation or negative prompt."""
         return self._tensor("prompt", key, entry)
+
+    def prompt_tokens(self, key: str) -> int:
+        """Length L of a prompt's embeddings by its cache key, from the file's header."""
+        with safe_open(entry_path(self.cache_dir, "prompt", key), framework="pt") as file:  # type: ignore[no-untyped-call]
+            return int(file.get_slice("prompt").get_shape()[0])
 
     def load_pictures(self, entry: EncodedEntry) -> tuple[Any, ...]:
         """The pictures of a held-out pair [3, H, W], uint8, cropped and resized as encoded: target, then references."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainerError
+from ..device import release_memory
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -22,11 +24,11 @@ _CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 class Compilation:
-    """Compiles a transformer's blocks from `start` to `stop`. All share one graph with gradients and one without.
+    """Switches a transformer's blocks to compiled code and back. They are uncompiled until `start` is called.
 
-    The numbers of picture and prompt tokens are symbols in these graphs, so pairs of other sizes need no compilation.
-    The last block is different, because it drops the prompt, and stays as it is: its own graphs would take longer to
-    compile than they save.
+    All blocks share one graph with gradients and one without. The numbers of picture and prompt tokens are symbols in
+    these graphs, so pairs of other sizes need no compilation. The last block is never compiled: it drops the prompt, so
+    it would need graphs of its own, which take longer to compile than they save.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], *, dropout: bool = False) -> None:
@@ -35,55 +37,75 @@ class Compilation:
         # dropout draws in the same order in both; the compiler's does not promise that.
         self._options = {"fallback_random": True} if dropout else None
         self.is_active = False
+        self.is_forward_only = False
 
     def start(self) -> None:
-        """Let the blocks run compiled from now on. Each graph is compiled when it is first needed."""
-        import torch._dynamo.config as dynamo
-
-        # Graphs differ between batches of one and of several pairs, with and without a mask or an enabled adapter.
-        name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
-        setattr(dynamo, name, max(64, getattr(dynamo, name)))
-        # Lets blocks share graphs. Torch 2.4 has it off, other packages turn it off, and from 2.13 on it is always on.
-        if torch.__version__ < "2.13":
-            dynamo.inline_inbuilt_nn_modules = True
+        """Run the blocks compiled from now on. Each graph is compiled when it is first needed."""
         for block in self._blocks:
-            block.forward = _AnySize(torch.compile(block.forward, options=self._options))
+            block.forward = _AnySize(self, block.forward, self._options)
         self.is_active = True
 
     def stop(self, reason: str) -> None:
-        """Let the blocks run uncompiled from now on, and log the reason."""
+        """Run the blocks uncompiled from now on, and log the reason."""
         for block in self._blocks:
             del block.forward
         self.is_active = False
         _LOG.warning("The transformer's blocks run uncompiled from now on, because %s.", reason)
 
-    def attempt(self, compute: Callable[[], T], clean_up: Callable[[], None] | None = None) -> T:
-        """The result of `compute`. If it fails with compiled blocks, it is called again with uncompiled ones.
+    def attempt(self, compute: Callable[[], T], clean_up: Callable[[], None]) -> T:
+        """Call `compute`, which runs forward and backward passes, and return its result.
 
-        `clean_up` is called in between.
-
-        The compiler may fail at any time, in ways that differ between its versions, so this catches every error that
-        is not ours and not about memory. An error that has another cause occurs again and is raised.
+        If compiled code fails or memory runs out, it is called again with uncompiled blocks, after `clean_up`. The
+        compiler may fail in any pass, and its errors differ between versions of torch. All other errors are raised.
         """
+        was_active = self.is_active
         try:
             return compute()
-        except (TrainerError, torch.OutOfMemoryError, MemoryError):
-            raise
         except Exception as error:
-            if not self.is_active:
+            # Compiled blocks may need more memory. Which operation then fails is a matter of chance.
+            if not was_active or not (isinstance(error, torch.OutOfMemoryError) or _is_from_compiled_code(error)):
                 raise
-            first_line = next(iter(str(error).splitlines()), "")
-            self.stop(f"compiled ones fail ({type(error).__name__}: {first_line[:200]})")
-        if clean_up is not None:
-            clean_up()
+            self.stop(_reason(error))
+        clean_up()
+        release_memory()  # only now: until here, the error's traceback has kept the tensors of the failed pass
         return compute()
+
+    @contextmanager
+    def forward_only(self) -> Iterator[None]:
+        """For forward passes without gradients: a block whose compiled code fails runs uncompiled at once, and so do
+        all blocks after it."""
+        self.is_forward_only = True
+        try:
+            yield
+        finally:
+            self.is_forward_only = False
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "compiled ones need more memory than is free"
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"compiled ones fail ({type(error).__name__}: {first_line[:200]})"
+
+
+def _is_from_compiled_code(error: Exception) -> bool:
+    """Whether the compiler or compiled code raised this error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(
+        frame.f_code is _AnySize.__call__.__code__  # forward
+        or str(frame.f_globals.get("__name__")).startswith("torch._functorch.")  # backward
+        for frame in frames
+    )
 
 
 class _AnySize:
-    """A block's compiled forward, which tells the compiler which dimensions count tokens."""
+    """A block's forward, compiled when it is first called. Tells the compiler which dimensions count tokens."""
 
-    def __init__(self, compiled: Any) -> None:
-        self._compiled = compiled
+    def __init__(
+        self, compilation: Compilation, uncompiled: Callable[..., Any], options: dict[str, bool] | None
+    ) -> None:
+        self._compilation, self._uncompiled, self._options = compilation, uncompiled, options
+        self._compiled: Callable[..., Any] | None = None
 
     def __call__(
         self,
@@ -100,15 +122,30 @@ class _AnySize:
             _mark(tokens, 1)
         for angles in rotary:
             _mark(angles, 0)
-        return self._compiled(
-            hidden_states,
-            encoder_hidden_states,
-            encoder_hidden_states_mask,
-            temb,
-            rotary,
-            joint_attention_kwargs,
-            modulate_index,
-        )
+
+        first = (hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb)
+        last = (joint_attention_kwargs, modulate_index)
+        try:
+            if self._compiled is None:
+                self._compiled = _compiled(self._uncompiled, self._options)
+            return self._compiled(*first, rotary, *last)
+        except Exception as error:
+            if not self._compilation.is_forward_only:
+                raise
+            self._compilation.stop(_reason(error))
+        return self._uncompiled(*first, image_rotary_emb, *last)
+
+
+def _compiled(forward: Callable[..., Any], options: dict[str, bool] | None) -> Callable[..., Any]:
+    import torch._dynamo.config as dynamo
+
+    # Graphs differ between batches of one and of several pairs, with and without a mask or an enabled adapter.
+    name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
+    setattr(dynamo, name, max(64, getattr(dynamo, name)))
+    # Lets blocks share graphs. Torch 2.4 has it off, other packages turn it off, and from 2.13 on it is always on.
+    if torch.__version__ < "2.13":
+        dynamo.inline_inbuilt_nn_modules = True
+    return torch.compile(forward, options=options)
 
 
 def _mark(tensor: Tensor | None, dim: int) -> None:
@@ -125,14 +162,32 @@ def code_folder() -> Path:
     """The folder of compiled code: below the user's cache folder.
 
     Torch unpickles files in it, so it must not be where a graph can make ComfyUI write.
+
+    Raises:
+        RuntimeError: the user has no home folder.
     """
     caches = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
     return Path(caches) / "qwen_edit_trainer" / "compiled"
 
 
 @contextmanager
-def compiled_code_in(folder: Path) -> Iterator[None]:
-    """Keep compiled code in `folder` while the context lasts, for this run and the next. Limits the folder's size."""
+def compiled_code_kept(device: torch.device) -> Iterator[None]:
+    """Keep compiled code in `code_folder` while the context lasts, for this run and later ones. Limits its size.
+
+    Without a folder that can be written, torch keeps the code in a temporary folder.
+    """
+    if not can_compile(device):
+        yield
+        return
+    try:
+        folder = code_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError) as error:
+        _LOG.warning("Compiled code is not kept for later runs, because its folder can't be written (%s).", error)
+        yield
+        return
     before = {name: os.environ.get(name) for name in _CACHE_VARIABLES}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")

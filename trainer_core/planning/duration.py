@@ -111,6 +111,18 @@ def probed_speed(config: TrainConfig, network: NetworkSize, work: Workload, devi
     )
 
 
+def compiled_seconds(config: TrainConfig, network: NetworkSize, work: Workload, device: torch.device) -> float | None:
+    """An estimate of the seconds of the largest micro-batch with compiled blocks, forward and backward.
+
+    None where `probed_speed` is None.
+    """
+    compiled = dataclasses.replace(config, memory=dataclasses.replace(config.memory, compile_blocks="on"))
+    speed, tokens = probed_speed(compiled, network, work, device), work.tokens
+    if speed is None:
+        return None
+    return tokens.batch * training_seconds(compiled, network, speed, tokens.image + tokens.text, tokens.batch)
+
+
 def _probes(network: NetworkSize, tokens: int, device: torch.device) -> tuple[float, float, float, float]:
     """Seconds per operation of a matrix product and of attention forward and backward, and per byte of a copy."""
     dtype = torch.bfloat16 if network.element_bytes == 2 else torch.float32

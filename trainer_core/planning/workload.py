@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from itertools import cycle
+from typing import NamedTuple
 
-from safetensors import safe_open
-
+from ..conditioning.batches import Draw
 from ..conditioning.encoded import EncodedDataset, EncodedEntry
-from ..conditioning.entry import entry_path
 from ..conditioning.pictures import PairPlan, plan_pair
 from ..conditioning.reference_sets import split_by_reference
 from ..config import BatchingConfig, EncodingConfig, ModelConfig, ValidationConfig
@@ -33,14 +31,14 @@ _PROMPTS_READ = 64  # at most, of pairs of equal size, whose prompts differ litt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSize:
-    """Size of a pair. `target` is in pixels. Pairs of equal `group` can share a batch. `turns`: per epoch, of all pairs
-    that this one stands for."""
+    """Size of a pair. `target` is in pixels. Pairs of equal `group`, the sizes of all their pictures, can share a
+    batch. `turns`: per epoch, of all pairs that this one stands for."""
 
     target: Size
     references: int
     image_tokens: int
     text_tokens: int
-    group: Hashable = ()
+    group: tuple[Size, ...] = ()
     turns: int = 1
 
 
@@ -175,7 +173,7 @@ def _workload(train: Sequence[PairSize], drawn: Sequence[PairSize], batching: Ba
         raise DatasetError(
             "The memory plan has no pairs to train on: all are held out. Set num_eval_images lower, to 0 or more."
         )
-    turns = Counter[Hashable]()
+    turns = Counter[tuple[Size, ...]]()
     for pair in train:
         turns[pair.group] += pair.turns
     batches = {group: min(batching.train_batch_size, count) for group, count in turns.items()}
@@ -194,25 +192,42 @@ def _all_tokens(pair: PairSize) -> int:
 
 
 def _sizes(encoded: EncodedDataset, entries: Sequence[EncodedEntry]) -> list[PairSize]:
-    groups: dict[tuple[tuple[int, ...], ...], list[EncodedEntry]] = {}
-    for entry in entries:
-        for reference_set in range(max(1, len(entry.prompts_by_reference))):  # more than 1: a turn has one reference
-            seen = entry.seen(reference_set)
-            groups.setdefault(seen.shapes, []).append(seen)
     sizes = []
-    for shapes, members in groups.items():
-        text = max(_prompt_tokens(encoded, entry) for entry in islice(members, _PROMPTS_READ))
-        target, *references = (Size(shape[-1] * VAE_FACTOR, shape[-2] * VAE_FACTOR) for shape in shapes)
-        sizes.append(pair_size(target, references, text, turns=sum(1 + entry.repeats for entry in members)))
+    for pictures, turns in _turns_by_size(entries).items():
+        read = [turn.seen for turn in turns[:_PROMPTS_READ]]
+        text = max(encoded.prompt_tokens(key) for seen in read for key in (*seen.prompts, *seen.validation_prompts))
+        target, *references = pictures
+        sizes.append(pair_size(target, references, text, turns=sum(1 + turn.seen.repeats for turn in turns)))
     return sizes
 
 
-def _prompt_tokens(encoded: EncodedDataset, entry: EncodedEntry) -> int:
-    prompts = (*entry.prompts, *entry.validation_prompts)
-    return max(_length(entry_path(encoded.cache_dir, "prompt", key)) for key in prompts)
+def largest_draws(encoded: EncodedDataset, work: Workload) -> tuple[Draw, ...]:
+    """The largest micro-batch of a run: pairs of the size of `work.train`, those with the longest prompts first."""
+    longest = []
+    for turn in _turns_by_size(encoded.pairs)[work.train.group][:_PROMPTS_READ]:
+        tokens, caption = max((encoded.prompt_tokens(key), number) for number, key in enumerate(turn.seen.prompts))
+        longest.append((tokens, turn, caption))
+    longest.sort(key=lambda each: each[0], reverse=True)
+    return tuple(
+        Draw(turn.pair, caption, index, turn.reference_set)
+        for index, (_, turn, caption) in zip(range(work.batch), cycle(longest), strict=False)
+    )
 
 
-def _length(path: Path) -> int:
-    """Tokens of a cached prompt, from the file's header."""
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-        return int(file.get_slice("prompt").get_shape()[0])
+class _Turn(NamedTuple):
+    """One way of using a pair: its number, the number of a reference set, and the entry with only that set."""
+
+    pair: int
+    reference_set: int
+    seen: EncodedEntry
+
+
+def _turns_by_size(entries: Sequence[EncodedEntry]) -> dict[tuple[Size, ...], list[_Turn]]:
+    """The turns of an epoch by their pictures' sizes in pixels, as in `PairSize.group`: target, then references."""
+    groups: dict[tuple[Size, ...], list[_Turn]] = {}
+    for number, entry in enumerate(entries):
+        for reference_set in range(max(1, len(entry.prompts_by_reference))):  # more than 1: a turn has one reference
+            seen = entry.seen(reference_set)
+            sizes = tuple(Size(shape[-1] * VAE_FACTOR, shape[-2] * VAE_FACTOR) for shape in seen.shapes)
+            groups.setdefault(sizes, []).append(_Turn(number, reference_set, seen))
+    return groups

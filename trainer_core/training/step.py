@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from ..adapters.inject import inject_lora, without_dropout
 from ..adapters.master_weights import MasterWeights, master_weights
 from ..adapters.plan import AdapterPlan
-from ..conditioning.batches import Batch, BatchLoader
+from ..conditioning.batches import Batch, BatchLoader, Draw
 from ..config import Preprocessing, TrainConfig
 from ..device import peak_bytes, pick_device
 from ..errors import Interrupted, NonFiniteLossError
@@ -131,9 +131,7 @@ def step_gradients(
     rate = learning_rate_at(done, config.max_train_steps, config.optimizer)
     learning_rate = set_learning_rate(networks.optimizer, rate)
     try:
-        accumulated = networks.compilation.attempt(
-            lambda: _accumulate(networks, loader, done, config, observer), clean_up=networks.optimizer.zero_grad
-        )
+        accumulated = _accumulate(networks, loader, done, config, observer)
     except Interrupted:
         networks.optimizer.zero_grad(set_to_none=True)
         raise
@@ -181,27 +179,45 @@ def _accumulate(networks: Networks, loader: BatchLoader, done: int, config: Trai
     Returns [3, pairs] on the device: loss, sigma and extra forward passes (rollouts) of each pair in all processes.
     All pairs have equal weight, so only their number matters, not their split into micro-batches and processes.
     """
-    count, plan = config.batching.gradient_accumulation_steps, loader.plan
+    plan = loader.plan
     draws = plan.draws_of_step(done)
-    turns = range(draws[0].index, draws[0].index + len(draws))
-    rows, stop = [], Stop.NO
+    # Without what the processes exchange, which one of them can't repeat alone.
+    rows, stop = networks.compilation.attempt(
+        lambda: _own_passes(networks, loader, done, draws, config, observer), clean_up=networks.optimizer.zero_grad
+    )
+    if stop := plan.ranks.agree(stop):  # all processes must stop in the same step, or one would wait for the others
+        raise Interrupted(keep=stop is Stop.KEEP)
+    before, own = draws.index(plan[done * plan.per_step][0]), torch.cat(rows, dim=1)
+    return add_up_step(plan.ranks, networks.lora.values(), own, before=before, total=len(draws))
+
+
+def _own_passes(
+    networks: Networks,
+    loader: BatchLoader,
+    done: int,
+    draws: Sequence[Draw],
+    config: TrainConfig,
+    observer: Observer,
+) -> tuple[list[Tensor], Stop]:
+    """The passes of this process's micro-batches. `draws`: the step's pairs in all processes.
+
+    Returns [3, pairs] of each micro-batch, and whether the user wants to stop; the rest is then left out.
+    """
+    count, turns = loader.plan.per_step, range(draws[0].index, draws[0].index + len(draws))
+    rows: list[Tensor] = []
     for number in range(done * count, (done + 1) * count):
         if stop := observer.should_stop():
-            break
+            return rows, stop
         loss, rolled = _pair_losses(networks, loader[number], turns, done, config)
         (loss.sum() / len(draws)).backward()
         forwards = torch.zeros_like(rolled.noisy.sigma)
         forwards[0] = rolled.forwards  # the micro-batch's total; only the sum over all pairs is used
         rows.append(torch.stack([loss.detach(), rolled.noisy.sigma, forwards]))
-    if stop := plan.ranks.agree(stop):  # all processes must stop in the same step, or one would wait for the others
-        raise Interrupted(keep=stop is Stop.KEEP)
-    before, own = draws.index(plan[done * count][0]), torch.cat(rows, dim=1)
-    return add_up_step(plan.ranks, networks.lora.values(), own, before=before, total=len(draws))
+    return rows, Stop.NO
 
 
-def rehearse(networks: Networks, loader: BatchLoader, micro_batch: int, config: TrainConfig) -> None:
+def rehearse(networks: Networks, batch: Batch, config: TrainConfig) -> None:
     """Forward and backward passes of a micro-batch, to test that the memory suffices. Discards the gradients."""
-    batch = loader[micro_batch]
     turns = range(batch.draws[0].index, batch.draws[-1].index + 1)
     losses, _ = _pair_losses(networks, batch, turns, 0, config)
     losses.sum().backward()
