@@ -75,7 +75,7 @@ def dry_step(
             observer.on_progress("Compiling the transformer's blocks", 0, 0)
             measured = _compiled_if_faster(networks, measure, measured)
     _log_memory(prepared, networks, measured.peak_bytes)
-    torch.cuda.empty_cache()  # blocks of memory that only the compiler or another size needed
+    torch.cuda.empty_cache()  # gives back what only compiling, or only uncompiled blocks, needed
     words = time_in_words(*run, measured_speed(*run, measured.seconds), done=done)
     _LOG.info("%s", words)
     observer.on_progress(words, 0, 0)
@@ -100,7 +100,7 @@ def _pays(device: torch.device, left: float, saved: float) -> bool:
         )
     else:
         text = (
-            "Compiling the transformer's blocks: takes up to a minute and saves about %s of the remaining %s. Set "
+            "Compiling the transformer's blocks. This takes up to a minute and saves about %s of the remaining %s. Set "
             "compile_blocks to off to prevent it."
         )
     _LOG.info(text, *numbers)

@@ -25,7 +25,7 @@ CUDA = torch.device("cuda")
 @pytest.mark.parametrize(
     ("has_triton", "saved", "pays", "words"),
     [
-        (True, 720, True, "takes up to a minute and saves about 12 min of the remaining 1 h 0 min"),
+        (True, 720, True, "This takes up to a minute and saves about 12 min of the remaining 1 h 0 min"),
         (True, 24, False, "would save about 24 s of the remaining 1 h 0 min"),
         (False, 720, False, "Triton is not installed. It would save about 12 min"),
     ],

@@ -89,7 +89,7 @@ class _Sight:
                 yield texts, list(islice(seen, len(found)))
 
     def _see(self, inputs: Sequence[VisualInput]) -> Iterator[Any]:
-        """Visual tokens of each reference: given, cached meanwhile, or computed and then cached."""
+        """Visual tokens of each reference: as given, from the cache, or else computed and written to the cache."""
         names = [each.key or str(number) for number, each in enumerate(inputs)]  # equal keys: the same picture
         known: dict[str, Any] = {}
         for name, (key, found) in zip(names, inputs, strict=True):

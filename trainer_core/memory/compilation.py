@@ -37,7 +37,7 @@ class Compilation:
         # dropout draws in the same order in both; the compiler's does not promise that.
         self._options = {"fallback_random": True} if dropout else None
         self.is_active = False
-        self.is_forward_only = False
+        self.is_forward_only = False  # see `forward_only`
 
     def start(self) -> None:
         """Run the blocks compiled from now on. Each graph is compiled when it is first needed."""
@@ -72,8 +72,8 @@ class Compilation:
 
     @contextmanager
     def forward_only(self) -> Iterator[None]:
-        """For forward passes without gradients: a block whose compiled code fails runs uncompiled at once, and so do
-        all blocks after it."""
+        """A context for forward passes without gradients. If a block's compiled code fails there, that block and all
+        later ones run uncompiled at once, so nothing has to be repeated."""
         self.is_forward_only = True
         try:
             yield

@@ -22,8 +22,8 @@ from .streaming import BlockStream
 class Recomputation:
     """A gradient checkpointing function for diffusers, which calls it with a block and the block's inputs.
 
-    The first block's inputs must need gradients, as `predict_velocity` makes them: autograd skips a function whose
-    inputs need none, although its adapter does.
+    The first block's inputs must require gradients, which `predict_velocity` sees to: autograd skips the backward pass
+    of a function if none of its inputs requires one, even if an adapter inside it does.
 
     The first `num_blocks` of `blocks` are recomputed; the others keep their activations. With `dropout`, a block drops
     the same values in both forward passes.

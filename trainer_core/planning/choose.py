@@ -21,7 +21,8 @@ from .plan import GIB, MemoryPlan, plan_memory
 from .workload import PairSize, Workload
 
 C = TypeVar("C")
-# A card whose copies are slow for its computation: 100 TFLOP/s with PCIe 4.0 x8. Others hide the same copies as well.
+# A card whose copies are slow compared with its arithmetic: 100 TFLOP/s with PCIe 4.0 x8. Copies that computation hides
+# on this card are also hidden on others.
 _TYPICAL = Speed(product=1e-14, attention=1e-14, attention_backward=1e-14, copy=1 / 12e9)
 _CUDA_CONTEXT = int(0.6 * GIB)  # device memory that CUDA itself uses
 SMALLER_PRECISIONS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "nf4-bnb")

@@ -19,19 +19,19 @@ from .network import NetworkSize
 from .workload import Workload, picture_tokens
 
 # Fitted to steps in int8 on an H200, at 512 and 1024 pixels with one reference. Uncompiled, then compiled:
-_EFFICIENCY = (0.52, 0.70)  # the device's measured speed is reached to this part
-_LAUNCH = (3.0e-3, 2.1e-3)  # seconds in which the host starts the kernels of a block's pass
-_OVERLAP = 0.6  # of a step's time, in which copies run beside the computation without delaying it
+_EFFICIENCY = (0.52, 0.70)  # fraction of the device's measured speed that a step reaches
+_LAUNCH = (3.0e-3, 2.1e-3)  # seconds that the host needs to launch the kernels of one block's forward or backward pass
+_OVERLAP = 0.6  # fraction of a step's time during which copies overlap with computation and cost nothing
 _COPIED = 2**26  # bytes of the measured copy
 _SIDES = (1024, 768, 512)
-_HALF = 0.55  # of the time counts as half of it
+_HALF = 0.55  # a change that leaves at most this fraction of the time is said to halve it
 _MANY = 50  # steps of which rollouts are averaged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
     """Seconds per floating point operation: of matrix products, and of attention forward and backward. `launch`:
-    seconds in which the host starts a block's pass. `copy`: seconds per byte from host to device memory."""
+    seconds that the host needs to launch one pass of a block. `copy`: seconds per byte from host to device memory."""
 
     product: float
     attention: float
@@ -43,8 +43,8 @@ class Speed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Duration:
-    """What remains of a run, in seconds. `previews`: of all validations together, which are `times` times `pictures`
-    validation pictures."""
+    """What remains of a run, in seconds: `steps` steps of `step` seconds, and `previews` for `times` validations of
+    `pictures` pictures each."""
 
     step: float
     steps: int

@@ -14,7 +14,8 @@ from ..weights.stored import dequantise
 
 @dataclass(frozen=True, slots=True)
 class EightBits:
-    """fp8 or int8 codes [out, in], a float32 scale per row [out, 1] or for all [], and StoredWeight's `rotation`."""
+    """fp8 or int8 codes [out, in] with float32 scales: one per row [out, 1], or one for the whole weight []. `rotation`
+    is that of StoredWeight."""
 
     names: ClassVar[tuple[str, ...]] = ("codes", "scale")
     rotation: int = 0
@@ -62,7 +63,8 @@ class Nf4:
 class Packed:
     """quanto's codes of 4 or 2 bits in groups of `group` weights, each with a scale and a shift: scale * code - shift.
 
-    A byte holds the codes of one column in 8 / bits rows, which are a fraction of all rows apart.
+    The groups are the rows of a matrix, which is cut into 8 / bits parts of equal height. A byte holds the codes at the
+    same place of all parts.
     """
 
     names: ClassVar[tuple[str, ...]] = ("codes", "scale", "shift")

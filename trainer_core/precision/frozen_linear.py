@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .formats import Format, QuantisedWeight
 
-_PADDING = (None,) * 6  # a format has at most so many tensors
+_PADDING = (None,) * 6  # a format has at most six tensors
 
 
 class FrozenLinear(nn.Linear):

@@ -30,9 +30,9 @@ QWEN_SCHEDULE = {
     "max_image_seq_len": 8192,
     "shift_terminal": 0.02,
 }
-# Most tokens of a pass that shares a forward pass with the other one of guidance. 0: never. A shared pass is slower if
-# the device is busy with one already, because prompts of different lengths need masked attention, and compiled blocks
-# are compiled again for it. benchmarks/sampling.py measures both ways.
+# Guidance's two passes share a forward pass if each has at most this many tokens; 0: never. A shared pass is slower if
+# a single one keeps the device busy, because prompts of different lengths need masked attention, for which compiled
+# blocks are compiled again. benchmarks/sampling.py measures both ways.
 TOGETHER_TOKENS = 0
 FORWARD_WIDTHS = 14  # peak memory of a forward pass without gradients, in widths of the network per token
 _USABLE = 0.9  # of free memory, because the peak is an estimate
