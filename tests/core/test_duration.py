@@ -219,7 +219,7 @@ def test_durations_in_words(network: NetworkSize, seconds: float, words: str) ->
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch, rates: list[float] | None = None) -> None:
     """Makes the measurement of a CUDA device run on the CPU, or give these rates."""
     original = planning_duration._probes
-    monkeypatch.setattr(planning_duration, "_seconds", lambda call: float(call() is not None))
+    monkeypatch.setattr(planning_duration, "_seconds", lambda _, call: float(call() is not None))
     monkeypatch.setattr(
         planning_duration, "_probes", lambda network, tokens, _: rates or original(network, tokens, torch.device("cpu"))
     )
@@ -251,6 +251,27 @@ def test_the_device_is_measured_in_the_mode_in_which_comfyui_runs_nodes(monkeypa
     with torch.inference_mode():
         speed = probed_speed(config_of(), narrow, low, torch.device("cuda"))
     assert speed is not None and speed.attention_backward > 0
+
+
+def test_the_card_that_computes_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the current one, which is cuda:0 also for a run on cuda:1."""
+    recorded = []
+
+    class Event:
+        def __init__(self, **_: object) -> None: ...
+
+        def record(self, stream: str) -> None:
+            recorded.append(stream)
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, _: Event) -> float:
+            return 2000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    assert planning_duration._seconds(torch.device("cuda:1"), lambda: None) == 2.0
+    assert set(recorded) == {"stream of cuda:1"}
 
 
 def test_a_card_that_is_full_is_not_measured(network: NetworkSize, monkeypatch: pytest.MonkeyPatch) -> None:

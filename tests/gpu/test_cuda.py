@@ -83,8 +83,8 @@ def test_stopped_and_continued(config: TrainConfig, optimizer: str) -> None:
 def test_memory_that_cannot_be_locked_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     stream = torch.nn.Module()  # any object that supports weak references
     host = torch.empty(2**20, dtype=torch.uint8)
-    _pin(stream, [host])
-    _pin(stream, [host])  # pinning the same memory twice is a CUDA error
+    _pin(stream, [host], torch.device("cuda"))
+    _pin(stream, [host], torch.device("cuda"))  # pinning the same memory twice is a CUDA error
     assert "can't be pinned" in caplog.text
     assert torch.ones(2, device="cuda").add(1).tolist() == [2, 2]
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +22,7 @@ from trainer_core.memory import offload as offload_module
 from trainer_core.memory.offload import CHUNK_BYTES, HostCopies, offloaded_bytes
 from trainer_core.memory.placement import apply_memory, blocks_on_host, check_compiler, stream_blocks
 from trainer_core.memory.recompute import Recomputation
-from trainer_core.memory.streaming import BlockStream
+from trainer_core.memory.streaming import BlockStream, _pin
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer
 
@@ -241,6 +245,30 @@ def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):
     stream_blocks(transformer, numbers, CPU, MemoryConfig(blocks_to_stream=LAYERS))
     with pytest.raises(AssertionError, match="held"):
         predict(transformer)
+
+
+def test_host_memory_is_pinned_for_the_card_that_reads_it(monkeypatch: pytest.MonkeyPatch):
+    """With device cuda:1, CUDA would otherwise also take memory on cuda:0, and not wait for the last copy."""
+    second, current, seen = torch.device("cuda:1"), [], []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *_: seen.append(("pin", *current)) or 0,
+        cudaHostUnregister=lambda *_: seen.append(("unpin",)),
+    )
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append(("wait", device)))
+    owner = nn.Module()
+    _pin(owner, [torch.zeros(4)], second)
+    del owner
+    gc.collect()
+    assert seen == [("pin", second), ("wait", second), ("unpin",)]
 
 
 @pytest.mark.parametrize(("platform", "package"), [("linux", "triton"), ("win32", "triton-windows")])

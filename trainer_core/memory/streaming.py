@@ -46,7 +46,7 @@ class BlockStream:
         self._number = {block: index for index, block in enumerate(blocks)}
         self._queue = _CopyQueue(device, count)
         if device.type == "cuda":
-            _pin(self, self._host)
+            _pin(self, self._host, device)
         for block in blocks:
             block.register_forward_pre_hook(self._before)
             block.register_forward_hook(self._after)
@@ -163,31 +163,32 @@ def _point_into(slots: list[tuple[Tensor, int]], buffer: Tensor) -> None:
         tensor.data = _view(buffer, tensor, offset)
 
 
-def _pin(owner: object, tensors: Sequence[Tensor]) -> None:
-    """Pin host memory while `owner` lives, for fast asynchronous copies.
+def _pin(owner: object, tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Pin host memory while `owner` lives, for fast asynchronous copies to a CUDA device.
 
     Torch's own pinned memory is rounded up to powers of two, which would waste up to half of it.
     """
-    runtime: Any = torch.cuda.cudart()
     unpinned = 0
-    for tensor in tensors:
-        if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
-            unpinned += tensor.nbytes
-            _forget_error()
-        else:
-            weakref.finalize(owner, _unpin, tensor)
+    with torch.cuda.device(device):  # or CUDA would also take memory on the current device
+        runtime: Any = torch.cuda.cudart()
+        for tensor in tensors:
+            if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
+                unpinned += tensor.nbytes
+                _forget_error(device)
+            else:
+                weakref.finalize(owner, _unpin, tensor, device)
     if unpinned:
         text = "%.1f GiB of host memory can't be pinned, so streaming is slow. Lower blocks_to_stream or free memory."
         _LOG.warning(text, unpinned / 2**30)
 
 
-def _forget_error() -> None:
+def _forget_error(device: torch.device) -> None:
     """Clear CUDA's last error: it would otherwise be raised by the next kernel, so launch one for this purpose."""
     with suppress(RuntimeError):
-        torch.zeros(1, device="cuda").add_(1)
+        torch.zeros(1, device=device).add_(1)
 
 
-def _unpin(tensor: Tensor) -> None:
-    torch.cuda.synchronize()  # a copy may still be reading from this memory
+def _unpin(tensor: Tensor, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may still be reading from this memory
     runtime: Any = torch.cuda.cudart()
     runtime.cudaHostUnregister(tensor.data_ptr())

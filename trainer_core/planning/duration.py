@@ -138,21 +138,22 @@ def _probes(network: NetworkSize, tokens: int, device: torch.device) -> tuple[fl
     host = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty_like(host, device=device)
     return (
-        _seconds(lambda: x @ weight) / (8 * tokens * width**2),
-        _seconds(lambda: scaled_dot_product_attention(q, k, v)) / attention,
-        _seconds(lambda: torch.autograd.grad(attended, (q, k, v), grad, retain_graph=True)) / (2 * attention),
-        _seconds(lambda: there.copy_(host, non_blocking=True)) / _COPIED,
+        _seconds(device, lambda: x @ weight) / (8 * tokens * width**2),
+        _seconds(device, lambda: scaled_dot_product_attention(q, k, v)) / attention,
+        _seconds(device, lambda: torch.autograd.grad(attended, (q, k, v), grad, retain_graph=True)) / (2 * attention),
+        _seconds(device, lambda: there.copy_(host, non_blocking=True)) / _COPIED,
     )
 
 
-def _seconds(call: Callable[[], object], times: int = 4) -> float:
-    """Median seconds that a call takes on the CUDA device, after two calls that are not counted."""
+def _seconds(device: torch.device, call: Callable[[], object], times: int = 4) -> float:
+    """Median seconds that a call takes on a CUDA device, after two calls that are not counted."""
     taken = []
+    stream = torch.cuda.current_stream(device)  # an event without a stream would time the current device
     for _ in range(2 + times):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begin.record(stream)
         call()
-        end.record()
+        end.record(stream)
         end.synchronize()
         taken.append(begin.elapsed_time(end) / 1000)
     return statistics.median(taken[2:])
