@@ -278,8 +278,8 @@ def run_row(row: Row, folder: Path, models: Path, given: argparse.Namespace) -> 
 def machine() -> str:
     """What the rows ran on. Asks nvidia-smi, because torch would keep device memory that the next row needs."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    name = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else "CPU"
-    return f"{name}, torch {torch.__version__}, {os.cpu_count()} cores"
+    names = subprocess.run(query, capture_output=True, text=True).stdout.splitlines() if shutil.which(query[0]) else []
+    return f"{names[0] if names else 'CPU'}, torch {torch.__version__}, {os.cpu_count()} cores"
 
 
 def main() -> int:

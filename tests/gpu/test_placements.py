@@ -47,12 +47,13 @@ def step(
     kind: LoraType,
     memory: MemoryConfig = KEPT,
     *,
+    targets: str = "all",
     compiled: bool = False,
     dropout: float = 0.0,
     device: str = "cuda",
 ) -> Outcome:
     """Forward and backward of a narrow transformer with the same random weights on each call, made on the device."""
-    lora = LoraConfig(lora_rank=4, lora_type=kind, lora_targets="all", lora_dropout=dropout)
+    lora = LoraConfig(lora_rank=4, lora_type=kind, lora_targets=targets, lora_dropout=dropout)
     config = TrainConfig(run_dir="-", encoded="-", memory=memory, lora=lora)
     there, draws = torch.device(device), torch.Generator(device).manual_seed(0)
     transformer = empty_transformer({**NARROW, "num_layers": LAYERS, "num_attention_heads": 4}).to_empty(device=there)
@@ -85,9 +86,9 @@ def step(
 
 
 @functools.cache
-def plain(precision: BaseModelPrecision, kind: LoraType) -> Outcome:
+def plain(precision: BaseModelPrecision, kind: LoraType, targets: str = "all") -> Outcome:
     """The step with everything on the device."""
-    return step(precision, kind)
+    return step(precision, kind, targets=targets)
 
 
 @pytest.mark.parametrize("kind", get_args(LoraType))
@@ -120,20 +121,24 @@ COMPILED = [
 def test_compiled_blocks_differ_by_rounding(
     precision: BaseModelPrecision, kind: LoraType, memory: MemoryConfig
 ) -> None:
-    """In bfloat16, where the compiler rounds less often than single operations do."""
-    wanted, found = plain(precision, kind), step(precision, kind, memory, compiled=True)
-    assert relative_error(found.velocity.float(), wanted.velocity.float()) < 3e-2
+    """In bfloat16, where the compiler rounds less often than single operations do. Fewer targets compile faster."""
+    wanted = plain(precision, kind, "attention")
+    assert_close(step(precision, kind, memory, targets="attention", compiled=True), wanted)
+
+
+def test_compiled_blocks_drop_the_same_values_again() -> None:
+    """With other values in the recomputation, the gradients would differ from those of kept activations."""
+    wanted, found = (
+        step("none", "lora", memory, targets="attention", dropout=0.5, compiled=True) for memory in (KEPT, OFFLOADED)
+    )
+    assert_close(found, wanted)
+    undropped = plain("none", "lora", "attention")
+    assert relative_error(wanted.velocity.float(), undropped.velocity.float()) > 6e-2  # dropout has an effect
+
+
+def assert_close(found: Outcome, wanted: Outcome) -> None:
+    """The velocity and all gradients differ by about as much as bfloat16 differs from float32 here, or less."""
     assert found.gradients.keys() == wanted.gradients.keys()
     every = [torch.cat([each.gradients[name].flatten() for name in wanted.gradients]) for each in (found, wanted)]
-    assert relative_error(*every) < 5e-2
-
-
-@pytest.mark.parametrize("memory", [KEPT, OFFLOADED], ids=case_name)
-def test_compiled_blocks_drop_the_same_values_again(memory: MemoryConfig) -> None:
-    """With other values in the recomputation, the gradients would differ from those of kept activations."""
-    wanted = step("none", "lora", dropout=0.5)
-    found = step("none", "lora", memory, dropout=0.5, compiled=True)
-    assert relative_error(found.velocity.float(), wanted.velocity.float()) < 3e-2
-    every = [torch.cat([each.gradients[name].flatten() for name in wanted.gradients]) for each in (found, wanted)]
-    assert relative_error(*every) < 5e-2
-    assert relative_error(wanted.velocity.float(), plain("none", "lora").velocity.float()) > 0.1
+    errors = relative_error(found.velocity.float(), wanted.velocity.float()), relative_error(*every)
+    assert max(errors) < 3e-2, errors

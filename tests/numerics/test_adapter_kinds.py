@@ -202,7 +202,7 @@ def _with_pefts_delta(layer: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["dora", "lokr"])
-@pytest.mark.parametrize("damage", ["lost", "scaled"])
+@pytest.mark.parametrize("damage", ["lost", "scaled", "not a number"])
 def test_a_file_that_would_do_something_else_gets_no_name(name: str, damage: str, model: ModelConfig, tmp_path: Path):
     transformer, parameters = adapted(model, KINDS[name])
     tensors = for_file(transformer, parameters)
@@ -211,7 +211,7 @@ def test_a_file_that_would_do_something_else_gets_no_name(name: str, damage: str
         stored = load_file(file)
         ending = "dora_scale" if name == "dora" else "lokr_w1"
         first = next(each for each in stored if each.endswith(ending))
-        stored[first] = stored[first] * 1.1
+        stored[first] = stored[first] * (torch.nan if damage == "not a number" else 1.1)
         if damage == "lost":
             del stored[first]
         save_file(stored, file)

@@ -56,9 +56,7 @@ def test_one_batch_equals_two_passes(
     transformer = network(dtype, zero_cond_t=zero_cond_t)
     prompt, negative = condition(lengths[0], 1, masked), condition(lengths[1], 2)
     batches: list[int] = []
-    transformer.register_forward_pre_hook(
-        lambda _, __, given: batches.append(len(given["hidden_states"])), with_kwargs=True
-    )
+    transformer.img_in.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
     apart = drawn(transformer, prompt, negative, together=False)
     together = drawn(transformer, prompt, negative, together=True)
     assert batches == [1] * 6 + [2] * 3
@@ -72,12 +70,12 @@ def test_a_batch_that_does_not_fit_after_all_becomes_two_passes() -> None:
     prompt, negative = condition(9, 1), condition(4, 2)
     apart = drawn(transformer, prompt, negative, together=False)
 
-    def limited(_: Any, __: Any, given: dict[str, Tensor]) -> None:
-        batches.append(len(given["hidden_states"]))
+    def limited(_: Any, given: tuple[Tensor]) -> None:
+        batches.append(len(given[0]))
         if batches[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    transformer.register_forward_pre_hook(limited, with_kwargs=True)
+    transformer.img_in.register_forward_pre_hook(limited)
     assert torch.equal(drawn(transformer, prompt, negative, together=True), apart)
     assert batches == [2] + [1] * 6
 

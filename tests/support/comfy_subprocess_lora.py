@@ -18,12 +18,12 @@ from torch import Tensor
 SUPPORTS_TIMESTEP_ZERO = "timestep_zero" in inspect.getsource(comfy.ldm.qwen_image.model)
 
 
-def load(values: dict[str, Any]) -> comfy.model_patcher.ModelPatcher:
+def load(values: dict[str, Any], dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
     """The model as UNETLoader loads it, or a narrow one of the same classes, which ComfyUI's detection would reject."""
     if not values["narrow"]:
-        return comfy.sd.load_diffusion_model(values["model_file"], model_options={"dtype": torch.float32})
+        return comfy.sd.load_diffusion_model(values["model_file"], model_options={"dtype": dtype})
     config = comfy.supported_models.QwenImage({"image_model": "qwen_image", "in_channels": 64, **values["narrow"]})
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     state = comfy.utils.load_torch_file(values["model_file"])
     model = config.get_model(state, "")
     model.load_model_weights(state, "")
@@ -58,7 +58,10 @@ def velocities(
 
 @torch.no_grad()
 def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Velocities of all cases without a LoRA and with each of `lora_files`, and the layers that each file patches."""
+    """Velocities of all cases without a LoRA and with each of `lora_files`, and the layers that each file patches.
+
+    With `bf16`, also those of the model in bfloat16 without a LoRA.
+    """
     patcher = load(values)
     answer = velocities(patcher, values, tensors, "base")
     layers = {}
@@ -67,4 +70,9 @@ def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, 
         patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, values.get("strength", 1.0), 1.0)
         answer.update(velocities(patched, values, tensors, name))
         layers[name] = sorted(key.removeprefix("diffusion_model.").removesuffix(".weight") for key in patched.patches)
+    if values.get("bf16"):
+        answer |= {
+            name: each.float()
+            for name, each in velocities(load(values, torch.bfloat16), values, tensors, "bf16").items()
+        }
     return answer, {"layers": layers, "supports_timestep_zero": SUPPORTS_TIMESTEP_ZERO}

@@ -62,6 +62,10 @@ class LowRank:
         """The low-rank product [o, i] in float32."""
         return self.scale * (self.up.float() @ self.down.float())
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """[o, r] and [r, i] in float64, whose product is the change."""
+        return self.scale * self.up.double(), self.down.double()
+
 
 @dataclass(frozen=True, slots=True)
 class Kronecker:
@@ -85,6 +89,11 @@ class Kronecker:
         """The product [o, i] in float32."""
         second = [matrix.float() for matrix in self.second]
         return self.scale * torch.kron(self.first.float(), second[0] if len(second) == 1 else second[0] @ second[1])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """[a, c] and [b, d] in float64, whose Kronecker product is the change."""
+        second = [matrix.double() for matrix in self.second]
+        return self.scale * self.first.double(), second[0] if len(second) == 1 else second[0] @ second[1]
 
 
 AdapterPart = LowRank | Kronecker

@@ -19,7 +19,7 @@ from ..config import LoraConfig, LoraType, TrainConfig, digest, resume_key
 from ..errors import ExportError
 from ..files import read_tensors, write_tensors, written_beside
 from ..qwen_image.flavours import FLAVOURS
-from .reader import AdapterPart, LowRank, adapter_parts
+from .reader import AdapterPart, Kronecker, LowRank, adapter_parts
 
 ExtraCheck = Callable[[Path], None]
 # Allowed relative error of a weight change after its two factors were rounded. For bfloat16 (8 bits of precision) the
@@ -114,10 +114,35 @@ def check_file(path: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, tole
 
 def _difference(found: AdapterPart, wanted: AdapterPart) -> float:
     """The larger relative difference: of the weight changes, or of the rows' DoRA scales."""
-    pairs = [(found.change(), wanted.change())]
+    differences = [_relative_change(found, wanted)]
     if isinstance(found, LowRank) and isinstance(wanted, LowRank) and wanted.dora_scale is not None:
-        pairs.append((found.dora_scale if found.dora_scale is not None else torch.zeros(1), wanted.dora_scale))
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in pairs)
+        scale = found.dora_scale if found.dora_scale is not None else torch.zeros(1)
+        differences.append((scale - wanted.dora_scale).norm().double() / wanted.dora_scale.norm().clamp_min(1e-12))
+    return float(torch.stack(differences).max())  # NaN if one is
+
+
+def _relative_change(found: AdapterPart, wanted: AdapterPart) -> Tensor:
+    """Norm of the difference of two weight changes, relative to `wanted`. NaN if a factor holds NaN.
+
+    Computed from the factors: the products of all layers have as many elements as the model.
+    """
+    if isinstance(found, LowRank) and isinstance(wanted, LowRank):
+        (up, down), (wanted_up, wanted_down) = found.factors(), wanted.factors()
+        # up down - wanted_up wanted_down, as one product whose factors are small where the two are nearly equal
+        change = _norm_of_product(torch.cat([up - wanted_up, wanted_up], 1), torch.cat([down, down - wanted_down]))
+        return change / _norm_of_product(wanted_up, wanted_down).clamp_min(1e-12)
+    assert isinstance(found, Kronecker)
+    assert isinstance(wanted, Kronecker)
+    (first, second), (wanted_first, wanted_second) = found.factors(), wanted.factors()
+    by_first, by_second = first - wanted_first, second - wanted_second
+    squares = (by_first.norm() * second.norm()) ** 2 + (wanted_first.norm() * by_second.norm()) ** 2
+    both = 2 * (by_first * wanted_first).sum() * (second * by_second).sum()
+    return (squares + both).clamp_min(0).sqrt() / (wanted_first.norm() * wanted_second.norm()).clamp_min(1e-12)
+
+
+def _norm_of_product(up: Tensor, down: Tensor) -> Tensor:
+    """The norm of up [o, r] @ down [r, i], without computing the product."""
+    return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt()
 
 
 def read_with_diffusers(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""Makes the frozen transformer compute and keep less than diffusers' does in training, with the same result."""
+"""The frozen transformer's forward, which computes and keeps less than diffusers' in training, with the same result."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,40 @@ def optimise_frozen_forward(transformer: QwenImageTransformer2DModel) -> None:
         block.attn.processor = _JointAttention()
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             setattr(block.attn, name, FrozenRMSNorm(getattr(block.attn, name)))
+
+
+def predict_tokens(
+    transformer: QwenImageTransformer2DModel,
+    picture: Tensor,
+    sigma_B: Tensor,
+    prompt: Tensor,
+    prompt_mask: Tensor | None,
+    shapes: Sequence[tuple[int, int, int]],
+) -> Tensor:
+    """Predicted velocity [B, L, c] of the picture tokens [B, L, c]: diffusers' forward, with one difference.
+
+    The sinusoids of sigma [B] (float32) are computed in float32, as ComfyUI does. diffusers rounds sigma and the
+    frequencies to bfloat16 first, which changes most of the sinusoids: 1000 sigma is wrong by up to 2.
+
+    `prompt` is [B, T, p], its mask [B, T] is True for real tokens. `shapes` are frames, height and width in tokens of
+    the target and of each reference.
+    """
+    batch, tokens = picture.shape[:2]
+    picture, prompt = transformer.img_in(picture), transformer.txt_in(transformer.txt_norm(prompt))
+    is_reference = None
+    if transformer.zero_cond_t:
+        sigma_B = torch.cat([sigma_B, torch.zeros_like(sigma_B)])
+        frames, height, width = shapes[0]
+        is_reference = torch.ones(batch, tokens, dtype=torch.int, device=picture.device)
+        is_reference[:, : frames * height * width] = 0
+    time = transformer.time_text_embed(sigma_B, picture)
+    rotary = transformer.pos_embed([list(shapes)], max_txt_seq_len=prompt.shape[1], device=picture.device)
+    recomputes = torch.is_grad_enabled() and transformer.gradient_checkpointing
+    for block in transformer.transformer_blocks:
+        inputs = (picture, prompt, prompt_mask, time, rotary, None, is_reference)
+        again = transformer._gradient_checkpointing_func if recomputes else None
+        prompt, picture = again(block, *inputs) if again else block(*inputs)
+    return transformer.proj_out(transformer.norm_out(picture, time[:batch]))
 
 
 def _modulated(x: Tensor, parameters: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from ..events import SILENT, Observer
 from ..precision.materialise import Placement, materialise
 from ..weights.source import open_weights
 from .base_model import TRANSFORMER_PREFIXES, BaseModel, compute_dtype
+from .frozen_forward import predict_tokens
 from .latents import pack, pad_to_patches, token_shape, unpack
 from .quantised_entry import quantised_entry
 from .types import Condition
@@ -68,12 +69,5 @@ def predict_velocity(
     picture, prompt = torch.cat([tokens, *map(pack, references)], dim=1).to(dtype), condition.prompt_embeds.to(dtype)
     if torch.is_grad_enabled():  # so that all blocks are alike to the compiler and to recomputation
         picture, prompt = (each.detach().requires_grad_() for each in (picture, prompt))
-    prediction = transformer(
-        hidden_states=picture,
-        timestep=sigma_B.to(dtype),
-        encoder_hidden_states=prompt,
-        encoder_hidden_states_mask=condition.prompt_mask,
-        img_shapes=[shapes] * latents_BCHW.shape[0],
-        return_dict=False,
-    )[0]
+    prediction = predict_tokens(transformer, picture, sigma_B.float(), prompt, condition.prompt_mask, shapes)
     return unpack(prediction[:, : tokens.shape[1]], height, width)
