@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.failing_backward import Doubled, check_failing_backward
 from tests.support.narrow import small_encoding
 from tests.support.runs import Steps, StopAfter, equal, lora_tensors
 from trainer_core.conditioning.encoded import EncodedDataset
@@ -21,6 +22,7 @@ from trainer_core.config import (
     TrainConfig,
 )
 from trainer_core.device import release_memory
+from trainer_core.memory.compilation import Compilation
 from trainer_core.memory.streaming import _pin
 from trainer_core.run import train_lora
 from trainer_core.sample import SampleRequest, sample_edit
@@ -96,6 +98,24 @@ def test_memory_is_given_back(config: TrainConfig) -> None:
     train_lora(config)
     release_memory()
     assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+@pytest.mark.parametrize("recomputed", [0, 1])
+def test_a_compiled_backward_pass_that_fails_ends_no_step(recomputed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, autograd runs the backward pass in a thread of its own."""
+    check_failing_backward("cuda", recomputed, monkeypatch)
+
+
+def test_memory_that_compiled_blocks_lack_ends_no_step() -> None:
+    blocks = Compilation([Doubled(), Doubled()])
+    blocks.start()
+    too_much = torch.cuda.get_device_properties(0).total_memory
+
+    def compute() -> int:
+        taken = torch.empty(too_much if blocks.is_active else 1, dtype=torch.uint8, device="cuda")
+        return taken.nbytes
+
+    assert blocks.attempt(compute, clean_up=lambda: None) == 1
 
 
 def test_sampling_with_the_lora(config: TrainConfig) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from tests.support.failing_backward import Doubled, check_failing_backward
 from tests.support.narrow import NARROW, fill
 from tests.support.random_base import relative_error
 from trainer_core.adapters.inject import inject_lora
@@ -35,7 +36,6 @@ from trainer_core.rng import stream
 
 # Four heads make all widths multiples of 64: bitsandbytes' CPU kernel dequantises other widths wrongly.
 SHAPE = {**NARROW, "num_layers": 3, "num_attention_heads": 4}
-compile_with = torch.compile  # the original, which the fixture below replaces
 SIZES = [(8, 12, 20), (16, 8, 33), (10, 14, 21), (6, 8, 50)]
 
 
@@ -162,38 +162,10 @@ def test_a_failing_compiler_ends_no_step(monkeypatch: pytest.MonkeyPatch, caplog
     assert "run uncompiled from now on, because compiled ones fail (RuntimeError: no C compiler found)" in caplog.text
 
 
-class Doubled(nn.Module):
-    """A block that compiles fast: it has a block's inputs and outputs."""
-
-    def forward(self, picture: Tensor, prompt: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        return prompt, 2 * picture.sin()
-
-
 @pytest.mark.parametrize("recomputed", [0, 1])
 def test_a_backward_pass_that_fails_ends_no_step(recomputed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks with and without recomputation. The graph of the backward pass is compiled when it is first needed."""
-    from torch._dynamo.backends.common import aot_autograd
-
-    def broken(*_: object) -> None:
-        raise ValueError("no code for this backward pass")
-
-    backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=broken)
-    monkeypatch.setattr(torch, "compile", lambda forward, options=None: compile_with(forward, backend=backend))
-    block, calls = Doubled(), []
-    blocks, run = Compilation([block, Doubled()]), Recomputation([block], recomputed)
-    rotary = torch.ones(4, 1, dtype=torch.complex64)
-
-    def gradient() -> Tensor:
-        calls.append(blocks.is_active)
-        picture = torch.ones(1, 4, 2, requires_grad=True)
-        run(block, picture, torch.ones(1, 3, 2), None, torch.ones(1, 2), (rotary, rotary))[1].sum().backward()
-        assert picture.grad is not None
-        return picture.grad
-
-    blocks.start()
-    found = blocks.attempt(gradient, clean_up=lambda: None)
-    torch.testing.assert_close(found, 2 * torch.ones(1, 4, 2).cos())
-    assert calls == [True, False] and not blocks.is_active
+    """Blocks with and without recomputation."""
+    check_failing_backward("cpu", recomputed, monkeypatch)
 
 
 @pytest.mark.parametrize(
