@@ -180,7 +180,7 @@ class EncodeImported(io.ComfyNode):
     def execute(cls, imported: sockets.ImportedJob, **connected: Any) -> io.NodeOutput:
         """Outputs the EncodedDatasets for training and for validation (or None), and the report."""
         from ..trainer_core.conditioning.report import encoding_report
-        from ..trainer_core.job import encode_paired
+        from ..trainer_core.job import encode_parts, plan_parts
         from .host_encoders import connected_encoders
 
         paired = imported.paired
@@ -188,7 +188,7 @@ class EncodeImported(io.ComfyNode):
             paired = [(_without_image_embeds(part), dataset) for part, dataset in paired]
         with host_call.long_call() as observer:
             encoders = connected_encoders(connected, imported.job.model.flavour)
-            encoded, validation = encode_paired(imported.job, paired, observer, encoders)
+            encoded, validation = encode_parts(imported.job, plan_parts(imported.job, paired, encoders), observer)
         reports = [encoding_report(CACHE_WATCH.watch(each)) for each in (encoded, validation) if each is not None]
         return io.NodeOutput(encoded, validation, "\n\n".join(reports))
 

@@ -131,7 +131,7 @@ def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .adapters.writer import READERS
-    from .job import encode_job
+    from .job import encode_parts, pair_job, plan_parts, time_of_job
     from .planning.preparation import check_training
     from .qwen_image.base_model import BaseModel
     from .run import train_lora
@@ -140,7 +140,10 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     with _ranks(job) as ranks:
         base = BaseModel(job.model)
         model = check_training(job.train_config("-"), base)  # refuse before hours of encoding
-        encoded, validation = encode_job(job, observer, ranks, base)
+        planned = plan_parts(job, pair_job(job, observer), ranks=ranks, base=base)
+        if time := time_of_job(job, planned, model.size):
+            _LOG.info("%s", time)
+        encoded, validation = encode_parts(job, planned, observer)
         config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
         result = train_lora(config, observer, model=model, continue_kept=options.continue_kept, ranks=ranks)
     if result.lora_file is None:

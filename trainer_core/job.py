@@ -1,4 +1,4 @@
-"""A job file: read it, pair its folders, encode its datasets and plan its memory."""
+"""A job file: read it, pair its folders, encode its datasets, and plan its memory and time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from .conditioning.encode import check_references, encode_dataset
+from .conditioning.encode import check_references, encode_planned, plan_dataset
 from .conditioning.encoded import EncodedDataset
 from .conditioning.encoders import Encoders
+from .conditioning.encoding_plan import PlannedDataset
 from .conditioning.mix import MixPart, mix_encoded
 from .config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, from_json
 from .data.pairing import EditDataset, pair_folders
@@ -18,8 +19,9 @@ from .errors import ConfigError, DatasetError
 from .events import SILENT, Observer
 from .planning.choose import budget_of
 from .planning.encoding import encoding_in_words
+from .planning.network import NetworkSize
 from .planning.preparation import prepare_model
-from .planning.report import planned_in_words
+from .planning.report import planned_in_words, time_before_encoding
 from .planning.workload import workload_of_pairs
 from .presets import with_preset
 from .qwen_image.base_model import BaseModel
@@ -29,6 +31,7 @@ from .settings import changed
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
 
 PairedPart = tuple[DatasetPartConfig, EditDataset]
+PlannedPart = tuple[DatasetPartConfig, PlannedDataset]
 
 
 def load_job(path: Path, changes: Sequence[str] = (), *, preset: str = "") -> JobConfig:
@@ -113,29 +116,49 @@ def encode_job(
     Raises:
         DatasetError, ConfigError, ModelFileError, Interrupted: see `pair_job` and `encode_dataset`.
     """
-    return encode_paired(job, pair_job(job, observer), observer, ranks=ranks, base=base)
+    return encode_parts(job, plan_parts(job, pair_job(job, observer), ranks=ranks, base=base), observer)
 
 
-def encode_paired(
+def plan_parts(
     job: JobConfig,
     paired: Sequence[PairedPart],
-    observer: Observer = SILENT,
     encoders: Encoders | None = None,
     ranks: Ranks = SINGLE_PROCESS,
     base: BaseModel | None = None,
-) -> tuple[EncodedDataset, EncodedDataset | None]:
-    """`encode_job` for datasets that are already paired. `encoders` replaces the base model's encoders."""
+) -> list[PlannedPart]:
+    """Each dataset with what the cache lacks of it. `encoders` replaces the base model's encoders.
+
+    Raises:
+        ConfigError, DatasetError, ModelFileError: see `plan_dataset`.
+    """
     cache_dir, base = Path(job.cache_dir), base or BaseModel(job.model)
+    return [(part, plan_dataset(dataset, base, part.encoding, cache_dir, encoders, ranks)) for part, dataset in paired]
+
+
+def encode_parts(
+    job: JobConfig, planned: Sequence[PlannedPart], observer: Observer = SILENT
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """`encode_job` for datasets that are already planned."""
     parts: dict[bool, list[MixPart]] = {False: [], True: []}
-    for part, dataset in paired:
-        encoded = encode_dataset(dataset, base, part.encoding, cache_dir, observer, encoders, ranks)
-        turns = MixPart(encoded=encoded, repeats=part.repeats, probability=part.probability)
+    for part, dataset in planned:
+        turns = MixPart(encoded=encode_planned(dataset, observer), repeats=part.repeats, probability=part.probability)
         parts[part.id in job.eval_dataset_id].append(turns)
     trained, validated = parts[False], parts[True]
     if not job.datasets:
         return trained[0].encoded, None
+    cache_dir = Path(job.cache_dir)
     validation = mix_encoded(validated, cache_dir, validation_only=True) if validated else None
     return mix_encoded(trained, cache_dir), validation
+
+
+def time_of_job(job: JobConfig, planned: Sequence[PlannedPart], network: NetworkSize) -> str:
+    """How long encoding and training take together; "" if all is encoded, or if this device can't be measured."""
+    work = workload_of_pairs([dataset for _, dataset in planned], job.batching, job.validation)
+    if not any(work.encoding):
+        return ""
+    device, processes = pick_device(job.model.device), planned[0][1].ranks.on_machine
+    budget = budget_of(device, job.memory.vram_gib, processes=processes)
+    return time_before_encoding(job.train_config("plan"), network, work, budget, device)
 
 
 def plan_job(job: JobConfig, vram_gib: float = 0.0, observer: Observer = SILENT) -> tuple[str, bool]:
@@ -143,12 +166,14 @@ def plan_job(job: JobConfig, vram_gib: float = 0.0, observer: Observer = SILENT)
 
     Reads only the pictures' headers and estimates the prompts' lengths.
     """
-    parts = [(dataset, part.encoding) for part, dataset in pair_job(job, observer)]
     config, base = job.train_config("plan"), BaseModel(job.model)
-    work = workload_of_pairs(parts, job.model, job.batching, job.validation)
+    planned = plan_parts(job, pair_job(job, observer), base=base)
+    work = workload_of_pairs([dataset for _, dataset in planned], job.batching, job.validation)
     device, other_card = pick_device(job.model.device), vram_gib or job.memory.vram_gib
     budget = budget_of(device, other_card)
-    encoding, can_be_encoded = encoding_in_words(base, work.largest_picture, budget)
     size = prepare_model(config, base).size
     text, fits = planned_in_words(config, size, work, budget, None if other_card else device)
+    if not any(work.encoding):
+        return text, fits
+    encoding, can_be_encoded = encoding_in_words(base, work.encoding.largest_picture, budget)
     return f"{text}\n\n{encoding}", fits and can_be_encoded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -12,16 +13,27 @@ import torch
 
 from tests.support.narrow import make_pairs, small_encoding
 from trainer_core.conditioning import encode as encode_module
-from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encode import encode_dataset, plan_dataset
 from trainer_core.config import BaseModelPrecision, JobConfig, ModelConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, OutOfMemoryError
 from trainer_core.events import SILENT
-from trainer_core.job import pair_job, plan_job
+from trainer_core.job import encode_job, pair_job, plan_job
 from trainer_core.memory.streaming import BlockStream
+from trainer_core.planning import report as report_module
 from trainer_core.planning.choose import Budget
+from trainer_core.planning.duration import Speed
 from trainer_core.planning.encoding import encoding_in_words
 from trainer_core.planning.plan import GIB
+from trainer_core.planning.workload import (
+    ATTENTION,
+    CONVOLUTION,
+    LANGUAGE_MODEL,
+    NOTHING,
+    VISION_TOWER,
+    EncodingWork,
+    encoding_work,
+)
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.text_encoder_file import qwen25_vl_7b
@@ -120,6 +132,50 @@ def job_of(model: ModelConfig, tmp_path: Path, **changes: object) -> JobConfig:
 def test_the_plan_speaks_of_encoding(model: ModelConfig, tmp_path: Path) -> None:
     text, _ = plan_job(job_of(model, tmp_path), vram_gib=24)
     assert "Encoding, before training:" in text
+
+
+PICTURE = CONVOLUTION * 96**2 + ATTENTION * 96**4  # operations of the VAE
+
+
+def test_the_work_is_what_the_cache_lacks(model: ModelConfig, tmp_path: Path) -> None:
+    dataset, base, cache = pair_folders(make_pairs(tmp_path / "pairs", 4)), BaseModel(model), tmp_path / "cache"
+    encoding = small_encoding(num_eval_images=0)
+
+    def left(**changes: object) -> EncodingWork:
+        return encoding_work([plan_dataset(dataset, base, dataclasses.replace(encoding, **changes), cache)])
+
+    whole = left()
+    assert (whole.vae, whole.largest_picture) == (pytest.approx(8 * PICTURE), 96 * 96)
+    assert left(reference_latents="on_the_fly").vae == pytest.approx(4 * PICTURE)
+    half = encode_dataset(dataclasses.replace(dataset, pairs=dataset.pairs[:2]), base, encoding, cache)
+    rest = left()
+    assert rest.vae == pytest.approx(whole.vae / 2)
+    tokens = sum(64 + len(half.load(entry).prompt_embeds) for entry in half.pairs)
+    seen = 2 * VISION_TOWER * (96 // 28) ** 2
+    assert whole.text_encoder - rest.text_encoder == pytest.approx(seen + LANGUAGE_MODEL * tokens, rel=0.2)
+    shutil.rmtree(cache / "prompt")
+    assert left().text_encoder == pytest.approx(whole.text_encoder - seen), "visual tokens are still in the cache"
+    encode_dataset(dataset, base, encoding, cache)
+    assert left() == NOTHING
+
+
+def test_datasets_that_share_pictures_encode_them_once(model: ModelConfig, tmp_path: Path) -> None:
+    dataset = pair_folders(make_pairs(tmp_path / "pairs", 2))
+    planned = plan_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=0), tmp_path / "cache")
+    assert encoding_work([planned, planned]) == encoding_work([planned])
+
+
+def test_the_plan_names_the_time_of_encoding(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = Speed(product=1e-14, attention=1e-14, attention_backward=1e-14, vae=60 / (6 * PICTURE), is_estimate=True)
+    monkeypatch.setattr(report_module, "probed_speed", lambda *_: speed)
+    job = job_of(model, tmp_path)
+    before, _ = plan_job(job)
+    assert ", encoding 60 s." in before and "Encoding, before training:" in before
+    encode_job(job)
+    after, fits = plan_job(job)
+    assert fits and "steps of" in after and "ncoding" not in after
 
 
 def test_memory_that_ran_out_while_encoding_is_explained(

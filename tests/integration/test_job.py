@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from trainer_core.conditioning.encoded import load_encoded
 from trainer_core.config import ModelConfig
 from trainer_core.errors import DatasetError
 from trainer_core.job import encode_job, load_job, pair_job
+from trainer_core.planning import report
+from trainer_core.planning.duration import Speed
 
 
 def part(name: str, folder: str, **settings: Any) -> dict[str, Any]:
@@ -46,11 +49,22 @@ def job(model: ModelConfig, tmp_path: Path) -> Path:
     return path
 
 
-def test_check_and_train(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_and_train(
+    job: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    speed = Speed(product=1e-14, attention=1e-14, attention_backward=1e-14, vae=1e-9, is_estimate=True)
+    monkeypatch.setattr(report, "probed_speed", lambda *_: speed)
+    caplog.set_level(logging.INFO)
     assert main(["check", str(job)]) == 0
     out = capsys.readouterr().out
     assert [out.count(f"# {name}\n") for name in ("small", "large", "held-out")] == [1, 1, 1]
     assert main(["train", str(job)]) == 0
+    said = [message for message in caplog.messages if message.startswith(("About", "Encoding pictures"))]
+    assert "estimated: 2 steps of" in said[0] and ", encoding " in said[0]
+    assert len(said) > 1 and not any("About" in message for message in said[1:])
     assert Path(capsys.readouterr().out.strip()) == job.parent / "runs" / "first" / "first.safetensors"
     config = json.loads((job.parent / "runs" / "first" / "config.json").read_text())
     trained, validated = (load_encoded(Path(config[key])) for key in ("encoded", "validation_encoded"))

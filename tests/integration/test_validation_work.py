@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.narrow import make_pairs, small_encoding
-from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encode import encode_dataset, plan_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import EmaConfig, LoraConfig, ModelConfig, TrainConfig, ValidationConfig
 from trainer_core.data.pairing import pair_folders
@@ -103,7 +103,8 @@ def test_before_encoding_only_the_prompts_are_estimated(
 ) -> None:
     config = config_of(encoded, model, tmp_path / "run")
     pairs = pair_folders(make_pairs(tmp_path / "pairs", 4))
-    early = workload_of_pairs([(pairs, DATASET)], model, config.batching, config.validation)
+    parts = [plan_dataset(pairs, BaseModel(model), DATASET, tmp_path / "cache")]
+    early = workload_of_pairs(parts, config.batching, config.validation)
     work = workload_of_encoded(encoded, config.batching, config.validation, encoded)
     assert by_picture_tokens(planned(early, config).total) == by_picture_tokens(planned(work, config).total)
 

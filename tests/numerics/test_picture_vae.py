@@ -10,9 +10,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.live_bytes import META, LiveBytes, flash_attention
 from trainer_core.planning.plan import VAE_WEIGHTS
+from trainer_core.planning.workload import ATTENTION, CONVOLUTION
 from trainer_core.qwen_image import vae_tiles
 from trainer_core.qwen_image.latents import denormalise, normalise
 from trainer_core.qwen_image.vae import decode_latents, encode_picture, for_pictures
@@ -82,6 +84,15 @@ def test_what_it_takes_is_what_is_planned(full_size: AutoencoderKLQwenImage, mon
         picture = torch.empty(1, 3, 1, height, width, dtype=torch.bfloat16, device=META)
         least = vae_tiles.least_encoding_bytes(height, width, 2)
         assert peak(encode_raw, full_size, picture) == pytest.approx(least, rel=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(512, 512), (768, 1344)])
+def test_its_operations_are_what_is_planned(full_size: AutoencoderKLQwenImage, size: tuple[int, int]) -> None:
+    with FlopCounterMode(display=False) as counted:
+        encode_raw(full_size, torch.empty(1, 3, 1, *size, dtype=torch.bfloat16, device=META))
+    pixels = size[0] * size[1]
+    assert counted.get_total_flops() == pytest.approx(CONVOLUTION * pixels + ATTENTION * pixels**2, rel=1e-3)
 
 
 @torch.no_grad()

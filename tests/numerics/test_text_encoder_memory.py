@@ -17,6 +17,7 @@ from tests.support.live_bytes import META, LiveBytes, flash_attention
 from tests.support.narrow import picture
 from trainer_core.conditioning.pictures import to_tensor
 from trainer_core.config import BaseModelPrecision, ModelConfig
+from trainer_core.planning.workload import LANGUAGE_MODEL, VISION_TOWER
 from trainer_core.qwen_image import text_encoder, vision_attention
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.text_encoder_file import qwen25_vl_7b
@@ -115,6 +116,11 @@ def test_what_it_takes_is_what_is_planned() -> None:
         embeds = torch.empty(prompts, length, 3584, dtype=torch.bfloat16, device=META)
         return network(inputs_embeds=embeds, position_ids=positions, use_cache=False)
 
+    weights = 2 * sum(each.numel() for each in network.language_model.layers.parameters())
+    assert weights == pytest.approx(LANGUAGE_MODEL, rel=1e-3)
+    merger = 2 * sum(each.numel() for each in tower.merger.parameters())
+    patches = 4 * 2 * (sum(each.numel() for each in tower.parameters()) - merger // 2)
+    assert patches + merger == pytest.approx(VISION_TOWER, rel=1e-3)
     for pictures, side in ((1, 74), (4, 28)):
         needed = peak(live, see, pictures, side) / (2 * pictures * side**2 / 4)
         assert needed == pytest.approx(TOKEN_ELEMENTS, rel=0.01)

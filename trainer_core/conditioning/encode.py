@@ -27,7 +27,7 @@ from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
 from .encoded import EncodedDataset, save_manifest
 from .encoders import Encoders, own_pictures, own_prompts
-from .encoding_plan import PlannedPair, find_missing, plan_encoding
+from .encoding_plan import PlannedDataset, PlannedPair, find_missing, plan_encoding
 from .image_embeds import open_image_embeds
 from .reference_sets import entries_of_pairs, split_by_reference
 from .sizes import large_enough
@@ -42,21 +42,32 @@ def encode_dataset(
     encoders: Encoders | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> EncodedDataset:
-    """Encode what the cache lacks and write the manifest. `encoders` replace the base model's VAE and text encoder.
+    """Encode what the cache lacks and write the manifest: `plan_dataset`, then `encode_planned`, which say more.
 
-    With several `ranks`, each process calls this with the same cache, encodes its share and waits for the others.
+    Raises:
+        ConfigError, DatasetError, ModelFileError, OutOfMemoryError, Interrupted: as these two.
+    """
+    return encode_planned(plan_dataset(dataset, base, encoding, cache_dir, encoders, ranks), observer)
+
+
+def plan_dataset(
+    dataset: EditDataset,
+    base: BaseModel,
+    encoding: EncodingConfig,
+    cache_dir: Path,
+    encoders: Encoders | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> PlannedDataset:
+    """Check a dataset and find what the cache lacks. `encoders` replace the base model's VAE and text encoder.
 
     Raises:
         ConfigError: the dataset does not fit the flavour, `encoders` do not fit the model or the preprocessing, or the
             cache named in conditioning_image_embeds does not exist.
-        DatasetError: targets are too small, no pair is left to train on, or pictures changed since they were paired
-            (after encoding all others).
-        ModelFileError: the VAE or text encoder can't be loaded, or the transformer has another flavour.
-        OutOfMemoryError: a network or a picture doesn't fit; finished results stay in the cache.
-        Interrupted: the observer asked to stop; finished results stay in the cache.
+        DatasetError: targets are too small, or no pair is left to train on.
+        ModelFileError: a file of the model is missing, or the transformer has another flavour.
     """
     model = base.config
-    prompt_width = base.prompt_width  # fails for a transformer of another flavour now, not after hours of encoding
+    _ = base.prompt_width  # fails for a transformer of another flavour now, not after hours of encoding
     check_references(dataset, model, encoding)
     encoders = encoders or Encoders()
     encoders.check(encoding)
@@ -64,31 +75,60 @@ def encode_dataset(
     device = pick_device(model.device)
     vae = encoders.pictures or own_pictures(base, device)
     text_encoder = encoders.prompts or own_prompts(base, encoding, device)
-    image_embeds = open_image_embeds(encoding, cache_dir, dataset.reference_dirs[0], text_encoder)
     held_out = _held_out(dataset, encoding)
-    planned = _planned(dataset, model, encoding, (vae.digest, text_encoder.digest), held_out)
-    missing = find_missing(list(ranks.share(planned)), cache_dir)
-    before = dataset_states(dataset) if any(missing) else {}
+    pairs = _planned(dataset, model, encoding, (vae.digest, text_encoder.digest), held_out)
+    return PlannedDataset(
+        base=base,
+        encoding=encoding,
+        cache_dir=cache_dir,
+        ranks=ranks,
+        dataset=dataset,
+        left_out=left_out,
+        held_out=held_out,
+        pairs=pairs,
+        missing=find_missing(list(ranks.share(pairs)), cache_dir),
+        picture_encoder=vae,
+        prompt_encoder=text_encoder,
+        image_embeds=open_image_embeds(encoding, cache_dir, dataset.reference_dirs[0], text_encoder),
+    )
+
+
+def encode_planned(planned: PlannedDataset, observer: Observer = SILENT) -> EncodedDataset:
+    """Encode what the cache lacks and write the manifest.
+
+    With several ranks, each process calls this with the same cache, encodes its share and waits for the others.
+
+    Raises:
+        ConfigError: an encoder belongs to another model.
+        DatasetError: pictures changed since they were paired (after encoding all others).
+        ModelFileError: the VAE or text encoder can't be loaded.
+        OutOfMemoryError: a network or a picture doesn't fit; finished results stay in the cache.
+        Interrupted: the observer asked to stop; finished results stay in the cache.
+    """
+    missing, cache_dir, width = planned.missing, planned.cache_dir, planned.base.prompt_width
+    if any(missing):  # once more, because another dataset of the job may share pictures
+        missing = find_missing(list(planned.ranks.share(planned.pairs)), cache_dir)
+    before = dataset_states(planned.dataset) if any(missing) else {}
     problems = encode_masks(missing.masks, cache_dir, observer)
     with _memory_errors_explained("pictures", "Lower resolution, or the size of the references"):
-        problems += encode_latents(missing.latents, vae, cache_dir, observer)
+        problems += encode_latents(missing.latents, planned.picture_encoder, cache_dir, observer)
     release_memory()
     with _memory_errors_explained("prompts", "Set text_encoder_precision to int8-quanto or nf4-bnb"):
-        problems += encode_prompts(missing.prompts, text_encoder, image_embeds, prompt_width, observer)
+        problems += encode_prompts(missing.prompts, planned.prompt_encoder, planned.image_embeds, width, observer)
     release_memory()
     _raise_unread(problems)
-    ranks.wait()
-    entries = list(entries_of_pairs([each.entry for each in planned]))
+    planned.ranks.wait()
+    entries = list(entries_of_pairs([each.entry for each in planned.pairs]))
     encoded = save_manifest(
         cache_dir,
-        flavour=model.flavour,
-        preprocessing=encoding.preprocessing,
-        prompt_width=prompt_width,
-        pairs=tuple(entry for entry in entries if entry.key not in held_out),
-        validation_pairs=tuple(entry for entry in entries if entry.key in held_out),
-        left_out=left_out,
+        flavour=planned.base.config.flavour,
+        preprocessing=planned.encoding.preprocessing,
+        prompt_width=width,
+        pairs=tuple(entry for entry in entries if entry.key not in planned.held_out),
+        validation_pairs=tuple(entry for entry in entries if entry.key in planned.held_out),
+        left_out=planned.left_out,
     )
-    changed = changed_files(before, dataset_states(dataset)) if any(missing) else ()
+    changed = changed_files(before, dataset_states(planned.dataset)) if any(missing) else ()
     return dataclasses.replace(encoded, changed=changed)
 
 

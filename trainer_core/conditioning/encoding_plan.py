@@ -12,12 +12,16 @@ from torch import Tensor
 
 from ..config import EncodingConfig, ModelConfig, digest
 from ..data.images import open_checked_picture
-from ..data.pairing import EditPair
+from ..data.pairing import EditDataset, EditPair
 from ..files import is_whole
 from ..geometry import Box
+from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
+from ..ranks import Ranks
+from .encoders import PictureEncoder, PromptEncoder
 from .entry import EncodedEntry, entry_path
+from .image_embeds import ImageEmbeds
 from .pictures import PairPlan, View, plan_pair, render
 from .types import ReferenceFile
 
@@ -72,6 +76,25 @@ class MissingWork(NamedTuple):
     masks: dict[str, PlannedPair]
     latents: dict[str, LatentTask]
     prompts: list[tuple[PlannedPair, dict[str, str]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedDataset:
+    """A dataset that is ready to be encoded. `dataset` has no pairs that are left out; `left_out` are their keys.
+    `held_out`: keys of the held-out pairs. `missing`: this process's share of what the cache lacks."""
+
+    base: BaseModel
+    encoding: EncodingConfig
+    cache_dir: Path
+    ranks: Ranks
+    dataset: EditDataset
+    left_out: tuple[str, ...]
+    held_out: set[str]
+    pairs: list[PlannedPair]
+    missing: MissingWork
+    picture_encoder: PictureEncoder
+    prompt_encoder: PromptEncoder
+    image_embeds: ImageEmbeds
 
 
 def plan_encoding(

@@ -35,11 +35,14 @@ class ImageEmbeds:
 
     def find(self, key: str) -> VisualTokens | None:
         """The cached tokens of this key, or None."""
-        path = self.path(key)
-        if not key or not is_whole(path):
+        if not self.has(key):
             return None
-        tensors = read_tensors(path)
+        tensors = read_tensors(self.path(key))
         return VisualTokens(tensors["tokens"], tensors["grid"])
+
+    def has(self, key: str) -> bool:
+        """Whether the tokens of this key are cached."""
+        return bool(key) and is_whole(self.path(key))
 
     def path(self, key: str) -> Path:
         """The file of this key."""

@@ -40,6 +40,20 @@ def planned_in_words(
     return text, fits
 
 
+def time_before_encoding(
+    config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget, device: torch.device
+) -> str:
+    """How long encoding and training take on this device; "" if it can't be measured or no memory settings fit."""
+    speed = probed_speed(config, network, work, device)
+    if speed is None:
+        return ""
+    try:
+        config = choose_memory(config, network, work, budget).config if config.memory.memory == "auto" else config
+    except OutOfMemoryError:  # the run says so itself once it knows the prompts' lengths
+        return ""
+    return time_in_words(config, network, work, speed)
+
+
 def unused_settings(config: TrainConfig) -> str:
     """A sentence that names the memory settings that `memory` auto ignores although they were changed; "" if none."""
     if config.memory.memory != "auto":

@@ -1,4 +1,4 @@
-"""The largest micro-batch of a run and its largest validation picture, from picture sizes and prompt lengths."""
+"""A run's work: its largest micro-batch and validation picture, the pairs of each size, and what encoding computes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from typing import NamedTuple
 
 from ..conditioning.batches import Draw
 from ..conditioning.encoded import EncodedDataset, EncodedEntry
-from ..conditioning.pictures import PairPlan, plan_pair
-from ..conditioning.reference_sets import split_by_reference
-from ..config import BatchingConfig, EncodingConfig, ModelConfig, ValidationConfig
+from ..conditioning.encoding_plan import PlannedDataset, PlannedPair
+from ..conditioning.pictures import PairPlan
+from ..config import BatchingConfig, ValidationConfig
 from ..config.validation import SIZE_STEP
-from ..data.pairing import EditDataset
 from ..errors import DatasetError
 from ..geometry import Size, bucket_size
-from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import PATCH, VAE_FACTOR
+from ..qwen_image.vision import vision_size
 from ..training.validation_work import Passes
 from .activations import Tokens
 
 VISION_PATCH = 28  # pixels per side of a Qwen2.5-VL picture token
 _AROUND_CAPTION, _LETTERS_PER_TOKEN = 16, 3  # estimates: tokens of the prompt template, characters per caption token
 _PROMPTS_READ = 64  # at most, of pairs of equal size, whose prompts differ little
+_SYSTEM_TURN = 64  # tokens before the user's turn, which the text encoder reads but prompt embeddings leave out
+# Floating point operations of the full-size networks; tests/numerics counts them on torch's meta device. The VAE's
+# convolutions per pixel, and its attention per pixel squared. Per token, the vision tower and the language model take
+# two for each weight (the tower has four patches per token); their attention is left out, at most a tenth.
+CONVOLUTION, ATTENTION = 2_326_464, 0.375
+VISION_TOWER, LANGUAGE_MODEL = 5.14e9, 13.05e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +47,23 @@ class PairSize:
     turns: int = 1
 
 
+class EncodingWork(NamedTuple):
+    """What is still to be encoded: floating point operations of the VAE and of the text encoder, and pixels of the
+    largest picture that one of them gets."""
+
+    vae: float = 0
+    text_encoder: float = 0
+    largest_picture: int = 0
+
+
+NOTHING = EncodingWork()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """`train`: the largest pair, `batch` of them per micro-batch. `validation`: the largest sampled pair, or None.
     `on_the_fly_pixels`: pixels of the largest reference that is encoded on the fly; 0 if all are in the cache.
-    `largest_picture`: pixels of the largest target or reference that is still to be encoded; 0 if there is none.
+    `encoding`: what the cache lacks.
     `training`: tokens of the pairs of each size, and their turns per epoch. `held_out` and `pictures`: tokens and
     number of the held-out pairs and of the validation pictures that one set of weights draws, for `validation_work`."""
 
@@ -54,7 +71,7 @@ class Workload:
     batch: int
     validation: PairSize | None = None
     on_the_fly_pixels: int = 0
-    largest_picture: int = 0
+    encoding: EncodingWork = NOTHING
     training: tuple[Passes, ...] = ()
     held_out: tuple[Passes, ...] = ()
     pictures: tuple[Passes, ...] = ()
@@ -98,38 +115,50 @@ def workload_of_encoded(
 
 
 def workload_of_pairs(
-    parts: Iterable[tuple[EditDataset, EncodingConfig]],
-    model: ModelConfig,
-    batching: BatchingConfig,
-    validation: ValidationConfig,
+    parts: Sequence[PlannedDataset], batching: BatchingConfig, validation: ValidationConfig
 ) -> Workload:
-    """The workload of datasets that are not encoded yet, from the pictures' headers.
-
-    Prompt lengths are estimated. The first pairs stand for the ones that encoding will hold out.
-    """
-    train, drawn, out, flying, largest = [], [], [], [0], 0
-    for dataset, encoding in parts:
-        sizes = []
-        for pair in split_by_reference(dataset.pairs, encoding, held_out=()):
-            kinds = pair.conditioning_types
-            plan = plan_pair(pair.sizes, FLAVOURS[model.flavour], encoding, pair.key, conditioning_types=kinds)
-            text = _estimated_prompt(plan, max(map(len, pair.captions), default=0))
-            references = [view.size for view in plan.references]
-            sizes.append(pair_size(plan.target.size, references, text))
-            largest = max(largest, *(size.width * size.height for size in (plan.target.size, *references)))
-            if encoding.reference_latents == "on_the_fly":
-                flying += [size.width * size.height for size in references]
-        held = len(sizes) if encoding.num_eval_images < 0 else encoding.num_eval_images
-        train += sizes if held < len(sizes) else []
-        drawn += sizes if held else []
-        out += [dataclasses.replace(size, turns=1 + len(encoding.validation_prompts)) for size in sizes[:held]]
-    work = _workload(train, _at_sizes(drawn, validation) if validation.num_validation_images else [], batching)
+    """The workload of datasets that are not encoded yet, from the pictures' headers. Prompt lengths are estimated."""
+    train, held_out, flying = [], [], [0]
+    for part in parts:
+        for each in part.pairs:
+            size = _planned_size(each)
+            if each.entry.key in part.held_out:
+                held_out.append(dataclasses.replace(size, turns=1 + len(each.entry.validation_captions)))
+                continue
+            train.append(size)
+            if each.entry.reference_files:
+                flying += [view.size.width * view.size.height for view in each.plan.references]
+    drawn = _at_sizes(held_out[: validation.num_validation_images], validation)
     return dataclasses.replace(
-        work,
+        _workload(train, drawn, batching),
         on_the_fly_pixels=max(flying),
-        largest_picture=largest,
-        held_out=_passes(dataclasses.replace(pair, turns=1) for pair in out),
-        pictures=_passes(_at_sizes(out[: validation.num_validation_images], validation)),
+        encoding=encoding_work(parts),
+        held_out=_passes(dataclasses.replace(pair, turns=1) for pair in held_out),
+        pictures=_passes(drawn),
+    )
+
+
+def _planned_size(planned: PlannedPair) -> PairSize:
+    letters = max(map(len, (*planned.pair.captions, *planned.entry.validation_captions)), default=0)
+    references = [view.size for view in planned.plan.references]
+    return pair_size(planned.plan.target.size, references, _estimated_prompt(planned.plan, letters))
+
+
+def encoding_work(parts: Iterable[PlannedDataset]) -> EncodingWork:
+    """What the cache lacks of these datasets. Prompt lengths are estimated."""
+    pictures, seen, prompts = {}, {}, {}
+    for part in parts:
+        pictures |= {key: task.view.size for key, task in part.missing.latents.items()}
+        for planned, texts in part.missing.prompts:
+            for content, view in zip(planned.pair.digests[1:], planned.plan.vision, strict=True):
+                if not part.image_embeds.has(part.image_embeds.key(content, view)):
+                    seen[content, view] = view.size
+            prompts |= {key: _SYSTEM_TURN + _estimated_prompt(planned.plan, len(text)) for key, text in texts.items()}
+    pixels = [size.width * size.height for size in pictures.values()]
+    return EncodingWork(
+        vae=sum(CONVOLUTION * each + ATTENTION * each**2 for each in pixels),
+        text_encoder=VISION_TOWER * sum(map(_vision_tokens, seen.values())) + LANGUAGE_MODEL * sum(prompts.values()),
+        largest_picture=max((*pixels, *(size.width * size.height for size in seen.values())), default=0),
     )
 
 
@@ -164,8 +193,13 @@ def picture_tokens(size: Size) -> int:
 
 def _estimated_prompt(plan: PairPlan, letters: int) -> int:
     """Prompt tokens: those of the pictures, and an estimate for a caption of so many characters."""
-    vision = sum((view.size.height // VISION_PATCH) * (view.size.width // VISION_PATCH) for view in plan.vision)
+    vision = sum(_vision_tokens(view.size) for view in plan.vision)
     return vision + _AROUND_CAPTION + letters // _LETTERS_PER_TOKEN
+
+
+def _vision_tokens(size: Size) -> int:
+    """Prompt tokens of a reference that Qwen2.5-VL gets in this size."""
+    return math.prod(vision_size(size.height, size.width)) // VISION_PATCH**2
 
 
 def _workload(train: Sequence[PairSize], drawn: Sequence[PairSize], batching: BatchingConfig) -> Workload:
