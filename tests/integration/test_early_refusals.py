@@ -62,16 +62,7 @@ def test_before_the_model_is_loaded(
     assert not Path(config.run_dir).exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (("lora.lora_type=dora", "memory.blocks_to_stream=1"), "must be 0 with lora_type dora"),
-        (("lora.lora_targets=pattern", "lora.lora_target_pattern=nothing"), "matches no layer"),
-    ],
-)
-def test_before_anything_is_encoded(
-    model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: tuple[str, ...], words: str
-) -> None:
+def test_before_anything_is_encoded(model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_pairs(tmp_path / "pairs", 2)
     job = tmp_path / "job.json"
     values = {
@@ -83,6 +74,7 @@ def test_before_anything_is_encoded(
     }
     job.write_text(json.dumps(values))
     caplog.set_level(logging.INFO)
-    assert main(["train", str(job), *(word for each in change for word in ("--set", each))]) == 1
-    assert words in caplog.text
+    nothing = ["--set", "lora.lora_targets=pattern", "--set", "lora.lora_target_pattern=nothing"]
+    assert main(["train", str(job), *nothing]) == 1
+    assert "matches no layer" in caplog.text
     assert not list(tmp_path.rglob("cache/**/*.safetensors"))

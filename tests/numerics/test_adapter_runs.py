@@ -15,6 +15,7 @@ from trainer_core.config import (
     BatchingConfig,
     CheckpointConfig,
     LoraConfig,
+    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
@@ -22,6 +23,8 @@ from trainer_core.config import (
     resume_key,
 )
 from trainer_core.files import read_metadata
+from trainer_core.memory import placement
+from trainer_core.memory.streaming import BlockStream
 from trainer_core.run import train_lora
 
 KINDS = {
@@ -47,9 +50,12 @@ def config(request: pytest.FixtureRequest, encoded: EncodedDataset, model: Model
     )
 
 
-def test_stopped_and_continued_equals_the_unbroken_run(config: TrainConfig):
+def test_stopped_and_continued_equals_the_unbroken_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    """The broken run streams its two blocks, here through one buffer."""
+    monkeypatch.setattr(placement, "BlockStream", lambda blocks, device, _: BlockStream(blocks, device, 1))
     unbroken = train_lora(config)
-    broken = dataclasses.replace(config, run_dir=config.run_dir + "-broken")
+    streamed = MemoryConfig(memory="manual", blocks_to_stream=2)
+    broken = dataclasses.replace(config, run_dir=config.run_dir + "-broken", memory=streamed)
     assert train_lora(broken, StopAfter(2)).lora_file is None
     continued = train_lora(broken)
     assert unbroken.lora_file is not None and continued.lora_file is not None

@@ -11,11 +11,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.support.adapter_gradients import gradients, predict, with_adapter
+from tests.support.adapter_gradients import LORA, gradients, predict, with_adapter
 from tests.support.narrow import NARROW, fill
+from trainer_core.adapters.inject import for_file
 from trainer_core.adapters.plan import plan_adapter
+from trainer_core.adapters.writer import to_file_tensors
 from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 from trainer_core.errors import MissingPackageError
 from trainer_core.memory import offload as offload_module
@@ -47,13 +50,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A velocity and the adapter's gradients."""
+    """A velocity, and the adapter's gradients and tensors for its file."""
 
     velocity: Tensor
     gradients: dict[str, Tensor]
+    tensors: dict[str, Tensor]
 
 
-def run(base: Path, precision: BaseModelPrecision = "none", **memory: object) -> Outcome:
+def run(base: Path, precision: BaseModelPrecision = "none", adapter: LoraConfig = LORA, **memory: object) -> Outcome:
     """Forward and backward with these memory settings. Without any, nothing is recomputed."""
     config = TrainConfig(
         run_dir="-",
@@ -61,25 +65,25 @@ def run(base: Path, precision: BaseModelPrecision = "none", **memory: object) ->
         model=ModelConfig(base=str(base), base_model_precision=precision, mixed_precision="no", device="cpu"),
         gradient_checkpointing=bool(memory),
         memory=MemoryConfig(**memory),
-        lora=LoraConfig(lora_rank=4, lora_targets="all"),
+        lora=adapter,
     )
     on_host = blocks_on_host(config.memory, LAYERS, checkpointing=config.gradient_checkpointing)
     transformer = load_transformer(BaseModel(config.model), CPU, on_host=on_host)
     stream = stream_blocks(transformer, on_host, CPU, config.memory)
-    lora = with_adapter(transformer)
+    lora = with_adapter(transformer, adapter)
     apply_memory(transformer, stream, CPU, config)
     found = gradients(transformer, lora)
     with torch.no_grad():
         velocity = predict(transformer)  # after the step, to detect a broken stream
-    return Outcome(velocity, found)
+    return Outcome(velocity, found, for_file(transformer, lora))
 
 
 def assert_equal(one: Outcome, other: Outcome) -> None:
     assert torch.equal(one.velocity, other.velocity)
-    assert one.gradients.keys() == other.gradients.keys()
     assert len(one.gradients) > 50
-    different = [name for name, gradient in one.gradients.items() if not torch.equal(gradient, other.gradients[name])]
-    assert different == []
+    for found, wanted in ((one.gradients, other.gradients), (one.tensors, other.tensors)):
+        assert found.keys() == wanted.keys()
+        assert [name for name, each in found.items() if not torch.equal(each, wanted[name])] == []
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,17 @@ def test_streaming_is_bit_equal(base: Path, plain: Outcome, streamed: int, buffe
 @pytest.mark.parametrize("precision", ["int8-quanto", "fp8-quanto", "int4-quanto", "int2-quanto", "nf4-bnb"])
 def test_quantised_weights_stream_too(base: Path, precision: BaseModelPrecision):
     assert_equal(run(base, precision, blocks_to_stream=LAYERS, activation_offload=True), run(base, precision))
+
+
+@pytest.mark.parametrize("precision", ["none", "int8-quanto"])
+def test_a_dora_of_streamed_weights(base: Path, plain: Outcome, tmp_path: Path, precision: BaseModelPrecision):
+    """It also reads the weights when it is injected, when it starts from a plain LoRA, and when its file is written."""
+    start = tmp_path / "lora.safetensors"
+    save_file(to_file_tensors(plain.tensors, LORA, torch.float32), start)
+    dora = dataclasses.replace(LORA, lora_type="dora", init_lora=str(start))
+    wanted = run(base, precision, dora)
+    assert sum(name.endswith("dora_scale") for name in wanted.tensors) > 50
+    assert_equal(run(base, precision, dora, blocks_to_stream=LAYERS), wanted)
 
 
 def test_streamed_weights_keep_their_addresses_and_share_them(base: Path):

@@ -23,9 +23,9 @@ def task() -> tuple[Tensor, Tensor, Condition, Tensor]:
     return latents, torch.tensor([0.6]), Condition((reference,), prompt), wanted
 
 
-def with_adapter(transformer: nn.Module) -> dict[str, nn.Parameter]:
+def with_adapter(transformer: nn.Module, config: LoraConfig = LORA) -> dict[str, nn.Parameter]:
     """Inject an adapter with non-zero weights, the same for every precision; returns its parameters by name."""
-    lora = inject_lora(transformer, plan_adapter(transformer, LORA), seed=1)
+    lora = inject_lora(transformer, plan_adapter(transformer, config), seed=1)
     for name, weight in lora.items():
         if name.endswith("lora_B"):
             weight.data.copy_(torch.randn(weight.shape, generator=stream(0, "quantised", name)) * 0.05)

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 
+from ..memory.streaming import weights_on_device
 from ..precision.frozen_linear import dense_weight
 
 
@@ -45,8 +46,9 @@ class DoraOnAnyWeight(LoraVariant):
     @staticmethod
     def init(module: Any, adapter_name: str, **_: Any) -> None:
         """Start m at the base weight's row norms. peft calls this after it has created A and B."""
-        device = module.lora_A[adapter_name].weight.device
-        square = dense_weight(module.get_base_layer()).float().square().sum(dim=1)
+        device, base = module.lora_A[adapter_name].weight.device, module.get_base_layer()
+        with weights_on_device(base):
+            square = dense_weight(base).float().square().sum(dim=1)
         module.lora_magnitude_vector[adapter_name] = Magnitude(square.to(device))
 
     @staticmethod
@@ -64,7 +66,7 @@ class DoraOnAnyWeight(LoraVariant):
 
 @torch.no_grad()
 def merged_length(module: Any, adapter_name: str) -> Tensor:
-    """Row norms |W + s·B·A| [o] in float32, computed without that matrix."""
+    """Row norms |W + s·B·A| [o] in float32, computed without that matrix. Needs the base weight on the device."""
     lora_a, lora_b = (each[adapter_name].weight.detach().float() for each in (module.lora_A, module.lora_B))
     return merged_lengths(module, adapter_name, lora_a, lora_b)
 

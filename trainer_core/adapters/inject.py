@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraType
+from ..memory.streaming import weights_on_device
 from ..rng import stream, undisturbed
 from .master_weights import copy_for_network
 from .plan import AdapterPlan, LayerPlan, lokr_shapes, read_parts
@@ -157,7 +158,8 @@ def _lengths(layer: Any, start: LowRank) -> Tensor:
     """A DoRA's initial row norms m [o]: from the file, or those of the merged weight if the file is a plain LoRA."""
     from .dora import merged_length
 
-    length = merged_length(layer, ADAPTER)
+    with weights_on_device(layer.get_base_layer()):
+        length = merged_length(layer, ADAPTER)
     if start.dora_scale is None:
         return length
     return length * start.dora_scale.to(length) / layer.lora_magnitude_vector[ADAPTER].base_square.sqrt()
@@ -178,7 +180,8 @@ def for_file(transformer: nn.Module, parameters: Mapping[str, Tensor]) -> dict[s
             layer: Any = transformer.get_submodule(module)
             lora_a, lora_b = (parameters[f"{module}.{side}"].detach().float() for side in ("lora_A", "lora_B"))
             base = layer.lora_magnitude_vector[ADAPTER].base_square.sqrt()
-            tensors[name] = length.detach() * base / merged_lengths(layer, ADAPTER, lora_a, lora_b)
+            with weights_on_device(layer.get_base_layer()):
+                tensors[name] = length.detach() * base / merged_lengths(layer, ADAPTER, lora_a, lora_b)
     return tensors
 
 

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..settings import Limits, Settings, check, merged, required, setting, to_json
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
 from .ema import EmaConfig, check_ema
-from .memory import MemoryConfig, check_streaming
+from .memory import MemoryConfig
 from .model import ModelConfig
 from .optimizer import ENDLESS, OptimizerConfig, check_warmup
 from .training import (
@@ -57,7 +57,6 @@ class TrainingSettings(Settings):
     def check_combinations(self) -> None:
         """Checks that the parts work together."""
         check_warmup(self.optimizer, self.max_train_steps)
-        check_streaming(self.memory, self.lora)
         check_ema(self.ema, self.optimizer)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..settings import Limits, Settings, check, setting
-from .training import LoraConfig
+from ..settings import Limits, Settings, setting
 
 MemoryPlanning = Literal["auto", "manual"]
 CompileBlocks = Literal["auto", "on", "off"]
@@ -59,9 +58,3 @@ class MemoryConfig(Settings):
         older: dict[str, CompileBlocks] = {"True": "on", "False": "off"}  # true and false in job files and saved graphs
         object.__setattr__(self, "compile_blocks", older.get(str(self.compile_blocks), self.compile_blocks))
         Settings.__post_init__(self)  # super() does not work in a dataclass with slots
-
-
-def check_streaming(memory: MemoryConfig, lora: LoraConfig) -> None:
-    """Raises ConfigError if blocks are streamed with DoRA, which also needs their weights at other times."""
-    streams_dora = lora.lora_type == "dora" and memory.blocks_to_stream > 0
-    check(not streams_dora, "blocks_to_stream", memory.blocks_to_stream, "0 with lora_type dora")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,16 @@ from torch import Tensor, nn
 from ..device import aligned
 
 _LOG = logging.getLogger(__name__)
+_READ = "read_streamed_weights"  # attribute of every module of a streamed block: `BlockStream._reading` of the block
+
+
+def weights_on_device(layer: nn.Module) -> AbstractContextManager[None]:
+    """Keeps a layer's weights on the device while the context lasts. Does nothing if the layer is not streamed.
+
+    Use it to read frozen weights outside of their block's passes: they are views of a buffer, which may hold another
+    block's weights. For the same reason, do not nest these contexts.
+    """
+    return getattr(layer, _READ, nullcontext)()
 
 
 class BlockStream:
@@ -47,9 +58,11 @@ class BlockStream:
         self._queue = _CopyQueue(device, count)
         if device.type == "cuda":
             _pin(self, self._host, device)
-        for block in blocks:
+        for index, block in enumerate(blocks):
             block.register_forward_pre_hook(self._before)
             block.register_forward_hook(self._after)
+            for module in block.modules():
+                setattr(module, _READ, partial(self._reading, index))
         for index in range(count):
             self._fetch(index)
 
@@ -80,16 +93,27 @@ class BlockStream:
             if block in self:
                 self._release(self._number[block], forward=False)
 
+    @contextmanager
+    def _reading(self, index: int) -> Iterator[None]:
+        self._need(index)
+        try:
+            yield
+        finally:
+            self._queue.free(index % len(self._buffers))
+
     def _before(self, block: nn.Module, *_: object) -> None:
-        index = self._number[block]
-        self._fetch(index)
-        self._queue.wait(index % len(self._buffers))
+        self._need(self._number[block])
 
     def _after(self, block: nn.Module, *_: object) -> None:
         if self._holding:
             return
         assert not torch.is_grad_enabled(), "a streamed block with gradients needs `held`"
         self._release(self._number[block], forward=True)
+
+    def _need(self, index: int) -> None:
+        """Let compute work enqueued from now on find the block's weights in its buffer."""
+        self._fetch(index)
+        self._queue.wait(index % len(self._buffers))
 
     def _fetch(self, index: int) -> None:
         buffer = index % len(self._buffers)

@@ -13,7 +13,7 @@ import torch
 from ..device import release_memory
 from ..errors import OutOfMemoryError
 from ..geometry import Size
-from .choose import if_allowed, smaller_trainings
+from .choose import smaller_trainings
 from .plan import GIB, MemoryPlan, plan_memory
 from .workload import with_target
 
@@ -44,18 +44,17 @@ def _changes(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
     """Changes of one setting as text, each with its plan, without those that the other settings exclude."""
     config, network, work = plan.config, plan.network, plan.work
 
-    def planned(words: str, **changes: object) -> Iterator[tuple[str, MemoryPlan]]:
+    def planned(words: str, **changes: object) -> tuple[str, MemoryPlan]:
         memory = dataclasses.replace(config.memory, gradient_checkpointing_blocks=-1, **changes)  # type: ignore[arg-type]
-        changed = if_allowed(lambda: dataclasses.replace(config, gradient_checkpointing=True, memory=memory))
-        if changed is not None:
-            yield words, plan_memory(changed, network, work)
+        changed = dataclasses.replace(config, gradient_checkpointing=True, memory=memory)
+        return words, plan_memory(changed, network, work)
 
     if plan.recomputed < network.num_blocks:
-        yield from planned("gradient_checkpointing_blocks -1" if plan.recomputed else "gradient_checkpointing on")
+        yield planned("gradient_checkpointing_blocks -1" if plan.recomputed else "gradient_checkpointing on")
     else:
         streamed = min(network.num_blocks, plan.streamed + network.num_blocks // 3)
-        yield from planned("activation_offload on", activation_offload=True)
-        yield from planned(f"blocks_to_stream {streamed}", blocks_to_stream=streamed)
+        yield planned("activation_offload on", activation_offload=True)
+        yield planned(f"blocks_to_stream {streamed}", blocks_to_stream=streamed)
     for side in (768, 512):
         if work.validation is not None and work.validation.target.width * work.validation.target.height > side**2:
             smaller = with_target(work.validation, Size(side, side))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
 
 import psutil
 import torch
 
-from ..config import BaseModelPrecision, TrainConfig
+from ..config import BaseModelPrecision, ModelConfig, TrainConfig
 from ..errors import ConfigError, OutOfMemoryError
 from ..geometry import scaled_size
 from .duration import Speed, training_seconds
@@ -20,7 +19,6 @@ from .network import NetworkSize
 from .plan import GIB, MemoryPlan, plan_memory
 from .workload import PairSize, Workload
 
-C = TypeVar("C")
 # A card whose copies are slow compared with its arithmetic: 100 TFLOP/s with PCIe 4.0 x8. Copies that computation hides
 # on this card are also hidden on others.
 _TYPICAL = Speed(product=1e-14, attention=1e-14, attention_backward=1e-14, copy=1 / 12e9)
@@ -93,41 +91,31 @@ def _fitting_on_device(
     for recomputed in range(network.num_blocks + 1):
         for offload in (False, True) if recomputed and not budget.is_shared else (False,):
 
-            def plan(streamed: int, recomputed: int = recomputed, offload: bool = offload) -> MemoryPlan | None:  # noqa: FBT001
-                candidate = _with(config, recomputed, streamed=streamed, offload=offload)
-                return None if candidate is None else plan_memory(candidate, network, work)
+            def plan(streamed: int, recomputed: int = recomputed, offload: bool = offload) -> MemoryPlan:  # noqa: FBT001
+                return plan_memory(_with(config, recomputed, streamed=streamed, offload=offload), network, work)
 
-            most = 0 if budget.is_shared or plan(recomputed) is None else recomputed
+            most = 0 if budget.is_shared else recomputed
             # Each streamed block needs less device memory, so the plans that fit are at the end.
-            fits = lambda count: int((each := plan(count)) is not None and budget.holds_device(each))  # noqa: E731
-            streamed = bisect_left(range(most + 1), 1, key=fits)
-            if streamed <= most and (found := plan(streamed)):
-                yield found
+            streamed = bisect_left(range(most + 1), 1, key=lambda count: int(budget.holds_device(plan(count))))
+            if streamed <= most:
+                yield plan(streamed)
 
 
 def _smallest(config: TrainConfig, network: NetworkSize, work: Workload) -> MemoryPlan:
     """The plan that needs least device memory."""
-    candidates = (_with(config, network.num_blocks, streamed=count, offload=True) for count in (network.num_blocks, 0))
-    return plan_memory(next(filter(None, candidates)), network, work)
+    smallest = _with(config, network.num_blocks, streamed=network.num_blocks, offload=True)
+    return plan_memory(smallest, network, work)
 
 
-def if_allowed(build: Callable[[], C]) -> C | None:
-    """The settings that `build` returns; None if they exclude each other, as streamed blocks and DoRA do."""
-    try:
-        return build()
-    except ConfigError:
-        return None
-
-
-def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool) -> TrainConfig | None:
-    """The config with these memory settings; None if the other settings exclude them."""
+def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool) -> TrainConfig:
+    """The config with these memory settings."""
     memory = dataclasses.replace(
         config.memory,
         gradient_checkpointing_blocks=recomputed,
         activation_offload=offload,
         blocks_to_stream=streamed,
     )
-    return if_allowed(lambda: dataclasses.replace(config, gradient_checkpointing=recomputed > 0, memory=memory))
+    return dataclasses.replace(config, gradient_checkpointing=recomputed > 0, memory=memory)
 
 
 def _refusal(plan: MemoryPlan, budget: Budget) -> str:
@@ -180,11 +168,19 @@ def _smaller_precisions(plan: MemoryPlan) -> tuple[BaseModelPrecision, ...]:
     """Precisions that the other settings allow and that save more than a tenth of the weights' memory."""
 
     def is_smaller(precision: BaseModelPrecision) -> bool:
-        model = if_allowed(lambda: dataclasses.replace(plan.config.model, base_model_precision=precision))
         size = dataclasses.replace(plan.network, precision=precision).weight_bytes
-        return model is not None and size < 0.9 * plan.network.weight_bytes
+        return size < 0.9 * plan.network.weight_bytes
 
-    return tuple(each for each in SMALLER_PRECISIONS if is_smaller(each))
+    return tuple(each for each in SMALLER_PRECISIONS if is_smaller(each) and _is_allowed(plan.config.model, each))
+
+
+def _is_allowed(model: ModelConfig, precision: BaseModelPrecision) -> bool:
+    """Whether the model's other settings allow this precision."""
+    try:
+        dataclasses.replace(model, base_model_precision=precision)
+    except ConfigError:
+        return False
+    return True
 
 
 def _smaller_sides(plan: MemoryPlan) -> tuple[int, ...]:

@@ -107,7 +107,10 @@ class _Product(torch.autograd.Function):
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight [out, in] of a linear layer of any precision. A quantised weight is dequantised on every call."""
+    """The weight [out, in] of a linear layer of any precision. A quantised weight is dequantised on every call.
+
+    If the layer may be streamed, read it in the block's forward pass or inside `memory.streaming.weights_on_device`.
+    """
     if isinstance(layer, FrozenLinear):
         return layer.dequantised(torch.float32)
     weight: Any = layer.weight
