@@ -15,7 +15,7 @@ PLAN_CASES: tuple[dict[str, Any], ...] = (
     {"precision": "int4-quanto", "side": 512},
     {"precision": "fp8-quanto", "references": 2, "memory": "full,offload"},
     {"references": 3, "memory": "blocks=2"},
-    {"memory": "full,stream=2,buffers=2", "side": 512, "references": 0},
+    {"adapter": "dora", "targets": "attention-mlp", "memory": "full,stream=4,buffers=2", "side": 512, "references": 0},
     {"adapter": "lokr", "targets": "attention-mlp", "memory": "none"},
     {"adapter": "dora", "targets": "attention-mlp", "memory": "none"},
     {"dropout": 0.1, "targets": "attention", "memory": "none"},

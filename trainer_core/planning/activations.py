@@ -20,6 +20,8 @@ MASK_BYTES = 1  # per element of a dropout mask on CUDA devices
 # Gradients at the peak of a block's backward pass, which is in the MLP, in widths per token: of the block's output (1),
 # the MLP's output (1), the activation function's output (4) and its input (4).
 _BACKWARD_WIDTHS = 10
+# What the MLP's second forward pass holds beside saved activations while a DoRA computes norms, in widths per token.
+_DORA_WIDTHS = 6
 # Copies of a weight in the compute dtype while it is dequantised; a layer that is not quantised needs none.
 _DEQUANTISED_COPIES: dict[BaseModelPrecision, int] = {"none": 0, "fp8-quanto": 2, "file": 2, "int4-quanto": 2}
 _LATENT_COPIES = 3  # of target and references: clean or noise, noisy, and the velocity
@@ -107,22 +109,30 @@ def block_input_bytes(network: NetworkSize, tokens: Tokens) -> int:
     return tokens.batch * network.element_bytes * network.width * (tokens.image + tokens.text)
 
 
-def backward_bytes(network: NetworkSize, tokens: Tokens, *, rounds_inputs: bool = False) -> int:
+def backward_bytes(network: NetworkSize, tokens: Tokens, *, rounds_inputs: bool = False, is_dora: bool = False) -> int:
     """Working memory of a block's backward pass and of its second forward pass, which need about the same.
 
     It includes the prompt's gradient that waits meanwhile. `rounds_inputs`: linear layers round their inputs, in
-    float32 (`quantize_activations`). The MLP's second layer then needs two such copies of its input.
+    float32 (`quantize_activations`). The MLP's second layer then needs two such copies of its input. `is_dora`: the
+    second forward pass also dequantises the weights of adapted layers to float32, for their norms.
     """
     width = network.element_bytes * network.width
     image, layer = _BACKWARD_WIDTHS * width, dequantised_bytes(network)
     if rounds_inputs:  # before the product, so without its result and its weight
         image, layer = (_BACKWARD_WIDTHS - 1) * width + 2 * FLOAT32 * 4 * network.width, 0
-    return tokens.batch * (image * tokens.image + width * tokens.text) + layer
+    least = 0
+    if is_dora and any("_mlp." in name for name in network.adapted):
+        least = tokens.batch * _DORA_WIDTHS * width * tokens.image + dequantised_bytes(network, FLOAT32)
+    return max(least, tokens.batch * (image * tokens.image + width * tokens.text) + layer)
 
 
-def dequantised_bytes(network: NetworkSize) -> int:
-    """Bytes of an MLP layer's weight in the compute dtype, while it is used. Larger layers run at other times."""
-    return _DEQUANTISED_COPIES.get(network.precision, 1) * network.element_bytes * 4 * network.width**2
+def dequantised_bytes(network: NetworkSize, element_bytes: int = 0) -> int:
+    """Bytes of an MLP layer's weight while it is used, in the compute dtype or a dtype of `element_bytes`.
+
+    Larger layers run at other times.
+    """
+    copies = _DEQUANTISED_COPIES.get(network.precision, 1)
+    return copies * (element_bytes or network.element_bytes) * 4 * network.width**2
 
 
 def forward_bytes(network: NetworkSize, tokens: Tokens) -> int:

@@ -62,8 +62,13 @@ class NetworkSize:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all frozen weights. Those outside the blocks are never quantised."""
-        blocks = (self.num_blocks - 1) * self.block_bytes + self._bytes(self.last_block)
-        return blocks + self.weights_outside_blocks * self.element_bytes
+        return self.streamed_bytes(self.num_blocks) + self.weights_outside_blocks * self.element_bytes
+
+    def streamed_bytes(self, blocks: int) -> int:
+        """Bytes of the frozen weights of so many streamed blocks. The last block, which is smaller, is the last to be
+        streamed."""
+        includes_last = blocks == self.num_blocks
+        return (blocks - includes_last) * self.block_bytes + includes_last * self._bytes(self.last_block)
 
     @property
     def largest_layer_weights(self) -> int:

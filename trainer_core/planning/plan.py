@@ -113,7 +113,7 @@ def plan_memory(config: TrainConfig, network: NetworkSize, work: Workload) -> Me
 
 
 def _weights(config: TrainConfig, network: NetworkSize, streamed: int) -> dict[str, int]:
-    parts = {"frozen weights": network.weight_bytes - streamed * network.block_bytes}
+    parts = {"frozen weights": network.weight_bytes - network.streamed_bytes(streamed)}
     if streamed:
         parts["streaming buffers"] = min(config.memory.stream_buffers, streamed) * network.block_bytes
     return parts
@@ -155,9 +155,9 @@ def _step(config: TrainConfig, network: NetworkSize, tokens: Tokens, recomputed:
     if config.memory.activation_offload:
         waiting = min(waiting, _FETCHED_AHEAD)
     gradients, accumulates = FLOAT32 * network.adapter_weights, config.batching.gradient_accumulation_steps > 1
-    rounds = config.model.quantize_activations
+    rounds, is_dora = config.model.quantize_activations, config.lora.lora_type == "dora"
     working = {
-        "backward pass": backward_bytes(network, tokens, rounds_inputs=rounds),
+        "backward pass": backward_bytes(network, tokens, rounds_inputs=rounds, is_dora=is_dora),
         "latents and embeddings": latent_and_embedding_bytes(network, tokens),
     }
     last = {
@@ -211,7 +211,7 @@ def _host(
     offloaded = offloaded_bytes(recomputed * inputs) if config.memory.activation_offload else 0
     parts = {
         "Python, torch and CUDA": _PROCESS,
-        "streamed weights": streamed * network.block_bytes,
+        "streamed weights": network.streamed_bytes(streamed),
         "offloaded block inputs": offloaded,
         "encoded pairs": _LOADED_PAIRS,
         "running average": ema_bytes([(network.adapter_weights,)], config.ema)[0],
