@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.forked import Forked
 from tests.support.narrow import make_pairs
 from trainer_core.config import ModelConfig
 from trainer_core.files import read_metadata
@@ -39,14 +40,17 @@ def job(model: ModelConfig, tmp_path: Path) -> Path:
 
 
 def trainer(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trainer_core", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
+    program = Forked("trainer_core", *arguments)
+    out, err = program.communicate()
+    assert program.returncode is not None
+    return subprocess.CompletedProcess(arguments, program.returncode, out, err)
 
 
 def test_check_encode_train_and_sample(job: Path) -> None:
     checked = trainer("check", job)
     assert checked.returncode == 0 and "4 pairs" in checked.stdout, checked
-    trained = trainer("train", job)
+    command = [sys.executable, "-m", "trainer_core", "train", str(job)]  # a new Python: nothing is imported before
+    trained = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
     assert trained.returncode == 0, trained.stderr
     lora = Path(trained.stdout.strip())
     assert lora == job.parent / "runs" / "first" / "first.safetensors"

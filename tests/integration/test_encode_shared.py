@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.support.forked import Forked
 from tests.support.narrow import make_pairs, small_encoding
-from tools.comfyui import REPO
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import load_encoded
 from trainer_core.conditioning.report import encoding_report
@@ -111,10 +109,9 @@ def test_a_folder_that_changes_while_encoding_is_reported(
     assert not again.changed and "while encoding" not in encoding_report(again)
 
 
-def start(job: Path) -> subprocess.Popen[str]:
+def start(job: Path) -> Forked:
     """Starts `python -m trainer_core encode` in its own process."""
-    command = [sys.executable, "-m", "trainer_core", "encode", str(job)]
-    return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Forked("trainer_core", "encode", job)
 
 
 def test_after_a_kill_two_runs_finish_it_together(model: ModelConfig, pairs: DatasetConfig, tmp_path: Path) -> None:
@@ -125,7 +122,6 @@ def test_after_a_kill_two_runs_finish_it_together(model: ModelConfig, pairs: Dat
     while len(entries(cache)) < 3 and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     killed.kill()
-    killed.communicate()
     left = entries(cache)
     assert 3 <= len(left) < 20
     assert all(map(is_whole, left.values()))

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.forked import Forked
 from tests.support.narrow import make_pairs, read_rows
-from trainer_core.__main__ import main
+from trainer_core.__main__ import EXIT_STOPPED, main
 from trainer_core.config import ModelConfig
 from trainer_core.runs.folder import RunFolder
 
@@ -56,6 +58,17 @@ def launched(job: Path, *settings: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=REPO, text=True, stdout=pipe, stderr=pipe, env=environment)
+
+
+def forked(job: Path, *settings: Sequence[str], machines: int = 1) -> list[Forked]:
+    """Starts `train` with each of these settings in a process of its own, as torchrun would: processes 0, 1, ..."""
+    size = len(settings)
+    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size // machines)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        Forked("trainer_core", *arguments(job, *each), environment={**shared, "RANK": str(rank)})
+        for rank, each in enumerate(settings)
+    ]
 
 
 def arguments(job: Path, *settings: str) -> list[str]:
@@ -107,7 +120,7 @@ def test_a_lost_process_ends_the_run_with_its_last_step_kept(job: Path) -> None:
     run = RunFolder(job.parent / "runs" / "lost")
     try:
         wait_for(lambda: len(run.metrics()) >= 3, process)
-        os.kill(follower(process.pid), signal.SIGKILL)
+        os.kill(second_process(process.pid), signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     finally:
         process.kill()
@@ -120,14 +133,16 @@ def test_a_lost_process_ends_the_run_with_its_last_step_kept(job: Path) -> None:
 
 def test_a_wish_to_stop_is_agreed_on(job: Path) -> None:
     settings = ("max_train_steps=100000", "batching.gradient_accumulation_steps=2", "run_dir=runs/stopped")
-    process = launched(job, *settings)
+    leader, follower = forked(job, settings, settings)
     run = RunFolder(job.parent / "runs" / "stopped")
     try:
-        wait_for(lambda: len(run.metrics()) >= 2, process)
-        os.kill(follower(process.pid), signal.SIGTERM)  # only one of the two processes
-        process.communicate(timeout=120)
+        wait_for(lambda: len(run.metrics()) >= 2, leader)
+        os.kill(follower.pid, signal.SIGTERM)  # only one of the two processes
+        ends = [each.communicate(timeout=120) for each in (leader, follower)]
     finally:
-        process.kill()
+        for each in (leader, follower):
+            each.kill()
+    assert (leader.returncode, follower.returncode) == (EXIT_STOPPED, EXIT_STOPPED), ends
     state, kept = run.state(), run.latest_checkpoint()
     assert state["state"] == "paused" and kept is not None and kept.step == state["steps"] >= 2
 
@@ -136,18 +151,9 @@ def test_processes_that_do_not_start_alike_are_refused(job: Path) -> None:
     """As on two machines without a shared disk: process 0 would resume at step 2, process 1 would start at step 0."""
     settings = ("batching.gradient_accumulation_steps=2", "optimizer.lr_scheduler=constant")
     assert main(arguments(job, "batching.gradient_accumulation_steps=4", *settings[1:], "max_train_steps=2")) == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "trainer_core"]
-    processes = [
-        subprocess.Popen(
-            [*command, *arguments(job, *settings, f"run_dir=runs/{run}")],
-            cwd=REPO, text=True, stderr=subprocess.PIPE, env={**environment, "RANK": str(rank)},
-        )
-        for rank, run in enumerate(("one", "elsewhere"))
-    ]  # fmt: skip
-    for process in processes:
-        _, err = process.communicate(timeout=300)
+    places = [(*settings, f"run_dir=runs/{run}") for run in ("one", "elsewhere")]
+    for process in forked(job, *places, machines=2):
+        _, err = process.communicate()
         assert process.returncode == 1, err
         assert re.search(r"process 0: step 2, weights \w{16}; process 1: step 0, weights \w{16}.* a disk that all", err)
     run = RunFolder(job.parent / "runs" / "one")
@@ -160,7 +166,7 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Forked) -> None:
     until = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()[1]
@@ -169,7 +175,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
         time.sleep(0.1)
 
 
-def follower(launcher: int) -> int:
+def second_process(launcher: int) -> int:
     """The process id of rank 1, which torchrun (`launcher`) started."""
     import psutil
 

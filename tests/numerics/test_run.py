@@ -6,8 +6,6 @@ import dataclasses
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.forked import Forked
 from tests.support.narrow import make_pairs, networks_of, read_rows, small_encoding
 from tests.support.runs import Steps, StopAfter, equal, lora_tensors, named, twelve_steps
 from trainer_core.conditioning.encode import encode_dataset
@@ -32,7 +31,7 @@ from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import DatasetError, NonFiniteLossError
 from trainer_core.events import SILENT, Stop
 from trainer_core.qwen_image.base_model import BaseModel
-from trainer_core.run import train_lora
+from trainer_core.run import TrainResult, train_lora
 from trainer_core.training import optimizer as optimizer_module
 from trainer_core.training import step as step_module
 from trainer_core.training import validation as validation_module
@@ -43,8 +42,9 @@ def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> Train
     return twelve_steps(encoded, model, tmp_path / "run")
 
 
-def test_stopped_at_every_moment_and_continued_equals_the_unbroken_run(config: TrainConfig) -> None:
-    unbroken = train_lora(config)
+def test_stopped_at_every_moment_and_continued_equals_the_unbroken_run(
+    config: TrainConfig, unbroken: TrainResult
+) -> None:
     moments = range(0, 25, 4)
     broken = named(config, "broken")
     pauses = []
@@ -57,7 +57,7 @@ def test_stopped_at_every_moment_and_continued_equals_the_unbroken_run(config: T
     assert len(set(pauses)) >= 2, f"the run was never interrupted: {pauses}"
     assert equal(lora_tensors(result), lora_tensors(unbroken))
     without_time = [{**row, "seconds": 0} for row in read_rows(Path(broken.run_dir) / "metrics.jsonl")]
-    assert without_time == [{**row, "seconds": 0} for row in read_rows(Path(config.run_dir) / "metrics.jsonl")]
+    assert without_time == [{**row, "seconds": 0} for row in read_rows(unbroken.run_dir / "metrics.jsonl")]
 
 
 def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: TrainConfig, tmp_path: Path) -> None:
@@ -65,25 +65,21 @@ def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: 
     longer = dataclasses.replace(config, max_train_steps=40, optimizer=OptimizerConfig(learning_rate=3e-3))
     unbroken, killed = train_lora(longer), named(longer, "killed")
     (tmp_path / "config.json").write_text(json.dumps(to_json(killed)))
-    metrics, errors = Path(killed.run_dir) / "metrics.jsonl", tmp_path / "stderr.txt"
+    metrics = Path(killed.run_dir) / "metrics.jsonl"
     seed = time.time_ns()
     print(f"seed of the moments: {seed}")  # noqa: T201 - pytest shows it when the test fails
     moments = random.Random(seed)
     for _ in range(3):
-        command = [sys.executable, "-m", "tests.support.train_until_killed", str(tmp_path / "config.json")]
         steps_before = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
-        with (
-            errors.open("w") as stderr,
-            subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=stderr) as process,
-        ):
-            deadline = time.monotonic() + 120
-            while process.poll() is None and time.monotonic() < deadline:
-                if metrics.exists() and len(metrics.read_bytes().splitlines()) != steps_before:
-                    time.sleep(moments.uniform(0, 0.7))
-                    break
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL, errors.read_text()
+        process = Forked("tests.support.train_until_killed", tmp_path / "config.json")
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and len(metrics.read_bytes().splitlines()) != steps_before:
+                time.sleep(moments.uniform(0, 0.7))
+                break
+            time.sleep(0.01)
+        process.kill()
+        assert process.returncode == -signal.SIGKILL, process.communicate()[1]
     assert 0 < len(read_rows(metrics)) < 40, "the kills came too early or too late to interrupt the run"
     result = train_lora(killed)
     assert unbroken.lora_file is not None and result.lora_file is not None
@@ -91,30 +87,29 @@ def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: 
     assert [row["step"] for row in read_rows(metrics)] == list(range(1, 41))
 
 
-def test_same_seed_same_run_whatever_the_process_drew(config: TrainConfig) -> None:
-    first = train_lora(config)
+def test_same_seed_same_run_whatever_the_process_drew(config: TrainConfig, unbroken: TrainResult) -> None:
     torch.rand(17)
     before = torch.get_rng_state()
-    assert equal(lora_tensors(train_lora(named(config, "again"))), lora_tensors(first))
+    assert equal(lora_tensors(train_lora(config)), lora_tensors(unbroken))
     assert torch.equal(torch.get_rng_state(), before)
-    assert not equal(lora_tensors(train_lora(named(config, "other", seed=6))), lora_tensors(first))
+    assert not equal(lora_tensors(train_lora(named(config, "other", seed=6))), lora_tensors(unbroken))
 
 
-def test_validation_changes_nothing_that_follows(config: TrainConfig) -> None:
+def test_validation_changes_nothing_that_follows(config: TrainConfig, unbroken: TrainResult) -> None:
     never = ValidationConfig(validation_step_interval=0, num_validation_images=0)
-    with_pictures, without = train_lora(config), train_lora(named(config, "without", validation=never))
-    assert equal(lora_tensors(with_pictures), lora_tensors(without))
-    assert without.samples is None and with_pictures.samples is not None
-    assert with_pictures.samples.grid_file.is_file()
+    without = train_lora(named(config, "without", validation=never))
+    assert equal(lora_tensors(unbroken), lora_tensors(without))
+    assert without.samples is None and unbroken.samples is not None
+    assert unbroken.samples.grid_file.is_file()
     often = dataclasses.replace(
         config.validation, validation_step_interval=2, validation_resolution="64x128,96", num_validation_images=2
     )
     assert equal(lora_tensors(train_lora(named(config, "often", validation=often))), lora_tensors(without))
 
 
-def test_memory_settings_change_nothing(config: TrainConfig) -> None:
+def test_memory_settings_change_nothing(config: TrainConfig, unbroken: TrainResult) -> None:
     plain = train_lora(named(config, "plain", gradient_checkpointing=False))
-    assert equal(lora_tensors(plain), lora_tensors(train_lora(config)))
+    assert equal(lora_tensors(plain), lora_tensors(unbroken))
 
 
 def test_one_batch_of_four_equals_four_of_one(model: ModelConfig, tmp_path: Path) -> None:
@@ -142,9 +137,8 @@ def test_one_batch_of_four_equals_four_of_one(model: ModelConfig, tmp_path: Path
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, unbroken: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    healthy = train_lora(named(config, "healthy"))
     steps = iter(range(100))
 
     class Poisoned(torch.optim.AdamW):
@@ -166,11 +160,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
     poison(False)
     checkpoints = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
     assert checkpoints[-1] == "step-000004"
-    assert equal(lora_tensors(train_lora(config)), lora_tensors(healthy))
+    assert equal(lora_tensors(train_lora(config)), lora_tensors(unbroken))
 
 
-def test_a_line_lost_between_checkpoint_and_metrics_comes_back(config: TrainConfig) -> None:
-    unbroken = train_lora(named(config, "unbroken"))
+def test_a_line_lost_between_checkpoint_and_metrics_comes_back(config: TrainConfig, unbroken: TrainResult) -> None:
     paused = train_lora(config, StopAfter(8))
     metrics = Path(config.run_dir) / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
@@ -181,17 +174,16 @@ def test_a_line_lost_between_checkpoint_and_metrics_comes_back(config: TrainConf
     assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in expected]
 
 
-def test_metrics_and_tensorboard_and_samples_are_written(config: TrainConfig) -> None:
-    result = train_lora(config)
-    rows = read_rows(result.run_dir / "metrics.jsonl")
+def test_metrics_and_tensorboard_and_samples_are_written(unbroken: TrainResult) -> None:
+    rows = read_rows(unbroken.run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if "validation_loss" in row] == [5, 10, 12]
     assert {"loss", "grad_norm", "learning_rate", "loss_by_sigma", "seconds"} <= rows[0].keys()
-    assert [path.name for path in sorted((result.run_dir / "samples").glob("*.png"))] == [
+    assert [path.name for path in sorted((unbroken.run_dir / "samples").glob("*.png"))] == [
         f"step-{step:06d}.png" for step in (5, 10, 12)
     ]
-    assert list((result.run_dir / "tensorboard").glob("events*"))
-    assert json.loads((result.run_dir / "config.json").read_text())["seed"] == 5
+    assert list((unbroken.run_dir / "tensorboard").glob("events*"))
+    assert json.loads((unbroken.run_dir / "config.json").read_text())["seed"] == 5
 
 
 def test_training_lowers_the_loss_on_pairs_it_has_not_seen(config: TrainConfig) -> None:

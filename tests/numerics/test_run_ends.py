@@ -27,7 +27,7 @@ from trainer_core.config import (
 )
 from trainer_core.errors import OutOfMemoryError, RunFolderError
 from trainer_core.events import SilentObserver, StepReport, Stop
-from trainer_core.run import find_result, train_lora
+from trainer_core.run import TrainResult, find_result, train_lora
 from trainer_core.training import step as step_module
 
 
@@ -36,11 +36,10 @@ def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> Train
     return twelve_steps(encoded, model, tmp_path / "run")
 
 
-def test_stop_and_keep_exports_and_is_answered_from_its_folder(config: TrainConfig) -> None:
+def test_stop_and_keep_exports_and_is_answered_from_its_folder(config: TrainConfig, unbroken: TrainResult) -> None:
     kept = train_lora(config, StopAfter(8, Stop.KEEP))
     assert kept.stopped is Stop.KEEP and kept.lora_file and 0 < kept.steps_done < 12
     assert find_result(config) == kept == train_lora(config)
-    unbroken = train_lora(named(config, "unbroken"))
     assert equal(lora_tensors(train_lora(config, continue_kept=True)), lora_tensors(unbroken))
 
 
@@ -125,13 +124,22 @@ def test_a_crash_keeps_the_last_whole_step(config: TrainConfig, monkeypatch: pyt
     assert (Path(config.run_dir) / "checkpoints" / "step-000004").is_dir()
 
 
+@pytest.fixture(scope="module")
+def averaged_result(
+    encoded: EncodedDataset, model: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> TrainResult:
+    """An unbroken run with an average of its weights."""
+    settings = twelve_steps(encoded, model, tmp_path_factory.mktemp("averaged") / "run")
+    return train_lora(dataclasses.replace(settings, ema=EmaConfig(use_ema=True)))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
 def test_an_update_cut_short_is_not_saved(
-    error: type[BaseException], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    error: type[BaseException], config: TrainConfig, averaged_result: TrainResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights have moved but their average has not, so they belong to no step, whatever was reported last."""
     averaged = dataclasses.replace(config, ema=EmaConfig(use_ema=True))
-    unbroken, original = train_lora(named(averaged, "unbroken")), step_module.update_ema
+    original = step_module.update_ema
 
     def cut(average: Any, parameters: Any, step: int, settings: EmaConfig) -> None:
         if step == 5:
@@ -146,9 +154,9 @@ def test_an_update_cut_short_is_not_saved(
     checkpoints = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
     assert checkpoints == ["step-000003"]
     result = train_lora(averaged)
-    assert equal(lora_tensors(result), lora_tensors(unbroken))
-    assert result.ema_file and unbroken.ema_file
-    assert equal(load_file(result.ema_file), load_file(unbroken.ema_file))
+    assert equal(lora_tensors(result), lora_tensors(averaged_result))
+    assert result.ema_file and averaged_result.ema_file
+    assert equal(load_file(result.ema_file), load_file(averaged_result.ema_file))
 
 
 def test_an_error_after_a_step_keeps_it(config: TrainConfig) -> None:
@@ -192,8 +200,7 @@ def test_fewer_steps_than_are_done_are_refused_before_the_model_is_read(
         (Path(config.run_dir) / "run.json").write_text(json.dumps(state))
 
 
-def test_checkpoints_are_limited_and_a_cut_one_is_passed_over(config: TrainConfig) -> None:
-    unbroken = train_lora(named(config, "unbroken"))
+def test_checkpoints_are_limited_and_a_cut_one_is_passed_over(config: TrainConfig, unbroken: TrainResult) -> None:
     train_lora(config, StopAfter(10**9))
     folders = sorted((Path(config.run_dir) / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-000009", "step-000012"]

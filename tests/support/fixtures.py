@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.narrow import make_base, make_pairs, small_encoding
+from tests.support.runs import twelve_steps
 from tools.comfyui import comfyui_dir
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
@@ -17,6 +18,7 @@ from trainer_core.config import ModelConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.qwen_image import prompt
 from trainer_core.qwen_image.base_model import BaseModel
+from trainer_core.run import TrainResult, train_lora
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +70,9 @@ def encoded(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Enc
     root = tmp_path_factory.mktemp("encoded")
     dataset = pair_folders(make_pairs(root / "pairs", 7, ((96, 96), (128, 96))))
     return encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=2), root / "cache")
+
+
+@pytest.fixture(scope="session")
+def unbroken(encoded: EncodedDataset, model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The result of `twelve_steps`, for tests that compare another run with it."""
+    return train_lora(twelve_steps(encoded, model, tmp_path_factory.mktemp("unbroken") / "run"))
