@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 from tests.support.comfyui_server import PackServer
-from tests.support.fixtures import base_of, encoded, model, one_tokenizer, tokenizer_dir  # noqa: F401 - fixtures
+from tests.support.fixtures import base_of, encoded, model, one_tokenizer, tokenizer_dir, unbroken  # noqa: F401 - fixtures
 from tests.support.tiers import FAST_MARKERS, FAST_PATHS
 from tools.comfyui import REPO
 from tools.comfyui import comfyui_dir as find_comfyui
+
+ONE_SERVER = ("tests/ui", "tests/server")  # folders whose files share a server, and a browser
+LONGEST_FIRST = ("ui", "server", "numerics", "integration")  # so that no worker has long tests left at the end
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +57,21 @@ def comfyui_of_its_own(tmp_path: Path) -> Iterator[Callable[..., PackServer]]:
         server.stop()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadfile, a worker gets a whole file, or all files of a folder that share a server."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            folder = file.rpartition("/")[0]
+            return folder if folder in ONE_SERVER else file
+
+    config.option.loadscopereorder = False  # not the files with most tests first, but the order of collection
+    return ByServer(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     """Adds the end of the server's log to the report of a failed server test."""
@@ -83,7 +102,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Adds the marker `server` to each test that uses a ComfyUI server, whatever its folder."""
+    """Adds the marker `server` to each test that uses a ComfyUI server, whatever its folder. Sorts LONGEST_FIRST."""
+    items.sort(key=lambda item: next((n for n, folder in enumerate(LONGEST_FIRST) if folder in item.path.parts), 99))
     for item in items:
         if {"comfyui", "comfyui_of_its_own"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
