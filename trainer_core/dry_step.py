@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .conditioning.batches import BatchLoader
+from .config import TrainConfig
 from .device import peak_bytes
 from .events import SILENT, Observer
 from .memory.compilation import can_compile
@@ -24,13 +27,16 @@ _LOG = logging.getLogger(__name__)
 # Measured on an H200 with the full-size transformer (benchmarks/gpu_step_h200_2026-11.md): compiling takes 10 to 36 s,
 # longer on a slower processor, and saves at least 0.19 of a step's time.
 _COMPILING_SECONDS, _LEAST_SAVED = 60, 0.15
+_WRONG = 0.5  # relative error of gradients that compiled blocks must not have
 
 
 class Measured(NamedTuple):
-    """A micro-batch forward and backward: its seconds, and its peak of device memory in bytes."""
+    """A micro-batch forward and backward: its seconds, its peak of device memory in bytes, and the adapter's gradients
+    by name, in host memory."""
 
     seconds: float
     peak_bytes: int
+    gradients: dict[str, Tensor]
 
 
 def dry_step(
@@ -51,29 +57,29 @@ def dry_step(
     run = (config, prepared.model.size, prepared.work)
     draws = largest_draws(prepared.encoded, prepared.work)
 
-    def one() -> float:
-        began = time.perf_counter()
-        networks.compilation.attempt(
+    def one() -> dict[str, Tensor]:
+        gradients = networks.compilation.attempt(
             lambda: rehearse(networks, loader.read(draws), config), clean_up=networks.optimizer.zero_grad
         )
         torch.cuda.synchronize(networks.device)
-        return time.perf_counter() - began
+        return gradients
 
     def measure() -> Measured:
         with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
-            one()  # slower: libraries choose their kernels, or the blocks are compiled
+            # Slower than the next: libraries choose their kernels, or the blocks are compiled.
+            gradients = {name: each.cpu() for name, each in one().items()}
             torch.cuda.reset_peak_memory_stats(networks.device)
-            return Measured(one(), peak_bytes(networks.device))
+            began = time.perf_counter()
+            one()
+            return Measured(time.perf_counter() - began, peak_bytes(networks.device), gradients)
 
-    if config.memory.compile_blocks == "on":
-        networks.compilation.start()
-    measured = measure()
-    if config.memory.compile_blocks == "auto" and not observer.should_stop():
+    measured, wish = measure(), config.memory.compile_blocks
+    if wish != "off" and not observer.should_stop():
         left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
         saved = left * _saved_share(compiled_seconds(*run, networks.device), measured.seconds)
-        if _pays(networks.device, left, saved):
+        if wish == "on" or _pays(networks.device, left, saved):
             observer.on_progress("Compiling the transformer's blocks", 0, 0)
-            measured = _compiled_if_faster(networks, measure, measured)
+            measured = _compiled_if_right(networks, measure, measured, config)
     _log_memory(prepared, networks, measured.peak_bytes)
     torch.cuda.empty_cache()  # gives back what only compiling, or only uncompiled blocks, needed
     words = time_in_words(*run, measured_speed(*run, measured.seconds), done=done)
@@ -107,8 +113,11 @@ def _pays(device: torch.device, left: float, saved: float) -> bool:
     return saved >= _COMPILING_SECONDS and can_compile(device)
 
 
-def _compiled_if_faster(networks: Networks, measure: Callable[[], Measured], uncompiled: Measured) -> Measured:
-    """Compile the blocks, and keep them compiled if they work and are faster.
+def _compiled_if_right(
+    networks: Networks, measure: Callable[[], Measured], uncompiled: Measured, config: TrainConfig
+) -> Measured:
+    """Compile the blocks, and keep them compiled if they work and compute the same gradients. With `compile_blocks`
+    `auto`, they must also be faster.
 
     Returns what was measured with the blocks that are kept.
     """
@@ -116,10 +125,35 @@ def _compiled_if_faster(networks: Networks, measure: Callable[[], Measured], unc
     compiled = measure()
     if not networks.compilation.is_active:  # they failed or did not fit
         return uncompiled
-    if compiled.seconds < uncompiled.seconds:
+    dropout = config.lora.lora_dropout > 0
+    if wrong := wrong_gradients(compiled.gradients, uncompiled.gradients, dropout=dropout):
+        reason = f"torch {torch.__version__} compiles them wrong: other gradients for {', '.join(wrong)}"
+        networks.compilation.stop(reason)
+        return uncompiled
+    if compiled.seconds < uncompiled.seconds or config.memory.compile_blocks == "on":
         return compiled
     networks.compilation.stop("compiled ones are not faster here")
     return uncompiled
+
+
+def wrong_gradients(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, dropout: bool = False
+) -> tuple[str, ...]:
+    """Kinds of layers, such as `attn.to_q`, whose gradients in all blocks together differ by half of their norm.
+
+    Rounding in bfloat16 changes them by a few percent. With dropout, other values are dropped in compiled code, so only
+    the norms are compared.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in wanted:
+        kinds.setdefault(re.sub(r"^\w+\.\d+\.|\.\w+$", "", name), []).append(name)
+    wrong = []
+    for kind, names in kinds.items():
+        ours, theirs = (torch.cat([each[name].flatten() for name in names]) for each in (found, wanted))
+        error = (ours.norm() - theirs.norm()).abs() if dropout else (ours - theirs).norm()
+        if not error <= _WRONG * theirs.norm():  # also true for NaN
+            wrong.append(kind)
+    return tuple(wrong)
 
 
 def _log_memory(prepared: Preparation, networks: Networks, peak: int) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 from tests.support.narrow import planned_size
 from trainer_core import dry_step
 from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, TrainConfig
-from trainer_core.dry_step import Measured
+from trainer_core.config.memory import CompileBlocks
+from trainer_core.dry_step import Measured, wrong_gradients
 from trainer_core.geometry import Size
 from trainer_core.memory.compilation import Compilation
 from trainer_core.planning import duration as planning_duration
@@ -78,23 +79,55 @@ def networks_with(weight: nn.Parameter) -> SimpleNamespace:
     return SimpleNamespace(compilation=Compilation(blocks), optimizer=torch.optim.SGD([weight], lr=1))
 
 
-@pytest.mark.parametrize(
-    ("compiled", "taken", "words"), [(3.0, 3.0, ""), (5.0, 4.0, "compiled ones are not faster here")]
+RIGHT, WRONG = (
+    {"transformer_blocks.0.attn.to_q.lora_B": torch.ones(2)},
+    {"transformer_blocks.0.attn.to_q.lora_B": torch.zeros(2)},
 )
-def test_auto_keeps_compiled_blocks_that_are_faster(
-    compiled: float, taken: float, words: str, caplog: pytest.LogCaptureFixture
+
+
+def config_with(compile_blocks: CompileBlocks) -> TrainConfig:
+    return TrainConfig(run_dir="run", encoded="data", memory=MemoryConfig(compile_blocks=compile_blocks))
+
+
+@pytest.mark.parametrize(
+    ("wish", "compiled", "kept", "words"),
+    [
+        ("auto", Measured(3.0, 2, RIGHT), True, ""),
+        ("auto", Measured(5.0, 2, RIGHT), False, "compiled ones are not faster here"),
+        ("on", Measured(5.0, 2, RIGHT), True, ""),
+        ("on", Measured(3.0, 2, WRONG), False, "compiles them wrong: other gradients for attn.to_q."),
+    ],
+)
+def test_compiled_blocks_that_are_right_and_faster_are_kept(
+    wish: CompileBlocks, compiled: Measured, kept: bool, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An uncompiled step took 4 seconds."""
-    networks = networks_with(nn.Parameter(torch.zeros(1)))
+    networks, uncompiled = networks_with(nn.Parameter(torch.zeros(1))), Measured(4.0, 1, RIGHT)
 
     def measure() -> Measured:
         assert networks.compilation.is_active
-        return Measured(compiled, 2)
+        return compiled
 
-    found = dry_step._compiled_if_faster(networks, measure, Measured(4.0, 1))  # type: ignore[arg-type]
-    assert found == Measured(taken, 1 if words else 2)
-    assert networks.compilation.is_active == (not words)
+    found = dry_step._compiled_if_right(networks, measure, uncompiled, config_with(wish))  # type: ignore[arg-type]
+    assert found is (compiled if kept else uncompiled)
+    assert networks.compilation.is_active == kept
     assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
+def test_wrong_gradients_are_named_by_the_kind_of_layer() -> None:
+    """Rounding and other dropped values are no mistake. A wrong direction, zeros and NaN are."""
+    draws = torch.Generator().manual_seed(0)
+    kinds = ("rounded", "dropped", "zero", "nan", "unused")
+    names = {kind: [f"transformer_blocks.{number}.{kind}.lora_B" for number in (0, 11)] for kind in kinds}
+    wanted = {name: torch.randn(100, generator=draws) for each in names.values() for name in each}
+    found = {name: each.bfloat16().float() for name, each in wanted.items()}
+    for number in (0, 1):
+        found[names["dropped"][number]] = torch.randn(100, generator=draws)
+        found[names["zero"][number]] = torch.zeros(100)
+        wanted[names["unused"][number]] = found[names["unused"][number]] = torch.zeros(100)
+    found[names["nan"][1]][5] = torch.nan
+    assert wrong_gradients(found, wanted) == ("dropped", "zero", "nan")
+    assert wrong_gradients(found, wanted, dropout=True) == ("zero", "nan")
 
 
 def test_auto_keeps_uncompiled_blocks_if_compiled_ones_do_not_fit(caplog: pytest.LogCaptureFixture) -> None:
@@ -110,8 +143,9 @@ def test_auto_keeps_uncompiled_blocks_if_compiled_ones_do_not_fit(caplog: pytest
 
     def measure() -> Measured:
         networks.compilation.attempt(compute, clean_up=networks.optimizer.zero_grad)
-        return Measured(1.0, 2)
+        return Measured(1.0, 2, {})
 
-    found = dry_step._compiled_if_faster(networks, measure, Measured(4.0, 1))  # type: ignore[arg-type]
-    assert found == Measured(4.0, 1)
+    uncompiled = Measured(4.0, 1, {})
+    found = dry_step._compiled_if_right(networks, measure, uncompiled, config_with("auto"))  # type: ignore[arg-type]
+    assert found is uncompiled
     assert caplog.text.count("run uncompiled from now on, because compiled ones need more memory than is free") == 1

@@ -62,7 +62,7 @@ def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     scale = (x.float().abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     codes = x.float() / scale
     codes = codes.to(dtype).float() if dtype.is_floating_point else codes.round()
-    return codes.mul_(scale).to(x.dtype)
+    return (codes * scale).to(x.dtype)  # not in place: see FrozenRMSNorm
 
 
 class _Rounded(torch.autograd.Function):

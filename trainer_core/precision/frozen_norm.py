@@ -33,7 +33,10 @@ class _Normalised(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_() / x.shape[-1]
         inverse = mean_square.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return torch.mul(x, inverse, out=torch.empty_like(x)).mul_(weight)
+        if torch.compiler.is_compiling():
+            # Compiled by torch 2.11, the gradient is zero if the last operation writes in place.
+            return (x * inverse).to(x.dtype) * weight
+        return torch.mul(x, inverse, out=torch.empty_like(x)).mul_(weight)  # makes no float32 copy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

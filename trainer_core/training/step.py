@@ -216,12 +216,14 @@ def _own_passes(
     return rows, Stop.NO
 
 
-def rehearse(networks: Networks, batch: Batch, config: TrainConfig) -> None:
-    """Forward and backward passes of a micro-batch, to test that the memory suffices. Discards the gradients."""
+def rehearse(networks: Networks, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
+    """Forward and backward passes of a micro-batch. Returns the adapter's gradients by name, and clears them."""
     turns = range(batch.draws[0].index, batch.draws[-1].index + 1)
     losses, _ = _pair_losses(networks, batch, turns, 0, config)
     losses.sum().backward()
+    gradients = {name: each.grad for name, each in networks.lora.items() if each.grad is not None}
     networks.optimizer.zero_grad(set_to_none=True)
+    return gradients
 
 
 def _pair_losses(
