@@ -48,6 +48,18 @@ def pip(*arguments: str) -> None:
     subprocess.run([PYTHON, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
 
 
+def install(*arguments: str) -> None:
+    """Install packages without compiling their Python files, which `compile_python` does on all cores."""
+    pip("install", "--no-compile", *arguments)
+
+
+def compile_python() -> subprocess.Popen[bytes]:
+    """Start compiling the Python files of the installed packages and of our ComfyUI; skips files that are compiled."""
+    folders = [ask("import sysconfig; print(sysconfig.get_path('purelib'))"), str(OWN_COMFYUI)]
+    quiet = ["-qq", "-j", "0"]  # also says nothing of templates that are no valid Python
+    return subprocess.Popen([PYTHON, "-m", "compileall", *quiet, *filter(os.path.isdir, folders)])
+
+
 def ask(code: str) -> str:
     """Run code in the virtual environment. Returns its output, or an empty text if it fails."""
     if not PYTHON.is_file():
@@ -84,7 +96,7 @@ def get_torch() -> str:
     version = "import importlib.metadata as m; print(m.version('torch'))"
     if not ask(version):
         say(f"installing {TORCH}")
-        pip("install", TORCH)
+        install(TORCH)
     return ask(version)
 
 
@@ -113,11 +125,11 @@ def install_torchvision(constraints: Path) -> None:
         return
     cuda = ask("import torch; print(torch.version.cuda or torch.version.hip or '')")
     if cuda or sys.platform != "linux":
-        pip("install", "--constraint", str(constraints), "torchvision")
+        install("--constraint", str(constraints), "torchvision")
     elif sys.version_info < (3, 12):
-        pip("install", "--no-deps", CPU_TORCHVISION)
+        install("--no-deps", CPU_TORCHVISION)
     else:
-        pip("install", "--constraint", str(constraints), "torchvision", "--index-url", CPU_INDEX)
+        install("--constraint", str(constraints), "torchvision", "--index-url", CPU_INDEX)
 
 
 def install_packages(torch_version: str) -> None:
@@ -132,10 +144,10 @@ def install_packages(torch_version: str) -> None:
         say("installing packages (takes some minutes the first time)")
         files = [of_comfyui, REPO / "requirements.txt", REPO / "requirements-dev.txt"]
         asked = [part for file in files for part in ("--requirement", str(file))]
-        pip("install", "--constraint", str(constraints), *asked)
+        install("--constraint", str(constraints), *asked)
         install_torchvision(constraints)
     if alone:
-        pip("install", "--no-deps", *[line.split("#")[0].strip() for line in alone])
+        install("--no-deps", *[line.split("#")[0].strip() for line in alone])
 
 
 def find_browser() -> str:
@@ -175,7 +187,9 @@ def main() -> None:
     make_venv()
     torch_version = get_torch()
     get_comfyui()
-    install_packages(torch_version)
+    with compile_python():  # torch and ComfyUI, while pip downloads the others
+        install_packages(torch_version)
+    compile_python().wait()
     STAMP.write_text(wanted())
     say("done")
 
