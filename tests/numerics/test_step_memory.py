@@ -233,23 +233,27 @@ def test_a_tensor_that_is_not_in_one_piece_comes_back():
 
 
 def test_dropout_drops_the_same_twice(base: Path):
-    def dropped(blocks: int) -> dict[str, Tensor]:
+    def dropped(blocks: int, streamed: int = 0) -> dict[str, Tensor]:
         from trainer_core.adapters.inject import inject_lora
 
-        transformer = load_transformer(BaseModel(ModelConfig(base=str(base), mixed_precision="no", device="cpu")), CPU)
+        numbers = tuple(range(streamed))
+        model = BaseModel(ModelConfig(base=str(base), mixed_precision="no", device="cpu"))
+        transformer = load_transformer(model, CPU, on_host=numbers)
+        stream = stream_blocks(transformer, numbers, CPU, MemoryConfig(blocks_to_stream=streamed))
         lora = inject_lora(transformer, plan_adapter(transformer, LoraConfig(lora_rank=4, lora_dropout=0.5)), seed=1)
         for weight in lora.values():
             nn.init.constant_(weight, 0.02)
         transformer.train()
         transformer.enable_gradient_checkpointing(
-            Recomputation(list(transformer.transformer_blocks), blocks, dropout=True)
+            Recomputation(list(transformer.transformer_blocks), blocks, stream=stream, dropout=True)
         )
         with torch.random.fork_rng():
             torch.manual_seed(5)
             return gradients(transformer, lora)
 
-    kept, again = dropped(0), dropped(LAYERS)
+    kept, again, streamed = dropped(0), dropped(LAYERS), dropped(LAYERS, LAYERS)
     assert all(torch.equal(gradient, again[name]) for name, gradient in kept.items())
+    assert all(torch.equal(gradient, streamed[name]) for name, gradient in kept.items())
 
 
 def test_a_streamed_block_with_gradients_is_not_left_unguarded(base: Path):

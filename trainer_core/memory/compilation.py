@@ -33,8 +33,8 @@ class Compilation:
 
     def __init__(self, blocks: Sequence[nn.Module], *, dropout: bool = False) -> None:
         self._blocks = blocks[:-1]
-        # A recomputed block must drop the same values again, although its second forward is another graph. Torch's own
-        # dropout draws in the same order in both; the compiler's does not promise that.
+        # A recomputed block must drop the same values again. With torch's own random operations, the same graph draws
+        # the same values from the same state of the generator.
         self._options = {"fallback_random": True} if dropout else None
         self.is_active = False
         self.is_forward_only = False  # see `forward_only`

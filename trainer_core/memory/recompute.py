@@ -55,9 +55,9 @@ class Recomputation:
         """The input that was given to `keep`."""
         return self.offload.fetch(kept) if self.offload is not None and isinstance(kept, OffloadedTensor) else kept
 
-    def held(self, block: nn.Module) -> AbstractContextManager[None]:
-        """Keeps a streamed block's weights on the device while the context lasts."""
-        return nullcontext() if self.stream is None else self.stream.held(block)
+    def held(self, block: nn.Module, *, forward: bool = False) -> AbstractContextManager[None]:
+        """Keeps a streamed block's weights on the device while the context lasts. `forward`: in the forward pass."""
+        return nullcontext() if self.stream is None else self.stream.held(block, forward=forward)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -68,16 +68,17 @@ class _Recomputed(torch.autograd.Function):
         ctx.random = _RandomState.of(inputs) if how.dropout else None
         ctx.needed = [isinstance(each, Tensor) and each.requires_grad for each in inputs]
         ctx.kept = [how.keep(each) for each in inputs]
-        with torch.no_grad():
-            return block(*inputs)
+        if not how.dropout:
+            with torch.no_grad():
+                return block(*inputs)
+        # With gradients, so that both passes run the same compiled code: another graph may draw in another order.
+        with how.held(block, forward=True), torch.enable_grad():
+            return tuple(each.detach() for each in block(*_inputs(inputs, ctx.needed)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         how: Recomputation = ctx.how
-        inputs = [how.fetch(each) for each in ctx.kept]
-        inputs = [
-            each.detach().requires_grad_() if needed else each for each, needed in zip(inputs, ctx.needed, strict=True)
-        ]
+        inputs = _inputs([how.fetch(each) for each in ctx.kept], ctx.needed)
         ctx.kept = None
         with how.held(ctx.block):
             with torch.enable_grad(), nullcontext() if ctx.random is None else ctx.random.again():
@@ -91,6 +92,13 @@ class _Recomputed(torch.autograd.Function):
             None,
             *(each.grad if needed else None for each, needed in zip(inputs, ctx.needed, strict=True)),
         )
+
+
+def _inputs(values: Sequence[Any], needed: Sequence[bool]) -> list[Any]:
+    """The inputs as leaves of a new graph. Those that are `needed` get gradients."""
+    return [
+        each.detach().requires_grad_() if is_needed else each for each, is_needed in zip(values, needed, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

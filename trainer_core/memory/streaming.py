@@ -37,8 +37,8 @@ def weights_on_device(layer: nn.Module) -> AbstractContextManager[None]:
 class BlockStream:
     """Streams the frozen weights of `blocks`, which run in this order forward and in reverse order backward.
 
-    Forward hooks fetch and release the weights of forward passes without gradients. A forward pass with gradients and
-    its backward must run together inside `held`. Trainable weights are not streamed: inject adapters afterwards.
+    Forward hooks fetch and release the weights of forward passes without gradients. A forward pass with gradients must
+    run inside `held`, together with its backward if there is one. Trainable weights are not streamed: inject adapters afterwards.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, num_buffers: int) -> None:
@@ -80,10 +80,10 @@ class BlockStream:
         return block in self._number
 
     @contextmanager
-    def held(self, block: nn.Module) -> Iterator[None]:
+    def held(self, block: nn.Module, *, forward: bool = False) -> Iterator[None]:
         """Keeps the block's weights until the context ends, then fetches the block that needs its buffer next.
 
-        For the backward pass: the next block is an earlier one.
+        `forward`: that is a later block, as in the forward pass. Otherwise it is an earlier one.
         """
         self._holding = True
         try:
@@ -91,7 +91,7 @@ class BlockStream:
         finally:
             self._holding = False
             if block in self:
-                self._release(self._number[block], forward=False)
+                self._release(self._number[block], forward=forward)
 
     @contextmanager
     def _reading(self, index: int) -> Iterator[None]:
