@@ -6,7 +6,7 @@ The full-size transformer with random weights and an adapter, set up as in train
 row per way: `two passes`; `one batch` with prompts of unequal length, which attention masks; `one batch, equal` without
 a mask. `first` is the seconds of the first picture less those of a later one, which is mostly compilation. `waits`
 counts how often a step waits for the device (CUDA only). `tokens` are those of one pass.
-sampling.TOGETHER_TOKENS is the highest number of tokens at which one batch is faster.
+sampling.TOGETHER_TOKENS is the highest number of tokens at which uncompiled blocks use one batch.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.narrow import NARROW, fill
+from trainer_core.memory.compilation import Compilation
 from trainer_core.qwen_image import sampling
 from trainer_core.qwen_image.base_model import empty_transformer
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
@@ -88,7 +89,9 @@ def test_prompts_of_equal_length_need_no_mask() -> None:
     assert both is not None and both.sum(dim=1).tolist() == [7, 9]
 
 
-def test_a_batch_is_used_on_cuda_with_few_tokens_and_enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_used_on_cuda_with_few_tokens_enough_memory_and_uncompiled_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class OnCuda:
         """Stands in for latents [1, 16, 12, 8] on a GPU."""
 
@@ -104,6 +107,10 @@ def test_a_batch_is_used_on_cuda_with_few_tokens_and_enough_memory(monkeypatch: 
         monkeypatch.setattr(sampling, "free_bytes", lambda _, memory=memory: memory)
         assert guides_together(transformer, condition(9, 1), OnCuda()) is expected
         assert not guides_together(transformer, condition(9, 1), torch.randn(1, 16, 12, 8))
+        compilation = Compilation(list(transformer.transformer_blocks))
+        compilation.start()
+        assert not guides_together(transformer, condition(9, 1), OnCuda())
+        compilation.stop("the test goes on")
 
 
 class Reads(TorchDispatchMode):

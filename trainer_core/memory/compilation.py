@@ -148,6 +148,11 @@ def _compiled(forward: Callable[..., Any], options: dict[str, bool] | None) -> C
     return torch.compile(forward, options=options)
 
 
+def is_compiled(block: nn.Module) -> bool:
+    """Whether the block runs as compiled code."""
+    return isinstance(vars(block).get("forward"), _AnySize)
+
+
 def _mark(tensor: Tensor | None, dim: int) -> None:
     if tensor is not None:
         torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -38,7 +38,8 @@ class BlockStream:
     """Streams the frozen weights of `blocks`, which run in this order forward and in reverse order backward.
 
     Forward hooks fetch and release the weights of forward passes without gradients. A forward pass with gradients must
-    run inside `held`, together with its backward if there is one. Trainable weights are not streamed: inject adapters afterwards.
+    run inside `held`, together with its backward if there is one. Trainable weights are not streamed: inject adapters
+    afterwards.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, num_buffers: int) -> None:
