@@ -24,8 +24,8 @@ from .planning.workload import largest_draws
 from .training.step import Networks, rehearse
 
 _LOG = logging.getLogger(__name__)
-# Measured on an H200 with the full-size transformer (benchmarks/gpu_step_h200_2026-11.md): compiling takes 10 to 36 s,
-# longer on a slower processor, and saves at least 0.19 of a step's time.
+# Measured on an H200 with the full-size transformer (benchmarks/gpu_step_h200_2026-11.md): compiling takes 14 to 53 s,
+# longer on a slower processor. It saves 0.24 of a step's time at 1024 pixels, and more with smaller pictures.
 _COMPILING_SECONDS, _LEAST_SAVED = 60, 0.15
 _WRONG = 0.5  # relative error of gradients that compiled blocks must not have
 
