@@ -13,7 +13,7 @@ from tests.support.narrow import planned_size
 from trainer_core import dry_step
 from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 from trainer_core.config.memory import CompileBlocks
-from trainer_core.dry_step import Measured, wrong_gradients
+from trainer_core.dry_step import Measured, of_first_block, wrong_gradients
 from trainer_core.geometry import Size
 from trainer_core.memory.compilation import Compilation
 from trainer_core.planning import duration as planning_duration
@@ -112,11 +112,18 @@ def test_compiled_blocks_that_are_right_and_faster_are_kept(
     assert words in caplog.text and bool(words) == bool(caplog.text)
 
 
-def test_wrong_gradients_are_named_by_the_kind_of_layer() -> None:
+def test_gradients_of_one_block_are_compared() -> None:
+    names = [f"transformer_blocks.{number}.attn.to_q.lora_{part}" for number in (10, 2, 1) for part in "AB"]
+    gradients = {name: torch.ones(1) for name in ("proj_out.lora_A", *names)}
+    assert list(of_first_block(gradients)) == names[-2:]
+    assert of_first_block({"proj_out.lora_A": torch.ones(1)}) == {}
+
+
+def test_wrong_gradients_are_named_by_layer() -> None:
     """Rounding and other dropped values are no mistake. A wrong direction, zeros and NaN are."""
     draws = torch.Generator().manual_seed(0)
-    kinds = ("rounded", "dropped", "zero", "nan", "unused")
-    names = {kind: [f"transformer_blocks.{number}.{kind}.lora_B" for number in (0, 11)] for kind in kinds}
+    layers = ("rounded", "dropped", "zero", "nan", "unused")
+    names = {layer: [f"transformer_blocks.3.{layer}.lora_{part}" for part in "AB"] for layer in layers}
     wanted = {name: torch.randn(100, generator=draws) for each in names.values() for name in each}
     found = {name: each.bfloat16().float() for name, each in wanted.items()}
     for number in (0, 1):
