@@ -96,7 +96,8 @@ def _from_file(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
             f"{place.name} is not a Qwen-Image VAE: it has neither {_WAN_MARK} nor {_WIDTH_FROM}. Choose "
             "qwen_image_vae.safetensors from models/vae."
         )
-    vae = AutoencoderKLQwenImage(base_dim=len(weights[_WIDTH_FROM])).to(dtype)
+    with torch.device("meta"):  # drawing initial weights takes longer than reading the file's
+        vae = AutoencoderKLQwenImage(base_dim=len(weights[_WIDTH_FROM]))
     wanted = vae.state_dict()
     wrong = [name for name, each in wanted.items() if name not in weights or weights[name].shape != each.shape]
     if wrong or len(weights) != len(wanted):
@@ -105,7 +106,7 @@ def _from_file(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
             f"{place.name} is not a Qwen-Image VAE, or incomplete: {len(wrong)} of {len(wanted)} weights are missing "
             f"or have the wrong shape, {len(unknown)} are unknown (first: {(wrong + unknown)[0]}). Download it again."
         )
-    vae.load_state_dict(weights)
+    vae.load_state_dict(weights, assign=True)
     return vae
 
 
