@@ -1,4 +1,7 @@
-"""FrozenRMSNorm equals diffusers' RMSNorm, forward and backward, and saves less for the backward pass."""
+"""FrozenRMSNorm equals diffusers' RMSNorm, forward and backward, and saves less for the backward pass.
+
+Queries or keys that are joined before the norm equal those that are joined after the rotation.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from trainer_core.precision.frozen_norm import FrozenRMSNorm
+from trainer_core.qwen_image.frozen_forward import _joined
 
 
 def norms(dtype: torch.dtype) -> tuple[RMSNorm, FrozenRMSNorm]:
@@ -60,3 +64,44 @@ def test_only_its_input_is_kept() -> None:
         kept[name] = sum(each.nbytes for each in saved if each is not norm.weight)
     assert kept["ours"] <= x.nbytes + 4 * x.numel() // 128
     assert kept["theirs"] > 2 * kept["ours"]
+
+
+def joined_afterwards(
+    prompt: Tensor, picture: Tensor, prompt_norm: FrozenRMSNorm, norm: FrozenRMSNorm, angles: Tensor
+) -> Tensor:
+    """Normalises and rotates one after the other, and joins the results."""
+    parts = []
+    for x, of_x, turns in (
+        (prompt, prompt_norm, angles[: prompt.shape[1]]),
+        (picture, norm, angles[prompt.shape[1] :]),
+    ):
+        pairs = torch.view_as_complex(of_x(x).float().unflatten(-1, (-1, 2)))
+        parts.append(torch.view_as_real(pairs * turns.unsqueeze(1)).flatten(-2).type_as(x))
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joining_first_is_bit_equal(dtype: torch.dtype, batch: int) -> None:
+    torch.manual_seed(0)
+    both_norms = norms(dtype)[1], norms(dtype)[1]
+    angles = torch.polar(torch.ones(60, 64), torch.randn(60, 64))
+    prompt, picture = (torch.randn(batch, tokens, 4, 128, dtype=dtype, requires_grad=True) for tokens in (7, 53))
+    gradient = torch.randn(batch, 4, 60, 128, dtype=dtype).transpose(1, 2)  # as attention may lay it out
+    kept = gradient.clone()
+    outcomes = []
+    for join in (_joined, joined_afterwards):
+        joined = join(prompt, picture, *both_norms, angles)
+        outcomes.append((joined, *torch.autograd.grad(joined, (prompt, picture), gradient)))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*outcomes, strict=True))
+    assert torch.equal(gradient, kept)
+
+
+def test_real_angles_rotate_like_complex_ones() -> None:
+    """Compiled blocks get real ones."""
+    torch.manual_seed(0)
+    both_norms = norms(torch.float32)[1], norms(torch.float32)[1]
+    angles = torch.polar(torch.ones(60, 64), torch.randn(60, 64))
+    prompt, picture = (torch.randn(1, tokens, 4, 128) for tokens in (7, 53))
+    expected = _joined(prompt, picture, *both_norms, angles)
+    assert error(_joined(prompt, picture, *both_norms, torch.view_as_real(angles)), expected.double()) < 2e-7

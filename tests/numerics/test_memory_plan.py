@@ -38,7 +38,7 @@ from trainer_core.planning.plan import plan_memory
 from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import empty_transformer
-from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
+from trainer_core.qwen_image.frozen_forward import joined_angles, optimise_frozen_forward
 from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, predict_velocity
 from trainer_core.qwen_image.types import Condition
 
@@ -71,6 +71,7 @@ def saved_bytes(block: nn.Module, network: nn.Module, tokens: Tokens, dtype: tor
         for length in (tokens.image, tokens.text)
     )
     rotary = network.pos_embed([[(1, 1, tokens.image)]], max_txt_seq_len=tokens.text, device=torch.device("cpu"))
+    rotary = joined_angles(*rotary)
     index = torch.zeros(tokens.batch, tokens.image, dtype=torch.int) if zero_cond_t else None
     shared = [*network.parameters(), *network.buffers(), *rotary]
     temb = torch.randn(tokens.batch * (1 + zero_cond_t), width, dtype=dtype)

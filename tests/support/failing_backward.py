@@ -37,7 +37,7 @@ def check_failing_backward(device: str, recomputed: int, monkeypatch: pytest.Mon
     def gradient() -> Tensor:
         calls.append(blocks.is_active)
         given = picture.detach().requires_grad_()
-        run(block, given, prompt, None, modulation, (rotary, rotary))[1].sum().backward()
+        run(block, given, prompt, None, modulation, (rotary,))[1].sum().backward()
         assert given.grad is not None
         return given.grad
 

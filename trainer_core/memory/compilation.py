@@ -113,7 +113,7 @@ class _AnySize:
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None,
         temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor],
+        image_rotary_emb: tuple[Tensor],
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulate_index: Tensor | None = None,
     ) -> Any:

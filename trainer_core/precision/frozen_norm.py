@@ -30,8 +30,7 @@ class FrozenRMSNorm(nn.Module):
 class _Normalised(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_() / x.shape[-1]
-        inverse = mean_square.add_(eps).rsqrt_()
+        inverse = inverse_root(x, eps)
         ctx.save_for_backward(x, weight, inverse)
         if torch.compiler.is_compiling():
             # Compiled by torch 2.11, the gradient is zero if the last operation writes in place.
@@ -41,6 +40,16 @@ class _Normalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        gradient = (gradients[0] * weight).float()
-        along = (gradient * x).mean(-1, keepdim=True).mul_(inverse.square())
-        return gradient.addcmul_(x, along, value=-1).mul_(inverse).to(x.dtype), None, None
+        return input_gradient((gradients[0] * weight).float(), x, inverse), None, None
+
+
+def inverse_root(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x²) + eps) [..., 1] in float32, for x [..., d]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def input_gradient(gradient: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of x in x's dtype, from that of x * `inverse_root(x)` in float32, which is overwritten."""
+    along = (gradient * x).mean(-1, keepdim=True).mul_(inverse.square())
+    return gradient.addcmul_(x, along, value=-1).mul_(inverse).to(x.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..precision.frozen_norm import FrozenRMSNorm
+from ..precision.frozen_norm import FrozenRMSNorm, input_gradient, inverse_root
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -21,6 +21,8 @@ def optimise_frozen_forward(transformer: QwenImageTransformer2DModel) -> None:
     - The last block's text stream after attention is removed: nothing uses its output.
     - The norms of queries and keys no longer keep float32 copies of their inputs.
     - The modulation no longer builds a scale and a shift for every token.
+    - Queries of prompt and picture are joined before they are normalised and rotated, and so are keys, so that an
+      uncompiled block launches fewer kernels.
     - The rotary embedding also takes real numbers, which compiled blocks need.
     """
     last = transformer.transformer_blocks[-1]
@@ -58,6 +60,7 @@ def predict_tokens(
         is_reference[:, : frames * height * width] = 0
     time = transformer.time_text_embed(sigma_B, picture)
     rotary = transformer.pos_embed([list(shapes)], max_txt_seq_len=prompt.shape[1], device=picture.device)
+    rotary = joined_angles(*rotary)
     recomputes = torch.is_grad_enabled() and transformer.gradient_checkpointing
     for block in transformer.transformer_blocks:
         inputs = (picture, prompt, prompt_mask, time, rotary, None, is_reference)
@@ -84,7 +87,7 @@ def _modulated(x: Tensor, parameters: Tensor, index: Tensor | None = None) -> tu
 
 
 class _JointAttention:
-    """diffusers' QwenDoubleStreamAttnProcessor2_0 with `_rotated`: attention over the tokens of prompt and pictures."""
+    """diffusers' QwenDoubleStreamAttnProcessor2_0 with `_joined`: attention over the tokens of prompt and pictures."""
 
     def __call__(
         self,
@@ -92,7 +95,7 @@ class _JointAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None,
-        image_rotary_emb: tuple[Tensor, Tensor],
+        image_rotary_emb: tuple[Tensor],
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
         """Outputs [B, L, d] for the picture tokens and the prompt tokens. The mask [B, L] is True for real tokens."""
@@ -101,15 +104,15 @@ class _JointAttention:
             ones = encoder_hidden_states_mask.new_ones(picture.shape[:2])
             mask = torch.cat([encoder_hidden_states_mask, ones], dim=1)[:, None, None]
         heads = (-1, attn.inner_dim // attn.heads)
-        angles, prompt_angles = image_rotary_emb
-        query = _rotated(attn.norm_q(attn.to_q(picture).unflatten(-1, heads)), angles)
-        key = _rotated(attn.norm_k(attn.to_k(picture).unflatten(-1, heads)), angles)
-        prompt_query = _rotated(attn.norm_added_q(attn.add_q_proj(prompt).unflatten(-1, heads)), prompt_angles)
-        prompt_key = _rotated(attn.norm_added_k(attn.add_k_proj(prompt).unflatten(-1, heads)), prompt_angles)
+        (angles,) = image_rotary_emb
+        prompt_query, prompt_key = (each(prompt).unflatten(-1, heads) for each in (attn.add_q_proj, attn.add_k_proj))
+        query, key = (each(picture).unflatten(-1, heads) for each in (attn.to_q, attn.to_k))
+        query = _joined(prompt_query, query, attn.norm_added_q, attn.norm_q, angles)
+        key = _joined(prompt_key, key, attn.norm_added_k, attn.norm_k, angles)
         values = [attn.add_v_proj(prompt), attn.to_v(picture)]
         out = functional.scaled_dot_product_attention(
-            torch.cat([prompt_query, query], dim=1).transpose(1, 2),
-            torch.cat([prompt_key, key], dim=1).transpose(1, 2),
+            query.transpose(1, 2),
+            key.transpose(1, 2),
             torch.cat(values, dim=1).unflatten(-1, heads).transpose(1, 2),
             attn_mask=mask,
         )
@@ -117,15 +120,66 @@ class _JointAttention:
         return attn.to_out[0](of_picture.contiguous()), attn.to_add_out(of_prompt.contiguous())
 
 
-def _rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """x [B, L, heads, d] with neighbouring elements rotated as complex numbers, in float32.
+def joined_angles(picture: Tensor, prompt: Tensor) -> tuple[Tensor]:
+    """The rotary angles that a block takes: those of the prompt tokens, then those of the picture tokens."""
+    return (torch.cat([prompt, picture]),)
 
-    `angles` are complex [L, d / 2], or their real and imaginary parts [L, d / 2, 2], which the compiler can use.
+
+def _joined(prompt: Tensor, picture: Tensor, prompt_norm: FrozenRMSNorm, norm: FrozenRMSNorm, angles: Tensor) -> Tensor:
+    """Queries or keys of prompt [B, T, heads, d] and picture [B, L, heads, d] as one tensor, normalised and rotated.
+
+    `angles` are complex [T + L, d / 2], or their real and imaginary parts [T + L, d / 2, 2], for the compiler.
     """
     if angles.is_complex():
-        turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * angles.unsqueeze(1)
-        return torch.view_as_real(turned).flatten(-2).type_as(x)
+        weights = prompt_norm.weight, norm.weight
+        return _NormalisedAndRotated.apply(prompt, picture, *weights, norm.eps, angles)  # type: ignore[no-untyped-call]
+    tokens = prompt.shape[1]
+    parts = [_rotated(prompt_norm(prompt), angles[:tokens]), _rotated(norm(picture), angles[tokens:])]
+    return torch.cat(parts, dim=1)
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """x [B, L, heads, d] with neighbouring elements rotated as complex numbers, in float32. `angles` [L, d / 2, 2]."""
     real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = angles.unsqueeze(1).unbind(-1)
     turned = [real * cosine - imaginary * sine, real * sine + imaginary * cosine]
     return torch.stack(turned, dim=-1).flatten(-2).type_as(x)
+
+
+class _NormalisedAndRotated(torch.autograd.Function):
+    """`_joined` with complex angles, in as few operations as possible. Never compiled, so it may write in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        prompt: Tensor,
+        picture: Tensor,
+        prompt_weight: Tensor,
+        weight: Tensor,
+        eps: float,
+        angles: Tensor,
+    ) -> Tensor:
+        tokens, x = prompt.shape[1], torch.cat([prompt, picture], dim=1)
+        inverse = inverse_root(x, eps)
+        ctx.save_for_backward(x, inverse, prompt_weight, weight, angles)
+        ctx.tokens = tokens
+        y = torch.mul(x, inverse, out=torch.empty_like(x))
+        y[:, :tokens].mul_(prompt_weight)
+        y[:, tokens:].mul_(weight)
+        turned = torch.view_as_complex(y.float().unflatten(-1, (-1, 2))).mul_(angles.unsqueeze(1))
+        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, inverse, prompt_weight, weight, angles = ctx.saved_tensors
+        parts = gradients[0].float().contiguous().unflatten(-1, (-1, 2))
+        turned = torch.view_as_complex(parts) * angles.conj().unsqueeze(1)
+        gradient = torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        gradient[:, : ctx.tokens].mul_(prompt_weight)
+        gradient[:, ctx.tokens :].mul_(weight)
+        gradient = input_gradient(gradient.float(), x, inverse)
+        return (
+            gradient[:, : ctx.tokens].contiguous(),
+            gradient[:, ctx.tokens :].contiguous(),
+            *(None,) * 4,
+        )
