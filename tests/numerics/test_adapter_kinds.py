@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from tests.support.adapter_cases import KINDS, inputs, randomise
 from trainer_core.adapters.dora import DoraLinear
-from trainer_core.adapters.inject import for_file, inject_lora, load_into, without_lora
-from trainer_core.adapters.plan import plan_adapter
+from trainer_core.adapters.inject import for_file, inject_lora, inject_planned, load_into, without_lora
+from trainer_core.adapters.lora import LoraLinear
+from trainer_core.adapters.plan import LayerPlan, plan_adapter
 from trainer_core.adapters.reader import changed_weight, read_adapter
 from trainer_core.adapters.writer import LoraMetadata, check_file, export_lora, to_file_tensors
 from trainer_core.config import LoraConfig, ModelConfig, TrainConfig
@@ -186,6 +188,31 @@ def test_dora_is_pefts(scaling: float):
     assert type(network[0]) is DoraLinear
     assert len(found[0]) == len(found[1]) == 5
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("scaling", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_is_pefts(dtype: torch.dtype, scaling: float, dropout: float):
+    """Output and gradients are bit-equal to those of peft's own layer."""
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Linear(24, 16))
+    plan = {"0": LayerPlan(24, 16, 4, scaling)}
+    parameters = inject_planned(network, plan, "lora", dropout=dropout)
+    layer = network[0]
+    assert type(layer) is LoraLinear
+    for parameter in parameters.values():
+        parameter.data.normal_()
+    network.to(dtype)
+    given, found = torch.randn(5, 24, dtype=dtype), []
+    for forward in (layer, partial(peft.tuners.lora.layer.Linear.forward, layer)):
+        torch.manual_seed(4)
+        x = given.clone().requires_grad_()
+        y = forward(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *parameters.values()])])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    with without_lora(network):
+        assert torch.equal(network(given), layer.base_layer(given))
 
 
 def test_lokr_is_pefts(model: ModelConfig):

@@ -69,6 +69,9 @@ def inject_planned(
 def _inject_lora(transformer: nn.Module, plan: Mapping[str, LayerPlan], *, use_dora: bool, dropout: float) -> None:
     import peft
 
+    from .dora import DoraLinear
+    from .lora import LoraLinear
+
     settings = peft.LoraConfig(
         r=1,
         rank_pattern=_ranks(plan),
@@ -77,10 +80,7 @@ def _inject_lora(transformer: nn.Module, plan: Mapping[str, LayerPlan], *, use_d
         init_lora_weights=False,
         use_dora=use_dora,
     )
-    if use_dora:
-        from .dora import DoraLinear
-
-        settings._register_custom_module({nn.Linear: DoraLinear})  # peft's way to register a custom layer
+    settings._register_custom_module({nn.Linear: DoraLinear if use_dora else LoraLinear})  # peft's way
     peft.inject_adapter_in_model(settings, transformer, ADAPTER)
 
 
