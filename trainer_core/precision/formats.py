@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -40,13 +41,13 @@ class Nf4:
         """The weight [out, in], as bitsandbytes computes it: in float32 and rounded once."""
         if torch.compiler.is_compiling():
             return self._in_one_kernel(tensors, dtype)
-        from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
-
+        import_module("bitsandbytes")  # defines the operators below; its functions that call them do more in Python
+        library = torch.ops.bitsandbytes
         codes, absmax, _, nested_absmax, nested_map, offset = tensors
-        scales = dequantize_blockwise(absmax, absmax=nested_absmax, code=nested_map, blocksize=self.nested_blocksize)
-        shape = torch.Size((self.rows, self.columns))
-        state = QuantState(scales.add_(offset), shape, blocksize=self.blocksize, quant_type="nf4", dtype=dtype)
-        return dequantize_4bit(codes, state)
+        scales = library.dequantize_blockwise.default(
+            absmax, nested_absmax, nested_map, self.nested_blocksize, torch.float32
+        ).add_(offset)
+        return library.dequantize_4bit.default(codes, scales, self.blocksize, "nf4", (self.rows, self.columns), dtype)
 
     def _in_one_kernel(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """`dequantise` in operations that the compiler fuses; bitsandbytes needs four kernels."""

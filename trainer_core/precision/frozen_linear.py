@@ -51,7 +51,8 @@ class FrozenLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """x [..., in] to y [..., out]."""
         x = _Rounded.apply(input, self.weight.dtype) if self.rounds_input else input  # type: ignore[no-untyped-call]
-        tensors = [self.weight, *(getattr(self, name) for name in self.format.names[1:])]
+        # Looks buffers up directly: nn.Module's attribute access is slow, and NF4 has five.
+        tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
         if not (x.requires_grad and torch.is_grad_enabled()):
             return functional.linear(x, self.format.dequantise(tensors, x.dtype), self.bias)
         return _Product.apply(x, self.bias, self.format, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]

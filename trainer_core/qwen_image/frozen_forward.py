@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,10 @@ class _JointAttention:
         )
         of_prompt, of_picture = out.transpose(1, 2).flatten(2).split([prompt.shape[1], picture.shape[1]], dim=1)
         return attn.to_out[0](of_picture.contiguous()), attn.to_add_out(of_prompt.contiguous())
+
+
+# diffusers reads this signature in every forward pass, and Python would derive it anew each time.
+_JointAttention.__call__.__signature__ = inspect.signature(_JointAttention.__call__)  # type: ignore[attr-defined]
 
 
 def joined_angles(picture: Tensor, prompt: Tensor) -> tuple[Tensor]:

@@ -38,11 +38,10 @@ def update_ema(
     average: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], step: int, config: EmaConfig
 ) -> None:
     """Update the average after `step` steps, if an update is due."""
-    if step % config.ema_update_interval:
+    if not average or step % config.ema_update_interval:
         return
     weight = 1 - decay_at(step, config)
-    for name, mean in average.items():
-        mean.lerp_(_current(parameters[name], config), weight)
+    torch._foreach_lerp_(list(average.values()), [_current(parameters[name], config) for name in average], weight)
 
 
 def restore_ema(average: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
