@@ -65,7 +65,9 @@ def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     scale = (x.float().abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     codes = x.float() / scale
     codes = codes.to(dtype).float() if dtype.is_floating_point else codes.round()
-    return (codes * scale).to(x.dtype)  # not in place: see FrozenRMSNorm
+    if torch.compiler.is_compiling():
+        return (codes * scale).to(x.dtype)  # not in place: see FrozenRMSNorm
+    return codes.mul_(scale).to(x.dtype)
 
 
 class _Rounded(torch.autograd.Function):

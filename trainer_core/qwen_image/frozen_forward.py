@@ -96,16 +96,19 @@ class _JointAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None,
-        image_rotary_emb: tuple[Tensor],
+        image_rotary_emb: tuple[Tensor, ...],
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Outputs [B, L, d] for the picture tokens and the prompt tokens. The mask [B, L] is True for real tokens."""
+        """Outputs [B, L, d] for the picture tokens and the prompt tokens. The mask [B, L] is True for real tokens.
+
+        The angles are those of `joined_angles`, or the pair that diffusers' own forward gives.
+        """
         mask, picture, prompt = None, hidden_states, encoder_hidden_states
         if encoder_hidden_states_mask is not None:
             ones = encoder_hidden_states_mask.new_ones(picture.shape[:2])
             mask = torch.cat([encoder_hidden_states_mask, ones], dim=1)[:, None, None]
         heads = (-1, attn.inner_dim // attn.heads)
-        (angles,) = image_rotary_emb
+        (angles,) = image_rotary_emb if len(image_rotary_emb) == 1 else joined_angles(*image_rotary_emb)
         prompt_query, prompt_key = (each(prompt).unflatten(-1, heads) for each in (attn.add_q_proj, attn.add_k_proj))
         query, key = (each(picture).unflatten(-1, heads) for each in (attn.to_q, attn.to_k))
         query = _joined(prompt_query, query, attn.norm_added_q, attn.norm_q, angles)
