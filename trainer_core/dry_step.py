@@ -128,8 +128,8 @@ def _compiled_if_right(
         return uncompiled
     dropout = config.lora.lora_dropout > 0
     if wrong := wrong_gradients(compiled.gradients, uncompiled.gradients, dropout=dropout):
-        reason = f"torch {torch.__version__} compiles them wrong: other gradients for {', '.join(wrong)}"
-        networks.compilation.stop(reason)
+        layers = ", ".join(wrong)
+        networks.compilation.stop(f"compiled ones give wrong gradients for {layers} with torch {torch.__version__}")
         return uncompiled
     if compiled.seconds < uncompiled.seconds or config.memory.compile_blocks == "on":
         return compiled

@@ -135,7 +135,7 @@ def test_compiled_blocks_drop_the_same_values_again() -> None:
 
 
 def assert_close(found: Outcome, wanted: Outcome) -> None:
-    """The velocity and all gradients differ by about as much as bfloat16 differs from float32 here, or less."""
+    """The velocity and all gradients differ by at most 3 %. bfloat16 and float32 differ by 0.6 % and 0.9 % here."""
     assert found.gradients.keys() == wanted.gradients.keys()
     every = [torch.cat([each.gradients[name].flatten() for name in wanted.gradients]) for each in (found, wanted)]
     errors = relative_error(found.velocity.float(), wanted.velocity.float()), relative_error(*every)
