@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.utils import counters
 
 from tests.support.failing_backward import Doubled, check_failing_backward
 from tests.support.narrow import small_encoding
 from tests.support.runs import Steps, StopAfter, equal, lora_tensors
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
+    BaseModelPrecision,
     BatchingConfig,
     CheckpointConfig,
     LoraConfig,
@@ -22,8 +25,12 @@ from trainer_core.config import (
     TrainConfig,
 )
 from trainer_core.device import release_memory
-from trainer_core.memory.compilation import Compilation
+from trainer_core.events import SILENT
+from trainer_core.memory.compilation import Compilation, _compiled, compiled_code_kept
 from trainer_core.memory.streaming import _pin
+from trainer_core.precision.quantise import quantise
+from trainer_core.qwen_image.base_model import BaseModel
+from trainer_core.qwen_image.transformer import load_transformer
 from trainer_core.run import train_lora
 from trainer_core.sample import SampleRequest, sample_edit
 
@@ -89,6 +96,37 @@ def test_memory_that_cannot_be_locked_stops_nothing(caplog: pytest.LogCaptureFix
     _pin(stream, [host], torch.device("cuda"))  # pinning the same memory twice is a CUDA error
     assert "can't be pinned" in caplog.text
     assert torch.ones(2, device="cuda").add(1).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("precision", ["none", "int8-quanto", "nf4-bnb"])
+def test_a_block_in_host_memory_is_one_piece_and_equal(model: ModelConfig, precision: BaseModelPrecision) -> None:
+    """It is quantised on the card and moved as a whole."""
+    cuda = torch.device("cuda")
+    base = BaseModel(dataclasses.replace(model, device="cuda", base_model_precision=precision))
+    block = load_transformer(base, cuda, on_host=[0]).transformer_blocks[0]
+    wanted = load_transformer(base, cuda).transformer_blocks[0].state_dict()
+    found = block.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(each.device.type == "cpu" and torch.equal(each, wanted[name].cpu()) for name, each in found.items())
+    assert len({each.untyped_storage().data_ptr() for each in found.values()}) == 1
+
+
+def test_compiled_code_is_read_from_disk_in_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of our own functions' backward passes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cuda = torch.device("cuda")
+    network = nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128)).to(cuda).requires_grad_(False)
+    quantise(network, "int8-quanto", (), cuda, SILENT)
+
+    def caches() -> tuple[int, ...]:
+        torch.compiler.reset()
+        counters.clear()
+        with compiled_code_kept(cuda):
+            _compiled(network.forward, None)(torch.randn(8, 128, device=cuda, requires_grad=True)).sum().backward()
+        return tuple(counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("miss", "hit", "bypass"))
+
+    assert caches() == (1, 0, 0)
+    assert caches() == (0, 1, 0)
 
 
 def test_memory_is_given_back(config: TrainConfig) -> None:

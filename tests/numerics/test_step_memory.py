@@ -147,8 +147,10 @@ def test_streamed_weights_keep_their_addresses_and_share_them(base: Path):
     transformer = load_transformer(
         BaseModel(ModelConfig(base=str(base), mixed_precision="no", device="cpu")), CPU, on_host=numbers
     )
+    loaded = {block.attn.to_q.weight.untyped_storage().data_ptr() for block in transformer.transformer_blocks}
     stream = stream_blocks(transformer, numbers, CPU, memory)
     assert stream is not None
+    assert {each.data_ptr() for each in stream._host} == loaded  # not copied again
     frozen = sum(each.nbytes for block in transformer.transformer_blocks for each in block.parameters())
     assert frozen <= stream.host_bytes < frozen * 1.2
     assert stream.device_bytes < stream.host_bytes * 0.45

@@ -123,9 +123,9 @@ def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBy
     return live
 
 
-def _host_memory(_weights: object, size: int) -> Tensor:
+def _host_memory(slots: Any, size: int) -> tuple[Any, Tensor]:
     """Host memory for a streamed block, whose weights stay on the meta device until they are views of a buffer."""
-    return torch.empty(size, dtype=torch.uint8)
+    return slots, torch.empty(size, dtype=torch.uint8)
 
 
 def flash_attention() -> AbstractContextManager[Any]:

@@ -138,7 +138,11 @@ class _AnySize:
 
 def _compiled(forward: Callable[..., Any], options: dict[str, bool] | None) -> Callable[..., Any]:
     import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
 
+    # Keeps the traced backward pass of our functions on disk too. Its key covers their code, forward and backward.
+    if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):  # from torch 2.8 on
+        functorch.autograd_cache_allow_custom_autograd_functions = True
     # Graphs differ between batches of one and of several pairs, with and without a mask or an enabled adapter.
     name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
     setattr(dynamo, name, max(64, getattr(dynamo, name)))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..device import aligned
 
 _LOG = logging.getLogger(__name__)
+_Slot = tuple[Tensor, int]  # a tensor, and its offset in bytes
 _READ = "read_streamed_weights"  # attribute of every module of a streamed block: `BlockStream._reading` of the block
 
 
@@ -43,17 +44,17 @@ class BlockStream:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, num_buffers: int) -> None:
-        layouts = [_layout(block) for block in blocks]
-        sizes = [size for _, size in layouts]
+        packed = [_packed(*_layout(block)) for block in blocks]
+        sizes = [host.nbytes for _, host in packed]
         count = min(num_buffers, len(blocks))
         self.device = device
-        self._host = [_packed(slots, size) for slots, size in layouts]
+        self._host = [host for _, host in packed]
         self._buffers = [
             torch.empty(max(sizes[index::count]), dtype=torch.uint8, device=device) for index in range(count)
         ]
         self._block_in: list[int | None] = [None] * count  # by buffer: the block that is in it or being copied to it
         self._holding = False
-        for index, (slots, _) in enumerate(layouts):
+        for index, (slots, _) in enumerate(packed):
             _point_into(slots, self._buffers[index % count])
         self._number = {block: index for index, block in enumerate(blocks)}
         self._queue = _CopyQueue(device, count)
@@ -159,9 +160,10 @@ class _CopyQueue:
             self._freed[buffer].record(torch.cuda.current_stream(self._stream.device))
 
 
-def _layout(block: nn.Module) -> tuple[list[tuple[Tensor, int]], int]:
+def _layout(block: nn.Module) -> tuple[list[_Slot], int]:
     """The block's frozen tensors with their offsets in one allocation, and its size in bytes."""
-    slots, size = [], 0
+    slots: list[_Slot] = []
+    size = 0
     for tensor in (*block.parameters(), *block.buffers()):
         if not tensor.requires_grad:
             slots.append((tensor, size))
@@ -174,16 +176,24 @@ def _view(buffer: Tensor, tensor: Tensor, offset: int) -> Tensor:
     return buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
-def _packed(slots: list[tuple[Tensor, int]], size: int) -> Tensor:
-    """Copy the tensors into one allocation in host memory, and free their own memory."""
+def _packed(slots: list[_Slot], size: int) -> tuple[list[_Slot], Tensor]:
+    """The block's tensors with their offsets in one allocation in host memory, and that allocation.
+
+    Loading leaves a block as one allocation already. Otherwise the tensors are copied, and their own memory is freed.
+    """
+    storages = [tensor.untyped_storage() for tensor, _ in slots]
+    is_one = len({storage.data_ptr() for storage in storages}) == 1
+    if is_one and storages[0].device.type == "cpu" and storages[0].nbytes() == size:
+        host = torch.empty(0, dtype=torch.uint8).set_(storages[0])
+        return [(tensor, tensor.data_ptr() - host.data_ptr()) for tensor, _ in slots], host
     host = torch.empty(size, dtype=torch.uint8)
     for tensor, offset in slots:
         _view(host, tensor, offset).copy_(tensor)
         tensor.data = _view(host, tensor, offset)
-    return host
+    return slots, host
 
 
-def _point_into(slots: list[tuple[Tensor, int]], buffer: Tensor) -> None:
+def _point_into(slots: list[_Slot], buffer: Tensor) -> None:
     for tensor, offset in slots:
         tensor.data = _view(buffer, tensor, offset)
 

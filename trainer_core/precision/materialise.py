@@ -15,7 +15,7 @@ from ..events import Observer, raise_if_stopped
 from ..weights.stored import Read, StoredWeight, WeightSource
 from .formats import EightBits, QuantisedWeight
 from .frozen_linear import FrozenLinear
-from .one_buffer import in_one_buffer
+from .one_buffer import move_to_host
 from .quantise import Convert, converter, is_kept
 from .quantised_cache import QuantisedCache
 
@@ -39,9 +39,13 @@ class Placement:
     on_host: tuple[str, ...] = ()
     quantise_inputs: bool = False
 
+    def is_on_host(self, name: str) -> bool:
+        """Whether a module's weights go to host memory."""
+        return self.device.type == "cpu" or name.startswith(self.on_host)
+
     def device_of(self, name: str) -> torch.device:
         """The device that a module's weights go to."""
-        return torch.device("cpu") if name.startswith(self.on_host) else self.device
+        return torch.device("cpu") if self.is_on_host(name) else self.device
 
 
 def materialise(
@@ -55,7 +59,7 @@ def materialise(
     """Load every parameter of `network`, which is on the meta device. Returns it frozen, in eval mode.
 
     To keep the peak of host memory low, at most one block is unquantised at a time, the file is reopened for each block
-    (which drops its memory map), and a finished block's host memory is one allocation. Quantised weights are read from
+    (which drops its memory map), and a finished block in host memory is one allocation. Quantised weights are read from
     `cache` if it has them, and written to it otherwise.
 
     Raises:
@@ -77,7 +81,7 @@ def materialise(
             with source.opened() as read:
                 for name in names:
                     _fill(network, name, read, placement, _Quantised(convert, known, made if entry else None))
-            in_one_buffer(network, names)
+            move_to_host(network.get_submodule(name) for name in names if placement.is_on_host(name))
             if entry and not known:
                 entry.write(done, made)
             observer.on_progress(phase, done + 1, len(groups))
@@ -136,7 +140,8 @@ class _Quantised(NamedTuple):
 def _fill(network: nn.Module, name: str, read: Read, placement: Placement, quantised: _Quantised) -> None:
     module = network.get_submodule(name)
     if name in quantised.known:
-        _replace(network, name, _known(module, name, read, placement, quantised.known[name]))
+        layer = _known(module, name, read, placement, quantised.known[name])
+        _replace(network, name, _moved(layer, name, placement))
         return
     stored = {each: read(f"{name}.{each}" if name else each) for each, _ in module.named_parameters(recurse=False)}
     may_change = type(module) is nn.Linear and not is_kept(name, placement.keep)
@@ -152,7 +157,7 @@ def _fill(network: nn.Module, name: str, read: Read, placement: Placement, quant
         layer = quantised.convert(module, device)  # type: ignore[arg-type]
         if quantised.made is not None:
             quantised.made[name] = layer.quantised
-        _replace(network, name, layer.to(placement.device_of(name)))
+        _replace(network, name, _moved(layer, name, placement))
 
 
 def _known(module: nn.Module, name: str, read: Read, placement: Placement, weight: QuantisedWeight) -> nn.Module:
@@ -160,7 +165,13 @@ def _known(module: nn.Module, name: str, read: Read, placement: Placement, weigh
     bias = None
     if isinstance(module.bias, Tensor):
         bias = read(f"{name}.bias").to(placement.quantise_on).dequantise(placement.dtype)
-    return FrozenLinear(weight, bias).to(placement.device_of(name))
+    return FrozenLinear(weight, bias)
+
+
+def _moved(layer: nn.Module, name: str, placement: Placement) -> nn.Module:
+    """The quantised layer on its device. If it goes to host memory, it stays where it is until its block is complete,
+    because one large copy is much faster than one per layer."""
+    return layer if placement.is_on_host(name) else layer.to(placement.device)
 
 
 def _as_it_is(stored: dict[str, StoredWeight], placement: Placement, device: torch.device) -> FrozenLinear:

@@ -1,4 +1,4 @@
-"""Moves a block's weights in host memory into one allocation."""
+"""Moves a block's weights to host memory, into one allocation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from ..device import aligned
 
 
-def in_one_buffer(network: nn.Module, names: Iterable[str]) -> None:
-    """Move the named modules' parameters and buffers in host memory into one allocation.
+def move_to_host(modules: Iterable[nn.Module]) -> None:
+    """Move the modules' own parameters and buffers from any device into one allocation in host memory.
 
     The C library returns one large allocation to the system when it is freed, but keeps the gaps that many small ones
     leave. With one allocation per weight, loading would end with about twice the memory that the weights need.
     """
-    held = [each for name in names for each in _own_tensors(network.get_submodule(name)) if each.device.type == "cpu"]
-    buffer = torch.empty(sum(aligned(each.nbytes) for each in held), dtype=torch.uint8)
+    tensors = [each for module in modules for each in _own_tensors(module)]
+    buffer = torch.empty(sum(aligned(each.nbytes) for each in tensors), dtype=torch.uint8)
+    if any(each.is_cuda for each in tensors):
+        # The system maps memory when it is first written. This does it with all threads, CUDA's copies with one.
+        buffer.zero_()
     place = 0
-    for each in held:
+    for each in tensors:
         moved = buffer[place : place + each.nbytes].view(each.dtype).view(each.shape)
         place += aligned(each.nbytes)
         each.data = moved.copy_(each)
