@@ -15,9 +15,9 @@ from .conditioning.batches import BatchLoader
 from .config import TrainConfig
 from .device import peak_bytes
 from .events import SILENT, Observer
-from .memory.compilation import can_compile
+from .memory.compilation import can_compile, start_compiler
 from .planning.advice import STEP
-from .planning.duration import compiled_seconds, duration, in_words, measured_speed, time_in_words
+from .planning.duration import compiled_seconds, duration, in_words, measured_speed, probed_speed, time_in_words
 from .planning.plan import GIB
 from .planning.preparation import Preparation
 from .planning.workload import largest_draws
@@ -38,6 +38,16 @@ class Measured(NamedTuple):
     seconds: float
     peak_bytes: int
     gradients: dict[str, Tensor]
+
+
+def start_compiler_early(prepared: Preparation, device: torch.device) -> None:
+    """Start the compiler's processes if the blocks will probably be compiled: they are ready when the model is loaded."""
+    run, wish = (prepared.config, prepared.model.size, prepared.work), prepared.config.memory.compile_blocks
+    if wish == "off" or not can_compile(device):
+        return
+    speed = probed_speed(*run, device)
+    if wish == "on" or (speed is not None and duration(*run, speed).total * _LEAST_SAVED >= _COMPILING_SECONDS):
+        start_compiler()
 
 
 def dry_step(

@@ -15,7 +15,8 @@ from .adapters.writer import LoraMetadata, export_lora
 from .conditioning.batches import BatchLoader, BatchPlan, RankPlan
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
-from .dry_step import dry_step
+from .device import pick_device
+from .dry_step import dry_step, start_compiler_early
 from .errors import Interrupted
 from .events import SILENT, VALIDATION_LOSSES, Observer, SampleReport, StepReport, Stop
 from .memory.compilation import compiled_code_kept
@@ -62,9 +63,12 @@ def train_lora(
     prepared = prepare_training(config, model, processes=ranks.on_machine)
     config, base = prepared.config, prepared.model.base
     validator = Validator(prepared.held_out, base, config.validation)
-    with _open_run(config, ranks) as run:
+    device = pick_device(config.model.device)
+    with _open_run(config, ranks) as run, compiled_code_kept(device):
         stop = how_to_start(run, config.max_train_steps, continue_kept=continue_kept)
         run.write_config(to_json(config))
+        if not stop:
+            start_compiler_early(prepared, device)
         with prepared.explain_memory_errors(STEP, "while the model was loaded", "Nothing is lost."):
             networks = build_networks(config, base, prepared.model.adapter, prepared.encoded.preprocessing, observer)
         parts = _Parts(prepared, run, networks, validator, observer, ranks)
@@ -126,7 +130,6 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
         BatchLoader(
             encoded, plan, encode_reference=encode_reference, in_background=networks.device.type != "mps"
         ) as loader,
-        compiled_code_kept(networks.device),
     ):
         dry_step(prepared, networks, loader, done, parts.observer)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from types import SimpleNamespace
 
@@ -21,6 +22,8 @@ from trainer_core.planning.duration import compiled_seconds
 from trainer_core.planning.workload import Workload, pair_size
 
 CUDA = torch.device("cuda")
+# Seconds per operation of a matrix product and of attention forward and backward, and per copied byte, on an H200.
+H200 = (1 / 790e12, 1 / 594e12, 1 / 523e12, 1 / 50e9)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,31 @@ def test_auto_compiles_where_that_is_possible_and_shortens_the_run(
     assert words in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("wish", "has_triton", "steps", "starts"),
+    [
+        ("auto", True, 2000, True),
+        ("auto", True, 20, False),
+        ("on", True, 20, True),
+        ("off", True, 2000, False),
+        ("auto", False, 2000, False),
+    ],
+)
+def test_the_compiler_starts_while_the_model_is_loaded_if_it_will_be_needed(
+    wish: CompileBlocks, has_triton: bool, steps: int, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(dry_step, "start_compiler", lambda: started.append(True))
+    monkeypatch.setattr(dry_step, "can_compile", lambda _: has_triton)
+    monkeypatch.setattr(planning_duration, "_probes", lambda *_: H200)
+    config = dataclasses.replace(config_with(wish), max_train_steps=steps)
+    network = planned_size({"num_layers": 60}, config.model, config.lora)
+    work = Workload(train=pair_size(Size(1024, 1024), [Size(1024, 1024)], 230), batch=1)
+    prepared = SimpleNamespace(config=config, model=SimpleNamespace(size=network), work=work)
+    dry_step.start_compiler_early(prepared, CUDA)  # type: ignore[arg-type]
+    assert bool(started) == starts
+
+
 # Steps measured on an H200 (benchmarks/gpu_step_h200_2026-11.md): weights, pixels per side, recomputed blocks, seconds
 # uncompiled and compiled.
 STEPS = [
@@ -57,9 +85,7 @@ STEPS = [
 def test_the_estimated_saving_is_near_the_measured_one(
     precision: str, side: int, recomputed: int, uncompiled: float, compiled: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Seconds per operation of a matrix product and of attention forward and backward, and per copied byte, on an H200.
-    rates = (1 / 790e12, 1 / 594e12, 1 / 523e12, 1 / 50e9)
-    monkeypatch.setattr(planning_duration, "_probes", lambda *_: rates)
+    monkeypatch.setattr(planning_duration, "_probes", lambda *_: H200)
     network = planned_size({"num_layers": 60}, ModelConfig(base_model_precision=precision), LoraConfig())
     pair = pair_size(Size(side, side), [Size(side, side)], 230)
     memory = MemoryConfig(memory="manual", gradient_checkpointing_blocks=recomputed)

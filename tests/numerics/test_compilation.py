@@ -25,7 +25,7 @@ from trainer_core.config import BaseModelPrecision, LoraConfig
 from trainer_core.errors import NonFiniteLossError
 from trainer_core.events import SILENT
 from trainer_core.memory import compilation
-from trainer_core.memory.compilation import Compilation, code_folder, compiled_code_kept
+from trainer_core.memory.compilation import Compilation, code_folder, compiled_code_kept, start_compiler
 from trainer_core.memory.recompute import Recomputation
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import empty_transformer
@@ -297,6 +297,28 @@ def test_a_folder_that_cannot_be_written_prevents_no_compilation(
     with compiled_code_kept(torch.device("cuda")):
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before"
     assert "Compiled code is not kept for later runs, because its folder can't be written" in caplog.text
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_the_compilers_processes_start_and_end_with_the_run(
+    is_broken: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They find the folder in their environment. A run is not lost if they can't be started or ended."""
+    from torch._inductor import async_compile
+
+    seen: list[tuple[str, str]] = []
+
+    def called(name: str) -> None:
+        seen.append((name, os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+        if is_broken:
+            raise OSError("no process can be started")
+
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: called("start"), raising=False)
+    monkeypatch.setattr(async_compile, "shutdown_compile_workers", lambda: called("end"))
+    with compiled_code_kept(torch.device("cuda")):
+        start_compiler()
+    assert seen == [("start", str(folder)), ("end", str(folder))]
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before"
 
 
 def raise_no_home() -> None:

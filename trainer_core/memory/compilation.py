@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -181,13 +182,23 @@ def code_folder() -> Path:
 
 @contextmanager
 def compiled_code_kept(device: torch.device) -> Iterator[None]:
-    """Keep compiled code in `code_folder` while the context lasts, for this run and later ones. Limits its size.
-
-    Without a folder that can be written, torch keeps the code in a temporary folder.
-    """
+    """Keep compiled code for later runs while the context lasts. Afterwards, ends the compiler's processes."""
     if not can_compile(device):
         yield
         return
+    with _in_code_folder():
+        try:
+            yield
+        finally:
+            _end_compiler()
+
+
+@contextmanager
+def _in_code_folder() -> Iterator[None]:
+    """Make torch keep compiled code in `code_folder` while the context lasts. Limits the folder's size.
+
+    If the folder can't be written, torch uses a temporary one.
+    """
     try:
         folder = code_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,6 +217,26 @@ def compiled_code_kept(device: torch.device) -> Iterator[None]:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         _limit(folder, CACHE_BYTES)
+
+
+def start_compiler() -> None:
+    """Start the compiler's processes. They need seconds, and until then kernels are compiled one by one in this process.
+
+    They take the folder from the environment, so call this inside `compiled_code_kept`.
+    """
+    from torch._inductor import async_compile
+
+    with suppress(Exception):  # the compilation will fail too, and tell the reason
+        if hasattr(async_compile, "maybe_warm_pool"):  # older versions do it when they are imported
+            async_compile.maybe_warm_pool()
+
+
+def _end_compiler() -> None:
+    """End the compiler's processes, which would otherwise live and hold memory until ComfyUI ends."""
+    compiler: Any = sys.modules.get("torch._inductor.async_compile")
+    if compiler is not None:
+        with suppress(Exception):  # nothing depends on it
+            compiler.shutdown_compile_workers()
 
 
 def _limit(folder: Path, max_bytes: int) -> None:
