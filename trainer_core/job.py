@@ -45,7 +45,8 @@ def load_job(path: Path, changes: Sequence[str] = (), *, preset: str = "") -> Jo
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.") from error
+        hint = f" To change a setting, write --set {path}." if "=" in path.name else ""
+        raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.{hint}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
     except json.JSONDecodeError as error:

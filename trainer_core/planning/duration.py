@@ -18,9 +18,9 @@ from ..training.validation_work import Passes, validation_work
 from .network import NetworkSize
 from .workload import Workload, picture_tokens
 
-# Fitted to steps in int8 on an H200, at 512 and 1024 pixels with one reference. Uncompiled, then compiled:
+# Fitted to steps in int8 and NF4 on an H200, at 512 and 1024 pixels with one reference. Uncompiled, then compiled:
 _EFFICIENCY = (0.53, 0.69)  # fraction of the device's measured speed that a step reaches
-_LAUNCH = (5.5e-3, 2.7e-3)  # seconds that the host needs to launch the kernels of one block's forward or backward pass
+_LAUNCH = (5.5e-3, 2.9e-3)  # seconds that the host needs to launch the kernels of one block's forward or backward pass
 # Fraction of the measured speed of a matrix product that encoding reaches. Fitted to 18 pictures of 1024 x 1024 pixels
 # in 1.3 s, and to 48 short prompts, each with a reference of 384 x 384 pixels, in 3.3 s: on an H200, without loading.
 # There the text encoder is far from the card's limit, so estimates for slower cards are probably too long. Streaming

@@ -38,8 +38,19 @@ def read_preset(name: str) -> dict[str, Any]:
     """
     names = preset_names()
     if name not in names:
-        raise ConfigError(f"There is no preset {name!r}. Choose one of {', '.join(names)}.{did_you_mean(name, names)}")
+        hint = _for_card(name, names) or did_you_mean(name, names)
+        raise ConfigError(f"There is no preset {name!r}. Choose one of {', '.join(names)}.{hint}")
     return json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _for_card(name: str, names: tuple[str, ...]) -> str:
+    """The end of an error if `name` is the size of a card, such as 25gb: the preset to use on it. "" otherwise."""
+    wanted = re.fullmatch(r"(\d+) *gi?b?", name, re.IGNORECASE)
+    if not wanted:
+        return ""
+    sizes = [int(each[:-2]) for each in names if re.fullmatch(r"\d+gb", each)]
+    fitting = [size for size in sizes if size <= int(wanted[1])]
+    return f" For this card, use '{max(fitting)}gb'." if fitting else f" The smallest card with one has {min(sizes)} GB."
 
 
 def with_preset(values: dict[str, Any], name: str) -> dict[str, Any]:
