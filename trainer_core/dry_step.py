@@ -24,8 +24,8 @@ from .planning.workload import largest_draws
 from .training.step import Networks, rehearse
 
 _LOG = logging.getLogger(__name__)
-# Measured on an H200 with the full-size transformer (benchmarks/gpu_step_h200_2026-11.md): compiling takes 14 to 53 s,
-# longer on a slower processor. It saves 0.24 of a step's time at 1024 pixels, and more with smaller pictures.
+# Measured on an H200 with the full-size transformer (benchmarks/gpu_step_h200_2026-11.md): compiling takes 15 to 53 s,
+# longer on a slower processor. It saves 0.22 of a step's time at 1024 pixels, and more with smaller pictures.
 _COMPILING_SECONDS, _LEAST_SAVED = 60, 0.15
 _WRONG = 0.5  # relative error of gradients that compiled blocks must not have
 _IN_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
