@@ -50,7 +50,9 @@ def _for_card(name: str, names: tuple[str, ...]) -> str:
         return ""
     sizes = [int(each[:-2]) for each in names if re.fullmatch(r"\d+gb", each)]
     fitting = [size for size in sizes if size <= int(wanted[1])]
-    return f" For this card, use '{max(fitting)}gb'." if fitting else f" The smallest card with one has {min(sizes)} GB."
+    return (
+        f" For this card, use '{max(fitting)}gb'." if fitting else f" The smallest card with one has {min(sizes)} GB."
+    )
 
 
 def with_preset(values: dict[str, Any], name: str) -> dict[str, Any]:
