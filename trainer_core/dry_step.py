@@ -41,7 +41,7 @@ class Measured(NamedTuple):
 
 
 def start_compiler_early(prepared: Preparation, device: torch.device) -> None:
-    """Start the compiler's processes if the blocks will probably be compiled: they are ready when the model is loaded."""
+    """Start the compiler's processes, if it will probably be needed, to get ready while the model is loaded."""
     run, wish = (prepared.config, prepared.model.size, prepared.work), prepared.config.memory.compile_blocks
     if wish == "off" or not can_compile(device):
         return

@@ -220,7 +220,7 @@ def _in_code_folder() -> Iterator[None]:
 
 
 def start_compiler() -> None:
-    """Start the compiler's processes. They need seconds, and until then kernels are compiled one by one in this process.
+    """Start the compiler's processes, which takes seconds. Until they run, this process compiles kernels one by one.
 
     They take the folder from the environment, so call this inside `compiled_code_kept`.
     """
