@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import time
@@ -25,7 +26,7 @@ from .training.step import Networks, rehearse
 
 _LOG = logging.getLogger(__name__)
 # Measured on an H200 with the full-size transformer (benchmarks/gpu_step_h200_2026-11.md): compiling takes 15 to 53 s,
-# longer on a slower processor. It saves 0.22 of a step's time at 1024 pixels, and more with smaller pictures.
+# longer on a slower processor. It saves 0.24 of a step's time at 1024 pixels, and more with smaller pictures.
 _COMPILING_SECONDS, _LEAST_SAVED = 60, 0.15
 _WRONG = 0.5  # relative error of gradients that compiled blocks must not have
 _IN_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
@@ -40,14 +41,24 @@ class Measured(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def start_compiler_early(prepared: Preparation, device: torch.device) -> None:
+def start_compiler_early(prepared: Preparation, device: torch.device, done: int) -> None:
     """Start the compiler's processes, if it will probably be needed, to get ready while the model is loaded."""
-    run, wish = (prepared.config, prepared.model.size, prepared.work), prepared.config.memory.compile_blocks
+    wish = prepared.config.memory.compile_blocks
     if wish == "off" or not can_compile(device):
         return
-    speed = probed_speed(*run, device)
-    if wish == "on" or (speed is not None and duration(*run, speed).total * _LEAST_SAVED >= _COMPILING_SECONDS):
+    if wish == "on" or _expected_saving(prepared, device, done) >= _COMPILING_SECONDS:
         start_compiler()
+
+
+def _expected_saving(prepared: Preparation, device: torch.device, done: int) -> float:
+    """An estimate of the seconds that compiled blocks save in the steps after `done`; 0 if there is none."""
+    totals = []
+    for compiled in ("off", "on"):
+        memory = dataclasses.replace(prepared.config.memory, compile_blocks=compiled)
+        run = dataclasses.replace(prepared.config, memory=memory), prepared.model.size, prepared.work
+        speed = probed_speed(*run, device)
+        totals.append(duration(*run, speed, done=done).total if speed else 0.0)
+    return totals[0] - totals[1]
 
 
 def dry_step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def load_job(path: Path, changes: Sequence[str] = (), *, preset: str = "") -> Jo
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        hint = f" To change a setting, write --set {path}." if "=" in path.name else ""
+        is_change = re.match(r"[a-z_]+(\.[a-z_]+)*=", str(path)) and path.suffix != ".json"
+        hint = f" To change a setting, write --set {path}." if is_change else ""
         raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.{hint}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error

@@ -68,7 +68,7 @@ def train_lora(
         stop = how_to_start(run, config.max_train_steps, continue_kept=continue_kept)
         run.write_config(to_json(config))
         if not stop:
-            start_compiler_early(prepared, device)
+            start_compiler_early(prepared, device, run.steps_done())
         with prepared.explain_memory_errors(STEP, "while the model was loaded", "Nothing is lost."):
             networks = build_networks(config, base, prepared.model.adapter, prepared.encoded.preprocessing, observer)
         parts = _Parts(prepared, run, networks, validator, observer, ranks)

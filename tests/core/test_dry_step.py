@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.support.narrow import planned_size
 from trainer_core import dry_step
-from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, TrainConfig
+from trainer_core.config import BatchingConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 from trainer_core.config.memory import CompileBlocks
 from trainer_core.dry_step import Measured, of_first_block, wrong_gradients
 from trainer_core.geometry import Size
@@ -49,27 +49,32 @@ def test_auto_compiles_where_that_is_possible_and_shortens_the_run(
 
 
 @pytest.mark.parametrize(
-    ("wish", "has_triton", "steps", "starts"),
+    ("wish", "has_triton", "side", "left", "starts"),
     [
-        ("auto", True, 2000, True),
-        ("auto", True, 20, False),
-        ("on", True, 20, True),
-        ("off", True, 2000, False),
-        ("auto", False, 2000, False),
+        ("auto", True, 1024, 2000, True),
+        ("auto", True, 1024, 20, False),
+        ("auto", True, 512, 200, True),  # the uncompiled step waits for the host, so much is saved
+        ("auto", True, 512, 20, False),
+        ("on", True, 1024, 20, True),
+        ("off", True, 1024, 2000, False),
+        ("auto", False, 1024, 2000, False),
     ],
 )
 def test_the_compiler_starts_while_the_model_is_loaded_if_it_will_be_needed(
-    wish: CompileBlocks, has_triton: bool, steps: int, starts: bool, monkeypatch: pytest.MonkeyPatch
+    wish: CompileBlocks, has_triton: bool, side: int, left: int, starts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[bool] = []
     monkeypatch.setattr(dry_step, "start_compiler", lambda: started.append(True))
     monkeypatch.setattr(dry_step, "can_compile", lambda _: has_triton)
     monkeypatch.setattr(planning_duration, "_probes", lambda *_: H200)
-    config = dataclasses.replace(config_with(wish), max_train_steps=steps)
+    monkeypatch.setattr(planning_duration, "can_compile", lambda _: has_triton)
+    config = dataclasses.replace(
+        config_with(wish), max_train_steps=2000, batching=BatchingConfig(gradient_accumulation_steps=4)
+    )
     network = planned_size({"num_layers": 60}, config.model, config.lora)
-    work = Workload(train=pair_size(Size(1024, 1024), [Size(1024, 1024)], 230), batch=1)
+    work = Workload(train=pair_size(Size(side, side), [Size(side, side)], 230), batch=1)
     prepared = SimpleNamespace(config=config, model=SimpleNamespace(size=network), work=work)
-    dry_step.start_compiler_early(prepared, CUDA)  # type: ignore[arg-type]
+    dry_step.start_compiler_early(prepared, CUDA, 2000 - left)  # type: ignore[arg-type]
     assert bool(started) == starts
 
 

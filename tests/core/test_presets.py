@@ -71,11 +71,16 @@ def test_the_file_wins_over_the_preset_and_a_change_over_both(tmp_path: Path) ->
 def test_what_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"no preset 'qualty'.*one of qwen_image.*Did you mean 'quality'"):
         read_preset("qualty")
-    for card, hint in (("25gb", "use '24gb'"), ("80 GB", "use '48gb'"), ("6gb", "smallest card with one has 8 GB")):
+    for card, hint in (
+        ("25gb", "use '24gb'"),
+        ("80 GB", "use '48gb'"),
+        ("25", "use '24gb'"),
+        ("6gb", "smallest preset is for cards with 8 GB"),
+    ):
         with pytest.raises(ConfigError, match=hint):
             read_preset(card)
-    assert main(["train", "--set", "seed=3", "lora.lora_rank=4"]) == 1
-    assert "To change a setting, write --set lora.lora_rank=4." in caplog.text
+    assert main(["train", "--set", "seed=3", "run_dir=runs/a"]) == 1
+    assert "To change a setting, write --set run_dir=runs/a." in caplog.text
     assert main(["train"]) == 1 and "no configuration" in caplog.text
     assert main(["train", "--example", "quality"]) == 1 and "needs a configuration" in caplog.text
     assert main(["check", str(tmp_path / "none.json"), "--example", "quality"]) == 1

@@ -28,6 +28,7 @@ from trainer_core.device import release_memory
 from trainer_core.events import SILENT
 from trainer_core.memory.compilation import Compilation, _compiled, compiled_code_kept
 from trainer_core.memory.streaming import _pin
+from trainer_core.precision.frozen_linear import _Product
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer
@@ -112,7 +113,7 @@ def test_a_block_in_host_memory_is_one_piece_and_equal(model: ModelConfig, preci
 
 
 def test_compiled_code_is_read_from_disk_in_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also that of our own functions' backward passes."""
+    """Also that of our own functions' backward passes, unless their code has changed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cuda = torch.device("cuda")
     network = nn.Sequential(nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 128)).to(cuda).requires_grad_(False)
@@ -127,6 +128,9 @@ def test_compiled_code_is_read_from_disk_in_the_next_run(tmp_path: Path, monkeyp
 
     assert caches() == (1, 0, 0)
     assert caches() == (0, 1, 0)
+    backward = _Product.backward
+    monkeypatch.setattr(_Product, "backward", lambda ctx, gradient: backward(ctx, 2 * gradient))
+    assert caches() == (1, 0, 0)
 
 
 def test_memory_is_given_back(config: TrainConfig) -> None:

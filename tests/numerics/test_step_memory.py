@@ -141,18 +141,18 @@ def test_a_dora_of_streamed_weights(base: Path, plain: Outcome, tmp_path: Path, 
     assert_equal(run(base, precision, dora, blocks_to_stream=LAYERS), wanted)
 
 
-def test_streamed_weights_keep_their_addresses_and_share_them(base: Path):
+@pytest.mark.parametrize("precision", ["none", "int8-quanto", "int4-quanto", "nf4-bnb"])
+def test_streamed_weights_keep_their_addresses_and_share_them(base: Path, precision: BaseModelPrecision):
     memory = MemoryConfig(blocks_to_stream=LAYERS)
     numbers = blocks_on_host(memory, LAYERS, checkpointing=True)
-    transformer = load_transformer(
-        BaseModel(ModelConfig(base=str(base), mixed_precision="no", device="cpu")), CPU, on_host=numbers
-    )
+    model = ModelConfig(base=str(base), base_model_precision=precision, mixed_precision="no", device="cpu")
+    transformer = load_transformer(BaseModel(model), CPU, on_host=numbers)
     loaded = {block.attn.to_q.weight.untyped_storage().data_ptr() for block in transformer.transformer_blocks}
     stream = stream_blocks(transformer, numbers, CPU, memory)
     assert stream is not None
     assert {each.data_ptr() for each in stream._host} == loaded  # not copied again
-    frozen = sum(each.nbytes for block in transformer.transformer_blocks for each in block.parameters())
-    assert frozen <= stream.host_bytes < frozen * 1.2
+    frozen = sum(each.nbytes for block in transformer.transformer_blocks for each in block.state_dict().values())
+    assert frozen <= stream.host_bytes < frozen * (1.2 if precision == "none" else 2)  # many small tensors, aligned
     assert stream.device_bytes < stream.host_bytes * 0.45
 
     def addresses() -> list[int]:

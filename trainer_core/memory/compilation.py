@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -139,11 +138,7 @@ class _AnySize:
 
 def _compiled(forward: Callable[..., Any], options: dict[str, bool] | None) -> Callable[..., Any]:
     import torch._dynamo.config as dynamo
-    import torch._functorch.config as functorch
 
-    # Keeps the traced backward pass of our functions on disk too. Its key covers their code, forward and backward.
-    if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):  # from torch 2.8 on
-        functorch.autograd_cache_allow_custom_autograd_functions = True
     # Graphs differ between batches of one and of several pairs, with and without a mask or an enabled adapter.
     name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"  # before torch 2.6
     setattr(dynamo, name, max(64, getattr(dynamo, name)))
@@ -182,23 +177,13 @@ def code_folder() -> Path:
 
 @contextmanager
 def compiled_code_kept(device: torch.device) -> Iterator[None]:
-    """Keep compiled code for later runs while the context lasts. Afterwards, ends the compiler's processes."""
+    """Keep compiled code in `code_folder` while the context lasts, for this run and later ones. Limits its size.
+
+    Without a folder that can be written, torch keeps the code in a temporary folder.
+    """
     if not can_compile(device):
         yield
         return
-    with _in_code_folder():
-        try:
-            yield
-        finally:
-            _end_compiler()
-
-
-@contextmanager
-def _in_code_folder() -> Iterator[None]:
-    """Make torch keep compiled code in `code_folder` while the context lasts. Limits the folder's size.
-
-    If the folder can't be written, torch uses a temporary one.
-    """
     try:
         folder = code_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,31 +197,35 @@ def _in_code_folder() -> Iterator[None]:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     try:
-        yield
+        with _backward_passes_kept():
+            yield
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         _limit(folder, CACHE_BYTES)
 
 
+def _backward_passes_kept() -> AbstractContextManager[None]:
+    """Keeps the traced backward passes of custom autograd functions too. Their keys cover their code."""
+    import torch._functorch.config as functorch
+
+    name = "autograd_cache_allow_custom_autograd_functions"  # from torch 2.8 on
+    return functorch.patch({name: True}) if hasattr(functorch, name) else nullcontext()  # type: ignore[attr-defined]
+
+
 def start_compiler() -> None:
     """Start the compiler's processes, which takes seconds. Until they run, this process compiles kernels one by one.
 
-    They take the folder from the environment, so call this inside `compiled_code_kept`.
+    They take the folder from the environment, so call this inside `compiled_code_kept`. Torch ends them with the
+    program.
     """
-    from torch._inductor import async_compile
+    with suppress(
+        Exception
+    ):  # if the compiler doesn't work, the first compiled step fails too, and its error is logged
+        from torch._inductor import async_compile
 
-    with suppress(Exception):  # the compilation will fail too, and tell the reason
         if hasattr(async_compile, "maybe_warm_pool"):  # older versions do it when they are imported
             async_compile.maybe_warm_pool()
-
-
-def _end_compiler() -> None:
-    """End the compiler's processes, which would otherwise live and hold memory until ComfyUI ends."""
-    compiler: Any = sys.modules.get("torch._inductor.async_compile")
-    if compiler is not None:
-        with suppress(Exception):  # nothing depends on it
-            compiler.shutdown_compile_workers()
 
 
 def _limit(folder: Path, max_bytes: int) -> None:

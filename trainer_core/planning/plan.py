@@ -26,7 +26,7 @@ from .workload import PairSize, Workload
 
 GIB = 2**30
 _LIBRARIES = 100 * 2**20  # bytes of workspaces of cuBLAS and others, which torch's allocator counts
-_PROCESS = 3 * GIB  # host memory of Python, torch and CUDA
+_PROCESS = 3 * GIB  # host memory of Python, torch, CUDA and the compiler
 _LOADED_PAIRS = GIB  # host memory of the encoded pairs that the loader holds
 _FETCHED_AHEAD = 1  # offloaded block inputs that are back on the device before their block needs them
 _EXACT = (  # parts that are counted, not estimated
@@ -215,7 +215,7 @@ def _host(
         "offloaded block inputs": offloaded,
         "encoded pairs": _LOADED_PAIRS,
         "running average": ema_bytes([(network.adapter_weights,)], config.ema)[0],
-        # A streamed block is also copied into one piece of memory.
+        # A streamed block that was not quantised on the device is copied into one piece of memory.
         "layers being loaded": max(2 * network.largest_layer_weights * FLOAT32, network.block_bytes if streamed else 0),
     }
     return {what: size for what, size in parts.items() if size}

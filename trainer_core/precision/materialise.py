@@ -169,8 +169,8 @@ def _known(module: nn.Module, name: str, read: Read, placement: Placement, weigh
 
 
 def _moved(layer: nn.Module, name: str, placement: Placement) -> nn.Module:
-    """The quantised layer on its device. If it goes to host memory, it stays where it is until its block is complete,
-    because one large copy is much faster than one per layer."""
+    """The quantised layer on its device. One for host memory stays where it is until its block is complete, and is then
+    copied once, to its final place."""
     return layer if placement.is_on_host(name) else layer.to(placement.device)
 
 

@@ -45,14 +45,14 @@ def read_preset(name: str) -> dict[str, Any]:
 
 def _for_card(name: str, names: tuple[str, ...]) -> str:
     """The end of an error if `name` is the size of a card, such as 25gb: the preset to use on it. "" otherwise."""
-    wanted = re.fullmatch(r"(\d+) *gi?b?", name, re.IGNORECASE)
+    wanted = re.fullmatch(r"(\d+) *(gi?b?)?", name, re.IGNORECASE)
     if not wanted:
         return ""
     sizes = [int(each[:-2]) for each in names if re.fullmatch(r"\d+gb", each)]
     fitting = [size for size in sizes if size <= int(wanted[1])]
-    return (
-        f" For this card, use '{max(fitting)}gb'." if fitting else f" The smallest card with one has {min(sizes)} GB."
-    )
+    if fitting:
+        return f" For this card, use '{max(fitting)}gb'."
+    return f" The smallest preset is for cards with {min(sizes)} GB."
 
 
 def with_preset(values: dict[str, Any], name: str) -> dict[str, Any]:
