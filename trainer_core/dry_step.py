@@ -42,7 +42,10 @@ class Measured(NamedTuple):
 
 
 def start_compiler_early(prepared: Preparation, device: torch.device, done: int) -> None:
-    """Start the compiler's processes, if it will probably be needed, to get ready while the model is loaded."""
+    """Start the compiler's processes if the blocks will probably be compiled, so that they are ready after loading.
+
+    `done`: the number of finished steps.
+    """
     wish = prepared.config.memory.compile_blocks
     if wish == "off" or not can_compile(device):
         return

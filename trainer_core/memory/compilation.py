@@ -219,9 +219,8 @@ def start_compiler() -> None:
     They take the folder from the environment, so call this inside `compiled_code_kept`. Torch ends them with the
     program.
     """
-    with suppress(
-        Exception
-    ):  # if the compiler doesn't work, the first compiled step fails too, and its error is logged
+    # If the compiler doesn't work, the first compiled step fails too. The dry step then logs the reason and goes on.
+    with suppress(Exception):
         from torch._inductor import async_compile
 
         if hasattr(async_compile, "maybe_warm_pool"):  # older versions do it when they are imported
