@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only slow the tests' small networks down
@@ -18,6 +19,9 @@ from tests.support.fixtures import base_of, encoded, model, one_tokenizer, token
 from tests.support.tiers import FAST_MARKERS, FAST_PATHS
 from tools.comfyui import REPO
 from tools.comfyui import comfyui_dir as find_comfyui
+
+hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=100)
+hypothesis.settings.load_profile("suite")  # the same examples on every machine
 
 ONE_SERVER = ("tests/ui", "tests/server")  # folders whose files share a server, and a browser
 LONGEST_FIRST = ("ui", "server", "numerics", "integration")  # so that no worker has long tests left at the end
