@@ -24,8 +24,9 @@ def result_or_own_error(call: Callable[[], T], *, seconds: float = 5.0, mebibyte
     try:
         result: T | TrainerError = call()
     except TrainerError as error:
-        assert 0 < len(str(error).encode()) < _LONGEST_MESSAGE, "the message repeats what was handed in"
         result = error
+    if isinstance(result, TrainerError):
+        assert 0 < len(str(result).encode()) < _LONGEST_MESSAGE, "the message repeats what was handed in"
     assert time.process_time() - time_before < seconds
     assert (_peak() - memory_before) / _MEBIBYTE < mebibytes
     return result
