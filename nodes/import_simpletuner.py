@@ -206,17 +206,17 @@ def _read(
     Raises:
         ConfigError: a file or folder does not exist or is not allowed, or a setting is invalid.
     """
-    from ..trainer_core.simpletuner.convert import convert
-    from ..trainer_core.simpletuner.loose_json import read_loose_json
+    from ..trainer_core.json_text import read_json
+    from ..trainer_core.simpletuner.convert import MAX_BYTES, convert
 
     config = file_below_roots(config_file, host_folders.dataset_roots(), "config_file")
-    settings = read_loose_json(config, config_file.strip()[:200])
+    settings = read_json(config, config_file.strip()[:200], loose=True, max_bytes=MAX_BYTES)
     named = data_file or (settings.get("data_backend_config") if isinstance(settings, dict) else None)
     if not isinstance(named, str) or not named:
         raise ConfigError(
             f"config_file {config.name} has no data_backend_config. Set data_file to the multidatabackend.json."
         )
-    data = read_loose_json(_file_near(named, config, "data_file"), named.strip()[:200])
+    data = read_json(_file_near(named, config, "data_file"), named.strip()[:200], loose=True, max_bytes=MAX_BYTES)
     lines = [line.strip() for line in changes.splitlines() if line.strip()]
     imported = convert(settings, data, base=DEMO_MODEL, root=Path(), changes=lines)
     job = dataclasses.replace(

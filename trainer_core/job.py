@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from .data.pairing import EditDataset, pair_folders
 from .device import pick_device
 from .errors import ConfigError, DatasetError
 from .events import SILENT, Observer
+from .json_text import read_json
 from .planning.choose import budget_of
 from .planning.encoding import encoding_in_words
 from .planning.network import NetworkSize
@@ -44,15 +44,10 @@ def load_job(path: Path, changes: Sequence[str] = (), *, preset: str = "") -> Jo
         ConfigError: the file can't be read, isn't JSON or has a wrong setting.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
+        values = read_json(path)
+    except ConfigError as error:
         is_change = re.match(r"[a-z_]+(\.[a-z_]+)*=", str(path)) and path.suffix != ".json"
-        hint = f" To change a setting, write --set {path}." if is_change else ""
-        raise ConfigError(f"Can't read the configuration {path}: {error.strerror}.{hint}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
+        raise ConfigError(f"{error} To change a setting, write --set {path}.") if is_change else error from None
     if isinstance(values, dict):
         values = changed(with_preset(values, preset) if preset else values, changes)
     return resolve_job(from_json(JobConfig, values), path.parent)

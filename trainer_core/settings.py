@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from .errors import ConfigError
+from .json_text import parse_json
 
 C = TypeVar("C")
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -225,8 +226,8 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
         if not equals or not last:
             raise ConfigError(f"A change must be name=value, such as encoding.resolution=512, got {change!r}.")
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
+            value = parse_json(text, name)
+        except ConfigError:
             value = text.strip()
         place: Any = values
         for part in parts:

@@ -15,9 +15,9 @@ from trainer_core.data.pair_check import check_pairs
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
 from trainer_core.job import load_job
+from trainer_core.json_text import plain_json, read_json
 from trainer_core.simpletuner.convert import Imported, convert
 from trainer_core.simpletuner.keys import CONFIG_REASONS, DATA_REASONS
-from trainer_core.simpletuner.loose_json import plain_json, read_loose_json
 from trainer_core.simpletuner.section import Section
 
 ROOT = Path("/somewhere")
@@ -327,7 +327,7 @@ def test_names_in_place_of_paths(tmp_path: Path):
     for text in (b"{", b"\xff", None):
         wrong.unlink() if text is None else wrong.write_bytes(text)
         with pytest.raises(ConfigError) as caught:
-            read_loose_json(wrong, "mine/config.json")
+            read_json(wrong, "mine/config.json", loose=True)
         assert "mine/config.json" in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 

@@ -17,10 +17,10 @@ from trainer_core.config import JobConfig, ModelConfig, TrainConfig, ValidationC
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, DatasetError, TrainerError
 from trainer_core.job import encode_job, pair_job
+from trainer_core.json_text import plain_json
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.simpletuner.convert import convert
-from trainer_core.simpletuner.loose_json import plain_json
 
 
 def job_of(folder: Path, config: str, data: str, *changes: str) -> JobConfig:

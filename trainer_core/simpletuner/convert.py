@@ -14,12 +14,12 @@ from typing import Any
 from ..config import DEMO_MODEL, ENDLESS, JobConfig, RolloutConfig, from_json
 from ..config.model import EIGHT_BITS
 from ..errors import ConfigError
+from ..json_text import read_json
 from ..qwen_image.flavours import FLAVOURS, Flavour
 from ..settings import changed
 from .backends import Backends, ids_of
 from .datasets import INHERITED, read_data
 from .keys import CONFIG_REASONS
-from .loose_json import read_loose_json
 from .section import Section, put
 from .validation import read_validation
 
@@ -30,6 +30,7 @@ _PRECISIONS = {
     "fp8-torchao": "fp8-quanto",
     "int4-torchao": "int4-quanto",
 }
+MAX_BYTES = 2**20  # of a configuration file
 MOST_REFERENCES = max(row.max_references for row in FLAVOURS.values())
 _SCHEDULERS = {"sine": "cosine"}
 # Part of SimpleTuner's optimizer name -> our name. The first match counts.
@@ -120,13 +121,15 @@ def import_simpletuner(
     Raises:
         ConfigError: a file can't be read, it is not for an edit LoRA, an id doesn't exist, or a value is out of range.
     """
-    settings = read_loose_json(config)
+    settings = read_json(config, loose=True, max_bytes=MAX_BYTES)
     if data is None:
         named = settings.get("data_backend_config") if isinstance(settings, dict) else None
         if not isinstance(named, str):
             raise ConfigError(f"{config} has no data_backend_config. Give the data file with --data.")
         data = root / named
-    imported = convert(settings, read_loose_json(data), base=base, root=root, changes=changes)
+    imported = convert(
+        settings, read_json(data, loose=True, max_bytes=MAX_BYTES), base=base, root=root, changes=changes
+    )
     places = f"Relative paths start at {root}. Encoded pairs are stored in `cache` next to the job."
     return dataclasses.replace(imported, report=(*imported.report, places))
 
