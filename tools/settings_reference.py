@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer_core import config
 from trainer_core.settings import Limits
+from trainer_core.text import LONGEST_LIST, LONGEST_PROMPT, LONGEST_TEXT
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FILE, SCHEMA = DOCS / "settings.md", DOCS / "job.schema.json"
@@ -55,7 +56,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
 )
 TYPES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text"}
 
-HEAD = """# Settings
+HEAD = f"""# Settings
 
 All settings with their type or allowed values, default and meaning. `make docs` writes this page from
 `trainer_core/config`. The nodes take widgets, defaults, limits and tooltips from the same declarations. Some widgets
@@ -63,9 +64,10 @@ offer a narrower range.
 
 Sections with a key are part of the JSON file of `python -m trainer_core`. The file is an object with the settings of
 *The whole file*; the settings of a section are in an object under its key. A list of texts may be given as one text.
-An unknown key is an error, which suggests the most similar known key. [headless.md](headless.md#the-configuration-file)
-has an example of such a file. [job.schema.json](job.schema.json) is its JSON schema: with the path to it under
-`$schema`, editors complete and check the file.
+A text has at most {LONGEST_TEXT:,} characters, a prompt or a part of a caption {LONGEST_PROMPT:,}. A list has at most
+{LONGEST_LIST:,} items. An unknown key is an error, which suggests the most similar known key.
+[headless.md](headless.md#the-configuration-file) has an example of such a file. [job.schema.json](job.schema.json) is
+its JSON schema: with the path to it under `$schema`, editors complete and check the file.
 """
 
 
@@ -156,7 +158,9 @@ def _value_schema(hint: Any, field: Any) -> dict[str, Any]:
         return {"enum": [*typing.get_args(hint), *older]}
     if typing.get_origin(hint) is tuple:
         item = _value_schema(typing.get_args(hint)[0], None)
-        array = {"type": "array", "items": item}
+        if field and item.get("type") == "string":
+            item["maxLength"] = field.metadata["limits"].longest
+        array = {"type": "array", "items": item, "maxItems": LONGEST_LIST}
         return array if item.get("type") == "object" else {"anyOf": [array, item]}
     if field and field.name == "validation_resolution":  # the side of a square may be a number
         return {"type": ["string", "integer"]}
@@ -172,6 +176,7 @@ def _bounded(kind: str, limits: Limits) -> dict[str, Any]:
         "exclusiveMinimum": limits.above,
         "exclusiveMaximum": limits.below,
         "enum": list(limits.choices) or None,
+        "maxLength": limits.longest if kind == "string" else None,
     }
     schema = {"type": kind, **{name: bound for name, bound in bounds.items() if bound is not None}}
     return schema if limits.also is None else {"anyOf": [{"const": limits.also}, schema]}

@@ -14,7 +14,19 @@ CORE = REPO / "trainer_core"
 PAGE = REPO / "docs" / "architecture.md"
 BEGIN, END = "<!-- rooms: begin -->", "<!-- rooms: end -->"
 # Almost every room imports these, so they share one box. Only rooms that import nothing else have an arrow to it.
-FOUNDATIONS = ("config", "device", "errors", "events", "files", "geometry", "json_text", "ranks", "rng", "settings")
+FOUNDATIONS = (
+    "config",
+    "device",
+    "errors",
+    "events",
+    "files",
+    "geometry",
+    "json_text",
+    "ranks",
+    "rng",
+    "settings",
+    "text",
+)
 
 
 def room_of(path: Path) -> str:

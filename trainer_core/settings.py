@@ -7,6 +7,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import re
 import types
 import typing
@@ -16,9 +17,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from .errors import ConfigError
 from .json_text import parse_json
+from .text import LONGEST_LIST, LONGEST_TEXT, brief, text_problem
 
 C = TypeVar("C")
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_TYPE_NAMES = {int: "a whole number of at most 64 bits", float: "a finite number", bool: "true or false", str: "text"}
+_LARGEST_INT = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,8 @@ class Limits:
     unit: str = ""
     usual: str = ""
     """Typical values, in words."""
+    longest: int = LONGEST_TEXT
+    """Characters of a text, or of each text in a list."""
     valid: Callable[[Any], bool] | None = None
     """A check that bounds can't express. `allowed` says it in words."""
     allowed: str = ""
@@ -116,7 +121,7 @@ class Settings:
     """Base of all settings classes: checks every field against its declaration.
 
     Raises:
-        ConfigError: a value is outside the field's `Limits` or none of its choices.
+        ConfigError: a value has the wrong type, is outside the field's `Limits`, or is none of its choices.
     """
 
     __slots__ = ()
@@ -146,25 +151,66 @@ def limits_of(cls: type, name: str) -> Limits:
 def check_setting(cls: type, name: str, value: object) -> None:
     """Raises ConfigError if the setting `name` of this class must not have this value."""
     hint, limits = _declared(cls)[name]
+    _check_type(hint, limits, name, value)
+    if get_origin(hint) not in (Literal, types.UnionType):
+        check(limits.accept(value), name, value, str(limits))
+
+
+def _check_type(hint: Any, limits: Limits, name: str, value: object) -> None:
+    """Raises ConfigError if a value is not of the hinted type, or a text or list is unusable or too long."""
     if get_origin(hint) is Literal:
         check_choice(name, value, get_args(hint))
-    elif get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is Literal:
-        for item in typing.cast("tuple[object, ...]", value):
-            check_choice(name, item, get_args(get_args(hint)[0]))
+    elif get_origin(hint) is types.UnionType:
+        check(isinstance(value, get_args(hint)), name, value, "an object or empty")
+    elif get_origin(hint) is tuple:
+        check(isinstance(value, tuple), name, value, "a list")
+        items = typing.cast("tuple[object, ...]", value)
+        _check_length(name, items)
+        for item in items:
+            _check_type(get_args(hint)[0], limits, name, item)
+    elif dataclasses.is_dataclass(hint):
+        check(isinstance(value, typing.cast("type", hint)), name, value, "an object with settings")
     else:
-        check(limits.accept(value), name, value, str(limits))
+        check_plain(hint, name, value, limits.longest)
+
+
+def _check_length(name: str, items: Sequence[object]) -> None:
+    check(len(items) <= LONGEST_LIST, name, f"{len(items)} items", f"a list of at most {LONGEST_LIST} items")
+
+
+def check_plain(hint: type, name: str, value: object, longest: int = LONGEST_TEXT) -> None:
+    """Raises ConfigError unless the value is a bool, int, float or str, as `hint` says, that can be stored as JSON.
+
+    A whole number is also a float. Not allowed: numbers that are infinite, NaN or have more than 64 bits, and texts
+    that have more than `longest` characters, half a surrogate pair or a zero character.
+    """
+    check(is_plain(hint, value), name, value, _TYPE_NAMES[hint])
+    if isinstance(value, str) and (problem := text_problem(value, longest)):
+        raise ConfigError(f"{name} {problem}, got {brief(value)}.")
+
+
+def is_plain(hint: type, value: object) -> bool:
+    """Whether a value is of the type bool, int, float or str, and if it is a number, finite and of at most 64 bits."""
+    if isinstance(value, bool):
+        return hint is bool
+    if isinstance(value, str):
+        return hint is str
+    if isinstance(value, int):
+        return hint in (int, float) and abs(value) <= _LARGEST_INT
+    return hint is float and isinstance(value, float) and math.isfinite(value)
 
 
 def check(condition: bool, name: str, value: object, allowed: str) -> None:  # noqa: FBT001
     """Raises ConfigError unless the condition holds. `allowed` completes the sentence "`name` must be ..."."""
     if not condition:
-        raise ConfigError(f"{name} must be {allowed}, got {value!r}.")
+        raise ConfigError(f"{name} must be {allowed}, got {brief(value)}.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raises ConfigError, with the most similar choice, if the value is none of the choices."""
     if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{did_you_mean(value, choices)}")
+        known = ", ".join(choices)
+        raise ConfigError(f"{name} must be one of {known}, got {brief(value)}.{did_you_mean(value, choices)}")
 
 
 def is_plain_name(name: str) -> bool:
@@ -186,13 +232,13 @@ def from_json(cls: type[C], values: object, where: str = "") -> C:
         ConfigError: an unknown key (the error suggests the most similar one), a missing key, or a wrong value.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'The configuration'} must be an object with named settings, got {values!r}.")
+        raise ConfigError(f"{where or 'The configuration'} must be an object with named settings, got {brief(values)}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = typing.cast("dict[str, Any]", getattr(cls, "prepare_json", dict)(values))
     for key in values:
         if key not in fields:
             hint = did_you_mean(key, fields) or f" Known settings: {', '.join(fields)}."
-            raise ConfigError(f"Unknown setting {_dotted(where, key)!r}.{hint}")
+            raise ConfigError(f"Unknown setting {brief(_dotted(where, key))}.{hint}")
     missing = [name for name, field in fields.items() if name not in values and _must_be_given(field, values)]
     if missing:
         raise ConfigError(
@@ -224,7 +270,7 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
         name, equals, text = change.partition("=")
         *parts, last = name.strip().split(".")
         if not equals or not last:
-            raise ConfigError(f"A change must be name=value, such as encoding.resolution=512, got {change!r}.")
+            raise ConfigError(f"A change must be name=value, such as encoding.resolution=512, got {brief(change)}.")
         try:
             value = parse_json(text, name)
         except ConfigError:
@@ -233,7 +279,8 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
         for part in parts:
             place = _inside(place, part, change)
         if not isinstance(place, dict):
-            raise ConfigError(f"Can't apply the change {change!r}: {'.'.join(parts)} is {place!r} and has no settings.")
+            where = brief(".".join(parts))
+            raise ConfigError(f"Can't apply the change {brief(change)}: {where} is {brief(place)} and has no settings.")
         place[last] = value
     return values
 
@@ -246,7 +293,8 @@ def _inside(place: Any, part: str, change: str) -> Any:
     known |= {item["id"]: item for item in items if isinstance(item, dict) and isinstance(item.get("id"), str)}
     if part in known:
         return known[part]
-    raise ConfigError(f"Can't apply the change {change!r}: there is no {part!r} in {list(known) or place!r}.")
+    there = brief(list(known) or place)
+    raise ConfigError(f"Can't apply the change {brief(change)}: there is no {brief(part)} in {there}.")
 
 
 def _must_be_given(field: dataclasses.Field[Any], values: dict[str, Any]) -> bool:
@@ -268,15 +316,13 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) and not dataclasses.is_dataclass(get_args(hint)[0]):
             value = [value]
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} must be a list, got {value!r}.")
+            raise ConfigError(f"{where} must be a list, got {brief(value)}.")
+        _check_length(where, value)
         return tuple(_value(get_args(hint)[0], item, f"{where}[{number}]") for number, item in enumerate(value))
     if get_origin(hint) in (Literal, types.UnionType):
         return value  # Settings checks choices
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
-        raise ConfigError(f"{where} must be {_TYPE_NAMES[hint]}, got {value!r}.")
-    return value
+    check(is_plain(hint, value), where, value, _TYPE_NAMES[hint])
+    return float(value) if hint is float else value
 
 
 def digest(values: object) -> str:
@@ -286,5 +332,5 @@ def digest(values: object) -> str:
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """The end of an error: " Did you mean ...?" with the known name most similar to `name`; "" if none is similar."""
-    near = difflib.get_close_matches(str(name), list(known), 1)
+    near = difflib.get_close_matches(name[:100], list(known), 1) if isinstance(name, str) else ()
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+from typing import Any
 
 import jsonschema
 import pytest
 
+from tests.support.hostile_values import HOSTILE
 from tools.settings_reference import SECTIONS, job_schema
 from trainer_core.config import (
     DatasetConfig,
@@ -232,3 +235,60 @@ def test_compile_blocks_was_a_switch(older: object, now: str) -> None:
 def test_other_values_of_compile_blocks_are_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="compile_blocks must be one of auto, on, off"):
         from_json(MemoryConfig, {"compile_blocks": value})
+
+
+SETTINGS = [(cls, field.name) for cls in {cls for cls, _, _ in SECTIONS} for field in dataclasses.fields(cls)]
+NEEDED = {
+    "target_dir": "a",
+    "reference_dirs": ("b",),
+    "run_dir": "r",
+    "cache_dir": "c",
+    "encoded": "e",
+    "id": "i",
+    "model": ModelConfig(),
+    "dataset": DatasetConfig(target_dir="a", reference_dirs=("b",)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_every_setting_made_in_code_takes_its_type_or_refuses_the_value_by_name(name: str) -> None:
+    """A config that was made can be stored: as JSON in UTF-8, in digests and run.json."""
+    for cls, setting in sorted(SETTINGS, key=str):
+        fields = {field.name for field in dataclasses.fields(cls)}
+        needed = {key: value for key, value in NEEDED.items() if key in fields}
+        try:
+            made = cls(**{**needed, setting: HOSTILE[name]})
+        except ConfigError as error:
+            message = str(error)
+        else:
+            message = ""
+            digest(to_json(made))
+            assert to_json(made) == json.loads(json.dumps(to_json(made), allow_nan=False))
+        assert not message or setting in message, (cls, setting)
+        assert len(message) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lora_rank": 16.5}, "lora_rank must be a whole number of at most 64 bits, got 16.5"),
+        ({"lora_rank": None}, "lora_rank must be a whole number of at most 64 bits, got None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
+        ({"use_rslora": 1}, "use_rslora must be true or false, got 1"),
+        ({"init_lora": "a\ud800"}, "init_lora contains half a surrogate pair at character 2"),
+        ({"rank_pattern": "0-9 = 8"}, "rank_pattern must be a list, got '0-9 = 8'"),
+        ({"rank_pattern": (8,)}, "rank_pattern must be text, got 8"),
+        ({"rank_pattern": ("0 = 8",) * 1001}, "rank_pattern must be a list of at most 1000 items, got '1001 items'"),
+        ({"lora_target_pattern": "x" * 5000}, "lora_target_pattern has 5,000 characters; at most 4,096 are allowed"),
+    ],
+)
+def test_wrong_types_are_said(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**change)
+    assert str(caught.value).startswith(says)
+
+
+def test_a_whole_number_is_a_float_and_true_is_no_number() -> None:
+    assert LoraConfig(lora_alpha=8).lora_alpha == 8
+    with pytest.raises(ConfigError, match="lora_alpha must be a finite number, got True"):
+        LoraConfig(lora_alpha=True)

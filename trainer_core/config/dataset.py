@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..settings import Limits, Settings, check, check_setting, is_plain_name, required, setting
+from ..text import LONGEST_PROMPT
 
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt", "csv", "parquet", "jsonl"]
 CAPTION_TABLES: tuple[CaptionStrategy, ...] = ("csv", "parquet", "jsonl")
@@ -28,8 +29,14 @@ class CaptionConfig(Settings):
     prepend_instance_prompt: bool = setting(
         False, "Put instance_prompt before every caption, for example trigger words."
     )
-    caption_prefix: str = setting("", "Text before every caption, added as it is. End it with a space or a comma.")
-    caption_suffix: str = setting("", "Text after every caption, added as it is. Start it with a space or a comma.")
+    caption_prefix: str = setting(
+        "", "Text before every caption, added as it is. End it with a space or a comma.", Limits(longest=LONGEST_PROMPT)
+    )
+    caption_suffix: str = setting(
+        "",
+        "Text after every caption, added as it is. Start it with a space or a comma.",
+        Limits(longest=LONGEST_PROMPT),
+    )
     caption_file: str = setting(
         "", "Table of captions, for caption_strategy csv, parquet or jsonl. A relative path starts at target_dir."
     )
@@ -67,6 +74,7 @@ class DatasetConfig(Settings):
         "",
         "The edit instruction of all pairs with caption_strategy instanceprompt, or the words that "
         "prepend_instance_prompt puts before every caption.",
+        Limits(longest=LONGEST_PROMPT),
     )
     captions: CaptionConfig = setting(CaptionConfig(), "Where captions are read and what is added to them.")
     mask_dir: str = setting(
@@ -180,7 +188,9 @@ class EncodingConfig(Settings):
         Limits(min=-1, soft_max=1000),
     )
     validation_negative_prompt: str = setting(
-        " ", "Negative prompt of validation pictures. It is encoded together with the references."
+        " ",
+        "Negative prompt of validation pictures. It is encoded together with the references.",
+        Limits(longest=LONGEST_PROMPT),
     )
     seed: int = setting(0, "Seed of the choice of held-out pairs.", Limits(soft_min=0, soft_max=2**32 - 1))
     encode_empty_caption: bool = setting(
@@ -210,7 +220,11 @@ class EncodingConfig(Settings):
         (),
         "Edit instructions to sample for every held-out pair, in addition to its caption. They are encoded together "
         "with its references.",
-        Limits(valid=lambda prompts: all(prompt.strip() for prompt in prompts), allowed="a list of edit instructions"),
+        Limits(
+            longest=LONGEST_PROMPT,
+            valid=lambda prompts: all(prompt.strip() for prompt in prompts),
+            allowed="a list of edit instructions",
+        ),
     )
 
 

@@ -56,5 +56,6 @@ class MemoryConfig(Settings):
 
     def __post_init__(self) -> None:
         older: dict[str, CompileBlocks] = {"True": "on", "False": "off"}  # true and false in job files and saved graphs
-        object.__setattr__(self, "compile_blocks", older.get(str(self.compile_blocks), self.compile_blocks))
+        if type(given := self.compile_blocks) in (bool, str):
+            object.__setattr__(self, "compile_blocks", older.get(str(given), given))
         Settings.__post_init__(self)  # super() does not work in a dataclass with slots

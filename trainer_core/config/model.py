@@ -71,7 +71,7 @@ class ModelConfig(Settings):
 
     def __post_init__(self) -> None:
         for name in ("base_model_precision", "text_encoder_precision"):
-            if str(getattr(self, name)) == "no_change":  # SimpleTuner's name for none
+            if getattr(self, name) == "no_change":  # SimpleTuner's name for none
                 object.__setattr__(self, name, "none")
         Settings.__post_init__(self)  # super() does not work in a dataclass with slots
 

@@ -67,7 +67,8 @@ class ValidationConfig(Settings):
     def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
         """Accepts a number as validation_resolution."""
         size = values.get("validation_resolution")
-        return {**values, "validation_resolution": str(size)} if type(size) is int else values
+        is_side = type(size) is int and 0 < size < 10**6
+        return {**values, "validation_resolution": str(size)} if is_side else values
 
     @property
     def sizes(self) -> tuple[Size | int, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from ..errors import DatasetError
+from ..text import shown
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 UNREAD_PICTURE_SUFFIXES = frozenset(
@@ -25,11 +26,6 @@ LARGE_PICTURE_PIXELS = 32_000_000  # larger ones are decoded one at a time to li
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow tries only these, whatever the file's extension
 _SIXTEEN_BIT = 65535
 _one_large_picture = threading.Lock()
-
-
-def shown(path: Path | str) -> str:
-    """A file name for use in a message: escapes non-printable characters such as line breaks and invalid Unicode."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
 def open_picture(path: Path) -> Image.Image:

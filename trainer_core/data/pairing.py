@@ -12,6 +12,7 @@ from ..config import ConditioningType, DatasetConfig, digest, to_json
 from ..errors import DatasetError
 from ..events import SILENT, Observer
 from ..geometry import Size, same_shape
+from ..text import printable
 from .caption_table import read_caption_table, table_path
 from .captions import captions_of
 from .checking import Checked, CheckedPictures, check_pictures
@@ -127,7 +128,7 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
 
 def _memory(checked_dir: Path | None, folders: list[Folder]) -> Path | None:
     """The file that keeps the check results of these folders."""
-    return checked_dir and checked_dir / f"{digest([shown(folder.root.absolute()) for folder in folders])}.json"
+    return checked_dir and checked_dir / f"{digest([printable(folder.root.absolute()) for folder in folders])}.json"
 
 
 def folder_state(config: DatasetConfig) -> str:
@@ -149,7 +150,7 @@ def dataset_states(dataset: EditDataset) -> dict[str, FileState]:
 
 
 def _printable(state: tuple[str, int, int]) -> tuple[str, int, int]:
-    return (shown(state[0]), *state[1:])
+    return (printable(state[0]), *state[1:])
 
 
 def _caption_table(config: DatasetConfig) -> tuple[dict[str, tuple[str, ...]] | None, list[str]]:
