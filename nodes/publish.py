@@ -85,7 +85,8 @@ def run_ui(result: TrainResult, lora_name: str, ema_name: str | None = None, *, 
 
 def _readers(lora_file: Path) -> str:
     """A note on which programs can read this type of LoRA. Empty for the plain type."""
-    from ..trainer_core.adapters.writer import LORA_TYPE, READERS
+    from ..trainer_core.adapters.reader import LORA_TYPE
+    from ..trainer_core.adapters.writer import READERS
     from ..trainer_core.files import read_metadata
 
     return next((note for kind, note in READERS.items() if kind == read_metadata(lora_file).get(LORA_TYPE)), "")

@@ -155,14 +155,17 @@ def put_start(transformer: nn.Module, parameters: Mapping[str, Tensor], name: st
 
 
 def _lengths(layer: Any, start: LowRank) -> Tensor:
-    """A DoRA's initial row norms m [o]: from the file, or those of the merged weight if the file is a plain LoRA."""
+    """A DoRA's initial row norms m [o]: from the file; those of the merged weight if the file is a plain LoRA."""
     from .dora import merged_length
 
+    base = layer.lora_magnitude_vector[ADAPTER].base_square
+    if start.magnitude is not None:
+        return start.magnitude.to(base)
     with weights_on_device(layer.get_base_layer()):
         length = merged_length(layer, ADAPTER)
     if start.dora_scale is None:
         return length
-    return length * start.dora_scale.to(length) / layer.lora_magnitude_vector[ADAPTER].base_square.sqrt()
+    return length * start.dora_scale.to(length) / base.sqrt()
 
 
 def for_file(transformer: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

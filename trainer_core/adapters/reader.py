@@ -5,34 +5,26 @@ Shapes: a layer's weight is [o, i], r is the rank. A Kronecker product of [a, c]
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import LoraType
 from ..errors import ModelFileError
-from ..files import is_whole, read_tensors
+from ..files import is_whole, read_metadata, read_tensors
+from ..text import shown
+from .naming import LOKR_PARTS, sort_by_layer
+from .scaling import CONFIG_FILE, Scaling, find_scaling
 
-LAYER_PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
-FLAT_LAYER_PREFIXES = (
-    "lora_unet_",
-    "lycoris_",
-    "lora_transformer_",
-)  # followed by the layer's name with _ for each dot
-_PAIRS = (".lora_{}.weight", ".lora_{}.default.weight", ".lora_{}", ".lora.{}.weight", "_lora.{}.weight")
-_LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-_PARTS = {
-    **{pair.format(name): "down" for pair in _PAIRS for name in ("A", "down")},
-    **{pair.format(name): "up" for pair in _PAIRS for name in ("B", "up")},
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    **{f".{name}": name for name in ("alpha", "dora_scale", *_LOKR)},
-}
-_ENDINGS = tuple(sorted(_PARTS, key=len, reverse=True))
-_SHOWN = 3
+LORA_TYPE = "qwen_edit_trainer.lora_type"  # a key in the header of files that this program wrote
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+_LARGEST = 2**27  # elements of a matrix; the largest of Qwen-Image's have 57 million
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +32,19 @@ class LowRank:
     """A weight change: scale · up [o, r] @ down [r, i].
 
     With `dora_scale` [o], each row of the changed weight is multiplied by dora_scale / (norm of the base weight's row),
-    as ComfyUI does.
+    as ComfyUI does. With `magnitude` [o], each of its rows gets that norm, as in peft's files.
     """
 
     down: Tensor
     up: Tensor
     scale: float = 1.0
     dora_scale: Tensor | None = None
+    magnitude: Tensor | None = None
 
     @property
     def kind(self) -> LoraType:
         """The adapter's type, as a value of `lora_type`."""
-        return "lora" if self.dora_scale is None else "dora"
+        return "lora" if self.dora_scale is None and self.magnitude is None else "dora"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,6 +95,8 @@ AdapterPart = LowRank | Kronecker
 def changed_weight(part: AdapterPart, weight: Tensor) -> Tensor:
     """A layer's weight [o, i] with the change applied at strength 1, in float32, as ComfyUI and our sampler do it."""
     changed = weight.float() + part.change()
+    if isinstance(part, LowRank) and part.magnitude is not None:
+        return changed * (part.magnitude.float() / changed.norm(dim=1)).unsqueeze(1)
     if isinstance(part, Kronecker) or part.dora_scale is None:
         return changed
     return changed * (part.dora_scale.float() / weight.float().norm(dim=1)).unsqueeze(1)
@@ -110,72 +105,117 @@ def changed_weight(part: AdapterPart, weight: Tensor) -> Tensor:
 def read_adapter(path: Path, layers: Collection[str]) -> dict[str, AdapterPart]:
     """The weight changes of a LoRA file by layer. `layers` are full names of the network's layers.
 
+    Logs a line if the scale is not that of alpha tensors.
+
     Raises:
         ModelFileError: the file is damaged, belongs to another model, or has an unsupported type (LoHa, OFT, ...).
     """
     if not is_whole(path):
         raise ModelFileError(f"The LoRA {path.name} is missing or not a complete .safetensors file. Download it again.")
-    return adapter_parts(read_tensors(path), layers, path.name)
+    try:
+        header, tensors = read_metadata(path), read_tensors(path)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ModelFileError(f"The LoRA {path.name} is damaged ({str(error)[:200]}). Download it again.") from error
+    is_peft = any(name.startswith("base_model.model.") for name in tensors)
+    scaling = find_scaling(path, header, is_peft=is_peft) or Scaling("")
+    parts = adapter_parts(tensors, layers, path.name, scaling)
+    _check_finite(tensors, path.name)
+    if LORA_TYPE not in header and (note := _note(parts, scaling, tensors, path.name)):
+        _LOG.info("%s", note)
+    return parts
 
 
-def adapter_parts(tensors: Mapping[str, Tensor], layers: Collection[str], name: str) -> dict[str, AdapterPart]:
+def _note(parts: Mapping[str, AdapterPart], scaling: Scaling, names: Iterable[str], file: str) -> str:
+    """Where the scale comes from; empty if the file has alpha tensors."""
+    if any(name.endswith(".alpha") for name in names):
+        return ""
+    scales = sorted({part.scale for part in parts.values()})
+    if scaling.alpha is None and not scaling.alpha_pattern:
+        return (
+            f"{file} states no alpha: it has no alpha tensors, and neither its header nor an {CONFIG_FILE} beside it "
+            "has peft's lora_alpha. It is used with scale 1, as in ComfyUI and diffusers."
+        )
+    both = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
+    return f"{file} is used with scale {both}, alpha / rank as stated in {scaling.place}."
+
+
+def adapter_parts(
+    tensors: Mapping[str, Tensor], layers: Collection[str], name: str, scaling: Scaling | None = None
+) -> dict[str, AdapterPart]:
     """`read_adapter` for tensors that are already loaded, keyed as in the file. `name` is the file's name for messages.
 
     Raises:
         ModelFileError: as `read_adapter`.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    unknown, foreign = [], []
-    flat = {layer.replace(".", "_"): layer for layer in layers}
-    for key, tensor in tensors.items():
-        ending = next((each for each in _ENDINGS if key.endswith(each)), "")
-        layer = _layer_of(key.removesuffix(ending), layers, flat)
-        if not ending:
-            foreign.append(key)
-        elif layer is None:
-            unknown.append(key)
-        else:
-            found.setdefault(layer, {})[_PARTS[ending]] = tensor
-    if foreign:
-        raise ModelFileError(
-            f"{len(foreign)} of the {len(tensors)} tensors in {name} are neither LoRA, DoRA nor LoKr, such as "
-            f"{', '.join(foreign[:_SHOWN])}. Choose another file; ComfyUI's own LoRA loader may support this one."
-        )
-    if unknown:
-        raise ModelFileError(
-            f"{len(unknown)} of the {len(tensors)} tensors in {name} belong to layers that this model doesn't have, "
-            f"such as {', '.join(unknown[:_SHOWN])}. The file was made for another model. Choose another file."
-        )
+    found = sort_by_layer(tensors, layers, name)
     if not found:
         raise ModelFileError(f"{name} contains no LoRA weights. Choose another file.")
-    return {layer: _part(parts, layer, name) for layer, parts in sorted(found.items())}
+    _check_types(tensors, name)
+    scaling = scaling or Scaling("")
+    parts = {
+        layer: _part({part: tensors[key] for part, key in keys.items()}, layer, name, scaling)
+        for layer, keys in sorted(found.items())
+    }
+    if scaling.use_dora and not any(part.kind == "dora" for part in parts.values()):
+        raise ModelFileError(
+            f"{name} lacks its DoRA weights: use_dora is on in {scaling.place}, but the file has neither "
+            "lora_magnitude_vector nor dora_scale. Choose a complete file."
+        )
+    return parts
 
 
-def _layer_of(key: str, layers: Collection[str], flat: Mapping[str, str]) -> str | None:
-    for prefix in ("", *LAYER_PREFIXES):
-        if key.startswith(prefix) and key.removeprefix(prefix) in layers:
-            return key.removeprefix(prefix)
-    plain = next((key.removeprefix(prefix) for prefix in FLAT_LAYER_PREFIXES if key.startswith(prefix)), "")
-    return flat.get(plain)
-
-
-def _part(parts: Mapping[str, Tensor], layer: str, name: str) -> AdapterPart:
-    alpha = float(parts["alpha"]) if "alpha" in parts else None
-    if {"down", "up"} <= parts.keys() and not any(each in parts for each in _LOKR):
+def _part(parts: Mapping[str, Tensor], layer: str, name: str, scaling: Scaling) -> AdapterPart:
+    first, second = _factors(parts, LOKR_PARTS[0]), _factors(parts, "lokr_w2")
+    if {"down", "up"} <= parts.keys() and not any(each in parts for each in LOKR_PARTS):
         down, up = parts["down"], parts["up"]
-        if down.ndim == up.ndim == 2 and down.shape[0] == up.shape[1]:
-            scale = 1.0 if alpha is None else alpha / down.shape[0]
-            return LowRank(down, up, scale, _rows(parts.get("dora_scale"), up.shape[0], layer, name))
-    elif "down" not in parts and "up" not in parts and "dora_scale" not in parts:
-        first, second = _factors(parts, "lokr_w1"), _factors(parts, "lokr_w2")
-        if first and second:
-            ranks = [each[1].shape[0] for each in (first, second) if len(each) > 1]
-            scale = alpha / ranks[-1] if alpha is not None and ranks else 1.0
-            return Kronecker(first[0] if len(first) == 1 else first[0].float() @ first[1].float(), second, scale)
+        if _multiply(up, down):
+            scale = _scale(parts, layer, name, scaling, down.shape[0])
+            rows = [_rows(parts, key, up.shape[0], layer, name) for key in ("dora_scale", "magnitude")]
+            return LowRank(down, up, scale, *rows)
+    elif parts.keys() <= {"alpha", *LOKR_PARTS} and first and second and _multiply(*first) and _multiply(*second):
+        ranks = [each[1].shape[0] for each in (first, second) if len(each) > 1]
+        scale = _scale(parts, layer, name, scaling, ranks[-1] if ranks else None)
+        return Kronecker(first[0] if len(first) == 1 else first[0].float() @ first[1].float(), second, scale)
     raise ModelFileError(
         f"{name} is incomplete or has an unsupported type: for {layer} it has only {', '.join(sorted(parts))}. "
         "Choose a LoRA, DoRA or LoKr file."
     )
+
+
+def _check_types(tensors: Mapping[str, Tensor], file: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS and not name.endswith(".alpha"):
+            stored = str(tensor.dtype).removeprefix("torch.")
+            raise ModelFileError(f"{file} stores {shown(name)} as {stored}. Choose a bf16, fp16 or fp32 file.")
+
+
+def _check_finite(tensors: Mapping[str, Tensor], file: str) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.float().isfinite().all():
+            raise ModelFileError(f"{file} has infinite or undefined values in {shown(name)}. Download it again.")
+
+
+def _multiply(*matrices: Tensor) -> bool:
+    """Whether these are one or two matrices with elements whose product can be built."""
+    shapes = [each.shape for each in matrices]
+    if any(len(shape) != 2 or 0 in shape for shape in shapes) or shapes[0][0] * shapes[-1][1] > _LARGEST:
+        return False
+    return len(shapes) == 1 or shapes[0][1] == shapes[1][0]
+
+
+def _scale(parts: Mapping[str, Tensor], layer: str, name: str, scaling: Scaling, rank: int | None) -> float:
+    """The scale by the layer's alpha tensor, or else as stated beside the tensors. `rank` None: a LoKr without one."""
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            raise ModelFileError(f"{name} has an alpha for {layer} that is not one number. Download it again.")
+        return float(parts["alpha"]) / rank if rank else 1.0
+    stated = scaling.rank_of(layer)
+    if rank and stated is not None and stated != rank:
+        raise ModelFileError(
+            f"{name} has rank {rank} for {layer}, but {scaling.place} states {stated:g}: it describes another file, so "
+            "the scale is not known. Correct it, or remove it if the scale is 1."
+        )
+    return scaling.scale_of(layer, rank)
 
 
 def _factors(parts: Mapping[str, Tensor], key: str) -> tuple[Tensor, ...]:
@@ -185,10 +225,12 @@ def _factors(parts: Mapping[str, Tensor], key: str) -> tuple[Tensor, ...]:
     return (parts[f"{key}_a"], parts[f"{key}_b"]) if {f"{key}_a", f"{key}_b"} <= parts.keys() else ()
 
 
-def _rows(dora_scale: Tensor | None, rows: int, layer: str, name: str) -> Tensor | None:
-    if dora_scale is None or dora_scale.shape == (rows, 1):
-        return None if dora_scale is None else dora_scale.flatten()
+def _rows(parts: Mapping[str, Tensor], key: str, rows: int, layer: str, name: str) -> Tensor | None:
+    """A DoRA's numbers per row, `dora_scale` [o, 1] or `magnitude` [o]; None if the file has none."""
+    found = parts.get(key)
+    if found is None or found.shape == (rows, 1) or (key == "magnitude" and found.shape == (rows,)):
+        return None if found is None else found.flatten()
     raise ModelFileError(
-        f"{name} scales the columns of {layer} (dora_scale of shape {list(dora_scale.shape)}), but only a DoRA that "
-        f"scales its {rows} rows is supported. Choose another file."
+        f"{name} scales the columns of {layer} ({key} of shape {list(found.shape)}), but only a DoRA that scales its "
+        f"{rows} rows is supported. Choose another file."
     )

@@ -19,7 +19,7 @@ from ..config import LoraConfig, LoraType, TrainConfig, digest, resume_key
 from ..errors import ExportError
 from ..files import read_tensors, write_tensors, written_beside
 from ..qwen_image.flavours import FLAVOURS
-from .reader import AdapterPart, Kronecker, LowRank, adapter_parts
+from .reader import LORA_TYPE, AdapterPart, Kronecker, LowRank, adapter_parts
 
 ExtraCheck = Callable[[Path], None]
 # Allowed relative error of a weight change after its two factors were rounded. For bfloat16 (8 bits of precision) the
@@ -161,7 +161,6 @@ READERS: dict[LoraType, str] = {
     "dora": "Use this DoRA in ComfyUI. diffusers would ignore its dora_scale and draw something else.",
     "lokr": "Use this LoKr in ComfyUI. diffusers can't load it.",
 }
-LORA_TYPE = "qwen_edit_trainer.lora_type"  # a key of the file's header
 DIFFUSERS_PREFIX = "transformer."
 _SCALED = ("lora_B", "lokr_w1")
 
