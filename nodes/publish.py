@@ -6,10 +6,10 @@ import filecmp
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..trainer_core.files import clean_leftovers, written_beside
 from . import host_folders
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def place_lora(lora_file: Path, run_name: str) -> str:
     root = host_folders.lora_dir()
     folder = root / run_name
     folder.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(folder)
     target, number = folder / lora_file.name, 1
     while target.exists() and not filecmp.cmp(lora_file, target, shallow=False):
         number += 1
@@ -39,16 +40,12 @@ def place_lora(lora_file: Path, run_name: str) -> str:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy atomically, so that a loader never sees an incomplete file."""
-    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as out, source.open("rb") as file:
+    with written_beside(target) as partial:
+        with partial.open("wb") as out, source.open("rb") as file:
             shutil.copyfileobj(file, out, 1 << 20)
             out.flush()
             os.fsync(out.fileno())
-        Path(partial).chmod(source.stat().st_mode)
-        Path(partial).replace(target)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.chmod(source.stat().st_mode)
 
 
 def run_ui(result: TrainResult, lora_name: str, ema_name: str | None = None, *, seconds: float) -> dict[str, list[Any]]:

@@ -26,6 +26,10 @@ class ModelFileError(TrainerError, ValueError):
     """A model folder or file is missing, damaged or of the wrong kind."""
 
 
+class DamagedFileError(TrainerError, ValueError):
+    """A file that the trainer wrote was changed or cut short since."""
+
+
 class RunFolderError(TrainerError, ValueError):
     """A run folder is damaged, in use, or belongs to another run."""
 

@@ -1,21 +1,43 @@
-"""Atomic file writes, and safetensors files that are checked for truncation."""
+"""Atomic file writes, safetensors files whose damage is noticed, and the removal of what killed processes left."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import io
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-from safetensors import safe_open
+import psutil
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .errors import DamagedFileError
+
 HEADER_LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # safetensors refuses longer headers
 _FIRST_READ_BYTES = 1024  # covers a cache entry's header in one read: a run checks thousands of them when it starts
+
+# A key of the header: the SHA-256 of the whole file, computed while the digits themselves are zeros.
+DIGEST = "qwen_edit_trainer.sha256"
+NO_DIGEST = "0" * 64
+_STORED_DIGEST = re.compile(re.escape(f'"{DIGEST}":"').encode() + rb'([^"]{64})"')
+_READ_BYTES = 1 << 20
+
+_TEMPORARY = re.compile(r"\..+\.(?:(?P<machine>[0-9a-f]{8})-)?(?P<pid>[0-9]{1,9})\.[0-9a-f]{2,8}\.tmp(?:\.[^.]+)?")
+_OLDER_TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.partial")  # a copy of a LoRA by an older version
+_ABANDONED_SECONDS = 7 * 86_400  # no write takes that long
+_CLOCK_SECONDS = 600  # how far the clock of a network drive may be off
 
 
 def is_whole(path: Path) -> bool:
@@ -25,43 +47,111 @@ def is_whole(path: Path) -> bool:
             size = os.fstat(file.fileno()).st_size
             begin = file.read(_FIRST_READ_BYTES)
             length = int.from_bytes(begin[:HEADER_LENGTH_BYTES], "little")
-            if length > size:
+            if length > min(size, MAX_HEADER_BYTES):
                 return False
             begin += file.read(max(0, HEADER_LENGTH_BYTES + length - len(begin)))
             header = json.loads(begin[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length])
-    except (OSError, ValueError):
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return bool(size == HEADER_LENGTH_BYTES + length + max(ends, default=0))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == HEADER_LENGTH_BYTES + length + max(ends, default=0)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, copied into host memory."""
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    """All tensors of a safetensors file, copied into host memory. Checks the digest if the file has one.
+
+    Raises:
+        DamagedFileError: the file isn't a whole safetensors file, or was changed after it was written.
+        OSError: the file is missing or can't be read.
+    """
+    check_digest(path)
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            # Copies, because safetensors returns views of the mapped file, which change with it.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"{path} is damaged: {str(error)[:200]}.") from error
+
+
+def check_digest(path: Path) -> None:
+    """Compare the file's content with the digest in its header. Files of older versions have none and pass.
+
+    Raises:
+        DamagedFileError: the content differs.
+        OSError: the file is missing or can't be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        found = _digest_of(file)
+    if found is not None and found.stored != found.computed:
+        raise DamagedFileError(f"{path} is damaged: its content has changed since it was written.")
+
+
+def add_digest(path: Path) -> None:
+    """Set the digest of a safetensors file that was written with NO_DIGEST in its place, and flush the file."""
+    with path.open("r+b") as file:
+        found = _digest_of(file)
+        if found is not None:
+            file.seek(found.place)
+            file.write(found.computed)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Digest(NamedTuple):
+    place: int  # of its first digit in the file
+    stored: bytes
+    computed: bytes
+
+
+def _digest_of(file: BinaryIO | io.FileIO) -> _Digest | None:
+    """The digest in the header and that of the content; None if the header has none."""
+    begin = file.read(HEADER_LENGTH_BYTES)
+    length = int.from_bytes(begin, "little")
+    if length > MAX_HEADER_BYTES:
+        return None
+    begin += file.read(length)
+    found = _STORED_DIGEST.search(begin)
+    if found is None:
+        return None
+    digest = hashlib.sha256(begin[: found.start(1)] + NO_DIGEST.encode() + begin[found.end(1) :])
+    while part := file.read(_READ_BYTES):
+        digest.update(part)
+    return _Digest(found.start(1), found[1], digest.hexdigest().encode())
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata in a safetensors file's header; empty if there is none."""
+    """The metadata in a safetensors file's header, without the digest; empty if there is none."""
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-        return dict(file.metadata() or {})
+        return {name: value for name, value in (file.metadata() or {}).items() if name != DIGEST}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically, even if two runs write the same file at once."""
-    write_atomically(
-        path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
-    )
+    """Write a safetensors file atomically, even if two runs write the same file at once.
+
+    Its header gets `metadata`, or a digest that `read_tensors` checks. A file with metadata is for other programs. They
+    may change its tensors and keep the header, so it gets no digest.
+    """
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if metadata is not None:
+        write_atomically(path, save(ready, metadata))
+        return
+    data = memoryview(save(ready, {DIGEST: NO_DIGEST}))
+    length = HEADER_LENGTH_BYTES + int.from_bytes(data[:HEADER_LENGTH_BYTES], "little")
+    found = _STORED_DIGEST.search(data[:length])
+    assert found is not None
+    digest = hashlib.sha256(data).hexdigest().encode()
+    write_atomically(path, data[: found.start(1)], digest, data[found.end(1) :])
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     """Write bytes to a temporary file in the same folder, flush it to disk, then rename it to `path`.
 
     A reader therefore sees the old file or the whole new one, never a part. Creates the folder if needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as temporary, temporary.open("wb") as file:
-        file.write(data)
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
@@ -70,16 +160,95 @@ def write_atomically(path: Path, data: bytes) -> None:
 def written_beside(path: Path) -> Iterator[Path]:
     """A hidden path in the same folder, to write a file or folder to.
 
-    It is renamed to `path` when the block ends, and removed if the block raises. It keeps the suffix of `path`, because
-    some readers go by it.
+    It is renamed to `path` when the block ends, and removed if the block raises.
     """
-    # The name is cut: file systems allow 255 bytes.
-    temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         temporary.replace(path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new hidden name in the same folder. If this process is killed, `clean_leftovers` finds what it wrote there.
+
+    It keeps the suffix of `path`, because some readers go by it.
+    """
+    # The name is cut: file systems allow 255 bytes.
+    writer = f"{_machine()}-{os.getpid()}"
+    return path.with_name(f".{path.stem[:40]}.{writer}.{secrets.token_hex(4)}.tmp{path.suffix}")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with its content. What can't be deleted stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a damaged file or folder to `<name>.damaged`, so that it isn't used any more. Returns the new path.
+
+    Adds a number if that name is taken. None if it can't be renamed, for example on a read-only disk.
+    """
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")).exists():
+        number += 1
+    try:
+        return path.rename(aside)
+    except OSError:
+        return None
+
+
+def is_leftover(name: str) -> bool:
+    """Whether this is the name of a temporary file or folder of `temporary_beside`."""
+    return bool(_TEMPORARY.fullmatch(name) or _OLDER_TEMPORARY.fullmatch(name))
+
+
+def clean_leftovers(folder: Path, *, nobody_writes: bool = False) -> None:
+    """Delete the temporary files and folders that killed processes left anywhere below `folder`.
+
+    Keeps those of running processes, and those of other machines and containers until they are a week old. With
+    `nobody_writes`, the caller holds the folder's lock and all are deleted. What can't be deleted stays.
+    """
+    for place, folders, files in os.walk(folder):
+        for name in filter(is_leftover, [*folders, *files]):
+            path = Path(place, name)
+            if nobody_writes or _is_abandoned(path):
+                remove(path)
+        folders[:] = [name for name in folders if not is_leftover(name)]
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether the process that wrote the temporary file has ended."""
+    try:
+        changed = path.lstat().st_mtime
+    except OSError:  # its process has just renamed it
+        return False
+    if time.time() - changed > _ABANDONED_SECONDS:
+        return True
+    found = _TEMPORARY.fullmatch(path.name)
+    if found is None or found["machine"] != _machine() or int(found["pid"]) == os.getpid():
+        return False
+    try:
+        writer = psutil.Process(int(found["pid"]))
+        # A process that started after the last write only got the same number.
+        return writer.status() == psutil.STATUS_ZOMBIE or writer.create_time() > changed + _CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+@functools.cache
+def _machine() -> str:
+    """A name for this machine or container: inside it, a process number means one process."""
+    known = [platform.node()]
+    with suppress(OSError):
+        known.append(Path("/etc/machine-id").read_text(encoding="utf-8"))
+    with suppress(OSError):
+        known.append(str(Path("/proc/self/ns/pid").stat().st_ino))  # differs between containers
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]

@@ -1,17 +1,29 @@
-"""Atomic writes: a failed write leaves only the old file. Truncated files are detected."""
+"""Atomic writes, files whose damage is noticed, and the removal of what killed processes left."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tools.comfyui import REPO
+from trainer_core import files
+from trainer_core.errors import DamagedFileError
 from trainer_core.files import (
+    DIGEST,
+    clean_leftovers,
+    is_leftover,
     is_whole,
     read_metadata,
     read_tensors,
+    set_aside,
+    temporary_beside,
     write_atomically,
     write_tensors,
     written_beside,
@@ -108,3 +120,121 @@ def test_what_is_no_safetensors_file_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"\x05\0\0\0\0\0\0\0hello")
     (tmp_path / "huge").write_bytes(b"\xff" * 16)
     assert not any(is_whole(tmp_path / name) for name in ("missing", ".", "text", "huge"))
+
+
+def test_every_flipped_bit_of_a_file_is_noticed(tmp_path: Path) -> None:
+    """In the length, the header, the digest or the data. What is accepted has the right tensors."""
+    path, tensors = tmp_path / "entry.safetensors", {"latents": torch.arange(6.0), "b": torch.ones(2, dtype=torch.int8)}
+    write_tensors(path, tensors)
+    whole = path.read_bytes()
+    key = whole.index(DIGEST.encode())
+    accepted = 0
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            try:
+                found = read_tensors(path)
+            except DamagedFileError:
+                continue
+            accepted += 1
+            assert key <= place < key + len(DIGEST), "only the name of the digest may change: the file then has none"
+            assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
+    assert accepted < 8 * len(DIGEST)
+
+
+def test_the_digest_is_the_sha256_with_zeros_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "entry.safetensors"
+    write_tensors(path, {"x": torch.ones(3)})
+    data = path.read_bytes()
+    place = data.index(DIGEST.encode()) + len(DIGEST) + 3
+    digits = data[place : place + 64]
+    assert hashlib.sha256(data.replace(digits, b"0" * 64)).hexdigest().encode() == digits
+
+
+def test_files_without_a_digest_are_read(tmp_path: Path) -> None:
+    """Those of older versions, and those with metadata: other programs change their tensors and keep the header."""
+    path = tmp_path / "lora.safetensors"
+    write_tensors(path, {"x": torch.ones(3)}, {"ss_steps": "3"})
+    data = path.read_bytes()
+    assert DIGEST.encode() not in data
+    path.write_bytes(data[:-1] + b"\x40")
+    assert read_tensors(path)["x"].tolist() == [1.0, 1.0, 4.0]
+
+
+def test_what_is_damaged_is_renamed_and_not_lost(tmp_path: Path) -> None:
+    for number, name in enumerate(("a.damaged", "a.damaged-2", "a.damaged-3")):
+        (tmp_path / "a").write_text(str(number))
+        assert set_aside(tmp_path / "a") == tmp_path / name
+    assert [(tmp_path / name).read_text() for name in names_in(tmp_path)] == ["0", "1", "2"]
+    assert set_aside(tmp_path / "missing") is None
+
+
+ABANDON = """
+import sys
+from pathlib import Path
+from trainer_core.files import temporary_beside
+temporary_beside(Path(sys.argv[1], "entry.safetensors")).write_text("part")
+folder = temporary_beside(Path(sys.argv[1], "step-000003"))
+folder.mkdir()
+(folder / "lora.safetensors").write_text("part")
+print("written", flush=True)
+input()
+"""
+
+
+def test_only_what_ended_processes_left_is_deleted(tmp_path: Path) -> None:
+    deep = tmp_path / "latents" / "ab"
+    deep.mkdir(parents=True)
+    own = temporary_beside(deep / "entry.safetensors")
+    own.write_text("being written by this process")
+    elsewhere = deep / ".entry.0badcafe-99999.0badcafe.tmp.safetensors"
+    elsewhere.write_text("of another machine")
+    others = [deep / name for name in (".entry.tmp", ".hidden", "entry.1.ab.tmp", ".entry.x.0badcafe.tmp")]
+    for each in others:
+        each.write_text("of somebody else")
+    command = [sys.executable, "-c", ABANDON, str(deep)]
+    with subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "written\n"
+        clean_leftovers(tmp_path)
+        assert len(names_in(deep)) == 8, "those of a running process stay"
+        process.kill()
+    clean_leftovers(tmp_path)
+    assert set(names_in(deep)) == {path.name for path in (own, elsewhere, *others)}
+    week = time.time() - 8 * 86_400
+    for each in (elsewhere, *others):
+        os.utime(each, (week, week))
+    clean_leftovers(tmp_path)
+    assert set(names_in(deep)) == {path.name for path in (own, *others)}
+    clean_leftovers(tmp_path, nobody_writes=True)
+    assert set(names_in(deep)) == {path.name for path in others}
+
+
+def test_the_number_of_an_ended_process_can_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leftover is older than the process that has its number now: pytest's parent, and it is not its writer."""
+    for age, stays in ((0, True), (6 * 86_400, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(files.psutil.Process, "create_time", lambda _self: time.time() - 86_400)
+            patch.setattr(files.os, "getpid", os.getppid)
+            left = temporary_beside(tmp_path / "run.json")
+        left.write_text("part")
+        os.utime(left, (time.time() - age,) * 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(files.psutil.Process, "create_time", lambda _self: time.time() - 86_400)
+            clean_leftovers(tmp_path)
+        assert left.exists() is stays
+        left.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", ["run.json", "step-000250", "a.b c", "ü" * 100 + ".safetensors", "x" * 250, ".x"])
+def test_every_temporary_name_is_recognised(name: str, tmp_path: Path) -> None:
+    temporary = temporary_beside(tmp_path / name)
+    assert is_leftover(temporary.name) and len(temporary.name.encode()) <= 255
+    assert not is_leftover(name)
+
+
+def test_tensors_that_were_read_do_not_change_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "entry.safetensors"
+    write_tensors(path, {"x": torch.ones(10_000)})
+    found = read_tensors(path)["x"]
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(found, torch.ones(10_000))

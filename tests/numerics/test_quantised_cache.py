@@ -260,3 +260,22 @@ def test_a_token_of_zeros_stays_zero_on_devices_without_denormal_numbers() -> No
 def test_quantised_activations_need_eight_bits(precision: BaseModelPrecision) -> None:
     with pytest.raises(ConfigError, match=r"base_model_precision must be int8-quanto or fp8-quanto"):
         ModelConfig(base_model_precision=precision, quantize_activations=True)
+
+
+@pytest.mark.parametrize("place", [100, -100])
+def test_a_damaged_block_is_quantised_again(
+    base: Path, tmp_path: Path, place: int, caplog: pytest.LogCaptureFixture, no_converter
+) -> None:
+    """One flipped bit of the header or the codes: the same weights, a warning, and a rebuilt entry."""
+    config = config_of(base, tmp_path)
+    wanted = velocity(load(config))
+    (entry,) = tmp_path.iterdir()
+    block = max(entry.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    data = bytearray(block.read_bytes())
+    data[place] ^= 1
+    block.write_bytes(data)
+    assert torch.equal(velocity(load(config)), wanted)
+    assert str(block) in caplog.text and "damaged" in caplog.text
+    assert torch.equal(velocity(load(config)), wanted)
+    no_converter()
+    assert torch.equal(velocity(load(config)), wanted)

@@ -20,6 +20,7 @@ from ..data.pairing import EditDataset, dataset_states
 from ..device import pick_device, release_memory
 from ..errors import ConfigError, DatasetError, OutOfMemoryError
 from ..events import SILENT, Observer
+from ..files import clean_leftovers
 from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import FLAVOURS
 from ..ranks import SINGLE_PROCESS, Ranks
@@ -106,6 +107,8 @@ def encode_planned(planned: PlannedDataset, observer: Observer = SILENT) -> Enco
         Interrupted: the observer asked to stop; finished results stay in the cache.
     """
     missing, cache_dir, width = planned.missing, planned.cache_dir, planned.base.prompt_width
+    if planned.ranks.leads:
+        clean_leftovers(cache_dir)
     if any(missing):  # once more, because another dataset of the job may share pictures
         missing = find_missing(list(planned.ranks.share(planned.pairs)), cache_dir)
     before = dataset_states(planned.dataset) if any(missing) else {}

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import FlavourName, Preprocessing, digest
-from ..errors import ConfigError, DatasetError
-from ..files import is_whole, read_tensors, write_atomically
-from .entry import EncodedEntry, entry_path
+from ..errors import ConfigError, DamagedFileError, DatasetError
+from ..files import is_whole, read_tensors, set_aside, write_atomically
+from ..json_text import read_json
+from .entry import EncodedEntry, entry_path, without_places
 from .types import EncodedPair, ReferenceFile
 
 FORMAT = 1
+_OWN_NAME = re.compile("[0-9a-f]{32}-[0-9a-f]{16}")  # not a copy that the user has given another name
+_MAX_MANIFEST_BYTES = 1 << 30
 EncodeReference = Callable[[ReferenceFile], Tensor]  # returns normalised latents [C, H/8, W/8]
 
 
@@ -62,7 +66,8 @@ class EncodedDataset:
 
         Raises:
             ConfigError: its references are encoded on the fly, and `encode_reference` is None.
-            DatasetError: the cache lacks an entry.
+            DatasetError: the cache lacks an entry, or an entry is damaged. A damaged one is renamed, so that it is
+                encoded again.
         """
         entry = entry.seen(reference_set)
         return EncodedPair(
@@ -78,9 +83,17 @@ class EncodedDataset:
         return self._tensor("prompt", key, entry)
 
     def prompt_tokens(self, key: str) -> int:
-        """Length L of a prompt's embeddings by its cache key, from the file's header."""
-        with safe_open(entry_path(self.cache_dir, "prompt", key), framework="pt") as file:  # type: ignore[no-untyped-call]
-            return int(file.get_slice("prompt").get_shape()[0])
+        """Length L of a prompt's embeddings by its cache key, from the file's header.
+
+        Raises:
+            DatasetError: the entry is missing or damaged.
+        """
+        path = entry_path(self.cache_dir, "prompt", key)
+        try:
+            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+                return int(file.get_slice("prompt").get_shape()[0])
+        except (OSError, SafetensorError, IndexError) as error:
+            raise self._damaged("A prompt", path) from error
 
     def load_pictures(self, entry: EncodedEntry) -> tuple[Any, ...]:
         """The pictures of a held-out pair [3, H, W], uint8, cropped and resized as encoded: target, then references."""
@@ -103,7 +116,19 @@ class EncodedDataset:
                 f"The encoded pair {entry.key!r} has no {kind} in the cache {self.cache_dir} ({path.name} is missing "
                 "or truncated). Encode the dataset again; only missing entries are encoded."
             )
-        return read_tensors(path)[kind]
+        try:
+            return read_tensors(path)[kind]
+        except (OSError, DamagedFileError, KeyError) as error:
+            raise self._damaged(f"The {kind} of the pair {entry.key!r}", path) from error
+
+    def _damaged(self, what: str, path: Path) -> DatasetError:
+        """Sets a damaged entry aside. Returns the error to raise."""
+        aside = set_aside(path)
+        done = f"It was renamed to {aside.name}" if aside else "It can't be renamed, so delete it"
+        return DatasetError(
+            f"{what} in the cache {self.cache_dir} is damaged ({path.relative_to(self.cache_dir)}). {done}. Encode the "
+            "dataset again: only missing entries are encoded."
+        )
 
     def missing(self) -> tuple[str, ...]:
         """Keys of the pairs that lack a cache entry or a reference file."""
@@ -140,11 +165,18 @@ def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
     if not others.get("left_out"):
         others.pop("left_out", None)  # datasets encoded before this field existed keep their names
     values = {**others, "format": FORMAT, "pairs": [entry.as_row() for entry in pairs]}
-    trained = digest({**values, "pairs": [entry.as_row(with_places=False) for entry in pairs]})
     values["validation_pairs"] = [entry.as_row() for entry in held_out]
-    path = cache_dir / "datasets" / f"{trained}-{digest(values['validation_pairs'])[:16]}.json"
+    path = cache_dir / "datasets" / f"{_name_of(values)}.json"
     write_atomically(path, _lines(values).encode())
     return EncodedDataset(manifest=path, **fields)
+
+
+def _name_of(values: dict[str, Any]) -> str:
+    """The name of a manifest with these values."""
+    values = dict(values)
+    held_out = values.pop("validation_pairs")
+    pairs = [without_places(row) for row in values.pop("pairs")]
+    return f"{digest({**values, 'pairs': pairs})}-{digest(held_out)[:16]}"
 
 
 def _lines(values: dict[str, Any]) -> str:
@@ -164,13 +196,24 @@ def load_encoded(manifest: Path) -> EncodedDataset:
     Raises:
         DatasetError: the manifest is missing or damaged, or has another format version.
     """
+    again = "Encode the dataset again."
+
+    def unreadable(problem: str) -> DatasetError:
+        return DatasetError(f"The encoded dataset can't be used. {problem} {again}")
+
+    values = read_json(manifest, finite=False, max_bytes=_MAX_MANIFEST_BYTES, error=unreadable)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise DatasetError(f"The encoded dataset {manifest} has a different format version. {again}")
     try:
-        values = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"Can't read the encoded dataset {manifest}: {error}. Encode the dataset again.") from error
-    if values.pop("format", None) != FORMAT:
-        raise DatasetError(f"The encoded dataset {manifest} has a different format version. Encode the dataset again.")
-    for name in ("pairs", "validation_pairs"):
-        values[name] = tuple(map(EncodedEntry.from_row, values[name]))
-    left_out = tuple(values.pop("left_out", ()))
-    return EncodedDataset(manifest=manifest, left_out=left_out, **values)
+        if _OWN_NAME.fullmatch(manifest.stem) and manifest.stem != _name_of(values):
+            raise DatasetError(f"The encoded dataset {manifest} was changed after it was written. {again}")
+        return _from_values(manifest, values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"The encoded dataset {manifest} is damaged: {error}. {again}") from error
+
+
+def _from_values(manifest: Path, values: dict[str, Any]) -> EncodedDataset:
+    rows = {name: tuple(map(EncodedEntry.from_row, values[name])) for name in ("pairs", "validation_pairs")}
+    left_out = tuple(values.get("left_out", ()))
+    others = {name: value for name, value in values.items() if name not in ("format", "left_out", *rows)}
+    return EncodedDataset(manifest=manifest, left_out=left_out, **rows, **others)

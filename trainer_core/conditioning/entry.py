@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,29 +89,29 @@ class EncodedEntry:
         kinds = {"latents": latents, "prompt": prompts, "picture": self.pictures, "mask": (self.mask,)}
         return ((kind, key) for kind, keys in kinds.items() for key in keys if key)
 
-    def as_row(self, *, with_places: bool = True) -> dict[str, Any]:
-        """The entry for JSON. Omits unused fields that later versions added, so that datasets keep their names.
-
-        Without `with_places`, omits the paths of reference files.
-        """
-        row = {
+    def as_row(self) -> dict[str, Any]:
+        """The entry for JSON. Omits unused fields that later versions added, so that datasets keep their names."""
+        return {
             _ROW_NAMES.get(name, name): item
             for name in EncodedEntry.__slots__
             if _is_written(name, item := getattr(self, name))
         }
-        if not with_places and self.reference_files:
-            row["reference_files"] = [file[1:] for file in self.reference_files]
-        return row
 
     @staticmethod
     def from_row(row: dict[str, Any]) -> EncodedEntry:
-        """The entry that `as_row` wrote with places."""
+        """The entry that `as_row` wrote."""
         values = {_FIELD_NAMES.get(name, name): _tuples(item) for name, item in row.items()}
         values["reference_files"] = tuple(ReferenceFile(*each) for each in values.get("reference_files", ()))
         return EncodedEntry(**values)
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(EncodedEntry)}
+
+
+def without_places(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of an entry without the paths of its reference files."""
+    files = row.get("reference_files")
+    return {**row, "reference_files": [file[1:] for file in files]} if files else dict(row)
 
 
 def _is_written(name: str, value: object) -> bool:

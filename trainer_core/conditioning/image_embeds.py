@@ -6,11 +6,12 @@ several datasets can share one.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import EncodingConfig, digest
-from ..errors import ConfigError
+from ..errors import ConfigError, DamagedFileError
 from ..files import is_whole, read_tensors
 from ..qwen_image.text_encoder import VisualTokens
 from ..settings import did_you_mean, is_plain_name
@@ -18,6 +19,7 @@ from .encoders import PromptEncoder
 from .entry import entry_path
 from .pictures import View
 
+_LOG = logging.getLogger(__name__)
 FOLDER = "conditioning_image_embeds"
 
 
@@ -34,11 +36,15 @@ class ImageEmbeds:
         return digest(["visual tokens", self.visual_digest, content, view.as_json()]) if self.visual_digest else ""
 
     def find(self, key: str) -> VisualTokens | None:
-        """The cached tokens of this key, or None."""
+        """The cached tokens of this key; None if they are missing or damaged."""
         if not self.has(key):
             return None
-        tensors = read_tensors(self.path(key))
-        return VisualTokens(tensors["tokens"], tensors["grid"])
+        try:
+            tensors = read_tensors(self.path(key))
+            return VisualTokens(tensors["tokens"], tensors["grid"])
+        except (OSError, DamagedFileError, KeyError):
+            _LOG.warning("The visual tokens in %s are damaged. They are encoded again.", self.path(key))
+            return None
 
     def has(self, key: str) -> bool:
         """Whether the tokens of this key are cached."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from PIL import Image
 from ..config import CaptionConfig, DatasetConfig
 from ..errors import DatasetError
 from ..events import SILENT, Observer
+from ..files import clean_leftovers, remove, temporary_beside
 from .pairing import EditDataset, pair_folders
 
 
@@ -39,6 +37,7 @@ def pair_pictures(
         raise DatasetError("These pictures can't be paired. Fix the problems below and run again:", problems)
     sets = {"target": targets} | {f"reference_{number}": each for number, each in enumerate(references, 1)}
     folder = root / _content(sets, captions)
+    clean_leftovers(root)
     if not folder.is_dir():
         _write(folder, sets, captions)
     dirs = tuple(str(folder / name) for name in sets)
@@ -78,7 +77,7 @@ def _content(sets: dict[str, Sequence[Image.Image]], captions: Sequence[str]) ->
 
 
 def _write(folder: Path, sets: dict[str, Sequence[Image.Image]], captions: Sequence[str]) -> None:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_beside(folder)
     try:
         for name, pictures in sets.items():
             (temporary / name).mkdir(parents=True)
@@ -89,4 +88,4 @@ def _write(folder: Path, sets: dict[str, Sequence[Image.Image]], captions: Seque
         if not folder.is_dir():  # another process may have written the same pairs meanwhile
             temporary.replace(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)

@@ -12,11 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +23,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import ModelFileError
-from ..files import is_whole, write_atomically
+from ..errors import DamagedFileError
+from ..files import (
+    DIGEST,
+    NO_DIGEST,
+    add_digest,
+    check_digest,
+    clean_leftovers,
+    is_whole,
+    remove,
+    temporary_beside,
+    write_atomically,
+)
 from .formats import QuantisedWeight, format_of
 
 _LOG = logging.getLogger(__name__)
-_LEFT_OVER_SECONDS = 86_400  # an unfinished entry this old was left by a process that has ended
+_CHECKERS = 4  # threads that check the next blocks while one is placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,40 +52,55 @@ class QuantisedCache:
     @contextmanager
     def opened(self, num_blocks: int) -> Iterator[Entry]:
         """Open the entry for reading if it is complete; otherwise for writing, block by block in order."""
+        clean_leftovers(self.folder)
         reading = _is_complete(self.folder / self.key, num_blocks)
-        entry = Entry(self, num_blocks, reading=reading)
-        try:
-            yield entry
-            entry.finish()
-        finally:
-            shutil.rmtree(entry.temporary, ignore_errors=True)
+        with ThreadPoolExecutor(_CHECKERS, thread_name_prefix="check-quantised") as checkers:
+            entry = Entry(self, num_blocks, checkers if reading else None)
+            try:
+                yield entry
+                entry.finish()
+            finally:
+                checkers.shutdown(wait=True, cancel_futures=True)
+                remove(entry.temporary)
 
 
 class Entry:
-    """An open cache entry, either for reading or for writing."""
+    """An open cache entry: for reading with `checkers`, which check the files' digests ahead; else for writing."""
 
-    def __init__(self, cache: QuantisedCache, num_blocks: int, *, reading: bool) -> None:
-        self.cache, self.num_blocks, self.reading = cache, num_blocks, reading
+    def __init__(self, cache: QuantisedCache, num_blocks: int, checkers: ThreadPoolExecutor | None) -> None:
+        self.cache, self.num_blocks, self.reading = cache, num_blocks, checkers is not None
         self.place = cache.folder / cache.key
-        self.temporary = cache.folder / f".{cache.key}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-        self._bytes, self._gave_up = 0, reading
+        self.temporary = temporary_beside(self.place)
+        self._bytes, self._gave_up = 0, self.reading
+        self._checks: list[Future[None]] = []
+        if checkers is not None:
+            self._checks = [checkers.submit(check_digest, self._file(block)) for block in range(num_blocks)]
+
+    def _file(self, block: int) -> Path:
+        return self.place / f"{block:05d}.safetensors"
 
     def read(self, block: int, device: torch.device) -> dict[str, QuantisedWeight]:
-        """A block's quantised weights on `device`, by layer name; empty if the entry is open for writing.
+        """A block's quantised weights on `device`, by layer name.
 
-        Raises:
-            ModelFileError: the entry's file is damaged.
+        Empty if the entry is open for writing, or if the block's file is damaged: the caller then quantises the block,
+        and the next start builds the entry again.
         """
         if not self.reading:
             return {}
-        path = self.place / f"{block:05d}.safetensors"
         try:
-            return _read(path, device)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ModelFileError(
-                f"The quantised weights in {path} can't be read ({error}). Delete the folder {self.place}; it will be "
-                "rebuilt from the model."
-            ) from error
+            self._checks[block].result()
+            return _read(self._file(block), device)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, DamagedFileError) as error:
+            _LOG.warning(
+                "The quantised weights in %s are damaged (%s). This block is quantised again from the model, and the "
+                "next start rebuilds %s.",
+                self._file(block),
+                error,
+                self.place,
+            )
+            with suppress(OSError):
+                (self.place / "entry.json").unlink()
+            return {}
 
     def write(self, block: int, weights: dict[str, QuantisedWeight]) -> None:
         """Write a block. A disk error is logged and stops the caching, but not the loading of the network."""
@@ -84,14 +108,14 @@ class Entry:
             return
         try:
             self._bytes += _write(self.temporary / f"{block:05d}.safetensors", weights)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk
             self._give_up(f"{self.cache.folder} can't be written to ({error}). Check its permissions and the disk")
         if self._bytes > self.cache.limit_bytes:
             self._give_up(f"they need more than quantised_cache_gb ({self.cache.limit_bytes / 1e9:.1f}). Raise it")
 
     def _give_up(self, reason: str) -> None:
         self._gave_up = True
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        remove(self.temporary)
         _LOG.warning("The quantised weights are not cached, because %s.", reason)
 
     def finish(self) -> None:
@@ -113,14 +137,14 @@ class Entry:
 def _is_complete(place: Path, num_blocks: int) -> bool:
     try:
         known = json.loads((place / "entry.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     blocks = [place / f"{block:05d}.safetensors" for block in range(num_blocks)]
     return known == {"blocks": num_blocks} and all(map(is_whole, blocks))
 
 
 def _make_room(cache: QuantisedCache) -> None:
-    """Delete the least recently used other entries until the cache is within its limit, and unfinished old ones."""
+    """Delete the least recently used other entries until the cache is within its limit."""
     used = {path.parent: path.stat().st_mtime for path in cache.folder.glob("*/entry.json")}
     sizes = {place: sum(path.stat().st_size for path in place.iterdir()) for place in used}
     for place in sorted(used, key=lambda each: used[each]):
@@ -129,9 +153,6 @@ def _make_room(cache: QuantisedCache) -> None:
         if place.name != cache.key:
             shutil.rmtree(place, ignore_errors=True)
             del sizes[place]
-    for left in cache.folder.glob(".*.tmp"):
-        if time.time() - left.stat().st_mtime > _LEFT_OVER_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(path: Path, weights: dict[str, QuantisedWeight]) -> int:
@@ -142,9 +163,10 @@ def _write(path: Path, weights: dict[str, QuantisedWeight]) -> int:
         for name, weight in weights.items()
         for key, tensor in weight.tensors.items()
     }
-    save_file(tensors, path, {"notes": json.dumps({name: weight.note for name, weight in weights.items()})})
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    notes = json.dumps({name: weight.note for name, weight in weights.items()})
+    # Not write_tensors: it would need the memory of the block twice.
+    save_file(tensors, path, {"notes": notes, DIGEST: NO_DIGEST})
+    add_digest(path)
     return path.stat().st_size
 
 

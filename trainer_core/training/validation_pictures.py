@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..conditioning.encoded import EncodedDataset
@@ -18,6 +17,7 @@ from ..conditioning.entry import EncodedEntry
 from ..conditioning.pictures import to_picture, to_tensor
 from ..config.validation import SIZE_STEP
 from ..data.alignment import Where
+from ..errors import DamagedFileError
 from ..events import SampleReport
 from ..files import is_whole, read_tensors, write_tensors
 from ..geometry import Size, bucket_size, similar_shape
@@ -112,7 +112,7 @@ def read_base(path: Path, shot: Shot) -> Tensor | None:
     """The base model's latents [C, H, W] of a shot that `keep_base` wrote; None if the file is missing or damaged."""
     try:
         latents = read_tensors(path)["latents"] if is_whole(path) else None
-    except (OSError, SafetensorError, KeyError):
+    except (OSError, DamagedFileError, KeyError):
         return None
     whole = latents is not None and tuple(latents.shape) == shot.latents_shape and bool(latents.isfinite().all())
     return latents if whole else None
