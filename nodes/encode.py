@@ -83,18 +83,23 @@ class EncodePairs(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelConfig, dataset: EditDataset, **widgets: Any) -> io.NodeOutput:
         """Outputs an EncodedDataset and the report."""
-        from ..trainer_core.conditioning.encode import encode_dataset
+        from ..trainer_core.conditioning.encode import encode_planned, plan_dataset
         from ..trainer_core.conditioning.report import encoding_report
+        from ..trainer_core.disk import disk_errors
+        from ..trainer_core.planning.disk_space import cache_use, check_disk
         from .host_encoders import connected_encoders
 
+        cache_dir = host_folders.cache_dir()
         connected = {name: widgets.pop(name) for name in ("clip", "vae") if name in widgets}
         prompts = filter(None, map(str.strip, widgets.pop("validation_prompts", "").splitlines()))
         sizes = widgets.pop("size_settings", None) or SizeConfig()
         seen = widgets.pop("reference_settings", None) or sockets.ReferencesSeen()
         encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
-        with host_call.long_call() as observer:
+        with host_call.long_call() as observer, disk_errors(cache_dir):
             encoders = connected_encoders(connected, model.flavour)
-            encoded = encode_dataset(dataset, BaseModel(model), encoding, host_folders.cache_dir(), observer, encoders)
+            planned = plan_dataset(dataset, BaseModel(model), encoding, cache_dir, encoders)
+            check_disk([cache_use([planned])] if any(planned.missing) else [])
+            encoded = encode_planned(planned, observer)
         return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
 
 

@@ -17,6 +17,7 @@ BEGIN, END = "<!-- rooms: begin -->", "<!-- rooms: end -->"
 FOUNDATIONS = (
     "config",
     "device",
+    "disk",
     "errors",
     "events",
     "files",

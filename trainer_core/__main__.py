@@ -11,11 +11,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .disk import disk_errors
 from .errors import ConfigError, Interrupted, TrainerError
 from .events import VALIDATION_LOSSES, SampleReport, StepReport, Stop
 
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, observer.interrupt)
     try:
-        return int(options.command(options, observer))
+        with disk_errors(Path()):
+            return int(options.command(options, observer))
     except Interrupted as stopped:
         _LOG.warning("%s", stopped)
         return EXIT_STOPPED
@@ -102,17 +104,18 @@ def _job(options: argparse.Namespace) -> JobConfig:
 
 def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .data.pair_check import check_pairs
-    from .job import pair_job
+    from .job import check_job
     from .pictures.check_report import check_report
     from .pictures.contact_sheet import report
-    from .qwen_image.folder import model_folder
 
     job = _job(options)
-    model_folder(job.model)
-    for part, dataset in pair_job(job, observer):
+    checked = check_job(job, observer)
+    for part, dataset in checked.paired:
         check = check_pairs(dataset, job.pair_check, observer)
         heading = f"# {part.id}\n\n" if job.datasets else ""
         sys.stdout.write(f"{heading}{report(dataset)}\n\n{check_report(dataset, check)}\n")
+    _log(checked.notes)
+    checked.raise_problems()
     return EXIT_OK
 
 
@@ -131,16 +134,16 @@ def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .adapters.writer import READERS
-    from .job import encode_parts, pair_job, plan_parts, time_of_job
-    from .planning.preparation import check_training
-    from .qwen_image.base_model import BaseModel
+    from .job import check_job, encode_parts, time_of_job
     from .run import train_lora
 
     job = _job(options)
     with _ranks(job) as ranks:
-        base = BaseModel(job.model)
-        model = check_training(job.train_config("-"), base)  # refuse before hours of encoding
-        planned = plan_parts(job, pair_job(job, observer), ranks=ranks, base=base)
+        checked = check_job(job, observer, ranks, continue_kept=options.continue_kept)  # before hours of encoding
+        checked.raise_problems()
+        _log(checked.notes)
+        planned, model = checked.planned, checked.model
+        assert model is not None
         if time := time_of_job(job, planned, model.size):
             _LOG.info("%s", time)
         encoded, validation = encode_parts(job, planned, observer)
@@ -154,6 +157,11 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     if ranks.leads:
         sys.stdout.write(f"{result.lora_file}\n")
     return EXIT_OK
+
+
+def _log(notes: Iterable[str]) -> None:
+    for note in notes:
+        _LOG.warning("%s", note)
 
 
 @contextmanager
@@ -225,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer_core", description="Train LoRAs for Qwen-Image-Edit.")
     commands = parser.add_subparsers(required=True)
     described = {
-        "check": (_check, "Check the model folder and the dataset, and print a report on the pairs."),
+        "check": (_check, "Find all that encoding and training would refuse, and print a report on the pairs."),
         "encode": (_encode, "Encode the dataset and print the manifest's path."),
         "train": (_train, "Encode missing pairs, train, and print the LoRA file's path."),
         "plan": (_plan, "Estimate the device and host memory of training, without loading anything."),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class TrainerError(Exception):
@@ -56,6 +59,29 @@ class MissingPackageError(TrainerError, ImportError):
         )
 
 
+class DiskError(TrainerError, OSError):
+    """A file can't be written or read, because the disk is full, read-only or failing, or the name is too long.
+
+    `errno` is that of the system's error.
+    """
+
+    def __init__(self, message: str, errno: int | None) -> None:
+        super().__init__(message)
+        self.errno, self.strerror = errno, message
+
+    def __str__(self) -> str:
+        return str(self.strerror)  # without the number that OSError puts in front
+
+
+class JobError(TrainerError, ValueError):
+    """Several checks of a job failed. `errors` holds their errors."""
+
+    def __init__(self, errors: Sequence[TrainerError]) -> None:
+        self.errors = tuple(errors)
+        listed = (f"{number}. {error}" for number, error in enumerate(errors, 1))
+        super().__init__("\n".join([f"There are {len(errors)} problems. Fix them and run again:", *listed]))
+
+
 class Interrupted(TrainerError):
     """The user asked to stop. All finished work is on disk; the same call resumes from there.
 
@@ -71,3 +97,45 @@ class Interrupted(TrainerError):
 
 class LostRankError(TrainerError, RuntimeError):
     """Another process of a distributed training has ended or hangs. The run's last checkpoint is kept."""
+
+
+class Problems:
+    """Collects the errors of several checks, so that the user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[TrainerError] = []
+        self._seen: set[str] = set()
+
+    def attempt(self, check: Callable[[], T], where: str = "") -> T | None:
+        """The result of `check`, or None if it raises an error that the user can fix. `Interrupted` is passed on.
+
+        `where` names the part of the job that the error is about.
+        """
+        try:
+            return check()
+        except Interrupted:
+            raise
+        except TrainerError as error:
+            self.add(error, where)
+            return None
+
+    def add(self, error: TrainerError, where: str = "") -> None:
+        """Add an error, or those of a JobError, unless an earlier check found the same."""
+        for each in error.errors if isinstance(error, JobError) else (error,):
+            if str(each) not in self._seen:
+                self._seen.add(str(each))
+                self.errors.append(_about(each, where) if where else each)
+
+    def raise_all(self) -> None:
+        """Raise the error if there is one, or a JobError if there are several."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise JobError(self.errors)
+
+
+def _about(error: TrainerError, where: str) -> TrainerError:
+    """The error with `where` in front, if it is about a setting or a dataset."""
+    if isinstance(error, DatasetError):
+        return DatasetError(f"{where}: {error.summary}", error.problems)
+    return ConfigError(f"{where}: {error}") if isinstance(error, ConfigError) else error

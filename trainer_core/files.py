@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .disk import disk_errors
 from .errors import DamagedFileError
 
 HEADER_LENGTH_BYTES = 8
@@ -147,25 +148,35 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     """Write bytes to a temporary file in the same folder, flush it to disk, then rename it to `path`.
 
     A reader therefore sees the old file or the whole new one, never a part. Creates the folder if needed.
+
+    Raises:
+        DiskError: the disk is full, read-only or failing, or the name is too long.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(path) as temporary, temporary.open("wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    size = sum(map(len, parts))
+    with disk_errors(path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(path, size) as temporary, temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def written_beside(path: Path, size: int = 0) -> Iterator[Path]:
     """A hidden path in the same folder, to write a file or folder to.
 
-    It is renamed to `path` when the block ends, and removed if the block raises.
+    It is renamed to `path` when the block ends, and removed if the block raises. `size` in bytes is for errors, if it
+    is known.
+
+    Raises:
+        DiskError: as `write_atomically`.
     """
     temporary = temporary_beside(path)
     try:
-        yield temporary
-        temporary.replace(path)
+        with disk_errors(path, size):
+            yield temporary
+            temporary.replace(path)
     finally:
         remove(temporary)
 

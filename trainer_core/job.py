@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from .conditioning.encode import check_references, encode_planned, plan_dataset
 from .conditioning.encoded import EncodedDataset
 from .conditioning.encoders import Encoders
 from .conditioning.encoding_plan import PlannedDataset
-from .conditioning.mix import MixPart, mix_encoded
+from .conditioning.mix import MixPart, mix_encoded, plan_mix
 from .config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, from_json
 from .data.pairing import EditDataset, pair_folders
 from .device import pick_device
-from .errors import ConfigError, DatasetError
+from .disk import disk_errors
+from .errors import ConfigError, DatasetError, Interrupted, Problems, TrainerError
 from .events import SILENT, Observer
 from .json_text import read_json
 from .planning.choose import budget_of
+from .planning.disk_space import DiskUse, cache_use, check_disk, disk_in_words, run_use
 from .planning.encoding import encoding_in_words
 from .planning.network import NetworkSize
-from .planning.preparation import prepare_model
+from .planning.preparation import PreparedModel, check_datasets, check_training, prepare_model
 from .planning.report import planned_in_words, time_before_encoding
 from .planning.workload import workload_of_pairs
 from .presets import with_preset
 from .qwen_image.base_model import BaseModel
 from .ranks import SINGLE_PROCESS, Ranks
+from .runs.result import check_start
 from .settings import changed
 
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
 
+T = TypeVar("T")
 PairedPart = tuple[DatasetPartConfig, EditDataset]
 PlannedPart = tuple[DatasetPartConfig, PlannedDataset]
 
@@ -87,66 +94,179 @@ def pair_job(job: JobConfig, observer: Observer = SILENT) -> list[PairedPart]:
     Raises:
         DatasetError: lists the problems of all datasets.
         ConfigError: a pair has more references than the flavour takes.
+        JobError: several of these.
     """
-    paired: list[PairedPart] = []
-    problems: list[str] = []
-    for part in job.parts():
-        try:
-            dataset = pair_folders(part.dataset, observer, checked_dir=Path(job.cache_dir) / "checked")
-        except DatasetError as error:
-            if not job.datasets:
-                raise
-            problems += [f"{part.id}: {each}" for each in error.problems or (error.summary,)]
-        else:
-            paired.append((part, dataset))
-    if problems:
-        raise DatasetError(f"The datasets have {len(problems)} problems. Fix them and run again:", problems)
+    problems = Problems()
+    paired = _paired(job, observer, problems)
     for part, dataset in paired:
-        check_references(dataset, job.model, part.encoding)
+        problems.attempt(lambda part=part, dataset=dataset: check_references(dataset, job.model, part.encoding))
+    problems.raise_all()
     return paired
 
 
+def _paired(job: JobConfig, observer: Observer, problems: Problems) -> list[PairedPart]:
+    """Each dataset that can be paired. Adds the problems of the others, together."""
+    paired: list[PairedPart] = []
+    listed: list[str] = []
+    for part in job.parts():
+        try:
+            with disk_errors(Path(part.dataset.target_dir)):
+                dataset = pair_folders(part.dataset, observer, checked_dir=Path(job.cache_dir) / "checked")
+        except Interrupted:
+            raise
+        except TrainerError as error:
+            if not job.datasets:
+                problems.add(error)
+            listed += [f"{part.id}: {each}" for each in getattr(error, "problems", ()) or (error,)]
+        else:
+            paired.append((part, dataset))
+    if listed and job.datasets:
+        problems.add(DatasetError(f"The datasets have {len(listed)} problems. Fix them and run again:", listed))
+    return paired
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedJob:
+    """What the checks of a job found. What could not be made because of `problems` is missing.
+
+    `planned`: the datasets, with what the cache lacks. `disk`: what will be written. `notes`: sentences about what is
+    tight.
+    """
+
+    problems: Problems
+    paired: Sequence[PairedPart]
+    planned: Sequence[PlannedPart]
+    model: PreparedModel | None
+    disk: Sequence[DiskUse] = ()
+    notes: Sequence[str] = ()
+
+    def raise_problems(self) -> None:
+        """Raise the problem if there is one, or a JobError that lists them."""
+        self.problems.raise_all()
+
+
+def check_job(
+    job: JobConfig,
+    observer: Observer = SILENT,
+    ranks: Ranks = SINGLE_PROCESS,
+    *,
+    trains_here: bool = True,
+    continue_kept: bool = False,
+) -> CheckedJob:
+    """Find all that encoding and training would refuse, from settings, headers and folders.
+
+    The commands check, plan, encode and train call this before any time is spent. It writes only the results of the
+    picture check. With `trains_here` False it leaves out what matters only where the training runs: its device, its
+    packages and its run folder.
+
+    Raises:
+        Interrupted: the observer asked to stop. All other errors are collected in `problems`.
+    """
+    problems, base, config = Problems(), BaseModel(job.model), job.train_config("-")
+    model = _attempt(problems, job, lambda: (check_training if trains_here else prepare_model)(config, base))
+    paired = _paired(job, observer, problems)
+    planned: list[PlannedPart] = []
+    for part, dataset in paired:
+        plan = partial(plan_dataset, dataset, base, part.encoding, Path(job.cache_dir), ranks=ranks)
+        if found := _attempt(problems, job, plan, part.id if job.datasets else ""):
+            planned.append((part, found))
+    checked = CheckedJob(problems=problems, paired=paired, planned=planned, model=model)
+    if len(planned) < len(job.parts()):
+        return checked
+    start = partial(_check_start, job, planned, ranks, trains_here=trains_here, continue_kept=continue_kept)
+    finished = _attempt(problems, job, start)
+    if finished is None:
+        return checked
+    disk = partial(_disk_of, job, checked, ranks, trains_here=trains_here and not finished)
+    checked = replace(checked, disk=_attempt(problems, job, disk) or ())
+    return replace(checked, notes=_attempt(problems, job, lambda: check_disk(checked.disk)) or ())
+
+
+def _attempt(problems: Problems, job: JobConfig, check: Callable[[], T], where: str = "") -> T | None:
+    """The result of `check`, or None if it fails, also because of the disk."""
+
+    def explained() -> T:
+        with disk_errors(Path(job.cache_dir)):
+            return check()
+
+    return problems.attempt(explained, where)
+
+
+def _check_start(
+    job: JobConfig, planned: Sequence[PlannedPart], ranks: Ranks, *, trains_here: bool, continue_kept: bool
+) -> bool:
+    """Check the datasets together, and the run folder. Returns whether the run is finished already."""
+    parts = [(part, dataset.encoded()) for part, dataset in planned]
+    encoded, validation = _together(job, parts, plan_mix)
+    config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
+    if not trains_here:  # a dataset may be encoded for validation only
+        return False
+    check_datasets(config, encoded, validation or encoded)
+    return check_start(config, continue_kept=continue_kept, num_ranks=ranks.size)
+
+
+def _disk_of(job: JobConfig, checked: CheckedJob, ranks: Ranks, *, trains_here: bool) -> list[DiskUse]:
+    """What is still to be written. The other processes of a distributed run leave the sum to the leader."""
+    parts = [dataset for _, dataset in checked.planned]
+    if not ranks.leads:
+        return []
+    uses = [cache_use(parts)] if any(any(part.missing) for part in parts) else []
+    if trains_here and checked.model is not None:
+        work = workload_of_pairs(parts, job.batching, job.validation)
+        uses.append(run_use(job.train_config("-"), checked.model.size, work))
+    return uses
+
+
 def encode_job(
-    job: JobConfig, observer: Observer = SILENT, ranks: Ranks = SINGLE_PROCESS, base: BaseModel | None = None
+    job: JobConfig, observer: Observer = SILENT, ranks: Ranks = SINGLE_PROCESS
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """The encoded training dataset, and the validation dataset that `eval_dataset_id` names. `ranks` share the work.
 
     Raises:
-        DatasetError, ConfigError, ModelFileError, Interrupted: see `pair_job` and `encode_dataset`.
+        DatasetError, ConfigError, ModelFileError, DiskError, Interrupted: see `encode_dataset`.
+        JobError: lists all problems, if there are several.
     """
-    return encode_parts(job, plan_parts(job, pair_job(job, observer), ranks=ranks, base=base), observer)
+    checked = check_job(job, observer, ranks, trains_here=False)
+    checked.raise_problems()
+    return encode_parts(job, checked.planned, observer)
 
 
-def plan_parts(
-    job: JobConfig,
-    paired: Sequence[PairedPart],
-    encoders: Encoders | None = None,
-    ranks: Ranks = SINGLE_PROCESS,
-    base: BaseModel | None = None,
-) -> list[PlannedPart]:
-    """Each dataset with what the cache lacks of it. `encoders` replaces the base model's encoders.
+def plan_parts(job: JobConfig, paired: Sequence[PairedPart], encoders: Encoders | None = None) -> list[PlannedPart]:
+    """Each dataset with what the cache lacks. `encoders` replaces the base model's encoders.
 
     Raises:
-        ConfigError, DatasetError, ModelFileError: see `plan_dataset`.
+        ConfigError, DatasetError, ModelFileError, DiskError, JobError: see `plan_dataset` and `check_disk`.
     """
-    cache_dir, base = Path(job.cache_dir), base or BaseModel(job.model)
-    return [(part, plan_dataset(dataset, base, part.encoding, cache_dir, encoders, ranks)) for part, dataset in paired]
+    cache_dir, base = Path(job.cache_dir), BaseModel(job.model)
+    planned = [(part, plan_dataset(dataset, base, part.encoding, cache_dir, encoders)) for part, dataset in paired]
+    _together(job, [(part, dataset.encoded()) for part, dataset in planned], plan_mix)
+    datasets = [dataset for _, dataset in planned]
+    check_disk([cache_use(datasets)] if any(any(dataset.missing) for dataset in datasets) else [])
+    return planned
 
 
 def encode_parts(
     job: JobConfig, planned: Sequence[PlannedPart], observer: Observer = SILENT
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """`encode_job` for datasets that are already planned."""
-    parts: dict[bool, list[MixPart]] = {False: [], True: []}
-    for part, dataset in planned:
-        turns = MixPart(encoded=encode_planned(dataset, observer), repeats=part.repeats, probability=part.probability)
-        parts[part.id in job.eval_dataset_id].append(turns)
-    trained, validated = parts[False], parts[True]
+    with disk_errors(Path(job.cache_dir)):
+        parts = [(part, encode_planned(dataset, observer)) for part, dataset in planned]
+        return _together(job, parts, mix_encoded)
+
+
+def _together(
+    job: JobConfig, parts: Sequence[tuple[DatasetPartConfig, EncodedDataset]], mix: Callable[..., EncodedDataset]
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """The training dataset and the validation dataset of a job. `mix` is `mix_encoded` or `plan_mix`."""
     if not job.datasets:
-        return trained[0].encoded, None
+        return parts[0][1], None
+    kinds: dict[bool, list[MixPart]] = {False: [], True: []}
+    for part, encoded in parts:
+        turns = MixPart(encoded=encoded, repeats=part.repeats, probability=part.probability)
+        kinds[part.id in job.eval_dataset_id].append(turns)
     cache_dir = Path(job.cache_dir)
-    validation = mix_encoded(validated, cache_dir, validation_only=True) if validated else None
-    return mix_encoded(trained, cache_dir), validation
+    validation = mix(kinds[True], cache_dir, validation_only=True) if kinds[True] else None
+    return mix(kinds[False], cache_dir), validation
 
 
 def time_of_job(job: JobConfig, planned: Sequence[PlannedPart], network: NetworkSize) -> str:
@@ -160,18 +280,29 @@ def time_of_job(job: JobConfig, planned: Sequence[PlannedPart], network: Network
 
 
 def plan_job(job: JobConfig, vram_gib: float = 0.0, observer: Observer = SILENT) -> tuple[str, bool]:
-    """A report on the memory that the job needs, and whether it fits on this machine, or on a card of `vram_gib`.
+    """A report on the memory and disk space that the job needs, and whether it can run on this machine, or on a card
+    of `vram_gib`.
 
     Reads only the pictures' headers and estimates the prompts' lengths.
+
+    Raises:
+        DatasetError, ConfigError, ModelFileError, JobError: the job has problems because of which it can't be planned.
     """
-    config, base = job.train_config("plan"), BaseModel(job.model)
-    planned = plan_parts(job, pair_job(job, observer), base=base)
-    work = workload_of_pairs([dataset for _, dataset in planned], job.batching, job.validation)
-    device, other_card = pick_device(job.model.device), vram_gib or job.memory.vram_gib
+    other_card = vram_gib or job.memory.vram_gib
+    checked = check_job(job, observer, trains_here=not other_card)
+    if checked.model is None or len(checked.planned) < len(job.parts()):
+        checked.raise_problems()
+    assert checked.model is not None
+    base, planned = checked.model.base, [dataset for _, dataset in checked.planned]
+    work = workload_of_pairs(planned, job.batching, job.validation)
+    device = pick_device(job.model.device)
     budget = budget_of(device, other_card)
-    size = prepare_model(config, base).size
-    text, fits = planned_in_words(config, size, work, budget, None if other_card else device)
-    if not any(work.encoding):
-        return text, fits
-    encoding, can_be_encoded = encoding_in_words(base, work.encoding.largest_picture, budget)
-    return f"{text}\n\n{encoding}", fits and can_be_encoded
+    text, fits = planned_in_words(
+        job.train_config("plan"), checked.model.size, work, budget, None if other_card else device
+    )
+    more = [disk_in_words(checked.disk)]
+    if any(work.encoding):
+        encoding, can_be_encoded = encoding_in_words(base, work.encoding.largest_picture, budget)
+        more, fits = [encoding, *more], fits and can_be_encoded
+    more += [*checked.notes, *map(str, checked.problems.errors)]
+    return "\n\n".join([text, *filter(None, more)]), fits and not checked.problems.errors

@@ -16,11 +16,13 @@ from .conditioning.batches import BatchLoader, BatchPlan, RankPlan
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
 from .device import pick_device
+from .disk import disk_errors
 from .dry_step import dry_step, start_compiler_early
 from .errors import Interrupted
 from .events import SILENT, VALIDATION_LOSSES, Observer, SampleReport, StepReport, Stop
 from .memory.compilation import compiled_code_kept
 from .planning.advice import STEP, VALIDATION
+from .planning.disk_space import check_disk, run_use
 from .planning.preparation import Preparation, PreparedModel, prepare_training
 from .ranks import SINGLE_PROCESS, Ranks
 from .runs.folder import Checkpoint, RunFolder
@@ -58,10 +60,26 @@ def train_lora(
         TrainerError: something the user can fix; see errors.py.
         Interrupted: the user stopped before the first step. A later stop returns a result.
     """
-    if finished := find_result(config, continue_kept=continue_kept, num_ranks=ranks.size):
-        return finished
+    with disk_errors(Path(config.run_dir)):
+        if finished := find_result(config, continue_kept=continue_kept, num_ranks=ranks.size):
+            return finished
+        return _prepare_and_train(config, observer, model, extra_check, ranks, continue_kept=continue_kept)
+
+
+def _prepare_and_train(
+    config: TrainConfig,
+    observer: Observer,
+    model: PreparedModel | None,
+    extra_check: ExtraCheck | None,
+    ranks: Ranks,
+    *,
+    continue_kept: bool,
+) -> TrainResult:
     prepared = prepare_training(config, model, processes=ranks.on_machine)
     config, base = prepared.config, prepared.model.base
+    if ranks.leads:
+        for note in check_disk([run_use(config, prepared.model.size, prepared.work)]):
+            _LOG.warning("%s", note)
     validator = Validator(prepared.held_out, base, config.validation)
     device = pick_device(config.model.device)
     with _open_run(config, ranks) as run, compiled_code_kept(device):

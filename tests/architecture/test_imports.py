@@ -16,7 +16,10 @@ NODES = REPO / "nodes"
 
 # Each part of trainer_core may import itself and parts in the same or an earlier row.
 ROWS = (
-    ("errors", "text", "json_text", "settings", "config", "events", "rng", "geometry", "device", "files", "ranks"),
+    (
+        *("errors", "text", "json_text", "settings", "config", "events"),
+        *("rng", "geometry", "device", "disk", "files", "ranks"),
+    ),
     ("weights",),
     ("precision",),
     ("memory",),

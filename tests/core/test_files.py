@@ -14,7 +14,7 @@ import torch
 
 from tools.comfyui import REPO
 from trainer_core import files
-from trainer_core.errors import DamagedFileError
+from trainer_core.errors import DamagedFileError, DiskError
 from trainer_core.files import (
     DIGEST,
     clean_leftovers,
@@ -53,7 +53,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[fails], full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        DiskError, match=r"The disk is full, so .*run\.json can't be written: 3 bytes are needed, .* free"
+    ):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert names_in(tmp_path) == ["run.json"]

@@ -17,7 +17,8 @@ from trainer_core.conditioning import encoders, read_ahead
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.config import DatasetConfig, ModelConfig
 from trainer_core.data.pairing import pair_folders
-from trainer_core.errors import Interrupted, TrainerError
+from trainer_core.disk import disk_errors
+from trainer_core.errors import DiskError, Interrupted
 from trainer_core.events import SilentObserver, Stop
 from trainer_core.files import is_whole, read_tensors, write_tensors
 from trainer_core.qwen_image.base_model import BaseModel
@@ -151,12 +152,13 @@ def test_a_full_disk_ends_in_our_error_and_loses_nothing(
 
     def full(path: Path, tensors: Any) -> None:
         if len(written) >= 30:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            with disk_errors(path):
+                raise OSError(errno.ENOSPC, "No space left on device")
         write_tensors(path, tensors)
         written.append(path)
 
     monkeypatch.setattr(read_ahead, "write_tensors", full)
-    with pytest.raises(TrainerError, match=r"Can't write .*: No space left on device\. .*Free disk space"):
+    with pytest.raises(DiskError, match=r"The disk is full, so .*safetensors can't be written: .* free\. Free disk"):
         encode()
     assert all(map(is_whole, written)) and set(written) == set(entries(cache).values())
     times = {path: path.stat().st_mtime_ns for path in written}

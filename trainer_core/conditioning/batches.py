@@ -75,7 +75,7 @@ class BatchPlan:
     """
 
     def __init__(self, encoded: EncodedDataset, batching: BatchingConfig, seed: int) -> None:
-        _check_empty_captions(encoded, batching)
+        check_empty_captions(encoded, batching)
         self._pairs = encoded.pairs
         self._size = batching.train_batch_size
         self._dropout = batching.caption_dropout_probability
@@ -175,7 +175,8 @@ def _shapes_per_reference(pair: EncodedEntry) -> set[object]:
     return {pair.seen(number).shapes for number in range(len(pair.prompts_by_reference))}
 
 
-def _check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> None:
+def check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> None:
+    """Raise ConfigError if captions are to be dropped, but the dataset has no empty caption."""
     if batching.caption_dropout_probability > 0 and not all(pair.has_empty for pair in encoded.pairs):
         raise ConfigError(
             f"caption_dropout_probability is {batching.caption_dropout_probability}, but the dataset was encoded "

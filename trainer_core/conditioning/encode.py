@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,21 +16,23 @@ import torch
 
 from ..config import EncodingConfig, ModelConfig, digest
 from ..data.folders import changed_files
-from ..data.pairing import EditDataset, dataset_states
+from ..data.images import shown
+from ..data.pairing import EditDataset, EditPair, dataset_states
 from ..device import pick_device, release_memory
-from ..errors import ConfigError, DatasetError, OutOfMemoryError
+from ..errors import ConfigError, DatasetError, OutOfMemoryError, Problems
 from ..events import SILENT, Observer
 from ..files import clean_leftovers
 from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import FLAVOURS
+from ..qwen_image.text_encoder import PICTURE_TOKEN, check_text_encoder
 from ..ranks import SINGLE_PROCESS, Ranks
 from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
 from .encoded import EncodedDataset, save_manifest
-from .encoders import Encoders, own_pictures, own_prompts
+from .encoders import Encoders, PictureEncoder, PromptEncoder, own_pictures, own_prompts
 from .encoding_plan import PlannedDataset, PlannedPair, find_missing, plan_encoding
 from .image_embeds import open_image_embeds
-from .reference_sets import entries_of_pairs, split_by_reference
+from .reference_sets import split_by_reference
 from .sizes import large_enough
 
 
@@ -61,23 +63,35 @@ def plan_dataset(
 ) -> PlannedDataset:
     """Check a dataset and find what the cache lacks. `encoders` replace the base model's VAE and text encoder.
 
+    Finds whatever `encode_planned` would refuse, as far as the files' headers tell, and writes nothing.
+
     Raises:
-        ConfigError: the dataset does not fit the flavour, `encoders` do not fit the model or the preprocessing, or the
-            cache named in conditioning_image_embeds does not exist.
-        DatasetError: targets are too small, or no pair is left to train on.
+        ConfigError: the dataset does not fit the flavour, `encoders` do not fit the model or the preprocessing, the
+            device isn't available, or the cache named in conditioning_image_embeds does not exist.
+        DatasetError: targets are too small, a caption can't be encoded, or no pair is left to train on.
+        MissingPackageError: a setting needs a package that is not installed.
         ModelFileError: a file of the model is missing, or the transformer has another flavour.
+        JobError: several of these.
     """
-    model = base.config
-    _ = base.prompt_width  # fails for a transformer of another flavour now, not after hours of encoding
-    check_references(dataset, model, encoding)
-    encoders = encoders or Encoders()
-    encoders.check(encoding)
-    dataset, left_out = _without_small(dataset, encoding)
-    device = pick_device(model.device)
-    vae = encoders.pictures or own_pictures(base, device)
-    text_encoder = encoders.prompts or own_prompts(base, encoding, device)
-    held_out = _held_out(dataset, encoding)
-    pairs = _planned(dataset, model, encoding, (vae.digest, text_encoder.digest), held_out)
+    model, encoders, problems = base.config, encoders or Encoders(), Problems()
+    problems.attempt(lambda: base.prompt_width)  # fails for a transformer of another flavour
+    problems.attempt(lambda: check_references(dataset, model, encoding))
+    problems.attempt(lambda: encoders.check(encoding))
+    problems.attempt(lambda: _check_captions(dataset, encoding))
+    kept = problems.attempt(lambda: large_enough(dataset.pairs, encoding.sizes))
+    held_out = kept and problems.attempt(lambda: _held_out(kept[0], encoding))
+    networks = problems.attempt(lambda: _networks(base, encoding, encoders))
+    embeds = networks and problems.attempt(
+        lambda: open_image_embeds(encoding, cache_dir, dataset.reference_dirs[0], networks[1])
+    )
+    problems.raise_all()
+    assert kept is not None
+    assert held_out is not None
+    assert networks is not None
+    assert embeds is not None
+    (pairs, left_out), (vae, text_encoder) = kept, networks
+    dataset = dataclasses.replace(dataset, pairs=pairs)
+    planned = _planned(dataset, model, encoding, (vae.digest, text_encoder.digest), held_out)
     return PlannedDataset(
         base=base,
         encoding=encoding,
@@ -86,11 +100,11 @@ def plan_dataset(
         dataset=dataset,
         left_out=left_out,
         held_out=held_out,
-        pairs=pairs,
-        missing=find_missing(list(ranks.share(pairs)), cache_dir),
+        pairs=planned,
+        missing=find_missing(list(ranks.share(planned)), cache_dir),
         picture_encoder=vae,
         prompt_encoder=text_encoder,
-        image_embeds=open_image_embeds(encoding, cache_dir, dataset.reference_dirs[0], text_encoder),
+        image_embeds=embeds,
     )
 
 
@@ -111,6 +125,8 @@ def encode_planned(planned: PlannedDataset, observer: Observer = SILENT) -> Enco
         clean_leftovers(cache_dir)
     if any(missing):  # once more, because another dataset of the job may share pictures
         missing = find_missing(list(planned.ranks.share(planned.pairs)), cache_dir)
+    if planned.encoding.create_image_embeds:
+        planned.image_embeds.create()
     before = dataset_states(planned.dataset) if any(missing) else {}
     problems = encode_masks(missing.masks, cache_dir, observer)
     with _memory_errors_explained("pictures", "Lower resolution, or the size of the references"):
@@ -121,24 +137,34 @@ def encode_planned(planned: PlannedDataset, observer: Observer = SILENT) -> Enco
     release_memory()
     _raise_unread(problems)
     planned.ranks.wait()
-    entries = list(entries_of_pairs([each.entry for each in planned.pairs]))
-    encoded = save_manifest(
-        cache_dir,
-        flavour=planned.base.config.flavour,
-        preprocessing=planned.encoding.preprocessing,
-        prompt_width=width,
-        pairs=tuple(entry for entry in entries if entry.key not in planned.held_out),
-        validation_pairs=tuple(entry for entry in entries if entry.key in planned.held_out),
-        left_out=planned.left_out,
-    )
+    encoded = planned.encoded()
+    save_manifest(encoded)
     changed = changed_files(before, dataset_states(planned.dataset)) if any(missing) else ()
     return dataclasses.replace(encoded, changed=changed)
 
 
-def _without_small(dataset: EditDataset, encoding: EncodingConfig) -> tuple[EditDataset, tuple[str, ...]]:
-    """The dataset without the pairs whose targets are too small, and their keys."""
-    pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
-    return dataclasses.replace(dataset, pairs=pairs), left_out
+def _networks(base: BaseModel, encoding: EncodingConfig, encoders: Encoders) -> tuple[PictureEncoder, PromptEncoder]:
+    """The VAE and the text encoder to use, after a check of the base model's parts that they need."""
+    device = pick_device(base.config.device)
+    if encoders.prompts is None:
+        check_text_encoder(base, encoding.preprocessing)
+    return encoders.pictures or own_pictures(base, device), encoders.prompts or own_prompts(base, encoding, device)
+
+
+def _check_captions(dataset: EditDataset, encoding: EncodingConfig) -> None:
+    """Raise DatasetError if a prompt can't be encoded; lists all."""
+    validated = (*encoding.validation_prompts, encoding.validation_negative_prompt)
+    problems = [
+        f"{shown(place)}: the caption {shown(caption[:100])!r} contains {PICTURE_TOKEN}, a picture placeholder."
+        for place, captions in [
+            *((pair.key, pair.captions) for pair in dataset.pairs if pair.references),
+            ("validation prompts", validated),
+        ]
+        for caption in captions
+        if PICTURE_TOKEN in caption
+    ]
+    if problems:
+        raise DatasetError("These captions can't be encoded. Remove the placeholder:", problems)
 
 
 def _planned(
@@ -182,9 +208,9 @@ def check_references(dataset: EditDataset, model: ModelConfig, encoding: Encodin
         )
 
 
-def _held_out(dataset: EditDataset, encoding: EncodingConfig) -> set[str]:
+def _held_out(pairs: Sequence[EditPair], encoding: EncodingConfig) -> set[str]:
     """Keys of the pairs to hold out, ranked by a digest per pair so that other pairs and their order matter little."""
-    keys = sorted(dataset.pairs, key=lambda pair: digest([encoding.seed, pair.key]))
+    keys = sorted(pairs, key=lambda pair: digest([encoding.seed, pair.key]))
     wanted = len(keys) if encoding.num_eval_images < 0 else encoding.num_eval_images
     if 0 < len(keys) <= wanted and encoding.num_eval_images > 0:
         raise DatasetError(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import FlavourName, Preprocessing, digest
+from ..disk import disk_errors
 from ..errors import ConfigError, DamagedFileError, DatasetError
 from ..files import is_whole, read_tensors, set_aside, write_atomically
 from ..json_text import read_json
@@ -154,21 +155,38 @@ def check_alike(first: EncodedDataset, other: EncodedDataset, names: tuple[str, 
             )
 
 
-def save_manifest(cache_dir: Path, **fields: Any) -> EncodedDataset:
-    """Write a manifest below `cache_dir` and return its dataset. `fields` are those of EncodedDataset.
+def name_dataset(cache_dir: Path, **fields: Any) -> EncodedDataset:
+    """The dataset with these fields and the path of its manifest below `cache_dir`. Writes nothing.
 
     The file name has two digests: of the training pairs and of the held-out pairs. A run can resume as long as the
     first stays equal, so it must not depend on where files are stored.
     """
-    pairs, held_out = fields["pairs"], fields["validation_pairs"]
-    others = {name: value for name, value in fields.items() if name not in ("pairs", "validation_pairs")}
-    if not others.get("left_out"):
-        others.pop("left_out", None)  # datasets encoded before this field existed keep their names
-    values = {**others, "format": FORMAT, "pairs": [entry.as_row() for entry in pairs]}
-    values["validation_pairs"] = [entry.as_row() for entry in held_out]
-    path = cache_dir / "datasets" / f"{_name_of(values)}.json"
-    write_atomically(path, _lines(values).encode())
-    return EncodedDataset(manifest=path, **fields)
+    encoded = EncodedDataset(manifest=cache_dir / "datasets" / "unnamed", **fields)
+    name = f"{_name_of(_as_json(encoded))}.json"
+    return dataclasses.replace(encoded, manifest=encoded.manifest.with_name(name))
+
+
+def save_manifest(encoded: EncodedDataset) -> None:
+    """Write the manifest, unless the file has this content already, so that a complete cache may be read-only.
+
+    Raises:
+        DiskError: the file can't be written.
+    """
+    content = _lines(_as_json(encoded)).encode()
+    with disk_errors(encoded.manifest):
+        if encoded.manifest.is_file() and encoded.manifest.read_bytes() == content:
+            return
+    write_atomically(encoded.manifest, content)
+
+
+def _as_json(encoded: EncodedDataset) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        name: getattr(encoded, name) for name in ("flavour", "preprocessing", "prompt_width", "left_out")
+    }
+    if not encoded.left_out:
+        del values["left_out"]  # datasets encoded before this field existed keep their names
+    values |= {"format": FORMAT, "pairs": [entry.as_row() for entry in encoded.pairs]}
+    return {**values, "validation_pairs": [entry.as_row() for entry in encoded.validation_pairs]}
 
 
 def _name_of(values: dict[str, Any]) -> str:

@@ -19,10 +19,12 @@ from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
 from ..ranks import Ranks
+from .encoded import EncodedDataset, name_dataset
 from .encoders import PictureEncoder, PromptEncoder
 from .entry import EncodedEntry, entry_path
 from .image_embeds import ImageEmbeds
 from .pictures import PairPlan, View, plan_pair, render
+from .reference_sets import entries_of_pairs
 from .types import ReferenceFile
 
 
@@ -95,6 +97,19 @@ class PlannedDataset:
     picture_encoder: PictureEncoder
     prompt_encoder: PromptEncoder
     image_embeds: ImageEmbeds
+
+    def encoded(self) -> EncodedDataset:
+        """The dataset that encoding makes. Its manifest and entries may not be written yet."""
+        entries = list(entries_of_pairs([each.entry for each in self.pairs]))
+        return name_dataset(
+            self.cache_dir,
+            flavour=self.base.config.flavour,
+            preprocessing=self.encoding.preprocessing,
+            prompt_width=self.base.prompt_width,
+            pairs=tuple(entry for entry in entries if entry.key not in self.held_out),
+            validation_pairs=tuple(entry for entry in entries if entry.key in self.held_out),
+            left_out=self.left_out,
+        )
 
 
 def plan_encoding(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import EncodingConfig, digest
+from ..disk import disk_errors
 from ..errors import ConfigError, DamagedFileError
 from ..files import is_whole, read_tensors
 from ..qwen_image.text_encoder import VisualTokens
@@ -50,6 +51,16 @@ class ImageEmbeds:
         """Whether the tokens of this key are cached."""
         return bool(key) and is_whole(self.path(key))
 
+    def create(self) -> None:
+        """Make the folder, so that its name is known from now on.
+
+        Raises:
+            DiskError: the folder can't be made.
+        """
+        folder = self.cache_dir / FOLDER / self.name
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
     def path(self, key: str) -> Path:
         """The file of this key."""
         return entry_path(self.cache_dir, f"{FOLDER}/{self.name}", key)
@@ -72,9 +83,7 @@ def open_image_embeds(
             f"conditioning_image_embeds is {name!r}, but a ComfyUI CLIP is connected, whose visual tokens can't be "
             "cached. Leave the name empty or disconnect clip."
         )
-    if encoding.create_image_embeds:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    elif not (folder / name).is_dir():
+    if not encoding.create_image_embeds and not (folder / name).is_dir():
         raise ConfigError(f"conditioning_image_embeds is {name!r}, but {_known(name, folder)}")
     return ImageEmbeds(cache_dir, name, encoder.visual_digest)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config.dataset import check_turns
 from ..errors import ConfigError, DatasetError
-from .encoded import EncodedDataset, check_alike, save_manifest
+from .encoded import EncodedDataset, check_alike, name_dataset, save_manifest
 from .entry import EncodedEntry
 
 
@@ -30,7 +30,19 @@ class MixPart:
 
 
 def mix_encoded(parts: Sequence[MixPart], cache_dir: Path, *, validation_only: bool = False) -> EncodedDataset:
-    """Write the manifest of a dataset with all training pairs and held-out pairs of the parts.
+    """`plan_mix`, whose manifest is then written.
+
+    Raises:
+        ConfigError, DatasetError: as `plan_mix`.
+        DiskError: the manifest can't be written.
+    """
+    mixed = plan_mix(parts, cache_dir, validation_only=validation_only)
+    save_manifest(mixed)
+    return mixed
+
+
+def plan_mix(parts: Sequence[MixPart], cache_dir: Path, *, validation_only: bool = False) -> EncodedDataset:
+    """A dataset with all training pairs and held-out pairs of the parts. Writes nothing.
 
     Prefixes the keys of pairs with the part's number, counted from 1. A part may itself be a mix. With
     `validation_only` the mix may have held-out pairs only.
@@ -52,7 +64,7 @@ def mix_encoded(parts: Sequence[MixPart], cache_dir: Path, *, validation_only: b
             "num_eval_images or raise probability."
         )
     first = parts[0].encoded
-    return save_manifest(
+    return name_dataset(
         cache_dir,
         flavour=first.flavour,
         preprocessing=first.preprocessing,

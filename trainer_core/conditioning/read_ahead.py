@@ -13,7 +13,7 @@ from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
-from ..errors import DatasetError, TrainerError
+from ..errors import DatasetError
 from ..files import write_tensors
 
 _READERS = max(2, min(8, os.cpu_count() or 1))
@@ -62,7 +62,7 @@ def write_behind() -> Iterator[Write]:
     The context ends when all files are written, also if it ends with an error.
 
     Raises:
-        TrainerError: a file can't be written. Raised by a later call, or when the context ends.
+        DiskError: a file can't be written. Raised by a later call, or when the context ends.
     """
     waiting: deque[Future[None]] = deque()
 
@@ -71,19 +71,9 @@ def write_behind() -> Iterator[Write]:
             waiting.popleft().result()
         # Not in the background from MPS: torch crashes if two threads use it at once.
         ready = {name: each if each.device.type == "cuda" else each.cpu() for name, each in tensors.items()}
-        waiting.append(pool.submit(_write, path, ready))
+        waiting.append(pool.submit(write_tensors, path, ready))
 
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="write-behind") as pool:
         yield write
         for each in waiting:
             each.result()
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        write_tensors(path, tensors)
-    except OSError as error:
-        raise TrainerError(
-            f"Can't write {path}: {error.strerror or error}. The results before it are in the cache. Free disk space "
-            "or set cache_dir to a folder on another disk, then run again."
-        ) from error

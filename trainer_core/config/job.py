@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..disk import MAX_NAME_BYTES
 from ..errors import ConfigError
 from ..settings import Limits, Settings, check, merged, required, setting, to_json
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
@@ -24,6 +25,8 @@ from .training import (
     RolloutConfig,
 )
 from .validation import ValidationConfig
+
+_LONGEST_SUFFIX = "-99-ema.safetensors"  # what run names and exports add
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +58,12 @@ class TrainingSettings(Settings):
     ema: EmaConfig = setting(EmaConfig(), "The moving average of the adapter's weights.")
 
     def check_combinations(self) -> None:
-        """Checks that the parts work together."""
+        """Checks that the parts work together, and that the LoRA file's name is not too long."""
+        name = self.export.lora_name or Path(self.run_dir).name
+        setting = "export.lora_name" if self.export.lora_name else "run_dir"
+        fits = len(name.encode(errors="replace")) <= MAX_NAME_BYTES - len(_LONGEST_SUFFIX)
+        allowed = f"shorter: it is the name of the LoRA file, of at most {MAX_NAME_BYTES - len(_LONGEST_SUFFIX)} bytes"
+        check(fits, setting, name, allowed)
         check_warmup(self.optimizer, self.max_train_steps)
         check_ema(self.ema, self.optimizer)
 

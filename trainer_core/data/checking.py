@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -18,6 +19,7 @@ from ..files import write_atomically
 from ..geometry import Size
 from .images import accepts_cut_pictures, decode_picture, is_animated, open_picture_file, stream_digest
 
+_LOG = logging.getLogger(__name__)
 _DECODERS = 4
 _FORMAT = 1  # of the results file; raise it when the checks change
 _SETTLED_NS = 2 * 10**9  # a newer file could change again without changing its timestamp
@@ -123,4 +125,7 @@ def _remember(memory: Path, found: dict[Path, Checked], states: dict[Path, State
         for path, each in found.items()
         if path in states and now - max(states[path][1:3]) > _SETTLED_NS and _state(path) == states[path]
     }
-    write_atomically(memory, json.dumps({"format": _FORMAT, "pictures": rows}).encode())
+    try:
+        write_atomically(memory, json.dumps({"format": _FORMAT, "pictures": rows}).encode())
+    except OSError as error:
+        _LOG.warning("The results of the picture check are not kept, so the next check takes as long. %s", error)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters.plan import AdapterPlan, plan_adapter
+from ..conditioning.batches import check_empty_captions
 from ..conditioning.encoded import EncodedDataset, check_alike, load_encoded
 from ..config import TrainConfig
 from ..device import pick_device
-from ..errors import ConfigError, DatasetError
+from ..errors import ConfigError, DatasetError, Problems
 from ..memory.placement import blocks_on_host, check_compiler
 from ..precision.quantise import converter
 from ..qwen_image.base_model import BaseModel
@@ -77,16 +78,23 @@ def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
         ConfigError: as `prepare_model`; blocks_to_stream is too high; the optimizer or device isn't available here.
         ModelFileError: as `prepare_model`.
         MissingPackageError: a setting needs a package that is not installed.
+        JobError: several of these.
     """
-    check_tensorboard()
-    device = pick_device(config.model.device)
-    check_compiler(config.memory, device)
-    optimizer_builder(config.optimizer, device)
-    for precision in (config.model.text_encoder_precision, config.model.base_model_precision):
-        converter(precision)
+    problems = Problems()
+    problems.attempt(check_tensorboard)
+    device = problems.attempt(lambda: pick_device(config.model.device))
+    if device is not None:
+        problems.attempt(lambda: check_compiler(config.memory, device))
+        problems.attempt(lambda: optimizer_builder(config.optimizer, device))
+    problems.attempt(lambda: converter(config.model.text_encoder_precision))
+    problems.attempt(lambda: converter(config.model.base_model_precision))
+    checkpointing = config.gradient_checkpointing
     if config.memory.memory == "manual":  # auto only chooses possible values
-        blocks_on_host(config.memory, base.num_blocks, checkpointing=config.gradient_checkpointing)
-    return prepare_model(config, base)
+        problems.attempt(lambda: blocks_on_host(config.memory, base.num_blocks, checkpointing=checkpointing))
+    model = problems.attempt(lambda: prepare_model(config, base))
+    problems.raise_all()
+    assert model is not None
+    return model
 
 
 def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *, processes: int = 1) -> Preparation:
@@ -100,7 +108,11 @@ def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *,
         OutOfMemoryError: `memory` is auto and no settings fit.
     """
     encoded = load_encoded(Path(config.encoded))
-    held_out = _held_out(config, encoded)
+    held_out = load_encoded(Path(config.validation_encoded)) if config.validation_encoded else encoded
+    check_datasets(config, encoded, held_out)
+    for each in (encoded, held_out):
+        if missing := each.missing():
+            raise DatasetError(f"The cache lacks {len(missing)} encoded pairs. Encode the dataset again:", missing)
     model = model or check_training(config, BaseModel(config.model))
     work = workload_of_encoded(encoded, config.batching, config.validation, held_out)
     budget = budget_of(pick_device(config.model.device), config.memory.vram_gib, processes=processes)
@@ -116,22 +128,26 @@ def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *,
     return Preparation(config=config, model=model, encoded=encoded, held_out=held_out, work=work)
 
 
-def _held_out(config: TrainConfig, encoded: EncodedDataset) -> EncodedDataset:
-    """The dataset with the held-out pairs. Checks that both datasets are complete and match the model."""
-    second = load_encoded(Path(config.validation_encoded)) if config.validation_encoded else encoded
-    for each in (encoded, second):
+def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: EncodedDataset) -> None:
+    """Check that the datasets match the model and each other. Their pairs need not be encoded yet.
+
+    `held_out` is the dataset with the held-out pairs; it can be the same as `encoded`.
+
+    Raises:
+        ConfigError: a dataset is for another flavour, they were encoded differently, or empty captions are missing.
+        DatasetError: there is no pair to train on, or the validation dataset has no held-out pair.
+    """
+    for each in (encoded, held_out):
         if each.flavour != config.model.flavour:
             raise ConfigError(
                 f"The dataset was encoded for {each.flavour}, but the model is {config.model.flavour}. "
                 "Encode it again with this model."
             )
-        if missing := each.missing():
-            raise DatasetError(f"The cache lacks {len(missing)} encoded pairs. Encode the dataset again:", missing)
-    check_alike(encoded, second, ("The encoded dataset", "the validation dataset"))
+    check_alike(encoded, held_out, ("The encoded dataset", "the validation dataset"))
     if not encoded.pairs:
         raise DatasetError(
             "The dataset has no pairs to train on: all are held out. Set num_eval_images lower, to 0 or more."
         )
-    if not second.validation_pairs and config.validation_encoded:
+    if not held_out.validation_pairs and held_out is not encoded:
         raise DatasetError("The validation dataset has no held-out pairs. Encode it with num_eval_images -1.")
-    return second
+    check_empty_captions(encoded, config.batching)

@@ -141,7 +141,7 @@ def workload_of_pairs(
 def _planned_size(planned: PlannedPair) -> PairSize:
     letters = max(map(len, (*planned.pair.captions, *planned.entry.validation_captions)), default=0)
     references = [view.size for view in planned.plan.references]
-    return pair_size(planned.plan.target.size, references, _estimated_prompt(planned.plan, letters))
+    return pair_size(planned.plan.target.size, references, estimated_prompt(planned.plan, letters))
 
 
 def encoding_work(parts: Iterable[PlannedDataset]) -> EncodingWork:
@@ -153,11 +153,11 @@ def encoding_work(parts: Iterable[PlannedDataset]) -> EncodingWork:
             for content, view in zip(planned.pair.digests[1:], planned.plan.vision, strict=True):
                 if not part.image_embeds.has(part.image_embeds.key(content, view)):
                     seen[content, view] = view.size
-            prompts |= {key: _SYSTEM_TURN + _estimated_prompt(planned.plan, len(text)) for key, text in texts.items()}
+            prompts |= {key: _SYSTEM_TURN + estimated_prompt(planned.plan, len(text)) for key, text in texts.items()}
     pixels = [size.width * size.height for size in pictures.values()]
     return EncodingWork(
         vae=sum(CONVOLUTION * each + ATTENTION * each**2 for each in pixels),
-        text_encoder=VISION_TOWER * sum(map(_vision_tokens, seen.values())) + LANGUAGE_MODEL * sum(prompts.values()),
+        text_encoder=VISION_TOWER * sum(map(vision_tokens, seen.values())) + LANGUAGE_MODEL * sum(prompts.values()),
         largest_picture=max((*pixels, *(size.width * size.height for size in seen.values())), default=0),
     )
 
@@ -191,13 +191,13 @@ def picture_tokens(size: Size) -> int:
     return -(-(size.height // VAE_FACTOR) // PATCH) * -(-(size.width // VAE_FACTOR) // PATCH)
 
 
-def _estimated_prompt(plan: PairPlan, letters: int) -> int:
+def estimated_prompt(plan: PairPlan, letters: int) -> int:
     """Prompt tokens: those of the pictures, and an estimate for a caption of so many characters."""
-    vision = sum(_vision_tokens(view.size) for view in plan.vision)
+    vision = sum(vision_tokens(view.size) for view in plan.vision)
     return vision + _AROUND_CAPTION + letters // _LETTERS_PER_TOKEN
 
 
-def _vision_tokens(size: Size) -> int:
+def vision_tokens(size: Size) -> int:
     """Prompt tokens of a reference that Qwen2.5-VL gets in this size."""
     return math.prod(vision_size(size.height, size.width)) // VISION_PATCH**2
 

@@ -35,13 +35,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import Qwen2Tokenizer
 
+    check_tokenizer(folder)
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise ModelFileError if the folder has no such tokenizer."""
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if missing:
         raise ModelFileError(
             f"The tokenizer folder {folder} has no {' and no '.join(missing)}. Choose the folder of the Qwen2.5 "
             "tokenizer: `tokenizer` of a Qwen-Image-Edit download, or comfy/text_encoders/qwen25_tokenizer of ComfyUI."
         )
-    return Qwen2Tokenizer.from_pretrained(folder)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, picture_tokens: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ from ..device import copied_to, free_bytes
 from ..errors import DatasetError, MissingPackageError
 from ..events import SILENT, Observer
 from ..memory.streaming import BlockStream
-from ..precision.quantise import quantise
+from ..precision.quantise import converter, quantise
 from . import prompt
 from .base_model import BaseModel
 from .batching import in_batches
@@ -195,6 +195,19 @@ def _image_processor(folder: Path) -> Any:
         return Qwen2VLImageProcessor()
     except ImportError as error:
         raise MissingPackageError("torchvision", "preprocessing `diffusers`") from error
+
+
+def check_text_encoder(base: BaseModel, preprocessing: Preprocessing) -> None:
+    """Check what `load_text_encoder` and the encoding of prompts need, without reading weights.
+
+    Raises:
+        MissingPackageError: the precision or the preprocessing needs a package that is not installed.
+        ModelFileError: the text encoder or the tokenizer is missing.
+    """
+    converter(base.config.text_encoder_precision)
+    prompt.check_tokenizer(base.folder.tokenizer)
+    if preprocessing == "diffusers":
+        _image_processor(base.folder.processor)
 
 
 def load_text_encoder(

@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..config import completed_key
+from ..disk import disk_errors
 from ..errors import RunFolderError
 from ..files import is_whole, read_tensors, write_atomically, write_tensors, written_beside
 
@@ -70,22 +71,28 @@ class RunFolder:
                 setting with both values.
         """
         folder = cls(path)
-        if path.exists() and not folder.state() and any(each.name != LOCK for each in path.iterdir()):
-            raise RunFolderError(f"The folder {path} is not empty and is not a run. Choose another run name.")
-        path.mkdir(parents=True, exist_ok=True)
+        folder.check_key(key)
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
         with _locked(path):
             folder._enter(key)
             yield folder
 
-    def _enter(self, key: Mapping[str, Any]) -> None:
-        if not self.state():
-            self.write_state(key=dict(key), state="started")
-        elif changed := self.changes(key):
+    def check_key(self, key: Mapping[str, Any]) -> None:
+        """Raise RunFolderError if the folder isn't a run, or belongs to a run with other settings."""
+        if self.path.exists() and not self.state() and any(each.name != LOCK for each in self.path.iterdir()):
+            raise RunFolderError(f"The folder {self.path} is not empty and is not a run. Choose another run name.")
+        if self.state() and (changed := self.changes(key)):
             changes = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changed)
             raise RunFolderError(
                 f"The run {self.path.name!r} was started with other settings: {changes}. Set them back to continue it, "
                 "or choose another run name to start a new run. Nothing was changed."
             )
+
+    def _enter(self, key: Mapping[str, Any]) -> None:
+        self.check_key(key)  # again, because another process may have changed it before it was locked
+        if not self.state():
+            self.write_state(key=dict(key), state="started")
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         for left_over in self.checkpoints.glob(".step-*.tmp"):  # of a killed process; the lock excludes others

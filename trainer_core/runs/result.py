@@ -49,6 +49,22 @@ def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: 
     )
 
 
+def check_start(config: TrainConfig, *, continue_kept: bool = False, num_ranks: int = 1) -> bool:
+    """Check that a run with these settings can start or go on in its folder. Returns whether it is finished already.
+
+    Changes nothing, and does not look whether another process uses the folder now.
+
+    Raises:
+        RunFolderError: the folder isn't a run, or belongs to a run with other settings or more steps.
+    """
+    if find_result(config, continue_kept=continue_kept, num_ranks=num_ranks) is not None:
+        return True
+    run = RunFolder(Path(config.run_dir))
+    run.check_key(resume_key(config, num_ranks))
+    how_to_start(run, config.max_train_steps, continue_kept=continue_kept)
+    return False
+
+
 def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -> Stop:
     """KEEP if the run was ended early and must only be exported again; NO if it must train.
 

@@ -1,0 +1,90 @@
+"""Errors of the disk in words, and the space that is free on it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import DiskError, TrainerError
+from .text import shown
+
+MAX_NAME_BYTES = 255  # of a file or folder, on nearly all file systems
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_IN_WORDS = {
+    errno.ENOSPC: "The disk is full, so {place} can't be written:",
+    errno.EDQUOT: "Your quota on the disk is used up, so {place} can't be written:",
+    errno.EFBIG: "{place} can't be written: its disk or this system's settings allow no file of this size. Choose a "
+    "folder on another disk.",
+    errno.EROFS: "{place} can't be written, because its disk is read-only. Choose a folder on another disk.",
+    errno.EACCES: "{place} can't be used: permission denied. Change the permissions of the folder {folder}, or choose "
+    "another folder.",
+    errno.EPERM: "{place} can't be used: this system doesn't permit it. Change the permissions of the folder {folder}, "
+    "or choose another folder.",
+    errno.ENAMETOOLONG: "The file or folder name {place} is too long. Choose a shorter name; most disks allow "
+    f"{MAX_NAME_BYTES} bytes, and letters outside English take 2 to 4 each.",
+    errno.EIO: "{place} can't be read or written, because the disk reports an error. Check the disk and its "
+    "connection, and copy what matters to another disk.",
+}
+
+
+@contextmanager
+def disk_errors(place: Path, needed: int = 0) -> Iterator[None]:
+    """Explain errors of the disk that the block raises. Other errors pass unchanged.
+
+    The message names the file of the error, or `place` if the error names none or a temporary file beside `place`.
+    `needed` is the size of `place` in bytes, if it is known.
+
+    Raises:
+        DiskError: the disk is full, read-only or failing, access is denied, or a name is too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, TrainerError) or error.errno not in _IN_WORDS:
+            raise
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place
+        place = place if named.parent == place.parent else named
+        raise DiskError(_explained(error.errno, place, needed), error.errno) from error
+
+
+def _explained(number: int, place: Path, needed: int) -> str:
+    there = existing_folder(place)
+    text = _IN_WORDS[number].format(place=shown(place), folder=shown(there))
+    if number not in _FULL:
+        return text
+    size = f" {size_in_words(needed)} are needed," if needed else ""
+    return (
+        f"{text}{size} {size_in_words(free_disk_bytes(there))} are free. Free disk space or choose a folder on another "
+        "disk, then run again. What was finished before is kept."
+    )
+
+
+def existing_folder(place: Path) -> Path:
+    """The folder `place`, or the nearest folder above it that exists."""
+    return next((each for each in (place, *place.absolute().parents) if _is_folder(each)), Path())
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # the name is too long, or no file can have it
+        return False
+
+
+def free_disk_bytes(place: Path) -> int:
+    """Bytes that this user can still write to the disk of a folder that exists; 0 if that can't be told."""
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return 0
+
+
+def size_in_words(size: float) -> str:
+    """A number of bytes as text, in GB, MB, kB or bytes."""
+    unit, name = next(((unit, name) for unit, name in _UNITS if size >= unit), (1, "bytes"))
+    return f"{size / unit:.1f} {name}" if unit > 1 else f"{size:.0f} {name}"
