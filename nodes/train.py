@@ -109,6 +109,7 @@ def _inputs() -> list[io.Input]:
         preset_input(),
         settings_input("memory_settings"),
         settings_input("ema_settings"),
+        setting_input(ExportConfig, "layer_prefix", optional=True, advanced=True),
     ]
 
 

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..trainer_core.config import (
     EmaConfig,
     ExportConfig,
+    LayerPrefix,
     LoraConfig,
     MemoryConfig,
     ModelConfig,
@@ -99,6 +100,7 @@ def train_config(
     *,
     lora_name: str,
     trigger_words: str = "",
+    layer_prefix: LayerPrefix = "diffusion_model",
     lora_settings: LoraConfig | None = None,
     optimizer_settings: OptimizerConfig | None = None,
     training_settings: sockets.LoopSettings | None = None,
@@ -134,7 +136,11 @@ def train_config(
         encoded=str(encoded.manifest),
         validation_encoded=str(validation_encoded.manifest) if validation_encoded is not None else "",
         model=model,
-        export=ExportConfig(lora_name=lora_name, trigger_words=trigger_words or base.export.trigger_words),
+        export=ExportConfig(
+            lora_name=lora_name,
+            trigger_words=trigger_words or base.export.trigger_words,
+            layer_prefix=layer_prefix,
+        ),
         **own,
         **sections,
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer_core.adapters.inject import inject_lora, load_into, without_lora
 from trainer_core.adapters.plan import plan_adapter, target_modules
-from trainer_core.adapters.writer import LoraMetadata, check_file, export_lora
+from trainer_core.adapters.writer import LoraMetadata, check_file, export_lora, read_with_diffusers, to_file_tensors
 from trainer_core.config import ExportConfig, LoraConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ConfigError, ExportError, ModelFileError
 from trainer_core.files import read_metadata
@@ -111,13 +111,28 @@ def test_a_file_carries_the_whole_effect(trained, model: ModelConfig, tmp_path: 
     lora, transformer, metadata = trained
     path = export_lora(lora, tmp_path / "fox.safetensors", metadata)
     stored = load_file(path)
-    assert {name.removeprefix("transformer.").removesuffix(".weight") for name in stored} == set(lora)
+    assert {name.removeprefix("diffusion_model.").removesuffix(".weight") for name in stored} == set(lora)
     header = read_metadata(path)
     assert header["modelspec.trigger_phrase"] == "foxify" and header["ss_network_dim"] == "4"
     fresh = load_transformer(BaseModel(model), CPU)
     load_into(fresh, path)
     expected = predict_velocity(transformer, *inputs())
     torch.testing.assert_close(predict_velocity(fresh, *inputs()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model", "transformer"])
+def test_the_prefix_of_names_is_a_choice(prefix: str, trained, tmp_path: Path) -> None:
+    """Both files have the same weights, and diffusers reads the same from both."""
+    lora, _, metadata = trained
+    config = dataclasses.replace(metadata.config, export=ExportConfig(layer_prefix=prefix))
+    path = export_lora(lora, tmp_path / "fox.safetensors", dataclasses.replace(metadata, config=config))
+    wanted = to_file_tensors(lora, config.lora, torch.float32)
+    stored, in_diffusers = load_file(path), read_with_diffusers(path)
+    assert stored.keys() == {f"{prefix}.{name}" for name in wanted}
+    assert in_diffusers.keys() == {f"transformer.{name}" for name in wanted}
+    for name, tensor in wanted.items():
+        assert torch.equal(stored[f"{prefix}.{name}"], tensor)
+        assert torch.equal(in_diffusers[f"transformer.{name}"], tensor)
 
 
 def test_half_strength_is_half_the_change_of_the_weights(trained, model: ModelConfig, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def velocity(model: ModelConfig, lora: LoraConfig) -> Tensor:
 
 
 def names_in_file(path: Path) -> set[str]:
-    return {name.removeprefix("transformer.").removesuffix(".weight") for name in load_file(path)}
+    return {name.removeprefix("diffusion_model.").removesuffix(".weight") for name in load_file(path)}
 
 
 def close(found: Tensor, wanted: Tensor, relative: float = 1e-5) -> bool:
@@ -251,7 +251,7 @@ def test_a_file_that_would_do_something_else_gets_no_name(name: str, damage: str
 
 
 RENAMED = {
-    "diffusion_model": lambda layer, part: f"diffusion_model.{layer}.{part}.weight",
+    "diffusers": lambda layer, part: f"transformer.{layer}.{part}.weight",
     "no prefix": lambda layer, part: f"{layer}.{part}.weight",
     "kohya": lambda layer, part: (
         f"lora_unet_{layer.replace('.', '_')}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"
@@ -271,7 +271,7 @@ def test_starts_from_files_of_any_layout(layout: str, model: ModelConfig, tmp_pa
     path, wanted = export(model, lora, tmp_path / "x.safetensors")
     renamed = {}
     for key, tensor in load_file(path).items():
-        layer, part = key.removeprefix("transformer.").removesuffix(".weight").rsplit(".", 1)
+        layer, part = key.removeprefix("diffusion_model.").removesuffix(".weight").rsplit(".", 1)
         name = RENAMED[layout](layer, part)
         renamed[name] = tensor * 2 if part == "lora_B" else tensor
         stem = name.split(".lora")[0].split(".default")[0]

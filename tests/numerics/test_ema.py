@@ -123,7 +123,7 @@ def test_a_run_gives_both_and_the_average_is_that_of_its_steps(config: TrainConf
     assert result.ema_file is not None and result.ema_file.name == "run-ema.safetensors"
     exported = load_file(result.ema_file)
     name = next(iter(kept))
-    written: Tensor = exported[f"transformer.{name}.weight"]
+    written: Tensor = exported[f"diffusion_model.{name}.weight"]
     assert torch.allclose(written, kept[name].to(written.dtype)) and not equal(result.ema_file, result.lora_file)
 
 

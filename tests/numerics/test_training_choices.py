@@ -110,7 +110,8 @@ def test_schedule_free_is_validated_and_exported_as_its_average(config: TrainCon
     checkpoint = RunFolder(result.run_dir).latest_checkpoint()
     assert checkpoint is not None
     exported = {
-        name.removeprefix("transformer.").removesuffix(".weight"): value for name, value in lora_tensors(result).items()
+        name.removeprefix("diffusion_model.").removesuffix(".weight"): value
+        for name, value in lora_tensors(result).items()
     }
     assert exported.keys() == checkpoint.lora.keys()
     for name, trained in checkpoint.lora.items():

@@ -70,7 +70,7 @@ def test_file_and_its_header(first: dict[str, Any], studio: PackServer):
     with safe_open(studio.output / figures(first)["lora_file"], "pt") as file:
         names, header = list(file.keys()), file.metadata()
     assert names
-    assert all(name.startswith("transformer.") and ".lora_" in name for name in names)
+    assert all(name.startswith("diffusion_model.") and ".lora_" in name for name in names)
     assert "negative" in json.dumps(header)
 
 

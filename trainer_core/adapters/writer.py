@@ -1,24 +1,26 @@
 """Writes the LoRA file. It gets its final name only after it was read back and checked.
 
-Tensors are named `transformer.<module>.` plus the part. LoRA: `lora_A.weight` and `lora_B.weight`, which diffusers
-reads. DoRA: also `dora_scale` [out, 1], which diffusers ignores with a warning. LoKr: `lokr_w1` and `lokr_w2`, or
-`lokr_w2_a` and `lokr_w2_b`, which diffusers refuses.
+Tensors are named `diffusion_model.<module>.` (or `transformer.<module>.`, see `layer_prefix`) plus the part. LoRA:
+`lora_A.weight` and `lora_B.weight`, which diffusers reads. DoRA: also `dora_scale` [out, 1], which diffusers ignores
+with a warning. LoKr: `lokr_w1` and `lokr_w2`, or `lokr_w2_a` and `lokr_w2_b`, which diffusers refuses.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ..config import LoraConfig, LoraType, TrainConfig, digest, resume_key
+from ..config import LayerPrefix, LoraConfig, LoraType, TrainConfig, digest, resume_key
 from ..errors import ExportError
 from ..files import read_tensors, write_tensors, written_beside
 from ..qwen_image.flavours import FLAVOURS
+from ..text import shown
 from .reader import LORA_TYPE, AdapterPart, Kronecker, LowRank, adapter_parts
 
 ExtraCheck = Callable[[Path], None]
@@ -79,7 +81,9 @@ def export_lora(
     config = metadata.config
     dtype = torch.bfloat16 if config.model.mixed_precision == "bf16" else torch.float32
     with written_beside(path) as temporary:
-        write_tensors(temporary, to_file_tensors(tensors, config.lora, dtype), metadata.as_header())
+        stored = to_file_tensors(tensors, config.lora, dtype)
+        named = {f"{config.export.layer_prefix}.{name}": tensor for name, tensor in stored.items()}
+        write_tensors(temporary, named, metadata.as_header())
         check_file(temporary, tensors, config.lora, _TOLERANCE[dtype])
         if extra_check is not None:
             extra_check(temporary)
@@ -92,7 +96,8 @@ def check_file(path: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, tole
     Raises:
         ExportError: a tensor is missing or unknown, or a change differs by more than `tolerance` (relative).
     """
-    found = read_with_diffusers(path) if lora.lora_type == "lora" else read_tensors(path)
+    stored = read_with_diffusers(path) if lora.lora_type == "lora" else read_tensors(path)
+    found = {re.sub(_PREFIX, "", name): tensor for name, tensor in stored.items()}
     reader = "diffusers" if lora.lora_type == "lora" else "ComfyUI"
     wanted = to_file_tensors(tensors, lora, torch.float32)
     lost, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
@@ -146,13 +151,21 @@ def _norm_of_product(up: Tensor, down: Tensor) -> Tensor:
 
 
 def read_with_diffusers(path: Path) -> dict[str, Tensor]:
-    """A LoRA file's tensors as diffusers' Qwen-Image pipelines read them, by diffusers' names."""
+    """A LoRA file's tensors as diffusers' Qwen-Image pipelines read them, by diffusers' names.
+
+    Raises:
+        ExportError: diffusers refuses the file.
+    """
     from diffusers.loaders import QwenImageLoraLoaderMixin
 
-    state: Any = QwenImageLoraLoaderMixin.lora_state_dict(
-        str(path.parent), weight_name=path.name, local_files_only=True
-    )
-    return dict(state)
+    load: Any = QwenImageLoraLoaderMixin.lora_state_dict
+    try:
+        return dict(load(str(path.parent), weight_name=path.name, local_files_only=True))
+    except (ValueError, KeyError) as error:  # diffusers found a name without its partner
+        raise ExportError(
+            f"diffusers would not load the LoRA file ({shown(str(error))}). The file was not saved; the checkpoint is "
+            "kept. Report this as a bug."
+        ) from error
 
 
 # Where a file of each type can be used, as a note for the user.
@@ -161,15 +174,15 @@ READERS: dict[LoraType, str] = {
     "dora": "Use this DoRA in ComfyUI. diffusers would ignore its dora_scale and draw something else.",
     "lokr": "Use this LoKr in ComfyUI. diffusers can't load it.",
 }
-DIFFUSERS_PREFIX = "transformer."
+_PREFIX = rf"^({'|'.join(get_args(LayerPrefix))})\."
 _SCALED = ("lora_B", "lokr_w1")
 
 
 def to_file_tensors(tensors: Mapping[str, Tensor], lora: LoraConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Convert adapter tensors, keyed by their names in training, to the tensors of the file.
+    """Convert adapter tensors, keyed by their names in training, to the tensors of the file, without the prefix.
 
     The scale alpha / rank is folded into B or LoKr's w1, and no alpha tensor is written: readers interpret alpha
-    differently, but all agree on its absence with a folded scale. `dora_scale` stays in float32 because it multiplies
+    differently, but without it all use scale 1. `dora_scale` stays in float32 because it multiplies
     the whole base weight, not only the change.
     """
     found: dict[str, Tensor] = {}
@@ -177,13 +190,11 @@ def to_file_tensors(tensors: Mapping[str, Tensor], lora: LoraConfig, dtype: torc
         module, _, part = name.rpartition(".")
         value = tensor.detach().float().cpu()
         if part == "dora_scale":
-            found[f"{DIFFUSERS_PREFIX}{name}"] = value.unsqueeze(1)
+            found[name] = value.unsqueeze(1)
             continue
         if part in _SCALED:
             value = value * _scale(tensors, module, lora)
-        found[f"{DIFFUSERS_PREFIX}{name}.weight" if part.startswith("lora_") else f"{DIFFUSERS_PREFIX}{name}"] = (
-            value.to(dtype)
-        )
+        found[f"{name}.weight" if part.startswith("lora_") else name] = value.to(dtype)
     return found
 
 

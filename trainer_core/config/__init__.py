@@ -28,6 +28,7 @@ from .training import (
     BatchingConfig,
     CheckpointConfig,
     ExportConfig,
+    LayerPrefix,
     LoraConfig,
     LoraTargets,
     LoraType,

@@ -11,6 +11,7 @@ from ..settings import Limits, Settings, check, setting
 from .layer_patterns import layer_patterns, value_for
 
 LoraType = Literal["lora", "dora", "lokr"]
+LayerPrefix = Literal["diffusion_model", "transformer"]
 LoraTargets = Literal["image-attention", "attention", "attention-mlp", "all", "pattern"]
 SigmaDistribution = Literal["logit_normal", "uniform", "mode", "cosmap"]
 LossType = Literal["l2", "huber", "smooth_l1"]
@@ -251,3 +252,8 @@ class ExportConfig(Settings):
         Limits(valid=lambda name: Path(name).name == name, allowed="a name without folders"),
     )
     trigger_words: str = setting("", "Trigger words, written into the header of the file for programs that show them.")
+    layer_prefix: LayerPrefix = setting(
+        "diffusion_model",
+        "What the names of layers begin with in the file. diffusion_model is read by ComfyUI, diffusers and most other "
+        "programs; transformer only by ComfyUI, diffusers and those that follow it.",
+    )
