@@ -16,11 +16,14 @@ import comfy.utils
 import torch
 from comfy.text_encoders import llama, qwen_image, qwen_vl
 from comfy_extras.nodes_qwen import TextEncodeQwenImageEdit, TextEncodeQwenImageEditPlus
+from comfy_subprocess_weights import vae_weights
+from comfyui_version import __version__
 from torch import Tensor
 
 IMAGE_PAD = 151655
-# transformers and ComfyUI's master restore the row and column order of the vision tokens after the windowed attention.
-# ComfyUI up to at least 0.3.75 leaves them in window order.
+VAE_WIDTH = 8
+# transformers and ComfyUI 0.33 restore the row and column order of the vision tokens after the windowed attention.
+# ComfyUI 0.3.75 leaves them in window order.
 RESTORES_ORDER = "argsort" in inspect.getsource(qwen_vl.Qwen2VLVisionTransformer.forward)
 
 
@@ -93,35 +96,34 @@ class NarrowClip:
         return [[embeds, {}]]
 
 
-class RecordingVae:
-    """Crops like comfy.sd.VAE.encode and returns the pixels in place of latents."""
+class RecordingVae(comfy.sd.VAE):
+    """A narrow VAE that crops as ComfyUI does, and returns the pixels for the network in place of latents."""
 
-    crop_input = True
-
-    def spacial_compression_encode(self) -> int:
-        """Pixels per latent of Qwen-Image's VAE."""
-        return 8
+    def __init__(self) -> None:
+        super().__init__(sd=vae_weights(VAE_WIDTH))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """The cropped pixels that the network would get."""
-        return comfy.sd.VAE.vae_encode_crop_pixels(self, pixels)
+        """The cropped pixels [B, H, W, 3] that the network would get."""
+        return self.vae_encode_crop_pixels(pixels)
 
 
-def encode(case: dict[str, Any], pictures: dict[str, Tensor], clip: NarrowClip) -> tuple[dict[str, Tensor], Any]:
+def encode(
+    case: dict[str, Any], pictures: dict[str, Tensor], clip: NarrowClip, vae: RecordingVae
+) -> tuple[dict[str, Tensor], Any]:
     """Execute a case's node; returns its tensors and token ids (IMAGE_PAD for each image)."""
     if case["node"] == "TextEncodeQwenImageEdit":
         chosen = {"image": pictures[case["pictures"][0]]} if case["pictures"] else {}
-        output = TextEncodeQwenImageEdit.execute(clip, case["prompt"], RecordingVae(), **chosen)
+        output = TextEncodeQwenImageEdit.execute(clip, case["prompt"], vae, **chosen)
     else:
         chosen = {f"image{slot + 1}": pictures[name] for slot, name in enumerate(case["pictures"])}
-        output = TextEncodeQwenImageEditPlus.execute(clip, case["prompt"], RecordingVae(), **chosen)
+        output = TextEncodeQwenImageEditPlus.execute(clip, case["prompt"], vae, **chosen)
     embeds, options = output.args[0][0]
     tensors = {"embeds": embeds}
     for number, pixels in enumerate(options.get("reference_latents", [])):
         tensors[f"reference.{number}"] = pixels
     for number, image in enumerate(clip.images):
         tensors[f"patches.{number}"], tensors[f"grid.{number}"] = qwen_vl.process_qwen2vl_images(image)
-    if not RESTORES_ORDER and clip.images:
+    if clip.images:
         vision = clip.encoder.qwen25_7b.transformer.visual
         patches, grid = tensors["patches.0"], tensors["grid.0"]
         tensors["tokens_restored"], vision.restores_order = vision(patches, grid), False
@@ -167,9 +169,10 @@ def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, 
     pictures = {name.removeprefix("picture."): each for name, each in tensors.items() if name.startswith("picture.")}
     weights = {name.removeprefix("weights."): each for name, each in tensors.items() if name.startswith("weights.")}
     clip = NarrowClip(build_narrow(values["config"], weights))
-    tokens = []
+    vae, tokens = RecordingVae(), []
     for number, case in enumerate(values["cases"]):
-        outcome, ids = encode(case, pictures, clip)
+        outcome, ids = encode(case, pictures, clip, vae)
         answer.update({f"{number}.{name}": tensor for name, tensor in outcome.items()})
         tokens.append(ids)
-    return answer, {"tokens": tokens, "sizes": sizes_of(values["sizes"]), "restores_order": RESTORES_ORDER}
+    facts = {"version": __version__, "restores_order": RESTORES_ORDER}
+    return answer, {"tokens": tokens, "sizes": sizes_of(values["sizes"]), **facts}

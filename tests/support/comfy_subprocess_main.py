@@ -23,7 +23,8 @@ class LogLines(logging.Handler):
 def main(tree: str, script: str, work: str) -> None:
     """Import ComfyUI's modules on the CPU, call the script's `main` and write its answer to `work`."""
     own = Path(__file__).resolve().parent
-    sys.path[:] = [tree, *(path for path in sys.path if path and Path(path).resolve() != own)]
+    others = [path for path in sys.path if path and Path(path).resolve() != own]
+    sys.path[:] = [tree, *others, str(own)]  # last, for scripts that use each other
     sys.argv = ["main.py"]
     from comfy.cli_args import args
 

@@ -6,14 +6,15 @@ model, its flavour, dataset folders, reference pictures and a caption.
 
 from __future__ import annotations
 
-import importlib.util
 import types
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.sd
 import comfy.supported_models
+import comfy_subprocess_encoders
+import comfy_subprocess_host
+import comfy_subprocess_weights
 import numpy as np
 import torch
 from comfy.text_encoders import qwen_image
@@ -24,19 +25,9 @@ from torch import Tensor
 VAE_WIDTH = 8
 
 
-def sibling(name: str) -> types.ModuleType:
-    """Import another script of this folder, which is not on sys.path here."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def make_clip(config: dict[str, Any], weights: dict[str, Tensor]) -> comfy.sd.CLIP:
     """A CLIP made by ComfyUI's own constructor, after `build_narrow` has replaced the classes by narrow ones."""
-    sibling("comfy_subprocess_encoders").build_narrow(config, weights)
+    comfy_subprocess_encoders.build_narrow(config, weights)
     target = types.SimpleNamespace(params={}, clip=qwen_image.QwenImageTEModel, tokenizer=qwen_image.QwenImageTokenizer)
     clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
     network = clip.cond_stage_model.qwen25_7b.transformer
@@ -132,11 +123,10 @@ def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, 
     import folder_paths
     import utils.extra_config  # noqa: F401 - imported before another package named utils
 
-    host = sibling("comfy_subprocess_host")
-    module = host.pack(values["repo"])
+    module = comfy_subprocess_host.pack(values["repo"])
     folder_paths.set_output_directory(values["output"])
     clip = make_clip(values["config"], tensors)
-    vae = comfy.sd.VAE(sd=sibling("comfy_subprocess_weights").vae_weights(VAE_WIDTH))
+    vae = comfy.sd.VAE(sd=comfy_subprocess_weights.vae_weights(VAE_WIDTH))
     answer = {}
     for number, case in enumerate(values["cases"]):
         ours = Runner(module, case).stored(clip=clip, vae=vae)
@@ -144,5 +134,5 @@ def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, 
         answer.update({f"{number}.ours.{name}": tensor for name, tensor in ours.items()})
         answer.update({f"{number}.theirs.{name}": tensor.float().clone() for name, tensor in theirs.items()})
     run = Runner(module, values["cases"][0], small=True)
-    facts = {"keys": keys_of(run, clip, vae), "refusals": refusals(run, clip, vae, host.outcome)}
+    facts = {"keys": keys_of(run, clip, vae), "refusals": refusals(run, clip, vae, comfy_subprocess_host.outcome)}
     return answer, facts
