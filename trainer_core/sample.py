@@ -20,7 +20,7 @@ from .geometry import Box, Size, bucket_size, crop_box
 from .qwen_image.base_model import BaseModel
 from .qwen_image.flavours import FLAVOURS
 from .qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
-from .qwen_image.positions import use_comfyui_positions
+from .qwen_image.positions import follow_comfyui
 from .qwen_image.sampling import load_scheduler, sample_latents
 from .qwen_image.text_encoder import load_text_encoder
 from .qwen_image.transformer import load_transformer
@@ -125,7 +125,7 @@ def _draw(
     """Latents [C, H, W] of the result."""
     transformer = load_transformer(base, device, observer)
     if request.preprocessing == "comfyui":
-        use_comfyui_positions(transformer)
+        follow_comfyui(transformer)
     if request.lora_file is not None:
         load_into(transformer, request.lora_file, request.lora_strength)
     conditions = [Condition(references, *pad_prompts([prompt])).to(device) for prompt in prompts]

@@ -14,7 +14,7 @@ from trainer_core.memory.compilation import Compilation
 from trainer_core.qwen_image import sampling
 from trainer_core.qwen_image.base_model import empty_transformer
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
-from trainer_core.qwen_image.positions import use_comfyui_positions
+from trainer_core.qwen_image.positions import follow_comfyui
 from trainer_core.qwen_image.sampling import QWEN_SCHEDULE, guides_together, sample_latents
 from trainer_core.qwen_image.types import Condition
 
@@ -26,7 +26,7 @@ def network(dtype: torch.dtype, *, zero_cond_t: bool = False) -> nn.Module:
     fill(made, 0)
     made.pos_embed = rotary
     optimise_frozen_forward(made)
-    use_comfyui_positions(made)
+    follow_comfyui(made)
     return made.to(dtype).eval().requires_grad_(False)
 
 

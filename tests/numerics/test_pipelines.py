@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,12 @@ from trainer_core.geometry import Box, Size
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.folder import model_folder
-from trainer_core.qwen_image.sampling import load_scheduler
+from trainer_core.qwen_image.latents import pack
+from trainer_core.qwen_image.positions import follow_comfyui
+from trainer_core.qwen_image.sampling import load_scheduler, sample_latents
 from trainer_core.qwen_image.text_encoder import load_text_encoder
 from trainer_core.qwen_image.transformer import load_transformer
+from trainer_core.qwen_image.types import Condition
 from trainer_core.qwen_image.vision import rotary_positions
 from trainer_core.rng import stream
 from trainer_core.sample import SampleRequest, sample_edit
@@ -186,6 +190,53 @@ def test_sizes_equal_the_pipelines_at_their_own_areas():
             if min(map(min, wanted)) == 0:
                 continue  # the pipelines fail on so narrow a picture; ours is 32 pixels wide
             assert [reference.size, vision.size] == wanted, (width, height, flavour.name)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("small_areas")
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize(("flavour", "count"), CASES)
+def test_latents_in_bf16_equal_the_pipelines_bit_for_bit(
+    bases: dict[str, ModelConfig], flavour: str, count: int, guidance: float
+):
+    """The pipeline calls diffusers' forward of the same network. It tells it a level that was rounded to bf16 twice."""
+    model, steps, bf16 = dataclasses.replace(bases[flavour], mixed_precision="bf16"), 5, torch.bfloat16
+    pipeline = build_pipeline(model)
+    pipeline.vae.to(bf16)
+    prompts = [torch.randn(1, length, 128, generator=stream(length, "prompt")).to(bf16) for length in (21, 13)]
+    noise = torch.randn((1, 16, SIZE.height // 8, SIZE.width // 8), generator=stream(7, "noise"))
+    encoded: list[torch.Tensor] = []
+    encode = pipeline._encode_vae_image
+    pipeline._encode_vae_image = lambda **given: encoded.append(encode(**given)) or encoded[-1]
+    theirs = pipeline(
+        image=for_pipeline(model, pictures(count)),
+        prompt_embeds=prompts[0],
+        negative_prompt_embeds=prompts[1],
+        true_cfg_scale=guidance,
+        height=SIZE.height,
+        width=SIZE.width,
+        num_inference_steps=steps,
+        latents=pack(noise),
+        output_type="latent",
+    ).images
+    references = tuple(each.squeeze(2).float() for each in encoded)
+    conditions = [Condition(references, prompt.float()) for prompt in prompts]
+    transformer = load_transformer(BaseModel(model), torch.device("cpu"))
+    sample = functools.partial(
+        sample_latents,
+        transformer,
+        noise,
+        conditions[0],
+        scheduler=load_scheduler(model_folder(model).scheduler),
+        num_steps=steps,
+        guidance=guidance,
+        negative=conditions[1],
+    )
+    ours = sample()
+    assert len(references) == count and theirs.dtype == bf16 and theirs.std() > 0.1
+    assert torch.equal(pack(ours), theirs.float())
+    follow_comfyui(transformer)
+    assert (sample() - ours).norm() > 1e-2 * ours.norm(), "ComfyUI's rounding is another"
 
 
 class Positions:

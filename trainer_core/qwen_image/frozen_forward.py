@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..precision.frozen_norm import FrozenRMSNorm, input_gradient, inverse_root
+from .positions import follows_comfyui
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -43,10 +44,11 @@ def predict_tokens(
     prompt_mask: Tensor | None,
     shapes: Sequence[tuple[int, int, int]],
 ) -> Tensor:
-    """Predicted velocity [B, L, c] of the picture tokens [B, L, c]: diffusers' forward, with one difference.
+    """Predicted velocity [B, L, c] of the picture tokens [B, L, c]: diffusers' forward.
 
-    The sinusoids of sigma [B] (float32) are computed in float32, as ComfyUI does. diffusers rounds sigma and the
-    frequencies to bfloat16 first, which changes most of the sinusoids: 1000 sigma is wrong by up to 2.
+    If the transformer follows ComfyUI, the sinusoids of sigma [B] (float32) are computed in float32. Otherwise sigma
+    and their frequencies are rounded as in diffusers' pipelines. In bfloat16 that changes most of the sinusoids:
+    1000 sigma is wrong by up to 4.
 
     `prompt` is [B, T, p], its mask [B, T] is True for real tokens. `shapes` are frames, height and width in tokens of
     the target and of each reference.
@@ -54,6 +56,8 @@ def predict_tokens(
     batch, tokens = picture.shape[:2]
     picture, prompt = transformer.img_in(picture), transformer.txt_in(transformer.txt_norm(prompt))
     is_reference = None
+    if not follows_comfyui(transformer):
+        sigma_B = rounded_by_pipelines(sigma_B, picture.dtype)
     if transformer.zero_cond_t:
         sigma_B = torch.cat([sigma_B, torch.zeros_like(sigma_B)])
         frames, height, width = shapes[0]
@@ -68,6 +72,15 @@ def predict_tokens(
         again = transformer._gradient_checkpointing_func if recomputes else None
         prompt, picture = again(block, *inputs) if again else block(*inputs)
     return transformer.proj_out(transformer.norm_out(picture, time[:batch]))
+
+
+def rounded_by_pipelines(sigma_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """The noise level [B] that diffusers' pipelines give to a network of `dtype`.
+
+    They round 1000 sigma to `dtype`, divide by 1000 and round again. Because the result has the network's dtype,
+    diffusers' time projection also rounds its frequencies to it.
+    """
+    return (sigma_B * 1000).to(dtype) / 1000
 
 
 def _modulated(x: Tensor, parameters: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""ComfyUI's rotary positions, for LoRAs that will be used in ComfyUI.
+"""Makes a transformer compute as ComfyUI does, for LoRAs that will be used there, and has ComfyUI's rotary positions.
 
 diffusers and ComfyUI assign equal positions if sides are even and no reference is larger than the target. Otherwise
 they differ in two ways. A side of n tokens starts at -(n // 2) in ComfyUI and at -(n - n // 2) in diffusers. The prompt
@@ -57,6 +57,11 @@ class ComfyuiPositions(nn.Module):
         return torch.cat([self._replaced.rope_params(each.flatten(), size) for each, size in axes], dim=1)
 
 
-def use_comfyui_positions(transformer: Any) -> None:
-    """Make a transformer use ComfyUI's positions from now on."""
+def follow_comfyui(transformer: Any) -> None:
+    """Make a transformer use ComfyUI's positions and rounding from now on, in place of those of the pipelines."""
     transformer.pos_embed = ComfyuiPositions(transformer.pos_embed)
+
+
+def follows_comfyui(transformer: Any) -> bool:
+    """Whether `follow_comfyui` was called for this transformer."""
+    return isinstance(transformer.pos_embed, ComfyuiPositions)

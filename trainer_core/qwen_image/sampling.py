@@ -14,6 +14,7 @@ from ..device import free_bytes
 from ..events import SILENT, Observer, raise_if_stopped
 from ..memory.compilation import is_compiled
 from .latents import pack, token_shape, unpack
+from .positions import follows_comfyui
 from .transformer import predict_velocity
 from .types import Condition
 
@@ -99,7 +100,10 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     observer: Observer = SILENT,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Integrate from noise [B, C, H, W] to latents of the same shape.
+    """Integrate from noise [B, C, H, W] to latents of the same shape (float32).
+
+    If the transformer follows ComfyUI, guidance and latents are computed in float32, as ComfyUI's samplers do.
+    Otherwise they are computed and rounded in the network's dtype, as in diffusers' pipelines.
 
     Guidance needs a `negative` condition and a scale above 1. `together`: whether its two passes share a forward pass
     until memory runs out; None asks `guides_together`. `on_step` gets the number of finished steps. No step waits for
@@ -110,12 +114,13 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     """
     _, rows, columns = token_shape(noise_BCHW)
     schedule = sigma_schedule(scheduler, num_steps, rows * columns)
-    lengths, sigmas = schedule.diff().tolist(), schedule.to(noise_BCHW.device)
+    dtype = torch.float32 if follows_comfyui(transformer) else transformer.proj_out.weight.dtype
+    lengths, sigmas = (each.to(noise_BCHW.device) for each in (schedule.diff(), schedule))
     negative = negative if guidance > 1 else None
     if together is None:
         together = guides_together(transformer, condition, noise_BCHW)
     both = condition.beside(negative) if negative is not None and together else None
-    latents = noise_BCHW
+    latents = noise_BCHW.to(dtype)
     for index in range(num_steps):
         raise_if_stopped(observer)
         sigma, velocities = sigmas[index].expand(len(latents)), None
@@ -128,8 +133,9 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
         if velocities is None:
             conditions = (condition,) if negative is None else (condition, negative)
             velocities = tuple(predict_velocity(transformer, latents, sigma, each) for each in conditions)
-        velocity = guided_velocity(*velocities, guidance) if len(velocities) == 2 else velocities[0]
-        latents = latents + lengths[index] * velocity.float()
+        first, *others = (each.to(dtype) for each in velocities)
+        velocity = guided_velocity(first, *others, guidance) if others else first
+        latents = (latents.float() + lengths[index] * velocity).to(dtype)
         if on_step is not None:
             on_step(index + 1)
-    return latents
+    return latents.float()

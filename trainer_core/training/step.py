@@ -24,7 +24,7 @@ from ..events import Observer, StepReport, Stop, raise_if_stopped
 from ..memory.compilation import Compilation
 from ..memory.placement import apply_memory, blocks_on_host, stream_blocks
 from ..qwen_image.base_model import BaseModel, compute_dtype
-from ..qwen_image.positions import use_comfyui_positions
+from ..qwen_image.positions import follow_comfyui
 from ..qwen_image.transformer import load_transformer, predict_velocity
 from ..qwen_image.types import Condition, NoisyLatents
 from ..rng import seeded_globally
@@ -80,7 +80,7 @@ def build_networks(
 ) -> Networks:
     """Load and quantise the transformer, add the adapter and create the optimizer.
 
-    `preprocessing` "comfyui" also gives the transformer ComfyUI's rotary positions.
+    With `preprocessing` "comfyui" the transformer computes as in ComfyUI, otherwise as in diffusers' pipelines.
 
     Raises:
         ConfigError: the optimizer can't run on this device.
@@ -94,7 +94,7 @@ def build_networks(
     stream = stream_blocks(transformer, on_host, device, config.memory)  # first: the adapter must stay on the device
     raise_if_stopped(observer)
     if preprocessing == "comfyui":
-        use_comfyui_positions(transformer)
+        follow_comfyui(transformer)
     parameters = inject_lora(transformer, adapter, config.seed)
     weights = master_weights(parameters, compute_dtype(config.model))
     transformer.train(config.lora.lora_dropout > 0)  # the network has no other dropout
