@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 _BELOW = "A path below ComfyUI's input or output folder, such as my_edit/{}, or below another folder the server allows."
 
 
+def _more_references(number: int, ordinal: str) -> io.Input:
+    return new_input(
+        io.String,
+        f"reference_folder_{number}",
+        optional=True,
+        default="",
+        tooltip=f"Folder of the {ordinal} reference of each pair, for edit-v2 and edit-v3. Empty for none.",
+    )
+
+
 class PairFolders(io.ComfyNode):
     """Pair the pictures of a target folder and one to three reference folders."""
 
@@ -45,20 +55,8 @@ class PairFolders(io.ComfyNode):
                 ),
                 setting_input(DatasetConfig, "caption_strategy"),
                 setting_input(DatasetConfig, "instance_prompt", multiline=True),
-                new_input(
-                    io.String,
-                    "reference_folder_2",
-                    optional=True,
-                    default="",
-                    tooltip="Folder of the second reference of each pair, for edit-v2 and edit-v3. Empty for none.",
-                ),
-                new_input(
-                    io.String,
-                    "reference_folder_3",
-                    optional=True,
-                    default="",
-                    tooltip="Folder of the third reference of each pair, for edit-v2 and edit-v3. Empty for none.",
-                ),
+                _more_references(2, "second"),
+                _more_references(3, "third"),
                 new_input(
                     sockets.CaptionSettings,
                     "caption_settings",
@@ -81,6 +79,7 @@ class PairFolders(io.ComfyNode):
                     optional=True,
                     tooltip="How references are cropped. Default: like their targets if the aspect ratio is the same.",
                 ),
+                setting_input(DatasetConfig, "color_profiles", optional=True, advanced=True),
             ],
             outputs=[new_output(sockets.Dataset, "dataset", "The pairs, for the check, preview and encode nodes.")],
         )
@@ -128,6 +127,7 @@ def _dataset_config(
     mask_folder: str = "",
     references_optional: bool = False,  # noqa: FBT002 - a widget
     reference_settings: sockets.ReferencesSeen | None = None,
+    color_profiles: str = "convert",
     **references: str,
 ) -> DatasetConfig:
     roots = host_folders.dataset_roots()
@@ -148,6 +148,7 @@ def _dataset_config(
         mask_dir=str(folders["mask_folder"]) if masks else "",
         references_optional=references_optional,
         conditioning_type=tuple(types[int(label[-1]) - 1] for label in given),
+        color_profiles=color_profiles,  # type: ignore[arg-type] - DatasetConfig checks it
     )
 
 
@@ -201,7 +202,7 @@ class PreviewPairs(io.ComfyNode):
                 ),
             ],
             outputs=[
-                new_output(io.Image, "contact_sheet", "One row per pair: references, target and caption."),
+                new_output(io.Image, "contact_sheet", "One row per pair: references, target, mask and caption."),
                 new_output(io.String, "report", "Number of pairs, sizes, captions and anything unusual."),
             ],
         )

@@ -191,9 +191,10 @@ def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .sample import SampleRequest, sample_edit
 
     job = _job(options)
+    convert = (job.dataset or job.datasets[0].dataset).color_profiles == "convert"
     request = SampleRequest(
         model=job.model,
-        references=tuple(open_picture(path) for path in options.reference),
+        references=tuple(open_picture(path, convert=convert) for path in options.reference),
         prompt=options.prompt,
         negative_prompt=job.encoding.validation_negative_prompt,
         preprocessing=job.encoding.preprocessing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,8 @@ class _Brief(reprlib.Repr):
 
 
 _BRIEF: Any = _Brief()
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first three names of a list, for use in a message."""
+    return ", ".join(map(shown, names[:3])) + (", …" if len(names) > 3 else "")

@@ -18,6 +18,34 @@ def frames(path: Path, kind: str) -> None:
     colours[0].save(path, kind, save_all=True, append_images=colours[1:])
 
 
+# Path below the folder, with slashes after it to tell keys apart -> part of the message.
+PROBLEMS = {
+    "after/zero.png": "is empty (0 bytes)",
+    "after/cut_png.png": "damaged or cut short",
+    "before/cut_jpg.jpg": "damaged or cut short",
+    "before/words.png": "not a JPEG, PNG",
+    "after/alone.png": "no reference in",
+    "after/mute.png": "looked for mute.txt",
+    "before/linked.png": "the link points outside the dataset's folder",
+    "after/linked.png": "no reference in",
+    "after/chain.txt": "can't be reached",
+    "after/chain.png": "looked for chain.txt",
+    "after/twice.png": "same name except for the extension",
+    "before/huge.png": "at most 178 million",
+    "after": "look like masks of targets: 2 (animated_mask.png, good-masklabel.png). Move them to a folder",
+}
+NOTES = {
+    "after/animated.png": "only the first is used",
+    "before/loop.png": "only the first is used",
+    "after": "1 .psd file not used (layers.psd), because this format is not supported. Convert",
+    "after/": "2 .heic files not used (phone.heic, phone_too.HEIC)",
+    "after//": "1 .xlsx file not used (list.xlsx), because this is no picture's extension",
+    "after///": "hidden and system files and folders not used: 3 (@eaDir, Thumbs.db, __MACOSX)",
+    "before": "1 .txt file not used (words.txt), because captions are read beside the targets",
+    "before/nobody.png": "no target has this name",
+}
+
+
 def hostile(root: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Makes the folders. Returns the expected problems and the expected notes: relative path -> part of the message."""
     after, before = root / "after", root / "before"
@@ -44,30 +72,19 @@ def hostile(root: Path) -> tuple[dict[str, str], dict[str, str]]:
     Image.new("1", (10_000, 10_000)).save(after / "large.png")
     frames(after / "animated.png", "PNG")
     frames(before / "loop.png", "GIF")
-    frames(after / "cinema.gif", "GIF")
+    text(after / "layers.psd", b"8BPS")
+    text(after / "phone.heic", b"x")
+    text(after / "phone_too.HEIC", b"x")
+    text(after / "list.xlsx", b"x")
+    text(before / "words.txt", "captions belong beside targets")
+    picture(after / "@eaDir/good.png/SYNOPHOTO_THUMB_M.jpg")
+    picture(after / "__MACOSX/._good.png")
+    text(after / "Thumbs.db", b"x")
+    picture(after / "good-masklabel.png")
+    picture(after / "animated_mask.png")
     Image.new("RGB", (16, 12), "red").save(after / "disguised.png", "JPEG")
     picture(before / "nobody.png")
-    problems = {
-        "after/zero.png": "is empty (0 bytes)",
-        "after/cut_png.png": "damaged or cut short",
-        "before/cut_jpg.jpg": "damaged or cut short",
-        "before/words.png": "not a JPEG, PNG",
-        "after/alone.png": "no reference in",
-        "after/mute.png": "looked for mute.txt",
-        "before/linked.png": "the link points outside the dataset's folder",
-        "after/linked.png": "no reference in",
-        "after/chain.txt": "can't be reached",
-        "after/chain.png": "looked for chain.txt",
-        "after/twice.png": "same name except for the extension",
-        "before/huge.png": "at most 178 million",
-        "before/loop.png": "not a JPEG, PNG",
-    }
-    notes = {
-        "after/animated.png": "only the first is used",
-        "after/cinema.gif": "are not supported",
-        "before/nobody.png": "no target has this name",
-    }
-    return problems, notes
+    return PROBLEMS, NOTES
 
 
 def test_a_hostile_folder_gives_one_readable_report_and_changes_nothing(tmp_path: Path) -> None:
@@ -85,24 +102,26 @@ def test_a_hostile_folder_gives_one_readable_report_and_changes_nothing(tmp_path
     scan = scan_folders(config(tmp_path))
     assert list(scan.problems) == problems
     for name, words in noted.items():
-        assert sum(line.startswith(f"{tmp_path / name}: ") and words in line for line in scan.notes) == 1, name
+        assert sum(line.startswith(f"{tmp_path / name.rstrip('/')}: ") and words in line for line in scan.notes) == 1, (
+            name
+        )
     assert len(scan.notes) == len(noted)
     good = {each.key: each for each in scan.dataset.pairs}
-    assert set(good) == {"good", "twice", "large", "animated", "disguised", LONG}
+    assert set(good) == {"good", "twice", "large", "animated", "loop", "disguised", LONG}
     assert good["large"].sizes[0] == (10_000, 10_000)
     assert contents(tmp_path) == untouched
 
 
 def test_what_was_listed_can_be_mended(tmp_path: Path) -> None:
     expected, _ = hostile(tmp_path)
-    for name in expected:
-        path = tmp_path / name
+    for path in [*map(tmp_path.joinpath, expected), *(tmp_path / "after").glob("*[-_]mask*")]:
         for twin in (*path.parent.parent.glob(f"*/{path.stem}.*"),):
             twin.unlink()
     assert {each.key for each in pair_folders(config(tmp_path)).pairs} == {
         "good",
         "large",
         "animated",
+        "loop",
         "disguised",
         LONG,
     }

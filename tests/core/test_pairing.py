@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.support.pair_files import config, contents, pair, picture, problems_of, text
+from trainer_core.config import CaptionConfig
 from trainer_core.data.captions import read_caption_file
 from trainer_core.data.pairing import folder_state, pair_folders, scan_folders
 from trainer_core.errors import DatasetError
@@ -55,7 +56,66 @@ def test_hidden_and_other_files_are_passed_over(tmp_path):
     text(tmp_path / "after/Thumbs.db", b"\0")
     text(tmp_path / "after/read.md")
     scan = scan_folders(config(tmp_path))
-    assert (len(scan.dataset.pairs), scan.problems, scan.notes) == (1, (), ())
+    assert (len(scan.dataset.pairs), scan.problems) == (1, ())
+    assert scan.notes == (
+        f"{tmp_path / 'after'}: 1 .md file not used (read.md), because this is no picture's extension.",
+        f"{tmp_path / 'after'}: hidden and system files and folders not used: 3 (._a.png, .hidden, Thumbs.db).",
+    )
+
+
+SYSTEM = ["@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", ".thumbnails"]
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_what_a_system_puts_into_folders_is_never_trained(tmp_path, name):
+    pair(tmp_path, "a")
+    for folder in ("after", "before"):
+        picture(tmp_path / folder / name / "a.png/thumb.jpg")
+    picture(tmp_path / "after" / name / "thumb.jpg")
+    scan = scan_folders(config(tmp_path, references_optional=True))
+    assert [each.key for each in scan.dataset.pairs] == ["a"]
+    assert not scan.problems
+    assert [f"not used: 1 ({name})" in note for note in scan.notes] == [True, True]
+
+
+@pytest.mark.parametrize("ending", ["-masklabel", "_masklabel", "-mask", "_mask", "_MASK"])
+@pytest.mark.parametrize("references_optional", [True, False])
+def test_a_mask_beside_its_target_is_no_target(tmp_path, ending, references_optional):
+    pair(tmp_path, "000")
+    pair(tmp_path, "cat_mask")  # a pair of its own: nothing is called cat
+    pair(tmp_path, f"own/001{ending}")
+    pair(tmp_path, "own/001")  # 001 and 001_mask both have a reference and a caption
+    picture(tmp_path / "after" / f"000{ending}.png")
+    settings = config(
+        tmp_path, references_optional=references_optional, caption_strategy="instanceprompt", instance_prompt="Go."
+    )
+    scan = scan_folders(settings)
+    assert [each.key for each in scan.dataset.pairs] == ["000", "cat_mask", "own/001", f"own/001{ending}"]
+    assert scan.problems == (
+        f"{tmp_path / 'after'}: pictures that look like masks of targets: 1 (000{ending}.png). Move them to a folder "
+        "of their own, name them like their targets, and set mask_dir to it; or remove them.",
+    )
+
+
+def test_two_spellings_of_one_name_are_told_apart(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    pair(tmp_path, nfc)
+    pair(tmp_path, nfd)
+    problems = problems_of(config(tmp_path))
+    assert len(problems) == 3  # two targets, two texts, two references
+    assert all("the same name in another spelling of its accented letters (Unicode NFC and NFD)" in p for p in problems)
+
+
+def test_the_table_of_captions_may_lie_beside_the_targets(tmp_path):
+    pair(tmp_path, "a")
+    (tmp_path / "after/a.txt").unlink()
+    text(tmp_path / "after/table.csv", "filename,caption\na.png,Make it blue.\n")
+    text(tmp_path / "after/other.csv", "x")
+    captions = CaptionConfig(caption_file="table.csv")
+    notes = pair_folders(config(tmp_path, caption_strategy="csv", captions=captions)).notes
+    assert notes == (
+        f"{tmp_path / 'after'}: 1 .csv file not used (other.csv), because this is no picture's extension.",
+    )
 
 
 def test_what_is_left_out_is_noted(tmp_path):
@@ -67,7 +127,8 @@ def test_what_is_left_out_is_noted(tmp_path):
     frames[0].save(tmp_path / "before/a.png", save_all=True, append_images=frames[1:])
     dataset = pair_folders(config(tmp_path))
     assert len(dataset.notes) == 4
-    for name in ("extra.png", "orphan.txt", "old.HEIC", "a.png"):
+    assert sum("1 .heic file not used (old.HEIC)" in note for note in dataset.notes) == 1
+    for name in ("extra.png", "orphan.txt", "a.png"):
         assert sum(f"{os.sep}{name}: " in note for note in dataset.notes) == 1, name
 
 

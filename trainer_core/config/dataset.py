@@ -15,6 +15,7 @@ CropAspect = Literal["square", "preserve"]
 CropStyle = Literal["center", "random", "corner"]
 Preprocessing = Literal["comfyui", "diffusers"]
 ConditioningType = Literal["auto", "reference_strict", "reference_loose"]
+ColorProfiles = Literal["convert", "ignore"]
 MultidatasetSampling = Literal["combined", "random"]
 ReferenceLatents = Literal["cached", "on_the_fly"]
 
@@ -92,6 +93,11 @@ class DatasetConfig(Settings):
         "How references are cropped; one value for all folders, or one per folder. reference_strict: like the target; "
         "a different aspect ratio is an error. reference_loose: never. auto: like the target if the aspect ratios "
         "differ by at most 1 %.",
+    )
+    color_profiles: ColorProfiles = setting(
+        "convert",
+        "convert: pictures with another colour profile than sRGB, such as Display P3, become sRGB. ignore: use the "
+        "numbers in the file, as ComfyUI's LoadImage does.",
     )
 
     def check_combinations(self) -> None:

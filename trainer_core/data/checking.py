@@ -9,31 +9,52 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL import Image
 
+from ..config.dataset import ColorProfiles
 from ..errors import DatasetError
 from ..events import Observer, raise_if_stopped
 from ..files import write_atomically
 from ..geometry import Size
-from .images import accepts_cut_pictures, decode_picture, is_animated, open_picture_file, stream_digest
+from .colour_profiles import ColourProfile
+from .images import accepts_cut_pictures, content_name, decode_picture, open_picture_file, stream_digest
+from .masks import MaskSource, mask_grey
 
 _LOG = logging.getLogger(__name__)
 _DECODERS = 4
-_FORMAT = 1  # of the results file; raise it when the checks change
+_FORMAT = 2  # of the results file; raise it when the checks change
 _SETTLED_NS = 2 * 10**9  # a newer file could change again without changing its timestamp
 
 State = tuple[int, int, int, int]  # size in bytes, mtime (ns), ctime (ns), inode
 
 
 class Checked(NamedTuple):
-    """Properties of a readable picture. `brightest` is the largest grey value of a mask, -1 for other pictures."""
+    """Properties of a readable picture. `sha256` is that of the file; see `Picture` for the profile and corrections.
 
-    digest: str
+    `mask` says where the weights of a mask come from; empty for other pictures. `brightest` is the mask's largest
+    weight, 0 to 255.
+    """
+
+    sha256: str
     size: Size
     animated: bool
+    transparent: bool
+    profile: ColourProfile | None
+    corrections: tuple[str, ...]
+    mask: MaskSource | Literal[""] = ""
     brightest: int = -1
+
+    def converted(self, color_profiles: ColorProfiles) -> bool:
+        """Whether this picture is converted to sRGB under this setting. A mask never is."""
+        usable = self.profile is not None and not self.profile.problem
+        return usable and color_profiles == "convert" and not self.mask
+
+    def content(self, color_profiles: ColorProfiles) -> str:
+        """The `content_name` of the picture, or of the mask."""
+        read_as = (self.mask,) if self.mask not in ("", "grey") else ()
+        return content_name(self.sha256, (*self.corrections, *read_as), to_srgb=self.converted(color_profiles))
 
 
 CheckedPictures = dict[Path, Checked | DatasetError]
@@ -84,10 +105,20 @@ def _checked(
 def _check(path: Path, *, is_mask: bool) -> Checked | DatasetError:
     try:
         with open_picture_file(path) as file:
-            content = stream_digest(file)
-            picture = decode_picture(file, path)
-            brightest = int(picture.convert("L").getextrema()[1]) if is_mask else -1  # type: ignore[arg-type]
-            return Checked(content, Size(*picture.size), is_animated(file, path), brightest)
+            sha256 = stream_digest(file)
+            picture = decode_picture(file, path, convert=False)
+            found = Checked(
+                sha256,
+                Size(*picture.pixels.size),
+                picture.animated,
+                picture.alpha is not None,
+                picture.profile,
+                picture.corrections,
+            )
+            if not is_mask:
+                return found
+            grey, source = mask_grey(picture, path)
+            return found._replace(mask=source, brightest=int(grey.getextrema()[1]))  # type: ignore[arg-type]
     except DatasetError as error:
         return error
 
@@ -110,8 +141,10 @@ def _recall(memory: Path | None, states: dict[Path, State], masks: Collection[Pa
         rows = stored["pictures"] if stored["format"] == _FORMAT else {}
         for path, state in states.items():
             row = rows.get(str(path))
-            if row is not None and tuple(row[0]) == state and (path not in masks or row[4] >= 0):
-                known[path] = Checked(row[1], Size(*row[2]), row[3], row[4])
+            if row is not None and tuple(row[0]) == state and (path in masks) == bool(row[1][6]):
+                sha256, size, animated, transparent, profile, corrections, *mask = row[1]
+                profile = profile and ColourProfile(*profile)
+                known[path] = Checked(sha256, Size(*size), animated, transparent, profile, tuple(corrections), *mask)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return {}
     return known
@@ -121,7 +154,7 @@ def _remember(memory: Path, found: dict[Path, Checked], states: dict[Path, State
     """Save results, except of files written within the last 2 seconds, which may still change unnoticed."""
     now = time.time_ns()
     rows = {
-        str(path): [states[path], each.digest, each.size, each.animated, each.brightest]
+        str(path): [states[path], each]
         for path, each in found.items()
         if path in states and now - max(states[path][1:3]) > _SETTLED_NS and _state(path) == states[path]
     }

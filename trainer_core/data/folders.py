@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES, shown
+from ..text import shown, some_of
+from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES
 
 CAPTION_SUFFIX = ".txt"
+_SYSTEM_NAMES = frozenset(  # in lower case: what operating systems and network drives put into folders
+    {"@eadir", "@tmp", "@sharebin", "@recycle", "#recycle", "#snapshot", "@recently-snapshot", "__macosx", "lost+found"}
+    | {"$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+)
+_MASK_ENDINGS = ("-masklabel", "_masklabel", "-mask", "_mask")  # the first is SimpleTuner's
 FileState = tuple[int, int]  # size in bytes, modification time (ns)
 
 
@@ -23,6 +30,8 @@ class Folder:
     pictures: dict[str, Path] = field(default_factory=dict)
     texts: dict[str, Path] = field(default_factory=dict)
     unread: dict[str, Path] = field(default_factory=dict)  # pictures in unsupported formats
+    others: list[Path] = field(default_factory=list)  # files that are neither texts nor pictures that can be read
+    system: list[str] = field(default_factory=list)  # names of hidden files and folders, and of those of the system
     caseless: dict[str, Path] = field(default_factory=dict)  # pictures by case-folded key
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -37,10 +46,11 @@ class Folder:
         return ""
 
 
-def scan_folder(root: Path) -> Folder:
-    """List a folder and its subfolders in name order. Skips hidden files and files of other types.
+def scan_folder(root: Path, *, table: Path | None = None) -> Folder:
+    """List a folder and its subfolders in name order.
 
-    `problems` and `notes` name every picture that is kept out of the dataset, with the reason.
+    `problems` and `notes` say of every file that is kept out of the dataset why it is. `table`: the caption table,
+    which may be in the folder.
     """
     folder = Folder(root)
     if not root.is_dir():
@@ -50,6 +60,8 @@ def scan_folder(root: Path) -> Folder:
     resolved = root.resolve()
     for path in _files(folder, root):
         kinds = _kind_of(folder, path)
+        if (kinds is None or kinds is folder.unread) and path != table:
+            folder.others.append(path)
         if kinds is None:
             continue
         reason = _unfit(path, resolved)
@@ -57,12 +69,44 @@ def scan_folder(root: Path) -> Folder:
             folder.problems.append(f"{shown(path)}: {reason}")
         else:
             _add(folder, kinds, path)
-    for path in folder.unread.values():
-        folder.notes.append(
-            f"{shown(path)}: not used, because {path.suffix.lower()} files are not supported. Convert it to PNG or "
-            "JPEG to use it."
-        )
+    folder.notes += _passed_over(folder)
     return folder
+
+
+def _passed_over(folder: Folder) -> Iterator[str]:
+    """Notes on the files that are not used, grouped by extension."""
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for path in folder.others:
+        groups[path.suffix.lower()].append(path)
+    for suffix, paths in groups.items():
+        names = some_of([path.relative_to(folder.root).as_posix() for path in paths])
+        kind = f"{len(paths)} {shown(suffix) if suffix else 'extensionless'} file{'s' if len(paths) > 1 else ''}"
+        why = "this is no picture's extension"
+        if suffix in UNREAD_PICTURE_SUFFIXES:
+            why = "this format is not supported. Convert to PNG or JPEG to use them"
+        yield f"{shown(folder.root)}: {kind} not used ({names}), because {why}."
+    if folder.system:
+        names = some_of(list(dict.fromkeys(folder.system)))
+        yield f"{shown(folder.root)}: hidden and system files and folders not used: {len(folder.system)} ({names})."
+
+
+def take_out_masks(target: Folder, others: Sequence[Folder]) -> list[str]:
+    """Takes pictures that look like the mask of a target out of the targets. Returns the problem, if there are any.
+
+    They are named like another target plus an ending, and have neither references nor a caption.
+    """
+    found: list[str] = []
+    for key in sorted(target.pictures):
+        bare = next((key[: -len(end)] for end in _MASK_ENDINGS if key.lower().endswith(end)), key)
+        used = key in target.texts or any(key in folder.pictures for folder in others)
+        if bare != key and bare in target.pictures and not used:
+            found.append(target.pictures.pop(key).relative_to(target.root).as_posix())
+    if not found:
+        return []
+    return [
+        f"{shown(target.root)}: pictures that look like masks of targets: {len(found)} ({some_of(found)}). Move them "
+        "to a folder of their own, name them like their targets, and set mask_dir to it; or remove them."
+    ]
 
 
 def file_states(root: Path) -> Iterator[tuple[str, int, int]]:
@@ -90,12 +134,14 @@ def _files(folder: Folder, start: Path) -> Iterator[Path]:
         path = waiting.pop()
         try:
             with os.scandir(path) as listing:
-                entries = sorted((entry for entry in listing if not entry.name.startswith(".")), key=lambda e: e.name)
+                everything = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             folder.problems.append(
                 f"{shown(path)}: the folder can't be read ({error.strerror}). Check its permissions."
             )
             continue
+        entries = [entry for entry in everything if not _is_system(entry.name)]
+        folder.system += [entry.name for entry in everything if _is_system(entry.name)]
         linked = [entry for entry in entries if entry.is_symlink() and _is_folder(entry)]
         folder.problems += [
             f"{shown(entry.path)}: links to folders aren't followed. Move the pictures here, or remove the link."
@@ -103,6 +149,10 @@ def _files(folder: Folder, start: Path) -> Iterator[Path]:
         ]
         waiting += [Path(entry.path) for entry in reversed(entries) if entry.is_dir(follow_symlinks=False)]
         yield from (Path(entry.path) for entry in entries if not _is_folder(entry))
+
+
+def _is_system(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -145,7 +195,8 @@ def _add(folder: Folder, kinds: dict[str, Path], path: Path) -> None:
         if kinds is folder.pictures:
             folder.caseless.setdefault(key.casefold(), path)
     elif kinds is not folder.unread:
-        folder.problems.append(
-            f"{shown(path)}: {shown(kinds[key].name)} has the same name except for the extension. "
-            "Keep only one of the two."
-        )
+        twin = kinds[key]
+        same = "the same name except for the extension"
+        if path.suffix == twin.suffix:
+            same = "the same name in another spelling of its accented letters (Unicode NFC and NFD)"
+        folder.problems.append(f"{shown(path)}: {shown(twin.name)} has {same}. Keep only one of the two.")

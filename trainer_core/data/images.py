@@ -8,49 +8,111 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from ..errors import DatasetError
 from ..text import shown
+from .colour_profiles import ColourProfile, colour_profile, to_srgb
+from .png_texts import without_texts
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+_FORMAT_OF = {  # the formats that are read, by extension; a file's content decides which of them it is
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **dict.fromkeys((".png", ".apng"), "PNG"),
+    **dict.fromkeys((".webp",), "WEBP"),
+    **dict.fromkeys((".bmp", ".dib"), "BMP"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".gif",), "GIF"),
+    **dict.fromkeys((".avif",), "AVIF"),
+    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
+    **dict.fromkeys((".qoi",), "QOI"),
+    **dict.fromkeys((".tga",), "TGA"),
+}
+PICTURE_SUFFIXES = frozenset(_FORMAT_OF)
 UNREAD_PICTURE_SUFFIXES = frozenset(
-    {".gif", ".heic", ".heif", ".avif", ".psd", ".jxl", ".jp2", ".svg", ".tga", ".exr", ".hdr", ".dng", ".cr2", ".nef"}
+    {".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jpf", ".jpx", ".exr", ".hdr", ".pfm", ".ico", ".dds", ".pcx", ".sgi"}
+    | {".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".ai", ".pdf"}  # layers, or drawings without pixels
+    | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}  # raw data of cameras
 )
 MAX_PICTURE_PIXELS = 178_000_000  # just below the size at which Pillow refuses a picture
 LARGE_PICTURE_PIXELS = 32_000_000  # larger ones are decoded one at a time to limit memory use
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # Pillow tries only these, whatever the file's extension
+_UNSIGNED = "TGA"  # has no signature, so only files named like it are tried
 _SIXTEEN_BIT = 65535
+_PHOTOMETRIC = 262  # TIFF tag: 0 if the value 0 is white
+_TO_SRGB = "srgb"
 _one_large_picture = threading.Lock()
 
 
-def open_picture(path: Path) -> Image.Image:
+class Picture(NamedTuple):
+    """What a file shows, upright.
+
+    `pixels` are RGB, also below transparent parts; `alpha` is a mask of mode L, None if the picture is opaque.
+    `profile` is a colour profile that is not sRGB. `corrections` name what Pillow reads wrongly and is put right here.
+    """
+
+    pixels: Image.Image
+    alpha: Image.Image | None
+    profile: ColourProfile | None
+    animated: bool
+    corrections: tuple[str, ...]
+
+    def on_white(self) -> Image.Image:
+        """The RGB picture with its transparent parts on white."""
+        if self.alpha is None:
+            return self.pixels
+        white = Image.new("RGB", self.pixels.size, (255, 255, 255))
+        white.paste(self.pixels, mask=self.alpha)
+        return white
+
+
+def content_name(sha256: str, corrections: tuple[str, ...], *, to_srgb: bool) -> str:
+    """Names the pixels that are read from a file: its SHA-256, and what is done to it besides decoding.
+
+    Cache keys are made of it, so pixels that are read in another way get other keys.
+    """
+    return "+".join((sha256, *corrections, *([_TO_SRGB] if to_srgb else [])))
+
+
+def is_converted(content: str) -> bool:
+    """Whether a picture with this `content_name` is converted to sRGB."""
+    return _TO_SRGB in content.split("+")[1:]
+
+
+def open_picture(path: Path, *, convert: bool = True) -> Image.Image:
     """The picture as upright 8-bit RGB, fully decoded and without metadata.
 
-    Applies the EXIF orientation, puts transparency on white, scales 16 bits to 8, converts CMYK without a colour
-    profile, and reads only the first of several frames.
+    Applies the EXIF orientation, puts transparency on white, scales 16 bits to 8, and reads only the first of several
+    frames. With `convert`, colours are converted to sRGB if the file has another colour profile.
 
     Raises:
         DatasetError: the file can't be read as a picture; names the file, the problem and what to do.
     """
     with open_picture_file(path) as file:
-        return decode_picture(file, path)
+        return decode_picture(file, path, convert=convert).on_white()
 
 
-def open_checked_picture(path: Path, digest: str) -> Image.Image:
-    """`open_picture` for a file whose SHA-256 must still be `digest`, from before until after decoding.
+def open_checked_picture(path: Path, content: str) -> Image.Image:
+    """`open_picture` for a file that must still be the one whose `content_name` is `content`. Decides `convert`.
+
+    Raises:
+        DatasetError: the file changed, is gone, or can't be read.
+    """
+    return read_checked(path, content).on_white()
+
+
+def read_checked(path: Path, content: str) -> Picture:
+    """What a file shows whose SHA-256 must still be the one in `content`, from before until after decoding.
 
     Raises:
         DatasetError: the file changed, is gone, or can't be read.
     """
     with open_picture_file(path) as file:
         before = os.fstat(file.fileno())
-        same = stream_digest(file) == digest
-        picture = decode_picture(file, path) if same else None
+        same = stream_digest(file) == content.split("+")[0]
+        picture = decode_picture(file, path, convert=is_converted(content)) if same else None
         after = os.fstat(file.fileno())
     if picture is None or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DatasetError(
@@ -59,15 +121,14 @@ def open_checked_picture(path: Path, digest: str) -> Image.Image:
     return picture
 
 
-def decode_picture(file: BinaryIO, path: Path) -> Image.Image:
-    """`open_picture` for an open file. `path` is only used in messages."""
+def decode_picture(file: BinaryIO, path: Path, *, convert: bool) -> Picture:
+    """Decodes an open file. `path` is used for messages, and to recognise formats without a signature."""
+    file, profile = without_texts(file)
     with _header(file, path) as picture:
         large = picture.width * picture.height > LARGE_PICTURE_PIXELS
         try:
             with _one_large_picture if large else nullcontext():
-                picture.load()
-                ImageOps.exif_transpose(picture, in_place=True)  # in place, because a copy would double the memory
-                rgb = _rgb(picture, path)
+                return _decoded(picture, path, profile, convert=convert)
         except DatasetError:
             raise
         except Exception as error:  # decoders raise almost any exception for damaged files
@@ -75,14 +136,6 @@ def decode_picture(file: BinaryIO, path: Path) -> Image.Image:
                 f"{shown(path)}: the picture is damaged or cut short ({_reason(error)}). "
                 "Save or copy it again, or remove the pair."
             ) from error
-    rgb.info = {}
-    return rgb
-
-
-def is_animated(file: BinaryIO, path: Path) -> bool:
-    """Whether the picture has several frames. A phone's JPEG with a depth map (MPO) does not count as animated."""
-    with _header(file, path) as picture:
-        return picture.format != "MPO" and bool(getattr(picture, "is_animated", False))
 
 
 def stream_digest(file: BinaryIO) -> str:
@@ -120,18 +173,44 @@ def _header(file: BinaryIO, path: Path) -> Generator[Image.Image]:
         raise DatasetError(f"{shown(path)}: the file is empty (0 bytes). Copy it again or remove the pair.")
     file.seek(0)
     try:
-        picture = Image.open(file, formats=_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(path, "more") from error
+        picture = _opened(file, path)
     except Exception as error:  # damaged headers raise almost anything
         raise DatasetError(
-            f"{shown(path)}: this is not a JPEG, PNG, WebP, BMP or TIFF picture, whatever its extension, or its header "
-            "is damaged. Convert or copy it again, or remove the pair."
+            f"{shown(path)}: the picture can't be opened ({_reason(error)}). Its header is damaged, or it is of a rare "
+            "kind. Save it as PNG or JPEG, copy it again, or remove the pair."
         ) from error
+    if picture is None:
+        raise DatasetError(
+            f"{shown(path)}: this is not a JPEG, PNG, WebP or other supported picture, whatever its extension. Convert "
+            "it to PNG or JPEG, or remove the pair."
+        )
     with picture:
         if picture.width * picture.height > MAX_PICTURE_PIXELS:
             raise _too_large(path, f"{picture.width} x {picture.height}")
         yield picture
+
+
+def _opened(file: BinaryIO, path: Path) -> ImageFile.ImageFile | None:
+    """The picture in one of our formats, or None. Unlike Image.open, it raises no warning about large pictures."""
+    Image.init()
+    start = file.read(16)
+    own, problem = _FORMAT_OF.get(path.suffix.lower()), None
+    for name in dict.fromkeys(_FORMAT_OF.values()):  # never a format that starts another program
+        factory, accepts = Image.OPEN.get(name, (None, None))
+        if factory is None or (name == _UNSIGNED and own != name):
+            continue
+        accepted = accepts is None or accepts(start)
+        if isinstance(accepted, str):
+            raise OSError(accepted)  # Pillow was built without this format
+        if accepted:
+            file.seek(0)
+            try:
+                return factory(file, "")
+            except SyntaxError as error:  # how Pillow says that it is not this format after all
+                problem = problem or error
+    if problem is not None:
+        raise problem
+    return None
 
 
 def _too_large(path: Path, found: str) -> DatasetError:
@@ -146,7 +225,47 @@ def _reason(error: BaseException) -> str:
     return text if len(text) <= 120 else text[:119] + "…"
 
 
-def _rgb(picture: Image.Image, path: Path) -> Image.Image:
+def _decoded(picture: ImageFile.ImageFile, path: Path, icc: bytes | None, *, convert: bool) -> Picture:
+    animated = picture.format != "MPO" and bool(getattr(picture, "is_animated", False))  # MPO: a phone's depth map
+    corrections = tuple(_corrections(picture, path))
+    picture.load()
+    ImageOps.exif_transpose(picture, in_place=True)  # in place, because a copy would double the memory
+    icc = icc if icc is not None or picture.format == "PNG" else picture.info.get("icc_profile")
+    base, alpha = _layers(picture, path)
+    if alpha is not None and alpha.getextrema() == (255, 255):
+        alpha = None
+    profile = None if icc is None or picture.mode == "LAB" else colour_profile(icc, base.mode)
+    if convert and icc is not None and profile is not None and not profile.problem:
+        base = to_srgb(base, icc)
+    rgb = base.convert("RGB")
+    rgb.info = {}
+    return Picture(rgb, alpha, profile, animated, corrections)
+
+
+def _corrections(picture: ImageFile.ImageFile, path: Path) -> Generator[str]:
+    """What Pillow reads wrongly in this file. Corrects what must be corrected before decoding."""
+    if _white_is_zero(picture):
+        yield "white is zero"
+    raw = str(picture.tile[0][3]) if picture.format == "PNG" and picture.tile else ""
+    if "transparency" in picture.info and raw == "RGB;16B":
+        raise DatasetError(
+            f"{shown(path)}: it has 16 bits per channel and a colour that means transparent. Save it with an alpha "
+            "channel or 8 bits per channel."
+        )
+    if isinstance(picture.info.get("transparency"), int) and raw in ("I;16B", "L;2", "L;4"):
+        yield "transparent grey"
+        if raw != "I;16B":
+            picture.info["transparency"] *= 85 if raw == "L;2" else 17  # to the 8 bits that the grey values get
+
+
+def _white_is_zero(picture: Image.Image) -> bool:
+    """Whether this is a TIFF of 16 bits in which 0 is white. Pillow reads its values as they are."""
+    tags = getattr(picture, "tag_v2", None)
+    return picture.mode.startswith("I;16") and tags is not None and tags.get(_PHOTOMETRIC) == 0
+
+
+def _layers(picture: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None]:
+    """The picture with 8 bits as L, RGB or CMYK, and its alpha channel; None if it has none."""
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         return _from_16_bit(picture, path)
     if picture.mode == "F":
@@ -156,15 +275,17 @@ def _rgb(picture: Image.Image, path: Path) -> Image.Image:
         )
     if picture.mode == "La":
         picture = picture.convert("LA")
-    if picture.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        white = Image.new("RGB", layer.size, (255, 255, 255))
-        white.paste(layer, mask=layer.getchannel("A"))
-        return white
-    return picture.convert("RGB")
+    palette = getattr(picture.palette, "mode", "") if picture.mode == "P" else ""
+    if picture.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in picture.info or palette.endswith("A"):
+        layer = picture.convert("LA" if picture.mode == "LA" else "RGBA")
+        alpha = layer.getchannel("A")
+        return layer.getchannel("L") if layer.mode == "LA" else layer.convert("RGB"), alpha
+    if picture.mode == "1":
+        return picture.convert("L"), None
+    return picture if picture.mode in ("L", "RGB", "CMYK") else picture.convert("RGB"), None
 
 
-def _from_16_bit(picture: Image.Image, path: Path) -> Image.Image:
+def _from_16_bit(picture: Image.Image, path: Path) -> tuple[Image.Image, Image.Image | None]:
     """Scale 16-bit grey to 8 bits: 0 stays 0 and 65535 becomes 255 (65535 / 255 = 257)."""
     values = np.asarray(picture).astype(np.int64)
     if values.min() < 0 or values.max() > _SIXTEEN_BIT:
@@ -172,4 +293,8 @@ def _from_16_bit(picture: Image.Image, path: Path) -> Image.Image:
             f"{shown(path)}: its values range from {values.min()} to {values.max()}, which exceeds 16 bits. "
             "Save it with 8 or 16 bits per channel."
         )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    key = picture.info.get("transparency")
+    alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if isinstance(key, int) else None
+    if _white_is_zero(picture):
+        values = _SIXTEEN_BIT - values
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)), alpha

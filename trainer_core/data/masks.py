@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageChops
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..errors import DatasetError
 from ..geometry import Box, Size, similar_shape
-from .images import open_checked_picture, shown
+from ..text import shown
+from .images import Picture, read_checked
 
+MaskSource = Literal["grey", "even", "hole", "paint"]
 _SHAPE_TOLERANCE = 0.01  # a mask must cover the same pixels as its target
+_VISIBLE = 32  # alpha from which a pixel's colour counts; below it the colour may be rounded or lossy
+_ONE_COLOUR = 12  # of 255: the largest range of each channel in paint of one colour
+_COLOURED = 32  # of 255: the largest difference between the channels of a pixel that counts as grey
+_COLOURED_SHARE = 0.05  # of the pixels that aren't black; the noise of a JPEG stays below
 
 
 class PairMask(NamedTuple):
@@ -23,6 +30,67 @@ class PairMask(NamedTuple):
     path: Path
     digest: str
     size: Size
+
+
+class MaskGrey(NamedTuple):
+    """A mask's weights as a picture of mode L, and where they come from.
+
+    grey: the brightness. even: also the brightness, of a picture that is equally transparent everywhere. hole: the
+    transparency of a picture, which ComfyUI's mask editor saves and LoadImage shows as MASK. paint: the opacity of a
+    layer that has only one colour.
+    """
+
+    grey: Image.Image
+    source: MaskSource
+
+
+def mask_grey(picture: Picture, path: Path) -> MaskGrey:
+    """The weights of a mask. Its colour profile has no effect.
+
+    Raises:
+        DatasetError: the picture is coloured or wholly transparent, so it is no mask.
+    """
+    if picture.alpha is not None:
+        low, high = picture.alpha.getextrema()
+        if high == 0:
+            raise DatasetError(
+                f"{shown(path)}: the mask is wholly transparent. Paint the parts that count white on black, without "
+                "transparency."
+            )
+        if low != high and _one_colour(picture.pixels, picture.alpha):
+            return MaskGrey(picture.alpha, "paint")
+        if low != high:
+            return MaskGrey(ImageChops.invert(picture.alpha), "hole")
+    if _is_coloured(picture.pixels):
+        raise DatasetError(
+            f"{shown(path)}: this is a coloured picture, not a mask. Save the mask in grey: white counts in the loss, "
+            "black does not. A picture with a transparent hole, as ComfyUI's mask editor saves it, is a mask too."
+        )
+    return MaskGrey(picture.pixels.convert("L"), "grey" if picture.alpha is None else "even")
+
+
+def checked_mask_grey(mask: PairMask) -> Image.Image:
+    """`mask_grey` of a mask's file, as a picture of mode L.
+
+    Raises:
+        DatasetError: the file has changed since it was checked, or can't be read.
+    """
+    return mask_grey(read_checked(mask.path, mask.digest), mask.path).grey
+
+
+def _one_colour(pixels: Image.Image, alpha: Image.Image) -> bool:
+    visible = alpha.point([0 if level < _VISIBLE else 255 for level in range(256)])
+    counts = np.array(pixels.histogram(visible)).reshape(3, 256)
+    found = [np.flatnonzero(channel) for channel in counts]
+    return all(len(levels) == 0 or levels[-1] - levels[0] <= _ONE_COLOUR for levels in found)
+
+
+def _is_coloured(pixels: Image.Image) -> bool:
+    red, green, blue = pixels.split()
+    brightest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    darkest = ImageChops.darker(ImageChops.darker(red, green), blue)
+    coloured = sum(ImageChops.subtract(brightest, darkest).histogram()[_COLOURED + 1 :])
+    return coloured > _COLOURED_SHARE * sum(brightest.histogram()[_COLOURED + 1 :])
 
 
 def mask_problem(mask: PairMask, target: Size, brightest: int) -> str:
@@ -46,7 +114,7 @@ def loss_weights(mask: PairMask, box: Box, latents: Size) -> Tensor:
     Raises:
         DatasetError: the mask is all black inside `box`, or its file has changed since it was checked.
     """
-    grey = np.asarray(open_checked_picture(mask.path, mask.digest).convert("L").crop(box), dtype=np.float32) / 255.0
+    grey = np.asarray(checked_mask_grey(mask).crop(box), dtype=np.float32) / 255.0
     pixels = torch.from_numpy(grey)[None, None]
     weights = interpolate(pixels, size=(latents.height, latents.width), mode="area")[0]
     if float(weights.max()) == 0:

@@ -20,7 +20,7 @@ from ..config import PairCheckConfig
 from ..events import SILENT, Observer, raise_if_stopped
 from ..geometry import Size, same_framing
 from .alignment import Alignment, Pixels, align
-from .images import open_picture, shown
+from .images import is_converted, open_picture, shown
 from .pairing import EditDataset, EditPair
 
 _HASH_SIDE = 8
@@ -98,14 +98,14 @@ def check_pairs(dataset: EditDataset, config: PairCheckConfig, observer: Observe
 
 def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
     """Decode one pair and compare each reference with its target."""
-    target = open_picture(pair.target)
+    target = open_picture(pair.target, convert=is_converted(pair.digests[0]))
     original = Size(*target.size)
     small = _at_side(target, config.check_side)
     wanted, alignments, findings = _pixels(small), [], []
     bits = [_shape_bits(small)]
     kinds = pair.conditioning_types or ("auto",) * len(pair.references)
     for number, (path, kind) in enumerate(zip(pair.references, kinds, strict=True)):
-        reference = open_picture(path)
+        reference = open_picture(path, convert=is_converted(pair.digests[number + 1]))
         name = "reference" if len(pair.references) == 1 else f"reference {number + 1}"
         bits.append(_shape_bits(reference))
         found = None

@@ -12,20 +12,21 @@ from ..config import ConditioningType, DatasetConfig, digest, to_json
 from ..errors import DatasetError
 from ..events import SILENT, Observer
 from ..geometry import Size, same_shape
-from ..text import printable
+from ..text import printable, shown, some_of
 from .caption_table import read_caption_table, table_path
 from .captions import captions_of
 from .checking import Checked, CheckedPictures, check_pictures
-from .folders import FileState, Folder, file_states, scan_folder
-from .images import accepts_cut_pictures, shown
+from .folders import FileState, Folder, file_states, scan_folder, take_out_masks
+from .images import accepts_cut_pictures
 from .masks import PairMask, mask_problem
+from .picture_notes import picture_notes, profile_note
 
 
 @dataclass(frozen=True, slots=True)
 class EditPair:
     """One target with its references and captions.
 
-    `digests` (SHA-256 of each file) and `sizes` (upright) list the target first, then the references.
+    `digests` (the `content_name` of each picture) and `sizes` (upright) list the target first, then the references.
     """
 
     key: str  # path below the folder without extension, Unicode NFC
@@ -92,8 +93,9 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     problems = _clashes([*roots, *_mask_roots(config)], with_masks=bool(config.mask_dir))
     if problems:
         return FolderScan(_dataset([], roots, ()), tuple(problems), ())
-    target, *others = folders = [scan_folder(root) for root in [*roots, *_mask_roots(config)]]
-    problems = [problem for folder in folders for problem in folder.problems]
+    table_file = table_path(config)
+    target, *others = folders = [scan_folder(root, table=table_file) for root in [*roots, *_mask_roots(config)]]
+    problems = [problem for folder in folders for problem in folder.problems] + take_out_masks(target, others)
     notes = [note for folder in folders for note in folder.notes] + _leftovers(target, others)
     if not target.pictures and not target.problems:
         problems.append(
@@ -118,11 +120,9 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
         problems += found
         if pair is not None:
             pairs.append(pair)
-    notes += [
-        f"{shown(path)}: the picture has several frames; only the first is used."
-        for path, result in checked.items()
-        if isinstance(result, Checked) and result.animated
-    ]
+    readable = {path: result for path, result in checked.items() if isinstance(result, Checked)}
+    notes += picture_notes(readable, config.color_profiles)
+    notes += profile_note({pair.key: [readable[path] for path in (pair.target, *pair.references)] for pair in pairs})
     return FolderScan(_dataset(pairs, roots, tuple(notes)), tuple(problems), tuple(notes))
 
 
@@ -165,8 +165,9 @@ def _unused_rows(table: dict[str, tuple[str, ...]] | None, target: Folder, confi
     unused = [key for key in table or () if key not in target.pictures]
     if not unused:
         return []
-    examples = ", ".join(map(shown, unused[:3])) + (", …" if len(unused) > 3 else "")
-    return [f"Rows of {shown(config.captions.caption_file)} without a target, not used: {len(unused)} ({examples})."]
+    return [
+        f"Rows of {shown(config.captions.caption_file)} without a target, not used: {len(unused)} ({some_of(unused)})."
+    ]
 
 
 def _mask_roots(config: DatasetConfig) -> list[Path]:
@@ -190,11 +191,18 @@ def _clashes(roots: list[Path], *, with_masks: bool) -> list[str]:
     return problems
 
 
-def _leftovers(target: Folder, references: list[Folder]) -> list[str]:
+def _leftovers(target: Folder, others: list[Folder]) -> list[str]:
     """Notes on references, masks and texts that belong to no target and are not used."""
-    files = chain(*(folder.pictures.items() for folder in references), target.texts.items())
+    files = chain(*(folder.pictures.items() for folder in others), target.texts.items())
     unused = [path for key, path in files if key not in target.pictures]
-    return [f"{shown(path)}: not used, because no target has this name." for path in unused]
+    notes = [f"{shown(path)}: not used, because no target has this name." for path in unused]
+    for folder in others:
+        if texts := [path.relative_to(folder.root).as_posix() for path in folder.texts.values()]:
+            notes.append(
+                f"{shown(folder.root)}: {len(texts)} .txt file{'s' if len(texts) > 1 else ''} not used "
+                f"({some_of(texts)}), because captions are read beside the targets, in {shown(target.root)}."
+            )
+    return notes
 
 
 def _pair(
@@ -222,17 +230,18 @@ def _pair(
         problems.append(str(error))
     results = [result for result in (checked[path] for path in paths) if isinstance(result, Checked)]
     lacking = any(key not in folder.pictures and not _may_lack(folder, config) for folder in folders)
-    if problems or lacking or not captions:
+    if lacking or len(results) < len(paths):
         return None, problems
     mask = None
     if config.mask_dir:
         found = results.pop()
-        mask = PairMask(paths.pop(), found.digest, found.size)
-        if problem := mask_problem(mask, results[0].size, found.brightest):
-            return None, [problem]
-    digests, sizes = tuple(each.digest for each in results), tuple(each.size for each in results)
+        mask = PairMask(paths.pop(), found.content(config.color_profiles), found.size)
+        problems += filter(None, [mask_problem(mask, results[0].size, found.brightest)])
+    digests = tuple(each.content(config.color_profiles) for each in results)
+    sizes = tuple(each.size for each in results)
     kinds = reference_types(config, [key in folder.pictures for folder in others[: len(config.reference_dirs)]])
-    if problems := shape_problems(paths, sizes, kinds):
+    problems += shape_problems(paths, sizes, kinds)
+    if problems or not captions:
         return None, problems
     return EditPair(key, path, tuple(paths[1:]), captions, digests, sizes, mask, kinds), []
 
@@ -252,8 +261,7 @@ def _without_reference(folders: list[Folder], config: DatasetConfig) -> list[str
     for folder in others:
         keys = [key for key in sorted(target.pictures) if key not in folder.pictures]
         if keys and _may_lack(folder, config):
-            examples = ", ".join(map(shown, keys[:3])) + (", …" if len(keys) > 3 else "")
-            notes.append(f"Targets without a reference in {shown(folder.root)}: {len(keys)} ({examples}).")
+            notes.append(f"Targets without a reference in {shown(folder.root)}: {len(keys)} ({some_of(keys)}).")
     return notes
 
 

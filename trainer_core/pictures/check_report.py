@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..config import PairCheckConfig
-from ..data.images import shown
+from ..data.images import is_converted, shown
 from ..data.pair_check import PairCheck, alike_captions, measure_pair
 from ..data.pairing import EditDataset, EditPair
 from .rows import Look, PictureRow, draw_rows, open_thumbnail
@@ -62,11 +62,12 @@ def check_sheet(dataset: EditDataset, check: PairCheck, config: PairCheckConfig,
 def _row(pair: EditPair, check: PairCheck, config: PairCheckConfig, num_references: int) -> PictureRow:
     findings, lacking = check.of(pair.key), num_references - len(pair.references)
     pictures: list[Image.Image | None] = []
-    for path in (*pair.references, *[None] * lacking, pair.target):
-        if path is None:
+    target, *references = zip((pair.target, *pair.references), pair.digests, strict=True)
+    for file in (*references, *[None] * lacking, target):
+        if file is None:
             pictures.append(None)
             continue
-        picture = open_thumbnail(path)
+        picture = open_thumbnail(file[0], convert=is_converted(file[1]))
         pictures.append(_framed(picture) if findings else picture)
     alignment = measure_pair(pair, config).alignments[:1]
     pictures.append(_heat(alignment[0].difference) if alignment and alignment[0] is not None else None)

@@ -8,17 +8,21 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from ..data.images import shown
+from ..data.images import is_converted
+from ..data.masks import checked_mask_grey
 from ..data.pairing import EditDataset, EditPair
 from ..geometry import Size, similar_shape
-from .rows import Look, PictureRow, draw_rows, open_thumbnail
+from ..text import shown, some_of
+from .rows import Look, PictureRow, draw_rows, open_thumbnail, thumbnail
 
 _ASPECTS = ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2))
 _ASPECT_TOLERANCE = 0.02  # smaller relative differences come from rounding to whole pixels
 
 
 def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12) -> Image.Image:
-    """References, target and caption of up to `max_pairs` pairs, spread evenly over the dataset.
+    """References, target, mask and caption of up to `max_pairs` pairs, spread evenly over the dataset.
+
+    Pictures are shown as they are trained: in sRGB unless color_profiles is ignore, and masks as they weight the loss.
 
     Raises:
         DatasetError: a picture can't be read.
@@ -29,9 +33,11 @@ def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12) -> Image.Image:
         chosen = tuple(dataset.pairs[index * count // max_pairs] for index in range(max_pairs))
     num_references = len(dataset.reference_dirs)
     headings = [*(_numbered("reference", index, num_references) for index in range(num_references)), "target"]
+    masked = any(pair.mask for pair in dataset.pairs)
+    headings += ["mask: white counts"] if masked else []
     title = f"{len(chosen)} of {count} pairs" if count > len(chosen) else _counted(count, "pair")
     look = Look(columns=0, title=title, footer="" if count else "There are no pairs to show.")
-    return draw_rows(headings, [_row(pair, num_references) for pair in chosen], look)
+    return draw_rows(headings, [_row(pair, num_references, masked=masked) for pair in chosen], look)
 
 
 def report(dataset: EditDataset) -> str:
@@ -50,12 +56,17 @@ def report(dataset: EditDataset) -> str:
     return "\n".join(lines)
 
 
-def _row(pair: EditPair, num_references: int) -> PictureRow:
+def _row(pair: EditPair, num_references: int, *, masked: bool) -> PictureRow:
     caption, *others = pair.captions
     more = f" (+{len(others)} more)" if others else ""
     size = "".join(f"   {_pixels(size)}" for size in pair.sizes[:1])
-    pictures: list[Image.Image | None] = [open_thumbnail(path) for path in (*pair.references, pair.target)]
-    pictures[-1:-1] = [None] * (num_references - len(pair.references))
+    target, *references = [
+        open_thumbnail(path, convert=is_converted(content))
+        for path, content in zip((pair.target, *pair.references), pair.digests, strict=True)
+    ]
+    pictures = [*references, *[None] * (num_references - len(references)), target]
+    if masked:
+        pictures.append(pair.mask and thumbnail(checked_mask_grey(pair.mask).convert("RGB")))
     return PictureRow(tuple(pictures), caption + more, shown(pair.key) + size)
 
 
@@ -92,10 +103,9 @@ def _other_aspect(pairs: Sequence[EditPair]) -> list[str]:
     keys = [pair.key for pair in pairs if not all(_same_aspect(pair.sizes[0], size) for size in pair.sizes[1:])]
     if not keys:
         return []
-    examples = ", ".join(map(shown, keys[:3])) + (", …" if len(keys) > 3 else "")
     return [
-        f"Aspect ratios of reference and target differ in {_counted(len(keys), 'pair')} ({examples}). These references "
-        "are used whole, or centre-cropped to the target's aspect ratio with match_target_res."
+        f"Aspect ratios of reference and target differ in {_counted(len(keys), 'pair')} ({some_of(keys)}). These "
+        "references are used whole, or centre-cropped to the target's aspect ratio with match_target_res."
     ]
 
 

@@ -100,13 +100,17 @@ def _mask(font: Font, letter: str) -> bytes:
     return drawn.tobytes()
 
 
-def open_thumbnail(path: Path) -> Image.Image:
-    """A picture file, shrunk to what a cell of the default size can use.
+def open_thumbnail(path: Path, *, convert: bool = True) -> Image.Image:
+    """A picture file, shrunk to what a cell of the default size can use. `convert`: see `open_picture`.
 
     Raises:
         DatasetError: the picture can't be read.
     """
-    picture = open_picture(path)
+    return thumbnail(open_picture(path, convert=convert))
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """The picture, shrunk in place to what a cell of the default size can use."""
     picture.thumbnail((4 * CELL, 2 * CELL))
     return picture
 

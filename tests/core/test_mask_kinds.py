@@ -1,0 +1,170 @@
+"""What a mask file means: its brightness, its transparency, or the opacity of its paint; or that it is no mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.icc import grey_profile
+from tests.support.pair_files import config, pair, problems_of
+from trainer_core.conditioning.encoding_plan import plan_encoding
+from trainer_core.config import DatasetConfig, EncodingConfig, ModelConfig
+from trainer_core.data.masks import loss_weights
+from trainer_core.data.pairing import EditDataset, pair_folders
+from trainer_core.geometry import Box, Size
+from trainer_core.pictures.contact_sheet import contact_sheet, report
+
+SIDE = 32
+INSIDE = (slice(8, 24), slice(8, 24))  # a quarter of the picture
+
+
+def region() -> np.ndarray:
+    """255 inside, 0 outside."""
+    found = np.zeros((SIDE, SIDE), np.uint8)
+    found[INSIDE] = 255
+    return found
+
+
+def photograph() -> Image.Image:
+    y, x = np.mgrid[0:SIDE, 0:SIDE] * 8
+    return Image.fromarray(np.stack([x, y, (x + y) // 2], -1).astype(np.uint8))
+
+
+def with_alpha(picture: Image.Image, alpha: np.ndarray) -> Image.Image:
+    picture.putalpha(Image.fromarray(alpha))
+    return picture
+
+
+def dataset_with(root: Path, mask: Image.Image, name: str = "a.png", **options: object) -> DatasetConfig:
+    pair(root, "a")
+    Image.new("RGB", (SIDE, SIDE), "blue").save(root / "after/a.png")
+    (root / "mask").mkdir(exist_ok=True)
+    mask.save(root / "mask" / name, **options)
+    return config(root, mask_dir=str(root / "mask"))
+
+
+def weights(dataset: EditDataset) -> np.ndarray:
+    mask = dataset.pairs[0].mask
+    assert mask is not None
+    return loss_weights(mask, Box(0, 0, SIDE, SIDE), Size(SIDE // 8, SIDE // 8))[0].numpy()
+
+
+WEIGHTS = np.kron(np.pad([[4.0, 4.0], [4.0, 4.0]], 1), np.ones((1, 1)))
+BLACK, WHITE = Image.new("RGB", (SIDE, SIDE)), Image.new("RGB", (SIDE, SIDE), "white")
+KINDS = {
+    "plain": (lambda: Image.fromarray(region()), "a.png", {}, ""),
+    "opaque alpha": (
+        lambda: with_alpha(Image.fromarray(region()).convert("RGB"), np.full_like(region(), 255)),
+        "a.png",
+        {},
+        "",
+    ),
+    "half alpha": (
+        lambda: with_alpha(Image.fromarray(region()).convert("RGB"), np.full_like(region(), 128)),
+        "a.png",
+        {},
+        "",
+    ),
+    "jpeg": (lambda: Image.fromarray(region()).convert("RGB"), "a.jpg", {"quality": 95}, ""),
+    "black paint": (lambda: with_alpha(BLACK.copy(), region()), "a.png", {}, "Painted parts count"),
+    "white paint": (lambda: with_alpha(WHITE.copy(), region()), "a.png", {}, "Painted parts count"),
+    "grey paint": (lambda: with_alpha(Image.new("L", (SIDE, SIDE), 90), region()), "a.png", {}, "Painted parts count"),
+    "lossy paint": (
+        lambda: with_alpha(Image.new("RGB", (SIDE, SIDE), "red"), region()),
+        "a.webp",
+        {},
+        "Painted parts count",
+    ),
+    "hole": (lambda: with_alpha(photograph(), 255 - region()), "a.png", {}, "Transparent parts count"),
+    "hole in a tiff": (lambda: with_alpha(photograph(), 255 - region()), "a.tif", {}, "Transparent parts count"),
+    "hole in grey": (
+        lambda: with_alpha(photograph().convert("L"), 255 - region()),
+        "a.png",
+        {},
+        "Transparent parts count",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_region_counts_however_the_mask_marks_it(tmp_path: Path, kind: str) -> None:
+    mask, name, options, note = KINDS[kind]
+    dataset = pair_folders(dataset_with(tmp_path, mask(), name, **options))
+    assert np.abs(weights(dataset) - WEIGHTS).max() < (0.1 if name == "a.jpg" else 1e-6)
+    notes = [each for each in dataset.notes if each.startswith("Masks")]
+    assert len(notes) == (1 if note else 0)
+    assert all(note in each and f": 1 (mask/{name})" in each and each in report(dataset) for each in notes)
+
+
+def test_a_palette_with_a_transparent_entry_is_a_hole(tmp_path: Path) -> None:
+    mask = photograph().quantize(16)
+    mask.putdata(np.where(region() > 0, 15, np.asarray(mask) % 15).ravel().tolist())
+    dataset = pair_folders(dataset_with(tmp_path, mask, transparency=15))
+    assert np.abs(weights(dataset) - WEIGHTS).max() < 1e-6
+
+
+def test_soft_edges_count_in_part(tmp_path: Path) -> None:
+    alpha = np.tile(np.arange(SIDE, dtype=np.uint8) * 8, (SIDE, 1))
+    expected = alpha.reshape(4, 8, 4, 8).mean((1, 3)) / alpha.mean()
+    paint = pair_folders(dataset_with(tmp_path / "paint", with_alpha(BLACK.copy(), alpha)))
+    assert np.abs(weights(paint) - expected).max() < 1e-5
+    hole = pair_folders(dataset_with(tmp_path / "hole", with_alpha(photograph(), 255 - alpha)))
+    assert np.abs(weights(hole) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (photograph(), "this is a coloured picture, not a mask"),
+        (Image.composite(Image.new("RGB", (SIDE, SIDE), "red"), BLACK, Image.fromarray(region())), "coloured picture"),
+        (with_alpha(photograph(), np.full_like(region(), 255)), "coloured picture"),
+        (with_alpha(photograph(), np.zeros_like(region())), "the mask is wholly transparent"),
+        (Image.new("L", (SIDE, SIDE)), "the mask is all black"),
+    ],
+    ids=["photo", "red on black", "opaque", "transparent", "black"],
+)
+def test_what_is_no_mask_is_refused_in_the_one_report(tmp_path: Path, mask: Image.Image, words: str) -> None:
+    settings = dataset_with(tmp_path, mask)
+    (tmp_path / "after/a.txt").unlink()
+    problems = problems_of(settings)
+    assert sum(line.startswith(str(tmp_path / "mask/a.png")) and words in line for line in problems) == 1
+    assert sum("no caption" in line for line in problems) == 1 or "all black" in words
+
+
+def test_a_grey_jpeg_with_a_tint_of_noise_is_a_mask(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(-6, 7, (SIDE, SIDE, 3))
+    noisy = (np.where(region()[..., None] > 0, 240, 10) + noise).astype(np.uint8)
+    dataset = pair_folders(dataset_with(tmp_path, Image.fromarray(noisy), "a.jpg", quality=60))
+    assert weights(dataset)[1:3, 1:3].min() > 3
+    assert weights(dataset)[0].max() < 0.5
+
+
+def test_a_colour_profile_does_not_change_the_weights(tmp_path: Path) -> None:
+    plain = dataset_with(tmp_path / "a", Image.fromarray(region() // 2))
+    tagged = dataset_with(tmp_path / "b", Image.fromarray(region() // 2), icc_profile=grey_profile(1.8))
+    assert (weights(pair_folders(plain)) == weights(pair_folders(tagged))).all()
+    assert not pair_folders(tagged).notes
+
+
+def test_only_keys_of_masks_with_other_weights_than_before_change(tmp_path: Path) -> None:
+    names = {}
+    for kind in ("plain", "jpeg", "opaque alpha", "half alpha", "black paint", "hole"):
+        mask, name, options, _ = KINDS[kind]
+        pair_of = pair_folders(dataset_with(tmp_path / kind, mask(), name, **options)).pairs[0]
+        names[kind] = pair_of.mask.digest.partition("+")[2]
+        planned = plan_encoding(pair_of, ModelConfig(), EncodingConfig(resolution=64), ("vae", "text"), set())
+        assert planned.entry.mask
+    unchanged = dict.fromkeys(("plain", "jpeg", "opaque alpha"), "")
+    assert names == {**unchanged, "half alpha": "even", "black paint": "paint", "hole": "hole"}
+
+
+def test_the_preview_shows_the_mask_as_it_weights(tmp_path: Path) -> None:
+    hole = contact_sheet(pair_folders(dataset_with(tmp_path / "hole", with_alpha(photograph(), 255 - region()))))
+    paint = contact_sheet(pair_folders(dataset_with(tmp_path / "paint", with_alpha(BLACK.copy(), region()))))
+    plain = contact_sheet(pair_folders(dataset_with(tmp_path / "plain", Image.fromarray(region()))))
+    assert hole.tobytes() == paint.tobytes() == plain.tobytes()
+    without = contact_sheet(pair_folders(config(tmp_path / "plain")))
+    assert plain.width > without.width

@@ -1,0 +1,56 @@
+"""Notes on what is done to the pictures of a dataset: conversion to sRGB, transparency on white, masks from alpha."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ..config.dataset import ColorProfiles
+from ..text import shown, some_of
+from .checking import Checked
+
+
+def picture_notes(checked: Mapping[Path, Checked], color_profiles: ColorProfiles) -> Iterator[str]:
+    """One note for each thing that is done to pictures, with their number and the first names."""
+    files: dict[str, list[str]] = defaultdict(list)
+    for path, picture in checked.items():
+        if picture.animated:
+            yield f"{shown(path)}: the picture has several frames; only the first is used."
+        for sentence in _sentences(picture, color_profiles):
+            files[sentence].append(f"{path.parent.name}/{path.name}")
+    for sentence, names in files.items():
+        yield sentence.format(found=f"{len(names)} ({some_of(names)})")
+
+
+def profile_note(pictures: Mapping[str, Sequence[Checked]]) -> Iterator[str]:
+    """The pairs whose pictures have different colour profiles. `pictures`: by pair key, the target and references."""
+    keys = [key for key, each in pictures.items() if len({picture.profile for picture in each}) > 1]
+    if keys:
+        yield (
+            f"Pairs whose target and references have different colour profiles: {len(keys)} ({some_of(keys)}). With "
+            "color_profiles convert, all become sRGB; with ignore, the difference in colour is learned."
+        )
+
+
+def _sentences(picture: Checked, color_profiles: ColorProfiles) -> Iterator[str]:
+    if picture.mask == "hole":
+        yield "Masks read from their transparency: {found}. Transparent parts count, as in ComfyUI's mask editor."
+    elif picture.mask == "paint":
+        yield "Masks read from the opacity of their only colour: {found}. Painted parts count."
+    if picture.mask:
+        return
+    if picture.transparent:
+        yield (
+            "Pictures with transparent parts: {found}. They are trained on white. ComfyUI's LoadImage shows the hidden "
+            "colours there instead, so save them without transparency."
+        )
+    if picture.profile is None:
+        return
+    name, problem = (text.replace("{", "(").replace("}", ")") for text in picture.profile)
+    if problem:
+        yield f"Pictures with a colour profile that can't be used ({problem}): {{found}}. They are taken for sRGB."
+    elif color_profiles == "convert":
+        yield f"Pictures converted from {name} to sRGB: {{found}}."
+    else:
+        yield f"Pictures in {name} that are not converted to sRGB, because color_profiles is ignore: {{found}}."
