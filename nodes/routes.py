@@ -23,12 +23,15 @@ from typing import Any
 from aiohttp import web
 from PIL import Image
 
-from ..trainer_core.errors import TrainerError
+from ..trainer_core.errors import ConfigError, TrainerError
+from ..trainer_core.json_text import parse_json
+from ..trainer_core.pictures.sample_pictures import INDEX
 from ..trainer_core.runs import view as run_view
 from . import host_folders, host_server
 from .active_runs import active_runs, stop_and_keep
 from .graph_file import graph_to_continue
-from .untrusted import checked_run_name, file_below, folder_below
+from .same_origin import guard
+from .untrusted import checked_run_name, file_below, folder_below, strays
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -37,6 +40,7 @@ _BODY_BYTES = 4096
 _MAX_RUNS, _MAX_POINTS, _POINTS = 500, 2000, 600
 _MIN_EDGE, _MAX_EDGE, _MAX_PIXELS = 32, 512, 64_000_000
 _NO_STEP = {"step": 0, "num_steps": 0, "loss": None}
+_FILES = ("run.json", "config.json", "metrics.jsonl", "graph.json", "samples")  # that the routes read
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 _PICTURE_HEADERS = {  # the address contains the version of the picture
@@ -54,26 +58,16 @@ def register_routes() -> None:
     server = host_server.server()
     if server is None or any(getattr(route, "path", "") == f"{_BASE}/runs" for route in server.routes):
         return
+    server.app.middlewares.insert(0, guard(_BASE, _problem))
     for path, answer in _READABLE.items():
         server.routes.get(_BASE + path)(_reading(answer))
     server.routes.post(f"{_BASE}/stop")(_stop)
-
-
-def is_same_origin(request: web.Request) -> bool:
-    """False if the browser reports a page of another origin. Scripts send no such header and are allowed."""
-    site = request.headers.get("Sec-Fetch-Site")
-    if site is not None:  # set by the browser; a page cannot change it
-        return site in ("same-origin", "none")
-    origin = request.headers.get("Origin")
-    return origin is None or origin.partition("://")[2].lower() == request.headers.get("Host", "").lower()
 
 
 def _reading(answer: Callable[[web.Request], web.Response]) -> Handler:
     """A GET handler that runs `answer` in a thread, because reading from disk would block the server's event loop."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        if not is_same_origin(request):
-            return _problem(403, "Requests from other origins are not allowed.")
         try:
             return await asyncio.to_thread(answer, request)
         except (_NotFoundError, TrainerError) as error:
@@ -84,15 +78,13 @@ def _reading(answer: Callable[[web.Request], web.Response]) -> Handler:
 
 async def _stop(request: web.Request) -> web.Response:
     """Body {"run_name": ...}. JSON only, because a page of another origin cannot send that type without a preflight."""
-    if not is_same_origin(request):
-        return _problem(403, "Requests from other origins are not allowed.")
     length = request.content_length
     if request.content_type != "application/json" or length is None or length > _BODY_BYTES:
         return _problem(400, f'Send a JSON object of at most {_BODY_BYTES} bytes: {{"run_name": "..."}}')
     try:
-        body = await request.json()
-    except ValueError:
-        body = None
+        body = parse_json(await request.read(), "The body")
+    except ConfigError as error:
+        return _problem(400, str(error))
     name = body.get("run_name") if isinstance(body, dict) else None
     if stop_and_keep(name):
         return _json({"stopping": name})
@@ -101,7 +93,8 @@ async def _stop(request: web.Request) -> web.Response:
 
 def _list_runs(_request: web.Request) -> web.Response:
     in_progress = {str(run["run_name"]): run for run in active_runs()}
-    listed = [run_view.summary(folder) for folder in run_view.run_folders(host_folders.runs_dir(), _MAX_RUNS)]
+    folders = run_view.run_folders(host_folders.runs_dir(), _MAX_RUNS)
+    listed = [run_view.summary(folder) for folder in folders if not strays(folder, _FILES)]
     starting = [
         _summary({**_NO_STEP, "run_name": name}, run) for name, run in in_progress.items() if name not in _names(listed)
     ]
@@ -181,6 +174,9 @@ def _run_folder(request: web.Request) -> Path:
     folder = folder_below(checked_run_name(request.match_info["run"]), {"runs": host_folders.runs_dir()}, "run_name")
     if not (folder / "run.json").is_file():
         raise _NotFoundError("Run not found.")
+    indexes = (path.relative_to(folder).as_posix() for path in folder.glob(f"samples/*/{INDEX}"))
+    if stray := strays(folder, (*_FILES, *indexes)):
+        raise _NotFoundError(f"{stray} of this run is not a file or leads out of its folder, so the run is not shown.")
     return folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..trainer_core.errors import ConfigError
@@ -115,6 +115,17 @@ def file_below_roots(name: str, roots: Mapping[str, Path], label: str) -> Path:
     places = [root / folder for root in roots.values() if not folder] or [folder_below(folder, roots, label)]
     there = (place for place in places if file and _is_path_of_names(file) and _is_there((place / file).is_file))
     return file_below(file, next(there, places[0]), roots, label)
+
+
+def strays(folder: Path, names: Iterable[str]) -> str:
+    """The first of these files and folders below `folder` that leads outside it through a link, or is a pipe or
+    device; empty if there is none."""
+    real = os.path.realpath(folder)
+    for name in names:
+        path = Path(os.path.realpath(folder / name))
+        if not path.is_relative_to(real) or (path.exists() and not (path.is_file() or path.is_dir())):
+            return name
+    return ""
 
 
 def near(name: str, folder: Path, roots: Mapping[str, Path], kind: Callable[[Path], bool]) -> str:

@@ -256,6 +256,25 @@ def test_stop_of_an_unknown_run(studio: PackServer):
         assert ask(studio, "POST", STOP, body, **JSON)[0] in (400, 404), body
 
 
+@pytest.mark.parametrize(
+    ("body", "content"),
+    [
+        (b"[" * 4000, "application/json"),
+        (b'{"run_name": "x"}', "application/json; charset=bogus-8"),
+        (b'{"run_name": "\xff"}', "application/json"),
+        (b'{"run_name": ' + b"9" * 4000 + b"}", "application/json"),
+        (b'{"run_name": "\\ud800"}', "application/json"),
+        (b"", "application/json"),
+    ],
+)
+def test_stop_answers_any_body(body: bytes, content: str, studio: PackServer):
+    request = urllib.request.Request(studio.url + STOP, body, {"Content-Type": content}, method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    assert refused.value.code in (400, 404)
+    assert "error" in json.loads(refused.value.read())
+
+
 @pytest.mark.parametrize("content", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
 def test_stop_takes_no_forms(content: str, studio: PackServer):
     """A page of another origin can send these content types without a CORS preflight, so they must be refused."""

@@ -154,6 +154,30 @@ def test_a_link_out_of_the_runs_is_not_followed(run: dict[str, Any], studio: Pac
         picture.write_bytes(kept)
 
 
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "config.json", "graph.json", "samples"])
+def test_a_link_out_of_a_run_is_not_followed(name: str, run: dict[str, Any], studio: PackServer):
+    secret, mine = studio.base / f"secret of {name}", run_dir(studio, "watched") / name
+    kept = mine.with_name("kept")
+    if mine.is_dir():
+        secret.mkdir()
+    else:
+        secret.write_text('{"state": "finished", "step": 77777, "loss": 1.0}')
+    if mine.exists():  # another test deletes the graph
+        mine.rename(kept)
+    mine.symlink_to(secret)
+    try:
+        for rest in ("", "/curve", "/settings", "/graph", "/samples/3/0/lora"):
+            status, _, answer = asked(studio, f"{RUNS}/watched{rest}")
+            assert status == 404
+            assert b"77777" not in answer
+        assert "watched" not in {each["run_name"] for each in studio.get(RUNS)["runs"]}
+    finally:
+        mine.unlink()
+        if kept.exists():
+            kept.rename(mine)
+    assert asked(studio, f"{RUNS}/watched")[0] == 200
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -163,6 +187,10 @@ def test_a_link_out_of_the_runs_is_not_followed(run: dict[str, Any], studio: Pac
         ({"Origin": "null"}, 403),
         ({"Host": "trainer.example", "Origin": "http://evil.example"}, 403),  # ComfyUI checks loopback hosts only
         ({"Host": "trainer.example", "Origin": "https://trainer.example"}, 200),
+        ({"Host": "evil.example:8188", "Origin": "http://evil.example:8188"}, 403),  # DNS rebinding
+        ({"Host": "evil.example:8188"}, 403),
+        ({"Origin": "http://127.0.0.1:35313.evil"}, 403),  # ComfyUI's own check fails for it
+        ({"Host": "192.168.1.20:8188", "Origin": "http://192.168.1.20:8188"}, 200),
         ({"Sec-Fetch-Site": "same-origin"}, 200),
         ({"Sec-Fetch-Site": "none"}, 200),
         ({}, 200),
