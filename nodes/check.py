@@ -8,13 +8,13 @@ from comfy_api.latest import io, ui
 
 from ..trainer_core.config import PairCheckConfig
 from . import host_call, sockets
-from .schema import new_input, new_output, node_schema, setting_inputs
+from .schema import Node, new_input, new_output, node_schema, setting_inputs
 
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
 
 
-class CheckPairs(io.ComfyNode):
+class CheckPairs(Node):
     """Check shift, scale, colour, duplicates and captions."""
 
     @classmethod

@@ -9,9 +9,8 @@ from comfy_api.latest import io, ui
 
 from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
-from ..trainer_core.errors import TrainerError
 from . import host_call, host_folders, sockets
-from .schema import new_input, new_output, node_schema, setting_input, setting_inputs
+from .schema import Node, new_input, new_output, node_schema, setting_input, setting_inputs
 from .untrusted import file_below, folders_below
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def _more_references(number: int, ordinal: str) -> io.Input:
     )
 
 
-class PairFolders(io.ComfyNode):
+class PairFolders(Node):
     """Pair the pictures of a target folder and one to three reference folders."""
 
     @classmethod
@@ -91,12 +90,7 @@ class PairFolders(io.ComfyNode):
         ComfyUI shows the message once for each argument of this method, so `execute` checks the other inputs.
         """
         named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1}
-        try:
-            folders_below(
-                {label: name for label, name in named.items() if name is not None}, host_folders.dataset_roots()
-            )
-        except TrainerError as error:
-            return str(error)
+        folders_below({label: name for label, name in named.items() if name is not None}, host_folders.dataset_roots())
         return True
 
     @classmethod
@@ -104,10 +98,7 @@ class PairFolders(io.ComfyNode):
         """A value that changes when a file in one of the folders changes."""
         from ..trainer_core.data.pairing import folder_state
 
-        try:
-            return folder_state(_dataset_config(**widgets))
-        except TrainerError as error:
-            return str(error)  # execute raises the same error
+        return folder_state(_dataset_config(**widgets))
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
@@ -152,7 +143,7 @@ def _dataset_config(
     )
 
 
-class CaptionSettings(io.ComfyNode):
+class CaptionSettings(Node):
     """Choose where captions come from and what is added to them."""
 
     @classmethod
@@ -179,7 +170,7 @@ class CaptionSettings(io.ComfyNode):
         return io.NodeOutput(CaptionConfig(**widgets))
 
 
-class PreviewPairs(io.ComfyNode):
+class PreviewPairs(Node):
     """Show the pairs and a report."""
 
     @classmethod

@@ -8,13 +8,13 @@ from comfy_api.latest import io, ui
 
 from ..trainer_core.config import NoiseConfig
 from . import sockets
-from .schema import new_input, new_output, node_schema, setting_input
+from .schema import Node, new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
 
 
-class PreviewEditWeight(io.ComfyNode):
+class PreviewEditWeight(Node):
     """Show the loss weights as pictures."""
 
     @classmethod
@@ -39,6 +39,5 @@ class PreviewEditWeight(io.ComfyNode):
         from ..trainer_core.training.edit_weight import edit_weight_preview
         from .pictures import picture_to_image
 
-        NoiseConfig(edit_weight=edit_weight)
         sheet = picture_to_image(edit_weight_preview(encoded, edit_weight, max_pairs=max_pairs))
         return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))

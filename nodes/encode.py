@@ -10,13 +10,13 @@ from ..trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
 from ..trainer_core.qwen_image.base_model import BaseModel
 from . import host_call, host_folders, sockets
 from .cache_watch import CACHE_WATCH
-from .schema import help_of, new_input, new_output, node_schema, setting_input, setting_inputs
+from .schema import Node, help_of, new_input, new_output, node_schema, setting_input, setting_inputs
 
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
 
 
-class EncodePairs(io.ComfyNode):
+class EncodePairs(Node):
     """Encode a dataset once for any number of training runs."""
 
     @classmethod
@@ -103,7 +103,7 @@ class EncodePairs(io.ComfyNode):
         return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
 
 
-class SizeSettings(io.ComfyNode):
+class SizeSettings(Node):
     """Choose sizes and crops."""
 
     @classmethod

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from . import host_call, host_folders, sockets
-from .schema import new_input, new_output, node_schema
+from .schema import Node, new_input, new_output, node_schema
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
 
-class PairImages(io.ComfyNode):
+class PairImages(Node):
     """Turn IMAGE batches or lists into a dataset."""
 
     @classmethod

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from ..trainer_core.config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, ModelConfig
-from ..trainer_core.errors import ConfigError, TrainerError
+from ..trainer_core.errors import ConfigError
 from . import host_call, host_folders, sockets
 from .cache_watch import CACHE_WATCH
-from .schema import new_input, new_output, node_schema
+from .schema import Node, new_input, new_output, node_schema
 from .untrusted import file_below, file_below_roots, folder_below, near
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _IGNORED = {
 }
 
 
-class ImportSimpleTuner(io.ComfyNode):
+class ImportSimpleTuner(Node):
     """Import SimpleTuner's two configuration files."""
 
     @classmethod
@@ -82,13 +82,10 @@ class ImportSimpleTuner(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, config_file: str | None = None, data_file: str | None = None) -> bool | str:
         """Check that the files are allowed and exist. Linked inputs arrive as None; `execute` checks them."""
-        try:
-            if config_file is not None:
-                config = file_below_roots(config_file, host_folders.dataset_roots(), "config_file")
-                if data_file:
-                    _file_near(data_file, config, "data_file")
-        except TrainerError as error:
-            return str(error)
+        if config_file is not None:
+            config = file_below_roots(config_file, host_folders.dataset_roots(), "config_file")
+            if data_file:
+                _file_near(data_file, config, "data_file")
         return True
 
     @classmethod
@@ -96,10 +93,7 @@ class ImportSimpleTuner(io.ComfyNode):
         """A value that changes when a configuration file or a file in one of the picture folders changes."""
         from ..trainer_core.data.pairing import folder_state
 
-        try:
-            job, report = _read(**widgets)
-        except TrainerError as error:
-            return str(error)  # execute raises the same error
+        job, report = _read(**widgets)
         return repr([report, job, [folder_state(part.dataset) for part in job.parts()]])
 
     @classmethod
@@ -133,7 +127,7 @@ def _outputs() -> list[io.Output]:
     ]
 
 
-class EncodeImported(io.ComfyNode):
+class EncodeImported(Node):
     """Encode and mix all datasets of an imported configuration."""
 
     @classmethod

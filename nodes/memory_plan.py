@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import MemoryConfig
 from . import sockets
-from .schema import new_input, new_output, node_schema, setting_input
+from .schema import Node, new_input, new_output, node_schema, setting_input
 from .train_config import imported_input, preset_input, settings_input, train_config, validation_input
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SETTINGS = ("lora", "optimizer", "training", "validation", "memory")
 
 
-class PlanMemory(io.ComfyNode):
+class PlanMemory(Node):
     """Plan the memory of a training run."""
 
     @classmethod

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..trainer_core.config import DatasetPartConfig
 from . import host_folders, sockets
 from .cache_watch import CACHE_WATCH
-from .schema import new_input, new_output, node_schema, setting_input
+from .schema import Node, new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.mix import MixPart
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_PARTS = 4
 
 
-class MixPairs(io.ComfyNode):
+class MixPairs(Node):
     """Combine several encoded datasets into one."""
 
     @classmethod

@@ -7,12 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainer_core.config import ModelConfig
-from ..trainer_core.errors import TrainerError
 from . import host_folders, sockets
-from .schema import new_input, new_output, node_schema, setting_inputs
+from .schema import Node, new_input, new_output, node_schema, setting_inputs
 
 
-class LoadModel(io.ComfyNode):
+class LoadModel(Node):
     """Choose a base model in diffusers layout."""
 
     @classmethod
@@ -46,10 +45,7 @@ class LoadModel(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, base_model: str | None = None) -> bool | str:
         """Check that the base model is listed."""
-        try:
-            return base_model is None or bool(host_folders.base_model(base_model))
-        except TrainerError as error:
-            return str(error)
+        return base_model is None or bool(host_folders.base_model(base_model))
 
     @classmethod
     def execute(cls, base_model: str, **widgets: Any) -> io.NodeOutput:
@@ -76,7 +72,7 @@ _TOOLTIPS = {
 }
 
 
-class LoadModelFiles(io.ComfyNode):
+class LoadModelFiles(Node):
     """Choose a base model from the files or folders that ComfyUI uses for inference."""
 
     @classmethod
@@ -109,10 +105,7 @@ class LoadModelFiles(io.ComfyNode):
     ) -> bool | str:
         """Check that the files are listed."""
         named = zip(_KINDS.values(), (transformer_file, text_encoder_file, vae_file), strict=True)
-        try:
-            return all(name is None or host_folders.model_file(folder, name) for folder, name in named)
-        except TrainerError as error:
-            return str(error)
+        return all(name is None or host_folders.model_file(folder, name) for folder, name in named)
 
     @classmethod
     def execute(cls, transformer_file: str, text_encoder_file: str, vae_file: str, **widgets: Any) -> io.NodeOutput:

@@ -8,12 +8,12 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import ConditioningType, EncodingConfig
 from . import sockets
-from .schema import new_input, new_output, node_schema, setting_inputs
+from .schema import Node, new_input, new_output, node_schema, setting_inputs
 
 AS_FIRST = "as the first"
 
 
-class ReferenceSettings(io.ComfyNode):
+class ReferenceSettings(Node):
     """Choose how references are cropped, presented and cached."""
 
     @classmethod

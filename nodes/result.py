@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..trainer_core.errors import ConfigError
+from ..trainer_core.settings import check, is_plain
 from . import host_lora, sockets
-from .schema import new_input, new_output, node_schema
+from .schema import Node, new_input, new_output, node_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 
-class ApplyLora(io.ComfyNode):
+class ApplyLora(Node):
     """Apply the LoRA of a run to a ComfyUI model."""
 
     @classmethod
@@ -47,7 +48,7 @@ class ApplyLora(io.ComfyNode):
         return io.NodeOutput(host_lora.apply_lora(model, run.lora_file, strength))
 
 
-class PlotLoss(io.ComfyNode):
+class PlotLoss(Node):
     """Plot the loss of a run."""
 
     @classmethod
@@ -90,5 +91,7 @@ class PlotLoss(io.ComfyNode):
 
 
 def _rows(loss_map: dict[str, Any]) -> list[dict[str, Any]]:
-    losses = loss_map.get("loss", [])
+    losses: Any = loss_map.get("loss")
+    fits = isinstance(losses, list | tuple) and all(is_plain(float, loss) for loss in losses)
+    check(fits, "loss_map", loss_map, "{'loss': [numbers]}")
     return [{"step": number + 1, "loss": float(loss)} for number, loss in enumerate(losses)]

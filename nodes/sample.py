@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, ValidationConfig
-from ..trainer_core.errors import ConfigError, TrainerError
+from ..trainer_core.errors import ConfigError
 from . import host_call, host_folders, sockets
-from .schema import new_input, new_output, node_schema, setting_input
+from .schema import Node, new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class SampleEdit(io.ComfyNode):
+class SampleEdit(Node):
     """Edit a picture with the base model and a LoRA."""
 
     @classmethod
@@ -35,10 +35,7 @@ class SampleEdit(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
         """Check that the LoRA is listed."""
-        try:
-            return lora_name in (None, host_folders.NO_LORA) or bool(host_folders.lora_path(lora_name))
-        except TrainerError as error:
-            return str(error)
+        return lora_name in (None, host_folders.NO_LORA) or bool(host_folders.lora_path(lora_name))
 
     @classmethod
     def execute(cls, model: ModelConfig, reference_1: torch.Tensor, **values: Any) -> io.NodeOutput:

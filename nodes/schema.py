@@ -1,4 +1,4 @@
-"""Node schemas that load on every supported ComfyUI, and widgets made from trainer_core's settings.
+"""The nodes' base class, schemas that load on every supported ComfyUI, and widgets made from trainer_core's settings.
 
 On an older ComfyUI an unknown keyword to `io.Schema` or an input would stop the whole pack from loading. Such keywords
 are dropped; they are optional extras such as search aliases.
@@ -7,16 +7,67 @@ are dropped; they are optional extras such as search aliases.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 from comfy_api.latest import io
 
-from ..trainer_core.settings import limits_of
+from ..trainer_core.errors import TrainerError
+from ..trainer_core.settings import hint_of, limits_of
+from .door import checked_inputs
+from .sockets import value_class
 
 CATEGORY = "training/qwen edit"
 _KINDS = {bool: io.Boolean, int: io.Int, float: io.Float, str: io.String}
+
+
+class Node(io.ComfyNode):
+    """Base of all nodes. Their methods get only inputs that fit the schema.
+
+    `execute` raises a ConfigError otherwise. `validate_inputs` and `fingerprint_inputs` return the message of this and
+    of any other TrainerError, so they need not catch it.
+    """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        for name in ("execute", "validate_inputs", "fingerprint_inputs"):
+            method = cls.__dict__.get(name)
+            # ComfyUI makes subclasses of its own, with the methods that are wrapped already.
+            if isinstance(method, classmethod) and not hasattr(method.__func__, "__wrapped__"):
+                setattr(cls, name, classmethod(_at_the_door(method.__func__)))
+
+
+def _at_the_door(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A node's method that first checks what it is given."""
+    parameters = inspect.signature(method)
+    names = list(parameters.parameters)[1:]
+
+    @functools.wraps(method)
+    def checked(cls: type[Node], *given: Any, **values: Any) -> Any:
+        values = {**dict(zip(names, given, strict=False)), **values}
+        if method.__name__ == "execute":
+            return method(cls, **_checked(cls, values))
+        # Before the graph runs, linked inputs are None. ComfyUI hands on only what `validate_inputs` names.
+        known = {name: value for name, value in values.items() if value is not None}
+        try:
+            return method(cls, **{**values, **_checked(cls, known, whole=False)})
+        except TrainerError as error:
+            return str(error)
+
+    checked.__signature__ = parameters  # type: ignore[attr-defined] - ComfyUI reads the names of the inputs from it
+    return checked
+
+
+def _checked(cls: type[Node], values: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:
+    schema = cls.define_schema()
+    inputs = [each for each in schema.inputs if whole or each.id in values]
+    validated = inspect.signature(cls.validate_inputs).parameters
+    return checked_inputs(
+        schema.display_name, inputs, values, value_class, listed=schema.is_input_list, chosen_by_node=list(validated)
+    )
 
 
 def node_schema(name: str, display_name: str, **keywords: Any) -> io.Schema:
@@ -28,9 +79,15 @@ def node_schema(name: str, display_name: str, **keywords: Any) -> io.Schema:
 
 def new_input(kind: Any, name: str, **keywords: Any) -> io.Input:
     """An input of the ComfyUI type `kind`. Its default label is `name` with spaces."""
-    known = inspect.signature(kind.Input.__init__).parameters
+    known = _keywords_of(kind.Input)
     keywords.setdefault("display_name", name.replace("_", " "))
     return kind.Input(name, **{key: value for key, value in keywords.items() if key in known})
+
+
+@functools.cache
+def _keywords_of(input_class: type) -> frozenset[str]:
+    """What the constructor of an input takes."""
+    return frozenset(inspect.signature(input_class.__init__).parameters)
 
 
 def help_of(config: type, setting: str) -> str:
@@ -41,7 +98,7 @@ def help_of(config: type, setting: str) -> str:
 def setting_input(config: type, setting: str, name: str = "", **keywords: Any) -> io.Input:
     """A widget with the type, default, limits and help text of a field of a config class. `keywords` override them."""
     field = next(field for field in dataclasses.fields(config) if field.name == setting)
-    hint, name = typing.get_type_hints(config)[setting], name or setting
+    hint, name = hint_of(config, setting), name or setting
     keywords.setdefault("tooltip", field.metadata["help"])
     if field.default is not dataclasses.MISSING:
         keywords.setdefault("default", field.default)

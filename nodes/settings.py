@@ -18,12 +18,11 @@ from ..trainer_core.config import (
     TrainConfig,
     ValidationConfig,
 )
-from ..trainer_core.errors import TrainerError
 from . import host_folders, sockets
-from .schema import fields_of, lines, new_input, new_output, node_schema, setting_input, setting_inputs
+from .schema import Node, fields_of, lines, new_input, new_output, node_schema, setting_input, setting_inputs
 
 
-class LoraSettings(io.ComfyNode):
+class LoraSettings(Node):
     """Choose type, size and target layers of the adapter."""
 
     @classmethod
@@ -56,10 +55,7 @@ class LoraSettings(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, init_lora: str | None = None) -> bool | str:
         """Check that the LoRA is listed."""
-        try:
-            return init_lora in (None, host_folders.NO_LORA) or bool(host_folders.lora_path(init_lora))
-        except TrainerError as error:
-            return str(error)
+        return init_lora in (None, host_folders.NO_LORA) or bool(host_folders.lora_path(init_lora))
 
     @classmethod
     def execute(
@@ -71,7 +67,7 @@ class LoraSettings(io.ComfyNode):
         return io.NodeOutput(LoraConfig(**widgets, rank_pattern=ranks, alpha_pattern=alphas, init_lora=start))
 
 
-class OptimizerSettings(io.ComfyNode):
+class OptimizerSettings(Node):
     """Choose the optimizer and the learning rate schedule."""
 
     @classmethod
@@ -112,10 +108,7 @@ class OptimizerSettings(io.ComfyNode):
         }
         if None in values.values():
             return True
-        try:
-            OptimizerConfig(**values, lr_end=0.0)
-        except TrainerError as error:
-            return str(error)
+        OptimizerConfig(**values, lr_end=0.0)
         return True
 
     @classmethod
@@ -124,7 +117,7 @@ class OptimizerSettings(io.ComfyNode):
         return io.NodeOutput(OptimizerConfig(**widgets))
 
 
-class TrainingSettings(io.ComfyNode):
+class TrainingSettings(Node):
     """Choose batches, noise levels, loss and checkpoints."""
 
     @classmethod
@@ -165,7 +158,7 @@ class TrainingSettings(io.ComfyNode):
         )
 
 
-class RolloutSettings(io.ComfyNode):
+class RolloutSettings(Node):
     """Choose settings of scheduled sampling."""
 
     @classmethod
@@ -190,7 +183,7 @@ class RolloutSettings(io.ComfyNode):
         return io.NodeOutput(RolloutConfig(**widgets))
 
 
-class ValidationSettings(io.ComfyNode):
+class ValidationSettings(Node):
     """Choose when and how sample pictures are made during training."""
 
     @classmethod
@@ -220,7 +213,7 @@ class ValidationSettings(io.ComfyNode):
         return io.NodeOutput(ValidationConfig(**widgets))
 
 
-class MemorySettings(io.ComfyNode):
+class MemorySettings(Node):
     """Choose what stays on the device during training."""
 
     @classmethod
@@ -244,10 +237,7 @@ class MemorySettings(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, compile_blocks: str | bool | None = None) -> bool | str:
         """Check `compile_blocks`, because ComfyUI would refuse the true or false of older graphs."""
-        try:
-            return compile_blocks is None or bool(MemoryConfig(compile_blocks=compile_blocks))  # type: ignore[arg-type]
-        except TrainerError as error:
-            return str(error)
+        return compile_blocks is None or bool(MemoryConfig(compile_blocks=compile_blocks))  # type: ignore[arg-type]
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
@@ -255,7 +245,7 @@ class MemorySettings(io.ComfyNode):
         return io.NodeOutput(MemoryConfig(**widgets))
 
 
-class EmaSettings(io.ComfyNode):
+class EmaSettings(Node):
     """Choose settings of the EMA weights."""
 
     @classmethod

@@ -72,3 +72,33 @@ class FinishedRun:
 
     def __repr__(self) -> str:
         return f"FinishedRun({self.run_dir.name}, {self.steps} steps)"
+
+
+def value_class(kind: str) -> type | None:
+    """The class of a socket type's values; None for ComfyUI's types that this pack only hands on."""
+    import torch
+
+    from ..trainer_core import config
+    from ..trainer_core.conditioning.encoded import EncodedDataset
+    from ..trainer_core.data.pairing import EditDataset
+
+    classes: dict[str, type] = {
+        "QWEN_EDIT_MODEL": config.ModelConfig,
+        "QWEN_EDIT_DATASET": EditDataset,
+        "QWEN_EDIT_ENCODED": EncodedDataset,
+        "QWEN_EDIT_CAPTION_SETTINGS": config.CaptionConfig,
+        "QWEN_EDIT_SIZE_SETTINGS": config.SizeConfig,
+        "QWEN_EDIT_REFERENCE_SETTINGS": ReferencesSeen,
+        "QWEN_EDIT_LORA_SETTINGS": config.LoraConfig,
+        "QWEN_EDIT_OPTIMIZER_SETTINGS": config.OptimizerConfig,
+        "QWEN_EDIT_TRAINING_SETTINGS": LoopSettings,
+        "QWEN_EDIT_ROLLOUT_SETTINGS": config.RolloutConfig,
+        "QWEN_EDIT_MEMORY_SETTINGS": config.MemoryConfig,
+        "QWEN_EDIT_EMA_SETTINGS": config.EmaConfig,
+        "QWEN_EDIT_VALIDATION_SETTINGS": config.ValidationConfig,
+        "QWEN_EDIT_RUN": FinishedRun,
+        "QWEN_EDIT_IMPORTED": ImportedJob,
+        "IMAGE": torch.Tensor,
+        "LOSS_MAP": dict,
+    }
+    return classes.get(kind)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from comfy_api.latest import io
 
 from ..trainer_core.config import ExportConfig, ModelConfig, TrainConfig
-from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
+from ..trainer_core.errors import Interrupted
 from . import graph_file, host_call, host_folders, host_lora, host_server, publish, sockets
-from .schema import new_input, new_output, node_schema, setting_input
+from .schema import Node, new_input, new_output, node_schema, setting_input
 from .train_config import imported_input, preset_input, settings_input, train_config, validation_input
 from .untrusted import checked_run_name, free_name
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 IfRunExists = Literal["continue", "continue a kept run", "new run"]
 
 
-class TrainLora(io.ComfyNode):
+class TrainLora(Node):
     """Train a LoRA, or return the result if the run is already finished."""
 
     @classmethod
@@ -59,10 +59,7 @@ class TrainLora(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
         """Check the run name."""
-        try:
-            return run_name is None or bool(checked_run_name(run_name))
-        except TrainerError as error:
-            return str(error)
+        return run_name is None or bool(checked_run_name(run_name))
 
     @classmethod
     def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:
@@ -129,8 +126,6 @@ def _train_config(
     trigger_words: str = "",
     **gathered: Any,
 ) -> TrainConfig:
-    if if_run_exists not in get_args(IfRunExists):
-        raise ConfigError(f"if_run_exists must be one of {', '.join(get_args(IfRunExists))}, got {if_run_exists!r}.")
     name = checked_run_name(run_name)
     if if_run_exists == "new run":
         name = free_name(host_folders.runs_dir(), name)

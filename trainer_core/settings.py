@@ -148,6 +148,11 @@ def limits_of(cls: type, name: str) -> Limits:
     return _declared(cls)[name][1]
 
 
+def hint_of(cls: type, name: str) -> Any:
+    """The type declared for a setting of this class."""
+    return _declared(cls)[name][0]
+
+
 def check_setting(cls: type, name: str, value: object) -> None:
     """Raises ConfigError if the setting `name` of this class must not have this value."""
     hint, limits = _declared(cls)[name]

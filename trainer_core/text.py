@@ -12,6 +12,8 @@ LONGEST_TEXT = 4_096
 """Characters of a text setting, such as a name, a path or a pattern."""
 LONGEST_PROMPT = 20_000
 """Characters of a caption or prompt. The limit in tokens is `tokenizer_max_length`."""
+LONGEST_LINES = 200_000
+"""Characters of a widget that holds several prompts, patterns or changes."""
 LONGEST_LIST = 1_000
 """Items of a list setting."""
 _MOST_SHOWN = 200  # characters of a value in a message
