@@ -63,7 +63,7 @@ def equal(one: Path | None, other: Path | None) -> bool:
 
 def test_the_average_is_the_recursion_with_its_warm_up() -> None:
     settings = EmaConfig(use_ema=True, ema_decay=0.3, ema_update_interval=2)
-    assert [decay_at(step, settings) for step in (2, 4, 6, 400)] == pytest.approx([2 / 11, 3 / 12, 0.3, 0.3])
+    assert [decay_at(step, settings) for step in (2, 4, 6, 400)] == pytest.approx([2 / 11, 0.3, 0.3, 0.3])
     weight = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     average, expected = start_ema({"a": weight}, settings), 0.0
     for step in range(1, 9):
@@ -73,6 +73,15 @@ def test_the_average_is_the_recursion_with_its_warm_up() -> None:
             expected = decay_at(step, settings) * expected + (1 - decay_at(step, settings)) * step
         assert average["a"].dtype == torch.float32
         assert average["a"].tolist() == pytest.approx([expected] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("interval", [1, 10])
+def test_the_warm_up_counts_steps_as_simpletuner_does(interval: int) -> None:
+    """SimpleTuner's get_decay(s) is (1 + n) / (10 + n) with n = s - 1, and 0 for n = 0."""
+    settings = EmaConfig(use_ema=True, ema_decay=0.9999, ema_update_interval=interval)
+    kept = [decay_at(step, settings) for step in (1, 2, 10, 100, 1000)]
+    assert kept == pytest.approx([0, 2 / 11, 10 / 19, 100 / 109, 1000 / 1009], rel=1e-12)
+    assert kept[3] == pytest.approx(0.917, abs=5e-4)
 
 
 def test_changes_too_small_for_bfloat16_add_up() -> None:

@@ -14,7 +14,7 @@ from schedulefree import AdamWScheduleFreeReference
 from torch import nn
 
 from trainer_core.config import JobConfig, ModelConfig, OptimizerConfig, TrainConfig, from_json
-from trainer_core.config.optimizer import OptimizerName, SchedulerName
+from trainer_core.config.optimizer import WAVES, OptimizerName, SchedulerName
 from trainer_core.errors import ConfigError, MissingPackageError, RunFolderError
 from trainer_core.planning.preparation import check_training
 from trainer_core.qwen_image.base_model import BaseModel
@@ -59,7 +59,7 @@ def take_steps(parameters: dict[str, nn.Parameter], optimizer: Any, config: Opti
         optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("name", get_args(SchedulerName))
+@pytest.mark.parametrize("name", [name for name in get_args(SchedulerName) if name not in WAVES])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 7), (3, 11), (10, 60)])
 def test_courses_are_diffusers_without_the_step_at_zero(name: SchedulerName, warmup: int, steps: int) -> None:
     warmup = 0 if name == "constant" else warmup
@@ -87,6 +87,24 @@ def test_courses_are_diffusers_without_the_step_at_zero(name: SchedulerName, war
         assert learning_rate_at(step, steps, config) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-18)
 
 
+# Rates that SimpleTuner 4.8's own schedulers set before steps 0, 1, 50, 99, 100, 150, 200, 500 and 999, with
+# learning_rate 1e-4, lr_end 4e-7 and lr_warmup_steps 100
+SIMPLETUNER = {
+    "cosine_wave": [1e-4, 9.9975e-5, 5.02e-5, 4.24e-7, 4e-7, 5.0199e-5, 1e-4, 4e-7, 9.9975e-5],
+    "sine_wave": [5.02e-5, 5.1764e-5, 1e-4, 5.1764e-5, 5.02e-5, 4e-7, 5.0199e-5, 5.02e-5, 4.8635e-5],
+}
+
+
+@pytest.mark.parametrize("name", WAVES)
+def test_waves_are_simpletuners_cosine_and_sine(name: SchedulerName) -> None:
+    config = OptimizerConfig(learning_rate=1e-4, lr_scheduler=name, lr_warmup_steps=0, lr_wave_steps=100, lr_end=4e-7)
+    steps = (0, 1, 50, 99, 100, 150, 200, 500, 999)
+    assert [learning_rate_at(step, 1000, config) for step in steps] == pytest.approx(SIMPLETUNER[name], abs=1.01e-9)
+    assert learning_rate_at(500, 10, config) == learning_rate_at(500, 1000, config)
+    after = dataclasses.replace(config, lr_warmup_steps=10)
+    assert [learning_rate_at(10 + step, 1000, after) for step in steps] == pytest.approx(SIMPLETUNER[name], abs=1.01e-9)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -105,6 +123,11 @@ def test_courses_are_diffusers_without_the_step_at_zero(name: SchedulerName, war
             "lr_warmup_steps must be 0 with lr_scheduler constant.*constant_with_warmup.*got 10",
         ),
         ({"lr_scheduler": "polynomial", "lr_end": 1e-3}, r"lr_end must be below learning_rate \(0.0001\).*got 0.001"),
+        ({"lr_scheduler": "sine_wave", "lr_end": 1e-3}, r"lr_end must be at most learning_rate \(0.0001\).*got 0.001"),
+        (
+            {"optimizer": "adamw-schedulefree", "lr_scheduler": "cosine_wave"},
+            "with optimizer adamw-schedulefree.*got 'cosine_wave'",
+        ),
         ({"optimizer": "adam"}, "Did you mean 'adamw'"),
         ({"lr_num_cycles": 0}, "lr_num_cycles must be 1 or more, got 0"),
     ],

@@ -29,7 +29,7 @@ class EmaConfig(Settings):
     ema_decay: float = setting(
         0.995,
         "Fraction of the average that an update keeps. 0.995 averages over about 200 updates, 0.999 over about 1000. "
-        "The first updates keep less: (1 + n) / (10 + n) at update n.",
+        "The first updates keep less: n / (n + 9) after step n.",
         Limits(above=0, below=1, usual="0.99 to 0.9999", soft_min=0.01, soft_max=0.99999, step=0.001, round=1e-5),
     )
     ema_update_interval: int = setting(1, "Steps between updates of the average.", Limits(min=1, soft_max=10_000))

@@ -8,8 +8,19 @@ from typing import Literal
 from ..settings import Limits, Settings, check, setting
 
 OptimizerName = Literal["adamw", "adamw-8bit", "adafactor", "lion", "prodigy", "adamw-schedulefree"]
-SchedulerName = Literal["constant_with_warmup", "cosine", "linear", "constant", "cosine_with_restarts", "polynomial"]
-ENDLESS: tuple[SchedulerName, ...] = ("constant", "constant_with_warmup")
+SchedulerName = Literal[
+    "constant_with_warmup",
+    "cosine",
+    "linear",
+    "constant",
+    "cosine_with_restarts",
+    "polynomial",
+    "cosine_wave",
+    "sine_wave",
+]
+CONSTANT: tuple[SchedulerName, ...] = ("constant", "constant_with_warmup")
+WAVES: tuple[SchedulerName, ...] = ("cosine_wave", "sine_wave")
+ENDLESS: tuple[SchedulerName, ...] = (*CONSTANT, *WAVES)
 """Schedules that do not depend on the number of steps."""
 
 
@@ -31,7 +42,9 @@ class OptimizerConfig(Settings):
     )
     lr_scheduler: SchedulerName = setting(
         "constant_with_warmup",
-        "Learning rate schedule after the warm-up. constant has no warm-up. adamw-schedulefree needs a constant one.",
+        "Learning rate schedule after the warm-up. constant has no warm-up. adamw-schedulefree needs a constant one. "
+        "cosine_wave and sine_wave swing between learning_rate and lr_end for the whole run; they start at "
+        "learning_rate and half-way between the two. They are SimpleTuner's cosine and sine.",
     )
     lr_warmup_steps: int = setting(
         10, "Steps over which the learning rate rises from zero.", Limits(min=0, soft_max=100_000)
@@ -70,7 +83,9 @@ class OptimizerConfig(Settings):
         Limits(above=0, soft_min=0.1, soft_max=10, step=0.1),
     )
     lr_end: float = setting(
-        1e-7, "Final learning rate of polynomial.", Limits(min=0, soft_max=0.1, step=1e-7, round=1e-10)
+        1e-7,
+        "Final learning rate of polynomial, and the lowest one of cosine_wave and sine_wave.",
+        Limits(min=0, soft_max=0.1, step=1e-7, round=1e-10),
     )
     lion_beta2: float = setting(
         0.99,
@@ -81,6 +96,12 @@ class OptimizerConfig(Settings):
         1.0,
         "Factor on the learning rate that prodigy finds: 0.5 is cautious, 2 is bold.",
         Limits(above=0, soft_min=0.01, soft_max=100, step=0.1),
+    )
+
+    lr_wave_steps: int = setting(
+        100,
+        "Steps that cosine_wave and sine_wave take from the highest to the lowest learning rate.",
+        Limits(min=1, soft_max=100_000),
     )
 
     def check_combinations(self) -> None:
@@ -99,8 +120,8 @@ class OptimizerConfig(Settings):
     def _check_schedule(self) -> None:
         name = self.lr_scheduler
         if self.optimizer == "adamw-schedulefree":
-            allowed = f"one of {', '.join(ENDLESS)} with optimizer adamw-schedulefree, which replaces a falling rate"
-            check(name in ENDLESS, "lr_scheduler", name, allowed)
+            allowed = f"one of {', '.join(CONSTANT)} with optimizer adamw-schedulefree, which replaces a falling rate"
+            check(name in CONSTANT, "lr_scheduler", name, allowed)
             allowed = "above 0 with optimizer adamw-schedulefree, usually 0.9"
             check(self.adam_beta1 > 0, "adam_beta1", self.adam_beta1, allowed)
         if name == "constant":
@@ -109,6 +130,9 @@ class OptimizerConfig(Settings):
         if name == "polynomial":
             allowed = f"below learning_rate ({self.learning_rate!r}) with lr_scheduler polynomial"
             check(self.lr_end < self.learning_rate, "lr_end", self.lr_end, allowed)
+        if name in WAVES:
+            allowed = f"at most learning_rate ({self.learning_rate!r}) with lr_scheduler {name}"
+            check(self.lr_end <= self.learning_rate, "lr_end", self.lr_end, allowed)
 
 
 def check_warmup(optimizer: OptimizerConfig, num_steps: int) -> None:

@@ -152,8 +152,8 @@ class NoiseConfig(Settings):
     )
     huber_schedule: HuberSchedule = setting(
         "snr",
-        "How huber_c depends on the noise level σ. snr and exponential go from 1 without noise to huber_c at pure "
-        "noise, following (1-σ)² and huber_c^σ. constant: huber_c at all levels.",
+        "How huber_c depends on the noise level σ. snr: rises from huber_c without noise to 1 at pure noise, as in "
+        "SimpleTuner. exponential: falls from 1 to huber_c, as huber_c^σ. constant: huber_c at all levels.",
     )
 
 

@@ -28,9 +28,11 @@ def start_ema(parameters: Mapping[str, nn.Parameter], config: EmaConfig) -> dict
 
 
 def decay_at(step: int, config: EmaConfig) -> float:
-    """Fraction of the average that update n keeps: (1 + n) / (10 + n), at most ema_decay. n counts from 1."""
-    update = step // config.ema_update_interval
-    return min(config.ema_decay, (1 + update) / (10 + update))
+    """Fraction of the average that the update after `step` steps keeps: step / (step + 9), at most ema_decay.
+
+    The update after the first step keeps nothing. As in SimpleTuner, steps count, not updates.
+    """
+    return min(config.ema_decay, step / (step + 9)) if step > 1 else 0.0
 
 
 @torch.no_grad()

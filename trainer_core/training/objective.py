@@ -124,12 +124,13 @@ def penalty_at(sigma_B: Tensor, noise: NoiseConfig) -> Penalty:
 
 
 def huber_width(sigma_B: Tensor, noise: NoiseConfig) -> Tensor:
-    """Width c [B] of the penalty. snr and exponential raise it at low noise, where the velocity's error is largest.
+    """Width c [B] of the penalty. snr raises it from c to 1 with the noise, exponential lowers it from 1 to c.
 
-    snr is SimpleTuner's and sd-scripts' (1 - c) / (1 + s)² + c with a flow's noise-to-signal ratio s = σ / (1 - σ).
+    snr is SimpleTuner's for flow models: (1 - c) / (1 + s)² + c with s² = (1 - σ) / (σ + 0.0001).
     """
     if noise.huber_schedule == "snr":
-        return (1 - noise.huber_c) * (1 - sigma_B).square() + noise.huber_c
+        ratio = ((1 - sigma_B) / (sigma_B + 1e-4)).sqrt()
+        return (1 - noise.huber_c) / (1 + ratio).square() + noise.huber_c
     if noise.huber_schedule == "exponential":
         return noise.huber_c**sigma_B
     return torch.full_like(sigma_B, noise.huber_c)
