@@ -68,6 +68,7 @@ class EncodePairs(Node):
                     optional=True,
                     tooltip="How references are presented and cached. Default: all of a pair together, encoded once.",
                 ),
+                setting_input(EncodingConfig, "train_eval_images", optional=True, advanced=True),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA."),

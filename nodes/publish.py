@@ -71,7 +71,7 @@ def run_ui(result: TrainResult, lora_name: str, ema_name: str | None = None, *, 
         **ratios,
     }
     measured = samples.as_text() if samples else ""
-    text = f"{lora_name}: {result.steps_done} steps" + (f"; held-out pairs: {measured}" if measured else "")
+    text = f"{lora_name}: {result.steps_done} steps" + (f"; validation pairs: {measured}" if measured else "")
     images = [_output_picture(samples.grid_file)] if samples else []
     if ema_name:
         text += f". EMA LoRA: {ema_name}"

@@ -85,7 +85,9 @@ class OptimizerSettings(Node):
                     "adam_epsilon max_grad_norm",
                 ),
                 *setting_inputs(
-                    OptimizerConfig, "lr_num_cycles lr_power lr_end lion_beta2 prodigy_d_coef lr_wave_steps", optional=True
+                    OptimizerConfig,
+                    "lr_num_cycles lr_power lr_end lion_beta2 prodigy_d_coef lr_wave_steps",
+                    optional=True,
                 ),
             ],
             outputs=[new_output(sockets.OptimizerSettings, "optimizer_settings", "For Train Qwen Edit LoRA.")],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import ConfigError, TrainerError
+from .text import brief, printable, shown
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 100  # Python's own limit is about 1000 levels, which later recursive calls would exceed
@@ -20,7 +21,6 @@ _COMMENT = re.compile(rf"{_STRING}|//[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
 _TRAILING_COMMA = re.compile(rf"{_STRING}|,(?=\s*[\]}}])", re.DOTALL)
 _BRACKET = re.compile(rf"{_STRING}|[\[{{\]}}]", re.DOTALL)
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-_SHOWN_CHARACTERS = 60
 
 _Place = tuple[Any, str]  # the place of the enclosing value (None for the outermost), and a key or an index in it
 
@@ -101,11 +101,6 @@ def _first_bytes(path: Path, count: int) -> bytes:
         return file.read(count)
 
 
-def printable(text: str) -> str:
-    """The text with escapes in place of halves of surrogate pairs and NUL characters, which UTF-8 output can't have."""
-    return _UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
 def plain_json(text: str) -> str:
     """Replace comments and trailing commas with spaces, which keeps line and column numbers. Skips strings."""
     return _TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
@@ -163,9 +158,9 @@ class _Reader:
         keys: list[str] = []
         while place is not None:
             place, key = place
-            keys.append(_cut(key))
+            keys.append(shown(key))
         what = "a NUL character" if found[0] == "\0" else f"half of a character (\\u{ord(found[0]):04x})"
-        where = f" under {_cut('.'.join(reversed(keys)))}" if keys else ""
+        where = f" under {shown('.'.join(reversed(keys)))}" if keys else ""
         self._refuse(f"a text{where} contains {what}. Remove it")
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -175,7 +170,7 @@ class _Reader:
             written = re.escape(json.dumps(twice, ensure_ascii=False))
             lines = [str(self._line(place.start())) for place in re.finditer(rf"{written}\s*:", self._text)]
             known = f" (lines {' and '.join(lines)})" if len(lines) == 2 else ""
-            self._refuse(f"an object has the name {_cut(twice)!r} twice{known}. Keep one")
+            self._refuse(f"an object has the name {brief(twice)} twice{known}. Keep one")
         return found
 
     def _whole(self, literal: str) -> int:
@@ -186,7 +181,7 @@ class _Reader:
     def _number(self, literal: str) -> float:
         value = float(literal)
         if self._finite and abs(value) == float("inf"):
-            self._refuse(f"the number {_cut(literal)} is too large{self._line_of(literal)}")
+            self._refuse(f"the number {shown(literal)} is too large{self._line_of(literal)}")
         return value
 
     def _constant(self, literal: str) -> float:
@@ -207,15 +202,9 @@ class _Reader:
         self._refuse(f"its brackets are nested more than {MAX_DEPTH} levels deep in line {self._line(place)}")
 
     def _line_of(self, literal: str) -> str:
-        """ " in line ..." of the first such literal outside strings."""
+        """The end of a message: the line of the first such literal outside strings."""
         places = re.finditer(rf"{_STRING}|{re.escape(literal)}", self._text, re.DOTALL)
         return next((f" in line {self._line(place.start())}" for place in places if place[0] == literal), "")
 
     def _line(self, place: int) -> int:
         return self._text.count("\n", 0, place) + 1
-
-
-def _cut(text: str) -> str:
-    """A text from outside, short and printable."""
-    plain = printable(text)
-    return plain if len(plain) <= _SHOWN_CHARACTERS else f"{plain[:_SHOWN_CHARACTERS]}..."

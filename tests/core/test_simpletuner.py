@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.imported import ROOT, line, read
 from tests.support.quickstart import CONFIG, EDIT_V1, EDIT_V2, as_edit_v2, in_folders
 from trainer_core.__main__ import main
 from trainer_core.config import EmaConfig
@@ -16,25 +17,9 @@ from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
 from trainer_core.job import load_job
 from trainer_core.json_text import plain_json, read_json
-from trainer_core.simpletuner.convert import Imported, convert
+from trainer_core.simpletuner.convert import convert
 from trainer_core.simpletuner.keys import CONFIG_REASONS, DATA_REASONS
 from trainer_core.simpletuner.section import Section
-
-ROOT = Path("/somewhere")
-
-
-def read(changes: dict[str, Any] | None = None, datasets: list | None = None, **first: Any) -> Imported:
-    """Converts the edit-v1 example, with `changes` in the configuration and `first` in the first data set."""
-    settings = {**json.loads(plain_json(CONFIG)), **(changes or {})}
-    datasets = datasets if datasets is not None else json.loads(plain_json(EDIT_V1))
-    datasets[0] = {**datasets[0], **first}
-    return convert(settings, datasets, root=ROOT)
-
-
-def line(imported: Imported, start: str) -> str:
-    found = [each for each in imported.report if each.startswith(start)]
-    assert len(found) == 1, imported.report
-    return found[0]
 
 
 def files(folder: Path, config: str, data: str) -> Path:
@@ -130,7 +115,7 @@ def test_settings_are_carried_over():
             "init_lora": "loras/first.safetensors",
         },
         resolution_type="area",
-        resolution=0.5,
+        resolution=0.6,
         crop="true",
         crop_style="centre",
         minimum_image_size=0.2,
@@ -152,18 +137,18 @@ def test_settings_are_carried_over():
     assert (job.lora.lora_type, job.lora.use_rslora) == ("dora", True)
     assert job.lora.init_lora == str(ROOT / "loras/first.safetensors")
     sizes = job.encoding.sizes
-    assert (sizes.resolution_type, sizes.megapixels, sizes.crop, sizes.crop_style) == ("area", 0.5, True, "center")
+    assert (sizes.resolution_type, sizes.megapixels, sizes.crop, sizes.crop_style) == ("area", 0.6, True, "center")
     assert (sizes.minimum_image_size, sizes.leave_out_small, sizes.maximum_image_size) == (0.2, True, 2.0)
     assert job.dataset.instance_prompt == "sks," and job.dataset.captions.prepend_instance_prompt
 
 
 def test_optimizers_and_courses_are_carried_over():
-    prodigy = read({"optimizer": "prodigy", "learning_rate": 1e-4, "lr_scheduler": "cosine_with_restarts"})
+    prodigy = read({"optimizer": "prodigy", "learning_rate": 0.5, "lr_scheduler": "linear", "max_grad_norm": 1})
     assert prodigy.job.optimizer.learning_rate == 1.0 and "finds" in line(prodigy, "learning_rate:")
-    assert prodigy.job.optimizer.lr_scheduler == "cosine_with_restarts"
+    assert (prodigy.job.optimizer.lr_scheduler, prodigy.job.optimizer.max_grad_norm) == ("linear", 0.0)
     free = read({"optimizer": "adamw_schedulefree", "lr_scheduler": "polynomial", "lr_end": "1e-8"})
     assert free.job.optimizer.optimizer == "adamw-schedulefree"
-    assert free.job.optimizer.lr_scheduler == "constant_with_warmup" and "takes no other" in line(free, "lr_scheduler:")
+    assert free.job.optimizer.lr_scheduler == "constant_with_warmup" and "ignores it" in line(free, "lr_scheduler:")
     lion = read({"optimizer": "optimi-lion", "learning_rate": 3e-5, "loss_type": "huber", "huber_c": 0.2})
     assert (lion.job.optimizer.optimizer, lion.job.optimizer.learning_rate) == ("lion", 3e-5)
     assert (lion.job.noise.loss_type, lion.job.noise.huber_c) == ("huber", 0.2)
@@ -184,7 +169,11 @@ def test_scheduled_sampling_is_carried_over():
     )
     rollout = imported.job.rollout
     assert (rollout.scheduled_sampling_max_step_offset, rollout.scheduled_sampling_probability) == (10, 1.0)
-    assert (rollout.scheduled_sampling_ramp_steps, rollout.scheduled_sampling_prob_end) == (100, 0.0)
+    assert (rollout.scheduled_sampling_ramp_steps, rollout.scheduled_sampling_prob_end) == (100, 1.0)
+    assert rollout.scheduled_sampling_prob_start == 1.0
+    assert "Euler" in line(imported, "scheduled_sampling_sampler:")
+    for end in ("start", "end"):
+        assert "0 becomes 1" in line(imported, f"scheduled_sampling_prob_{end}:")
     assert rollout.scheduled_sampling_sampler == "rk4" and rollout.scheduled_sampling_reflexflow
     assert rollout.scheduled_sampling_reflexflow_beta1 == 5.0
     assert "'scheduled_sampling_max_step_offset'" in line(imported, "scheduled_sampling_max_step_ofset: UNKNOWN")
@@ -193,10 +182,10 @@ def test_scheduled_sampling_is_carried_over():
 def test_what_changes_is_said():
     imported = read({"optimizer": "soap", "max_grad_norm": 0.01, "num_train_epochs": 3, "use_ema": True})
     assert imported.job.optimizer.max_grad_norm == 1.0 and imported.job.optimizer.optimizer == "adamw"
-    assert "becomes adamw" in line(imported, "optimizer:")
+    assert "adamw with this trainer's defaults" in line(imported, "optimizer:")
     assert "each element" in line(imported, "max_grad_norm:")
     assert "3 x pairs" in line(imported, "num_train_epochs:")
-    assert "learning_rate (SimpleTuner's 4e-7)" in line(imported, "Not in your files")
+    assert "learning_rate 0.0001 (SimpleTuner's 4e-7)" in line(imported, "Not in your files")
     assert "'match_target_res'" in line(read({"model_kwargs": {"match_target_rez": True}}), "model_kwargs.match")
     assert "Qwen/Qwen-Image-Edit" in line(imported, "pretrained_model_name_or_path:")
 
@@ -208,11 +197,11 @@ def test_what_conditioning_and_validation_say_is_carried_over():
     assert (job.encoding.conditioning_image_embeds, job.encoding.create_image_embeds) == ("my-reference-embeds", True)
     assert job.encoding.conditioning_multidataset_sampling == "random"
     assert job.encoding.validation_prompts == ("make it night",)
-    assert job.validation.validation_resolution == "512x768,1024"
+    assert job.validation.validation_resolution == "627,1024"
     assert read({"validation_resolution": 768}).job.validation.validation_resolution == "768"
-    imported = read({"validation_resolution": "1000x600"})
-    assert imported.job.validation.validation_resolution == "992x608"
-    assert "multiples of 16" in line(imported, "validation_resolution:")
+    imported = read({"validation_resolution": "1024x1024"})
+    assert imported.job.validation.sizes == (1024,)
+    assert "1024x1024 becomes 1024: the area" in line(imported, "validation_resolution:")
     data = json.loads(plain_json(EDIT_V2))
     data[2]["conditioning_type"] = "reference_loose"
     del data[3]["conditioning_type"]
@@ -258,7 +247,12 @@ def test_what_data_sets_share_stands_once_and_can_be_changed():
     settings = {**json.loads(plain_json(as_edit_v2(CONFIG))), "num_eval_images": 1}
     changes = ["encoding.resolution=96", "datasets.more.repeats=2", "datasets.0.probability=0.5", "export.lora_name=x"]
     imported = convert(settings, data, root=ROOT, changes=changes)
-    assert imported.values["encoding"] == {"resolution": 96, "num_eval_images": 1}
+    assert imported.values["encoding"] == {
+        "resolution": 96,
+        "num_eval_images": 1,
+        "train_eval_images": True,
+        "sizes": {"crop_style": "random"},
+    }
     assert imported.values["datasets"][1]["encoding"] == {"sizes": {"crop": True}}
     first, more = imported.job.parts()
     assert (first.encoding.resolution, first.probability, more.repeats) == (96, 0.5, 2)
@@ -304,14 +298,26 @@ def test_references_that_are_named_and_left_out_say_so():
     assert not [each for each in second_masks.report if "LEFT OUT" in each]
 
 
-def test_pairs_held_out_unasked_are_said():
-    said = line(read(), "num_eval_images:")
-    assert "2 pairs of each data set are kept out of training" in said and "encoding.num_eval_images 0" in said
-    assert "3 pairs" in line(read({"num_eval_images": 3}), "num_eval_images:")
+def test_validated_pairs_are_trained_on_as_in_simpletuner():
+    imported = read({"num_eval_images": 25})
+    (part,) = imported.job.parts()
+    assert (part.encoding.num_eval_images, part.encoding.train_eval_images) == (25, True)
+    assert imported.job.validation.num_validation_images == 25
+    said = line(imported, "num_eval_images:")
+    assert "Up to 25 pairs" in said and "a loss on training pairs" in said and "encoding.train_eval_images" in said
+    (part,) = read().job.parts()
+    assert (part.encoding.num_eval_images, part.encoding.train_eval_images) == (4, True)
+    (part,) = read({"num_eval_images": 25, "validation_disable": True}).job.parts()
+    assert part.encoding.num_eval_images == 0
+    (part,) = read({"num_eval_images": 25}, disable_validation=True).job.parts()
+    assert (part.encoding.num_eval_images, part.encoding.train_eval_images) == (0, False)
     data = json.loads(plain_json(EDIT_V1))
     data.append({**data[0], "id": "held-out", "dataset_type": "eval"})
-    for imported in (read({}, data), read(disable_validation=True)):
-        assert not [each for each in imported.report if each.startswith("num_eval_images")]
+    imported = read({}, data)
+    parts = {part.id: part.encoding for part in imported.job.parts()}
+    assert {name: each.num_eval_images for name, each in parts.items()} == {"my-edited-images": 0, "held-out": -1}
+    assert not any(each.train_eval_images for each in parts.values())
+    assert not [each for each in imported.report if each.startswith("num_eval_images")]
 
 
 def test_epochs_beside_steps_are_said():
@@ -319,7 +325,10 @@ def test_epochs_beside_steps_are_said():
     assert imported.job.max_train_steps == 300
     assert "max_train_steps (300) sets the length" in line(imported, "num_train_epochs:")
     for epochs in (0, None):
-        assert "num_train_epochs" not in str(read({"max_train_steps": 300, "num_train_epochs": epochs}).report)
+        report = read({"max_train_steps": 300, "num_train_epochs": epochs}).report
+        assert not [each for each in report if each.startswith("num_train_epochs")]
+    neither = read()
+    assert neither.job.max_train_steps == 1000 and "trains one epoch" in line(neither, "max_train_steps:")
 
 
 def test_names_in_place_of_paths(tmp_path: Path):

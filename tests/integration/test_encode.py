@@ -17,6 +17,7 @@ from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.pictures import plan_pair, render
 from trainer_core.conditioning.read_ahead import read_ahead
+from trainer_core.conditioning.report import encoding_report
 from trainer_core.config import DatasetConfig, EncodingConfig, ModelConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, DatasetError, Interrupted
@@ -170,6 +171,26 @@ def test_held_out_pairs_are_kept_whole_and_out_of_training(encode: Encode) -> No
     assert len(negative) < len(prompt) and negative.shape[1] == prompt.shape[1]
     everything, _ = encode(small_encoding(num_eval_images=-1))
     assert not everything.pairs and len(everything.validation_pairs) == 3
+
+
+def test_validated_pairs_can_be_trained_on_too(encode: Encode) -> None:
+    held, first = encode(small_encoding(num_eval_images=2))
+    both, again = encode(small_encoding(num_eval_images=2, train_eval_images=True))
+    alone, _ = encode(small_encoding(num_eval_images=0))
+    assert both.pairs == alone.pairs and len(both.pairs) == 3
+    assert both.validation_pairs == held.validation_pairs and both.trained_too(both) == 2
+    assert first[0] > 0 and again == (0, 0)  # nothing is encoded a second time
+    assert both.manifest.stem.split("-")[0] == alone.manifest.stem.split("-")[0]  # a run goes on with either
+    report = encoding_report(both)
+    assert "3 pairs to train on, 0 held out" in report and "2 of the pairs to train on are also validated" in report
+    assert held.trained_too(held) == 0 and "also validated" not in encoding_report(held)
+    everything, _ = encode(small_encoding(num_eval_images=25, train_eval_images=True))
+    assert len(everything.pairs) == len(everything.validation_pairs) == 3
+
+
+def test_a_prompt_is_encoded_once_for_both_uses(encode: Encode) -> None:
+    _, counts = encode(small_encoding(num_eval_images=3, train_eval_images=True))
+    assert counts == (6, 6)  # three targets and three references; three captions and three negative prompts
 
 
 def test_too_many_held_out_is_refused(encode: Encode) -> None:

@@ -76,7 +76,7 @@ def test_by_keyboard_and_with_hostile_texts(told: str, open_page: OpenPage):
     page.page.keyboard.press("Enter")
     expect(page.panel.get_by_role("heading", name=told)).to_be_focused()
     expect(page.panel.locator(".qet-caption")).to_have_text(HOSTILE)
-    expect(page.panel.locator(".qet-legend")).to_contain_text("held-out 0.04500")
+    expect(page.panel.locator(".qet-legend")).to_contain_text("validation 0.04500")
     expect(page.panel.locator(".qet-legend")).to_contain_text("drift, pixels 0.2500")
     page.panel.locator("summary").focus()
     page.page.keyboard.press("Enter")
@@ -186,7 +186,7 @@ def test_of_a_run_that_validates_its_average_alone_there_is_a_curve(runs_dir: Pa
     page.open_panel(folder.name)
     page.wait_for_points(page.panel, 40)
     assert page.points(page.panel, "qet-line-held") == 4
-    expect(page.panel.locator(".qet-legend")).to_contain_text("held-out, EMA 0.1250")
+    expect(page.panel.locator(".qet-legend")).to_contain_text("validation, EMA 0.1250")
     live = "import('/extensions/qwen-edit-trainer/trainer/store.js').then(store => store.extended(empty, points))"
     empty, points = {"steps": [], "loss": [], "learning_rate": [], "measured": {}}, [{**rows[9], "psnr": 3}]
     found = page.page.evaluate(f"([empty, points]) => {live}", [empty, points])

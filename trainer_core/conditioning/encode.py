@@ -79,29 +79,30 @@ def plan_dataset(
     problems.attempt(lambda: encoders.check(encoding))
     problems.attempt(lambda: _check_captions(dataset, encoding))
     kept = problems.attempt(lambda: large_enough(dataset.pairs, encoding.sizes))
-    held_out = kept and problems.attempt(lambda: _held_out(kept[0], encoding))
+    used = kept and problems.attempt(lambda: _trained_and_validated(kept[0], encoding))
     networks = problems.attempt(lambda: _networks(base, encoding, encoders))
     embeds = networks and problems.attempt(
         lambda: open_image_embeds(encoding, cache_dir, dataset.reference_dirs[0], networks[1])
     )
     problems.raise_all()
     assert kept is not None
-    assert held_out is not None
+    assert used is not None
     assert networks is not None
     assert embeds is not None
     (pairs, left_out), (vae, text_encoder) = kept, networks
-    dataset = dataclasses.replace(dataset, pairs=pairs)
-    planned = _planned(dataset, model, encoding, (vae.digest, text_encoder.digest), held_out)
+    digests = (vae.digest, text_encoder.digest)
+    trained = _planned(used[0], model, encoding, digests, validated=False)
+    validated = _planned(used[1], model, encoding, digests, validated=True)
     return PlannedDataset(
         base=base,
         encoding=encoding,
         cache_dir=cache_dir,
         ranks=ranks,
-        dataset=dataset,
+        dataset=dataclasses.replace(dataset, pairs=pairs),
         left_out=left_out,
-        held_out=held_out,
-        pairs=planned,
-        missing=find_missing(list(ranks.share(planned)), cache_dir),
+        pairs=trained,
+        validation_pairs=validated,
+        missing=find_missing(list(ranks.share([*trained, *validated])), cache_dir),
         picture_encoder=vae,
         prompt_encoder=text_encoder,
         image_embeds=embeds,
@@ -124,7 +125,8 @@ def encode_planned(planned: PlannedDataset, observer: Observer = SILENT) -> Enco
     if planned.ranks.leads:
         clean_leftovers(cache_dir)
     if any(missing):  # once more, because another dataset of the job may share pictures
-        missing = find_missing(list(planned.ranks.share(planned.pairs)), cache_dir)
+        every = [*planned.pairs, *planned.validation_pairs]
+        missing = find_missing(list(planned.ranks.share(every)), cache_dir)
     if planned.encoding.create_image_embeds:
         planned.image_embeds.create()
     before = dataset_states(planned.dataset) if any(missing) else {}
@@ -168,10 +170,15 @@ def _check_captions(dataset: EditDataset, encoding: EncodingConfig) -> None:
 
 
 def _planned(
-    dataset: EditDataset, model: ModelConfig, encoding: EncodingConfig, digests: tuple[str, str], held_out: set[str]
+    pairs: Sequence[EditPair],
+    model: ModelConfig,
+    encoding: EncodingConfig,
+    digests: tuple[str, str],
+    *,
+    validated: bool,
 ) -> list[PlannedPair]:
-    pairs = split_by_reference(dataset.pairs, encoding, held_out)
-    return [plan_encoding(pair, model, encoding, digests, held_out) for pair in pairs]
+    pairs = split_by_reference(pairs, encoding, validated=validated)
+    return [plan_encoding(pair, model, encoding, digests, validated=validated) for pair in pairs]
 
 
 @contextmanager
@@ -208,13 +215,22 @@ def check_references(dataset: EditDataset, model: ModelConfig, encoding: Encodin
         )
 
 
-def _held_out(pairs: Sequence[EditPair], encoding: EncodingConfig) -> set[str]:
-    """Keys of the pairs to hold out, ranked by a digest per pair so that other pairs and their order matter little."""
-    keys = sorted(pairs, key=lambda pair: digest([encoding.seed, pair.key]))
-    wanted = len(keys) if encoding.num_eval_images < 0 else encoding.num_eval_images
-    if 0 < len(keys) <= wanted and encoding.num_eval_images > 0:
+def _trained_and_validated(
+    pairs: Sequence[EditPair], encoding: EncodingConfig
+) -> tuple[Sequence[EditPair], Sequence[EditPair]]:
+    """The pairs to train on and those to validate, in the dataset's order.
+
+    Validated pairs are ranked by a digest per pair, so that other pairs and their order matter little.
+    """
+    ranked = sorted(pairs, key=lambda pair: digest([encoding.seed, pair.key]))
+    wanted = len(ranked) if encoding.num_eval_images < 0 else encoding.num_eval_images
+    keys = {pair.key for pair in ranked[:wanted]}
+    validated = [pair for pair in pairs if pair.key in keys]
+    if encoding.train_eval_images:
+        return pairs, validated
+    if 0 < len(ranked) <= wanted and encoding.num_eval_images > 0:
         raise DatasetError(
-            f"num_eval_images must be less than the dataset's number of pairs ({len(keys)}), got {wanted}. "
-            "At least one pair must be left to train on."
+            f"num_eval_images must be less than the dataset's number of pairs ({len(ranked)}), got {wanted}. "
+            "At least one pair must be left to train on. To train on the validated pairs too, set train_eval_images."
         )
-    return {pair.key for pair in keys[:wanted]}
+    return [pair for pair in pairs if pair.key not in keys], validated

@@ -131,6 +131,11 @@ class EncodedDataset:
             "dataset again: only missing entries are encoded."
         )
 
+    def trained_too(self, validated: EncodedDataset) -> int:
+        """How many pairs that `validated` validates have a target that this dataset trains on, at the same size."""
+        targets = {entry.target for entry in self.pairs if entry.probability > 0}
+        return sum(entry.target in targets for entry in validated.validation_pairs)
+
     def missing(self) -> tuple[str, ...]:
         """Keys of the pairs that lack a cache entry or a reference file."""
         return tuple(entry.key for entry in (*self.pairs, *self.validation_pairs) if not self._is_complete(entry))

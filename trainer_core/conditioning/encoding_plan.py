@@ -32,7 +32,7 @@ class LatentTask(NamedTuple):
     """A picture to encode with the VAE.
 
     `key` is the cache key of its latents, `content` the file's SHA-256, and `picture` the cache key of its pixels,
-    which are kept for held-out pairs only.
+    which are kept for validated pairs only.
     """
 
     key: str
@@ -83,7 +83,8 @@ class MissingWork(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedDataset:
     """A dataset that is ready to be encoded. `dataset` has no pairs that are left out; `left_out` are their keys.
-    `held_out`: keys of the held-out pairs. `missing`: this process's share of what the cache lacks."""
+    `pairs` are trained and `validation_pairs` validated; with train_eval_images a pair may be in both. `missing`: this
+    process's share of what the cache lacks."""
 
     base: BaseModel
     encoding: EncodingConfig
@@ -91,8 +92,8 @@ class PlannedDataset:
     ranks: Ranks
     dataset: EditDataset
     left_out: tuple[str, ...]
-    held_out: set[str]
     pairs: list[PlannedPair]
+    validation_pairs: list[PlannedPair]
     missing: MissingWork
     picture_encoder: PictureEncoder
     prompt_encoder: PromptEncoder
@@ -100,26 +101,25 @@ class PlannedDataset:
 
     def encoded(self) -> EncodedDataset:
         """The dataset that encoding makes. Its manifest and entries may not be written yet."""
-        entries = list(entries_of_pairs([each.entry for each in self.pairs]))
         return name_dataset(
             self.cache_dir,
             flavour=self.base.config.flavour,
             preprocessing=self.encoding.preprocessing,
             prompt_width=self.base.prompt_width,
-            pairs=tuple(entry for entry in entries if entry.key not in self.held_out),
-            validation_pairs=tuple(entry for entry in entries if entry.key in self.held_out),
+            pairs=tuple(entries_of_pairs([each.entry for each in self.pairs])),
+            validation_pairs=tuple(entries_of_pairs([each.entry for each in self.validation_pairs])),
             left_out=self.left_out,
         )
 
 
 def plan_encoding(
-    pair: EditPair, model: ModelConfig, encoding: EncodingConfig, digests: tuple[str, str], held_out: set[str]
+    pair: EditPair, model: ModelConfig, encoding: EncodingConfig, digests: tuple[str, str], *, validated: bool
 ) -> PlannedPair:
-    """The views and cache keys of a pair. `digests` are those of the VAE and the text encoder."""
+    """The views and cache keys of a pair, for training or to be `validated`. `digests`: of VAE and text encoder."""
     flavour, kinds = FLAVOURS[model.flavour], pair.conditioning_types
     plan = plan_pair(pair.sizes, flavour, encoding, pair.key, conditioning_types=kinds)
-    entry = _entry(pair, plan, digests, encoding, keep_pictures=pair.key in held_out)
-    if encoding.reference_latents == "on_the_fly" and pair.key not in held_out:
+    entry = _entry(pair, plan, digests, encoding, keep_pictures=validated)
+    if encoding.reference_latents == "on_the_fly" and not validated:
         entry = dataclasses.replace(entry, reference_files=tuple(_reference_files(pair, plan)))
     return PlannedPair(pair, plan, entry, encoding.validation_negative_prompt)
 
@@ -176,16 +176,17 @@ def find_missing(planned: list[PlannedPair], cache_dir: Path) -> MissingWork:
     def lacks(kind: str, key: str) -> bool:
         return bool(key) and not is_whole(entry_path(cache_dir, kind, key))
 
-    missing = MissingWork({}, {}, [])
+    missing, asked = MissingWork({}, {}, []), set[str]()
     for each in planned:
         if lacks("mask", each.entry.mask):
             missing.masks[each.entry.mask] = each
         for task in each.latent_tasks():
             if lacks("latents", task.key) or lacks("picture", task.picture):
-                # pairs may share a picture; keep its pixels if any of them is held out
+                # pairs may share a picture; keep its pixels if any of them is validated
                 picture = task.picture or missing.latents.get(task.key, task).picture
                 missing.latents[task.key] = task._replace(picture=picture)
-        prompts = {key: text for key, text in each.prompts() if lacks("prompt", key)}
+        prompts = {key: text for key, text in each.prompts() if key not in asked and lacks("prompt", key)}
+        asked.update(prompts)
         if prompts:
             missing.prompts.append((each, prompts))
     return missing

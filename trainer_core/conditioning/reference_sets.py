@@ -6,7 +6,7 @@ Such a pair is encoded as several pairs with one reference each. Their entries a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -17,16 +17,14 @@ from ..rng import stream
 from .entry import EncodedEntry
 
 
-def split_by_reference(
-    pairs: Sequence[EditPair], encoding: EncodingConfig, held_out: Collection[str]
-) -> list[EditPair]:
-    """The pairs to encode, split if a turn shows one reference. A held-out pair keeps one, chosen by seed and key."""
+def split_by_reference(pairs: Sequence[EditPair], encoding: EncodingConfig, *, validated: bool) -> list[EditPair]:
+    """The pairs to encode, split if a turn shows one reference. A validated pair keeps one, chosen by seed and key."""
     if encoding.conditioning_multidataset_sampling == "combined":
         return list(pairs)
     seen: list[EditPair] = []
     for pair in pairs:
         numbers = range(len(pair.references))
-        if pair.key in held_out and numbers:
+        if validated and numbers:
             generator = stream(encoding.seed, "validation reference", pair.key)
             numbers = (int(torch.randint(len(numbers), (), generator=generator)),)
         seen += [_with_one(pair, number) for number in numbers] or [pair]

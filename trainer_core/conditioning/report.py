@@ -13,7 +13,14 @@ _MOST_KEYS = 20
 
 def encoding_report(encoded: EncodedDataset) -> str:
     """Number of pairs, their sizes, the length of an epoch, and what was left out or changed."""
-    lines = [f"{len(encoded.pairs)} pairs to train on, {len(encoded.validation_pairs)} held out for validation."]
+    trained = encoded.trained_too(encoded)
+    lines = [
+        f"{len(encoded.pairs)} pairs to train on, {len(encoded.validation_pairs) - trained} held out for validation."
+    ]
+    if trained:
+        lines.append(
+            f"{trained} of the pairs to train on are also validated. Their validation loss is a loss on training pairs."
+        )
     sizes = Counter(entry.shape for entry in encoded.pairs)
     for (_, height, width), count in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         lines.append(f"  {width * VAE_FACTOR} x {height * VAE_FACTOR}: {count}")

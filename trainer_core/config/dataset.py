@@ -193,6 +193,11 @@ class EncodingConfig(Settings):
         "dataset.",
         Limits(min=-1, soft_max=1000),
     )
+    train_eval_images: bool = setting(
+        False,
+        "Also train on the pairs that num_eval_images takes for validation, as SimpleTuner does. For small datasets. "
+        "Their validation loss is then a loss on training pairs: it does not show overfitting.",
+    )
     validation_negative_prompt: str = setting(
         " ",
         "Negative prompt of validation pictures. It is encoded together with the references.",

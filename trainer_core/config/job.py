@@ -136,7 +136,8 @@ class JobConfig(TrainingSettings):
             encoding = dataclasses.replace(encoding, encode_empty_caption=True)
         if not self.eval_dataset_id:
             return encoding
-        return dataclasses.replace(encoding, num_eval_images=-1 if part_id in self.eval_dataset_id else 0)
+        count = -1 if part_id in self.eval_dataset_id else 0
+        return dataclasses.replace(encoding, num_eval_images=count, train_eval_images=False)
 
     def train_config(self, encoded: str, validation_encoded: str = "") -> TrainConfig:
         """The training settings, for datasets with these manifests."""

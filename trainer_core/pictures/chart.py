@@ -84,7 +84,7 @@ def _draw_loss(axes: Axes, rows: Rows) -> None:
     axes.plot(steps, means, color=_LOSS, linewidth=2.4, solid_capstyle="round", label=f"smoothed, now {means[-1]:.4g}")
     checked, validation = _series(rows, "validation_loss")
     if checked:
-        label = f"held-out pairs, now {validation[-1]:.4g}"
+        label = f"validation pairs, now {validation[-1]:.4g}"
         axes.plot(
             checked,
             validation,

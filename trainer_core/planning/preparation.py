@@ -113,6 +113,12 @@ def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *,
     for each in (encoded, held_out):
         if missing := each.missing():
             raise DatasetError(f"The cache lacks {len(missing)} encoded pairs. Encode the dataset again:", missing)
+    if trained := encoded.trained_too(held_out):
+        _LOG.info(
+            "%d of %d validated pairs are also trained on: the validation loss is partly a loss on training pairs.",
+            trained,
+            len(held_out.validation_pairs),
+        )
     model = model or check_training(config, BaseModel(config.model))
     work = workload_of_encoded(encoded, config.batching, config.validation, held_out)
     budget = budget_of(pick_device(config.model.device), config.memory.vram_gib, processes=processes)

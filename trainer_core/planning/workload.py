@@ -120,12 +120,11 @@ def workload_of_pairs(
     """The workload of datasets that are not encoded yet, from the pictures' headers. Prompt lengths are estimated."""
     train, held_out, flying = [], [], [0]
     for part in parts:
+        for each in part.validation_pairs:
+            turns = 1 + len(each.entry.validation_captions)
+            held_out.append(dataclasses.replace(_planned_size(each), turns=turns))
         for each in part.pairs:
-            size = _planned_size(each)
-            if each.entry.key in part.held_out:
-                held_out.append(dataclasses.replace(size, turns=1 + len(each.entry.validation_captions)))
-                continue
-            train.append(size)
+            train.append(_planned_size(each))
             if each.entry.reference_files:
                 flying += [view.size.width * view.size.height for view in each.plan.references]
     drawn = _at_sizes(held_out[: validation.num_validation_images], validation)

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..settings import did_you_mean
+from ..text import brief, shown
+from .section import Section
 
 CACHES = ("text_embeds", "image_embeds", "conditioning_image_embeds")
 MASKS = ("mask", "segmentation")
@@ -29,9 +31,10 @@ class Backends:
             if not isinstance(name, str) or not name:
                 raise ConfigError(f"Data set {number + 1} of the data file has no `id`. Add one.")
             if name in self.entries:
-                raise ConfigError(f"Two data sets have the id {name!r}. Give each its own id.")
-            if any(str(entry.get(word, False)).lower() == "true" for word in ("disabled", "disable")):
-                notes.append(f"{name}: left out because it is disabled.")
+                raise ConfigError(f"Two data sets have the id {brief(name)}. Give each its own id.")
+            section = Section(entry, shown(name), [])
+            if section.truth("disabled", "disable"):
+                notes.append(f"{shown(name)}: left out because it is disabled.")
             else:
                 self.entries[name] = entry
         self.eval_ids = [self.named(name, "eval_dataset_id", tuple(self.entries)) for name in eval_ids]
@@ -41,7 +44,8 @@ class Backends:
         """The dataset_type: image, conditioning or another one."""
         entry = self.entries[name]
         # in the Kontext document, references have a conditioning_type but no dataset_type
-        return entry.get("dataset_type") or ("conditioning" if entry.get("conditioning_type") else "image")
+        kind = entry.get("dataset_type") or ("conditioning" if entry.get("conditioning_type") else "image")
+        return kind if isinstance(kind, str) else brief(kind)
 
     def of_kind(self, *kinds: str) -> tuple[str, ...]:
         """Ids of the entries of these types, in file order."""
@@ -49,7 +53,8 @@ class Backends:
 
     def named_embeds(self) -> set[Any]:
         """Ids of the visual token caches that data sets refer to."""
-        return {str(entry.get("conditioning_image_embeds")) for entry in self.entries.values()}
+        names = (entry.get("conditioning_image_embeds") for entry in self.entries.values())
+        return {name for name in names if isinstance(name, str)}
 
     def named(self, name: object, key: str, known: Sequence[str]) -> str:
         """Return `name` if it is one of `known`.
@@ -59,8 +64,10 @@ class Backends:
         """
         if isinstance(name, str) and name in known:
             return name
-        there = f"It must be one of {', '.join(known)}." if known else "The data file has no data set of that type."
-        raise ConfigError(f"{key} refers to {name!r}. {there}{did_you_mean(name, known)}")
+        there = (
+            f"It must be one of {shown(', '.join(known))}." if known else "The data file has no data set of that type."
+        )
+        raise ConfigError(f"{key} refers to {brief(name)}. {there}{did_you_mean(name, known)}")
 
     def main(self) -> tuple[str, ...]:
         """Ids of the data sets with references, for training and validation.
@@ -69,13 +76,17 @@ class Backends:
             ConfigError: there is no data set to train on.
         """
         candidates = self.of_kind("image", "eval")
-        linked = {self.entries[name].get("source_dataset_id") for name in self.of_kind("conditioning")}
-        paired = tuple(name for name in candidates if self.entries[name].get("conditioning_data") or name in linked)
+        paired = tuple(name for name in candidates if self.entries[name].get("conditioning_data") or self.made_of(name))
         if set(paired) - set(self.eval_ids):
             return paired
         candidates = tuple(name for name in candidates if name not in self.eval_ids)
         references = ", ".join(self.of_kind("conditioning")) or "none in this file"
         raise ConfigError(
-            f"No data set to train on: one of {', '.join(candidates) or 'dataset_type image'} needs "
-            f"`conditioning_data` with the ids of its references (dataset_type conditioning: {references})."
+            f"No data set to train on: one of {shown(', '.join(candidates)) or 'dataset_type image'} needs "
+            f"`conditioning_data` with the ids of its references (dataset_type conditioning: {shown(references)})."
         )
+
+    def made_of(self, name: str) -> tuple[str, ...]:
+        """Ids of the references and masks that name this data set in source_dataset_id, in file order."""
+        conditioning = self.of_kind("conditioning")
+        return tuple(each for each in conditioning if self.entries[each].get("source_dataset_id") == name)

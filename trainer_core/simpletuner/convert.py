@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import typing
 from collections.abc import Callable, Sequence
@@ -11,37 +10,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import DEMO_MODEL, ENDLESS, JobConfig, RolloutConfig, from_json
+from ..config import DEMO_MODEL, JobConfig, RolloutConfig, from_json
 from ..config.model import EIGHT_BITS
 from ..errors import ConfigError
-from ..json_text import read_json
+from ..files import expanded
+from ..json_text import parse_json, read_json
 from ..qwen_image.flavours import FLAVOURS, Flavour
 from ..settings import changed
+from ..text import brief
 from .backends import Backends, ids_of
 from .datasets import INHERITED, read_data
 from .keys import CONFIG_REASONS
+from .optimizer import read_optimizer
 from .section import Section, put
 from .validation import read_validation
 
+# SimpleTuner's precisions that have another name here, or the nearest one that is not less precise
 _PRECISIONS = {
     "no_change": "none",
-    "fp8uz-quanto": "fp8-quanto",
-    "int8-torchao": "int8-quanto",
-    "fp8-torchao": "fp8-quanto",
-    "int4-torchao": "int4-quanto",
+    **dict.fromkeys(("int16-sdnq", "uint16-sdnq", "fp16-sdnq"), "none"),
+    **dict.fromkeys(("int8-torchao", "int8dq-torchao", "int8-sdnq", "uint8-sdnq"), "int8-quanto"),
+    **dict.fromkeys(("int6-sdnq", "int5-sdnq", "uint5-sdnq"), "int8-quanto"),
+    **dict.fromkeys(("fp8uz-quanto", "fp8-torchao", "fp8wo-torchao", "fp8-sdnq"), "fp8-quanto"),
+    **dict.fromkeys(("fp8-native", "fp8-transformerengine"), "fp8-quanto"),
+    **dict.fromkeys(("int4-torchao", "int8dq-int4-torchao", "fp8-int4-torchao"), "int4-quanto"),
+    **dict.fromkeys(("uint4-sdnq", "uint3-sdnq"), "int4-quanto"),
+    "uint2-sdnq": "int2-quanto",
 }
+_ROLLOUT = "scheduled_sampling_"
+_FOR_EVER = 1_000_000  # steps between checkpoints, or checkpoints to keep
+_OTHER_INTERVALS = ("checkpointing_steps", "checkpointing_step_interval", "checkpoint_steps_interval")
+_LONGEST_NAME = 60  # letters of a file name; file systems allow 255 bytes
 MAX_BYTES = 2**20  # of a configuration file
 MOST_REFERENCES = max(row.max_references for row in FLAVOURS.values())
-_SCHEDULERS = {"sine": "cosine"}
-# Part of SimpleTuner's optimizer name -> our name. The first match counts.
-_OPTIMIZERS = {
-    "schedulefree": "adamw-schedulefree",
-    "adamw8bit": "adamw-8bit",
-    "adamw": "adamw",
-    "lion": "lion",
-    "prodigy": "prodigy",
-    "adafactor": "adafactor",
-}
 # our setting, SimpleTuner's spellings, reader
 _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("seed", ("seed",), Section.whole),
@@ -53,33 +54,12 @@ _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("lora.lora_alpha", ("lora_alpha",), Section.number),
     ("lora.lora_dropout", ("lora_dropout",), Section.number),
     ("lora.use_rslora", ("use_rslora",), Section.truth),
-    ("optimizer.learning_rate", ("learning_rate",), Section.number),
-    ("optimizer.lr_warmup_steps", ("lr_warmup_steps",), Section.whole),
-    ("optimizer.lr_num_cycles", ("lr_num_cycles",), Section.whole),
-    ("optimizer.lr_power", ("lr_power",), Section.number),
-    ("optimizer.lr_end", ("lr_end",), Section.number),
-    ("optimizer.adam_beta1", ("adam_beta1", "optimizer_beta1"), Section.number),
-    ("optimizer.adam_beta2", ("adam_beta2", "optimizer_beta2"), Section.number),
-    ("optimizer.weight_decay", ("adam_weight_decay", "optimizer_weight_decay"), Section.number),
-    ("optimizer.adam_epsilon", ("adam_epsilon",), Section.number),
     ("noise.flow_schedule_auto_shift", ("flow_schedule_auto_shift",), Section.truth),
     ("noise.logit_std", ("flow_sigmoid_scale",), Section.number),
     ("noise.loss_type", ("loss_type",), Section.text),
     ("noise.huber_c", ("huber_c",), Section.number),
     ("noise.huber_schedule", ("huber_schedule",), Section.text),
-    (
-        "checkpoints.checkpoint_step_interval",
-        ("checkpoint_step_interval", "checkpointing_steps", "checkpointing_step_interval", "checkpoint_steps_interval"),
-        Section.whole,
-    ),
-    ("checkpoints.checkpoints_total_limit", ("checkpoints_total_limit",), Section.whole),
-    (
-        "validation.validation_step_interval",
-        ("validation_step_interval", "validation_steps", "validation_steps_interval", "validation_step_interval_steps"),
-        Section.whole,
-    ),
     ("validation.validation_num_inference_steps", ("validation_num_inference_steps",), Section.whole),
-    ("validation.validation_seed", ("validation_seed",), Section.whole),
     ("ema.use_ema", ("use_ema",), Section.truth),
     ("ema.ema_device", ("ema_device",), Section.text),
     ("ema.ema_decay", ("ema_decay",), Section.number),
@@ -87,18 +67,18 @@ _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("ema.ema_validation", ("ema_validation",), Section.text),
     ("encoding.validation_negative_prompt", ("validation_negative_prompt",), Section.text),
 )
-# SimpleTuner's defaults that differ from ours.
+# SimpleTuner's defaults that are not taken, and the settings that they differ from
 _THEIR_DEFAULTS = {
-    "learning_rate": "4e-7",
-    "lora_dropout": "0.1",
-    "caption_dropout_probability": "0.1",
-    "flow_schedule_shift": "3.0",
-    "train_batch_size": "4",
-    "gradient_accumulation_steps": "1",
-    "lr_warmup_steps": "0",
-    "checkpoint_step_interval": "500",
-    "checkpoints_total_limit": "5",
-    "validation_negative_prompt": "'blurry, cropped, ugly'",
+    "optimizer.learning_rate": "4e-7",
+    "lora.lora_dropout": "0.1",
+    "batching.caption_dropout_probability": "0.1",
+    "noise.flow_schedule_shift": "3.0",
+    "batching.train_batch_size": "4",
+    "batching.gradient_accumulation_steps": "1",
+    "validation.validation_resolution": "256",
+    "checkpoints.checkpoint_step_interval": "500",
+    "checkpoints.checkpoints_total_limit": "5",
+    "encoding.validation_negative_prompt": "'blurry, cropped, ugly'",
 }
 
 
@@ -148,15 +128,17 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     found = read_data(backends, inherited, root, MOST_REFERENCES if alone else flavour.max_references, notes)
     values |= {"model": _model(section, flavour, base, root), **found.values}
     values |= {"cache_dir": "cache", "run_dir": f"runs/{_file_name(found.name)}"}
-    missing = [name for name in _THEIR_DEFAULTS if name not in section]
+    missing = [name for name in _THEIR_DEFAULTS if name.split(".")[-1] not in section]
     for ours, theirs, read in _SAME:
         value = read(section, *theirs)
         if value is not None:
             put(values, ours, value)
-    _optimizer(section, values)
+    _checkpoints(section, values)
+    read_optimizer(section, values)
+    _lora(section, values, root)
     _rollout(section, values)
     _noise(section, values, found.offset)
-    read_validation(section, values)
+    read_validation(section, values, values.get("seed"))
     _steps_and_folders(section, values, root)
     _rest(section, values)
     notes.append(
@@ -166,27 +148,17 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     section.explain(CONFIG_REASONS)
     values = changed(values, changes)
     job = from_json(JobConfig, values)
-    if "num_eval_images" not in section:
-        _held_out_unasked(section, job)
-    listed = ", ".join(f"{name} (SimpleTuner's {_THEIR_DEFAULTS[name]})" for name in missing)
+    listed = ", ".join(
+        f"{name} {getattr(getattr(job, group), name)!r} (SimpleTuner's {_THEIR_DEFAULTS[f'{group}.{name}']})"
+        for group, name in (each.split(".") for each in missing)
+    )
     notes += [f"Not in your files, so this trainer's defaults apply: {listed}."] if missing else []
     notes.sort(key=lambda line: "UNKNOWN" not in line and "LEFT OUT" not in line)
     return Imported(job, values, tuple(notes))
 
 
-def _held_out_unasked(section: Section, job: JobConfig) -> None:
-    """Report held-out pairs that nobody asked for. SimpleTuner validates on training pairs instead."""
-    held = max(part.encoding.num_eval_images for part in job.parts())
-    if held > 0 and not job.eval_dataset_id:
-        section.note(
-            "num_eval_images",
-            f"neither it nor eval_dataset_id is given, so {held} pairs of each data set are kept out of training for "
-            "validation. With encoding.num_eval_images 0 all pairs are trained on and no pictures are sampled.",
-        )
-
-
 def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text).strip(".") or "lora"
+    return re.sub(r"[^\w.-]+", "_", text).strip(".")[:_LONGEST_NAME] or "lora"
 
 
 def _kind(section: Section) -> Flavour:
@@ -196,7 +168,9 @@ def _kind(section: Section) -> Flavour:
         if value is None and key == "model_type":
             section.note(key, "not given; a LoRA is trained.")
         elif value not in (None, allowed):
-            raise ConfigError(f"{key} must be {allowed}, got {value!r}. Only LoRAs for Qwen-Image-Edit are trained.")
+            raise ConfigError(
+                f"{key} must be {allowed}, got {brief(value)}. Only LoRAs for Qwen-Image-Edit are trained."
+            )
     if (section.text("lora_type") or "standard") != "standard":
         section.note(
             "lora_type", "a standard LoRA is trained. Of LyCORIS only LoKr is supported, with lora.lora_type lokr."
@@ -207,7 +181,7 @@ def _kind(section: Section) -> Flavour:
         name = "edit-v2"
     known = {str(each): row for each, row in FLAVOURS.items()}
     if name not in known:
-        raise ConfigError(f"model_flavour must be one of {', '.join(known)}, got {name!r}.")
+        raise ConfigError(f"model_flavour must be one of {', '.join(known)}, got {brief(name)}.")
     return known[name]
 
 
@@ -215,11 +189,11 @@ def _model(section: Section, flavour: Flavour, base: str, root: Path) -> dict[st
     """The files and precisions of the base model."""
     model: dict[str, Any] = {"flavour": flavour.name}
     named = section.text("pretrained_model_name_or_path")
-    local = root / Path(named).expanduser() if named else None
+    local = section.path(root, "pretrained_model_name_or_path")
     if base:
-        model["base"] = base if base == DEMO_MODEL else str(root / Path(base).expanduser())
-    elif local and local.is_dir():
-        model["base"] = str(local)
+        model["base"] = base if base == DEMO_MODEL else str(root / expanded(base, "base"))
+    elif local and _is_folder(local):
+        model["base"] = local
     else:
         model["base"] = str(root / "models" / (named or flavour.released_as).split("/")[-1])
         section.note(
@@ -230,23 +204,30 @@ def _model(section: Section, flavour: Flavour, base: str, root: Path) -> dict[st
         key = f"pretrained_{part}_model_name_or_path"
         file = section.text(key)
         if file and file.endswith((".safetensors", ".gguf")):
-            model[f"{part}_file"] = str(root / Path(file).expanduser())
+            model[f"{part}_file"] = section.path(root, key)
         elif file:
             section.note(
                 key, f"left out; the {part} of model.base is used. Set model.{part}_file to use a single file."
             )
-    precision = section.text("base_model_precision")
-    if precision in _PRECISIONS and precision != "no_change":
-        section.note("base_model_precision", f"{precision} is not supported; {_PRECISIONS[precision]} is used.")
+    precision = _precision(section, "base_model_precision")
     via = section.text("quantize_via")
+    if via == "pipeline":
+        section.note("quantize_via", "pipeline becomes accelerator: weights are quantised while they are loaded.")
     mixed = section.text("mixed_precision")
     if mixed not in (None, "bf16", "no"):
         section.note("mixed_precision", f"{mixed} is not supported; bf16 is used.")
         mixed = "bf16"
-    model |= {"base_model_precision": _PRECISIONS.get(precision, precision)} if precision else {}
+    model |= {"base_model_precision": precision} if precision else {}
     model |= {"quantize_via": "accelerator" if via == "pipeline" else via} if via else {}
     model |= _other_precisions(section, str(model.get("base_model_precision", "none")))
     return model | ({"mixed_precision": mixed} if mixed else {})
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):  # too long, or no path at all
+        return False
 
 
 def _other_precisions(section: Section, precision: str) -> dict[str, Any]:
@@ -257,73 +238,47 @@ def _other_precisions(section: Section, precision: str) -> dict[str, Any]:
             found["quantize_activations"] = True
         else:
             section.note("quantize_activations", f"left out, because it works only with {' and '.join(EIGHT_BITS)}.")
-    text_encoder = section.text("text_encoder_1_precision", "text_encoder_precision")
-    if text_encoder:
-        found["text_encoder_precision"] = _PRECISIONS.get(text_encoder, text_encoder)
-    return found
+    text_encoder = _precision(section, "text_encoder_1_precision", "text_encoder_precision")
+    return found | ({"text_encoder_precision": text_encoder} if text_encoder else {})
 
 
-def _optimizer(section: Section, values: dict[str, Any]) -> None:
-    name = section.text("optimizer")
-    if name:
-        plain = name.lower().replace("_", "").replace("-", "")
-        taken = next((ours for part, ours in _OPTIMIZERS.items() if part in plain), "adamw")
-        put(values, "optimizer.optimizer", taken)
-        if name.replace("_", "-") != taken:
-            section.note("optimizer", f"{name} becomes {taken}.")
-        _learning_rate_for(name, taken, section, values["optimizer"])
-    scheduler = section.text("lr_scheduler")
-    if scheduler in _SCHEDULERS:
-        section.note("lr_scheduler", f"{scheduler} becomes {_SCHEDULERS[scheduler]}.")
-    if scheduler == "constant":
-        put(values, "optimizer.lr_warmup_steps", 0)
-    if scheduler:
-        put(values, "optimizer.lr_scheduler", _SCHEDULERS.get(scheduler, scheduler))
-    _schedule_for(section, values)
-    _clipping_and_targets(section, values)
+def _precision(section: Section, *names: str) -> str | None:
+    """Our name of a precision, with a line if it is not the same."""
+    theirs = section.text(*names)
+    ours = _PRECISIONS.get(theirs, theirs) if theirs else None
+    if ours != theirs and theirs != "no_change":
+        section.note(names[0], f"{theirs} is not supported; {ours} is used.")
+    return ours
 
 
-def _learning_rate_for(theirs: str, ours: str, section: Section, optimizer: dict[str, Any]) -> None:
-    """Drop a learning rate that was chosen for an optimizer we do not have."""
-    rate = optimizer.get("learning_rate")
-    if ours == "prodigy" and (rate is None or not 0.1 <= rate <= 10):
-        optimizer["learning_rate"] = 1.0
-        section.note("learning_rate", "becomes 1, a factor on the rate that prodigy finds.")
-    elif ours == "adamw" and "adam" not in theirs.lower():
-        section.note(
-            "learning_rate", f"was chosen for {theirs}; AdamW usually needs 1e-4 for ranks up to 16 and 5e-5 above."
-        )
-        if rate is not None and not 0 < rate < 0.01:
-            del optimizer["learning_rate"]
+def _checkpoints(section: Section, values: dict[str, Any]) -> None:
+    """Intervals and numbers of checkpoints. SimpleTuner takes 0 for none in between and for no limit."""
+    for key, others, meaning in (
+        ("checkpoint_step_interval", _OTHER_INTERVALS, "only at the end of a run"),
+        ("checkpoints_total_limit", ("save_total_limit",), "all are kept"),
+    ):
+        value = section.whole(key, *others)
+        if value is not None and value <= 0:
+            section.note(key, f"{value} means {meaning}; it becomes {_FOR_EVER}.")
+            value = _FOR_EVER
+        if value is not None:
+            put(values, f"checkpoints.{key}", value)
 
 
-def _schedule_for(section: Section, values: dict[str, Any]) -> None:
-    """Replace schedules that the optimizer does not support. SimpleTuner ignores them silently."""
-    optimizer = values.get("optimizer", {})
-    falling = optimizer.get("lr_scheduler", "constant_with_warmup") not in ENDLESS
-    if optimizer.get("optimizer") == "adamw-schedulefree" and falling:
-        optimizer["lr_scheduler"] = "constant_with_warmup"
-        section.note("lr_scheduler", "becomes constant_with_warmup; adamw-schedulefree takes no other.")
-
-
-def _clipping_and_targets(section: Section, values: dict[str, Any]) -> None:
-    norm, method = section.number("max_grad_norm"), section.text("grad_clip_method")
-    if norm is not None and method == "norm":
-        put(values, "optimizer.max_grad_norm", norm)
-    elif norm is not None:
-        section.note(
-            "max_grad_norm",
-            f"left out. SimpleTuner clips each element at {norm:g} (grad_clip_method value), but this trainer limits "
-            "the norm of the whole gradient, by default to 1.",
-        )
+def _lora(section: Section, values: dict[str, Any], root: Path) -> None:
     if section.truth("use_dora"):
         put(values, "lora.lora_type", "dora")
     targets = section.take("peft_lora_target_modules")
+    if isinstance(targets, str) and targets.lstrip().startswith("["):
+        targets = parse_json(targets, "peft_lora_target_modules")
     if targets:
-        targets = json.loads(targets) if isinstance(targets, str) and targets.startswith("[") else targets
-        endings = "|".join(re.escape(str(each)) for each in ([targets] if isinstance(targets, str) else targets))
+        named = [targets] if isinstance(targets, str) else targets
+        if not isinstance(named, list) or not all(isinstance(each, str) and each.strip() for each in named):
+            raise ConfigError(f"peft_lora_target_modules must be a list of layer names, got {brief(targets)}.")
         put(values, "lora.lora_targets", "pattern")
-        put(values, "lora.lora_target_pattern", rf"(?:.*\.)?(?:{endings})")
+        put(values, "lora.lora_target_pattern", rf"(?:.*\.)?(?:{'|'.join(re.escape(each.strip()) for each in named)})")
+    if start := section.path(root, "init_lora"):
+        put(values, "lora.init_lora", start)
 
 
 def _rollout(section: Section, values: dict[str, Any]) -> None:
@@ -333,6 +288,27 @@ def _rollout(section: Section, values: dict[str, Any]) -> None:
         value = readers.get(hint, Section.text)(section, name)
         if value is not None:
             put(values, f"rollout.{name}", value)
+    rollout = values.get("rollout", {})
+    if not rollout.get(f"{_ROLLOUT}max_step_offset"):
+        return
+    for end in ("start", "end") if rollout.get(f"{_ROLLOUT}ramp_steps") else ():
+        if rollout.get(f"{_ROLLOUT}prob_{end}", 0 if end == "start" else None) == 0:
+            probability = rollout.get(f"{_ROLLOUT}probability", 0.0)
+            if not probability:
+                continue
+            rollout[f"{_ROLLOUT}prob_{end}"] = probability
+            section.note(
+                f"{_ROLLOUT}prob_{end}",
+                f"0 becomes {probability:g}: SimpleTuner then takes scheduled_sampling_probability.",
+            )
+    if rollout.get(f"{_ROLLOUT}sampler", "unipc") != "euler":
+        section.note(
+            f"{_ROLLOUT}sampler", "SimpleTuner ignores it for Qwen and takes Euler steps. Set euler for the same steps."
+        )
+    if rollout.get(f"{_ROLLOUT}reflexflow", True):
+        section.note(
+            f"{_ROLLOUT}reflexflow", "applies to rolled-out pairs only. SimpleTuner adds its terms to all pairs."
+        )
 
 
 def _noise(section: Section, values: dict[str, Any], offset: float) -> None:
@@ -360,13 +336,17 @@ def _steps_and_folders(section: Section, values: dict[str, Any], root: Path) -> 
             f"left out. The length is set in steps. Set max_train_steps to {epochs:g} x pairs x (repeats + 1) / "
             "(train_batch_size x gradient_accumulation_steps); the default is 1000.",
         )
-    folder = section.text("output_dir")
+    else:
+        section.note(
+            "max_train_steps",
+            "neither it nor num_train_epochs is given, so 1000, the default. SimpleTuner trains one epoch: "
+            "pairs x (repeats + 1) / (train_batch_size x gradient_accumulation_steps).",
+        )
+    folder = section.path(root, "output_dir")
     if folder:
-        values["run_dir"] = str(root / Path(folder).expanduser() / "qwen_edit_trainer")
+        values["run_dir"] = str(Path(folder) / "qwen_edit_trainer")
         put(values, "export.lora_name", _file_name(Path(folder).name))
         section.note("output_dir", f"the run is stored in {values['run_dir']}, next to SimpleTuner's own files.")
-    if start := section.text("init_lora"):
-        put(values, "lora.init_lora", str(root / Path(start).expanduser()))
 
 
 def _rest(section: Section, values: dict[str, Any]) -> None:

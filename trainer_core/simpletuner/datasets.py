@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..files import expanded
 from ..settings import is_plain_name
+from ..text import brief, shown
 from .backends import CACHES, MASKS, Backends, ids_of
 from .keys import DATA_REASONS, TABLE_REASONS
 from .section import Section, words
 
 _SIZE_LIMITS = ("maximum_image_size", "target_downsample_size")
+# SimpleTuner takes an area within _SAME_AREA of these (in megapixels) for a square of this side in pixels.
+_USUAL_AREAS = {0.25: 512, 0.5: 768, 1.0: 1024, 2.0: 1536, 4.0: 2048}
+_SAME_AREA = 0.05
+_ALIGNMENT = 32  # pixels
 # Defaults for all data sets, which config.json may contain.
 INHERITED = words(
     "resolution resolution_type caption_strategy instance_prompt crop crop_style crop_aspect minimum_image_size "
-    "maximum_image_size target_downsample_size"
+    "maximum_image_size target_downsample_size prepend_instance_prompt only_instance_prompt disable_multiline_split"
 )
 
 
@@ -117,7 +124,7 @@ def _part(backends: Backends, section: Section, references: list[str], masks: li
         dataset["conditioning_type"] = kinds if len(set(kinds)) > 1 else kinds[0]
     encoding = {**_sizes(section), **_image_embeds(backends, section, name)}
     if section.truth("disable_validation"):
-        encoding["num_eval_images"] = 0
+        encoding |= {"num_eval_images": 0, "train_eval_images": False}
     return {"id": name, "dataset": dataset, "encoding": encoding, **_turns(section)}
 
 
@@ -130,7 +137,7 @@ def _image_embeds(backends: Backends, section: Section, name: str) -> dict[str, 
     found = backends.named(embeds, f"{name}.conditioning_image_embeds", known)
     if not is_plain_name(found):
         section.note(
-            "conditioning_image_embeds", f"left out; {found!r} is not a valid folder name. The default is used."
+            "conditioning_image_embeds", f"left out; {brief(found)} is not a valid folder name. The default is used."
         )
         return {}
     return {"conditioning_image_embeds": found, "create_image_embeds": True}
@@ -159,17 +166,13 @@ def _linked(
     ids = [
         backends.named(each, f"{name}.conditioning_data", known) for each in ids_of(section.take("conditioning_data"))
     ]
-    ids += [
-        each
-        for each in backends.of_kind("conditioning")
-        if backends.entries[each].get("source_dataset_id") == name and each not in ids
-    ]
+    ids += [each for each in backends.made_of(name) if each not in ids]
     for each in ids:
         kind = backends.entries[each].get("conditioning_type")
         if kind not in (None, "reference_strict", "reference_loose", *MASKS):
             raise ConfigError(
                 f"{each}.conditioning_type must be reference_strict, reference_loose, mask or segmentation for an edit "
-                f"model, got {kind!r}."
+                f"model, got {brief(kind)}."
             )
     masks = [each for each in ids if backends.entries[each].get("conditioning_type") in MASKS]
     references = [each for each in ids if each not in masks]
@@ -197,16 +200,20 @@ def _too_many(name: str, max_references: int) -> str:
 
 def _folder(entry: dict[str, Any], name: str, root: Path) -> str:
     if entry.get("type", "local") != "local":
-        raise ConfigError(f"{name}.type must be local, got {entry['type']!r}. Copy the pictures into a folder.")
+        raise ConfigError(f"{name}.type must be local, got {brief(entry['type'])}. Copy the pictures into a folder.")
     folder = entry.get("instance_data_dir")
     if not isinstance(folder, str) or not folder:
-        raise ConfigError(f"{name}.instance_data_dir must be a folder of pictures, got {folder!r}.")
-    return str(root / Path(folder).expanduser())
+        raise ConfigError(f"{name}.instance_data_dir must be a folder of pictures, got {brief(folder)}.")
+    return str(root / expanded(folder, f"{name}.instance_data_dir"))
 
 
 def _captions(section: Section, dataset: dict[str, Any], root: Path) -> None:
     """caption_strategy and its settings."""
     strategy = section.text("caption_strategy")
+    strategy = {"instance_prompt": "instanceprompt"}.get(strategy or "", strategy)
+    if not strategy:
+        strategy = "filename"
+        section.note("caption_strategy", "not given, so filename, SimpleTuner's default: captions are the file names.")
     captions: dict[str, Any] = {}
     prompt = section.take("instance_prompt")
     if isinstance(prompt, list):
@@ -223,13 +230,13 @@ def _captions(section: Section, dataset: dict[str, Any], root: Path) -> None:
         section.note("parquet.path", "a relative path starts at the target folder.")
         table.explain(TABLE_REASONS)
     if strategy == "csv":
-        file, column = section.text("csv_file"), section.text("csv_caption_column")
-        captions = {"caption_file": str(root / Path(file).expanduser()) if file else ""}
+        file, column = section.path(root, "csv_file"), section.text("csv_caption_column")
+        captions = {"caption_file": file}
         captions |= {"caption_column": column} if column else {}
     for key in ("disable_multiline_split", "prepend_instance_prompt"):
         if section.truth(key):
             captions[key] = True
-    dataset |= {"caption_strategy": strategy} if strategy else {}
+    dataset["caption_strategy"] = strategy
     if prompt and (strategy == "instanceprompt" or captions.get("prepend_instance_prompt")):
         dataset["instance_prompt"] = prompt
     if captions:
@@ -241,12 +248,22 @@ def _sizes(section: Section) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     encoding: dict[str, Any] = {}
     kind, resolution = section.text("resolution_type"), section.number("resolution")
+    limits = {key: section.number(key) or 0.0 for key in ("minimum_image_size", *_SIZE_LIMITS)}
+    edge = _area_edge(resolution) if resolution is not None else 0
+    if kind == "area" and edge:
+        section.note(
+            "resolution",
+            f"{resolution:g} megapixels becomes {edge}, because SimpleTuner makes square pictures {edge} x {edge}.",
+        )
+        kind, resolution = "pixel_area", edge
+        limits = {key: 1000 * math.sqrt(max(0.0, size)) for key, size in limits.items()}
     if kind:
         sizes["resolution_type"] = kind
     if resolution is not None and kind == "area":
         sizes["megapixels"] = resolution
     elif resolution is not None:
         encoding["resolution"] = round(resolution)
+        _rounding_to_report(section, resolution, kind)
     crop = section.truth("crop")
     sizes |= {} if crop is None else {"crop": crop}
     for key, spelt in (
@@ -254,20 +271,41 @@ def _sizes(section: Section) -> dict[str, Any]:
         ("crop_aspect", {"closest": "preserve", "random": "preserve"}),
     ):
         value = section.text(key)
+        if key == "crop_style" and not value:
+            value = "random"
+            section.note(
+                key, "not given, so random, SimpleTuner's default. References are cropped like their targets here."
+            )
         if value in spelt and value != "centre":
             section.note(key, f"{value} is not supported; {spelt[value]} is used.")
         sizes |= {key: spelt.get(value, value)} if value else {}
-    minimum = section.number("minimum_image_size")
+    minimum, largest, shrunk = limits.values()
     sizes |= {"minimum_image_size": minimum, "leave_out_small": True} if minimum else {}
-    limits = [section.number(key) or 0.0 for key in _SIZE_LIMITS]
-    if crop and 0 < limits[1] <= limits[0]:
-        sizes |= dict(zip(_SIZE_LIMITS, limits, strict=True))
-    elif any(limits):
+    if crop and 0 < shrunk <= largest:
+        sizes |= {key: limits[key] for key in _SIZE_LIMITS}
+    elif largest or shrunk:
         section.note(
             "maximum_image_size",
             "left out with target_downsample_size, because they work only together and with crop.",
         )
     return {**encoding, "sizes": sizes} if sizes else encoding
+
+
+def _area_edge(megapixels: float) -> int:
+    """The side of SimpleTuner's square pictures for an area that it rounds to a usual one; 0 for other areas."""
+    return next((edge for area, edge in _USUAL_AREAS.items() if abs(megapixels - area) < _SAME_AREA), 0)
+
+
+def _rounding_to_report(section: Section, resolution: float, kind: str | None) -> None:
+    if resolution != round(resolution):
+        section.note("resolution", f"{resolution:g} becomes {round(resolution)}, because it must be a whole number.")
+    usual = _area_edge(resolution * resolution / 1e6)
+    if kind in (None, "pixel_area") and usual and abs(usual - resolution) >= _ALIGNMENT / 2:
+        section.note(
+            "resolution",
+            f"{round(resolution)} is kept. SimpleTuner rounds the area of square pictures and makes them {usual} x "
+            f"{usual}.",
+        )
 
 
 def _other(
@@ -277,22 +315,22 @@ def _other(
     if name in used:
         _explain_linked(Section(backends.entries[name], name, notes), known)
         return
-    kind = backends.kind(name)
+    kind, called = backends.kind(name), shown(name)
     if name in cut:
-        notes.append(f"{name}: LEFT OUT. {cut[name]}.")
+        notes.append(f"{called}: LEFT OUT. {cut[name]}.")
     elif kind in CACHES:
         place = (
             "in the cache folder, under this name"
             if name in backends.named_embeds()
             else "in one cache for all data sets"
         )
-        notes.append(f"{name}: {kind} are stored {place}, keyed by content.")
+        notes.append(f"{called}: {kind} are stored {place}, keyed by content.")
     elif kind in ("image", "eval"):
-        notes.append(f"{name}: LEFT OUT. It has no conditioning_data, but an edit starts from a picture.")
+        notes.append(f"{called}: LEFT OUT. It has no conditioning_data, but an edit starts from a picture.")
     elif kind == "conditioning":
-        notes.append(f"{name}: LEFT OUT. No data set refers to it in conditioning_data.")
+        notes.append(f"{called}: LEFT OUT. No data set refers to it in conditioning_data.")
     else:
-        notes.append(f"{name}: LEFT OUT. Edits do not use data sets of type {kind}.")
+        notes.append(f"{called}: LEFT OUT. Edits do not use data sets of type {kind}.")
 
 
 def _explain_linked(section: Section, known: set[str]) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
-from ..config import ValidationConfig
-from ..errors import ConfigError
+from ..text import shown
 from .section import Section, put
 
+_DEFAULT_COUNT = 4  # num_eval_images
+_DEFAULT_INTERVAL = 100  # validation_step_interval
+_SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
-def read_validation(section: Section, values: dict[str, Any]) -> None:
-    """Read guidance, number of held-out pairs, sizes and prompts into `values`."""
+
+def read_validation(section: Section, values: dict[str, Any], seed: int | None) -> None:
+    """Read guidance, number of validated pairs, sizes, seed and prompts into `values`. `seed`: of the training."""
     guidance, real = section.number("validation_guidance"), section.number("validation_guidance_real")
     if real is not None and real > 1:
         guidance = real
@@ -21,38 +26,61 @@ def read_validation(section: Section, values: dict[str, Any]) -> None:
         )
     if guidance is not None:
         put(values, "validation.validation_guidance", max(1.0, guidance))
-    count = section.whole("num_eval_images")
-    if count is not None:
-        put(values, "validation.num_validation_images", max(0, count))
-    if count is not None and not values.get("eval_dataset_id"):
-        values["encoding"].setdefault("num_eval_images", count)
-        section.note(
-            "num_eval_images", f"{count} pairs of each data set are kept out of training. Use fewer for small ones."
-        )
-    if section.truth("validation_disable"):
-        put(values, "validation.num_validation_images", 0)
+    interval = section.whole("validation_step_interval", "validation_steps", *_OTHER_INTERVALS)
+    put(values, "validation.validation_step_interval", _DEFAULT_INTERVAL if interval is None else max(0, interval))
+    drawn = section.whole("validation_seed")
+    put(values, "validation.validation_seed", drawn if drawn is not None else seed or 0)
+    _validated_pairs(section, values)
     if not values["encoding"].get("validation_negative_prompt", " "):
         values["encoding"]["validation_negative_prompt"] = " "
     if prompt := section.text("validation_prompt"):
         put(values, "encoding.validation_prompts", [prompt])
-        section.note("validation_prompt", "sampled for every held-out pair in addition to its caption.")
+        section.note("validation_prompt", "sampled for every validated pair in addition to its caption.")
     _sizes(section, values)
 
 
+_OTHER_INTERVALS = ("validation_steps_interval", "validation_step_interval_steps")
+
+
+def _validated_pairs(section: Section, values: dict[str, Any]) -> None:
+    """SimpleTuner samples num_eval_images pairs of each data set, or of those in eval_dataset_id, and trains the rest.
+
+    Without eval_dataset_id, it trains on the sampled pairs as well.
+    """
+    count = section.whole("num_eval_images")
+    given = count is not None
+    count = _DEFAULT_COUNT if count is None else max(0, count)
+    if section.truth("validation_disable"):
+        put(values, "validation.num_validation_images", 0)
+        values["encoding"].setdefault("num_eval_images", 0)
+        return
+    evals = len(values.get("eval_dataset_id", ()))
+    put(values, "validation.num_validation_images", count * (evals or len(values.get("datasets", [values]))))
+    if evals:
+        return
+    values["encoding"].setdefault("num_eval_images", count)
+    values["encoding"].setdefault("train_eval_images", True)
+    if count:
+        section.note(
+            "num_eval_images",
+            f"{'' if given else 'not given. '}Up to {count} pairs of each data set are sampled, and trained on all the "
+            "same, as in SimpleTuner. So their validation loss is a loss on training pairs. To keep them out of "
+            "training, set encoding.train_eval_images to false.",
+        )
+
+
 def _sizes(section: Section, values: dict[str, Any]) -> None:
+    """SimpleTuner takes a size as the area, at the aspect ratio of the pair's first reference."""
     value = section.take("validation_resolution")
     if value is None or str(value).strip() == "":
         return
-    sizes = str(value).lower().replace(" ", "")
-    try:
-        ValidationConfig(validation_resolution=sizes)
-    except ConfigError:
-        rounded = ",".join("x".join(_near_sixteen(side) for side in size.split("x")) for size in sizes.split(","))
-        section.note("validation_resolution", f"{value} becomes {rounded}, because sides must be multiples of 16.")
-        sizes = rounded
+    sizes = str(value).lower().replace(" ", "") if isinstance(value, str | int) else value
+    if isinstance(sizes, str) and _SIZE.search(sizes):
+        areas = _SIZE.sub(lambda size: str(round(math.sqrt(int(size[1]) * int(size[2])))), sizes)
+        section.note(
+            "validation_resolution",
+            f"{shown(sizes)} becomes {shown(areas)}: the area of such a picture at the pair's own aspect ratio, as "
+            "SimpleTuner samples edits. So samples can be compared with their targets.",
+        )
+        sizes = areas
     put(values, "validation.validation_resolution", sizes)
-
-
-def _near_sixteen(side: str) -> str:
-    """The side rounded to a multiple of 16. Keeps text that is no number, which the check of the settings refuses."""
-    return str(max(64, round(int(side) / 16) * 16)) if side.isdigit() else side

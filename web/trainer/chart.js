@@ -14,8 +14,8 @@ const RATE_BAND = 22; // height in pixels of the learning rate band below the lo
 const LABELS = /** @type {Record<string, string>} */ ({
   loss: "loss",
   smooth: "smoothed",
-  validation_loss: "held-out",
-  ema_validation_loss: "held-out, EMA",
+  validation_loss: "validation",
+  ema_validation_loss: "validation, EMA",
   rate: "learning rate",
   drift_shift: "drift, pixels",
   drift_zoom: "drift, % zoom",

@@ -1,0 +1,27 @@
+"""The edit-v1 example of SimpleTuner's quickstart, imported with changes, and lines of the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.support.quickstart import CONFIG, EDIT_V1
+from trainer_core.json_text import plain_json
+from trainer_core.simpletuner.convert import Imported, convert
+
+ROOT = Path("/somewhere")
+
+
+def read(changes: dict[str, Any] | None = None, datasets: list | None = None, **first: Any) -> Imported:
+    """Converts the edit-v1 example, with `changes` in the configuration and `first` in the first data set."""
+    settings = {**json.loads(plain_json(CONFIG)), **(changes or {})}
+    datasets = datasets if datasets is not None else json.loads(plain_json(EDIT_V1))
+    datasets[0] = {**datasets[0], **first}
+    return convert(settings, datasets, root=ROOT)
+
+
+def line(imported: Imported, start: str) -> str:
+    found = [each for each in imported.report if each.startswith(start)]
+    assert len(found) == 1, imported.report
+    return found[0]
