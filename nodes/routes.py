@@ -116,7 +116,7 @@ def _names(runs: list[dict[str, Any]]) -> set[str]:
 def _summary(run: dict[str, Any], in_progress: dict[str, Any] | None) -> dict[str, Any]:
     """The state stored in the folder, updated with the live state if the run is in progress."""
     if in_progress is not None:
-        return {**run, **in_progress, "state": "training", "active": True}
+        return {**run, **in_progress, "state": "training", "problem": "", "active": True}
     state = "interrupted" if run["state"] == "started" else run["state"]
     return {**run, "state": state, "active": False}
 

@@ -165,7 +165,7 @@ def _output(result: TrainResult, *, is_new: bool) -> io.NodeOutput:
     rows = RunFolder(result.run_dir).metrics()
     grid = file_to_image(result.samples.grid_file) if result.samples else empty_image()
     run = sockets.FinishedRun(run_dir=result.run_dir, lora_file=result.lora_file, steps=result.steps_done)
-    seconds = sum(float(row["seconds"]) for row in rows)
+    seconds = sum(row.get("seconds") or 0.0 for row in rows)
     return io.NodeOutput(
         read_tensors(result.lora_file),
         {"loss": [float(row["loss"]) for row in rows]},

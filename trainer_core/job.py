@@ -202,7 +202,7 @@ def _check_start(
     if not trains_here:  # a dataset may be encoded for validation only
         return False
     check_datasets(config, encoded, validation or encoded)
-    return check_start(config, continue_kept=continue_kept, num_ranks=ranks.size)
+    return check_start(config, encoded, continue_kept=continue_kept, num_ranks=ranks.size)
 
 
 def _disk_of(job: JobConfig, checked: CheckedJob, ranks: Ranks, *, trains_here: bool) -> list[DiskUse]:

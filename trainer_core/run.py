@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -13,12 +13,13 @@ import torch
 from .adapters.inject import for_file
 from .adapters.writer import LoraMetadata, export_lora
 from .conditioning.batches import BatchLoader, BatchPlan, RankPlan
+from .conditioning.encoded import EncodedDataset
 from .conditioning.on_the_fly import reference_encoder
 from .config import TrainConfig, resume_key, to_json
 from .device import pick_device
 from .disk import disk_errors
 from .dry_step import dry_step, start_compiler_early
-from .errors import Interrupted
+from .errors import Interrupted, RunFolderError
 from .events import SILENT, VALIDATION_LOSSES, Observer, SampleReport, StepReport, Stop
 from .memory.compilation import compiled_code_kept
 from .planning.advice import STEP, VALIDATION
@@ -82,7 +83,7 @@ def _prepare_and_train(
             _LOG.warning("%s", note)
     validator = Validator(prepared.held_out, base, config.validation)
     device = pick_device(config.model.device)
-    with _open_run(config, ranks) as run, compiled_code_kept(device):
+    with _open_run(config, prepared.encoded, ranks) as run, compiled_code_kept(device):
         stop = how_to_start(run, config.max_train_steps, continue_kept=continue_kept)
         run.write_config(to_json(config))
         if not stop:
@@ -101,10 +102,10 @@ def _prepare_and_train(
 
 
 @contextmanager
-def _open_run(config: TrainConfig, ranks: Ranks) -> Iterator[RunFolder]:
+def _open_run(config: TrainConfig, encoded: EncodedDataset, ranks: Ranks) -> Iterator[RunFolder]:
     """Create the run folder, or open that of the same settings. The other processes wait until the leader has."""
     path, key = Path(config.run_dir), resume_key(config, ranks.size)
-    with RunFolder.open(path, key) if ranks.leads else nullcontext(RunFolder(path, writes=False)) as run:
+    with RunFolder.open(path, key, encoded) if ranks.leads else nullcontext(RunFolder(path, writes=False)) as run:
         ranks.wait()
         yield run
 
@@ -127,6 +128,11 @@ def _restore(parts: _Parts) -> int:
     parts.run.metrics_until(checkpoint)
     if checkpoint is None:
         return 0
+    if _shapes(checkpoint.lora) != _shapes(networks.lora):
+        raise RunFolderError(
+            f"The checkpoint of step {checkpoint.step} in {parts.run.checkpoints} does not match the layers of this "
+            "run's adapter. Move it out of the folder; the run then continues from the checkpoint before it."
+        )
     with torch.no_grad():
         for name, parameter in networks.lora.items():
             parameter.copy_(checkpoint.lora[name])
@@ -134,6 +140,10 @@ def _restore(parts: _Parts) -> int:
     restore_optimizer(networks.optimizer, networks.lora, checkpoint.optimizer)
     restore_ema(networks.ema, checkpoint.ema)
     return checkpoint.step
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _train(parts: _Parts, done: int) -> tuple[int, Stop]:

@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_replaced(part: str, damage: Any
     run.save_checkpoint(checkpoint(4), 5)
     found = run.latest_checkpoint()
     assert found is not None and found.step == run.steps_done() == 4
-    assert names(run) == ["step-000002", "step-000004"]
+    assert names(run) == ["step-000002", "step-000004", "step-000004.damaged"]
 
 
 def test_a_whole_checkpoint_is_left_as_it_is(run: RunFolder) -> None:
@@ -121,7 +121,7 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_newest(run: RunFolder)
     run.save_checkpoint(checkpoint(3), 1)
     assert run.steps_done() == 3
     run.save_checkpoint(checkpoint(4), 1)
-    assert run.steps_done() == 4 and names(run) == ["step-000004"]
+    assert run.steps_done() == 4 and names(run) == ["step-000004", "step-000004.damaged"]
 
 
 def test_a_write_that_fails_leaves_nothing(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

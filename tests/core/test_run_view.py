@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from tools.comfyui import REPO
+from trainer_core.config import TrainConfig, resume_key
 from trainer_core.events import MEASURED
 from trainer_core.pictures.grid import GridRow
 from trainer_core.pictures.sample_pictures import save_sample_pictures
 from trainer_core.runs import view as run_view
+from trainer_core.runs.folder import RunFolder
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def test_newest_first_and_only_runs(tmp_path: Path):
 
 
 def test_summary(tmp_path: Path):
-    samples = {"psnr_base": 9.0, "psnr_lora": float("inf"), "psnr_vae": 20.0}
+    samples = {"step": 2, "grid_file": "step-000002.png", "psnr_base": 9.0, "psnr_lora": float("inf"), "psnr_vae": 20.0}
     run = make_run(tmp_path / "mine", [row(1), row(2, peak_bytes=7)], state="paused", samples=samples)
     found = run_view.summary(run)
     assert (found["run_name"], found["state"], found["step"], found["num_steps"]) == ("mine", "paused", 2, 100)
@@ -112,3 +118,101 @@ def test_samples(tmp_path: Path):
     assert run_view.picture_name(run, 250, 0, "lora") == "samples/step-000250/0-lora.png"
     for asked in ((250, 1, "lora"), (250, -1, "lora"), (250, 0, "../x"), (251, 0, "lora")):
         assert run_view.picture_name(run, *asked) == ""
+
+
+def damaged_parts() -> dict[str, Any]:
+    """Functions that damage one part of a run folder."""
+    texts = [b"", b"[]", b"null", b"5", b'"x"', b"[" * 50_000, b"\xff\xfe", b'{"key": 5}', b'{"step": 1e999}']
+    texts += [b'{"key": {}, "result": 5}', b'{"key": {}, "state": [1]}', b'{"key": {}, "samples": [1]}', b"9" * 5000]
+    texts += [b'{"step": 3, "loss": ' + b"9" * 400 + b"}", b'{"step": 3, "loss": "x"}', b'{"step": [], "loss": 1}']
+    names = ["run.json", "config.json", "metrics.jsonl", "graph.json", "samples/step-000250/index.json"]
+    found = {f"{name} is {text[:20]!r}": _written(name, text) for name in names for text in texts}
+    for name in (*names[1:], "samples", "checkpoints", "run.lock"):
+        found[f"{name} is a folder"] = lambda folder, name=name: (folder / name / "x").mkdir(parents=True)
+    for name in ("samples", "samples/step-000250", "checkpoints", "tensorboard"):
+        found[f"{name} is a file"] = _written(name, b"x")
+    return found
+
+
+def _written(name: str, data: bytes) -> Any:
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+    return write
+
+
+def test_a_damaged_run_is_listed_and_the_others_too(tmp_path: Path):
+    parts = damaged_parts()
+    for number, damage in enumerate(parts.values()):
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        damage(folder)
+        if not (folder / "run.json").exists():
+            (folder / "run.json").write_text(json.dumps({"key": {}, "state": "kept"}))
+    make_run(tmp_path / "good", [row(1)], state="finished")
+    listed = [run_view.summary(folder) for folder in run_view.run_folders(tmp_path, 500)]
+    assert len(listed) == len(parts) + 1
+    by_name = {run["run_name"]: run for run in listed}
+    assert (by_name["good"]["state"], by_name["good"]["problem"]) == ("finished", "")
+    for number, what in enumerate(parts):
+        run, folder = by_name[f"run{number}"], tmp_path / f"run{number}"
+        assert bool(run["problem"]) == (run["state"] == "damaged"), what
+        if what.startswith("run.json") and "samples" not in what:
+            assert run["state"] == "damaged" and "run.json" in run["problem"], what
+            assert "another run name" in run["problem"] and str(tmp_path) not in run["problem"]
+        else:
+            assert run["state"] in ("kept", "started"), what
+        shown = [run, run_view.curve(folder, 10), run_view.read_config(folder), run_view.samples(folder)]
+        json.dumps(shown, allow_nan=False)
+        assert run_view.picture_name(folder, 250, 0, "lora") == ""
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from trainer_core.runs.folder import RunFolder
+with RunFolder.open(Path(sys.argv[1]), {}) as run:
+    print("inside", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_run_that_another_process_trains_is_not_interrupted(tmp_path: Path):
+    folder = tmp_path / "theirs"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=REPO, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"inside\n"
+            assert run_view.summary(folder)["state"] == "elsewhere"
+        finally:
+            process.kill()
+    assert run_view.summary(folder)["state"] == "started"
+    (tmp_path / "mine.txt").write_text("mine")
+    (folder / "run.lock").unlink()
+    (folder / "run.lock").symlink_to(tmp_path / "mine.txt")
+    assert run_view.summary(folder)["state"] == "started"
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_look_at_the_lock_does_not_keep_a_training_from_starting(tmp_path: Path):
+    """Many looks at once, and many starts: every start gets the lock."""
+    folder, key = tmp_path / "mine", resume_key(TrainConfig(run_dir="mine", encoded="pairs.json"))
+    with RunFolder.open(folder, key):
+        pass
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            run_view.summary(folder)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            with RunFolder.open(folder, key) as run:
+                assert run.state()["state"] == "started"
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()

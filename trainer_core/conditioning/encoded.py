@@ -22,6 +22,7 @@ from .entry import EncodedEntry, entry_path, without_places
 from .types import EncodedPair, ReferenceFile
 
 FORMAT = 1
+_DIGEST = re.compile("[0-9a-f]{32}")
 _OWN_NAME = re.compile("[0-9a-f]{32}-[0-9a-f]{16}")  # not a copy that the user has given another name
 _MAX_MANIFEST_BYTES = 1 << 30
 EncodeReference = Callable[[ReferenceFile], Tensor]  # returns normalised latents [C, H/8, W/8]
@@ -192,6 +193,18 @@ def _as_json(encoded: EncodedDataset) -> dict[str, Any]:
         del values["left_out"]  # datasets encoded before this field existed keep their names
     values |= {"format": FORMAT, "pairs": [entry.as_row() for entry in encoded.pairs]}
     return {**values, "validation_pairs": [entry.as_row() for entry in encoded.validation_pairs]}
+
+
+def trained_values(encoded: EncodedDataset) -> dict[str, Any]:
+    """All that training sees of a dataset, as JSON values without paths."""
+    names = ("flavour", "preprocessing", "prompt_width", "left_out")
+    pairs = [without_places(entry.as_row()) for entry in encoded.pairs]
+    return json.loads(json.dumps({**{name: getattr(encoded, name) for name in names}, "pairs": pairs}))
+
+
+def find_manifest(cache_dir: Path, trained: str) -> Path | None:
+    """A manifest whose training pairs have this digest; None if the cache has none."""
+    return next((cache_dir / "datasets").glob(f"{trained}-*.json"), None) if _DIGEST.fullmatch(trained) else None
 
 
 def _name_of(values: dict[str, Any]) -> str:

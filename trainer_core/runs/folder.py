@@ -1,6 +1,7 @@
 """A run folder: all files of one run, written so that a kill at any moment keeps the last complete state.
 
 run.json          the settings that determine the weights, and how the run ended
+dataset.json      the training pairs, to say later what has changed
 config.json       all settings of the last start
 metrics.jsonl     one JSON object per step
 tensorboard/      the same as TensorBoard event files
@@ -17,25 +18,41 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
+from ..conditioning.encoded import EncodedDataset, trained_values
 from ..config import completed_key
 from ..disk import disk_errors
-from ..errors import RunFolderError
-from ..files import is_whole, read_tensors, write_atomically, write_tensors, written_beside
+from ..errors import DamagedFileError, RunFolderError
+from ..files import (
+    check_digest,
+    clean_leftovers,
+    is_leftover,
+    is_whole,
+    read_tensors,
+    remove,
+    set_aside,
+    temporary_beside,
+    write_atomically,
+    write_tensors,
+    written_beside,
+)
+from .changes import DATASET, in_words
+from .lock import LOCK, locked
+from .records import STATE, is_row, read_row, read_state
 
 FORMAT = 1
-LOCK = "run.lock"
+_FOLDERS = ("samples", "checkpoints", "tensorboard", "base_pictures")
+_FILES = (STATE, DATASET, "config.json", "metrics.jsonl", LOCK)
 _LOG = logging.getLogger(__name__)
-_CHECKPOINT = re.compile(r"step-\d+")  # the whole name, so that a user's copy such as step-000250.bak is ignored
+_SET_ASIDE = re.compile(r"step-[0-9]{1,12}\.damaged(-\d+)?")
+_CHECKPOINT = re.compile(r"step-[0-9]{1,12}")  # the whole name: a user's copy such as step-000250.bak is ignored
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,40 +80,119 @@ class RunFolder:
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, key: Mapping[str, Any]) -> Iterator[RunFolder]:
+    def open(cls, path: Path, key: Mapping[str, Any], encoded: EncodedDataset | None = None) -> Iterator[RunFolder]:
         """Create the folder, or open that of a run with the same settings, and lock it inside the context.
 
+        Deletes what killed processes left in it. Sets damaged checkpoints aside, with a warning. `encoded` is the
+        dataset that `key` names.
+
         Raises:
-            RunFolderError: the folder isn't a run, is in use, or belongs to a run with other settings; lists each
-                setting with both values.
+            RunFolderError: the folder isn't a run, is damaged or in use, or belongs to a run with other settings; says
+                what has changed.
         """
         folder = cls(path)
-        folder.check_key(key)
+        folder.check_key(key, encoded)
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
-            folder._enter(key)
+        with locked(path) as is_locked:
+            folder._enter(key, encoded)
+            clean_leftovers(path, nobody_writes=is_locked)
+            folder._set_damaged_aside()
             yield folder
 
-    def check_key(self, key: Mapping[str, Any]) -> None:
-        """Raise RunFolderError if the folder isn't a run, or belongs to a run with other settings."""
-        if self.path.exists() and not self.state() and any(each.name != LOCK for each in self.path.iterdir()):
-            raise RunFolderError(f"The folder {self.path} is not empty and is not a run. Choose another run name.")
+    def check_key(self, key: Mapping[str, Any], encoded: EncodedDataset | None = None) -> None:
+        """Check that the folder is a run with these settings, or that a run can start in it.
+
+        Raises:
+            RunFolderError: it isn't, or it is damaged.
+        """
+        self._check_files()
         if self.state() and (changed := self.changes(key)):
-            changes = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changed)
             raise RunFolderError(
-                f"The run {self.path.name!r} was started with other settings: {changes}. Set them back to continue it, "
-                "or choose another run name to start a new run. Nothing was changed."
+                f"The run {self.path.name!r} was started with other settings:\n"
+                f"{in_words(self.path, changed, encoded)}\n"
+                "Set them back to continue it, or choose another run name to start a new run."
+                f"{self.way_from_lora()} Nothing was changed."
             )
 
-    def _enter(self, key: Mapping[str, Any]) -> None:
-        self.check_key(key)  # again, because another process may have changed it before it was locked
+    def _check_files(self) -> None:
+        """Check that the folder is a run or empty, and that its parts are files and folders as needed."""
+        if not self.path.exists():
+            return
+        wrong = "is a file, but the run needs a folder of that name"
+        if not self.path.is_dir():
+            raise RunFolderError(f"{self.path} {wrong}. Choose another run name, or move the file away.")
+        for name in _FOLDERS:
+            if (self.path / name).exists() and not (self.path / name).is_dir():
+                raise RunFolderError(f"{self.path / name} {wrong}. Move it out of the run folder.")
+        for name in _FILES:
+            if (self.path / name).is_dir():
+                raise RunFolderError(
+                    f"{self.path / name} is a folder, but the run needs a file of that name. Move it out of the run "
+                    "folder."
+                )
+        started = (each.name for each in self.path.iterdir())
+        if not self.state() and any(name != LOCK and not is_leftover(name) for name in started):
+            raise RunFolderError(f"The folder {self.path} is not empty and is not a run. Choose another run name.")
+
+    def _enter(self, key: Mapping[str, Any], encoded: EncodedDataset | None) -> None:
+        self.check_key(key, encoded)  # again, because another process may have changed it before it was locked
         if not self.state():
             self.write_state(key=dict(key), state="started")
+        if encoded is not None and not (self.path / DATASET).exists():
+            write_atomically(self.path / DATASET, json.dumps(trained_values(encoded), ensure_ascii=False).encode())
         self.samples.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        for left_over in self.checkpoints.glob(".step-*.tmp"):  # of a killed process; the lock excludes others
-            shutil.rmtree(left_over, ignore_errors=True)
+
+    def way_from_lora(self) -> str:
+        """A sentence on how a new run can start from this run's LoRA; empty if there is no LoRA file."""
+        result = self.state().get("result")
+        if not result or not (self.path / result["lora_file"]).is_file():
+            return ""
+        return f" The new run can start from this run's LoRA: set init_lora to {self.path / result['lora_file']}."
+
+    def _set_damaged_aside(self) -> None:
+        """Rename damaged checkpoints that are newer than the newest usable one.
+
+        Raises:
+            RunFolderError: one can't be renamed.
+        """
+        for folder in reversed(self._checkpoint_folders()):
+            problem = self._problem(folder)
+            if not problem:
+                return
+            aside = set_aside(folder)
+            if aside is None:
+                raise RunFolderError(
+                    f"The checkpoint {folder} is damaged ({problem}) and can't be renamed. Move it out of the run "
+                    "folder."
+                )
+            _LOG.warning(
+                "The checkpoint %s is damaged (%s). It was renamed to %s, and the one before it is used.",
+                folder,
+                problem,
+                aside.name,
+            )
+
+    def _problem(self, folder: Path) -> str:
+        """Why a checkpoint can't be used; empty if it can. Reads its files to check their digests."""
+        if not self._is_complete(folder):
+            return "a file is missing or cut short"
+        try:
+            for part in self._parts():
+                check_digest(folder / f"{part}.safetensors")
+        except (OSError, DamagedFileError) as error:
+            return str(error)
+        return ""
+
+    def lost_steps(self) -> int:
+        """Steps that were saved once, if the folder has no usable checkpoint any more; else 0."""
+        state = self.state()
+        if self.steps_done():
+            return 0
+        counts = (state.get("saved", 0), state.get("steps", 0), (state.get("result") or {}).get("steps", 0))
+        aside = (_step_of(each) for each in self.checkpoints.glob("step-*") if _SET_ASIDE.fullmatch(each.name))
+        return max(*counts, *aside)
 
     @property
     def metrics_file(self) -> Path:
@@ -128,17 +224,14 @@ class RunFolder:
         Raises:
             RunFolderError: the file is damaged.
         """
-        path = self.path / "run.json"
         try:
-            version = _version_of(path)
-        except FileNotFoundError:
+            version = _version_of(self.path / STATE)
+        except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError as error:
+            raise RunFolderError(f"Can't read {self.path / STATE}: {error.strerror}.") from error
         if self._state.get("version") != version:
-            try:
-                state = dict(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise RunFolderError(f"{path} is damaged: {error}. Choose another run name.") from error
-            self._state.update(version=version, state=state)
+            self._state.update(version=version, state=read_state(self.path))
         return dict(self._state["state"])
 
     def changes(self, key: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -150,8 +243,8 @@ class RunFolder:
         if not self.writes:
             return
         text = json.dumps({**self.state(), "format": FORMAT, **values}, indent=1, ensure_ascii=False)
-        write_atomically(self.path / "run.json", text.encode())
-        self._state.update(version=_version_of(self.path / "run.json"), state=json.loads(text))
+        write_atomically(self.path / STATE, text.encode())
+        self._state.update(version=_version_of(self.path / STATE), state=json.loads(text))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Save all settings of this start."""
@@ -161,7 +254,7 @@ class RunFolder:
     def save_checkpoint(self, checkpoint: Checkpoint, limit: int) -> None:
         """Write a checkpoint under a temporary name, rename it, and keep the newest `limit` up to its step.
 
-        A complete checkpoint of the same step is kept as it is; an incomplete one is replaced. Checkpoints of later
+        A complete checkpoint of the same step is kept as it is; an incomplete one is set aside. Checkpoints of later
         steps are incomplete, or the run would have resumed from them, so they don't count.
         """
         final = self.checkpoints / f"step-{checkpoint.step:06d}"
@@ -173,10 +266,12 @@ class RunFolder:
                 write_tensors(temporary / f"{part}.safetensors", getattr(checkpoint, part))
             write_atomically(temporary / "report.json", json.dumps(checkpoint.report).encode())
             if final.exists():
-                shutil.rmtree(final)
+                set_aside(final)
         _flush_folder(self.checkpoints)
+        self.write_state(saved=checkpoint.step)
         for old in [each for each in self._checkpoint_folders() if _step_of(each) <= checkpoint.step][:-limit]:
-            shutil.rmtree(old)
+            # Renamed first: a kill must not leave a part of a checkpoint under its name.
+            remove(old.rename(temporary_beside(old)))
 
     def steps_done(self) -> int:
         """Steps of the newest complete checkpoint; 0 without one."""
@@ -184,7 +279,11 @@ class RunFolder:
         return _step_of(folder) if folder else 0
 
     def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest complete checkpoint; None without one."""
+        """The newest complete checkpoint; None without one.
+
+        Raises:
+            DamagedFileError: it was changed after `open` checked it.
+        """
         folder = self._newest_complete()
         if folder is None:
             return None
@@ -196,7 +295,8 @@ class RunFolder:
 
     def _is_complete(self, folder: Path) -> bool:
         files = (folder / f"{part}.safetensors" for part in self._parts())
-        return _report_in(folder).get("step") == _step_of(folder) and all(map(is_whole, files))
+        report = _report_in(folder)
+        return is_row(report) and report["step"] == _step_of(folder) and all(map(is_whole, files))
 
     def _parts(self) -> tuple[str, ...]:
         """Names of a checkpoint's tensor files under this run's settings."""
@@ -207,16 +307,20 @@ class RunFolder:
         return sorted(found, key=_step_of)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The metrics rows, up to a line that a kill cut short."""
+        """The metrics rows. Passes over damaged lines, with a warning unless it is the last, which a kill cuts short.
+
+        Raises:
+            RunFolderError: the file can't be read.
+        """
         if not self.metrics_file.is_file():
             return []
-        rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-        return rows
+        try:
+            rows = [read_row(line) for line in self.metrics_file.read_bytes().splitlines()]
+        except OSError as error:
+            raise RunFolderError(f"Can't read {self.metrics_file}: {error.strerror}.") from error
+        if None in rows[:-1]:
+            _LOG.warning("%s has %d damaged lines. They are left out.", self.metrics_file, rows.count(None))
+        return [row for row in rows if row is not None]
 
     def metrics_until(self, checkpoint: Checkpoint | None) -> None:
         """Cut the metrics back to the checkpoint's step, and add that step's row if a kill lost it."""
@@ -234,29 +338,6 @@ class RunFolder:
             write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system releases it however the process ends.
-
-    Raises:
-        RunFolderError: another process holds it.
-    """
-    lock = FileLock(path / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunFolderError(
-            f"The run folder {path} is in use by another training run. Wait until it ends, stop it, or choose another "
-            f"run name. If no training is running on any machine, delete {LOCK} in the folder. Nothing was changed."
-        ) from error
-    except (OSError, NotImplementedError) as error:  # some network drives
-        _LOG.warning("The run folder %s can't be locked (%s). Make sure that no other run uses it.", path, error)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _version_of(path: Path) -> tuple[int, ...]:
     """A value that changes whenever the file is replaced, as every atomic write does."""
     stat = path.stat()
@@ -264,16 +345,15 @@ def _version_of(path: Path) -> tuple[int, ...]:
 
 
 def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    return int(folder.name.removeprefix("step-").partition(".")[0])
 
 
 def _report_in(folder: Path) -> dict[str, Any]:
     """The report of a checkpoint; empty if it can't be read."""
     try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_row((folder / "report.json").read_bytes()) or {}
+    except OSError:
         return {}
-    return report if isinstance(report, dict) else {}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from ..conditioning.encoded import EncodedDataset
 from ..config import ExportConfig, TrainConfig, resume_key, to_json
 from ..errors import RunFolderError
 from ..events import SampleReport, Stop
@@ -49,18 +50,21 @@ def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: 
     )
 
 
-def check_start(config: TrainConfig, *, continue_kept: bool = False, num_ranks: int = 1) -> bool:
+def check_start(
+    config: TrainConfig, encoded: EncodedDataset, *, continue_kept: bool = False, num_ranks: int = 1
+) -> bool:
     """Check that a run with these settings can start or go on in its folder. Returns whether it is finished already.
 
     Changes nothing, and does not look whether another process uses the folder now.
 
     Raises:
-        RunFolderError: the folder isn't a run, or belongs to a run with other settings or more steps.
+        RunFolderError: the folder isn't a run or is damaged, or belongs to a run with other settings or more steps, or
+            the run has lost its checkpoints.
     """
     if find_result(config, continue_kept=continue_kept, num_ranks=num_ranks) is not None:
         return True
     run = RunFolder(Path(config.run_dir))
-    run.check_key(resume_key(config, num_ranks))
+    run.check_key(resume_key(config, num_ranks), encoded)
     how_to_start(run, config.max_train_steps, continue_kept=continue_kept)
     return False
 
@@ -69,8 +73,10 @@ def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -
     """KEEP if the run was ended early and must only be exported again; NO if it must train.
 
     Raises:
-        RunFolderError: the run has more steps than `max_train_steps`, or the checkpoint to export is missing.
+        RunFolderError: the run has more steps than `max_train_steps`, has lost its checkpoints, or the checkpoint to
+            export is missing.
     """
+    refuse_lost_checkpoints(run)
     done, kept = max(run.steps_done(), (run.state().get("result") or {}).get("steps", 0)), kept_at(run)
     if done > max_train_steps:
         raise RunFolderError(
@@ -87,6 +93,20 @@ def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -
             "was changed."
         )
     return Stop.KEEP
+
+
+def refuse_lost_checkpoints(run: RunFolder) -> None:
+    """Refuse to start again at step 1 a run that has saved steps. It would overwrite its LoRA.
+
+    Raises:
+        RunFolderError: the run has saved steps, but has no usable checkpoint.
+    """
+    if lost := run.lost_steps():
+        raise RunFolderError(
+            f"The run {run.path.name!r} has saved {lost} steps, but {run.checkpoints} holds no usable checkpoint to "
+            "continue from. Put its checkpoints back, or choose another run name to start a new run."
+            f"{run.way_from_lora()} Nothing was changed."
+        )
 
 
 def kept_at(run: RunFolder) -> int:

@@ -5,46 +5,80 @@ Files in the folder may be missing, damaged or from someone else, so nothing in 
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from ..errors import RunFolderError
 from ..events import MEASURED
+from ..json_text import read_json
 from ..pictures.sample_pictures import INDEX, read_sample_index
+from .lock import is_in_use
+from .records import STATE, is_number, is_step, read_row, read_state
 
 MAX_FILE_BYTES = 16 << 20  # of a JSON file; a larger one counts as missing
 _MAX_ROWS = 50_000  # rows of the metrics to parse; of a longer file, only every second, third, ... row
+_MAX_LINE_BYTES = 1 << 16  # longer lines are damaged
 _TAIL_BYTES = 8192  # enough for the last line of the metrics
 _VALIDATION_NAMES = tuple(f'"{name}"'.encode() for name in MEASURED)  # rows with one of these are always parsed
 
 
 def run_folders(runs_dir: Path, limit: int) -> list[Path]:
     """At most `limit` run folders, those whose state changed last first."""
-    if not runs_dir.is_dir():
+    try:
+        changed = {folder: _changed(folder) for folder in runs_dir.iterdir() if not folder.is_symlink()}
+    except OSError:  # there is no such folder
         return []
-    found = [folder for folder in runs_dir.iterdir() if (folder / "run.json").is_file() and not folder.is_symlink()]
-    return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime, reverse=True)[:limit]
+    found = {folder: when for folder, when in changed.items() if when is not None}
+    return sorted(found, key=lambda folder: found[folder], reverse=True)[:limit]
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """State, steps and newest loss of a run. `changed`: seconds since 1970."""
-    state, config, last = _read_object(folder / "run.json"), read_config(folder), _last_row(folder / "metrics.jsonl")
+    """State, steps and newest loss of a run. `changed`: seconds since 1970.
+
+    The state is that of run.json, "elsewhere" if another process trains the run, or "damaged", with the `problem`.
+    """
+    config, last = read_config(folder), _last_row(folder / "metrics.jsonl")
+    state, problem = _state_or_problem(folder)
     samples = state.get("samples") or {}
+    steps = config.get("max_train_steps")
     return finite(
         {
             "run_name": folder.name,
-            "state": state.get("state", "started"),
+            "state": "elsewhere" if is_in_use(folder) else "damaged" if problem else state.get("state", "started"),
+            "problem": problem,
             "step": last.get("step", 0),
-            "num_steps": config.get("max_train_steps", 0),
+            "num_steps": steps if is_step(steps) else 0,
             "loss": last.get("loss"),
             "learning_rate": last.get("learning_rate"),
             "peak_bytes": last.get("peak_bytes", 0),
-            "changed": (folder / "run.json").stat().st_mtime,
-            "psnr": {name: samples.get(f"psnr_{name}") for name in ("base", "lora", "ema", "vae")},
+            "changed": _changed(folder) or 0,
+            "psnr": {name: _number(samples.get(f"psnr_{name}")) for name in ("base", "lora", "ema", "vae")},
         }
     )
+
+
+def _state_or_problem(folder: Path) -> tuple[dict[str, Any], str]:
+    try:
+        return read_state(folder, STATE), ""
+    except RunFolderError as error:
+        return {}, str(error)
+
+
+def _changed(folder: Path) -> float | None:
+    """When the run's state changed, in seconds since 1970; None if the folder is not a run."""
+    try:
+        status = (folder / STATE).stat()
+    except OSError:
+        return None
+    return None if stat.S_ISDIR(status.st_mode) else status.st_mtime
+
+
+def _number(value: object) -> float | None:
+    return value if is_number(value) else None
 
 
 def curve(folder: Path, points: int) -> dict[str, Any]:
@@ -56,11 +90,10 @@ def curve(folder: Path, points: int) -> dict[str, Any]:
     measured: dict[str, list[list[float]]] = {}
     for row in rows:
         for name in MEASURED:
-            if _is_number(row.get(name)):
+            if is_number(row.get(name)):
                 measured.setdefault(name, []).append([row["step"], row[name]])
-    steps = [row for row in rows if _is_number(row.get("loss"))]
-    size = max(1, math.ceil(len(steps) / points))
-    groups = [steps[start : start + size] for start in range(0, len(steps), size)]
+    size = max(1, math.ceil(len(rows) / points))
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     return {
         "steps": [group[-1]["step"] for group in groups],
         "loss": [sum(row["loss"] for row in group) / len(group) for group in groups],
@@ -74,13 +107,20 @@ def samples(folder: Path) -> list[dict[str, Any]]:
     found = []
     for place in (folder / "samples").glob("step-*/"):
         number, pairs = place.name.removeprefix("step-"), read_sample_index(place)
-        if number.isdecimal() and pairs:
+        if number.isdecimal() and len(number) < 10 and pairs:
             shown = [
                 {"caption": each["caption"], "label": each["label"], "columns": list(each["pictures"])}
                 for each in pairs
             ]
-            found.append({"step": int(number), "version": (place / INDEX).stat().st_mtime_ns // 1000, "pairs": shown})
+            found.append({"step": int(number), "version": _version(place / INDEX), "pairs": shown})
     return sorted(found, key=lambda each: each["step"])
+
+
+def _version(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns // 1000
+    except OSError:  # deleted meanwhile
+        return 0
 
 
 def picture_name(folder: Path, step: int, pair: int, column: str) -> str:
@@ -122,10 +162,8 @@ def _without_folders(value: Any) -> Any:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            return {}
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path, finite=False, max_bytes=MAX_FILE_BYTES, error=RunFolderError)
+    except RunFolderError:
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -137,30 +175,20 @@ def _last_row(path: Path) -> Mapping[str, Any]:
             lines = file.read().splitlines()
     except OSError:
         return {}
-    return next((row for row in map(_row, reversed(lines)) if row), {})
+    return next((row for row in map(read_row, reversed(lines)) if row), {})
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """Rows of the metrics. A very long file is thinned out, except for rows with validation results."""
-    if not path.is_file():
-        return []
     found = []
-    with path.open("rb") as file:
-        every = 1 + path.stat().st_size // (_MAX_ROWS * max(1, len(file.readline())))
-        file.seek(0)
-        for number, line in enumerate(file):
-            if number % every == 0 or any(name in line for name in _VALIDATION_NAMES):
-                found.append(_row(line))
-    return [row for row in found if row]
-
-
-def _row(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else {}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            every = 1 + size // (_MAX_ROWS * max(1, len(file.readline(_MAX_LINE_BYTES))))
+            file.seek(0)
+            for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES), b"")):
+                if number % every == 0 or any(name in line for name in _VALIDATION_NAMES):
+                    found.append(read_row(line))
+    except OSError:  # missing, or a folder
+        pass
+    return [row for row in found if row]

@@ -39,6 +39,8 @@ const STATES = {
   training: "training",
   started: "starting",
   interrupted: "interrupted",
+  elsewhere: "running in another process",
+  damaged: "damaged",
   paused: "paused",
   kept: "ended early",
   finished: "finished",

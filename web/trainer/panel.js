@@ -118,7 +118,7 @@ function createRow(name, onPick) {
       badge.dataset.state = run.state;
       bar.value = run.num_steps ? run.step / run.num_steps : 0;
       bar.hidden = !run.active;
-      setText(line, `${format.progress(run)} · loss ${format.loss(run.loss)}`);
+      setText(line, run.problem || `${format.progress(run)} · loss ${format.loss(run.loss)}`);
     },
   };
 }
@@ -202,10 +202,10 @@ function createDetail({ app, api, store, back }) {
       setText(badge, format.state(run));
       badge.dataset.state = run.state;
       bar.value = run.num_steps ? run.step / run.num_steps : 0;
-      setText(line, [format.progress(run), ...ratios(run)].join(" · "));
+      setText(line, run.problem || [format.progress(run), ...ratios(run)].join(" · "));
       actions.stop.hidden = !run.active;
       actions.stop.disabled = Boolean(run.stopping);
-      actions.go.hidden = run.active || run.state === "finished" || !run.has_graph;
+      actions.go.hidden = run.active || ["finished", "elsewhere", "damaged"].includes(run.state) || !run.has_graph;
       actions.open.hidden = !run.has_graph;
       chart.show(run.curve);
       comparison.show(run);

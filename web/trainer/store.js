@@ -9,7 +9,7 @@
  * @typedef {{step: number, version: number, pairs: Pair[]}} Sample
  * @typedef {{run_name: string, state: string, active: boolean, step: number, num_steps: number, loss: number|null,
  *   learning_rate?: number|null, seconds_per_step?: number|null, seconds_left?: number|null, peak_bytes?: number,
- *   phase?: string, stopping?: boolean, node_id?: string|null, changed?: number, has_graph?: boolean,
+ *   problem?: string, phase?: string, stopping?: boolean, node_id?: string|null, changed?: number, has_graph?: boolean,
  *   psnr?: Record<string, number|null>, curve?: Curve, samples?: Sample[], revision: number}} Run
  */
 import { isMeasured } from "./chart_data.js";
