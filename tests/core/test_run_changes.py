@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer_core.conditioning.encoded import EncodedDataset, save_manifest
+from trainer_core.conditioning.encoded import EncodedDataset, name_dataset, save_manifest
 from trainer_core.conditioning.entry import EncodedEntry
 from trainer_core.config import LoraConfig, OptimizerConfig, TrainConfig, resume_key
 from trainer_core.errors import RunFolderError
@@ -34,7 +34,9 @@ PAIRS = tuple(map(entry, ("a", "b", "c", "d", "e")))
 
 def dataset(cache: Path, pairs: tuple[EncodedEntry, ...], **changes: Any) -> EncodedDataset:
     fields = {"flavour": "edit-v1", "preprocessing": "comfyui", "prompt_width": 128, "validation_pairs": ()}
-    return save_manifest(cache, pairs=pairs, **{**fields, **changes})
+    encoded = name_dataset(cache, pairs=pairs, **{**fields, **changes})
+    save_manifest(encoded)
+    return encoded
 
 
 def open_run(folder: Path, encoded: EncodedDataset, **changes: Any) -> None:

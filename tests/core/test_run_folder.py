@@ -182,3 +182,15 @@ def test_a_drive_without_locks_is_used_with_a_warning(
     monkeypatch.setattr(FileLock, "acquire", refuse)
     assert entered(tmp_path / "run", key_of()).state()
     assert "can't be locked" in caplog.text
+
+
+def test_a_checkpoint_that_can_not_be_read_is_not_called_damaged(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("trainer_core.runs.folder.check_digest", refuse)
+    with pytest.raises(RunFolderError, match=r"step-000004 can't be read: Permission denied"):
+        run._set_damaged_aside()
+    assert names(run) == ["step-000002", "step-000004"]

@@ -175,15 +175,21 @@ class RunFolder:
             )
 
     def _problem(self, folder: Path) -> str:
-        """Why a checkpoint can't be used; empty if it can. Reads its files to check their digests."""
-        if not self._is_complete(folder):
-            return "a file is missing or cut short"
+        """Why a checkpoint can't be used; empty if it can. Reads its files to check their digests.
+
+        Raises:
+            RunFolderError: a file can't be read, for example because of its permissions.
+        """
         try:
             for part in self._parts():
                 check_digest(folder / f"{part}.safetensors")
-        except (OSError, DamagedFileError) as error:
+        except DamagedFileError as error:
             return str(error)
-        return ""
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            pass
+        except OSError as error:
+            raise RunFolderError(f"The checkpoint {folder} can't be read: {error.strerror}.") from error
+        return "" if self._is_complete(folder) else "a file is missing or cut short"
 
     def lost_steps(self) -> int:
         """Steps that were saved once, if the folder has no usable checkpoint any more; else 0."""
