@@ -61,10 +61,18 @@ def test_a_kept_run_writes_its_file_again_and_trains_no_further(config: TrainCon
 def test_a_kept_run_without_its_checkpoint_is_not_written_again(config: TrainConfig) -> None:
     kept = train_lora(config, StopAfter(8, Stop.KEEP))
     before = lora_tensors(kept)
-    shutil.rmtree(Path(config.run_dir) / "checkpoints" / f"step-{kept.steps_done:06d}")
+    renamed = dataclasses.replace(config, export=ExportConfig(trigger_words="sks"))
+    newest = Path(config.run_dir) / "checkpoints" / f"step-{kept.steps_done:06d}"
+    earlier = shutil.copytree(newest, newest.with_name("step-000001"))
+    report = json.loads((earlier / "report.json").read_text())
+    (earlier / "report.json").write_text(json.dumps({**report, "step": 1}))
+    shutil.rmtree(newest)
     assert find_result(config) == kept
     with pytest.raises(RunFolderError, match=rf"at step {kept.steps_done}.*continue a kept run"):
-        train_lora(dataclasses.replace(config, export=ExportConfig(trigger_words="sks")))
+        train_lora(renamed)
+    shutil.rmtree(earlier)
+    with pytest.raises(RunFolderError, match=rf"has saved {kept.steps_done} steps.*no usable checkpoint"):
+        train_lora(renamed)
     assert equal(lora_tensors(kept), before)
 
 
