@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ LONGEST_LINES = 200_000
 """Characters of a widget that holds several prompts, patterns or changes."""
 LONGEST_LIST = 1_000
 """Items of a list setting."""
+_INVISIBLE = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})  # spaces, line ends, control and zero-width characters
+_BLANK_LETTERS = frozenset("\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0")  # fillers and variation selectors
 _MOST_SHOWN = 200  # characters of a value in a message
 _LONGEST_NAME = 300  # characters of a path in a message
 _LARGEST_SHOWN = 10**40  # Python refuses to write integers of more than 4,300 digits
@@ -35,6 +38,11 @@ def text_problem(text: str, longest: int = LONGEST_PROMPT) -> str:
     except UnicodeEncodeError as error:
         return f"contains half a surrogate pair at character {error.start + 1}, which is not valid Unicode"
     return ""
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has only spaces, control and zero-width characters, so that nothing of it is seen."""
+    return all(unicodedata.category(c) in _INVISIBLE or c in _BLANK_LETTERS for c in text)
 
 
 def printable(text: Path | str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..settings import Limits, Settings, check, check_setting, is_plain_name, required, setting
-from ..text import LONGEST_PROMPT
+from ..text import LONGEST_PROMPT, is_blank
 
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt", "csv", "parquet", "jsonl"]
 CAPTION_TABLES: tuple[CaptionStrategy, ...] = ("csv", "parquet", "jsonl")
@@ -106,7 +106,7 @@ class DatasetConfig(Settings):
         fits = len(self.conditioning_type) in (1, len(self.reference_dirs))
         check(fits, "conditioning_type", self.conditioning_type, allowed)
         if self.caption_strategy == "instanceprompt" or self.captions.prepend_instance_prompt:
-            check(bool(self.instance_prompt.strip()), "instance_prompt", self.instance_prompt, "a sentence")
+            check(not is_blank(self.instance_prompt), "instance_prompt", self.instance_prompt, "a sentence")
         if self.caption_strategy in CAPTION_TABLES:
             allowed = f"the path of a {self.caption_strategy} file with caption_strategy {self.caption_strategy}"
             check(bool(self.captions.caption_file), "caption_file", self.captions.caption_file, allowed)
@@ -233,7 +233,7 @@ class EncodingConfig(Settings):
         "with its references.",
         Limits(
             longest=LONGEST_PROMPT,
-            valid=lambda prompts: all(prompt.strip() for prompt in prompts),
+            valid=lambda prompts: not any(map(is_blank, prompts)),
             allowed="a list of edit instructions",
         ),
     )

@@ -13,7 +13,8 @@ from typing import Any
 from ..config import DatasetConfig
 from ..config.dataset import CAPTION_TABLES
 from ..errors import DatasetError, MissingPackageError
-from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES, shown
+from ..text import is_blank, shown
+from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES
 
 Row = Mapping[str, Any]
 
@@ -72,7 +73,7 @@ def _named_captions(path: Path, number: int, row: Row, config: DatasetConfig) ->
     name, cell = values
     if not isinstance(name, str) or not name.strip():
         raise DatasetError(f"{shown(path)}, row {number}: the file name must be text, got {name!r}.")
-    return key_of(name), [text.strip() for text in _texts(path, number, cell) if text.strip()]
+    return key_of(name), [text.strip() for text in _texts(path, number, cell) if not is_blank(text)]
 
 
 def _texts(path: Path, number: int, cell: object) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config import DatasetConfig
 from ..config.dataset import CAPTION_TABLES
 from ..errors import DatasetError
-from .images import shown
+from ..text import is_blank, shown
 
 MAX_CAPTION_FILE_BYTES = 1_000_000
 
@@ -70,7 +70,7 @@ def read_caption_file(path: Path, *, split: bool = True) -> tuple[str, ...]:
         raise DatasetError(f"{shown(path)}: the caption file is larger than 1 MB. Replace it with a short text.")
     text = _decoded(content, path).replace("\r\n", "\n").replace("\r", "\n")
     lines = (line.strip() for line in (text.split("\n") if split else [text]))
-    captions = tuple(line for line in lines if line)
+    captions = tuple(line for line in lines if not is_blank(line))
     if not captions:
         raise DatasetError(f"{shown(path)}: the caption file is empty. Write the edit instruction into it.")
     return captions
@@ -94,7 +94,7 @@ def _utf8(content: bytes) -> str | None:
 
 def _caption_from_name(target: Path) -> str:
     caption = unicodedata.normalize("NFC", target.stem.replace("_", " ")).strip()
-    if not caption:
+    if is_blank(caption):
         raise DatasetError(
             f"{shown(target)}: its name contains no words to use as a caption. Rename it or change caption_strategy."
         )

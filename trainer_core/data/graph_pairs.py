@@ -12,6 +12,7 @@ from ..config import CaptionConfig, DatasetConfig
 from ..errors import DatasetError
 from ..events import SILENT, Observer
 from ..files import clean_leftovers, remove, temporary_beside
+from ..text import is_blank
 from .pairing import EditDataset, pair_folders
 
 
@@ -59,7 +60,7 @@ def _problems(
         problems.append(
             f"There are {len(captions)} captions for {count} targets. Give one caption for all or one per target."
         )
-    empty = [str(number) for number, caption in enumerate(captions) if not caption.strip()]
+    empty = [str(number) for number, caption in enumerate(captions) if is_blank(caption)]
     if empty:
         problems.append(
             f"These captions are empty: {', '.join(empty[:20])} (counted from 0). Describe the edit in each of them."
