@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from tests.support.icc import PRIMARIES, cmyk_profile, encoded, grey_profile, in_space, in_srgb, rgb_profile
 from tests.support.pair_files import config, contents
+from tests.support.picture_files import png_chunk
 from trainer_core.conditioning.encoding_plan import LatentTask, plan_encoding
 from trainer_core.config import EncodingConfig, ModelConfig, PairCheckConfig
 from trainer_core.data.colour_profiles import ColourProfile, colour_profile, to_srgb
@@ -216,3 +217,38 @@ def test_without_littlecms_the_numbers_are_kept_and_the_note_says_why(
     )
     in_space(photograph(), "Display P3").save(tmp_path / "a.png", icc_profile=icc)
     assert (pixels(open_picture(tmp_path / "a.png")) == pixels(in_space(photograph(), "Display P3"))).all()
+
+
+def test_a_space_that_is_only_stated_is_noted_and_its_pairs_are_named(tmp_path: Path) -> None:
+    """The file has no profile to convert with: a camera's Adobe RGB in EXIF, or gamma and primaries of a PNG."""
+    for key in ("camera", "mac", "primaries", "plain"):
+        pair(tmp_path, key)
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ColorSpace] = 65535
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = {1: "R03"}
+    (tmp_path / "before/camera.png").unlink()
+    photograph().save(tmp_path / "before/camera.jpg", exif=exif, quality=95)
+    for key, chunks in {
+        "mac": [(b"gAMA", (55556).to_bytes(4, "big"))],
+        "primaries": [chromaticities("Display P3")],
+        "plain": [(b"gAMA", (45455).to_bytes(4, "big")), chromaticities("sRGB")],
+    }.items():
+        photograph().save(tmp_path / f"before/{key}.png")
+        whole = (tmp_path / f"before/{key}.png").read_bytes()
+        inserted = b"".join(png_chunk(*each) for each in chunks)
+        (tmp_path / f"before/{key}.png").write_bytes(whole[:33] + inserted + whole[33:])
+    dataset = pair_folders(config(tmp_path))
+    assert [note.partition(":")[0] for note in dataset.notes] == [
+        "Pictures with a colour profile that can't be used (EXIF only states Adobe RGB)",
+        "Pictures with a colour profile that can't be used (the PNG only states the gamma 0.556)",
+        "Pictures with a colour profile that can't be used (the PNG only states its primaries)",
+        "Pairs whose target and references have different colour profiles",
+    ]
+    assert "3 (camera, mac, primaries)" in dataset.notes[-1]
+    assert "+" not in "".join(digest for each in dataset.pairs for digest in each.digests)
+
+
+def chromaticities(space: str) -> tuple[bytes, bytes]:
+    """Kind and data of a PNG's cHRM chunk."""
+    points = ((0.3127, 0.329), *PRIMARIES[space])
+    return b"cHRM", b"".join(round(part * 100_000).to_bytes(4, "big") for point in points for part in point)

@@ -7,12 +7,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 if TYPE_CHECKING:  # loaded when it is needed, because ComfyUI doesn't load it
     from PIL.ImageCms import ImageCmsProfile, ImageCmsTransform
 
 _SAME = 2  # of 255: the largest difference between sRGB and a profile that counts as sRGB
+_SAME_GAMMA = 0.02
+_SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x, y of white, red, green and blue
+_INTEROPERABILITY = 1  # EXIF tag: R03 says that a camera wrote Adobe RGB
 _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # a profile's colour space and Pillow's mode for it
 
 
@@ -29,6 +32,22 @@ def colour_profile(icc: object, mode: str) -> ColourProfile | None:
     A profile counts as sRGB by what it does to colours, not by its name.
     """
     return None if not icc else _loaded(icc if isinstance(icc, bytes) else b"", mode).profile
+
+
+def stated_space(picture: Image.Image) -> ColourProfile | None:
+    """A colour space other than sRGB that a file without a profile states by EXIF, or as a PNG's gamma or primaries."""
+    if "srgb" in picture.info:
+        return None
+    gamma, primaries = picture.info.get("gamma"), picture.info.get("chromaticity")
+    if isinstance(gamma, float) and abs(gamma - 1 / 2.2) > _SAME_GAMMA:
+        return ColourProfile("a space of its own", f"the PNG only states the gamma {gamma:.3f}")
+    if isinstance(primaries, tuple) and np.abs(np.subtract(primaries, _SRGB_PRIMARIES)).max() > _SAME_GAMMA:
+        return ColourProfile("a space of its own", "the PNG only states its primaries")
+    try:
+        index = picture.getexif().get_ifd(ExifTags.IFD.Interop).get(_INTEROPERABILITY) if "exif" in picture.info else ""
+    except Exception:  # noqa: BLE001 - damaged EXIF raises almost anything, and the picture can be read without it
+        return None
+    return ColourProfile("Adobe RGB", "EXIF only states Adobe RGB") if str(index).startswith("R03") else None
 
 
 def to_srgb(picture: Image.Image, icc: bytes) -> Image.Image:

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from ..errors import DatasetError
 from ..text import shown
-from .colour_profiles import ColourProfile, colour_profile, to_srgb
+from .colour_profiles import ColourProfile, colour_profile, stated_space, to_srgb
 from .png_texts import without_texts
 
 _FORMAT_OF = {  # the formats that are read, by extension; a file's content decides which of them it is
@@ -234,7 +234,9 @@ def _decoded(picture: ImageFile.ImageFile, path: Path, icc: bytes | None, *, con
     base, alpha = _layers(picture, path)
     if alpha is not None and alpha.getextrema() == (255, 255):
         alpha = None
-    profile = None if icc is None or picture.mode == "LAB" else colour_profile(icc, base.mode)
+    profile = stated_space(picture) if icc is None else colour_profile(icc, base.mode)
+    if picture.mode == "LAB":  # Pillow has converted it
+        profile = None
     if convert and icc is not None and profile is not None and not profile.problem:
         base = to_srgb(base, icc)
     rgb = base.convert("RGB")
