@@ -155,7 +155,7 @@ def test_only_keys_of_masks_with_other_weights_than_before_change(tmp_path: Path
         mask, name, options, _ = KINDS[kind]
         pair_of = pair_folders(dataset_with(tmp_path / kind, mask(), name, **options)).pairs[0]
         names[kind] = pair_of.mask.digest.partition("+")[2]
-        planned = plan_encoding(pair_of, ModelConfig(), EncodingConfig(resolution=64), ("vae", "text"), set())
+        planned = plan_encoding(pair_of, ModelConfig(), EncodingConfig(resolution=64), ("vae", "text"), validated=False)
         assert planned.entry.mask
     unchanged = dict.fromkeys(("plain", "jpeg", "opaque alpha"), "")
     assert names == {**unchanged, "half alpha": "even", "black paint": "paint", "hole": "hole"}
