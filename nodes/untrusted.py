@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..trainer_core.errors import ConfigError
+from ..trainer_core.written_path import written_path
 
 _RUN_NAME = re.compile(r"\w[\w .+-]{0,79}")
+_RUN_NAME_BYTES = 200  # file names have at most 255, with what is added to a run's name
 _NEVER_IN_NAMES = re.compile(r"[\x00\ud800-\udfff]")  # rejected by system calls and encodings
 _WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 _HOW_TO_ALLOW = (
@@ -25,11 +27,11 @@ def checked_run_name(name: str) -> str:
         ConfigError: the name is not allowed.
     """
     fits = _RUN_NAME.fullmatch(name) and name[-1] not in " ." and name.split(".")[0].upper() not in _WINDOWS_DEVICES
-    if not fits:
+    if not fits or len(name.encode()) > _RUN_NAME_BYTES:
         raise ConfigError(
-            "run_name must be 1 to 80 letters, digits, spaces and _ - + . (starting with a letter, digit or _, not "
-            f"ending with a dot or space, and not reserved by Windows, such as CON), got {name[:100]!r}. Enter the "
-            "name of a folder, not a path."
+            f"run_name must be 1 to 80 letters (at most {_RUN_NAME_BYTES} bytes), digits, spaces and _ - + . (starting "
+            "with a letter, digit or _, not ending with a dot or space, and not reserved by Windows, such as CON), got "
+            f"{name[:100]!r}. Enter the name of a folder, not a path."
         )
     return name
 
@@ -76,7 +78,7 @@ def _folder_or_reason(name: str, roots: Mapping[str, Path]) -> Path | str:
     """Real path of the folder, or the reason why the name is rejected, as the end of a sentence."""
     if not _is_path_of_names(name):
         return "is not a folder name"
-    candidates = [Path(name)] if _is_absolute(name) else [root / name for root in roots.values()]
+    candidates = [Path(name)] if _is_absolute(name) else [written_path(name, root) for root in roots.values()]
     folder = next((path for path in candidates if _is_below(path, roots) and _is_there(path.is_dir)), None)
     if folder is not None:
         return Path(os.path.realpath(folder))
@@ -91,8 +93,8 @@ def file_below(name: str, folder: Path, roots: Mapping[str, Path], label: str) -
         ConfigError: not found, or outside all roots (also through a symbolic link). Names the roots, not their paths.
     """
     name = name.strip()
-    path = folder / name
     unusable = not name or _NEVER_IN_NAMES.search(name) or name.startswith(("\\\\", "//", "~"))
+    path = folder if unusable else written_path(name, folder)
     if unusable or not _is_below(path, roots):
         reason = "is not a file in an allowed folder"
     elif not _is_there(path.is_file):
@@ -137,7 +139,7 @@ def near(name: str, folder: Path, roots: Mapping[str, Path], kind: Callable[[Pat
         for place in (folder, *folder.parents):
             if not _is_below(place, roots):
                 break
-            path = place / name.strip()
+            path = written_path(name.strip(), place)
             if _is_below(path, roots) and _is_there(lambda path=path: kind(path)):
                 return str(path)
     return name

@@ -27,6 +27,7 @@ FOUNDATIONS = (
     "rng",
     "settings",
     "text",
+    "written_path",
 )
 
 

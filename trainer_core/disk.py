@@ -76,6 +76,14 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
+def name_exists(path: Path) -> bool:
+    """Whether there is a file or folder of this name. False for a name that is too long."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def free_disk_bytes(place: Path) -> int:
     """Bytes that this user can still write to the disk of a folder that exists; 0 if that can't be told."""
     try:

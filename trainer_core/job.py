@@ -34,6 +34,7 @@ from .qwen_image.base_model import BaseModel
 from .ranks import SINGLE_PROCESS, Ranks
 from .runs.result import check_start
 from .settings import changed
+from .written_path import control_problem, written_path
 
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
 
@@ -61,31 +62,48 @@ def load_job(path: Path, changes: Sequence[str] = (), *, preset: str = "") -> Jo
 
 
 def resolve_job(job: JobConfig, folder: Path) -> JobConfig:
-    """The job with its relative paths resolved against `folder`."""
+    """The job with its relative paths resolved against `folder`.
 
-    def resolved_path(name: str) -> str:
-        return str(folder / Path(name).expanduser()) if name else name
+    Raises:
+        ConfigError: a path contains control characters, or names an unknown user; lists all.
+    """
+    problems = Problems()
 
-    def resolved(dataset: DatasetConfig) -> DatasetConfig:
+    def resolved_path(setting: str, name: str) -> str:
+        if control := control_problem(name):
+            problems.add(ConfigError(f"{setting} {control}."))
+            return name
+        path = problems.attempt(lambda: written_path(name, folder), setting) if name else None
+        return name if path is None else str(path)
+
+    def resolved(dataset: DatasetConfig, where: str) -> DatasetConfig:
+        resolved_path(f"{where}.captions.caption_file", dataset.captions.caption_file)  # relative to target_dir
         return dataclasses.replace(
             dataset,
-            target_dir=resolved_path(dataset.target_dir),
-            reference_dirs=tuple(map(resolved_path, dataset.reference_dirs)),
-            mask_dir=resolved_path(dataset.mask_dir),
+            target_dir=resolved_path(f"{where}.target_dir", dataset.target_dir),
+            reference_dirs=tuple(resolved_path(f"{where}.reference_dirs", name) for name in dataset.reference_dirs),
+            mask_dir=resolved_path(f"{where}.mask_dir", dataset.mask_dir),
         )
 
-    base = job.model.base if job.model.base == DEMO_MODEL else resolved_path(job.model.base)
-    files = {name: resolved_path(getattr(job.model, name)) for name in _MODEL_FILES}
-    kept = resolved_path(job.model.quantised_cache_dir or str(Path(job.cache_dir) / "quantised"))
-    return dataclasses.replace(
+    model = job.model
+    base = model.base if model.base == DEMO_MODEL else resolved_path("model.base", model.base)
+    files = {name: resolved_path(f"model.{name}", getattr(model, name)) for name in _MODEL_FILES}
+    cache_dir = resolved_path("cache_dir", job.cache_dir)
+    kept = resolved_path("model.quantised_cache_dir", model.quantised_cache_dir) or str(Path(cache_dir) / "quantised")
+    found = dataclasses.replace(
         job,
-        model=dataclasses.replace(job.model, base=base, quantised_cache_dir=kept, **files),
-        lora=dataclasses.replace(job.lora, init_lora=resolved_path(job.lora.init_lora)),
-        dataset=resolved(job.dataset) if job.dataset else None,
-        datasets=tuple(dataclasses.replace(part, dataset=resolved(part.dataset)) for part in job.datasets),
-        cache_dir=resolved_path(job.cache_dir),
-        run_dir=resolved_path(job.run_dir),
+        model=dataclasses.replace(model, base=base, quantised_cache_dir=kept, **files),
+        lora=dataclasses.replace(job.lora, init_lora=resolved_path("lora.init_lora", job.lora.init_lora)),
+        dataset=resolved(job.dataset, "dataset") if job.dataset else None,
+        datasets=tuple(
+            dataclasses.replace(part, dataset=resolved(part.dataset, f"datasets.{part.id}.dataset"))
+            for part in job.datasets
+        ),
+        cache_dir=cache_dir,
+        run_dir=resolved_path("run_dir", job.run_dir),
     )
+    problems.raise_all()
+    return found
 
 
 def pair_job(job: JobConfig, observer: Observer = SILENT) -> list[PairedPart]:

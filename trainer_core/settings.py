@@ -280,6 +280,8 @@ def changed(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
             value = parse_json(text, name)
         except ConfigError:
             value = text.strip()
+            if len(value) > 1 and value[0] == value[-1] == '"':  # a text with quotes, such as "C:\data"
+                raise
         place: Any = values
         for part in parts:
             place = _inside(place, part, change)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -75,24 +74,17 @@ def test_jsonl(folders: Path) -> None:
     assert found == {"a": ("eins", "größer"), "b/c": ("[sic] drei",)}
 
 
-def test_parquet(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a Parquet package the error says what to install. A stub of pyarrow then returns the rows."""
+def test_without_a_parquet_package_the_error_says_what_to_install(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folders / "after" / "t.parquet").write_bytes(b"PAR1")
-    settings = config(folders, "parquet", caption_file="t.parquet")
     for name in ("pyarrow", "pandas"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackageError, match=r"caption_strategy parquet needs the package pyarrow.*pip install"):
-        pair_folders(settings)
-    rows = [{"filename": "a.png", "caption": "one"}, {"filename": "b/c.png", "caption": ["two", "three"]}]
-    table = types.SimpleNamespace(to_pylist=lambda: rows)
-    arrow = types.SimpleNamespace(
-        ArrowException=KeyError, parquet=types.SimpleNamespace(read_table=lambda _path: table)
-    )
-    monkeypatch.setitem(sys.modules, "pyarrow", arrow)
-    assert captions(settings) == {"a": ("one",), "b/c": ("two", "three")}
+        pair_folders(config(folders, "parquet", caption_file="t.parquet"))
 
 
-def test_real_parquet(folders: Path) -> None:
+def test_parquet(folders: Path) -> None:
     pyarrow = importlib.import_module("pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
     table = pyarrow.table({"filename": ["a.png", "b/c"], "caption": [["one", "two"], ["three"]]})
@@ -107,8 +99,8 @@ def test_real_parquet(folders: Path) -> None:
         ("csv", None, ["t.csv", "no such file", "caption_file"]),
         ("csv", "file,caption\na,b\n", ["row 1", "no column 'filename'", "file, caption"]),
         ("csv", "filename,caption\n,b\n", ["row 1", "file name must be text, got ''"]),
-        ("jsonl", '{"filename": "a", "caption": "x"}\n{', ["line 2", "not valid JSON"]),
-        ("jsonl", "[1]", ["line 1", "must be one JSON object"]),
+        ("jsonl", '{"filename": "a", "caption": "x"}\n{', ["line 2 is not JSON"]),
+        ("jsonl", "[1]", ["row 1: each row must be a JSON object, got 1"]),
         ("jsonl", '{"filename": "a", "caption": {"x": 1}}', ["row 1", "text or a list of texts"]),
         ("csv", "filename,caption\na,b\n", ["c.png: no caption in t.csv", "'filename'"]),
         ("csv", "filename,caption\na,b\nb/c, \n", ["c.png: no caption in t.csv"]),

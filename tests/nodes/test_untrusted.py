@@ -115,6 +115,24 @@ def test_other_roots_and_links_between_roots(names: ModuleType, roots: dict[str,
     assert names.folder_below("link_across", roots, "target_folder") == there
 
 
+def test_a_backslash_separates_folders_unless_it_is_in_a_name(names: ModuleType, roots: dict[str, Path]):
+    inside = roots["pictures"].resolve() / "only_here"
+    (inside / "deep").mkdir()
+    (inside / "deep" / "table.csv").write_bytes(b"")
+    assert names.folder_below("only_here\\deep", roots, "target_folder") == inside / "deep"
+    assert names.file_below("deep\\table.csv", inside, roots, "caption_file") == inside / "deep" / "table.csv"
+    near = names.near("only_here\\deep", roots["pictures"], roots, Path.is_dir)
+    assert names.folder_below(near, roots, "target_folder") == inside / "deep"
+    (inside / "deep\\er").mkdir()
+    assert names.folder_below("only_here/deep\\er", roots, "target_folder") == inside / "deep\\er"
+
+
+def test_a_run_name_fits_into_file_names(names: ModuleType, config_error):
+    assert names.checked_run_name("é" * 80)
+    with pytest.raises(config_error, match="at most 200 bytes"):
+        names.checked_run_name("写" * 80)
+
+
 def test_absolute_inside_a_root(names: ModuleType, roots: dict[str, Path]):
     inside = roots["pictures"].resolve() / "set"
     assert names.folder_below(str(inside), roots, "target_folder") == inside

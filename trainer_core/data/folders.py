@@ -13,7 +13,7 @@ from pathlib import Path
 from ..text import shown, some_of
 from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES
 
-CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
 _SYSTEM_NAMES = frozenset(  # in lower case: what operating systems and network drives put into folders
     {"@eadir", "@tmp", "@sharebin", "@recycle", "#recycle", "#snapshot", "@recently-snapshot", "__macosx", "lost+found"}
     | {"$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
@@ -69,8 +69,19 @@ def scan_folder(root: Path, *, table: Path | None = None) -> Folder:
             folder.problems.append(f"{shown(path)}: {reason}")
         else:
             _add(folder, kinds, path)
+    folder.texts = _texts_by_picture(folder)
     folder.notes += _passed_over(folder)
     return folder
+
+
+def _texts_by_picture(folder: Folder) -> dict[str, Path]:
+    """The texts by key. A text that is named like the whole picture file (000.png.txt) gets that picture's key."""
+    whole = {f"{key}{path.suffix}": key for key, path in folder.pictures.items()}
+    found: dict[str, Path] = {}
+    for key, path in folder.texts.items():
+        picture = whole.get(key, key)
+        found[key if key in folder.pictures or picture in folder.texts else picture] = path
+    return found
 
 
 def _passed_over(folder: Folder) -> Iterator[str]:
@@ -84,6 +95,8 @@ def _passed_over(folder: Folder) -> Iterator[str]:
         why = "this is no picture's extension"
         if suffix in UNREAD_PICTURE_SUFFIXES:
             why = "this format is not supported. Convert to PNG or JPEG to use them"
+        if suffix in CAPTION_SUFFIXES:
+            why = "a .txt file has the same name"
         yield f"{shown(folder.root)}: {kind} not used ({names}), because {why}."
     if folder.system:
         names = some_of(list(dict.fromkeys(folder.system)))
@@ -112,7 +125,7 @@ def take_out_masks(target: Folder, others: Sequence[Folder]) -> list[str]:
 def file_states(root: Path) -> Iterator[tuple[str, int, int]]:
     """Path below the folder, size in bytes and modification time (ns) of each picture and text, without opening it."""
     for path in _files(Folder(root), root):
-        if path.suffix.lower() in PICTURE_SUFFIXES | UNREAD_PICTURE_SUFFIXES | {CAPTION_SUFFIX}:
+        if path.suffix.lower() in PICTURE_SUFFIXES | UNREAD_PICTURE_SUFFIXES | CAPTION_SUFFIXES:
             try:
                 state = path.stat()
             except OSError:
@@ -169,7 +182,7 @@ def _kind_of(folder: Folder, path: Path) -> dict[str, Path] | None:
         return folder.pictures
     if suffix in UNREAD_PICTURE_SUFFIXES:
         return folder.unread
-    return folder.texts if suffix == CAPTION_SUFFIX else None
+    return folder.texts if suffix in CAPTION_SUFFIXES else None
 
 
 def _unfit(path: Path, root: Path) -> str:
@@ -194,6 +207,10 @@ def _add(folder: Folder, kinds: dict[str, Path], path: Path) -> None:
         kinds[key] = path
         if kinds is folder.pictures:
             folder.caseless.setdefault(key.casefold(), path)
+    elif kinds is folder.texts and path.suffix.lower() != kinds[key].suffix.lower():
+        txt, other = sorted((path, kinds[key]), key=lambda each: each.suffix.lower() != ".txt")
+        kinds[key] = txt
+        folder.others.append(other)
     elif kinds is not folder.unread:
         twin = kinds[key]
         same = "the same name except for the extension"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import ConditioningType, DatasetConfig, digest, to_json
+from ..disk import disk_errors
 from ..errors import DatasetError
 from ..events import SILENT, Observer
 from ..geometry import Size, same_shape
@@ -18,6 +19,7 @@ from .captions import captions_of
 from .checking import Checked, CheckedPictures, check_pictures
 from .folders import FileState, Folder, file_states, scan_folder, take_out_masks
 from .images import accepts_cut_pictures
+from .layouts import Layout, recognise, rows_by_target, rows_of_other_folders
 from .masks import PairMask, mask_problem
 from .picture_notes import picture_notes, profile_note
 
@@ -70,9 +72,11 @@ def pair_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
 
     Raises:
         DatasetError: the folders have problems; lists all of them, one per line.
+        DiskError: a name is too long, or the disk fails.
         Interrupted: the observer asked to stop.
     """
-    scan = scan_folders(config, observer, checked_dir=checked_dir)
+    with disk_errors(Path(config.target_dir)):
+        scan = scan_folders(config, observer, checked_dir=checked_dir)
     if scan.problems:
         count = len(scan.problems)
         raise DatasetError(
@@ -96,7 +100,12 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     table_file = table_path(config)
     target, *others = folders = [scan_folder(root, table=table_file) for root in [*roots, *_mask_roots(config)]]
     problems = [problem for folder in folders for problem in folder.problems] + take_out_masks(target, others)
-    notes = [note for folder in folders for note in folder.notes] + _leftovers(target, others)
+    layout = recognise(target, others[: len(config.reference_dirs)], config)
+    table, table_problems = _caption_table(config)
+    table, table_notes = rows_by_target(table or {}, target, config) if table is not None else (None, [])
+    rows_of_other_folders(table or (), target, config, layout)
+    problems += layout.problems + table_problems
+    notes = [note for folder in folders for note in folder.notes] + _leftovers(target, others) + table_notes
     if not target.pictures and not target.problems:
         problems.append(
             f"{shown(target.root)}: this target folder has no pictures. Put the edited pictures there or "
@@ -111,12 +120,11 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
             "and not reported. Disable that extension to find them."
         )
     notes += _without_reference(folders, config)
-    table, table_problems = _caption_table(config)
-    problems += table_problems
     notes += _unused_rows(table, target, config)
     pairs = []
     for key in sorted(target.pictures):
-        pair, found = _pair(key, folders, checked, config, None if table is None else table.get(key, ()))
+        listed = None if table is None or key in layout.no_caption else table.get(key, ())
+        pair, found = _pair(key, folders, checked, config, listed, layout)
         problems += found
         if pair is not None:
             pairs.append(pair)
@@ -135,7 +143,15 @@ def folder_state(config: DatasetConfig) -> str:
     """A digest that changes when a picture or text in the folders is added, removed, renamed or written.
 
     Opens no file.
+
+    Raises:
+        DiskError: a name is too long, or the disk fails.
     """
+    with disk_errors(Path(config.target_dir)):
+        return _folder_state(config)
+
+
+def _folder_state(config: DatasetConfig) -> str:
     roots = [config.target_dir, *config.reference_dirs, *map(str, _mask_roots(config))]
     table = table_path(config)
     rows = (table.stat().st_size, table.stat().st_mtime_ns) if table is not None and table.is_file() else ()
@@ -211,8 +227,10 @@ def _pair(
     checked: CheckedPictures,
     config: DatasetConfig,
     listed: tuple[str, ...] | None,
+    layout: Layout,
 ) -> tuple[EditPair | None, list[str]]:
-    """The pair with this key, or its problems. `listed` holds the table's captions; None if the table is unusable."""
+    """The pair with this key, or its problems. `listed` holds the table's captions; None if why there are none is said
+    elsewhere."""
     target, *others = folders
     path = target.pictures[key]
     problems = [
@@ -220,6 +238,7 @@ def _pair(
         f"picture extension{folder.almost(key)}."
         for folder in others
         if key not in folder.pictures and folder.root.is_dir() and not _may_lack(folder, config)
+        if (folder.root, key) not in layout.no_reference
     ]
     paths = [folder.pictures[key] for folder in folders if key in folder.pictures]
     problems += [str(result) for result in (checked[path] for path in paths) if isinstance(result, DatasetError)]
