@@ -43,7 +43,9 @@ class CheckPairs(Node):
             ],
             outputs=[
                 new_output(sockets.Dataset, "checked", "The same pairs, for Encode Edit Pairs."),
-                new_output(io.String, "report", "All findings, each with a suggested fix."),
+                new_output(
+                    io.String, "report", "All findings, each with a suggested fix, and the notes on the dataset."
+                ),
                 new_output(
                     io.Image,
                     "contact_sheet",
@@ -57,11 +59,12 @@ class CheckPairs(Node):
         """Outputs the unchanged dataset, the report and the contact sheet."""
         from ..trainer_core.data.pair_check import check_pairs
         from ..trainer_core.pictures.check_report import check_report, check_sheet
+        from ..trainer_core.pictures.contact_sheet import note_lines
         from .pictures import picture_to_image
 
         config = PairCheckConfig(**widgets)
         with host_call.interruptible() as observer:
             check = check_pairs(dataset, config, observer)
         sheet = picture_to_image(check_sheet(dataset, check, config, max_pairs=max_pairs))
-        text = check_report(dataset, check)
+        text = "\n".join([check_report(dataset, check), *note_lines(dataset)])
         return io.NodeOutput(dataset, text, sheet, ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": [text]})

@@ -97,6 +97,17 @@ def test_a_mask_beside_its_target_is_no_target(tmp_path, ending, references_opti
     )
 
 
+def test_a_folder_of_masks_below_the_targets_is_no_target(tmp_path):
+    pair(tmp_path, "mask")  # a target may have this name
+    pair(tmp_path, "sub/000")
+    picture(tmp_path / "after/masks/sub/000.png")
+    picture(tmp_path / "after/sub/Mask/000.png")
+    settings = config(tmp_path, references_optional=True, caption_strategy="instanceprompt", instance_prompt="Go.")
+    scan = scan_folders(settings)
+    assert [each.key for each in scan.dataset.pairs] == ["mask", "sub/000"]
+    assert "look like masks of targets: 2 (masks/sub/000.png, sub/Mask/000.png)" in scan.problems[0]
+
+
 def test_two_spellings_of_one_name_are_told_apart(tmp_path):
     nfc, nfd = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
     pair(tmp_path, nfc)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tests.support.comfyui_server import PackServer
+from tests.support.icc import rgb_profile
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -117,3 +118,31 @@ def test_two_folders_through_comfyui_own_nodes(comfyui: PackServer):
     assert text_of(comfyui.run(prompt), "4").startswith("3 pairs with 1 reference each.")
     wanted = [(target, reference, f"value {target}") for target, reference in zip(*listed, strict=True)]
     assert pairs_written(comfyui, before) == wanted
+
+
+def test_profiles_and_masks_with_a_hole_are_reported_by_check_and_preview(comfyui: PackServer):
+    root = comfyui.input / "profiles"
+    for part in ("target", "reference", "mask"):
+        (root / part).mkdir(parents=True)
+    picture = Image.fromarray(np.random.default_rng(0).integers(60, 200, (48, 64, 3)).astype(np.uint8))
+    picture.save(root / "target" / "a.png")
+    picture.save(root / "reference" / "a.png", icc_profile=rgb_profile("Display P3"))
+    picture.putalpha(Image.fromarray(np.full((48, 64), 255, np.uint8)))
+    picture.paste((0, 0, 0, 0), (0, 0, 32, 48))
+    picture.save(root / "mask" / "a.png")
+    folders = {f"{part}_folder{end}": f"profiles/{part}" for part, end in (("target", ""), ("reference", "_1"))}
+    pairs = {"caption_strategy": "instanceprompt", "instance_prompt": "Make it blue.", "mask_folder": "profiles/mask"}
+    for color_profiles, words in (
+        ("convert", "converted from Display P3 to sRGB"),
+        ("ignore", "not converted to sRGB"),
+    ):
+        prompt = {
+            "1": node("QwenEdit_PairFolders", color_profiles=color_profiles, **pairs, **folders),
+            "2": node("QwenEdit_CheckPairs", dataset=["1", 0], **CHECK),
+            "3": node("QwenEdit_PreviewPairs", dataset=["2", 0], max_pairs=2),
+        }
+        answer = comfyui.run(prompt)
+        for report in (text_of(answer, "2"), text_of(answer, "3")):
+            assert words in report
+            assert "different colour profiles: 1 (a)" in report
+            assert "Transparent parts count, as in ComfyUI's mask editor." in report

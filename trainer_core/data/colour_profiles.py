@@ -65,7 +65,7 @@ class _Loaded(NamedTuple):
     transform: ImageCmsTransform | None = None
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)  # few, because a profile may have megabytes
 def _loaded(icc: bytes, mode: str) -> _Loaded:
     from PIL import ImageCms
 

@@ -19,6 +19,7 @@ _SYSTEM_NAMES = frozenset(  # in lower case: what operating systems and network 
     | {"$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 )
 _MASK_ENDINGS = ("-masklabel", "_masklabel", "-mask", "_mask")  # the first is SimpleTuner's
+_MASK_FOLDERS = ("mask", "masks", "masklabel", "masklabels")
 FileState = tuple[int, int]  # size in bytes, modification time (ns)
 
 
@@ -106,11 +107,13 @@ def _passed_over(folder: Folder) -> Iterator[str]:
 def take_out_masks(target: Folder, others: Sequence[Folder]) -> list[str]:
     """Takes pictures that look like the mask of a target out of the targets. Returns the problem, if there are any.
 
-    They are named like another target plus an ending, and have neither references nor a caption.
+    They are named like another target plus an ending, or like it in a folder of masks, and have neither references nor
+    a caption.
     """
     found: list[str] = []
     for key in sorted(target.pictures):
         bare = next((key[: -len(end)] for end in _MASK_ENDINGS if key.lower().endswith(end)), key)
+        bare = "/".join(part for part in bare.split("/") if part.lower() not in _MASK_FOLDERS)
         used = key in target.texts or any(key in folder.pictures for folder in others)
         if bare != key and bare in target.pictures and not used:
             found.append(target.pictures.pop(key).relative_to(target.root).as_posix())

@@ -51,9 +51,12 @@ def report(dataset: EditDataset) -> str:
             lines += [_sizes(name, sizes)] if sizes else []
         lines.append(_captions(dataset.pairs))
         lines += _other_aspect(dataset.pairs)
-    if dataset.notes:
-        lines += ["", "Notes:", *(f"  - {note}" for note in dataset.notes)]
-    return "\n".join(lines)
+    return "\n".join(lines + note_lines(dataset))
+
+
+def note_lines(dataset: EditDataset) -> list[str]:
+    """The dataset's notes as the last lines of a report; empty if there are none."""
+    return ["", "Notes:", *(f"  - {note}" for note in dataset.notes)] if dataset.notes else []
 
 
 def _row(pair: EditPair, num_references: int, *, masked: bool) -> PictureRow:
