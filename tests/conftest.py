@@ -15,7 +15,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 from tests.support.comfyui_server import PackServer
-from tests.support.fixtures import base_of, encoded, model, one_tokenizer, tokenizer_dir, unbroken  # noqa: F401 - fixtures
+from tests.support.fixtures import (  # noqa: F401 - fixtures
+    base_of,
+    encoded,
+    model,
+    one_tokenizer,
+    small_sight,
+    tokenizer_dir,
+    true_areas,
+    unbroken,
+)
 from tests.support.tiers import FAST_MARKERS, FAST_PATHS
 from tools.comfyui import REPO
 from tools.comfyui import comfyui_dir as find_comfyui

@@ -105,6 +105,7 @@ def _job(options: argparse.Namespace) -> JobConfig:
 
 
 def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    from .conditioning.report import scale_report
     from .data.pair_check import check_pairs
     from .job import check_job
     from .pictures.check_report import check_report
@@ -115,7 +116,8 @@ def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     for part, dataset in checked.paired:
         check = check_pairs(dataset, job.pair_check, observer)
         heading = f"# {part.id}\n\n" if job.datasets else ""
-        sys.stdout.write(f"{heading}{report(dataset)}\n\n{check_report(dataset, check)}\n")
+        scales = scale_report(dataset, job.model.flavour, part.encoding)
+        sys.stdout.write(f"{heading}{report(dataset)}\n\n{check_report(dataset, check)}\n{scales}\n")
     _log(checked.notes)
     checked.raise_problems()
     return EXIT_OK

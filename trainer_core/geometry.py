@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 CropPosition = tuple[float, float]  # 0 is left or top, 1 is right or bottom
 CENTRE: CropPosition = (0.5, 0.5)
+_ROUNDING = 32  # pixels: training sizes are rounded to multiples of at most this
 
 
 class Size(NamedTuple):
@@ -17,17 +18,32 @@ class Size(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A rectangle of whole pixels. `right` and `bottom` are exclusive."""
+    """A rectangle. `right` and `bottom` are exclusive. Sides may lie within a pixel; whole numbers are ints."""
 
-    left: int
-    top: int
-    right: int
-    bottom: int
+    left: float
+    top: float
+    right: float
+    bottom: float
 
     @property
-    def size(self) -> Size:
+    def width(self) -> float:
+        """Distance from left to right."""
+        return self.right - self.left
+
+    @property
+    def height(self) -> float:
+        """Distance from top to bottom."""
+        return self.bottom - self.top
+
+    @property
+    def size(self) -> tuple[float, float]:
         """Width and height of the rectangle."""
-        return Size(self.right - self.left, self.bottom - self.top)
+        return self.width, self.height
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all sides lie between two pixels."""
+        return all(isinstance(side, int) for side in self)
 
 
 def bucket_size(size: Size, resolution: int, step: int = 32) -> Size:
@@ -40,21 +56,26 @@ def scaled_size(size: Size, scale: float, step: int) -> Size:
     return Size(*(max(step, round(side * scale / step) * step) for side in size))
 
 
-def area_size(size: Size, area: int, step: int = 1) -> Size:
+def area_size(size: tuple[float, float], area: int, step: int = 1) -> Size:
     """`size` scaled to about `area` pixels, with each side rounded to a multiple of `step`.
 
     Equal to what ComfyUI's TextEncodeQwenImageEdit (step 1) and TextEncodeQwenImageEditPlus (step 8) compute
     (comfy_extras/nodes_qwen.py). The order of the float operations is theirs, so that rounding agrees too.
     """
-    scale = math.sqrt(area / (size.width * size.height))
+    scale = math.sqrt(area / (size[0] * size[1]))
     return Size(*(max(step, round(side * scale / float(step)) * step) for side in size))
 
 
-def aspect_area_size(size: Size, area: int, step: int = 32) -> Size:
+def aspect_area_size(size: tuple[float, float], area: int, step: int = 32) -> Size:
     """The size that `calculate_dimensions` of diffusers' Qwen edit pipelines returns for `area` pixels."""
-    ratio = size.width / size.height
+    ratio = size[0] / size[1]
     width = math.sqrt(area * ratio)
     return Size(*(max(step, round(side / step) * step) for side in (width, width / ratio)))
+
+
+def differ_by_rounding(size: Size, other: Size) -> bool:
+    """Whether both sides differ by at most 32 pixels, the largest step to which training sizes are rounded."""
+    return all(abs(one - two) <= _ROUNDING for one, two in zip(size, other, strict=True))
 
 
 def crop_box(size: Size, aspect: Size, position: CropPosition = CENTRE, share: float = 1.0) -> Box:
@@ -71,11 +92,16 @@ def crop_box(size: Size, aspect: Size, position: CropPosition = CENTRE, share: f
     return Box(left, top, left + width, top + height)
 
 
+def kept_share(size: Size, aspect: Size) -> float:
+    """The share of its area that a picture of `size` keeps when it is cropped to the aspect ratio of `aspect`."""
+    ratio = (size.width * aspect.height) / (size.height * aspect.width)
+    return min(ratio, 1 / ratio)
+
+
 def scale_box(box: Box, source: Size, destination: Size) -> Box:
-    """Convert `box` from a picture of size `source` to the same picture at size `destination`; at least 1 pixel."""
-    x, y = destination.width / source.width, destination.height / source.height
-    left, top = min(round(box.left * x), destination.width - 1), min(round(box.top * y), destination.height - 1)
-    return Box(left, top, max(left + 1, round(box.right * x)), max(top + 1, round(box.bottom * y)))
+    """Convert `box` from a picture of size `source` to the same picture at size `destination`, without rounding."""
+    sides = (side * new / old for side, new, old in zip(box, destination * 2, source * 2, strict=True))
+    return Box(*(int(side) if side.is_integer() else side for side in sides))
 
 
 def same_shape(size: Size, other: Size) -> bool:

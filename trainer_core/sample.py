@@ -16,7 +16,7 @@ from .config import EncodingConfig, ModelConfig, Preprocessing
 from .device import pick_device, release_memory
 from .errors import ConfigError
 from .events import SILENT, Observer, raise_if_stopped
-from .geometry import Box, Size, bucket_size, crop_box
+from .geometry import Box, Size, bucket_size, crop_box, differ_by_rounding
 from .qwen_image.base_model import BaseModel
 from .qwen_image.flavours import FLAVOURS
 from .qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
@@ -93,10 +93,16 @@ def _checked_size(request: SampleRequest) -> Size:
 
 
 def _views(picture: Image.Image, request: SampleRequest, size: Size) -> tuple[View, View]:
-    """A reference for the VAE and for the text encoder: whole, as in ComfyUI; with match_target_res a centre crop."""
-    own = Size(*picture.size)
-    box = crop_box(own, size) if request.encoding.match_target_res else Box(0, 0, *own)
-    return plan_reference(box, FLAVOURS[request.model.flavour], request.encoding, size)
+    """A reference for the VAE and for the text encoder: whole, as in ComfyUI's node and in the pipelines.
+
+    Cropped to the result's aspect ratio with match_target_res, and with policy comfyui also where its size differs from
+    the result's by rounding only: FluxKontextImageScale does so in ComfyUI's graphs.
+    """
+    own, flavour, encoding = Size(*picture.size), FLAVOURS[request.model.flavour], request.encoding
+    whole = plan_reference(Box(0, 0, *own), flavour, encoding, size)
+    if encoding.match_target_res or (encoding.preprocessing == "comfyui" and differ_by_rounding(whole[0].size, size)):
+        return plan_reference(crop_box(own, size), flavour, encoding, size, framed_alike=True)
+    return whole
 
 
 def _reference_latents(

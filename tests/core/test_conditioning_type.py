@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ from tests.support.narrow import make_pairs
 from tests.support.pair_files import config, pair, picture, problems_of
 from trainer_core.conditioning.pictures import plan_pair, render
 from trainer_core.config import ConditioningType, DatasetConfig, EncodingConfig, PairCheckConfig, SizeConfig, from_json
+from trainer_core.data.area import resize_area
+from trainer_core.data.masks import PairMask, loss_weights
 from trainer_core.data.pair_check import measure_pair
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError
-from trainer_core.geometry import Size, same_shape
+from trainer_core.geometry import Box, Size, same_shape
 from trainer_core.qwen_image.flavours import FLAVOURS
 
 SIZES = [Size(1777, 1003), Size(641, 480), Size(333, 1000), Size(997, 991)]
@@ -32,8 +36,8 @@ def encoding(match: bool = True, preprocessing: str = "diffusers", **sizes: obje
 def waves(size: Size) -> Image.Image:
     """The same smooth RGB picture, drawn at any size."""
     x, y = np.meshgrid((np.arange(size.width) + 0.5) / size.width, (np.arange(size.height) + 0.5) / size.height)
-    bands = np.stack([np.sin(40 * x), np.cos(37 * y), np.sin(29 * (x + y))], axis=-1)
-    return Image.fromarray(((bands + 1) * 127.5).astype(np.uint8))
+    bands = np.stack([np.sin(17 * x), np.cos(15 * y), np.sin(13 * (x + y))], axis=-1)
+    return Image.fromarray(((bands + 1) * 127.5).round().astype(np.uint8))
 
 
 def shift(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
@@ -56,22 +60,67 @@ def test_strict_is_the_target_s_rectangle_to_the_pixel(size: Size, style: str, c
     assert torch.equal(render(scene, plan.references[0]), render(scene, plan.target))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scale", [0.37, 0.73, 1.6])
+SCALED = [
+    (Size(640, 480), Size(320, 240)),
+    (Size(641, 481), Size(320, 240)),
+    (Size(100, 99), Size(150, 148)),
+    (Size(150, 148), Size(100, 99)),
+    (Size(1501, 1001), Size(1000, 667)),
+    (Size(333, 1000), Size(533, 1600)),
+]
+
+
+@pytest.mark.parametrize(("size", "other"), SCALED)
 @pytest.mark.parametrize("preprocessing", ["comfyui", "diffusers"])
-def test_strict_of_another_size_lies_within_half_a_pixel(size: Size, scale: float, preprocessing: str) -> None:
-    smaller = Size(round(size.width * scale), round(size.height * scale))
-    settings = encoding(preprocessing=preprocessing, crop=True, crop_style="random")
-    plan = plan_pair((size, smaller), EDIT, settings, "x", conditioning_types=["reference_strict"])
+@pytest.mark.parametrize(
+    "crop",
+    [
+        {},
+        {"crop": True, "crop_style": "center"},
+        {"crop": True, "crop_style": "random"},
+        {"crop": True, "crop_style": "corner", "crop_aspect": "preserve"},
+    ],
+)
+def test_strict_of_another_size_lies_on_its_target(
+    size: Size, other: Size, preprocessing: str, crop: dict[str, object]
+) -> None:
+    """At most 0.1 pixels off. A box of whole pixels would be up to 0.9 off. One pixel of the reference is noticed."""
+    settings = dataclasses.replace(encoding(preprocessing=preprocessing, **crop), resolution=512)
+    plan = plan_pair((size, other), EDIT, settings, "x", conditioning_types=["reference_strict"])
     (reference,) = plan.references
-    for side, wanted, of, own in zip(reference.box, plan.target.box, size * 2, smaller * 2, strict=True):
-        assert abs(side - wanted * own / of) <= 0.5
-    if preprocessing == "diffusers":  # both use the same filter, so only the position can differ
-        half = 0.5 * reference.size.width / reference.box.size.width
-        moved = shift(render(waves(size), plan.target), render(waves(smaller), reference))
-        assert max(map(abs, moved)) <= half + 0.02
-        off = dataclasses.replace(reference, box=reference.box._replace(left=reference.box.left + 3))
-        assert max(map(abs, shift(render(waves(size), plan.target), render(waves(smaller), off)))) > half
+    for side, wanted, of, own in zip(reference.box, plan.target.box, size * 2, other * 2, strict=True):
+        assert side == pytest.approx(wanted * own / of)
+    target = render(waves(size), plan.target)
+    assert max(map(abs, shift(target, render(waves(other), reference)))) <= 0.1
+    off = dataclasses.replace(reference, box=reference.box._replace(left=reference.box.left + 1))
+    assert max(map(abs, shift(target, render(waves(other), off)))) > 0.15
+
+
+@pytest.mark.parametrize("size", [Size(30, 20), Size(61, 33), Size(96, 96)])
+def test_a_mask_of_another_size_is_cut_where_its_target_is(size: Size, tmp_path: Path) -> None:
+    """A smooth mask of any size gives the loss weights of the target's own part of the scene."""
+    target = Size(4 * size.width, 4 * size.height)
+    plan = plan_pair((target,), EDIT, encoding(crop=True, crop_style="random"), "x")
+    mask, path = waves(size).getchannel(2), tmp_path / "mask.png"
+    mask.save(path)
+    weights = loss_weights(
+        PairMask(path, hashlib.sha256(path.read_bytes()).hexdigest(), size), plan.mask_box(target, size), Size(32, 32)
+    )
+    whole = render(waves(target), dataclasses.replace(plan.target, size=Size(32, 32), resample="area"))[2:]
+    assert max(map(abs, shift(whole / whole.mean(), weights))) <= 0.1
+
+
+@pytest.mark.parametrize("size", [Size(64, 48), Size(96, 32)])
+def test_covered_pixels_equal_comfyui_s_area_where_boxes_are_whole(size: Size) -> None:
+    """Exactly where a new pixel covers whole pixels, within 2 of 255 steps elsewhere, as ComfyUI counts parts fully."""
+    picture = waves(Size(192, 96))
+    nearly = Box(0.0, 0.0, 192.0, 96.0)
+    assert not nearly.is_whole
+    by_parts, as_comfyui = resize_area(picture, nearly, size), resize_area(picture, Box(0, 0, 192, 96), size)
+    assert (by_parts - as_comfyui).abs().max() < 1e-6
+    odd = Size(size.width - 3, size.height - 5)
+    difference = resize_area(picture, nearly, odd) - resize_area(picture, Box(0, 0, 192, 96), odd)
+    assert difference.abs().mean() < 2 / 255
 
 
 @pytest.mark.parametrize("preprocessing", ["comfyui", "diffusers"])
@@ -94,7 +143,7 @@ def test_auto_goes_by_the_shape_and_each_folder_has_its_own() -> None:
     kinds: list[ConditioningType] = ["auto", "reference_loose", "auto"]
     plan = plan_pair(sizes, EDIT, encoding(match=False, crop=True), "x", conditioning_types=kinds)
     near, loose, other = (view.box for view in plan.references)
-    assert near.size.width == near.size.height == 240
+    assert near.height == 240 and near.width == pytest.approx(480 * 320 / 641)  # the target's square
     assert loose == (0, 0, 640, 480) and other == (0, 0, 500, 500)
     assert plan_pair(sizes[:2], EDIT, encoding(crop=True)).references[0].box == near
 

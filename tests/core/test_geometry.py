@@ -25,9 +25,9 @@ def test_crops_are_centred_inside_and_as_large_as_can_be(size: Size) -> None:
     bucket = bucket_size(size, 512)
     box = crop_box(size, bucket)
     assert box.left >= 0 and box.top >= 0 and box.right <= size.width and box.bottom <= size.height
-    assert box.size.width == size.width or box.size.height == size.height
+    assert box.width == size.width or box.height == size.height
     assert abs((box.left + box.right) - size.width) <= 1 and abs((box.top + box.bottom) - size.height) <= 1
-    assert abs(box.size.width * bucket.height - box.size.height * bucket.width) <= max(bucket) / 2 + 1
+    assert abs(box.width * bucket.height - box.height * bucket.width) <= max(bucket) / 2 + 1
 
 
 def test_area_sizes() -> None:

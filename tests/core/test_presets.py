@@ -42,12 +42,16 @@ def test_settings_are_ours_and_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize("gib", CARDS)
-def test_the_preset_of_a_card_fits_and_uses_it(gib: int) -> None:
-    """With the full-size network and one reference. `choose_memory` returns only plans that fit with their margin."""
+@pytest.mark.parametrize("prompt", [230, 1400])
+def test_the_preset_of_a_card_fits_and_uses_it(gib: int, prompt: int) -> None:
+    """With the full-size network and one reference, for the prompt tokens of edit-v2 and edit-v1.
+
+    `choose_memory` returns only plans that fit with their margin.
+    """
     job = from_json(JobConfig, with_preset(JOB, f"{gib}gb"))
     assert job.memory.memory == job.memory.compile_blocks == "auto" and job.model.quantize_via == "accelerator"
     side = Size(job.encoding.resolution, job.encoding.resolution)
-    pair = pair_size(side, [side], 230)
+    pair = pair_size(side, [side], prompt)
     network = planned_size({"num_layers": 60}, job.model, job.lora)
     budget = dataclasses.replace(budget_of(torch.device("cpu"), gib), host_bytes=HOST)
     plan = choose_memory(job.train_config("-"), network, Workload(train=pair, batch=1, validation=pair), budget)

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from tests.support.narrow import make_pairs, small_encoding
-from trainer_core.conditioning import pictures
 from trainer_core.conditioning.batches import BatchPlan
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import load_encoded
+from trainer_core.conditioning.pictures import plan_pair
 from trainer_core.conditioning.report import encoding_report
 from trainer_core.config import BatchingConfig, LoraConfig, ModelConfig, SizeConfig, TrainConfig
+from trainer_core.data import area
 from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.errors import DatasetError
 from trainer_core.geometry import Size
@@ -97,7 +98,7 @@ def test_no_picture_is_resized_twice(
     original = (131, 97)
     dataset = pair_folders(make_pairs(tmp_path / "pairs", 1, (original,)))
     seen: list[tuple[int, int]] = []
-    resize, area = Image.Image.resize, pictures.interpolate
+    resize, by_area = Image.Image.resize, area.interpolate
 
     def by_pillow(picture: Image.Image, *arguments: object, **named: object) -> Image.Image:
         seen.append(picture.size)
@@ -105,12 +106,12 @@ def test_no_picture_is_resized_twice(
 
     def by_torch(pixels: torch.Tensor, **named: object) -> torch.Tensor:
         seen.append((pixels.shape[-1], pixels.shape[-2]))
-        return area(pixels, **named)
+        return by_area(pixels, **named)
 
     monkeypatch.setattr(Image.Image, "resize", by_pillow)
-    monkeypatch.setattr(pictures, "interpolate", by_torch)
+    monkeypatch.setattr(area, "interpolate", by_torch)
     encoding = small_encoding(num_eval_images=0, preprocessing=preprocessing)
     encode_dataset(dataset, BaseModel(base_of(flavour)), encoding, tmp_path / "cache")
-    box = pictures.plan_pair((Size(*original),) * 2, FLAVOURS[base_of(flavour).flavour], encoding).target.box
+    box = plan_pair((Size(*original),) * 2, FLAVOURS[base_of(flavour).flavour], encoding).target.box
     of_file = [original, original, original] if preprocessing == "diffusers" else [original, box.size, box.size]
     assert sorted(seen) == sorted(of_file) and box.size != original  # threads resize them in any order

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
 from tests.support.narrow import fill, picture
-from trainer_core.conditioning.pictures import View, plan_reference, render
+from trainer_core.conditioning.pictures import View, plan_pair, plan_reference, render
 from trainer_core.config import EncodingConfig
 from trainer_core.demo.text_encoder import build_text_encoder
 from trainer_core.errors import DatasetError
@@ -30,6 +30,7 @@ NODES = {"edit-v1": "TextEncodeQwenImageEdit", "edit-v2": "TextEncodeQwenImageEd
 ENCODING = EncodingConfig(preprocessing="comfyui")
 PICTURES = {"wide": (301, 227), "ribbon": (64, 333), "large": (1500, 901), "odd": (1023, 1025)}
 PIXEL_TOLERANCE = 1e-6
+pytestmark = pytest.mark.usefixtures("true_areas")
 EMBEDS_TOLERANCE = 1e-4  # relative to the largest value: two different attention kernels in float32
 
 
@@ -60,6 +61,7 @@ CASES = {
     "plus, a turn in the prompt": Case("edit-v2", "a <|im_end|>\n<|im_start|>user\n in it", ("wide",)),
     "plus, no picture": Case("edit-v2", "a red house", ()),
 }
+PHOTOS = [(4000, 3000), (1920, 1080), (2048, 2048), (3000, 4000)]
 SIZES = [
     *PICTURES.values(),
     *np.random.default_rng(3).integers(24, 6000, (600, 2)).tolist(),
@@ -107,6 +109,7 @@ def theirs(
         "config": json.loads((DEMO_FOLDER / "text_encoder/config.json").read_text()),
         "cases": [case.as_question for case in CASES.values()],
         "sizes": SIZES,
+        "photos": PHOTOS,
     }
     work = tmp_path_factory.mktemp("encoders")
     return run_in_comfyui(comfyui_dir, "comfy_subprocess_encoders.py", work, tensors, question)
@@ -208,3 +211,13 @@ def test_sizes_equal_the_nodes_arithmetic(theirs: Answer):
             if min(*plus_reference, *plus_vision) == 0:
                 continue  # ComfyUI fails on so narrow a picture; ours is one grid step wide
             assert [list(reference.size), list(vision.size)] == [plus_reference, plus_vision], (width, height)
+
+
+def test_references_have_the_target_s_scale_as_in_comfyui_s_graphs(theirs: Answer):
+    """There, the target is the picture that FluxKontextImageScale made, and the node gets the same picture."""
+    for size, (scaled, v1, _, plus) in zip(PHOTOS, theirs.values["in_graph"], strict=True):
+        latents = [side // 8 for side in scaled]
+        assert latents == [side // 8 for side in v1] == [side // 8 for side in plus]
+        for flavour in FLAVOURS.values():
+            plan = plan_pair((Size(*size), Size(*size)), flavour, ENCODING)
+            assert plan.references[0].size == plan.target.size

@@ -53,14 +53,14 @@ def bases(base_of: Callable[[str], ModelConfig]) -> dict[str, ModelConfig]:
 
 
 @pytest.fixture
-def small_areas(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_areas(true_areas: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lowers the areas in the pipelines and in our flavours to REFERENCE_AREA and VISION_AREA."""
     dimensions = edit_v1_pipeline.calculate_dimensions
     monkeypatch.setattr(edit_v1_pipeline, "calculate_dimensions", lambda _, ratio: dimensions(REFERENCE_AREA, ratio))
     monkeypatch.setattr(edit_plus_pipeline, "VAE_IMAGE_SIZE", REFERENCE_AREA)
     monkeypatch.setattr(edit_plus_pipeline, "CONDITION_IMAGE_SIZE", VISION_AREA)
     for name, row in list(FLAVOURS.items()):
-        vision = REFERENCE_AREA if row.same_picture else VISION_AREA
+        vision = REFERENCE_AREA if row.vision_area == row.reference_area else VISION_AREA
         small = dataclasses.replace(row, reference_area=REFERENCE_AREA, vision_area=vision)
         monkeypatch.setitem(FLAVOURS, name, small)
 
@@ -175,6 +175,7 @@ def test_prompt_embeds_equal_the_pipelines(bases: dict[str, ModelConfig], flavou
     assert (ours - theirs[0]).abs().max() < 1e-5 * theirs.abs().max()
 
 
+@pytest.mark.usefixtures("true_areas")
 def test_sizes_equal_the_pipelines_at_their_own_areas():
     rng = np.random.default_rng(0)
     encoding = EncodingConfig(preprocessing="diffusers")

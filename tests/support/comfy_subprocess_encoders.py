@@ -15,6 +15,7 @@ import comfy.sd
 import comfy.utils
 import torch
 from comfy.text_encoders import llama, qwen_image, qwen_vl
+from comfy_extras.nodes_flux import FluxKontextImageScale
 from comfy_extras.nodes_qwen import TextEncodeQwenImageEdit, TextEncodeQwenImageEditPlus
 from comfy_subprocess_weights import vae_weights
 from comfyui_version import __version__
@@ -132,8 +133,12 @@ def encode(
     return tensors, [int(token) if isinstance(token, numbers.Integral) else IMAGE_PAD for token, *_ in clip.tokens]
 
 
-def sizes_of(originals: list[list[int]]) -> list[Any]:
-    """For each picture size, the sizes [width, height] the nodes scale to: v1, plus (vision), plus (reference)."""
+def sizes_of(originals: list[list[int]], *, in_graph: bool = False) -> list[Any]:
+    """For each picture size, the sizes [width, height] the nodes scale to: v1, plus (vision), plus (reference).
+
+    With `in_graph`, FluxKontextImageScale comes first, as in ComfyUI's templates, and the size it scales to is listed
+    first.
+    """
     asked: list[list[int]] = []
 
     def record(samples: Tensor, width: int, height: int, *_: object) -> Tensor:
@@ -155,6 +160,9 @@ def sizes_of(originals: list[list[int]]) -> list[Any]:
     for width, height in originals:
         asked.clear()
         image = torch.zeros(()).expand(1, height, width, 3)
+        if in_graph:
+            FluxKontextImageScale.execute(image)
+            image = torch.zeros(()).expand(1, asked[0][1], asked[0][0], 3)
         TextEncodeQwenImageEdit.execute(SilentClip(), "", SilentVae(), image)
         TextEncodeQwenImageEditPlus.execute(SilentClip(), "", SilentVae(), image)
         rows.append(list(asked))
@@ -175,4 +183,5 @@ def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, 
         answer.update({f"{number}.{name}": tensor for name, tensor in outcome.items()})
         tokens.append(ids)
     facts = {"version": __version__, "restores_order": RESTORES_ORDER}
-    return answer, {"tokens": tokens, "sizes": sizes_of(values["sizes"]), **facts}
+    sizes = {"sizes": sizes_of(values["sizes"]), "in_graph": sizes_of(values["photos"], in_graph=True)}
+    return answer, {"tokens": tokens, **sizes, **facts}

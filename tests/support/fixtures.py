@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainer_core.config import ModelConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.qwen_image import prompt
 from trainer_core.qwen_image.base_model import BaseModel
+from trainer_core.qwen_image.flavours import FLAVOURS, MEGAPIXEL
 from trainer_core.run import TrainResult, train_lora
 
 
@@ -26,6 +28,24 @@ def tokenizer_dir() -> Path:
     """Folder of the Qwen2.5 tokenizer that ComfyUI ships, or QWEN_TOKENIZER_DIR if set."""
     named = os.environ.get("QWEN_TOKENIZER_DIR")  # for machines without ComfyUI
     return Path(named) if named else comfyui_dir() / "comfy" / "text_encoders" / "qwen25_tokenizer"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_sight() -> Iterator[None]:
+    """Shows Qwen2.5-VL the references of edit-v1 at 96² pixels instead of 1024², which takes 0.6 s for each of them.
+
+    Tests of the sizes themselves use the fixture `true_areas`.
+    """
+    row = FLAVOURS["edit-v1"]
+    FLAVOURS["edit-v1"] = dataclasses.replace(row, vision_area=96 * 96)
+    yield
+    FLAVOURS["edit-v1"] = row
+
+
+@pytest.fixture
+def true_areas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shows Qwen2.5-VL the references of edit-v1 at their true size, against `small_sight`."""
+    monkeypatch.setitem(FLAVOURS, "edit-v1", dataclasses.replace(FLAVOURS["edit-v1"], vision_area=MEGAPIXEL))
 
 
 @pytest.fixture(scope="session", autouse=True)

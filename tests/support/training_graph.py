@@ -23,7 +23,7 @@ TRAIN, PLOT, ENCODE, PAIR, LOAD = "train", "plot", "encode", "pair", "load"
 Prompt = dict[str, Any]
 
 
-def place_base(server: PackServer, tokenizer: Path, name: str = BASE, flavour: str = "edit-v1") -> str:
+def place_base(server: PackServer, tokenizer: Path, name: str = BASE, flavour: str = "edit-v2") -> str:
     """Write a narrow base model below models/diffusers; returns its name."""
     make_base(server.base / "models" / "diffusers" / name, tokenizer, flavour)
     return name
@@ -74,7 +74,7 @@ def encoding(folder: str = PAIRS, base: str = BASE, **inputs: Any) -> Prompt:
         **inputs,
     }
     return {
-        LOAD: ours("LoadModel", base_model=base, flavour="edit-v1", base_model_precision="none", mixed_precision="no"),
+        LOAD: ours("LoadModel", base_model=base, flavour="edit-v2", base_model_precision="none", mixed_precision="no"),
         PAIR: pairing(folder)[PAIR],
         ENCODE: ours("EncodePairs", model=[LOAD, 0], dataset=[PAIR, 0], **widgets),
         "encoded": helper("SaveText", value=[ENCODE, 0]),

@@ -91,8 +91,8 @@ class PromptEncoder:
         return self.known[key]
 
     def _view(self, flavour: Flavour, pictures: Tensor) -> Tensor:
-        """The pictures at the size for the vision tower: unchanged, or scaled to the flavour's vision area."""
-        if flavour.same_picture:
+        """The pictures at the size for the vision tower: unchanged if the VAE gets them at the same size, or scaled."""
+        if flavour.vision_area == flavour.reference_area:
             return pictures
         width, height = area_size(Size(pictures.shape[3], pictures.shape[2]), flavour.vision_area)
         return interpolate(pictures, (height, width), mode="area")

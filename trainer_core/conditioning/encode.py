@@ -33,7 +33,7 @@ from .encoders import Encoders, PictureEncoder, PromptEncoder, own_pictures, own
 from .encoding_plan import PlannedDataset, PlannedPair, find_missing, plan_encoding
 from .image_embeds import open_image_embeds
 from .reference_sets import split_by_reference
-from .sizes import large_enough
+from .sizes import check_crops, large_enough
 
 
 def encode_dataset(
@@ -204,7 +204,12 @@ def _raise_unread(problems: list[str]) -> None:
 
 
 def check_references(dataset: EditDataset, model: ModelConfig, encoding: EncodingConfig) -> None:
-    """Raise ConfigError if a pair has more references than the flavour can take at a time."""
+    """Refuse pairs whose references can't be used.
+
+    Raises:
+        ConfigError: a pair has more references than the flavour can take at a time.
+        DatasetError: match_target_res would crop a reference to less than a quarter.
+    """
     allowed = FLAVOURS[model.flavour].max_references
     most = max((len(pair.references) for pair in dataset.pairs), default=0)
     if most > allowed and encoding.conditioning_multidataset_sampling == "combined":
@@ -213,6 +218,7 @@ def check_references(dataset: EditDataset, model: ModelConfig, encoding: Encodin
             "Use fewer reference folders, a model of flavour edit-v2 or edit-v3, or set "
             "conditioning_multidataset_sampling to random, which shows one reference at a time."
         )
+    check_crops(dataset.pairs, encoding)
 
 
 def _trained_and_validated(

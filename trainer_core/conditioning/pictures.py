@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..config import ConditioningType, EncodingConfig
-from ..geometry import Box, Size, area_size, aspect_area_size, crop_box, same_framing, scale_box
+from ..data.area import resize_area
+from ..geometry import Box, Size, area_size, aspect_area_size, crop_box, differ_by_rounding, same_framing, scale_box
 from ..qwen_image.flavours import Flavour
 from ..qwen_image.text_encoder import Picture
 from .sizes import crop_position, target_box, target_size
@@ -99,21 +99,32 @@ def _reference(
     whole, and other auto references too, except that match_target_res crops those to the target's aspect ratio.
     """
     bucket = target.view.size
-    if kind == "reference_strict" or (kind == "auto" and same_framing(target.size, size)):
+    framed_alike = kind == "reference_strict" or (kind == "auto" and same_framing(target.size, size))
+    if framed_alike:
         box = scale_box(target.view.box, target.size, size)
     elif kind == "auto" and encoding.match_target_res:
         box = crop_box(size, bucket, crop_position(encoding, target.key))
     else:
         box = Box(0, 0, *size)
-    return plan_reference(box, flavour, encoding, bucket, keep_aspect=kind == "reference_loose")
+    return plan_reference(
+        box, flavour, encoding, bucket, keep_aspect=kind == "reference_loose", framed_alike=framed_alike
+    )
 
 
 def plan_reference(
-    box: Box, flavour: Flavour, encoding: EncodingConfig, target: Size, *, keep_aspect: bool = False
+    box: Box,
+    flavour: Flavour,
+    encoding: EncodingConfig,
+    target: Size,
+    *,
+    keep_aspect: bool = False,
+    framed_alike: bool = False,
 ) -> tuple[View, View]:
     """Views of one reference for the VAE and for Qwen2.5-VL, in the sizes of the preprocessing.
 
-    With match_target_res the VAE's view has the target's size, or with `keep_aspect` only about its area.
+    With match_target_res the VAE's view has the target's size, or with `keep_aspect` only about its area. It also has
+    the target's size if it is `framed_alike` and the sizes differ by rounding only, so that both have the same scale.
+    Qwen2.5-VL gets the size that the user's graph or pipeline gives it, whatever the target's size.
     """
     area = target.width * target.height if encoding.match_target_res and keep_aspect else flavour.reference_area
     if encoding.preprocessing == "comfyui":
@@ -122,22 +133,20 @@ def plan_reference(
     else:
         reference = aspect_area_size(box.size, area)
         vision, resample = aspect_area_size(box.size, flavour.vision_area), "lanczos"
-    if encoding.match_target_res and not keep_aspect:
+    matched = encoding.match_target_res and not keep_aspect
+    if matched or (framed_alike and differ_by_rounding(reference, target)):
         reference = target
-    if flavour.same_picture:
-        vision = reference
     return View(box, reference, resample), View(box, vision, resample)  # type: ignore[arg-type]
 
 
 def render(picture: Image.Image, view: View) -> Tensor:
     """The pixels of an RGB picture's view, [3, H, W] in 0..1.
 
-    `area` interpolates float pixels with torch, like ComfyUI. `lanczos` uses Pillow, like diffusers.
+    `area` averages float pixels, like ComfyUI. `lanczos` uses Pillow, like diffusers.
     """
     if view.resample == "lanczos":
         return to_tensor(render_picture(picture, view))
-    cropped = to_tensor(picture.crop(view.box))
-    return interpolate(cropped.unsqueeze(0), size=(view.size.height, view.size.width), mode="area")[0]
+    return resize_area(picture, view.box, view.size)
 
 
 def render_picture(picture: Image.Image, view: View) -> Image.Image:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
+from ..config import EncodingConfig, FlavourName
 from ..data.images import shown
+from ..data.pairing import EditDataset
+from ..geometry import Size
+from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import VAE_FACTOR
 from .encoded import EncodedDataset
+from .pictures import plan_pair
 
 _MOST_KEYS = 20
+_MOST_SIZES = 12
 
 
 def encoding_report(encoded: EncodedDataset) -> str:
@@ -29,6 +36,10 @@ def encoding_report(encoded: EncodedDataset) -> str:
         lines.append(
             f"Sizes with a single pair: {lonely}. They are trained too, but never share a batch with another pair."
         )
+    targets_and_references = Counter(
+        (_pixels(entry.shapes[0]), _pixels(shape)) for entry in encoded.pairs for shape in entry.shapes[1:]
+    )
+    lines += _scales(targets_and_references)
     lines += _epoch(encoded)
     if encoded.left_out:
         names = ", ".join(map(shown, encoded.left_out[:_MOST_KEYS]))
@@ -42,6 +53,38 @@ def encoding_report(encoded: EncodedDataset) -> str:
             "encoded without these changes; run again to include them."
         )
     return "\n".join(lines)
+
+
+def scale_report(dataset: EditDataset, flavour: FlavourName, encoding: EncodingConfig) -> str:
+    """The scale at which training will see the references of a dataset; empty if it has none. Reads no files."""
+    counts: Counter[tuple[Size, Size]] = Counter()
+    for pair in dataset.pairs:
+        kinds = pair.conditioning_types
+        plan = plan_pair(pair.sizes, FLAVOURS[flavour], encoding, pair.key, conditioning_types=kinds)
+        counts.update((plan.target.size, view.size) for view in plan.references)
+    return "\n".join(_scales(counts))
+
+
+def _scales(counts: Mapping[tuple[Size, Size], int]) -> list[str]:
+    """Lines about the sizes of targets and references, the most frequent first."""
+    if not counts:
+        return []
+    lines = ["References in training, with their scale (pixels per pixel of the target, across and down):"]
+    frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    for (target, reference), count in frequent[:_MOST_SIZES]:
+        across, down = reference.width / target.width, reference.height / target.height
+        lines.append(
+            f"  target {target.width} x {target.height}, reference {reference.width} x {reference.height}: "
+            f"{across:.3f} and {down:.3f} ({count})"
+        )
+    if len(frequent) > _MOST_SIZES:
+        lines.append(f"  … and {len(frequent) - _MOST_SIZES} more combinations of sizes.")
+    return lines
+
+
+def _pixels(shape: tuple[int, ...]) -> Size:
+    _, height, width = shape
+    return Size(width * VAE_FACTOR, height * VAE_FACTOR)
 
 
 def _epoch(encoded: EncodedDataset) -> list[str]:

@@ -14,11 +14,12 @@ import torch
 from ..config import EncodingConfig
 from ..config.dataset import SizeConfig
 from ..data.images import shown
-from ..data.pairing import EditPair
+from ..data.pairing import EditPair, reference_kinds
 from ..errors import DatasetError
-from ..geometry import CENTRE, Box, CropPosition, Size, crop_box, scaled_size
+from ..geometry import CENTRE, Box, CropPosition, Size, crop_box, kept_share, scaled_size
 from ..rng import stream
 
+_LEAST_KEPT = 0.25  # of a reference's area
 _UNITS = {
     "pixel": "pixels (shorter edge)",
     "area": "megapixels",
@@ -67,7 +68,7 @@ def _share(size: Size, bucket: Size, sizes: SizeConfig) -> float:
         return 1.0
     shrunk = sizes.target_downsample_size / measure(size, sizes)
     shrunk = math.sqrt(shrunk) if sizes.resolution_type == "area" else shrunk
-    return min(1.0, bucket.width / (shrunk * crop_box(size, bucket).size.width))
+    return min(1.0, bucket.width / (shrunk * crop_box(size, bucket).width))
 
 
 def large_enough(pairs: Sequence[EditPair], sizes: SizeConfig) -> tuple[tuple[EditPair, ...], tuple[str, ...]]:
@@ -90,6 +91,29 @@ def large_enough(pairs: Sequence[EditPair], sizes: SizeConfig) -> tuple[tuple[Ed
         raise DatasetError(f"All {len(pairs)} targets are smaller than minimum_image_size, {wanted}. Lower it.")
     keys = {pair.key for pair in small}
     return tuple(pair for pair in pairs if pair.key not in keys), tuple(sorted(keys))
+
+
+def check_crops(pairs: Sequence[EditPair], encoding: EncodingConfig) -> None:
+    """Refuse references of which match_target_res would keep less than a quarter.
+
+    Raises:
+        DatasetError: lists these references.
+    """
+    if not encoding.match_target_res:
+        return
+    problems = [
+        f"{shown(path)}: {size.width} x {size.height} would be cropped to {share:.1%} of its area for its target of "
+        f"{pair.sizes[0].width} x {pair.sizes[0].height}."
+        for pair in pairs
+        for path, size, kind in zip(pair.references, pair.sizes[1:], reference_kinds(pair), strict=True)
+        if kind == "auto" and (share := kept_share(size, target_size(pair.sizes[0], encoding))) < _LEAST_KEPT
+    ]
+    if problems:
+        raise DatasetError(
+            f"{len(problems)} references have a very different aspect ratio from their targets. Crop them, or set "
+            "conditioning_type to reference_loose or match_target_res off, which use references whole:",
+            problems,
+        )
 
 
 def _described(pair: EditPair, sizes: SizeConfig) -> str:

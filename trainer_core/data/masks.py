@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageChops
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..errors import DatasetError
 from ..geometry import Box, Size, similar_shape
 from ..text import shown
+from .area import resize_area
 from .images import Picture, read_checked
 
 MaskSource = Literal["grey", "even", "hole", "paint"]
@@ -114,9 +113,7 @@ def loss_weights(mask: PairMask, box: Box, latents: Size) -> Tensor:
     Raises:
         DatasetError: the mask is all black inside `box`, or its file has changed since it was checked.
     """
-    grey = np.asarray(checked_mask_grey(mask).crop(box), dtype=np.float32) / 255.0
-    pixels = torch.from_numpy(grey)[None, None]
-    weights = interpolate(pixels, size=(latents.height, latents.width), mode="area")[0]
+    weights = resize_area(checked_mask_grey(mask), box, latents)
     if float(weights.max()) == 0:
         raise DatasetError(
             f"{shown(mask.path)}: the mask is all black in the part of the picture that is trained. Paint the parts "

@@ -18,12 +18,13 @@ from PIL import Image
 
 from ..config import PairCheckConfig
 from ..events import SILENT, Observer, raise_if_stopped
-from ..geometry import Size, same_framing
+from ..geometry import Size, kept_share, same_framing
 from .alignment import Alignment, Pixels, align
 from .images import is_converted, open_picture, shown
-from .pairing import EditDataset, EditPair
+from .pairing import EditDataset, EditPair, reference_kinds
 
 _HASH_SIDE = 8
+_GRAPH_SHAPE = 2.5  # more than the 1568 x 672 to which FluxKontextImageScale crops, with some tolerance
 _FLAT = 4.0  # a thumbnail with a smaller standard deviation is too plain to compare
 _THREADS = 2
 
@@ -101,10 +102,9 @@ def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
     target = open_picture(pair.target, convert=is_converted(pair.digests[0]))
     original = Size(*target.size)
     small = _at_side(target, config.check_side)
-    wanted, alignments, findings = _pixels(small), [], []
+    wanted, alignments, findings = _pixels(small), [], [*_narrow(pair.key, "target", original)]
     bits = [_shape_bits(small)]
-    kinds = pair.conditioning_types or ("auto",) * len(pair.references)
-    for number, (path, kind) in enumerate(zip(pair.references, kinds, strict=True)):
+    for number, (path, kind) in enumerate(zip(pair.references, reference_kinds(pair), strict=True)):
         reference = open_picture(path, convert=is_converted(pair.digests[number + 1]))
         name = "reference" if len(pair.references) == 1 else f"reference {number + 1}"
         bits.append(_shape_bits(reference))
@@ -113,6 +113,7 @@ def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
             alignments.append(found)
             continue
         findings += _size_findings(pair.key, name, original, Size(*reference.size))
+        findings += _narrow(pair.key, name, Size(*reference.size))
         if same_framing(original, Size(*reference.size)):
             found = align(wanted, _pixels(reference.resize(small.size, Image.Resampling.LANCZOS)))
             findings += _findings(pair.key, name, found, original.width / small.width, config, first=number == 0)
@@ -142,8 +143,19 @@ def _size_findings(key: str, name: str, target: Size, reference: Size) -> Iterat
         yield Finding(
             key,
             "framing",
-            f"{sizes}. Aspect ratios differ, so {name} can't be cropped like the target. Crop both alike if they show "
-            "the same scene.",
+            f"{sizes}. Aspect ratios differ, so {name} can't be cropped like the target, and match_target_res would "
+            f"crop it to {kept_share(reference, target):.0%} of its area. Crop both alike if they show the same scene.",
+        )
+
+
+def _narrow(key: str, name: str, size: Size) -> Iterator[Finding]:
+    longer = max(size) / min(size)
+    if longer > _GRAPH_SHAPE:
+        yield Finding(
+            key,
+            "framing",
+            f"{name} is {size.width} x {size.height}, {longer:.1f} times as long as it is narrow. ComfyUI's edit "
+            "graphs crop pictures to at most 2.3 times (FluxKontextImageScale). Crop it likewise.",
         )
 
 

@@ -23,6 +23,8 @@ from .layouts import Layout, recognise, rows_by_target, rows_of_other_folders
 from .masks import PairMask, mask_problem
 from .picture_notes import picture_notes, profile_note
 
+LONGEST_SHAPE = 32  # of a picture's sides: at a megapixel the shorter one then has 22 latents, at 512² 11
+
 
 @dataclass(frozen=True, slots=True)
 class EditPair:
@@ -54,6 +56,11 @@ class EditDataset:
     def __repr__(self) -> str:
         folders = f"{len(self.reference_dirs)} reference folder{'s' if len(self.reference_dirs) > 1 else ''}"
         return f"EditDataset({len(self.pairs)} pairs, {folders}, {self.fingerprint})"
+
+
+def reference_kinds(pair: EditPair) -> tuple[ConditioningType, ...]:
+    """The conditioning type of each reference of a pair."""
+    return pair.conditioning_types or ("auto",) * len(pair.references)
 
 
 class FolderScan(NamedTuple):
@@ -306,11 +313,17 @@ def reference_types(config: DatasetConfig, present: Sequence[bool]) -> tuple[Con
 
 
 def shape_problems(paths: Sequence[Path], sizes: Sequence[Size], kinds: Sequence[ConditioningType]) -> list[str]:
-    """Problems of reference_strict references whose aspect ratio differs from the target's.
+    """Pictures that are too narrow, and reference_strict references whose aspect ratio differs from the target's.
 
     `paths` and `sizes` list the target first, then the references.
     """
-    return [
+    narrow = [
+        f"{shown(path)}: the picture is {size.width} x {size.height}. A side may be at most {LONGEST_SHAPE} times the "
+        "other. Crop it or remove the pair."
+        for path, size in zip(paths, sizes, strict=True)
+        if max(size) > LONGEST_SHAPE * min(size)
+    ]
+    return narrow + [
         f"{shown(path)}: the reference is {size.width} x {size.height} and its target {sizes[0].width} x "
         f"{sizes[0].height}, so reference_strict can't crop both alike. Give it the target's aspect ratio (the size "
         "may differ) or set conditioning_type to reference_loose."

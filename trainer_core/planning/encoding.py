@@ -20,7 +20,7 @@ def encoding_in_words(base: BaseModel, largest_picture: int, budget: Budget) -> 
     element_bytes = 4 if budget.is_shared else compute_dtype(model).itemsize  # on the CPU, encoding computes in float32
     pictures = _picture_bytes(largest_picture, element_bytes, budget)
     size = text_encoder_size(base, element_bytes, model.text_encoder_precision)
-    seen = largest_picture // VISION_PATCH**2 if FLAVOURS[model.flavour].same_picture else 0
+    seen = FLAVOURS[model.flavour].vision_area // VISION_PATCH**2
     streamed = 0 if budget.is_shared else size.streamed_layers(budget.device_bytes, seen)
     prompts = size.device_bytes(streamed, seen)
     host = size.embeddings + streamed * size.layer

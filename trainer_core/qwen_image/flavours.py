@@ -28,8 +28,7 @@ def _chat(system: str, user: str) -> str:
 class Flavour:
     """How one release of the model expects its conditioning.
 
-    Areas are in pixels: Qwen2.5-VL sees a reference at `vision_area`, the VAE encodes it at `reference_area`. With
-    `same_picture`, both get the same resized picture.
+    Areas are in pixels: Qwen2.5-VL sees a reference at `vision_area`, the VAE encodes it at `reference_area`.
     """
 
     name: FlavourName
@@ -41,7 +40,6 @@ class Flavour:
     picture_marker: str  # per reference, {} stands for its number; empty if the template contains the marker
     vision_area: int
     reference_area: int
-    same_picture: bool
     comfyui_reference_step: int  # ComfyUI's node rounds a reference's sides to multiples of this
     zero_cond_t: bool  # references are modulated at timestep zero
 
@@ -59,7 +57,6 @@ FLAVOURS: dict[FlavourName, Flavour] = {
             picture_marker="",
             vision_area=MEGAPIXEL,
             reference_area=MEGAPIXEL,
-            same_picture=True,
             comfyui_reference_step=1,
             zero_cond_t=False,
         ),
@@ -73,7 +70,6 @@ FLAVOURS: dict[FlavourName, Flavour] = {
             picture_marker="Picture {}: " + VISION_PICTURE,
             vision_area=384 * 384,
             reference_area=MEGAPIXEL,
-            same_picture=False,
             comfyui_reference_step=8,
             zero_cond_t=False,
         ),
@@ -87,7 +83,6 @@ FLAVOURS: dict[FlavourName, Flavour] = {
             picture_marker="Picture {}: " + VISION_PICTURE,
             vision_area=384 * 384,
             reference_area=MEGAPIXEL,
-            same_picture=False,
             comfyui_reference_step=8,
             zero_cond_t=True,
         ),
