@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..trainer_core.config import PairCheckConfig
-from . import host_call, sockets
+from . import host_call, host_folders, sockets
 from .schema import Node, new_input, new_output, node_schema, setting_inputs
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class CheckPairs(Node):
 
         config = PairCheckConfig(**widgets)
         with host_call.interruptible() as observer:
-            check = check_pairs(dataset, config, observer)
+            check = check_pairs(dataset, config, observer, checked_dir=host_folders.cache_dir() / "checked")
         sheet = picture_to_image(check_sheet(dataset, check, config, max_pairs=max_pairs))
         text = "\n".join([check_report(dataset, check), *note_lines(dataset)])
         return io.NodeOutput(dataset, text, sheet, ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": [text]})

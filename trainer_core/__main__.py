@@ -114,7 +114,7 @@ def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     job = _job(options)
     checked = check_job(job, observer)
     for part, dataset in checked.paired:
-        check = check_pairs(dataset, job.pair_check, observer)
+        check = check_pairs(dataset, job.pair_check, observer, checked_dir=Path(job.cache_dir) / "checked")
         heading = f"# {part.id}\n\n" if job.datasets else ""
         scales = scale_report(dataset, job.model.flavour, part.encoding)
         sys.stdout.write(f"{heading}{report(dataset)}\n\n{check_report(dataset, check)}\n{scales}\n")

@@ -21,7 +21,7 @@ from trainer_core.config import BatchingConfig, DatasetConfig, ModelConfig, Size
 from trainer_core.data.masks import PairMask, loss_weights
 from trainer_core.data.pairing import folder_state, pair_folders, scan_folders
 from trainer_core.errors import DatasetError
-from trainer_core.geometry import Size
+from trainer_core.geometry import Box, Size
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.training.objective import velocity_loss
@@ -112,7 +112,7 @@ def weights_of(picture: Image.Image, box: tuple[int, int, int, int], latents: Si
         path = Path(folder) / "mask.png"
         picture.save(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return loss_weights(PairMask(path, digest, Size(*picture.size)), box, latents)
+        return loss_weights(PairMask(path, digest, Size(*picture.size)), Box(*box), latents)
 
 
 def test_black_is_not_learned_and_a_small_region_counts_as_much() -> None:

@@ -299,6 +299,7 @@ class PairCheckConfig(Settings):
     )
     check_side: int = setting(
         512,
-        "Longer side in pixels at which pictures are measured. 512 is fast, 1024 is more precise.",
+        "Longer side in pixels at which doubtful pairs are measured; those that are clearly good are measured at 128. "
+        "512 is fast, 1024 is more precise.",
         Limits(min=128, max=4096, unit="pixels", step=64),
     )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
-from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,15 +13,15 @@ from PIL import Image
 
 from ..config.dataset import ColorProfiles
 from ..errors import DatasetError
-from ..events import Observer, raise_if_stopped
+from ..events import Observer
 from ..files import write_atomically
 from ..geometry import Size
 from .colour_profiles import ColourProfile
 from .images import accepts_cut_pictures, content_name, decode_picture, open_picture_file, stream_digest
+from .in_threads import in_threads
 from .masks import MaskSource, mask_grey
 
 _LOG = logging.getLogger(__name__)
-_DECODERS = 4
 _FORMAT = 2  # of the results file; raise it when the checks change
 _SETTLED_NS = 2 * 10**9  # a newer file could change again without changing its timestamp
 
@@ -75,9 +73,13 @@ def check_pictures(
     states = {path: state for path in paths if memory is not None and (state := _state(path)) is not None}
     known = _recall(memory, states, masks)
     results: CheckedPictures = {}
+
+    def work(path: Path) -> Checked | DatasetError:
+        return _check(path, is_mask=path in masks)
+
     try:
         new = [path for path in paths if path not in known]
-        for done, (path, result) in enumerate(_checked(new, masks, observer)):
+        for done, (path, result) in enumerate(in_threads(work, new, observer, "check-pictures")):
             results[path] = result
             observer.on_progress("Checking pictures", done + 1, len(new))
     finally:
@@ -85,21 +87,6 @@ def check_pictures(
         if memory is not None and found.keys() != known.keys() and not accepts_cut_pictures():
             _remember(memory, found, states)
     return {path: known[path] if path in known else results[path] for path in paths}
-
-
-def _checked(
-    paths: list[Path], masks: Collection[Path], observer: Observer
-) -> Iterator[tuple[Path, Checked | DatasetError]]:
-    decoders = ThreadPoolExecutor(min(_DECODERS, os.cpu_count() or 1), thread_name_prefix="check-pictures")
-    try:
-        waiting: list[tuple[Path, Future[Checked | DatasetError]]] = [
-            (path, decoders.submit(_check, path, is_mask=path in masks)) for path in paths
-        ]
-        for path, future in waiting:
-            raise_if_stopped(observer)
-            yield path, future.result()
-    finally:
-        decoders.shutdown(wait=True, cancel_futures=True)
 
 
 def _check(path: Path, *, is_mask: bool) -> Checked | DatasetError:

@@ -94,6 +94,20 @@ def open_picture(path: Path, *, convert: bool = True) -> Image.Image:
         return decode_picture(file, path, convert=convert).on_white()
 
 
+def open_reduced(path: Path, side: int, *, convert: bool) -> Image.Image:
+    """`open_picture`, scaled down so that its longer side has at most `side` pixels and the shorter one at least 16.
+
+    Much faster for JPEG files, which are decoded at about that size.
+
+    Raises:
+        DatasetError: as `open_picture`.
+    """
+    with open_picture_file(path) as file:
+        picture = decode_picture(file, path, convert=convert, side=side).on_white()
+    size = _reduced(picture.size, side)
+    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0) if size != picture.size else picture
+
+
 def open_checked_picture(path: Path, content: str) -> Image.Image:
     """`open_picture` for a file that must still be the one whose `content_name` is `content`. Decides `convert`.
 
@@ -121,14 +135,17 @@ def read_checked(path: Path, content: str) -> Picture:
     return picture
 
 
-def decode_picture(file: BinaryIO, path: Path, *, convert: bool) -> Picture:
-    """Decodes an open file. `path` is used for messages, and to recognise formats without a signature."""
+def decode_picture(file: BinaryIO, path: Path, *, convert: bool, side: int = 0) -> Picture:
+    """Decodes an open file. `path` is used for messages, and to recognise formats without a signature.
+
+    With `side`, a JPEG file is scaled down to that longer side while it is decoded.
+    """
     file, profile = without_texts(file)
     with _header(file, path) as picture:
         large = picture.width * picture.height > LARGE_PICTURE_PIXELS
         try:
             with _one_large_picture if large else nullcontext():
-                return _decoded(picture, path, profile, convert=convert)
+                return _decoded(picture, path, profile, convert=convert, side=side)
         except DatasetError:
             raise
         except Exception as error:  # decoders raise almost any exception for damaged files
@@ -225,12 +242,28 @@ def _reason(error: BaseException) -> str:
     return text if len(text) <= 120 else text[:119] + "…"
 
 
-def _decoded(picture: ImageFile.ImageFile, path: Path, icc: bytes | None, *, convert: bool) -> Picture:
-    animated = picture.format != "MPO" and bool(getattr(picture, "is_animated", False))  # MPO: a phone's depth map
-    corrections = tuple(_corrections(picture, path))
+def _reduced(size: tuple[int, int], side: int) -> tuple[int, int]:
+    scale = side / max(size)
+    return size if scale >= 1 else (max(16, round(size[0] * scale)), max(16, round(size[1] * scale)))
+
+
+def _loaded(picture: ImageFile.ImageFile, side: int) -> Image.Image:
+    """The picture's pixels. With `side`, those of a JPEG file are scaled down to that longer side."""
+    size = _reduced(picture.size, side) if side else picture.size
+    drafted = picture.draft(picture.mode, size) if size != picture.size else None
     picture.load()
+    if drafted is None:
+        return picture
+    _, box = drafted  # the last row and column of what was decoded may reach beyond the picture
+    return picture.resize(size, Image.Resampling.LANCZOS, box=box)
+
+
+def _decoded(source: ImageFile.ImageFile, path: Path, icc: bytes | None, *, convert: bool, side: int) -> Picture:
+    animated = source.format != "MPO" and bool(getattr(source, "is_animated", False))  # MPO: a phone's depth map
+    corrections = tuple(_corrections(source, path))
+    picture = _loaded(source, side)
     ImageOps.exif_transpose(picture, in_place=True)  # in place, because a copy would double the memory
-    icc = icc if icc is not None or picture.format == "PNG" else picture.info.get("icc_profile")
+    icc = icc if icc is not None or source.format == "PNG" else picture.info.get("icc_profile")
     base, alpha = _layers(picture, path)
     if alpha is not None and alpha.getextrema() == (255, 255):
         alpha = None

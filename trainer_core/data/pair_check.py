@@ -5,28 +5,30 @@ Nothing is changed.
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from ..config import PairCheckConfig
-from ..events import SILENT, Observer, raise_if_stopped
+from ..events import SILENT, Observer
 from ..geometry import Size, kept_share, same_framing
-from .alignment import Alignment, Pixels, align
-from .images import is_converted, open_picture, shown
+from ..text import shown
+from .alignment import MIN_UNEDITED_SHARE, Alignment, Pixels, align, estimate
+from .duplicates import Bits, near_duplicates, shape_bits
+from .images import is_converted, open_reduced
+from .in_threads import in_threads
+from .pair_memory import Measured, memory_file, memory_key, recall, remember
 from .pairing import EditDataset, EditPair, reference_kinds
 
-_HASH_SIDE = 8
 _GRAPH_SHAPE = 2.5  # more than the 1568 x 672 to which FluxKontextImageScale crops, with some tolerance
-_FLAT = 4.0  # a thumbnail with a smaller standard deviation is too plain to compare
-_THREADS = 2
+_QUICK_SIDE = 128  # pixels of the longer side
+_CLEARLY = 0.7  # of a limit: below it, the quick measurement leaves no doubt
+_ERRORS = 3  # standard errors that count as possible
 
 FindingKind = Literal["shift", "zoom", "colour", "size", "framing", "unmeasured", "equal", "duplicate", "caption"]
 
@@ -50,7 +52,7 @@ class MeasuredPair:
     key: str
     alignments: tuple[Alignment | None, ...]
     findings: tuple[Finding, ...]
-    bits: NDArray[np.bool_]
+    bits: Bits
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -66,67 +68,125 @@ class PairCheck:
         return tuple(finding for finding in self.findings if finding.key == key)
 
 
-def check_pairs(dataset: EditDataset, config: PairCheckConfig, observer: Observer = SILENT) -> PairCheck:
-    """Check every pair. Keeps only a few numbers per pair in memory.
+def check_pairs(
+    dataset: EditDataset, config: PairCheckConfig, observer: Observer = SILENT, *, checked_dir: Path | None = None
+) -> PairCheck:
+    """Check every pair, several at a time. Keeps only a few numbers per pair in memory.
+
+    With `checked_dir`, measurements are kept there, and pairs whose pictures and limits are the same aren't opened
+    again.
 
     Raises:
         DatasetError: a picture can't be read.
-        Interrupted: the observer asked to stop.
+        Interrupted: the observer asked to stop; measurements so far are kept.
     """
-    findings: list[Finding] = []
-    bits: list[NDArray[np.bool_]] = []
-    shifts: dict[tuple[str, int], tuple[float, float]] = {}
-    pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="check-pairs")
+    file = checked_dir and memory_file(checked_dir, dataset)
+    keys = {pair.key: memory_key(pair, config) for pair in dataset.pairs}
+    measured = recall(file, keys.values())
+    known = len(measured)
+    new = [pair for pair in dataset.pairs if keys[pair.key] not in measured]
     try:
-        for start in range(0, len(dataset.pairs), 16):
-            some = dataset.pairs[start : start + 16]
-            for pair in pool.map(lambda each: measure_pair(each, config), some):
-                raise_if_stopped(observer)
-                findings += pair.findings
-                bits.append(pair.bits)
-                for number, found in enumerate(pair.alignments):
-                    if found is not None and found.measured:
-                        shifts[pair.key, number] = found.shift
-                observer.on_progress("Checking pairs", len(bits), len(dataset.pairs))
+        found = in_threads(lambda pair: _measured(pair, config), new, observer, "check-pairs")
+        for done, (pair, result) in enumerate(found, 1):
+            measured[keys[pair.key]] = result
+            observer.on_progress("Checking pairs", done, len(new))
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-    findings += _duplicates(dataset.pairs, bits, config)
+        if file is not None and len(measured) > known:
+            remember(file, measured)
+    results = [measured[keys[pair.key]] for pair in dataset.pairs]
+    findings = [
+        Finding(pair.key, kind, text)
+        for pair, result in zip(dataset.pairs, results, strict=True)
+        for kind, text in result.findings
+    ]
+    findings += _duplicates(dataset.pairs, [result.bits for result in results], config)
     findings += _captions(dataset.pairs)
     order = {pair.key: number for number, pair in enumerate(dataset.pairs)}
     findings.sort(key=lambda finding: order[finding.key])
+    shifts = {
+        (pair.key, number): shift
+        for pair, result in zip(dataset.pairs, results, strict=True)
+        for number, shift in result.shifts.items()
+    }
     return PairCheck(len(dataset.pairs), tuple(findings), shifts)
 
 
+def _measured(pair: EditPair, config: PairCheckConfig) -> Measured:
+    """A pair's measurement: quick on small pictures where that leaves no doubt, otherwise `measure_pair`."""
+    found = _measure(pair, config, _QUICK_SIDE, _quick_alignment) or measure_pair(pair, config)
+    shifts = {number: each.shift for number, each in enumerate(found.alignments) if each and each.measured}
+    return Measured(tuple((each.kind, each.text) for each in found.findings), shifts, found.bits)
+
+
 def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
-    """Decode one pair and compare each reference with its target."""
-    target = open_picture(pair.target, convert=is_converted(pair.digests[0]))
-    original = Size(*target.size)
-    small = _at_side(target, config.check_side)
-    wanted, alignments, findings = _pixels(small), [], [*_narrow(pair.key, "target", original)]
-    bits = [_shape_bits(small)]
+    """Decode one pair at check_side and compare each reference with its target."""
+    found = _measure(pair, config, config.check_side, lambda target, reference, _: align(target, reference))
+    assert found is not None
+    return found
+
+
+class _Limits(NamedTuple):
+    """The settings, target pixels per measured pixel, and whether this is the first reference."""
+
+    config: PairCheckConfig
+    scale: float
+    first: bool
+
+
+def _measure(
+    pair: EditPair,
+    config: PairCheckConfig,
+    side: int,
+    align_pictures: Callable[[Pixels, Pixels, _Limits], Alignment | None],
+) -> MeasuredPair | None:
+    """Measure pictures of at most `side` pixels. None if `align_pictures` can't tell."""
+    original = pair.sizes[0]
+    target = open_reduced(pair.target, side, convert=is_converted(pair.digests[0]))
+    wanted, alignments, findings = _pixels(target), [], [*_narrow(pair.key, "target", original)]
+    bits = [shape_bits(target)]
     for number, (path, kind) in enumerate(zip(pair.references, reference_kinds(pair), strict=True)):
-        reference = open_picture(path, convert=is_converted(pair.digests[number + 1]))
+        size, content = pair.sizes[number + 1], pair.digests[number + 1]
+        alike = same_framing(original, size)
+        reference = open_reduced(path, side, convert=is_converted(content))
         name = "reference" if len(pair.references) == 1 else f"reference {number + 1}"
-        bits.append(_shape_bits(reference))
+        bits.append(shape_bits(reference))
         found = None
         if kind == "reference_loose":  # declared to show another scene
             alignments.append(found)
             continue
-        findings += _size_findings(pair.key, name, original, Size(*reference.size))
-        findings += _narrow(pair.key, name, Size(*reference.size))
-        if same_framing(original, Size(*reference.size)):
-            found = align(wanted, _pixels(reference.resize(small.size, Image.Resampling.LANCZOS)))
-            findings += _findings(pair.key, name, found, original.width / small.width, config, first=number == 0)
+        findings += _size_findings(pair.key, name, original, size)
+        findings += _narrow(pair.key, name, size)
+        if alike:
+            limits = _Limits(config, original.width / target.width, number == 0)
+            if reference.size != target.size:
+                reference = reference.resize(target.size, Image.Resampling.LANCZOS)
+            found = align_pictures(wanted, _pixels(reference), limits)
+            if found is None:
+                return None
+            findings += _findings(pair.key, name, found, limits)
         alignments.append(found)
     return MeasuredPair(pair.key, tuple(alignments), tuple(findings), np.concatenate((bits * 2)[:2]))
 
 
-def _at_side(picture: Image.Image, side: int) -> Image.Image:
-    scale = side / max(picture.size)
-    if scale >= 1:
-        return picture
-    size = (max(16, round(picture.width * scale)), max(16, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+def _quick_alignment(target: Pixels, reference: Pixels, limits: _Limits) -> Alignment | None:
+    """The alignment of small pictures if it is clearly within all limits, or clearly can't be measured; else None."""
+    found, error = estimate(target, reference)
+    config = limits.config
+    shift = (max(map(abs, found.shift)) + _ERRORS * error) * limits.scale
+    if (
+        found.measured
+        and found.unedited > 2 * MIN_UNEDITED_SHARE
+        and shift < _CLEARLY * config.max_shift
+        and abs(found.zoom - 1) * 100 < _CLEARLY * config.max_zoom_percent
+        and max(map(abs, found.colour)) < _CLEARLY * config.max_colour_offset
+        and (not limits.first or _CLEARLY * float(found.difference.max(initial=0)) > config.min_difference)
+    ):
+        return found
+    if found.unedited < MIN_UNEDITED_SHARE and not (limits.first and _hardly_differs(found, config)):
+        aligned = align(target, reference)
+        if aligned.unedited < MIN_UNEDITED_SHARE / 2:
+            return aligned
+    return None
 
 
 def _pixels(picture: Image.Image) -> Pixels:
@@ -159,15 +219,15 @@ def _narrow(key: str, name: str, size: Size) -> Iterator[Finding]:
         )
 
 
-def _findings(
-    key: str, name: str, found: Alignment, scale: float, config: PairCheckConfig, *, first: bool
-) -> Iterator[Finding]:
-    """The values of an alignment beyond the limits. `scale` is the number of target pixels per measured pixel."""
-    if (
-        first
-        and float(found.difference.max(initial=0)) < config.min_difference
-        and max(map(abs, found.colour)) < config.min_difference
-    ):
+def _hardly_differs(found: Alignment, config: PairCheckConfig) -> bool:
+    least = config.min_difference
+    return float(found.difference.max(initial=0)) < least and max(map(abs, found.colour)) < least
+
+
+def _findings(key: str, name: str, found: Alignment, limits: _Limits) -> Iterator[Finding]:
+    """The values of an alignment beyond the limits."""
+    config = limits.config
+    if limits.first and _hardly_differs(found, config):
         yield Finding(
             key, "equal", f"target and {name} hardly differ. Use the edited picture as target or remove the pair."
         )
@@ -178,7 +238,7 @@ def _findings(
         )
         yield Finding(key, "unmeasured", f"{text}. Fine if the edit changes all of it; otherwise check the pair.")
         return
-    right, down = (part * scale for part in found.shift)
+    right, down = (part * limits.scale for part in found.shift)
     if max(abs(right), abs(down)) > config.max_shift:
         yield Finding(
             key,
@@ -209,37 +269,14 @@ def _toward(pixels: float, positive: str, negative: str) -> str:
     return f"{abs(pixels):.1f} px {positive if pixels >= 0 else negative}"
 
 
-def _shape_bits(picture: Image.Image) -> NDArray[np.bool_]:
-    """Difference hash of 64 bits: whether each cell of a 9 x 8 thumbnail is brighter than the one to its left.
-
-    All False for a plain picture.
-    """
-    spots = np.asarray(picture.convert("L").resize((_HASH_SIDE + 1, _HASH_SIDE), Image.Resampling.BOX), dtype=np.int16)
-    if spots.std() < _FLAT:
-        return np.zeros(_HASH_SIDE**2, bool)
-    return (spots[:, 1:] > spots[:, :-1]).ravel()
-
-
-def _duplicates(
-    pairs: Sequence[EditPair], bits: Sequence[NDArray[np.bool_]], config: PairCheckConfig
-) -> Iterator[Finding]:
+def _duplicates(pairs: Sequence[EditPair], bits: Sequence[Bits], config: PairCheckConfig) -> Iterator[Finding]:
     """Pairs whose target and first reference both look like those of an earlier pair."""
-    if not pairs:
-        return
-    signs = np.stack(bits).astype(np.float32) * 2 - 1
-    plain = np.logical_not(np.any(np.stack(bits), axis=1))
-    for number in range(1, len(pairs)):
-        if plain[number]:
-            continue
-        distances = (signs.shape[1] - signs[:number] @ signs[number]) / 2
-        distances[plain[:number]] = np.inf
-        nearest = int(np.argmin(distances))
-        if distances[nearest] <= config.duplicate_bits:
-            yield Finding(
-                pairs[number].key,
-                "duplicate",
-                f"is nearly identical to the pair {shown(pairs[nearest].key)}. Keep only one unless both are intended.",
-            )
+    for number, nearest in near_duplicates(bits, config.duplicate_bits).items():
+        yield Finding(
+            pairs[number].key,
+            "duplicate",
+            f"is nearly identical to the pair {shown(pairs[nearest].key)}. Keep only one unless both are intended.",
+        )
 
 
 def _captions(pairs: Sequence[EditPair]) -> Iterator[Finding]:
