@@ -69,6 +69,7 @@ class EncodePairs(Node):
                     tooltip="How references are presented and cached. Default: all of a pair together, encoded once.",
                 ),
                 setting_input(EncodingConfig, "train_eval_images", optional=True, advanced=True),
+                setting_input(EncodingConfig, "tokenizer_max_length", optional=True, advanced=True),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA."),

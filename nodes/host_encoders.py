@@ -17,6 +17,7 @@ from torch import Tensor
 from ..trainer_core.config import FlavourName, digest
 from ..trainer_core.errors import ConfigError, DatasetError
 from ..trainer_core.qwen_image.flavours import FLAVOURS, Flavour
+from ..trainer_core.text import brief
 from .host_call import free_memory
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def encode_prompt(clip: CLIP, flavour: Flavour, caption: str, pictures: Sequence
 
     if pictures and PICTURE_TOKEN in caption:
         raise DatasetError(
-            f"The caption {caption!r} contains {PICTURE_TOKEN}, the placeholder of a picture. Remove it."
+            f"The caption {brief(caption)} contains {PICTURE_TOKEN}, the placeholder of a picture. Remove it."
         )
     images = [picture.movedim(0, -1).unsqueeze(0) for picture in pictures]
     # edit-v1 has no picture markers; there the ComfyUI node uses the tokenizer's own template

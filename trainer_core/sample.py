@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .adapters.inject import load_into
 from .conditioning.batches import pad_prompts
+from .conditioning.caption_lengths import too_long
 from .conditioning.pictures import View, plan_reference, render, to_picture, vision_picture
 from .config import EncodingConfig, ModelConfig, Preprocessing
 from .device import pick_device, release_memory
@@ -22,11 +23,14 @@ from .qwen_image.flavours import FLAVOURS
 from .qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
 from .qwen_image.positions import follow_comfyui
 from .qwen_image.sampling import load_scheduler, sample_latents
+from .qwen_image.stops import stop_before_each
 from .qwen_image.text_encoder import load_text_encoder
 from .qwen_image.transformer import load_transformer
 from .qwen_image.types import Condition
 from .qwen_image.vae import decode_latents, encode_picture, load_vae
 from .rng import stream
+from .settings import check_plain, limits_of
+from .text import LONGEST_PROMPT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,22 +67,34 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
     """Encode, sample and decode, with one network in memory at a time.
 
     Raises:
-        ConfigError: there is no reference, or more than the flavour takes; the size isn't a multiple of 16.
+        ConfigError: there is no reference, or more than the flavour takes; the size isn't a multiple of 16; a prompt
+            has more tokens than the largest `tokenizer_max_length`.
         ModelFileError: a part of the model can't be loaded, or the LoRA file belongs to another model.
         Interrupted: the observer wants to stop.
     """
     size = _checked_size(request)
     base, device = BaseModel(request.model), pick_device(request.model.device)
+    _check_prompts(request, base)
     views = [_views(picture, request, size) for picture in request.references]
-    references = _reference_latents(request, base, [view for view, _ in views], device)
+    references = _reference_latents(request, base, [view for view, _ in views], device, observer)
     release_memory()
     raise_if_stopped(observer)
-    prompts = _prompts(request, base, [view for _, view in views], device)
+    prompts = _prompts(request, base, [view for _, view in views], device, observer)
     release_memory()
     raise_if_stopped(observer)
     latents = _draw(request, base, references, prompts, size, device, observer)
     release_memory()
-    return to_picture(decode_latents(load_vae(base, device), latents))
+    return to_picture(decode_latents(load_vae(base, device, observer), latents))
+
+
+def _check_prompts(request: SampleRequest, base: BaseModel) -> None:
+    prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    for name, text in prompts.items():
+        check_plain(str, name, text, LONGEST_PROMPT)
+    limit = limits_of(EncodingConfig, "tokenizer_max_length").max
+    assert limit is not None
+    if problems := list(too_long(prompts.items(), int(limit), base.folder.tokenizer)):
+        raise ConfigError("\n".join(problems))
 
 
 def _checked_size(request: SampleRequest) -> Size:
@@ -106,15 +122,17 @@ def _views(picture: Image.Image, request: SampleRequest, size: Size) -> tuple[Vi
 
 
 def _reference_latents(
-    request: SampleRequest, base: BaseModel, views: list[View], device: torch.device
+    request: SampleRequest, base: BaseModel, views: list[View], device: torch.device, observer: Observer
 ) -> tuple[Tensor, ...]:
-    vae = load_vae(base, device)
+    vae = load_vae(base, device, observer)
     pairs = zip(request.references, views, strict=True)
     return tuple(encode_picture(vae, render(picture, view)).unsqueeze(0) for picture, view in pairs)
 
 
-def _prompts(request: SampleRequest, base: BaseModel, views: list[View], device: torch.device) -> list[Tensor]:
-    encoder = load_text_encoder(base, request.encoding.preprocessing, device)
+def _prompts(
+    request: SampleRequest, base: BaseModel, views: list[View], device: torch.device, observer: Observer
+) -> list[Tensor]:
+    encoder = load_text_encoder(base, request.encoding.preprocessing, device, observer)
     seen = [encoder.see(vision_picture(*each)) for each in zip(request.references, views, strict=True)]
     return [encoder.encode_seen(text, seen) for text in (request.prompt, request.negative_prompt)]
 
@@ -130,6 +148,7 @@ def _draw(
 ) -> Tensor:
     """Latents [C, H, W] of the result."""
     transformer = load_transformer(base, device, observer)
+    stop_before_each(transformer.transformer_blocks, observer)
     if request.preprocessing == "comfyui":
         follow_comfyui(transformer)
     if request.lora_file is not None:

@@ -26,6 +26,7 @@ from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.text_encoder import PICTURE_TOKEN, check_text_encoder
 from ..ranks import SINGLE_PROCESS, Ranks
+from .caption_lengths import too_long
 from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
 from .encoded import EncodedDataset, save_manifest
@@ -77,7 +78,7 @@ def plan_dataset(
     problems.attempt(lambda: base.prompt_width)  # fails for a transformer of another flavour
     problems.attempt(lambda: check_references(dataset, model, encoding))
     problems.attempt(lambda: encoders.check(encoding))
-    problems.attempt(lambda: _check_captions(dataset, encoding))
+    problems.attempt(lambda: _check_captions(dataset, encoding, base.folder.tokenizer))
     kept = problems.attempt(lambda: large_enough(dataset.pairs, encoding.sizes))
     used = kept and problems.attempt(lambda: _trained_and_validated(kept[0], encoding))
     networks = problems.attempt(lambda: _networks(base, encoding, encoders))
@@ -153,20 +154,22 @@ def _networks(base: BaseModel, encoding: EncodingConfig, encoders: Encoders) -> 
     return encoders.pictures or own_pictures(base, device), encoders.prompts or own_prompts(base, encoding, device)
 
 
-def _check_captions(dataset: EditDataset, encoding: EncodingConfig) -> None:
+def _check_captions(dataset: EditDataset, encoding: EncodingConfig, tokenizer: Path) -> None:
     """Raise DatasetError if a prompt can't be encoded; lists all."""
-    validated = (*encoding.validation_prompts, encoding.validation_negative_prompt)
+    validated = ("validation prompts", (*encoding.validation_prompts, encoding.validation_negative_prompt))
+    seen = [(pair.key, pair.captions) for pair in dataset.pairs if pair.references]
     problems = [
-        f"{shown(place)}: the caption {shown(caption[:100])!r} contains {PICTURE_TOKEN}, a picture placeholder."
-        for place, captions in [
-            *((pair.key, pair.captions) for pair in dataset.pairs if pair.references),
-            ("validation prompts", validated),
-        ]
+        f"{shown(place)}: the caption {shown(caption[:100])!r} contains {PICTURE_TOKEN}, a picture placeholder. "
+        "Remove it."
+        for place, captions in [*seen, validated]
         for caption in captions
         if PICTURE_TOKEN in caption
     ]
+    every = [*((pair.key, pair.captions) for pair in dataset.pairs), validated]
+    prompts = ((place, caption) for place, captions in every for caption in captions)
+    problems += too_long(prompts, encoding.tokenizer_max_length, tokenizer)
     if problems:
-        raise DatasetError("These captions can't be encoded. Remove the placeholder:", problems)
+        raise DatasetError("These captions can't be encoded:", problems)
 
 
 def _planned(

@@ -88,8 +88,8 @@ def own_pictures(base: BaseModel, device: torch.device) -> PictureEncoder:
     """Loader of the base model's VAE."""
 
     @contextmanager
-    def loaded(_observer: Observer) -> Iterator[EncodePictures]:
-        vae = load_vae(base, device)
+    def loaded(observer: Observer) -> Iterator[EncodePictures]:
+        vae = load_vae(base, device, observer)
         at_once = batch_pixels(free_bytes(device), vae.dtype.itemsize) if device.type == "cuda" else 0
         yield lambda pictures: encode_pictures(vae, pictures, at_once)
 

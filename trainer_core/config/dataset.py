@@ -237,6 +237,12 @@ class EncodingConfig(Settings):
             allowed="a list of edit instructions",
         ),
     )
+    tokenizer_max_length: int = setting(
+        1024,
+        "Maximum length of a caption or prompt in tokens; a token is about four letters of English. A longer one is an "
+        "error, it is not cut.",
+        Limits(min=1, max=4096, unit="tokens"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

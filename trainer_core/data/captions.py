@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config import DatasetConfig
 from ..config.dataset import CAPTION_TABLES
 from ..errors import DatasetError
-from ..text import is_blank, shown
+from ..text import brief, is_blank, shown, text_problem
 
 MAX_CAPTION_FILE_BYTES = 1_000_000
 
@@ -28,7 +28,11 @@ def captions_of(
     first = settings.caption_prefix
     if settings.prepend_instance_prompt and config.caption_strategy != "instanceprompt":
         first += config.instance_prompt.strip() + " "
-    return tuple(first + each + settings.caption_suffix for each in _written(target, text_file, config, listed))
+    captions = tuple(first + each + settings.caption_suffix for each in _written(target, text_file, config, listed))
+    for caption in captions:
+        if problem := text_problem(caption):
+            raise DatasetError(f"{shown(target)}: a caption {problem}: {brief(caption[:60])}…")
+    return captions
 
 
 def _written(target: Path, text_file: Path | None, config: DatasetConfig, listed: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from ..config import CaptionConfig, DatasetConfig
 from ..errors import DatasetError
 from ..events import SILENT, Observer
 from ..files import clean_leftovers, remove, temporary_beside
-from ..text import is_blank
+from ..text import is_blank, text_problem
 from .pairing import EditDataset, pair_folders
 
 
@@ -65,6 +65,11 @@ def _problems(
         problems.append(
             f"These captions are empty: {', '.join(empty[:20])} (counted from 0). Describe the edit in each of them."
         )
+    problems += [
+        f"Caption {number} {problem} (counted from 0)."
+        for number, caption in enumerate(captions)
+        if (problem := text_problem(caption))
+    ]
     return problems
 
 

@@ -24,6 +24,7 @@ MUTED: Colour = (160, 165, 174)
 
 CELL = 192  # default height of each picture in pixels
 _GAP, _PAD, _MARGIN = 8, 10, 16
+_MOST_DRAWN = 2000  # characters of a text; Pillow refuses a million, and more never fit
 _WIDEST = 2.0  # largest width of a picture, in cell heights
 # Pillow's built-in font covers little beyond ASCII. For other text these files are tried in order.
 _CHART_FONT = "DejaVuSans.ttf"
@@ -199,9 +200,9 @@ def _column_width(pictures: Sequence[Image.Image | None], cell: int) -> int:
 
 def _card(row: PictureRow, widths: Sequence[int], card_width: int, look: Look) -> Image.Image:
     """A card with the pictures of one row, its caption and its label."""
-    text_size = _text_size(look)
-    caption_font = font_for(row.caption, text_size)
-    lines = wrapped(row.caption, caption_font, card_width - 2 * _PAD, look.caption_lines)
+    text_size, caption = _text_size(look), row.caption[:_MOST_DRAWN]
+    caption_font = font_for(caption, text_size)
+    lines = wrapped(caption, caption_font, card_width - 2 * _PAD, look.caption_lines)
     line_height = round(text_size * 1.35)
     text_height = line_height * len(lines) + (line_height if row.label else 0)
     card = Image.new("RGB", (card_width, look.cell + 2 * _PAD + text_height), CARD)
@@ -224,6 +225,7 @@ def _card(row: PictureRow, widths: Sequence[int], card_width: int, look: Look) -
 def _line(
     draw: ImageDraw.ImageDraw, position: tuple[int, int], text: str, size: int, colour: Colour, width: int
 ) -> None:
+    text = text[:_MOST_DRAWN]
     font = font_for(text, size)
     draw.text(position, _cut(text, font, width), colour, font)
 

@@ -20,11 +20,13 @@ from ..errors import DatasetError, MissingPackageError
 from ..events import SILENT, Observer
 from ..memory.streaming import BlockStream
 from ..precision.quantise import converter, quantise
+from ..text import brief
 from . import prompt
 from .base_model import BaseModel
 from .batching import in_batches
 from .flavours import FLAVOURS, Flavour
 from .folder import DEMO_FOLDER
+from .stops import stop_before_each
 from .text_encoder_file import KEPT_LAYERS, load_by_layers
 from .text_encoder_size import BATCH_TOKENS, STREAM_BUFFERS, spread, text_encoder_size
 from .vision import num_vision_tokens, rotary_positions, vision_patches
@@ -149,7 +151,9 @@ class TextEncoder:
             DatasetError: the caption contains a picture placeholder.
         """
         if picture_tokens and PICTURE_TOKEN in caption:
-            raise DatasetError(f"The caption {caption!r} contains {PICTURE_TOKEN}, a picture placeholder. Remove it.")
+            raise DatasetError(
+                f"The caption {brief(caption)} contains {PICTURE_TOKEN}, a picture placeholder. Remove it."
+            )
         text = prompt.prompt_text(self.flavour, caption, len(picture_tokens))
         if self.preprocessing == "comfyui":  # ComfyUI's tokenizer turns an escaped bracket into a plain one
             text = text.replace("\\(", "(").replace("\\)", ")")
@@ -226,6 +230,7 @@ def load_text_encoder(
     is_demo = folder.text_encoder.is_relative_to(DEMO_FOLDER)
     network = _demo_network(base, device, observer) if is_demo else _stored_network(base, device, observer)
     attend_in_batches(network.model.visual)
+    stop_before_each([*network.model.visual.blocks, *network.model.language_model.layers], observer)
     return TextEncoder(
         network=network.eval().requires_grad_(False),  # noqa: FBT003
         tokenizer=prompt.load_tokenizer(folder.tokenizer),

@@ -13,10 +13,12 @@ from torch.nn import functional
 
 from ..device import copied_to
 from ..errors import ModelFileError
+from ..events import SILENT, Observer
 from ..weights.source import open_weights
 from .base_model import BaseModel
 from .batching import in_batches
 from .latents import VAE_FACTOR, denormalise, normalise
+from .stops import stop_before_each
 from .vae_tiles import ENCODING_ELEMENTS, decode_raw, encode_raw
 
 if TYPE_CHECKING:
@@ -29,8 +31,10 @@ _BATCH_PIXELS = 4 * 2**20  # a larger batch is hardly faster
 _WAN_MARK, _WIDTH_FROM = "decoder.middle.0.residual.0.gamma", "decoder.norm_out.gamma"
 
 
-def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKLQwenImage:
+def load_vae(base: BaseModel, device: torch.device, observer: Observer = SILENT) -> AutoencoderKLQwenImage:
     """Load a base model's VAE for pictures, frozen, in bf16 on accelerators and float32 on the CPU.
+
+    The VAE raises Interrupted between two convolutions if the observer wants to stop.
 
     Raises:
         ModelFileError: the folder or file is not an AutoencoderKLQwenImage.
@@ -39,6 +43,7 @@ def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKLQwenImage:
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" and device.type != "cpu" else torch.float32
     vae = _from_file(place, dtype) if place.is_file() else _from_folder(place, dtype)
     for_pictures(vae)
+    stop_before_each((each for each in vae.modules() if isinstance(each, _PictureConv)), observer)
     return vae.to(device).eval().requires_grad_(False)  # noqa: FBT003
 
 

@@ -105,7 +105,7 @@ class Validator:
                 with weights():
                     drawn = (self._draw(transformer, shot, device, observer, next(places)) for shot in self._shots)
                     pictures[name] = dict(zip(self._shots, drawn, strict=True))
-        vae = load_vae(self._base_model, device)
+        vae = load_vae(self._base_model, device, observer)
         report = report_pictures(self._encoded, vae, pictures, self._standards, step=step, grid_file=grid_file)
         del vae
         release_memory()
