@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
 
+from tests.support.both_passes import quantised_layer, weights_of_both_passes
 from tests.support.failing_backward import Doubled, check_failing_backward
 from tests.support.narrow import small_encoding
 from tests.support.runs import Steps, StopAfter, equal, lora_tensors
@@ -26,8 +28,9 @@ from trainer_core.config import (
 )
 from trainer_core.device import release_memory
 from trainer_core.events import SILENT
+from trainer_core.memory import streaming
 from trainer_core.memory.compilation import Compilation, _compiled, compiled_code_kept
-from trainer_core.memory.streaming import _pin
+from trainer_core.memory.streaming import BlockStream, _pin, weights_on_device
 from trainer_core.precision.frozen_linear import _Product
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import BaseModel
@@ -97,6 +100,41 @@ def test_memory_that_cannot_be_locked_stops_nothing(caplog: pytest.LogCaptureFix
     _pin(stream, [host], torch.device("cuda"))  # pinning the same memory twice is a CUDA error
     assert "can't be pinned" in caplog.text
     assert torch.ones(2, device="cuda").add(1).tolist() == [2, 2]
+
+
+def test_the_first_copies_wait_for_work_that_uses_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffer gets the memory of a freed tensor that a kernel still has to write to."""
+    monkeypatch.setattr(streaming, "_pin", lambda *_: None)  # CUDA may wait for the device when it pins memory
+    block = nn.Linear(1024, 1024, bias=False).requires_grad_(False)
+    wanted = block.weight.data.clone()
+    torch.cuda.empty_cache()
+    spoiled = torch.empty(block.weight.nbytes, dtype=torch.uint8, device="cuda")
+    place = spoiled.data_ptr()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # cycles: about half a second
+    spoiled.fill_(7)
+    del spoiled
+    stream = BlockStream([block], torch.device("cuda"), 1)
+    assert stream._buffers[0].data_ptr() == place, "proves nothing: the buffer has other memory"
+    with weights_on_device(block):
+        found = block.weight.clone()
+    torch.cuda.synchronize()
+    assert torch.equal(found.cpu(), wanted)
+
+
+@pytest.mark.parametrize(
+    "precision", [each for each in get_args(BaseModelPrecision) if each.endswith(("quanto", "bnb"))]
+)
+def test_codes_and_both_passes_are_alike_at_full_width(precision: BaseModelPrecision) -> None:
+    """quanto's codes equal those made on the CPU, so blocks may move. The backward pass uses the forward's weights."""
+    layer = quantised_layer(precision, 3072, 1024, "cuda")
+    forward, backward = weights_of_both_passes(layer)
+    assert torch.equal(forward, layer.dequantised(torch.bfloat16)) and torch.equal(backward, forward)
+    if precision != "nf4-bnb":
+        on_cpu = quantised_layer(precision, 3072, 1024, "cpu")
+        for name, tensor in layer.quantised.tensors.items():
+            assert torch.equal(tensor.cpu(), on_cpu.quantised.tensors[name]), name
+        assert torch.equal(forward.cpu(), on_cpu.dequantised(torch.bfloat16))
 
 
 @pytest.mark.parametrize("precision", ["none", "int8-quanto", "nf4-bnb"])

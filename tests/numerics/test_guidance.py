@@ -14,6 +14,7 @@ from trainer_core.memory.compilation import Compilation
 from trainer_core.qwen_image import sampling
 from trainer_core.qwen_image.base_model import empty_transformer
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
+from trainer_core.qwen_image.latents import pack, unpack
 from trainer_core.qwen_image.positions import follow_comfyui
 from trainer_core.qwen_image.sampling import QWEN_SCHEDULE, guides_together, sample_latents
 from trainer_core.qwen_image.types import Condition
@@ -64,6 +65,21 @@ def test_one_batch_equals_two_passes(
     unguided = drawn(transformer, prompt, negative, guidance=1.0)
     assert (apart - unguided).norm() > 0.05 * apart.norm()  # guidance has an effect
     assert (together - apart).norm() < tolerance * apart.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_guidance_is_computed_in_float32_as_in_comfyui(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipelines' formula in float64, with velocities in the network's dtype. In bfloat16 it would be 1e-3 off."""
+    transformer, predicted = network(dtype), list[Tensor]()
+    predict = sampling.predict_velocity
+    monkeypatch.setattr(sampling, "predict_velocity", lambda *given: predicted.append(predict(*given)) or predicted[-1])
+    found = drawn(transformer, condition(9, 1), condition(4, 2), num_steps=1, together=False)
+    assert [each.dtype for each in predicted] == [dtype] * 2 and found.dtype == torch.float32
+    first, negative = (pack(each.double()) for each in predicted)
+    combined = negative + 4.0 * (first - negative)
+    guided = combined * first.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)
+    noise = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(found.double(), noise - unpack(guided, 12, 8), rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_that_does_not_fit_after_all_becomes_two_passes() -> None:

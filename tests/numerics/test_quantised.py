@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.adapter_gradients import gradients, predict, task, with_adapter
+from tests.support.both_passes import quantised_layer, weights_of_both_passes
 from tests.support.narrow import NARROW
 from trainer_core.config import BaseModelPrecision, ModelConfig
+from trainer_core.precision.formats import Packed
 from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer
@@ -139,3 +141,30 @@ def test_gradient_checkpointing_changes_no_gradient(base: Path, precision: BaseM
             transformer.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
         found.append(gradients(transformer, lora))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_backward_pass_uses_the_weights_of_the_forward_pass(precision: BaseModelPrecision, dtype: torch.dtype):
+    layer = quantised_layer(precision, 384, 256, "cpu", dtype)
+    forward, backward = weights_of_both_passes(layer, dtype)
+    assert torch.equal(forward, layer.dequantised(dtype))
+    assert torch.equal(backward, forward)
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("int4-quanto", 4), ("int2-quanto", 2)])
+def test_packed_codes_are_quantos_plain_ones_on_every_device(
+    monkeypatch: pytest.MonkeyPatch, precision: BaseModelPrecision, bits: int
+):
+    """At Qwen-Image's width quanto would repack 4-bit codes for a GPU's kernels, whose layout no other device reads."""
+    from optimum.quanto import WeightQBitsTensor, qtypes
+
+    def repack(*_: object) -> None:
+        raise AssertionError("repacked for a device")
+
+    monkeypatch.setattr(WeightQBitsTensor, "create", repack)  # chooses the layout by device and width
+    layer = quantised_layer(precision, 3072, 256, "cpu")
+    assert layer.format == Packed(256, 3072, bits, 128)
+    packed, scale, shift = (layer.quantised.tensors[name] for name in ("codes", "scale", "shift"))
+    parts = [packed >> bits * number & 2**bits - 1 for number in range(8 // bits)]
+    plain = WeightQBitsTensor(qtypes[f"qint{bits}"], 0, 128, (256, 3072), (3072, 1), torch.cat(parts), scale, shift)
+    assert (layer.dequantised(torch.float32) - plain.dequantize().float()).abs().max() < 1e-3

@@ -6,12 +6,14 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
+from tests.support import layouts
 from tests.support.narrow import NARROW
 from trainer_core.config import BaseModelPrecision, ModelConfig
 from trainer_core.errors import ConfigError, Interrupted
@@ -19,10 +21,13 @@ from trainer_core.events import SilentObserver, Stop
 from trainer_core.precision import materialise, quantised_cache
 from trainer_core.precision.formats import format_of
 from trainer_core.precision.frozen_linear import FrozenLinear
+from trainer_core.precision.materialise import Placement
 from trainer_core.qwen_image.base_model import BaseModel
+from trainer_core.qwen_image.quantised_entry import quantised_entry
 from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import stream
+from trainer_core.weights.source import open_weights
 
 CPU = torch.device("cpu")
 
@@ -126,6 +131,40 @@ def test_whatever_decides_the_codes_makes_another_entry(base: Path, tmp_path: Pa
     load(dataclasses.replace(config, quantize_activations=True))
     load(dataclasses.replace(config, base_model_precision="none"))
     assert len(entries(kept)) == 4
+
+
+@pytest.mark.parametrize(
+    ("precision", "layout", "device", "depends"),
+    [
+        ("nf4-bnb", layouts.bf16, "cuda", True),
+        ("nf4-bnb", layouts.bf16, "cpu", False),
+        ("int8-quanto", layouts.rotated_int8, "cuda", True),
+        ("int8-quanto", layouts.rotated_int8, "cpu", False),
+        ("int8-quanto", layouts.int8, "cuda", False),
+        ("fp8-quanto", layouts.entry_fp8, "cuda", False),
+        ("int4-quanto", layouts.bf16, "cuda", False),
+        ("int2-quanto", layouts.parts, "cuda", False),
+    ],
+)
+def test_the_card_is_in_the_key_where_the_codes_depend_on_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: BaseModelPrecision,
+    layout: Any,
+    device: str,
+    depends: bool,
+) -> None:
+    weights = layouts.random_weights({**NARROW, "num_layers": 1, "attention_head_dim": 128, "num_attention_heads": 2})
+    place = layout(weights, tmp_path / "model.safetensors")
+    there = torch.device(device)
+    placement = Placement(precision=precision, dtype=torch.bfloat16, device=there, quantise_on=there)
+    keys = set()
+    for capability in ((8, 6), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        entry = quantised_entry(config_of(place, tmp_path, precision), open_weights(place), placement)
+        assert entry is not None
+        keys.add(entry.key)
+    assert len(keys) == (2 if depends else 1)
 
 
 def test_an_entry_that_is_not_whole_is_made_again(base: Path, tmp_path: Path, no_converter) -> None:

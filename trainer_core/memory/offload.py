@@ -27,6 +27,11 @@ class OffloadedTensor:
     came: torch.cuda.Event | None = None
     is_fetched: bool = False
 
+    def __del__(self) -> None:
+        """After an aborted step, work that reuses the memory of `coming` must wait until the copy into it is done."""
+        if self.came is not None and self.coming is not None and not self.is_fetched:
+            torch.cuda.current_stream(self.coming.device).wait_event(self.came)
+
 
 class HostCopies:
     """A stack of tensors in host memory. Fetching one also starts copying back the `ahead` tensors kept just before it.

@@ -139,6 +139,9 @@ class _CopyQueue:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied = [torch.cuda.Event() for _ in range(num_buffers)] if self._stream else []
         self._freed = [torch.cuda.Event() for _ in range(num_buffers)] if self._stream else []
+        # Work enqueued before may still use the memory that the buffers took over. The first copies wait for it too.
+        for buffer in range(num_buffers):
+            self.free(buffer)
 
     def copy(self, buffer: int, target: Tensor, source: Tensor) -> None:
         if self._stream is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,17 +12,18 @@ from ..config import ModelConfig, digest
 from ..errors import ConfigError
 from ..precision.materialise import Placement
 from ..precision.quantised_cache import QuantisedCache
+from ..weights.stored import WeightSource
 from .folder import weights_digest
 
 _FORMAT = 2  # raise it when the cache's files change, so that old entries are no longer found
 _QUANTISERS = ("optimum-quanto", "bitsandbytes")
 
 
-def quantised_entry(config: ModelConfig, place: Path, placement: Placement) -> QuantisedCache | None:
-    """The cache entry for the network at `place` under `placement`; None if the cache is off.
+def quantised_entry(config: ModelConfig, source: WeightSource, placement: Placement) -> QuantisedCache | None:
+    """The cache entry for the network in `source` under `placement`; None if the cache is off.
 
     The key covers everything that determines the codes: the model file, precision, dtype, unquantised layers, type of
-    the quantising device, and the versions of torch and the quantising packages.
+    the quantising device (also its model, see `_card`), and the versions of torch and the quantising packages.
 
     Raises:
         ConfigError: the cache is on, but has no folder.
@@ -34,8 +36,22 @@ def quantised_entry(config: ModelConfig, place: Path, placement: Placement) -> Q
             "folder, or quantised_cache_gb to 0."
         )
     settings = [placement.precision, str(placement.dtype), placement.keep, placement.quantise_on.type]
-    key = digest([_FORMAT, weights_digest(place), *settings, torch.__version__, *map(_version, _QUANTISERS)])
+    versions = [torch.__version__, *map(_version, _QUANTISERS), *_card(source, placement)]
+    key = digest([_FORMAT, weights_digest(source.place), *settings, *versions])
     return QuantisedCache(Path(config.quantised_cache_dir), key, int(config.quantised_cache_gb * 1e9))
+
+
+def _card(source: WeightSource, placement: Placement) -> list[Any]:
+    """The compute capability of the quantising card, where the codes depend on it; otherwise empty.
+
+    bitsandbytes is compiled with --use_fast_math, so its kernel divides approximately, in a way that each generation of
+    cards has for itself. The rotation of a rotated int8 file is undone by a product of matrices, whose order of
+    summation depends on the card. quanto's codes, and the other formats of files, come from single float32 operations,
+    which IEEE 754 defines to the last bit.
+    """
+    if placement.quantise_on.type == "cuda" and (placement.precision == "nf4-bnb" or source.is_rotated):
+        return [torch.cuda.get_device_capability(placement.quantise_on)]
+    return []
 
 
 def _version(package: str) -> str:

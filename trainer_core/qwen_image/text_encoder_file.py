@@ -108,7 +108,7 @@ def load_by_layers(
         on_host=(TOKEN_EMBEDDINGS, *(f"{LAYERS}.{number}." for number in on_host)),
     )
     materialise(
-        network, source, placement, "Loading the text encoder", observer, quantised_entry(config, place, placement)
+        network, source, placement, "Loading the text encoder", observer, quantised_entry(config, source, placement)
     )
     _restore_rotary(network, device)
     return network
@@ -150,6 +150,10 @@ class _Renamed:
         self._stored = {_in_transformers(name): name for name in source.shapes}
         self.place, self.markers, self.packing = source.place, source.markers, source.packing
         self.shapes = {name: source.shapes[stored] for name, stored in self._stored.items()}
+
+    @property
+    def is_rotated(self) -> bool:
+        return self._source.is_rotated
 
     def opened(self) -> AbstractContextManager[Read]:
         return self._opened()

@@ -48,7 +48,7 @@ def load_transformer(
         on_host=tuple(f"transformer_blocks.{number}." for number in on_host),
         quantise_inputs=config.quantize_activations,
     )
-    cache = quantised_entry(config, source.place, placement)
+    cache = quantised_entry(config, source, placement)
     materialise(network, source, placement, "Loading the transformer", observer, cache)
     return network
 

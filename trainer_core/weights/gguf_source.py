@@ -17,6 +17,7 @@ class GgufSource:
     """A WeightSource for a .gguf file. Weights of any GGUF type are dequantised when they are read."""
 
     packing = "GGUF"
+    is_rotated = False
 
     def __init__(self, place: Path, prefixes: Sequence[str] = ()) -> None:
         self.place = place

@@ -53,6 +53,13 @@ class SafetensorsSource:
         self.shapes = {**weights, **self._unpacked_shapes(packed)}
         self.packing = "NF4" if packed else ""
 
+    @property
+    def is_rotated(self) -> bool:
+        """Implements WeightSource.is_rotated. Reads the layers' settings."""
+        layers = [name.removesuffix(".weight") for name in self.shapes if name.endswith(".weight")]
+        with self._files() as get:
+            return any(self._settings_of(layer, get).get("convrot") for layer in layers)
+
     def _has_prefix(self, name: str) -> bool:
         return name.startswith(self._prefix)
 

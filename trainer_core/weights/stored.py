@@ -115,6 +115,11 @@ class WeightSource(Protocol):
         """`NF4` or `GGUF` if the file packs weights in a format that no layer can use directly; otherwise empty."""
         ...
 
+    @property
+    def is_rotated(self) -> bool:
+        """Whether weights have a rotation, see StoredWeight."""
+        ...
+
     def opened(self) -> AbstractContextManager[Read]:
         """Yields a function that reads a weight by name. Closing the context closes the file and its memory map."""
         ...
