@@ -64,7 +64,8 @@ class SampleReport:
     """Validation pictures of one step: the grid file, and mean PSNR (dB) against the targets.
 
     `drift_shift` (pixels), `drift_zoom` (percent) and `drift_colour` (0 to 255) measure how far the LoRA's pictures
-    deviate from the targets outside the edited region. None if no picture can be compared with its target.
+    deviate from the targets outside the edited region. None if no picture can be compared with its target; `unmeasured`
+    then says why. It is empty if every picture was compared.
     """
 
     step: int
@@ -76,14 +77,15 @@ class SampleReport:
     drift_shift: float | None = None
     drift_zoom: float | None = None
     drift_colour: float | None = None
+    unmeasured: str = ""
 
     def as_text(self) -> str:
-        """The figures as text for the log; empty if there are none."""
+        """The figures as text for the log, and why some or all could not be measured."""
         ratios = {"base": self.psnr_base, "LoRA": self.psnr_lora, "EMA": self.psnr_ema, "VAE alone": self.psnr_vae}
         found = ", ".join(f"{name} {value:.1f} dB" for name, value in ratios.items() if value is not None)
-        if self.drift_shift is None:
-            return found
-        return f"{found}; drift {self.drift_shift:.2f} px, {self.drift_zoom:.2f} %, {self.drift_colour:.1f} of 255"
+        if self.drift_shift is not None:
+            found += f"; drift {self.drift_shift:.2f} px, {self.drift_zoom:.2f} %, {self.drift_colour:.1f} of 255"
+        return ". ".join(filter(None, (found, self.unmeasured)))
 
     def drift(self) -> dict[str, float]:
         """The drift fields that are not None, by name."""

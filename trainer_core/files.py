@@ -23,8 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .disk import disk_errors
-from .errors import ConfigError, DamagedFileError
-from .text import brief
+from .errors import DamagedFileError
 
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses longer headers
@@ -161,20 +160,6 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-
-
-def expanded(path: str, where: str) -> Path:
-    """The path with ~ or ~user at its start replaced by the home folder. `where` names the setting in the error.
-
-    Raises:
-        ConfigError: there is no such user.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{where} is {brief(path)}, but this system has no such user. Write the whole path."
-        ) from error
 
 
 @contextmanager

@@ -82,6 +82,9 @@ def _prepare_and_train(
         for note in check_disk([run_use(config, prepared.model.size, prepared.work)]):
             _LOG.warning("%s", note)
     validator = Validator(prepared.held_out, base, config.validation)
+    if ranks.leads and validator.unmeasured:
+        _LOG.warning("%s", validator.unmeasured)
+        observer.on_progress(validator.unmeasured, 0, 0)
     device = pick_device(config.model.device)
     with _open_run(config, prepared.encoded, ranks) as run, compiled_code_kept(device):
         stop = how_to_start(run, config.max_train_steps, continue_kept=continue_kept)

@@ -8,25 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.imported import line, read
+from tests.support.imported import line, mentioned, options, read
 from tests.support.limits import result_or_own_error
 from tests.support.quickstart import CONFIG, EDIT_V1
 from trainer_core.errors import ConfigError
 from trainer_core.json_text import plain_json
-from trainer_core.simpletuner.convert import Imported
 from trainer_core.simpletuner.keys import CONFIG_REASONS
 from trainer_core.training.schedule import learning_rate_at
-
-
-def options() -> list[str]:
-    """SimpleTuner 4.8's options, their other spellings, and the old ones that it still takes."""
-    return (Path(__file__).parents[1] / "golden" / "simpletuner_options.txt").read_text(encoding="utf-8").split()
-
-
-def mentioned(imported: Imported) -> set[str]:
-    """The options that the report has a line on, or that it lists as converted."""
-    listed = line(imported, "config.json: converted: ").removeprefix("config.json: converted: ").rstrip(".").split(", ")
-    return {*listed, *(key for each in imported.report for key in each.split(":")[0].split(", "))}
 
 
 def test_no_option_of_simpletuner_is_unknown():
@@ -203,11 +191,12 @@ def test_zero_for_no_checkpoints_and_no_limit():
         (
             {},
             {"instance_data_dir": "~nosuchuser/x"},
-            "my-edited-images.instance_data_dir is '~nosuchuser/x'.*no such user",
+            "my-edited-images.instance_data_dir: ~nosuchuser/x: there is no user",
         ),
-        ({"output_dir": "~nosuchuser/x"}, {}, "output_dir is .*no such user"),
-        ({"init_lora": "~nosuchuser/x"}, {}, "init_lora is .*no such user"),
-        ({"pretrained_model_name_or_path": "~nosuchuser/x"}, {}, "no such user"),
+        ({"output_dir": "~nosuchuser/x"}, {}, "output_dir: .*there is no user"),
+        ({"init_lora": "~nosuchuser/x"}, {}, "init_lora: .*there is no user"),
+        ({"pretrained_model_name_or_path": "~nosuchuser/x"}, {}, "there is no user"),
+        ({"output_dir": "C:\new"}, {}, "output_dir was read with .n as a line break"),
         ({"peft_lora_target_modules": "[1"}, {}, "peft_lora_target_modules is not JSON.*line 1, column 3"),
         ({"peft_lora_target_modules": True}, {}, "must be a list of layer names, got True"),
         ({"peft_lora_target_modules": [1]}, {}, r"must be a list of layer names, got \[1\]"),

@@ -20,10 +20,12 @@ from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, ValidationConfig, resume_key
 from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.errors import ConfigError, OutOfMemoryError
+from trainer_core.events import SilentObserver
 from trainer_core.geometry import Size
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.run import train_lora
+from trainer_core.runs.view import summary
 from trainer_core.training import validation as validation_module
 from trainer_core.training.validation_pictures import plan_shots
 
@@ -154,11 +156,23 @@ def test_pictures_have_their_size_and_keep_the_references(
         assert grid.height > 3 * 256
 
 
-def test_no_picture_that_can_be_held_against_its_target_gives_no_figure(
-    encoded: EncodedDataset, model: ModelConfig, tmp_path: Path
+def test_a_run_that_cannot_measure_says_why_once(
+    encoded: EncodedDataset, model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    samples = train_lora(config_of(encoded, model, tmp_path / "run", validation_resolution="64x128")).samples
-    assert samples is not None and (samples.psnr_lora, samples.as_text()) == (None, "")
+    said: list[str] = []
+    observer = SilentObserver()
+    observer.on_progress = lambda phase, done, total: said.append(phase) if not total else None  # type: ignore[method-assign]
+    config = config_of(encoded, model, tmp_path / "run", validation_resolution="64x128")
+    samples = train_lora(config, observer).samples
+    assert samples is not None and samples.psnr_lora is None
+    reason = samples.as_text()
+    assert "1 of 1 validation pictures can't be compared" in reason
+    assert "64 x 128, its target 96 x 96" in reason and "validation_resolution to a single number" in reason
+    assert said.count(reason) == 1 and caplog.text.count("can't be compared with their targets") == 1
+    assert summary(tmp_path / "run")["unmeasured"] == reason
+    measured = train_lora(config_of(encoded, model, tmp_path / "own")).samples
+    assert measured is not None and measured.psnr_lora is not None and "compared" not in measured.unmeasured
+    assert bool(measured.unmeasured) == (measured.drift_shift is None)
 
 
 def test_a_dataset_of_its_own_with_references_of_different_sizes(

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.any_values import TEXTS, VALUES
 from tests.support.hostile_values import HOSTILE
 from tests.support.limits import result_or_own_error
 from tools.settings_reference import job_schema
@@ -56,12 +57,6 @@ def with_value(job: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[s
             place[part] = place = below if isinstance(below, dict) else {}
     place[path[-1]] = value
     return job
-
-
-TEXTS = st.text() | st.text(st.characters(categories=["Cs", "Cc", "Lu"]), max_size=20)
-NUMBERS = st.integers() | st.integers(-(10**400), 10**400) | st.floats()
-LEAVES = st.none() | st.booleans() | NUMBERS | TEXTS | st.sampled_from(sorted(HOSTILE)).map(lambda name: HOSTILE[name])
-VALUES = st.recursive(LEAVES, lambda below: st.lists(below, max_size=4) | st.dictionaries(TEXTS, below, max_size=4))
 
 
 def is_storable(job: JobConfig) -> None:

@@ -25,3 +25,14 @@ def line(imported: Imported, start: str) -> str:
     found = [each for each in imported.report if each.startswith(start)]
     assert len(found) == 1, imported.report
     return found[0]
+
+
+def options() -> list[str]:
+    """SimpleTuner 4.8's options, their other spellings, and the old ones that it still takes."""
+    return (Path(__file__).parents[1] / "golden" / "simpletuner_options.txt").read_text(encoding="utf-8").split()
+
+
+def mentioned(imported: Imported) -> set[str]:
+    """The options that the report has a line on, or that it lists as converted."""
+    listed = line(imported, "config.json: converted: ").removeprefix("config.json: converted: ").rstrip(".").split(", ")
+    return {*listed, *(key for each in imported.report for key in each.split(":")[0].split(", "))}

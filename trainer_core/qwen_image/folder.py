@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..config import DEMO_MODEL, ModelConfig
 from ..errors import ModelFileError
+from ..written_path import written_path
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -33,7 +34,7 @@ def model_folder(config: ModelConfig) -> ModelFolder:
     Raises:
         ModelFileError: a file or folder is missing.
     """
-    files = {part: Path(file).expanduser() for part, file in part_files(config).items() if file}
+    files = {part: written_path(file, Path()) for part, file in part_files(config).items() if file}
     for part, file in files.items():
         if not file.exists():
             raise ModelFileError(f"{part}_file is {str(file)!r}, which does not exist. Choose an existing file.")
@@ -63,7 +64,7 @@ def _root(config: ModelConfig, parts: list[str]) -> Path:
             f"The base model is given by single files, but {' and '.join(f'{part}_file' for part in parts)} is empty. "
             "Set it too, or set `base` to a folder in diffusers' layout that has the other parts."
         )
-    root = DEMO_FOLDER if is_demo else Path(config.base).expanduser()
+    root = DEMO_FOLDER if is_demo else written_path(config.base, Path())
     if not root.is_dir():
         raise ModelFileError(
             f"The base model folder {config.base!r} does not exist. Choose a folder in diffusers' layout (with "

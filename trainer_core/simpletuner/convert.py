@@ -13,7 +13,6 @@ from typing import Any
 from ..config import DEMO_MODEL, JobConfig, RolloutConfig, from_json
 from ..config.model import EIGHT_BITS
 from ..errors import ConfigError
-from ..files import expanded
 from ..json_text import parse_json, read_json
 from ..qwen_image.flavours import FLAVOURS, Flavour
 from ..settings import changed
@@ -22,7 +21,7 @@ from .backends import Backends, ids_of
 from .datasets import INHERITED, read_data
 from .keys import CONFIG_REASONS
 from .optimizer import read_optimizer
-from .section import Section, put
+from .section import Section, path_of, put
 from .validation import read_validation
 
 # SimpleTuner's precisions that have another name here, or the nearest one that is not less precise
@@ -191,7 +190,7 @@ def _model(section: Section, flavour: Flavour, base: str, root: Path) -> dict[st
     named = section.text("pretrained_model_name_or_path")
     local = section.path(root, "pretrained_model_name_or_path")
     if base:
-        model["base"] = base if base == DEMO_MODEL else str(root / expanded(base, "base"))
+        model["base"] = base if base == DEMO_MODEL else path_of(base, root, "base")
     elif local and _is_folder(local):
         model["base"] = local
     else:

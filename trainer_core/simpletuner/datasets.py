@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import expanded
 from ..settings import is_plain_name
 from ..text import brief, shown
 from .backends import CACHES, MASKS, Backends, ids_of
 from .keys import DATA_REASONS, TABLE_REASONS
-from .section import Section, words
+from .section import Section, path_of, words
 
 _SIZE_LIMITS = ("maximum_image_size", "target_downsample_size")
 # SimpleTuner takes an area within _SAME_AREA of these (in megapixels) for a square of this side in pixels.
@@ -204,7 +203,7 @@ def _folder(entry: dict[str, Any], name: str, root: Path) -> str:
     folder = entry.get("instance_data_dir")
     if not isinstance(folder, str) or not folder:
         raise ConfigError(f"{name}.instance_data_dir must be a folder of pictures, got {brief(folder)}.")
-    return str(root / expanded(folder, f"{name}.instance_data_dir"))
+    return path_of(folder, root, f"{name}.instance_data_dir")
 
 
 def _captions(section: Section, dataset: dict[str, Any], root: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import expanded
 from ..settings import did_you_mean
 from ..text import brief, shown
+from ..written_path import control_problem, written_path
 
 _LONGEST_TRUTH = 20  # characters of a boolean written as text
 
@@ -25,6 +25,20 @@ def put(values: dict[str, Any], dotted: str, value: Any) -> None:
     for part in parts:
         values = values.setdefault(part, {})
     values[name] = value
+
+
+def path_of(name: str, root: Path, key: str) -> str:
+    """The path that a key names, below `root` if it is relative.
+
+    Raises:
+        ConfigError: it contains control characters or begins with the home folder of an unknown user.
+    """
+    if problem := control_problem(name):
+        raise ConfigError(f"{key} {problem}.")
+    try:
+        return str(written_path(name, root))
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 class Section:
@@ -100,7 +114,7 @@ class Section:
     def path(self, root: Path, *names: str) -> str:
         """A path, relative to `root` unless it is absolute; "" if there is none."""
         value = self.text(*names)
-        return str(root / expanded(value, self._named(names))) if value else ""
+        return path_of(value, root, self._named(names)) if value else ""
 
     def inside(self, name: str) -> Section | None:
         """The object under a key as a section of its own."""

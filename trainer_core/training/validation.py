@@ -24,7 +24,7 @@ from ..qwen_image.vae import load_vae
 from ..rng import stream
 from .ema import Weights
 from .objective import noisy_latents, velocity_loss
-from .validation_pictures import Shot, Standard, keep_base, plan_shots, read_base, report_pictures
+from .validation_pictures import Shot, Standard, incomparable, keep_base, plan_shots, read_base, report_pictures
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -46,6 +46,11 @@ class Validator:
     def __bool__(self) -> bool:
         """False if no pair is held out."""
         return bool(self._encoded.validation_pairs)
+
+    @property
+    def unmeasured(self) -> str:
+        """Why pictures of this run will not be compared with their targets; empty if all will."""
+        return incomparable(self._shots)
 
     @torch.no_grad()
     def loss(self, transformer: QwenImageTransformer2DModel, device: torch.device, observer: Observer) -> float:

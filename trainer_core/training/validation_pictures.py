@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage
 
 _LOG = logging.getLogger(__name__)
+_NO_DRIFT = "Drift can't be measured: the pictures have too little in common with their targets."
 Drawn = Mapping[str, Mapping["Shot", Tensor]]  # latents [C, H, W] by variant ("base", TRAINED, AVERAGE) and shot
 
 
@@ -108,6 +109,20 @@ def own_size(entry: EncodedEntry) -> Size:
     return Size(width * VAE_FACTOR, height * VAE_FACTOR)
 
 
+def incomparable(shots: Sequence[Shot]) -> str:
+    """Why pictures can't be compared with their targets, as a sentence; empty if all can."""
+    asked = [shot for shot in shots if shot.asks_for_target]
+    others = [shot for shot in asked if not shot.has_target]
+    if not others:
+        return ""
+    drawn, own = others[0].size, own_size(others[0].entry)
+    return (
+        f"{len(others)} of {len(asked)} validation pictures can't be compared with their targets, so there is no PSNR "
+        f"and no drift for them: a picture is {drawn.width} x {drawn.height}, its target {own.width} x {own.height}. "
+        "For the target's shape, set validation_resolution to a single number, such as 1024, or leave it empty."
+    )
+
+
 def read_base(path: Path, shot: Shot) -> Tensor | None:
     """The base model's latents [C, H, W] of a shot that `keep_base` wrote; None if the file is missing or damaged."""
     try:
@@ -149,6 +164,9 @@ def report_pictures(
             for name in drawn:
                 measured[name].append(_measure(pixels[name], pictures[name], standards[shot]))
                 label += f"  ·  {name} {measured[name][-1].as_text()}"
+        elif shot.asks_for_target:
+            own = own_size(shot.entry)
+            label += f"  ·  not compared: the target is {own.width} x {own.height}"
         rows.append(
             GridRow(
                 references=tuple(references),
@@ -163,14 +181,16 @@ def report_pictures(
     save_sample_pictures(rows, grid_file.with_suffix(""))
     save_picture(validation_grid(rows), grid_file)
     ceiling = _mean([standards[shot].vae_psnr for shot in drawn["base"] if shot.has_target])
-    return _report(measured, ceiling, step, grid_file)
+    return _report(measured, ceiling, incomparable(tuple(drawn["base"])), step, grid_file)
 
 
 def _report(
-    measured: Mapping[str, Sequence[Measured]], vae_psnr: float | None, step: int, grid_file: Path
+    measured: Mapping[str, Sequence[Measured]], vae_psnr: float | None, unmeasured: str, step: int, grid_file: Path
 ) -> SampleReport:
     """The report. Its drift is that of the trained weights, or of the average if only that was sampled."""
     drift = mean_drift(each.drift for each in measured.get(TRAINED, measured.get(AVERAGE, ())))
+    if vae_psnr is not None and drift is None:
+        unmeasured = " ".join(filter(None, (unmeasured, _NO_DRIFT)))
     base, lora, ema = (_mean([each.psnr for each in measured.get(name, ())]) for name in ("base", TRAINED, AVERAGE))
     return SampleReport(
         step=step,
@@ -182,6 +202,7 @@ def _report(
         drift_shift=drift and drift.shift,
         drift_zoom=drift and drift.zoom,
         drift_colour=drift and drift.colour,
+        unmeasured=unmeasured,
     )
 
 

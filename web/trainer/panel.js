@@ -213,15 +213,15 @@ function createDetail({ app, api, store, back }) {
   };
 }
 
-/** PSNR of the samples of held-out pairs against their targets. @param {Run} run */
-function ratios({ psnr }) {
+/** PSNR of the samples of validated pairs against their targets, or why there is none. @param {Run} run */
+function ratios({ psnr, unmeasured }) {
   const named = [
     ["LoRA", psnr?.lora],
     ["EMA", psnr?.ema],
     ["base", psnr?.base],
   ];
   const known = named.flatMap(([name, value]) => (typeof value === "number" ? `${name} ${value.toFixed(1)} dB` : []));
-  return known.length > 1 ? [known.join(", ")] : [];
+  return known.length > 1 ? [known.join(", ")] : unmeasured ? [unmeasured] : [];
 }
 
 /** Report a failed action. @param {any} app @param {string} what The action. @param {any} error */

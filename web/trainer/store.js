@@ -10,7 +10,7 @@
  * @typedef {{run_name: string, state: string, active: boolean, step: number, num_steps: number, loss: number|null,
  *   learning_rate?: number|null, seconds_per_step?: number|null, seconds_left?: number|null, peak_bytes?: number,
  *   problem?: string, phase?: string, stopping?: boolean, node_id?: string|null, changed?: number, has_graph?: boolean,
- *   psnr?: Record<string, number|null>, curve?: Curve, samples?: Sample[], revision: number}} Run
+ *   psnr?: Record<string, number|null>, unmeasured?: string, curve?: Curve, samples?: Sample[], revision: number}} Run
  */
 import { isMeasured } from "./chart_data.js";
 import { onceAFrame } from "./dom.js";
