@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, features
 
 from tests.support.icc import PRIMARIES, cmyk_profile, encoded, grey_profile, in_space, in_srgb, rgb_profile
 from tests.support.pair_files import config, contents
-from tests.support.picture_files import png_chunk
+from tests.support.picture_files import decoded, png_chunk
 from trainer_core.conditioning.encoding_plan import LatentTask, plan_encoding
 from trainer_core.config import EncodingConfig, ModelConfig, PairCheckConfig
 from trainer_core.data.colour_profiles import ColourProfile, colour_profile, to_srgb
@@ -221,7 +221,7 @@ def test_without_littlecms_the_numbers_are_kept_and_the_note_says_why(
 
 def test_a_space_that_is_only_stated_is_noted_and_its_pairs_are_named(tmp_path: Path) -> None:
     """The file has no profile to convert with: a camera's Adobe RGB in EXIF, or gamma and primaries of a PNG."""
-    for key in ("camera", "mac", "primaries", "plain"):
+    for key in ("camera", "coded", "mac", "primaries", "plain"):
         pair(tmp_path, key)
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ColorSpace] = 65535
@@ -229,9 +229,10 @@ def test_a_space_that_is_only_stated_is_noted_and_its_pairs_are_named(tmp_path: 
     (tmp_path / "before/camera.png").unlink()
     photograph().save(tmp_path / "before/camera.jpg", exif=exif, quality=95)
     for key, chunks in {
+        "coded": [(b"cICP", bytes((12, 13, 0, 1)))],  # Display P3
         "mac": [(b"gAMA", (55556).to_bytes(4, "big"))],
         "primaries": [chromaticities("Display P3")],
-        "plain": [(b"gAMA", (45455).to_bytes(4, "big")), chromaticities("sRGB")],
+        "plain": [(b"gAMA", (45455).to_bytes(4, "big")), chromaticities("sRGB"), (b"cICP", bytes((1, 13, 0, 1)))],
     }.items():
         photograph().save(tmp_path / f"before/{key}.png")
         whole = (tmp_path / f"before/{key}.png").read_bytes()
@@ -240,11 +241,13 @@ def test_a_space_that_is_only_stated_is_noted_and_its_pairs_are_named(tmp_path: 
     dataset = pair_folders(config(tmp_path))
     assert [note.partition(":")[0] for note in dataset.notes] == [
         "Pictures with a colour profile that can't be used (EXIF only states Adobe RGB)",
+        "Pictures with a colour profile that can't be used (the file only states primaries 12 and transfer function 13 "
+        "of H.273)",
         "Pictures with a colour profile that can't be used (the PNG only states the gamma 0.556)",
         "Pictures with a colour profile that can't be used (the PNG only states its primaries)",
         "Pairs whose target and references have different colour profiles",
     ]
-    assert "3 (camera, mac, primaries)" in dataset.notes[-1]
+    assert "4 (camera, coded, mac, …)" in dataset.notes[-1]
     assert "+" not in "".join(digest for each in dataset.pairs for digest in each.digests)
 
 
@@ -252,3 +255,15 @@ def chromaticities(space: str) -> tuple[bytes, bytes]:
     """Kind and data of a PNG's cHRM chunk."""
     points = ((0.3127, 0.329), *PRIMARIES[space])
     return b"cHRM", b"".join(round(part * 100_000).to_bytes(4, "big") for point in points for part in point)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow can't write AVIF")
+@pytest.mark.parametrize(("primaries", "noted"), [(1, False), (12, True)])
+def test_an_avif_that_states_its_space_by_numbers_is_noted(tmp_path: Path, primaries: int, noted: bool) -> None:
+    photograph().save(tmp_path / "a.avif")
+    whole = (tmp_path / "a.avif").read_bytes()
+    assert whole.count(b"colrnclx\0\x01\0\x0d") == 1
+    (tmp_path / "a.avif").write_bytes(whole.replace(b"colrnclx\0\x01", b"colrnclx\0" + bytes((primaries,))))
+    found = decoded(tmp_path / "a.avif").profile
+    words = "the file only states primaries 12 and transfer function 13 of H.273"
+    assert found == (ColourProfile("a space of its own", words) if noted else None)

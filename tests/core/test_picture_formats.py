@@ -13,8 +13,10 @@ from PIL import Image, PngImagePlugin, features
 
 from tests.support.picture_files import STORED_AS, colours, decoded, pixels, png_chunk, sixteen_bit_rgb_png
 from trainer_core.data import images
+from trainer_core.data.area import resize_area
 from trainer_core.data.images import open_picture
 from trainer_core.errors import DatasetError
+from trainer_core.geometry import Box, Size
 
 
 @pytest.mark.parametrize(
@@ -163,4 +165,6 @@ def test_pillows_warning_about_large_pictures_is_not_raised(tmp_path, monkeypatc
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert (pixels(open_picture(tmp_path / "a.png")) == pixels(colours())).all()
+            picture = open_picture(tmp_path / "a.png")
+            assert (pixels(picture) == pixels(colours())).all()
+            assert resize_area(picture, Box(2, 1, 24, 16), Size(2, 3)).shape == (3, 3, 2)

@@ -21,7 +21,8 @@ def resize_area(picture: Image.Image, box: Box, size: Size) -> Tensor:
     is covered. Where every new pixel covers whole pixels, both give the same result.
     """
     left, top = math.floor(box.left), math.floor(box.top)
-    values = np.asarray(picture.crop((left, top, math.ceil(box.right), math.ceil(box.bottom))), dtype=np.float32) / 255
+    inside = np.asarray(picture)[top : math.ceil(box.bottom), left : math.ceil(box.right)]  # crop warns of large ones
+    values = inside.astype(np.float32) / 255
     pixels = torch.from_numpy(np.atleast_3d(values)).permute(2, 0, 1).contiguous()
     if box.is_whole:
         return interpolate(pixels[None], size=(size.height, size.width), mode="area")[0]

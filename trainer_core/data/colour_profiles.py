@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:  # loaded when it is needed, because ComfyUI doesn't load it
 _SAME = 2  # of 255: the largest difference between sRGB and a profile that counts as sRGB
 _SAME_GAMMA = 0.02
 _SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x, y of white, red, green and blue
+STATED_WITHIN = 65_536
+_CODED = re.compile(rb"\0\0\0\x04cICP(.)(.)|\0\0\0\x13colrnclx\0(.)\0(.)", re.DOTALL)  # of a PNG, of an AVIF
+_SRGB_CODES = (1, 2, 6, 13)  # of primaries: BT.709, unknown, BT.601; of transfer functions also sRGB
 _INTEROPERABILITY = 1  # EXIF tag: R03 says that a camera wrote Adobe RGB
 _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # a profile's colour space and Pillow's mode for it
 
@@ -34,8 +38,16 @@ def colour_profile(icc: object, mode: str) -> ColourProfile | None:
     return None if not icc else _loaded(icc if isinstance(icc, bytes) else b"", mode).profile
 
 
-def stated_space(picture: Image.Image) -> ColourProfile | None:
-    """A colour space other than sRGB that a file without a profile states by EXIF, or as a PNG's gamma or primaries."""
+def stated_space(picture: Image.Image, start: bytes) -> ColourProfile | None:
+    """A colour space other than sRGB that a file without a profile states in another way: by EXIF, as a PNG's gamma or
+    primaries, or by the numbers of H.273 in a PNG or AVIF. `start`: the file's first `STATED_WITHIN` bytes.
+    """
+    if coded := _CODED.search(start):
+        primaries, transfer = (part[0] for part in coded.groups() if part is not None)
+        if primaries not in _SRGB_CODES or transfer not in _SRGB_CODES:
+            numbers = f"primaries {primaries} and transfer function {transfer} of H.273"
+            return ColourProfile("a space of its own", f"the file only states {numbers}")
+        return None
     if "srgb" in picture.info:
         return None
     gamma, primaries = picture.info.get("gamma"), picture.info.get("chromaticity")

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from ..errors import DatasetError
 from ..text import shown
-from .colour_profiles import ColourProfile, colour_profile, stated_space, to_srgb
+from .colour_profiles import STATED_WITHIN, ColourProfile, colour_profile, stated_space, to_srgb
 from .png_texts import without_texts
 
 _FORMAT_OF = {  # the formats that are read, by extension; a file's content decides which of them it is
@@ -140,12 +140,14 @@ def decode_picture(file: BinaryIO, path: Path, *, convert: bool, side: int = 0) 
 
     With `side`, a JPEG file is scaled down to that longer side while it is decoded.
     """
+    file.seek(0)
+    start = file.read(STATED_WITHIN)
     file, profile = without_texts(file)
     with _header(file, path) as picture:
         large = picture.width * picture.height > LARGE_PICTURE_PIXELS
         try:
             with _one_large_picture if large else nullcontext():
-                return _decoded(picture, path, profile, convert=convert, side=side)
+                return _decoded(picture, path, _Colours(profile, start), convert=convert, side=side)
         except DatasetError:
             raise
         except Exception as error:  # decoders raise almost any exception for damaged files
@@ -258,21 +260,28 @@ def _loaded(picture: ImageFile.ImageFile, side: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS, box=box)
 
 
-def _decoded(source: ImageFile.ImageFile, path: Path, icc: bytes | None, *, convert: bool, side: int) -> Picture:
+class _Colours(NamedTuple):
+    """What a file says about its colours: a PNG's profile, and the file's first bytes for `stated_space`."""
+
+    profile: bytes | None
+    start: bytes
+
+
+def _decoded(source: ImageFile.ImageFile, path: Path, colours: _Colours, *, convert: bool, side: int) -> Picture:
     animated = source.format != "MPO" and bool(getattr(source, "is_animated", False))  # MPO: a phone's depth map
     corrections = tuple(_corrections(source, path))
     picture = _loaded(source, side)
     ImageOps.exif_transpose(picture, in_place=True)  # in place, because a copy would double the memory
-    icc = icc if icc is not None or source.format == "PNG" else picture.info.get("icc_profile")
+    icc = colours.profile if source.format == "PNG" else picture.info.get("icc_profile")
     base, alpha = _layers(picture, path)
     if alpha is not None and alpha.getextrema() == (255, 255):
         alpha = None
-    profile = stated_space(picture) if icc is None else colour_profile(icc, base.mode)
+    profile = stated_space(picture, colours.start) if icc is None else colour_profile(icc, base.mode)
     if picture.mode == "LAB":  # Pillow has converted it
         profile = None
     if convert and icc is not None and profile is not None and not profile.problem:
         base = to_srgb(base, icc)
-    rgb = base.convert("RGB")
+    rgb = base if base.mode == "RGB" and base is not picture else base.convert("RGB")
     rgb.info = {}
     return Picture(rgb, alpha, profile, animated, corrections)
 
