@@ -23,6 +23,7 @@ FOUNDATIONS = (
     "files",
     "geometry",
     "json_text",
+    "packages",
     "ranks",
     "rng",
     "settings",

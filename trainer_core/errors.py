@@ -59,6 +59,17 @@ class MissingPackageError(TrainerError, ImportError):
         )
 
 
+class PackageError(TrainerError, ImportError):
+    """Installed packages are missing, too old, or don't work together. `command` mends it."""
+
+    def __init__(self, problems: Sequence[str], command: str) -> None:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(
+            f"The packages in this Python don't fit, perhaps because another program changed them:\n{listed}\n"
+            f"Run this command, then start again:\n  {command}"
+        )
+
+
 class DiskError(TrainerError, OSError):
     """A file can't be written or read, because the disk is full, read-only or failing, or the name is too long.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .adapters.inject import load_into
+from .adapters.inject import load_parts
+from .adapters.plan import read_parts
+from .adapters.reader import AdapterPart
 from .conditioning.batches import pad_prompts
 from .conditioning.caption_lengths import too_long
 from .conditioning.pictures import View, plan_reference, render, to_picture, vision_picture
@@ -24,10 +27,10 @@ from .qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
 from .qwen_image.positions import follow_comfyui
 from .qwen_image.sampling import load_scheduler, sample_latents
 from .qwen_image.stops import stop_before_each
-from .qwen_image.text_encoder import load_text_encoder
+from .qwen_image.text_encoder import check_text_encoder, load_text_encoder
 from .qwen_image.transformer import load_transformer
 from .qwen_image.types import Condition
-from .qwen_image.vae import decode_latents, encode_picture, load_vae
+from .qwen_image.vae import check_vae, decode_latents, encode_picture, load_vae
 from .rng import stream
 from .settings import check_plain, limits_of
 from .text import LONGEST_PROMPT
@@ -74,6 +77,7 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
     """
     size = _checked_size(request)
     base, device = BaseModel(request.model), pick_device(request.model.device)
+    lora = _checked_files(request, base)
     _check_prompts(request, base)
     views = [_views(picture, request, size) for picture in request.references]
     references = _reference_latents(request, base, [view for view, _ in views], device, observer)
@@ -82,7 +86,7 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
     prompts = _prompts(request, base, [view for _, view in views], device, observer)
     release_memory()
     raise_if_stopped(observer)
-    latents = _draw(request, base, references, prompts, size, device, observer)
+    latents = _draw(request, base, lora, references, prompts, size, device, observer)
     release_memory()
     return to_picture(decode_latents(load_vae(base, device, observer), latents))
 
@@ -95,6 +99,14 @@ def _check_prompts(request: SampleRequest, base: BaseModel) -> None:
     assert limit is not None
     if problems := list(too_long(prompts.items(), int(limit), base.folder.tokenizer)):
         raise ConfigError("\n".join(problems))
+
+
+def _checked_files(request: SampleRequest, base: BaseModel) -> Mapping[str, AdapterPart]:
+    """Check all files by their headers, because the networks are loaded one after the other. Returns the LoRA."""
+    check_vae(base)
+    check_text_encoder(base, request.preprocessing)
+    network = base.network
+    return {} if request.lora_file is None else read_parts(network, request.lora_file)
 
 
 def _checked_size(request: SampleRequest) -> Size:
@@ -140,6 +152,7 @@ def _prompts(
 def _draw(
     request: SampleRequest,
     base: BaseModel,
+    lora: Mapping[str, AdapterPart],
     references: tuple[Tensor, ...],
     prompts: list[Tensor],
     size: Size,
@@ -151,8 +164,7 @@ def _draw(
     stop_before_each(transformer.transformer_blocks, observer)
     if request.preprocessing == "comfyui":
         follow_comfyui(transformer)
-    if request.lora_file is not None:
-        load_into(transformer, request.lora_file, request.lora_strength)
+    load_parts(transformer, lora, request.lora_strength)
     conditions = [Condition(references, *pad_prompts([prompt])).to(device) for prompt in prompts]
     shape = (1, LATENT_CHANNELS, size.height // VAE_FACTOR, size.width // VAE_FACTOR)
     noise = torch.randn(shape, generator=stream(request.seed, "sample")).to(device)

@@ -18,7 +18,7 @@ NODES = REPO / "nodes"
 ROWS = (
     (
         *("errors", "text", "json_text", "settings", "config", "events"),
-        *("rng", "geometry", "device", "disk", "written_path", "files", "ranks"),
+        *("rng", "geometry", "device", "disk", "written_path", "files", "packages", "ranks"),
     ),
     ("weights",),
     ("precision",),

@@ -44,6 +44,7 @@ def test_what_shipped_code_imports_is_asked_for(pyproject: dict):
     """Each third-party import of shipped code comes with ComfyUI, is a requirement, or is listed here with a reason."""
     names = {re.split(r"[>=;\s]", line)[0].lower().replace("-", "_") for line in requirements()}
     known = names | {name.replace("-", "_") for name in BROUGHT_BY_COMFYUI} | {"pil", "yaml", "optimum"}
+    known |= {"packaging"}  # peft and transformers need it
     known |= {"gguf"}  # optional: without it, a .gguf file is refused with an error that names the package
     known |= {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "server"}  # ComfyUI itself
     known |= {"pyarrow", "pandas"}  # optional, for captions in Parquet files: the error says how to install it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -88,13 +89,35 @@ def _other_heads(weights: Weights) -> Weights:
 
 def test_not_whole(tmp_path: Path, weights: Weights):
     whole = write(tmp_path / "whole.safetensors", weights).read_bytes()
-    for name, content in (("half", whole[: len(whole) // 2]), ("page", b"<html>not found</html>"), ("none", b"")):
+    length = int.from_bytes(whole[:8], "little")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 40900000000\n"
+    contents = {
+        "half": (whole[: len(whole) // 2], f"it has {len(whole) // 2:,} of {len(whole):,} bytes"),
+        "half header": (whole[: length // 2], "ends within its header"),
+        "longer": (whole + b"x", f"its header describes {len(whole):,}"),
+        "flipped": (whole[:20] + b"\0" + whole[21:], "its header is damaged"),
+        "page": (b"\n<!DOCTYPE html><html>not found</html>", "it is a web page"),
+        "text": (b"Invalid username or password.", "it is a text, 'Invalid username or password.'"),
+        "none": (b"", "it is empty"),
+        "pointer": (pointer, "git-lfs pointer in place of the 40.9 GB file. Run `git lfs pull`"),
+        "pickle": (b"PK\x03\x04" + bytes(99), "can run code"),
+        "renamed": (b"GGUF" + bytes(99), "it is a .gguf file"),
+        "huge header": (b"\xff" * 8 + b"{}", "not the length of a header"),
+    }
+    for name, (content, words) in contents.items():
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(content)
+        assert words in complaint(path)
+        for place in (load_vae, lambda base, device: load_text_encoder(base, "comfyui", device)):
+            with pytest.raises(ModelFileError, match=re.escape(words)):
+                place(BaseModel(config_of(path)), CPU)
+    for content in (b"GGUF\x03\x00\x00\x00", whole):
+        path = tmp_path / "half.gguf"
+        path.write_bytes(content)
         assert "Download it again" in complaint(path)
-    path = tmp_path / "half.gguf"
-    path.write_bytes(b"GGUF\x03\x00\x00\x00")
-    assert "Download it again" in complaint(path)
+    path = write(tmp_path / "unfinished.safetensors", weights)
+    (tmp_path / "unfinished.safetensors.aria2").touch()
+    assert "still being downloaded" in complaint(path)
 
 
 def test_missing_and_misshapen_weights(tmp_path: Path, weights: Weights):
@@ -112,14 +135,14 @@ def test_unknown_formats(tmp_path: Path, weights: Weights):
     assert "without a scale" in complaint(write(tmp_path / "bare.safetensors", bare))
     noted = {**bare, f"{LAYER}.weight_scale": scale}
     nvfp4 = {**noted, f"{LAYER}.comfy_quant": as_bytes({"format": "nvfp4"})}
-    assert "unsupported format 'nvfp4'" in complaint(write(tmp_path / "nvfp4.safetensors", nvfp4))
+    assert "ComfyUI's format 'nvfp4'" in complaint(write(tmp_path / "nvfp4.safetensors", nvfp4))
     odd = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 32}
     rotated = {**noted, f"{LAYER}.comfy_quant": as_bytes(odd)}
     assert "power of four" in complaint(write(tmp_path / "odd.safetensors", rotated))
     blocks = {**noted, f"{LAYER}.weight_scale": torch.ones(3, 3)}
-    assert "only one scale per weight or per row" in complaint(write(tmp_path / "blocks.safetensors", blocks))
+    assert "blocks, with scales of shape [3, 3]" in complaint(write(tmp_path / "blocks.safetensors", blocks))
     garbled = {**noted, f"{LAYER}.comfy_quant": torch.zeros(3, dtype=torch.uint8)}
-    assert "not valid JSON" in complaint(write(tmp_path / "garbled.safetensors", garbled))
+    assert "is empty" in complaint(write(tmp_path / "garbled.safetensors", garbled))
 
 
 def test_formats_that_hold_code_and_missing_files(tmp_path: Path):
@@ -135,6 +158,22 @@ def test_a_missing_part(tmp_path: Path):
     index = {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     assert "lacks 1 of 1 parts" in complaint(tmp_path)
+
+
+def test_parts_without_their_index(tmp_path: Path, weights: Weights):
+    """The names of the parts tell whether all are there. A single part is called that."""
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", **NARROW}))
+    names = list(weights)
+    for number, part in enumerate((names[::3], names[1::3], names[2::3]), 1):
+        file = folder / f"diffusion_pytorch_model-{number:05d}-of-00003.safetensors"
+        write(file, {name: weights[name] for name in part})
+    network = load_transformer(BaseModel(config_of(folder)), CPU)
+    assert all(torch.equal(each, weights[name].float()) for name, each in network.named_parameters())
+    assert "is part 3 of 3 of a model. Choose the folder" in complaint(file)
+    (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    assert "lacks part 2 of 3" in complaint(folder)
 
 
 def test_single_files_need_each_other_or_a_folder(tmp_path: Path, weights: Weights):
@@ -174,6 +213,7 @@ def test_flavour_by_the_download(pipeline: str | None, zero_cond_t: bool, fittin
     for part in ("transformer", "vae", "text_encoder"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))
+        save_file({"x": torch.zeros(1)}, tmp_path / part / "diffusion_pytorch_model.safetensors")
     if pipeline:
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     model = ModelConfig(base=str(tmp_path))

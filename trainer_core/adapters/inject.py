@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import LoraType
 from ..memory.streaming import weights_on_device
+from ..packages import explained_imports
 from ..rng import stream, undisturbed
 from .master_weights import copy_for_network
 from .plan import AdapterPlan, LayerPlan, lokr_shapes, read_parts
@@ -67,10 +68,11 @@ def inject_planned(
 
 
 def _inject_lora(transformer: nn.Module, plan: Mapping[str, LayerPlan], *, use_dora: bool, dropout: float) -> None:
-    import peft
+    with explained_imports("peft"):
+        import peft
 
-    from .dora import DoraLinear
-    from .lora import LoraLinear
+        from .dora import DoraLinear
+        from .lora import LoraLinear
 
     settings = peft.LoraConfig(
         r=1,
@@ -85,9 +87,10 @@ def _inject_lora(transformer: nn.Module, plan: Mapping[str, LayerPlan], *, use_d
 
 
 def _inject_lokr(transformer: nn.Module, plan: Mapping[str, LayerPlan], factor: int) -> None:
-    import peft
+    with explained_imports("peft"):
+        import peft
 
-    from .lokr import LokrModel
+        from .lokr import LokrModel
 
     settings = peft.LoKrConfig(
         r=1,
@@ -220,7 +223,11 @@ def load_into(transformer: nn.Module, path: Path, strength: float = 1.0) -> None
     Raises:
         ModelFileError: the file is damaged, belongs to another model, or has an unsupported type.
     """
-    parts = read_parts(transformer, path)
+    load_parts(transformer, read_parts(transformer, path), strength)
+
+
+def load_parts(transformer: nn.Module, parts: Mapping[str, AdapterPart], strength: float = 1.0) -> None:
+    """Apply weight changes that `read_parts` returned for a transformer of the same model."""
     dtype: torch.dtype = transformer.proj_out.weight.dtype  # type: ignore[assignment, union-attr]
     for kind in LORA_TYPES:
         plan = {name: _planned(part, strength) for name, part in parts.items() if part.kind == kind}

@@ -25,6 +25,7 @@ from ..files import clean_leftovers
 from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.text_encoder import PICTURE_TOKEN, check_text_encoder
+from ..qwen_image.vae import check_vae
 from ..ranks import SINGLE_PROCESS, Ranks
 from .caption_lengths import too_long
 from .encode_pictures import encode_latents, encode_masks
@@ -151,6 +152,8 @@ def _networks(base: BaseModel, encoding: EncodingConfig, encoders: Encoders) -> 
     device = pick_device(base.config.device)
     if encoders.prompts is None:
         check_text_encoder(base, encoding.preprocessing)
+    if encoders.pictures is None:
+        check_vae(base)
     return encoders.pictures or own_pictures(base, device), encoders.prompts or own_prompts(base, encoding, device)
 
 

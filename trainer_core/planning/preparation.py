@@ -16,6 +16,7 @@ from ..errors import ConfigError, DatasetError, Problems
 from ..memory.placement import blocks_on_host, check_compiler
 from ..precision.quantise import converter
 from ..qwen_image.base_model import BaseModel
+from ..qwen_image.vae import check_vae
 from ..runs.metrics import check_tensorboard
 from ..training.optimizer import optimizer_builder
 from .advice import STEP, VALIDATION, memory_advice, memory_errors_explained
@@ -91,6 +92,7 @@ def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
     checkpointing = config.gradient_checkpointing
     if config.memory.memory == "manual":  # auto only chooses possible values
         problems.attempt(lambda: blocks_on_host(config.memory, base.num_blocks, checkpointing=checkpointing))
+    problems.attempt(lambda: check_vae(base))
     model = problems.attempt(lambda: prepare_model(config, base))
     problems.raise_all()
     assert model is not None

@@ -67,7 +67,7 @@ def materialise(
         MissingPackageError: the precision needs a package that is not installed.
         Interrupted: the observer wants to stop.
     """
-    _check_weight_shapes(network, source)
+    check_weight_shapes(network, source)
     # First, while no layer is quantised: in eval(), bitsandbytes' layers repack their weights on some CPUs.
     network.eval()
     convert = converter(placement.precision)
@@ -91,7 +91,7 @@ def materialise(
     return network.requires_grad_(False)  # noqa: FBT003
 
 
-def _check_weight_shapes(network: nn.Module, source: WeightSource) -> None:
+def check_weight_shapes(network: nn.Module, source: WeightSource) -> None:
     """Check that the file has all of the network's weights in the right shapes. Reads no weight.
 
     Raises:

@@ -14,6 +14,7 @@ from torch import nn
 from ..config import BaseModelPrecision
 from ..errors import MissingPackageError
 from ..events import Observer, raise_if_stopped
+from ..packages import check_package
 from .formats import EightBits, Nf4, Packed, QuantisedWeight
 from .frozen_linear import FrozenLinear
 
@@ -78,6 +79,7 @@ def _need(module: str, package: str, precision: str) -> None:
     above, _, _ = module.partition(".")
     if find_spec(above) is None or find_spec(module) is None:
         raise MissingPackageError(package, f"The precision {precision}")
+    check_package(package)
 
 
 def _to_quanto(type_name: str, layer: nn.Linear, device: torch.device) -> FrozenLinear:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection
+import logging
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config import ModelConfig
+from ..config import FlavourName, ModelConfig
 from ..errors import ModelFileError
+from ..packages import check_packages, explained_imports
+from ..precision.materialise import check_weight_shapes
+from ..text import brief
 from ..weights.source import open_weights
 from ..weights.stored import WeightSource
 from .flavours import FLAVOURS
 from .folder import DEMO_FOLDER, ModelFolder, model_folder, read_json, weights_digest
 from .frozen_forward import optimise_frozen_forward
+from .recognise import LAYERED_MARKS, doubts_by_name, instead_of, looks_like
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 # Width of each rotary axis (frame, row, column) by attention head width. A single file doesn't store them.
 ROPE_AXES = {128: (16, 56, 56)}
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,15 @@ class BaseModel:
     """A base model on disk. Each fact is read once, when it is first needed.
 
     Create one per run and pass it on, so that planning, encoding, training and validation all use the same facts.
+
+    Raises:
+        PackageError: the installed packages don't fit.
     """
 
     config: ModelConfig
+
+    def __post_init__(self) -> None:
+        check_packages()  # every command and node that computes creates a BaseModel first
 
     @cached_property
     def folder(self) -> ModelFolder:
@@ -56,16 +68,27 @@ class BaseModel:
                 weights are packed in a format that no layer can use directly.
         """
         place = self.folder.transformer
-        settings = transformer_settings(place)
+        _check_pipeline(place, self.config.flavour)
+        settings = transformer_settings(place, self.config.flavour)
         _check_flavour(self.config, place, settings)
-        if self.config.base_model_precision == "file" and (
-            packing := open_weights(place, TRANSFORMER_PREFIXES).packing
-        ):
+        if place.is_file() and (doubts := doubts_by_name(place.name)):
+            _LOG.warning("%s", doubts)
+        packing = self.transformer_weights.packing
+        if self.config.base_model_precision == "file" and packing:
             raise ModelFileError(
                 f"{place.name} stores its weights as {packing}, but base_model_precision 'file' supports only fp8 and "
                 "int8. Set base_model_precision to nf4-bnb or int8-quanto."
             )
         return {**settings, "zero_cond_t": FLAVOURS[self.config.flavour].zero_cond_t}
+
+    @property
+    def transformer_weights(self) -> WeightSource:
+        """The transformer's weights.
+
+        Raises:
+            ModelFileError: a file is missing, damaged, or in a format that can't be trained on.
+        """
+        return open_transformer(self.folder.transformer, self.config.flavour)
 
     @property
     def num_blocks(self) -> int:
@@ -109,10 +132,20 @@ class BaseModel:
         network = empty_transformer(self.network_settings)
         count = sum(weight.numel() for weight in network.parameters())
         optimise_frozen_forward(network)
+        check_weight_shapes(network, self.transformer_weights)
         return network, count
 
 
-def transformer_settings(place: Path) -> dict[str, Any]:
+def open_transformer(place: Path, flavour: FlavourName) -> WeightSource:
+    """The weights of a transformer in a file or folder.
+
+    Raises:
+        ModelFileError: as `open_weights`.
+    """
+    return open_weights(place, TRANSFORMER_PREFIXES, instead_of("transformer", flavour))
+
+
+def transformer_settings(place: Path, flavour: FlavourName = "edit-v2") -> dict[str, Any]:
     """The network's configuration, from config.json or derived from a single file's shapes. Reads no weights.
 
     `zero_cond_t` is None if a single file has no marker: the marker proves a 2511, but its absence proves nothing.
@@ -120,36 +153,41 @@ def transformer_settings(place: Path) -> dict[str, Any]:
     Raises:
         ModelFileError: not a Qwen-Image transformer.
     """
+    instead = instead_of("transformer", flavour)
     if not place.is_dir():
-        return _settings_of_file(open_weights(place, TRANSFORMER_PREFIXES))
+        return _settings_of_file(open_transformer(place, flavour), instead)
     stored = read_json(place / "config.json")
     if stored.get("_class_name") != "QwenImageTransformer2DModel":
         raise ModelFileError(
-            f"{place / 'config.json'} has the class {stored.get('_class_name')!r}, not 'QwenImageTransformer2DModel'. "
-            "Choose a Qwen-Image-Edit download."
+            f"{place / 'config.json'} has the class {brief(stored.get('_class_name'))}, not "
+            f"'QwenImageTransformer2DModel'. {instead}"
         )
+    if stored.get("use_additional_t_cond") or stored.get("use_layer3d_rope"):
+        raise _layered(place, instead)
     return {"zero_cond_t": False, **stored}
 
 
-def _settings_of_file(source: WeightSource) -> dict[str, Any]:
+def _settings_of_file(source: WeightSource, instead: str) -> dict[str, Any]:
     shapes, name = source.shapes, source.place.name
+    if any(mark in shapes or mark in source.markers for mark in LAYERED_MARKS):
+        raise _layered(source.place, instead)
     first = "transformer_blocks.0.attn."
     marks = ("txt_norm.weight", "img_in.weight", "txt_in.weight", "proj_out.weight", f"{first}norm_added_k.weight")
     missing = [mark for mark in marks if mark not in shapes]
     if missing:
         raise ModelFileError(
-            f"{name} is not a Qwen-Image transformer: it has no {missing[0]}{_looks_like(shapes)}. Choose a "
-            "Qwen-Image-Edit file from models/diffusion_models."
+            f"{name} is not a Qwen-Image transformer: it has no {missing[0]}{looks_like(shapes)}. {instead}"
         )
+    if any(len(shapes[mark]) != (2 if mark.endswith(("in.weight", "out.weight")) else 1) for mark in marks):
+        raise ModelFileError(f"{name} is not a Qwen-Image transformer: its weights have other shapes. {instead}")
     head = shapes[f"{first}norm_added_k.weight"][0]
     if head not in ROPE_AXES:
         raise ModelFileError(
-            f"{name} is not a Qwen-Image transformer: its attention heads have width {head} instead of 128. Choose a "
-            "Qwen-Image-Edit file."
+            f"{name} is not a Qwen-Image transformer: its attention heads have width {head} instead of 128. {instead}"
         )
-    numbers = {int(key.split(".")[1]) for key in shapes if key.startswith("transformer_blocks.")}
+    found = (re.match(r"transformer_blocks\.(\d{1,4})\.", key) for key in shapes)
     return {
-        "num_layers": max(numbers) + 1,
+        "num_layers": max(int(match[1]) for match in found if match) + 1,
         "in_channels": shapes["img_in.weight"][1],
         "out_channels": shapes["proj_out.weight"][0] // 4,
         "attention_head_dim": head,
@@ -160,20 +198,16 @@ def _settings_of_file(source: WeightSource) -> dict[str, Any]:
     }
 
 
-def _looks_like(names: Collection[str]) -> str:
-    """A guess at what a wrong file is, as the end of a sentence; empty if there is none."""
-    if any("lora" in name for name in names):
-        return "; it looks like a LoRA"
-    if any("self_attn.k_proj" in name for name in names):
-        return "; it looks like a text encoder"
-    if any(name.startswith(("decoder.", "encoder.")) for name in names):
-        return "; it looks like a VAE"
-    return ""
+def _layered(place: Path, instead: str) -> ModelFileError:
+    return ModelFileError(
+        f"{place.name} is Qwen-Image-Layered, which makes layers of a picture and needs other inputs. {instead}"
+    )
 
 
 def empty_transformer(settings: dict[str, Any]) -> QwenImageTransformer2DModel:
     """The network on the meta device. The rotary table is real, because it is computed and not loaded."""
-    from diffusers import QwenImageTransformer2DModel
+    with explained_imports("diffusers"):
+        from diffusers import QwenImageTransformer2DModel
 
     known = inspect.signature(QwenImageTransformer2DModel.__init__).parameters
     chosen = {key: value for key, value in settings.items() if key in known}
@@ -214,8 +248,27 @@ def _check_flavour(config: ModelConfig, place: Path, settings: dict[str, Any]) -
     )
 
 
+def _check_pipeline(place: Path, flavour: FlavourName) -> None:
+    """Check that the download's model_index.json doesn't name a model other than the edit models.
+
+    Raises:
+        ModelFileError: it names one, such as the text-to-image model.
+    """
+    name = _pipeline_class(place)
+    if name.startswith("QwenImage") and "Edit" not in name:
+        what = "the text-to-image model Qwen-Image" if name == "QwenImagePipeline" else f"for {name}"
+        raise ModelFileError(
+            f"{place.parent} is {what}, as its model_index.json says, and not an edit model. "
+            f"{instead_of('transformer', flavour)}"
+        )
+
+
 def _pipeline_of(place: Path) -> str:
     """The diffusers edit pipeline named in the download's model_index.json; empty if there is none."""
+    name = _pipeline_class(place)
+    return name if name in {row.pipeline for row in FLAVOURS.values()} else ""
+
+
+def _pipeline_class(place: Path) -> str:
     index = place.parent / "model_index.json"
-    name = read_json(index).get("_class_name") if place.is_dir() and index.is_file() else ""
-    return str(name) if name in {row.pipeline for row in FLAVOURS.values()} else ""
+    return str(read_json(index).get("_class_name", "")) if place.is_dir() and index.is_file() else ""

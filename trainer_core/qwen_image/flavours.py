@@ -33,6 +33,7 @@ class Flavour:
 
     name: FlavourName
     released_as: str
+    comfyui_file: str  # the transformer in ComfyUI's template
     pipeline: str  # diffusers' class in the download's model_index.json
     max_references: int
     template: str  # {} stands for the pictures' markers and the caption
@@ -50,6 +51,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
         Flavour(
             name="edit-v1",
             released_as="Qwen/Qwen-Image-Edit",
+            comfyui_file="qwen_image_edit_fp8_e4m3fn.safetensors",
             pipeline="QwenImageEditPipeline",
             max_references=1,
             template=_chat(_SYSTEM, VISION_PICTURE + "{}"),
@@ -63,6 +65,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
         Flavour(
             name="edit-v2",
             released_as="Qwen/Qwen-Image-Edit-2509",
+            comfyui_file="qwen_image_edit_2509_fp8_e4m3fn.safetensors",
             pipeline="QwenImageEditPlusPipeline",
             max_references=3,
             template=_chat(_SYSTEM, "{}"),
@@ -76,6 +79,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
         Flavour(
             name="edit-v3",
             released_as="Qwen/Qwen-Image-Edit-2511",
+            comfyui_file="qwen_image_edit_2511_bf16.safetensors",
             pipeline="QwenImageEditPlusPipeline",
             max_references=3,
             template=_chat(_SYSTEM, "{}"),

@@ -27,7 +27,7 @@ from .batching import in_batches
 from .flavours import FLAVOURS, Flavour
 from .folder import DEMO_FOLDER
 from .stops import stop_before_each
-from .text_encoder_file import KEPT_LAYERS, load_by_layers
+from .text_encoder_file import KEPT_LAYERS, check_text_encoder_file, load_by_layers
 from .text_encoder_size import BATCH_TOKENS, STREAM_BUFFERS, spread, text_encoder_size
 from .vision import num_vision_tokens, rotary_positions, vision_patches
 from .vision_attention import attend_in_batches
@@ -206,10 +206,12 @@ def check_text_encoder(base: BaseModel, preprocessing: Preprocessing) -> None:
 
     Raises:
         MissingPackageError: the precision or the preprocessing needs a package that is not installed.
-        ModelFileError: the text encoder or the tokenizer is missing.
+        ModelFileError: the text encoder or the tokenizer is missing or wrong.
     """
     converter(base.config.text_encoder_precision)
     prompt.check_tokenizer(base.folder.tokenizer)
+    if not base.folder.text_encoder.is_relative_to(DEMO_FOLDER):
+        check_text_encoder_file(base.folder.text_encoder)
     if preprocessing == "diffusers":
         _image_processor(base.folder.processor)
 

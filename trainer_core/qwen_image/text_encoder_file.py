@@ -13,11 +13,13 @@ from torch import nn
 from ..config import ModelConfig
 from ..errors import ModelFileError
 from ..events import Observer
+from ..packages import explained_imports
 from ..precision.materialise import Placement, materialise
 from ..weights.source import open_weights
 from ..weights.stored import Read, WeightSource
 from .folder import read_json
 from .quantised_entry import quantised_entry
+from .recognise import instead_of, looks_like
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -91,7 +93,8 @@ def load_by_layers(
         MissingPackageError: the precision or file format needs a package that is not installed.
         Interrupted: the observer wants to stop.
     """
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    with explained_imports("transformers"):
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     source = _open(place)
     settings = qwen25_vl_7b() if place.is_file() else dict(read_json(place / "config.json"))
@@ -123,14 +126,44 @@ def stored_shapes(place: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in _open(place).shapes.items() if not name.startswith("lm_head")}
 
 
+def check_text_encoder_file(place: Path) -> None:
+    """Check by the files' headers that this is a whole Qwen2.5-VL, and that a single file is the 7B model.
+
+    Raises:
+        ModelFileError: it is not.
+    """
+    _open(place)
+
+
 def _open(place: Path) -> _Renamed:
-    source = _Renamed(open_weights(place, _FILE_PREFIXES))
+    instead = instead_of("text_encoder")
+    if place.suffix == ".gguf":
+        raise ModelFileError(f"{place.name} is a GGUF file, which the text encoder can't be read from. {instead}")
+    source = _Renamed(open_weights(place, _FILE_PREFIXES, instead))
     if _in_transformers(_MARK) not in source.shapes:
         raise ModelFileError(
-            f"{place.name} is not a Qwen2.5-VL: it has no {_MARK}. Choose qwen_2.5_vl_7b.safetensors or "
-            "qwen_2.5_vl_7b_fp8_scaled.safetensors from models/text_encoders."
+            f"{place.name} is not a Qwen2.5-VL: it has no {_MARK}{looks_like(source.shapes)}. {instead}"
         )
+    if place.is_file():
+        _check_7b(source, instead)
     return source
+
+
+def _check_7b(source: _Renamed, instead: str) -> None:
+    """Check that a file has the layers and the width of the 7B model."""
+    text, vision = (qwen25_vl_7b()[part] for part in ("text_config", "vision_config"))
+    width = source.shapes[_in_transformers(_MARK)]
+    wanted = (text["hidden_size"] // text["num_attention_heads"] * text["num_key_value_heads"],)
+    if width != wanted:
+        raise ModelFileError(
+            f"{source.place.name} is a Qwen2.5-VL of another size than 7B: {_MARK} has shape {list(width)} instead of "
+            f"{list(wanted)}. {instead}"
+        )
+    layers = [f"{LAYERS}.{number}.self_attn.k_proj.weight" for number in range(text["num_hidden_layers"])]
+    blocks = [f"model.visual.blocks.{number}.attn.qkv.weight" for number in range(vision["depth"])]
+    if missing := [name for name in (*layers, *blocks) if name not in source.shapes]:
+        what = "has no vision tower" if set(missing) >= set(blocks) else "is incomplete"
+        raise ModelFileError(f"{source.place.name} {what}: it lacks {missing[-1]}. {instead}")
 
 
 def _in_transformers(name: str) -> str:

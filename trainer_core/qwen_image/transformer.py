@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..events import SILENT, Observer
 from ..precision.materialise import Placement, materialise
-from ..weights.source import open_weights
-from .base_model import TRANSFORMER_PREFIXES, BaseModel, compute_dtype
+from .base_model import BaseModel, compute_dtype
 from .frozen_forward import predict_tokens
 from .latents import pack, pad_to_patches, token_shape, unpack
 from .quantised_entry import quantised_entry
@@ -38,7 +37,7 @@ def load_transformer(
     """
     config = base.config
     network = base.new_network()  # first, because it raises for a wrong model before a large file is opened
-    source = open_weights(base.folder.transformer, TRANSFORMER_PREFIXES)
+    source = base.transformer_weights
     placement = Placement(
         precision=config.base_model_precision,
         dtype=compute_dtype(config),

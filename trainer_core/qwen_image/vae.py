@@ -14,10 +14,15 @@ from torch.nn import functional
 from ..device import copied_to
 from ..errors import ModelFileError
 from ..events import SILENT, Observer
+from ..packages import explained_imports
+from ..text import brief, shown
 from ..weights.source import open_weights
+from ..weights.stored import WeightSource
 from .base_model import BaseModel
 from .batching import in_batches
+from .folder import read_json
 from .latents import VAE_FACTOR, denormalise, normalise
+from .recognise import instead_of, looks_like
 from .stops import stop_before_each
 from .vae_tiles import ENCODING_ELEMENTS, decode_raw, encode_raw
 
@@ -76,6 +81,34 @@ class _PictureConv(nn.Module):
         return functional.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
 
 
+def check_vae(base: BaseModel) -> None:
+    """Check by the files' headers that the base model's VAE is the one of Qwen-Image.
+
+    Raises:
+        ModelFileError: it is not, or a file is damaged.
+    """
+    place = base.folder.vae
+    if place.is_file():
+        _check_shapes(_open(place))
+        return
+    name = read_json(place / "config.json").get("_class_name")
+    if name != "AutoencoderKLQwenImage":
+        raise ModelFileError(f"The VAE in {place} has the class {brief(name)}. {instead_of('vae')}")
+    open_weights(place, instead=instead_of("vae"))
+
+
+def _check_shapes(source: WeightSource) -> None:
+    """Raises ModelFileError if the weights aren't those of Qwen-Image's VAE. Reads none of them."""
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in source.shapes.items()}
+    _empty_for(shapes, source.place)
+
+
+def _open(place: Path) -> WeightSource:
+    if place.suffix == ".gguf":
+        raise ModelFileError(f"{place.name} is a GGUF file, which a VAE can't be read from. {instead_of('vae')}")
+    return open_weights(place, ("vae.", "first_stage_model."), instead_of("vae"))
+
+
 def _from_folder(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     from diffusers import AutoencoderKLQwenImage
 
@@ -87,19 +120,31 @@ def _from_folder(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
 
 def _from_file(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     """Load a VAE with Qwen-Image's depth and the file's width. Weight names may be Wan's or diffusers'."""
-    from diffusers import AutoencoderKLQwenImage
-
-    source = open_weights(place, ("vae.", "first_stage_model."))
+    source = _open(place)
+    _check_shapes(source)
     with source.opened() as read:
-        weights = {name: read(name).dequantise(dtype) for name in source.shapes}
+        vae, weights = _empty_for({name: read(name).dequantise(dtype) for name in source.shapes}, place)
+    vae.load_state_dict(weights, assign=True)
+    return vae
+
+
+def _empty_for(weights: dict[str, Tensor], place: Path) -> tuple[AutoencoderKLQwenImage, dict[str, Tensor]]:
+    """A VAE on the meta device as wide as these weights, and the weights by diffusers' names.
+
+    Raises:
+        ModelFileError: they aren't those of Qwen-Image's VAE.
+    """
+    with explained_imports("diffusers"):
+        from diffusers import AutoencoderKLQwenImage
+
     if _WAN_MARK in weights:
         from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
         weights = convert_wan_vae_to_diffusers(weights)
-    if _WIDTH_FROM not in weights:
+    if _WIDTH_FROM not in weights or not weights[_WIDTH_FROM].ndim:
         raise ModelFileError(
-            f"{place.name} is not a Qwen-Image VAE: it has neither {_WAN_MARK} nor {_WIDTH_FROM}. Choose "
-            "qwen_image_vae.safetensors from models/vae."
+            f"{place.name} is not a Qwen-Image VAE: it has neither {_WAN_MARK} nor {_WIDTH_FROM}{looks_like(weights)}. "
+            f"{instead_of('vae')}"
         )
     with torch.device("meta"):  # drawing initial weights takes longer than reading the file's
         vae = AutoencoderKLQwenImage(base_dim=len(weights[_WIDTH_FROM]))
@@ -109,10 +154,19 @@ def _from_file(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
         unknown = [name for name in weights if name not in wanted]
         raise ModelFileError(
             f"{place.name} is not a Qwen-Image VAE, or incomplete: {len(wrong)} of {len(wanted)} weights are missing "
-            f"or have the wrong shape, {len(unknown)} are unknown (first: {(wrong + unknown)[0]}). Download it again."
+            f"or have the wrong shape, {len(unknown)} are unknown (first: {shown((wrong + unknown)[0])})"
+            f"{_other_vae(weights)}. {instead_of('vae')}"
         )
-    vae.load_state_dict(weights, assign=True)
-    return vae
+    return vae, weights
+
+
+def _other_vae(weights: dict[str, Tensor]) -> str:
+    """What a VAE with Qwen-Image's names but other shapes probably is, as the end of a sentence."""
+    first = weights.get("encoder.conv_in.weight")
+    channels = first.shape[1] if first is not None and first.ndim > 1 else 3
+    return {4: "; it looks like the VAE of Qwen-Image-Layered", 12: "; it looks like a VAE of Wan 2.2"}.get(
+        channels, ""
+    )
 
 
 def batch_pixels(free: int, element_bytes: int) -> int:

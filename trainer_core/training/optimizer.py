@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config import OptimizerConfig, OptimizerName
 from ..errors import ConfigError, MissingPackageError
+from ..packages import check_package
 
 Builder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -58,6 +59,7 @@ def optimizer_builder(config: OptimizerConfig, device: torch.device) -> Builder:
 
 
 def _library(package: str, config: OptimizerConfig) -> Any:
+    check_package(package)
     try:
         return importlib.import_module(package.replace("-", "_"))
     except ImportError as error:

@@ -60,5 +60,5 @@ def _reader(path: Path) -> Any:
         raise MissingPackageError("gguf", "A .gguf base model") from error
     try:
         return GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError) as error:
         raise ModelFileError(f"{path.name} is not a complete .gguf file ({error}). Download it again.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +11,16 @@ from ..errors import ModelFileError
 from .gguf_source import GgufSource
 from .safetensors_source import SafetensorsSource
 from .stored import WeightSource
+from .whole import check_whole
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")  # as diffusers and transformers name a model's parts
+_MOST_PARTS = 1000
 
 
-def open_weights(place: Path, prefixes: Sequence[str] = ()) -> WeightSource:
+def open_weights(place: Path, prefixes: Sequence[str] = (), instead: str = "") -> WeightSource:
     """Read the header of a file, or of the files in a folder. No weight is read yet.
+
+    `instead` is a sentence about what to choose, for messages about formats that can't be used.
 
     If more than a few names begin with one of `prefixes`, that prefix is cut off and all other names are left out: a
     single file may hold several networks.
@@ -22,9 +29,13 @@ def open_weights(place: Path, prefixes: Sequence[str] = ()) -> WeightSource:
         ModelFileError: the file is missing, damaged, or in an unsupported format or layout.
         MissingPackageError: a .gguf file, but the package gguf is not installed.
     """
-    if place.suffix == ".gguf":
+    if place.suffix == ".gguf" and place.is_file():
+        check_whole(place)
         return GgufSource(place, prefixes)
-    return SafetensorsSource(place, _files(place), prefixes)
+    files = _files(place)
+    for path in files:
+        check_whole(path)
+    return SafetensorsSource(place, files, prefixes, instead)
 
 
 def _files(place: Path) -> list[Path]:
@@ -35,6 +46,10 @@ def _files(place: Path) -> list[Path]:
                 f"{place.name} is not a .safetensors or .gguf file. Choose one of these: other formats can run code "
                 "when they are loaded."
             )
+        if part := _PART.fullmatch(place.name):
+            raise ModelFileError(
+                f"{place.name} is part {int(part[2])} of {int(part[3])} of a model. Choose the folder with all parts."
+            )
         return [place]
     if not place.is_dir():
         raise ModelFileError(f"There is no file or folder {place}. Check the path.")
@@ -44,10 +59,26 @@ def _files(place: Path) -> list[Path]:
             return _parts(place, index)
         if (place / f"{name}.safetensors").is_file():
             return [place / f"{name}.safetensors"]
+    if parts := _parts_without_index(place):
+        return parts
     raise ModelFileError(
         f"{place} has no diffusion_pytorch_model.safetensors or model.safetensors, in one file or in parts. Choose "
         "a model folder in diffusers' layout."
     )
+
+
+def _parts_without_index(folder: Path) -> list[Path]:
+    """The parts of a model whose index is missing, which only lists them; empty if there are none."""
+    found = {path: _PART.fullmatch(path.name) for path in sorted(folder.glob("*.safetensors"))}
+    parts = {path: match for path, match in found.items() if match}
+    if not parts:
+        return []
+    (name, count), *others = {(match[1], int(match[3])) for match in parts.values()}
+    missing = sorted(set(range(1, min(count, _MOST_PARTS) + 1)) - {int(match[2]) for match in parts.values()})
+    if others or missing:
+        which = f"part {missing[0]} of {count}" if missing else f"parts of one model: it has those of {name} and others"
+        raise ModelFileError(f"{folder} lacks {which}. Download it.")
+    return list(parts)
 
 
 def _parts(folder: Path, index: Path) -> list[Path]:
