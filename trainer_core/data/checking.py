@@ -132,7 +132,7 @@ def _recall(memory: Path | None, states: dict[Path, State], masks: Collection[Pa
                 sha256, size, animated, transparent, profile, corrections, *mask = row[1]
                 profile = profile and ColourProfile(*profile)
                 known[path] = Checked(sha256, Size(*size), animated, transparent, profile, tuple(corrections), *mask)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return {}
     return known
 
