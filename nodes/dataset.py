@@ -204,5 +204,7 @@ class PreviewPairs(Node):
         from ..trainer_core.pictures.contact_sheet import contact_sheet, report
         from .pictures import picture_to_image
 
-        sheet, text = picture_to_image(contact_sheet(dataset, max_pairs=max_pairs)), report(dataset)
+        with host_call.interruptible() as observer:
+            sheet = picture_to_image(contact_sheet(dataset, max_pairs=max_pairs, observer=observer))
+        text = report(dataset)
         return io.NodeOutput(sheet, text, ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": [text]})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io, ui
 
 from ..trainer_core.config import NoiseConfig
-from . import sockets
+from . import host_call, sockets
 from .schema import Node, new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
@@ -39,5 +39,7 @@ class PreviewEditWeight(Node):
         from ..trainer_core.training.edit_weight import edit_weight_preview
         from .pictures import picture_to_image
 
-        sheet = picture_to_image(edit_weight_preview(encoded, edit_weight, max_pairs=max_pairs))
+        with host_call.interruptible() as observer:
+            preview = edit_weight_preview(encoded, edit_weight, max_pairs=max_pairs, observer=observer)
+        sheet = picture_to_image(preview)
         return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))

@@ -182,7 +182,8 @@ class EncodeImported(Node):
             paired = [(_without_image_embeds(part), dataset) for part, dataset in paired]
         with host_call.long_call() as observer:
             encoders = connected_encoders(connected, imported.job.model.flavour)
-            encoded, validation = encode_parts(imported.job, plan_parts(imported.job, paired, encoders), observer)
+            planned = plan_parts(imported.job, paired, encoders, observer)
+            encoded, validation = encode_parts(imported.job, planned, observer)
         reports = [encoding_report(CACHE_WATCH.watch(each)) for each in (encoded, validation) if each is not None]
         return io.NodeOutput(encoded, validation, "\n\n".join(reports))
 

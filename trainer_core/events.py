@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from .errors import Interrupted
+
+T = TypeVar("T")
 
 # Names of a validation's results in reports, metrics and charts.
 VALIDATION_LOSSES = ("validation_loss", "ema_validation_loss")  # of the trained weights and of their EMA
@@ -140,3 +143,14 @@ def raise_if_stopped(observer: Observer) -> None:
     """
     if stop := observer.should_stop():
         raise Interrupted(keep=stop is Stop.KEEP)
+
+
+def watched(items: Iterable[T], observer: Observer) -> Iterator[T]:
+    """Yield the items. `raise_if_stopped` before each.
+
+    Raises:
+        Interrupted: the observer wants to stop.
+    """
+    for item in items:
+        raise_if_stopped(observer)
+        yield item

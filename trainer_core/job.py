@@ -185,7 +185,7 @@ def check_job(
     paired = _paired(job, observer, problems)
     planned: list[PlannedPart] = []
     for part, dataset in paired:
-        plan = partial(plan_dataset, dataset, base, part.encoding, Path(job.cache_dir), ranks=ranks)
+        plan = partial(plan_dataset, dataset, base, part.encoding, Path(job.cache_dir), ranks=ranks, observer=observer)
         if found := _attempt(problems, job, plan, part.id if job.datasets else ""):
             planned.append((part, found))
     checked = CheckedJob(problems=problems, paired=paired, planned=planned, model=model)
@@ -249,14 +249,20 @@ def encode_job(
     return encode_parts(job, checked.planned, observer)
 
 
-def plan_parts(job: JobConfig, paired: Sequence[PairedPart], encoders: Encoders | None = None) -> list[PlannedPart]:
+def plan_parts(
+    job: JobConfig, paired: Sequence[PairedPart], encoders: Encoders | None = None, observer: Observer = SILENT
+) -> list[PlannedPart]:
     """Each dataset with what the cache lacks. `encoders` replaces the base model's encoders.
 
     Raises:
         ConfigError, DatasetError, ModelFileError, DiskError, JobError: see `plan_dataset` and `check_disk`.
+        Interrupted: the observer asked to stop.
     """
     cache_dir, base = Path(job.cache_dir), BaseModel(job.model)
-    planned = [(part, plan_dataset(dataset, base, part.encoding, cache_dir, encoders)) for part, dataset in paired]
+    planned = [
+        (part, plan_dataset(dataset, base, part.encoding, cache_dir, encoders, observer=observer))
+        for part, dataset in paired
+    ]
     _together(job, [(part, dataset.encoded()) for part, dataset in planned], plan_mix)
     datasets = [dataset for _, dataset in planned]
     check_disk([cache_use(datasets)] if any(any(dataset.missing) for dataset in datasets) else [])

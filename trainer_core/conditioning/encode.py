@@ -52,7 +52,7 @@ def encode_dataset(
     Raises:
         ConfigError, DatasetError, ModelFileError, OutOfMemoryError, Interrupted: as these two.
     """
-    return encode_planned(plan_dataset(dataset, base, encoding, cache_dir, encoders, ranks), observer)
+    return encode_planned(plan_dataset(dataset, base, encoding, cache_dir, encoders, ranks, observer), observer)
 
 
 def plan_dataset(
@@ -62,6 +62,7 @@ def plan_dataset(
     cache_dir: Path,
     encoders: Encoders | None = None,
     ranks: Ranks = SINGLE_PROCESS,
+    observer: Observer = SILENT,
 ) -> PlannedDataset:
     """Check a dataset and find what the cache lacks. `encoders` replace the base model's VAE and text encoder.
 
@@ -74,12 +75,13 @@ def plan_dataset(
         MissingPackageError: a setting needs a package that is not installed.
         ModelFileError: a file of the model is missing, or the transformer has another flavour.
         JobError: several of these.
+        Interrupted: the observer asked to stop.
     """
     model, encoders, problems = base.config, encoders or Encoders(), Problems()
     problems.attempt(lambda: base.prompt_width)  # fails for a transformer of another flavour
     problems.attempt(lambda: check_references(dataset, model, encoding))
     problems.attempt(lambda: encoders.check(encoding))
-    problems.attempt(lambda: _check_captions(dataset, encoding, base.folder.tokenizer))
+    problems.attempt(lambda: _check_captions(dataset, encoding, base.folder.tokenizer, observer))
     kept = problems.attempt(lambda: large_enough(dataset.pairs, encoding.sizes))
     used = kept and problems.attempt(lambda: _trained_and_validated(kept[0], encoding))
     networks = problems.attempt(lambda: _networks(base, encoding, encoders))
@@ -104,7 +106,7 @@ def plan_dataset(
         left_out=left_out,
         pairs=trained,
         validation_pairs=validated,
-        missing=find_missing(list(ranks.share([*trained, *validated])), cache_dir),
+        missing=find_missing(list(ranks.share([*trained, *validated])), cache_dir, observer),
         picture_encoder=vae,
         prompt_encoder=text_encoder,
         image_embeds=embeds,
@@ -128,7 +130,7 @@ def encode_planned(planned: PlannedDataset, observer: Observer = SILENT) -> Enco
         clean_leftovers(cache_dir)
     if any(missing):  # once more, because another dataset of the job may share pictures
         every = [*planned.pairs, *planned.validation_pairs]
-        missing = find_missing(list(planned.ranks.share(every)), cache_dir)
+        missing = find_missing(list(planned.ranks.share(every)), cache_dir, observer)
     if planned.encoding.create_image_embeds:
         planned.image_embeds.create()
     before = dataset_states(planned.dataset) if any(missing) else {}
@@ -157,7 +159,7 @@ def _networks(base: BaseModel, encoding: EncodingConfig, encoders: Encoders) -> 
     return encoders.pictures or own_pictures(base, device), encoders.prompts or own_prompts(base, encoding, device)
 
 
-def _check_captions(dataset: EditDataset, encoding: EncodingConfig, tokenizer: Path) -> None:
+def _check_captions(dataset: EditDataset, encoding: EncodingConfig, tokenizer: Path, observer: Observer) -> None:
     """Raise DatasetError if a prompt can't be encoded; lists all."""
     validated = ("validation prompts", (*encoding.validation_prompts, encoding.validation_negative_prompt))
     seen = [(pair.key, pair.captions) for pair in dataset.pairs if pair.references]
@@ -170,7 +172,7 @@ def _check_captions(dataset: EditDataset, encoding: EncodingConfig, tokenizer: P
     ]
     every = [*((pair.key, pair.captions) for pair in dataset.pairs), validated]
     prompts = ((place, caption) for place, captions in every for caption in captions)
-    problems += too_long(prompts, encoding.tokenizer_max_length, tokenizer)
+    problems += too_long(prompts, encoding.tokenizer_max_length, tokenizer, observer)
     if problems:
         raise DatasetError("These captions can't be encoded:", problems)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import EncodingConfig, ModelConfig, digest
 from ..data.images import open_checked_picture
 from ..data.pairing import EditDataset, EditPair
+from ..events import SILENT, Observer, watched
 from ..files import is_whole
 from ..geometry import Box
 from ..qwen_image.base_model import BaseModel
@@ -170,14 +171,18 @@ def mask_box(pair: EditPair, plan: PairPlan) -> Box:
     return plan.mask_box(pair.sizes[0], pair.mask.size)
 
 
-def find_missing(planned: list[PlannedPair], cache_dir: Path) -> MissingWork:
-    """The entries of these pairs that are not in the cache."""
+def find_missing(planned: list[PlannedPair], cache_dir: Path, observer: Observer = SILENT) -> MissingWork:
+    """The entries of these pairs that are not in the cache.
+
+    Raises:
+        Interrupted: the observer wants to stop.
+    """
 
     def lacks(kind: str, key: str) -> bool:
         return bool(key) and not is_whole(entry_path(cache_dir, kind, key))
 
     missing, asked = MissingWork({}, {}, []), set[str]()
-    for each in planned:
+    for each in watched(planned, observer):
         if lacks("mask", each.entry.mask):
             missing.masks[each.entry.mask] = each
         for task in each.latent_tasks():

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..events import SILENT, Observer, watched
 from ..text import shown, some_of
 from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES
 
@@ -47,11 +48,14 @@ class Folder:
         return ""
 
 
-def scan_folder(root: Path, *, table: Path | None = None) -> Folder:
+def scan_folder(root: Path, *, table: Path | None = None, observer: Observer = SILENT) -> Folder:
     """List a folder and its subfolders in name order.
 
     `problems` and `notes` say of every file that is kept out of the dataset why it is. `table`: the caption table,
     which may be in the folder.
+
+    Raises:
+        Interrupted: the observer asked to stop.
     """
     folder = Folder(root)
     if not root.is_dir():
@@ -59,7 +63,7 @@ def scan_folder(root: Path, *, table: Path | None = None) -> Folder:
         folder.problems.append(f"{shown(root)}: the folder {kind}.")
         return folder
     resolved = root.resolve()
-    for path in _files(folder, root):
+    for path in watched(_files(folder, root), observer):
         kinds = _kind_of(folder, path)
         if (kinds is None or kinds is folder.unread) and path != table:
             folder.others.append(path)

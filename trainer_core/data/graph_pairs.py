@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..config import CaptionConfig, DatasetConfig
 from ..errors import DatasetError
-from ..events import SILENT, Observer
+from ..events import SILENT, Observer, watched
 from ..files import clean_leftovers, remove, temporary_beside
 from ..text import is_blank, text_problem
 from .pairing import EditDataset, pair_folders
@@ -37,10 +37,10 @@ def pair_pictures(
     if problems := _problems(targets, references, captions):
         raise DatasetError("These pictures can't be paired. Fix the problems below and run again:", problems)
     sets = {"target": targets} | {f"reference_{number}": each for number, each in enumerate(references, 1)}
-    folder = root / _content(sets, captions)
+    folder = root / _content(sets, captions, observer)
     clean_leftovers(root)
     if not folder.is_dir():
-        _write(folder, sets, captions)
+        _write(folder, sets, captions, observer)
     dirs = tuple(str(folder / name) for name in sets)
     whole = CaptionConfig(disable_multiline_split=True)
     return pair_folders(DatasetConfig(target_dir=dirs[0], reference_dirs=dirs[1:], captions=whole), observer)
@@ -73,21 +73,21 @@ def _problems(
     return problems
 
 
-def _content(sets: dict[str, Sequence[Image.Image]], captions: Sequence[str]) -> str:
+def _content(sets: dict[str, Sequence[Image.Image]], captions: Sequence[str], observer: Observer) -> str:
     digest = hashlib.sha256(repr([list(sets), list(captions)]).encode())
     for pictures in sets.values():
-        for picture in pictures:
+        for picture in watched(pictures, observer):
             digest.update(f"{picture.mode} {picture.size}".encode())
             digest.update(picture.tobytes())
     return digest.hexdigest()[:32]
 
 
-def _write(folder: Path, sets: dict[str, Sequence[Image.Image]], captions: Sequence[str]) -> None:
+def _write(folder: Path, sets: dict[str, Sequence[Image.Image]], captions: Sequence[str], observer: Observer) -> None:
     temporary = temporary_beside(folder)
     try:
         for name, pictures in sets.items():
             (temporary / name).mkdir(parents=True)
-            for number, picture in enumerate(pictures):
+            for number, picture in enumerate(watched(pictures, observer)):
                 picture.save(temporary / name / f"{number:05d}.png", compress_level=1)
         for number, caption in enumerate(captions):
             (temporary / "target" / f"{number:05d}.txt").write_text(caption, encoding="utf-8")

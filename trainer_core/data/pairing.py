@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..config import ConditioningType, DatasetConfig, digest, to_json
 from ..disk import disk_errors
 from ..errors import DatasetError
-from ..events import SILENT, Observer
+from ..events import SILENT, Observer, watched
 from ..geometry import Size, same_shape
 from ..text import printable, shown, some_of
 from .caption_table import read_caption_table, table_path
@@ -105,7 +105,9 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     if problems:
         return FolderScan(_dataset([], roots, ()), tuple(problems), ())
     table_file = table_path(config)
-    target, *others = folders = [scan_folder(root, table=table_file) for root in [*roots, *_mask_roots(config)]]
+    target, *others = folders = [
+        scan_folder(root, table=table_file, observer=observer) for root in [*roots, *_mask_roots(config)]
+    ]
     problems = [problem for folder in folders for problem in folder.problems] + take_out_masks(target, others)
     layout = recognise(target, others[: len(config.reference_dirs)], config)
     table, table_problems = _caption_table(config)
@@ -129,7 +131,7 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     notes += _without_reference(folders, config)
     notes += _unused_rows(table, target, config)
     pairs = []
-    for key in sorted(target.pictures):
+    for key in watched(sorted(target.pictures), observer):
         listed = None if table is None or key in layout.no_caption else table.get(key, ())
         pair, found = _pair(key, folders, checked, config, listed, layout)
         problems += found

@@ -11,6 +11,7 @@ from ..config import PairCheckConfig
 from ..data.images import is_converted, shown
 from ..data.pair_check import PairCheck, alike_captions, measure_pair
 from ..data.pairing import EditDataset, EditPair
+from ..events import SILENT, Observer, watched
 from .rows import Look, PictureRow, draw_rows, open_thumbnail
 
 _MARK = (235, 87, 87)
@@ -47,7 +48,14 @@ def check_report(dataset: EditDataset, check: PairCheck) -> str:
     return "\n".join(lines)
 
 
-def check_sheet(dataset: EditDataset, check: PairCheck, config: PairCheckConfig, *, max_pairs: int = 12) -> Image.Image:
+def check_sheet(
+    dataset: EditDataset,
+    check: PairCheck,
+    config: PairCheckConfig,
+    *,
+    max_pairs: int = 12,
+    observer: Observer = SILENT,
+) -> Image.Image:
     """References, target and their difference after alignment. Pairs with findings come first, in a red frame."""
     marked = {finding.key for finding in check.findings}
     chosen = sorted(dataset.pairs, key=lambda pair: pair.key not in marked)[:max_pairs]
@@ -55,7 +63,7 @@ def check_sheet(dataset: EditDataset, check: PairCheck, config: PairCheckConfig,
     names = ["reference"] if count == 1 else [f"reference {number + 1}" for number in range(count)]
     title = f"{len(marked)} of {check.num_pairs} pairs may have problems" if marked else "No problems"
     look = Look(columns=0, title=title, footer="" if chosen else "There are no pairs to show.")
-    rows = [_row(pair, check, config, count) for pair in chosen]
+    rows = [_row(pair, check, config, count) for pair in watched(chosen, observer)]
     return draw_rows([*names, "target", "difference"], rows, look)
 
 

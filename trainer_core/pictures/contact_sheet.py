@@ -11,6 +11,7 @@ from PIL import Image
 from ..data.images import is_converted
 from ..data.masks import checked_mask_grey
 from ..data.pairing import EditDataset, EditPair
+from ..events import SILENT, Observer, watched
 from ..geometry import Size, similar_shape
 from ..text import shown, some_of
 from .rows import Look, PictureRow, draw_rows, open_thumbnail, thumbnail
@@ -19,7 +20,7 @@ _ASPECTS = ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (4, 5), (3, 4), (2,
 _ASPECT_TOLERANCE = 0.02  # smaller relative differences come from rounding to whole pixels
 
 
-def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12) -> Image.Image:
+def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, observer: Observer = SILENT) -> Image.Image:
     """References, target, mask and caption of up to `max_pairs` pairs, spread evenly over the dataset.
 
     Pictures are shown as they are trained: in sRGB unless color_profiles is ignore, and masks as they weight the loss.
@@ -37,7 +38,8 @@ def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12) -> Image.Image:
     headings += ["mask: white counts"] if masked else []
     title = f"{len(chosen)} of {count} pairs" if count > len(chosen) else _counted(count, "pair")
     look = Look(columns=0, title=title, footer="" if count else "There are no pairs to show.")
-    return draw_rows(headings, [_row(pair, num_references, masked=masked) for pair in chosen], look)
+    rows = [_row(pair, num_references, masked=masked) for pair in watched(chosen, observer)]
+    return draw_rows(headings, rows, look)
 
 
 def report(dataset: EditDataset) -> str:

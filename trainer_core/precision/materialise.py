@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import BaseModelPrecision
 from ..errors import ModelFileError
-from ..events import Observer, raise_if_stopped
+from ..events import Observer, raise_if_stopped, watched
 from ..weights.stored import Read, StoredWeight, WeightSource
 from .formats import EightBits, QuantisedWeight
 from .frozen_linear import FrozenLinear
@@ -79,7 +79,7 @@ def materialise(
             known = entry.read(done, placement.quantise_on) if entry else {}
             made: dict[str, QuantisedWeight] = {}
             with source.opened() as read:
-                for name in names:
+                for name in watched(names, observer):
                     _fill(network, name, read, placement, _Quantised(convert, known, made if entry else None))
             move_to_host(network.get_submodule(name) for name in names if placement.is_on_host(name))
             if entry and not known:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ..conditioning.encoded import EncodedDataset
+from ..events import SILENT, Observer, watched
 from ..geometry import Size, similar_shape
 from ..pictures.rows import Look, PictureRow, draw_rows
 
@@ -48,14 +49,16 @@ def combined_weights(
     return weights / weights.mean(dim=(2, 3), keepdim=True)
 
 
-def edit_weight_preview(encoded: EncodedDataset, strength: float, *, max_pairs: int = 12) -> Image.Image:
+def edit_weight_preview(
+    encoded: EncodedDataset, strength: float, *, max_pairs: int = 12, observer: Observer = SILENT
+) -> Image.Image:
     """The loss weights of the first pairs as pictures: grey is 1, white is 3 or more, black is 0.
 
     Raises:
         ConfigError: the references are not in the cache (reference_latents on_the_fly).
     """
     rows = []
-    for entry in (*encoded.pairs, *encoded.validation_pairs)[:max_pairs]:
+    for entry in watched((*encoded.pairs, *encoded.validation_pairs)[:max_pairs], observer):
         pair = encoded.load(entry)
         references = tuple(each[None] for each in pair.reference_latents)
         mask = None if pair.loss_weights is None else pair.loss_weights[None]
