@@ -87,7 +87,6 @@ class EncodePairs(Node):
         """Outputs an EncodedDataset and the report."""
         from ..trainer_core.conditioning.encode import encode_planned, plan_dataset
         from ..trainer_core.conditioning.report import encoding_report
-        from ..trainer_core.disk import disk_errors
         from ..trainer_core.planning.disk_space import cache_use, check_disk
         from .host_encoders import connected_encoders
 
@@ -97,7 +96,7 @@ class EncodePairs(Node):
         sizes = widgets.pop("size_settings", None) or SizeConfig()
         seen = widgets.pop("reference_settings", None) or sockets.ReferencesSeen()
         encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
-        with host_call.long_call() as observer, disk_errors(cache_dir):
+        with host_call.long_call() as observer:
             encoders = connected_encoders(connected, model.flavour)
             planned = plan_dataset(dataset, BaseModel(model), encoding, cache_dir, encoders)
             check_disk([cache_use([planned])] if any(planned.missing) else [])

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from comfy_api.latest import io
 
+from ..trainer_core.disk import disk_errors
 from ..trainer_core.errors import TrainerError
 from ..trainer_core.settings import hint_of, limits_of
 from .door import checked_inputs
@@ -49,11 +50,13 @@ def _at_the_door(method: Callable[..., Any]) -> Callable[..., Any]:
     def checked(cls: type[Node], *given: Any, **values: Any) -> Any:
         values = {**dict(zip(names, given, strict=False)), **values}
         if method.__name__ == "execute":
-            return method(cls, **_checked(cls, values))
+            with disk_errors():
+                return method(cls, **_checked(cls, values))
         # Before the graph runs, linked inputs are None. ComfyUI hands on only what `validate_inputs` names.
         known = {name: value for name, value in values.items() if value is not None}
         try:
-            return method(cls, **{**values, **_checked(cls, known, whole=False)})
+            with disk_errors():
+                return method(cls, **{**values, **_checked(cls, known, whole=False)})
         except TrainerError as error:
             return str(error)
 

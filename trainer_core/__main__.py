@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, observer.interrupt)
     try:
-        with disk_errors(Path()):
+        with disk_errors():
             return int(options.command(options, observer))
     except Interrupted as stopped:
         _LOG.warning("%s", stopped)

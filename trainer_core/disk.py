@@ -33,7 +33,7 @@ _IN_WORDS = {
 
 
 @contextmanager
-def disk_errors(place: Path, needed: int = 0) -> Iterator[None]:
+def disk_errors(place: Path | None = None, needed: int = 0) -> Iterator[None]:
     """Explain errors of the disk that the block raises. Other errors pass unchanged.
 
     The message names the file of the error, or `place` if the error names none or a temporary file beside `place`.
@@ -48,11 +48,16 @@ def disk_errors(place: Path, needed: int = 0) -> Iterator[None]:
         if isinstance(error, TrainerError) or error.errno not in _IN_WORDS:
             raise
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place
-        place = place if named.parent == place.parent else named
+        if place is None or (named is not None and named.parent != place.parent):
+            place = named
         raise DiskError(_explained(error.errno, place, needed), error.errno) from error
 
 
-def _explained(number: int, place: Path, needed: int) -> str:
+def _explained(number: int, place: Path | None, needed: int) -> str:
+    if place is None:
+        text = _IN_WORDS[number].format(place="a file", folder="it is in")
+        text = f"{text[0].upper()}{text[1:]}"
+        return f"{text} free disk space and run again." if number in _FULL else text
     there = existing_folder(place)
     text = _IN_WORDS[number].format(place=shown(place), folder=shown(there))
     if number not in _FULL:

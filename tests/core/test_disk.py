@@ -68,3 +68,16 @@ def test_sizes() -> None:
     assert [size_in_words(each) for each in (0, 999, 1000, 2.5e6, 1.25e9)] == [
         *("0 bytes", "999 bytes", "1.0 kB", "2.5 MB", "1.2 GB"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "The disk is full, so a file can't be written: free disk space and run again."),
+        (errno.EROFS, "A file can't be written, because its disk is read-only. Choose a folder on another disk."),
+    ],
+)
+def test_a_file_that_is_not_known(number: int, words: str) -> None:
+    with pytest.raises(DiskError) as caught, disk_errors():
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value) == words
