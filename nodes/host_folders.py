@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import folder_paths
 
 from ..trainer_core.config import DEMO_MODEL
 from ..trainer_core.errors import ConfigError, ModelFileError
+from ..trainer_core.json_text import read_json
 
 DEMO_CHOICE = "demo (embedded)"
 NO_LORA = "none"
@@ -107,9 +107,9 @@ def model_files(folder: str) -> list[str]:
 def _is_saved(config: Path, class_name: str) -> bool:
     """Whether the folder of `config` contains a network of this class."""
     try:
-        stored = json.loads(config.read_text(encoding="utf-8"))
+        stored = read_json(config, finite=False)
         named = {stored.get("_class_name"), *stored.get("architectures", ())}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (ConfigError, AttributeError, TypeError):
         return False
     return class_name in named and any(config.parent.glob("*.safetensors"))
 

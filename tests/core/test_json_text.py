@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from tests.support.limits import result_or_own_error
-from trainer_core.errors import ConfigError, RunFolderError
+from trainer_core.errors import ConfigError, ModelFileError, RunFolderError
 from trainer_core.job import load_job
 from trainer_core.json_text import MAX_DEPTH, MAX_DIGITS, parse_json, plain_json, read_json
+from trainer_core.qwen_image.folder import read_json as model_json
+from trainer_core.qwen_image.sampling import load_scheduler
 from trainer_core.settings import changed
+from trainer_core.weights.source import open_weights
 
 REFUSED: list[tuple[bytes, str]] = [
     (b'{\n"a": ' + b"[" * 100_000, "nested more than 100 levels deep in line 2"),
@@ -97,3 +100,30 @@ def test_changes_take_what_is_no_json_as_text():
     for text in ("[" * 100_000, "9" * 5000, "NaN", "plain"):
         assert changed({}, [f"a={text}"]) == {"a": text}
     assert changed({}, ["a=[1, 2]"]) == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "data", [b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b"null", b"\xff", b'{"a": 1, "a": 2}', b""]
+)
+def test_the_json_of_a_model_folder_ends_in_our_own_error(tmp_path: Path, data: bytes):
+    for name in ("config.json", "scheduler_config.json", "model.safetensors.index.json"):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    calls = (
+        lambda: model_json(tmp_path / "config.json"),
+        lambda: load_scheduler(tmp_path),
+        lambda: open_weights(tmp_path),
+    )
+    for call in calls:
+        found = result_or_own_error(call)
+        assert isinstance(found, ModelFileError) and "Download it again" in str(found) and str(tmp_path) in str(found)
+
+
+def test_a_schedule_of_another_kind(tmp_path: Path):
+    path = tmp_path / "scheduler_config.json"
+    for values, word in (({"base_shift": "0.5"}, "base_shift"), ({"use_dynamic_shifting": 1}, "use_dynamic_shifting")):
+        path.write_text(json.dumps(values))
+        with pytest.raises(ModelFileError, match=f"{word} in .* must be of the kind of"):
+            load_scheduler(tmp_path)
+    path.write_text(json.dumps({"base_shift": 1, "shift_terminal": None}))
+    assert load_scheduler(tmp_path).config["base_shift"] == 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import json_text
 from ..config import DEMO_MODEL, ModelConfig
 from ..errors import ModelFileError
+from ..text import shown
 from ..written_path import written_path
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
@@ -85,12 +86,10 @@ def read_json(path: Path) -> dict[str, object]:
     Raises:
         ModelFileError: the file can't be read, or is not a JSON object.
     """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ModelFileError(f"Can't read {path}: {error.strerror}.") from error
-    except (ValueError, TypeError) as error:
-        raise ModelFileError(f"{path} is not a JSON object ({error}). Download it again.") from error
+    values = json_text.read_json(path, finite=False, error=lambda why: ModelFileError(f"{why} Download it again."))
+    if not isinstance(values, dict):
+        raise ModelFileError(f"{shown(path)} is not a JSON object. Download it again.")
+    return values
 
 
 def weights_digest(place: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,12 @@ import torch
 from torch import Tensor
 
 from ..device import free_bytes
+from ..errors import ModelFileError
 from ..events import SILENT, Observer, raise_if_stopped
 from ..memory.compilation import is_compiled
+from ..settings import is_plain
+from ..text import brief, shown
+from .folder import read_json
 from .latents import pack, token_shape, unpack
 from .positions import follows_comfyui
 from .transformer import predict_velocity
@@ -42,11 +45,22 @@ _USABLE = 0.9  # of free memory, because the peak is an estimate
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler configured in `folder`, or Qwen-Image-Edit's if there is no configuration."""
+    """The scheduler configured in `folder`, or Qwen-Image-Edit's if there is no configuration.
+
+    Raises:
+        ModelFileError: the configuration can't be read, or a value has the wrong type.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     path = folder / "scheduler_config.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stored = read_json(path) if path.is_file() else {}
+    for name, usual in QWEN_SCHEDULE.items():
+        value = stored.get(name, usual)
+        fits = is_plain(float, value) if is_plain(float, usual) else type(value) is type(usual)
+        if not fits and (name, value) != ("shift_terminal", None):
+            raise ModelFileError(
+                f"{name} in {shown(path)} must be of the kind of {usual!r}, got {brief(value)}. Download it again."
+            )
     return FlowMatchEulerDiscreteScheduler.from_config({**QWEN_SCHEDULE, **stored})
 
 

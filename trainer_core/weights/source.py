@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ModelFileError
+from ..json_text import read_json
+from ..text import shown
 from .gguf_source import GgufSource
 from .safetensors_source import SafetensorsSource
 from .stored import WeightSource
@@ -82,12 +83,11 @@ def _parts_without_index(folder: Path) -> list[Path]:
 
 
 def _parts(folder: Path, index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFileError(
-            f"{index} is not a valid index of a model's parts ({error}). Download it again."
-        ) from error
+    found = read_json(index, finite=False, error=lambda why: ModelFileError(f"{why} Download it again."))
+    files = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ModelFileError(f"{shown(index)} is not a valid index of a model's parts. Download it again.")
+    names = sorted(set(files.values()))
     # A name with a path in it is refused too: an index must not point outside its folder.
     missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if missing:
