@@ -10,6 +10,8 @@ import pytest
 from tests.support.narrow import read_rows
 from tests.support.quickstart import CONFIG, EDIT_V1, EDIT_V2, as_edit_v2, in_folders
 from trainer_core.__main__ import main
+from trainer_core.conditioning.encoded import load_encoded
+from trainer_core.conditioning.report import encoding_report
 from trainer_core.files import read_metadata, read_tensors
 
 SMALLER = (  # changed for the demo model on a CPU; everything else is as printed
@@ -52,3 +54,21 @@ def test_an_example_trains(
     embeds = sorted(path.name for path in (tmp_path / "cache" / "conditioning_image_embeds").iterdir())
     assert embeds == (["my-reference-embeds"] if references == 1 else ["reference_1"])
     assert read_rows(lora.parent / "metrics.jsonl")[-1]["validation_loss"] > 0
+
+
+def test_more_validated_pairs_than_there_are(
+    tmp_path: Path, tokenizer_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 5 pairs and num_eval_images 25, all are validated and trained on, as in SimpleTuner."""
+    (tmp_path / "config.json").write_text(CONFIG.replace("{", '{\n  "num_eval_images": 25,', 1))
+    (tmp_path / "data.json").write_text(in_folders(EDIT_V1, tmp_path / "pairs", 5))
+    files = (str(tmp_path / "config.json"), "--data", str(tmp_path / "data.json"))
+    job = str(tmp_path / "job.json")
+    changes = [part for change in (*SMALLER, f"model.tokenizer={tokenizer_dir}") for part in ("--set", change)]
+    assert main(["import-simpletuner", *files, "--base", "demo", "--out", job, *changes]) == 0
+    assert main(["check", job]) == 0
+    capsys.readouterr()
+    assert main(["encode", job]) == 0
+    encoded = load_encoded(Path(capsys.readouterr().out.split()[-1]))
+    assert len(encoded.pairs) == len(encoded.validation_pairs) == encoded.trained_too(encoded) == 5
+    assert "5 of the pairs to train on are also validated" in encoding_report(encoded)
