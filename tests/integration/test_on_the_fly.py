@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from tests.support.icc import rgb_profile
 from tests.support.narrow import make_pairs, picture, small_encoding
 from trainer_core.conditioning.batches import BatchLoader, BatchPlan
 from trainer_core.conditioning.encode import encode_dataset
@@ -65,6 +67,34 @@ def test_latents_equal_those_of_the_cache(
             made = flying.load(entry, encode_reference=encode_reference).reference_latents
             kept = cached.load(other).reference_latents
             assert len(made) == 2 and all(torch.equal(*each) for each in zip(made, kept, strict=True))
+
+
+def with_profile(folder: Path) -> None:
+    """Gives every picture of a folder the profile of Adobe RGB, and leaves its numbers."""
+    for path in folder.glob("*.png"):
+        with Image.open(path) as opened:
+            opened.save(path, icc_profile=rgb_profile("Adobe RGB"))
+
+
+def test_latents_follow_the_colour_profile_in_the_cache_and_on_the_fly(
+    folders: DatasetConfig, model: ModelConfig, tmp_path: Path
+) -> None:
+    plain = encode(folders, model, tmp_path / "plain")
+    with_profile(Path(folders.reference_dirs[0]))
+    raw = encode(dataclasses.replace(folders, color_profiles="ignore"), model, tmp_path / "cached")
+    cached = encode(folders, model, tmp_path / "cached")
+    flying = encode(folders, model, tmp_path / "flying", reference_latents="on_the_fly")
+    with reference_encoder(flying, BaseModel(model)) as encode_reference:
+        for index, entry in enumerate(flying.pairs):
+            made = flying.load(entry, encode_reference=encode_reference).reference_latents
+            kept, ignored, before = (each.load(each.pairs[index]).reference_latents for each in (cached, raw, plain))
+            assert all(torch.equal(*each) for each in zip(made, kept, strict=True))
+            assert not torch.equal(kept[0], ignored[0])
+            assert torch.equal(kept[1], ignored[1])
+            assert all(torch.equal(*each) for each in zip(ignored, before, strict=True))
+            assert not torch.equal(
+                cached.load(cached.pairs[index]).prompt_embeds, raw.load(raw.pairs[index]).prompt_embeds
+            )
 
 
 def config(encoded: EncodedDataset, model: ModelConfig, run_dir: Path) -> TrainConfig:

@@ -11,6 +11,8 @@ from PIL import Image
 
 from tests.support.comfyui_server import PackServer
 from tests.support.icc import rgb_profile
+from trainer_core.data.images import decode_picture, open_picture
+from trainer_core.data.masks import mask_grey
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -146,3 +148,29 @@ def test_profiles_and_masks_with_a_hole_are_reported_by_check_and_preview(comfyu
             assert words in report
             assert "different colour profiles: 1 (a)" in report
             assert "Transparent parts count, as in ComfyUI's mask editor." in report
+
+
+def test_transparency_means_what_comfyuis_load_image_makes_of_it(comfyui: PackServer):
+    """MASK is the weight of a picture with a hole; IMAGE shows the hidden colours, where training has white."""
+    alpha = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))
+    hidden = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
+    picture = Image.fromarray(hidden)
+    picture.putalpha(Image.fromarray(alpha))
+    path = comfyui.input / "hole.png"
+    picture.save(path)
+    comfyui.run(
+        {
+            "1": node("LoadImage", image="hole.png"),
+            "2": node("MaskToImage", mask=["1", 1]),
+            "3": node("SaveImage", images=["2", 0], filename_prefix="hole/mask"),
+            "4": node("SaveImage", images=["1", 0], filename_prefix="hole/image"),
+        }
+    )
+    (mask,), (image,) = ((comfyui.output / "hole").glob(f"{kind}_*.png") for kind in ("mask", "image"))
+    with path.open("rb") as file:
+        found = decode_picture(file, path, convert=True)
+    grey, source = mask_grey(found, path)
+    assert source == "hole"
+    assert np.abs(np.asarray(open_picture(mask)).astype(int)[..., 0] - np.asarray(grey)).max() <= 1
+    assert np.abs(np.asarray(open_picture(image)).astype(int) - hidden).max() <= 1
+    assert (np.asarray(found.on_white())[:, 0] == 255).all()
