@@ -284,6 +284,24 @@ def test_shapes_that_do_not_multiply():
             adapter_parts(each, LAYERS, "x")
 
 
+def test_downloads_that_failed(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    save_file(tensors(), path)
+    whole = path.read_bytes()
+    contents = {
+        b"": "it is empty",
+        b"version https://git-lfs.github.com/spec/v1\nsize 300000000\n": "git-lfs pointer in place of the 0.3 GB file",
+        b"<html><body>Log in</body></html>": "it is a web page",
+        whole[:-7]: f"it has {len(whole) - 7:,} of {len(whole):,} bytes",
+    }
+    for content, words in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(ModelFileError, match=words):
+            read_adapter(path, LAYERS)
+    with pytest.raises(ModelFileError, match=r"x\.pt is not a \.safetensors file"):
+        read_adapter(tmp_path / "x.pt", LAYERS)
+
+
 def test_an_unreadable_configuration_beside_the_file(tmp_path: Path):
     contents = {b"\xff": "not UTF-8", b"null": "not a JSON object", b"{": "not JSON", b" " * 2**21: "larger than 1 MiB"}
     for content, words in contents.items():

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..config import LoraType
 from ..errors import ModelFileError
-from ..files import is_whole, read_metadata, read_tensors
+from ..files import read_metadata, read_tensors
 from ..text import shown
+from ..weights.whole import check_whole
 from .naming import LOKR_PARTS, sort_by_layer
 from .scaling import CONFIG_FILE, Scaling, find_scaling
 
@@ -110,8 +111,10 @@ def read_adapter(path: Path, layers: Collection[str]) -> dict[str, AdapterPart]:
     Raises:
         ModelFileError: the file is damaged, belongs to another model, or has an unsupported type (LoHa, OFT, ...).
     """
-    if not is_whole(path):
-        raise ModelFileError(f"The LoRA {path.name} is missing or not a complete .safetensors file. Download it again.")
+    if path.suffix != ".safetensors" or not path.is_file():
+        reason = "is missing" if path.suffix == ".safetensors" else "is not a .safetensors file; others can run code"
+        raise ModelFileError(f"The LoRA {shown(path.name)} {reason}. Choose another file.")
+    check_whole(path)
     try:
         header, tensors = read_metadata(path), read_tensors(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
