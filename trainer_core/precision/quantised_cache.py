@@ -72,9 +72,7 @@ class Entry:
         self.place = cache.folder / cache.key
         self.temporary = temporary_beside(self.place)
         self._bytes, self._gave_up = 0, self.reading
-        self._checks: list[Future[None]] = []
-        if checkers is not None:
-            self._checks = [checkers.submit(check_digest, self._file(block)) for block in range(num_blocks)]
+        self._checkers, self._checks = checkers, list[Future[None]]()
 
     def _file(self, block: int) -> Path:
         return self.place / f"{block:05d}.safetensors"
@@ -85,8 +83,11 @@ class Entry:
         Empty if the entry is open for writing, or if the block's file is damaged: the caller then quantises the block,
         and the next start builds the entry again.
         """
-        if not self.reading:
+        if self._checkers is None:
             return {}
+        # Only a few ahead: after those, host memory may not hold the files until their blocks are placed.
+        ahead = range(len(self._checks), min(block + 1 + _CHECKERS, self.num_blocks))
+        self._checks += [self._checkers.submit(check_digest, self._file(number)) for number in ahead]
         try:
             self._checks[block].result()
             return _read(self._file(block), device)
