@@ -12,6 +12,7 @@ import folder_paths
 from ..trainer_core.config import DEMO_MODEL
 from ..trainer_core.errors import ConfigError, ModelFileError
 from ..trainer_core.json_text import read_json
+from ..trainer_core.text import brief
 
 DEMO_CHOICE = "demo (embedded)"
 NO_LORA = "none"
@@ -83,7 +84,7 @@ def base_model(name: str) -> tuple[str, str]:
     if name in base_models():
         return next(str(root / name) for root in _diffusers_dirs() if (root / name / "transformer").is_dir()), ""
     raise ModelFileError(
-        f"Base model {name[:200]!r} not found. Available: {', '.join(base_models())}. Download a Qwen-Image-Edit model "
+        f"Base model {brief(name)} not found. Available: {', '.join(base_models())}. Download a Qwen-Image-Edit model "
         "in diffusers layout to its own folder in models/diffusers, then press R to refresh the list."
     )
 
@@ -124,7 +125,7 @@ def model_file(folder: str, name: str) -> str:
     found = next((str(Path(root) / name) for root in roots if (Path(root) / name).exists()), "")
     if not found:
         raise ModelFileError(
-            f"{name[:200]!r} is not in models/{folder}. Put it there, then press R to refresh the list."
+            f"{brief(name)} is not in models/{folder}. Put it there, then press R to refresh the list."
         )
     return found
 
@@ -162,5 +163,5 @@ def lora_path(name: str) -> Path:
         ConfigError: the name is not listed.
     """
     if name not in lora_names()[1:]:
-        raise ConfigError(f"LoRA {name[:200]!r} not found. Choose a .safetensors file that ComfyUI lists.")
+        raise ConfigError(f"LoRA {brief(name)} not found. Choose a .safetensors file that ComfyUI lists.")
     return Path(folder_paths.get_full_path_or_raise("loras", name))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ..trainer_core.errors import ConfigError
+from ..trainer_core.text import brief
 from ..trainer_core.written_path import written_path
 
 _RUN_NAME = re.compile(r"\w[\w .+-]{0,79}")
@@ -31,7 +32,7 @@ def checked_run_name(name: str) -> str:
         raise ConfigError(
             f"run_name must be 1 to 80 letters (at most {_RUN_NAME_BYTES} bytes), digits, spaces and _ - + . (starting "
             "with a letter, digit or _, not ending with a dot or space, and not reserved by Windows, such as CON), got "
-            f"{name[:100]!r}. Enter the name of a folder, not a path."
+            f"{brief(name)}. Enter the name of a folder, not a path."
         )
     return name
 
@@ -67,7 +68,7 @@ def folders_below(named: Mapping[str, str], roots: Mapping[str, Path]) -> dict[s
         if isinstance(folder, Path):
             found[label] = folder
         else:
-            wrong.append(f"{label} is {name.strip()[:200]!r}, which {folder}.")
+            wrong.append(f"{label} is {brief(name.strip())}, which {folder}.")
     if wrong:
         allowed = f"Use a folder below one of: {', '.join(roots)}. {_HOW_TO_ALLOW}"
         raise ConfigError(" ".join([*wrong, allowed]))
@@ -102,7 +103,7 @@ def file_below(name: str, folder: Path, roots: Mapping[str, Path], label: str) -
     else:
         return Path(os.path.realpath(path))
     raise ConfigError(
-        f"{label} is {name[:200]!r}, which {reason}. Use a file in the target folder or below one of: "
+        f"{label} is {brief(name)}, which {reason}. Use a file in the target folder or below one of: "
         f"{', '.join(roots)}. {_HOW_TO_ALLOW}"
     )
 

@@ -40,7 +40,7 @@ class ConsoleObserver:
 
     def interrupt(self, _signal: int, _frame: FrameType | None) -> None:
         """Handles SIGINT and SIGTERM: asks for a pause. A second SIGINT ends the process at once."""
-        _LOG.warning("Stopping after this micro-batch. Press Ctrl-C again to stop at once.")
+        _LOG.warning("Stopping as soon as the work so far is safe. Press Ctrl-C again to stop at once.")
         self._stop = Stop.PAUSE
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

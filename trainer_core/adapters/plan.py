@@ -12,6 +12,7 @@ from torch import nn
 from ..config import LoraConfig, LoraTargets
 from ..config.layer_patterns import layer_patterns
 from ..errors import ConfigError, ModelFileError
+from ..text import brief
 from .reader import AdapterPart, Kronecker, LowRank, read_adapter
 
 _ATTENTION_IMAGE = r"attn\.(to_q|to_k|to_v|to_out\.0)"
@@ -50,11 +51,11 @@ def target_modules(transformer: nn.Module, lora: LoraConfig) -> list[str]:
     try:
         matcher = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"lora_target_pattern {pattern!r} is not a regular expression: {error}.") from error
+        raise ConfigError(f"lora_target_pattern {brief(pattern)} is not a regular expression: {error}.") from error
     names = linear_layers(transformer)
     chosen = [name for name in names if matcher.fullmatch(name) and not _is_dead_end(transformer, name)]
     if not chosen:
-        raise ConfigError(f"lora_target_pattern {pattern!r} matches no layer. Layers are named like {names[2]!r}.")
+        raise ConfigError(f"lora_target_pattern {brief(pattern)} matches no layer. Layers are named like {names[2]!r}.")
     return chosen
 
 
@@ -119,8 +120,8 @@ def plan_adapter(transformer: nn.Module, lora: LoraConfig) -> AdapterPlan:
         for pattern in layer_patterns(setting, lines):
             if not any(map(pattern.matches, names)):
                 raise ConfigError(
-                    f"{setting} {pattern.line!r} matches none of the {len(names)} layers that get an adapter. Use a "
-                    f"pattern for names like {names[0]!r}."
+                    f"{setting} {brief(pattern.line)} matches none of the {len(names)} layers that get an adapter. Use "
+                    f"a pattern for names like {names[0]!r}."
                 )
     starts = _starts(transformer, lora, names)
     layers: dict[str, LayerPlan] = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..errors import ConfigError
+from ..text import brief
 
 LARGEST = 4096.0
 _BLOCKS = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
@@ -71,5 +72,5 @@ def _pattern(setting: str, line: str) -> LayerPattern:
 def _wrong(setting: str, line: str, reason: str = "") -> ConfigError:
     return ConfigError(
         f"Each line of {setting} must be 'blocks = number' or 'pattern = number' with a number above 0 and at most "
-        rf"{LARGEST:g}, such as '0-9 = 8', '59 = 32' or '.*attn\.to_q = 32', got {line!r}{reason}."
+        rf"{LARGEST:g}, such as '0-9 = 8', '59 = 32' or '.*attn\.to_q = 32', got {brief(line)}{reason}."
     )

@@ -14,6 +14,7 @@ from typing import Any
 from ..config import TrainConfig, from_json
 from ..errors import ConfigError
 from ..settings import did_you_mean, merged
+from ..text import brief
 
 _FOLDER = Path(__file__).parent
 _PLACES = {"run_dir": "-", "encoded": "-"}
@@ -39,7 +40,7 @@ def read_preset(name: str) -> dict[str, Any]:
     names = preset_names()
     if name not in names:
         hint = _for_card(name, names) or did_you_mean(name, names)
-        raise ConfigError(f"There is no preset {name!r}. Choose one of {', '.join(names)}.{hint}")
+        raise ConfigError(f"There is no preset {brief(name)}. Choose one of {', '.join(names)}.{hint}")
     return json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
