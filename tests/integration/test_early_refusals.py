@@ -78,3 +78,30 @@ def test_before_anything_is_encoded(model: ModelConfig, tmp_path: Path, caplog: 
     assert main(["train", str(job), *nothing]) == 1
     assert "matches no layer" in caplog.text
     assert not list(tmp_path.rglob("cache/**/*.safetensors"))
+
+
+@pytest.mark.parametrize("part", ["transformer_file", "text_encoder_file", "vae_file"])
+def test_a_file_that_is_no_model_is_named_by_every_command(
+    part: str, model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """check, plan, encode and train look at the headers of all three networks before they encode anything."""
+    make_pairs(tmp_path / "pairs", 2)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 40900000000\n"
+    (tmp_path / "wrong.safetensors").write_bytes(pointer)
+    (tmp_path / "job.json").write_text(
+        json.dumps(
+            {
+                "model": {"base": model.base, "mixed_precision": "no", "device": "cpu", part: "wrong.safetensors"},
+                "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
+                "encoding": {"resolution": 96},
+                "cache_dir": "cache",
+                "run_dir": "runs/first",
+            }
+        )
+    )
+    for command in ("check", "plan", "encode", "train"):
+        caplog.clear()
+        assert main([command, str(tmp_path / "job.json")]) == 1
+        assert "git-lfs pointer in place of the 40.9 GB file" in caplog.messages[-1], command
+        assert not any((tmp_path / "cache").rglob("*.safetensors"))
+        assert not (tmp_path / "runs").exists()
