@@ -116,7 +116,7 @@ class ComfyUI:
         assert self._process is not None
         return self._process.pid
 
-    def start(self, seconds: float = 180) -> ComfyUI:
+    def start(self, seconds: float = 600) -> ComfyUI:
         """Start the server, wait until it responds, and receive its messages.
 
         Raises:
@@ -215,7 +215,7 @@ class ComfyUI:
         about = [event for event in list(self.events) if event.get("data", {}).get("prompt_id") == prompt_id]
         return [event for event in about if not types or event["type"] in types]
 
-    def wait_for_event(self, matches: Callable[[dict[str, Any]], bool], timeout: float = 60) -> dict[str, Any]:
+    def wait_for_event(self, matches: Callable[[dict[str, Any]], bool], timeout: float = 300) -> dict[str, Any]:
         """Wait for a message for which `matches` is true. Earlier messages count too.
 
         Raises:
@@ -276,7 +276,7 @@ class ComfyUI:
             body["partial_execution_targets"] = list(targets)
         return str(self.post("/prompt", body)["prompt_id"])
 
-    def wait(self, prompt_id: str, timeout: float = 300) -> dict[str, Any]:
+    def wait(self, prompt_id: str, timeout: float = 1200) -> dict[str, Any]:
         """Wait until the prompt ends, in success or not. Returns its history entry, see `status_of`.
 
         Raises:
@@ -292,7 +292,7 @@ class ComfyUI:
                 raise ComfyUIError(f"Prompt {prompt_id} did not end within {timeout} s.\n{self.log_end()}")
             time.sleep(0.1)
 
-    def run(self, prompt: dict[str, Any], timeout: float = 300) -> dict[str, Any]:
+    def run(self, prompt: dict[str, Any], timeout: float = 1200) -> dict[str, Any]:
         """Queue a prompt and wait. Returns the outputs by node id.
 
         Raises:

@@ -50,7 +50,7 @@ def test_check_encode_train_and_sample(job: Path) -> None:
     checked = trainer("check", job)
     assert checked.returncode == 0 and "4 pairs" in checked.stdout, checked
     command = [sys.executable, "-m", "trainer_core", "train", str(job)]  # a new Python: nothing is imported before
-    trained = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
+    trained = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=1200, check=False)
     assert trained.returncode == 0, trained.stderr
     lora = Path(trained.stdout.strip())
     assert lora == job.parent / "runs" / "first" / "first.safetensors"

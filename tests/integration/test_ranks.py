@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.forked import Forked
+from tests.support.forked import PATIENCE, Forked
 from tests.support.narrow import make_pairs, read_rows
 from trainer_core.__main__ import EXIT_STOPPED, main
 from trainer_core.config import ModelConfig
@@ -88,7 +88,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
 ) -> None:
     two = "run_dir=runs/two"
     process = launched(job, two, "batching.gradient_accumulation_steps=2")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert Path(out.strip()).name == "two.safetensors" and out.count("\n") == 1
     assert len(re.findall(rf"step {STEPS} of {STEPS}", err)) == 1, "only one process reports"
@@ -121,7 +121,7 @@ def test_a_lost_process_ends_the_run_with_its_last_step_kept(job: Path) -> None:
     try:
         wait_for(lambda: len(run.metrics()) >= 3, process)
         os.kill(second_process(process.pid), signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode != 0
@@ -138,7 +138,7 @@ def test_a_wish_to_stop_is_agreed_on(job: Path) -> None:
     try:
         wait_for(lambda: len(run.metrics()) >= 2, leader)
         os.kill(follower.pid, signal.SIGTERM)  # only one of the two processes
-        ends = [each.communicate(timeout=120) for each in (leader, follower)]
+        ends = [each.communicate(timeout=PATIENCE) for each in (leader, follower)]
     finally:
         for each in (leader, follower):
             each.kill()
@@ -167,7 +167,7 @@ def free_port() -> int:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Forked) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, process.communicate()[1]
         if time.monotonic() > until:

@@ -61,7 +61,7 @@ def test_stopped_at_every_moment_and_continued_equals_the_unbroken_run(
 
 
 def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: TrainConfig, tmp_path: Path) -> None:
-    """SIGKILL at three random moments. The printed seed reproduces them."""
+    """SIGKILL at three random moments, counted in forward passes and calls. The printed seed reproduces them."""
     longer = dataclasses.replace(config, max_train_steps=40, optimizer=OptimizerConfig(learning_rate=3e-3))
     unbroken, killed = train_lora(longer), named(longer, "killed")
     (tmp_path / "config.json").write_text(json.dumps(to_json(killed)))
@@ -70,16 +70,10 @@ def test_killed_at_random_moments_and_continued_equals_the_unbroken_run(config: 
     print(f"seed of the moments: {seed}")  # noqa: T201 - pytest shows it when the test fails
     moments = random.Random(seed)
     for _ in range(3):
-        steps_before = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
-        process = Forked("tests.support.train_until_killed", tmp_path / "config.json")
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if metrics.exists() and len(metrics.read_bytes().splitlines()) != steps_before:
-                time.sleep(moments.uniform(0, 0.7))
-                break
-            time.sleep(0.01)
-        process.kill()
-        assert process.returncode == -signal.SIGKILL, process.communicate()[1]
+        moment = ("predict_velocity", moments.randint(4, 12), moments.randrange(3000))
+        process = Forked("tests.support.killed", *moment, "tests.support.train_config", tmp_path / "config.json")
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err
     assert 0 < len(read_rows(metrics)) < 40, "the kills came too early or too late to interrupt the run"
     result = train_lora(killed)
     assert unbroken.lora_file is not None and result.lora_file is not None

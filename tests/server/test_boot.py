@@ -40,10 +40,10 @@ def test_help_pages_and_scripts_are_served_once(comfyui: PackServer):
 def test_helper_nodes_run_and_their_events_arrive(comfyui: PackServer):
     prompt = {"1": {"class_type": "QetTest_GlobalState", "inputs": {}}}
     prompt_id = comfyui.queue(prompt)
-    entry = comfyui.wait(prompt_id, 60)
+    entry = comfyui.wait(prompt_id)
     assert status_of(entry) == "execution_success", failure(entry)
     assert entry["outputs"]["1"]["state"][0]["inference"] is True
-    comfyui.wait_for_event(lambda event: event["type"] == "execution_success", 10)
+    comfyui.wait_for_event(lambda event: event["type"] == "execution_success")
     assert comfyui.events_of(prompt_id, "execution_start")
 
 

@@ -30,7 +30,7 @@ class Answer:
 
 
 def run_in_comfyui(
-    tree: Path, script: str, work: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], seconds: float = 300
+    tree: Path, script: str, work: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], seconds: float = 1200
 ) -> Answer:
     """Call `main(tensors, values)` of tests/support/`script` with `tree` on sys.path; exchanges files in `work`."""
     work.mkdir(parents=True, exist_ok=True)

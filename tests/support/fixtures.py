@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.narrow import make_base, make_pairs, small_encoding
+from tests.support.narrow import make_base, make_pairs, show_less, small_encoding
 from tests.support.runs import twelve_steps
 from tools.comfyui import comfyui_dir
 from trainer_core.conditioning.encode import encode_dataset
@@ -36,8 +36,7 @@ def small_sight() -> Iterator[None]:
 
     Tests of the sizes themselves use the fixture `true_areas`.
     """
-    row = FLAVOURS["edit-v1"]
-    FLAVOURS["edit-v1"] = dataclasses.replace(row, vision_area=96 * 96)
+    row = show_less()
     yield
     FLAVOURS["edit-v1"] = row
 

@@ -14,8 +14,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.support.narrow import show_less
 from tools.comfyui import REPO
 
+PATIENCE = 1200  # seconds after which something hangs; a busy machine takes long for the rest
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
@@ -37,6 +39,7 @@ def _program(module: str, arguments: list[str], environment: dict[str, str], out
     for path, number in ((out, 1), (err, 2)):
         with path.open("w") as file:
             os.dup2(file.fileno(), number)
+    show_less()  # as the fixture `small_sight` does in the tests' own process
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
@@ -66,7 +69,7 @@ class Forked:
         """The same as `poll()`."""
         return self.poll()
 
-    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         """Wait until it ends. Returns what it wrote to stdout and stderr.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from trainer_core.events import SILENT
 from trainer_core.planning.network import NetworkSize, network_size
 from trainer_core.planning.preparation import prepare_model
 from trainer_core.qwen_image.base_model import BaseModel, empty_transformer
-from trainer_core.qwen_image.flavours import FLAVOURS
+from trainer_core.qwen_image.flavours import FLAVOURS, Flavour
 from trainer_core.qwen_image.folder import DEMO_FOLDER
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
 from trainer_core.qwen_image.sampling import QWEN_SCHEDULE
@@ -82,6 +83,13 @@ def make_pairs(
         Image.fromarray(negative).save(folder / "target" / f"{index:03d}.png")
         (folder / "target" / f"{index:03d}.txt").write_text("turn it into a negative" + " please" * (index % 3))
     return DatasetConfig(target_dir=str(folder / "target"), reference_dirs=tuple(map(str, references)))
+
+
+def show_less() -> Flavour:
+    """Shows Qwen2.5-VL the references of edit-v1 at 96² pixels in place of 1024². Returns the row as it was."""
+    row = FLAVOURS["edit-v1"]
+    FLAVOURS["edit-v1"] = dataclasses.replace(row, vision_area=96 * 96)
+    return row
 
 
 def small_encoding(**changes: object) -> EncodingConfig:

@@ -1,4 +1,4 @@
-"""A training process for tests to kill: python -m tests.support.train_until_killed CONFIG.json"""
+"""A training as a program, for tests that kill it: python -m tests.support.train_config CONFIG.json"""
 
 from __future__ import annotations
 
