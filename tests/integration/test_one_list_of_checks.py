@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.support.narrow import make_pairs
 from trainer_core.__main__ import main
@@ -67,12 +69,28 @@ def without_a_reference(folder: Path, _values: dict[str, Any]) -> None:
     (folder / "pairs" / "reference_1" / "002.png").unlink()
 
 
+def with_another_vae(folder: Path, _values: dict[str, Any]) -> None:
+    save_file({"weight": torch.zeros(2)}, folder / "wrong.safetensors")
+
+
+def with_a_pointer(folder: Path, _values: dict[str, Any]) -> None:
+    (folder / "wrong.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def with_a_long_caption(folder: Path, _values: dict[str, Any]) -> None:
+    (folder / "pairs" / "target" / "001.txt").write_text("brighter " * 1500)
+
+
 PREPARE: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "tokenizer": without_the_tokenizer,
     "no run": with_a_folder_that_is_no_run,
     "other settings": with_a_run_of_other_settings,
     "placeholder": with_a_placeholder,
     "pairing": without_a_reference,
+    "VAE": with_another_vae,
+    "text encoder": with_a_pointer,
+    "transformer": with_a_pointer,
+    "long caption": with_a_long_caption,
 }
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "held out": ({"encoding": {"num_eval_images": 4}}, "num_eval_images must be less than"),
@@ -94,6 +112,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "other settings": ({}, "was started with other settings"),
     "placeholder": ({}, "a picture placeholder"),
     "pairing": ({}, "002"),
+    "VAE": ({"model": {"vae_file": "wrong.safetensors"}}, "wrong.safetensors"),
+    "text encoder": ({"model": {"text_encoder_file": "wrong.safetensors"}}, "wrong.safetensors"),
+    "transformer": ({"model": {"transformer_file": "wrong.safetensors"}}, "wrong.safetensors"),
+    "long caption": ({}, "tokenizer_max_length"),
     "name": ({"run_dir": f"runs/{'x' * 250}"}, "the name of the LoRA file"),
     "LoRA name": ({"export": {"lora_name": "ß" * 125}}, "the name of the LoRA file"),
 }
