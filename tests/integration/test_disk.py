@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboardX.record_writer import RecordWriter
 
 from tests.support.narrow import make_pairs, small_encoding
 from tests.support.runs import equal, lora_tensors, twelve_steps
@@ -176,6 +177,31 @@ def test_a_run_on_a_disk_that_fills_up_ends_in_words_and_loses_nothing(
     with pytest.raises(DiskError, match=r"^The disk is full, so .*run.* can't be written: .* are free\. Free disk"):
         train_lora(config)
     disk.room = 10**9
+    assert equal(lora_tensors(train_lora(config)), lora_tensors(unbroken))
+
+
+@pytest.mark.parametrize("room", [0, 30])
+def test_a_full_disk_while_tensorboard_is_written_does_not_hang(
+    room: int,
+    monkeypatch: pytest.MonkeyPatch,
+    encoded: EncodedDataset,
+    model: ModelConfig,
+    unbroken: TrainResult,
+    tmp_path: Path,
+) -> None:
+    config, written = twelve_steps(encoded, model, tmp_path / "run"), list[bytes]()
+    original = RecordWriter.write
+
+    def write(writer: RecordWriter, data: bytes) -> None:
+        written.append(data)
+        if len(written) > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(writer, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", write)
+        with pytest.raises(DiskError, match=r"^The disk is full"):
+            train_lora(config)
     assert equal(lora_tensors(train_lora(config)), lora_tensors(unbroken))
 
 
