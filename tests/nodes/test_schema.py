@@ -152,4 +152,6 @@ def test_help_pages_lie_where_comfyui_looks(repo: Path):
     """ComfyUI serves WEB_DIRECTORY, and its page requests docs/<node id>.md from it."""
     root = (repo / "__init__.py").read_text(encoding="utf-8")
     assert re.search(r'^WEB_DIRECTORY = "\./web"$', root, re.MULTILINE)
-    assert "NODE_CLASS_MAPPINGS" not in root  # with it, ComfyUI would not call comfy_entrypoint
+    assert not re.search(
+        r"^NODE_CLASS_MAPPINGS\b", root, re.MULTILINE
+    )  # with it, ComfyUI would not call comfy_entrypoint
