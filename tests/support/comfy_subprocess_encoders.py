@@ -15,7 +15,6 @@ import comfy.sd
 import comfy.utils
 import torch
 from comfy.text_encoders import llama, qwen_image, qwen_vl
-from comfy_extras.nodes_flux import FluxKontextImageScale
 from comfy_extras.nodes_qwen import TextEncodeQwenImageEdit, TextEncodeQwenImageEditPlus
 from comfy_subprocess_weights import vae_weights
 from comfyui_version import __version__
@@ -139,6 +138,8 @@ def sizes_of(originals: list[list[int]], *, in_graph: bool = False) -> list[Any]
     With `in_graph`, FluxKontextImageScale comes first, as in ComfyUI's templates, and the size it scales to is listed
     first.
     """
+    from comfy_extras.nodes_flux import FluxKontextImageScale  # here, because it imports another package named utils
+
     asked: list[list[int]] = []
 
     def record(samples: Tensor, width: int, height: int, *_: object) -> Tensor:
