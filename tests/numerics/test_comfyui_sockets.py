@@ -10,16 +10,25 @@ import pytest
 import torch
 
 from tests.support.comfy_subprocess import Answer, run_in_comfyui
-from tests.support.narrow import fill, picture
+from tests.support.narrow import NARROW, fill, picture
+from tests.support.random_base import relative_error
 from trainer_core.config import ModelConfig
 from trainer_core.demo.text_encoder import build_text_encoder
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.folder import DEMO_FOLDER
+from trainer_core.qwen_image.positions import follow_comfyui
+from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
+from trainer_core.qwen_image.types import Condition
+from trainer_core.rng import stream
 
 CASES = {
     "v1": ("edit-v1", "turn it into a negative", [(120, 96)]),
     "plus, two": ("edit-v2", "put the hat of picture 2 on the person in picture 1", [(120, 96), (64, 101)]),
+    "2511, two": ("edit-v3", "put the hat of picture 2 on the person in picture 1", [(120, 96), (64, 101)]),
 }
+SIGMA, LATENTS = 0.63, (1, 16, 12, 12)
 LATENTS_TOLERANCE = 1e-5
+VELOCITY_TOLERANCE = 1e-4  # relative; both compute in float32
 EMBEDS_TOLERANCE = 1e-6  # relative to the largest value: another memory layout of pixels changes a resize's rounding
 
 
@@ -35,10 +44,19 @@ def case(root: Path, base: ModelConfig, caption: str, sizes: list[tuple[int, int
         "base": base.base,
         "flavour": base.flavour,
         "caption": caption,
+        "narrow": NARROW,
+        "transformer": str(Path(base.base) / "transformer/diffusion_pytorch_model.safetensors"),
+        "latents": noisy().tolist(),
+        "sigma": SIGMA,
         "target_dir": str(root / "target"),
         "reference_dirs": [str(folder) for folder in references],
         "references": [str(folder / "a.png") for folder in references],
     }
+
+
+def noisy() -> torch.Tensor:
+    """The latents whose velocity is compared."""
+    return torch.randn(LATENTS, generator=stream(0, "sockets"))
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +97,30 @@ def test_stored_equals_conditioning(name: str, answer: Answer):
         assert theirs.std() > 0.01
         assert torch.allclose(ours, theirs, rtol=0, atol=LATENTS_TOLERANCE)
     assert f"{number}.theirs.reference.{references}" not in answer.tensors
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_the_velocity_is_comfyuis(name: str, answer: Answer, base_of: Callable[[str], ModelConfig]):
+    """From pictures and caption to the velocity: ComfyUI with its own nodes, and training with what is in the cache.
+
+    Versions of ComfyUI before 0.8 don't know the method of 2511's references.
+    """
+    number, (flavour, _, references) = list(CASES).index(name), CASES[name]
+    tensors = answer.tensors
+    transformer = load_transformer(BaseModel(base_of(flavour)), torch.device("cpu"))
+    follow_comfyui(transformer)
+    stored = tuple(tensors[f"{number}.ours.reference.{slot}"].unsqueeze(0) for slot in range(len(references)))
+    condition = Condition(stored, tensors[f"{number}.ours.embeds"].unsqueeze(0))
+    ours = predict_velocity(transformer, noisy(), torch.tensor([SIGMA]), condition)[0]
+    known = flavour != "edit-v3" or answer.values["supports_timestep_zero"]
+    assert (f"{number}.theirs.velocity" in tensors) == known
+    for module in (transformer, *transformer.transformer_blocks):
+        module.zero_cond_t = not module.zero_cond_t
+    other = predict_velocity(transformer, noisy(), torch.tensor([SIGMA]), condition)[0]
+    assert relative_error(other, ours) > 1e-2, "the method would make no difference"
+    if known:
+        assert relative_error(ours, tensors[f"{number}.theirs.velocity"]) < VELOCITY_TOLERANCE
 
 
 def test_keys_tell_networks_apart(answer: Answer):

@@ -32,7 +32,10 @@ class Answer:
 def run_in_comfyui(
     tree: Path, script: str, work: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], seconds: float = 1200
 ) -> Answer:
-    """Call `main(tensors, values)` of tests/support/`script` with `tree` on sys.path; exchanges files in `work`."""
+    """Call `main(tensors, values)` of tests/support/`script` with `tree` on sys.path; exchanges files in `work`.
+
+    `seconds` only ends a process that hangs: a busy machine can take minutes to import ComfyUI.
+    """
     work.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work / "question.safetensors")
     (work / "question.json").write_text(json.dumps(dict(values)), encoding="utf-8")

@@ -31,9 +31,14 @@ def load(values: dict[str, Any], dtype: torch.dtype = torch.float32) -> comfy.mo
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def velocity(model: Any, case: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
-    """Velocity [B, 16, H, W], called as the sampler does; reference latents are not normalised, as in CONDITIONING."""
+def velocity(model: Any, case: dict[str, Any], tensors: dict[str, Tensor], level: float | None) -> Tensor:
+    """Velocity [B, 16, H, W], called as the sampler does; reference latents are not normalised, as in CONDITIONING.
+
+    The noise level is the case's own unless `level` is given.
+    """
     latents, sigma = tensors[f"{case['name']}.latents"].unsqueeze(2), tensors[f"{case['name']}.sigma"]
+    if level is not None:
+        sigma = torch.full_like(sigma, level)
     references = [tensors[f"{case['name']}.reference.{n}"].unsqueeze(2) for n in range(case["references"])]
     conditions = model.extra_conds(
         noise=latents,
@@ -48,19 +53,23 @@ def velocity(model: Any, case: dict[str, Any], tensors: dict[str, Tensor]) -> Te
 
 
 def velocities(
-    patcher: comfy.model_patcher.ModelPatcher, values: dict[str, Any], tensors: dict[str, Tensor], name: str
+    patcher: comfy.model_patcher.ModelPatcher,
+    values: dict[str, Any],
+    tensors: dict[str, Tensor],
+    name: str,
+    level: float | None = None,
 ) -> dict[str, Tensor]:
     """Velocities of all cases that this ComfyUI version supports, as `<name>.<case>`."""
     comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     cases = [each for each in values["cases"] if SUPPORTS_TIMESTEP_ZERO or each["method"] != "index_timestep_zero"]
-    return {f"{name}.{case['name']}": velocity(patcher.model, case, tensors) for case in cases}
+    return {f"{name}.{case['name']}": velocity(patcher.model, case, tensors, level) for case in cases}
 
 
 @torch.no_grad()
 def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Velocities of all cases without a LoRA and with each of `lora_files`, and the layers that each file patches.
 
-    With `bf16`, also those of the model in bfloat16 without a LoRA.
+    `bf16` names cases by noise level: their velocities in bfloat16 without a LoRA are `bf16 at <level>.<case>`.
     """
     patcher = load(values)
     answer = velocities(patcher, values, tensors, "base")
@@ -70,9 +79,9 @@ def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, 
         patched, _ = comfy.sd.load_lora_for_models(patcher, None, lora, values.get("strength", 1.0), 1.0)
         answer.update(velocities(patched, values, tensors, name))
         layers[name] = sorted(key.removeprefix("diffusion_model.").removesuffix(".weight") for key in patched.patches)
-    if values.get("bf16"):
-        answer |= {
-            name: each.float()
-            for name, each in velocities(load(values, torch.bfloat16), values, tensors, "bf16").items()
-        }
+    rounded = load(values, torch.bfloat16) if values.get("bf16") else None
+    for level, names in values.get("bf16", {}).items():
+        asked = {**values, "cases": [case for case in values["cases"] if case["name"] in names]}
+        found = velocities(rounded, asked, tensors, f"bf16 at {level}", float(level))
+        answer |= {name: each.float() for name, each in found.items()}
     return answer, {"layers": layers, "supports_timestep_zero": SUPPORTS_TIMESTEP_ZERO}

@@ -29,6 +29,7 @@ def main(tree: str, script: str, work: str) -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+    import utils.extra_config  # noqa: F401 - before a script imports another package named utils
     from safetensors.torch import load_file, save_file
 
     log = LogLines()

@@ -14,11 +14,14 @@ import comfy.sd
 import comfy.supported_models
 import comfy_subprocess_encoders
 import comfy_subprocess_host
+import comfy_subprocess_lora
 import comfy_subprocess_weights
 import numpy as np
 import torch
 from comfy.text_encoders import qwen_image
+from comfy_extras.nodes_flux import FluxKontextMultiReferenceLatentMethod
 from comfy_extras.nodes_qwen import TextEncodeQwenImageEdit, TextEncodeQwenImageEditPlus
+from comfy_subprocess_lora import SUPPORTS_TIMESTEP_ZERO
 from PIL import Image
 from torch import Tensor
 
@@ -42,17 +45,37 @@ def opened(path: str) -> Tensor:
 
 
 def by_comfyui(case: dict[str, Any], clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:
-    """Embeddings and references that ComfyUI's node puts into CONDITIONING; references normalised for the model."""
+    """Embeddings and references that ComfyUI's nodes put into CONDITIONING, and the velocity with it.
+
+    The references are normalised for the model. For edit-v3 (2511), ComfyUI's node for the references' method follows.
+    There is no velocity if this ComfyUI doesn't know that method.
+    """
     images = [opened(path) for path in case["references"]]
     if case["flavour"] == "edit-v1":
         output = TextEncodeQwenImageEdit.execute(clip, case["caption"], vae, images[0])
     else:
         named = {f"image{number + 1}": image for number, image in enumerate(images)}
         output = TextEncodeQwenImageEditPlus.execute(clip, case["caption"], vae, **named)
-    embeds, options = output.args[0][0]
+    conditioning = output.args[0]
+    if case["flavour"] == "edit-v3":
+        conditioning = FluxKontextMultiReferenceLatentMethod.execute(conditioning, "index_timestep_zero").args[0]
+    embeds, options = conditioning[0]
     process_in = comfy.supported_models.QwenImage.latent_format().process_in
     references = {f"reference.{n}": process_in(each)[0, :, 0] for n, each in enumerate(options["reference_latents"])}
-    return {"embeds": embeds[0], **references}
+    found = {"embeds": embeds[0], **references}
+    if case["flavour"] != "edit-v3" or SUPPORTS_TIMESTEP_ZERO:
+        found["velocity"] = velocity_with(case, embeds, options)
+    return found
+
+
+def velocity_with(case: dict[str, Any], embeds: Tensor, options: dict[str, Any]) -> Tensor:
+    """Velocity [16, H, W] of the case's transformer with a CONDITIONING, as ComfyUI's sampler calls it."""
+    question = {"narrow": case["narrow"], "model_file": case["transformer"]}
+    model = comfy_subprocess_lora.load(question).model
+    latents, sigma = torch.tensor(case["latents"]).unsqueeze(2), torch.tensor([case["sigma"]])
+    conditions = model.extra_conds(noise=latents, device=latents.device, cross_attn=embeds, **options)
+    denoised = model.apply_model(latents, sigma, **{name: each.cond for name, each in conditions.items()})
+    return ((latents - denoised) / sigma)[0, :, 0]
 
 
 class Runner:
@@ -121,7 +144,6 @@ def refusals(run: Runner, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, outcome: Any) 
 def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Encode all cases with both nodes; cache keys and error messages for the first case."""
     import folder_paths
-    import utils.extra_config  # noqa: F401 - imported before another package named utils
 
     module = comfy_subprocess_host.pack(values["repo"])
     folder_paths.set_output_directory(values["output"])
@@ -134,5 +156,9 @@ def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, 
         answer.update({f"{number}.ours.{name}": tensor for name, tensor in ours.items()})
         answer.update({f"{number}.theirs.{name}": tensor.float().clone() for name, tensor in theirs.items()})
     run = Runner(module, values["cases"][0], small=True)
-    facts = {"keys": keys_of(run, clip, vae), "refusals": refusals(run, clip, vae, comfy_subprocess_host.outcome)}
+    facts = {
+        "supports_timestep_zero": SUPPORTS_TIMESTEP_ZERO,
+        "keys": keys_of(run, clip, vae),
+        "refusals": refusals(run, clip, vae, comfy_subprocess_host.outcome),
+    }
     return answer, facts
