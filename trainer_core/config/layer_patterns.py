@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from ..errors import ConfigError
 from ..text import brief
+from .regular_expression import MOST_WAYS, compiled, ways_to_match
 
 LARGEST = 4096.0
 _BLOCKS = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
@@ -34,14 +35,20 @@ class LayerPattern:
 
 @lru_cache  # called for each of hundreds of layers
 def _parsed(setting: str, lines: tuple[str, ...]) -> tuple[LayerPattern, ...]:
-    return tuple(_pattern(setting, line) for line in lines)
+    patterns = tuple(_pattern(setting, line) for line in lines)
+    if sum(ways_to_match(each.name.pattern) for each in patterns if each.name) > MOST_WAYS:
+        raise ConfigError(
+            f"The {len(lines)} lines of {setting} together take too long to match. Use fewer lines, or fewer of * "
+            "and + in them."
+        )
+    return patterns
 
 
 def layer_patterns(setting: str, lines: Sequence[str]) -> tuple[LayerPattern, ...]:
     """The parsed lines, in order. The first one that matches a layer applies.
 
     Raises:
-        ConfigError: a line is not `blocks = number` or `pattern = number`.
+        ConfigError: a line is not `blocks = number` or `pattern = number`, or the patterns take too long to match.
     """
     return _parsed(setting, tuple(lines))
 
@@ -56,8 +63,8 @@ def _pattern(setting: str, line: str) -> LayerPattern:
     try:
         value = float(number)
         blocks = _BLOCKS.fullmatch(where)
-        name = None if blocks else re.compile(where)
-    except (ValueError, re.error) as error:
+        name = None if blocks else compiled(where)
+    except ValueError as error:
         raise _wrong(setting, line, f" ({error})") from error
     if not equals or not where or not 0 < value <= LARGEST:
         raise _wrong(setting, line)

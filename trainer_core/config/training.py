@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..errors import ConfigError
 from ..settings import Limits, Settings, check, setting
+from ..text import brief
 from .layer_patterns import layer_patterns, value_for
+from .regular_expression import compiled
 
 LoraType = Literal["lora", "dora", "lokr"]
 LayerPrefix = Literal["diffusion_model", "transformer"]
@@ -86,6 +89,12 @@ class LoraConfig(Settings):
         if self.lora_targets == "pattern":
             allowed = "a regular expression with lora_targets pattern"
             check(bool(self.lora_target_pattern), "lora_target_pattern", "", allowed)
+            try:
+                compiled(self.lora_target_pattern)
+            except ValueError as error:
+                raise ConfigError(
+                    f"lora_target_pattern {brief(self.lora_target_pattern)} is wrong: {error}."
+                ) from error
 
     def rank_of(self, layer: str) -> int:
         """The rank of the layer with this full name."""
