@@ -21,6 +21,7 @@ _INVISIBLE = frozenset({"Zs", "Zl", "Zp", "Cc", "Cf"})  # spaces, line ends, con
 _BLANK_LETTERS = frozenset("\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0")  # fillers and variation selectors
 _MOST_SHOWN = 200  # characters of a value in a message
 _LONGEST_NAME = 300  # characters of a path in a message
+_BEGINNING = 60  # characters of a caption in a message
 _LARGEST_SHOWN = 10**40  # Python refuses to write integers of more than 4,300 digits
 
 
@@ -60,6 +61,11 @@ def brief(value: object) -> str:
     """A value for use in a message: its `repr`, cut to about 200 characters, whatever its size and depth."""
     text = _BRIEF.repr(value)
     return text if len(text) <= _MOST_SHOWN + 50 else f"{text[:_MOST_SHOWN]}…"
+
+
+def beginning(text: str) -> str:
+    """The first 60 characters of a caption or prompt in quotes, for use in a message."""
+    return repr(text[:_BEGINNING]) + ("…" if len(text) > _BEGINNING else "")
 
 
 class _Brief(reprlib.Repr):

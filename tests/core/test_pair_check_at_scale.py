@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from tests.support.waves import HEIGHT, WIDTH, edited, scene
 from trainer_core.config import DatasetConfig, PairCheckConfig
 from trainer_core.data import duplicates, in_threads, pair_check, pair_memory
+from trainer_core.data.alignment import align
 from trainer_core.data.images import open_picture, open_reduced
 from trainer_core.data.pair_check import PairCheck, check_pairs, measure_pair
 from trainer_core.data.pairing import EditDataset, pair_folders
@@ -202,3 +204,22 @@ def test_near_duplicates_compare_only_hashes_with_an_equal_part(monkeypatch: pyt
     hashes = list(np.random.default_rng(0).integers(0, 2, (4000, 128)).astype(bool))
     assert duplicates.near_duplicates(hashes, CONFIG.duplicate_bits) == {}
     assert compared < 4000**2 / 1000
+
+
+def test_results_are_kept_below_a_folder_whose_name_is_no_unicode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    check_pairs(dataset(Path(), {"a": 0.0}), CONFIG, checked_dir=tmp_path / "checked")
+    assert len(list((tmp_path / "checked").glob("pairs-*.json"))) == 1
+
+
+def test_a_region_between_the_sampled_pixels_is_compared(recwarn: pytest.WarningsRecorder) -> None:
+    """The row is no multiple of the distance of sampled rows. Its median was NaN, with a warning of numpy."""
+    picture = np.asarray(Image.fromarray(scene(1)).resize((400, 300)), np.float32)
+    row = np.zeros(picture.shape[:2], bool)
+    row[151] = True
+    found = align(picture, picture, row)
+    assert found.shift == pytest.approx((0, 0), abs=1e-3) and found.unedited == 1 and not recwarn.list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.narrow import make_pairs, small_encoding
+from trainer_core.conditioning import encoded as encoded_module
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.entry import entry_path
@@ -65,6 +67,26 @@ def test_training_names_a_damaged_entry_and_the_next_start_encodes_it(
     encode()
     assert torch.equal(read_tensors(path)[kind], wanted)
     assert train_lora(config).steps_done == 1
+
+
+def test_an_entry_that_cannot_be_read_is_not_called_damaged(
+    encode: Callable[[], EncodedDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be whole, as with too many open files, so it keeps its name."""
+    encoded = encode()
+    entry = encoded.pairs[0]
+    path = entry_path(encoded.cache_dir, "prompt", entry.prompts[0])
+
+    def refused(_: Path) -> dict[str, torch.Tensor]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(encoded_module, "read_tensors", refused)
+    with pytest.raises(DatasetError, match=r"can't be read \(prompt.*Too many open files"):
+        encoded.load_prompt(entry, entry.prompts[0])
+    assert path.is_file()
+    path.unlink()
+    with pytest.raises(DatasetError, match=r"A prompt in the cache .* can't be read \(prompt.*no such file"):
+        encoded.prompt_tokens(entry.prompts[0])
 
 
 def test_damaged_visual_tokens_are_encoded_again(

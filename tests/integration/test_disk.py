@@ -219,7 +219,7 @@ def test_a_complete_cache_works_on_a_read_only_disk(
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     make_read_only(cache, monkeypatch)
     assert encode() == first
-    assert "The results of the picture check are not kept" in caplog.text
+    assert "The results of the check are not kept" in caplog.text
     config = dataclasses.replace(twelve_steps(first, model, tmp_path / "run"), max_train_steps=3)
     assert train_lora(config).steps_done == 3
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before

@@ -116,8 +116,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "text encoder": ({"model": {"text_encoder_file": "wrong.safetensors"}}, "wrong.safetensors"),
     "transformer": ({"model": {"transformer_file": "wrong.safetensors"}}, "wrong.safetensors"),
     "long caption": ({}, "tokenizer_max_length"),
-    "name": ({"run_dir": f"runs/{'x' * 250}"}, "the name of the LoRA file"),
-    "LoRA name": ({"export": {"lora_name": "ß" * 125}}, "the name of the LoRA file"),
+    "name": ({"run_dir": f"runs/{'x' * 250}"}, "the LoRA file gets this name"),
+    "LoRA name": ({"export": {"lora_name": "ß" * 125}}, "the LoRA file gets this name"),
 }
 ONLY_WHERE_IT_TRAINS = {"all held out", "compiler", "no run", "other settings"}  # these can be encoded
 

@@ -8,20 +8,20 @@ from pathlib import Path
 
 from ..events import SILENT, Observer, raise_if_stopped
 from ..qwen_image import prompt
-from ..text import brief, shown
+from ..text import beginning, shown
 
 
 def too_long(
     prompts: Iterable[tuple[str, str]], limit: int, tokenizer_folder: Path, observer: Observer = SILENT
 ) -> Iterator[str]:
-    """A problem for each prompt of more than `limit` tokens. `prompts` are pairs of its place, for messages, and text.
+    """A problem for each prompt of more than `limit` tokens. `prompts` are places, for messages, and texts.
 
-    Tokens are those of the text alone, without its pictures and the template. A token has at least one byte, so most
-    prompts are known to be short enough without the tokenizer, which is loaded only for the others.
+    Tokens are those of the text alone, without its pictures and the template. A token has at least one byte, so a text
+    of at most `limit` bytes is short enough. The tokenizer is loaded only if there are longer ones.
 
     Raises:
         ModelFileError: the tokenizer is needed and its folder has none.
-        Interrupted: the observer wants to stop.
+        Interrupted: the observer asked to stop.
     """
     tokenizer = None
     counted: dict[str, int] = {}
@@ -34,7 +34,7 @@ def too_long(
             counted[text] = len(tokenizer(text)["input_ids"])
         if counted[text] > limit:
             yield (
-                f"{shown(place)}: {brief(text[:60])}… has {counted[text]:,} tokens; tokenizer_max_length allows "
+                f"{shown(place)}: {beginning(text)} has {counted[text]:,} tokens; tokenizer_max_length allows "
                 f"{limit:,}. Shorten it."
             )
 

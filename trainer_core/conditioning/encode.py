@@ -16,7 +16,6 @@ import torch
 
 from ..config import EncodingConfig, ModelConfig, digest
 from ..data.folders import changed_files
-from ..data.images import shown
 from ..data.pairing import EditDataset, EditPair, dataset_states
 from ..device import pick_device, release_memory
 from ..errors import ConfigError, DatasetError, OutOfMemoryError, Problems
@@ -27,6 +26,7 @@ from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.text_encoder import PICTURE_TOKEN, check_text_encoder
 from ..qwen_image.vae import check_vae
 from ..ranks import SINGLE_PROCESS, Ranks
+from ..text import beginning, shown
 from .caption_lengths import too_long
 from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
@@ -162,16 +162,14 @@ def _networks(base: BaseModel, encoding: EncodingConfig, encoders: Encoders) -> 
 def _check_captions(dataset: EditDataset, encoding: EncodingConfig, tokenizer: Path, observer: Observer) -> None:
     """Raise DatasetError if a prompt can't be encoded; lists all."""
     validated = ("validation prompts", (*encoding.validation_prompts, encoding.validation_negative_prompt))
-    seen = [(pair.key, pair.captions) for pair in dataset.pairs if pair.references]
-    problems = [
-        f"{shown(place)}: the caption {shown(caption[:100])!r} contains {PICTURE_TOKEN}, a picture placeholder. "
-        "Remove it."
-        for place, captions in [*seen, validated]
-        for caption in captions
-        if PICTURE_TOKEN in caption
-    ]
+    unreferenced = {pair.key for pair in dataset.pairs if not pair.references}  # their prompts have no placeholders
     every = [*((pair.key, pair.captions) for pair in dataset.pairs), validated]
-    prompts = ((place, caption) for place, captions in every for caption in captions)
+    prompts = [(place, caption) for place, captions in every for caption in captions]
+    problems = [
+        f"{shown(place)}: the caption {beginning(caption)} contains {PICTURE_TOKEN}, a picture placeholder. Remove it."
+        for place, caption in prompts
+        if PICTURE_TOKEN in caption and place not in unreferenced
+    ]
     problems += too_long(prompts, encoding.tokenizer_max_length, tokenizer, observer)
     if problems:
         raise DatasetError("These captions can't be encoded:", problems)

@@ -68,7 +68,7 @@ class EncodedDataset:
 
         Raises:
             ConfigError: its references are encoded on the fly, and `encode_reference` is None.
-            DatasetError: the cache lacks an entry, or an entry is damaged. A damaged one is renamed, so that it is
+            DatasetError: an entry is missing, can't be read, or is damaged. A damaged one is renamed, so that it is
                 encoded again.
         """
         entry = entry.seen(reference_set)
@@ -81,24 +81,32 @@ class EncodedDataset:
         )
 
     def load_prompt(self, entry: EncodedEntry, key: str) -> Any:
-        """Embeddings [L, D] of one of the pair's prompts by cache key: a caption, validation or negative prompt."""
+        """Embeddings [L, D] of one of the pair's prompts by cache key: a caption, validation or negative prompt.
+
+        Raises:
+            DatasetError: as `load`.
+        """
         return self._tensor("prompt", key, entry)
 
     def prompt_tokens(self, key: str) -> int:
         """Length L of a prompt's embeddings by its cache key, from the file's header.
 
         Raises:
-            DatasetError: the entry is missing or damaged.
+            DatasetError: the entry is missing, can't be read, or is damaged.
         """
         path = entry_path(self.cache_dir, "prompt", key)
         try:
             with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
                 return int(file.get_slice("prompt").get_shape()[0])
         except (OSError, SafetensorError, IndexError) as error:
-            raise self._damaged("A prompt", path) from error
+            raise self._unusable("A prompt", path, error) from error
 
     def load_pictures(self, entry: EncodedEntry) -> tuple[Any, ...]:
-        """The pictures of a held-out pair [3, H, W], uint8, cropped and resized as encoded: target, then references."""
+        """The pictures of a validated pair [3, H, W], uint8, cropped and resized as encoded: target, then references.
+
+        Raises:
+            DatasetError: as `load`.
+        """
         return tuple(self._tensor("picture", key, entry) for key in entry.pictures)
 
     def _references(self, entry: EncodedEntry, encode_reference: EncodeReference | None) -> tuple[Tensor, ...]:
@@ -121,16 +129,21 @@ class EncodedDataset:
         try:
             return read_tensors(path)[kind]
         except (OSError, DamagedFileError, KeyError) as error:
-            raise self._damaged(f"The {kind} of the pair {entry.key!r}", path) from error
+            raise self._unusable(f"The {kind} of the pair {entry.key!r}", path, error) from error
 
-    def _damaged(self, what: str, path: Path) -> DatasetError:
-        """Sets a damaged entry aside. Returns the error to raise."""
+    def _unusable(self, what: str, path: Path, error: Exception) -> DatasetError:
+        """The error to raise for an entry that can't be used. Renames the entry if its content is damaged."""
+        place = f"{what} in the cache {self.cache_dir}"
+        name = path.relative_to(self.cache_dir)
+        again = "Encode the dataset again; only missing entries are encoded."
+        if isinstance(error, OSError):  # says nothing about the content
+            reason = error.strerror or "no such file, or no permission to read it"
+            return DatasetError(
+                f"{place} can't be read ({name}: {reason}). Check its permissions and the disk. {again}"
+            )
         aside = set_aside(path)
-        done = f"It was renamed to {aside.name}" if aside else "It can't be renamed, so delete it"
-        return DatasetError(
-            f"{what} in the cache {self.cache_dir} is damaged ({path.relative_to(self.cache_dir)}). {done}. Encode the "
-            "dataset again: only missing entries are encoded."
-        )
+        done = f"It was renamed to {aside.name}." if aside else "It can't be renamed, so delete it."
+        return DatasetError(f"{place} is damaged ({name}). {done} {again}")
 
     def trained_too(self, validated: EncodedDataset) -> int:
         """How many pairs that `validated` validates have a target that this dataset trains on, at the same size."""

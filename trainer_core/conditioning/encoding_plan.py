@@ -32,8 +32,8 @@ from .types import ReferenceFile
 class LatentTask(NamedTuple):
     """A picture to encode with the VAE.
 
-    `key` is the cache key of its latents, `content` the file's SHA-256, and `picture` the cache key of its pixels,
-    which are kept for validated pairs only.
+    `key` is the cache key of its latents, `content` the `content_name` of the file, and `picture` the cache key of its
+    pixels, which are kept for validated pairs only.
     """
 
     key: str
@@ -116,7 +116,10 @@ class PlannedDataset:
 def plan_encoding(
     pair: EditPair, model: ModelConfig, encoding: EncodingConfig, digests: tuple[str, str], *, validated: bool
 ) -> PlannedPair:
-    """The views and cache keys of a pair, for training or to be `validated`. `digests`: of VAE and text encoder."""
+    """The views and cache keys of a pair that is trained, or `validated`.
+
+    `digests` are those of the VAE and the text encoder.
+    """
     flavour, kinds = FLAVOURS[model.flavour], pair.conditioning_types
     plan = plan_pair(pair.sizes, flavour, encoding, pair.key, conditioning_types=kinds)
     entry = _entry(pair, plan, digests, encoding, keep_pictures=validated)
@@ -175,7 +178,7 @@ def find_missing(planned: list[PlannedPair], cache_dir: Path, observer: Observer
     """The entries of these pairs that are not in the cache.
 
     Raises:
-        Interrupted: the observer wants to stop.
+        Interrupted: the observer asked to stop.
     """
 
     def lacks(kind: str, key: str) -> bool:

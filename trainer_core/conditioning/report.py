@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 from ..config import EncodingConfig, FlavourName
-from ..data.images import shown
 from ..data.pairing import EditDataset
 from ..geometry import Size
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import VAE_FACTOR
+from ..text import shown
 from .encoded import EncodedDataset
 from .pictures import plan_pair
 

@@ -13,11 +13,11 @@ import torch
 
 from ..config import EncodingConfig
 from ..config.dataset import SizeConfig
-from ..data.images import shown
 from ..data.pairing import EditPair, reference_kinds
 from ..errors import DatasetError
 from ..geometry import CENTRE, Box, CropPosition, Size, crop_box, kept_share, scaled_size
 from ..rng import stream
+from ..text import shown
 
 _LEAST_KEPT = 0.25  # of a reference's area
 _UNITS = {

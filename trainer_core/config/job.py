@@ -26,7 +26,7 @@ from .training import (
 )
 from .validation import ValidationConfig
 
-_LONGEST_SUFFIX = "-99-ema.safetensors"  # what run names and exports add
+_LONGEST_SUFFIX = "-99-ema.safetensors"  # a number if the name is taken, the EMA, and the extension
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +60,11 @@ class TrainingSettings(Settings):
     def check_combinations(self) -> None:
         """Checks that the parts work together, and that the LoRA file's name is not too long."""
         name = self.export.lora_name or Path(self.run_dir).name
-        setting = "export.lora_name" if self.export.lora_name else "run_dir"
-        fits = len(name.encode(errors="replace")) <= MAX_NAME_BYTES - len(_LONGEST_SUFFIX)
-        allowed = f"shorter: it is the name of the LoRA file, of at most {MAX_NAME_BYTES - len(_LONGEST_SUFFIX)} bytes"
-        check(fits, setting, name, allowed)
+        named_in = "export.lora_name" if self.export.lora_name else "run_dir"
+        longest = MAX_NAME_BYTES - len(_LONGEST_SUFFIX)
+        fits = len(name.encode(errors="replace")) <= longest
+        allowed = f"at most {longest} bytes long, because the LoRA file gets this name"
+        check(fits, named_in, name, allowed)
         check_warmup(self.optimizer, self.max_train_steps)
         check_ema(self.ema, self.optimizer)
 

@@ -67,7 +67,7 @@ class ValidationConfig(Settings):
     def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
         """Accepts a number as validation_resolution."""
         size = values.get("validation_resolution")
-        is_side = type(size) is int and 0 < size < 10**6
+        is_side = type(size) is int and 0 < size < 10**6  # str() raises for numbers of more than 4,300 digits
         return {**values, "validation_resolution": str(size)} if is_side else values
 
     @property

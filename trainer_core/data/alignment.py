@@ -20,10 +20,10 @@ Where: TypeAlias = NDArray[np.bool_]  # [H, W]
 T = TypeVar("T", bound=np.generic)
 
 UNEDITED = 8.0  # differences below this many 8-bit steps count as noise or compression, not as an edit
-_STEPS = 12
+_STEPS = 12  # of Gauss-Newton at each size, at most
 _LINEAR_STEPS = 3
 _SAMPLED = 48  # rows and columns of a plane that give its median
-_LEAST_SIDE = 48
+_LEAST_SIDE = 48  # pixels of the smallest pictures that are compared
 _FARTHEST = 20.0  # residuals above this many 8-bit steps count as an edit
 MIN_UNEDITED_SHARE = 0.2
 _MAX_STANDARD_ERROR = 0.1  # of the shift, in pixels of the measured picture
@@ -108,8 +108,8 @@ def judged(
 def estimate(target: Pixels, reference: Pixels) -> tuple[Alignment, float]:
     """Shift and zoom of a reference that lies within a fraction of a pixel, and the standard error of its shift.
 
-    Solves for all of them on the slopes of a quarter of the target's pixels and resamples nothing. Much faster than
-    `align`, and wrong for larger shifts. Both pictures are [H, W, 3] in 0..255.
+    Solves for both from the slopes at a quarter of the target's pixels and resamples nothing. Much faster than
+    `align`, but wrong for larger shifts. Both pictures are [H, W, 3] in 0..255.
     """
     wanted = _planes(target)
     residual, inside = wanted - _planes(reference), np.ones(target.shape[:2], np.bool_)
@@ -227,7 +227,8 @@ def _slopes(planes: Pixels) -> tuple[Pixels, float]:
 def _step(slopes: Pixels, residual: Pixels, inside: Where) -> tuple[NDArray[np.float64], float]:
     """A Gauss-Newton step (right, down, zoom in pixels of the farthest side), and the standard error of the shift."""
     there = _sample(residual)[:, _sample(inside)]
-    scale = min(max(2.0, 1.5 * float(np.median(np.abs(there)))), _FARTHEST / 2)
+    typical = float(np.median(np.abs(there))) if there.size else 0.0  # a narrow region may hold no sampled pixel
+    scale = min(max(2.0, 1.5 * typical), _FARTHEST / 2)
     weight = inside / (1 + (residual / scale) ** 2) ** 2
     weighted = (slopes * weight).reshape(3, -1)
     normal = (weighted @ slopes.reshape(3, -1).T).astype(np.float64) + 1e-3 * np.eye(3)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..config import DatasetConfig
 from ..config.dataset import CAPTION_TABLES
 from ..errors import DatasetError
-from ..text import brief, is_blank, shown, text_problem
+from ..text import beginning, is_blank, shown, text_problem
 
 MAX_CAPTION_FILE_BYTES = 1_000_000
 
@@ -31,7 +31,7 @@ def captions_of(
     captions = tuple(first + each + settings.caption_suffix for each in _written(target, text_file, config, listed))
     for caption in captions:
         if problem := text_problem(caption):
-            raise DatasetError(f"{shown(target)}: a caption {problem}: {brief(caption[:60])}…")
+            raise DatasetError(f"{shown(target)}: a caption {problem}: {beginning(caption)}. Correct it.")
     return captions
 
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
 from ..config.dataset import ColorProfiles
 from ..errors import DatasetError
 from ..events import Observer
-from ..files import write_atomically
 from ..geometry import Size
 from .colour_profiles import ColourProfile
 from .images import accepts_cut_pictures, content_name, decode_picture, open_picture_file, stream_digest
 from .in_threads import in_threads
+from .kept import read_kept, write_kept
 from .masks import MaskSource, mask_grey
 
-_LOG = logging.getLogger(__name__)
 _FORMAT = 2  # of the results file; raise it when the checks change
 _SETTLED_NS = 2 * 10**9  # a newer file could change again without changing its timestamp
 
@@ -120,21 +117,20 @@ def _state(path: Path) -> State | None:
 
 def _recall(memory: Path | None, states: dict[Path, State], masks: Collection[Path]) -> dict[Path, Checked]:
     """Saved results of pictures that are unchanged. A results file that can't be read counts as empty."""
-    if memory is None or accepts_cut_pictures():
-        return {}
-    known = {}
-    try:
-        stored = json.loads(memory.read_text(encoding="utf-8"))
+
+    def known(stored: Any) -> dict[Path, Checked]:
         rows = stored["pictures"] if stored["format"] == _FORMAT else {}
-        for path, state in states.items():
-            row = rows.get(str(path))
-            if row is not None and tuple(row[0]) == state and (path in masks) == bool(row[1][6]):
-                sha256, size, animated, transparent, profile, corrections, *mask = row[1]
-                profile = profile and ColourProfile(*profile)
-                known[path] = Checked(sha256, Size(*size), animated, transparent, profile, tuple(corrections), *mask)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        return {}
-    return known
+        found = ((path, state, rows[str(path)]) for path, state in states.items() if str(path) in rows)
+        unchanged = {path: _from_json(values) for path, state, (then, values) in found if tuple(then) == state}
+        return {path: each for path, each in unchanged.items() if (path in masks) == bool(each.mask)}
+
+    return {} if accepts_cut_pictures() else read_kept(memory, known)
+
+
+def _from_json(values: Any) -> Checked:
+    sha256, size, animated, transparent, profile, corrections, *mask = values
+    profile = profile and ColourProfile(*profile)
+    return Checked(sha256, Size(*size), animated, transparent, profile, tuple(corrections), *mask)
 
 
 def _remember(memory: Path, found: dict[Path, Checked], states: dict[Path, State]) -> None:
@@ -145,7 +141,4 @@ def _remember(memory: Path, found: dict[Path, Checked], states: dict[Path, State
         for path, each in found.items()
         if path in states and now - max(states[path][1:3]) > _SETTLED_NS and _state(path) == states[path]
     }
-    try:
-        write_atomically(memory, json.dumps({"format": _FORMAT, "pictures": rows}).encode())
-    except OSError as error:
-        _LOG.warning("The results of the picture check are not kept, so the next check takes as long. %s", error)
+    write_kept(memory, {"format": _FORMAT, "pictures": rows})

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # loaded when it is needed, because ComfyUI doesn't load it
 _SAME = 2  # of 255: the largest difference between sRGB and a profile that counts as sRGB
 _SAME_GAMMA = 0.02
 _SRGB_PRIMARIES = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # x, y of white, red, green and blue
-STATED_WITHIN = 65_536
+STATED_WITHIN = 65_536  # first bytes of a file that are searched for such a statement
 _CODED = re.compile(rb"\0\0\0\x04cICP(.)(.)|\0\0\0\x13colrnclx\0(.)\0(.)", re.DOTALL)  # of a PNG, of an AVIF
 _SRGB_CODES = (1, 2, 6, 13)  # of primaries: BT.709, unknown, BT.601; of transfer functions also sRGB
 _INTEROPERABILITY = 1  # EXIF tag: R03 says that a camera wrote Adobe RGB
@@ -39,8 +39,10 @@ def colour_profile(icc: object, mode: str) -> ColourProfile | None:
 
 
 def stated_space(picture: Image.Image, start: bytes) -> ColourProfile | None:
-    """A colour space other than sRGB that a file without a profile states in another way: by EXIF, as a PNG's gamma or
-    primaries, or by the numbers of H.273 in a PNG or AVIF. `start`: the file's first `STATED_WITHIN` bytes.
+    """A colour space other than sRGB that a file without a profile states in another way; None if it states none.
+
+    It may be in EXIF, in a PNG's gamma or primaries, or in a PNG's or AVIF's numbers of H.273. `start`: the file's
+    first `STATED_WITHIN` bytes.
     """
     if coded := _CODED.search(start):
         primaries, transfer = (part[0] for part in coded.groups() if part is not None)

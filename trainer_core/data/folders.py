@@ -39,7 +39,7 @@ class Folder:
     notes: list[str] = field(default_factory=list)
 
     def almost(self, key: str) -> str:
-        """A hint about a file that almost matches a missing key, to append to a message; empty if there is none."""
+        """A hint, for the end of a message, about a file that almost matches a missing key; empty if there is none."""
         if key in self.unread:
             return f". Convert {shown(self.unread[key].name)} to PNG or JPEG, because its format is not supported"
         other = self.caseless.get(key.casefold())
@@ -51,8 +51,8 @@ class Folder:
 def scan_folder(root: Path, *, table: Path | None = None, observer: Observer = SILENT) -> Folder:
     """List a folder and its subfolders in name order.
 
-    `problems` and `notes` say of every file that is kept out of the dataset why it is. `table`: the caption table,
-    which may be in the folder.
+    `problems` and `notes` give the reason for every file that is left out. `table` is the caption table, which may be
+    in the folder.
 
     Raises:
         Interrupted: the observer asked to stop.
@@ -109,10 +109,10 @@ def _passed_over(folder: Folder) -> Iterator[str]:
 
 
 def take_out_masks(target: Folder, others: Sequence[Folder]) -> list[str]:
-    """Takes pictures that look like the mask of a target out of the targets. Returns the problem, if there are any.
+    """Take pictures that look like masks out of the targets. Returns the problem in a list; empty if there are none.
 
-    They are named like another target plus an ending, or like it in a folder of masks, and have neither references nor
-    a caption.
+    Such a picture is named like another target plus an ending, or lies in a folder of masks under that target's name,
+    and has neither references nor a caption.
     """
     found: list[str] = []
     for key in sorted(target.pictures):

@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.2
 def in_threads(work: Callable[[T], R], items: Iterable[T], observer: Observer, name: str) -> Iterator[tuple[T, R]]:
     """Yield each item with the result of `work`, which threads named `name` do for several items at a time.
 
-    A stop does not wait for items that are being worked on; their threads end by themselves.
+    A stop doesn't wait for items that threads are still working on. Those threads end by themselves.
 
     Raises:
         Interrupted: the observer asked to stop.

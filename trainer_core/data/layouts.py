@@ -39,8 +39,11 @@ _BEGINNING = 1 << 16  # bytes of a table that are enough for its first row
 
 @dataclass(slots=True)
 class Layout:
-    """`problems`: one line for each thing that is laid out differently. `no_reference` (folder, key) and `no_caption`
-    are the lacks that they explain, so that no target needs a line of its own."""
+    """What is laid out differently.
+
+    `problems` has one line for each kind of difference. `no_reference` (folder, key) and `no_caption` (key) are the
+    references and captions that are missing because of it, so that they need no lines of their own.
+    """
 
     problems: list[str] = field(default_factory=list)
     no_reference: set[tuple[Path, str]] = field(default_factory=set)
@@ -48,7 +51,7 @@ class Layout:
 
 
 def recognise(target: Folder, references: Sequence[Folder], config: DatasetConfig) -> Layout:
-    """What another trainer's layout explains. Takes pictures that are references out of the targets."""
+    """What another trainer's layout explains. Takes references out of the targets."""
     layout = Layout()
     _numbered_beside_targets(target, references, config, layout)
     for folder in references:

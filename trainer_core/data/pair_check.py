@@ -17,7 +17,7 @@ from PIL import Image
 from ..config import PairCheckConfig
 from ..events import SILENT, Observer
 from ..geometry import Size, kept_share, same_framing
-from ..text import shown
+from ..text import beginning, shown
 from .alignment import MIN_UNEDITED_SHARE, Alignment, Pixels, align, estimate
 from .duplicates import Bits, near_duplicates, shape_bits
 from .images import is_converted, open_reduced
@@ -26,9 +26,9 @@ from .pair_memory import Measured, memory_file, memory_key, recall, remember
 from .pairing import EditDataset, EditPair, reference_kinds
 
 _GRAPH_SHAPE = 2.5  # more than the 1568 x 672 to which FluxKontextImageScale crops, with some tolerance
-_QUICK_SIDE = 128  # pixels of the longer side
-_CLEARLY = 0.7  # of a limit: below it, the quick measurement leaves no doubt
-_ERRORS = 3  # standard errors that count as possible
+_QUICK_SIDE = 128  # pixels of the longer side of the small pictures that are measured first
+_CLEARLY = 0.7  # share of a limit: small pictures are precise enough for values below it
+_ERRORS = 3  # a shift may be so many standard errors larger than measured
 
 FindingKind = Literal["shift", "zoom", "colour", "size", "framing", "unmeasured", "equal", "duplicate", "caption"]
 
@@ -119,7 +119,11 @@ def _measured(pair: EditPair, config: PairCheckConfig) -> Measured:
 
 
 def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
-    """Decode one pair at check_side and compare each reference with its target."""
+    """Decode one pair at check_side and compare each reference with its target.
+
+    Raises:
+        DatasetError: a picture can't be read.
+    """
     found = _measure(pair, config, config.check_side, lambda target, reference, _: align(target, reference))
     assert found is not None
     return found
@@ -139,24 +143,23 @@ def _measure(
     side: int,
     align_pictures: Callable[[Pixels, Pixels, _Limits], Alignment | None],
 ) -> MeasuredPair | None:
-    """Measure pictures of at most `side` pixels. None if `align_pictures` can't tell."""
+    """Measure pictures whose longer side has at most `side` pixels. None if `align_pictures` returns None."""
     original = pair.sizes[0]
     target = open_reduced(pair.target, side, convert=is_converted(pair.digests[0]))
     wanted, alignments, findings = _pixels(target), [], [*_narrow(pair.key, "target", original)]
     bits = [shape_bits(target)]
     for number, (path, kind) in enumerate(zip(pair.references, reference_kinds(pair), strict=True)):
         size, content = pair.sizes[number + 1], pair.digests[number + 1]
-        alike = same_framing(original, size)
         reference = open_reduced(path, side, convert=is_converted(content))
         name = "reference" if len(pair.references) == 1 else f"reference {number + 1}"
         bits.append(shape_bits(reference))
-        found = None
         if kind == "reference_loose":  # declared to show another scene
-            alignments.append(found)
+            alignments.append(None)
             continue
         findings += _size_findings(pair.key, name, original, size)
         findings += _narrow(pair.key, name, size)
-        if alike:
+        found = None
+        if same_framing(original, size):
             limits = _Limits(config, original.width / target.width, number == 0)
             if reference.size != target.size:
                 reference = reference.resize(target.size, Image.Resampling.LANCZOS)
@@ -165,7 +168,8 @@ def _measure(
                 return None
             findings += _findings(pair.key, name, found, limits)
         alignments.append(found)
-    return MeasuredPair(pair.key, tuple(alignments), tuple(findings), np.concatenate((bits * 2)[:2]))
+    first_two = (bits * 2)[:2]  # the target's hash twice if there is no reference
+    return MeasuredPair(pair.key, tuple(alignments), tuple(findings), np.concatenate(first_two))
 
 
 def _quick_alignment(target: Pixels, reference: Pixels, limits: _Limits) -> Alignment | None:
@@ -285,13 +289,12 @@ def _captions(pairs: Sequence[EditPair]) -> Iterator[Finding]:
             words = [word for word in caption.replace("_", " ").split() if sum(c.isalpha() for c in word) > 1]
             spaced = not any(ord(letter) > 0x2E7F for letter in caption)  # CJK scripts put no spaces between words
             if len(words) < 2 and spaced:
-                text = f"the caption says little: {shown(caption[:60])!r}. Describe the edit in a sentence."
+                text = f"the caption says little: {beginning(caption)}. Describe the edit in a sentence."
                 yield Finding(pair.key, "caption", text)
         repeated = [caption for caption, count in Counter(pair.captions).items() if count > 1]
         if repeated:
-            yield Finding(
-                pair.key, "caption", f"the same caption occurs twice: {shown(repeated[0][:60])!r}. Remove one of them."
-            )
+            text = f"the same caption occurs twice: {beginning(repeated[0])}. Remove one of them."
+            yield Finding(pair.key, "caption", text)
 
 
 def alike_captions(pairs: Sequence[EditPair]) -> str:
@@ -306,6 +309,6 @@ def alike_captions(pairs: Sequence[EditPair]) -> str:
     caption, count = max(shared.items(), key=lambda item: item[1])
     whole = "all pairs" if count == len(pairs) else f"{count} pairs"
     return (
-        f"Captions shared by several pairs: {len(shared)}; {whole} have {shown(caption[:60])!r}. This is correct if "
+        f"Captions shared by several pairs: {len(shared)}; {whole} have {beginning(caption)}. This is correct if "
         "these pairs show the same edit and wrong if their edits differ."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import PairCheckConfig, digest, to_json
-from ..errors import TrainerError
-from ..files import write_atomically
 from .duplicates import Bits
+from .kept import kept_file, read_kept, write_kept
 from .pairing import EditDataset, EditPair
 
 _FORMAT = 1  # raise it when the measurements change
@@ -28,8 +26,7 @@ class Measured(NamedTuple):
 
 def memory_file(checked_dir: Path, dataset: EditDataset) -> Path:
     """The file that keeps the measurements of the pairs in a dataset's folders."""
-    roots = [str(root.absolute()) for root in (dataset.target_dir, *dataset.reference_dirs)]
-    return checked_dir / f"pairs-{digest(roots)}.json"
+    return kept_file(checked_dir, (dataset.target_dir, *dataset.reference_dirs), "pairs-")
 
 
 def memory_key(pair: EditPair, config: PairCheckConfig) -> str:
@@ -39,25 +36,16 @@ def memory_key(pair: EditPair, config: PairCheckConfig) -> str:
 
 def recall(file: Path | None, keys: Iterable[str]) -> dict[str, Measured]:
     """The stored measurements with these keys. A file that is missing or can't be read counts as empty."""
-    if file is None:
-        return {}
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        return {key: _from_json(rows[key]) for key in keys if key in rows}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+    return read_kept(file, lambda rows: {key: _from_json(rows[key]) for key in keys if key in rows})
 
 
 def remember(file: Path, measured: Mapping[str, Measured]) -> None:
-    """Store measurements by their keys. If the disk is full or read-only, the next check measures again."""
+    """Store measurements by their keys. Only warns if the disk is full or read-only."""
     rows = {
         key: [each.findings, [[n, *shift] for n, shift in each.shifts.items()], np.packbits(each.bits).tobytes().hex()]
         for key, each in measured.items()
     }
-    try:
-        write_atomically(file, json.dumps(rows).encode())
-    except (OSError, TrainerError):
-        return
+    write_kept(file, rows)
 
 
 def _from_json(row: Any) -> Measured:

@@ -19,11 +19,12 @@ from .captions import captions_of
 from .checking import Checked, CheckedPictures, check_pictures
 from .folders import FileState, Folder, file_states, scan_folder, take_out_masks
 from .images import accepts_cut_pictures
+from .kept import kept_file
 from .layouts import Layout, recognise, rows_by_target, rows_of_other_folders
 from .masks import PairMask, mask_problem
 from .picture_notes import picture_notes, profile_note
 
-LONGEST_SHAPE = 32  # of a picture's sides: at a megapixel the shorter one then has 22 latents, at 512² 11
+LONGEST_SHAPE = 32  # the longer side over the shorter one, which then has 22 latents at a megapixel, 11 at 512²
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     problems = [problem for folder in folders for problem in folder.problems] + take_out_masks(target, others)
     layout = recognise(target, others[: len(config.reference_dirs)], config)
     table, table_problems = _caption_table(config)
-    table, table_notes = rows_by_target(table or {}, target, config) if table is not None else (None, [])
+    table, table_notes = (None, []) if table is None else rows_by_target(table, target, config)
     rows_of_other_folders(table or (), target, config, layout)
     problems += layout.problems + table_problems
     notes = [note for folder in folders for note in folder.notes] + _leftovers(target, others) + table_notes
@@ -122,7 +123,8 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
         )
     used = [folder.pictures[key] for key in target.pictures for folder in folders if key in folder.pictures]
     masks = set(others[-1].pictures.values()) if config.mask_dir else set()
-    checked = check_pictures(used, observer, masks=masks, memory=_memory(checked_dir, folders))
+    memory = checked_dir and kept_file(checked_dir, (folder.root for folder in folders))
+    checked = check_pictures(used, observer, masks=masks, memory=memory)
     if accepts_cut_pictures():
         notes.append(
             "Another extension set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, so truncated pictures are read with grey areas "
@@ -141,11 +143,6 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     notes += picture_notes(readable, config.color_profiles)
     notes += profile_note({pair.key: [readable[path] for path in (pair.target, *pair.references)] for pair in pairs})
     return FolderScan(_dataset(pairs, roots, tuple(notes)), tuple(problems), tuple(notes))
-
-
-def _memory(checked_dir: Path | None, folders: list[Folder]) -> Path | None:
-    """The file that keeps the check results of these folders."""
-    return checked_dir and checked_dir / f"{digest([printable(folder.root.absolute()) for folder in folders])}.json"
 
 
 def folder_state(config: DatasetConfig) -> str:
@@ -238,8 +235,10 @@ def _pair(
     listed: tuple[str, ...] | None,
     layout: Layout,
 ) -> tuple[EditPair | None, list[str]]:
-    """The pair with this key, or its problems. `listed` holds the table's captions; None if why there are none is said
-    elsewhere."""
+    """The pair with this key, or its problems.
+
+    `listed` holds the captions of the table. None: it has none, and another problem says why.
+    """
     target, *others = folders
     path = target.pictures[key]
     problems = [

@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..config.dataset import ColorProfiles
 from ..text import shown, some_of
 from .checking import Checked
 
 
+class _Remark(NamedTuple):
+    """Which pictures a note is about, and what that means for them."""
+
+    pictures: str
+    meaning: str = ""
+
+
 def picture_notes(checked: Mapping[Path, Checked], color_profiles: ColorProfiles) -> Iterator[str]:
     """One note for each thing that is done to pictures, with their number and the first names."""
-    files: dict[str, list[str]] = defaultdict(list)
+    files: dict[_Remark, list[str]] = defaultdict(list)
     for path, picture in checked.items():
         if picture.animated:
             yield f"{shown(path)}: the picture has several frames; only the first is used."
-        for sentence in _sentences(picture, color_profiles):
-            files[sentence].append(f"{path.parent.name}/{path.name}")
-    for sentence, names in files.items():
-        yield sentence.format(found=f"{len(names)} ({some_of(names)})")
+        for remark in _remarks(picture, color_profiles):
+            files[remark].append(f"{path.parent.name}/{path.name}")
+    for remark, names in files.items():
+        yield f"{remark.pictures}: {len(names)} ({some_of(names)}). {remark.meaning}".rstrip()
 
 
 def profile_note(pictures: Mapping[str, Sequence[Checked]]) -> Iterator[str]:
@@ -33,24 +41,25 @@ def profile_note(pictures: Mapping[str, Sequence[Checked]]) -> Iterator[str]:
         )
 
 
-def _sentences(picture: Checked, color_profiles: ColorProfiles) -> Iterator[str]:
+def _remarks(picture: Checked, color_profiles: ColorProfiles) -> Iterator[_Remark]:
     if picture.mask == "hole":
-        yield "Masks read from their transparency: {found}. Transparent parts count, as in ComfyUI's mask editor."
+        yield _Remark("Masks read from their transparency", "Transparent parts count, as in ComfyUI's mask editor.")
     elif picture.mask == "paint":
-        yield "Masks read from the opacity of their only colour: {found}. Painted parts count."
+        yield _Remark("Masks read from the opacity of their only colour", "Painted parts count.")
     if picture.mask:
         return
     if picture.transparent:
-        yield (
-            "Pictures with transparent parts: {found}. They are trained on white. ComfyUI's LoadImage shows the hidden "
-            "colours there instead, so save them without transparency."
+        yield _Remark(
+            "Pictures with transparent parts",
+            "They are trained on white. ComfyUI's LoadImage shows the hidden colours there instead, so save them "
+            "without transparency.",
         )
     if picture.profile is None:
         return
-    name, problem = (text.replace("{", "(").replace("}", ")") for text in picture.profile)
+    name, problem = picture.profile
     if problem:
-        yield f"Pictures with a colour profile that can't be used ({problem}): {{found}}. They are taken for sRGB."
+        yield _Remark(f"Pictures with a colour profile that can't be used ({problem})", "They are taken for sRGB.")
     elif color_profiles == "convert":
-        yield f"Pictures converted from {name} to sRGB: {{found}}."
+        yield _Remark(f"Pictures converted from {name} to sRGB")
     else:
-        yield f"Pictures in {name} that are not converted to sRGB, because color_profiles is ignore: {{found}}."
+        yield _Remark(f"Pictures in {name} that are not converted to sRGB, because color_profiles is ignore")

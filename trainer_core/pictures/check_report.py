@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..config import PairCheckConfig
-from ..data.images import is_converted, shown
 from ..data.pair_check import PairCheck, alike_captions, measure_pair
 from ..data.pairing import EditDataset, EditPair
 from ..events import SILENT, Observer, watched
-from .rows import Look, PictureRow, draw_rows, open_thumbnail
+from ..text import shown
+from .rows import Look, PictureRow, draw_rows, pair_thumbnails
 
 _MARK = (235, 87, 87)
 _HEADINGS = {
@@ -56,7 +56,12 @@ def check_sheet(
     max_pairs: int = 12,
     observer: Observer = SILENT,
 ) -> Image.Image:
-    """References, target and their difference after alignment. Pairs with findings come first, in a red frame."""
+    """References, target and their difference after alignment. Pairs with findings come first, in a red frame.
+
+    Raises:
+        DatasetError: a picture can't be read.
+        Interrupted: the observer asked to stop.
+    """
     marked = {finding.key for finding in check.findings}
     chosen = sorted(dataset.pairs, key=lambda pair: pair.key not in marked)[:max_pairs]
     count = len(dataset.reference_dirs)
@@ -68,15 +73,9 @@ def check_sheet(
 
 
 def _row(pair: EditPair, check: PairCheck, config: PairCheckConfig, num_references: int) -> PictureRow:
-    findings, lacking = check.of(pair.key), num_references - len(pair.references)
-    pictures: list[Image.Image | None] = []
-    target, *references = zip((pair.target, *pair.references), pair.digests, strict=True)
-    for file in (*references, *[None] * lacking, target):
-        if file is None:
-            pictures.append(None)
-            continue
-        picture = open_thumbnail(file[0], convert=is_converted(file[1]))
-        pictures.append(_framed(picture) if findings else picture)
+    findings, pictures = check.of(pair.key), pair_thumbnails(pair, num_references)
+    if findings:
+        pictures = [picture and _framed(picture) for picture in pictures]
     alignment = measure_pair(pair, config).alignments[:1]
     pictures.append(_heat(alignment[0].difference) if alignment and alignment[0] is not None else None)
     text = "; ".join(f"{finding.kind}: {finding.text.split('. ')[0]}" for finding in findings)

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from ..data.images import is_converted
 from ..data.masks import checked_mask_grey
 from ..data.pairing import EditDataset, EditPair
 from ..events import SILENT, Observer, watched
 from ..geometry import Size, similar_shape
 from ..text import shown, some_of
-from .rows import Look, PictureRow, draw_rows, open_thumbnail, thumbnail
+from .rows import Look, PictureRow, draw_rows, pair_thumbnails, thumbnail
 
 _ASPECTS = ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2))
 _ASPECT_TOLERANCE = 0.02  # smaller relative differences come from rounding to whole pixels
@@ -27,6 +26,7 @@ def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, observer: Observ
 
     Raises:
         DatasetError: a picture can't be read.
+        Interrupted: the observer asked to stop.
     """
     count = len(dataset.pairs)
     chosen = dataset.pairs
@@ -65,11 +65,7 @@ def _row(pair: EditPair, num_references: int, *, masked: bool) -> PictureRow:
     caption, *others = pair.captions
     more = f" (+{len(others)} more)" if others else ""
     size = "".join(f"   {_pixels(size)}" for size in pair.sizes[:1])
-    target, *references = [
-        open_thumbnail(path, convert=is_converted(content))
-        for path, content in zip((pair.target, *pair.references), pair.digests, strict=True)
-    ]
-    pictures = [*references, *[None] * (num_references - len(references)), target]
+    pictures = pair_thumbnails(pair, num_references)
     if masked:
         pictures.append(pair.mask and thumbnail(checked_mask_grey(pair.mask).convert("RGB")))
     return PictureRow(tuple(pictures), caption + more, shown(pair.key) + size)

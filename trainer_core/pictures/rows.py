@@ -12,7 +12,8 @@ from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.images import open_picture
+from ..data.images import is_converted, open_picture
+from ..data.pairing import EditPair
 
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Colour = tuple[int, int, int]
@@ -108,6 +109,19 @@ def open_thumbnail(path: Path, *, convert: bool = True) -> Image.Image:
         DatasetError: the picture can't be read.
     """
     return thumbnail(open_picture(path, convert=convert))
+
+
+def pair_thumbnails(pair: EditPair, num_references: int) -> list[Image.Image | None]:
+    """A pair's pictures as they are trained: `num_references` references, None for those it lacks, then the target.
+
+    Raises:
+        DatasetError: a picture can't be read.
+    """
+    target, *references = [
+        open_thumbnail(path, convert=is_converted(content))
+        for path, content in zip((pair.target, *pair.references), pair.digests, strict=True)
+    ]
+    return [*references, *[None] * (num_references - len(references)), target]
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
