@@ -240,7 +240,7 @@ class EncodingConfig(Settings):
     tokenizer_max_length: int = setting(
         1024,
         "Maximum length of a caption or prompt in tokens; a token is about four letters of English. A longer one is an "
-        "error, it is not cut.",
+        "error; it is never cut.",
         Limits(min=1, max=4096, unit="tokens"),
     )
 
