@@ -28,7 +28,7 @@ def test_no_option_of_simpletuner_is_unknown():
         assert reason in line(imported, f"{option}: left out; ")
 
 
-LEFT_OUT = 474
+LEFT_OUT = 472
 REASONS = {
     "crepa_lambda": "this additional loss is not supported",
     "ltx2_validation_pipeline_mode": "it is for another model family",
@@ -175,6 +175,30 @@ def test_precisions_become_the_nearest(theirs: str, ours: str):
     for key in ("base_model_precision", "text_encoder_1_precision"):
         assert f"{theirs} is not supported; {ours} is used" in line(imported, f"{key}:")
     assert "pipeline becomes accelerator" in line(imported, "quantize_via:")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "prefix", "words"),
+    [
+        ("comfyui", "diffusion_model", "converted: "),
+        (" Diffusers", "transformer", "converted: "),
+        ("kohya", "transformer", "lora_format: 'kohya' is neither comfyui nor diffusers; SimpleTuner takes diffusers."),
+        (None, "diffusion_model", "lora_format"),
+    ],
+)
+def test_the_naming_of_the_exported_file(theirs: str | None, prefix: str, words: str):
+    imported = read({"lora_format": theirs})
+    assert imported.job.export.layer_prefix == prefix
+    assert words in line(imported, "lora_format:" if theirs == "kohya" else "config.json: converted: ")
+
+
+def test_the_maximum_length_of_captions():
+    imported = read({"tokenizer_max_length": "512"})
+    assert imported.job.encoding.tokenizer_max_length == 512
+    assert "longer captions and prompts are refused" in line(imported, "tokenizer_max_length: ")
+    assert read({}).job.encoding.tokenizer_max_length == 1024
+    with pytest.raises(ConfigError, match=r"tokenizer_max_length must be .* got 0"):
+        read({"tokenizer_max_length": 0})
 
 
 def test_zero_for_no_checkpoints_and_no_limit():

@@ -41,6 +41,7 @@ _FOR_EVER = 1_000_000  # steps between checkpoints, or checkpoints to keep
 _OTHER_INTERVALS = ("checkpointing_steps", "checkpointing_step_interval", "checkpoint_steps_interval")
 _LONGEST_NAME = 60  # letters of a file name; file systems allow 255 bytes
 MAX_BYTES = 2**20  # of a configuration file
+_PREFIXES = {"diffusers": "transformer", "comfyui": "diffusion_model"}  # of names in the exported file, by lora_format
 MOST_REFERENCES = max(row.max_references for row in FLAVOURS.values())
 # our setting, SimpleTuner's spellings, reader
 _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
@@ -65,6 +66,7 @@ _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("ema.ema_update_interval", ("ema_update_interval",), Section.whole),
     ("ema.ema_validation", ("ema_validation",), Section.text),
     ("encoding.validation_negative_prompt", ("validation_negative_prompt",), Section.text),
+    ("encoding.tokenizer_max_length", ("tokenizer_max_length",), Section.whole),
 )
 # SimpleTuner's defaults that are not taken, and the settings that they differ from
 _THEIR_DEFAULTS = {
@@ -278,6 +280,11 @@ def _lora(section: Section, values: dict[str, Any], root: Path) -> None:
         put(values, "lora.lora_target_pattern", rf"(?:.*\.)?(?:{'|'.join(re.escape(each.strip()) for each in named)})")
     if start := section.path(root, "init_lora"):
         put(values, "lora.init_lora", start)
+    if form := section.text("lora_format"):
+        prefix = _PREFIXES.get(form.strip().lower())
+        if prefix is None:
+            section.note("lora_format", f"{brief(form)} is neither comfyui nor diffusers; SimpleTuner takes diffusers.")
+        put(values, "export.layer_prefix", prefix or _PREFIXES["diffusers"])
 
 
 def _rollout(section: Section, values: dict[str, Any]) -> None:
@@ -350,6 +357,11 @@ def _steps_and_folders(section: Section, values: dict[str, Any], root: Path) -> 
 
 def _rest(section: Section, values: dict[str, Any]) -> None:
     section.take("data_backend_config")
+    if "tokenizer_max_length" in section:
+        section.note(
+            "tokenizer_max_length",
+            "longer captions and prompts are refused. SimpleTuner ignores this option for Qwen-Image.",
+        )
     extra = section.inside("model_kwargs")
     if extra is not None:
         match = extra.truth("match_target_res")
