@@ -87,6 +87,11 @@ class _Brief(reprlib.Repr):
 _BRIEF: Any = _Brief()
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with a noun that takes an s in the plural: 1 pair, 2,000 pairs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def some_of(names: Sequence[str]) -> str:
     """The first three names of a list, for use in a message."""
     return ", ".join(map(shown, names[:3])) + (", …" if len(names) > 3 else "")

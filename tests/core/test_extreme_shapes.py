@@ -51,7 +51,9 @@ def test_references_of_which_little_would_be_left_are_named(
     if share is None:
         check_references(dataset, MODEL, matched)
         return
-    with pytest.raises(DatasetError, match="1 references have a very different aspect ratio") as caught:
+    with pytest.raises(
+        DatasetError, match="References with a very different aspect ratio from their targets: 1"
+    ) as caught:
         check_references(dataset, MODEL, matched)
     (problem,) = caught.value.problems
     assert "before/odd.png" in problem and f"cropped to {share} of its area" in problem

@@ -39,7 +39,7 @@ NOTES = {
     "before/loop.png": "only the first is used",
     "after": "1 .psd file not used (layers.psd), because this format is not supported. Convert",
     "after/": "2 .heic files not used (phone.heic, phone_too.HEIC)",
-    "after//": "1 .xlsx file not used (list.xlsx), because this is no picture's extension",
+    "after//": "1 .xlsx file not used (list.xlsx), because this is not the extension of a picture",
     "after///": "hidden and system files and folders not used: 3 (@eaDir, Thumbs.db, __MACOSX)",
     "before": "1 .txt file not used (words.txt), because captions are read beside the targets",
     "before/nobody.png": "no target has this name",

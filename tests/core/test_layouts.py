@@ -86,7 +86,7 @@ def test_the_text_of_the_name_comes_before_that_of_the_file(root: Path) -> None:
 def test_captions_beside_the_references_are_named_once(root: Path) -> None:
     texts(root / "reference", "{}.txt")
     problem = only_problem(scan_folders(config(root)))
-    assert "3 targets have no caption, but" in problem and "000.txt, 001.txt, 002.txt" in problem
+    assert "3 targets without a caption, but" in problem and "000.txt, 001.txt, 002.txt" in problem
     assert problem.endswith("move them beside the targets.")
 
 
@@ -97,7 +97,7 @@ def test_numbered_references_in_their_folder_are_named_once(root: Path) -> None:
         picture(root / "reference" / f"{key}_1.png")
     scan = scan_folders(config(root))
     problem = only_problem(scan)
-    assert "6 references are numbered (000_0.png, 000_1.png, 001_0.png, …)" in problem
+    assert "6 references with numbers (000_0.png, 000_1.png, 001_0.png, …)" in problem
     assert "reference_dirs" in problem
     assert not [note for note in scan.notes if "_0.png" in note]
 
@@ -111,7 +111,7 @@ def test_numbered_references_beside_the_targets_are_named_once(with_references: 
         if not with_references:
             (root / "reference" / f"{key}.png").unlink()
     problem = only_problem(scan_folders(config(root)))
-    assert "6 pictures are numbered like references of the targets beside them (000_0.png, 000_1.png" in problem
+    assert "6 pictures numbered like references of the targets beside them (000_0.png, 000_1.png" in problem
 
 
 def test_targets_that_only_look_numbered_are_used(root: Path) -> None:
@@ -149,7 +149,11 @@ def test_a_table_in_place_of_texts_is_named_with_its_settings_and_they_work(name
     settings = config(root, strategy, caption_file=file, filename_column=column, caption_column="prompt")
     scan = scan_folders(settings)
     assert captions(scan) == EDITS
-    assert [note for note in scan.notes if "3 rows name their target with the folder before it (target)" in note]
+    assert [
+        note
+        for note in scan.notes
+        if "rows that name their target with the folder before it: 3. The folder (target) is ignored" in note
+    ]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_rows_of_another_folder_are_named_once(root: Path) -> None:
     rows = [{"filename": f"/other/place/{key}.png", "caption": f"edit {key}"} for key in KEYS]
     (root / "target" / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     problem = only_problem(scan_folders(config(root, "jsonl", caption_file="table.jsonl")))
-    assert "the rows of 3 targets name them in another folder (/other/place/000, /other/place/001" in problem
+    assert "rows that name their target in another folder: 3 (/other/place/000, /other/place/001" in problem
     assert problem.endswith("such as 000.")
 
 

@@ -58,7 +58,7 @@ def test_hidden_and_other_files_are_passed_over(tmp_path):
     scan = scan_folders(config(tmp_path))
     assert (len(scan.dataset.pairs), scan.problems) == (1, ())
     assert scan.notes == (
-        f"{tmp_path / 'after'}: 1 .md file not used (read.md), because this is no picture's extension.",
+        f"{tmp_path / 'after'}: 1 .md file not used (read.md), because this is not the extension of a picture.",
         f"{tmp_path / 'after'}: hidden and system files and folders not used: 3 (._a.png, .hidden, Thumbs.db).",
     )
 
@@ -125,7 +125,7 @@ def test_the_table_of_captions_may_lie_beside_the_targets(tmp_path):
     captions = CaptionConfig(caption_file="table.csv")
     notes = pair_folders(config(tmp_path, caption_strategy="csv", captions=captions)).notes
     assert notes == (
-        f"{tmp_path / 'after'}: 1 .csv file not used (other.csv), because this is no picture's extension.",
+        f"{tmp_path / 'after'}: 1 .csv file not used (other.csv), because this is not the extension of a picture.",
     )
 
 

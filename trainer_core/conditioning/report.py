@@ -69,7 +69,7 @@ def _scales(counts: Mapping[tuple[Size, Size], int]) -> list[str]:
     """Lines about the sizes of targets and references, the most frequent first."""
     if not counts:
         return []
-    lines = ["References in training, with their scale (pixels per pixel of the target, across and down):"]
+    lines = ["References in training, with their scale (reference pixels per target pixel, across and down):"]
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     for (target, reference), count in frequent[:_MOST_SIZES]:
         across, down = reference.width / target.width, reference.height / target.height

@@ -94,7 +94,7 @@ def large_enough(pairs: Sequence[EditPair], sizes: SizeConfig) -> tuple[tuple[Ed
 
 
 def check_crops(pairs: Sequence[EditPair], encoding: EncodingConfig) -> None:
-    """Refuse references of which match_target_res would keep less than a quarter.
+    """Refuse references that match_target_res would crop to less than a quarter of their area.
 
     Raises:
         DatasetError: lists these references.
@@ -110,8 +110,8 @@ def check_crops(pairs: Sequence[EditPair], encoding: EncodingConfig) -> None:
     ]
     if problems:
         raise DatasetError(
-            f"{len(problems)} references have a very different aspect ratio from their targets. Crop them, or set "
-            "conditioning_type to reference_loose or match_target_res off, which use references whole:",
+            f"References with a very different aspect ratio from their targets: {len(problems)}. Crop them. To use "
+            "them whole, set conditioning_type to reference_loose, or turn match_target_res off:",
             problems,
         )
 

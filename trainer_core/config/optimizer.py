@@ -43,8 +43,8 @@ class OptimizerConfig(Settings):
     lr_scheduler: SchedulerName = setting(
         "constant_with_warmup",
         "Learning rate schedule after the warm-up. constant has no warm-up. adamw-schedulefree needs a constant one. "
-        "cosine_wave and sine_wave swing between learning_rate and lr_end for the whole run; they start at "
-        "learning_rate and half-way between the two. They are SimpleTuner's cosine and sine.",
+        "cosine_wave and sine_wave, SimpleTuner's cosine and sine, swing between learning_rate and lr_end for the "
+        "whole run. cosine_wave starts at learning_rate, sine_wave half-way between the two.",
     )
     lr_warmup_steps: int = setting(
         10, "Steps over which the learning rate rises from zero.", Limits(min=0, soft_max=100_000)

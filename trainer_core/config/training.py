@@ -264,5 +264,5 @@ class ExportConfig(Settings):
     layer_prefix: LayerPrefix = setting(
         "diffusion_model",
         "What the names of layers begin with in the file. diffusion_model is read by ComfyUI, diffusers and most other "
-        "programs; transformer only by ComfyUI, diffusers and those that follow it.",
+        "programs; transformer only by ComfyUI, diffusers and programs that use its names.",
     )

@@ -55,7 +55,8 @@ def near_duplicates(hashes: Sequence[Bits], most_bits: int) -> dict[int, int]:
 def _candidates(bits: Bits, parts: int) -> Iterator[NDArray[np.int64]]:
     """Groups of hashes, in order, that together hold every two hashes which differ in fewer than `parts` bits.
 
-    Of two such hashes cut into so many parts, one part is equal. So only hashes with an equal part are compared.
+    If two such hashes are cut into `parts` parts, at least one part is equal. So only hashes with an equal part are
+    compared.
     """
     if bits.shape[1] // parts < _LEAST_PART:
         yield np.arange(len(bits))

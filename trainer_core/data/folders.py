@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..events import SILENT, Observer, watched
-from ..text import shown, some_of
+from ..text import counted, shown, some_of
 from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES
 
 CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
@@ -96,8 +96,8 @@ def _passed_over(folder: Folder) -> Iterator[str]:
         groups[path.suffix.lower()].append(path)
     for suffix, paths in groups.items():
         names = some_of([path.relative_to(folder.root).as_posix() for path in paths])
-        kind = f"{len(paths)} {shown(suffix) if suffix else 'extensionless'} file{'s' if len(paths) > 1 else ''}"
-        why = "this is no picture's extension"
+        kind = counted(len(paths), f"{shown(suffix) if suffix else 'extensionless'} file")
+        why = "this is not the extension of a picture"
         if suffix in UNREAD_PICTURE_SUFFIXES:
             why = "this format is not supported. Convert to PNG or JPEG to use them"
         if suffix in CAPTION_SUFFIXES:

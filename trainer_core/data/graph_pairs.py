@@ -66,7 +66,7 @@ def _problems(
             f"These captions are empty: {', '.join(empty[:20])} (counted from 0). Describe the edit in each of them."
         )
     problems += [
-        f"Caption {number} {problem} (counted from 0)."
+        f"Caption {number} (counted from 0) {problem}. Correct it."
         for number, caption in enumerate(captions)
         if (problem := text_problem(caption))
     ]

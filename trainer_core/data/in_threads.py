@@ -1,4 +1,4 @@
-"""Work on many files in threads, with results in order and a stop that is heard at once."""
+"""Work on many files in threads. Results come in order, and a stop takes effect at once."""
 
 from __future__ import annotations
 

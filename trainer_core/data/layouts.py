@@ -17,7 +17,7 @@ from typing import Any
 from ..config import DatasetConfig
 from ..errors import ConfigError
 from ..json_text import parse_json, read_json
-from ..text import printable, shown, some_of
+from ..text import counted, printable, shown, some_of
 from .folders import Folder
 
 _NUMBERED = re.compile(r"(?P<target>.+)_(?P<number>[0-9])")  # references of musubi-tuner: 000_0.png, 000_1.png
@@ -81,9 +81,9 @@ def _numbered_beside_targets(
     for _, bare in _numbered(beside):
         layout.no_reference |= {(folder.root, bare) for folder in references}
     layout.problems.append(
-        f"{shown(target.root)}: {len(names)} pictures are numbered like references of the targets beside them "
-        f"({some_of(names)}). Move them to reference folders, those ending in _0 to one folder and those ending in _1 "
-        "to the next, and name each like its target."
+        f"{shown(target.root)}: {counted(len(names), 'picture')} numbered like references of the targets beside "
+        f"them ({some_of(names)}). Move them to reference folders, those ending in _0 to one folder and those ending "
+        "in _1 to the next, and name each like its target."
     )
 
 
@@ -99,9 +99,9 @@ def _numbered_references(target: Folder, folder: Folder, layout: Layout) -> None
     names = [folder.pictures.pop(key).relative_to(folder.root).as_posix() for key, _ in found]
     layout.no_reference |= {(folder.root, bare) for _, bare in found}
     layout.problems.append(
-        f"{shown(folder.root)}: {len(names)} references are numbered ({some_of(names)}), but a reference folder holds "
-        "one reference per target. Put those ending in _0 into one folder and those ending in _1 into the next, name "
-        "each like its target, and list the folders in reference_dirs."
+        f"{shown(folder.root)}: {counted(len(names), 'reference')} with numbers ({some_of(names)}), but a reference "
+        "folder holds one reference per target. Put those ending in _0 into one folder and those ending in _1 into "
+        "the next, name each like its target, and list the folders in reference_dirs."
     )
 
 
@@ -117,8 +117,9 @@ def _captions_beside_references(target: Folder, references: Sequence[Folder], la
             names = [folder.texts[key].relative_to(folder.root).as_posix() for key in keys]
             layout.no_caption.update(keys)
             layout.problems.append(
-                f"{shown(target.root)}: {len(keys)} targets have no caption, but {shown(folder.root)} has texts with "
-                f"their names ({some_of(names)}). If these are the edit instructions, move them beside the targets."
+                f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption, but {shown(folder.root)} has "
+                f"texts with these names ({some_of(names)}). If these are the edit instructions, move them beside the "
+                "targets."
             )
 
 
@@ -131,8 +132,8 @@ def _table_instead_of_texts(target: Folder, layout: Layout) -> None:
         layout.no_caption.update(keys)
         strategy = "csv" if path.suffix == ".csv" else "jsonl"
         layout.problems.append(
-            f"{shown(target.root)}: {len(keys)} targets have no caption, but {shown(path)} looks like a table of "
-            f"captions. To use it, set caption_strategy to {strategy}, caption_file to "
+            f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption, but {shown(path)} looks like a "
+            f"table of captions. To use it, set caption_strategy to {strategy}, caption_file to "
             f"{printable(Path(relpath(path, target.root)).as_posix())!r}, filename_column to {file_column!r} and "
             f"caption_column to {caption_column!r}."
         )
@@ -185,8 +186,8 @@ def rows_by_target(
         return rows, []
     begin = next(iter(beginnings))
     note = (
-        f"{shown(config.captions.caption_file)}: {len(moved)} rows name their target with the folder before it "
-        f"({shown(begin)}), which is left out."
+        f"{shown(config.captions.caption_file)}: rows that name their target with the folder before it: {len(moved)}. "
+        f"The folder ({shown(begin)}) is ignored."
     )
     return {moved.get(key, key): captions for key, captions in rows.items()}, [note]
 
@@ -207,7 +208,7 @@ def rows_of_other_folders(rows: Iterable[str], target: Folder, config: DatasetCo
     if found:
         layout.no_caption.update(found)
         layout.problems.append(
-            f"{shown(config.captions.caption_file)}: the rows of {len(found)} targets name them in another folder "
+            f"{shown(config.captions.caption_file)}: rows that name their target in another folder: {len(found)} "
             f"({some_of(sorted(found.values()))}). Write the path below the target folder instead, such as "
             f"{shown(min(found))}."
         )

@@ -47,7 +47,7 @@ def mask_grey(picture: Picture, path: Path) -> MaskGrey:
     """The weights of a mask. Its colour profile has no effect.
 
     Raises:
-        DatasetError: the picture is coloured or wholly transparent, so it is no mask.
+        DatasetError: the picture is coloured or wholly transparent, so it can't be a mask.
     """
     if picture.alpha is not None:
         low, high = picture.alpha.getextrema()

@@ -28,7 +28,7 @@ from .pairing import EditDataset, EditPair, reference_kinds
 _GRAPH_SHAPE = 2.5  # more than the 1568 x 672 to which FluxKontextImageScale crops, with some tolerance
 _QUICK_SIDE = 128  # pixels of the longer side of the small pictures that are measured first
 _CLEARLY = 0.7  # share of a limit: small pictures are precise enough for values below it
-_ERRORS = 3  # a shift may be so many standard errors larger than measured
+_ERRORS = 3  # standard errors by which the true shift may exceed the measured one
 
 FindingKind = Literal["shift", "zoom", "colour", "size", "framing", "unmeasured", "equal", "duplicate", "caption"]
 
@@ -219,7 +219,7 @@ def _narrow(key: str, name: str, size: Size) -> Iterator[Finding]:
             key,
             "framing",
             f"{name} is {size.width} x {size.height}, {longer:.1f} times as long as it is narrow. ComfyUI's edit "
-            "graphs crop pictures to at most 2.3 times (FluxKontextImageScale). Crop it likewise.",
+            "graphs crop pictures to at most 2.3 times (FluxKontextImageScale). Crop it in the same way.",
         )
 
 

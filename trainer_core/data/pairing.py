@@ -13,7 +13,7 @@ from ..disk import disk_errors
 from ..errors import DatasetError
 from ..events import SILENT, Observer, watched
 from ..geometry import Size, same_shape
-from ..text import printable, shown, some_of
+from ..text import counted, printable, shown, some_of
 from .caption_table import read_caption_table, table_path
 from .captions import captions_of
 from .checking import Checked, CheckedPictures, check_pictures
@@ -55,7 +55,7 @@ class EditDataset:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        folders = f"{len(self.reference_dirs)} reference folder{'s' if len(self.reference_dirs) > 1 else ''}"
+        folders = counted(len(self.reference_dirs), "reference folder")
         return f"EditDataset({len(self.pairs)} pairs, {folders}, {self.fingerprint})"
 
 
@@ -86,10 +86,10 @@ def pair_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     with disk_errors(Path(config.target_dir)):
         scan = scan_folders(config, observer, checked_dir=checked_dir)
     if scan.problems:
-        count = len(scan.problems)
         raise DatasetError(
-            f"The dataset can't be used: {count} problem{'s' if count > 1 else ''}, {len(scan.dataset.pairs)} good "
-            "pairs. Nothing was changed. Fix the problems below and run again:",
+            f"The dataset can't be used: {counted(len(scan.problems), 'problem')}, "
+            f"{counted(len(scan.dataset.pairs), 'good pair')}. Nothing was changed. Fix the problems below and run "
+            "again:",
             scan.problems,
         )
     return scan.dataset
@@ -221,7 +221,7 @@ def _leftovers(target: Folder, others: list[Folder]) -> list[str]:
     for folder in others:
         if texts := [path.relative_to(folder.root).as_posix() for path in folder.texts.values()]:
             notes.append(
-                f"{shown(folder.root)}: {len(texts)} .txt file{'s' if len(texts) > 1 else ''} not used "
+                f"{shown(folder.root)}: {counted(len(texts), '.txt file')} not used "
                 f"({some_of(texts)}), because captions are read beside the targets, in {shown(target.root)}."
             )
     return notes

@@ -12,7 +12,7 @@ from ..data.masks import checked_mask_grey
 from ..data.pairing import EditDataset, EditPair
 from ..events import SILENT, Observer, watched
 from ..geometry import Size, similar_shape
-from ..text import shown, some_of
+from ..text import counted, shown, some_of
 from .rows import Look, PictureRow, draw_rows, pair_thumbnails, thumbnail
 
 _ASPECTS = ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2))
@@ -36,7 +36,7 @@ def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, observer: Observ
     headings = [*(_numbered("reference", index, num_references) for index in range(num_references)), "target"]
     masked = any(pair.mask for pair in dataset.pairs)
     headings += ["mask: white counts"] if masked else []
-    title = f"{len(chosen)} of {count} pairs" if count > len(chosen) else _counted(count, "pair")
+    title = f"{len(chosen)} of {count} pairs" if count > len(chosen) else counted(count, "pair")
     look = Look(columns=0, title=title, footer="" if count else "There are no pairs to show.")
     rows = [_row(pair, num_references, masked=masked) for pair in watched(chosen, observer)]
     return draw_rows(headings, rows, look)
@@ -44,7 +44,7 @@ def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, observer: Observ
 
 def report(dataset: EditDataset) -> str:
     """Number of pairs, sizes, captions, and the dataset's notes."""
-    lines = [f"{_counted(len(dataset.pairs), 'pair')} with {_references(dataset)} each."]
+    lines = [f"{counted(len(dataset.pairs), 'pair')} with {_references(dataset)} each."]
     if dataset.pairs:
         lines.append(_sizes("Targets", [pair.sizes[0] for pair in dataset.pairs]))
         for index in range(len(dataset.reference_dirs)):
@@ -74,8 +74,8 @@ def _row(pair: EditPair, num_references: int, *, masked: bool) -> PictureRow:
 def _references(dataset: EditDataset) -> str:
     counts = {len(pair.references) for pair in dataset.pairs} or {len(dataset.reference_dirs)}
     if len(counts) == 1:
-        return _counted(max(counts), "reference")
-    return f"{min(counts)} to {_counted(max(counts), 'reference')}"
+        return counted(max(counts), "reference")
+    return f"{min(counts)} to {counted(max(counts), 'reference')}"
 
 
 def _sizes(name: str, sizes: Sequence[Size]) -> str:
@@ -105,7 +105,7 @@ def _other_aspect(pairs: Sequence[EditPair]) -> list[str]:
     if not keys:
         return []
     return [
-        f"Aspect ratios of reference and target differ in {_counted(len(keys), 'pair')} ({some_of(keys)}). These "
+        f"Aspect ratios of reference and target differ in {counted(len(keys), 'pair')} ({some_of(keys)}). These "
         "references are used whole, or centre-cropped to the target's aspect ratio with match_target_res."
     ]
 
@@ -116,10 +116,6 @@ def _same_aspect(target: Size, reference: Size) -> bool:
 
 def _pixels(size: Size) -> str:
     return f"{size.width} x {size.height}"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _numbered(noun: str, index: int, count: int) -> str:

@@ -15,6 +15,7 @@ from ..disk import existing_folder, free_disk_bytes, size_in_words
 from ..errors import DiskError
 from ..qwen_image.base_model import compute_dtype
 from ..qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
+from ..text import counted
 from ..training.optimizer import optimizer_bytes
 from .network import NetworkSize
 from .workload import Workload, estimated_prompt, vision_tokens
@@ -64,7 +65,7 @@ def run_use(config: TrainConfig, network: NetworkSize, work: Workload) -> DiskUs
     latents = LATENT_CHANNELS * prod(work.validation.target) // VAE_FACTOR**2 if work.validation else 0
     lora = compute_dtype(config.model).itemsize * weights * averages
     total = kept * checkpoint + lora + _FLOAT32 * shown * latents - _bytes_in(folder)
-    what = f"{kept} checkpoint{'s' if kept > 1 else ''} of {size_in_words(checkpoint)} and the LoRA file"
+    what = f"{counted(kept, 'checkpoint')} of {size_in_words(checkpoint)} and the LoRA file"
     return DiskUse(folder, what, max(0, total))
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..config import RolloutConfig, TrainConfig
 from ..memory.compilation import can_compile
 from ..memory.placement import recomputed_blocks
+from ..text import counted
 from ..training.rollout import rollout_probability
 from ..training.validation_work import Passes, validation_work
 from .network import NetworkSize
@@ -264,17 +265,13 @@ def time_in_words(config: TrainConfig, network: NetworkSize, work: Workload, spe
 
 
 def _told(whole: Duration) -> str:
-    parts = [f"{_counted(whole.steps, 'step')} of {in_words(whole.step)}"]
+    parts = [f"{counted(whole.steps, 'step')} of {in_words(whole.step)}"]
     if whole.previews:
-        pictures = f"{_counted(whole.times, 'time')} {_counted(whole.pictures, 'picture')}"
+        pictures = f"{counted(whole.times, 'time')} {counted(whole.pictures, 'picture')}"
         parts.append(f"previews {in_words(whole.previews)} ({pictures})")
     if whole.encoding:
         parts.append(f"encoding {in_words(whole.encoding)}")
     return f"About {in_words(whole.total)}{', estimated' if whole.is_estimate else ''}: {', '.join(parts)}."
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _advice(total: float, changes: Sequence[tuple[str, float]]) -> str:
