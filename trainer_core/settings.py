@@ -240,17 +240,24 @@ def from_json(cls: type[C], values: object, where: str = "") -> C:
         raise ConfigError(f"{where or 'The configuration'} must be an object with named settings, got {brief(values)}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = typing.cast("dict[str, Any]", getattr(cls, "prepare_json", dict)(values))
+    hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            hint = did_you_mean(key, fields) or f" Known settings: {', '.join(fields)}."
+            section = next((name for name, kind in hints.items() if key in _settings_of(kind)), None)
+            hint = f" It belongs in {_dotted(where, section)}." if section else did_you_mean(key, fields)
+            hint = hint or f" Known settings: {', '.join(fields)}."
             raise ConfigError(f"Unknown setting {brief(_dotted(where, key))}.{hint}")
     missing = [name for name, field in fields.items() if name not in values and _must_be_given(field, values)]
     if missing:
         raise ConfigError(
             f"Missing setting{'s' if len(missing) > 1 else ''} {', '.join(_dotted(where, m) for m in missing)}."
         )
-    hints = typing.get_type_hints(cls)
     return cls(**{key: _value(hints[key], value, _dotted(where, key)) for key, value in values.items()})
+
+
+def _settings_of(hint: Any) -> set[str]:
+    """Names of the settings in a section; empty if the type is not a section."""
+    return {field.name for field in dataclasses.fields(hint)} if dataclasses.is_dataclass(hint) else set()
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

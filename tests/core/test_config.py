@@ -29,7 +29,8 @@ from trainer_core.config import (
     resume_key,
     to_json,
 )
-from trainer_core.errors import ConfigError
+from trainer_core.errors import ConfigError, ModelFileError
+from trainer_core.qwen_image.folder import model_folder
 from trainer_core.settings import Limits, limits_of
 
 JOB = {
@@ -292,3 +293,29 @@ def test_a_whole_number_is_a_float_and_true_is_no_number() -> None:
     assert LoraConfig(lora_alpha=8).lora_alpha == 8
     with pytest.raises(ConfigError, match="lora_alpha must be a finite number, got True"):
         LoraConfig(lora_alpha=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"dataset": {"target_dir": "t", "caption_file": "c.csv"}}, "It belongs in dataset.captions."),
+        ({"lora_rank": 4}, "It belongs in lora."),
+    ],
+)
+def test_a_setting_in_the_wrong_section_is_told_its_section(values, said):
+    with pytest.raises(ConfigError) as refused:
+        from_json(JobConfig, {**JOB, **values})
+    assert str(refused.value).endswith(said), refused.value
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("transformer_file",), "but vae_file and text_encoder_file are empty. Set them too,"),
+        (("transformer_file", "vae_file"), "but text_encoder_file is empty. Set it too,"),
+    ],
+)
+def test_model_files_without_the_others_name_each_lack(given, said, tmp_path):
+    with pytest.raises(ModelFileError) as refused:
+        model_folder(ModelConfig(base="demo", **dict.fromkeys(given, str(tmp_path))))
+    assert said in str(refused.value)

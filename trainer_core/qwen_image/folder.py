@@ -61,9 +61,11 @@ def _root(config: ModelConfig, parts: list[str]) -> Path:
     """The base folder, after checking that it has `parts`."""
     is_demo = config.base == DEMO_MODEL
     if is_demo and len(parts) < len(_PARTS):
+        settings = " and ".join(f"{part}_file" for part in parts)
+        lacks = f"{settings} are empty. Set them" if len(parts) > 1 else f"{settings} is empty. Set it"
         raise ModelFileError(
-            f"The base model is given by single files, but {' and '.join(f'{part}_file' for part in parts)} is empty. "
-            "Set it too, or set `base` to a folder in diffusers' layout that has the other parts."
+            f"The base model is given by single files, but {lacks} too, or set `base` to a folder in diffusers' layout "
+            "that has the other parts."
         )
     root = DEMO_FOLDER if is_demo else written_path(config.base, Path())
     if not root.is_dir():
