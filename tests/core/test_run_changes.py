@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainer_core.conditioning.encoded import EncodedDataset, name_dataset, save
 from trainer_core.conditioning.entry import EncodedEntry
 from trainer_core.config import LoraConfig, OptimizerConfig, TrainConfig, resume_key
 from trainer_core.errors import RunFolderError
+from trainer_core.runs.changes import dataset_changes
 from trainer_core.runs.folder import RunFolder
 
 
@@ -129,10 +131,10 @@ def test_what_is_not_known_any_more(tmp_path: Path) -> None:
     old = dataset(tmp_path / "cache", PAIRS)
     open_run(run, old)
     old.manifest.unlink()
-    for damage in (Path.unlink, lambda path: path.write_text("[]"), lambda path: path.write_text('{"pairs": 5}')):
-        damage(run / "dataset.json")
-        message = refusal(run, dataset(tmp_path / "cache", PAIRS[:3]))
-        assert "the dataset" in message and "another" in message
+    no_size = {"key": "a", "shape": [], "reference_shapes": []}
+    for text in ("", "[]", '{"pairs": 5}', json.dumps({"pairs": [no_size]})):
+        (run / "dataset.json").write_text(text)
+        assert "  - the dataset is another one:" in refusal(run, dataset(tmp_path / "cache", PAIRS[:3]))
 
 
 def test_all_differences_and_the_ways_on(tmp_path: Path) -> None:
@@ -172,3 +174,12 @@ def test_the_list_of_pairs_is_added_to_an_older_run(tmp_path: Path) -> None:
     open_run(run, encoded)
     kept = json.loads((run / "dataset.json").read_text())
     assert [row["key"] for row in kept["pairs"]] == ["a", "b", "c", "d", "e"]
+
+
+def test_ten_thousand_changed_pairs_are_named_at_once() -> None:
+    rows = [{"key": str(number), "captions": ["old"]} for number in range(10_000)]
+    old = {"flavour": "edit-v1", "preprocessing": "comfyui", "pairs": rows}
+    new = {**old, "pairs": [{**row, "captions": ["new"]} for row in rows]}
+    started = time.process_time()
+    assert list(dataset_changes(old, new)) == ["the captions of 10000 pairs ('0', '1', '2' and 9997 more) changed"]
+    assert time.process_time() - started < 2, "each pair was compared with all others"

@@ -20,6 +20,7 @@ from trainer_core.pictures.grid import GridRow
 from trainer_core.pictures.sample_pictures import save_sample_pictures
 from trainer_core.runs import view as run_view
 from trainer_core.runs.folder import RunFolder
+from trainer_core.runs.lock import is_in_use
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -216,3 +217,18 @@ def test_a_look_at_the_lock_does_not_keep_a_training_from_starting(tmp_path: Pat
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def test_two_pages_that_look_at_once_see_no_training(tmp_path: Path):
+    run, found = make_run(tmp_path / "mine", []), []
+    (run / "run.lock").touch()
+
+    def look() -> None:
+        found.extend(is_in_use(run) for _ in range(1000))
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [False] * 2000

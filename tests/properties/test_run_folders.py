@@ -27,7 +27,14 @@ STATE: dict[str, Any] = {
     "saved": 4,
     "validated": 4,
     "result": {"lora_file": "run.safetensors", "steps": 4, "kept": False, "export": {}},
-    "samples": {"step": 4, "grid_file": "step-000004.png", "psnr_base": 1.0, "psnr_lora": 2.0, "psnr_vae": 3.0},
+    "samples": {
+        "step": 4,
+        "grid_file": "step-000004.png",
+        "psnr_base": 1.0,
+        "psnr_lora": 2.0,
+        "psnr_vae": 3.0,
+        "unmeasured": "",
+    },
 }
 ROW = {"step": 4, "num_steps": 4, "loss": 0.5, "learning_rate": 1e-4, "seconds": 1.0, "loss_by_sigma": {"0.1": 0.5}}
 PATHS = [
@@ -77,7 +84,9 @@ def check(state: bytes, metrics: bytes, name: str = "run.json") -> None:
 
         def use() -> None:
             find_result(CONFIG)
-            recorded_samples(run)
+            if samples := recorded_samples(run):
+                samples.as_text()
+            sum(each.get("seconds") or 0.0 for each in rows)
             with RunFolder.open(folder, KEY) as opened:
                 opened.lost_steps()
 

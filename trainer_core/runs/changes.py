@@ -13,7 +13,7 @@ from ..qwen_image.latents import VAE_FACTOR
 from ..text import brief, shown
 
 DATASET = "dataset.json"
-MAX_BYTES = 1 << 30
+_MAX_BYTES = 1 << 30  # of dataset.json, which has a line of about 1 kB per pair
 _DATASET_SETTING = "encoded"  # the digest of the dataset in a run's key
 _MOST_LINES, _MOST_NAMES = 20, 3
 
@@ -34,20 +34,21 @@ def in_words(run_dir: Path, changes: Sequence[Change], encoded: EncodedDataset |
 
 
 def _dataset_in_words(run_dir: Path, digest: str, encoded: EncodedDataset | None) -> list[str]:
+    unknown = ["the dataset is another one: pairs, captions, pictures or their sizes have changed"]
     before = _values_before(run_dir, digest, encoded)
     if encoded is None or before is None:
-        return ["the dataset is another one: pairs, captions, pictures or their sizes have changed"]
+        return unknown
     try:
         found = list(dataset_changes(before, trained_values(encoded)))
-    except (KeyError, TypeError, AttributeError):
-        found = []
+    except (LookupError, TypeError, AttributeError):  # dataset.json is damaged
+        return unknown
     return found or ["the dataset was encoded in another way, for example with another VAE or text encoder"]
 
 
 def _values_before(run_dir: Path, digest: str, encoded: EncodedDataset | None) -> Row | None:
-    """What the run's dataset was: from its folder, or else from a manifest that is still in the cache."""
+    """The values of the run's dataset, from the run folder, or else from a manifest that is still in the cache."""
     try:
-        values = read_json(run_dir / DATASET, finite=False, max_bytes=MAX_BYTES, error=RunFolderError)
+        values = read_json(run_dir / DATASET, finite=False, max_bytes=_MAX_BYTES, error=RunFolderError)
         return values if isinstance(values, dict) else None
     except RunFolderError:
         pass
@@ -75,8 +76,9 @@ def dataset_changes(old: Row, new: Row) -> Iterator[str]:
         yield f"{_pairs(removed)} {_were(removed)} removed"
     common = [(before[name], after[name]) for name in before if name in after]
     for is_changed, said in _KINDS:
-        if changed := [both for both in common if is_changed(*both)]:
-            common = [both for both in common if both not in changed]  # each pair is named once
+        changed = [both for both in common if is_changed(*both)]
+        common = [both for both in common if not is_changed(*both)]  # each pair is named once
+        if changed:
             yield said(changed)
     if list(before) != list(after) and before.keys() == after.keys() and len(common) == len(before):
         yield "the pairs are in another order"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..errors import RunFolderError
 
 LOCK = "run.lock"
 _LOCK_SECONDS = 1  # `is_in_use` of another process holds the lock for a moment
+_LOOKING = threading.Lock()
 _LOG = logging.getLogger(__name__)
 
 
@@ -45,11 +47,12 @@ def is_in_use(path: Path) -> bool:
     if place.is_symlink() or not place.is_file():
         return False
     lock = FileLock(place)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except (OSError, NotImplementedError):
-        return False
-    lock.release()
+    with _LOOKING:  # two pages may look at once, and must not take each other for a training
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        except (OSError, NotImplementedError):
+            return False
+        lock.release()
     return False

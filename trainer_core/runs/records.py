@@ -79,13 +79,24 @@ def _is_result(value: object) -> bool:
 
 
 def _is_samples(value: object) -> bool:
-    """Whether a SampleReport can be made of it. Older versions recorded fewer values, so only these are needed."""
+    """Whether a SampleReport can be made of it. Older versions recorded fewer values, so not all are needed."""
     if value is None:
         return True
-    if not isinstance(value, dict) or not is_step(value.get("step")) or not _is_plain_name(value.get("grid_file")):
+    if not isinstance(value, dict) or not value.keys() <= set(SampleReport.__slots__):
         return False
-    known, needed = SampleReport.__slots__, ("psnr_base", "psnr_lora", "psnr_vae")
-    return value.keys() <= set(known) and all(name in value for name in needed)
+    figures = (each for name, each in value.items() if name not in ("step", "grid_file", "unmeasured"))
+    return (
+        is_step(value.get("step"))
+        and _is_plain_name(value.get("grid_file"))
+        and isinstance(value.get("unmeasured", ""), str)
+        and all(map(_is_figure, figures))
+        and value.keys() >= {"psnr_base", "psnr_lora", "psnr_vae"}
+    )
+
+
+def _is_figure(value: object) -> bool:
+    """Whether this is None or fits into a float. Infinity and NaN count, because results can have these values."""
+    return value is None or isinstance(value, float) or is_number(value)
 
 
 _STATE: dict[str, Callable[[object], bool]] = {
@@ -108,15 +119,9 @@ def read_row(line: bytes) -> dict[str, Any] | None:
 
 
 def is_row(row: object) -> bool:
-    """Whether this is the report of a step: numbers by name, and objects of numbers."""
-    return isinstance(row, dict) and is_step(row.get("step")) and is_number(row.get("loss")) and _holds_numbers(row)
-
-
-def _holds_numbers(values: dict[str, Any], depth: int = 1) -> bool:
-    return all(
-        value is None
-        or isinstance(value, float)
-        or is_number(value)
-        or (isinstance(value, dict) and depth > 0 and _holds_numbers(value, depth - 1))
-        for value in values.values()
-    )
+    """Whether this is the report of a step: figures by name, and an object of figures under loss_by_sigma."""
+    if not isinstance(row, dict) or not is_step(row.get("step")) or not is_number(row.get("loss")):
+        return False
+    by_sigma = row.get("loss_by_sigma", {})
+    figures = [each for name, each in row.items() if name != "loss_by_sigma"]
+    return isinstance(by_sigma, dict) and all(map(_is_figure, [*figures, *by_sigma.values()]))

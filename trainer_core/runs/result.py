@@ -14,8 +14,11 @@ from .folder import RunFolder
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a run ended. `lora_file` and `ema_file` are None if it was paused, `ema_file` also without use_ema.
-    `samples` is None without validation pictures."""
+    """How a run ended.
+
+    `lora_file` and `ema_file` are None if it was paused, `ema_file` also without use_ema. `samples` is None without
+    validation pictures.
+    """
 
     run_dir: Path
     steps_done: int
@@ -26,7 +29,11 @@ class TrainResult:
 
 
 def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: int = 1) -> TrainResult | None:
-    """The recorded result, if the run is complete under these settings and its files exist; else None."""
+    """The recorded result, if the run is complete under these settings and its files exist; else None.
+
+    Raises:
+        RunFolderError: run.json is damaged.
+    """
     run = RunFolder(Path(config.run_dir))
     result = run.state().get("result")
     if not result or run.changes(resume_key(config, num_ranks)):
