@@ -47,12 +47,15 @@ def checked_inputs(
     problems: list[str] = []
     for each in inputs:
         if each.id not in values:
-            problems += [] if each.optional else [f"{each.id} is missing."]
+            if not each.optional:
+                problems.append(f"{each.id} is missing.")
             continue
         given, kind = values[each.id], each.get_io_type()
         items = given if listed and isinstance(given, list) else [given]
-        if items and items[0] is None and each.optional and kind not in (*_PLAIN, "COMBO"):
-            found |= {} if value_class(kind) else {each.id: None}
+        is_socket = kind not in (*_PLAIN, "COMBO")
+        if is_socket and each.optional and items and all(item is None for item in items):
+            if value_class(kind) is None:
+                found[each.id] = None
             continue
         try:
             checked = [_checked(each, item, value_class, chosen_by_node) for item in items]

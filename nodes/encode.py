@@ -98,8 +98,8 @@ class EncodePairs(Node):
         encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
         with host_call.long_call() as observer:
             encoders = connected_encoders(connected, model.flavour)
-            planned = plan_dataset(dataset, BaseModel(model), encoding, cache_dir, encoders)
-            check_disk([cache_use([planned])] if any(planned.missing) else [])
+            planned = plan_dataset(dataset, BaseModel(model), encoding, cache_dir, encoders, observer=observer)
+            check_disk(cache_use([planned]))
             encoded = encode_planned(planned, observer)
         return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
 

@@ -30,9 +30,9 @@ def checked_run_name(name: str) -> str:
     fits = _RUN_NAME.fullmatch(name) and name[-1] not in " ." and name.split(".")[0].upper() not in _WINDOWS_DEVICES
     if not fits or len(name.encode()) > _RUN_NAME_BYTES:
         raise ConfigError(
-            f"run_name must be 1 to 80 letters (at most {_RUN_NAME_BYTES} bytes), digits, spaces and _ - + . (starting "
-            "with a letter, digit or _, not ending with a dot or space, and not reserved by Windows, such as CON), got "
-            f"{brief(name)}. Enter the name of a folder, not a path."
+            f"run_name must be the name of a folder, not a path, got {brief(name)}. Use 1 to 80 letters, digits, "
+            f"spaces and _ - + . (at most {_RUN_NAME_BYTES} bytes). Start with a letter, digit or _. Don't end with a "
+            "dot or space. Names that Windows reserves, such as CON, are not allowed."
         )
     return name
 

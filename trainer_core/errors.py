@@ -114,8 +114,15 @@ class Problems:
     """Collects the errors of several checks, so that the user sees all of them at once."""
 
     def __init__(self) -> None:
-        self.errors: list[TrainerError] = []
-        self._seen: set[str] = set()
+        self._found: dict[str, tuple[TrainerError, list[str]]] = {}  # by message: the error, and where it was found
+
+    @property
+    def errors(self) -> tuple[TrainerError, ...]:
+        """Each error once, in the order in which they were found. Its message names all parts that it was found in."""
+        return tuple(
+            _about(error, ", ".join(dict.fromkeys(places))) if all(places) else error
+            for error, places in self._found.values()
+        )
 
     def attempt(self, check: Callable[[], T], where: str = "") -> T | None:
         """The result of `check`, or None if it raises an error that the user can fix. `Interrupted` is passed on.
@@ -131,18 +138,18 @@ class Problems:
             return None
 
     def add(self, error: TrainerError, where: str = "") -> None:
-        """Add an error, or those of a JobError, unless an earlier check found the same."""
+        """Add an error, or those of a JobError. `where` is as in `attempt`."""
         for each in error.errors if isinstance(error, JobError) else (error,):
-            if str(each) not in self._seen:
-                self._seen.add(str(each))
-                self.errors.append(_about(each, where) if where else each)
+            _, places = self._found.setdefault(str(each), (each, []))
+            places.append(where)
 
     def raise_all(self) -> None:
         """Raise the error if there is one, or a JobError if there are several."""
-        if len(self.errors) == 1:
-            raise self.errors[0]
-        if self.errors:
-            raise JobError(self.errors)
+        errors = self.errors
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise JobError(errors)
 
 
 def _about(error: TrainerError, where: str) -> TrainerError:

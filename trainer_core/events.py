@@ -146,7 +146,7 @@ def raise_if_stopped(observer: Observer) -> None:
 
 
 def watched(items: Iterable[T], observer: Observer) -> Iterator[T]:
-    """Yield the items. `raise_if_stopped` before each.
+    """Yield the items one by one, and stop before the next one if the observer wants to.
 
     Raises:
         Interrupted: the observer wants to stop.

@@ -121,7 +121,11 @@ def _digest_of(file: BinaryIO | io.FileIO) -> _Digest | None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata in a safetensors file's header, without the digest; empty if there is none."""
+    """The metadata in a safetensors file's header, without the digest; empty if there is none.
+
+    Raises:
+        SafetensorError, OSError: the file is damaged, missing or can't be read.
+    """
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
         return {name: value for name, value in (file.metadata() or {}).items() if name != DIGEST}
 

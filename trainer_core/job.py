@@ -183,11 +183,7 @@ def check_job(
     problems, base, config = Problems(), BaseModel(job.model), job.train_config("-")
     model = _attempt(problems, job, lambda: (check_training if trains_here else prepare_model)(config, base))
     paired = _paired(job, observer, problems)
-    planned: list[PlannedPart] = []
-    for part, dataset in paired:
-        plan = partial(plan_dataset, dataset, base, part.encoding, Path(job.cache_dir), ranks=ranks, observer=observer)
-        if found := _attempt(problems, job, plan, part.id if job.datasets else ""):
-            planned.append((part, found))
+    planned = _planned(job, paired, problems, partial(plan_dataset, base=base, ranks=ranks, observer=observer))
     checked = CheckedJob(problems=problems, paired=paired, planned=planned, model=model)
     if len(planned) < len(job.parts()):
         return checked
@@ -198,6 +194,19 @@ def check_job(
     disk = partial(_disk_of, job, checked, ranks, trains_here=trains_here and not finished)
     checked = replace(checked, disk=_attempt(problems, job, disk) or ())
     return replace(checked, notes=_attempt(problems, job, lambda: check_disk(checked.disk)) or ())
+
+
+def _planned(
+    job: JobConfig, paired: Sequence[PairedPart], problems: Problems, plan: Callable[..., PlannedDataset]
+) -> list[PlannedPart]:
+    """Each dataset that can be planned. Adds the problems of the others. `plan` is `plan_dataset` with the other
+    arguments."""
+    planned: list[PlannedPart] = []
+    for part, dataset in paired:
+        plan_part = partial(plan, dataset, encoding=part.encoding, cache_dir=Path(job.cache_dir))
+        if found := _attempt(problems, job, plan_part, part.id if job.datasets else ""):
+            planned.append((part, found))
+    return planned
 
 
 def _attempt(problems: Problems, job: JobConfig, check: Callable[[], T], where: str = "") -> T | None:
@@ -217,7 +226,7 @@ def _check_start(
     parts = [(part, dataset.encoded()) for part, dataset in planned]
     encoded, validation = _together(job, parts, plan_mix)
     config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
-    if not trains_here:  # a dataset may be encoded for validation only
+    if not trains_here:  # without pairs to train on, a dataset can still be encoded for another run's validation
         return False
     check_datasets(config, encoded, validation or encoded)
     return check_start(config, encoded, continue_kept=continue_kept, num_ranks=ranks.size)
@@ -228,7 +237,7 @@ def _disk_of(job: JobConfig, checked: CheckedJob, ranks: Ranks, *, trains_here: 
     parts = [dataset for _, dataset in checked.planned]
     if not ranks.leads:
         return []
-    uses = [cache_use(parts)] if any(any(part.missing) for part in parts) else []
+    uses = cache_use(parts)
     if trains_here and checked.model is not None:
         work = workload_of_pairs(parts, job.batching, job.validation)
         uses.append(run_use(job.train_config("-"), checked.model.size, work))
@@ -255,17 +264,16 @@ def plan_parts(
     """Each dataset with what the cache lacks. `encoders` replaces the base model's encoders.
 
     Raises:
-        ConfigError, DatasetError, ModelFileError, DiskError, JobError: see `plan_dataset` and `check_disk`.
+        ConfigError, DatasetError, ModelFileError, DiskError: see `plan_dataset` and `check_disk`.
+        JobError: lists the problems of all datasets, if there are several.
         Interrupted: the observer asked to stop.
     """
-    cache_dir, base = Path(job.cache_dir), BaseModel(job.model)
-    planned = [
-        (part, plan_dataset(dataset, base, part.encoding, cache_dir, encoders, observer=observer))
-        for part, dataset in paired
-    ]
+    problems, base = Problems(), BaseModel(job.model)
+    plan = partial(plan_dataset, base=base, encoders=encoders, observer=observer)
+    planned = _planned(job, paired, problems, plan)
+    problems.raise_all()
     _together(job, [(part, dataset.encoded()) for part, dataset in planned], plan_mix)
-    datasets = [dataset for _, dataset in planned]
-    check_disk([cache_use(datasets)] if any(any(dataset.missing) for dataset in datasets) else [])
+    check_disk(cache_use([dataset for _, dataset in planned]))
     return planned
 
 

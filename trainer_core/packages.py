@@ -99,7 +99,7 @@ def explained_imports(package: str) -> Iterator[None]:
 
 
 def conflicts(packages: Sequence[str] = ("diffusers", "transformers", "peft")) -> list[str]:
-    """What these packages state that they need and is not installed so, and the versions of related packages."""
+    """Sentences on what these packages need but is installed in another version, and a list of related packages."""
     found: list[str] = []
     for package in packages:
         for line in _stated(package):
@@ -107,7 +107,7 @@ def conflicts(packages: Sequence[str] = ("diffusers", "transformers", "peft")) -
             if version and not line.specifier.contains(version, prereleases=True):
                 found.append(f"{package} needs {line.name}{line.specifier}, but {version} is installed")
     versions = ", ".join(f"{name} {version}" for name in _RELATED if (version := _version(name)))
-    return [*found, f"installed are {versions}"]
+    return [*found, f"installed: {versions}"]
 
 
 def _stated(package: str) -> list[Requirement]:
@@ -115,7 +115,8 @@ def _stated(package: str) -> list[Requirement]:
     from packaging.requirements import InvalidRequirement, Requirement
 
     found: list[Requirement] = []
-    for line in metadata.requires(package) or () if _version(package) else ():
+    lines = metadata.requires(package) if _version(package) else None
+    for line in lines or ():
         try:
             requirement = Requirement(line)
         except InvalidRequirement:

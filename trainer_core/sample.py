@@ -105,7 +105,7 @@ def _checked_files(request: SampleRequest, base: BaseModel) -> Mapping[str, Adap
     """Check all files by their headers, because the networks are loaded one after the other. Returns the LoRA."""
     check_vae(base)
     check_text_encoder(base, request.preprocessing)
-    network = base.network
+    network = base.network  # reads the transformer's headers, which must be right even without a LoRA
     return {} if request.lora_file is None else read_parts(network, request.lora_file)
 
 

@@ -108,4 +108,4 @@ def test_an_import_that_fails_names_what_does_not_fit(installed, monkeypatch: py
         raise outer
     text = str(caught.value)
     assert "diffusers can't be imported: operator torchvision::nms does not exist\n" in text
-    assert "but 0.36.0 is installed" in text and "installed are torch 1.0, torchvision 1.0" in text
+    assert "but 0.36.0 is installed" in text and "installed: torch 1.0, torchvision 1.0" in text

@@ -54,7 +54,7 @@ def test_the_cache_takes_as_much_as_was_computed(base_of: Callable[[str], ModelC
     planned = plan_dataset(
         pair_folders(pairs), BaseModel(base_of("edit-v2")), small_encoding(num_eval_images=2), tmp_path / "cache"
     )
-    use = cache_use([planned])
+    (use,) = cache_use([planned])
     assert use.folder == tmp_path / "cache"
     encode_planned(planned)
     assert use.size == pytest.approx(

@@ -179,6 +179,14 @@ def test_a_problem_names_its_dataset(values: dict[str, Any], tmp_path: Path) -> 
         check_job(load_job(job)).raise_problems()
 
 
+def test_a_problem_of_two_datasets_names_both(values: dict[str, Any], tmp_path: Path) -> None:
+    parts = of_two_parts() | {"encoding": {"sizes": {"minimum_image_size": 200}}}
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(merged(values, parts)))
+    with pytest.raises(DatasetError, match=r"^first, second: 4 targets are smaller than minimum_image"):
+        check_job(load_job(job)).raise_problems()
+
+
 def test_a_good_job_is_not_refused_and_check_writes_no_entry(values: dict[str, Any], tmp_path: Path) -> None:
     job = tmp_path / "job.json"
     job.write_text(json.dumps(values))

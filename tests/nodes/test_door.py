@@ -116,6 +116,13 @@ def test_what_is_said(key: str, value: str, says: str, found: dict[str, Any]) ->
     assert found["door"][key][value].endswith(says)
 
 
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_list_that_lacks_a_picture_is_not_left_out(place: str, found: dict[str, Any]) -> None:
+    assert found["half a list"][place].endswith(
+        "reference_2 must be pictures [number, height, width, channels], got None."
+    )
+
+
 def test_true_and_false_of_older_graphs(found: dict[str, Any]) -> None:
     assert found["door"]["MemorySettings.compile_blocks"]["true"] == "accepted"
     assert found["executed"]["MemorySettings.compile_blocks: true"] == "returned a result"

@@ -78,6 +78,12 @@ def main(_tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str,
     plot = next(node for node in nodes if node.__name__ == "PlotLoss")
     losses = {name: {"loss": value} for name, value in LOSSES.items()}
     result["losses"] = {name: outcome(plot, "execute", {"loss_map": value}, errors) for name, value in losses.items()}
+    pair_images = next(node for node in nodes if node.__name__ == "PairImages")
+    half = {**right_values(pair_images, sockets), "reference_2": [torch.zeros(1, 64, 64, 3), None]}
+    result["half a list"] = {
+        name: outcome(pair_images, "execute", {**half, "reference_2": order}, errors)
+        for name, order in (("last", half["reference_2"]), ("first", half["reference_2"][::-1]))
+    }
     result["wrong twice"] = wrong_twice(nodes, right_values, sockets, errors)
     result["classes"] = {
         each.get_io_type(): sockets.value_class(each.get_io_type()) is not None

@@ -34,8 +34,11 @@ class DiskUse(NamedTuple):
     size: int
 
 
-def cache_use(parts: Sequence[PlannedDataset]) -> DiskUse:
-    """What encoding writes to the cache: the entries that it lacks. The lengths of prompts are estimated."""
+def cache_use(parts: Sequence[PlannedDataset]) -> list[DiskUse]:
+    """What encoding writes to the cache: the entries that it lacks; empty if it lacks none.
+
+    The lengths of prompts are estimated.
+    """
     sizes: dict[tuple[str, str], int] = {}
     for part in parts:
         width, network_bytes = part.base.prompt_width, compute_dtype(part.base.config).itemsize
@@ -52,7 +55,8 @@ def cache_use(parts: Sequence[PlannedDataset]) -> DiskUse:
                 key = part.image_embeds.key(content, view)
                 if key and not part.image_embeds.has(key):
                     sizes["tokens", key] = network_bytes * width * vision_tokens(view.size)
-    return DiskUse(parts[0].cache_dir, "the cache of encoded pairs", sum(sizes.values()) + _PER_FILE * len(sizes))
+    size = sum(sizes.values()) + _PER_FILE * len(sizes)
+    return [DiskUse(parts[0].cache_dir, "the cache of encoded pairs", size)] if sizes else []
 
 
 def run_use(config: TrainConfig, network: NetworkSize, work: Workload) -> DiskUse:

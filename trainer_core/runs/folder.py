@@ -131,8 +131,8 @@ class RunFolder:
                     f"{self.path / name} is a folder, but the run needs a file of that name. Move it out of the run "
                     "folder."
                 )
-        started = (each.name for each in self.path.iterdir())
-        if not self.state() and any(name != LOCK and not is_leftover(name) for name in started):
+        names = (each.name for each in self.path.iterdir())
+        if not self.state() and any(name != LOCK and not is_leftover(name) for name in names):
             raise RunFolderError(f"The folder {self.path} is not empty and is not a run. Choose another run name.")
 
     def _enter(self, key: Mapping[str, Any], encoded: EncodedDataset | None) -> None:
@@ -164,18 +164,18 @@ class RunFolder:
             aside = set_aside(folder)
             if aside is None:
                 raise RunFolderError(
-                    f"The checkpoint {folder} is damaged ({problem}) and can't be renamed. Move it out of the run "
-                    "folder."
+                    f"The checkpoint {folder} can't be used: {problem} It can't be renamed either. Move it out of the "
+                    "run folder."
                 )
             _LOG.warning(
-                "The checkpoint %s is damaged (%s). It was renamed to %s, and the one before it is used.",
+                "The checkpoint %s can't be used: %s It was renamed to %s, and the one before it is used.",
                 folder,
                 problem,
                 aside.name,
             )
 
     def _problem(self, folder: Path) -> str:
-        """Why a checkpoint can't be used; empty if it can. Reads its files to check their digests.
+        """Why a checkpoint can't be used, as a sentence; empty if it can. Reads its files to check their digests.
 
         Raises:
             RunFolderError: a file can't be read, for example because of its permissions.
@@ -189,7 +189,7 @@ class RunFolder:
             pass
         except OSError as error:
             raise RunFolderError(f"The checkpoint {folder} can't be read: {error.strerror}.") from error
-        return "" if self._is_complete(folder) else "a file is missing or cut short"
+        return "" if self._is_complete(folder) else "a file is missing or cut short."
 
     def lost_steps(self) -> int:
         """Steps that were saved once, if the folder has no usable checkpoint any more; else 0."""
