@@ -78,7 +78,7 @@ def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
     Raises:
         ConfigError: as `prepare_model`; blocks_to_stream is too high; the optimizer or device isn't available here.
         ModelFileError: as `prepare_model`.
-        MissingPackageError: a setting needs a package that is not installed.
+        MissingPackageError, PackageError: a package that a setting needs is not installed, or is too old.
         JobError: several of these.
     """
     problems = Problems()

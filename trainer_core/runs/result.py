@@ -88,7 +88,8 @@ def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -
     if done > max_train_steps:
         raise RunFolderError(
             f"The run {run.path.name!r} has {done} steps already, but max_train_steps is {max_train_steps}. Set "
-            f"max_train_steps to {done} or more, or choose another run name for a shorter run. Nothing was changed."
+            f"max_train_steps to {done} or more, or choose another run name for a shorter run. Nothing was "
+            "overwritten."
         )
     if not kept or continue_kept:
         return Stop.NO
@@ -97,7 +98,7 @@ def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -
             f"The run {run.path.name!r} was ended early at step {kept}, but the checkpoint of that step is missing or "
             "damaged, so its LoRA can't be exported with these settings. Set the export settings back, continue the "
             "training (if_run_exists 'continue a kept run', or --continue-kept), or choose another run name. Nothing "
-            "was changed."
+            "was overwritten."
         )
     return Stop.KEEP
 
@@ -112,7 +113,7 @@ def refuse_lost_checkpoints(run: RunFolder) -> None:
         raise RunFolderError(
             f"The run {run.path.name!r} has saved {lost} steps, but {run.checkpoints} holds no usable checkpoint to "
             "continue from. Put its checkpoints back, or choose another run name to start a new run."
-            f"{run.way_from_lora()} Nothing was changed."
+            f"{run.way_from_lora()} Nothing was overwritten."
         )
 
 
