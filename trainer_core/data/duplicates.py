@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ _FLAT = 4.0  # a thumbnail with a smaller standard deviation is too plain to com
 _LEAST_PART = 10  # bits: shorter parts of a hash are equal too often to find anything with
 _ROWS = 1024  # hashes compared at a time
 
-Bits = NDArray[np.bool_]
+Bits: TypeAlias = NDArray[np.bool_]
 
 
 def shape_bits(picture: Image.Image) -> Bits:
