@@ -125,6 +125,8 @@ def test_betas_and_decay_that_simpletuner_ignores():
     assert "kahan_sum=false" in line(config, "optimizer_config:")
     speed = read({"deepspeed_config": {"a": 1}, "adam_beta2": 0.9, "adam_weight_decay": 0.3}).job.optimizer
     assert (speed.adam_beta2, speed.weight_decay, speed.adam_epsilon) == (0.9, 0.3, 1e-8)
+    without = read({"deepspeed_config": {"a": 1}, "adam_beta1": 0, "adam_weight_decay": 0}).job.optimizer
+    assert (without.adam_beta1, without.weight_decay) == (0, 0)
 
 
 def test_missing_keys_take_simpletuners_values_or_get_a_line():

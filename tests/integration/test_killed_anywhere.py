@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests.support.dies_at import DIED
 from tests.support.forked import Forked
@@ -61,7 +58,6 @@ def _content(path: Path, root: Path) -> Any:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the name of an open file is read from /proc")
 def test_a_run_that_dies_at_every_kind_of_file_operation_gives_the_same_files(
     model: ModelConfig, tmp_path: Path
 ) -> None:

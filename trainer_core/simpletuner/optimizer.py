@@ -120,8 +120,9 @@ def _constants(section: Section, name: str, theirs: _Theirs, configured: Mapping
     beta1, beta2, decay, epsilon = theirs.beta1, theirs.beta2, theirs.weight_decay, theirs.epsilon
     if section.take("deepspeed_config"):
         section.note("deepspeed_config", "left out; the adam_* options that it needs are taken.")
-        beta1, beta2 = section.number("adam_beta1") or 0.9, section.number("adam_beta2") or 0.999
-        decay, epsilon = section.number("adam_weight_decay") or 0.01, section.number("adam_epsilon") or 1e-8
+        usual = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01, "adam_epsilon": 1e-8}
+        given = {key: section.number(key) for key in usual}
+        beta1, beta2, decay, epsilon = (usual[key] if value is None else value for key, value in given.items())
     else:
         decay, epsilon = configured.get("weight_decay", decay), configured.get("eps", epsilon)
         for key, used in (

@@ -43,9 +43,9 @@ _OTHER_INTERVALS = ("validation_steps_interval", "validation_step_interval_steps
 
 
 def _validated_pairs(section: Section, values: dict[str, Any]) -> None:
-    """SimpleTuner samples num_eval_images pairs of each data set, or of those in eval_dataset_id, and trains the rest.
+    """Take num_eval_images as SimpleTuner does, which samples so many pairs of each data set and also trains on them.
 
-    Without eval_dataset_id, it trains on the sampled pairs as well.
+    With eval_dataset_id it samples pairs of those data sets alone, and does not train on them.
     """
     count = section.whole("num_eval_images")
     given = count is not None
@@ -63,8 +63,8 @@ def _validated_pairs(section: Section, values: dict[str, Any]) -> None:
     if count:
         section.note(
             "num_eval_images",
-            f"{'' if given else 'not given. '}Up to {count} pairs of each data set are sampled, and trained on all the "
-            "same, as in SimpleTuner. So their validation loss is a loss on training pairs. To keep them out of "
+            f"{'' if given else 'not given. '}Up to {count} pairs of each data set are sampled and also trained on, "
+            "as in SimpleTuner. So their validation loss is a loss on training pairs. To keep them out of "
             "training, set encoding.train_eval_images to false.",
         )
 

@@ -60,7 +60,7 @@ def _other_content(begin: bytes, size: int, suffix: str) -> str:
         )
     if begin.startswith(b"GGUF") != (suffix == ".gguf"):
         is_gguf = begin.startswith(b"GGUF")
-        return "it is a .gguf file. Rename it." if is_gguf else f"it doesn't begin as one. {_AGAIN}"
+        return "it is a .gguf file. Rename it." if is_gguf else f"its first bytes are not GGUF. {_AGAIN}"
     if size <= _FIRST_BYTES and begin.isascii() and begin.decode().isprintable():
         return f"it is a text, {shown(begin.decode()[:80])!r}. {_AGAIN}"
     return ""
