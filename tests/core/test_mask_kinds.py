@@ -115,6 +115,14 @@ def test_soft_edges_count_in_part(tmp_path: Path) -> None:
     assert np.abs(weights(hole) - expected).max() < 1e-5
 
 
+def test_one_pixel_that_is_hardly_transparent_does_not_make_a_mask_a_hole(tmp_path: Path) -> None:
+    alpha = np.full_like(region(), 255)
+    alpha[0, 0] = 254
+    dataset = pair_folders(dataset_with(tmp_path, with_alpha(Image.fromarray(region()).convert("RGB"), alpha)))
+    assert np.abs(weights(dataset) - WEIGHTS).max() < 1e-6
+    assert not dataset.notes
+
+
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
@@ -122,9 +130,11 @@ def test_soft_edges_count_in_part(tmp_path: Path) -> None:
         (Image.composite(Image.new("RGB", (SIDE, SIDE), "red"), BLACK, Image.fromarray(region())), "coloured picture"),
         (with_alpha(photograph(), np.full_like(region(), 255)), "coloured picture"),
         (with_alpha(photograph(), np.zeros_like(region())), "the mask is wholly transparent"),
+        (with_alpha(photograph(), region() // 100), "the mask is wholly transparent"),
+        (with_alpha(photograph(), 255 - region() // 100), "coloured picture"),
         (Image.new("L", (SIDE, SIDE)), "the mask is all black"),
     ],
-    ids=["photo", "red on black", "opaque", "transparent", "black"],
+    ids=["photo", "red on black", "opaque", "transparent", "hardly opaque", "hardly transparent", "black"],
 )
 def test_what_is_no_mask_is_refused_in_the_one_report(tmp_path: Path, mask: Image.Image, words: str) -> None:
     settings = dataset_with(tmp_path, mask)

@@ -79,6 +79,16 @@ CASES: list[tuple[str, tuple[EncodedEntry, ...], list[str]]] = [
         ["5 pairs ('a', 'b', 'c' and 2 more) have another size, such as 512x512 -> 768x768 pixels"],
     ),
     (
+        "captions and resolution",
+        tuple(
+            dataclasses.replace(each, **({"captions": ("new",)} if each.key in "ab" else {}), **SIZE) for each in PAIRS
+        ),
+        [
+            "the captions of 2 pairs ('a', 'b') changed",
+            "5 pairs ('a', 'b', 'c' and 2 more) have another size, such as 512x512 -> 768x768 pixels",
+        ],
+    ),
+    (
         "reference size",
         changed("a", reference_shapes=((16, 128, 96),), references=("other",)),
         ["the references of 1 pair ('a') have another size or number, such as 512x512 -> 768x1024"],

@@ -245,3 +245,15 @@ def test_links_of_any_type_are_no_links():
     data[1]["source_dataset_id"] = ["t"]
     data[2]["conditioning_image_embeds"] = {"a": []}
     assert read({}, data).job.dataset.reference_dirs == (str(Path("/datasets/reference-images")),)
+
+
+def test_only_spellings_of_one_setting_are_said_to_mean_the_same(monkeypatch: pytest.MonkeyPatch):
+    reference = {"id": "r", "type": "local", "dataset_type": "conditioning", "instance_data_dir": "before"}
+    reference |= {"source_dataset_id": "t", "resolution": 512, "resolution_type": "pixel", "crop": False}
+    reference |= {"caption_strategy": "textfile", "instance_prompt": "draw"}
+    target = {"id": "t", "type": "local", "dataset_type": "image", "instance_data_dir": "after"}
+    report = read({}, [{**target, "conditioning_data": "r"}, reference]).report
+    assert not [note for note in report if "means the same" in note]
+    assert "r.caption_strategy, instance_prompt: ignored; the captions of the targets are used." in report
+    report = read({}, [{**target, "conditioning_data": "r", "disabled": False, "disable": "no"}, reference]).report
+    assert not [note for note in report if "means the same" in note]

@@ -14,6 +14,7 @@ from tests.support.runs import PauseAt, equal, lora_tensors
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import CheckpointConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from trainer_core.errors import RunFolderError
+from trainer_core.files import read_tensors
 from trainer_core.run import TrainResult, train_lora
 from trainer_core.runs.result import check_start
 
@@ -101,6 +102,19 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_again(
         check_start(longer, encoded)
     result = train_lora(config)
     assert result.steps_done == 4, "the finished run still has its result"
+
+
+def test_a_lora_file_that_was_cut_is_no_result(config: TrainConfig) -> None:
+    lora_file = Path(config.run_dir, "run.safetensors")
+    whole, tensors = lora_file.read_bytes(), read_tensors(lora_file)
+    lora_file.write_bytes(whole[:1000])
+    result = train_lora(config)
+    assert result.lora_file == lora_file and equal(read_tensors(lora_file), tensors), "exported from its checkpoint"
+    delete_all(config)
+    lora_file.write_bytes(whole[:1000])
+    with pytest.raises(RunFolderError, match=r"'run' has saved 4 steps") as caught:
+        train_lora(config)
+    assert "init_lora" not in str(caught.value), "the file can't be loaded"
 
 
 def test_so_does_a_paused_run_and_one_that_was_killed(config: TrainConfig, tmp_path: Path) -> None:
@@ -248,5 +262,5 @@ def test_killed_while_run_json_was_first_written(config: TrainConfig, tmp_path: 
     assert not list(Path(fresh.run_dir).rglob(".*"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
-    with pytest.raises(RunFolderError, match="is not empty and is not a run"):
+    with pytest.raises(RunFolderError, match=r"is not a run: run\.json is missing"):
         train_lora(dataclasses.replace(config, run_dir=str(tmp_path / "mine")))

@@ -108,7 +108,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "mixed": (of_two_parts(encoding={"preprocessing": "diffusers"}), "Encode both with the same"),
     "not trained": (of_two_parts(probability=0) | {"encoding": {"num_eval_images": -1}}, "no pair to train on"),
     "tokenizer": ({}, "The tokenizer folder"),
-    "no run": ({}, "is not empty and is not a run"),
+    "no run": ({}, "is not a run: run.json is missing"),
     "other settings": ({}, "was started with other settings"),
     "placeholder": ({}, "a picture placeholder"),
     "pairing": ({}, "002"),
@@ -117,6 +117,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "transformer": ({"model": {"transformer_file": "wrong.safetensors"}}, "wrong.safetensors"),
     "long caption": ({}, "tokenizer_max_length"),
     "name": ({"run_dir": f"runs/{'x' * 250}"}, "the LoRA file gets this name"),
+    "cache name": ({"cache_dir": "c" * 300}, "is too long"),
+    "cache below a file": ({"cache_dir": "job.json/cache"}, "job.json is a file"),
     "LoRA name": ({"export": {"lora_name": "ß" * 125}}, "the LoRA file gets this name"),
 }
 ONLY_WHERE_IT_TRAINS = {"all held out", "compiler", "no run", "other settings"}  # these can be encoded

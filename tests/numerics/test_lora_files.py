@@ -126,7 +126,12 @@ def test_the_scale_that_was_taken_is_said_in_one_line(tmp_path: Path, caplog: py
     path = tmp_path / "x.safetensors"
     wanted = [
         ({}, None, "states no alpha.*used with scale 1"),
-        (header(r=4, lora_alpha=16), None, "used with scale 4, alpha / rank as stated in the header"),
+        (header(r=4, lora_alpha=16), None, "used with scale 4: alpha / rank, as stated in the header"),
+        (
+            header(r=4, lora_alpha=16, use_rslora=True),
+            None,
+            "used with scale 8: alpha / √rank, because of use_rslora, as",
+        ),
         (header(r=4, lora_alpha=16, alpha_pattern={"to_q": 2}), None, r"scale 0\.5 to 4"),
         ({}, 8.0, None),
         ({"qwen_edit_trainer.lora_type": "lora"}, None, None),

@@ -139,7 +139,8 @@ def _note(parts: Mapping[str, AdapterPart], scaling: Scaling, names: Iterable[st
             "has peft's lora_alpha. It is used with scale 1, as in ComfyUI and diffusers."
         )
     both = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
-    return f"{file} is used with scale {both}, alpha / rank as stated in {scaling.place}."
+    formula = "alpha / √rank, because of use_rslora," if scaling.use_rslora else "alpha / rank,"
+    return f"{file} is used with scale {both}: {formula} as stated in {scaling.place}."
 
 
 def adapter_parts(

@@ -21,9 +21,8 @@ _MOST_SIZES = 12
 def encoding_report(encoded: EncodedDataset) -> str:
     """Number of pairs, their sizes, the length of an epoch, and what was left out or changed."""
     trained = encoded.trained_too(encoded)
-    lines = [
-        f"{len(encoded.pairs)} pairs to train on, {len(encoded.validation_pairs) - trained} held out for validation."
-    ]
+    pairs = f"{len(encoded.pairs)} pair{'s' if len(encoded.pairs) != 1 else ''}"
+    lines = [f"{pairs} to train on, {len(encoded.validation_pairs) - trained} held out for validation."]
     if trained:
         lines.append(
             f"{trained} of the pairs to train on are also validated. Their validation loss is a loss on training pairs."

@@ -18,6 +18,7 @@ from .images import Picture, read_checked
 MaskSource = Literal["grey", "even", "hole", "paint"]
 _SHAPE_TOLERANCE = 0.01  # a mask must cover the same pixels as its target
 _VISIBLE = 32  # alpha from which a pixel's colour counts; below it the colour may be rounded or lossy
+_OPAQUE = 255 - _VISIBLE  # alpha from which a picture counts as opaque: alpha saved with loss is not 255 everywhere
 _ONE_COLOUR = 12  # of 255: the largest range of each channel in paint of one colour
 _COLOURED = 32  # of 255: the largest difference between the channels of a pixel that counts as grey
 _COLOURED_SHARE = 0.05  # of the pixels that aren't black; the noise of a JPEG stays below
@@ -34,7 +35,7 @@ class PairMask(NamedTuple):
 class MaskGrey(NamedTuple):
     """A mask's weights as a picture of mode L, and where they come from.
 
-    grey: the brightness. even: also the brightness, of a picture that is equally transparent everywhere. hole: the
+    grey: the brightness. even: also the brightness, of a picture that is opaque or equally transparent. hole: the
     transparency of a picture, which ComfyUI's mask editor saves and LoadImage shows as MASK. paint: the opacity of a
     layer that has only one colour.
     """
@@ -51,15 +52,14 @@ def mask_grey(picture: Picture, path: Path) -> MaskGrey:
     """
     if picture.alpha is not None:
         low, high = picture.alpha.getextrema()
-        if high == 0:
+        if high < _VISIBLE:
             raise DatasetError(
                 f"{shown(path)}: the mask is wholly transparent. Paint the parts that count white on black, without "
                 "transparency."
             )
-        if low != high and _one_colour(picture.pixels, picture.alpha):
-            return MaskGrey(picture.alpha, "paint")
-        if low != high:
-            return MaskGrey(ImageChops.invert(picture.alpha), "hole")
+        if low != high and low < _OPAQUE:
+            is_paint = _one_colour(picture.pixels, picture.alpha)
+            return MaskGrey(picture.alpha, "paint") if is_paint else MaskGrey(ImageChops.invert(picture.alpha), "hole")
     if _is_coloured(picture.pixels):
         raise DatasetError(
             f"{shown(path)}: this is a coloured picture, not a mask. Save the mask in grey: white counts in the loss, "

@@ -58,7 +58,7 @@ def _remarks(picture: Checked, color_profiles: ColorProfiles) -> Iterator[_Remar
         return
     name, problem = picture.profile
     if problem:
-        yield _Remark(f"Pictures with a colour profile that can't be used ({problem})", "They are taken for sRGB.")
+        yield _Remark(f"Pictures with a colour profile that can't be used ({problem})", "They are treated as sRGB.")
     elif color_profiles == "convert":
         yield _Remark(f"Pictures converted from {name} to sRGB")
     else:

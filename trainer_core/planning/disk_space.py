@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..conditioning.encoding_plan import PlannedDataset, latents_shape
 from ..config import TrainConfig
-from ..disk import existing_folder, free_disk_bytes, size_in_words
+from ..disk import disk_errors, existing_folder, free_disk_bytes, name_exists, size_in_words
 from ..errors import DiskError
 from ..qwen_image.base_model import compute_dtype
 from ..qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
@@ -128,6 +128,18 @@ def _by_disk(uses: Iterable[DiskUse]) -> dict[Path, list[DiskUse]]:
 
 def _check_writable(folder: Path) -> None:
     there = existing_folder(folder)
+    for name in folder.absolute().relative_to(there.absolute()).parts[:1]:
+        if name_exists(there / name):
+            raise DiskError(
+                f"{there / name} is a file, but {folder} needs a folder of that name. Choose another folder, or move "
+                "the file away.",
+                errno.ENOTDIR,
+            )
+    try:
+        with disk_errors():
+            folder.lstat()  # refuses a name that is too long
+    except FileNotFoundError:
+        pass  # it is created when it is written to
     if not os.access(there, os.W_OK):
         raise DiskError(
             f"The folder {folder} can't be written to: {there} is read-only for this user. Choose another folder, or "

@@ -75,12 +75,15 @@ def dataset_changes(old: Row, new: Row) -> Iterator[str]:
     if removed:
         yield f"{_pairs(removed)} {_were(removed)} removed"
     common = [(before[name], after[name]) for name in before if name in after]
+    reworded = [both for both in common if _differ("captions")(*both)]
+    if reworded:  # pictures and sizes may have changed too
+        yield f"the captions of {_of(reworded)} changed"
     for is_changed, said in _KINDS:
         changed = [both for both in common if is_changed(*both)]
         common = [both for both in common if not is_changed(*both)]  # each pair is named once
         if changed:
             yield said(changed)
-    if list(before) != list(after) and before.keys() == after.keys() and len(common) == len(before):
+    if not reworded and list(before) != list(after) and before.keys() == after.keys() and len(common) == len(before):
         yield "the pairs are in another order"
 
 
@@ -105,6 +108,10 @@ def _size(shape: Sequence[int]) -> str:
     return f"{shape[2] * VAE_FACTOR}x{shape[1] * VAE_FACTOR}"
 
 
+def _encoded_otherwise(old: Row, new: Row) -> bool:
+    return not _differ("captions")(old, new) and _differ(*_TEXTS)(old, new)
+
+
 _TEXTS = ("prompts", "empty", "alone", "alone_empty")
 _KINDS: tuple[tuple[Callable[[Row, Row], bool], Callable[[list[tuple[Row, Row]]], str]], ...] = (
     (_differ("shape", "reference_shapes"), _sizes),
@@ -113,8 +120,7 @@ _KINDS: tuple[tuple[Callable[[Row, Row], bool], Callable[[list[tuple[Row, Row]]]
         lambda changed: f"{_of(changed)} {_have(changed)} other pictures or crops",
     ),
     (_differ("mask"), lambda changed: f"{_of(changed)} {_have(changed)} another mask"),
-    (_differ("captions"), lambda changed: f"the captions of {_of(changed)} changed"),
-    (_differ(*_TEXTS), lambda changed: f"the prompts of {_of(changed)} were encoded in another way"),
+    (_encoded_otherwise, lambda changed: f"the prompts of {_of(changed)} were encoded in another way"),
     (_differ("repeats", "probability"), lambda changed: f"repeats or probability of {_of(changed)} changed"),
 )
 

@@ -133,7 +133,10 @@ class RunFolder:
                 )
         names = (each.name for each in self.path.iterdir())
         if not self.state() and any(name != LOCK and not is_leftover(name) for name in names):
-            raise RunFolderError(f"The folder {self.path} is not empty and is not a run. Choose another run name.")
+            raise RunFolderError(
+                f"The folder {self.path} is not empty, but it is not a run: {STATE} is missing. Put that file back, or "
+                "choose another run name."
+            )
 
     def _enter(self, key: Mapping[str, Any], encoded: EncodedDataset | None) -> None:
         self.check_key(key, encoded)  # again, because another process may have changed it before it was locked
@@ -147,7 +150,7 @@ class RunFolder:
     def way_from_lora(self) -> str:
         """A sentence on how a new run can start from this run's LoRA; empty if there is no LoRA file."""
         result = self.state().get("result")
-        if not result or not (self.path / result["lora_file"]).is_file():
+        if not result or not is_whole(self.path / result["lora_file"]):
             return ""
         return f" The new run can start from this run's LoRA: set init_lora to {self.path / result['lora_file']}."
 

@@ -9,6 +9,7 @@ from ..conditioning.encoded import EncodedDataset
 from ..config import ExportConfig, TrainConfig, resume_key, to_json
 from ..errors import RunFolderError
 from ..events import SampleReport, Stop
+from ..files import is_whole
 from .folder import RunFolder
 
 
@@ -29,7 +30,7 @@ class TrainResult:
 
 
 def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: int = 1) -> TrainResult | None:
-    """The recorded result, if the run is complete under these settings and its files exist; else None.
+    """The recorded result, if the run is complete under these settings and its files are whole; else None.
 
     Raises:
         RunFolderError: run.json is damaged.
@@ -45,7 +46,7 @@ def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: 
     lora_file = run.path / result["lora_file"]
     ema_file = run.path / result["ema_file"] if result.get("ema_file") else None
     is_complete = result["steps"] == config.max_train_steps or stays_kept
-    if not is_complete or not all(file.is_file() for file in (lora_file, ema_file) if file):
+    if not is_complete or not all(is_whole(file) for file in (lora_file, ema_file) if file):
         return None
     return TrainResult(
         run_dir=run.path,

@@ -345,7 +345,7 @@ def _steps_and_folders(section: Section, values: dict[str, Any], root: Path) -> 
     else:
         section.note(
             "max_train_steps",
-            "neither it nor num_train_epochs is given, so 1000, the default. SimpleTuner trains one epoch: "
+            "neither it nor num_train_epochs is above 0, so 1000, the default. SimpleTuner trains one epoch: "
             "pairs x (repeats + 1) / (train_batch_size x gradient_accumulation_steps).",
         )
     folder = section.path(root, "output_dir")

@@ -115,7 +115,7 @@ def _part(backends: Backends, section: Section, references: list[str], masks: li
     if masks:
         dataset["mask_dir"] = _folder(backends.entries[masks[0]], masks[0], root)
         section.note("conditioning_data", f"masks from {masks[0]}: white counts in the loss, black does not.")
-    section.take("type", "disabled", "disable", "dataset_type", "instance_data_dir")  # read from the entry itself
+    section.settle("type", "disabled", "disable", "dataset_type", "instance_data_dir")
     section.knows("conditioning_type", "source_dataset_id")  # only references and masks have them
     _captions(section, dataset, root)
     kinds = [backends.entries[each].get("conditioning_type") or "auto" for each in references]
@@ -334,7 +334,7 @@ def _other(
 
 def _explain_linked(section: Section, known: set[str]) -> None:
     """Report on the keys of references and masks. Most follow the settings of their targets."""
-    section.take("id", "type", "disabled", "disable", "dataset_type", "instance_data_dir", "source_dataset_id")
+    section.settle("id", "type", "disabled", "disable", "dataset_type", "instance_data_dir", "source_dataset_id")
     what = section.text("conditioning_type")
     reasons = {
         "segmentation": "weighted by brightness: paint the parts that count white and the others black.",
@@ -344,7 +344,8 @@ def _explain_linked(section: Section, known: set[str]) -> None:
     shared = [key for key in INHERITED if key in section and key not in ("caption_strategy", "instance_prompt")]
     if shared:
         section.note(", ".join(shared), "ignored; targets and match_target_res decide.")
-    section.take(*shared)
-    if section.take("caption_strategy", "instance_prompt") is not None:
-        section.note("caption_strategy", "ignored; the captions of the targets are used.")
+    captions = [key for key in ("caption_strategy", "instance_prompt") if key in section]
+    if captions:
+        section.note(", ".join(captions), "ignored; the captions of the targets are used.")
+    section.settle(*shared, "caption_strategy", "instance_prompt")
     section.explain(DATA_REASONS, known)

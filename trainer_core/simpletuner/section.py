@@ -130,6 +130,11 @@ class Section:
         """Declare keys that are read only together with other settings or elsewhere, so that they are not unknown."""
         self.asked.update(names)
 
+    def settle(self, *names: str) -> None:
+        """Declare keys that were read from the entry itself, or have a line already. They get no further reason."""
+        self.asked.update(names)
+        self._left -= set(names)
+
     def explain(self, reasons: Mapping[str, str], also_known: Iterable[str] = ()) -> None:
         """Report every key that was not read: the reason, or the most similar known key if the key is unknown.
 
