@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from trainer_core.conditioning.encoded import EncodedDataset, name_dataset, save_manifest
 from trainer_core.conditioning.entry import EncodedEntry
@@ -163,7 +165,7 @@ def test_all_differences_and_the_ways_on(tmp_path: Path) -> None:
     state = json.loads((run / "run.json").read_text())
     result = {"lora_file": "mine.safetensors", "steps": 4, "kept": False, "export": {}}
     (run / "run.json").write_text(json.dumps({**state, "result": result}))
-    (run / "mine.safetensors").write_bytes(b"")
+    save_file({"weight": torch.zeros(1)}, run / "mine.safetensors")
     assert f"set init_lora to {run / 'mine.safetensors'}" in refusal(run, encoded, **changes)
 
 

@@ -11,6 +11,7 @@ from ..geometry import Size
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import VAE_FACTOR
 from ..text import shown
+from ..text import counted
 from .encoded import EncodedDataset
 from .pictures import plan_pair
 
@@ -21,8 +22,9 @@ _MOST_SIZES = 12
 def encoding_report(encoded: EncodedDataset) -> str:
     """Number of pairs, their sizes, the length of an epoch, and what was left out or changed."""
     trained = encoded.trained_too(encoded)
-    pairs = f"{len(encoded.pairs)} pair{'s' if len(encoded.pairs) != 1 else ''}"
-    lines = [f"{pairs} to train on, {len(encoded.validation_pairs) - trained} held out for validation."]
+    lines = [
+        f"{counted(len(encoded.pairs), 'pair')} to train on, {len(encoded.validation_pairs) - trained} held out for validation."
+    ]
     if trained:
         lines.append(
             f"{trained} of the pairs to train on are also validated. Their validation loss is a loss on training pairs."
