@@ -10,8 +10,7 @@ from ..data.pairing import EditDataset
 from ..geometry import Size
 from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import VAE_FACTOR
-from ..text import shown
-from ..text import counted
+from ..text import counted, shown
 from .encoded import EncodedDataset
 from .pictures import plan_pair
 
@@ -22,9 +21,8 @@ _MOST_SIZES = 12
 def encoding_report(encoded: EncodedDataset) -> str:
     """Number of pairs, their sizes, the length of an epoch, and what was left out or changed."""
     trained = encoded.trained_too(encoded)
-    lines = [
-        f"{counted(len(encoded.pairs), 'pair')} to train on, {len(encoded.validation_pairs) - trained} held out for validation."
-    ]
+    pairs, held_out = counted(len(encoded.pairs), "pair"), len(encoded.validation_pairs) - trained
+    lines = [f"{pairs} to train on, {held_out} held out for validation."]
     if trained:
         lines.append(
             f"{trained} of the pairs to train on are also validated. Their validation loss is a loss on training pairs."
