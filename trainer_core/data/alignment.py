@@ -22,7 +22,7 @@ T = TypeVar("T", bound=np.generic)
 UNEDITED = 8.0  # differences below this many 8-bit steps count as noise or compression, not as an edit
 _STEPS = 12  # of Gauss-Newton at each size, at most
 _LINEAR_STEPS = 3
-_SAMPLED = 48  # rows and columns of a plane that give its median
+_SAMPLED = 24  # rows and columns of a plane that give its median
 _LEAST_SIDE = 48  # pixels of the smallest pictures that are compared
 _FARTHEST = 20.0  # residuals above this many 8-bit steps count as an edit
 MIN_UNEDITED_SHARE = 0.2
