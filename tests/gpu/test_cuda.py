@@ -28,9 +28,8 @@ from trainer_core.config import (
 )
 from trainer_core.device import release_memory
 from trainer_core.events import SILENT
-from trainer_core.memory import streaming
 from trainer_core.memory.compilation import Compilation, _compiled, compiled_code_kept
-from trainer_core.memory.streaming import BlockStream, _pin, weights_on_device
+from trainer_core.memory.streaming import _CopyQueue, _pin
 from trainer_core.precision.frozen_linear import _Product
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import BaseModel
@@ -102,24 +101,29 @@ def test_memory_that_cannot_be_locked_stops_nothing(caplog: pytest.LogCaptureFix
     assert torch.ones(2, device="cuda").add(1).tolist() == [2, 2]
 
 
-def test_the_first_copies_wait_for_work_that_uses_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_copy_waits_for_work_that_uses_its_memory() -> None:
     """The buffer gets the memory of a freed tensor that a kernel still has to write to."""
-    monkeypatch.setattr(streaming, "_pin", lambda *_: None)  # CUDA may wait for the device when it pins memory
-    block = nn.Linear(1024, 1024, bias=False).requires_grad_(False)
-    wanted = block.weight.data.clone()
+    device = torch.device("cuda")
+    source = (torch.arange(2**20) % 251).byte().pin_memory()
+    _CopyQueue(device, 1).copy(0, source.to(device), source)  # CUDA may wait for the device when it makes streams
     torch.cuda.empty_cache()
-    spoiled = torch.empty(block.weight.nbytes, dtype=torch.uint8, device="cuda")
+    spoiled = torch.empty(source.shape, dtype=torch.uint8, device=device)
     place = spoiled.data_ptr()
+    spoiled.fill_(7)  # CUDA may wait for the device when it loads a kernel
+    torch.cuda._sleep(1)
     torch.cuda.synchronize()
     torch.cuda._sleep(10**9)  # cycles: about half a second
     spoiled.fill_(7)
+    filled = torch.cuda.Event()
+    filled.record()
     del spoiled
-    stream = BlockStream([block], torch.device("cuda"), 1)
-    assert stream._buffers[0].data_ptr() == place, "proves nothing: the buffer has other memory"
-    with weights_on_device(block):
-        found = block.weight.clone()
-    torch.cuda.synchronize()
-    assert torch.equal(found.cpu(), wanted)
+    buffer = torch.empty(source.shape, dtype=torch.uint8, device=device)
+    queue = _CopyQueue(device, 1)
+    queue.copy(0, buffer, source)
+    assert buffer.data_ptr() == place, "proves nothing: the buffer has other memory"
+    assert not filled.query(), "proves nothing: the memory was written before the copy was enqueued"
+    queue.wait(0)
+    assert torch.equal(buffer.cpu(), source)
 
 
 @pytest.mark.parametrize(
