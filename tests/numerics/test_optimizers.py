@@ -15,7 +15,7 @@ from torch import nn
 
 from trainer_core.config import JobConfig, ModelConfig, OptimizerConfig, TrainConfig, from_json
 from trainer_core.config.optimizer import WAVES, OptimizerName, SchedulerName
-from trainer_core.errors import ConfigError, MissingPackageError, RunFolderError
+from trainer_core.errors import ConfigError, JobError, MissingPackageError, RunFolderError
 from trainer_core.planning.preparation import check_training
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.rng import stream
@@ -239,7 +239,7 @@ def test_adamw_8bit_without_cuda_is_refused_before_a_model_is_loaded(tmp_path: P
         model=ModelConfig(base=str(tmp_path / "nothing here"), device="cpu"),
         optimizer=OptimizerConfig(optimizer="adamw-8bit"),
     )
-    with pytest.raises(ConfigError, match=r"optimizer 'adamw-8bit' must run on a CUDA device, got cpu.*lion"):
+    with pytest.raises(JobError, match=r"optimizer 'adamw-8bit' must run on a CUDA device, got cpu.*lion"):
         check_training(config, BaseModel(config.model))
 
 
