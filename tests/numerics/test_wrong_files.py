@@ -178,7 +178,7 @@ def test_parts_without_their_index(tmp_path: Path, weights: Weights):
 
 def test_single_files_need_each_other_or_a_folder(tmp_path: Path, weights: Weights):
     path = write(tmp_path / "a.safetensors", weights)
-    with pytest.raises(ModelFileError, match="vae_file and text_encoder_file is empty"):
+    with pytest.raises(ModelFileError, match="vae_file and text_encoder_file are empty"):
         model_folder(ModelConfig(transformer_file=str(path), tokenizer="x"))
     with pytest.raises(ModelFileError, match="without a tokenizer"):
         model_folder(replace(config_of(path), tokenizer=""))

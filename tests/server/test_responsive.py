@@ -24,7 +24,7 @@ def test_answers_while_training(studio: PackServer):
         studio.post("/qwen_edit_trainer/stop", {"run_name": "busy"})
     studio.wait(prompt_id)
     assert len(steps) == 100
-    assert len(steps) > 1.5 * len(set(steps)), steps
+    assert len(steps) > len(set(steps)), "no step was seen twice, so answers wait for the end of a step"
 
 
 def test_percentile():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import mse_loss
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.narrow import make_pairs, small_encoding
@@ -143,6 +145,36 @@ def measure_overhead(config: TrainConfig) -> Overhead:
 
     train_lora(config, Between())
     return overhead
+
+
+class _Operators(TorchDispatchMode):
+    """Counts torch's operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_operators(config: TrainConfig) -> tuple[list[int], int]:
+    """Torch's operators in each step of a training, without the first steps, and in a bare step."""
+    bare = bare_step(config)
+    with _Operators() as operators:
+        bare()  # the first step of an optimizer makes its state
+        before = operators.count
+        bare()
+        in_bare = operators.count - before
+    seen: list[int] = []
+
+    class Look(SilentObserver):
+        def on_step(self, report: StepReport) -> None:
+            seen.append(operators.count)
+
+    with _Operators() as operators:
+        train_lora(config, Look())
+    steps = [after - before for before, after in itertools.pairwise(seen)]
+    return steps[WARM_UP:], in_bare
 
 
 def measure_memory(config: TrainConfig, every: int) -> list[Memory]:
