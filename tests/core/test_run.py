@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from trainer_core import run as run_module
 from trainer_core.config import EmaConfig, ModelConfig, TrainConfig, resume_key, to_json
 from trainer_core.errors import DatasetError
 from trainer_core.events import Stop
+from trainer_core.files import write_tensors
 from trainer_core.run import train_lora
 from trainer_core.runs.folder import RunFolder
 
@@ -30,7 +32,7 @@ def ended(config: TrainConfig, steps: int, *, kept: bool) -> Path:
     """Makes the folder of a run that ended. Returns its LoRA file."""
     with RunFolder.open(Path(config.run_dir), resume_key(config)) as run:
         lora = run.path / "run.safetensors"
-        lora.write_bytes(b"weights")
+        write_tensors(lora, {"weight": torch.zeros(1)})
         result = {"lora_file": lora.name, "steps": steps, "kept": kept, "export": to_json(config.export)}
         run.write_state(state="finished", steps=steps, result=result)
     return lora

@@ -35,7 +35,7 @@ def job(model: ModelConfig, tmp_path: Path) -> Path:
     make_pairs(tmp_path / "pairs", 6, ((96, 96), (128, 96)))
     path = tmp_path / "job.json"
     values = {
-        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
+        "model": {"base": model.base, "flavour": "edit-v2", "mixed_precision": "no", "device": "cpu"},
         "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
         "encoding": {"resolution": 96, "match_target_res": True, "num_eval_images": 1},
         "cache_dir": "cache",

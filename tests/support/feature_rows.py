@@ -50,6 +50,12 @@ ROWS: dict[str, Changes] = {
     "lr_scheduler cosine_with_restarts": {
         "optimizer": {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2, "learning_rate": 3e-3}
     },
+    "lr_scheduler cosine_wave": {
+        "optimizer": {"lr_scheduler": "cosine_wave", "lr_wave_steps": 50, "lr_warmup_steps": 0, "learning_rate": 3e-3}
+    },
+    "lr_scheduler sine_wave": {
+        "optimizer": {"lr_scheduler": "sine_wave", "lr_wave_steps": 50, "lr_warmup_steps": 0, "learning_rate": 3e-3}
+    },
     "lr_scheduler polynomial": {"optimizer": {"lr_scheduler": "polynomial", "lr_power": 2.0, "learning_rate": 4e-3}},
     "sigma_distribution uniform": {"noise": {"sigma_distribution": "uniform"}},
     "sigma_distribution mode": {"noise": {"sigma_distribution": "mode"}},
