@@ -23,7 +23,7 @@ NAMES = [
 ]
 LONGEST = ("time_text_embed.timestep_embedder.linear_1", "transformer_blocks.59.attn.add_q_proj", "a" * 42)
 NEVER = (
-    r"it could take for ever to match. Use at most four of *, + and {n,}, and none around another, around alternatives"
+    r"it could take too long to match. Use at most four of *, + and {n,}, and none around another, around alternatives"
 )
 NEVER_ENDING = [
     r"(\w+\.?)+!",

@@ -1,4 +1,4 @@
-"""Regular expressions from settings, without those that could take for ever.
+"""Regular expressions from settings, without those that could take too long.
 
 `re` tries all ways in which an expression can match a name, and their number can grow exponentially with the name's
 length. So the number of ways is bounded before an expression is used.
@@ -26,11 +26,11 @@ def compiled(pattern: str) -> re.Pattern[str]:
     """The expression, ready to match names of layers.
 
     Raises:
-        ValueError: it is not a regular expression, could take for ever, or uses something that no name needs.
+        ValueError: it is not a regular expression, could take too long, or uses something that no name needs.
     """
     if ways_to_match(pattern) > MOST_WAYS:
         raise ValueError(
-            "it could take for ever to match. Use at most four of *, + and {n,}, and none around another, around "
+            "it could take too long to match. Use at most four of *, + and {n,}, and none around another, around "
             r"alternatives or around something that can be empty: write .* in place of (\w+\.?)+"
         )
     try:
