@@ -29,7 +29,14 @@ from tests.support.tiers import FAST_MARKERS, FAST_PATHS
 from tools.comfyui import REPO
 from tools.comfyui import comfyui_dir as find_comfyui
 
-hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None, max_examples=100)
+hypothesis.settings.register_profile(
+    "suite",
+    derandomize=True,
+    database=None,
+    deadline=None,  # nor `too_slow`: both depend on the machine's load
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    max_examples=100,
+)
 hypothesis.settings.load_profile("suite")  # the same examples on every machine
 
 ONE_SERVER = ("tests/ui", "tests/server")  # folders whose files share a server, and a browser
