@@ -91,8 +91,7 @@ def _unmatched(
     unknown: list[str], count: int, layers: Collection[str], flat: Mapping[str, str], file: str
 ) -> ModelFileError:
     """The error for names of layers that were not found: an unknown prefix, or another model's layers."""
-    shortest = min(map(len, layers), default=0)
-    prefixed = next((each for each in unknown if _ends_in_a_layer(each, layers, flat, shortest)), None)
+    prefixed = next((each for each in unknown if _ends_in_a_layer(each, layers, flat)), None)
     if prefixed is not None:
         return ModelFileError(
             f"{file} has an unknown naming: {_tensors(unknown, count)} name a layer of this model after a prefix that "
@@ -107,14 +106,12 @@ def _unmatched(
     )
 
 
-def _ends_in_a_layer(name: str, layers: Collection[str], flat: Mapping[str, str], shortest: int) -> bool:
+def _ends_in_a_layer(name: str, layers: Collection[str], flat: Mapping[str, str]) -> bool:
     match = _TENSOR.fullmatch(name)
     stem = match["stem"].replace(_COMPILED, "") if match else ""
-    # Only the end of a name can be a layer, and no layer has a longer name than this.
-    longest = max(map(len, layers), default=0)
-    begin = max(0, len(stem) - longest)
-    cuts = (at + 1 for at in range(begin - 1, len(stem) - shortest) if at < 0 or stem[at] in "._")
-    return any(stem[at:] in layers or stem[at:] in flat for at in cuts if at > 0)
+    end = stem[-max(map(len, layers), default=0) - 1 :]  # no layer has a longer name, and a name in a file may be huge
+    starts = (at + 1 for at, letter in enumerate(end) if letter in "._")
+    return any(end[start:] in layers or end[start:] in flat for start in starts)
 
 
 def _foreign(strange: list[str], count: int, file: str) -> ModelFileError:

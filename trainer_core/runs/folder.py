@@ -171,7 +171,7 @@ class RunFolder:
                     "run folder."
                 )
             _LOG.warning(
-                "The checkpoint %s can't be used: %s It was renamed to %s, and the one before it is used.",
+                "The checkpoint %s can't be used: %s It was renamed to %s. An earlier one is used if there is one.",
                 folder,
                 problem,
                 aside.name,
