@@ -47,7 +47,7 @@ from trainer_core.qwen_image.transformer import predict_velocity
 from trainer_core.qwen_image.types import Condition
 
 HEAD = (
-    "| step | weights | side | references | memory | s/step | estimated s | TFLOP/s | of peak | weights GiB "
+    "| step | weights | side | references | prompt | memory | s/step | estimated s | TFLOP/s | of peak | weights GiB "
     "| peak allocated GiB | planned GiB | peak reserved GiB | host GiB | built in s |"
 )
 
@@ -84,7 +84,7 @@ def flops(setting: Setting, layers: int, width: int = 3072) -> float:
     image = (setting.side // 16) ** 2 * (1 + setting.references)
     config = setting.config
     again = recomputed_blocks(config.memory, layers, checkpointing=config.gradient_checkpointing)
-    return training_operations(width, image + PROMPT_TOKENS, layers, again)
+    return training_operations(width, image + setting.prompt_tokens, layers, again)
 
 
 def measure(setting: Setting, arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
@@ -93,10 +93,7 @@ def measure(setting: Setting, arguments: argparse.Namespace, device: torch.devic
     _transformer, step = (our_step if setting.step == "ours" else plain_step)(setting, arguments.layers, device)
     wait(device)
     built, weights = time.perf_counter() - began, allocated(device)
-    latent = setting.side // 8
-    latents = torch.randn(1, 16, latent, latent, device=device)
-    references = tuple(torch.randn(1, 16, latent, latent, device=device) for _ in range(setting.references))
-    condition = Condition(references, torch.randn(1, PROMPT_TOKENS, 3584, device=device))
+    latents, condition = setting.inputs(device)
     seconds = []
     for number in range(arguments.warmup + arguments.steps):
         if number == arguments.warmup and device.type == "cuda":
@@ -183,6 +180,7 @@ def arguments_of_the_command() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--side", type=int, nargs="+", default=[1024])
     parser.add_argument("--references", type=int, nargs="+", default=[1])
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[PROMPT_TOKENS])
     parser.add_argument("--precision", nargs="+", default=["none", "int8-quanto", "nf4-bnb"])
     parser.add_argument("--memory", nargs="+", default=["full"])
     parser.add_argument("--step", nargs="+", default=["plain", "ours"], choices=["plain", "ours"])
@@ -200,10 +198,11 @@ def main() -> None:
     print(HEAD)
     print(f"|{' --- |' * (HEAD.count('|') - 1)}", flush=True)
     settings = [
-        Setting(step, precision, side, references, memory)
+        Setting(step, precision, side, references, memory, prompt_tokens=prompt)
         for precision in arguments.precision
         for side in arguments.side
         for references in arguments.references
+        for prompt in arguments.prompt_tokens
         for memory in arguments.memory
         for step in arguments.step
         if step == "ours" or memory in ("full", "none")
@@ -217,7 +216,8 @@ def main() -> None:
 
 def print_row(setting: Setting, arguments: argparse.Namespace, device: torch.device, peak: float) -> None:
     """Measure a setting and print its row."""
-    label = f"| {setting.step} | {setting.precision} | {setting.side} | {setting.references} | {setting.memory} |"
+    values = setting.step, setting.precision, setting.side, setting.references, setting.prompt_tokens, setting.memory
+    label = f"| {' | '.join(map(str, values))} |"
     try:
         got = measure(setting, arguments, device)
         print(

@@ -73,6 +73,7 @@ class Setting:
     rollout: bool = False
     micro_batches: int = 1  # per step
     optimizer: str = "adamw"
+    prompt_tokens: int = PROMPT_TOKENS
 
     @property
     def config(self) -> TrainConfig:
@@ -111,7 +112,7 @@ class Setting:
         latents, *references = (
             torch.randn(self.batch, 16, side, side, device=device) for _ in range(1 + self.references)
         )
-        prompt = torch.randn(self.batch, PROMPT_TOKENS, 3584, device=device)
+        prompt = torch.randn(self.batch, self.prompt_tokens, 3584, device=device)
         mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=device) if self.batch > 1 else None
         return latents, Condition(tuple(references), prompt, mask)
 
@@ -218,5 +219,5 @@ def planned_run(setting: Setting, layers: int) -> tuple[TrainConfig, NetworkSize
     optimise_frozen_forward(empty)
     network = network_size(empty, plan_adapter(empty, config.lora), config.model)
     side = Size(setting.side, setting.side)
-    pair = pair_size(side, [side] * setting.references, PROMPT_TOKENS)
+    pair = pair_size(side, [side] * setting.references, setting.prompt_tokens)
     return config, network, Workload(train=pair, batch=setting.batch)
