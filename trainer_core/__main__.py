@@ -75,9 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code of the process."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "diffusers", "transformers", "torch", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="PIL")  # they don't name the file; our notes and errors do
+    _quieten_libraries()
     observer = ConsoleObserver()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, observer.interrupt)
@@ -90,6 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainerError as error:
         _LOG.error("%s", error)
         return EXIT_ERROR
+
+
+def _quieten_libraries() -> None:
+    """Keep out of the console what libraries log about parts of theirs that are not used here."""
+    for noisy in ("httpx", "diffusers", "transformers", "torch", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # bitsandbytes' products with 4-bit weights on a CPU; here weights are dequantised first
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
+    warnings.filterwarnings("ignore", message="Failed to load image Python extension")  # torchvision's reader of files
+    warnings.filterwarnings("ignore", module="PIL")  # they don't name the file; our notes and errors do
 
 
 def _job(options: argparse.Namespace) -> JobConfig:

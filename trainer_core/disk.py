@@ -27,8 +27,14 @@ _IN_WORDS = {
     "or choose another folder.",
     errno.ENAMETOOLONG: "The file or folder name {place} is too long. Choose a shorter name; most disks allow "
     f"{MAX_NAME_BYTES} bytes, and letters outside English take 2 to 4 each.",
-    errno.EIO: "{place} can't be read or written, because the disk reports an error. Check the disk and its "
-    "connection, and copy what matters to another disk.",
+    **dict.fromkeys(
+        (errno.EIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),  # all but the first: it was removed
+        "{place} can't be read or written, because the disk reports an error. Check the disk and its connection, and "
+        "copy what matters to another disk.",
+    ),
+    errno.ENOTDIR: "{place} can't be used, because one of the folders in its path is a file. Move that file away, or "
+    "choose another folder.",
+    errno.EEXIST: "{place} is a file, but a folder is needed there. Move it away, or choose another folder.",
 }
 
 

@@ -87,6 +87,11 @@ class _Brief(reprlib.Repr):
 _BRIEF: Any = _Brief()
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error says, for use in a message that names the file: without the number and path of a system's error."""
+    return shown(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
 def counted(number: int, noun: str) -> str:
     """A number with a noun that takes an s in the plural: 1 pair, 2,000 pairs."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -81,6 +81,35 @@ def test_the_search_finds_what_it_looks_for(source: str):
     assert forbidden(ast.walk(ast.parse(source)))
 
 
+SYSTEM_ERRORS = {"OSError", "FileNotFoundError", "FileExistsError", "PermissionError", "NotADirectoryError"}
+
+
+def shown_system_errors(path: Path) -> list[str]:
+    """Places that show the text of a system's error, such as "[Errno 2] No such file or directory: 'x'"."""
+    found: list[str] = []
+    for handler in (node for node in nodes(path) if isinstance(node, ast.ExceptHandler)):
+        caught = {node.id for node in ast.walk(handler.type or handler) if isinstance(node, ast.Name)}
+        inside = [node for statement in handler.body for node in ast.walk(statement)]
+        values = [node.value for node in inside if isinstance(node, ast.FormattedValue)]
+        for call in (node for node in inside if isinstance(node, ast.Call)):
+            called = ast.unparse(call.func)
+            values += call.args if called == "str" or called.startswith("_LOG.") else []
+        names = [value for value in values if isinstance(value, ast.Name) and value.id == handler.name]
+        found += [f"line {value.lineno}: use reason_of({value.id})" for value in names if caught & SYSTEM_ERRORS]
+    return found
+
+
+def test_messages_show_no_numbers_of_system_errors():
+    assert report(SHIPPED, shown_system_errors) == ""
+
+
+@pytest.mark.parametrize("use", ["f'{e}'", "str(e)", "_LOG.warning('%s', e)"])
+def test_the_search_finds_system_errors(use: str, tmp_path: Path):
+    source = tmp_path / "source.py"
+    source.write_text(f"try:\n    pass\nexcept (ValueError, OSError) as e:\n    x = {use}\n")
+    assert len(shown_system_errors(source)) == 1
+
+
 def test_shipped_code_is_readable_on_any_console():
     assert report(SHIPPED, lambda path: [f"emoji {found}" for found in EMOJI.findall(text(path))]) == ""
 

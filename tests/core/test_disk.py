@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from trainer_core.data.kept import write_kept
 from trainer_core.disk import disk_errors, existing_folder, size_in_words
 from trainer_core.errors import DatasetError, DiskError, MissingPackageError, TrainerError
+from trainer_core.files import write_atomically
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,9 @@ from trainer_core.errors import DatasetError, DiskError, MissingPackageError, Tr
         (errno.EPERM, "{} can't be used: this system doesn't permit it."),
         (errno.ENAMETOOLONG, "The file or folder name {} is too long."),
         (errno.EIO, "{} can't be read or written, because the disk reports an error."),
+        (errno.ESTALE, "{} can't be read or written, because the disk reports an error."),
+        (errno.ENOTDIR, "{} can't be used, because one of the folders in its path is a file."),
+        (errno.EEXIST, "{} is a file, but a folder is needed there."),
     ],
 )
 def test_words(number: int, words: str, tmp_path: Path) -> None:
@@ -62,6 +67,17 @@ def test_an_explained_error_is_not_explained_again(tmp_path: Path) -> None:
 def test_a_name_that_no_disk_takes_has_the_folder_above_it(tmp_path: Path) -> None:
     assert existing_folder(tmp_path / ("x" * 5000) / "y") == tmp_path
     assert existing_folder(tmp_path / "a\0b") == tmp_path
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The message names the file, and the results of a check are only not kept."""
+    (tmp_path / "file").touch()
+    for folder, words in (("file", "is a file, but a folder is needed there"), ("file/below", "in its path is a file")):
+        with pytest.raises(DiskError, match=words):
+            write_atomically(tmp_path / folder / "results.json", b"{}")
+        write_kept(tmp_path / folder / "results.json", {})
+        assert words in caplog.text and str(tmp_path / "file") in caplog.text
+    assert "[Errno" not in caplog.text
 
 
 def test_sizes() -> None:

@@ -56,6 +56,7 @@ def test_check_encode_train_and_sample(job: Path) -> None:
     assert lora == job.parent / "runs" / "first" / "first.safetensors"
     assert read_metadata(lora)["ss_steps"] == "2"
     assert "step 2 of 2" in trained.stderr
+    assert not [line for line in trained.stderr.splitlines() if "gemm_4bit_forward" in line]
     out = job.parent / "edited.png"
     reference = job.parent / "pairs" / "reference_1" / "000.png"
     sampled = ("sample", job, "--reference", reference, "--prompt", "x", "--lora", lora, "--out", out)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import LoraType
 from ..errors import ModelFileError
 from ..files import read_metadata, read_tensors
-from ..text import shown
+from ..text import reason_of, shown
 from ..weights.whole import check_whole
 from .naming import LOKR_PARTS, sort_by_layer
 from .scaling import CONFIG_FILE, Scaling, find_scaling
@@ -118,7 +118,7 @@ def read_adapter(path: Path, layers: Collection[str]) -> dict[str, AdapterPart]:
     try:
         header, tensors = read_metadata(path), read_tensors(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ModelFileError(f"The LoRA {path.name} is damaged ({str(error)[:200]}). Download it again.") from error
+        raise ModelFileError(f"The LoRA {path.name} is damaged ({reason_of(error)}). Download it again.") from error
     is_peft = any(name.startswith("base_model.model.") for name in tensors)
     scaling = find_scaling(path, header, is_peft=is_peft) or Scaling("")
     parts = adapter_parts(tensors, layers, path.name, scaling)

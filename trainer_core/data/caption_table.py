@@ -15,7 +15,7 @@ from ..config import DatasetConfig
 from ..config.dataset import CAPTION_TABLES
 from ..errors import DatasetError, MissingPackageError
 from ..json_text import parse_json
-from ..text import brief, is_blank, shown
+from ..text import brief, is_blank, reason_of, shown
 from ..written_path import written_path
 from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES
 
@@ -55,7 +55,7 @@ def read_caption_table(config: DatasetConfig) -> dict[str, tuple[str, ...]]:
             found.setdefault(name, []).extend(captions)
     except OSError as error:
         raise DatasetError(
-            f"{shown(path)}: the table can't be read ({shown(error.strerror or str(error))}). Check the file, its "
+            f"{shown(path)}: the table can't be read ({reason_of(error)}). Check the file, its "
             "permissions and the disk."
         ) from error
     except UnicodeDecodeError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..events import SILENT, Observer, watched
-from ..text import counted, shown, some_of
+from ..text import counted, reason_of, shown, some_of
 from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES
 
 CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
@@ -204,7 +204,7 @@ def _unfit(path: Path, root: Path) -> str:
         if not stat.S_ISREG(path.stat().st_mode):
             return "this is not a regular file. Remove it."
     except (OSError, RuntimeError) as error:  # Python before 3.13 raises RuntimeError for a link cycle
-        return f"the file can't be reached ({getattr(error, 'strerror', None) or error}). Remove it or the link."
+        return f"the file can't be reached ({reason_of(error)}). Remove it or the link."
     return ""
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from ..errors import DatasetError
-from ..text import shown
+from ..text import reason_of, shown
 from .colour_profiles import STATED_WITHIN, ColourProfile, colour_profile, stated_space, to_srgb
 from .png_texts import without_texts
 
@@ -152,7 +152,7 @@ def decode_picture(file: BinaryIO, path: Path, *, convert: bool, side: int = 0) 
             raise
         except Exception as error:  # decoders raise almost any exception for damaged files
             raise DatasetError(
-                f"{shown(path)}: the picture is damaged or cut short ({_reason(error)}). "
+                f"{shown(path)}: the picture is damaged or cut short ({reason_of(error)}). "
                 "Save or copy it again, or remove the pair."
             ) from error
 
@@ -180,7 +180,7 @@ def open_picture_file(path: Path) -> Generator[BinaryIO]:
             yield file
     except OSError as error:
         raise DatasetError(
-            f"{shown(path)}: the file can't be read ({_reason(error)}). Check its permissions and the disk."
+            f"{shown(path)}: the file can't be read ({reason_of(error)}). Check its permissions and the disk."
         ) from error
 
 
@@ -195,8 +195,8 @@ def _header(file: BinaryIO, path: Path) -> Generator[Image.Image]:
         picture = _opened(file, path)
     except Exception as error:  # damaged headers raise almost anything
         raise DatasetError(
-            f"{shown(path)}: the picture can't be opened ({_reason(error)}). Its header is damaged, or it is of a rare "
-            "kind. Save it as PNG or JPEG, copy it again, or remove the pair."
+            f"{shown(path)}: the picture can't be opened ({reason_of(error)}). Its header is damaged, or it is of a "
+            "rare kind. Save it as PNG or JPEG, copy it again, or remove the pair."
         ) from error
     if picture is None:
         raise DatasetError(
@@ -237,11 +237,6 @@ def _too_large(path: Path, found: str) -> DatasetError:
         f"{shown(path)}: the picture must have at most {MAX_PICTURE_PIXELS // 10**6} million pixels, got {found}. "
         "Make it smaller; a few megapixels are enough for training."
     )
-
-
-def _reason(error: BaseException) -> str:
-    text = shown(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-    return text if len(text) <= 120 else text[:119] + "…"
 
 
 def _reduced(size: tuple[int, int], side: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ..config import digest
 from ..files import write_atomically
-from ..text import printable
+from ..text import printable, reason_of
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -34,8 +34,8 @@ def read_kept(file: Path | None, parse: Callable[[Any], dict[K, V]]) -> dict[K, 
 
 
 def write_kept(file: Path, values: object) -> None:
-    """Replace the file's content with JSON values. Only warns if the disk is full or read-only."""
+    """Replace the file's content with JSON values. Only warns if it can't be written."""
     try:
         write_atomically(file, json.dumps(values).encode())
     except OSError as error:
-        _LOG.warning("The results of the check are not kept, so the next check takes as long. %s", error)
+        _LOG.warning("The results of the check are not kept, so the next check takes as long. %s", reason_of(error))

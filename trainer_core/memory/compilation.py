@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..device import release_memory
+from ..text import reason_of
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -190,7 +191,10 @@ def compiled_code_kept(device: torch.device) -> Iterator[None]:
         with TemporaryFile(dir=folder):
             pass
     except (OSError, RuntimeError) as error:
-        _LOG.warning("Compiled code is not kept for later runs, because its folder can't be written (%s).", error)
+        place = getattr(error, "filename", None) or "its folder"
+        _LOG.warning(
+            "Compiled code is not kept for later runs, because %s can't be written (%s).", place, reason_of(error)
+        )
         yield
         return
     before = {name: os.environ.get(name) for name in _CACHE_VARIABLES}

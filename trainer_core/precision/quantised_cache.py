@@ -35,6 +35,7 @@ from ..files import (
     temporary_beside,
     write_atomically,
 )
+from ..text import reason_of
 from .formats import QuantisedWeight, format_of
 
 _LOG = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class Entry:
                 "The quantised weights in %s are damaged (%s). This block is quantised again from the model, and the "
                 "next start rebuilds %s.",
                 self._file(block),
-                error,
+                reason_of(error),
                 self.place,
             )
             with suppress(OSError):
@@ -110,7 +111,9 @@ class Entry:
         try:
             self._bytes += _write(self.temporary / f"{block:05d}.safetensors", weights)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk
-            self._give_up(f"{self.cache.folder} can't be written to ({error}). Check its permissions and the disk")
+            self._give_up(
+                f"{self.cache.folder} can't be written to ({reason_of(error)}). Check its permissions and the disk"
+            )
         if self._bytes > self.cache.limit_bytes:
             self._give_up(f"they need more than quantised_cache_gb ({self.cache.limit_bytes / 1e9:.1f}). Raise it")
 
@@ -131,7 +134,9 @@ class Entry:
                 _make_room(self.cache)
         except OSError as error:  # for example, another run has just published the same entry
             _LOG.warning(
-                "The quantised weights are not cached in %s (%s). The next run tries again.", self.place, error
+                "The quantised weights are not cached in %s (%s). The next run tries again.",
+                self.place,
+                reason_of(error),
             )
 
 

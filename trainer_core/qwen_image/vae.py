@@ -15,7 +15,7 @@ from ..device import copied_to
 from ..errors import ModelFileError
 from ..events import SILENT, Observer
 from ..packages import explained_imports
-from ..text import brief, shown
+from ..text import brief, reason_of, shown
 from ..weights.source import open_weights
 from ..weights.stored import WeightSource
 from .base_model import BaseModel
@@ -115,7 +115,7 @@ def _from_folder(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     try:
         return AutoencoderKLQwenImage.from_pretrained(place, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelFileError(f"The VAE in {place} can't be loaded: {error}. Download it again.") from error
+        raise ModelFileError(f"The VAE in {place} can't be loaded ({reason_of(error)}). Download it again.") from error
 
 
 def _from_file(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:

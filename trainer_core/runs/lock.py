@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import RunFolderError
+from ..text import reason_of
 
 LOCK = "run.lock"
 _LOCK_SECONDS = 1  # `is_in_use` of another process holds the lock for a moment
@@ -34,7 +35,9 @@ def locked(path: Path) -> Iterator[bool]:
             f"run name. If no training is running on any machine, delete {LOCK} in the folder. Nothing was changed."
         ) from error
     except (OSError, NotImplementedError) as error:  # some network drives
-        _LOG.warning("The run folder %s can't be locked (%s). Make sure that no other run uses it.", path, error)
+        _LOG.warning(
+            "The run folder %s can't be locked (%s). Make sure that no other run uses it.", path, reason_of(error)
+        )
     try:
         yield lock.is_locked
     finally:

@@ -26,6 +26,7 @@ from ..pictures.grid import GridRow, save_picture, validation_grid
 from ..pictures.sample_pictures import save_sample_pictures
 from ..qwen_image.latents import VAE_FACTOR
 from ..qwen_image.vae import decode_latents, encode_picture
+from ..text import reason_of
 from .ema import AVERAGE, TRAINED
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def keep_base(path: Path, latents: Tensor) -> None:
     try:
         write_tensors(path, {"latents": latents})
     except OSError as error:
-        _LOG.warning("%s can't be written (%s). After a pause, this picture is drawn again.", path, error)
+        _LOG.warning("%s can't be written (%s). After a pause, this picture is drawn again.", path, reason_of(error))
 
 
 def report_pictures(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import MissingPackageError, ModelFileError
+from ..text import reason_of
 from .stored import Read, StoredWeight
 
 
@@ -61,4 +62,6 @@ def _reader(path: Path) -> Any:
     try:
         return GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError) as error:
-        raise ModelFileError(f"{path.name} is not a complete .gguf file ({error}). Download it again.") from error
+        raise ModelFileError(
+            f"{path.name} is not a complete .gguf file ({reason_of(error)}). Download it again."
+        ) from error

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelFileError
 from ..json_text import parse_json
-from ..text import brief, shown
+from ..text import brief, reason_of, shown
 from .packed import packed_layout
 from .stored import FP8, Read, StoredWeight
 
@@ -205,7 +205,7 @@ def _open(path: Path) -> Iterator[Any]:
         handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelFileError(
-            f"{path.name} is not a complete .safetensors file ({error}). Download it again."
+            f"{path.name} is not a complete .safetensors file ({reason_of(error)}). Download it again."
         ) from error
     with handle as file:
         yield file
