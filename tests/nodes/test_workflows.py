@@ -13,7 +13,7 @@ from PIL import Image
 from tools.comfyui import REPO, install_pack
 
 from .conftest import read_json
-from .ui_to_api import NOTES, to_prompt, widgets_of
+from .ui_to_api import NOTES, known_to, to_prompt, widgets_of
 
 FOLDER = REPO / "workflows"
 NAMES = (
@@ -50,7 +50,7 @@ def test_known_classes_and_values(graph: dict[str, Any], all_nodes: dict[str, An
     for node in graph["nodes"]:
         if node["type"] in NOTES:
             continue
-        info = all_nodes[node["type"]]
+        info = known_to(node, all_nodes)
         assert len(node["widgets_values"]) == sum(count for _, count in widgets_of(info)), node["type"]
         assert [(output["name"], output["type"]) for output in node["outputs"]] == [
             *zip(info["output_name"], info["output"], strict=True)

@@ -8,6 +8,18 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTES = {"Note", "MarkdownNote"}
 
 
+def known_to(node: dict[str, Any], all_nodes: dict[str, Any]) -> dict[str, Any]:
+    """ComfyUI's description of a saved node. A newer ComfyUI adds optional inputs and outputs to its own nodes: without
+    those that the node was saved without."""
+    info = all_nodes[node["type"]]
+    if node["type"].startswith("QwenEdit_"):
+        return info
+    saved, outputs = {entry["name"] for entry in node["inputs"]}, len(node["outputs"])
+    optional = {name: spec for name, spec in info["input"].get("optional", {}).items() if name in saved}
+    cut = {key: info[key][:outputs] for key in ("output", "output_name")}
+    return {**info, **cut, "input": {**info["input"], "optional": optional}}
+
+
 def widgets_of(info: dict[str, Any]) -> list[tuple[str, int]]:
     """(input id, number of saved values) of each widget in order. Seeds and uploads save a second value."""
     found = []
@@ -29,7 +41,7 @@ def to_prompt(graph: dict[str, Any], all_nodes: dict[str, Any]) -> dict[str, Any
         if node["type"] in NOTES:
             continue
         values, inputs = list(node["widgets_values"]), {}
-        for name, count in widgets_of(all_nodes[node["type"]]):
+        for name, count in widgets_of(known_to(node, all_nodes)):
             inputs[name] = values[0]
             del values[:count]
         assert not values, (node["type"], values)
