@@ -125,7 +125,13 @@ def test_which_place_applies(tmp_path: Path):
 def test_the_scale_that_was_taken_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = tmp_path / "x.safetensors"
     wanted = [
-        ({}, None, "states no alpha.*used with scale 1"),
+        ({}, None, r"x\.safetensors states no alpha: .*Scale 1 is used, as in ComfyUI and diffusers\.$"),
+        (
+            {"ss_network_alpha": "16", "ss_network_dim": "4"},
+            None,
+            "Scale 1 is used, .*ss_network_alpha '16' in its header is ignored.*state alpha in an adapter_config.json",
+        ),
+        ({"ss_network_alpha": "16"}, 8.0, None),
         (header(r=4, lora_alpha=16), None, "used with scale 4: alpha / rank, as stated in the header"),
         (
             header(r=4, lora_alpha=16, use_rslora=True),
@@ -144,6 +150,13 @@ def test_the_scale_that_was_taken_is_said_in_one_line(tmp_path: Path, caplog: py
         assert len(caplog.messages) == (line is not None)
         if line:
             assert re.search(line, caplog.messages[0]), caplog.messages
+    mixed = tensors(alpha=8.0)
+    del mixed[f"transformer.{Q}.alpha"]
+    save_file(mixed, path)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="trainer_core.adapters"):
+        assert scales(path) == {Q: 1, OUT: 2, MLP: 2}
+    assert "states no alpha for 1 of its 3 layers" in caplog.messages[0]
 
 
 PREFIXES = ["", "transformer.", "diffusion_model.", "model.diffusion_model.", "pipe.dit.", "base_model.model."]
@@ -165,21 +178,38 @@ def test_prefixes_and_the_adapters_name(prefix: str, infix: str):
     assert all(torch.equal(part.change(), torch.full((6, 6), 0.5 * 1.5 * RANK)) for part in parts.values())
 
 
-FLAT = {
-    "kohya and musubi-tuner": ("lora_unet_", "lora_down", "lora_up"),
-    "OneTrainer": ("lora_transformer_", "lora_down", "lora_up"),
-    "LyCORIS": ("lycoris_", "lora_down", "lora_up"),
+# A layer's name in the files of each program, the ends of its two tensors, and whether it writes alpha tensors.
+AB, DOWN_UP = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+PROGRAMS = {
+    "ai-toolkit, diffusion-pipe": ("diffusion_model.{}", AB, False),
+    "ComfyUI's training node": ("diffusion_model.{}", DOWN_UP, True),
+    "diffusers, SimpleTuner, qflux": ("transformer.{}", AB, False),
+    "DiffSynth-Studio": ("{}", ("lora_A.default.weight", "lora_B.default.weight"), False),
+    "DiffSynth-Studio's training state": ("pipe.dit.{}", ("lora_A.default.weight", "lora_B.default.weight"), False),
+    "LightX2V's Lightning": ("{}", DOWN_UP, True),
+    "LyCORIS": ("lycoris_{flat}", DOWN_UP, True),
+    "musubi-tuner, OneTrainer's kohya format": ("lora_unet_{flat}", DOWN_UP, True),
+    "older diffusers": ("transformer.{}", ("lora.down.weight", "lora.up.weight"), False),
+    "OneTrainer": ("transformer.{}", DOWN_UP, True),
+    "older OneTrainer": ("lora_transformer_{flat}", DOWN_UP, True),
+    "peft": ("base_model.model.{}", AB, False),
+    "older SimpleTuner": ("transformer.base_model.model.{}", ("lora.down.weight", "lora.up.weight"), False),
+    "SimpleTuner's comfyui format": ("diffusion_model.{}", AB, True),
 }
 
 
-@pytest.mark.parametrize("program", list(FLAT))
-def test_names_without_dots(program: str):
-    prefix, *sides = FLAT[program]
-    side = dict(zip(("lora_A", "lora_B", "|"), [*sides, "|"], strict=True))
-    named = tensors(lambda layer, part: f"{prefix}{layer.replace('.', '_')}.{side[part]}.weight", alpha=2.0)
-    assert {layer: part.scale for layer, part in adapter_parts(named, LAYERS, "x").items()} == dict.fromkeys(
-        LAYERS, 0.5
-    )
+@pytest.mark.parametrize("program", list(PROGRAMS))
+def test_what_other_programs_write(program: str):
+    stem, ends, has_alpha = PROGRAMS[program]
+    end = dict(zip(("lora_A", "lora_B"), ends, strict=True))
+    named: dict[str, Tensor] = {}
+    for layer in LAYERS:
+        name = stem.format(layer, flat=layer.replace(".", "_"))
+        named |= {f"{name}.{end['lora_A']}": torch.full((RANK, 6), 0.5), f"{name}.{end['lora_B']}": torch.ones(6, RANK)}
+        named |= {f"{name}.alpha": torch.tensor(8.0)} if has_alpha else {}
+    parts = adapter_parts(named, LAYERS, "x")
+    assert set(parts) == set(LAYERS)
+    assert all(torch.equal(part.change(), torch.full((6, 6), 4.0 if has_alpha else 2.0)) for part in parts.values())
 
 
 UNUSABLE = {
@@ -190,6 +220,24 @@ UNUSABLE = {
     "SDXL": (lambda layer: f"unet.down_blocks.{len(layer)}.attn", "probably Stable Diffusion or SDXL"),
     "Wan": (lambda layer: f"diffusion_model.blocks.{len(layer)}.cross_attn.k", "probably Wan"),
     "CLIP": (lambda layer: f"lora_te1_text_model_{len(layer)}", "probably a text encoder"),
+    "a text encoder with the same layers": (lambda layer: f"text_encoder.{layer}", "probably a text encoder"),
+    "ComfyUI's text encoder": (lambda layer: f"text_encoders.qwen25_7b.{len(layer)}", "probably a text encoder"),
+    "Qwen2.5-VL by peft": (
+        lambda layer: f"base_model.model.model.layers.{len(layer)}.self_attn.q_proj",
+        "probably a text encoder",
+    ),
+    "FLUX with layers of the same name": (
+        lambda layer: f"transformer.single_{layer}",
+        "belong to layers that this model doesn't have.*another model, probably FLUX",
+    ),
+    "SDXL with a layer of the same name": (
+        lambda layer: f"lora_unet_output_blocks_{len(layer)}_{layer.replace('.', '_')}",
+        "another model, probably Stable Diffusion or SDXL",
+    ),
+    "one layer of the same name": (
+        lambda layer: f"foo.{layer if layer == Q else len(layer)}",
+        r"for another model\. Choose",
+    ),
 }
 
 
@@ -198,6 +246,13 @@ def test_names_of_something_else(case: str):
     name_of, words = UNUSABLE[case]
     with pytest.raises(ModelFileError, match=words):
         adapter_parts(tensors(lambda layer, part: f"{name_of(layer)}.{part}.weight"), LAYERS, "x")
+
+
+@pytest.mark.parametrize("name", ["lora_te_text_model_encoder_0", "text_encoder.model.layers.0.self_attn.q_proj"])
+def test_a_file_that_also_changes_the_text_encoder(name: str):
+    both = tensors() | {f"{name}.lora_A.weight": torch.ones(RANK, 6), f"{name}.lora_B.weight": torch.ones(6, RANK)}
+    with pytest.raises(ModelFileError, match=r"also changes a text encoder: 2 of the 8 tensors.*Save it to a file"):
+        adapter_parts(both, LAYERS, "x")
 
 
 def test_files_that_contradict_themselves(tmp_path: Path):

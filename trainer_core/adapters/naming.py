@@ -26,15 +26,16 @@ _TENSOR = re.compile(
     re.DOTALL,
 )
 _PART = {"A": "down", "B": "up", "lora_magnitude_vector": "magnitude"}
-# Parts of names that only other models have. They are looked for in this order, in names with _ for each dot.
-_OTHER_MODELS = (
-    ("a text encoder", ("lora_te_", "lora_te1_", "lora_te2_", "text_encoder_", "text_model_encoder")),
-    ("Stable Diffusion or SDXL", ("down_blocks_", "up_blocks_", "mid_block_", "input_blocks_", "output_blocks_")),
-    ("FLUX or HunyuanVideo", ("double_blocks_", "single_blocks_", "single_transformer_blocks_")),
-    ("Stable Diffusion 3", ("joint_blocks_", "joint_transformer_blocks_")),
-    ("Wan", ("_cross_attn_", "condition_embedder_")),
-    ("Lumina or Z-Image", ("noise_refiner_", "context_refiner_", "_attention_qkv", "_adaLN_modulation_")),
-)
+# Parts of names that only other networks have. They are looked for in this order, in names with _ for each dot.
+_TEXT_ENCODER = re.compile(r"_lora_te\d?_|_text_encoder|text_model_encoder|_layers_\d+_self_attn_[qkvo]_proj")
+_OTHER_MODELS = {
+    "a text encoder": _TEXT_ENCODER,
+    "Stable Diffusion or SDXL": re.compile("(down|up|input|output)_blocks_|mid_block_"),
+    "FLUX or HunyuanVideo": re.compile("(double|single|single_transformer)_blocks_"),
+    "Stable Diffusion 3": re.compile("joint_(transformer_)?blocks_"),
+    "Wan": re.compile("_cross_attn_|condition_embedder_"),
+    "Lumina or Z-Image": re.compile("(noise|context)_refiner_|_attention_qkv|_adaLN_modulation_"),
+}
 _SHOWN = 3
 
 
@@ -90,15 +91,19 @@ def _layer_of(stem: str, layers: Collection[str], flat: Mapping[str, str]) -> st
 def _unmatched(
     unknown: list[str], count: int, layers: Collection[str], flat: Mapping[str, str], file: str
 ) -> ModelFileError:
-    """The error for names of layers that were not found: an unknown prefix, or another model's layers."""
-    prefixed = next((each for each in unknown if _ends_in_a_layer(each, layers, flat)), None)
-    if prefixed is not None:
+    """The error for names of layers that were not found: a text encoder's, another model's, or an unknown prefix."""
+    plain = ["_" + name.replace(".", "_") for name in unknown]
+    if len(unknown) < count and all(map(_TEXT_ENCODER.search, plain)):
+        return ModelFileError(
+            f"{file} also changes a text encoder: {_tensors(unknown, count)}, such as {first(unknown)}. Only the "
+            "transformer's part can be used. Save it to a file without them and choose that."
+        )
+    model = next((model for model, marks in _OTHER_MODELS.items() if any(map(marks.search, plain))), "")
+    if not model and all(_ends_in_a_layer(each, layers, flat) for each in unknown):
         return ModelFileError(
             f"{file} has an unknown naming: {_tensors(unknown, count)} name a layer of this model after a prefix that "
-            f"isn't known, such as {first([prefixed])}. Rename them to begin with diffusion_model. in its place."
+            f"isn't known, such as {first(unknown[:1])}. Rename them to begin with diffusion_model. in its place."
         )
-    plain = ["_" + name.replace(".", "_") for name in unknown]
-    model = next((model for model, marks in _OTHER_MODELS if any(mark in each for each in plain for mark in marks)), "")
     return ModelFileError(
         f"{_tensors(unknown, count)} in {file} belong to layers that this model doesn't have, such as "
         f"{first(unknown)}. The file was made for another model{f', probably {model}' if model else ''}. Choose a LoRA "

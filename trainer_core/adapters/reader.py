@@ -17,10 +17,10 @@ from torch import Tensor
 from ..config import LoraType
 from ..errors import ModelFileError
 from ..files import read_metadata, read_tensors
-from ..text import reason_of, shown
+from ..text import brief, reason_of, shown
 from ..weights.whole import check_whole
 from .naming import LOKR_PARTS, sort_by_layer
-from .scaling import CONFIG_FILE, Scaling, find_scaling
+from .scaling import CONFIG_FILE, KOHYAS_KEY, Scaling, find_scaling
 
 LORA_TYPE = "qwen_edit_trainer.lora_type"  # a key in the header of files that this program wrote
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -106,7 +106,7 @@ def changed_weight(part: AdapterPart, weight: Tensor) -> Tensor:
 def read_adapter(path: Path, layers: Collection[str]) -> dict[str, AdapterPart]:
     """The weight changes of a LoRA file by layer. `layers` are full names of the network's layers.
 
-    Logs a line if the scale is not that of alpha tensors.
+    Logs which scale is used and why, unless each layer has an alpha tensor or this program wrote the file.
 
     Raises:
         ModelFileError: the file is damaged, belongs to another model, or has an unsupported type (LoHa, OFT, ...).
@@ -123,24 +123,32 @@ def read_adapter(path: Path, layers: Collection[str]) -> dict[str, AdapterPart]:
     scaling = find_scaling(path, header, is_peft=is_peft) or Scaling("")
     parts = adapter_parts(tensors, layers, path.name, scaling)
     _check_finite(tensors, path.name)
-    if LORA_TYPE not in header and (note := _note(parts, scaling, tensors, path.name)):
-        _LOG.info("%s", note)
+    if LORA_TYPE not in header and (note := _note(parts, scaling, tensors, header)):
+        _LOG.info("%s %s", shown(path.name), note)
     return parts
 
 
-def _note(parts: Mapping[str, AdapterPart], scaling: Scaling, names: Iterable[str], file: str) -> str:
-    """Where the scale comes from; empty if the file has alpha tensors."""
-    if any(name.endswith(".alpha") for name in names):
+def _note(parts: Mapping[str, AdapterPart], scaling: Scaling, names: Iterable[str], header: Mapping[str, str]) -> str:
+    """Which scale is used and why, as the end of a sentence; empty if each layer has an alpha tensor."""
+    without = len(parts) - sum(name.endswith(".alpha") for name in names)
+    if not without:
         return ""
-    scales = sorted({part.scale for part in parts.values()})
     if scaling.alpha is None and not scaling.alpha_pattern:
-        return (
-            f"{file} states no alpha: it has no alpha tensors, and neither its header nor an {CONFIG_FILE} beside it "
-            "has peft's lora_alpha. It is used with scale 1, as in ComfyUI and diffusers."
+        layers = "" if without == len(parts) else f" for {without} of its {len(parts)} layers"
+        note = (
+            f"states no alpha{layers}: no tensor has it, and neither the header nor an {CONFIG_FILE} beside the file "
+            f"has peft's lora_alpha. Scale 1 is used{' there' if layers else ''}, as in ComfyUI and diffusers."
         )
+        if KOHYAS_KEY not in header:
+            return note
+        return (
+            f"{note} The {KOHYAS_KEY} {brief(header[KOHYAS_KEY])} in its header is ignored: files whose weights "
+            f"already contain the scale keep it too. If these don't, state alpha in an {CONFIG_FILE} beside the file."
+        )
+    scales = sorted({part.scale for part in parts.values()})
     both = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
     formula = "alpha / √rank, because of use_rslora," if scaling.use_rslora else "alpha / rank,"
-    return f"{file} is used with scale {both}: {formula} as stated in {scaling.place}."
+    return f"is used with scale {both}: {formula} as stated in {scaling.place}."
 
 
 def adapter_parts(

@@ -6,7 +6,7 @@ Programs keep alpha in one of three places. The first that is there applies:
 2. `lora_adapter_metadata` in the header, peft's configuration as JSON (diffusers, SimpleTuner);
 3. `adapter_config.json` beside the file, the same configuration (peft, diffusion-pipe).
 
-Without any of them the scale is 1, as in ComfyUI and diffusers. The header's `ss_network_alpha` is not used: programs
+Without any of them the scale is 1, as in ComfyUI and diffusers. The header's `ss_network_alpha` is not used: trainers
 that write it also write alpha tensors, and musubi-tuner's converter multiplies them into the weights but keeps the key.
 """
 
@@ -22,7 +22,7 @@ from ..errors import ModelFileError
 from ..json_text import parse_json, read_json
 from ..text import brief
 
-HEADER_KEY = "lora_adapter_metadata"
+HEADER_KEY, KOHYAS_KEY = "lora_adapter_metadata", "ss_network_alpha"
 CONFIG_FILE, MODEL_FILE = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENT = "transformer."  # a pipeline's part, before the keys in the header
 _MAX_BYTES = 2**20  # of a configuration; a real one has a few KiB, or some hundred with patterns for every layer
