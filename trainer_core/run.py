@@ -87,7 +87,7 @@ def _prepare_and_train(
         observer.on_progress(validator.unmeasured, 0, 0)
     device = pick_device(config.model.device)
     with _open_run(config, prepared.encoded, ranks) as run, compiled_code_kept(device):
-        stop = how_to_start(run, config.max_train_steps, continue_kept=continue_kept)
+        stop = how_to_start(run, config, prepared.encoded, continue_kept=continue_kept)
         run.write_config(to_json(config))
         if not stop:
             start_compiler_early(prepared, device, run.steps_done())

@@ -7,15 +7,26 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.runs import PauseAt, equal, lora_tensors
 from trainer_core.conditioning.encoded import EncodedDataset
-from trainer_core.config import CheckpointConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from trainer_core.config import (
+    CheckpointConfig,
+    EmaConfig,
+    LoraConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    TrainConfig,
+    resume_key,
+)
 from trainer_core.errors import RunFolderError, TrainerError
 from trainer_core.files import read_tensors
 from trainer_core.run import TrainResult, train_lora
+from trainer_core.runs.folder import RunFolder
 from trainer_core.runs.result import check_start
 
 
@@ -264,3 +275,66 @@ def test_killed_while_run_json_was_first_written(config: TrainConfig, tmp_path: 
     (tmp_path / "mine" / "notes.txt").write_text("")
     with pytest.raises(RunFolderError, match=r"is not a run: run\.json is missing"):
         train_lora(dataclasses.replace(config, run_dir=str(tmp_path / "mine")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({}, ""),
+        ({"noise": NoiseConfig(loss_type="huber")}, "the loss by huber_schedule snr"),
+        ({"noise": NoiseConfig(loss_type="huber", huber_schedule="constant")}, ""),
+        ({"ema": EmaConfig(use_ema=True)}, "the average of the weights"),
+    ],
+)
+def test_a_run_of_an_older_version_goes_on_only_if_its_steps_fit(
+    changes: dict[str, Any], differing: str, encoded: EncodedDataset, model: ModelConfig, tmp_path: Path
+) -> None:
+    """Since rules 2 the width of huber_schedule snr and the start of an average are others."""
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"), encoded=str(encoded.manifest), model=model, max_train_steps=2, **changes
+    )
+    pause = PauseAt(1)
+    assert train_lora(config, pause).steps_done == 1
+    state = Path(config.run_dir, "run.json")
+    values = json.loads(state.read_text())
+    assert values.pop("rules") == 2
+    state.write_text(json.dumps(values))  # as older versions wrote it
+    before = content(Path(config.run_dir))
+    if differing:
+        for call in (lambda: train_lora(config), lambda: check_start(config, encoded)):
+            with pytest.raises(RunFolderError, match=f"computes {differing}.*further steps would not fit its 1 steps"):
+                call()
+        assert content(Path(config.run_dir)) == before
+        state.write_text(json.dumps({**values, "rules": 2}))
+    assert train_lora(config).steps_done == 2
+    state.write_text(json.dumps({key: each for key, each in json.loads(state.read_text()).items() if key != "rules"}))
+    assert train_lora(config).steps_done == 2, "a finished run keeps its result"
+
+
+def test_a_run_of_an_older_version_without_steps_starts_by_the_new_rules(
+    encoded: EncodedDataset, model: ModelConfig, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        encoded=str(encoded.manifest),
+        model=model,
+        max_train_steps=2,
+        ema=EmaConfig(use_ema=True),
+    )
+    with RunFolder.open(Path(config.run_dir), resume_key(config), encoded):
+        pass
+    state = Path(config.run_dir, "run.json")
+    values = json.loads(state.read_text())
+    state.write_text(json.dumps({key: each for key, each in values.items() if key != "rules"}))
+    assert train_lora(config, PauseAt(1)).steps_done == 1
+    assert train_lora(config).steps_done == 2
+
+
+def test_noise_levels_that_pipelines_round_belong_to_the_rules(config: TrainConfig, encoded: EncodedDataset) -> None:
+    state = Path(config.run_dir, "run.json")
+    values = json.loads(state.read_text())
+    state.write_text(json.dumps({key: each for key, each in values.items() if key != "rules"}))
+    longer = dataclasses.replace(config, max_train_steps=5)
+    assert not check_start(longer, encoded)
+    with pytest.raises(RunFolderError, match="the noise levels by preprocessing diffusers differently"):
+        check_start(longer, dataclasses.replace(encoded, preprocessing="diffusers"))

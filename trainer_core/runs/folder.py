@@ -48,6 +48,7 @@ from .lock import LOCK, locked
 from .records import STATE, is_row, read_row, read_state
 
 FORMAT = 1
+RULES = 2  # raise it when the same settings train other weights, and say in result.py which settings do
 _FOLDERS = ("samples", "checkpoints", "tensorboard", "base_pictures")
 _FILES = (STATE, DATASET, "config.json", "metrics.jsonl", LOCK)
 _LOG = logging.getLogger(__name__)
@@ -142,6 +143,8 @@ class RunFolder:
         self.check_key(key, encoded)  # again, because another process may have changed it before it was locked
         if not self.state():
             self.write_state(key=dict(key), state="started")
+        if not self.steps_done() and not self.lost_steps():
+            self.write_state(rules=RULES)
         if encoded is not None and not (self.path / DATASET).exists():
             write_atomically(self.path / DATASET, json.dumps(trained_values(encoded), ensure_ascii=False).encode())
         self.samples.mkdir(exist_ok=True)

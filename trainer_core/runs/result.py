@@ -10,7 +10,7 @@ from ..config import ExportConfig, TrainConfig, resume_key, to_json
 from ..errors import RunFolderError
 from ..events import SampleReport, Stop
 from ..files import is_whole
-from .folder import RunFolder
+from .folder import RULES, RunFolder
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +73,19 @@ def check_start(
         return True
     run = RunFolder(Path(config.run_dir))
     run.check_key(resume_key(config, num_ranks), encoded)
-    how_to_start(run, config.max_train_steps, continue_kept=continue_kept)
+    how_to_start(run, config, encoded, continue_kept=continue_kept)
     return False
 
 
-def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -> Stop:
+def how_to_start(run: RunFolder, config: TrainConfig, encoded: EncodedDataset, *, continue_kept: bool) -> Stop:
     """KEEP if the run was ended early and must only be exported again; NO if it must train.
 
     Raises:
         RunFolderError: the run has more steps than `max_train_steps`, has lost its checkpoints, or the checkpoint to
-            export is missing.
+            export is missing; or an older version started it, which trained otherwise.
     """
     refuse_lost_checkpoints(run)
+    max_train_steps = config.max_train_steps
     done, kept = max(run.steps_done(), (run.state().get("result") or {}).get("steps", 0)), kept_at(run)
     if done > max_train_steps:
         raise RunFolderError(
@@ -93,6 +94,8 @@ def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -
             "overwritten."
         )
     if not kept or continue_kept:
+        if 0 < done < max_train_steps:
+            refuse_other_rules(run, config, encoded)
         return Stop.NO
     if run.steps_done() != kept:
         raise RunFolderError(
@@ -102,6 +105,28 @@ def how_to_start(run: RunFolder, max_train_steps: int, *, continue_kept: bool) -
             "was overwritten."
         )
     return Stop.KEEP
+
+
+def refuse_other_rules(run: RunFolder, config: TrainConfig, encoded: EncodedDataset) -> None:
+    """Refuse to continue a run if its further steps would not fit those that an older version trained.
+
+    Raises:
+        RunFolderError: the older version computes something of these settings in another way.
+    """
+    if run.state().get("rules", 1) == RULES:
+        return
+    differing = {
+        "the loss by huber_schedule snr": config.noise.loss_type != "l2" and config.noise.huber_schedule == "snr",
+        "the average of the weights (use_ema)": config.ema.use_ema,
+        "the noise levels by preprocessing diffusers": encoded.preprocessing == "diffusers",
+    }
+    if found := [name for name, differs in differing.items() if differs]:
+        raise RunFolderError(
+            f"The run {run.path.name!r} was started by another version of this program, which computes "
+            f"{' and '.join(found)} differently. Its further steps would not fit its {run.steps_done()} steps. "
+            f"Continue it with that version, or choose another run name to start a new run.{run.way_from_lora()} "
+            "Nothing was changed."
+        )
 
 
 def refuse_lost_checkpoints(run: RunFolder) -> None:
