@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from ..trainer_core.events import SampleReport, StepReport, Stop
 from .active_runs import RUN_MESSAGE, ActiveRun, LiveMessages, active_run
 from .host_server import executing_node, send_message, server
 
+_LOG = logging.getLogger(__name__)
 _PREVIEW_EDGE = 768  # pixels
 _TEXT_EVERY_SECONDS = 1.0
 
@@ -38,9 +40,16 @@ class NodeObserver:
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
         """Show one progress bar per phase."""
-        text = f"{phase}: {done} of {total}" if total else phase
-        self._update(done, max(1, total))
+        text = f"{phase}: {done} of {total}"
+        self._update(done, total)
         self._show(text, final=done >= total)
+        if self._live is not None:
+            self._live.phase(text)
+
+    def on_note(self, text: str) -> None:
+        """Log the sentence, and show it until the next progress."""
+        _LOG.info("%s", text)
+        self._show(text, final=True)
         if self._live is not None:
             self._live.phase(text)
 

@@ -58,17 +58,17 @@ class PlanMemory(Node):
         """Outputs the plan as text."""
         from ..trainer_core.device import pick_device
         from ..trainer_core.planning.choose import budget_of
-        from ..trainer_core.planning.preparation import prepare_model
+        from ..trainer_core.planning.preparation import prepare_model, unmeasured
         from ..trainer_core.planning.report import planned_in_words
         from ..trainer_core.planning.workload import workload_of_encoded
         from ..trainer_core.qwen_image.base_model import BaseModel
 
         config = train_config(model, encoded, {"run_dir": "plan"}, lora_name="plan", **settings)
         network = prepare_model(config, BaseModel(config.model)).size
-        work = workload_of_encoded(
-            encoded, config.batching, config.validation, settings.get("validation_encoded") or encoded
-        )
+        held_out = settings.get("validation_encoded") or encoded
+        work = workload_of_encoded(encoded, config.batching, config.validation, held_out)
         device, other_card = pick_device(model.device), card_gib or config.memory.vram_gib
         budget = budget_of(device, other_card, held_leaves=True)
         text, _ = planned_in_words(config, network, work, budget, None if other_card else device)
+        text = "\n\n".join(filter(None, [text, unmeasured(held_out, config.validation)]))
         return io.NodeOutput(text, ui={"text": [text]})

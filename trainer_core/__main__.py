@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,7 @@ class ConsoleObserver:
     def __init__(self) -> None:
         self._stop = Stop.NO
         self._last_line = ("", -1)
+        self._notes = set[str]()
 
     def interrupt(self, _signal: int, _frame: FrameType | None) -> None:
         """Handles SIGINT and SIGTERM: asks for a pause. A second SIGINT ends the process at once."""
@@ -46,12 +47,16 @@ class ConsoleObserver:
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
         """Logs each tenth of a phase."""
-        if not total:
-            return
         tenth = 10 * done // total
         if (phase, tenth) != self._last_line:
             self._last_line = (phase, tenth)
             _LOG.info("%s: %d of %d", phase, done, total)
+
+    def on_note(self, text: str) -> None:
+        """Logs a note once, because the checks before encoding and the training find the same."""
+        if text not in self._notes:
+            self._notes.add(text)
+            _LOG.info("%s", text)
 
     def on_step(self, report: StepReport) -> None:
         """Logs a step."""
@@ -126,7 +131,8 @@ def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
         heading = f"# {part.id}\n\n" if job.datasets else ""
         scales = scale_report(dataset, job.model.flavour, part.encoding)
         sys.stdout.write(f"{heading}{report(dataset)}\n\n{check_report(dataset, check)}\n{scales}\n")
-    _log(checked.notes)
+    for note in checked.notes:
+        observer.on_note(note)
     checked.raise_problems()
     return EXIT_OK
 
@@ -153,7 +159,8 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     with _ranks(job) as ranks:
         checked = check_job(job, observer, ranks, continue_kept=options.continue_kept)  # before hours of encoding
         checked.raise_problems()
-        _log(checked.notes)
+        for note in checked.notes:
+            observer.on_note(note)
         planned, model = checked.planned, checked.model
         assert model is not None
         if time := time_of_job(job, planned, model.size):
@@ -169,11 +176,6 @@ def _train(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     if ranks.leads:
         sys.stdout.write(f"{result.lora_file}\n")
     return EXIT_OK
-
-
-def _log(notes: Iterable[str]) -> None:
-    for note in notes:
-        _LOG.warning("%s", note)
 
 
 @contextmanager

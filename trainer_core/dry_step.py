@@ -103,13 +103,11 @@ def dry_step(
         left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
         saved = left * _saved_share(compiled_seconds(*run, networks.device), measured.seconds)
         if wish == "on" or _pays(networks.device, left, saved):
-            observer.on_progress("Compiling the transformer's blocks", 0, 0)
+            observer.on_progress("Compiling the transformer's blocks", 0, 1)
             measured = _compiled_if_right(networks, measure, measured, config)
     _log_memory(prepared, networks, measured.peak_bytes)
     torch.cuda.empty_cache()  # gives back what only compiling, or only uncompiled blocks, needed
-    words = time_in_words(*run, measured_speed(*run, measured.seconds), done=done)
-    _LOG.info("%s", words)
-    observer.on_progress(words, 0, 0)
+    observer.on_note(time_in_words(*run, measured_speed(*run, measured.seconds), done=done))
 
 
 def _saved_share(compiled: float | None, uncompiled: float) -> float:

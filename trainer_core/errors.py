@@ -17,12 +17,17 @@ class ConfigError(TrainerError, ValueError):
 
 
 class DatasetError(TrainerError, ValueError):
-    """A dataset can't be used. `problems` lists every problem found, one line each."""
+    """A dataset can't be used. `problems` lists every problem found, one line each.
 
-    def __init__(self, summary: str, problems: Sequence[str] = ()) -> None:
+    `notes` are no problems, but may explain them, such as files that are not used.
+    """
+
+    def __init__(self, summary: str, problems: Sequence[str] = (), notes: Sequence[str] = ()) -> None:
         self.summary = summary
-        self.problems = tuple(problems)
-        super().__init__("\n".join([summary, *(f"  - {problem}" for problem in self.problems)]))
+        self.problems, self.notes = tuple(problems), tuple(notes)
+        lines = [summary, *(f"  - {problem}" for problem in self.problems)]
+        lines += ["Notes:", *(f"  - {note}" for note in self.notes)] if self.notes else []
+        super().__init__("\n".join(lines))
 
 
 class ModelFileError(TrainerError, ValueError):
@@ -155,5 +160,5 @@ class Problems:
 def _about(error: TrainerError, where: str) -> TrainerError:
     """The error with `where` in front, if it is about a setting or a dataset."""
     if isinstance(error, DatasetError):
-        return DatasetError(f"{where}: {error.summary}", error.problems)
+        return DatasetError(f"{where}: {error.summary}", error.problems, error.notes)
     return ConfigError(f"{where}: {error}") if isinstance(error, ConfigError) else error

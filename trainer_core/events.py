@@ -99,10 +99,10 @@ class Observer(Protocol):
     """Receives a call's reports and can stop it."""
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
-        """`done` of `total` parts of a phase are finished. `phase` is a short text to show to the user.
+        """`done` of `total` parts of a phase are finished, `total` at least 1. `phase` is a short text for the user."""
 
-        If `total` is 0, `phase` is a whole sentence, which the caller has also logged.
-        """
+    def on_note(self, text: str) -> None:
+        """A sentence for the user, such as how long the run takes. The observer logs it."""
 
     def on_step(self, report: StepReport) -> None:
         """Called after every optimizer step."""
@@ -119,6 +119,9 @@ class SilentObserver:
     """Ignores all reports and never stops. A base class for observers that need only some of the methods."""
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
+        """Ignored."""
+
+    def on_note(self, text: str) -> None:
         """Ignored."""
 
     def on_step(self, report: StepReport) -> None:

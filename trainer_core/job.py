@@ -26,7 +26,7 @@ from .planning.choose import budget_of
 from .planning.disk_space import DiskUse, cache_use, check_disk, disk_in_words, run_use
 from .planning.encoding import encoding_in_words
 from .planning.network import NetworkSize
-from .planning.preparation import PreparedModel, check_datasets, check_training, prepare_model
+from .planning.preparation import PreparedModel, check_datasets, check_training, prepare_model, unmeasured
 from .planning.report import planned_in_words, time_before_encoding
 from .planning.workload import workload_of_pairs
 from .presets import with_preset
@@ -126,6 +126,7 @@ def _paired(job: JobConfig, observer: Observer, problems: Problems) -> list[Pair
     """Each dataset that can be paired. Adds the problems of the others, together."""
     paired: list[PairedPart] = []
     listed: list[str] = []
+    notes: list[str] = []
     for part in job.parts():
         try:
             with disk_errors(Path(part.dataset.target_dir)):
@@ -136,10 +137,11 @@ def _paired(job: JobConfig, observer: Observer, problems: Problems) -> list[Pair
             if not job.datasets:
                 problems.add(error)
             listed += [f"{part.id}: {each}" for each in getattr(error, "problems", ()) or (error,)]
+            notes += [f"{part.id}: {each}" for each in getattr(error, "notes", ())]
         else:
             paired.append((part, dataset))
     if listed and job.datasets:
-        problems.add(DatasetError(f"The datasets have {len(listed)} problems. Fix them and run again:", listed))
+        problems.add(DatasetError(f"The datasets have {len(listed)} problems. Fix them and run again:", listed, notes))
     return paired
 
 
@@ -147,8 +149,8 @@ def _paired(job: JobConfig, observer: Observer, problems: Problems) -> list[Pair
 class CheckedJob:
     """What the checks of a job found. What could not be made because of `problems` is missing.
 
-    `planned`: the datasets, with what the cache lacks. `disk`: what will be written. `notes`: sentences about what is
-    tight.
+    `planned`: the datasets, with what the cache lacks. `disk`: what will be written. `notes`: sentences about tight
+    disk space, and about validation pictures that can't be measured.
     """
 
     problems: Problems
@@ -187,13 +189,20 @@ def check_job(
     checked = CheckedJob(problems=problems, paired=paired, planned=planned, model=model)
     if len(planned) < len(job.parts()):
         return checked
-    start = partial(_check_start, job, planned, ranks, trains_here=trains_here, continue_kept=continue_kept)
-    finished = _attempt(problems, job, start)
+    parts = [(part, dataset.encoded()) for part, dataset in planned]
+    together = _attempt(problems, job, lambda: _together(job, parts, plan_mix))
+    if together is None:
+        return checked
+    notes = filter(None, [unmeasured(together[1] or together[0], job.validation)])
+    checked = replace(checked, notes=tuple(notes))
+    start = partial(_check_start, job, *together, ranks, continue_kept=continue_kept)
+    finished = _attempt(problems, job, start) if trains_here else False
     if finished is None:
         return checked
     disk = partial(_disk_of, job, checked, ranks, trains_here=trains_here and not finished)
     checked = replace(checked, disk=_attempt(problems, job, disk) or ())
-    return replace(checked, notes=_attempt(problems, job, lambda: check_disk(checked.disk)) or ())
+    tight = _attempt(problems, job, lambda: check_disk(checked.disk)) or ()
+    return replace(checked, notes=(*checked.notes, *tight))
 
 
 def _planned(
@@ -220,14 +229,10 @@ def _attempt(problems: Problems, job: JobConfig, check: Callable[[], T], where: 
 
 
 def _check_start(
-    job: JobConfig, planned: Sequence[PlannedPart], ranks: Ranks, *, trains_here: bool, continue_kept: bool
+    job: JobConfig, encoded: EncodedDataset, validation: EncodedDataset | None, ranks: Ranks, *, continue_kept: bool
 ) -> bool:
     """Check the datasets together, and the run folder. Returns whether the run is finished already."""
-    parts = [(part, dataset.encoded()) for part, dataset in planned]
-    encoded, validation = _together(job, parts, plan_mix)
     config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
-    if not trains_here:  # without pairs to train on, a dataset can still be encoded for another run's validation
-        return False
     check_datasets(config, encoded, validation or encoded)
     return check_start(config, encoded, continue_kept=continue_kept, num_ranks=ranks.size)
 

@@ -83,8 +83,7 @@ def _prepare_and_train(
             _LOG.warning("%s", note)
     validator = Validator(prepared.held_out, base, config.validation)
     if ranks.leads and validator.unmeasured:
-        _LOG.warning("%s", validator.unmeasured)
-        observer.on_progress(validator.unmeasured, 0, 0)
+        observer.on_note(validator.unmeasured)
     device = pick_device(config.model.device)
     with _open_run(config, prepared.encoded, ranks) as run, compiled_code_kept(device):
         stop = how_to_start(run, config, prepared.encoded, continue_kept=continue_kept)

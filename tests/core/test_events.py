@@ -32,10 +32,10 @@ def test_the_console_tells_each_loss_on_held_out_pairs(
     assert caplog.messages[-1].endswith("2.00 s" + "".join(f"  {name.replace('_', ' ')} 0.2500" for name in names))
 
 
-def test_the_console_shows_counts_only(caplog: pytest.LogCaptureFixture) -> None:
-    """A sentence, which has no total, is in the log already."""
+def test_the_console_shows_each_note_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     observer = ConsoleObserver()
-    observer.on_progress("About 3 h.", 0, 0)
+    for note in ("About 3 h.", "Not measured.", "About 3 h."):
+        observer.on_note(note)
     observer.on_progress("Encoding prompts", 1, 2)
-    assert caplog.messages == ["Encoding prompts: 1 of 2"]
+    assert caplog.messages == ["About 3 h.", "Not measured.", "Encoding prompts: 1 of 2"]

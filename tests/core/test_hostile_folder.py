@@ -35,14 +35,12 @@ PROBLEMS = {
     "after": "look like masks of targets: 2 (animated_mask.png, good-masklabel.png). Move them to a folder",
 }
 NOTES = {
-    "after/animated.png": "only the first is used",
-    "before/loop.png": "only the first is used",
     "after": "1 .psd file not used (layers.psd), because this format is not supported. Convert",
     "after/": "2 .heic files not used (phone.heic, phone_too.HEIC)",
     "after//": "1 .xlsx file not used (list.xlsx), because this is not the extension of a picture",
     "after///": "hidden and system files and folders not used: 3 (@eaDir, Thumbs.db, __MACOSX)",
-    "before": "1 .txt file not used (words.txt), because captions are read beside the targets",
-    "before/nobody.png": "no target has this name",
+    "before": "1 text not used (words.txt), because captions are read beside the targets",
+    "before/": "1 picture not used (nobody.png), because no target has this name",
 }
 
 
@@ -105,7 +103,8 @@ def test_a_hostile_folder_gives_one_readable_report_and_changes_nothing(tmp_path
         assert sum(line.startswith(f"{tmp_path / name.rstrip('/')}: ") and words in line for line in scan.notes) == 1, (
             name
         )
-    assert len(scan.notes) == len(noted)
+    frames = "Pictures with several frames: 2 (after/animated.png, before/loop.png). Only the first frame is used."
+    assert scan.notes[-1] == frames and len(scan.notes) == len(noted) + 1
     good = {each.key: each for each in scan.dataset.pairs}
     assert set(good) == {"good", "twice", "large", "animated", "loop", "disguised", LONG}
     assert good["large"].sizes[0] == (10_000, 10_000)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from trainer_core.config import CaptionConfig, DatasetConfig
-from trainer_core.data.pairing import FolderScan, folder_state, scan_folders
+from trainer_core.data.pairing import FolderScan, folder_state, pair_folders, scan_folders
+from trainer_core.errors import DatasetError
 
 KEYS = ("000", "001", "002")
 
@@ -97,8 +99,8 @@ def test_numbered_references_in_their_folder_are_named_once(root: Path) -> None:
         picture(root / "reference" / f"{key}_1.png")
     scan = scan_folders(config(root))
     problem = only_problem(scan)
-    assert "6 references with numbers (000_0.png, 000_1.png, 001_0.png, …)" in problem
-    assert "reference_dirs" in problem
+    assert "6 references named like their targets except for an ending (000_0.png, 000_1.png, 001_0.png, …)" in problem
+    assert "Put the references ending in _0 into one reference folder, those ending in _1 into another" in problem
     assert not [note for note in scan.notes if "_0.png" in note]
 
 
@@ -111,7 +113,133 @@ def test_numbered_references_beside_the_targets_are_named_once(with_references: 
         if not with_references:
             (root / "reference" / f"{key}.png").unlink()
     problem = only_problem(scan_folders(config(root)))
-    assert "6 pictures numbered like references of the targets beside them (000_0.png, 000_1.png" in problem
+    assert "6 pictures named like references of the targets beside them (000_0.png, 000_1.png, 001_0.png, …)" in problem
+    assert "Put the references ending in _0 into one reference folder, those ending in _1 into another, and" in problem
+
+
+ENDINGS = [
+    ("_start", "_end"),
+    ("_before", "_after"),
+    ("-source", "-target"),
+    (".Input", ".Output"),
+    ("_in", "_out"),
+    (" original", " edited"),
+    ("_R", "_T"),
+    ("_control", ""),
+    ("_reference1", ""),
+    ("_0", "_end"),
+]
+
+
+def with_endings(root: Path, before: str, after: str) -> None:
+    """Renames the pictures, so that they no longer have the names of their captions."""
+    texts(root / "target", "{}.txt")
+    for key in KEYS:
+        (root / "reference" / f"{key}.png").rename(root / "reference" / f"{key}{before}.png")
+        (root / "target" / f"{key}.png").rename(root / "target" / f"{key}{after}.png")
+
+
+@pytest.mark.parametrize(("before", "after"), ENDINGS)
+def test_both_pictures_of_each_pair_in_one_folder_are_named_once(before: str, after: str, root: Path) -> None:
+    with_endings(root, before, after)
+    for key in KEYS:
+        (root / "reference" / f"{key}{before}.png").rename(root / "target" / f"{key}{before}.png")
+    scan = scan_folders(config(root))
+    problem = only_problem(scan)
+    assert problem.startswith(f"{root / 'target'}: 3 pictures named like references of the targets beside them")
+    assert (
+        f"(000{before}.png, 001{before}.png, 002{before}.png). Put them into a reference folder, and remove" in problem
+    )
+    assert problem.endswith("the endings, so that target, reference and caption have the same name, such as 000.")
+    assert not scan.notes
+    one_folder = replace(config(root), reference_dirs=(str(root / "target"),))
+    same, *others = scan_folders(one_folder).problems
+    assert same.endswith(
+        "are the same folder. Put the targets into one folder and the references into another, with the same names."
+    )
+    assert others == [problem]
+
+
+@pytest.mark.parametrize(("before", "after"), [*ENDINGS, ("", "_end")])
+def test_references_named_with_another_ending_are_named_once(before: str, after: str, root: Path) -> None:
+    with_endings(root, before, after)
+    scan = scan_folders(config(root))
+    problem = only_problem(scan)
+    assert (
+        f"{root / 'reference'}: 3 references named like their targets except for an ending (000{before}.png" in problem
+    )
+    assert ". Remove the endings, so that target, reference and caption have the same name, such as 000." in problem
+    assert not scan.notes
+    for part, ending in (("reference", before), ("target", after)):  # what the message says
+        for key in KEYS:
+            (root / part / f"{key}{ending}.png").rename(root / part / f"{key}.png")
+    assert captions(scan_folders(config(root))) == EDITS
+
+
+def test_several_references_with_endings_are_named_once(root: Path) -> None:
+    with_endings(root, "_start", "_end")
+    for key in KEYS:
+        picture(root / "reference" / f"{key}_start2.png")
+    problem = only_problem(scan_folders(config(root)))
+    assert "those ending in _start2 into another, and remove the endings" in problem
+
+
+def test_names_that_only_end_like_it_are_used(root: Path) -> None:
+    for part in ("target", "reference"):
+        for key in KEYS:
+            (root / part / f"{key}.png").rename(root / part / f"{key}_zoom_in.png")
+            picture(root / part / f"{key}_zoom_out.png")
+    for way in ("in", "out"):
+        texts(root / "target", f"{{}}_zoom_{way}.txt")
+    assert captions(scan_folders(config(root))) == {
+        f"{key}_zoom_{way}": EDITS[key] for key in KEYS for way in ("in", "out")
+    }
+
+
+@pytest.mark.parametrize("place", ["target/captions", "captions", "Texts", "target/prompts", ""])
+def test_captions_in_another_folder_are_named_once(place: str, root: Path) -> None:
+    (root / place).mkdir(exist_ok=True)
+    texts(root / place, "{}.txt")
+    problem = only_problem(scan_folders(config(root)))
+    assert f"3 targets without a caption, but files in {root / place} have their names (000.txt, 001.txt" in problem
+    assert problem.endswith("move them beside the targets.")
+
+
+@pytest.mark.parametrize("name", ["{}.json", "{}.md", "{}.png.json", "{}.YAML", "{}.docx"])
+@pytest.mark.parametrize("place", ["target", "reference", "captions"])
+def test_captions_in_another_format_are_named_once(name: str, place: str, root: Path) -> None:
+    (root / place).mkdir(exist_ok=True)
+    texts(root / place, name)
+    problem = only_problem(scan_folders(config(root)))
+    where = "beside them" if place == "target" else f"in {root / place}"
+    assert f"3 targets without a caption, but files {where} have their names ({name.format('000')}, " in problem
+    assert problem.endswith("save each as text beside its target, such as 000.txt.")
+
+
+def test_targets_without_a_caption_that_others_have_are_named_themselves(root: Path) -> None:
+    texts(root / "target", "{}.json")
+    (root / "target" / "001.json").unlink()
+    first, second = scan_folders(config(root)).problems
+    assert "2 targets without a caption, but files beside them" in first
+    assert second.startswith(f"{root / 'target' / '001.png'}: no caption; looked for 001.txt next to it.")
+
+
+def test_what_is_not_used_is_told_with_the_problems(root: Path) -> None:
+    texts(root / "target", "{}.txt")
+    (root / "reference" / "001.png").rename(root / "reference" / "001.heic")
+    for number in range(5):
+        picture(root / "reference" / f"other{number}.png")
+    with pytest.raises(DatasetError) as caught:
+        pair_folders(config(root))
+    assert len(caught.value.problems) == 1
+    heic, others = caught.value.notes
+    assert heic.startswith(
+        f"{root / 'reference'}: 1 .heic file not used (001.heic), because this format is not supported"
+    )
+    assert others.endswith(
+        "5 pictures not used (other0.png, other1.png, other2.png, …), because no target has this name."
+    )
+    assert str(caught.value).partition("\nNotes:\n")[2].splitlines() == [f"  - {note}" for note in caught.value.notes]
 
 
 def test_targets_that_only_look_numbered_are_used(root: Path) -> None:

@@ -189,6 +189,36 @@ def test_a_problem_of_two_datasets_names_both(values: dict[str, Any], tmp_path: 
         check_job(load_job(job)).raise_problems()
 
 
+def test_check_and_plan_say_why_a_run_will_not_be_measured(
+    values: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(merged(values, {"validation": {"validation_resolution": "64x128"}})))
+    assert main(["check", str(job)]) == 0
+    (reason,) = [line for line in caplog.messages if "can't be compared with their targets" in line]
+    assert reason.startswith("1 of 1 validation pictures") and "a picture is 64 x 128, its target 96 x 96" in reason
+    for command in (["plan", str(job)], ["plan", str(job), "--vram", "24"]):
+        main(command)
+        assert reason in capsys.readouterr().out
+    caplog.clear()
+    assert main(["train", str(job)]) == 0
+    assert caplog.messages.count(reason) == 1, "before encoding; not again when the training starts"
+
+
+@pytest.mark.parametrize("changes", [{}, of_two_parts()])
+def test_problems_come_with_the_files_that_are_not_used(
+    changes: dict[str, Any], values: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_a_reference(tmp_path, values)
+    (tmp_path / "pairs" / "reference_1" / "002.heic").write_bytes(b"x")
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps(merged(values, changes)))
+    for command in ("check", "plan", "encode", "train"):
+        code, said = said_by(command, job, caplog)
+        assert code == 1 and said.count("1 .heic file not used (002.heic), because") == (2 if changes else 1)
+
+
 def test_a_good_job_is_not_refused_and_check_writes_no_entry(values: dict[str, Any], tmp_path: Path) -> None:
     job = tmp_path / "job.json"
     job.write_text(json.dumps(values))

@@ -46,5 +46,7 @@ def contents(root: Path) -> dict[str, tuple[bytes, int]]:
 def problems_of(settings: DatasetConfig) -> list[str]:
     with pytest.raises(DatasetError) as caught:
         pair_folders(settings)
-    assert str(caught.value).count("\n") == len(caught.value.problems), "each problem must be one line"
+    listed, _, notes = str(caught.value).partition("\nNotes:")
+    assert listed.count("\n") == len(caught.value.problems), "each problem must be one line"
+    assert notes.count("\n") == len(caught.value.notes), "each note must be one line"
     return list(caught.value.problems)

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..config import DatasetConfig
 from ..config.dataset import CAPTION_TABLES
@@ -20,6 +20,7 @@ from ..written_path import written_path
 from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES
 
 Row = Mapping[str, Any]
+CaptionTable: TypeAlias = dict[str, tuple[str, ...]]  # captions by the key of their target, in row order
 _MAX_ROW_BYTES, _MAX_TABLE_BYTES = 1 << 20, 1 << 26  # of JSON; of the two columns of a Parquet file
 _MAX_COLUMNS_SHOWN = 20
 _JSON: dict[str, Any] = {"finite": False, "error": DatasetError}
@@ -36,8 +37,8 @@ def table_path(config: DatasetConfig) -> Path | None:
     return written_path(config.captions.caption_file, Path(config.target_dir))
 
 
-def read_caption_table(config: DatasetConfig) -> dict[str, tuple[str, ...]]:
-    """Captions by key (path below target_dir without extension, Unicode NFC), in row order.
+def read_caption_table(config: DatasetConfig) -> CaptionTable:
+    """The captions of the table that the caption strategy uses; empty if it uses none.
 
     Raises:
         DatasetError: the table or one of its columns is missing, or the table can't be read; names the row.

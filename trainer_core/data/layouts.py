@@ -7,20 +7,31 @@ the folder before them by `rows_by_target`.
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from os.path import relpath
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import DatasetConfig
 from ..errors import ConfigError
 from ..json_text import parse_json, read_json
 from ..text import counted, printable, shown, some_of
-from .folders import Folder
+from .caption_table import CaptionTable, key_of
+from .folders import CAPTION_SUFFIXES, Folder, scan_folder
 
-_NUMBERED = re.compile(r"(?P<target>.+)_(?P<number>[0-9])")  # references of musubi-tuner: 000_0.png, 000_1.png
+# How names of references and targets end: 000_0 and 000_1 (musubi-tuner), 000_start, 000_start2 and 000_end (fal), and
+# the like.
+_BEFORE = re.compile(
+    "(_[0-9]|[-_ .](start|before|source|src|input|in|original|orig|reference|ref|control|cond|r)[-_ .]?[0-9]?)$",
+    re.IGNORECASE,
+)
+_AFTER = re.compile("[-_ .](end|after|target|output|out|edited|edit|result|t)$", re.IGNORECASE)
+_CAPTION_FOLDERS = ("caption", "captions", "text", "texts", "txt", "prompt", "prompts", "instruction", "instructions")
+_TEXT_SUFFIXES = frozenset(
+    {".json", ".md", ".text", ".prompt", ".tags", ".yaml", ".yml", ".rtf", ".doc", ".docx", ".odt", ".html"}
+)
 _TABLES = ("metadata.csv", "metadata.jsonl", "metadata.json", "captions.csv", "captions.jsonl", "captions.json")
 _FILE_COLUMNS = (
     "file_name",
@@ -42,10 +53,12 @@ class Layout:
     """What is laid out differently.
 
     `problems` has one line for each kind of difference. `no_reference` (folder, key) and `no_caption` (key) are the
-    references and captions that are missing because of it, so that they need no lines of their own.
+    references and captions that are missing because of it, so that they need no lines of their own. `notes` say what is
+    read all the same.
     """
 
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     no_reference: set[tuple[Path, str]] = field(default_factory=set)
     no_caption: set[str] = field(default_factory=set)
 
@@ -53,74 +66,152 @@ class Layout:
 def recognise(target: Folder, references: Sequence[Folder], config: DatasetConfig) -> Layout:
     """What another trainer's layout explains. Takes references out of the targets."""
     layout = Layout()
-    _numbered_beside_targets(target, references, config, layout)
+    _references_beside_targets(target, references, config, layout)
     for folder in references:
-        _numbered_references(target, folder, layout)
+        _references_with_endings(target, folder, layout)
     if config.caption_strategy == "textfile":
-        _captions_beside_references(target, references, layout)
+        _captions_elsewhere(target, references, layout)
         _table_instead_of_texts(target, layout)
     return layout
 
 
-def _numbered_beside_targets(
+class _Partner(NamedTuple):
+    """The keys of a reference and a target that are named alike except for endings, and the reference's ending."""
+
+    key: str
+    target: str
+    ending: str
+
+
+def _partners(keys: Iterable[str], target: Folder) -> list[_Partner]:
+    """The keys that end like a reference of a target: 000_0 or 000_start for 000 or 000_end."""
+    by_name = {_AFTER.sub("", key): key for key in target.pictures} | {key: key for key in target.pictures}
+    found = ((key, _BEFORE.search(key)) for key in sorted(keys))
+    named = ((key, key[: ending.start()], ending[0]) for key, ending in found if ending)
+    return [_Partner(key, by_name[name], ending) for key, name, ending in named if name in by_name]
+
+
+def _references_beside_targets(
     target: Folder, references: Sequence[Folder], config: DatasetConfig, layout: Layout
 ) -> None:
-    """000_0.png and 000_1.png beside the target 000.png, with neither a caption nor references of their own."""
+    """000_0.png beside the target 000.png, or 000_start.png beside 000_end.png.
+
+    Such a picture has neither a caption nor references of its own.
+    """
     if config.references_optional and config.caption_strategy != "textfile":
         return  # they may be targets without references
-    beside = [
-        key
-        for key, bare in _numbered(target.pictures)
-        if bare in target.pictures
-        and key not in target.texts
-        and not any(key in folder.pictures for folder in references)
-    ]
-    if not beside:
-        return
-    names = [target.pictures.pop(key).relative_to(target.root).as_posix() for key in beside]
-    for _, bare in _numbered(beside):
-        layout.no_reference |= {(folder.root, bare) for folder in references}
-    layout.problems.append(
-        f"{shown(target.root)}: {counted(len(names), 'picture')} numbered like references of the targets beside "
-        f"them ({some_of(names)}). Move them to reference folders, those ending in _0 to one folder and those ending "
-        "in _1 to the next, and name each like its target."
-    )
-
-
-def _numbered_references(target: Folder, folder: Folder, layout: Layout) -> None:
-    """000_0.png and 000_1.png in a reference folder, for the target 000.png."""
     found = [
-        (key, bare)
-        for key, bare in _numbered(folder.pictures)
-        if bare in target.pictures and bare not in folder.pictures and key not in target.pictures
+        each
+        for each in _partners(target.pictures, target)
+        if each.key not in target.texts and not any(each.key in folder.pictures for folder in references)
     ]
     if not found:
         return
-    names = [folder.pictures.pop(key).relative_to(folder.root).as_posix() for key, _ in found]
-    layout.no_reference |= {(folder.root, bare) for _, bare in found}
+    names = [target.pictures.pop(each.key).relative_to(target.root).as_posix() for each in found]
+    _explain(found, target, references, layout)
+    endings = _endings_of(found)
+    place = "Put them into a reference folder" if len(endings) == 1 else _folders_for(endings)
     layout.problems.append(
-        f"{shown(folder.root)}: {counted(len(names), 'reference')} with numbers ({some_of(names)}), but a reference "
-        "folder holds one reference per target. Put those ending in _0 into one folder and those ending in _1 into "
-        "the next, name each like its target, and list the folders in reference_dirs."
+        f"{shown(target.root)}: {counted(len(names), 'picture')} named like references of the targets beside them "
+        f"({some_of(names)}). {place}, and {_without_endings(found)}"
     )
 
 
-def _numbered(keys: Iterable[str]) -> list[tuple[str, str]]:
-    """The keys that end in a number, and each without it."""
-    return [(key, found["target"]) for key in sorted(keys) if (found := _NUMBERED.fullmatch(key))]
+def _references_with_endings(target: Folder, folder: Folder, layout: Layout) -> None:
+    """000_0 or 000_start in a reference folder for the target 000 or 000_end, or 000 for the target 000_end."""
+    bare = {_AFTER.sub("", key): key for key in target.pictures if _AFTER.search(key)}
+    found = _partners(folder.pictures.keys() - target.pictures.keys(), target)
+    found += [_Partner(key, bare[key], "") for key in sorted(folder.pictures.keys() & bare.keys())]
+    found = [each for each in found if each.key not in target.pictures and each.target not in folder.pictures]
+    if not found:
+        return
+    names = [folder.pictures.pop(each.key).relative_to(folder.root).as_posix() for each in found]
+    _explain(found, target, [folder], layout)
+    endings, without = _endings_of(found), _without_endings(found)
+    advice = f"{without[0].upper()}{without[1:]}" if len(endings) == 1 else f"{_folders_for(endings)}, and {without}"
+    layout.problems.append(
+        f"{shown(folder.root)}: {counted(len(names), 'reference')} named like their targets except for an ending "
+        f"({some_of(names)}). {advice}"
+    )
 
 
-def _captions_beside_references(target: Folder, references: Sequence[Folder], layout: Layout) -> None:
-    for folder in references:
-        keys = [key for key in sorted(_without_caption(target, layout)) if key in folder.texts]
-        if keys:
-            names = [folder.texts[key].relative_to(folder.root).as_posix() for key in keys]
-            layout.no_caption.update(keys)
-            layout.problems.append(
-                f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption, but {shown(folder.root)} has "
-                f"texts with these names ({some_of(names)}). If these are the edit instructions, move them beside the "
-                "targets."
-            )
+def _explain(found: Sequence[_Partner], target: Folder, references: Sequence[Folder], layout: Layout) -> None:
+    """Note what these targets lack because of the names: references, and captions that are named without the ending."""
+    for each in found:
+        layout.no_reference |= {(folder.root, each.target) for folder in references}
+        bare = _AFTER.sub("", each.target)
+        if each.target not in target.texts and bare in target.texts:
+            layout.no_caption.add(each.target)
+            del target.texts[bare]
+
+
+def _endings_of(found: Iterable[_Partner]) -> list[str]:
+    return sorted({each.ending for each in found})
+
+
+def _folders_for(endings: Sequence[str]) -> str:
+    first, *others = map(shown, endings)
+    places = "".join(f", those ending in {ending} into another" for ending in others)
+    return f"Put the references ending in {first} into one reference folder{places}"
+
+
+def _without_endings(found: Sequence[_Partner]) -> str:
+    name = _AFTER.sub("", found[0].target)
+    return f"remove the endings, so that target, reference and caption have the same name, such as {shown(name)}."
+
+
+def _captions_elsewhere(target: Folder, references: Sequence[Folder], layout: Layout) -> None:
+    """Captions in another folder or another format, such as captions/000.txt or 000.json."""
+    beside = {key: path for key, path in _text_files(target) if path.suffix.lower() not in CAPTION_SUFFIXES}
+    places = [("beside them", beside)]
+    places += [(f"in {shown(folder.root)}", dict(_text_files(folder))) for folder in references]
+    if _without_caption(target, layout):
+        places += [(f"in {shown(root)}", files) for root, files in _caption_folders(target)]
+    for place, files in places:
+        keys = sorted(_without_caption(target, layout) & files.keys())
+        if not keys:
+            continue
+        names = [files[key].name for key in keys]
+        plain = all(files[key].suffix.lower() in CAPTION_SUFFIXES for key in keys)
+        move = (
+            "move them beside the targets" if plain else f"save each as text beside its target, such as {keys[0]}.txt"
+        )
+        layout.no_caption.update(keys)
+        layout.problems.append(
+            f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption, but files {place} have their "
+            f"names ({some_of(names)}). If these are the edit instructions, {move}."
+        )
+
+
+def _text_files(folder: Folder) -> Iterator[tuple[str, Path]]:
+    """Files that may hold captions, by the key of the picture that they are named after."""
+    yield from folder.texts.items()
+    for path in folder.others:
+        if path.suffix.lower() in _TEXT_SUFFIXES:
+            yield key_of(path.relative_to(folder.root).with_suffix("").as_posix()), path
+
+
+def _caption_folders(target: Folder) -> Iterator[tuple[Path, dict[str, Path]]]:
+    """Folders with text files that may hold captions, below and beside the target folder, and the folder above it."""
+    below: dict[str, Path] = {}
+    for key, path in _text_files(target):
+        bare = "/".join(part for part in key.split("/") if part.lower() not in _CAPTION_FOLDERS)
+        if bare != key:
+            below[bare] = path
+    if below:
+        yield next(iter(below.values())).parent, below
+    above = target.root.parent
+    try:
+        with os.scandir(above) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+            folders = [Path(each) for each in entries if each.is_dir(follow_symlinks=False)]
+            files = [Path(each) for each in entries if each.is_file(follow_symlinks=False)]
+    except OSError:  # the folder above may be closed to us
+        return
+    for folder in folders:
+        if folder.name.lower() in _CAPTION_FOLDERS and folder.name != target.root.name:
+            yield folder, dict(_text_files(scan_folder(folder)))
+    yield above, {key_of(path.stem): path for path in files if path.suffix.lower() in CAPTION_SUFFIXES | _TEXT_SUFFIXES}
 
 
 def _table_instead_of_texts(target: Folder, layout: Layout) -> None:
@@ -131,11 +222,11 @@ def _table_instead_of_texts(target: Folder, layout: Layout) -> None:
     for path, (file_column, caption_column) in found:
         layout.no_caption.update(keys)
         strategy = "csv" if path.suffix == ".csv" else "jsonl"
+        file = printable(Path(os.path.relpath(path, target.root)).as_posix())
         layout.problems.append(
             f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption, but {shown(path)} looks like a "
-            f"table of captions. To use it, set caption_strategy to {strategy}, caption_file to "
-            f"{printable(Path(relpath(path, target.root)).as_posix())!r}, filename_column to {file_column!r} and "
-            f"caption_column to {caption_column!r}."
+            f"table of captions. To use it, set caption_strategy to {strategy}, caption_file to {file!r}, "
+            f"filename_column to {file_column!r} and caption_column to {caption_column!r}."
         )
         return
 
@@ -168,28 +259,37 @@ def _first_row(path: Path) -> Any:
     return parse_json(line, path.name, finite=False, error=ConfigError)
 
 
-def rows_by_target(
-    rows: dict[str, tuple[str, ...]], target: Folder, config: DatasetConfig
-) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """The rows of a caption table by target, and notes.
+def rows_by_target(rows: CaptionTable, target: Folder, config: DatasetConfig, layout: Layout) -> CaptionTable:
+    """The rows of a caption table by target. Adds problems and notes about rows that name their target otherwise.
 
     A row may name its file with the folder before it (target/000.png, also as an absolute path) if all such rows have
     the same beginning.
     """
-    elsewhere = [key for key in rows if key not in target.pictures]
-    parts = {key: tuple(_below(key, target)) for key in elsewhere}
+    file = shown(config.captions.caption_file)
+    parts = {key: tuple(_below(key, target)) for key in rows if key not in target.pictures}
     beginnings = {begin for found in parts.values() for begin, _ in found}
-    if len(beginnings) != 1:
-        return rows, []
-    moved = {key: found[0][1] for key, found in parts.items() if found and found[0][1] not in rows}
-    if not moved:
-        return rows, []
-    begin = next(iter(beginnings))
-    note = (
-        f"{shown(config.captions.caption_file)}: rows that name their target with the folder before it: {len(moved)}. "
-        f"The folder ({shown(begin)}) is ignored."
-    )
-    return {moved.get(key, key): captions for key, captions in rows.items()}, [note]
+    moved: dict[str, str] = {}
+    if len(beginnings) == 1:
+        moved = {key: found[0][1] for key, found in parts.items() if found and found[0][1] not in rows}
+    if moved:
+        layout.notes.append(
+            f"{file}: rows that name their target with the folder before it: {len(moved)}. The folder "
+            f"({shown(beginnings.pop())}) is ignored."
+        )
+    rows = {moved.get(key, key): captions for key, captions in rows.items()}
+    missing = target.pictures.keys() - rows.keys()
+    elsewhere = {rest: row for row in rows for rest in _endings(row) if rest in missing}
+    if elsewhere:
+        layout.no_caption.update(elsewhere)
+        layout.problems.append(
+            f"{file}: rows that name their target in another folder: {len(elsewhere)} "
+            f"({some_of(sorted(elsewhere.values()))}). Write the path below the target folder instead, such as "
+            f"{shown(min(elsewhere))}."
+        )
+    unused = [row for row in rows if row not in target.pictures]
+    if unused:
+        layout.notes.append(f"Rows of {file} without a target, not used: {len(unused)} ({some_of(unused)}).")
+    return rows
 
 
 def _below(key: str, target: Folder) -> Iterator[tuple[str, str]]:
@@ -199,19 +299,6 @@ def _below(key: str, target: Folder) -> Iterator[tuple[str, str]]:
         rest = "/".join(parts[place:])
         if part == target.root.name and rest in target.pictures:
             yield "/".join(parts[:place]), rest
-
-
-def rows_of_other_folders(rows: Iterable[str], target: Folder, config: DatasetConfig, layout: Layout) -> None:
-    """Name the rows whose file has the name of a target without a row, but is below another folder."""
-    missing = target.pictures.keys() - set(rows)
-    found = {rest: row for row in rows for rest in _endings(row) if rest in missing}
-    if found:
-        layout.no_caption.update(found)
-        layout.problems.append(
-            f"{shown(config.captions.caption_file)}: rows that name their target in another folder: {len(found)} "
-            f"({some_of(sorted(found.values()))}). Write the path below the target folder instead, such as "
-            f"{shown(min(found))}."
-        )
 
 
 def _endings(row: str) -> Iterator[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +14,13 @@ from ..errors import DatasetError
 from ..events import SILENT, Observer, watched
 from ..geometry import Size, same_shape
 from ..text import counted, printable, shown, some_of
-from .caption_table import read_caption_table, table_path
+from .caption_table import CaptionTable, read_caption_table, table_path
 from .captions import captions_of
 from .checking import Checked, CheckedPictures, check_pictures
 from .folders import FileState, Folder, file_states, scan_folder, take_out_masks
 from .images import accepts_cut_pictures
 from .kept import kept_file
-from .layouts import Layout, recognise, rows_by_target, rows_of_other_folders
+from .layouts import Layout, recognise, rows_by_target
 from .masks import PairMask, mask_problem
 from .picture_notes import picture_notes, profile_note
 
@@ -79,7 +79,7 @@ def pair_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     pictures whose files have changed.
 
     Raises:
-        DatasetError: the folders have problems; lists all of them, one per line.
+        DatasetError: the folders have problems; lists all of them, and the notes, such as which files are not used.
         DiskError: a name is too long, or the disk fails.
         Interrupted: the observer asked to stop.
     """
@@ -91,6 +91,7 @@ def pair_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
             f"{counted(len(scan.dataset.pairs), 'good pair')}. Nothing was changed. Fix the problems below and run "
             "again:",
             scan.problems,
+            scan.notes,
         )
     return scan.dataset
 
@@ -101,48 +102,101 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     Raises:
         Interrupted: the observer asked to stop.
     """
-    roots = [Path(config.target_dir), *map(Path, config.reference_dirs)]
-    problems = _clashes([*roots, *_mask_roots(config)], with_masks=bool(config.mask_dir))
-    if problems:
-        return FolderScan(_dataset([], roots, ()), tuple(problems), ())
-    table_file = table_path(config)
-    target, *others = folders = [
-        scan_folder(root, table=table_file, observer=observer) for root in [*roots, *_mask_roots(config)]
-    ]
-    problems = [problem for folder in folders for problem in folder.problems] + take_out_masks(target, others)
-    layout = recognise(target, others[: len(config.reference_dirs)], config)
-    table, table_problems = _caption_table(config)
-    table, table_notes = (None, []) if table is None else rows_by_target(table, target, config)
-    rows_of_other_folders(table or (), target, config, layout)
-    problems += layout.problems + table_problems
-    notes = [note for folder in folders for note in folder.notes] + _leftovers(target, others) + table_notes
+    if clashes := _clashes(config, observer):
+        return FolderScan(_dataset([], config, ()), tuple(clashes), ())
+    folders = _Folders.scanned(config, observer)
+    target = folders.target
+    problems = [problem for folder in folders.every for problem in folder.problems]
+    problems += take_out_masks(target, folders.others)
+    layout = recognise(target, folders.references, config)
+    table = _caption_table(target, config, layout)
+    problems += layout.problems
     if not target.pictures and not target.problems:
         problems.append(
             f"{shown(target.root)}: this target folder has no pictures. Put the edited pictures there or "
             "correct target_dir."
         )
-    used = [folder.pictures[key] for key in target.pictures for folder in folders if key in folder.pictures]
-    masks = set(others[-1].pictures.values()) if config.mask_dir else set()
-    memory = checked_dir and kept_file(checked_dir, (folder.root for folder in folders))
-    checked = check_pictures(used, observer, masks=masks, memory=memory)
+    checked = folders.checked_pictures(observer, checked_dir)
+    pairs: list[EditPair] = []
+    for key in watched(sorted(target.pictures), observer):
+        captions, uncaptioned = _captions(key, target, table, config, layout)
+        pair, found = _pair(key, captions, folders, checked, config, layout)
+        problems += found + uncaptioned
+        pairs += [] if pair is None else [pair]
+    notes = (*folders.notes(config), *layout.notes, *_notes_on_pictures(checked, pairs, config))
+    return FolderScan(_dataset(pairs, config, notes), tuple(problems), notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Folders:
+    """The files of a dataset's folders. `masks` is None if it has no masks."""
+
+    target: Folder
+    references: tuple[Folder, ...]
+    masks: Folder | None
+
+    @staticmethod
+    def scanned(config: DatasetConfig, observer: Observer) -> _Folders:
+        table = table_path(config)
+
+        def scan(root: str) -> Folder:
+            return scan_folder(Path(root), table=table, observer=observer)
+
+        references = tuple(map(scan, config.reference_dirs))
+        return _Folders(scan(config.target_dir), references, scan(config.mask_dir) if config.mask_dir else None)
+
+    @property
+    def others(self) -> tuple[Folder, ...]:
+        """The folders of references and masks."""
+        return self.references if self.masks is None else (*self.references, self.masks)
+
+    @property
+    def every(self) -> tuple[Folder, ...]:
+        return self.target, *self.others
+
+    def pictures_of(self, key: str) -> list[Path]:
+        """Target, references and mask with this key, without those that it lacks."""
+        return [folder.pictures[key] for folder in self.every if key in folder.pictures]
+
+    def checked_pictures(self, observer: Observer, checked_dir: Path | None) -> CheckedPictures:
+        """The results of decoding all pictures that a target uses."""
+        used = [path for key in self.target.pictures for path in self.pictures_of(key)]
+        masks = set() if self.masks is None else set(self.masks.pictures.values())
+        memory = checked_dir and kept_file(checked_dir, (folder.root for folder in self.every))
+        return check_pictures(used, observer, masks=masks, memory=memory)
+
+    def notes(self, config: DatasetConfig) -> Iterator[str]:
+        """Which files are not used, and which targets lack an optional reference."""
+        for folder in self.every:
+            yield from folder.notes
+        for folder in self.others:
+            unused = [path for key, path in folder.pictures.items() if key not in self.target.pictures]
+            yield from _unused(folder, unused, "picture", "no target has this name")
+            beside = f"captions are read beside the targets, in {shown(self.target.root)}"
+            yield from _unused(folder, list(folder.texts.values()), "text", beside)
+        unnamed = [path for key, path in self.target.texts.items() if key not in self.target.pictures]
+        yield from _unused(self.target, unnamed, "text", "no target has this name")
+        for folder in self.references if config.references_optional else ():
+            keys = [key for key in sorted(self.target.pictures) if key not in folder.pictures]
+            if keys:
+                yield f"Targets without a reference in {shown(folder.root)}: {len(keys)} ({some_of(keys)})."
+
+
+def _unused(folder: Folder, files: Sequence[Path], kind: str, why: str) -> Iterator[str]:
+    if files:
+        names = some_of([path.relative_to(folder.root).as_posix() for path in files])
+        yield f"{shown(folder.root)}: {counted(len(files), kind)} not used ({names}), because {why}."
+
+
+def _notes_on_pictures(checked: CheckedPictures, pairs: Sequence[EditPair], config: DatasetConfig) -> Iterator[str]:
     if accepts_cut_pictures():
-        notes.append(
+        yield (
             "Another extension set PIL.ImageFile.LOAD_TRUNCATED_IMAGES, so truncated pictures are read with grey areas "
             "and not reported. Disable that extension to find them."
         )
-    notes += _without_reference(folders, config)
-    notes += _unused_rows(table, target, config)
-    pairs = []
-    for key in watched(sorted(target.pictures), observer):
-        listed = None if table is None or key in layout.no_caption else table.get(key, ())
-        pair, found = _pair(key, folders, checked, config, listed, layout)
-        problems += found
-        if pair is not None:
-            pairs.append(pair)
     readable = {path: result for path, result in checked.items() if isinstance(result, Checked)}
-    notes += picture_notes(readable, config.color_profiles)
-    notes += profile_note({pair.key: [readable[path] for path in (pair.target, *pair.references)] for pair in pairs})
-    return FolderScan(_dataset(pairs, roots, tuple(notes)), tuple(problems), tuple(notes))
+    yield from picture_notes(readable, config.color_profiles)
+    yield from profile_note({pair.key: [readable[path] for path in (pair.target, *pair.references)] for pair in pairs})
 
 
 def folder_state(config: DatasetConfig) -> str:
@@ -158,10 +212,10 @@ def folder_state(config: DatasetConfig) -> str:
 
 
 def _folder_state(config: DatasetConfig) -> str:
-    roots = [config.target_dir, *config.reference_dirs, *map(str, _mask_roots(config))]
+    roots = _named_roots(config).values()
     table = table_path(config)
     rows = (table.stat().st_size, table.stat().st_mtime_ns) if table is not None and table.is_file() else ()
-    return digest([to_json(config), rows, [sorted(map(_printable, file_states(Path(root)))) for root in roots]])
+    return digest([to_json(config), rows, [sorted(map(_printable, file_states(root))) for root in roots]])
 
 
 def dataset_states(dataset: EditDataset) -> dict[str, FileState]:
@@ -175,129 +229,101 @@ def _printable(state: tuple[str, int, int]) -> tuple[str, int, int]:
     return (printable(state[0]), *state[1:])
 
 
-def _caption_table(config: DatasetConfig) -> tuple[dict[str, tuple[str, ...]] | None, list[str]]:
-    """The caption table and no problems, or None and the problem. Empty if the strategy uses no table."""
+def _caption_table(target: Folder, config: DatasetConfig, layout: Layout) -> CaptionTable:
+    """The caption table; empty if the strategy uses none. If it can't be read, no target needs a problem of its own."""
     try:
-        return read_caption_table(config), []
+        return rows_by_target(read_caption_table(config), target, config, layout)
     except DatasetError as error:
-        return None, [str(error)]
+        layout.problems.append(str(error))
+        layout.no_caption.update(target.pictures)
+        return {}
 
 
-def _unused_rows(table: dict[str, tuple[str, ...]] | None, target: Folder, config: DatasetConfig) -> list[str]:
-    unused = [key for key in table or () if key not in target.pictures]
-    if not unused:
-        return []
-    return [
-        f"Rows of {shown(config.captions.caption_file)} without a target, not used: {len(unused)} ({some_of(unused)})."
-    ]
+def _named_roots(config: DatasetConfig) -> dict[str, Path]:
+    """The folders by the name of their setting."""
+    references = {f"reference_dirs[{number}]": root for number, root in enumerate(config.reference_dirs)}
+    roots = {"target_dir": config.target_dir, **references, "mask_dir": config.mask_dir}
+    return {name: Path(root) for name, root in roots.items() if root}
 
 
-def _mask_roots(config: DatasetConfig) -> list[Path]:
-    return [Path(config.mask_dir)] if config.mask_dir else []
-
-
-def _clashes(roots: list[Path], *, with_masks: bool) -> list[str]:
+def _clashes(config: DatasetConfig, observer: Observer) -> list[str]:
     """Folders that are equal or nested. One picture would then be, for example, both target and reference."""
-    names = ["target_dir", *(f"reference_dirs[{index}]" for index in range(len(roots) - 1))]
-    if with_masks:
-        names[-1] = "mask_dir"
-    resolved = [root.resolve() for root in roots]
-    problems = []
-    for later in range(1, len(roots)):
-        for earlier in range(later):
-            pair = f"{names[earlier]} ({shown(roots[earlier])}) and {names[later]} ({shown(roots[later])})"
-            if resolved[earlier] == resolved[later]:
-                problems.append(f"{pair} are the same folder. Use a different folder for each.")
-            elif resolved[earlier].is_relative_to(resolved[later]) or resolved[later].is_relative_to(resolved[earlier]):
-                problems.append(f"{pair} are nested. Move one out of the other.")
+    problems: list[str] = []
+    one_folder = False  # for targets and references
+    for (name, root), (other_name, other) in combinations(_named_roots(config).items(), 2):
+        both = f"{name} ({shown(root)}) and {other_name} ({shown(other)})"
+        one, two = root.resolve(), other.resolve()
+        if one == two and name == "target_dir" and other_name != "mask_dir":
+            one_folder = True
+            problems.append(
+                f"{both} are the same folder. Put the targets into one folder and the references into another, with "
+                "the same names."
+            )
+        elif one == two:
+            problems.append(f"{both} are the same folder. Use a different folder for each.")
+        elif one.is_relative_to(two) or two.is_relative_to(one):
+            problems.append(f"{both} are nested. Move one out of the other.")
+    if one_folder:
+        target = scan_folder(Path(config.target_dir), observer=observer)
+        problems += target.problems + recognise(target, (), config).problems
     return problems
 
 
-def _leftovers(target: Folder, others: list[Folder]) -> list[str]:
-    """Notes on references, masks and texts that belong to no target and are not used."""
-    files = chain(*(folder.pictures.items() for folder in others), target.texts.items())
-    unused = [path for key, path in files if key not in target.pictures]
-    notes = [f"{shown(path)}: not used, because no target has this name." for path in unused]
-    for folder in others:
-        if texts := [path.relative_to(folder.root).as_posix() for path in folder.texts.values()]:
-            notes.append(
-                f"{shown(folder.root)}: {counted(len(texts), '.txt file')} not used "
-                f"({some_of(texts)}), because captions are read beside the targets, in {shown(target.root)}."
-            )
-    return notes
+def _captions(
+    key: str, target: Folder, table: CaptionTable, config: DatasetConfig, layout: Layout
+) -> tuple[tuple[str, ...], list[str]]:
+    """The captions of a target and no problem, or no captions and what is wrong, unless `layout` says so already."""
+    if key in layout.no_caption:
+        return (), []
+    try:
+        return captions_of(target.pictures[key], target.texts.get(key), config, table.get(key, ())), []
+    except DatasetError as error:
+        return (), [str(error)]
 
 
 def _pair(
     key: str,
-    folders: list[Folder],
+    captions: tuple[str, ...],
+    folders: _Folders,
     checked: CheckedPictures,
     config: DatasetConfig,
-    listed: tuple[str, ...] | None,
     layout: Layout,
 ) -> tuple[EditPair | None, list[str]]:
-    """The pair with this key, or its problems.
-
-    `listed` holds the captions of the table. None: it has none, and another problem says why.
-    """
-    target, *others = folders
-    path = target.pictures[key]
+    """The pair with this key and no problems, or None and the problems of its pictures. None also without captions."""
+    needed = folders.others if not config.references_optional else filter(None, [folders.masks])
+    lacking = [folder for folder in needed if key not in folder.pictures]
+    paths = folders.pictures_of(key)
     problems = [
-        f"{shown(path)}: no {_part(folder, config)} in {shown(folder.root)}; looked for {shown(key)} with a "
-        f"picture extension{folder.almost(key)}."
-        for folder in others
-        if key not in folder.pictures and folder.root.is_dir() and not _may_lack(folder, config)
-        if (folder.root, key) not in layout.no_reference
+        f"{shown(paths[0])}: no {'mask' if folder is folders.masks else 'reference'} in {shown(folder.root)}; "
+        f"looked for {shown(key)} with a picture extension{folder.almost(key)}."
+        for folder in lacking
+        if (folder.root, key) not in layout.no_reference and folder.root.is_dir()
     ]
-    paths = [folder.pictures[key] for folder in folders if key in folder.pictures]
-    problems += [str(result) for result in (checked[path] for path in paths) if isinstance(result, DatasetError)]
-    captions: tuple[str, ...] = ()
-    try:
-        captions = () if listed is None else captions_of(path, target.texts.get(key), config, listed)
-    except DatasetError as error:
-        problems.append(str(error))
-    results = [result for result in (checked[path] for path in paths) if isinstance(result, Checked)]
-    lacking = any(key not in folder.pictures and not _may_lack(folder, config) for folder in folders)
+    problems += [str(result) for path in paths if isinstance(result := checked[path], DatasetError)]
+    results = [result for path in paths if isinstance(result := checked[path], Checked)]
     if lacking or len(results) < len(paths):
         return None, problems
     mask = None
-    if config.mask_dir:
+    if folders.masks is not None:
         found = results.pop()
         mask = PairMask(paths.pop(), found.content(config.color_profiles), found.size)
         problems += filter(None, [mask_problem(mask, results[0].size, found.brightest)])
     digests = tuple(each.content(config.color_profiles) for each in results)
     sizes = tuple(each.size for each in results)
-    kinds = reference_types(config, [key in folder.pictures for folder in others[: len(config.reference_dirs)]])
+    kinds = reference_types(config, [key in folder.pictures for folder in folders.references])
     problems += shape_problems(paths, sizes, kinds)
     if problems or not captions:
         return None, problems
-    return EditPair(key, path, tuple(paths[1:]), captions, digests, sizes, mask, kinds), []
+    return EditPair(key, paths[0], tuple(paths[1:]), captions, digests, sizes, mask, kinds), []
 
 
-def _part(folder: Folder, config: DatasetConfig) -> str:
-    return "mask" if config.mask_dir and folder.root == Path(config.mask_dir) else "reference"
-
-
-def _may_lack(folder: Folder, config: DatasetConfig) -> bool:
-    return config.references_optional and _part(folder, config) == "reference"
-
-
-def _without_reference(folders: list[Folder], config: DatasetConfig) -> list[str]:
-    """How many references each optional folder lacks, so that a misspelt name or extension does not go unnoticed."""
-    target, *others = folders
-    notes = []
-    for folder in others:
-        keys = [key for key in sorted(target.pictures) if key not in folder.pictures]
-        if keys and _may_lack(folder, config):
-            notes.append(f"Targets without a reference in {shown(folder.root)}: {len(keys)} ({some_of(keys)}).")
-    return notes
-
-
-def _dataset(pairs: list[EditPair], roots: list[Path], notes: tuple[str, ...]) -> EditDataset:
+def _dataset(pairs: list[EditPair], config: DatasetConfig, notes: tuple[str, ...]) -> EditDataset:
     masks = {pair.key: pair.mask.digest for pair in pairs if pair.mask is not None}
     kinds = {pair.key: pair.conditioning_types for pair in pairs if pair.conditioning_types}
     content: list[object] = [[pair.key, pair.digests, pair.captions] for pair in pairs]
     fingerprint = digest([*content, *filter(None, (masks, kinds))])
-    return EditDataset(tuple(pairs), fingerprint, roots[0], tuple(roots[1:]), notes)
+    references = tuple(map(Path, config.reference_dirs))
+    return EditDataset(tuple(pairs), fingerprint, Path(config.target_dir), references, notes)
 
 
 def reference_types(config: DatasetConfig, present: Sequence[bool]) -> tuple[ConditioningType, ...]:

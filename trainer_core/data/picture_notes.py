@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config.dataset import ColorProfiles
-from ..text import shown, some_of
+from ..text import some_of
 from .checking import Checked
 
 
@@ -23,8 +23,6 @@ def picture_notes(checked: Mapping[Path, Checked], color_profiles: ColorProfiles
     """One note for each thing that is done to pictures, with their number and the first names."""
     files: dict[_Remark, list[str]] = defaultdict(list)
     for path, picture in checked.items():
-        if picture.animated:
-            yield f"{shown(path)}: the picture has several frames; only the first is used."
         for remark in _remarks(picture, color_profiles):
             files[remark].append(f"{path.parent.name}/{path.name}")
     for remark, names in files.items():
@@ -42,6 +40,8 @@ def profile_note(pictures: Mapping[str, Sequence[Checked]]) -> Iterator[str]:
 
 
 def _remarks(picture: Checked, color_profiles: ColorProfiles) -> Iterator[_Remark]:
+    if picture.animated:
+        yield _Remark("Pictures with several frames", "Only the first frame is used.")
     if picture.mask == "hole":
         yield _Remark("Masks read from their transparency", "Transparent parts count, as in ComfyUI's mask editor.")
     elif picture.mask == "paint":

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapters.plan import AdapterPlan, plan_adapter
 from ..conditioning.batches import check_empty_captions
 from ..conditioning.encoded import EncodedDataset, check_alike, load_encoded
-from ..config import TrainConfig
+from ..config import TrainConfig, ValidationConfig
 from ..device import pick_device
 from ..errors import ConfigError, DatasetError, Problems
 from ..memory.placement import blocks_on_host, check_compiler
@@ -19,6 +19,7 @@ from ..qwen_image.base_model import BaseModel
 from ..qwen_image.vae import check_vae
 from ..runs.metrics import check_tensorboard
 from ..training.optimizer import optimizer_builder
+from ..training.validation_pictures import incomparable, validation_shots
 from .advice import STEP, VALIDATION, memory_advice, memory_errors_explained
 from .choose import budget_of, choose_memory
 from .network import NetworkSize, network_size
@@ -134,6 +135,11 @@ def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *,
             _LOG.info("%s", unused)
         config = plan.config
     return Preparation(config=config, model=model, encoded=encoded, held_out=held_out, work=work)
+
+
+def unmeasured(held_out: EncodedDataset, config: ValidationConfig) -> str:
+    """Why validation pictures of a run will not be compared with their targets; empty if all will."""
+    return incomparable(validation_shots(held_out, config))
 
 
 def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: EncodedDataset) -> None:

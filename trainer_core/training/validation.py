@@ -24,7 +24,7 @@ from ..qwen_image.vae import load_vae
 from ..rng import stream
 from .ema import Weights
 from .objective import noisy_latents, velocity_loss
-from .validation_pictures import Shot, Standard, incomparable, keep_base, plan_shots, read_base, report_pictures
+from .validation_pictures import Shot, Standard, incomparable, keep_base, read_base, report_pictures, validation_shots
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -39,7 +39,7 @@ class Validator:
     def __init__(self, encoded: EncodedDataset, base: BaseModel, config: ValidationConfig) -> None:
         self._encoded, self._base_model, self._config = encoded, base, config
         self._scheduler = load_scheduler(base.folder.scheduler)
-        self._shots = plan_shots(encoded.validation_pairs[: config.num_validation_images], config.sizes)
+        self._shots = validation_shots(encoded, config)
         self._base: dict[Shot, Tensor] = {}
         self._standards: dict[Shot, Standard] = {}
 

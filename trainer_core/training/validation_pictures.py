@@ -15,6 +15,7 @@ from torch import Tensor
 from ..conditioning.encoded import EncodedDataset
 from ..conditioning.entry import EncodedEntry
 from ..conditioning.pictures import to_picture, to_tensor
+from ..config import ValidationConfig
 from ..config.validation import SIZE_STEP
 from ..data.alignment import Where
 from ..errors import DamagedFileError
@@ -86,6 +87,11 @@ class Measured:
     def as_text(self) -> str:
         """PSNR and drift with their units."""
         return f"{self.psnr:.1f} dB" + (f", {self.drift.as_text()}" if self.drift else "")
+
+
+def validation_shots(held_out: EncodedDataset, config: ValidationConfig) -> tuple[Shot, ...]:
+    """The pictures that each validation of a run draws."""
+    return plan_shots(held_out.validation_pairs[: config.num_validation_images], config.sizes)
 
 
 def plan_shots(entries: Sequence[EncodedEntry], sizes: Sequence[Size | int]) -> tuple[Shot, ...]:
