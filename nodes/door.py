@@ -1,7 +1,8 @@
 """Checks what a node is given before the node sees it. Workflows and API callers may send anything.
 
-ComfyUI converts some values, doesn't check others and passes on what other nodes return. So every node checks all its
-inputs against its own schema (see `schema.Node`).
+ComfyUI converts some values, doesn't check others and passes on what other nodes return. So the widgets of a prompt are
+checked before ComfyUI converts them (`raw_values.py`), and every node checks all its inputs against its own schema when
+it gets them (see `schema.Node`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,44 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..trainer_core.errors import ConfigError
-from ..trainer_core.settings import check_plain
+from ..trainer_core.settings import check_plain, is_plain
 from ..trainer_core.text import LONGEST_LINES, LONGEST_TEXT, brief
 
-_PLAIN = {"BOOLEAN": bool, "INT": int, "FLOAT": float, "STRING": str}
+PLAIN = {"BOOLEAN": bool, "INT": int, "FLOAT": float, "STRING": str}
 _ON_OFF = {True: "on", False: "off"}
 _JSON = (bool, int, float, str, list, dict, tuple, bytes)
+
+
+def check_raw(each: Any, value: Any, value_class: Callable[[str], type | None]) -> None:
+    """Check that a value from a prompt has a type that the input takes, or one that ComfyUI converts exactly.
+
+    Ranges and choices are checked later. `each` and `value_class` are as for `checked_inputs`.
+
+    Raises:
+        ConfigError: names the input, the value and what is allowed.
+    """
+    kind = each.get_io_type()
+    if kind in PLAIN:
+        check_plain(PLAIN[kind], each.id, _converted(PLAIN[kind], value), _longest(each))
+    elif kind == "COMBO":
+        check_plain(str, each.id, _choice(each, value))
+    elif value is not None or not each.optional:
+        _check_socket(each.id, kind, value, value_class(kind))
+
+
+def _converted(hint: type, value: Any) -> Any:
+    """What ComfyUI makes of a value if that means the same, such as 5 of "5" and of 5.0; else the value itself."""
+    if hint is str:
+        return str(value) if is_plain(int, value) else value
+    if hint is bool:
+        return bool(value) if isinstance(value, int | float) and value in (0, 1) else value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return value
+    try:
+        converted = hint(value)
+    except (ValueError, OverflowError):
+        return value
+    return converted if isinstance(value, str) or converted == value else value
 
 
 def checked_inputs(
@@ -52,7 +85,7 @@ def checked_inputs(
             continue
         given, kind = values[each.id], each.get_io_type()
         items = given if listed and isinstance(given, list) else [given]
-        is_socket = kind not in (*_PLAIN, "COMBO")
+        is_socket = kind not in (*PLAIN, "COMBO")
         if is_socket and each.optional and items and all(item is None for item in items):
             if value_class(kind) is None:
                 found[each.id] = None
@@ -74,8 +107,8 @@ def checked_inputs(
 
 def _checked(each: Any, value: Any, value_class: Callable[[str], type | None], chosen_by_node: Sequence[str]) -> Any:
     kind = each.get_io_type()
-    if kind in _PLAIN:
-        _check_widget(each, _PLAIN[kind], value)
+    if kind in PLAIN:
+        _check_widget(each, PLAIN[kind], value)
     elif kind == "COMBO":
         return _checked_choice(each, value, chosen_by_node)
     else:
@@ -84,11 +117,15 @@ def _checked(each: Any, value: Any, value_class: Callable[[str], type | None], c
 
 
 def _check_widget(each: Any, hint: type, value: Any) -> None:
-    longest = LONGEST_LINES if getattr(each, "multiline", False) else LONGEST_TEXT
-    check_plain(hint, each.id, value, longest)
+    check_plain(hint, each.id, value, _longest(each))
     lowest, highest = getattr(each, "min", None), getattr(each, "max", None)
     if (lowest is not None and value < lowest) or (highest is not None and value > highest):
         raise ConfigError(f"{each.id} must be {_range(lowest, highest)}, got {brief(value)}.")
+
+
+def _longest(each: Any) -> int:
+    """Most characters of a text."""
+    return LONGEST_LINES if getattr(each, "multiline", False) else LONGEST_TEXT
 
 
 def _range(lowest: float | None, highest: float | None) -> str:
@@ -98,14 +135,17 @@ def _range(lowest: float | None, highest: float | None) -> str:
 
 
 def _checked_choice(each: Any, value: Any, chosen_by_node: Sequence[str]) -> Any:
-    options = list(each.options or ())
-    if isinstance(value, bool) and {"on", "off"} <= {*options}:  # older graphs have a switch there
-        return _ON_OFF[value]
+    value, options = _choice(each, value), list(each.options or ())
     check_plain(str, each.id, value)
     if value not in options and each.id not in chosen_by_node:
         some = ", ".join(map(brief, options[:20])) + (", …" if len(options) > 20 else "")
         raise ConfigError(f"{each.id} must be one of {some}, got {brief(value)}.")
     return value
+
+
+def _choice(each: Any, value: Any) -> Any:
+    """The value, or "on" or "off" for the switch that older graphs have there."""
+    return _ON_OFF[value] if isinstance(value, bool) and {"on", "off"} <= {*(each.options or ())} else value
 
 
 def _check_socket(name: str, kind: str, value: Any, wanted: type | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
@@ -10,10 +12,12 @@ from . import (
     edit_weight,
     encode,
     graph_pairs,
+    host_server,
     import_simpletuner,
     memory_plan,
     mix,
     model,
+    raw_values,
     reference_settings,
     result,
     routes,
@@ -51,7 +55,14 @@ NODES: list[type[io.ComfyNode]] = [
     result.PlotLoss,
 ]
 
+
+@functools.cache
+def _by_id() -> dict[str, type[io.ComfyNode]]:
+    return {node.define_schema().node_id: node for node in NODES}
+
+
 routes.register_routes()
+host_server.before_validation(lambda prompt: raw_values.refuse_wrong_types(prompt, _by_id()))
 
 
 class QwenEditTrainer(ComfyExtension):

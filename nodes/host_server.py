@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from server import PromptServer
@@ -25,3 +26,20 @@ def executing_node() -> str | None:
 
     context = get_executing_context()
     return context.node_id if context is not None else None
+
+
+def before_validation(look: Callable[[Any], None]) -> None:
+    """Let `look` see and change each prompt that is queued over HTTP, before ComfyUI validates it.
+
+    ComfyUI logs what it raises, and goes on.
+    """
+    instance = server()
+    if instance is None:
+        return
+
+    def handler(request: Any) -> Any:
+        if isinstance(request, dict):
+            look(request.get("prompt"))
+        return request
+
+    instance.add_on_prompt_handler(handler)

@@ -19,6 +19,7 @@ from ..trainer_core.disk import disk_errors
 from ..trainer_core.errors import TrainerError
 from ..trainer_core.settings import hint_of, limits_of
 from .door import checked_inputs
+from .raw_values import NoLink, Unusable
 from .sockets import value_class
 
 CATEGORY = "training/qwen edit"
@@ -52,7 +53,9 @@ def _at_the_door(method: Callable[..., Any]) -> Callable[..., Any]:
         if method.__name__ == "execute":
             with disk_errors():
                 return method(cls, **_checked(cls, values))
-        # Before the graph runs, linked inputs are None. ComfyUI hands on only what `validate_inputs` names.
+        # Before the graph runs, linked inputs are None. ComfyUI hands on only what `validate_inputs` names, also values
+        # that it has refused.
+        values = {name: None if isinstance(value, Unusable | NoLink) else value for name, value in values.items()}
         known = {name: value for name, value in values.items() if value is not None}
         try:
             with disk_errors():

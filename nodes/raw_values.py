@@ -1,0 +1,74 @@
+"""Checks the inputs of a queued prompt before ComfyUI converts them.
+
+ComfyUI makes the text "None" of null, off of null, on of "false", 1 of true and 5 of 5.9. After that, nobody can tell
+what was sent. So this looks at the prompt as it arrived, and replaces each value that would become another one by
+something that ComfyUI refuses at that input.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from ..trainer_core.errors import ConfigError
+from ..trainer_core.text import brief
+from .door import PLAIN, check_raw
+from .sockets import value_class
+
+
+class Unusable(str):
+    """Stands in a prompt for a value that must not be used. It reads as that value; converting it raises `problem`.
+
+    It is a text because ComfyUI writes it into its answer as JSON.
+    """
+
+    problem = ""
+
+    def _refuse(self) -> NoReturn:
+        raise ConfigError(self.problem)
+
+    __str__ = __bool__ = __int__ = __float__ = _refuse
+
+    def __format__(self, _spec: str) -> str:
+        return self[:]
+
+
+class NoLink(list[str]):
+    """Stands in a prompt for a value where a link or a choice must be. ComfyUI refuses a list that is no link."""
+
+
+def refuse_wrong_types(prompt: Any, nodes: Mapping[str, Any]) -> None:
+    """Replace the values of wrong types in the nodes of this pack. `nodes`: its classes by node id.
+
+    Whatever else is wrong with the prompt is left to ComfyUI.
+    """
+    for entry in prompt.values() if isinstance(prompt, dict) else ():
+        if not isinstance(entry, dict) or not isinstance(entry.get("class_type"), str):
+            continue
+        node, given = nodes.get(entry["class_type"]), entry.get("inputs")
+        if node is None or not isinstance(given, dict):
+            continue
+        for each in _inputs(node):
+            if each.id in given and not isinstance(given[each.id], list):  # a list is a link to another node
+                given[each.id] = _checked(each, given[each.id])
+
+
+@functools.cache
+def _inputs(node: Any) -> tuple[Any, ...]:
+    """Inputs of a node. Only their lists of choices change, and they are not used here."""
+    return tuple(node.define_schema().inputs)
+
+
+def _checked(each: Any, given: Any) -> Any:
+    """The value as it was given, or what ComfyUI refuses in its place."""
+    value, kind = given["__value__"] if isinstance(given, dict) and "__value__" in given else given, each.get_io_type()
+    try:
+        check_raw(each, value, value_class)
+    except ConfigError as error:
+        if kind not in PLAIN:
+            return NoLink([str(error)])
+        wrong = Unusable(brief(value))
+        wrong.problem = str(error)
+        return wrong
+    return given
