@@ -101,8 +101,7 @@ def test_two_graphs_serve_all_sizes_with_equal_results(precision: BaseModelPreci
         assert max(relative_error(found[name], expected[name]) for name in expected) < 1e-5
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
-    if precision == "int8-quanto":  # bitsandbytes' CPU kernel
-        assert kept_weights(transformer, lora) == []
+    assert kept_weights(transformer, lora) == []
 
 
 def test_with_dropout_a_block_and_its_recomputation_run_the_same_graph() -> None:
@@ -114,26 +113,29 @@ def test_with_dropout_a_block_and_its_recomputation_run_the_same_graph() -> None
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_kept_activations_hold_no_dequantised_weight() -> None:
-    transformer, lora, blocks = built("int4-quanto", recomputed=0)
+@pytest.mark.parametrize("precision", ["int4-quanto", "fp8-quanto"])
+def test_kept_activations_hold_no_part_of_a_dequantised_weight(precision: BaseModelPrecision) -> None:
+    transformer, lora, blocks = built(precision, recomputed=0)
     blocks.start()
     step(transformer, lora, SIZES[0])
     assert kept_weights(transformer, lora) == []
 
 
-def kept_weights(transformer: nn.Module, lora: dict[str, nn.Parameter]) -> list[torch.Size]:
-    """Shapes of what a step keeps for the gradients that are neither stored weights nor activations."""
+def kept_weights(transformer: nn.Module, lora: dict[str, nn.Parameter]) -> list[tuple[torch.Size, torch.dtype]]:
+    """What a step keeps for the gradients that is neither a stored weight nor an activation.
+
+    On an H200, NF4's unpacked codes took 13 GiB beside the plan's 20.
+    """
     rows, columns, prompt = SIZES[0]
     tokens = {rows * columns // 4 * 2, prompt, rows * columns // 4 * 2 + prompt}
+    velocity = (1, 16, rows, columns)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
         step(transformer, lora, SIZES[0])
     frozen = {each.data_ptr() for each in (*transformer.parameters(), *transformer.buffers())}
-    others = [
-        each for each in kept if each.data_ptr() not in frozen and each.is_floating_point() and each.numel() > 2000
-    ]
+    others = [each for each in kept if each.data_ptr() not in frozen and each.numel() > 100]
     assert len(others) > 20
-    return [each.shape for each in others if not tokens & set(each.shape)]
+    return [(each.shape, each.dtype) for each in others if each.shape != velocity and not tokens & set(each.shape)]
 
 
 def fails_when_called(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -298,7 +300,7 @@ def test_a_folder_that_cannot_be_written_prevents_no_compilation(
         folder.parent.write_text("a file")
     with compiled_code_kept(torch.device("cuda")):
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "before"
-    assert "Compiled code is not kept for later runs, because its folder can't be written" in caplog.text
+    assert "Compiled code is not kept for later runs, because" in caplog.text and "can't be written" in caplog.text
 
 
 def test_the_compilers_processes_find_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,9 +105,14 @@ class _Product(torch.autograd.Function):
         gradient = gradients[0]
         weight = [each for each in ctx.saved_tensors if each is not None]
         if torch.compiler.is_compiling():
-            # Adds zero. The compiler sees that this weight depends on the gradient. Otherwise it would compute the
-            # weight in the forward pass and keep it until the backward pass.
-            weight[-1] = weight[-1] + gradient.flatten()[:0].sum().to(weight[-1].dtype)
+            # Adds zero. The compiler sees that the whole weight depends on the gradient. Otherwise it would compute the
+            # weight, or its unpacked codes, in the forward pass and keep them until the backward pass. torch can't add
+            # fp8 codes, and they need no unpacking.
+            zero = gradient.flatten()[:0].sum()
+            weight = [
+                each if each.dtype.itemsize == 1 and each.is_floating_point() else each + zero.to(each.dtype)
+                for each in weight
+            ]
         return gradient @ ctx.form.dequantise(weight, gradient.dtype), None, None, *_PADDING
 
 
