@@ -202,12 +202,12 @@ def _read(
         ConfigError: a file or folder does not exist or is not allowed, or a setting is invalid.
     """
     from ..trainer_core.json_text import read_json
-    from ..trainer_core.simpletuner.convert import MAX_BYTES, convert
+    from ..trainer_core.simpletuner.convert import MAX_BYTES, convert, data_file_of
 
     config = file_below_roots(config_file, host_folders.dataset_roots(), "config_file")
     settings = read_json(config, config_file.strip()[:200], loose=True, max_bytes=MAX_BYTES)
-    named = data_file or (settings.get("data_backend_config") if isinstance(settings, dict) else None)
-    if not isinstance(named, str) or not named:
+    named = data_file or data_file_of(settings, f"config_file {config.name}")
+    if not named:
         raise ConfigError(
             f"config_file {config.name} has no data_backend_config. Set data_file to the multidatabackend.json."
         )

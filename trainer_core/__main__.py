@@ -220,28 +220,28 @@ def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
         guidance=job.validation.validation_guidance,
         seed=options.seed,
     )
-    if options.out.exists():
-        raise ConfigError(f"--out {options.out} exists. Choose another name; nothing is overwritten.")
+    _refuse_existing(options.out)
     save_picture(sample_edit(request, observer), options.out)
     sys.stdout.write(f"{options.out}\n")
     return EXIT_OK
 
 
 def _import_simpletuner(options: argparse.Namespace, _observer: ConsoleObserver) -> int:
+    from .files import write_atomically
     from .simpletuner.convert import import_simpletuner
 
+    _refuse_existing(options.out)
     imported = import_simpletuner(options.config, options.data, base=options.base, root=Path.cwd(), changes=options.set)
     for line in imported.report:
         _LOG.info("%s", line)
-    try:
-        with options.out.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(imported.values, indent=2, ensure_ascii=False) + "\n")
-    except FileExistsError as error:
-        raise ConfigError(f"--out {options.out} exists. Choose another name; nothing is overwritten.") from error
-    except OSError as error:
-        raise ConfigError(f"Can't write --out {options.out}: {error.strerror}.") from error
+    write_atomically(options.out, f"{json.dumps(imported.values, indent=2, ensure_ascii=False)}\n".encode())
     sys.stdout.write(f"{options.out}\n")
     return EXIT_OK
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"--out {out} exists. Choose another name; nothing is overwritten.")
 
 
 def _parser() -> argparse.ArgumentParser:

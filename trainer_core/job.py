@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .conditioning.encode import check_references, encode_planned, plan_dataset
 from .conditioning.encoded import EncodedDataset
@@ -34,9 +35,12 @@ from .qwen_image.base_model import BaseModel
 from .ranks import SINGLE_PROCESS, Ranks
 from .runs.result import check_start
 from .settings import changed
+from .text import brief
 from .written_path import control_problem, written_path
 
 _MODEL_FILES = ("transformer_file", "text_encoder_file", "vae_file", "tokenizer")
+
+_OF_SIMPLETUNER = ("model_family", "data_backend_config")  # settings by which its config.json is recognised
 
 T = TypeVar("T")
 PairedPart = tuple[DatasetPartConfig, EditDataset]
@@ -56,8 +60,14 @@ def load_job(path: Path, changes: Sequence[str] = (), *, preset: str = "") -> Jo
     except ConfigError as error:
         is_change = re.match(r"[a-z_]+(\.[a-z_]+)*=", str(path)) and path.suffix != ".json"
         raise ConfigError(f"{error} To change a setting, write --set {path}.") if is_change else error from None
-    if isinstance(values, dict):
-        values = changed(with_preset(values, preset) if preset else values, changes)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must contain an object with named settings, got {brief(values)}.")
+    values = typing.cast("dict[str, Any]", values)
+    if not values.keys().isdisjoint(_OF_SIMPLETUNER):
+        raise ConfigError(
+            f"{path} is a configuration of SimpleTuner. Convert it: python -m trainer_core import-simpletuner {path}"
+        )
+    values = changed(with_preset(values, preset) if preset else values, changes)
     return resolve_job(from_json(JobConfig, values), path.parent)
 
 

@@ -101,6 +101,20 @@ def _first_bytes(path: Path, count: int) -> bytes:
         return file.read(count)
 
 
+def _hint(problem: json.JSONDecodeError) -> str:
+    """What to do about a frequent mistake; empty for others."""
+    found = problem.doc[problem.pos : problem.pos + 2]
+    if "escape" in problem.msg:
+        return " In a text, write \\\\ or / in place of one \\."
+    if found in ("//", "/*") or found[:1] == "#":
+        return " JSON has no comments. Remove them."
+    if found[:1] == "'":
+        return " Texts have double quotes."
+    if found[:1] in ("}", "]") or "trailing comma" in problem.msg:  # Python 3.13 names the comma
+        return " Remove the comma before the bracket."
+    return ""
+
+
 def plain_json(text: str) -> str:
     """Replace comments and trailing commas with spaces, which keeps line and column numbers. Skips strings."""
     return _TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
@@ -129,8 +143,8 @@ class _Reader:
                 parse_constant=self._constant,
             )
         except json.JSONDecodeError as problem:
-            hint = " In a text, write \\\\ or / in place of one \\." if "escape" in problem.msg else ""
             place = f"line {problem.lineno}, column {problem.colno}"
+            hint = _hint(problem)
             raise self._error(f"{self._name} is not JSON: {problem.msg} in {place}.{hint}") from problem
         except RecursionError:
             self._refuse_depth()

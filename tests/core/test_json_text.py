@@ -32,7 +32,13 @@ REFUSED: list[tuple[bytes, str]] = [
     ('{"a": 1}'.encode("utf-16"), "is not UTF-8 text. Save it as UTF-8"),
     (b"\x89PNG\r\n\x1a\n\x00\x00", "is not UTF-8 text"),
     (b'{"a": "C:\\data\\x"}', "Invalid \\escape in line 1, column 10. In a text, write \\\\ or / in place of one \\"),
-    (b'{"a": 1,\n}', "is not JSON: Expecting property name enclosed in double quotes in line 2, column 1"),
+    (b'{"a": 1,\n}', "Remove the comma before the bracket."),
+    (b'{"a": [1,\n ]}', "Remove the comma before the bracket."),
+    (
+        b'{"a": 1 // one\n}',
+        "is not JSON: Expecting ',' delimiter in line 1, column 9. JSON has no comments. Remove them.",
+    ),
+    (b"{'a': 1}", "in line 1, column 2. Texts have double quotes."),
     (b"", "is empty"),
     (b"\xef\xbb\xbf \n", "is empty"),
 ]

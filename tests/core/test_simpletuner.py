@@ -31,12 +31,6 @@ def files(folder: Path, config: str, data: str) -> Path:
     return folder / "job.json"
 
 
-def test_comments_and_trailing_commas_but_not_in_strings():
-    text = '{"a": "http://x, ]", /* b\n */ "c": ["\\",]//", 1,], // d\n}'
-    assert json.loads(plain_json(text)) == {"a": "http://x, ]", "c": ['",]//', 1]}
-    assert plain_json(text).count("\n") == text.count("\n") and len(plain_json(text)) == len(text)
-
-
 def test_first_example(tmp_path: Path):
     job = load_job(files(tmp_path, CONFIG, EDIT_V1))
     assert (job.model.flavour, job.model.quantize_via) == ("edit-v1", "cpu")
@@ -81,12 +75,6 @@ def test_every_key_of_the_documents_is_taken_or_explained(monkeypatch: pytest.Mo
 def test_the_running_average_is_taken():
     theirs = {"use_ema": True, "ema_decay": 0.99, "ema_validation": "none"}
     assert read(theirs).job.ema == EmaConfig(use_ema=True, ema_decay=0.99, ema_validation="none")
-
-
-def test_an_unknown_key_gets_the_nearest():
-    imported = read({"learning_rte": 1e-4}, resolutoin=512)
-    assert imported.report[0] == "my-edited-images.resolutoin: UNKNOWN, left out. Did you mean 'resolution'?"
-    assert "'learning_rate'" in line(imported, "learning_rte: UNKNOWN")
 
 
 def test_settings_are_carried_over():
@@ -201,7 +189,7 @@ def test_what_conditioning_and_validation_say_is_carried_over():
     assert read({"validation_resolution": 768}).job.validation.validation_resolution == "768"
     imported = read({"validation_resolution": "1024x1024"})
     assert imported.job.validation.sizes == (1024,)
-    assert "1024x1024 becomes 1024: the area" in line(imported, "validation_resolution:")
+    assert "1024x1024 becomes 1024: samples have about this area" in line(imported, "validation_resolution:")
     data = json.loads(plain_json(EDIT_V2))
     data[2]["conditioning_type"] = "reference_loose"
     del data[3]["conditioning_type"]

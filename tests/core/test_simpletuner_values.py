@@ -137,9 +137,9 @@ def test_missing_keys_take_simpletuners_values_or_get_a_line():
         imported, "my-edited-images.caption_strategy:"
     )
     assert imported.job.encoding.sizes.crop_style == "random"
-    assert "References are cropped like their targets" in line(imported, "my-edited-images.crop_style:")
+    assert "share one crop here" in line(imported, "my-edited-images.crop_style:")
     assert imported.job.validation.validation_step_interval == 100 and imported.job.validation.validation_seed == 5
-    assert "clips each element at 2 " in line(imported, "max_grad_norm:")
+    assert "clips each element of the gradient at 2 (" in line(imported, "max_grad_norm:")
     assert read().job.validation.validation_seed == 0
     assert "validation_resolution '' (SimpleTuner's 256)" in line(read({"validation_resolution": None}), "Not in your")
 
@@ -150,7 +150,14 @@ def test_areas_that_simpletuner_rounds(area: float, edge: int):
     sizes = imported.job.encoding.sizes
     assert (imported.job.encoding.resolution, sizes.resolution_type) == (edge, "pixel_area")
     assert sizes.minimum_image_size == pytest.approx(500)
-    assert f"becomes {edge}" in line(imported, "my-edited-images.resolution:")
+    said = line(imported, "my-edited-images.resolution:")
+    assert f"becomes {edge}" in said
+    # calculate_new_size_by_pixel_area of SimpleTuner: only square pictures get the rounded area
+    other = {1.0: 992, 0.25: 0, 0.5: 704, 2: 1408, 4.0: 1984, 1.04: 1024}[area]
+    assert (f"about {other}²" in said) if other not in (0, edge) else ("other shapes" not in said)
+    assert "other shapes" not in line(
+        read(resolution_type="area", resolution=area, crop=True), said.split(":")[0] + ":"
+    )
 
 
 def test_resolutions_that_change_are_said():
@@ -201,6 +208,28 @@ def test_the_maximum_length_of_captions():
     assert read({}).job.encoding.tokenizer_max_length == 1024
     with pytest.raises(ConfigError, match=r"tokenizer_max_length must be .* got 0"):
         read({"tokenizer_max_length": 0})
+
+
+def test_guidance_that_simpletuner_ignores():
+    """Its Qwen previews have true guidance 4, or validation_guidance_real above 1."""
+    for config, guidance in (({"validation_guidance": None}, 4.0), ({}, 4.0), ({"validation_guidance": 7.5}, 7.5)):
+        imported = read(config)
+        assert imported.job.validation.validation_guidance == guidance
+        said = [each for each in imported.report if each.startswith("validation_guidance")]
+        assert said == ([] if guidance == 4 else [said[0]]) and all(
+            "ignores it for Qwen-Image and uses 4" in s for s in said
+        )
+    assert read({"validation_guidance_real": 3}).job.validation.validation_guidance == 3.0
+
+
+@pytest.mark.parametrize(
+    ("theirs", "unlocked", "ours"), [(16, None, 32), (16, True, 16), (32, None, 32), (64, True, 32), (None, None, 32)]
+)
+def test_alignment_that_simpletuner_replaces(theirs: int | None, unlocked: bool | None, ours: int):
+    imported = read({"aspect_bucket_alignment": theirs, "i_know_what_i_am_doing": unlocked})
+    assert imported.job.encoding.sizes.aspect_bucket_alignment == ours
+    said = [each for each in imported.report if each.startswith("aspect_bucket_alignment")]
+    assert len(said) == (theirs not in (None, ours)) and all(f"{theirs} becomes 32" in each for each in said)
 
 
 def test_zero_for_no_checkpoints_and_no_limit():

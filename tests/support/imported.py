@@ -22,7 +22,12 @@ def read(changes: dict[str, Any] | None = None, datasets: list | None = None, **
 
 
 def line(imported: Imported, start: str) -> str:
-    found = [each for each in imported.report if each.startswith(start)]
+    """The line of the report that starts so, or that says this about the key together with others."""
+    key, _, text = start.partition(":")
+    heads = [each.partition(":") for each in imported.report]
+    together = [key in head.split(", ") and rest.startswith(text) for head, _, rest in heads]
+    lines = zip(imported.report, together, strict=True)
+    found = [each for each, named in lines if each.startswith(start) or (":" in start and named)]
     assert len(found) == 1, imported.report
     return found[0]
 

@@ -24,7 +24,9 @@ class Backends:
 
     def __init__(self, entries: object, eval_ids: list[Any], notes: list[str]) -> None:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ConfigError("The data file must be a list of data sets, each an object with an `id`.")
+            raise ConfigError(
+                f"The data file must be a list of data sets, each an object with an `id`, got {brief(entries)}."
+            )
         self.entries: dict[str, dict[str, Any]] = {}
         for number, entry in enumerate(entries):
             name = entry.get("id")

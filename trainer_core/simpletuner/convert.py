@@ -5,37 +5,26 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import DEMO_MODEL, JobConfig, RolloutConfig, from_json
-from ..config.model import EIGHT_BITS
+from ..config import JobConfig, RolloutConfig, from_json
+from ..disk import name_exists
 from ..errors import ConfigError
 from ..json_text import parse_json, read_json
 from ..qwen_image.flavours import FLAVOURS, Flavour
 from ..settings import changed
-from ..text import brief
+from ..text import brief, shown
 from .backends import Backends, ids_of
 from .datasets import INHERITED, read_data
 from .keys import CONFIG_REASONS
+from .model import read_model
 from .optimizer import read_optimizer
-from .section import Section, path_of, put
+from .section import Section, put
 from .validation import read_validation
 
-# SimpleTuner's precisions that have another name here, or the nearest one that is not less precise
-_PRECISIONS = {
-    "no_change": "none",
-    **dict.fromkeys(("int16-sdnq", "uint16-sdnq", "fp16-sdnq"), "none"),
-    **dict.fromkeys(("int8-torchao", "int8dq-torchao", "int8-sdnq", "uint8-sdnq"), "int8-quanto"),
-    **dict.fromkeys(("int6-sdnq", "int5-sdnq", "uint5-sdnq"), "int8-quanto"),
-    **dict.fromkeys(("fp8uz-quanto", "fp8-torchao", "fp8wo-torchao", "fp8-sdnq"), "fp8-quanto"),
-    **dict.fromkeys(("fp8-native", "fp8-transformerengine"), "fp8-quanto"),
-    **dict.fromkeys(("int4-torchao", "int8dq-int4-torchao", "fp8-int4-torchao"), "int4-quanto"),
-    **dict.fromkeys(("uint4-sdnq", "uint3-sdnq"), "int4-quanto"),
-    "uint2-sdnq": "int2-quanto",
-}
 _ROLLOUT = "scheduled_sampling_"
 _FOR_EVER = 1_000_000  # steps between checkpoints, or checkpoints to keep
 _OTHER_INTERVALS = ("checkpointing_steps", "checkpointing_step_interval", "checkpoint_steps_interval")
@@ -68,7 +57,7 @@ _SAME: tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...] = (
     ("encoding.validation_negative_prompt", ("validation_negative_prompt",), Section.text),
     ("encoding.tokenizer_max_length", ("tokenizer_max_length",), Section.whole),
 )
-# SimpleTuner's defaults that are not taken, and the settings that they differ from
+# Our settings whose defaults differ from SimpleTuner's, and SimpleTuner's. They keep ours if the files don't set them.
 _THEIR_DEFAULTS = {
     "optimizer.learning_rate": "4e-7",
     "lora.lora_dropout": "0.1",
@@ -80,7 +69,9 @@ _THEIR_DEFAULTS = {
     "checkpoints.checkpoint_step_interval": "500",
     "checkpoints.checkpoints_total_limit": "5",
     "encoding.validation_negative_prompt": "'blurry, cropped, ugly'",
+    "export.layer_prefix": "'transformer'",
 }
+_NAMED_OTHERWISE = {"layer_prefix": "lora_format"}  # SimpleTuner's names of these settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +94,33 @@ def import_simpletuner(
         ConfigError: a file can't be read, it is not for an edit LoRA, an id doesn't exist, or a value is out of range.
     """
     settings = read_json(config, loose=True, max_bytes=MAX_BYTES)
-    if data is None:
-        named = settings.get("data_backend_config") if isinstance(settings, dict) else None
-        if not isinstance(named, str):
-            raise ConfigError(f"{config} has no data_backend_config. Give the data file with --data.")
-        data = root / named
-    imported = convert(
-        settings, read_json(data, loose=True, max_bytes=MAX_BYTES), base=base, root=root, changes=changes
-    )
+    named = data_file_of(settings, str(config))
+    if data is None and not named:
+        raise ConfigError(f"{config} has no data_backend_config. Give the data file with --data.")
+    if data is None and not name_exists(root / named):
+        raise ConfigError(
+            f"{config} names the data file {shown(named)}, but it is not in {root}, where relative paths start. Run "
+            "the command in the folder in which SimpleTuner is started, or give the file with --data."
+        )
+    datasets = read_json(data or root / named, loose=True, max_bytes=MAX_BYTES)
+    imported = convert(settings, datasets, base=base, root=root, changes=changes)
     places = f"Relative paths start at {root}. Encoded pairs are stored in `cache` next to the job."
     return dataclasses.replace(imported, report=(*imported.report, places))
+
+
+def data_file_of(settings: object, name: str) -> str:
+    """The data file that parsed `settings` name; empty if they name none. `name` stands for the file in messages.
+
+    Raises:
+        ConfigError: this isn't a configuration.
+    """
+    if not isinstance(settings, dict):
+        hint = " This looks like multidatabackend.json, the data file." if isinstance(settings, list) else ""
+        raise ConfigError(
+            f"{name} must be an object with named settings, as config.json is, got {brief(settings)}.{hint}"
+        )
+    named = typing.cast("dict[str, Any]", settings).get("data_backend_config")
+    return named if isinstance(named, str) else ""
 
 
 def convert(settings: object, datasets: object, *, base: str = "", root: Path, changes: Sequence[str] = ()) -> Imported:
@@ -127,9 +135,8 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
         section.text("conditioning_multidataset_sampling") == "random"
     )  # each turn shows one of up to three references
     found = read_data(backends, inherited, root, MOST_REFERENCES if alone else flavour.max_references, notes)
-    values |= {"model": _model(section, flavour, base, root), **found.values}
+    values |= {"model": read_model(section, flavour, base, root), **found.values}
     values |= {"cache_dir": "cache", "run_dir": f"runs/{_file_name(found.name)}"}
-    missing = [name for name in _THEIR_DEFAULTS if name.split(".")[-1] not in section]
     for ours, theirs, read in _SAME:
         value = read(section, *theirs)
         if value is not None:
@@ -142,20 +149,40 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
     read_validation(section, values, values.get("seed"))
     _steps_and_folders(section, values, root)
     _rest(section, values)
-    notes.append(
-        "memory is auto: what is recomputed, offloaded, streamed and compiled is chosen for the device. "
-        "gradient_checkpointing applies only with memory.memory manual."
+    unused = " gradient_checkpointing applies only with manual." if "gradient_checkpointing" in section else ""
+    section.note(
+        "memory.memory",
+        f"auto. The trainer chooses for your card what is recomputed, offloaded, streamed and compiled.{unused}",
     )
     section.explain(CONFIG_REASONS)
     values = changed(values, changes)
     job = from_json(JobConfig, values)
-    listed = ", ".join(
-        f"{name} {getattr(getattr(job, group), name)!r} (SimpleTuner's {_THEIR_DEFAULTS[f'{group}.{name}']})"
-        for group, name in (each.split(".") for each in missing)
+    return Imported(job, values, _arranged([*notes, *_defaults_to_report(section, values, job)]))
+
+
+def _defaults_to_report(section: Section, values: Mapping[str, Any], job: JobConfig) -> list[str]:
+    """A line on the settings that are not in the files and have another default than in SimpleTuner."""
+    listed: list[str] = []
+    for dotted, theirs in _THEIR_DEFAULTS.items():
+        group, name = dotted.split(".")
+        if name not in values.get(group, {}) and _NAMED_OTHERWISE.get(name, name) not in section:
+            listed.append(f"{name} {getattr(getattr(job, group), name)!r} (SimpleTuner's {theirs})")
+    return [f"Not in your files, so this trainer's defaults apply: {', '.join(listed)}."] if listed else []
+
+
+def _arranged(notes: Iterable[str]) -> tuple[str, ...]:
+    """The lines of the report, with one for all keys of which the same is said.
+
+    Lines on what is unknown or left out by mistake come first, and lists of converted keys last.
+    """
+    keys: dict[str, list[str]] = {}
+    for line in notes:
+        key, _, text = line.partition(": ")
+        keys.setdefault(text, []).append(key)
+    lines = [f"{', '.join(each)}: {text}" for text, each in keys.items()]
+    return tuple(
+        sorted(lines, key=lambda line: (": converted: " in line, "UNKNOWN" not in line and "LEFT OUT" not in line))
     )
-    notes += [f"Not in your files, so this trainer's defaults apply: {listed}."] if missing else []
-    notes.sort(key=lambda line: "UNKNOWN" not in line and "LEFT OUT" not in line)
-    return Imported(job, values, tuple(notes))
 
 
 def _file_name(text: str) -> str:
@@ -184,72 +211,6 @@ def _kind(section: Section) -> Flavour:
     if name not in known:
         raise ConfigError(f"model_flavour must be one of {', '.join(known)}, got {brief(name)}.")
     return known[name]
-
-
-def _model(section: Section, flavour: Flavour, base: str, root: Path) -> dict[str, Any]:
-    """The files and precisions of the base model."""
-    model: dict[str, Any] = {"flavour": flavour.name}
-    named = section.text("pretrained_model_name_or_path")
-    local = section.path(root, "pretrained_model_name_or_path")
-    if base:
-        model["base"] = base if base == DEMO_MODEL else path_of(base, root, "base")
-    elif local and _is_folder(local):
-        model["base"] = local
-    else:
-        model["base"] = str(root / "models" / (named or flavour.released_as).split("/")[-1])
-        section.note(
-            "pretrained_model_name_or_path",
-            f"nothing is downloaded. Put {named or flavour.released_as} into {model['base']}, or change model.base.",
-        )
-    for part in ("transformer", "vae"):
-        key = f"pretrained_{part}_model_name_or_path"
-        file = section.text(key)
-        if file and file.endswith((".safetensors", ".gguf")):
-            model[f"{part}_file"] = section.path(root, key)
-        elif file:
-            section.note(
-                key, f"left out; the {part} of model.base is used. Set model.{part}_file to use a single file."
-            )
-    precision = _precision(section, "base_model_precision")
-    via = section.text("quantize_via")
-    if via == "pipeline":
-        section.note("quantize_via", "pipeline becomes accelerator: weights are quantised while they are loaded.")
-    mixed = section.text("mixed_precision")
-    if mixed not in (None, "bf16", "no"):
-        section.note("mixed_precision", f"{mixed} is not supported; bf16 is used.")
-        mixed = "bf16"
-    model |= {"base_model_precision": precision} if precision else {}
-    model |= {"quantize_via": "accelerator" if via == "pipeline" else via} if via else {}
-    model |= _other_precisions(section, str(model.get("base_model_precision", "none")))
-    return model | ({"mixed_precision": mixed} if mixed else {})
-
-
-def _is_folder(path: str) -> bool:
-    try:
-        return Path(path).is_dir()
-    except (OSError, ValueError):  # too long, or no path at all
-        return False
-
-
-def _other_precisions(section: Section, precision: str) -> dict[str, Any]:
-    """The precisions of the activations and of the text encoder."""
-    found: dict[str, Any] = {}
-    if section.truth("quantize_activations"):
-        if precision in EIGHT_BITS:
-            found["quantize_activations"] = True
-        else:
-            section.note("quantize_activations", f"left out, because it works only with {' and '.join(EIGHT_BITS)}.")
-    text_encoder = _precision(section, "text_encoder_1_precision", "text_encoder_precision")
-    return found | ({"text_encoder_precision": text_encoder} if text_encoder else {})
-
-
-def _precision(section: Section, *names: str) -> str | None:
-    """Our name of a precision, with a line if it is not the same."""
-    theirs = section.text(*names)
-    ours = _PRECISIONS.get(theirs, theirs) if theirs else None
-    if ours != theirs and theirs != "no_change":
-        section.note(names[0], f"{theirs} is not supported; {ours} is used.")
-    return ours
 
 
 def _checkpoints(section: Section, values: dict[str, Any]) -> None:
@@ -345,8 +306,8 @@ def _steps_and_folders(section: Section, values: dict[str, Any], root: Path) -> 
     else:
         section.note(
             "max_train_steps",
-            "neither it nor num_train_epochs is above 0, so 1000, the default. SimpleTuner trains one epoch: "
-            "pairs x (repeats + 1) / (train_batch_size x gradient_accumulation_steps).",
+            "neither it nor num_train_epochs sets the length, so 1000, this trainer's default. SimpleTuner trains one "
+            "epoch: pairs x (repeats + 1) / (train_batch_size x gradient_accumulation_steps).",
         )
     folder = section.path(root, "output_dir")
     if folder:
@@ -375,10 +336,13 @@ def _rest(section: Section, values: dict[str, Any]) -> None:
             "conditioning_multidataset_sampling",
             "not given, so combined: all references of a pair are used together. SimpleTuner's default is random.",
         )
+    _alignment(section, values)
+
+
+def _alignment(section: Section, values: dict[str, Any]) -> None:
+    """SimpleTuner replaces any aspect_bucket_alignment of Qwen-Image by 32, unless it is told not to."""
     step = section.whole("aspect_bucket_alignment")
-    if step in (16, 32):
+    if step == 16 and section.truth("i_know_what_i_am_doing"):
         values["encoding"].setdefault("sizes", {})["aspect_bucket_alignment"] = step
-    elif step is not None:
-        section.note(
-            "aspect_bucket_alignment", f"left out; {step} is not 16 or 32. 32 is used, as Qwen-Image-Edit expects."
-        )
+    elif step not in (None, 32):
+        section.note("aspect_bucket_alignment", f"{step} becomes 32, as in SimpleTuner, because Qwen-Image needs it.")

@@ -249,11 +249,8 @@ def _sizes(section: Section) -> dict[str, Any]:
     kind, resolution = section.text("resolution_type"), section.number("resolution")
     limits = {key: section.number(key) or 0.0 for key in ("minimum_image_size", *_SIZE_LIMITS)}
     edge = _area_edge(resolution) if resolution is not None else 0
-    if kind == "area" and edge:
-        section.note(
-            "resolution",
-            f"{resolution:g} megapixels becomes {edge}, because SimpleTuner makes square pictures {edge} x {edge}.",
-        )
+    if kind == "area" and resolution and edge:
+        _area_to_report(section, resolution, edge)
         kind, resolution = "pixel_area", edge
         limits = {key: 1000 * math.sqrt(max(0.0, size)) for key, size in limits.items()}
     if kind:
@@ -273,7 +270,9 @@ def _sizes(section: Section) -> dict[str, Any]:
         if key == "crop_style" and not value:
             value = "random"
             section.note(
-                key, "not given, so random, SimpleTuner's default. References are cropped like their targets here."
+                key,
+                "not given, so random, SimpleTuner's default. But a target and its references share one crop here; "
+                "SimpleTuner draws one for each.",
             )
         if value in spelt and value != "centre":
             section.note(key, f"{value} is not supported; {spelt[value]} is used.")
@@ -293,6 +292,17 @@ def _sizes(section: Section) -> dict[str, Any]:
 def _area_edge(megapixels: float) -> int:
     """The side of SimpleTuner's square pictures for an area that it rounds to a usual one; 0 for other areas."""
     return next((edge for area, edge in _USUAL_AREAS.items() if abs(megapixels - area) < _SAME_AREA), 0)
+
+
+def _area_to_report(section: Section, megapixels: float, edge: int) -> None:
+    """SimpleTuner rounds the area of square pictures to `edge`² pixels, and rounds that of others down."""
+    other = _ALIGNMENT * round(int(1000 * math.sqrt(megapixels)) / _ALIGNMENT)
+    all_square = section.truth("crop") and section.text("crop_aspect") in (None, "square")
+    more = "" if all_square or other == edge else f" Pictures of other shapes get about {other}² pixels there."
+    section.note(
+        "resolution",
+        f"{megapixels:g} megapixels becomes {edge}, because SimpleTuner makes square pictures {edge} x {edge}.{more}",
+    )
 
 
 def _rounding_to_report(section: Section, resolution: float, kind: str | None) -> None:
@@ -323,7 +333,7 @@ def _other(
             if name in backends.named_embeds()
             else "in one cache for all data sets"
         )
-        notes.append(f"{called}: {kind} are stored {place}, keyed by content.")
+        notes.append(f"{called}: {kind} are stored {place}.")
     elif kind in ("image", "eval"):
         notes.append(f"{called}: LEFT OUT. It has no conditioning_data, but an edit starts from a picture.")
     elif kind == "conditioning":
@@ -343,7 +353,7 @@ def _explain_linked(section: Section, known: set[str]) -> None:
         section.note("conditioning_type", f"{what}; {reasons[what]}")
     shared = [key for key in INHERITED if key in section and key not in ("caption_strategy", "instance_prompt")]
     if shared:
-        section.note(", ".join(shared), "ignored; targets and match_target_res decide.")
+        section.note(", ".join(shared), "ignored; references follow their targets and encoding.match_target_res.")
     captions = [key for key in ("caption_strategy", "instance_prompt") if key in section]
     if captions:
         section.note(", ".join(captions), "ignored; the captions of the targets are used.")

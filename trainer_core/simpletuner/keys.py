@@ -8,7 +8,7 @@ from pathlib import Path
 from .section import words
 
 _DATA = {
-    "one cache, keyed by content, serves everything, so no folder needs to be named": "cache_dir cache_dir_vae "
+    "all data sets share one cache, cache_dir, so no other folder needs to be named": "cache_dir cache_dir_vae "
     "cache_dir_conditioning_image_embeds vae_cache_clear_each_epoch vae_cache_ondemand vae_cache_disable "
     "text_cache_ondemand text_cache_disable hash_filenames skip_file_discovery preserve_data_backend_cache "
     "cache_file_suffix text_embeds image_embeds default",

@@ -90,7 +90,8 @@ def _name_to_report(section: Section, name: str, plain: str, theirs: _Theirs) ->
         values = f"betas {theirs.beta1:g} and {theirs.beta2:g}, weight decay {theirs.weight_decay:g}"
         if theirs.ours not in ("lion", "adafactor"):
             values += f", epsilon {theirs.epsilon:g}"
-        section.note("optimizer", f"{name} becomes {theirs.ours}, with SimpleTuner's values for it: {values}.")
+        given = "" if "optimizer" in section else "not given. "
+        section.note("optimizer", f"{given}{name} becomes {theirs.ours}, with SimpleTuner's values for it: {values}.")
 
 
 def _optimizer_config(section: Section, ours: OptimizerName) -> dict[str, float]:
@@ -238,7 +239,8 @@ def _clipping(section: Section, plain: str) -> dict[str, float]:
     given = "" if norm is not None else "not given. "
     section.note(
         "max_grad_norm",
-        f"{given or 'left out. '}SimpleTuner clips each element at {_DEFAULT_CLIP if norm is None else norm:g} "
-        "(grad_clip_method value), but this trainer limits the norm of the whole gradient, by default to 1.",
+        f"{given or 'left out. '}SimpleTuner clips each element of the gradient at "
+        f"{_DEFAULT_CLIP if norm is None else norm:g} (grad_clip_method value). This trainer limits the norm of the "
+        "whole gradient instead, to 1 unless you set optimizer.max_grad_norm.",
     )
     return {}

@@ -11,6 +11,7 @@ from .section import Section, put
 
 _DEFAULT_COUNT = 4  # num_eval_images
 _DEFAULT_INTERVAL = 100  # validation_step_interval
+_THEIR_GUIDANCE = 4.0  # true classifier-free guidance without validation_guidance_real
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -20,9 +21,11 @@ def read_validation(section: Section, values: dict[str, Any], seed: int | None) 
     if real is not None and real > 1:
         guidance = real
         section.note("validation_guidance_real", f"true guidance {real:g}, so validation_guidance is ignored.")
-    elif guidance is not None:
+    elif guidance not in (None, _THEIR_GUIDANCE):
         section.note(
-            "validation_guidance", f"true classifier-free guidance {guidance:g}, as in SimpleTuner's document."
+            "validation_guidance",
+            f"{guidance:g} is used as true classifier-free guidance. SimpleTuner ignores it for Qwen-Image and uses "
+            f"{_THEIR_GUIDANCE:g}.",
         )
     if guidance is not None:
         put(values, "validation.validation_guidance", max(1.0, guidance))
@@ -64,7 +67,7 @@ def _validated_pairs(section: Section, values: dict[str, Any]) -> None:
         section.note(
             "num_eval_images",
             f"{'' if given else 'not given. '}Up to {count} pairs of each data set are sampled and also trained on, "
-            "as in SimpleTuner. So their validation loss is a loss on training pairs. To keep them out of "
+            "as in SimpleTuner. Their validation loss is therefore a loss on training pairs. To keep them out of "
             "training, set encoding.train_eval_images to false.",
         )
 
@@ -79,8 +82,8 @@ def _sizes(section: Section, values: dict[str, Any]) -> None:
         areas = _SIZE.sub(lambda size: str(round(math.sqrt(int(size[1]) * int(size[2])))), sizes)
         section.note(
             "validation_resolution",
-            f"{shown(sizes)} becomes {shown(areas)}: the area of such a picture at the pair's own aspect ratio, as "
-            "SimpleTuner samples edits. So samples can be compared with their targets.",
+            f"{shown(sizes)} becomes {shown(areas)}: samples have about this area and the aspect ratio of their pair, "
+            "as in SimpleTuner.",
         )
         sizes = areas
     put(values, "validation.validation_resolution", sizes)
