@@ -129,7 +129,7 @@ def _views(picture: Image.Image, request: SampleRequest, size: Size) -> tuple[Vi
     own, flavour, encoding = Size(*picture.size), FLAVOURS[request.model.flavour], request.encoding
     whole = plan_reference(Box(0, 0, *own), flavour, encoding, size)
     if encoding.match_target_res or (encoding.preprocessing == "comfyui" and differ_by_rounding(whole[0].size, size)):
-        return plan_reference(crop_box(own, size), flavour, encoding, size, framed_alike=True)
+        return plan_reference(crop_box(own, size), flavour, encoding, size, framing="alike")
     return whole
 
 

@@ -77,8 +77,8 @@ def test_report_counts_and_measures(tmp_path):
         "References 1: 40 x 30, all 4:3.",
         "References 2: 40 x 30 to 90 x 90, mostly 4:3 (2 of 3).",
         "Captions: 2 per pair, 6 in total, 2 different.",
-        "Aspect ratios of reference and target differ in 1 pair (p01). These references are used whole, or "
-        "centre-cropped to the target's aspect ratio with match_target_res.",
+        "Aspect ratios of reference and target differ in 1 pair (p01). These references are not cropped "
+        "like their targets: they are used whole, or with match_target_res cropped to the target's aspect ratio.",
         "",
         "Notes:",
         "  - a note",

@@ -74,5 +74,5 @@ def test_the_target_s_crop_decides_what_is_left(tmp_path: Path) -> None:
 def test_the_check_reports_milder_cases(tmp_path: Path) -> None:
     pair_of = pair_folders(folders(tmp_path, (300, 100), (100, 160))).pairs[1]
     texts = [each.text for each in measure_pair(pair_of, PairCheckConfig()).findings if each.kind == "framing"]
-    assert any("match_target_res would crop it to 21% of its area" in text for text in texts)
+    assert any("uses the reference whole, or with match_target_res 21% of its area" in text for text in texts)
     assert any("target is 300 x 100, 3.0 times as long as it is narrow" in text for text in texts)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from tests.support.icc import grey_profile
 from tests.support.pair_files import config, pair, problems_of
@@ -169,6 +169,55 @@ def test_only_keys_of_masks_with_other_weights_than_before_change(tmp_path: Path
         assert planned.entry.mask
     unchanged = dict.fromkeys(("plain", "jpeg", "opaque alpha"), "")
     assert names == {**unchanged, "half alpha": "even", "black paint": "paint", "hole": "hole"}
+
+
+def grey_photo() -> Image.Image:
+    """A scene of smooth light with texture, whose weights are spread around 1."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
+    noise = np.random.default_rng(1).normal(0, 12, (SIDE, SIDE))
+    return Image.fromarray(np.clip(60 + 120 * x * (1 - y) + 40 * np.sin(9 * y) + noise, 0, 255).astype(np.uint8))
+
+
+def test_a_grey_photo_in_place_of_a_mask_is_named_with_its_weights(tmp_path: Path) -> None:
+    photo = grey_photo()
+    dataset = pair_folders(dataset_with(tmp_path, photo, "a.jpg"))
+    with Image.open(tmp_path / "mask/a.jpg") as file:
+        levels = np.sort(np.asarray(file.convert("L")).ravel())
+    low, high = (levels[int(share * levels.size)] / levels.mean() for share in (0.1, 0.9))
+    (note,) = dataset.notes
+    assert note.startswith(f"Masks with much grey: 1 (mask/a.jpg: weights {low:.2f} to {high:.2f}). Grey counts in")
+    assert "If this is a photo, put a mask in its place." in note and note in report(dataset)
+    kept = pair_folders(config(tmp_path, mask_dir=str(tmp_path / "mask")), checked_dir=tmp_path / "checked")
+    assert pair_folders(config(tmp_path, mask_dir=str(tmp_path / "mask")), checked_dir=tmp_path / "checked") == kept
+
+
+def feathered() -> Image.Image:
+    return Image.fromarray(region()).filter(ImageFilter.GaussianBlur(1.5))
+
+
+USUAL = {
+    "two levels": lambda: Image.fromarray(region()),
+    "zero and one": lambda: Image.fromarray(region() // 255),
+    "zero and half": lambda: Image.fromarray(region() // 2),
+    "all white": lambda: Image.new("L", (SIDE, SIDE), 255),
+    "one grey": lambda: Image.new("L", (SIDE, SIDE), 90),
+    "feathered": feathered,
+    "jpeg": lambda: Image.fromarray(region()),
+    "feathered hole": lambda: with_alpha(photograph(), 255 - np.asarray(feathered())),
+}
+
+
+@pytest.mark.parametrize("kind", USUAL)
+def test_usual_masks_are_not_called_grey(tmp_path: Path, kind: str) -> None:
+    dataset = pair_folders(dataset_with(tmp_path, USUAL[kind](), "a.jpg" if kind == "jpeg" else "a.png"))
+    assert not [note for note in dataset.notes if "grey" in note]
+
+
+def test_a_gradient_is_used_and_named(tmp_path: Path) -> None:
+    gradient = np.tile(np.arange(SIDE, dtype=np.uint8) * 8, (SIDE, 1))
+    dataset = pair_folders(dataset_with(tmp_path, Image.fromarray(gradient)))
+    assert np.abs(weights(dataset) - gradient.reshape(4, 8, 4, 8).mean((1, 3)) / gradient.mean()).max() < 1e-5
+    assert "mask/a.png: weights 0.19 to 1.81" in dataset.notes[0]
 
 
 def test_the_preview_shows_the_mask_as_it_weights(tmp_path: Path) -> None:

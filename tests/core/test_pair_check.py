@@ -85,14 +85,14 @@ def test_every_kind_is_found_and_no_more(mixed: EditDataset) -> None:
         "h_caption": ["caption"],
         "j_all_new": ["unmeasured"],
     }
-    assert check.shifts["b_shifted", 0] == pytest.approx((3, 0), abs=0.1)
+    assert check.shifts["b_shifted", 0] == pytest.approx((3, 0), abs=0.1), "in pixels of the target"
     report = check_report(mixed, check)
     assert report.startswith(
         "Pair check: 8 of 10 pairs may have problems: 1 shifted, 1 scaled, 1 with different colours"
     )
     for words in (
-        "b_shifted: reference is shifted 3.0 px right and 0.0 px",
-        "c_zoomed: reference is 1.0",
+        "b_shifted: the reference is shifted 3.0 px right and 0.0 px",
+        "c_zoomed: the reference is 1.0",
         "red +8.0, green +8.0, blue +8.0 of 255",
         "f_repeated: is nearly identical to the pair a_good",
         "the caption says little: 'IMG_1234'",

@@ -12,8 +12,9 @@ from trainer_core import sample
 from trainer_core.conditioning.pictures import plan_pair
 from trainer_core.conditioning.report import scale_report
 from trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
-from trainer_core.data.pairing import pair_folders
+from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.geometry import Size, area_size, aspect_area_size, bucket_size
+from trainer_core.pictures.contact_sheet import report
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.sample import SampleRequest
 
@@ -97,3 +98,25 @@ def test_the_report_says_the_scale_of_each_size(tmp_path: Path) -> None:
     ]
     lines = scale_report(dataset, "edit-v2", EncodingConfig()).splitlines()
     assert [line.split(": ")[1] for line in lines[1:]] == ["1.000 and 1.000 (3)", "1.000 and 1.000 (2)"]
+
+
+def test_the_report_says_which_references_are_cropped_or_whole(tmp_path: Path) -> None:
+    """A scale of 1 after a crop to another aspect ratio is not the scale of the scene."""
+    settings = make_pairs(tmp_path, 4, ((200, 200),))
+    for number, size in enumerate([(300, 200), (201, 200), (203, 200)], 1):  # half a percent counts as alike
+        picture(number, size).save(tmp_path / "reference_1" / f"{number:03}.png")
+    dataset = pair_folders(settings)
+
+    def lines(of: EditDataset, **encoding: bool) -> list[str]:
+        return scale_report(of, "edit-v2", EncodingConfig(resolution=512, **encoding)).splitlines()[1:]
+
+    assert lines(dataset, match_target_res=True) == [
+        "  target 512 x 512, reference 512 x 512: 1.000 and 1.000 (2)",
+        "  target 512 x 512, reference 512 x 512, cropped to the target's aspect ratio: 1.000 and 1.000 (2)",
+    ]
+    whole = lines(dataset)
+    assert [line.split(", ")[-1].partition(":")[0] for line in whole] == ["reference 1024 x 1024", "whole", "whole"]
+    loose = pair_folders(dataclasses.replace(settings, conditioning_type=("reference_loose",)))
+    assert all(", whole: " in line for line in lines(loose, match_target_res=True))
+    assert "Aspect ratios of reference and target differ in 2 pairs (001, 003)." in report(dataset)
+    assert "Aspect ratios" not in report(loose)

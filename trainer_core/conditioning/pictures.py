@@ -6,9 +6,9 @@ is decoded. `render` makes the pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,13 +42,21 @@ class View:
         return View(Box(*box), Size(*size), resample)
 
 
+Framing = Literal["alike", "cropped", "whole"]
+"""How a reference is framed: cropped like its target, cropped only to the target's aspect ratio, or not at all."""
+
+
 @dataclass(frozen=True, slots=True)
 class PairPlan:
-    """Views of a pair's pictures: the target, each reference for the VAE, each reference for Qwen2.5-VL."""
+    """Views of a pair's pictures: the target, each reference for the VAE, each reference for Qwen2.5-VL.
+
+    `framings`: one per reference.
+    """
 
     target: View
     references: tuple[View, ...]
     vision: tuple[View, ...]
+    framings: tuple[Framing, ...]
 
     def mask_box(self, target: Size, mask: Size) -> Box:
         """The target's crop in the coordinates of its mask, for pictures of these sizes."""
@@ -71,70 +79,52 @@ def plan_pair(
     box = target_box(sizes[0], bucket, encoding, key)
     target = View(box, bucket, "lanczos")
     kinds = conditioning_types or ("auto",) * (len(sizes) - 1)
+    framings: list[Framing] = [
+        _framing(sizes[0], size, kind, encoding) for size, kind in zip(sizes[1:], kinds, strict=True)
+    ]
+    boxes: dict[Framing, Callable[[Size], Box]] = {
+        "alike": lambda size: scale_box(box, sizes[0], size),
+        "cropped": lambda size: crop_box(size, bucket, crop_position(encoding, key)),
+        "whole": lambda size: Box(0, 0, *size),
+    }
     seen = [
-        _reference(size, kind, Framing(sizes[0], target, key), flavour, encoding)
-        for size, kind in zip(sizes[1:], kinds, strict=True)
+        plan_reference(boxes[framing](size), flavour, encoding, bucket, framing)
+        for size, framing in zip(sizes[1:], framings, strict=True)
     ]
     return PairPlan(
         target=target,
         references=tuple(reference for reference, _ in seen),
         vision=tuple(vision for _, vision in seen),
+        framings=tuple(framings),
     )
 
 
-class Framing(NamedTuple):
-    """The size of a target, its view, and the pair's key."""
-
-    size: Size
-    view: View
-    key: str
-
-
-def _reference(
-    size: Size, kind: ConditioningType, target: Framing, flavour: Flavour, encoding: EncodingConfig
-) -> tuple[View, View]:
-    """Views of a reference of this size for the VAE and for Qwen2.5-VL.
-
-    Crops reference_strict like the target, and auto too if both have the same aspect ratio. Uses reference_loose
-    whole, and other auto references too, except that match_target_res crops those to the target's aspect ratio.
-    """
-    bucket = target.view.size
-    framed_alike = kind == "reference_strict" or (kind == "auto" and same_framing(target.size, size))
-    if framed_alike:
-        box = scale_box(target.view.box, target.size, size)
-    elif kind == "auto" and encoding.match_target_res:
-        box = crop_box(size, bucket, crop_position(encoding, target.key))
-    else:
-        box = Box(0, 0, *size)
-    return plan_reference(
-        box, flavour, encoding, bucket, keep_aspect=kind == "reference_loose", framed_alike=framed_alike
-    )
+def _framing(target: Size, reference: Size, kind: ConditioningType, encoding: EncodingConfig) -> Framing:
+    """How a reference of this size is framed, see `conditioning_type` in docs/reference.md."""
+    if kind == "reference_strict" or (kind == "auto" and same_framing(target, reference)):
+        return "alike"
+    return "cropped" if kind == "auto" and encoding.match_target_res else "whole"
 
 
 def plan_reference(
-    box: Box,
-    flavour: Flavour,
-    encoding: EncodingConfig,
-    target: Size,
-    *,
-    keep_aspect: bool = False,
-    framed_alike: bool = False,
+    box: Box, flavour: Flavour, encoding: EncodingConfig, target: Size, framing: Framing = "whole"
 ) -> tuple[View, View]:
     """Views of one reference for the VAE and for Qwen2.5-VL, in the sizes of the preprocessing.
 
-    With match_target_res the VAE's view has the target's size, or with `keep_aspect` only about its area. It also has
-    the target's size if it is `framed_alike` and the sizes differ by rounding only, so that both have the same scale.
-    Qwen2.5-VL gets the size that the user's graph or pipeline gives it, whatever the target's size.
+    With match_target_res the VAE's view has the target's size, or about its area if the reference is used whole. It
+    also has the target's size if it is framed alike and the sizes differ by rounding only, so that both have the same
+    scale. Qwen2.5-VL gets the size that the user's graph or pipeline gives it, whatever the target's size.
     """
-    area = target.width * target.height if encoding.match_target_res and keep_aspect else flavour.reference_area
+    whole = framing == "whole"
+    area = target.width * target.height if encoding.match_target_res and whole else flavour.reference_area
     if encoding.preprocessing == "comfyui":
         reference = area_size(box.size, area, flavour.comfyui_reference_step)
         vision, resample = area_size(box.size, flavour.vision_area), "area"
     else:
         reference = aspect_area_size(box.size, area)
         vision, resample = aspect_area_size(box.size, flavour.vision_area), "lanczos"
-    matched = encoding.match_target_res and not keep_aspect
-    if matched or (framed_alike and differ_by_rounding(reference, target)):
+    matched = encoding.match_target_res and not whole
+    if matched or (framing == "alike" and differ_by_rounding(reference, target)):
         reference = target
     return View(box, reference, resample), View(box, vision, resample)  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from ..config import EncodingConfig, FlavourName
 from ..data.pairing import EditDataset
@@ -12,7 +13,7 @@ from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.latents import VAE_FACTOR
 from ..text import counted, shown
 from .encoded import EncodedDataset
-from .pictures import plan_pair
+from .pictures import Framing, plan_pair
 
 _MOST_KEYS = 20
 _MOST_SIZES = 12
@@ -36,7 +37,7 @@ def encoding_report(encoded: EncodedDataset) -> str:
             f"Sizes with a single pair: {lonely}. They are trained too, but never share a batch with another pair."
         )
     targets_and_references = Counter(
-        (_pixels(entry.shapes[0]), _pixels(shape)) for entry in encoded.pairs for shape in entry.shapes[1:]
+        _Sizes(_pixels(entry.shapes[0]), _pixels(shape)) for entry in encoded.pairs for shape in entry.shapes[1:]
     )
     lines += _scales(targets_and_references)
     lines += _epoch(encoded)
@@ -56,24 +57,44 @@ def encoding_report(encoded: EncodedDataset) -> str:
 
 def scale_report(dataset: EditDataset, flavour: FlavourName, encoding: EncodingConfig) -> str:
     """The scale at which training will see the references of a dataset; empty if it has none. Reads no files."""
-    counts: Counter[tuple[Size, Size]] = Counter()
+    counts: Counter[_Sizes] = Counter()
     for pair in dataset.pairs:
         kinds = pair.conditioning_types
         plan = plan_pair(pair.sizes, FLAVOURS[flavour], encoding, pair.key, conditioning_types=kinds)
-        counts.update((plan.target.size, view.size) for view in plan.references)
+        counts.update(
+            _Sizes(plan.target.size, view.size, _FRAMED[framing])
+            for view, framing in zip(plan.references, plan.framings, strict=True)
+        )
     return "\n".join(_scales(counts))
 
 
-def _scales(counts: Mapping[tuple[Size, Size], int]) -> list[str]:
+_FRAMED: dict[Framing, str] = {
+    "alike": "",
+    "cropped": ", cropped to the target's aspect ratio",
+    "whole": ", whole",
+}
+
+
+class _Sizes(NamedTuple):
+    """The sizes of a target and a reference in training, and what is said of the reference's crop."""
+
+    target: Size
+    reference: Size
+    framed: str = ""
+
+
+def _scales(counts: Mapping[_Sizes, int]) -> list[str]:
     """Lines about the sizes of targets and references, the most frequent first."""
     if not counts:
         return []
-    lines = ["References in training, with their scale (reference pixels per target pixel, across and down):"]
+    lines = [
+        "References in training, their scale (reference pixels per target pixel, across and down), and their number:"
+    ]
     frequent = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    for (target, reference), count in frequent[:_MOST_SIZES]:
+    for (target, reference, framed), count in frequent[:_MOST_SIZES]:
         across, down = reference.width / target.width, reference.height / target.height
         lines.append(
-            f"  target {target.width} x {target.height}, reference {reference.width} x {reference.height}: "
+            f"  target {target.width} x {target.height}, reference {reference.width} x {reference.height}{framed}: "
             f"{across:.3f} and {down:.3f} ({count})"
         )
     if len(frequent) > _MOST_SIZES:

@@ -17,9 +17,9 @@ from .colour_profiles import ColourProfile
 from .images import accepts_cut_pictures, content_name, decode_picture, open_picture_file, stream_digest
 from .in_threads import in_threads
 from .kept import read_kept, write_kept
-from .masks import MaskSource, mask_grey
+from .masks import MaskSource, MaskSpread, mask_grey, mask_spread
 
-_FORMAT = 2  # of the results file; raise it when the checks change
+_FORMAT = 3  # of the results file; raise it when the checks change
 _SETTLED_NS = 2 * 10**9  # a newer file could change again without changing its timestamp
 
 State = tuple[int, int, int, int]  # size in bytes, mtime (ns), ctime (ns), inode
@@ -28,8 +28,7 @@ State = tuple[int, int, int, int]  # size in bytes, mtime (ns), ctime (ns), inod
 class Checked(NamedTuple):
     """Properties of a readable picture. `sha256` is that of the file; see `Picture` for the profile and corrections.
 
-    `mask` says where the weights of a mask come from; empty for other pictures. `brightest` is the mask's largest
-    weight, 0 to 255.
+    `mask` says where the weights of a mask come from; empty for other pictures. `spread` is None for other pictures.
     """
 
     sha256: str
@@ -39,7 +38,7 @@ class Checked(NamedTuple):
     profile: ColourProfile | None
     corrections: tuple[str, ...]
     mask: MaskSource | Literal[""] = ""
-    brightest: int = -1
+    spread: MaskSpread | None = None
 
     def converted(self, color_profiles: ColorProfiles) -> bool:
         """Whether this picture is converted to sRGB under this setting. A mask never is."""
@@ -102,7 +101,7 @@ def _check(path: Path, *, is_mask: bool) -> Checked | DatasetError:
             if not is_mask:
                 return found
             grey, source = mask_grey(picture, path)
-            return found._replace(mask=source, brightest=int(grey.getextrema()[1]))  # type: ignore[arg-type]
+            return found._replace(mask=source, spread=mask_spread(grey))
     except DatasetError as error:
         return error
 
@@ -128,9 +127,9 @@ def _recall(memory: Path | None, states: dict[Path, State], masks: Collection[Pa
 
 
 def _from_json(values: Any) -> Checked:
-    sha256, size, animated, transparent, profile, corrections, *mask = values
-    profile = profile and ColourProfile(*profile)
-    return Checked(sha256, Size(*size), animated, transparent, profile, tuple(corrections), *mask)
+    sha256, size, animated, transparent, profile, corrections, mask, spread = values
+    profile, spread = profile and ColourProfile(*profile), spread and MaskSpread(*spread)
+    return Checked(sha256, Size(*size), animated, transparent, profile, tuple(corrections), mask, spread)
 
 
 def _remember(memory: Path, found: dict[Path, Checked], states: dict[Path, State]) -> None:

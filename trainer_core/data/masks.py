@@ -21,6 +21,8 @@ _VISIBLE = 32  # alpha from which a pixel's colour counts; below it the colour m
 _OPAQUE = 255 - _VISIBLE  # alpha from which a picture counts as opaque: alpha saved with loss is not 255 everywhere
 _ONE_COLOUR = 12  # of 255: the largest range of each channel in paint of one colour
 _COLOURED = 32  # of 255: the largest difference between the channels of a pixel that counts as grey
+_NEAR = 0.125  # of the brightest grey value: how far a level that counts as black or as the brightest may lie from it
+_SOFT = 0.25  # of the pixels; feathered masks have less grey
 _COLOURED_SHARE = 0.05  # of the pixels that aren't black; the noise of a JPEG stays below
 
 
@@ -30,6 +32,25 @@ class PairMask(NamedTuple):
     path: Path
     digest: str
     size: Size
+
+
+class MaskSpread(NamedTuple):
+    """How the weights of a mask are spread.
+
+    `brightest` is its largest grey value, 0 to 255. `grey` is the share of pixels that are clearly brighter than black
+    and clearly darker than `brightest`. `low` and `high` are the weights, relative to their mean, between which all but
+    the darkest and the brightest tenth of the pixels lie; 0 for a black mask.
+    """
+
+    brightest: int
+    grey: float
+    low: float
+    high: float
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether much of the mask is grey, as in a gradient, or in a photo that was mistaken for a mask."""
+        return self.grey > _SOFT
 
 
 class MaskGrey(NamedTuple):
@@ -68,6 +89,16 @@ def mask_grey(picture: Picture, path: Path) -> MaskGrey:
     return MaskGrey(picture.pixels.convert("L"), "grey" if picture.alpha is None else "even")
 
 
+def mask_spread(grey: Image.Image) -> MaskSpread:
+    """How the weights of a mask of mode L are spread."""
+    counts, levels = np.array(grey.histogram()), np.arange(256)
+    brightest = int(np.flatnonzero(counts)[-1])
+    between = (levels > brightest * _NEAR) & (levels < brightest * (1 - _NEAR))
+    mean = float(levels @ counts) / counts.sum() or 1.0
+    low, high = np.searchsorted(counts.cumsum(), counts.sum() * np.array([0.1, 0.9]))
+    return MaskSpread(brightest, float(counts[between].sum() / counts.sum()), float(low / mean), float(high / mean))
+
+
 def checked_mask_grey(mask: PairMask) -> Image.Image:
     """`mask_grey` of a mask's file, as a picture of mode L.
 
@@ -92,15 +123,15 @@ def _is_coloured(pixels: Image.Image) -> bool:
     return coloured > _COLOURED_SHARE * sum(brightest.histogram()[_COLOURED + 1 :])
 
 
-def mask_problem(mask: PairMask, target: Size, brightest: int) -> str:
-    """Why a mask can't be used with its target; empty if it can. `brightest` is the mask's largest grey value."""
+def mask_problem(mask: PairMask, target: Size, spread: MaskSpread | None) -> str:
+    """Why a mask can't be used with its target; empty if it can."""
     size = mask.size
     if not similar_shape(size, target, _SHAPE_TOLERANCE):
         return (
             f"{shown(mask.path)}: the mask is {size.width} x {size.height}, but its target is {target.width} x "
             f"{target.height}. Give it the target's aspect ratio; the size may differ."
         )
-    if brightest == 0:
+    if spread is not None and spread.brightest == 0:
         return (
             f"{shown(mask.path)}: the mask is all black, so nothing would be learned. Paint the parts that count white."
         )

@@ -6,7 +6,7 @@ Nothing is changed.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,6 +28,7 @@ from .pairing import EditDataset, EditPair, reference_kinds
 _GRAPH_SHAPE = 2.5  # more than the 1568 x 672 to which FluxKontextImageScale crops, with some tolerance
 _QUICK_SIDE = 128  # pixels of the longer side of the small pictures that are measured first
 _CLEARLY = 0.7  # share of a limit: small pictures are precise enough for values below it
+_LANCZOS = Image.Resampling.LANCZOS
 _ERRORS = 3  # standard errors by which the true shift may exceed the measured one
 
 FindingKind = Literal["shift", "zoom", "colour", "size", "framing", "unmeasured", "equal", "duplicate", "caption"]
@@ -44,20 +45,21 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPair:
-    """A pair's findings, the alignment of each reference (None if its framing differs), and its perceptual hash.
+    """A pair's findings, and the alignment of each reference (None if its framing differs).
 
-    `bits` holds the hash of the target and the first reference, 64 bits each.
+    `scale`: pixels of the target per pixel of the alignments. `bits`: the perceptual hashes of the target and the first
+    reference, 64 bits each.
     """
 
-    key: str
-    alignments: tuple[Alignment | None, ...]
     findings: tuple[Finding, ...]
+    alignments: tuple[Alignment | None, ...]
+    scale: float
     bits: Bits
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PairCheck:
-    """All findings of a dataset. `shifts` are the measured shifts (right, down) by pair key and reference number."""
+    """All findings of a dataset. `shifts`: (right, down) in pixels of the target, by pair key and reference number."""
 
     num_pairs: int
     findings: tuple[Finding, ...]
@@ -86,7 +88,7 @@ def check_pairs(
     known = len(measured)
     new = [pair for pair in dataset.pairs if keys[pair.key] not in measured]
     try:
-        found = in_threads(lambda pair: _measured(pair, config), new, observer, "check-pairs")
+        found = in_threads(lambda pair: _to_keep(pair, config), new, observer, "check-pairs")
         for done, (pair, result) in enumerate(found, 1):
             measured[keys[pair.key]] = result
             observer.on_progress("Checking pairs", done, len(new))
@@ -111,10 +113,11 @@ def check_pairs(
     return PairCheck(len(dataset.pairs), tuple(findings), shifts)
 
 
-def _measured(pair: EditPair, config: PairCheckConfig) -> Measured:
-    """A pair's measurement: quick on small pictures where that leaves no doubt, otherwise `measure_pair`."""
-    found = _measure(pair, config, _QUICK_SIDE, _quick_alignment) or measure_pair(pair, config)
-    shifts = {number: each.shift for number, each in enumerate(found.alignments) if each and each.measured}
+def _to_keep(pair: EditPair, config: PairCheckConfig) -> Measured:
+    """What is kept of a pair's measurement: of small pictures if they leave no doubt, otherwise of `measure_pair`."""
+    found = _measure_small(pair, config) or measure_pair(pair, config)
+    aligned = {number: each.shift for number, each in enumerate(found.alignments) if each and each.measured}
+    shifts = {number: (right * found.scale, down * found.scale) for number, (right, down) in aligned.items()}
     return Measured(tuple((each.kind, each.text) for each in found.findings), shifts, found.bits)
 
 
@@ -124,9 +127,52 @@ def measure_pair(pair: EditPair, config: PairCheckConfig) -> MeasuredPair:
     Raises:
         DatasetError: a picture can't be read.
     """
-    found = _measure(pair, config, config.check_side, lambda target, reference, _: align(target, reference))
-    assert found is not None
-    return found
+    opened = _open_pair(pair, config.check_side)
+    alignments = {number: align(opened.target, each) for number, each in opened.references.items()}
+    return _judged(pair, config, opened, alignments)
+
+
+def _measure_small(pair: EditPair, config: PairCheckConfig) -> MeasuredPair | None:
+    """`measure_pair` with small pictures, which is much faster; None if they leave a doubt."""
+    opened = _open_pair(pair, _QUICK_SIDE)
+    alignments: dict[int, Alignment] = {}
+    for number, reference in opened.references.items():
+        found = _quick_alignment(opened.target, reference, _Limits(config, opened.scale, number == 0))
+        if found is None:
+            return None
+        alignments[number] = found
+    return _judged(pair, config, opened, alignments)
+
+
+class _Opened(NamedTuple):
+    """Reduced pictures of a pair: the target, and by number the references that are framed like it, at its size.
+
+    `scale`: pixels of the target's file per pixel. `bits` as in MeasuredPair.
+    """
+
+    target: Pixels
+    references: dict[int, Pixels]
+    scale: float
+    bits: Bits
+
+
+def _open_pair(pair: EditPair, side: int) -> _Opened:
+    """The pictures of a pair, reduced so that the longer side has at most `side` pixels."""
+    target, *references = [
+        open_reduced(path, side, convert=is_converted(content))
+        for path, content in zip((pair.target, *pair.references), pair.digests, strict=True)
+    ]
+    kinds = zip(reference_kinds(pair), pair.sizes[1:], strict=True)
+    alike = [kind != "reference_loose" and same_framing(pair.sizes[0], size) for kind, size in kinds]
+    pixels = {
+        number: _pixels(reference if reference.size == target.size else reference.resize(target.size, _LANCZOS))
+        for number, reference in enumerate(references)
+        if alike[number]
+    }
+    hashed = (target, *references[:1]) if references else (target, target)
+    return _Opened(
+        _pixels(target), pixels, pair.sizes[0].width / target.width, np.concatenate([*map(shape_bits, hashed)])
+    )
 
 
 class _Limits(NamedTuple):
@@ -137,39 +183,21 @@ class _Limits(NamedTuple):
     first: bool
 
 
-def _measure(
-    pair: EditPair,
-    config: PairCheckConfig,
-    side: int,
-    align_pictures: Callable[[Pixels, Pixels, _Limits], Alignment | None],
-) -> MeasuredPair | None:
-    """Measure pictures whose longer side has at most `side` pixels. None if `align_pictures` returns None."""
-    original = pair.sizes[0]
-    target = open_reduced(pair.target, side, convert=is_converted(pair.digests[0]))
-    wanted, alignments, findings = _pixels(target), [], [*_narrow(pair.key, "target", original)]
-    bits = [shape_bits(target)]
-    for number, (path, kind) in enumerate(zip(pair.references, reference_kinds(pair), strict=True)):
-        size, content = pair.sizes[number + 1], pair.digests[number + 1]
-        reference = open_reduced(path, side, convert=is_converted(content))
-        name = "reference" if len(pair.references) == 1 else f"reference {number + 1}"
-        bits.append(shape_bits(reference))
+def _judged(
+    pair: EditPair, config: PairCheckConfig, opened: _Opened, alignments: Mapping[int, Alignment]
+) -> MeasuredPair:
+    """The findings of these alignments and of the pair's sizes."""
+    target, *sizes = pair.sizes
+    findings = [*_narrow(pair.key, "the target", target)]
+    for number, (size, kind) in enumerate(zip(sizes, reference_kinds(pair), strict=True)):
         if kind == "reference_loose":  # declared to show another scene
-            alignments.append(None)
             continue
-        findings += _size_findings(pair.key, name, original, size)
-        findings += _narrow(pair.key, name, size)
-        found = None
-        if same_framing(original, size):
-            limits = _Limits(config, original.width / target.width, number == 0)
-            if reference.size != target.size:
-                reference = reference.resize(target.size, Image.Resampling.LANCZOS)
-            found = align_pictures(wanted, _pixels(reference), limits)
-            if found is None:
-                return None
-            findings += _findings(pair.key, name, found, limits)
-        alignments.append(found)
-    first_two = (bits * 2)[:2]  # the target's hash twice if there is no reference
-    return MeasuredPair(pair.key, tuple(alignments), tuple(findings), np.concatenate(first_two))
+        name = "the reference" if len(sizes) == 1 else f"reference {number + 1}"
+        findings += [*_size_findings(pair.key, name, target, size), *_narrow(pair.key, name, size)]
+        if number in alignments:
+            findings += _findings(pair.key, name, alignments[number], _Limits(config, opened.scale, number == 0))
+    found = tuple(alignments.get(number) for number in range(len(sizes)))
+    return MeasuredPair(tuple(findings), found, opened.scale, opened.bits)
 
 
 def _quick_alignment(target: Pixels, reference: Pixels, limits: _Limits) -> Alignment | None:
@@ -202,13 +230,14 @@ def _size_findings(key: str, name: str, target: Size, reference: Size) -> Iterat
         return
     sizes = f"{name} is {reference.width} x {reference.height}, the target {target.width} x {target.height}"
     if same_framing(target, reference):
-        yield Finding(key, "size", f"{sizes}. Training scales {name}. Equal sizes would be sharper.")
+        yield Finding(key, "size", f"{sizes}. Training resizes both. Equal sizes keep both equally sharp.")
     else:
         yield Finding(
             key,
             "framing",
-            f"{sizes}. Aspect ratios differ, so {name} can't be cropped like the target, and match_target_res would "
-            f"crop it to {kept_share(reference, target):.0%} of its area. Crop both alike if they show the same scene.",
+            f"{sizes}. Aspect ratios differ, so training doesn't crop both alike: it uses {name} whole, or with "
+            f"match_target_res {kept_share(reference, target):.0%} of its area. If they show the same scene, crop them "
+            "alike.",
         )
 
 
@@ -233,7 +262,7 @@ def _findings(key: str, name: str, found: Alignment, limits: _Limits) -> Iterato
     config = limits.config
     if limits.first and _hardly_differs(found, config):
         yield Finding(
-            key, "equal", f"target and {name} hardly differ. Use the edited picture as target or remove the pair."
+            key, "equal", f"the target and {name} hardly differ. Use the edited picture as target or remove the pair."
         )
         return
     if not found.measured:

@@ -13,11 +13,11 @@ from .duplicates import Bits
 from .kept import kept_file, read_kept, write_kept
 from .pairing import EditDataset, EditPair
 
-_FORMAT = 1  # raise it when the measurements change
+_FORMAT = 2  # raise it when the measurements change
 
 
 class Measured(NamedTuple):
-    """A pair's findings (kind and text), the shift of each measured reference by its number, and its hash."""
+    """A pair's findings (kind and text), the shift of each measured reference by its number, and its hashes."""
 
     findings: tuple[tuple[Any, str], ...]
     shifts: dict[int, tuple[float, float]]

@@ -307,7 +307,7 @@ def _pair(
     if folders.masks is not None:
         found = results.pop()
         mask = PairMask(paths.pop(), found.content(config.color_profiles), found.size)
-        problems += filter(None, [mask_problem(mask, results[0].size, found.brightest)])
+        problems += filter(None, [mask_problem(mask, results[0].size, found.spread)])
     digests = tuple(each.content(config.color_profiles) for each in results)
     sizes = tuple(each.size for each in results)
     kinds = reference_types(config, [key in folder.pictures for folder in folders.references])

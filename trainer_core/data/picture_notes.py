@@ -22,9 +22,20 @@ class _Remark(NamedTuple):
 def picture_notes(checked: Mapping[Path, Checked], color_profiles: ColorProfiles) -> Iterator[str]:
     """One note for each thing that is done to pictures, with their number and the first names."""
     files: dict[_Remark, list[str]] = defaultdict(list)
+    soft: list[str] = []
     for path, picture in checked.items():
         for remark in _remarks(picture, color_profiles):
             files[remark].append(f"{path.parent.name}/{path.name}")
+        if picture.spread is not None and picture.spread.is_soft:
+            soft.append(
+                f"{path.parent.name}/{path.name}: weights {picture.spread.low:.2f} to {picture.spread.high:.2f}"
+            )
+    if soft:
+        yield (
+            f"Masks with much grey: {len(soft)} ({some_of(soft)}). Grey counts in proportion to its brightness. The "
+            "mean weight is 1, and the numbers leave out the darkest and the brightest tenth of a mask. If this is a "
+            "photo, put a mask in its place."
+        )
     for remark, names in files.items():
         yield f"{remark.pictures}: {len(names)} ({some_of(names)}). {remark.meaning}".rstrip()
 

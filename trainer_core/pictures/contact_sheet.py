@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ..data.masks import checked_mask_grey
-from ..data.pairing import EditDataset, EditPair
+from ..data.pairing import EditDataset, EditPair, reference_kinds
 from ..events import SILENT, Observer, watched
-from ..geometry import Size, similar_shape
+from ..geometry import Size, same_framing
 from ..text import counted, shown, some_of
 from .rows import Look, PictureRow, draw_rows, pair_thumbnails, thumbnail
 
 _ASPECTS = ((1, 1), (5, 4), (4, 3), (3, 2), (16, 9), (2, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2))
-_ASPECT_TOLERANCE = 0.02  # smaller relative differences come from rounding to whole pixels
 
 
 def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, observer: Observer = SILENT) -> Image.Image:
@@ -101,17 +100,19 @@ def _captions(pairs: Sequence[EditPair]) -> str:
 
 
 def _other_aspect(pairs: Sequence[EditPair]) -> list[str]:
-    keys = [pair.key for pair in pairs if not all(_same_aspect(pair.sizes[0], size) for size in pair.sizes[1:])]
+    keys = [pair.key for pair in pairs if _has_another_aspect(pair)]
     if not keys:
         return []
     return [
         f"Aspect ratios of reference and target differ in {counted(len(keys), 'pair')} ({some_of(keys)}). These "
-        "references are used whole, or centre-cropped to the target's aspect ratio with match_target_res."
+        "references are not cropped like their targets: they are used whole, or with match_target_res cropped to the "
+        "target's aspect ratio."
     ]
 
 
-def _same_aspect(target: Size, reference: Size) -> bool:
-    return similar_shape(target, reference, _ASPECT_TOLERANCE)
+def _has_another_aspect(pair: EditPair) -> bool:
+    kinds = zip(pair.sizes[1:], reference_kinds(pair), strict=True)
+    return any(kind == "auto" and not same_framing(pair.sizes[0], size) for size, kind in kinds)
 
 
 def _pixels(size: Size) -> str:
