@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,7 +34,7 @@ from .encode_prompts import encode_prompts
 from .encoded import EncodedDataset, save_manifest
 from .encoders import Encoders, PictureEncoder, PromptEncoder, own_pictures, own_prompts
 from .encoding_plan import PlannedDataset, PlannedPair, find_missing, plan_encoding
-from .image_embeds import open_image_embeds
+from .image_embeds import ImageEmbeds, open_image_embeds
 from .reference_sets import split_by_reference
 from .sizes import check_crops, large_enough
 
@@ -82,34 +83,27 @@ def plan_dataset(
     problems.attempt(lambda: check_references(dataset, model, encoding))
     problems.attempt(lambda: encoders.check(encoding))
     problems.attempt(lambda: _check_captions(dataset, encoding, base.folder.tokenizer, observer))
-    kept = problems.attempt(lambda: large_enough(dataset.pairs, encoding.sizes))
-    used = kept and problems.attempt(lambda: _trained_and_validated(kept[0], encoding))
-    networks = problems.attempt(lambda: _networks(base, encoding, encoders))
-    embeds = networks and problems.attempt(
-        lambda: open_image_embeds(encoding, cache_dir, dataset.reference_dirs[0], networks[1])
-    )
+    used = problems.attempt(lambda: _used_pairs(dataset, encoding))
+    networks = problems.attempt(lambda: _networks(base, encoding, encoders, cache_dir, dataset.reference_dirs[0]))
     problems.raise_all()
-    assert kept is not None
     assert used is not None
     assert networks is not None
-    assert embeds is not None
-    (pairs, left_out), (vae, text_encoder) = kept, networks
-    digests = (vae.digest, text_encoder.digest)
-    trained = _planned(used[0], model, encoding, digests, validated=False)
-    validated = _planned(used[1], model, encoding, digests, validated=True)
+    digests = (networks.vae.digest, networks.text_encoder.digest)
+    trained = _planned(used.trained, model, encoding, digests, validated=False)
+    validated = _planned(used.validated, model, encoding, digests, validated=True)
     return PlannedDataset(
         base=base,
         encoding=encoding,
         cache_dir=cache_dir,
         ranks=ranks,
-        dataset=dataclasses.replace(dataset, pairs=pairs),
-        left_out=left_out,
+        dataset=dataclasses.replace(dataset, pairs=used.pairs),
+        left_out=used.left_out,
         pairs=trained,
         validation_pairs=validated,
         missing=find_missing(list(ranks.share([*trained, *validated])), cache_dir, observer),
-        picture_encoder=vae,
-        prompt_encoder=text_encoder,
-        image_embeds=embeds,
+        picture_encoder=networks.vae,
+        prompt_encoder=networks.text_encoder,
+        image_embeds=networks.image_embeds,
     )
 
 
@@ -149,14 +143,26 @@ def encode_planned(planned: PlannedDataset, observer: Observer = SILENT) -> Enco
     return dataclasses.replace(encoded, changed=changed)
 
 
-def _networks(base: BaseModel, encoding: EncodingConfig, encoders: Encoders) -> tuple[PictureEncoder, PromptEncoder]:
-    """The VAE and the text encoder to use, after a check of the base model's parts that they need."""
+class _Networks(NamedTuple):
+    """The encoders to use, and the cache of the text encoder's visual tokens."""
+
+    vae: PictureEncoder
+    text_encoder: PromptEncoder
+    image_embeds: ImageEmbeds
+
+
+def _networks(
+    base: BaseModel, encoding: EncodingConfig, encoders: Encoders, cache_dir: Path, reference_dir: Path
+) -> _Networks:
+    """The networks, after a check of the base model's parts that they need."""
     device = pick_device(base.config.device)
     if encoders.prompts is None:
         check_text_encoder(base, encoding.preprocessing)
     if encoders.pictures is None:
         check_vae(base)
-    return encoders.pictures or own_pictures(base, device), encoders.prompts or own_prompts(base, encoding, device)
+    vae, text_encoder = encoders.pictures or own_pictures(base, device), encoders.prompts
+    text_encoder = text_encoder or own_prompts(base, encoding, device)
+    return _Networks(vae, text_encoder, open_image_embeds(encoding, cache_dir, reference_dir, text_encoder))
 
 
 def _check_captions(dataset: EditDataset, encoding: EncodingConfig, tokenizer: Path, observer: Observer) -> None:
@@ -227,22 +233,33 @@ def check_references(dataset: EditDataset, model: ModelConfig, encoding: Encodin
     check_crops(dataset.pairs, encoding)
 
 
-def _trained_and_validated(
-    pairs: Sequence[EditPair], encoding: EncodingConfig
-) -> tuple[Sequence[EditPair], Sequence[EditPair]]:
-    """The pairs to train on and those to validate, in the dataset's order.
+class _UsedPairs(NamedTuple):
+    """The pairs that are large enough, the keys of the others, and of the former those to train on and to validate."""
+
+    pairs: tuple[EditPair, ...]
+    left_out: tuple[str, ...]
+    trained: Sequence[EditPair]
+    validated: Sequence[EditPair]
+
+
+def _used_pairs(dataset: EditDataset, encoding: EncodingConfig) -> _UsedPairs:
+    """The pairs to use, in the dataset's order.
 
     Validated pairs are ranked by a digest per pair, so that other pairs and their order matter little.
+
+    Raises:
+        DatasetError: targets are too small, or no pair is left to train on.
     """
+    pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
     ranked = sorted(pairs, key=lambda pair: digest([encoding.seed, pair.key]))
     wanted = len(ranked) if encoding.num_eval_images < 0 else encoding.num_eval_images
     keys = {pair.key for pair in ranked[:wanted]}
     validated = [pair for pair in pairs if pair.key in keys]
     if encoding.train_eval_images:
-        return pairs, validated
+        return _UsedPairs(pairs, left_out, pairs, validated)
     if 0 < len(ranked) <= wanted and encoding.num_eval_images > 0:
         raise DatasetError(
             f"num_eval_images must be less than the dataset's number of pairs ({len(ranked)}), got {wanted}. "
             "At least one pair must be left to train on. To train on the validated pairs too, set train_eval_images."
         )
-    return [pair for pair in pairs if pair.key not in keys], validated
+    return _UsedPairs(pairs, left_out, [pair for pair in pairs if pair.key not in keys], validated)
