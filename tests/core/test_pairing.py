@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import unicodedata
@@ -203,9 +204,18 @@ def test_missing_folders_are_named_all_at_once(tmp_path):
     text(tmp_path / "after", "a file")
     problems = problems_of(config(tmp_path, "none"))
     assert problems == [
-        f"{tmp_path / 'after'}: the folder is a file, not a folder.",
+        f"{tmp_path / 'after'}: this is a file, not a folder.",
         f"{tmp_path / 'none'}: the folder does not exist.",
     ]
+
+
+def test_a_misspelt_folder_has_a_suggestion_and_no_other_notes(tmp_path):
+    pair(tmp_path, "a")
+    dataset = dataclasses.replace(config(tmp_path), target_dir=str(tmp_path / "aftr"))
+    with pytest.raises(DatasetError) as caught:
+        pair_folders(dataset)
+    assert caught.value.problems == (f"{tmp_path / 'aftr'}: the folder does not exist. Did you mean 'after'?",)
+    assert "not used" not in str(caught.value)
 
 
 def test_a_missing_reference_folder_does_not_flood_the_report(tmp_path):

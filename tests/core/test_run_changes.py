@@ -160,7 +160,7 @@ def test_all_differences_and_the_ways_on(tmp_path: Path) -> None:
     message = refusal(run, dataset(tmp_path / "cache", PAIRS[:4]), **changes)
     for part in ("seed 0 -> 3", "lora.lora_rank 16 -> 64", "learning_rate 0.0001 -> 0.0003", "('e') was removed"):
         assert part in message, part
-    assert "Set them back" in message and "another run name" in message and "Nothing was changed" in message
+    assert "Undo these changes" in message and "another run name" in message and "Nothing was changed" in message
     assert "init_lora" not in message, "this run has no LoRA yet"
     state = json.loads((run / "run.json").read_text())
     result = {"lora_file": "mine.safetensors", "steps": 4, "kept": False, "export": {}}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..events import SILENT, Observer, watched
+from ..settings import did_you_mean
 from ..text import counted, reason_of, shown, some_of
 from .images import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES
 
@@ -59,8 +60,8 @@ def scan_folder(root: Path, *, table: Path | None = None, observer: Observer = S
     """
     folder = Folder(root)
     if not root.is_dir():
-        kind = "is a file, not a folder" if root.exists() else "does not exist"
-        folder.problems.append(f"{shown(root)}: the folder {kind}.")
+        problem = "this is a file, not a folder." if root.exists() else f"the folder does not exist.{_nearest(root)}"
+        folder.problems.append(f"{shown(root)}: {problem}")
         return folder
     resolved = root.resolve()
     for path in watched(_files(folder, root), observer):
@@ -190,6 +191,16 @@ def _kind_of(folder: Folder, path: Path) -> dict[str, Path] | None:
     if suffix in UNREAD_PICTURE_SUFFIXES:
         return folder.unread
     return folder.texts if suffix in CAPTION_SUFFIXES else None
+
+
+def _nearest(missing: Path) -> str:
+    """The end of a message: the folder beside it with the most similar name."""
+    try:
+        with os.scandir(missing.parent) as entries:
+            beside = [entry.name for entry in entries if entry.is_dir()]
+    except OSError:
+        return ""
+    return did_you_mean(missing.name, map(shown, beside))
 
 
 def _unfit(path: Path, root: Path) -> str:

@@ -169,6 +169,8 @@ class _Folders:
         """Which files are not used, and which targets lack an optional reference."""
         for folder in self.every:
             yield from folder.notes
+        if not self.target.pictures:  # the problem says so; nothing of the other folders can be used
+            return
         for folder in self.others:
             unused = [path for key, path in folder.pictures.items() if key not in self.target.pictures]
             yield from _unused(folder, unused, "picture", "no target has this name")

@@ -61,9 +61,9 @@ def _values_before(run_dir: Path, digest: str, encoded: EncodedDataset | None) -
 
 def dataset_changes(old: Row, new: Row) -> Iterator[str]:
     """How the training pairs differ. Both are values of `trained_values`."""
-    for name in ("flavour", "preprocessing"):
-        if old.get(name) != new.get(name):
-            yield f"the dataset was encoded for {name} {brief(old.get(name))} -> {brief(new.get(name))}"
+    re_encoded = [name for name in ("flavour", "preprocessing") if old.get(name) != new.get(name)]
+    for name in re_encoded:
+        yield f"the dataset was encoded for {name} {brief(old.get(name))} -> {brief(new.get(name))}"
     before, after = ({str(row["key"]): row for row in values["pairs"]} for values in (old, new))
     added, removed = [name for name in after if name not in before], [name for name in before if name not in after]
     contents = {_content(before[name]) for name in removed}
@@ -74,11 +74,12 @@ def dataset_changes(old: Row, new: Row) -> Iterator[str]:
         yield f"{_pairs(added)} {_were(added)} added"
     if removed:
         yield f"{_pairs(removed)} {_were(removed)} removed"
+    kinds = [kind for kind in _KINDS if not re_encoded or kind[0] is not _encoded_otherwise]
     common = [(before[name], after[name]) for name in before if name in after]
     reworded = [both for both in common if _differ("captions")(*both)]
     if reworded:  # pictures and sizes may have changed too
         yield f"the captions of {_of(reworded)} changed"
-    for is_changed, said in _KINDS:
+    for is_changed, said in kinds:
         changed = [both for both in common if is_changed(*both)]
         common = [both for both in common if not is_changed(*both)]  # each pair is named once
         if changed:

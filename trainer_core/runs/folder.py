@@ -110,9 +110,9 @@ class RunFolder:
         self._check_files()
         if self.state() and (changed := self.changes(key)):
             raise RunFolderError(
-                f"The run {self.path.name!r} was started with other settings:\n"
+                f"The run {self.path.name!r} was started with other settings or pairs:\n"
                 f"{in_words(self.path, changed, encoded)}\n"
-                "Set them back to continue it, or choose another run name to start a new run."
+                "Undo these changes to continue it, or choose another run name to start a new run."
                 f"{self.way_from_lora()} Nothing was changed."
             )
 
