@@ -42,7 +42,7 @@ class Box(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all sides lie between two pixels."""
+        """Whether no side cuts through a pixel."""
         return all(isinstance(side, int) for side in self)
 
 

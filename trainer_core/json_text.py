@@ -110,7 +110,8 @@ def _hint(problem: json.JSONDecodeError) -> str:
         return " JSON has no comments. Remove them."
     if found[:1] == "'":
         return " Texts have double quotes."
-    if found[:1] in ("}", "]") or "trailing comma" in problem.msg:  # Python 3.13 names the comma
+    before = problem.doc[: problem.pos].rstrip()[-1:]
+    if (before == "," and found[:1] in ("}", "]")) or "trailing comma" in problem.msg:  # Python 3.13 names the comma
         return " Remove the comma before the bracket."
     return ""
 

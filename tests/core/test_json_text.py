@@ -38,6 +38,7 @@ REFUSED: list[tuple[bytes, str]] = [
         b'{"a": 1 // one\n}',
         "is not JSON: Expecting ',' delimiter in line 1, column 9. JSON has no comments. Remove them.",
     ),
+    (b'{"a": }', "is not JSON: Expecting value in line 1, column 7."),
     (b"{'a': 1}", "in line 1, column 2. Texts have double quotes."),
     (b"", "is empty"),
     (b"\xef\xbb\xbf \n", "is empty"),
