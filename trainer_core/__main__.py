@@ -14,11 +14,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .disk import disk_errors
-from .errors import ConfigError, Interrupted, TrainerError
+from .errors import ConfigError, Interrupted, Problems, TrainerError
 from .events import VALIDATION_LOSSES, SampleReport, StepReport, Stop
 
 if TYPE_CHECKING:
@@ -200,15 +201,20 @@ def _plan(options: argparse.Namespace, observer: ConsoleObserver) -> int:
 
 
 def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    from PIL import Image
+
     from .data.images import open_picture
     from .pictures.grid import save_picture
-    from .sample import SampleRequest, sample_edit
+    from .planning.disk_space import DiskUse, check_disk
+    from .sample import SampleRequest, check_sample, sample_edit
 
-    job = _job(options)
+    job, problems = _job(options), Problems()
     convert = (job.dataset or job.datasets[0].dataset).color_profiles == "convert"
+    pictures = [problems.attempt(partial(open_picture, path, convert=convert)) for path in options.reference]
+    unread = Image.new("RGB", (64, 64))  # stands for a picture that can't be read, for the checks
     request = SampleRequest(
         model=job.model,
-        references=tuple(open_picture(path, convert=convert) for path in options.reference),
+        references=tuple(picture or unread for picture in pictures),
         prompt=options.prompt,
         negative_prompt=job.encoding.validation_negative_prompt,
         preprocessing=job.encoding.preprocessing,
@@ -220,7 +226,11 @@ def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
         guidance=job.validation.validation_guidance,
         seed=options.seed,
     )
-    _refuse_existing(options.out)
+    problems.attempt(lambda: _refuse_existing(options.out))
+    problems.attempt(lambda: check_disk([DiskUse(options.out.absolute().parent, "the picture", 0)]))
+    if problems.errors:
+        problems.attempt(lambda: check_sample(request))
+        problems.raise_all()
     save_picture(sample_edit(request, observer), options.out)
     sys.stdout.write(f"{options.out}\n")
     return EXIT_OK

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +19,10 @@ from .conditioning.caption_lengths import too_long
 from .conditioning.pictures import View, plan_reference, render, to_picture, vision_picture
 from .config import EncodingConfig, ModelConfig, Preprocessing
 from .device import pick_device, release_memory
-from .errors import ConfigError
+from .errors import ConfigError, Problems
 from .events import SILENT, Observer, raise_if_stopped
 from .geometry import Box, Size, bucket_size, crop_box, differ_by_rounding
+from .precision.quantise import converter
 from .qwen_image.base_model import BaseModel
 from .qwen_image.flavours import FLAVOURS
 from .qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
@@ -73,12 +75,12 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
         ConfigError: there is no reference, or more than the flavour takes; the size isn't a multiple of 16; a prompt
             has more tokens than the largest `tokenizer_max_length`.
         ModelFileError: a part of the model can't be loaded, or the LoRA file belongs to another model.
+        MissingPackageError: a setting needs a package that is not installed.
+        JobError: several of these.
         Interrupted: the observer wants to stop.
     """
-    size = _checked_size(request)
-    base, device = BaseModel(request.model), pick_device(request.model.device)
-    lora = _checked_files(request, base)
-    _check_prompts(request, base)
+    base = BaseModel(request.model)
+    size, device, lora = _checked(request, base)
     views = [_views(picture, request, size) for picture in request.references]
     references = _reference_latents(request, base, [view for view, _ in views], device, observer)
     release_memory()
@@ -91,22 +93,46 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
     return to_picture(decode_latents(load_vae(base, device, observer), latents))
 
 
-def _check_prompts(request: SampleRequest, base: BaseModel) -> None:
-    prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-    for name, text in prompts.items():
-        check_plain(str, name, text, LONGEST_PROMPT)
+def check_sample(request: SampleRequest) -> None:
+    """Check all that `sample_edit` would refuse, without reading weights other than the LoRA's.
+
+    Raises:
+        TrainerError: as `sample_edit`.
+    """
+    _checked(request, BaseModel(request.model))
+
+
+def _checked(request: SampleRequest, base: BaseModel) -> tuple[Size, torch.device, Mapping[str, AdapterPart]]:
+    """Find all problems before a network is loaded. Returns the result's size, the device and the LoRA."""
+    problems = Problems()
+    size = problems.attempt(lambda: _checked_size(request))
+    device = problems.attempt(lambda: pick_device(request.model.device))
+    problems.attempt(lambda: converter(request.model.base_model_precision))
+    problems.attempt(lambda: check_vae(base))
+    problems.attempt(lambda: check_text_encoder(base, request.preprocessing))
+    problems.attempt(lambda: load_scheduler(base.folder.scheduler))
+    lora = problems.attempt(lambda: _lora(request, base))
+    for name in ("prompt", "negative_prompt"):
+        problems.attempt(partial(_check_prompt, name, getattr(request, name), base))
+    problems.raise_all()
+    assert size is not None
+    assert device is not None
+    assert lora is not None
+    return size, device, lora
+
+
+def _lora(request: SampleRequest, base: BaseModel) -> Mapping[str, AdapterPart]:
+    """The LoRA's weight changes; empty without a LoRA. Checks the transformer's headers in both cases."""
+    network = base.network
+    return {} if request.lora_file is None else read_parts(network, request.lora_file)
+
+
+def _check_prompt(name: str, text: str, base: BaseModel) -> None:
+    check_plain(str, name, text, LONGEST_PROMPT)
     limit = limits_of(EncodingConfig, "tokenizer_max_length").max
     assert limit is not None
-    if problems := list(too_long(prompts.items(), int(limit), base.folder.tokenizer)):
-        raise ConfigError("\n".join(problems))
-
-
-def _checked_files(request: SampleRequest, base: BaseModel) -> Mapping[str, AdapterPart]:
-    """Check all files by their headers, because the networks are loaded one after the other. Returns the LoRA."""
-    check_vae(base)
-    check_text_encoder(base, request.preprocessing)
-    network = base.network  # reads the transformer's headers, which must be right even without a LoRA
-    return {} if request.lora_file is None else read_parts(network, request.lora_file)
+    for problem in too_long([(name, text)], int(limit), base.folder.tokenizer):
+        raise ConfigError(problem)
 
 
 def _checked_size(request: SampleRequest) -> Size:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +12,10 @@ import pytest
 from tests.support.narrow import picture
 from trainer_core import sample as sample_module
 from trainer_core.config import ModelConfig
-from trainer_core.errors import ConfigError, Interrupted
+from trainer_core.errors import ConfigError, Interrupted, JobError
 from trainer_core.events import SilentObserver, Stop
 from trainer_core.geometry import Size
-from trainer_core.sample import SampleRequest, sample_edit
+from trainer_core.sample import SampleRequest, check_sample, sample_edit
 
 
 def request(model: ModelConfig, **changes: Any) -> SampleRequest:
@@ -30,9 +33,30 @@ def request(model: ModelConfig, **changes: Any) -> SampleRequest:
         ("edit-v1", {"size": Size(0, 96)}, "0 x 96"),
     ],
 )
-def test_what_can_not_be_drawn_is_refused_at_once(flavour: str, changes: dict[str, Any], words: str) -> None:
+def test_what_can_not_be_drawn_is_refused_at_once(
+    flavour: str, changes: dict[str, Any], words: str, model: ModelConfig
+) -> None:
     with pytest.raises(ConfigError, match=words):
-        sample_edit(request(ModelConfig(base="nowhere", flavour=flavour), **changes))
+        sample_edit(request(dataclasses.replace(model, flavour=flavour), **changes))
+
+
+def test_all_problems_are_in_one_report(model: ModelConfig, tmp_path: Path) -> None:
+    """Of the request, the LoRA, both prompts and each part of the model, before a network is loaded."""
+    base = tmp_path / "model"
+    shutil.copytree(model.base, base)
+    (base / "scheduler").mkdir(exist_ok=True)
+    (base / "scheduler" / "scheduler_config.json").write_text("[")
+    (base / "vae" / "config.json").write_text("{}")
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(b"")
+    wrong = {"references": (), "prompt": "x" * 20_001, "negative_prompt": "a\ud800", "lora_file": lora}
+    for call in (sample_edit, check_sample):
+        with pytest.raises(JobError) as caught:
+            call(request(dataclasses.replace(model, base=str(base)), **wrong))
+        words = ("0 reference", "The VAE", "scheduler_config.json", "lora.safetensors", "prompt", "negative_prompt")
+        found = [str(error) for error in caught.value.errors]
+        assert len(found) == len(words)
+        assert all(word in text for word, text in zip(words, found, strict=True)), found
 
 
 class Watching(SilentObserver):

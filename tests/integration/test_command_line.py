@@ -66,6 +66,19 @@ def test_check_encode_train_and_sample(job: Path) -> None:
     assert again.returncode == 1 and "nothing is overwritten" in again.stderr
 
 
+def test_all_mistakes_of_a_sample_are_in_one_report(job: Path) -> None:
+    job.with_name("out.png").touch()
+    reference = job.parent / "nowhere.png"
+    sampled = ("sample", job, "--reference", reference, "--prompt", "x", "--lora", job, "--out", job.parent / "out.png")
+    failed = trainer(*sampled)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "There are 3 problems" in failed.stderr, failed.stderr
+    assert "nowhere.png" in failed.stderr and "out.png exists" in failed.stderr
+    assert "job.json is not a .safetensors file" in failed.stderr
+    unwritable = trainer(*sampled[:-1], job / "out.png")  # below a file
+    assert "There are 3 problems" in unwritable.stderr and "needs a folder of that name" in unwritable.stderr
+
+
 def test_mistakes_are_sentences(job: Path) -> None:
     settings = json.loads(job.read_text())
     (job.parent / "pairs" / "reference_1" / "002.png").unlink()
