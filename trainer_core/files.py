@@ -37,6 +37,7 @@ _READ_BYTES = 1 << 20
 
 _TEMPORARY = re.compile(r"\..+\.(?:(?P<machine>[0-9a-f]{8})-)?(?P<pid>[0-9]{1,9})\.[0-9a-f]{2,8}\.tmp(?:\.[^.]+)?")
 _OLDER_TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.partial")  # a copy of a LoRA by an older version
+_SET_ASIDE = re.compile(r".+\.damaged(-\d+)?", re.DOTALL)
 _ABANDONED_SECONDS = 7 * 86_400  # no write takes that long
 _CLOCK_SECONDS = 600  # how far the clock of a network drive may be off
 
@@ -216,6 +217,11 @@ def set_aside(path: Path) -> Path | None:
         return path.rename(aside)
     except OSError:
         return None
+
+
+def is_unused(name: str) -> bool:
+    """Whether this is the name of a temporary file or folder, or of one that was set aside."""
+    return is_leftover(name) or bool(_SET_ASIDE.fullmatch(name))
 
 
 def is_leftover(name: str) -> bool:

@@ -85,6 +85,36 @@ def test_checkpoints_and_files_take_as_much_as_was_computed(
     assert left == pytest.approx(written + checkpoint, rel=0.02)  # the new one is complete before the old one goes
 
 
+def test_damaged_checkpoints_need_their_space_again(
+    encoded: EncodedDataset, model: ModelConfig, tmp_path: Path
+) -> None:
+    """Those that were set aside, those that were cut, and what a killed process left."""
+    config = dataclasses.replace(
+        twelve_steps(encoded, model, tmp_path / "run"),
+        max_train_steps=1,
+        checkpoints=CheckpointConfig(checkpoint_step_interval=1, checkpoints_total_limit=1),
+        optimizer=OptimizerConfig(),
+    )
+    prepared = prepare_training(config)
+    train_lora(config)
+    more = dataclasses.replace(prepared.config, max_train_steps=9)
+
+    def needed() -> int:
+        return run_use(more, prepared.model.size, prepared.work).size
+
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
+    with_it, size = needed(), bytes_in(checkpoint)
+    for name in ("step-000001.damaged", "step-000001.damaged-2", ".step-000001.0123abcd-1.0123abcd.tmp"):
+        checkpoint = checkpoint.rename(checkpoint.with_name(name))
+        assert needed() == with_it + size, name
+    checkpoint = checkpoint.rename(checkpoint.with_name("step-000001"))
+    assert needed() == with_it
+    cut = checkpoint / "lora.safetensors"
+    whole = cut.stat().st_size
+    cut.write_bytes(cut.read_bytes()[:-1])
+    assert needed() == with_it + whole
+
+
 @pytest.mark.parametrize(
     ("size", "what"), [(1000, "refused"), (1100, "refused"), (1200, "tight"), (1450, "tight"), (1550, "")]
 )

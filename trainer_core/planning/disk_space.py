@@ -13,6 +13,7 @@ from ..conditioning.encoding_plan import PlannedDataset, latents_shape
 from ..config import TrainConfig
 from ..disk import disk_errors, existing_folder, free_disk_bytes, name_exists, size_in_words
 from ..errors import DiskError
+from ..files import is_unused, is_whole
 from ..qwen_image.base_model import compute_dtype
 from ..qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
 from ..text import counted
@@ -74,9 +75,14 @@ def run_use(config: TrainConfig, network: NetworkSize, work: Workload) -> DiskUs
 
 
 def _bytes_in(folder: Path) -> int:
-    """Bytes of the run's checkpoints, LoRA files and base pictures that are there already."""
+    """Bytes of the run's checkpoints, LoRA files and base pictures that are there already.
+
+    Without those of damaged and unfinished checkpoints, which no new one replaces.
+    """
     try:
-        return sum(path.stat().st_size for path in folder.rglob("*.safetensors") if not path.is_symlink())
+        found = [path for path in folder.rglob("*.safetensors") if is_whole(path) and not path.is_symlink()]
+        used = [path for path in found if not any(map(is_unused, path.relative_to(folder).parts))]
+        return sum(path.stat().st_size for path in used)
     except OSError:
         return 0
 
