@@ -29,6 +29,7 @@ from trainer_core.config import (
 from trainer_core.device import release_memory
 from trainer_core.events import SILENT
 from trainer_core.memory.compilation import Compilation, _compiled, compiled_code_kept
+from trainer_core.memory.offload import HostCopies, OffloadedTensor
 from trainer_core.memory.streaming import _CopyQueue, _pin
 from trainer_core.precision.frozen_linear import _Product
 from trainer_core.precision.quantise import quantise
@@ -124,6 +125,32 @@ def test_the_first_copy_waits_for_work_that_uses_its_memory() -> None:
     assert not filled.query(), "proves nothing: the memory was written before the copy was enqueued"
     queue.wait(0)
     assert torch.equal(buffer.cpu(), source)
+
+
+def test_a_copy_back_that_nobody_fetches_spoils_nothing() -> None:
+    """After an aborted step, a copy back is still under way when the memory that it writes to is used again."""
+    copies = HostCopies(torch.device("cuda"), small_bytes=1)
+    tensor = torch.full((2**20,), 1, dtype=torch.uint8, device="cuda")
+    copies.fetch(copies.keep(tensor))  # CUDA may wait for the device when it makes events and pins memory
+    kept = copies.keep(tensor)
+    assert isinstance(kept, OffloadedTensor)
+    assert copies._stream is not None
+    with torch.cuda.stream(copies._stream):
+        torch.cuda._sleep(1)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(10**9)  # cycles: about half a second
+    copies._begin(kept)
+    assert kept.coming is not None and kept.came is not None
+    place, came = kept.coming.data_ptr(), kept.came
+    del kept
+    taken = [torch.empty_like(tensor)]
+    while taken[-1].data_ptr() != place:
+        assert len(taken) < 100, "proves nothing: nobody gets the memory"
+        taken.append(torch.empty_like(tensor))
+    taken[-1].fill_(9)
+    assert not came.query(), "proves nothing: the copy was done before the memory was used again"
+    torch.cuda.synchronize()
+    assert (taken[-1] == 9).all()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from trainer_core.adapters.writer import to_file_tensors
 from trainer_core.config import BaseModelPrecision, LoraConfig, MemoryConfig, ModelConfig, TrainConfig
 from trainer_core.errors import MissingPackageError
 from trainer_core.memory import offload as offload_module
-from trainer_core.memory.offload import CHUNK_BYTES, HostCopies, offloaded_bytes
+from trainer_core.memory.offload import CHUNK_BYTES, HostCopies, OffloadedTensor, offloaded_bytes
 from trainer_core.memory.placement import apply_memory, blocks_on_host, check_compiler, stream_blocks
 from trainer_core.memory.recompute import Recomputation
 from trainer_core.memory.streaming import BlockStream, _pin
@@ -232,6 +233,17 @@ def test_a_tensor_that_is_not_in_one_piece_comes_back():
     offload = HostCopies(CPU, small_bytes=1)
     tensor = torch.randn(30, 20).t()
     assert torch.equal(offload.fetch(offload.keep(tensor)), tensor)
+
+
+@pytest.mark.parametrize(("begun", "fetched", "waits"), [(True, False, 1), (True, True, 0), (False, False, 0)])
+def test_memory_of_a_copy_that_is_not_fetched_is_used_after_it(begun: bool, fetched: bool, waits: int):
+    """tests/gpu shows on a card that the memory would be spoilt otherwise."""
+    waited: list[object] = []
+    copied: Any = object() if begun else None
+    user: Any = SimpleNamespace(wait_event=waited.append)
+    kept = OffloadedTensor(torch.empty(1), torch.Size([1]), torch.float32, torch.empty(1), copied, user, fetched)
+    del kept
+    assert waited == [copied] * waits
 
 
 def test_dropout_drops_the_same_twice(base: Path):

@@ -18,19 +18,23 @@ CHUNK_BYTES = 1 << 28  # host memory per allocation; a power of two, because tor
 
 @dataclass(eq=False)
 class OffloadedTensor:
-    """A tensor in host memory, and its copy back to the device once that has begun."""
+    """A tensor in host memory, and its copy back to the device once that has begun.
+
+    On CUDA, `came` is recorded when the copy is done. `coming` has memory of the stream `user`, which computes with it.
+    """
 
     host: Tensor
     shape: torch.Size
     dtype: torch.dtype
     coming: Tensor | None = None
     came: torch.cuda.Event | None = None
+    user: torch.cuda.Stream | None = None
     is_fetched: bool = False
 
     def __del__(self) -> None:
         """After an aborted step, work that reuses the memory of `coming` must wait until the copy into it is done."""
-        if self.came is not None and self.coming is not None and not self.is_fetched:
-            torch.cuda.current_stream(self.coming.device).wait_event(self.came)
+        if self.came is not None and self.user is not None and not self.is_fetched:
+            self.user.wait_event(self.came)
 
 
 class HostCopies:
@@ -76,6 +80,8 @@ class HostCopies:
         if isinstance(kept, Tensor):
             return kept
         self._begin(kept)
+        if kept.came is not None:
+            torch.cuda.current_stream(self._device).wait_event(kept.came)
         kept.is_fetched = True
         # The copies to the host need no more references: copies back run after them, on the same stream.
         self._leaving.clear()
@@ -83,8 +89,6 @@ class HostCopies:
         for entry in self._stack[-self._ahead :]:
             if (earlier := entry.kept()) is not None:
                 self._begin(earlier)
-        if kept.came is not None:
-            torch.cuda.current_stream(self._device).wait_event(kept.came)
         assert kept.coming is not None
         return kept.coming
 
@@ -131,7 +135,8 @@ class HostCopies:
             _bytes(kept.coming).copy_(kept.host)
             return
         # The new tensor may reuse memory that work on the current stream still reads.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        kept.user = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(kept.user)
         with torch.cuda.stream(self._stream):
             _bytes(kept.coming).copy_(kept.host, non_blocking=True)
             kept.came = came = torch.cuda.Event()
