@@ -42,6 +42,14 @@ def test_what_has_nothing_in_common_is_not_measured() -> None:
         assert not found.measured, found.unedited
 
 
+def test_what_lies_outside_a_shifted_reference_counts_as_nothing() -> None:
+    """A negative of soft colours fits best at some far shift. The strip that it leaves uncovered is a fifth of 128²."""
+    colours = Image.fromarray(np.random.default_rng(9).integers(0, 255, (8, 8, 3), np.uint8))
+    target = np.asarray(colours.resize((128, 128), Image.Resampling.BICUBIC), np.float32)
+    found = align(target, 255 - target)
+    assert max(map(abs, found.shift)) > 10 and found.unedited < 0.05 and not found.measured
+
+
 def dataset(root: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], captions: dict[str, str]) -> EditDataset:
     for key, (target, reference) in pairs.items():
         for part, pixels in (("after", target), ("before", reference)):

@@ -35,7 +35,7 @@ class Alignment:
 
     `shift` is in pixels to the right and down, `zoom` is the reference's scale (1: equal), and `colour` is target minus
     reference per channel in 8-bit steps. `difference` [H, W] is what remains after alignment, in 8-bit steps;
-    `unedited` is the share of the target where little remains. `measured` is False if the result is not reliable.
+    `unedited` is the share of the overlap where little remains. `measured` is False if the result is not reliable.
     """
 
     shift: tuple[float, float]
@@ -94,14 +94,16 @@ def judged(
 ) -> Alignment:
     """The alignment that leaves this residual [3, H, W] `inside`, with the standard error of its shift in pixels."""
     smooth = avg_pool2d(torch.from_numpy(_largest(residual) * inside)[None, None], 3, 1, 1)[0, 0].numpy()
-    unedited = float((smooth < UNEDITED)[where].mean()) if where.any() else 0.0
+    compared = where & inside
+    unedited = float((smooth < UNEDITED)[compared].mean()) if compared.any() else 0.0
+    overlaps = compared.sum() >= where.sum() / 2
     return Alignment(
         shift=(float(shift[0]), float(shift[1])),
         zoom=zoom,
         colour=(float(colour[0]), float(colour[1]), float(colour[2])),
         unedited=unedited,
         difference=smooth,
-        measured=unedited >= MIN_UNEDITED_SHARE and error <= _MAX_STANDARD_ERROR,
+        measured=bool(overlaps) and unedited >= MIN_UNEDITED_SHARE and error <= _MAX_STANDARD_ERROR,
     )
 
 
