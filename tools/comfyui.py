@@ -186,7 +186,7 @@ class ComfyUI:
         import websocket
 
         address = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
-        self._socket = websocket.create_connection(address, timeout=30)
+        self._socket = websocket.create_connection(address, timeout=300)
         self._socket.settimeout(None)
         threading.Thread(target=self._receive, args=(self._socket,), daemon=True).start()
 
@@ -245,7 +245,7 @@ class ComfyUI:
             self.url + path, data=body, method=method, headers={"Content-Type": content} if body is not None else {}
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=300) as response:
                 return _parsed(response.read(), response.headers.get_content_type())
         except urllib.error.HTTPError as refused:
             answer = _parsed(refused.read(), refused.headers.get_content_type())

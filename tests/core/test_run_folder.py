@@ -132,20 +132,24 @@ def test_a_write_that_fails_leaves_nothing(run: RunFolder, monkeypatch: pytest.M
 
 
 HOLD = """
-import json, sys, time
+import json, sys
 from pathlib import Path
 from trainer_core.runs.folder import RunFolder
 with RunFolder.open(Path(sys.argv[1]), json.loads(sys.argv[2])) as run:
     (run.checkpoints / ".step-000002.1.ab.tmp").mkdir()
     print("inside", flush=True)
-    time.sleep(300)
+    sys.stdin.read()
 """
 
 
 def test_one_process_at_a_time_also_after_a_kill(tmp_path: Path) -> None:
     path, key = tmp_path / "run", key_of()
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), json.dumps(key)], cwd=REPO, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(path), json.dumps(key)],
+        cwd=REPO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "inside\n"
         try:

@@ -170,18 +170,20 @@ def test_a_damaged_run_is_listed_and_the_others_too(tmp_path: Path):
 
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from trainer_core.runs.folder import RunFolder
 with RunFolder.open(Path(sys.argv[1]), {}) as run:
     print("inside", flush=True)
-    time.sleep(300)
+    sys.stdin.read()
 """
 
 
 def test_a_run_that_another_process_trains_is_not_interrupted(tmp_path: Path):
     folder = tmp_path / "theirs"
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=REPO, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == b"inside\n"
             assert run_view.summary(folder)["state"] == "elsewhere"

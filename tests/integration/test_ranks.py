@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.support.forked import PATIENCE, Forked
@@ -60,11 +60,17 @@ def launched(job: Path, *settings: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=REPO, text=True, stdout=pipe, stderr=pipe, env=environment)
 
 
-def forked(job: Path, *settings: Sequence[str], machines: int = 1) -> list[Forked]:
+@pytest.fixture
+def store() -> dist.TCPStore:
+    """Where processes of `forked` find each other. As torchrun does, it takes a port that is free and keeps it."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def forked(job: Path, store: dist.TCPStore, *settings: Sequence[str], machines: int = 1) -> list[Forked]:
     """Starts `train` with each of these settings in a process of its own, as torchrun would: processes 0, 1, ..."""
     size = len(settings)
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size // machines)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     return [
         Forked("trainer_core", *arguments(job, *each), environment={**shared, "RANK": str(rank)})
         for rank, each in enumerate(settings)
@@ -131,9 +137,9 @@ def test_a_lost_process_ends_the_run_with_its_last_step_kept(job: Path) -> None:
     assert kept.step >= run.metrics()[-1]["step"] - 1
 
 
-def test_a_wish_to_stop_is_agreed_on(job: Path) -> None:
+def test_a_wish_to_stop_is_agreed_on(job: Path, store: dist.TCPStore) -> None:
     settings = ("max_train_steps=100000", "batching.gradient_accumulation_steps=2", "run_dir=runs/stopped")
-    leader, follower = forked(job, settings, settings)
+    leader, follower = forked(job, store, settings, settings)
     run = RunFolder(job.parent / "runs" / "stopped")
     try:
         wait_for(lambda: len(run.metrics()) >= 2, leader)
@@ -147,23 +153,17 @@ def test_a_wish_to_stop_is_agreed_on(job: Path) -> None:
     assert state["state"] == "paused" and kept is not None and kept.step == state["steps"] >= 2
 
 
-def test_processes_that_do_not_start_alike_are_refused(job: Path) -> None:
+def test_processes_that_do_not_start_alike_are_refused(job: Path, store: dist.TCPStore) -> None:
     """As on two machines without a shared disk: process 0 would resume at step 2, process 1 would start at step 0."""
     settings = ("batching.gradient_accumulation_steps=2", "optimizer.lr_scheduler=constant")
     assert main(arguments(job, "batching.gradient_accumulation_steps=4", *settings[1:], "max_train_steps=2")) == 0
     places = [(*settings, f"run_dir=runs/{run}") for run in ("one", "elsewhere")]
-    for process in forked(job, *places, machines=2):
+    for process in forked(job, store, *places, machines=2):
         _, err = process.communicate()
         assert process.returncode == 1, err
         assert re.search(r"process 0: step 2, weights \w{16}; process 1: step 0, weights \w{16}.* a disk that all", err)
     run = RunFolder(job.parent / "runs" / "one")
     assert run.steps_done() == 2 and not (job.parent / "runs" / "elsewhere").exists()
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Forked) -> None:

@@ -36,7 +36,7 @@ def case(root: Path, base: ModelConfig, caption: str, sizes: list[tuple[int, int
     """Writes one pair. No reference has the target's shape, so each is used whole, as in ComfyUI's nodes."""
     places = {"target": (96, 96), **{f"reference_{number}": size for number, size in enumerate(sizes)}}
     for number, (name, size) in enumerate(places.items()):
-        (root / name).mkdir(parents=True)
+        (root / name).mkdir(parents=True, exist_ok=True)
         picture(number, size).save(root / name / "a.png")
     (root / "target/a.txt").write_text(caption, encoding="utf-8")
     references = [root / name for name in places if name != "target"]
@@ -77,8 +77,8 @@ def answer(
         "repo": str(repo),
         "output": str(work / "output"),
         "cases": [
-            case(work / str(number), base_of(flavour), caption, sizes)
-            for number, (flavour, caption, sizes) in enumerate(CASES.values())
+            case(work / f"{len(sizes)} references", base_of(flavour), caption, sizes)
+            for flavour, caption, sizes in CASES.values()
         ],
     }
     return run_in_comfyui(comfyui_dir, "comfy_subprocess_sockets.py", work / "comfyui", weights, question)

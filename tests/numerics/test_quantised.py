@@ -157,6 +157,7 @@ def test_packed_codes_are_quantos_plain_ones_on_every_device(
 ):
     """At Qwen-Image's width quanto would repack 4-bit codes for a GPU's kernels, whose layout no other device reads."""
     from optimum.quanto import WeightQBitsTensor, qtypes
+    from optimum.quanto.tensor.packed import PackedTensor
 
     def repack(*_: object) -> None:
         raise AssertionError("repacked for a device")
@@ -165,6 +166,8 @@ def test_packed_codes_are_quantos_plain_ones_on_every_device(
     layer = quantised_layer(precision, 3072, 256, "cpu")
     assert layer.format == Packed(256, 3072, bits, 128)
     packed, scale, shift = (layer.quantised.tensors[name] for name in ("codes", "scale", "shift"))
-    parts = [packed >> bits * number & 2**bits - 1 for number in range(8 // bits)]
-    plain = WeightQBitsTensor(qtypes[f"qint{bits}"], 0, 128, (256, 3072), (3072, 1), torch.cat(parts), scale, shift)
+    codes = torch.cat([packed >> bits * number & 2**bits - 1 for number in range(8 // bits)])
+    assert torch.equal(PackedTensor.pack(codes, bits)._data, packed)
+    plain = WeightQBitsTensor(qtypes[f"qint{bits}"], 0, 128, (256, 3072), (3072, 1), codes, scale, shift)
+    plain._data = codes  # unpacked, or quanto would first compile its C++ kernel for a minute
     assert (layer.dequantised(torch.float32) - plain.dequantize().float()).abs().max() < 1e-3

@@ -233,7 +233,7 @@ def ask(server: PackServer, method: str, path: str, body: Any = None, **headers:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(server.url + path, data, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
+        with urllib.request.urlopen(request, timeout=300) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as refused:
         return refused.code, refused.read()
@@ -277,7 +277,7 @@ def test_stop_of_an_unknown_run(studio: PackServer):
 def test_stop_answers_any_body(body: bytes, content: str, studio: PackServer):
     request = urllib.request.Request(studio.url + STOP, body, {"Content-Type": content}, method="POST")
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=30)
+        urllib.request.urlopen(request, timeout=300)
     assert refused.value.code in (400, 404)
     assert "error" in json.loads(refused.value.read())
 

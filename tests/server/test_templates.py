@@ -78,7 +78,7 @@ def furnished(studio: PackServer, tokenizer_dir: Path) -> PackServer:
 @pytest.fixture
 def busy(furnished: PackServer) -> Iterator[PackServer]:
     """A server that is busy, so that prompts are validated and queued but not started."""
-    waiting = furnished.queue({"wait": helper("Wait", seconds=60.0)})
+    waiting = furnished.queue({"wait": helper("Wait", seconds=1200.0)})
     yield furnished
     furnished.post("/queue", {"clear": True})
     furnished.interrupt()

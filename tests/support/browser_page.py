@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 
 from tests.support.comfyui_server import PackServer
 
@@ -21,7 +21,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SECONDS = 1000.0  # one second in playwright's unit, milliseconds
+PATIENCE = 300_000.0  # milliseconds after which something hangs; a busy machine takes long for the rest
+expect.set_options(timeout=PATIENCE)
 # Console errors of ComfyUI's own page on a new base folder, also without this pack. Each line is "address text".
 HARMLESS = (
     r"/user\.css .*404",
@@ -45,7 +46,7 @@ class ComfyPage:
         self.server, self.problems = server, list[str]()
         self._context = browser.new_context(viewport={"width": 1600, "height": 1000})
         self.page: Page = self._context.new_page()
-        self.page.set_default_timeout(60 * SECONDS)
+        self.page.set_default_timeout(PATIENCE)
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self._note(f"uncaught: {error.stack or error}"))
         self.load()
@@ -133,7 +134,7 @@ class ComfyPage:
 
     def points(self, place: Locator, line: str = "qet-line-smooth") -> int:
         """Number of points of a line in the chart inside `place`."""
-        text = place.locator(f"polyline.{line}").first.get_attribute("points", timeout=60 * SECONDS)
+        text = place.locator(f"polyline.{line}").first.get_attribute("points")
         return len((text or "").split())
 
     def wait_for_points(self, place: Locator, count: int) -> None:
@@ -143,7 +144,6 @@ class ComfyPage:
             ".split(' ').length >= count",
             arg=[place.element_handle(), count],
             polling=200,
-            timeout=150 * SECONDS,  # includes loading the model and encoding the pairs
         )
 
     def picture(self, name: str) -> None:

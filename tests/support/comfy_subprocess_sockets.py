@@ -6,6 +6,7 @@ model, its flavour, dataset folders, reference pictures and a caption.
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -25,7 +26,7 @@ from comfy_subprocess_lora import SUPPORTS_TIMESTEP_ZERO
 from PIL import Image
 from torch import Tensor
 
-VAE_WIDTH = 8
+VAE_WIDTH = 4
 
 
 def make_clip(config: dict[str, Any], weights: dict[str, Tensor]) -> comfy.sd.CLIP:
@@ -44,19 +45,26 @@ def opened(path: str) -> Tensor:
     return torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255).unsqueeze(0)
 
 
+@functools.cache
+def conditioning_of(
+    clip: comfy.sd.CLIP, vae: comfy.sd.VAE, caption: str, references: tuple[str, ...], plus: bool
+) -> Any:
+    """The CONDITIONING of TextEncodeQwenImageEditPlus or, without `plus`, TextEncodeQwenImageEdit."""
+    images = [opened(path) for path in references]
+    if not plus:
+        return TextEncodeQwenImageEdit.execute(clip, caption, vae, images[0]).args[0]
+    named = {f"image{number + 1}": image for number, image in enumerate(images)}
+    return TextEncodeQwenImageEditPlus.execute(clip, caption, vae, **named).args[0]
+
+
 def by_comfyui(case: dict[str, Any], clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> dict[str, Tensor]:
     """Embeddings and references that ComfyUI's nodes put into CONDITIONING, and the velocity with it.
 
     The references are normalised for the model. For edit-v3 (2511), ComfyUI's node for the references' method follows.
     There is no velocity if this ComfyUI doesn't know that method.
     """
-    images = [opened(path) for path in case["references"]]
-    if case["flavour"] == "edit-v1":
-        output = TextEncodeQwenImageEdit.execute(clip, case["caption"], vae, images[0])
-    else:
-        named = {f"image{number + 1}": image for number, image in enumerate(images)}
-        output = TextEncodeQwenImageEditPlus.execute(clip, case["caption"], vae, **named)
-    conditioning = output.args[0]
+    plus = case["flavour"] != "edit-v1"
+    conditioning = conditioning_of(clip, vae, case["caption"], tuple(case["references"]), plus)
     if case["flavour"] == "edit-v3":
         conditioning = FluxKontextMultiReferenceLatentMethod.execute(conditioning, "index_timestep_zero").args[0]
     embeds, options = conditioning[0]
@@ -79,13 +87,16 @@ def velocity_with(case: dict[str, Any], embeds: Tensor, options: dict[str, Any])
 
 
 class Runner:
-    """Runs Encode Edit Pairs on the dataset of one case."""
+    """Runs Encode Edit Pairs on the dataset of one case; `small`: on small pictures, of the first reference only."""
 
     def __init__(self, module: Any, case: dict[str, Any], *, small: bool = False) -> None:
         self.small = small
         self.node = module("nodes.encode").EncodePairs
         config, pairing = module("trainer_core.config"), module("trainer_core.data.pairing")
-        folders = {"target_dir": case["target_dir"], "reference_dirs": tuple(case["reference_dirs"])}
+        folders = {
+            "target_dir": case["target_dir"],
+            "reference_dirs": tuple(case["reference_dirs"][: 1 if small else None]),
+        }
         self.dataset = pairing.pair_folders(config.DatasetConfig(**folders))
         self.model = config.ModelConfig(base=case["base"], flavour=case["flavour"], mixed_precision="no", device="cpu")
 
@@ -142,7 +153,7 @@ def refusals(run: Runner, clip: comfy.sd.CLIP, vae: comfy.sd.VAE, outcome: Any) 
 
 @torch.inference_mode()
 def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Encode all cases with both nodes; cache keys and error messages for the first case."""
+    """Encode all cases with both nodes; cache keys and error messages for small pictures of edit-v2."""
     import folder_paths
 
     module = comfy_subprocess_host.pack(values["repo"])
@@ -155,7 +166,7 @@ def main(tensors: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, 
         theirs = by_comfyui(case, clip, vae)
         answer.update({f"{number}.ours.{name}": tensor for name, tensor in ours.items()})
         answer.update({f"{number}.theirs.{name}": tensor.float().clone() for name, tensor in theirs.items()})
-    run = Runner(module, values["cases"][0], small=True)
+    run = Runner(module, next(case for case in values["cases"] if case["flavour"] == "edit-v2"), small=True)
     facts = {
         "supports_timestep_zero": SUPPORTS_TIMESTEP_ZERO,
         "keys": keys_of(run, clip, vae),

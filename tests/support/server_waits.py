@@ -16,7 +16,7 @@ def waits(server: ComfyUI, path: str, seconds: float) -> list[float]:
     found, end = [], time.monotonic() + seconds
     while time.monotonic() < end:
         began = time.perf_counter()
-        with urllib.request.urlopen(server.url + path, timeout=60) as answer:
+        with urllib.request.urlopen(server.url + path, timeout=300) as answer:
             answer.read()
         found.append(time.perf_counter() - began)
         time.sleep(EVERY_SECONDS)

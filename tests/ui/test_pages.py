@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from tests.support.browser_page import SECONDS
 from tests.support.comfyui_server import PackServer
 from tools.comfyui import REPO
 from trainer_core.pictures.grid import GridRow
@@ -202,7 +201,7 @@ def test_a_run_that_could_not_be_loaded_is_asked_for_again(told: str, open_page:
     page.open_panel(told)
     expect(page.panel.get_by_role("alert")).to_contain_text("Retrying")
     page.wait_for_points(page.panel, 40)
-    expect(page.panel.get_by_role("alert")).to_be_hidden(timeout=20 * SECONDS)
+    expect(page.panel.get_by_role("alert")).to_be_hidden()
     expect(page.panel.locator(".qet-stack")).to_be_visible()
 
 
@@ -219,7 +218,7 @@ def test_a_list_of_runs_that_did_not_come(told: str, open_page: OpenPage):
     page.page.route("**/qwen_edit_trainer/runs", lambda route: route.fulfill(**NO_ANSWER), times=1)
     page.open_panel()
     expect(page.panel.get_by_role("alert")).to_contain_text("Retrying")
-    expect(page.panel.get_by_role("alert")).to_be_hidden(timeout=20 * SECONDS)
+    expect(page.panel.get_by_role("alert")).to_be_hidden()
     expect(page.panel.get_by_text(told, exact=True)).to_be_visible()
 
 
