@@ -1,4 +1,4 @@
-"""A small run is ended at each kind of file operation, goes on, and gives the files of an undisturbed run."""
+"""A small run ends at one file operation after the other, goes on, and gives the files of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -58,10 +58,8 @@ def _content(path: Path, root: Path) -> Any:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-def test_a_run_that_dies_at_every_kind_of_file_operation_gives_the_same_files(
-    model: ModelConfig, tmp_path: Path
-) -> None:
-    """Each process ends at the next kind of operation that none has ended at. The last one finishes the run."""
+def test_a_run_that_dies_at_its_file_operations_gives_the_same_files(model: ModelConfig, tmp_path: Path) -> None:
+    """Each process ends at the first operation of a kind that none has ended at. The last one finishes the run."""
     pairs = to_json(make_pairs(tmp_path / "pairs", 3))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for root in (whole, broken):

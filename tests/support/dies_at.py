@@ -24,8 +24,8 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND
 class Deaths:
     """Ends the process at the first operation below `root` that is new: of a kind that is not in `seen`.
 
-    A kind is an operation and the role of its file, such as ("rename", "run/run.json"). With `record`, the process does
-    not end, and the kinds are appended to `seen`.
+    A kind is as `kind_of` says, such as "rename run/run.json". With `record`, the process does not end, and the kinds
+    are appended to `seen`.
     """
 
     def __init__(self, root: Path, seen: list[str], *, record: bool) -> None:
@@ -37,7 +37,7 @@ class Deaths:
         place = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
         if not place.startswith(self.root):
             return
-        kind = f"{operation} {role(place.removeprefix(self.root))}"
+        kind = kind_of(operation, place.removeprefix(self.root))
         if self.record:
             self.seen.append(kind)
         elif kind not in self.known:
@@ -66,6 +66,7 @@ class Deaths:
             return _Written(opened, self, file) if is_ours and set(mode) & set("wax+") else opened
 
         sys.addaudithook(heard)
+        os.fsync = lambda _file: None  # only a failing machine needs it, and it takes time
         io.open, builtins.open = heard_open, heard_open
 
 
@@ -97,22 +98,26 @@ class _Written:
         return iter(self._file)
 
 
-def role(place: str) -> str:
-    """A path below the root without digests, numbers and the names of temporary files."""
+def kind_of(operation: str, place: str) -> str:
+    """What an operation on a path below the root has in common with others.
+
+    Files that get their name by renaming are all written in the same way, so openings and writes of their temporary
+    files count by suffix. Each other operation changes what a reader sees, so it counts for each place, steps included.
+    Only places in the cache, whose names are digests, count together.
+    """
     parts = [_final_name(part) if part.startswith(".") else part for part in Path(place).parts]
+    if operation in ("open", "write") and parts != list(Path(place).parts):
+        return f"{operation} a temporary {Path(parts[-1]).suffix}"
     name = "/".join(parts)
-    for pattern, same in _SAME_ROLES:
+    for pattern, same in _SAME_PLACES:
         name = re.sub(pattern, same, name)
-    return name
+    return f"{operation} {name}"
 
 
-_SAME_ROLES = (
+_SAME_PLACES = (
     (r"[0-9a-f]{32}[0-9a-f-]*", "#"),
-    (r"step-\d+", "step-#"),
     (r"tfevents.*", "tfevents"),
     (r"^cache/(latents|prompt|picture|conditioning_image_embeds/\w+)/\w\w\b", "cache/entry/#"),
-    (r"/(lora|optimizer|ema)\.safetensors", "/weights.safetensors"),
-    (r"/run-ema\.safetensors", "/run.safetensors"),
     (r"/0-[\w-]+\.png", "/0-picture.png"),
 )
 

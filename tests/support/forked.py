@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import PIL
+
 from tests.support.narrow import show_less
 from tools.comfyui import REPO
 
@@ -28,6 +30,9 @@ _FORKS.set_forkserver_preload(
         "diffusers.models.transformers.transformer_qwenimage",
         "transformers.models.qwen2.tokenization_qwen2",
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+        "tensorboardX",
+        "packaging.requirements",
+        *(f"PIL.{name}" for name in PIL._plugins),
     ]
 )
 
