@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from .disk import disk_errors
 from .errors import ConfigError, Interrupted, Problems, TrainerError
@@ -254,8 +254,17 @@ def _refuse_existing(out: Path) -> None:
         raise ConfigError(f"--out {out} exists. Choose another name; nothing is overwritten.")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says how to change a setting if one is written as an option, as other trainers have it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with the exit code 2."""
+        is_setting = message.startswith("unrecognized arguments: --")
+        super().error(f"{message}. To change a setting, write --set NAME=VALUE." if is_setting else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainer_core", description="Train LoRAs for Qwen-Image-Edit.")
+    parser = _Parser(prog="python -m trainer_core", description="Train LoRAs for Qwen-Image-Edit.")
     commands = parser.add_subparsers(required=True)
     described = {
         "check": (_check, "Find all that encoding and training would refuse, and print a report on the pairs."),

@@ -209,6 +209,19 @@ def test_missing_folders_are_named_all_at_once(tmp_path):
     ]
 
 
+def test_targets_that_all_lack_a_caption_get_one_line(tmp_path):
+    for key in "abc":
+        pair(tmp_path, key)
+        (tmp_path / "after" / f"{key}.txt").unlink()
+    (problem,) = problems_of(config(tmp_path))
+    assert problem.startswith(
+        f"{tmp_path / 'after'}: none of the 3 targets has a caption; looked for texts next to them,"
+    )
+    assert "such as a.txt" in problem
+    text(tmp_path / "after/b.txt", b"draw it")
+    assert len(problems_of(config(tmp_path))) == 2
+
+
 def test_a_misspelt_folder_has_a_suggestion_and_no_other_notes(tmp_path):
     pair(tmp_path, "a")
     dataset = dataclasses.replace(config(tmp_path), target_dir=str(tmp_path / "aftr"))

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.forked import Forked
 from tests.support.narrow import make_pairs
+from trainer_core.__main__ import main
 from trainer_core.config import ModelConfig
 from trainer_core.files import read_metadata
 
@@ -92,3 +93,9 @@ def test_mistakes_are_sentences(job: Path) -> None:
     job.write_text("{")
     assert "is not JSON" in trainer("check", job).stderr
     assert "No such file" in trainer("check", job.with_name("none.json")).stderr
+
+
+def test_a_setting_written_as_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "job.json", "--max_train_steps", "3"])
+    assert caught.value.code == 2 and "write --set NAME=VALUE" in capsys.readouterr().err

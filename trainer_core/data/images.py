@@ -175,7 +175,7 @@ def open_picture_file(path: Path) -> Generator[BinaryIO]:
     """Open a regular file for reading bytes. Turns every OSError into a DatasetError that names the file."""
     try:
         if not path.is_file():  # opening a pipe would block forever
-            raise DatasetError(f"{shown(path)}: there is no such file. Restore it or remove the pair.")
+            raise DatasetError(f"{shown(path)}: there is no such file. Restore it, or correct the path.")
         with path.open("rb") as file:
             yield file
     except OSError as error:

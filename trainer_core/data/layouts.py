@@ -72,6 +72,7 @@ def recognise(target: Folder, references: Sequence[Folder], config: DatasetConfi
     if config.caption_strategy == "textfile":
         _captions_elsewhere(target, references, layout)
         _table_instead_of_texts(target, layout)
+        _no_captions(target, layout)
     return layout
 
 
@@ -229,6 +230,19 @@ def _table_instead_of_texts(target: Folder, layout: Layout) -> None:
             f"filename_column to {file_column!r} and caption_column to {caption_column!r}."
         )
         return
+
+
+def _no_captions(target: Folder, layout: Layout) -> None:
+    """No target has a caption, and no other layout explains it: one line in place of one per target."""
+    keys = _without_caption(target, layout)
+    if len(keys) < max(2, len(target.pictures)):
+        return
+    layout.no_caption.update(keys)
+    layout.problems.append(
+        f"{shown(target.root)}: none of the {len(keys):,} targets has a caption; looked for texts next to them, such "
+        f"as {shown(min(keys))}.txt. Write the edit instructions into such files, or set caption_strategy to filename "
+        "or instanceprompt."
+    )
 
 
 def _without_caption(target: Folder, layout: Layout) -> set[str]:
