@@ -76,7 +76,9 @@ def read_caption_file(path: Path, *, split: bool = True) -> tuple[str, ...]:
     lines = (line.strip() for line in (text.split("\n") if split else [text]))
     captions = tuple(line for line in lines if not is_blank(line))
     if not captions:
-        raise DatasetError(f"{shown(path)}: the caption file is empty. Write the edit instruction into it.")
+        raise DatasetError(
+            f"{shown(path)}: the caption file is empty or has no visible character. Write the edit instruction into it."
+        )
     return captions
 
 
