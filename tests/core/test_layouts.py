@@ -216,6 +216,58 @@ def test_captions_in_another_format_are_named_once(name: str, place: str, root: 
     assert problem.endswith("save each as text beside its target, such as 000.txt.")
 
 
+@pytest.mark.parametrize("name", ["source_{}", "{}.0", "IMG{}"])
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_folder_of_which_nothing_is_named_like_a_target_is_named_once(name: str, optional: bool, root: Path) -> None:
+    texts(root / "target", "{}.txt")
+    for key in KEYS:
+        (root / "reference" / f"{key}.png").rename(root / "reference" / f"{name.format(key)}.png")
+    scan = scan_folders(replace(config(root), references_optional=optional))
+    assert only_problem(scan) == (
+        f"{root / 'reference'}: no target has a reference here; looked for 000, 001, 002 with a picture extension, but "
+        f"it has {', '.join(name.format(key) + '.png' for key in KEYS)}. Name each reference like its target."
+    )
+
+
+def test_only_the_case_of_all_names_differs(root: Path) -> None:
+    for part, change in (("target", str.lower), ("reference", str.upper)):
+        for key in KEYS:
+            (root / part / f"{key}.png").rename(root / part / f"{change(f'img{key}')}.png")
+    texts(root / "target", "img{}.txt")
+    problem = only_problem(scan_folders(config(root)))
+    assert problem.endswith("Rename IMG000.png or the target, because only the letter case differs.")
+
+
+def test_an_empty_folder_of_references_or_masks_is_named_once(root: Path) -> None:
+    texts(root / "target", "{}.txt")
+    (root / "mask").mkdir()
+    for key in KEYS:
+        (root / "reference" / f"{key}.png").unlink()
+    settings = replace(config(root), mask_dir=str(root / "mask"))
+    for problem, kind in zip(scan_folders(settings).problems, ("reference", "mask"), strict=True):
+        assert problem.startswith(f"{root / kind}: no target has a {kind} here; looked for 000, 001, 002 with")
+        assert problem.endswith(f"but it has no pictures. Put one {kind} for each target there, with its name.")
+    optional = replace(config(root), references_optional=True)
+    assert len(scan_folders(optional).dataset.pairs) == 3, "without references, as wished"
+
+
+def test_targets_of_which_none_has_a_caption_are_named_once(root: Path) -> None:
+    problem = only_problem(scan_folders(config(root)))
+    assert problem.startswith(
+        f"{root / 'target'}: 3 targets without a caption; looked for 000.txt, 001.txt, 002.txt. Write"
+    )
+    (root / "target" / "000.txt").write_text("edit 000")
+    assert [line.partition(":")[0] for line in scan_folders(config(root)).problems] == [
+        str(root / "target" / f"{key}.png") for key in ("001", "002")
+    ]
+
+
+def test_plain_texts_come_before_other_files_of_the_same_name(root: Path) -> None:
+    texts(root / "reference", "{}.txt")
+    texts(root / "reference", "{}.json")
+    assert only_problem(scan_folders(config(root))).endswith("move them beside the targets.")
+
+
 def test_targets_without_a_caption_that_others_have_are_named_themselves(root: Path) -> None:
     texts(root / "target", "{}.json")
     (root / "target" / "001.json").unlink()

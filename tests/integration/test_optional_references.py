@@ -62,9 +62,9 @@ def test_without_the_setting_they_are_problems(folders: DatasetConfig) -> None:
 
 def test_a_mask_is_not_optional(folders: DatasetConfig, tmp_path: Path) -> None:
     (tmp_path / "mask").mkdir()
-    with pytest.raises(DatasetError, match="5 problems") as caught:
+    with pytest.raises(DatasetError, match="1 problem") as caught:
         pair_folders(dataclasses.replace(folders, mask_dir=str(tmp_path / "mask")))
-    assert "no mask in" in str(caught.value)
+    assert "no target has a mask here" in str(caught.value)
 
 
 @pytest.mark.parametrize("flavour", ["edit-v2", "edit-v3"])

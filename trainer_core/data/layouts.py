@@ -1,4 +1,4 @@
-"""Recognises folders that were made for other trainers, and says what to move, rename or set.
+"""Recognises folders that were made for other trainers, and says in one line what to move, rename or set.
 
 What can be read without doubt is read: `.caption` files and `000.png.txt` by `folders`, and tables that name files with
 the folder before them by `rows_by_target`.
@@ -63,12 +63,17 @@ class Layout:
     no_caption: set[str] = field(default_factory=set)
 
 
-def recognise(target: Folder, references: Sequence[Folder], config: DatasetConfig) -> Layout:
-    """What another trainer's layout explains. Takes references out of the targets."""
+def recognise(
+    target: Folder, references: Sequence[Folder], config: DatasetConfig, masks: Folder | None = None
+) -> Layout:
+    """What another trainer's layout explains, and what all targets lack. Takes references out of the targets."""
     layout = Layout()
     _references_beside_targets(target, references, config, layout)
     for folder in references:
         _references_with_endings(target, folder, layout)
+        _no_matches(target, folder, "reference", layout, optional=config.references_optional)
+    if masks is not None:
+        _no_matches(target, masks, "mask", layout, optional=False)
     if config.caption_strategy == "textfile":
         _captions_elsewhere(target, references, layout)
         _table_instead_of_texts(target, layout)
@@ -136,6 +141,35 @@ def _references_with_endings(target: Folder, folder: Folder, layout: Layout) -> 
     )
 
 
+def _no_matches(target: Folder, folder: Folder, kind: str, layout: Layout, *, optional: bool) -> None:
+    """A folder in which no picture is named like a target."""
+    lacking = [key for key in sorted(target.pictures) if (folder.root, key) not in layout.no_reference]
+    found = [path.relative_to(folder.root).as_posix() for path in folder.pictures.values()]
+    if len(lacking) < 2 or target.pictures.keys() & folder.pictures.keys() or not folder.root.is_dir():
+        return
+    if optional and not found:
+        return
+    layout.no_reference |= {(folder.root, key) for key in lacking}
+    there = f"it has no pictures. Put one {kind} for each target there, with its name"
+    if found:
+        there = f"it has {some_of(found)}. Name each {kind} like its target"
+    layout.problems.append(
+        f"{shown(folder.root)}: no target has a {kind} here; looked for {some_of(lacking)} with a picture extension, "
+        f"but {there}{folder.almost(lacking[0])}."
+    )
+
+
+def _no_captions(target: Folder, layout: Layout) -> None:
+    keys = sorted(_without_caption(target, layout))
+    if len(keys) > 1 and not target.pictures.keys() & target.texts.keys():
+        layout.no_caption.update(keys)
+        layout.problems.append(
+            f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption; looked for "
+            f"{some_of([f'{key}.txt' for key in keys])}. Write the edit instructions into these files, or set "
+            "caption_strategy to filename or instanceprompt."
+        )
+
+
 def _explain(found: Sequence[_Partner], target: Folder, references: Sequence[Folder], layout: Layout) -> None:
     """Note what these targets lack because of the names: references, and captions that are named without the ending."""
     for each in found:
@@ -185,11 +219,11 @@ def _captions_elsewhere(target: Folder, references: Sequence[Folder], layout: La
 
 
 def _text_files(folder: Folder) -> Iterator[tuple[str, Path]]:
-    """Files that may hold captions, by the key of the picture that they are named after."""
-    yield from folder.texts.items()
+    """Files that may hold captions, by the key of the picture that they are named after; plain texts last."""
     for path in folder.others:
         if path.suffix.lower() in _TEXT_SUFFIXES:
             yield key_of(path.relative_to(folder.root).with_suffix("").as_posix()), path
+    yield from folder.texts.items()
 
 
 def _caption_folders(target: Folder) -> Iterator[tuple[Path, dict[str, Path]]]:

@@ -108,7 +108,7 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     target = folders.target
     problems = [problem for folder in folders.every for problem in folder.problems]
     problems += take_out_masks(target, folders.others)
-    layout = recognise(target, folders.references, config)
+    layout = recognise(target, folders.references, config, folders.masks)
     table = _caption_table(target, config, layout)
     problems += layout.problems
     if not target.pictures and not target.problems:
