@@ -251,17 +251,6 @@ def test_an_empty_folder_of_references_or_masks_is_named_once(root: Path) -> Non
     assert len(scan_folders(optional).dataset.pairs) == 3, "without references, as wished"
 
 
-def test_targets_of_which_none_has_a_caption_are_named_once(root: Path) -> None:
-    problem = only_problem(scan_folders(config(root)))
-    assert problem.startswith(
-        f"{root / 'target'}: 3 targets without a caption; looked for 000.txt, 001.txt, 002.txt. Write"
-    )
-    (root / "target" / "000.txt").write_text("edit 000")
-    assert [line.partition(":")[0] for line in scan_folders(config(root)).problems] == [
-        str(root / "target" / f"{key}.png") for key in ("001", "002")
-    ]
-
-
 def test_plain_texts_come_before_other_files_of_the_same_name(root: Path) -> None:
     texts(root / "reference", "{}.txt")
     texts(root / "reference", "{}.json")

@@ -159,17 +159,6 @@ def _no_matches(target: Folder, folder: Folder, kind: str, layout: Layout, *, op
     )
 
 
-def _no_captions(target: Folder, layout: Layout) -> None:
-    keys = sorted(_without_caption(target, layout))
-    if len(keys) > 1 and not target.pictures.keys() & target.texts.keys():
-        layout.no_caption.update(keys)
-        layout.problems.append(
-            f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption; looked for "
-            f"{some_of([f'{key}.txt' for key in keys])}. Write the edit instructions into these files, or set "
-            "caption_strategy to filename or instanceprompt."
-        )
-
-
 def _explain(found: Sequence[_Partner], target: Folder, references: Sequence[Folder], layout: Layout) -> None:
     """Note what these targets lack because of the names: references, and captions that are named without the ending."""
     for each in found:
