@@ -174,7 +174,7 @@ class _Reader:
         while place is not None:
             place, key = place
             keys.append(shown(key))
-        what = "a NUL character" if found[0] == "\0" else f"half of a character (\\u{ord(found[0]):04x})"
+        what = "a NUL character" if found[0] == "\0" else f"half a surrogate pair (\\u{ord(found[0]):04x})"
         where = f" under {shown('.'.join(reversed(keys)))}" if keys else ""
         self._refuse(f"a text{where} contains {what}. Remove it")
 

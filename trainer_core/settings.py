@@ -187,7 +187,7 @@ def check_plain(hint: type, name: str, value: object, longest: int = LONGEST_TEX
     """Raises ConfigError unless the value is a bool, int, float or str, as `hint` says, that can be stored as JSON.
 
     A whole number is also a float. Not allowed: numbers that are infinite, NaN or have more than 64 bits, and texts
-    that have more than `longest` characters, half a surrogate pair or a zero character.
+    that have more than `longest` characters, half a surrogate pair or a NUL character.
     """
     check(is_plain(hint, value), name, value, _TYPE_NAMES[hint])
     if isinstance(value, str) and (problem := text_problem(value, longest)):

@@ -28,12 +28,12 @@ _LARGEST_SHOWN = 10**40  # Python refuses to write integers of more than 4,300 d
 def text_problem(text: str, longest: int = LONGEST_PROMPT) -> str:
     """Why a text can't be used, as the end of "It ..."; empty if it can.
 
-    A lone surrogate can't be encoded as UTF-8, and a zero character ends a name early in system calls.
+    A lone surrogate can't be encoded as UTF-8, and a NUL character ends a name early in system calls.
     """
     if len(text) > longest:
         return f"has {len(text):,} characters; at most {longest:,} are allowed"
     if "\0" in text:
-        return "contains a zero character"
+        return "contains a NUL character"
     try:
         text.encode()
     except UnicodeEncodeError as error:

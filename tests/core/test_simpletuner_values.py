@@ -38,6 +38,11 @@ REASONS = {
     "sdnq_group_size": "weights have the format that base_model_precision names",
     "tread_config": "every token passes through every block",
     "timestep_bias_strategy": "noise levels are logit-normal, uniform, mode or cosmap",
+    "validation_on_startup": "a run is validated every validation_step_interval steps and at its end",
+    "validation_external_script": "no script is run",
+    "masked_loss_probability": "a mask counts in every step",
+    "lycoris_config": "for LoKr, set lora.lora_type",
+    "init_lora_step": "counts its steps from 0",
     "lr_num_cycles": "SimpleTuner's schedules do not use it",
     "__active_tab__": "SimpleTuner's own start and page",
 }

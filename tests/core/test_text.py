@@ -34,7 +34,7 @@ def test_the_size_of_a_long_value_is_said() -> None:
         ("x" * LONGEST_PROMPT, ""),
         ("x" * (LONGEST_PROMPT + 1), "has 20,001 characters; at most 20,000 are allowed"),
         ("ab\ud800", "half a surrogate pair at character 3"),
-        ("a\0", "zero character"),
+        ("a\0", "contains a NUL character"),
     ],
 )
 def test_text_that_cannot_be_used(text: str, problem: str) -> None:
