@@ -209,6 +209,14 @@ def test_tables_of_captions():
     assert Path(dataset.captions.caption_file) == ROOT / "c.csv" and dataset.captions.caption_column == "text"
 
 
+def test_the_other_name_of_the_folder():
+    data = json.loads(plain_json(EDIT_V1))
+    for entry in data[:2]:
+        entry["instance_data_root"] = entry.pop("instance_data_dir")
+    imported = read({}, data)
+    assert imported.job.dataset == read().job.dataset and not [each for each in imported.report if "UNKNOWN" in each]
+
+
 def test_masks_and_several_data_sets():
     data = json.loads(plain_json(EDIT_V1))
     mask = {"id": "m", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "masks"}

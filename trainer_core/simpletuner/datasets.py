@@ -115,7 +115,7 @@ def _part(backends: Backends, section: Section, references: list[str], masks: li
     if masks:
         dataset["mask_dir"] = _folder(backends.entries[masks[0]], masks[0], root)
         section.note("conditioning_data", f"masks from {masks[0]}: white counts in the loss, black does not.")
-    section.settle("type", "disabled", "disable", "dataset_type", "instance_data_dir")
+    section.settle("type", "disabled", "disable", "dataset_type", "instance_data_dir", "instance_data_root")
     section.knows("conditioning_type", "source_dataset_id")  # only references and masks have them
     _captions(section, dataset, root)
     kinds = [backends.entries[each].get("conditioning_type") or "auto" for each in references]
@@ -200,7 +200,7 @@ def _too_many(name: str, max_references: int) -> str:
 def _folder(entry: dict[str, Any], name: str, root: Path) -> str:
     if entry.get("type", "local") != "local":
         raise ConfigError(f"{name}.type must be local, got {brief(entry['type'])}. Copy the pictures into a folder.")
-    folder = entry.get("instance_data_dir")
+    folder = entry.get("instance_data_dir", entry.get("instance_data_root"))
     if not isinstance(folder, str) or not folder:
         raise ConfigError(f"{name}.instance_data_dir must be a folder of pictures, got {brief(folder)}.")
     return path_of(folder, root, f"{name}.instance_data_dir")
@@ -344,7 +344,8 @@ def _other(
 
 def _explain_linked(section: Section, known: set[str]) -> None:
     """Report on the keys of references and masks. Most follow the settings of their targets."""
-    section.settle("id", "type", "disabled", "disable", "dataset_type", "instance_data_dir", "source_dataset_id")
+    section.settle("id", "type", "disabled", "disable", "dataset_type", "instance_data_dir", "instance_data_root")
+    section.settle("source_dataset_id")
     what = section.text("conditioning_type")
     reasons = {
         "segmentation": "weighted by brightness: paint the parts that count white and the others black.",

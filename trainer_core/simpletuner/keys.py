@@ -11,7 +11,10 @@ _DATA = {
     "all data sets share one cache, cache_dir, so no other folder needs to be named": "cache_dir cache_dir_vae "
     "cache_dir_conditioning_image_embeds vae_cache_clear_each_epoch vae_cache_ondemand vae_cache_disable "
     "text_cache_ondemand text_cache_disable hash_filenames skip_file_discovery preserve_data_backend_cache "
-    "cache_file_suffix text_embeds image_embeds default",
+    "cache_file_suffix text_embeds image_embeds default compress_cache vae_cache_scan_behaviour scan_for_errors "
+    "shorten_filenames csv_shorten_filenames csv_hash_filenames",
+    "pictures are read and written by threads, without settings": "image_processing_batch_size max_workers "
+    "read_batch_size aws_max_pool_connections",
     "encoding needs no batch size": "write_batch_size text_encoder_batch_size "
     "conditioning_image_embed_batch_size vae_batch_size",
     "the data set is used from the first to the last step": "start_epoch start_step end_epoch end_step",
@@ -22,11 +25,12 @@ _DATA = {
     "all pairs in the folder are used": "max_num_samples",
     "no picture is ever deleted": "delete_unwanted_images delete_problematic_images delete_nsfw_images",
     "captions are used unchanged": "caption_shuffle caption_filter_list fallback_caption_column captions",
-    "references are separate pictures, not made from the targets": "conditioning",
+    "references are separate pictures, not made from the targets": "conditioning conditioning_config",
     "one LoRA is trained on all pairs alike": "is_regularisation_data is_regularization_data slider_strength",
     "only local pictures are read": "aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id "
     "aws_secret_access_key aws_data_prefix csv_cache_dir csv_url_column huggingface webshart dataset_name config "
-    "memory_filesystem_path memory_filesystem_size memory_filesystem_sudo",
+    "memory_filesystem_path memory_filesystem_size memory_filesystem_sudo aws_session_token hf_token revision split "
+    "streaming image_column composite_image_column split_composite_images",
     "only pictures are supported": "video audio grounding s2v_datasets",
 }
 
