@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 from .disk import disk_errors
 from .errors import ConfigError, Interrupted, Problems, TrainerError
 from .events import VALIDATION_LOSSES, SampleReport, StepReport, Stop
+from .packages import REQUIREMENTS
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -93,6 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
     except TrainerError as error:
         _LOG.error("%s", error)
+        return EXIT_ERROR
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "trainer_core":
+            raise
+        _LOG.error(
+            "The package %s is not installed in %s. Use the Python that runs ComfyUI, which has it, or install torch, "
+            'torchvision, transformers, pillow and psutil, and then: "%s" -m pip install -r "%s"',
+            *(error.name, sys.executable, sys.executable, REQUIREMENTS),
+        )
         return EXIT_ERROR
 
 

@@ -15,15 +15,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import psutil
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from .disk import disk_errors
 from .errors import DamagedFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses longer headers
@@ -137,6 +138,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     Its header gets `metadata`, or a digest that `read_tensors` checks. A file with metadata is for other programs. They
     may change its tensors and keep the header, so it gets no digest.
     """
+    from safetensors.torch import save
+
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if metadata is not None:
         write_atomically(path, save(ready, metadata))

@@ -68,6 +68,22 @@ def test_an_older_diffusers(installed, tmp_path: Path, caplog: pytest.LogCapture
         assert "nowhere" not in caplog.text  # nothing else was looked at before
 
 
+@pytest.mark.parametrize(("name", "is_ours"), [("PIL", False), ("trainer_core.gone", True), (None, True)])
+def test_a_python_without_the_packages(
+    name: str | None, *, is_ours: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def command(_options: object, _observer: object) -> int:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(command_line, "_check", command)
+    if is_ours:
+        with pytest.raises(ModuleNotFoundError):
+            command_line.main(["check", "job.json"])
+        return
+    assert command_line.main(["check", "job.json"]) == 1
+    assert "The package PIL is not installed in" in caplog.text and str(packages.REQUIREMENTS) in caplog.text
+
+
 def test_all_problems_at_once(installed):
     installed(diffusers="0.36.0", peft="", filelock="3.0")
     with pytest.raises(PackageError) as caught:
