@@ -19,8 +19,8 @@ _ON_OFF = {True: "on", False: "off"}
 _JSON = (bool, int, float, str, list, dict, tuple, bytes)
 
 
-def check_raw(each: Any, value: Any, value_class: Callable[[str], type | None]) -> None:
-    """Check that a value from a prompt has a type that the input takes, or one that ComfyUI converts exactly.
+def converted_raw(each: Any, value: Any, value_class: Callable[[str], type | None]) -> Any:
+    """What ComfyUI makes of a value in a prompt, if it is of a type that the input takes or converts exactly.
 
     Ranges and choices are checked later. `each` and `value_class` are as for `checked_inputs`.
 
@@ -29,11 +29,13 @@ def check_raw(each: Any, value: Any, value_class: Callable[[str], type | None]) 
     """
     kind = each.get_io_type()
     if kind in PLAIN:
-        check_plain(PLAIN[kind], each.id, _converted(PLAIN[kind], value), _longest(each))
+        value = _converted(PLAIN[kind], value)
+        check_plain(PLAIN[kind], each.id, value, _longest(each))
     elif kind == "COMBO":
         check_plain(str, each.id, _choice(each, value))
     elif value is not None or not each.optional:
         _check_socket(each.id, kind, value, value_class(kind))
+    return value
 
 
 def _converted(hint: type, value: Any) -> Any:

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..trainer_core.config import EncodingConfig, ModelConfig, SizeConfig
 from ..trainer_core.qwen_image.base_model import BaseModel
 from . import host_call, host_folders, sockets
+from .ahead import check_trainings, known_values
 from .cache_watch import CACHE_WATCH
 from .schema import Node, help_of, new_input, new_output, node_schema, setting_input, setting_inputs
 
@@ -27,6 +28,7 @@ class EncodePairs(Node):
             description="Encodes pictures and captions once and stores the results on disk, so that training does not "
             "need the text encoder or the VAE in memory. Resumes where it was stopped.",
             search_aliases=["cache latents", "text embeddings"],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             inputs=[
                 new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
                 new_input(sockets.Dataset, "dataset", tooltip="Pairs from Pair Edit Folders."),
@@ -100,6 +102,7 @@ class EncodePairs(Node):
             encoders = connected_encoders(connected, model.flavour)
             planned = plan_dataset(dataset, BaseModel(model), encoding, cache_dir, encoders, observer=observer)
             check_disk(cache_use([planned]))
+            check_trainings(cls.hidden, known_values(cls.hidden, {"model": model}), [planned], [planned.encoded()])
             encoded = encode_planned(planned, observer)
         return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
 

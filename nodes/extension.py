@@ -7,6 +7,7 @@ import functools
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
+    ahead,
     check,
     dataset,
     edit_weight,
@@ -63,6 +64,7 @@ def _by_id() -> dict[str, type[io.ComfyNode]]:
 
 routes.register_routes()
 host_server.before_validation(lambda prompt: raw_values.refuse_wrong_types(prompt, _by_id()))
+host_server.before_validation(ahead.note_problems)
 
 
 class QwenEditTrainer(ComfyExtension):

@@ -28,6 +28,13 @@ def executing_node() -> str | None:
     return context.node_id if context is not None else None
 
 
+def is_asked_for(node_id: str) -> bool:
+    """Whether the prompt that runs now was queued for this output node. A page may queue a graph for some of them."""
+    running = getattr(getattr(server(), "prompt_queue", None), "currently_running", {})
+    outputs = [item[4] for item in list(running.values())]
+    return not outputs or any(node_id in each for each in outputs)
+
+
 def before_validation(look: Callable[[Any], None]) -> None:
     """Let `look` see and change each prompt that is queued over HTTP, before ComfyUI validates it.
 

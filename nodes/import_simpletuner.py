@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..trainer_core.config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, ModelConfig
 from ..trainer_core.errors import ConfigError
 from . import host_call, host_folders, sockets
+from .ahead import Link, check_trainings, known_values
 from .cache_watch import CACHE_WATCH
 from .schema import Node, new_input, new_output, node_schema
 from .untrusted import file_below, file_below_roots, folder_below, near
@@ -104,9 +105,13 @@ class ImportSimpleTuner(Node):
         job, report = _read(**widgets)
         with host_call.interruptible() as observer:
             paired = tuple(pair_job(job, observer))
-        datasets = [dataset for _, dataset in paired]
-        imported = sockets.ImportedJob(job=job, paired=paired)
-        return io.NodeOutput(imported, job.model, datasets, job.max_train_steps, job.seed, report)
+        return io.NodeOutput(*_given_out(sockets.ImportedJob(job=job, paired=paired)), report)
+
+
+def _given_out(imported: sockets.ImportedJob) -> tuple[Any, ...]:
+    """All outputs of the import but the report, which is the last."""
+    job, datasets = imported.job, [dataset for _, dataset in imported.paired]
+    return imported, job.model, datasets, job.max_train_steps, job.seed
 
 
 def _outputs() -> list[io.Output]:
@@ -138,6 +143,7 @@ class EncodeImported(Node):
             description="Encodes each dataset of an imported configuration with its own sizes, and mixes them with "
             "their repeats and probability. Resumes where it was stopped.",
             search_aliases=["cache latents", "text embeddings", "simpletuner"],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             inputs=[
                 new_input(sockets.Imported, "imported", tooltip="From Import SimpleTuner Config."),
                 new_input(
@@ -174,7 +180,7 @@ class EncodeImported(Node):
     def execute(cls, imported: sockets.ImportedJob, **connected: Any) -> io.NodeOutput:
         """Outputs the EncodedDatasets for training and for validation (or None), and the report."""
         from ..trainer_core.conditioning.report import encoding_report
-        from ..trainer_core.job import encode_parts, plan_parts
+        from ..trainer_core.job import encode_parts, plan_parts, planned_datasets, trained_parts
         from .host_encoders import connected_encoders
 
         paired = imported.paired
@@ -183,9 +189,17 @@ class EncodeImported(Node):
         with host_call.long_call() as observer:
             encoders = connected_encoders(connected, imported.job.model.flavour)
             planned = plan_parts(imported.job, paired, encoders, observer)
+            parts, outputs = trained_parts(imported.job, planned), planned_datasets(imported.job, planned)
+            check_trainings(cls.hidden, _known(cls.hidden, imported), parts, outputs)
             encoded, validation = encode_parts(imported.job, planned, observer)
         reports = [encoding_report(CACHE_WATCH.watch(each)) for each in (encoded, validation) if each is not None]
         return io.NodeOutput(encoded, validation, "\n\n".join(reports))
+
+
+def _known(hidden: Any, imported: sockets.ImportedJob) -> dict[Link, Any]:
+    """The outputs of the import node."""
+    links = known_values(hidden, {"imported": imported})
+    return {(source, number): value for source, _ in links for number, value in enumerate(_given_out(imported))}
 
 
 def _without_image_embeds(part: DatasetPartConfig) -> DatasetPartConfig:

@@ -8,12 +8,12 @@ something that ComfyUI refuses at that input.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from ..trainer_core.errors import ConfigError
 from ..trainer_core.text import brief
-from .door import PLAIN, check_raw
+from .door import PLAIN, converted_raw
 from .sockets import value_class
 
 
@@ -43,32 +43,44 @@ def refuse_wrong_types(prompt: Any, nodes: Mapping[str, Any]) -> None:
 
     Whatever else is wrong with the prompt is left to ComfyUI.
     """
-    for entry in prompt.values() if isinstance(prompt, dict) else ():
-        if not isinstance(entry, dict) or not isinstance(entry.get("class_type"), str):
-            continue
-        node, given = nodes.get(entry["class_type"]), entry.get("inputs")
-        if node is None or not isinstance(given, dict):
-            continue
-        for each in _inputs(node):
+    for _, kind, given in entries(prompt):
+        for each in inputs_of(nodes[kind]) if kind in nodes else ():
             if each.id in given and not isinstance(given[each.id], list):  # a list is a link to another node
                 given[each.id] = _checked(each, given[each.id])
 
 
+def entries(prompt: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Id, type and inputs of each node in a prompt that has them."""
+    for node_id, entry in prompt.items() if isinstance(prompt, dict) else ():
+        kind, given = (entry.get("class_type"), entry.get("inputs")) if isinstance(entry, dict) else (None, None)
+        if isinstance(kind, str) and isinstance(given, dict):
+            yield node_id, kind, given
+
+
 @functools.cache
-def _inputs(node: Any) -> tuple[Any, ...]:
-    """Inputs of a node. Only their lists of choices change, and they are not used here."""
+def inputs_of(node: Any) -> tuple[Any, ...]:
+    """Inputs in the schema of a node, whose lists of choices may be out of date."""
     return tuple(node.define_schema().inputs)
+
+
+def value_of(each: Any, given: Any) -> Any:
+    """What ComfyUI makes of a value that is given for an input.
+
+    Raises:
+        ConfigError: the value has a wrong type.
+    """
+    value = given["__value__"] if isinstance(given, dict) and "__value__" in given else given
+    return converted_raw(each, value, value_class)
 
 
 def _checked(each: Any, given: Any) -> Any:
     """The value as it was given, or what ComfyUI refuses in its place."""
-    value, kind = given["__value__"] if isinstance(given, dict) and "__value__" in given else given, each.get_io_type()
     try:
-        check_raw(each, value, value_class)
+        value_of(each, given)
     except ConfigError as error:
-        if kind not in PLAIN:
+        if each.get_io_type() not in PLAIN:
             return NoLink([str(error)])
-        wrong = Unusable(brief(value))
+        wrong = Unusable(brief(given))
         wrong.problem = str(error)
         return wrong
     return given

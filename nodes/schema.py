@@ -52,14 +52,14 @@ def _at_the_door(method: Callable[..., Any]) -> Callable[..., Any]:
         values = {**dict(zip(names, given, strict=False)), **values}
         if method.__name__ == "execute":
             with disk_errors():
-                return method(cls, **_checked(cls, values))
+                return method(cls, **checked_values(cls, values))
         # Before the graph runs, linked inputs are None. ComfyUI hands on only what `validate_inputs` names, also values
         # that it has refused.
         values = {name: None if isinstance(value, Unusable | NoLink) else value for name, value in values.items()}
         known = {name: value for name, value in values.items() if value is not None}
         try:
             with disk_errors():
-                return method(cls, **{**values, **_checked(cls, known, whole=False)})
+                return method(cls, **{**values, **checked_values(cls, known, whole=False)})
         except TrainerError as error:
             return str(error)
 
@@ -67,7 +67,8 @@ def _at_the_door(method: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _checked(cls: type[Node], values: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:
+def checked_values(cls: type[Node], values: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:
+    """`checked_inputs` of a node. `whole`: its required inputs must be there."""
     schema = cls.define_schema()
     inputs = [each for each in schema.inputs if whole or each.id in values]
     validated = inspect.signature(cls.validate_inputs).parameters

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,6 +19,10 @@ from .untrusted import checked_run_name, free_name
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.run import TrainResult
+
+PROBLEMS: ContextVar[Mapping[str, str]] = ContextVar("problems of trainings")
+"""What is wrong with the settings of each training node in the prompt that ComfyUI validates in this task, by node id.
+`ahead.py` sets it."""
 
 IfRunExists = Literal["continue", "continue a kept run", "new run"]
 
@@ -58,13 +63,15 @@ class TrainLora(Node):
 
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
-        """Check the run name."""
-        return run_name is None or bool(checked_run_name(run_name))
+        """Check the run name, and the settings in connected nodes as far as they are known."""
+        if run_name is not None:
+            checked_run_name(run_name)
+        return PROBLEMS.get({}).get(cls.hidden.unique_id or "", True)
 
     @classmethod
     def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:
         """Outputs the LoRA's tensors, losses, name, sample grid and run."""
-        config = _train_config(model, encoded, **values)
+        config = run_config(model, encoded, **values)
         continue_kept = values["if_run_exists"] == "continue a kept run"
         result = _finished(config, continue_kept=continue_kept)
         if result is not None:
@@ -115,9 +122,9 @@ _STEPS_HELP = (
 )
 
 
-def _train_config(
+def run_config(
     model: ModelConfig,
-    encoded: EncodedDataset,
+    encoded: EncodedDataset | None,
     *,
     run_name: str,
     max_train_steps: int,
@@ -126,6 +133,11 @@ def _train_config(
     trigger_words: str = "",
     **gathered: Any,
 ) -> TrainConfig:
+    """The configuration of a run from the node's inputs. `encoded`: None while it is not known.
+
+    Raises:
+        ConfigError: the run name is not allowed, or the settings contradict each other.
+    """
     name = checked_run_name(run_name)
     if if_run_exists == "new run":
         name = free_name(host_folders.runs_dir(), name)

@@ -95,7 +95,7 @@ def preset_input() -> io.Input:
 
 def train_config(
     model: ModelConfig,
-    encoded: EncodedDataset,
+    encoded: EncodedDataset | None,
     own: dict[str, Any],
     *,
     lora_name: str,
@@ -133,7 +133,7 @@ def train_config(
         sections |= {field.name: getattr(training_settings, field.name) for field in fields(training_settings)}
     return replace(
         base,
-        encoded=str(encoded.manifest),
+        encoded=str(encoded.manifest) if encoded is not None else "-",
         validation_encoded=str(validation_encoded.manifest) if validation_encoded is not None else "",
         model=model,
         export=ExportConfig(

@@ -20,14 +20,14 @@ from .config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, fro
 from .data.pairing import EditDataset, pair_folders
 from .device import pick_device
 from .disk import disk_errors
-from .errors import ConfigError, DatasetError, Interrupted, Problems, TrainerError
+from .errors import ConfigError, DatasetError, Interrupted, OutOfMemoryError, Problems, TrainerError
 from .events import SILENT, Observer
 from .json_text import read_json
 from .planning.choose import budget_of
 from .planning.disk_space import DiskUse, cache_use, check_disk, disk_in_words, run_use
 from .planning.encoding import encoding_in_words
 from .planning.network import NetworkSize
-from .planning.preparation import PreparedModel, check_datasets, check_training, prepare_model, unmeasured
+from .planning.preparation import PreparedModel, check_datasets, check_memory, check_training, prepare_model, unmeasured
 from .planning.report import planned_in_words, time_before_encoding
 from .planning.workload import workload_of_pairs
 from .presets import with_preset
@@ -209,6 +209,10 @@ def check_job(
     finished = _attempt(problems, job, start) if trains_here else False
     if finished is None:
         return checked
+    if trains_here and not finished and model is not None:
+        size, trained = model.size, trained_parts(job, planned)
+        fits = partial(check_memory, config, size, trained, ranks.on_machine, is_all=len(planned) == 1)
+        _attempt(problems, job, fits)
     disk = partial(_disk_of, job, checked, ranks, trains_here=trains_here and not finished)
     checked = replace(checked, disk=_attempt(problems, job, disk) or ())
     tight = _attempt(problems, job, lambda: check_disk(checked.disk)) or ()
@@ -287,7 +291,7 @@ def plan_parts(
     plan = partial(plan_dataset, base=base, encoders=encoders, observer=observer)
     planned = _planned(job, paired, problems, plan)
     problems.raise_all()
-    _together(job, [(part, dataset.encoded()) for part, dataset in planned], plan_mix)
+    planned_datasets(job, planned)
     check_disk(cache_use([dataset for _, dataset in planned]))
     return planned
 
@@ -299,6 +303,20 @@ def encode_parts(
     with disk_errors(Path(job.cache_dir)):
         parts = [(part, encode_planned(dataset, observer)) for part, dataset in planned]
         return _together(job, parts, mix_encoded)
+
+
+def trained_parts(job: JobConfig, planned: Sequence[PlannedPart]) -> list[PlannedDataset]:
+    """The datasets with pairs that are trained, not only validated."""
+    return [found for part, found in planned if part.id not in job.eval_dataset_id and part.probability > 0]
+
+
+def planned_datasets(job: JobConfig, planned: Sequence[PlannedPart]) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """What `encode_parts` will return. The files of these datasets may not be written yet.
+
+    Raises:
+        ConfigError, DatasetError: see `plan_mix`.
+    """
+    return _together(job, [(part, dataset.encoded()) for part, dataset in planned], plan_mix)
 
 
 def _together(
@@ -351,5 +369,6 @@ def plan_job(job: JobConfig, vram_gib: float = 0.0, observer: Observer = SILENT)
     if any(work.encoding):
         encoding, can_be_encoded = encoding_in_words(base, work.encoding.largest_picture, budget)
         more, fits = [encoding, *more], fits and can_be_encoded
-    more += [*checked.notes, *map(str, checked.problems.errors)]
+    others = [error for error in checked.problems.errors if not isinstance(error, OutOfMemoryError)]  # `text` has it
+    more += [*checked.notes, *map(str, others)]
     return "\n\n".join([text, *filter(None, more)]), fits and not checked.problems.errors

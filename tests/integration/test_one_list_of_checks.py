@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 
 from tests.support.narrow import make_pairs
 from trainer_core.__main__ import main
-from trainer_core.config import ModelConfig
+from trainer_core.config import JobConfig, ModelConfig
 from trainer_core.errors import DatasetError, JobError
-from trainer_core.job import check_job, load_job
+from trainer_core.job import check_job, encode_parts, load_job, resolve_job
+from trainer_core.planning.workload import pictures_in_prompt, workload_of_encoded, workload_of_pairs
 from trainer_core.precision import quantise
-from trainer_core.settings import merged
+from trainer_core.settings import from_json, merged
 
 
 @pytest.fixture
@@ -153,6 +154,35 @@ def test_check_refuses_what_encode_and_train_refuse(
     if fault not in ONLY_WHERE_IT_TRAINS:
         assert said_by("encode", job, caplog) == trained
     assert said_by("plan", job, caplog)[0] == 1
+
+
+def test_memory_settings_that_never_fit_are_refused_before_encoding(
+    values: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, says = tmp_path / "job.json", "The run does not fit. With the smallest memory settings it still needs"
+    job.write_text(json.dumps(merged(values, {"memory": {"vram_gib": 0.5}})))
+    for command in ("train", "check"):
+        code, said = said_by(command, job, caplog)
+        assert code == 1 and says in said, (command, said)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert said_by("plan", job, caplog)[0] == 1
+    assert capsys.readouterr().out.count(says) == 1
+    assert said_by("encode", job, caplog)[0] == 0, "it may be trained on another machine"
+
+
+def test_prompts_may_be_shorter_than_estimated(values: dict[str, Any], tmp_path: Path) -> None:
+    """What is refused before encoding would not fit with the real lengths either."""
+    for text in ("x", "brighter " * 100, " " * 900 + "x", "亮" * 300, "internationalization " * 40):
+        (tmp_path / "pairs" / "target" / "000.txt").write_text(text, encoding="utf-8")
+        job = resolve_job(from_json(JobConfig, values), tmp_path)
+        checked = check_job(job)
+        checked.raise_problems()
+        parts = [part for _, part in checked.planned]
+        least = workload_of_pairs(parts, job.batching, job.validation, pictures_in_prompt)
+        encoded, _ = encode_parts(job, checked.planned)
+        real = workload_of_encoded(encoded, job.batching, job.validation, encoded)
+        assert least.train.text_tokens <= real.train.text_tokens
+        assert least.train.image_tokens == real.train.image_tokens
 
 
 def test_all_problems_come_at_once(values: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,20 +7,9 @@ from typing import Any
 import pytest
 
 from tests.support.comfyui_server import PackServer
-from tests.support.training_graph import EMA, ENCODE, LOAD, Prompt, encoding, ours, place_pairs
+from tests.support.training_graph import EMA, ENCODE, LOAD, MEMORY, Prompt, encoding, ours, place_pairs
 
 pytestmark = pytest.mark.server
-
-
-MEMORY = {
-    "memory": "auto",
-    "gradient_checkpointing_blocks": -1,
-    "activation_offload": False,
-    "blocks_to_stream": 0,
-    "stream_buffers": 2,
-    "compile_blocks": "auto",
-    "vram_gib": 0.0,
-}
 
 
 def planned(server: PackServer, more: Prompt | None = None, **inputs: Any) -> str:

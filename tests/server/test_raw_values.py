@@ -113,4 +113,4 @@ def test_nodes_of_other_packs_are_left_alone(studio: PackServer):
 def test_a_malformed_prompt_is_left_to_comfyui(prompt: Any, studio: PackServer):
     with pytest.raises(ComfyUIError):
         studio.queue(prompt)
-    assert "raw_values" not in studio.log.read_text()
+    assert "on_prompt_handler" not in studio.log.read_text()

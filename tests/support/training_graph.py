@@ -91,6 +91,17 @@ EMA = ours(
 )
 
 
+MEMORY = {  # inputs of the memory settings node
+    "memory": "auto",
+    "gradient_checkpointing_blocks": -1,
+    "activation_offload": False,
+    "blocks_to_stream": 0,
+    "stream_buffers": 2,
+    "compile_blocks": "auto",
+    "vram_gib": 0.0,
+}
+
+
 def settings(validate: int, draw: int) -> Prompt:
     """The settings nodes of a small training that validates every `validate` steps with `draw` sampling steps."""
     return {

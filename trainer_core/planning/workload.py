@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import NamedTuple
@@ -114,17 +114,31 @@ def workload_of_encoded(
     )
 
 
+def pictures_in_prompt(plan: PairPlan, letters: int = 0) -> int:
+    """Prompt tokens of the pictures. A prompt with a caption of so many characters has more."""
+    _ = letters
+    return sum(vision_tokens(view.size) for view in plan.vision)
+
+
+def estimated_prompt(plan: PairPlan, letters: int) -> int:
+    """Prompt tokens: those of the pictures, and an estimate for a caption of so many characters."""
+    return pictures_in_prompt(plan) + _AROUND_CAPTION + letters // _LETTERS_PER_TOKEN
+
+
 def workload_of_pairs(
-    parts: Sequence[PlannedDataset], batching: BatchingConfig, validation: ValidationConfig
+    parts: Sequence[PlannedDataset],
+    batching: BatchingConfig,
+    validation: ValidationConfig,
+    prompt_tokens: Callable[[PairPlan, int], int] = estimated_prompt,
 ) -> Workload:
-    """The workload of datasets that are not encoded yet, from the pictures' headers. Prompt lengths are estimated."""
+    """The workload of datasets that are not encoded yet, from the pictures' headers and `prompt_tokens`."""
     train, held_out, flying = [], [], [0]
     for part in parts:
         for each in part.validation_pairs:
             turns = 1 + len(each.entry.validation_captions)
-            held_out.append(dataclasses.replace(_planned_size(each), turns=turns))
+            held_out.append(dataclasses.replace(_planned_size(each, prompt_tokens), turns=turns))
         for each in part.pairs:
-            train.append(_planned_size(each))
+            train.append(_planned_size(each, prompt_tokens))
             if each.entry.reference_files:
                 flying += [view.size.width * view.size.height for view in each.plan.references]
     drawn = _at_sizes(held_out[: validation.num_validation_images], validation)
@@ -137,10 +151,10 @@ def workload_of_pairs(
     )
 
 
-def _planned_size(planned: PlannedPair) -> PairSize:
+def _planned_size(planned: PlannedPair, prompt_tokens: Callable[[PairPlan, int], int]) -> PairSize:
     letters = max(map(len, (*planned.pair.captions, *planned.entry.validation_captions)), default=0)
     references = [view.size for view in planned.plan.references]
-    return pair_size(planned.plan.target.size, references, estimated_prompt(planned.plan, letters))
+    return pair_size(planned.plan.target.size, references, prompt_tokens(planned.plan, letters))
 
 
 def encoding_work(parts: Iterable[PlannedDataset]) -> EncodingWork:
@@ -188,12 +202,6 @@ def with_target(pair: PairSize, size: Size) -> PairSize:
 def picture_tokens(size: Size) -> int:
     """Tokens of a picture's latents; odd sides are padded."""
     return -(-(size.height // VAE_FACTOR) // PATCH) * -(-(size.width // VAE_FACTOR) // PATCH)
-
-
-def estimated_prompt(plan: PairPlan, letters: int) -> int:
-    """Prompt tokens: those of the pictures, and an estimate for a caption of so many characters."""
-    vision = sum(vision_tokens(view.size) for view in plan.vision)
-    return vision + _AROUND_CAPTION + letters // _LETTERS_PER_TOKEN
 
 
 def vision_tokens(size: Size) -> int:
