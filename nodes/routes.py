@@ -31,7 +31,7 @@ from . import host_folders, host_server
 from .active_runs import active_runs, stop_and_keep
 from .graph_file import graph_to_continue
 from .same_origin import guard
-from .untrusted import checked_run_name, file_below, folder_below, strays
+from .untrusted import checked_run_name, file_below, strays
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -42,11 +42,14 @@ _MIN_EDGE, _MAX_EDGE, _MAX_PIXELS = 32, 512, 64_000_000
 _NO_STEP = {"step": 0, "num_steps": 0, "loss": None}
 _FILES = ("run.json", "config.json", "metrics.jsonl", "graph.json", "samples")  # that the routes read
 _NUMBER = re.compile(r"[0-9]{1,9}")
-_HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
-_PICTURE_HEADERS = {  # the address contains the version of the picture
+# Pages of other sites can't embed the answers. A browser sends neither an Origin nor Sec-Fetch-Site for their pictures
+# and scripts if this server is not on the same machine and without HTTPS.
+_HEADERS = {
     "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "private, max-age=86400",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
 }
+_PICTURE_HEADERS = {**_HEADERS, "Cache-Control": "private, max-age=86400"}  # the address has the picture's version
 
 
 class _NotFoundError(Exception):
@@ -93,7 +96,8 @@ async def _stop(request: web.Request) -> web.Response:
 
 def _list_runs(_request: web.Request) -> web.Response:
     in_progress = {str(run["run_name"]): run for run in active_runs()}
-    folders = run_view.run_folders(host_folders.runs_dir(), _MAX_RUNS)
+    runs = host_folders.runs_dir()
+    folders = [folder for folder in run_view.run_folders(runs, _MAX_RUNS) if not strays(runs, [folder.name])]
     listed = [run_view.summary(folder) for folder in folders if not strays(folder, _FILES)]
     starting = [
         _summary({**_NO_STEP, "run_name": name}, run) for name, run in in_progress.items() if name not in _names(listed)
@@ -168,10 +172,13 @@ def _run_folder(request: web.Request) -> Path:
     """Folder of the requested run.
 
     Raises:
-        ConfigError: the name is invalid or no such folder exists.
-        _NotFoundError: the folder is not a run folder.
+        ConfigError: the name is not allowed.
+        _NotFoundError: there is no such run, or its folder or a file in it leads elsewhere.
     """
-    folder = folder_below(checked_run_name(request.match_info["run"]), {"runs": host_folders.runs_dir()}, "run_name")
+    runs, name = host_folders.runs_dir(), checked_run_name(request.match_info["run"])
+    if strays(runs, [name]):
+        raise _NotFoundError("This run's folder is a link that leads out of the folder of runs, so it is not shown.")
+    folder = runs / name
     if not (folder / "run.json").is_file():
         raise _NotFoundError("Run not found.")
     indexes = (path.relative_to(folder).as_posix() for path in folder.glob(f"samples/*/{INDEX}"))

@@ -43,6 +43,7 @@ def asked(server: PackServer, path: str, method: str = "GET", **headers: str) ->
 
 def test_listed(run: dict[str, Any], studio: PackServer):
     listed = studio.get(RUNS)["runs"]
+    assert asked(studio, RUNS)[1]["Cross-Origin-Resource-Policy"] == "same-origin"
     (mine,) = [each for each in listed if each["run_name"] == "watched"]
     assert (mine["state"], mine["step"], mine["num_steps"], mine["active"]) == ("finished", STEPS, STEPS, False)
     assert under_way(studio) == []
@@ -76,6 +77,7 @@ def test_pictures(run: dict[str, Any], studio: PackServer):
     for column in first["pairs"][0]["columns"]:
         status, headers, data = asked(studio, f"{RUNS}/watched/samples/3/0/{column}")
         assert (status, headers["Content-Type"], headers["X-Content-Type-Options"]) == (200, "image/png", "nosniff")
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
         assert data == (run_dir(studio, "watched") / "samples" / "step-000003" / f"0-{column}.png").read_bytes()
     status, headers, data = asked(studio, f"{RUNS}/watched/samples/3/0/lora?edge=64")
     assert (status, headers["Content-Type"]) == (200, "image/jpeg")
@@ -145,7 +147,11 @@ def test_a_link_out_of_the_runs_is_not_followed(run: dict[str, Any], studio: Pac
     picture.unlink()
     picture.symlink_to(secret / "secret.png")
     try:
-        assert asked(studio, f"{RUNS}/linked")[0] == 404
+        status, _, answer = asked(studio, f"{RUNS}/linked")
+        assert status == 404
+        assert json.loads(answer)["error"].startswith(
+            "This run's folder is a link that leads out of the folder of runs"
+        )
         assert asked(studio, f"{RUNS}/watched/samples/3/0/base")[0] == 404
         assert "linked" not in {each["run_name"] for each in studio.get(RUNS)["runs"]}
     finally:
