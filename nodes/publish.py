@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..trainer_core.run import TrainResult
 
 
-_RATIOS = ("psnr_base", "psnr_lora", "psnr_ema", "psnr_vae")  # dB, over the sampled held-out pairs
+_RATIOS = ("psnr_base", "psnr_lora", "psnr_ema", "psnr_vae")  # dB, over the sampled validation pairs
 _DRIFT = ("drift_shift", "drift_zoom", "drift_colour")  # pixels, percent, colour levels of 255
 
 

@@ -56,7 +56,7 @@ class PlotLoss(Node):
         return node_schema(
             "PlotLoss",
             "Plot Loss",
-            description="Plots the loss of a run by step: raw, smoothed, and on held-out pairs.",
+            description="Plots the loss of a run by step: raw, smoothed, and of validation pairs.",
             search_aliases=["loss graph", "loss curve", "chart"],
             is_output_node=True,
             inputs=[

@@ -193,7 +193,7 @@ class ValidationSettings(Node):
         return node_schema(
             "ValidationSettings",
             "Qwen Edit Validation Settings",
-            description="When and how held-out pairs are sampled during training. Without this node: every 250 steps "
+            description="When and how validation pairs are sampled during training. Without this node: every 250 steps "
             "and at the end.",
             search_aliases=["samples", "validation images"],
             inputs=[

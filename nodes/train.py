@@ -51,7 +51,7 @@ class TrainLora(Node):
                 new_output(
                     io.Image,
                     "grid",
-                    "Reference, base, LoRA and target pictures of held-out pairs at the end of training.",
+                    "Reference, base, LoRA and target pictures of validation pairs at the end of training.",
                 ),
                 new_output(
                     sockets.Run,

@@ -229,7 +229,7 @@ class EncodingConfig(Settings):
     )
     validation_prompts: tuple[str, ...] = setting(
         (),
-        "Edit instructions to sample for every held-out pair, in addition to its caption. They are encoded together "
+        "Edit instructions to sample for every validation pair, in addition to its caption. They are encoded together "
         "with its references.",
         Limits(
             longest=LONGEST_PROMPT,

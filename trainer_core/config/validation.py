@@ -31,7 +31,7 @@ def _is_size(size: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationConfig(Settings):
-    """Sample pictures and loss of held-out pairs during training. They do not change the training."""
+    """Sample pictures and loss of validation pairs during training. They do not change the training."""
 
     validation_step_interval: int = setting(
         250, "Steps between validations. 0 validates only at the end.", Limits(min=0, soft_max=1_000_000)
@@ -49,7 +49,7 @@ class ValidationConfig(Settings):
     )
     num_validation_images: int = setting(
         4,
-        "Maximum number of held-out pairs to sample. The validation loss always uses all of them.",
+        "Maximum number of validation pairs to sample. The validation loss always uses all of them.",
         Limits(min=0, soft_max=100),
     )
     validation_resolution: str = setting(

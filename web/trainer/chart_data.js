@@ -19,7 +19,7 @@ export function smoothed(values, window) {
   });
 }
 
-/** Whether this is a loss on held-out pairs, of the trained weights or their EMA. @param {string} name */
+/** Whether this is a loss on validation pairs, of the trained weights or their EMA. @param {string} name */
 export function isHeldOut(name) {
   return /^(ema_)?validation_loss/.test(name);
 }
