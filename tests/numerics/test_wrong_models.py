@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tests.support.layouts import Weights, as_bytes, gguf, int8_rows, matrices, random_weights, scaled_fp8
 from tests.support.narrow import NARROW
@@ -22,7 +26,7 @@ from trainer_core.qwen_image import base_model
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.text_encoder import check_text_encoder
 from trainer_core.qwen_image.text_encoder_file import check_text_encoder_file, qwen25_vl_7b
-from trainer_core.qwen_image.vae import check_vae
+from trainer_core.qwen_image.vae import check_vae, load_vae
 
 LAYER = "transformer_blocks.1.attn.to_q"
 
@@ -211,25 +215,78 @@ def test_names_that_raise_doubts(name: str, words: str, weights: Weights, tmp_pa
     assert not words or words in caplog.messages[0]
 
 
-def seven_b() -> Weights:
-    """Tensors without data of a Qwen2.5-VL-7B by ComfyUI's names, as far as they are looked at."""
-    text, vision = (qwen25_vl_7b()[part] for part in ("text_config", "vision_config"))
-    found = {"model.layers.0.self_attn.k_proj.bias": torch.zeros(512)}
-    found |= {f"model.layers.{n}.self_attn.k_proj.weight": torch.zeros(1) for n in range(text["num_hidden_layers"])}
-    return found | {f"visual.blocks.{n}.attn.qkv.weight": torch.zeros(1) for n in range(vision["depth"])}
+@pytest.fixture(scope="module")
+def seven_b() -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of a Qwen2.5-VL-7B by ComfyUI's names."""
+    with torch.device("meta"):
+        network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**qwen25_vl_7b()))
+    shapes = {name: tuple(each.shape) for name, each in network.state_dict().items()}
+    old = [("model.language_model.", "model."), ("model.visual.", "visual.")]
+    return {
+        next((to + name.removeprefix(new) for new, to in old if name.startswith(new)), name): shapes[name]
+        for name in shapes
+    }
 
 
-def test_text_encoders_of_another_size(tmp_path: Path):
-    path = tmp_path / "a.safetensors"
-    check_text_encoder_file(write(path, seven_b()))
+def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A file with weights of these shapes, all zero, which takes only its header's space on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+def test_text_encoders_of_another_size(seven_b: dict[str, tuple[int, ...]], tmp_path: Path):
+    path, last = tmp_path / "a.safetensors", "visual.merger.mlp.2.bias"
+    check_text_encoder_file(sparse(path, seven_b))
     others = [
-        ({**seven_b(), "model.layers.0.self_attn.k_proj.bias": torch.zeros(256)}, "of another size than 7B"),
-        ({name: each for name, each in seven_b().items() if "visual" not in name}, "has no vision tower"),
-        ({name: each for name, each in seven_b().items() if "layers.27" not in name}, "is incomplete"),
+        ({**seven_b, "model.layers.0.self_attn.k_proj.bias": (256,)}, "of another size than 7B.*Choose qwen_2"),
+        ({name: each for name, each in seven_b.items() if "visual" not in name}, "has no vision tower.*Choose qwen_2"),
+        ({name: each for name, each in seven_b.items() if "layers.27" not in name}, "is incomplete.*Choose qwen_2"),
+        ({name: each for name, each in seven_b.items() if name != last}, f"lacks 1 of .*model.{last}"),
+        ({**seven_b, last: (7,)}, f"1 weights of the wrong shape, such as model.{last}"),
     ]
-    for tensors, words in others:
-        with pytest.raises(ModelFileError, match=rf"{words}.*Choose qwen_2\.5_vl_7b_fp8_scaled"):
-            check_text_encoder_file(write(path, tensors))
+    for shapes, words in others:
+        with pytest.raises(ModelFileError, match=words):
+            check_text_encoder_file(sparse(path, shapes))
+
+
+WRONG_VALUES = {
+    "transformer": {
+        "num_layers": (None, 2.5, 0, 10**9),
+        "num_attention_heads": (-1,),
+        "attention_head_dim": (0,),
+        "joint_attention_dim": ([3],),
+        "patch_size": ([],),
+        "axes_dims_rope": ([1], None),
+        "in_channels": ("64",),
+        "out_channels": (7,),
+    },
+    "text_encoder": {"text_config": (None, 5), "vision_config": ({"depth": "x"}, {"hidden_size": 0})},
+}
+
+
+@pytest.mark.parametrize("part", list(WRONG_VALUES))
+def test_folders_whose_configuration_is_wrong(part: str, model: ModelConfig, tmp_path: Path):
+    base = tmp_path / "base"
+    shutil.copytree(model.base, base)
+    config = base / part / "config.json"
+    whole = json.loads(config.read_text())
+    checks: dict[str, Callable[[BaseModel], object]] = {
+        "transformer": lambda changed: (changed.num_blocks, changed.network),
+        "text_encoder": lambda changed: check_text_encoder(changed, "comfyui"),
+    }
+    for name, values in WRONG_VALUES[part].items():
+        for value in values:
+            config.write_text(json.dumps({**whole, name: value}))
+            changed = BaseModel(replace(model, base=str(base)))
+            with pytest.raises(ModelFileError, match=r"config\.json (must|has wrong values)|wrong shape|lacks"):
+                checks[part](changed)
 
 
 def test_vaes_of_other_models(tmp_path: Path):
@@ -241,6 +298,32 @@ def test_vaes_of_other_models(tmp_path: Path):
         other = {**real_vae, "encoder.conv_in.weight": first[:, :1].repeat(1, channels, 1, 1, 1)}
         with pytest.raises(ModelFileError, match=f"not a Qwen-Image VAE.*{model}"):
             check_vae(BaseModel(config_of(write(path, other))))
+
+
+def test_vae_folders_that_do_not_fit(model: ModelConfig, tmp_path: Path):
+    """diffusers loads a folder that lacks a weight, and leaves out what it doesn't know."""
+    base = tmp_path / "base"
+    shutil.copytree(model.base, base)
+    changed = BaseModel(replace(model, base=str(base)))
+    config, file = base / "vae" / "config.json", base / "vae" / "diffusion_pytorch_model.safetensors"
+    values, weights = json.loads(config.read_text()), load_file(file)
+    name = "decoder.conv_in.bias"
+    cases = [
+        (values, {key: each for key, each in weights.items() if key != name}, f"1 of .* missing.*first: {name}"),
+        (values, {**weights, "foo": torch.zeros(2)}, "1 are unknown .first: foo"),
+        ({**values, "base_dim": 16}, weights, "wrong shape"),
+        ({**values, "input_channels": 4}, weights, "has 4 picture channels and 16 latent channels instead of 3 and 16"),
+        ({**values, "latents_mean": [0.0]}, weights, "latent channels"),
+        ({**values, "base_dim": "wide"}, weights, r"vae.config\.json has wrong values"),
+        ({**values, "dim_mult": []}, weights, r"vae.config\.json has wrong values"),
+    ]
+    check_vae(changed)
+    for settings, tensors, words in cases:
+        config.write_text(json.dumps(settings))
+        write(file, tensors)
+        for call in (check_vae, partial(load_vae, device=torch.device("cpu"))):
+            with pytest.raises(ModelFileError, match=words):
+                call(changed)
 
 
 def test_it_is_found_before_encoding(base_of: Callable[[str], ModelConfig], tmp_path: Path):

@@ -21,7 +21,7 @@ from ..text import brief
 from ..weights.source import open_weights
 from ..weights.stored import WeightSource
 from .flavours import FLAVOURS
-from .folder import DEMO_FOLDER, ModelFolder, model_folder, read_json, weights_digest
+from .folder import DEMO_FOLDER, ModelFolder, config_errors, model_folder, read_json, weights_digest
 from .frozen_forward import optimise_frozen_forward
 from .recognise import LAYERED_MARKS, doubts_by_name, instead_of, looks_like
 
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 TRANSFORMER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 # Width of each rotary axis (frame, row, column) by attention head width. A single file doesn't store them.
 ROPE_AXES = {128: (16, 56, 56)}
+# Largest sizes that a configuration may have. With larger ones the empty network would take minutes to make.
+_MOST = {
+    "num_layers": 1_000,
+    "num_attention_heads": 1_000,
+    "attention_head_dim": 10_000,
+    "joint_attention_dim": 100_000,
+}
 _LOG = logging.getLogger(__name__)
 
 
@@ -129,7 +136,9 @@ class BaseModel:
     @cached_property
     def _empty(self) -> tuple[QwenImageTransformer2DModel, int]:
         """The network, and the number of weights in the file, counted before unused layers are removed."""
-        network = empty_transformer(self.network_settings)
+        settings, place = self.network_settings, self.folder.transformer
+        with config_errors(place / "config.json" if place.is_dir() else place):
+            network = empty_transformer(settings)
         count = sum(weight.numel() for weight in network.parameters())
         optimise_frozen_forward(network)
         check_weight_shapes(network, self.transformer_weights)
@@ -164,7 +173,15 @@ def transformer_settings(place: Path, flavour: FlavourName = "edit-v2") -> dict[
         )
     if stored.get("use_additional_t_cond") or stored.get("use_layer3d_rope"):
         raise _layered(place, instead)
-    return {"zero_cond_t": False, **stored}
+    settings = {"num_layers": 60, "zero_cond_t": False, **stored}
+    for name, most in _MOST.items():
+        value = settings.get(name, 1)
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise ModelFileError(
+                f"{name} in {place / 'config.json'} must be a whole number from 1 to {most:,}, got {brief(value)}. "
+                "Download it again."
+            )
+    return settings
 
 
 def _settings_of_file(source: WeightSource, instead: str) -> dict[str, Any]:

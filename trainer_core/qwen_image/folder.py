@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import json_text
 from ..config import DEMO_MODEL, ModelConfig
-from ..errors import ModelFileError
-from ..text import shown
+from ..errors import ModelFileError, TrainerError
+from ..text import reason_of, shown
 from ..written_path import written_path
 
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "model"
@@ -92,6 +94,23 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(values, dict):
         raise ModelFileError(f"{shown(path)} is not a JSON object. Download it again.")
     return values
+
+
+@contextmanager
+def config_errors(path: Path) -> Iterator[None]:
+    """Turns errors of a library's network that is made from the configuration in `path` into our own.
+
+    The libraries check no values, so a wrong one raises any kind of error somewhere in a constructor.
+
+    Raises:
+        ModelFileError: the network can't be made.
+    """
+    try:
+        yield
+    except TrainerError:
+        raise
+    except Exception as error:
+        raise ModelFileError(f"{shown(path)} has wrong values ({reason_of(error)}). Download it again.") from error
 
 
 def weights_digest(place: Path) -> str:

@@ -14,10 +14,10 @@ from ..config import ModelConfig
 from ..errors import ModelFileError
 from ..events import Observer
 from ..packages import explained_imports
-from ..precision.materialise import Placement, materialise
+from ..precision.materialise import Placement, check_weight_shapes, materialise
 from ..weights.source import open_weights
 from ..weights.stored import Read, WeightSource
-from .folder import read_json
+from .folder import config_errors, read_json
 from .quantised_entry import quantised_entry
 from .recognise import instead_of, looks_like
 
@@ -93,14 +93,7 @@ def load_by_layers(
         MissingPackageError: the precision or file format needs a package that is not installed.
         Interrupted: the observer wants to stop.
     """
-    with explained_imports("transformers"):
-        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    source = _open(place)
-    settings = qwen25_vl_7b() if place.is_file() else dict(read_json(place / "config.json"))
-    with torch.device("meta"):
-        network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
-    network.lm_head = nn.Identity()
+    network, source = _empty(place)
     quantise_on = torch.device("cpu") if config.quantize_via == "cpu" else device
     placement = Placement(
         precision=config.text_encoder_precision,
@@ -115,6 +108,24 @@ def load_by_layers(
     )
     _restore_rotary(network, device)
     return network
+
+
+def _empty(place: Path) -> tuple[Qwen2_5_VLForConditionalGeneration, WeightSource]:
+    """The network on the meta device, without its language head, and its weights, which are complete.
+
+    Raises:
+        ModelFileError: as `load_by_layers`.
+    """
+    with explained_imports("transformers"):
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    source, config = _open(place), place / "config.json"
+    settings = qwen25_vl_7b() if place.is_file() else dict(read_json(config))
+    with config_errors(config), torch.device("meta"):
+        network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
+    network.lm_head = nn.Identity()
+    check_weight_shapes(network, source)
+    return network, source
 
 
 def stored_shapes(place: Path) -> dict[str, tuple[int, ...]]:
@@ -132,7 +143,7 @@ def check_text_encoder_file(place: Path) -> None:
     Raises:
         ModelFileError: it is not.
     """
-    _open(place)
+    _empty(place)
 
 
 def _open(place: Path) -> _Renamed:

@@ -20,8 +20,8 @@ from ..weights.source import open_weights
 from ..weights.stored import WeightSource
 from .base_model import BaseModel
 from .batching import in_batches
-from .folder import read_json
-from .latents import VAE_FACTOR, denormalise, normalise
+from .folder import config_errors, read_json
+from .latents import LATENT_CHANNELS, VAE_FACTOR, denormalise, normalise
 from .recognise import instead_of, looks_like
 from .stops import stop_before_each
 from .vae_tiles import ENCODING_ELEMENTS, decode_raw, encode_raw
@@ -89,18 +89,39 @@ def check_vae(base: BaseModel) -> None:
     """
     place = base.folder.vae
     if place.is_file():
-        _check_shapes(_open(place))
-        return
-    name = read_json(place / "config.json").get("_class_name")
-    if name != "AutoencoderKLQwenImage":
+        _empty_for(_without_values(_open(place)), place)
+    else:
+        _check_folder(place)
+
+
+def _without_values(source: WeightSource) -> dict[str, Tensor]:
+    """The weights on the meta device."""
+    return {name: torch.empty(shape, device="meta") for name, shape in source.shapes.items()}
+
+
+def _check_folder(place: Path) -> None:
+    """Check the class, the configuration, and the names and shapes of the weights. diffusers would draw missing ones.
+
+    Raises:
+        ModelFileError: they aren't those of Qwen-Image's VAE.
+    """
+    with explained_imports("diffusers"):
+        from diffusers import AutoencoderKLQwenImage
+
+    config = read_json(place / "config.json")
+    if (name := config.get("_class_name")) != "AutoencoderKLQwenImage":
         raise ModelFileError(f"The VAE in {place} has the class {brief(name)}. {instead_of('vae')}")
-    open_weights(place, instead=instead_of("vae"))
-
-
-def _check_shapes(source: WeightSource) -> None:
-    """Raises ModelFileError if the weights aren't those of Qwen-Image's VAE. Reads none of them."""
-    shapes = {name: torch.empty(shape, device="meta") for name, shape in source.shapes.items()}
-    _empty_for(shapes, source.place)
+    weights = _without_values(open_weights(place, instead=instead_of("vae")))
+    with config_errors(place / "config.json"), torch.device("meta"):
+        vae: AutoencoderKLQwenImage = AutoencoderKLQwenImage.from_config(config)  # type: ignore[assignment]
+        of_latents = (vae.config.z_dim, len(vae.config.latents_mean), len(vae.config.latents_std))
+        of_pictures = vae.config.get("input_channels", 3)
+    if of_pictures != 3 or set(of_latents) != {LATENT_CHANNELS}:
+        raise ModelFileError(
+            f"The VAE in {place} is not Qwen-Image's: it has {of_pictures} picture channels and {of_latents[0]} latent "
+            f"channels instead of 3 and {LATENT_CHANNELS}{_other_vae(weights)}. {instead_of('vae')}"
+        )
+    _check_weights(weights, vae, place)
 
 
 def _open(place: Path) -> WeightSource:
@@ -112,6 +133,7 @@ def _open(place: Path) -> WeightSource:
 def _from_folder(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     from diffusers import AutoencoderKLQwenImage
 
+    _check_folder(place)
     try:
         return AutoencoderKLQwenImage.from_pretrained(place, torch_dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -121,7 +143,7 @@ def _from_folder(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
 def _from_file(place: Path, dtype: torch.dtype) -> AutoencoderKLQwenImage:
     """Load a VAE with Qwen-Image's depth and the file's width. Weight names may be Wan's or diffusers'."""
     source = _open(place)
-    _check_shapes(source)
+    _empty_for(_without_values(source), place)
     with source.opened() as read:
         vae, weights = _empty_for({name: read(name).dequantise(dtype) for name in source.shapes}, place)
     vae.load_state_dict(weights, assign=True)
@@ -148,16 +170,22 @@ def _empty_for(weights: dict[str, Tensor], place: Path) -> tuple[AutoencoderKLQw
         )
     with torch.device("meta"):  # drawing initial weights takes longer than reading the file's
         vae = AutoencoderKLQwenImage(base_dim=len(weights[_WIDTH_FROM]))
+    _check_weights(weights, vae, place)
+    return vae, weights
+
+
+def _check_weights(weights: dict[str, Tensor], vae: AutoencoderKLQwenImage, place: Path) -> None:
+    """Raises ModelFileError if the weights aren't exactly those of this VAE."""
     wanted = vae.state_dict()
     wrong = [name for name, each in wanted.items() if name not in weights or weights[name].shape != each.shape]
     if wrong or len(weights) != len(wanted):
         unknown = [name for name in weights if name not in wanted]
+        shown_place = place if place.is_dir() else place.name
         raise ModelFileError(
-            f"{place.name} is not a Qwen-Image VAE, or incomplete: {len(wrong)} of {len(wanted)} weights are missing "
+            f"{shown_place} is not a Qwen-Image VAE, or incomplete: {len(wrong)} of {len(wanted)} weights are missing "
             f"or have the wrong shape, {len(unknown)} are unknown (first: {shown((wrong + unknown)[0])})"
             f"{_other_vae(weights)}. {instead_of('vae')}"
         )
-    return vae, weights
 
 
 def _other_vae(weights: dict[str, Tensor]) -> str:
