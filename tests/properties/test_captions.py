@@ -164,9 +164,9 @@ Image.new("RGB", (8, 8)).save(PICTURE, "PNG")
 FILES = st.sets(
     st.builds(
         "{}{}{}".format,
-        st.sampled_from(["a", "b", "A", "sub/a"]),
-        st.sampled_from(["", "_0", "_1", "-mask", ".png"]),
-        st.sampled_from([".png", ".txt", ".caption", ".csv", ".json"]),
+        st.sampled_from(["a", "b", "A", "sub/a", "captions/a"]),
+        st.sampled_from(["", "_0", "_1", "_start", "-End", "_start2", "-mask", ".png"]),
+        st.sampled_from([".png", ".txt", ".caption", ".csv", ".json", ".md"]),
     ),
     max_size=9,
 )
@@ -175,7 +175,7 @@ FILES = st.sets(
 @given(
     target=FILES, reference=FILES, strategy=st.sampled_from(["textfile", "filename", "jsonl"]), optional=st.booleans()
 )
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 def test_every_target_is_used_or_there_is_a_problem(
     target: set[str], reference: set[str], strategy: str, optional: bool
 ) -> None:
