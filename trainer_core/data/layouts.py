@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..json_text import parse_json, read_json
 from ..text import counted, printable, shown, some_of
 from .caption_table import CaptionTable, key_of
-from .folders import CAPTION_SUFFIXES, Folder, scan_folder
+from .folders import CAPTION_SUFFIXES, Folder
 
 # How names of references and targets end: 000_0 and 000_1 (musubi-tuner), 000_start, 000_start2 and 000_end (fal), and
 # the like.
@@ -197,9 +197,9 @@ def _captions_elsewhere(target: Folder, references: Sequence[Folder], layout: La
             continue
         names = [files[key].name for key in keys]
         plain = all(files[key].suffix.lower() in CAPTION_SUFFIXES for key in keys)
-        move = (
-            "move them beside the targets" if plain else f"save each as text beside its target, such as {keys[0]}.txt"
-        )
+        move = "move them beside the targets"
+        if not plain:
+            move = f"save each as text beside its target, such as {shown(keys[0])}.txt"
         layout.no_caption.update(keys)
         layout.problems.append(
             f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption, but files {place} have their "
@@ -225,17 +225,25 @@ def _caption_folders(target: Folder) -> Iterator[tuple[Path, dict[str, Path]]]:
     if below:
         yield next(iter(below.values())).parent, below
     above = target.root.parent
+    beside = [
+        Path(each)
+        for each in _listed(above)
+        if each.name.lower() in _CAPTION_FOLDERS and each.name != target.root.name
+        if each.is_dir(follow_symlinks=False)
+    ]
+    for folder in (*beside, above):
+        files = [Path(each) for each in _listed(folder) if each.is_file(follow_symlinks=False)]
+        texts = [path for path in files if path.suffix.lower() in CAPTION_SUFFIXES | _TEXT_SUFFIXES]
+        texts.sort(key=lambda path: path.suffix.lower() in CAPTION_SUFFIXES)  # plain texts last, as in `_text_files`
+        yield folder, {key_of(path.stem): path for path in texts}
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(above) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
-            folders = [Path(each) for each in entries if each.is_dir(follow_symlinks=False)]
-            files = [Path(each) for each in entries if each.is_file(follow_symlinks=False)]
-    except OSError:  # the folder above may be closed to us
-        return
-    for folder in folders:
-        if folder.name.lower() in _CAPTION_FOLDERS and folder.name != target.root.name:
-            yield folder, dict(_text_files(scan_folder(folder)))
-    yield above, {key_of(path.stem): path for path in files if path.suffix.lower() in CAPTION_SUFFIXES | _TEXT_SUFFIXES}
+        with os.scandir(folder) as listing:
+            return sorted(listing, key=lambda entry: entry.name)
+    except OSError:  # the folder above the targets may be closed to us
+        return []
 
 
 def _table_instead_of_texts(target: Folder, layout: Layout) -> None:
