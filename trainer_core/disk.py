@@ -22,7 +22,7 @@ _IN_WORDS = {
     "folder on another disk.",
     errno.EROFS: "{place} can't be written, because its disk is read-only. Choose a folder on another disk.",
     errno.EACCES: "{place} can't be used: permission denied. Change the permissions of the folder {folder}, or choose "
-    "another folder.",
+    "another folder." + (" If another program has it open, close that program." if os.name == "nt" else ""),
     errno.EPERM: "{place} can't be used: this system doesn't permit it. Change the permissions of the folder {folder}, "
     "or choose another folder.",
     errno.ENAMETOOLONG: "The file or folder name {place} is too long. Choose a shorter name; most disks allow "

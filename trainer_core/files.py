@@ -41,6 +41,8 @@ _OLDER_TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.partial")  # a copy of a LoRA by
 _SET_ASIDE = re.compile(r".+\.damaged(-\d+)?", re.DOTALL)
 _ABANDONED_SECONDS = 7 * 86_400  # no write takes that long
 _CLOCK_SECONDS = 600  # how far the clock of a network drive may be off
+# On Windows, nothing can be renamed while another program, such as a virus scanner, has it open: wait for that program.
+_RENAME_SECONDS = 10.0 if os.name == "nt" else 0.0
 
 
 def is_whole(path: Path) -> bool:
@@ -184,9 +186,25 @@ def written_beside(path: Path, size: int = 0) -> Iterator[Path]:
     try:
         with disk_errors(path, size):
             yield temporary
-            temporary.replace(path)
+            rename(temporary, path)
     finally:
         remove(temporary)
+
+
+def rename(path: Path, new: Path) -> Path:
+    """Rename a file or folder. Replaces a file of that name. Returns the new path.
+
+    Raises:
+        OSError: it can't be renamed; on Windows, also not within ten seconds.
+    """
+    until = time.monotonic() + _RENAME_SECONDS
+    while True:
+        try:
+            return path.replace(new)
+        except PermissionError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.1)
 
 
 def temporary_beside(path: Path) -> Path:
@@ -217,7 +235,7 @@ def set_aside(path: Path) -> Path | None:
     while (aside := path.with_name(f"{path.name}.damaged{'' if number == 1 else f'-{number}'}")).exists():
         number += 1
     try:
-        return path.rename(aside)
+        return rename(path, aside)
     except OSError:
         return None
 

@@ -85,6 +85,31 @@ def test_a_folder_that_could_not_be_finished_is_removed(tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_rename_waits_for_a_program_that_has_the_file_open(
+    is_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, where a virus scanner opens new files."""
+    replace, refusals, path = Path.replace, [3], tmp_path / "step-000250"
+
+    def refuse(self: Path, new: Path) -> Path:
+        if refusals[0]:
+            refusals[0] -= 1
+            raise PermissionError(13, "Access is denied", str(self))
+        return replace(self, new)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(files, "_RENAME_SECONDS", 3600.0)
+    with written_beside(path) as temporary:
+        temporary.mkdir() if is_folder else temporary.touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000250"] and refusals == [0]
+    refusals[0] = 1
+    monkeypatch.setattr(files, "_RENAME_SECONDS", 0.0)
+    with pytest.raises(DiskError, match="permission denied"), written_beside(tmp_path / "other") as temporary:
+        temporary.touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000250"]
+
+
 def test_the_longest_name_that_a_file_system_allows_can_be_written(tmp_path: Path) -> None:
     path = tmp_path / ("a" * 243 + ".safetensors")
     write_atomically(path, b"whole")

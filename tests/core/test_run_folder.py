@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from tools.comfyui import REPO
 from trainer_core.config import EmaConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig, resume_key
-from trainer_core.errors import RunFolderError
+from trainer_core.errors import DiskError, RunFolderError
 from trainer_core.runs.folder import Checkpoint, RunFolder
 
 
@@ -129,6 +129,33 @@ def test_a_write_that_fails_leaves_nothing(run: RunFolder, monkeypatch: pytest.M
     with pytest.raises(TypeError):
         run.save_checkpoint(checkpoint(6), 1)
     assert names(run) == ["step-000002", "step-000004"]
+
+
+def test_a_checkpoint_that_is_open_in_another_program(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On Windows it can't be renamed then: an old one stays, and a new one is not saved."""
+    replace = Path.replace
+
+    def refuse(what: str) -> Callable[[Path, Path], Path]:
+        def renamed(path: Path, new: Path) -> Path:
+            if what in path.name:
+                raise PermissionError(13, "Access is denied", str(path))
+            return replace(path, new)
+
+        return renamed
+
+    monkeypatch.setattr(Path, "replace", refuse("step-000002"))
+    run.save_checkpoint(checkpoint(6), 1)
+    assert names(run) == ["step-000002", "step-000006"]
+    assert f"{run.checkpoints / 'step-000002'} can't be deleted (Access is denied)" in caplog.text
+    monkeypatch.setattr(Path, "replace", refuse(".step-000008"))
+    with pytest.raises(DiskError, match="step-000008 can't be used: permission denied"):
+        run.save_checkpoint(checkpoint(8), 1)
+    assert names(run) == ["step-000002", "step-000006"]
+    monkeypatch.setattr(Path, "replace", replace)
+    run.save_checkpoint(checkpoint(8), 1)
+    assert names(run) == ["step-000008"]
 
 
 HOLD = """

@@ -10,6 +10,10 @@ import functools
 import types
 from typing import Any
 
+from comfy.cli_args import args
+
+args.use_pytorch_cross_attention = True  # as on cards; ComfyUI's own attention on CPUs needs 1 GB for a picture
+
 import comfy.model_management
 import comfy.sd
 import comfy.supported_models

@@ -11,7 +11,7 @@ from PIL import Image
 from ..config import CaptionConfig, DatasetConfig
 from ..errors import DatasetError
 from ..events import SILENT, Observer, watched
-from ..files import clean_leftovers, remove, temporary_beside
+from ..files import clean_leftovers, remove, rename, temporary_beside
 from ..text import is_blank, text_problem
 from .pairing import EditDataset, pair_folders
 
@@ -92,6 +92,6 @@ def _write(folder: Path, sets: dict[str, Sequence[Image.Image]], captions: Seque
         for number, caption in enumerate(captions):
             (temporary / "target" / f"{number:05d}.txt").write_text(caption, encoding="utf-8")
         if not folder.is_dir():  # another process may have written the same pairs meanwhile
-            temporary.replace(folder)
+            rename(temporary, folder)
     finally:
         remove(temporary)

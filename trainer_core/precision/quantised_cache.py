@@ -32,6 +32,7 @@ from ..files import (
     clean_leftovers,
     is_whole,
     remove,
+    rename,
     temporary_beside,
     write_atomically,
 )
@@ -130,7 +131,7 @@ class Entry:
             elif not self._gave_up:
                 write_atomically(self.temporary / "entry.json", json.dumps({"blocks": self.num_blocks}).encode())
                 shutil.rmtree(self.place, ignore_errors=True)
-                self.temporary.replace(self.place)
+                rename(self.temporary, self.place)
                 _make_room(self.cache)
         except OSError as error:  # for example, another run has just published the same entry
             _LOG.warning(

@@ -21,6 +21,18 @@ Change = tuple[str, Any, Any]  # dotted name of a setting, value in the folder, 
 Row = Mapping[str, Any]  # a pair, as in a manifest
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[Change]:
+    """(dotted name, old value, new value) of every setting that differs."""
+    found: list[Change] = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append((prefix + name, before, after))
+    return found
+
+
 def in_words(run_dir: Path, changes: Sequence[Change], encoded: EncodedDataset | None) -> str:
     """One line per change, each starting with "- "."""
     lines: list[str] = []

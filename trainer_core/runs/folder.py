@@ -37,13 +37,15 @@ from ..files import (
     is_whole,
     read_tensors,
     remove,
+    rename,
     set_aside,
     temporary_beside,
     write_atomically,
     write_tensors,
     written_beside,
 )
-from .changes import DATASET, in_words
+from ..text import counted, reason_of
+from .changes import DATASET, differences, in_words
 from .lock import LOCK, locked
 from .records import STATE, is_row, read_row, read_state
 
@@ -248,7 +250,7 @@ class RunFolder:
 
     def changes(self, key: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
         """(dotted name, value in the folder, value in `key`) of each differing setting that determines the weights."""
-        return _differences(completed_key(self.state()["key"]), json.loads(json.dumps(key)))
+        return differences(completed_key(self.state()["key"]), json.loads(json.dumps(key)))
 
     def write_state(self, **values: Any) -> None:
         """Set some values in run.json."""
@@ -282,8 +284,7 @@ class RunFolder:
         _flush_folder(self.checkpoints)
         self.write_state(saved=checkpoint.step)
         for old in [each for each in self._checkpoint_folders() if _step_of(each) <= checkpoint.step][:-limit]:
-            # Renamed first: a kill must not leave a part of a checkpoint under its name.
-            remove(old.rename(temporary_beside(old)))
+            _delete(old)
 
     def steps_done(self) -> int:
         """Steps of the newest complete checkpoint; 0 without one."""
@@ -331,7 +332,8 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"Can't read {self.metrics_file}: {error.strerror}.") from error
         if None in rows[:-1]:
-            _LOG.warning("%s has %d damaged lines. They are left out.", self.metrics_file, rows.count(None))
+            damaged = counted(rows.count(None), "damaged line")
+            _LOG.warning("%s has %s, left out here.", self.metrics_file, damaged)
         return [row for row in rows if row is not None]
 
     def metrics_until(self, checkpoint: Checkpoint | None) -> None:
@@ -360,24 +362,21 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-").partition(".")[0])
 
 
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint that is no longer needed. If that fails, it stays until the next one is saved."""
+    try:
+        # Renamed first: a kill must not leave a part of a checkpoint under its name.
+        remove(rename(checkpoint, temporary_beside(checkpoint)))
+    except OSError as error:
+        _LOG.warning("The old checkpoint %s can't be deleted (%s).", checkpoint, reason_of(error))
+
+
 def _report_in(folder: Path) -> dict[str, Any]:
     """The report of a checkpoint; empty if it can't be read."""
     try:
         return read_row((folder / "report.json").read_bytes()) or {}
     except OSError:
         return {}
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted name, old value, new value) of every setting that differs."""
-    found: list[tuple[str, Any, Any]] = []
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append((prefix + name, before, after))
-    return found
 
 
 def _flush_folder(path: Path) -> None:
