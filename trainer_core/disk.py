@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ from .errors import DiskError, TrainerError
 from .text import shown
 
 MAX_NAME_BYTES = 255  # of a file or folder, on nearly all file systems
+# A name made by `temporary_beside` in files.py. Older versions wrote no machine.
+TEMPORARY = re.compile(
+    r"\.(?P<stem>.+)\.(?:(?P<machine>[0-9a-f]{8})-)?(?P<pid>[0-9]{1,9})\.[0-9a-f]{2,8}\.tmp(?P<suffix>\.[^.]+)?"
+)
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _IN_WORDS = {
@@ -34,6 +39,7 @@ _IN_WORDS = {
     ),
     errno.ENOTDIR: "{place} can't be used, because one of the folders in its path is a file. Move that file away, or "
     "choose another folder.",
+    errno.EISDIR: "{place} is a folder, but a file is needed there. Move it away.",
     errno.EEXIST: "{place} is a file, but a folder is needed there. Move it away, or choose another folder.",
 }
 
@@ -65,7 +71,7 @@ def _explained(number: int, place: Path | None, needed: int) -> str:
         text = f"{text[0].upper()}{text[1:]}"
         return f"{text} free disk space and run again." if number in _FULL else text
     there = existing_folder(place)
-    text = _IN_WORDS[number].format(place=shown(place), folder=shown(there))
+    text = _IN_WORDS[number].format(place=shown(_without_temporary(place)), folder=shown(_without_temporary(there)))
     if number not in _FULL:
         return text
     size = f" {size_in_words(needed)} are needed," if needed else ""
@@ -73,6 +79,12 @@ def _explained(number: int, place: Path | None, needed: int) -> str:
         f"{text}{size} {size_in_words(free_disk_bytes(there))} are free. Free disk space or choose a folder on another "
         "disk, then run again. What was finished before is kept."
     )
+
+
+def _without_temporary(place: Path) -> Path:
+    """The path with the final names of temporary files and folders."""
+    found = ((part, TEMPORARY.fullmatch(part)) for part in place.parts)
+    return Path(*(f"{match['stem']}{match['suffix'] or ''}" if match else part for part, match in found))
 
 
 def existing_folder(place: Path) -> Path:

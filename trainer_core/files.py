@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import psutil
 from safetensors import SafetensorError, safe_open
 
-from .disk import disk_errors
+from .disk import TEMPORARY, disk_errors
 from .errors import DamagedFileError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ NO_DIGEST = "0" * 64
 _STORED_DIGEST = re.compile(re.escape(f'"{DIGEST}":"').encode() + rb'([^"]{64})"')
 _READ_BYTES = 1 << 20
 
-_TEMPORARY = re.compile(r"\..+\.(?:(?P<machine>[0-9a-f]{8})-)?(?P<pid>[0-9]{1,9})\.[0-9a-f]{2,8}\.tmp(?:\.[^.]+)?")
 _OLDER_TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.partial")  # a copy of a LoRA by an older version
 _SET_ASIDE = re.compile(r".+\.damaged(-\d+)?", re.DOTALL)
 _ABANDONED_SECONDS = 7 * 86_400  # no write takes that long
@@ -247,7 +246,7 @@ def is_unused(name: str) -> bool:
 
 def is_leftover(name: str) -> bool:
     """Whether this is the name of a temporary file or folder of `temporary_beside`."""
-    return bool(_TEMPORARY.fullmatch(name) or _OLDER_TEMPORARY.fullmatch(name))
+    return bool(TEMPORARY.fullmatch(name) or _OLDER_TEMPORARY.fullmatch(name))
 
 
 def clean_leftovers(folder: Path, *, nobody_writes: bool = False) -> None:
@@ -272,7 +271,7 @@ def _is_abandoned(path: Path) -> bool:
         return False
     if time.time() - changed > _ABANDONED_SECONDS:
         return True
-    found = _TEMPORARY.fullmatch(path.name)
+    found = TEMPORARY.fullmatch(path.name)
     if found is None or found["machine"] != _machine() or int(found["pid"]) == os.getpid():
         return False
     try:

@@ -11,7 +11,7 @@ import pytest
 from trainer_core.data.kept import write_kept
 from trainer_core.disk import disk_errors, existing_folder, size_in_words
 from trainer_core.errors import DatasetError, DiskError, MissingPackageError, TrainerError
-from trainer_core.files import write_atomically
+from trainer_core.files import temporary_beside, write_atomically
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,7 @@ from trainer_core.files import write_atomically
         (errno.EIO, "{} can't be read or written, because the disk reports an error."),
         (errno.ESTALE, "{} can't be read or written, because the disk reports an error."),
         (errno.ENOTDIR, "{} can't be used, because one of the folders in its path is a file."),
+        (errno.EISDIR, "{} is a folder, but a file is needed there."),
         (errno.EEXIST, "{} is a file, but a folder is needed there."),
     ],
 )
@@ -46,6 +47,12 @@ def test_the_error_names_its_own_file_but_no_temporary_one(tmp_path: Path) -> No
 
     assert said(tmp_path / ".wanted.17.ab.tmp") == str(tmp_path / "wanted.json")
     assert said(tmp_path / "elsewhere" / "other.json") == str(tmp_path / "elsewhere" / "other.json")
+    folder = temporary_beside(tmp_path / "run" / "step-000250")
+    assert said(folder / "lora.safetensors") == str(tmp_path / "run" / "step-000250" / "lora.safetensors")
+    assert (
+        said(temporary_beside(tmp_path / "run" / "run-ema.safetensors"))
+        == f"{tmp_path / 'run' / 'run-ema.safetensors'}"
+    )
 
 
 @pytest.mark.parametrize(

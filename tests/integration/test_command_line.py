@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.forked import Forked
-from tests.support.narrow import make_pairs
+from tests.support.jobs import write_job
 from trainer_core.__main__ import main
 from trainer_core.config import ModelConfig
 from trainer_core.files import read_metadata
@@ -21,23 +21,7 @@ REPO = Path(__file__).parents[2]
 @pytest.fixture
 def job(model: ModelConfig, tmp_path: Path) -> Path:
     """A job file with relative paths, outside the working directory."""
-    make_pairs(tmp_path / "pairs", 4)
-    path = tmp_path / "job.json"
-    path.write_text(
-        json.dumps(
-            {
-                "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
-                "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
-                "encoding": {"resolution": 96, "match_target_res": True, "num_eval_images": 1},
-                "cache_dir": "cache",
-                "run_dir": "runs/first",
-                "max_train_steps": 2,
-                "batching": {"gradient_accumulation_steps": 1},
-                "validation": {"validation_num_inference_steps": 2},
-            }
-        )
-    )
-    return path
+    return write_job(tmp_path, model, max_train_steps=2, validation={"validation_num_inference_steps": 2})
 
 
 def trainer(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.entry import entry_path
 from trainer_core.config import LoraConfig, ModelConfig, TrainConfig
 from trainer_core.data.pairing import pair_folders
-from trainer_core.errors import DatasetError
+from trainer_core.errors import DatasetError, DiskError
 from trainer_core.files import read_tensors
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
@@ -67,6 +67,18 @@ def test_training_names_a_damaged_entry_and_the_next_start_encodes_it(
     encode()
     assert torch.equal(read_tensors(path)[kind], wanted)
     assert train_lora(config).steps_done == 1
+
+
+def test_a_folder_in_the_place_of_an_entry_is_named(encode: Callable[[], EncodedDataset]) -> None:
+    encoded = encode()
+    path = entry_path(encoded.cache_dir, "latents", encoded.pairs[0].target)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DiskError, match=f"{path} is a folder, but a file is needed there"):
+        encode()
+    path.rmdir()
+    encode()
+    assert encoded.missing() == ()
 
 
 def test_an_entry_that_cannot_be_read_is_not_called_damaged(

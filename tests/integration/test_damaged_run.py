@@ -237,7 +237,7 @@ def test_a_file_in_place_of_a_folder_is_named(name: str, config: TrainConfig) ->
     assert place.read_text() == "not a folder"
 
 
-@pytest.mark.parametrize("name", ["run.json", "config.json", "metrics.jsonl", "run.lock"])
+@pytest.mark.parametrize("name", ["run.json", "config.json", "metrics.jsonl", "run.lock", "run.safetensors"])
 def test_a_folder_in_place_of_a_file_is_named(name: str, config: TrainConfig) -> None:
     place = Path(config.run_dir, name)
     place.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from tensorboardX.record_writer import RecordWriter
 
+from tests.support.jobs import write_job
 from tests.support.narrow import make_pairs, small_encoding
 from tests.support.runs import equal, lora_tensors, twelve_steps
 from trainer_core import files
@@ -136,19 +136,7 @@ def test_too_little_space_is_refused_and_little_is_said(size: int, what: str, tm
 
 @pytest.fixture
 def job(model: ModelConfig, tmp_path: Path) -> Path:
-    make_pairs(tmp_path / "pairs", 3)
-    values = {
-        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
-        "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
-        "encoding": {"resolution": 96, "match_target_res": True, "num_eval_images": 1},
-        "cache_dir": "cache",
-        "run_dir": "runs/first",
-        "max_train_steps": 1,
-        "validation": {"num_validation_images": 0},
-    }
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps(values))
-    return path
+    return write_job(tmp_path, model, num_pairs=3, validation={"num_validation_images": 0})
 
 
 @pytest.mark.parametrize("command", ["check", "encode", "train"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.narrow import make_pairs
+from tests.support.jobs import write_job
 from trainer_core.__main__ import main
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import LoraConfig, MemoryConfig, ModelConfig, TrainConfig
@@ -63,16 +62,7 @@ def test_before_the_model_is_loaded(
 
 
 def test_before_anything_is_encoded(model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make_pairs(tmp_path / "pairs", 2)
-    job = tmp_path / "job.json"
-    values = {
-        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
-        "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
-        "encoding": {"resolution": 96, "match_target_res": True},
-        "cache_dir": "cache",
-        "run_dir": "runs/first",
-    }
-    job.write_text(json.dumps(values))
+    job = write_job(tmp_path, model, num_pairs=2)
     caplog.set_level(logging.INFO)
     nothing = ["--set", "lora.lora_targets=pattern", "--set", "lora.lora_target_pattern=nothing"]
     assert main(["train", str(job), *nothing]) == 1
@@ -85,23 +75,12 @@ def test_a_file_that_is_no_model_is_named_by_every_command(
     part: str, model: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """check, plan, encode and train look at the headers of all three networks before they encode anything."""
-    make_pairs(tmp_path / "pairs", 2)
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 40900000000\n"
     (tmp_path / "wrong.safetensors").write_bytes(pointer)
-    (tmp_path / "job.json").write_text(
-        json.dumps(
-            {
-                "model": {"base": model.base, "mixed_precision": "no", "device": "cpu", part: "wrong.safetensors"},
-                "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
-                "encoding": {"resolution": 96},
-                "cache_dir": "cache",
-                "run_dir": "runs/first",
-            }
-        )
-    )
+    job = write_job(tmp_path, model, num_pairs=2, model={part: "wrong.safetensors"})
     for command in ("check", "plan", "encode", "train"):
         caplog.clear()
-        assert main([command, str(tmp_path / "job.json")]) == 1
+        assert main([command, str(job)]) == 1
         assert "git-lfs pointer in place of the 40.9 GB file" in caplog.messages[-1], command
         assert not any((tmp_path / "cache").rglob("*.safetensors"))
         assert not (tmp_path / "runs").exists()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.jobs import write_job
 from tests.support.narrow import make_pairs, read_rows
 from trainer_core.__main__ import main
 from trainer_core.conditioning.encoded import load_encoded
@@ -27,26 +28,14 @@ def part(name: str, folder: str, **settings: Any) -> dict[str, Any]:
 @pytest.fixture
 def job(model: ModelConfig, tmp_path: Path) -> Path:
     """A job file with relative paths, outside the working directory."""
-    make_pairs(tmp_path / "pairs", 3)
     make_pairs(tmp_path / "more", 2)
-    values = {
-        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
-        "datasets": [
-            part("small", "pairs", repeats=1),
-            part("large", "pairs", encoding={"resolution": 128}, probability=0.5),
-            part("held-out", "more"),
-        ],
-        "eval_dataset_id": "held-out",
-        "encoding": {"resolution": 96, "match_target_res": True},
-        "cache_dir": "cache",
-        "run_dir": "runs/first",
-        "max_train_steps": 2,
-        "batching": {"gradient_accumulation_steps": 1},
-        "validation": {"validation_num_inference_steps": 1},
-    }
-    path = tmp_path / "job.json"
-    path.write_text(json.dumps(values))
-    return path
+    parts = [
+        part("small", "pairs", repeats=1),
+        part("large", "pairs", encoding={"resolution": 128}, probability=0.5),
+        part("held-out", "more"),
+    ]
+    several = {"dataset": None, "datasets": parts, "eval_dataset_id": "held-out", "encoding": {"num_eval_images": 0}}
+    return write_job(tmp_path, model, num_pairs=3, max_train_steps=2, **several)
 
 
 def test_check_and_train(

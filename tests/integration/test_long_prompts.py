@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.narrow import make_pairs, picture
+from tests.support.jobs import make_job
+from tests.support.narrow import picture
 from trainer_core.config import ModelConfig
 from trainer_core.data.graph_pairs import pair_pictures
 from trainer_core.errors import ConfigError, DatasetError, TrainerError
@@ -23,15 +24,7 @@ WORDS = "red " * 1200  # 1,201 tokens: as many words, and the last space
 @pytest.fixture
 def job(model: ModelConfig, tmp_path: Path) -> dict[str, Any]:
     """A job of four pairs."""
-    make_pairs(tmp_path / "pairs", 4)
-    return {
-        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
-        "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
-        "encoding": {"resolution": 96, "match_target_res": True, "num_eval_images": 1},
-        "cache_dir": "cache",
-        "run_dir": "run",
-        "max_train_steps": 1,
-    }
+    return make_job(tmp_path, model)
 
 
 def refusals(folder: Path, values: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.narrow import make_pairs
+from tests.support.jobs import write_job
 from trainer_core.__main__ import main
 from trainer_core.conditioning import batches
 from trainer_core.conditioning.batches import BatchLoader, BatchPlan, Draw, RankPlan
@@ -289,16 +289,7 @@ def test_auto_refuses_before_anything_is_loaded(config: TrainConfig, monkeypatch
 
 
 def test_plan_on_the_command_line(model: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_pairs(tmp_path / "pairs", 4)
-    job = tmp_path / "job.json"
-    values = {
-        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
-        "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
-        "encoding": {"resolution": 96, "match_target_res": True, "num_eval_images": 1},
-        "cache_dir": "cache",
-        "run_dir": "runs/first",
-    }
-    job.write_text(json.dumps(values))
+    job = write_job(tmp_path, model)
     assert main(["plan", str(job)]) == 0
     text = capsys.readouterr().out
     assert "(target 96 x 96, 1 reference: 72 picture tokens" in text and "The run fits" in text

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.support.narrow import make_pairs
+from tests.support.jobs import make_job
 from trainer_core.__main__ import main
 from trainer_core.config import JobConfig, ModelConfig
 from trainer_core.errors import DatasetError, JobError
@@ -26,17 +26,7 @@ from trainer_core.settings import from_json, merged
 @pytest.fixture
 def values(model: ModelConfig, tmp_path: Path) -> dict[str, Any]:
     """A job of four pairs without faults. Its folders are below `tmp_path`."""
-    make_pairs(tmp_path / "pairs", 4, num_references=2)
-    return {
-        "model": {"base": model.base, "mixed_precision": "no", "device": "cpu"},
-        "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
-        "encoding": {"resolution": 96, "match_target_res": True, "num_eval_images": 1},
-        "cache_dir": "cache",
-        "run_dir": "runs/first",
-        "max_train_steps": 1,
-        "batching": {"gradient_accumulation_steps": 1},
-        "validation": {"validation_num_inference_steps": 1},
-    }
+    return make_job(tmp_path, model, num_references=2)
 
 
 def of_two_parts(**second: Any) -> dict[str, Any]:

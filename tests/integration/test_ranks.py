@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -20,7 +19,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.support.forked import PATIENCE, Forked
-from tests.support.narrow import make_pairs, read_rows
+from tests.support.jobs import write_job
+from tests.support.narrow import read_rows
 from trainer_core.__main__ import EXIT_STOPPED, main
 from trainer_core.config import ModelConfig
 from trainer_core.runs.folder import RunFolder
@@ -30,25 +30,21 @@ STEPS = 6
 
 
 @pytest.fixture
-def job(model: ModelConfig, tmp_path: Path) -> Path:
+def job(base_of: Callable[[str], ModelConfig], tmp_path: Path) -> Path:
     """A job with dropout, pairs of two shapes and a validation."""
-    make_pairs(tmp_path / "pairs", 6, ((96, 96), (128, 96)))
-    path = tmp_path / "job.json"
-    values = {
-        "model": {"base": model.base, "flavour": "edit-v2", "mixed_precision": "no", "device": "cpu"},
-        "dataset": {"target_dir": "pairs/target", "reference_dirs": ["pairs/reference_1"]},
-        "encoding": {"resolution": 96, "match_target_res": True, "num_eval_images": 1},
-        "cache_dir": "cache",
-        "run_dir": "runs/one",
-        "max_train_steps": STEPS,
-        "lora": {"lora_rank": 4, "lora_dropout": 0.1},
-        "optimizer": {"learning_rate": 1e-3, "lr_warmup_steps": 0},
-        "batching": {"train_batch_size": 2, "gradient_accumulation_steps": 4},
-        "checkpoints": {"checkpoint_step_interval": 2},
-        "validation": {"validation_step_interval": 0, "validation_num_inference_steps": 1},
-    }
-    path.write_text(json.dumps(values))
-    return path
+    return write_job(
+        tmp_path,
+        base_of("edit-v2"),
+        num_pairs=6,
+        sizes=((96, 96), (128, 96)),
+        run_dir="runs/one",
+        max_train_steps=STEPS,
+        lora={"lora_rank": 4, "lora_dropout": 0.1},
+        optimizer={"learning_rate": 1e-3, "lr_warmup_steps": 0},
+        batching={"train_batch_size": 2, "gradient_accumulation_steps": 4},
+        checkpoints={"checkpoint_step_interval": 2},
+        validation={"validation_step_interval": 0},
+    )
 
 
 def launched(job: Path, *settings: str) -> subprocess.Popen[str]:

@@ -25,6 +25,7 @@ FORMAT = 1
 _DIGEST = re.compile("[0-9a-f]{32}")
 _OWN_NAME = re.compile("[0-9a-f]{32}-[0-9a-f]{16}")  # not a copy that the user has given another name
 _MAX_MANIFEST_BYTES = 1 << 30
+_AGAIN = "Encode the dataset again with the same graph or command; only missing entries are encoded."
 EncodeReference = Callable[[ReferenceFile], Tensor]  # returns normalised latents [C, H/8, W/8]
 
 
@@ -124,7 +125,7 @@ class EncodedDataset:
         if not is_whole(path):
             raise DatasetError(
                 f"The encoded pair {entry.key!r} has no {kind} in the cache {self.cache_dir} ({path.name} is missing "
-                "or truncated). Encode the dataset again; only missing entries are encoded."
+                f"or truncated). {_AGAIN}"
             )
         try:
             return read_tensors(path)[kind]
@@ -135,15 +136,14 @@ class EncodedDataset:
         """The error to raise for an entry that can't be used. Renames the entry if its content is damaged."""
         place = f"{what} in the cache {self.cache_dir}"
         name = path.relative_to(self.cache_dir)
-        again = "Encode the dataset again; only missing entries are encoded."
         if isinstance(error, OSError):  # says nothing about the content
             reason = error.strerror or "no such file, or no permission to read it"
             return DatasetError(
-                f"{place} can't be read ({name}: {reason}). Check its permissions and the disk. {again}"
+                f"{place} can't be read ({name}: {reason}). Check its permissions and the disk. {_AGAIN}"
             )
         aside = set_aside(path)
         done = f"It was renamed to {aside.name}." if aside else "It can't be renamed, so delete it."
-        return DatasetError(f"{place} is damaged ({name}). {done} {again}")
+        return DatasetError(f"{place} can't be used, because {name} is damaged. {done} {_AGAIN}")
 
     def trained_too(self, validated: EncodedDataset) -> int:
         """How many pairs that `validated` validates have a target that this dataset trains on, at the same size."""

@@ -128,11 +128,10 @@ class RunFolder:
         for name in _FOLDERS:
             if (self.path / name).exists() and not (self.path / name).is_dir():
                 raise RunFolderError(f"{self.path / name} {wrong}. Move it out of the run folder.")
-        for name in _FILES:
-            if (self.path / name).is_dir():
+        for file in (*(self.path / name for name in _FILES), *self.path.glob("*.safetensors")):
+            if file.is_dir():
                 raise RunFolderError(
-                    f"{self.path / name} is a folder, but the run needs a file of that name. Move it out of the run "
-                    "folder."
+                    f"{file} is a folder, but the run needs a file of that name. Move it out of the run folder."
                 )
         names = (each.name for each in self.path.iterdir())
         if not self.state() and any(name != LOCK and not is_leftover(name) for name in names):
