@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.comfyui_server import PackServer
-from tests.support.training_graph import EMA, ENCODE, LOAD, MEMORY, Prompt, encoding, ours, place_pairs
+from tests.support.training_graph import EMA, ENCODE, LOAD, MEMORY, Prompt, encoding, ours, place_pairs, settings
 
 pytestmark = pytest.mark.server
 
@@ -49,3 +49,12 @@ def test_the_dataset_that_is_validated_on_counts(studio: PackServer):
         "num_eval_images": 1,
     }
     assert planned(studio, second, validation_encoded=["second", 0]) != planned(studio)
+
+
+def test_pictures_that_will_not_be_measured_are_told(studio: PackServer):
+    node = dict(settings(validate=1, draw=1)["validation"])
+    node["inputs"] = {**node["inputs"], "validation_resolution": "64x128"}
+    text = planned(studio, {"validation": node}, validation_settings=["validation", 0])
+    assert "1 of 1 validation pictures can't be compared with their targets" in text
+    assert "a picture is 64 x 128, its target 96 x 96" in text
+    assert "compared" not in planned(studio)
