@@ -185,8 +185,10 @@ def test_a_grey_photo_in_place_of_a_mask_is_named_with_its_weights(tmp_path: Pat
         levels = np.sort(np.asarray(file.convert("L")).ravel())
     low, high = (levels[int(share * levels.size)] / levels.mean() for share in (0.1, 0.9))
     (note,) = dataset.notes
-    assert note.startswith(f"Masks with much grey: 1 (mask/a.jpg: weights {low:.2f} to {high:.2f}). Grey counts in")
-    assert "If this is a photo, put a mask in its place." in note and note in report(dataset)
+    assert note.startswith(
+        f"Masks with many grey pixels: 1 (mask/a.jpg: weights {low:.2f} to {high:.2f}). Grey counts in"
+    )
+    assert "If a file is a photo, put a mask in its place." in note and note in report(dataset)
     kept = pair_folders(config(tmp_path, mask_dir=str(tmp_path / "mask")), checked_dir=tmp_path / "checked")
     assert pair_folders(config(tmp_path, mask_dir=str(tmp_path / "mask")), checked_dir=tmp_path / "checked") == kept
 

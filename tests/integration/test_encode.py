@@ -182,7 +182,7 @@ def test_validated_pairs_can_be_trained_on_too(encode: Encode) -> None:
     assert first[0] > 0 and again == (0, 0)  # nothing is encoded a second time
     assert both.manifest.stem.split("-")[0] == alone.manifest.stem.split("-")[0]  # a run goes on with either
     report = encoding_report(both)
-    assert "3 pairs to train on, 0 held out" in report and "2 of the pairs to train on are also validated" in report
+    assert "3 pairs to train on, 0 held out" in report and "Pairs to train on that are also validated: 2." in report
     assert held.trained_too(held) == 0 and "also validated" not in encoding_report(held)
     everything, _ = encode(small_encoding(num_eval_images=25, train_eval_images=True))
     assert len(everything.pairs) == len(everything.validation_pairs) == 3

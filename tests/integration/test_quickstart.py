@@ -71,4 +71,4 @@ def test_more_validated_pairs_than_there_are(
     assert main(["encode", job]) == 0
     encoded = load_encoded(Path(capsys.readouterr().out.split()[-1]))
     assert len(encoded.pairs) == len(encoded.validation_pairs) == encoded.trained_too(encoded) == 5
-    assert "5 of the pairs to train on are also validated" in encoding_report(encoded)
+    assert "Pairs to train on that are also validated: 5." in encoding_report(encoded)

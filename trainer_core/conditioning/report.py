@@ -26,7 +26,7 @@ def encoding_report(encoded: EncodedDataset) -> str:
     lines = [f"{pairs} to train on, {held_out} held out for validation."]
     if trained:
         lines.append(
-            f"{trained} of the pairs to train on are also validated. Their validation loss is a loss on training pairs."
+            f"Pairs to train on that are also validated: {trained}. Their validation loss is a loss on training pairs."
         )
     sizes = Counter(entry.shape for entry in encoded.pairs)
     for (_, height, width), count in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
