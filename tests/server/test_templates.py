@@ -79,6 +79,8 @@ def furnished(studio: PackServer, tokenizer_dir: Path) -> PackServer:
 def busy(furnished: PackServer) -> Iterator[PackServer]:
     """A server that is busy, so that prompts are validated and queued but not started."""
     waiting = furnished.queue({"wait": helper("Wait", seconds=1200.0)})
+    # A prompt that has not started yet would be cleared with the others, and never end.
+    furnished.wait_for_event(lambda event: event["type"] == "executing" and event["data"]["prompt_id"] == waiting)
     yield furnished
     furnished.post("/queue", {"clear": True})
     furnished.interrupt()
