@@ -33,8 +33,8 @@ def picture_notes(checked: Mapping[Path, Checked], color_profiles: ColorProfiles
     if soft:
         yield (
             f"Masks with many grey pixels: {len(soft)} ({some_of(soft)}). Grey counts in proportion to its brightness. "
-            "The mean weight is 1; the numbers leave out the darkest and the brightest tenth of the pixels. If a file is "
-            "a photo, put a mask in its place."
+            "The mean weight is 1; the numbers leave out the darkest and the brightest tenth of the pixels. If a file "
+            "is a photo, put a mask in its place."
         )
     for remark, names in files.items():
         yield f"{remark.pictures}: {len(names)} ({some_of(names)}). {remark.meaning}".rstrip()
