@@ -24,6 +24,7 @@ from trainer_core.errors import ModelFileError
 from trainer_core.planning.preparation import prepare_model
 from trainer_core.qwen_image import base_model
 from trainer_core.qwen_image.base_model import BaseModel
+from trainer_core.qwen_image.prompt import load_tokenizer
 from trainer_core.qwen_image.text_encoder import check_text_encoder
 from trainer_core.qwen_image.text_encoder_file import check_text_encoder_file, qwen25_vl_7b
 from trainer_core.qwen_image.vae import check_vae, load_vae
@@ -254,6 +255,42 @@ def test_text_encoders_of_another_size(seven_b: dict[str, tuple[int, ...]], tmp_
     for shapes, words in others:
         with pytest.raises(ModelFileError, match=words):
             check_text_encoder_file(sparse(path, shapes))
+
+
+def test_tokenizers_that_make_other_tokens(tokenizer_dir: Path, comfyui_dir: Path, tmp_path: Path):
+    """Prompts made of other tokens would be trained without a word."""
+    load_tokenizer(tokenizer_dir)
+    with pytest.raises(
+        ModelFileError, match=r"not Qwen2\.5's: it makes other tokens\. Choose the folder of the Qwen2\.5"
+    ):
+        load_tokenizer(comfyui_dir / "comfy" / "sd1_tokenizer")
+    bare = tmp_path / "bare"  # without its special tokens
+    shutil.copytree(tokenizer_dir, bare)
+    (bare / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelFileError, match=r"has no tokenizer_config\.json\."):
+        load_tokenizer(bare)
+    damages = [
+        ("merges.txt", b"", "makes other tokens"),
+        ("tokenizer_config.json", b"{}", "makes other tokens"),
+        ("vocab.json", b'{"a"', "has wrong values.*EOF"),
+        ("merges.txt", b"\xff", "has wrong values.*UTF-8"),
+        ("tokenizer_config.json", b"null", "has wrong values"),
+    ]
+    for number, (name, data, words) in enumerate(damages):
+        folder = tmp_path / str(number)
+        shutil.copytree(tokenizer_dir, folder)
+        (folder / name).write_bytes(data)
+        with pytest.raises(ModelFileError, match=words):
+            load_tokenizer(folder)
+
+
+def test_an_image_processor_with_wrong_values(base_of: Callable[[str], ModelConfig], tmp_path: Path):
+    shutil.copytree(base_of("edit-v2").base, tmp_path / "base")
+    processor = tmp_path / "base" / "processor"
+    processor.mkdir(exist_ok=True)
+    (processor / "preprocessor_config.json").write_text("[")
+    with pytest.raises(ModelFileError, match=r"preprocessor_config\.json has wrong values"):
+        check_text_encoder(BaseModel(replace(base_of("edit-v2"), base=str(tmp_path / "base"))), "diffusers")
 
 
 WRONG_VALUES = {

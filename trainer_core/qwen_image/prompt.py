@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelFileError
+from ..packages import explained_imports
 from .flavours import Flavour
+from .folder import config_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IMAGE_PAD, IM_START, USER, NEW_LINE = 151655, 151644, 872, 198
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+# A text with the template's special tokens, plain words and a split character, and its tokens.
+_KNOWN_TEXT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Describe the colours, naïve 变<|im_end|>"
+_KNOWN_IDS = [151644, 872, 198, 151652, 151655, 151653, 74785, 279, 26138, 11, 94880, 586, 26853, 246, 151645]
 
 
 def prompt_text(flavour: Flavour, caption: str, num_references: int) -> str:
@@ -28,25 +34,27 @@ def prompt_text(flavour: Flavour, caption: str, num_references: int) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Qwen2.5's tokenizer from a folder with vocab.json and merges.txt.
+    """Qwen2.5's tokenizer from a folder with vocab.json, merges.txt and tokenizer_config.json.
 
     Raises:
-        ModelFileError: the folder has no such tokenizer.
+        ModelFileError: the folder has no such tokenizer, or makes other tokens than Qwen2.5's.
     """
-    from transformers import Qwen2Tokenizer
+    with explained_imports("transformers"):
+        from transformers import Qwen2Tokenizer
 
-    check_tokenizer(folder)
-    return Qwen2Tokenizer.from_pretrained(folder)
-
-
-def check_tokenizer(folder: Path) -> None:
-    """Raise ModelFileError if the folder has no such tokenizer."""
-    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    instead = (
+        "Choose the folder of the Qwen2.5 tokenizer: `tokenizer` of a Qwen-Image-Edit download, or "
+        "comfy/text_encoders/qwen25_tokenizer of ComfyUI."
+    )
+    missing = [name for name in _TOKENIZER_FILES if not (folder / name).is_file()]
     if missing:
-        raise ModelFileError(
-            f"The tokenizer folder {folder} has no {' and no '.join(missing)}. Choose the folder of the Qwen2.5 "
-            "tokenizer: `tokenizer` of a Qwen-Image-Edit download, or comfy/text_encoders/qwen25_tokenizer of ComfyUI."
-        )
+        raise ModelFileError(f"The tokenizer folder {folder} has no {' and no '.join(missing)}. {instead}")
+    with config_errors(folder):
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+        found = tokenizer(_KNOWN_TEXT)["input_ids"]
+    if found != _KNOWN_IDS:
+        raise ModelFileError(f"The tokenizer in {folder} is damaged or not Qwen2.5's: it makes other tokens. {instead}")
+    return tokenizer
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, picture_tokens: Sequence[int]) -> list[int]:

@@ -25,7 +25,7 @@ from . import prompt
 from .base_model import BaseModel
 from .batching import in_batches
 from .flavours import FLAVOURS, Flavour
-from .folder import DEMO_FOLDER
+from .folder import DEMO_FOLDER, config_errors
 from .stops import stop_before_each
 from .text_encoder_file import KEPT_LAYERS, check_text_encoder_file, load_by_layers
 from .text_encoder_size import BATCH_TOKENS, STREAM_BUFFERS, spread, text_encoder_size
@@ -194,8 +194,9 @@ def _image_processor(folder: Path) -> Any:
     try:
         from transformers import Qwen2VLImageProcessor
 
-        if (folder / "preprocessor_config.json").is_file():
-            return Qwen2VLImageProcessor.from_pretrained(folder)
+        if (config := folder / "preprocessor_config.json").is_file():
+            with config_errors(config):
+                return Qwen2VLImageProcessor.from_pretrained(folder)
         return Qwen2VLImageProcessor()
     except ImportError as error:
         raise MissingPackageError("torchvision", "preprocessing `diffusers`") from error
@@ -209,7 +210,7 @@ def check_text_encoder(base: BaseModel, preprocessing: Preprocessing) -> None:
         ModelFileError: the text encoder or the tokenizer is missing or wrong.
     """
     converter(base.config.text_encoder_precision)
-    prompt.check_tokenizer(base.folder.tokenizer)
+    prompt.load_tokenizer(base.folder.tokenizer)
     if not base.folder.text_encoder.is_relative_to(DEMO_FOLDER):
         check_text_encoder_file(base.folder.text_encoder)
     if preprocessing == "diffusers":
