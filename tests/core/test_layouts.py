@@ -251,6 +251,30 @@ def test_an_empty_folder_of_references_or_masks_is_named_once(root: Path) -> Non
     assert len(scan_folders(optional).dataset.pairs) == 3, "without references, as wished"
 
 
+def test_a_folder_of_unsupported_formats_is_named_once(root: Path) -> None:
+    texts(root / "target", "{}.txt")
+    for key in KEYS:
+        (root / "reference" / f"{key}.png").rename(root / "reference" / f"{key}.heic")
+    assert only_problem(scan_folders(config(root))).endswith(
+        "but it only has formats that are not supported (000.heic, 001.heic, 002.heic). Convert them to PNG or JPEG."
+    )
+    for key in KEYS:
+        (root / "target" / f"{key}.png").rename(root / "target" / f"{key}.JXL")
+    assert only_problem(scan_folders(config(root))) == (
+        f"{root / 'target'}: this target folder only has formats that are not supported (000.JXL, 001.JXL, 002.JXL). "
+        "Convert them to PNG or JPEG."
+    )
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "target/list.csv", "my pairs.json"])
+def test_a_table_of_any_name_is_named(name: str, root: Path) -> None:
+    (root / "a.csv").write_text("name,age\n")
+    (root / "b.json").write_text("{")
+    (root / name).write_text(TABLES[f"metadata{Path(name).suffix}"][0])
+    problem = only_problem(scan_folders(config(root)))
+    assert f"but {root / name} looks like a table of captions. To use it, set caption_strategy to" in problem
+
+
 def test_plain_texts_come_before_other_files_of_the_same_name(root: Path) -> None:
     texts(root / "reference", "{}.txt")
     texts(root / "reference", "{}.json")

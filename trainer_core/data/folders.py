@@ -49,6 +49,11 @@ class Folder:
         return ""
 
 
+def unread_names(folder: Folder) -> str:
+    """The first pictures of a folder whose formats are not supported, for a message."""
+    return some_of([path.relative_to(folder.root).as_posix() for path in folder.unread.values()])
+
+
 def scan_folder(root: Path, *, table: Path | None = None, observer: Observer = SILENT) -> Folder:
     """List a folder and its subfolders in name order.
 

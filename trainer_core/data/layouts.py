@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..json_text import parse_json, read_json
 from ..text import counted, printable, shown, some_of
 from .caption_table import CaptionTable, key_of
-from .folders import CAPTION_SUFFIXES, Folder
+from .folders import CAPTION_SUFFIXES, Folder, unread_names
 
 # How names of references and targets end: 000_0 and 000_1 (musubi-tuner), 000_start, 000_start2 and 000_end (fal), and
 # the like.
@@ -32,7 +32,9 @@ _CAPTION_FOLDERS = ("caption", "captions", "text", "texts", "txt", "prompt", "pr
 _TEXT_SUFFIXES = frozenset(
     {".json", ".md", ".text", ".prompt", ".tags", ".yaml", ".yml", ".rtf", ".doc", ".docx", ".odt", ".html"}
 )
-_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.json", "captions.csv", "captions.jsonl", "captions.json")
+_TABLES = (".csv", ".jsonl", ".json")
+_TABLE_NAMES = ("metadata", "captions")  # looked at first
+_MOST_TABLES = 20  # files that are opened to see whether they are tables of captions
 _FILE_COLUMNS = (
     "file_name",
     "filename",
@@ -150,12 +152,14 @@ def _no_matches(target: Folder, folder: Folder, kind: str, layout: Layout, *, op
     if optional and not found:
         return
     layout.no_reference |= {(folder.root, key) for key in lacking}
-    there = f"it has no pictures. Put one {kind} for each target there, with its name"
+    there = f"it has no pictures. Put one {kind} for each target there, with its name."
     if found:
-        there = f"it has {some_of(found)}. Name each {kind} like its target"
+        there = f"it has {some_of(found)}. Name each {kind} like its target{folder.almost(lacking[0])}."
+    elif folder.unread:
+        there = f"it only has formats that are not supported ({unread_names(folder)}). Convert them to PNG or JPEG."
     layout.problems.append(
         f"{shown(folder.root)}: no target has a {kind} here; looked for {some_of(lacking)} with a picture extension, "
-        f"but {there}{folder.almost(lacking[0])}."
+        f"but {there}"
     )
 
 
@@ -249,8 +253,11 @@ def _listed(folder: Path) -> list[os.DirEntry[str]]:
 def _table_instead_of_texts(target: Folder, layout: Layout) -> None:
     """A table of captions in the target folder or above it, while captions are expected in texts."""
     keys = _without_caption(target, layout)
-    places = (place / name for place in (target.root, target.root.parent) for name in _TABLES)
-    found = ((path, columns) for path in places if keys and (columns := _columns(path)))
+    if not keys:
+        return
+    listed = [Path(each) for place in (target.root, target.root.parent) for each in _listed(place)]
+    tables = sorted((path for path in listed if path.suffix in _TABLES), key=lambda path: path.stem not in _TABLE_NAMES)
+    found = ((path, columns) for path in tables[:_MOST_TABLES] if (columns := _columns(path)))
     for path, (file_column, caption_column) in found:
         layout.no_caption.update(keys)
         strategy = "csv" if path.suffix == ".csv" else "jsonl"

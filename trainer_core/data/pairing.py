@@ -17,7 +17,7 @@ from ..text import counted, printable, shown, some_of
 from .caption_table import CaptionTable, read_caption_table, table_path
 from .captions import captions_of
 from .checking import Checked, CheckedPictures, check_pictures
-from .folders import FileState, Folder, file_states, scan_folder, take_out_masks
+from .folders import FileState, Folder, file_states, scan_folder, take_out_masks, unread_names
 from .images import accepts_cut_pictures
 from .kept import kept_file
 from .layouts import Layout, recognise, rows_by_target
@@ -112,10 +112,10 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     table = _caption_table(target, config, layout)
     problems += layout.problems
     if not target.pictures and not target.problems:
-        problems.append(
-            f"{shown(target.root)}: this target folder has no pictures. Put the edited pictures there or "
-            "correct target_dir."
-        )
+        lack = "has no pictures. Put the edited pictures there or correct target_dir."
+        if target.unread:
+            lack = f"only has formats that are not supported ({unread_names(target)}). Convert them to PNG or JPEG."
+        problems.append(f"{shown(target.root)}: this target folder {lack}")
     checked = folders.checked_pictures(observer, checked_dir)
     pairs: list[EditPair] = []
     for key in watched(sorted(target.pictures), observer):
