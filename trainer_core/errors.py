@@ -94,8 +94,20 @@ class JobError(TrainerError, ValueError):
 
     def __init__(self, errors: Sequence[TrainerError]) -> None:
         self.errors = tuple(errors)
-        listed = (f"{number}. {error}" for number, error in enumerate(errors, 1))
-        super().__init__("\n".join([f"There are {len(errors)} problems. Fix them and run again:", *listed]))
+        super().__init__(_listed(errors))
+
+
+class SettingsError(ConfigError):
+    """Several settings are wrong. `errors` holds their errors."""
+
+    def __init__(self, errors: Sequence[TrainerError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__(_listed(errors))
+
+
+def _listed(errors: Sequence[TrainerError]) -> str:
+    lines = (f"{number}. {error}" for number, error in enumerate(errors, 1))
+    return "\n".join([f"There are {len(errors)} problems. Fix them and run again:", *lines])
 
 
 class Interrupted(TrainerError):
@@ -143,18 +155,18 @@ class Problems:
             return None
 
     def add(self, error: TrainerError, where: str = "") -> None:
-        """Add an error, or those of a JobError. `where` is as in `attempt`."""
-        for each in error.errors if isinstance(error, JobError) else (error,):
+        """Add an error, or those of a JobError or SettingsError. `where` is as in `attempt`."""
+        for each in error.errors if isinstance(error, JobError | SettingsError) else (error,):
             _, places = self._found.setdefault(str(each), (each, []))
             places.append(where)
 
-    def raise_all(self) -> None:
-        """Raise the error if there is one, or a JobError if there are several."""
+    def raise_all(self, several: type[JobError] | type[SettingsError] = JobError) -> None:
+        """Raise the error if there is one, or `several` of them as one."""
         errors = self.errors
         if len(errors) == 1:
             raise errors[0]
         if errors:
-            raise JobError(errors)
+            raise several(errors)
 
 
 def _about(error: TrainerError, where: str) -> TrainerError:

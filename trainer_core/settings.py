@@ -11,15 +11,15 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from .errors import ConfigError
+from .errors import ConfigError, Problems, SettingsError
 from .json_text import parse_json
 from .text import LONGEST_LIST, LONGEST_TEXT, brief, text_problem
 
-C = TypeVar("C")
+C = TypeVar("C", bound="Settings")
 _TYPE_NAMES = {int: "a whole number of at most 64 bits", float: "a finite number", bool: "true or false", str: "text"}
 _LARGEST_INT = 2**64 - 1
 
@@ -121,18 +121,29 @@ class Settings:
     """Base of all settings classes: checks every field against its declaration.
 
     Raises:
-        ConfigError: a value has the wrong type, is outside the field's `Limits`, or is none of its choices.
+        ConfigError: values have the wrong type, are outside the field's `Limits`, or none of its choices; names all.
     """
 
     __slots__ = ()
 
+    OLDER: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """By setting: values that older versions or SimpleTuner have, written as text, and those that replace them."""
+
     def __post_init__(self) -> None:
+        for name in self.OLDER:
+            object.__setattr__(self, name, _current(type(self), name, getattr(self, name)))
+        problems = Problems()
         for name in _declared(type(self)):
-            check_setting(type(self), name, getattr(self, name))
+            problems.attempt(functools.partial(check_setting, type(self), name, getattr(self, name)))
+        problems.raise_all(SettingsError)
         self.check_combinations()
 
     def check_combinations(self) -> None:
         """Raises ConfigError if settings don't work together."""
+
+
+def _current(cls: type[Settings], name: str, value: Any) -> Any:
+    return cls.OLDER.get(name, {}).get(str(value), value) if type(value) in (bool, str) else value
 
 
 @functools.cache
@@ -153,12 +164,12 @@ def hint_of(cls: type, name: str) -> Any:
     return _declared(cls)[name][0]
 
 
-def check_setting(cls: type, name: str, value: object) -> None:
-    """Raises ConfigError if the setting `name` of this class must not have this value."""
-    hint, limits = _declared(cls)[name]
-    _check_type(hint, limits, name, value)
+def check_setting(cls: type, name: str, value: object, called: str = "") -> None:
+    """Raises ConfigError if the setting `name` of this class must not have this value. `called`: its name in errors."""
+    (hint, limits), called = _declared(cls)[name], called or name
+    _check_type(hint, limits, called, value)
     if get_origin(hint) not in (Literal, types.UnionType):
-        check(limits.accept(value), name, value, str(limits))
+        check(limits.accept(value), called, value, str(limits))
 
 
 def _check_type(hint: Any, limits: Limits, name: str, value: object) -> None:
@@ -234,25 +245,34 @@ def from_json(cls: type[C], values: object, where: str = "") -> C:
     A static method `prepare_json(values)` of the class may first change the values.
 
     Raises:
-        ConfigError: an unknown key (the error suggests the most similar one), a missing key, or a wrong value.
+        ConfigError: unknown keys (the error suggests the most similar ones), missing keys, or wrong values; names all.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where or 'The configuration'} must be an object with named settings, got {brief(values)}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = typing.cast("dict[str, Any]", getattr(cls, "prepare_json", dict)(values))
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields:
-            section = next((name for name, kind in hints.items() if key in _settings_of(kind)), None)
-            hint = f" It belongs in {_dotted(where, section)}." if section else did_you_mean(key, fields)
-            hint = hint or f" Known settings: {', '.join(fields)}."
-            raise ConfigError(f"Unknown setting {brief(_dotted(where, key))}.{hint}")
+    hints, problems = typing.get_type_hints(cls), Problems()
+    for key in (name for name in values if name not in fields):
+        section = next((name for name, kind in hints.items() if key in _settings_of(kind)), None)
+        hint = f" It belongs in {_dotted(where, section)}." if section else did_you_mean(key, fields)
+        hint = hint or f" Known settings: {', '.join(fields)}."
+        problems.add(ConfigError(f"Unknown setting {brief(_dotted(where, key))}.{hint}"))
     missing = [name for name, field in fields.items() if name not in values and _must_be_given(field, values)]
     if missing:
-        raise ConfigError(
-            f"Missing setting{'s' if len(missing) > 1 else ''} {', '.join(_dotted(where, m) for m in missing)}."
-        )
-    return cls(**{key: _value(hints[key], value, _dotted(where, key)) for key, value in values.items()})
+        listed = ", ".join(_dotted(where, name) for name in missing)
+        problems.add(ConfigError(f"Missing setting{'s' if len(missing) > 1 else ''} {listed}."))
+    made: dict[str, Any] = {}
+    for key in (name for name in values if name in fields):
+        check_value = functools.partial(_checked_value, cls, hints[key], key, values[key], _dotted(where, key))
+        made[key] = problems.attempt(check_value)
+    problems.raise_all(SettingsError)
+    return cls(**made)
+
+
+def _checked_value(cls: type[Settings], hint: Any, name: str, value: Any, where: str) -> Any:
+    found = _current(cls, name, _value(hint, value, where))
+    check_setting(cls, name, found, where)
+    return found
 
 
 def _settings_of(hint: Any) -> set[str]:

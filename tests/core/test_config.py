@@ -232,6 +232,25 @@ def test_compile_blocks_was_a_switch(older: object, now: str) -> None:
     assert from_json(MemoryConfig, {"compile_blocks": older}).compile_blocks == now
 
 
+def test_all_wrong_settings_are_named_at_once() -> None:
+    """Also those beside an unknown key, of a wrong type, and in other sections; each with its section."""
+    wrong = {**JOB, "max_train_steps": "x", "lora": {"lora_rank": 0}, "encoding": {"resolution": 9999, "xyz": 1}}
+    with pytest.raises(ConfigError) as caught:
+        from_json(JobConfig, {**wrong, "model": {"base": "b", "mixed_precision": "fp8"}})
+    lines = str(caught.value).split("\n")
+    assert lines[0] == "There are 5 problems. Fix them and run again:"
+    for words in (
+        "Unknown setting 'encoding.xyz'.",
+        "encoding.resolution must be 64 to 4096 pixels, got 9999.",
+        "max_train_steps must be a whole number of at most 64 bits, got 'x'.",
+        "lora.lora_rank must be 1 to 1024, got 0.",
+        "model.mixed_precision must be one of ",
+    ):
+        assert len([line for line in lines if words in line]) == 1, words
+    with pytest.raises(ConfigError, match=r"^There are 2 problems.*\n1. lora_rank .*\n2. lora_dropout "):
+        LoraConfig(lora_rank=0, lora_dropout=2.0)
+
+
 @pytest.mark.parametrize("value", [[True], {"on": True}, 2])
 def test_other_values_of_compile_blocks_are_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="compile_blocks must be one of auto, on, off"):
@@ -298,7 +317,10 @@ def test_a_whole_number_is_a_float_and_true_is_no_number() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"dataset": {"target_dir": "t", "caption_file": "c.csv"}}, "It belongs in dataset.captions."),
+        (
+            {"dataset": {"target_dir": "t", "reference_dirs": "r", "caption_file": "c.csv"}},
+            "It belongs in dataset.captions.",
+        ),
         ({"lora_rank": 4}, "It belongs in lora."),
     ],
 )

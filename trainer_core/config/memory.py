@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..settings import Limits, Settings, setting
 
@@ -43,6 +43,7 @@ class MemoryConfig(Settings):
         "to copy.",
         Limits(min=2, max=16, unit="blocks"),
     )
+    OLDER: ClassVar = {"compile_blocks": {"True": "on", "False": "off"}}  # true and false in job files and saved graphs
     compile_blocks: CompileBlocks = setting(
         "auto",
         "Compile the blocks with torch.compile: takes about a minute at the start, then steps are faster. Needs a CUDA "
@@ -53,9 +54,3 @@ class MemoryConfig(Settings):
         "With memory auto: device memory to plan for, in GiB. 0 for what is free now.",
         Limits(min=0, unit="GiB", soft_max=1000, step=0.5),
     )
-
-    def __post_init__(self) -> None:
-        older: dict[str, CompileBlocks] = {"True": "on", "False": "off"}  # true and false in job files and saved graphs
-        if type(given := self.compile_blocks) in (bool, str):
-            object.__setattr__(self, "compile_blocks", older.get(str(given), given))
-        Settings.__post_init__(self)  # super() does not work in a dataclass with slots

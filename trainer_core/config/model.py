@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..settings import Limits, Settings, check, setting
 
@@ -69,11 +69,8 @@ class ModelConfig(Settings):
     quantised_cache_dir: str = setting("", "Folder of the cache of quantised weights. Empty: a folder in cache_dir.")
     device: str = setting("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")
 
-    def __post_init__(self) -> None:
-        for name in ("base_model_precision", "text_encoder_precision"):
-            if getattr(self, name) == "no_change":  # SimpleTuner's name for none
-                object.__setattr__(self, name, "none")
-        Settings.__post_init__(self)  # super() does not work in a dataclass with slots
+    # SimpleTuner's name for none
+    OLDER: ClassVar = {name: {"no_change": "none"} for name in ("base_model_precision", "text_encoder_precision")}
 
     def check_combinations(self) -> None:
         """Checks that quantised activations have layers that multiply 8-bit numbers."""
