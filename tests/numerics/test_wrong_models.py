@@ -21,7 +21,7 @@ from tests.support.layouts import Weights, as_bytes, gguf, int8_rows, matrices, 
 from tests.support.narrow import NARROW
 from trainer_core.config import EncodingConfig, LoraConfig, ModelConfig, TrainConfig
 from trainer_core.errors import ModelFileError
-from trainer_core.planning.preparation import prepare_model
+from trainer_core.planning.preparation import check_training, prepare_model
 from trainer_core.qwen_image import base_model
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.prompt import load_tokenizer
@@ -282,6 +282,18 @@ def test_tokenizers_that_make_other_tokens(tokenizer_dir: Path, comfyui_dir: Pat
         (folder / name).write_bytes(data)
         with pytest.raises(ModelFileError, match=words):
             load_tokenizer(folder)
+
+
+def test_a_schedule_that_can_not_be_read_is_found_before_encoding(model: ModelConfig, tmp_path: Path):
+    shutil.copytree(model.base, tmp_path / "base")
+    schedule = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    changed = replace(model, base=str(tmp_path / "base"))
+    config = TrainConfig(run_dir="-", encoded="-", model=changed, lora=LoraConfig(lora_rank=2))
+    check_training(config, BaseModel(changed))
+    for content, words in (("[", r"scheduler_config\.json"), ('{"max_shift": "x"}', "max_shift in .*scheduler_config")):
+        schedule.write_text(content)
+        with pytest.raises(ModelFileError, match=words):
+            check_training(config, BaseModel(changed))
 
 
 def test_an_image_processor_with_wrong_values(base_of: Callable[[str], ModelConfig], tmp_path: Path):

@@ -18,6 +18,7 @@ from ..errors import ConfigError, DatasetError, Problems
 from ..memory.placement import blocks_on_host, check_compiler
 from ..precision.quantise import converter
 from ..qwen_image.base_model import BaseModel
+from ..qwen_image.sampling import load_scheduler
 from ..qwen_image.vae import check_vae
 from ..runs.folder import RunFolder
 from ..runs.metrics import check_tensorboard
@@ -99,6 +100,7 @@ def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
     if config.memory.memory == "manual":  # auto only chooses possible values
         problems.attempt(lambda: blocks_on_host(config.memory, base.num_blocks, checkpointing=checkpointing))
     problems.attempt(lambda: check_vae(base))
+    problems.attempt(lambda: load_scheduler(base.folder.scheduler))
     model = problems.attempt(lambda: prepare_model(config, base))
     problems.raise_all()
     assert model is not None
