@@ -129,7 +129,7 @@ def test_the_scale_that_was_taken_is_said_in_one_line(tmp_path: Path, caplog: py
         (
             {"ss_network_alpha": "16", "ss_network_dim": "4"},
             None,
-            "Scale 1 is used, .*ss_network_alpha '16' in its header is ignored.*state alpha in an adapter_config.json",
+            "Scale 1 is used, .*ss_network_alpha '16' in its header is ignored.*an adapter_config.json that states",
         ),
         ({"ss_network_alpha": "16"}, 8.0, None),
         (header(r=4, lora_alpha=16), None, "used with scale 4: alpha / rank, as stated in the header"),

@@ -143,7 +143,8 @@ def _note(parts: Mapping[str, AdapterPart], scaling: Scaling, names: Iterable[st
             return note
         return (
             f"{note} The {KOHYAS_KEY} {brief(header[KOHYAS_KEY])} in its header is ignored: files whose weights "
-            f"already contain the scale keep it too. If these don't, state alpha in an {CONFIG_FILE} beside the file."
+            "already contain the scale keep it too. If these don't, put the file into a folder of its own, with an "
+            f"{CONFIG_FILE} that states r and lora_alpha."
         )
     scales = sorted({part.scale for part in parts.values()})
     both = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
