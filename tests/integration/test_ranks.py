@@ -116,17 +116,19 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
     assert re.findall(r"step (\d+) of", caplog.text) == [str(STEPS + 1)]
 
 
-def test_a_lost_process_ends_the_run_with_its_last_step_kept(job: Path) -> None:
+def test_a_lost_process_ends_the_run_with_its_last_step_kept(job: Path, store: dist.TCPStore) -> None:
     settings = ("max_train_steps=100000", "batching.gradient_accumulation_steps=1", "run_dir=runs/lost")
-    process = launched(job, *settings, "checkpoints.checkpoint_step_interval=100000")
+    settings += ("checkpoints.checkpoint_step_interval=100000",)
+    leader, follower = forked(job, store, settings, settings)
     run = RunFolder(job.parent / "runs" / "lost")
     try:
-        wait_for(lambda: len(run.metrics()) >= 3, process)
-        os.kill(second_process(process.pid), signal.SIGKILL)
-        _, err = process.communicate(timeout=PATIENCE)
+        wait_for(lambda: len(run.metrics()) >= 3, leader)
+        follower.kill()
+        _, err = leader.communicate()
     finally:
-        process.kill()
-    assert process.returncode != 0
+        for each in (leader, follower):
+            each.kill()
+    assert leader.returncode == 1, err
     assert "Another of the 2 processes has ended" in err and "Start all processes again" in err
     kept = run.latest_checkpoint()
     assert kept is not None and kept.step >= 3
@@ -140,7 +142,7 @@ def test_a_wish_to_stop_is_agreed_on(job: Path, store: dist.TCPStore) -> None:
     try:
         wait_for(lambda: len(run.metrics()) >= 2, leader)
         os.kill(follower.pid, signal.SIGTERM)  # only one of the two processes
-        ends = [each.communicate(timeout=PATIENCE) for each in (leader, follower)]
+        ends = [each.communicate() for each in (leader, follower)]
     finally:
         for each in (leader, follower):
             each.kill()
@@ -162,20 +164,10 @@ def test_processes_that_do_not_start_alike_are_refused(job: Path, store: dist.TC
     assert run.steps_done() == 2 and not (job.parent / "runs" / "elsewhere").exists()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | Forked) -> None:
+def wait_for(condition: Callable[[], bool], process: Forked) -> None:
     until = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, process.communicate()[1]
         if time.monotonic() > until:
             raise TimeoutError("nothing happened")
         time.sleep(0.1)
-
-
-def second_process(launcher: int) -> int:
-    """The process id of rank 1, which torchrun (`launcher`) started."""
-    import psutil
-
-    for child in psutil.Process(launcher).children(recursive=True):
-        if child.environ().get("RANK") == "1":
-            return child.pid
-    raise AssertionError("there is no second process")
