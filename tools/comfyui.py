@@ -68,11 +68,19 @@ def make_base(base: Path) -> Path:
     return base
 
 
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def hold_port() -> tuple[int, socket.socket]:
+    """A free port, and a socket that keeps it. A server that is told the port can listen on it all the same.
+
+    Only Linux lets it. On other systems the socket is closed, and another program may take the port first.
+    """
+    held = socket.socket()
+    if sys.platform == "linux":
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port = int(held.getsockname()[1])
+    if sys.platform != "linux":
+        held.close()
+    return port, held
 
 
 def device_arguments() -> list[str]:
@@ -93,6 +101,7 @@ class ComfyUI:
         self.events: list[dict[str, Any]] = []
         self.previews = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._held: socket.socket | None = None
         self._socket: Any = None
         self._news = threading.Condition()
         self.on_event: Callable[[dict[str, Any]], None] | None = None
@@ -122,7 +131,7 @@ class ComfyUI:
         Raises:
             ComfyUIError: it ended or did not respond in time. The message has the end of the log.
         """
-        tree, self.port = comfyui_dir(), free_port()
+        tree, (self.port, self._held) = comfyui_dir(), hold_port()
         command = [sys.executable, str(tree / "main.py"), "--port", str(self.port), "--base-directory", str(self.base)]
         command += [
             "--database-url",
@@ -155,6 +164,8 @@ class ComfyUI:
             except subprocess.TimeoutExpired:
                 self.kill()
         self._process = None
+        if self._held is not None:
+            self._held.close()
 
     def kill(self) -> None:
         """Kill the process, which simulates a crash."""

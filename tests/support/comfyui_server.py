@@ -32,6 +32,11 @@ class PackServer(ComfyUI):
             environment={"OMP_NUM_THREADS": "1", **(environment or {})},  # threads slow narrow models down
         )
 
+    def stop(self) -> None:
+        """Kill the server, because Python's shutdown with torch takes up to ten seconds."""
+        self.kill()
+        super().stop()
+
     @property
     def input(self) -> Path:
         """ComfyUI's input folder."""
