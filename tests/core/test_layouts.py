@@ -99,7 +99,7 @@ def test_numbered_references_in_their_folder_are_named_once(root: Path) -> None:
         picture(root / "reference" / f"{key}_1.png")
     scan = scan_folders(config(root))
     problem = only_problem(scan)
-    assert "6 references named like their targets except for an ending (000_0.png, 000_1.png, 001_0.png, …)" in problem
+    assert "6 references named like targets except for an ending (000_0.png, 000_1.png, 001_0.png, …)" in problem
     assert "Put the references ending in _0 into one reference folder, those ending in _1 into another" in problem
     assert not [note for note in scan.notes if "_0.png" in note]
 
@@ -166,7 +166,7 @@ def test_references_named_with_another_ending_are_named_once(before: str, after:
     scan = scan_folders(config(root))
     problem = only_problem(scan)
     assert (
-        f"{root / 'reference'}: 3 references named like their targets except for an ending (000{before}.png" in problem
+        f"{root / 'reference'}: 3 references named like targets except for an ending (000{before}.png" in problem
     )
     assert ". Remove the endings, so that target, reference and caption have the same name, such as 000." in problem
     assert not scan.notes
@@ -182,6 +182,27 @@ def test_several_references_with_endings_are_named_once(root: Path) -> None:
         picture(root / "reference" / f"{key}_start2.png")
     problem = only_problem(scan_folders(config(root)))
     assert "those ending in _start2 into another, and remove the endings" in problem
+
+
+def test_each_target_has_one_reference_whatever_their_endings(root: Path) -> None:
+    """They fit into one folder, though their endings differ."""
+    with_endings(root, "_start", "_end")
+    (root / "reference" / "001_start.png").rename(root / "reference" / "001_before.png")
+    (root / "reference" / "002_start.png").rename(root / "reference" / "002.png")
+    problem = only_problem(scan_folders(config(root)))
+    assert "(000_start.png, 001_before.png, 002.png). Remove the endings, so that" in problem
+
+
+def test_targets_that_endings_do_not_explain_get_their_own_lines(root: Path) -> None:
+    texts(root / "target", "{}.txt")
+    (root / "reference" / "000.png").rename(root / "reference" / "000_start.png")
+    for key in KEYS[1:]:
+        (root / "reference" / f"{key}.png").unlink()
+    first, *others = scan_folders(config(root)).problems
+    assert "1 reference named like targets except for an ending (000_start.png)" in first
+    assert [each.partition(": no reference in")[0] for each in others] == [
+        str(root / "target" / f"{key}.png") for key in KEYS[1:]
+    ]
 
 
 def test_names_that_only_end_like_it_are_used(root: Path) -> None:

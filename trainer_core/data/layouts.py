@@ -117,11 +117,9 @@ def _references_beside_targets(
         return
     names = [target.pictures.pop(each.key).relative_to(target.root).as_posix() for each in found]
     _explain(found, target, references, layout)
-    endings = _endings_of(found)
-    place = "Put them into a reference folder" if len(endings) == 1 else _folders_for(endings)
     layout.problems.append(
         f"{shown(target.root)}: {counted(len(names), 'picture')} named like references of the targets beside them "
-        f"({some_of(names)}). {place}, and {_without_endings(found)}"
+        f"({some_of(names)}). {_places(found) or 'Put them into a reference folder'}, and {_without_endings(found)}"
     )
 
 
@@ -135,19 +133,20 @@ def _references_with_endings(target: Folder, folder: Folder, layout: Layout) -> 
         return
     names = [folder.pictures.pop(each.key).relative_to(folder.root).as_posix() for each in found]
     _explain(found, target, [folder], layout)
-    endings, without = _endings_of(found), _without_endings(found)
-    advice = f"{without[0].upper()}{without[1:]}" if len(endings) == 1 else f"{_folders_for(endings)}, and {without}"
+    places, without = _places(found), _without_endings(found)
+    advice = f"{places}, and {without}" if places else f"{without[0].upper()}{without[1:]}"
     layout.problems.append(
-        f"{shown(folder.root)}: {counted(len(names), 'reference')} named like their targets except for an ending "
+        f"{shown(folder.root)}: {counted(len(names), 'reference')} named like targets except for an ending "
         f"({some_of(names)}). {advice}"
     )
 
 
 def _no_matches(target: Folder, folder: Folder, kind: str, layout: Layout, *, optional: bool) -> None:
     """A folder in which no picture is named like a target."""
-    lacking = [key for key in sorted(target.pictures) if (folder.root, key) not in layout.no_reference]
+    lacking = sorted(target.pictures)
     found = [path.relative_to(folder.root).as_posix() for path in folder.pictures.values()]
-    if len(lacking) < 2 or target.pictures.keys() & folder.pictures.keys() or not folder.root.is_dir():
+    explained = any(root == folder.root for root, _ in layout.no_reference)
+    if explained or len(lacking) < 2 or target.pictures.keys() & folder.pictures.keys() or not folder.root.is_dir():
         return
     if optional and not found:
         return
@@ -173,12 +172,11 @@ def _explain(found: Sequence[_Partner], target: Folder, references: Sequence[Fol
             del target.texts[bare]
 
 
-def _endings_of(found: Iterable[_Partner]) -> list[str]:
-    return sorted({each.ending for each in found})
-
-
-def _folders_for(endings: Sequence[str]) -> str:
-    first, *others = map(shown, endings)
+def _places(found: Sequence[_Partner]) -> str:
+    """Which references go to which folder, if a target has several; empty if each has only one."""
+    if len({each.target for each in found}) == len(found):
+        return ""
+    first, *others = (shown(ending) for ending in sorted({each.ending for each in found} - {""}))
     places = "".join(f", those ending in {ending} into another" for ending in others)
     return f"Put the references ending in {first} into one reference folder{places}"
 
