@@ -110,12 +110,17 @@ def cap_memory(torch: Any, card: float) -> None:
 
 def watch_observer(notes: Notes, observer: Any) -> None:
     """Note every report that observers of this class get."""
-    progress, step, samples = observer.on_progress, observer.on_step, observer.on_samples
+    progress, sentence, step, samples = observer.on_progress, observer.on_note, observer.on_step, observer.on_samples
 
     @functools.wraps(progress)
     def on_progress(self: Any, phase: str, done: int, total: int) -> None:
         notes.note(phase, done=done, total=total)
         progress(self, phase, done, total)
+
+    @functools.wraps(sentence)
+    def on_note(self: Any, text: str) -> None:
+        notes.note(text)
+        sentence(self, text)
 
     @functools.wraps(step)
     def on_step(self: Any, report: Any) -> None:
@@ -127,7 +132,8 @@ def watch_observer(notes: Notes, observer: Any) -> None:
         notes.note("preview", grid=str(report.grid_file))
         samples(self, report)
 
-    observer.on_progress, observer.on_step, observer.on_samples = on_progress, on_step, on_samples
+    observer.on_progress, observer.on_note = on_progress, on_note
+    observer.on_step, observer.on_samples = on_step, on_samples
 
 
 def noted(notes: Notes, function: Callable[..., Any], before: str, after: str) -> Callable[..., Any]:

@@ -71,7 +71,7 @@ def dry_step(
 
     Compiles the blocks if `compile_blocks` says so; `auto` compiles if that takes less time than it saves in the steps
     after `done`, and keeps compiled blocks only if they fit into memory and are faster. Logs the memory, and tells the
-    log and the observer how long the run takes.
+    observer how long the run takes.
 
     Raises:
         OutOfMemoryError: the memory does not suffice.
