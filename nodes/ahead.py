@@ -6,6 +6,7 @@ will output follows from their widgets.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -135,7 +136,18 @@ def _linked(prompt: Any, link: Any, known: Mapping[Link, Any]) -> Any:
     if kind not in _FROM_WIDGETS or number != 0:
         raise _UnknownError
     node = _FROM_WIDGETS[kind]
-    return node.execute(**_values(node, {}, inputs, {})).args[0]
+    values = _values(node, {}, inputs, {})
+    if _is_refused(node, values):
+        raise _UnknownError
+    return node.execute(**values).args[0]
+
+
+def _is_refused(node: Any, values: Mapping[str, Any]) -> bool:
+    """Whether the node itself refuses these values when the prompt is queued."""
+    if "validate_inputs" not in vars(node):
+        return False
+    names = values.keys() & inspect.signature(node.validate_inputs).parameters.keys()
+    return isinstance(node.validate_inputs(**{name: values[name] for name in names}), str)
 
 
 def _leads_to(prompt: Any, link: Any, node_id: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
@@ -94,10 +95,12 @@ class PairFolders(Node):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, **widgets: Any) -> str:
+    def fingerprint_inputs(cls, **widgets: Any) -> str | float:
         """A value that changes when a file in one of the folders changes."""
         from ..trainer_core.data.pairing import folder_state
 
+        if any("folder" in name and value is None for name, value in widgets.items()):
+            return math.nan  # equals nothing: a linked folder is not known yet
         return folder_state(_dataset_config(**widgets))
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,10 +91,12 @@ class ImportSimpleTuner(Node):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, **widgets: Any) -> str:
+    def fingerprint_inputs(cls, **widgets: Any) -> str | float:
         """A value that changes when a configuration file or a file in one of the picture folders changes."""
         from ..trainer_core.data.pairing import folder_state
 
+        if None in [value for name, value in widgets.items() if name != "other_model"]:
+            return math.nan  # equals nothing: a linked name is not known yet
         job, report = _read(**widgets)
         return repr([report, job, [folder_state(part.dataset) for part in job.parts()]])
 

@@ -21,7 +21,9 @@ from tests.support.training_graph import (
     cache_entries,
     changed,
     error_of,
+    hidden,
     ours,
+    pairing,
     place_pairs,
     run_dir,
     training,
@@ -98,6 +100,22 @@ def test_settings_that_cannot_train_are_refused_at_once(
 ):
     prompt = {**training("ahead", 4, ema_settings=["ema", 0]), "ema": EMA}
     assert refused_at_once(studio, changed(prompt, node_id, **inputs)).startswith(says)
+
+
+def test_a_node_that_refuses_its_own_settings_is_the_only_one_that_does(studio: PackServer):
+    prompt = changed(training("ahead", 4), "optimizer", optimizer="prodigy")
+    with pytest.raises(ComfyUIError) as caught:
+        studio.queue(prompt)
+    found = caught.value.answer["node_errors"]
+    assert "0.1 to 10 with optimizer prodigy" in found["optimizer"]["errors"][0]["details"]
+    assert not found.get(TRAIN, {}).get("errors")
+
+
+def test_a_linked_folder_is_no_fault_in_the_log(studio: PackServer, fresh: str):
+    prompt = {**pairing(fresh, target_folder=["value", 0]), "value": hidden(f"{fresh}/target")}
+    before = len(studio.log.read_text())
+    assert studio.run(prompt)
+    assert "WARNING" not in studio.log.read_text()[before:]
 
 
 def test_a_setting_from_another_pack_is_left_for_later(studio: PackServer, fresh: str):
