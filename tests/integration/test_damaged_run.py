@@ -24,6 +24,7 @@ from trainer_core.config import (
     resume_key,
 )
 from trainer_core.errors import RunFolderError, TrainerError
+from trainer_core.events import SilentObserver, StepReport
 from trainer_core.files import read_tensors
 from trainer_core.run import TrainResult, train_lora
 from trainer_core.runs.folder import RunFolder
@@ -338,3 +339,26 @@ def test_noise_levels_that_pipelines_round_belong_to_the_rules(config: TrainConf
     assert not check_start(longer, encoded)
     with pytest.raises(RunFolderError, match="the noise levels by preprocessing diffusers differently"):
         check_start(longer, dataclasses.replace(encoded, preprocessing="diffusers"))
+
+
+class DeletesTheFolder(SilentObserver):
+    """Deletes the run folder after a step."""
+
+    def __init__(self, folder: str, step: int) -> None:
+        self.folder, self.step = folder, step
+
+    def on_step(self, report: StepReport) -> None:
+        if report.step == self.step:
+            shutil.rmtree(self.folder)
+
+
+def test_a_folder_that_is_deleted_while_it_trains_is_made_again(
+    finished: tuple[TrainConfig, TrainResult], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = dataclasses.replace(finished[0], run_dir=str(tmp_path / "run"))
+    result = train_lora(config, DeletesTheFolder(config.run_dir, 3))
+    assert result.steps_done == 4 and f"The run folder {config.run_dir} was deleted while it was in use" in caplog.text
+    assert equal(lora_tensors(result), lora_tensors(finished[1]))
+    assert train_lora(config) == result
+    longer = train_lora(dataclasses.replace(config, max_train_steps=5))
+    assert longer.steps_done == 5

@@ -234,13 +234,15 @@ class RunFolder:
     def state(self) -> dict[str, Any]:
         """The values in run.json; empty if it doesn't exist. Reads the file only if it has changed.
 
+        If it was deleted since this object read or wrote it, the values are those of then: the run goes on with them.
+
         Raises:
             RunFolderError: the file is damaged.
         """
         try:
             version = _version_of(self.path / STATE)
         except (FileNotFoundError, NotADirectoryError):
-            return {}
+            return dict(self._state.get("state", {}))
         except OSError as error:
             raise RunFolderError(f"Can't read {self.path / STATE}: {error.strerror}.") from error
         if self._state.get("version") != version:
@@ -273,8 +275,10 @@ class RunFolder:
         final = self.checkpoints / f"step-{checkpoint.step:06d}"
         if not self.writes or self._is_complete(final):
             return
+        if not self.path.is_dir():
+            _LOG.warning("The run folder %s was deleted while it was in use. It is made again.", self.path)
         with written_beside(final) as temporary:
-            temporary.mkdir()
+            temporary.mkdir(parents=True)
             for part in self._parts():
                 write_tensors(temporary / f"{part}.safetensors", getattr(checkpoint, part))
             write_atomically(temporary / "report.json", json.dumps(checkpoint.report).encode())
