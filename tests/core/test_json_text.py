@@ -84,6 +84,7 @@ def test_any_text_is_read_in_time_that_grows_with_its_length(piece: str):
     assert isinstance(result_or_own_error(lambda: parse_json(text, "x", loose=True)), ConfigError)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no named pipes in folders, and other messages")
 def test_what_is_no_file(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large.json").write_bytes(b"[" + b" " * 2**20 + b"]")

@@ -145,6 +145,7 @@ def test_a_checkpoint_that_is_open_in_another_program(
 
         return renamed
 
+    monkeypatch.setattr("trainer_core.files._RENAME_SECONDS", 0.0)
     monkeypatch.setattr(Path, "replace", refuse("step-000002"))
     run.save_checkpoint(checkpoint(6), 1)
     assert names(run) == ["step-000002", "step-000006"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import psutil
+
 from trainer_core.errors import TrainerError
 
 T = TypeVar("T")
-_MEBIBYTE = 1024  # of ru_maxrss, in kibibytes on Linux
+_MEBIBYTE = 2**20
 _LONGEST_MESSAGE = 20_000
 
 
@@ -33,4 +35,9 @@ def result_or_own_error(call: Callable[[], T], *, seconds: float = 5.0, mebibyte
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most memory that this process has had, in bytes."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
