@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 from pathlib import Path
@@ -228,6 +229,21 @@ def test_what_can_not_be_kept_does_not_keep_from_loading(
         load(dataclasses.replace(config, quantised_cache_dir=""))
 
 
+def test_a_complete_cache_serves_from_a_read_only_disk(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, no_converter
+) -> None:
+    config = config_of(base, tmp_path)
+    wanted = velocity(load(config))
+    no_converter()
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(quantised_cache.os, "utime", refuse)
+    assert torch.equal(velocity(load(config)), wanted)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("precision", ["none", "int8-quanto", "int4-quanto", "nf4-bnb"])
 def test_a_block_lies_in_one_piece_of_memory(base: Path, tmp_path: Path, precision: BaseModelPrecision) -> None:
     network = load(config_of(base, tmp_path, precision, quantised_cache_gb=0.0))
@@ -314,7 +330,7 @@ def test_a_damaged_block_is_quantised_again(
     data[place] ^= 1
     block.write_bytes(data)
     assert torch.equal(velocity(load(config)), wanted)
-    assert str(block) in caplog.text and "damaged" in caplog.text
+    assert str(block) in caplog.text and "damaged" in caplog.text and "not cached" not in caplog.text
     assert torch.equal(velocity(load(config)), wanted)
     no_converter()
     assert torch.equal(velocity(load(config)), wanted)

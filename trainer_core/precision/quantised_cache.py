@@ -125,10 +125,12 @@ class Entry:
 
     def finish(self) -> None:
         """After the last block: publish a written entry and delete old ones, or mark a read one as used."""
-        try:
-            if self.reading:
+        if self.reading:
+            with suppress(OSError):  # the disk is read-only, or a damaged block has removed the file
                 os.utime(self.place / "entry.json")
-            elif not self._gave_up:
+            return
+        try:
+            if not self._gave_up:
                 write_atomically(self.temporary / "entry.json", json.dumps({"blocks": self.num_blocks}).encode())
                 shutil.rmtree(self.place, ignore_errors=True)
                 rename(self.temporary, self.place)
