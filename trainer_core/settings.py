@@ -20,7 +20,7 @@ from .json_text import parse_json
 from .text import LONGEST_LIST, LONGEST_TEXT, brief, text_problem
 
 C = TypeVar("C", bound="Settings")
-_TYPE_NAMES = {int: "a whole number of at most 64 bits", float: "a finite number", bool: "true or false", str: "text"}
+_TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 _LARGEST_INT = 2**64 - 1
 
 
@@ -200,9 +200,14 @@ def check_plain(hint: type, name: str, value: object, longest: int = LONGEST_TEX
     A whole number is also a float. Not allowed: numbers that are infinite, NaN or have more than 64 bits, and texts
     that have more than `longest` characters, half a surrogate pair or a NUL character.
     """
-    check(is_plain(hint, value), name, value, _TYPE_NAMES[hint])
+    check(is_plain(hint, value), name, value, _type_name(hint, value))
     if isinstance(value, str) and (problem := text_problem(value, longest)):
         raise ConfigError(f"{name} {problem}, got {brief(value)}.")
+
+
+def _type_name(hint: type, value: object) -> str:
+    is_whole = type(value) is int and hint is int  # so it is too large
+    return f"{_TYPE_NAMES[hint]} of at most 64 bits" if is_whole else _TYPE_NAMES[hint]
 
 
 def is_plain(hint: type, value: object) -> bool:
@@ -355,7 +360,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(get_args(hint)[0], item, f"{where}[{number}]") for number, item in enumerate(value))
     if get_origin(hint) in (Literal, types.UnionType):
         return value  # Settings checks choices
-    check(is_plain(hint, value), where, value, _TYPE_NAMES[hint])
+    check(is_plain(hint, value), where, value, _type_name(hint, value))
     return float(value) if hint is float else value
 
 

@@ -242,7 +242,7 @@ def test_all_wrong_settings_are_named_at_once() -> None:
     for words in (
         "Unknown setting 'encoding.xyz'.",
         "encoding.resolution must be 64 to 4096 pixels, got 9999.",
-        "max_train_steps must be a whole number of at most 64 bits, got 'x'.",
+        "max_train_steps must be a whole number, got 'x'.",
         "lora.lora_rank must be 1 to 1024, got 0.",
         "model.mixed_precision must be one of ",
     ):
@@ -291,8 +291,8 @@ def test_every_setting_made_in_code_takes_its_type_or_refuses_the_value_by_name(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"lora_rank": 16.5}, "lora_rank must be a whole number of at most 64 bits, got 16.5"),
-        ({"lora_rank": None}, "lora_rank must be a whole number of at most 64 bits, got None"),
+        ({"lora_rank": 16.5}, "lora_rank must be a whole number, got 16.5"),
+        ({"lora_rank": None}, "lora_rank must be a whole number, got None"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
         ({"use_rslora": 1}, "use_rslora must be true or false, got 1"),
         ({"init_lora": "a\ud800"}, "init_lora contains half a surrogate pair at character 2"),

@@ -165,9 +165,7 @@ def test_references_named_with_another_ending_are_named_once(before: str, after:
     with_endings(root, before, after)
     scan = scan_folders(config(root))
     problem = only_problem(scan)
-    assert (
-        f"{root / 'reference'}: 3 references named like targets except for an ending (000{before}.png" in problem
-    )
+    assert f"{root / 'reference'}: 3 references named like targets except for an ending (000{before}.png" in problem
     assert ". Remove the endings, so that target, reference and caption have the same name, such as 000." in problem
     assert not scan.notes
     for part, ending in (("reference", before), ("target", after)):  # what the message says

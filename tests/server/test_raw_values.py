@@ -18,7 +18,8 @@ CAPTIONS = "captions"
 WRONG = {"null": None, "true": True, "object": {"a": 1}, "wrapped list": {"__value__": ["x"]}, "infinity": math.inf}
 NOT_TEXT = {**WRONG, "false": False, "half": 0.5, "1e308": 1e308, "NaN": math.nan, "65 bits": 2**64}
 NOT_A_NUMBER = {**WRONG, "NaN": math.nan, "text": "many", "empty text": ""}
-NOT_WHOLE = {**NOT_A_NUMBER, "half": 0.5, "65 bits": 2**64}
+NOT_WHOLE = {**NOT_A_NUMBER, "half": 0.5}
+TOO_LARGE = {"65 bits": 2**64}
 NOT_A_SWITCH = {**NOT_A_NUMBER, "true": "true", "half": 0.5, "text": "false", "empty text": "", "two": 2}
 INPUTS = [
     (CAPTIONS, "caption_prefix", NOT_TEXT, "must be text, got "),
@@ -27,8 +28,10 @@ INPUTS = [
     (TRAIN, "run_name", NOT_TEXT, "must be text, got "),
     (LOAD, "quantised_cache_gb", NOT_A_NUMBER, "must be a finite number, got "),
     ("optimizer", "learning_rate", NOT_A_NUMBER, "must be a finite number, got "),
-    (TRAIN, "max_train_steps", NOT_WHOLE, "must be a whole number of at most 64 bits, got "),
-    (ENCODE, "seed", NOT_WHOLE, "must be a whole number of at most 64 bits, got "),
+    (TRAIN, "max_train_steps", NOT_WHOLE, "must be a whole number, got "),
+    (TRAIN, "max_train_steps", TOO_LARGE, "must be a whole number of at most 64 bits, got "),
+    (ENCODE, "seed", NOT_WHOLE, "must be a whole number, got "),
+    (ENCODE, "seed", TOO_LARGE, "must be a whole number of at most 64 bits, got "),
     (PAIR, "references_optional", NOT_A_SWITCH, "must be true or false, got "),
     (ENCODE, "match_target_res", NOT_A_SWITCH, "must be true or false, got "),
 ]
