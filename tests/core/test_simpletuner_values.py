@@ -141,6 +141,9 @@ def test_missing_keys_take_simpletuners_values_or_get_a_line():
     assert imported.job.dataset.caption_strategy == "filename" and "file names" in line(
         imported, "my-edited-images.caption_strategy:"
     )
+    none = read(caption_strategy=None)
+    assert none.job.dataset.caption_strategy == "filename"
+    assert "null, which is no caption in SimpleTuner" in line(none, "my-edited-images.caption_strategy:")
     assert imported.job.encoding.sizes.crop_style == "random"
     assert "share one crop here" in line(imported, "my-edited-images.crop_style:")
     assert imported.job.validation.validation_step_interval == 100 and imported.job.validation.validation_seed == 5

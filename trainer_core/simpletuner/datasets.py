@@ -212,7 +212,12 @@ def _captions(section: Section, dataset: dict[str, Any], root: Path) -> None:
     strategy = {"instance_prompt": "instanceprompt"}.get(strategy or "", strategy)
     if not strategy:
         strategy = "filename"
-        section.note("caption_strategy", "not given, so filename, SimpleTuner's default: captions are the file names.")
+        why = (
+            "null, which is no caption in SimpleTuner. Every pair needs an edit instruction here, so"
+            if section.is_null("caption_strategy")
+            else "not given, so filename, SimpleTuner's default:"
+        )
+        section.note("caption_strategy", f"{why} captions are the file names.")
     captions: dict[str, Any] = {}
     prompt = section.take("instance_prompt")
     if isinstance(prompt, list):

@@ -62,6 +62,10 @@ class Section:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def is_null(self, name: str) -> bool:
+        """Whether the key is there, with the value null."""
+        return name in self._values and self._values[name] is None
+
     def take(self, *names: str) -> Any:
         """The value of the first of these keys (alternative spellings) that has one, or None."""
         self.asked.update(names)
