@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.support.narrow import make_pairs, small_encoding
 from trainer_core.conditioning.batches import BatchPlan
@@ -26,6 +27,7 @@ from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import DatasetError
 from trainer_core.pictures.check_report import check_sheet
 from trainer_core.pictures.contact_sheet import contact_sheet, report
+from trainer_core.pictures.rows import pair_thumbnails
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 
@@ -53,6 +55,22 @@ def test_those_that_are_there_keep_their_order(folders: DatasetConfig) -> None:
     assert contact_sheet(dataset).width > 0
     check = PairCheckConfig()
     assert check_sheet(dataset, check_pairs(dataset, check), check).width > 0
+
+
+def test_the_sheet_and_the_report_show_them_under_their_folder(folders: DatasetConfig, tmp_path: Path) -> None:
+    """Pair 001 has only the second reference, which is smaller than all others."""
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "pairs" / "reference_2" / "001.png")
+    dataset = pair_folders(folders)
+    assert [dataset.references_by_folder(pair) for pair in dataset.pairs] == [
+        *((0, 1), (None, 0), (0, None), (None, None), (0, 1))
+    ]
+    first, second, _ = pair_thumbnails(dataset, dataset.pairs[1])
+    assert first is None and second is not None and second.getpixel((9, 9)) == (255, 0, 0)
+    lines = report(dataset).splitlines()
+    assert [line for line in lines if line.startswith("References ")] == [
+        "References 1: 96 x 96, all 1:1.",
+        "References 2: 48 x 48 to 96 x 96, all 1:1.",
+    ]
 
 
 def test_without_the_setting_they_are_problems(folders: DatasetConfig) -> None:

@@ -58,6 +58,13 @@ class EditDataset:
         folders = counted(len(self.reference_dirs), "reference folder")
         return f"EditDataset({len(self.pairs)} pairs, {folders}, {self.fingerprint})"
 
+    def references_by_folder(self, pair: EditPair) -> tuple[int | None, ...]:
+        """For each reference folder the number of its picture in `pair.references`; None if the pair lacks it."""
+        return tuple(
+            next((number for number, path in enumerate(pair.references) if path.is_relative_to(folder)), None)
+            for folder in self.reference_dirs
+        )
+
 
 def reference_kinds(pair: EditPair) -> tuple[ConditioningType, ...]:
     """The conditioning type of each reference of a pair."""

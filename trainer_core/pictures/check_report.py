@@ -68,12 +68,12 @@ def check_sheet(
     names = ["reference"] if count == 1 else [f"reference {number + 1}" for number in range(count)]
     title = f"{len(marked)} of {check.num_pairs} pairs may have problems" if marked else "No problems"
     look = Look(columns=0, title=title, footer="" if chosen else "There are no pairs to show.")
-    rows = [_row(pair, check, config, count) for pair in watched(chosen, observer)]
+    rows = [_row(dataset, pair, check, config) for pair in watched(chosen, observer)]
     return draw_rows([*names, "target", "difference"], rows, look)
 
 
-def _row(pair: EditPair, check: PairCheck, config: PairCheckConfig, num_references: int) -> PictureRow:
-    findings, pictures = check.of(pair.key), pair_thumbnails(pair, num_references)
+def _row(dataset: EditDataset, pair: EditPair, check: PairCheck, config: PairCheckConfig) -> PictureRow:
+    findings, pictures = check.of(pair.key), pair_thumbnails(dataset, pair)
     if findings:
         pictures = [picture and _framed(picture) for picture in pictures]
     alignment = measure_pair(pair, config).alignments[:1]

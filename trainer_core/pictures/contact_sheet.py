@@ -37,7 +37,7 @@ def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, observer: Observ
     headings += ["mask: white counts"] if masked else []
     title = f"{len(chosen)} of {count} pairs" if count > len(chosen) else counted(count, "pair")
     look = Look(columns=0, title=title, footer="" if count else "There are no pairs to show.")
-    rows = [_row(pair, num_references, masked=masked) for pair in watched(chosen, observer)]
+    rows = [_row(dataset, pair, masked=masked) for pair in watched(chosen, observer)]
     return draw_rows(headings, rows, look)
 
 
@@ -46,9 +46,11 @@ def report(dataset: EditDataset) -> str:
     lines = [f"{counted(len(dataset.pairs), 'pair')} with {_references(dataset)} each."]
     if dataset.pairs:
         lines.append(_sizes("Targets", [pair.sizes[0] for pair in dataset.pairs]))
+        numbers = [dataset.references_by_folder(pair) for pair in dataset.pairs]
         for index in range(len(dataset.reference_dirs)):
             name = _numbered("References", index, len(dataset.reference_dirs))
-            sizes = [pair.sizes[index + 1] for pair in dataset.pairs if len(pair.references) > index]
+            found = ((pair, each[index]) for pair, each in zip(dataset.pairs, numbers, strict=True))
+            sizes = [pair.sizes[number + 1] for pair, number in found if number is not None]
             lines += [_sizes(name, sizes)] if sizes else []
         lines.append(_captions(dataset.pairs))
         lines += _other_aspect(dataset.pairs)
@@ -60,11 +62,11 @@ def note_lines(dataset: EditDataset) -> list[str]:
     return ["", "Notes:", *(f"  - {note}" for note in dataset.notes)] if dataset.notes else []
 
 
-def _row(pair: EditPair, num_references: int, *, masked: bool) -> PictureRow:
+def _row(dataset: EditDataset, pair: EditPair, *, masked: bool) -> PictureRow:
     caption, *others = pair.captions
     more = f" (+{len(others)} more)" if others else ""
     size = "".join(f"   {_pixels(size)}" for size in pair.sizes[:1])
-    pictures = pair_thumbnails(pair, num_references)
+    pictures = pair_thumbnails(dataset, pair)
     if masked:
         pictures.append(pair.mask and thumbnail(checked_mask_grey(pair.mask).convert("RGB")))
     return PictureRow(tuple(pictures), caption + more, shown(pair.key) + size)

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.images import is_converted, open_picture
-from ..data.pairing import EditPair
+from ..data.pairing import EditDataset, EditPair
 
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Colour = tuple[int, int, int]
@@ -111,8 +111,8 @@ def open_thumbnail(path: Path, *, convert: bool = True) -> Image.Image:
     return thumbnail(open_picture(path, convert=convert))
 
 
-def pair_thumbnails(pair: EditPair, num_references: int) -> list[Image.Image | None]:
-    """A pair's pictures as they are trained: `num_references` references, None for those it lacks, then the target.
+def pair_thumbnails(dataset: EditDataset, pair: EditPair) -> list[Image.Image | None]:
+    """A pair's pictures as they are trained: for each reference folder its picture or None, then the target.
 
     Raises:
         DatasetError: a picture can't be read.
@@ -121,7 +121,8 @@ def pair_thumbnails(pair: EditPair, num_references: int) -> list[Image.Image | N
         open_thumbnail(path, convert=is_converted(content))
         for path, content in zip((pair.target, *pair.references), pair.digests, strict=True)
     ]
-    return [*references, *[None] * (num_references - len(references)), target]
+    placed = (None if number is None else references[number] for number in dataset.references_by_folder(pair))
+    return [*placed, target]
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
