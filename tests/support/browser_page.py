@@ -87,6 +87,23 @@ class ComfyPage:
         )
         return [*unknown, *self.page.locator(".p-dialog:visible").all_inner_texts()]
 
+    def overlaps(self) -> list[str]:
+        """Titles of nodes that lie on each other, two a text. Nodes 2.0 draws elements, whose heights differ."""
+        return self.page.evaluate(
+            """() => {
+                const boxes = app.graph.nodes.map(node => {
+                    const box = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+                    const [x, y] = node.pos, [width, height] = node.size, title = LiteGraph.NODE_TITLE_HEIGHT;
+                    return box ? [node.title, box.left, box.right, box.top, box.bottom]
+                        : [node.title, x, x + width, y - title, y + height];
+                });
+                const lieOnEachOther = (one, other) =>
+                    one[1] < other[2] && other[1] < one[2] && one[3] < other[4] && other[3] < one[4];
+                return boxes.flatMap((one, number) => boxes.slice(number + 1)
+                    .filter(other => lieOnEachOther(one, other)).map(other => `${one[0]} / ${other[0]}`));
+            }"""
+        )
+
     def set_widgets(self, class_type: str, **values: Any) -> None:
         """Set widgets of this pack's first node of a class, as if the user had typed the values."""
         self.page.evaluate(

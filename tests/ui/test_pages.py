@@ -44,6 +44,9 @@ def test_every_template_opens_with_nothing_missing(renderer: str, open_page: Ope
     for name in TEMPLATES:
         page.open_template(name)
         assert page.missing() == [], name
+        if renderer != "classic":
+            expect(page.page.locator("[data-node-id]").last).to_be_visible()
+        assert page.overlaps() == [], name
         kinds = {node["type"] for node in json.loads((REPO / "workflows" / f"{name}.json").read_text())["nodes"]}
         assert set(page.page.evaluate("() => app.graph.nodes.map(n => n.type)")) == kinds
 
