@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
+from tests.support.browser_page import ComfyPage
 from tests.support.comfyui_server import PackServer
 from tools.comfyui import REPO
 from trainer_core.pictures.grid import GridRow
@@ -198,11 +201,19 @@ def test_of_a_run_that_validates_its_average_alone_there_is_a_curve(runs_dir: Pa
 NO_ANSWER = {"status": 200, "content_type": "application/json", "body": "no JSON"}  # the console logs error statuses
 
 
+@contextmanager
+def without_answers(page: ComfyPage, address: str) -> Iterator[None]:
+    """The page gets no usable answer from this address until the block ends."""
+    page.page.route(address, lambda route: route.fulfill(**NO_ANSWER))
+    yield
+    page.page.unroute(address)
+
+
 def test_a_run_that_could_not_be_loaded_is_asked_for_again(told: str, open_page: OpenPage):
     page = open_page()
-    page.page.route("**/qwen_edit_trainer/runs/*/curve*", lambda route: route.fulfill(**NO_ANSWER), times=1)
-    page.open_panel(told)
-    expect(page.panel.get_by_role("alert")).to_contain_text("Retrying")
+    with without_answers(page, "**/qwen_edit_trainer/runs/*/curve*"):
+        page.open_panel(told)
+        expect(page.panel.get_by_role("alert")).to_contain_text("Retrying")
     page.wait_for_points(page.panel, 40)
     expect(page.panel.get_by_role("alert")).to_be_hidden()
     expect(page.panel.locator(".qet-stack")).to_be_visible()
@@ -218,9 +229,9 @@ def test_a_run_on_the_node_is_asked_for_again(told: str, open_page: OpenPage):
 
 def test_a_list_of_runs_that_did_not_come(told: str, open_page: OpenPage):
     page = open_page()
-    page.page.route("**/qwen_edit_trainer/runs", lambda route: route.fulfill(**NO_ANSWER), times=1)
-    page.open_panel()
-    expect(page.panel.get_by_role("alert")).to_contain_text("Retrying")
+    with without_answers(page, "**/qwen_edit_trainer/runs"):
+        page.open_panel()
+        expect(page.panel.get_by_role("alert")).to_contain_text("Retrying")
     expect(page.panel.get_by_role("alert")).to_be_hidden()
     expect(page.panel.get_by_text(told, exact=True)).to_be_visible()
 
