@@ -195,12 +195,13 @@ def test_changes_are_computed_and_only_the_halving_are_called_that(network: Netw
     one = dataclasses.replace(WORK, training=SIZES[:1])
     speed = measured_speed(config, network, one, 1.2)
     text = time_in_words(config, network, one, speed)
-    assert re.search(r"Half the time: resolution 768 \(\d+ min\) or gradient_accumulation_steps 1 \(20 min\)\.$", text)
+    smaller_pictures = r"resolution 768 with match_target_res \(\d+ min\)"
+    assert re.search(rf"Half the time: {smaller_pictures} or gradient_accumulation_steps 1 \(20 min\)\.$", text)
     smaller = 4608 + TEXT
     expected = (
         40 * training_operations(WIDTH, smaller, BLOCKS, BLOCKS) / training_operations(WIDTH, 8422, BLOCKS, BLOCKS)
     )
-    assert seconds_of(text.split("768 (")[1].split(")")[0]) == pytest.approx(60 * expected, abs=31)
+    assert seconds_of(text.split("match_target_res (")[1].split(")")[0]) == pytest.approx(60 * expected, abs=31)
     single = dataclasses.replace(config, batching=BatchingConfig(gradient_accumulation_steps=1))
     at_512 = pair_size(SMALL, [SMALL], TEXT)
     low = Workload(train=at_512, batch=1, training=(Passes(2048, TEXT, 1),))

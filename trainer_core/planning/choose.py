@@ -17,7 +17,7 @@ from ..geometry import scaled_size
 from .duration import Speed, training_seconds
 from .network import NetworkSize
 from .plan import GIB, MemoryPlan, plan_memory
-from .workload import PairSize, Workload
+from .workload import PairSize, Workload, resolution_in_words
 
 # A card whose copies are slow compared with its arithmetic: 100 TFLOP/s with PCIe 4.0 x8. Copies that computation hides
 # on this card are also hidden on others.
@@ -149,7 +149,7 @@ def smaller_trainings(plan: MemoryPlan) -> Iterator[tuple[str, Training]]:
     for precision in _smaller_precisions(plan):
         yield f"base_model_precision {precision}", _in_precision(training, precision)
     for side in _smaller_sides(plan):
-        yield f"resolution {side}", _at_resolution(training, side)
+        yield resolution_in_words(side, plan.work), _at_resolution(training, side)
 
 
 def _much_smaller_trainings(plan: MemoryPlan) -> Iterator[tuple[str, Training]]:
@@ -161,7 +161,7 @@ def _much_smaller_trainings(plan: MemoryPlan) -> Iterator[tuple[str, Training]]:
         if single:
             yield words, smaller
         for side in _smaller_sides(plan):
-            yield f"{words} and resolution {side}", _at_resolution(smaller, side)
+            yield f"{words} and {resolution_in_words(side, plan.work)}", _at_resolution(smaller, side)
 
 
 def _smaller_precisions(plan: MemoryPlan) -> tuple[BaseModelPrecision, ...]:
@@ -203,7 +203,7 @@ def _in_precision(training: Training, precision: BaseModelPrecision) -> Training
 
 
 def _at_resolution(training: Training, side: int) -> Training:
-    """The run at another resolution. References shrink by the same factor as targets."""
+    """The run at another resolution. References shrink by the same factor as targets, or more."""
     config, network, work = training
     validation = None if work.validation is None else _resized(work.validation, side)
     return config, network, dataclasses.replace(work, train=_resized(work.train, side), validation=validation)

@@ -17,7 +17,7 @@ from ..text import counted
 from ..training.rollout import rollout_probability
 from ..training.validation_work import Passes, validation_work
 from .network import NetworkSize
-from .workload import Workload, picture_tokens
+from .workload import Workload, picture_tokens, resolution_in_words
 
 # Fitted to steps in int8 and NF4 on an H200, at 512 and 1024 pixels with one reference. Uncompiled, then compiled:
 _EFFICIENCY = (0.53, 0.69)  # fraction of the device's measured speed that a step reaches
@@ -308,7 +308,7 @@ def _changes(config: TrainConfig, network: NetworkSize, work: Workload, speed: S
         yield "match_target_res on", (config, network, _scaled(work, matched / pair.image_tokens), speed)
     pixels = pair.target.width * pair.target.height
     if side := next((side for side in _SIDES if side**2 < 0.9 * pixels), 0):
-        yield f"resolution {side}", (config, network, _scaled(work, side**2 / pixels), speed)
+        yield resolution_in_words(side, work), (config, network, _scaled(work, side**2 / pixels), speed)
     if (count := config.batching.gradient_accumulation_steps) > 1:
         batching = dataclasses.replace(config.batching, gradient_accumulation_steps=count // 2)
         yield (

@@ -114,6 +114,11 @@ def workload_of_encoded(
     )
 
 
+def resolution_in_words(side: int, work: Workload) -> str:
+    """A lower resolution as advice. Without match_target_res the references would stay at about a megapixel."""
+    return f"resolution {side}{' with match_target_res' if work.train.references else ''}"
+
+
 def pictures_in_prompt(plan: PairPlan, letters: int = 0) -> int:
     """Prompt tokens of the pictures. A prompt with a caption of so many characters has more."""
     _ = letters

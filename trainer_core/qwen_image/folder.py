@@ -107,7 +107,7 @@ def config_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except TrainerError:
+    except (TrainerError, ImportError):  # a package that is missing or too old is explained elsewhere
         raise
     except Exception as error:
         raise ModelFileError(f"{shown(path)} has wrong values ({reason_of(error)}). Download it again.") from error
