@@ -101,12 +101,12 @@ class _Written:
 def kind_of(operation: str, place: str) -> str:
     """What an operation on a path below the root has in common with others.
 
-    Files that get their name by renaming are all written in the same way, so openings and writes of their temporary
-    files count by suffix. Each other operation changes what a reader sees, so it counts for each place, steps included.
-    Only places in the cache, whose names are digests, count together.
+    Files that get their name by renaming are all written in the same way, so openings, writes and removals of their
+    temporary files count by suffix. Each other operation changes what a reader sees, so it counts for each place, steps
+    included. Only entries of the cache, whose names are digests, and the folders that hold them count together.
     """
     parts = [_final_name(part) if part.startswith(".") else part for part in Path(place).parts]
-    if operation in ("open", "write") and parts != list(Path(place).parts):
+    if operation in ("open", "write", "remove") and parts != list(Path(place).parts):
         return f"{operation} a temporary {Path(parts[-1]).suffix}"
     name = "/".join(parts)
     for pattern, same in _SAME_PLACES:
@@ -117,6 +117,7 @@ def kind_of(operation: str, place: str) -> str:
 _SAME_PLACES = (
     (r"[0-9a-f]{32}[0-9a-f-]*", "#"),
     (r"tfevents.*", "tfevents"),
+    (r"^cache/(latents|prompt|picture|datasets|checked|conditioning_image_embeds(/\w+)?)$", "cache/folder"),
     (r"^cache/(latents|prompt|picture|conditioning_image_embeds/\w+)/\w\w\b", "cache/entry/#"),
     (r"/0-[\w-]+\.png", "/0-picture.png"),
 )
