@@ -173,7 +173,9 @@ def test_what_changes_is_said():
     assert "adamw with this trainer's defaults" in line(imported, "optimizer:")
     assert "each element" in line(imported, "max_grad_norm:")
     assert "3 x pairs" in line(imported, "num_train_epochs:")
-    assert "learning_rate 0.0001 (SimpleTuner's 4e-7)" in line(imported, "Not in your files")
+    defaults = line(imported, "Not in your files")
+    assert "learning_rate 0.0001 (SimpleTuner's 4e-7)" in defaults and "seed 0 (SimpleTuner's is random)" in defaults
+    assert "seed" not in line(read({"seed": 7}), "Not in your files")
     assert "'match_target_res'" in line(read({"model_kwargs": {"match_target_rez": True}}), "model_kwargs.match")
     assert "Qwen/Qwen-Image-Edit" in line(imported, "pretrained_model_name_or_path:")
 

@@ -162,7 +162,7 @@ def convert(settings: object, datasets: object, *, base: str = "", root: Path, c
 
 def _defaults_to_report(section: Section, values: Mapping[str, Any], job: JobConfig) -> list[str]:
     """A line on the settings that are not in the files and have another default than in SimpleTuner."""
-    listed: list[str] = []
+    listed = [] if "seed" in section else [f"seed {job.seed} (SimpleTuner's is random)"]
     for dotted, theirs in _THEIR_DEFAULTS.items():
         group, name = dotted.split(".")
         if name not in values.get(group, {}) and _NAMED_OTHERWISE.get(name, name) not in section:
