@@ -95,7 +95,7 @@ class Runner:
 
     def __init__(self, module: Any, case: dict[str, Any], *, small: bool = False) -> None:
         self.small = small
-        self.node = module("nodes.encode").EncodePairs
+        self.node = module("nodes.encode").EncodePairs.PREPARE_CLASS_CLONE({})  # as ComfyUI calls a node
         config, pairing = module("trainer_core.config"), module("trainer_core.data.pairing")
         folders = {
             "target_dir": case["target_dir"],
