@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Link = tuple[str, int]
 """The id of a node, and the number of one of its outputs."""
 
+REFUSED_MESSAGE = "qwen_edit_trainer.refused"
 _TRAIN, _MIX = "QwenEdit_TrainLora", "QwenEdit_MixPairs"
 _LATER = ("model", "encoded", "validation_encoded")  # inputs of a training that are known when its pairs are encoded
 _FROM_WIDGETS = {
@@ -47,9 +48,13 @@ class _UnknownError(Exception):
     """The value of an input is not known yet, or ComfyUI refuses it."""
 
 
-def note_problems(prompt: Any) -> None:
-    """Check the settings of each training in a queued prompt, for `TrainLora.validate_inputs`."""
+def note_problems(request: Mapping[str, Any]) -> None:
+    """Check the settings of each training in a queued prompt, for `TrainLora.validate_inputs`.
+
+    Also tells the page that sent the request: ComfyUI's page only draws a red frame if other outputs can run.
+    """
     found: dict[str, str] = {}
+    prompt = request.get("prompt")
     for node_id, kind, inputs in entries(prompt):
         if kind != _TRAIN:
             continue
@@ -60,6 +65,10 @@ def note_problems(prompt: Any) -> None:
         except _UnknownError:
             continue
     PROBLEMS.set(found)
+    client, asked_for = request.get("client_id"), request.get("partial_execution_targets")
+    told = [text for node_id, text in found.items() if not isinstance(asked_for, list) or node_id in asked_for]
+    if told and isinstance(client, str):
+        host_server.send_message(REFUSED_MESSAGE, {"problems": told}, client)
 
 
 def check_trainings(

@@ -63,7 +63,7 @@ def _by_id() -> dict[str, type[io.ComfyNode]]:
 
 
 routes.register_routes()
-host_server.before_validation(lambda prompt: raw_values.refuse_wrong_types(prompt, _by_id()))
+host_server.before_validation(lambda request: raw_values.refuse_wrong_types(request.get("prompt"), _by_id()))
 host_server.before_validation(ahead.note_problems)
 
 

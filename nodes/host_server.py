@@ -13,11 +13,11 @@ def server() -> PromptServer | None:
     return getattr(PromptServer, "instance", None)
 
 
-def send_message(event: str, values: dict[str, Any]) -> None:
-    """Send a message to every open page. Callable from any thread."""
+def send_message(event: str, values: dict[str, Any], client_id: str | None = None) -> None:
+    """Send a message to the page with this id, or to every open page. Callable from any thread."""
     instance = server()
     if instance is not None:
-        instance.send_sync(event, values, None)
+        instance.send_sync(event, values, client_id)
 
 
 def executing_node() -> str | None:
@@ -35,8 +35,8 @@ def is_asked_for(node_id: str) -> bool:
     return not outputs or any(node_id in each for each in outputs)
 
 
-def before_validation(look: Callable[[Any], None]) -> None:
-    """Let `look` see and change each prompt that is queued over HTTP, before ComfyUI validates it.
+def before_validation(look: Callable[[dict[str, Any]], None]) -> None:
+    """Let `look` see and change the body of each request that queues a prompt, before ComfyUI validates the prompt.
 
     ComfyUI logs what it raises, and goes on.
     """
@@ -46,7 +46,7 @@ def before_validation(look: Callable[[Any], None]) -> None:
 
     def handler(request: Any) -> Any:
         if isinstance(request, dict):
-            look(request.get("prompt"))
+            look(request)
         return request
 
     instance.add_on_prompt_handler(handler)

@@ -195,7 +195,7 @@ export async function refreshLists(app) {
  * @param {string} [detail]
  */
 export function toast(app, severity, summary, detail = "") {
-  app.extensionManager?.toast?.add?.({ severity, summary, detail, life: 5000 });
+  app.extensionManager?.toast?.add?.({ severity, summary, detail, life: severity === "error" ? 20000 : 5000 });
 }
 
 /** Show the side panel if it is hidden. @param {any} app @param {string} id */
