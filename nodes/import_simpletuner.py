@@ -131,7 +131,9 @@ def _outputs() -> list[io.Output]:
         ),
         new_output(io.Int, "max_train_steps", "For Train Qwen Edit LoRA."),
         new_output(io.Int, "seed", "For Train Qwen Edit LoRA."),
-        new_output(io.String, "report", "How each key was converted. What is unknown or left out by mistake comes first."),
+        new_output(
+            io.String, "report", "How each key was converted. What is unknown or left out by mistake comes first."
+        ),
     ]
 
 

@@ -22,6 +22,7 @@ T = TypeVar("T", bound=np.generic)
 UNEDITED = 8.0  # differences below this many 8-bit steps count as noise or compression, not as an edit
 _STEPS = 12  # of Gauss-Newton at each size, at most
 _LINEAR_STEPS = 3
+_SMALL_STEP = 5e-3  # pixels; the last step
 _SAMPLED = 24  # rows and columns of a plane that give its median
 _LEAST_SIDE = 48  # pixels of the smallest pictures that are compared
 _FARTHEST = 20.0  # residuals above this many 8-bit steps count as an edit
@@ -122,6 +123,8 @@ def estimate(target: Pixels, reference: Pixels) -> tuple[Alignment, float]:
         left, _ = _residual(some - np.tensordot(found.astype(np.float32), slope, 1), there)
         step, error = _step(slope, left, there)
         found += step
+        if np.abs(step).max() < _SMALL_STEP:
+            break
     left, colour = _residual(residual - np.tensordot(found.astype(np.float32), slopes, 1), inside)
     return judged(left, inside, colour, inside, error, shift=found[:2], zoom=1 + found[2] / half), error
 
@@ -175,11 +178,17 @@ def _residual(difference: Pixels, inside: Where) -> tuple[Pixels, Pixels]:
     The offset is the median where the pictures nearly agree. A sample of the pixels gives it.
     """
     some, there = _sample(difference), _sample(inside)
-    colour = np.median(some[:, there], axis=1) if there.any() else np.zeros(3, np.float32)
+    colour = _middle(some[:, there]) if there.any() else np.zeros(3, np.float32)
     near = there & (_largest(some - colour[:, None, None]) < _FARTHEST)
     if near.any():
-        colour = np.median(some[:, near], axis=1)
+        colour = _middle(some[:, near])
     return difference - colour[:, None, None], colour
+
+
+def _middle(values: NDArray[T]) -> NDArray[T]:
+    """The median of the last axis, the upper one of two. Several times faster than numpy's for so few values."""
+    half = values.shape[-1] // 2
+    return np.partition(values, half, axis=-1)[..., half]
 
 
 def _sample(planes: NDArray[T]) -> NDArray[T]:
@@ -229,7 +238,7 @@ def _slopes(planes: Pixels) -> tuple[Pixels, float]:
 def _step(slopes: Pixels, residual: Pixels, inside: Where) -> tuple[NDArray[np.float64], float]:
     """A Gauss-Newton step (right, down, zoom in pixels of the farthest side), and the standard error of the shift."""
     there = _sample(residual)[:, _sample(inside)]
-    typical = float(np.median(np.abs(there))) if there.size else 0.0  # a narrow region may hold no sampled pixel
+    typical = float(_middle(np.abs(there).ravel())) if there.size else 0.0  # a narrow region may hold no sampled pixel
     scale = min(max(2.0, 1.5 * typical), _FARTHEST / 2)
     weight = inside / (1 + (residual / scale) ** 2) ** 2
     weighted = (slopes * weight).reshape(3, -1)
@@ -249,6 +258,6 @@ def _refine(level: _Level, state: _State) -> float:
         step, error = _step(slopes, _residual(level.target - aligned, inside)[0], inside)
         state.shift = state.shift + step[:2]
         state.zoom += float(step[2]) / half
-        if np.abs(step).max() < 5e-3:
+        if np.abs(step).max() < _SMALL_STEP:
             break
     return error
