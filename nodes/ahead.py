@@ -28,20 +28,7 @@ Link = tuple[str, int]
 REFUSED_MESSAGE = "qwen_edit_trainer.refused"
 _TRAIN, _MIX = "QwenEdit_TrainLora", "QwenEdit_MixPairs"
 _LATER = ("model", "encoded", "validation_encoded")  # inputs of a training that are known when its pairs are encoded
-_FROM_WIDGETS = {
-    f"QwenEdit_{node.__name__}": node
-    for node in (
-        settings.LoraSettings,
-        settings.OptimizerSettings,
-        settings.TrainingSettings,
-        settings.RolloutSettings,
-        settings.ValidationSettings,
-        settings.MemorySettings,
-        settings.EmaSettings,
-        model.LoadModel,
-        model.LoadModelFiles,
-    )
-}
+_FROM_WIDGETS = {f"QwenEdit_{node.__name__}": node for node in (*settings.NODES, model.LoadModel, model.LoadModelFiles)}
 
 
 class _UnknownError(Exception):

@@ -269,3 +269,14 @@ class EmaSettings(Node):
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """Outputs an EmaConfig."""
         return io.NodeOutput(EmaConfig(**widgets))
+
+
+NODES: tuple[type[Node], ...] = (
+    LoraSettings,
+    OptimizerSettings,
+    TrainingSettings,
+    RolloutSettings,
+    ValidationSettings,
+    MemorySettings,
+    EmaSettings,
+)

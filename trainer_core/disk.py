@@ -37,6 +37,8 @@ _IN_WORDS = {
         "{place} can't be read or written, because the disk reports an error. Check the disk and its connection, and "
         "copy what matters to another disk.",
     ),
+    errno.ENOENT: "{place} is missing. It or its folder was moved or deleted while it was in use. Put it back, then "
+    "run again. What was finished before is kept.",
     errno.ENOTDIR: "{place} can't be used, because one of the folders in its path is a file. Move that file away, or "
     "choose another folder.",
     errno.EISDIR: "{place} is a folder, but a file is needed there. Move it away.",
@@ -52,12 +54,13 @@ def disk_errors(place: Path | None = None, needed: int = 0) -> Iterator[None]:
     `needed` is the size of `place` in bytes, if it is known.
 
     Raises:
-        DiskError: the disk is full, read-only or failing, access is denied, or a name is too long.
+        DiskError: the disk is full, read-only or failing, access is denied, a file is missing, or a name is too long.
     """
     try:
         yield
     except OSError as error:
-        if isinstance(error, TrainerError) or error.errno not in _IN_WORDS:
+        is_unnamed = error.errno == errno.ENOENT and error.filename is None  # any file may be missing, not only `place`
+        if isinstance(error, TrainerError) or error.errno not in _IN_WORDS or is_unnamed:
             raise
         named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place
         if place is None or (named is not None and named.parent != place.parent):

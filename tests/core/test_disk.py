@@ -87,6 +87,11 @@ def test_a_file_in_the_place_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptu
     assert "[Errno" not in caplog.text
 
 
+def test_a_file_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match=r"gone\.txt is missing\. It or its folder was"), disk_errors():
+        (tmp_path / "gone.txt").read_bytes()
+
+
 def test_sizes() -> None:
     assert [size_in_words(each) for each in (0, 999, 1000, 2.5e6, 1.25e9)] == [
         *("0 bytes", "999 bytes", "1.0 kB", "2.5 MB", "1.2 GB"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -141,11 +142,8 @@ def _check_writable(folder: Path) -> None:
                 "the file away.",
                 errno.ENOTDIR,
             )
-    try:
-        with disk_errors():
-            folder.lstat()  # refuses a name that is too long
-    except FileNotFoundError:
-        pass  # it is created when it is written to
+    with disk_errors(), suppress(FileNotFoundError):  # it is created when it is written to
+        folder.lstat()  # refuses a name that is too long
     if not os.access(there, os.W_OK):
         raise DiskError(
             f"The folder {folder} can't be written to: {there} is read-only for this user. Choose another folder, or "
