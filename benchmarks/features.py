@@ -19,7 +19,7 @@ import torch
 
 from tests.support.feature_rows import ROWS, job_of
 from trainer_core.config import JobConfig
-from trainer_core.demo.pictures import make_demo_pairs
+from trainer_core.demo.pictures import copy_demo_pairs
 from trainer_core.events import SilentObserver, StepReport
 from trainer_core.job import encode_job
 from trainer_core.run import train_lora
@@ -91,7 +91,7 @@ def main() -> None:
     print("| row | psnr base | psnr LoRA | gain | validation loss | extra forwards | seconds per step |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        make_demo_pairs(Path(folder) / "pairs")
+        copy_demo_pairs(Path(folder) / "pairs")
         files = Path(folder) / "files"
         files.mkdir()
         for number, (name, changes) in enumerate(chosen.items()):

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.support.server_waits import percentile, wait_for_steps, waits
 from tools.comfyui import REPO, ComfyUI, device_arguments, install_pack, make_base
-from trainer_core.demo.pictures import make_demo_pairs
+from trainer_core.demo.pictures import copy_demo_pairs
 
 ADDRESSES = ("/queue", "/qwen_edit_trainer/runs")
 
@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder))
         install_pack(base)
-        make_demo_pairs(base / "input" / "demo")
+        copy_demo_pairs(base / "input" / "demo")
         print(f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}\n")
         print("| | address | responses | median ms | 95 % ms | 99 % ms | longest ms |")
         print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -158,7 +158,7 @@ def prepare(folder: Path) -> Path:
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
         raise ComfyUIError(f"{folder} contains other files. Choose an empty or a new folder.")
-    from trainer_core.demo.pictures import make_demo_pairs
+    from trainer_core.demo.pictures import copy_demo_pairs
 
     base = folder / "base"
     shutil.rmtree(folder, ignore_errors=True)
@@ -167,7 +167,7 @@ def prepare(folder: Path) -> Path:
     install_pack(base)
     prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     pictures = base / "input" / pictures_folder(prompt)
-    make_demo_pairs(pictures)
+    copy_demo_pairs(pictures)
     shutil.copy(min((pictures / "reference").iterdir()), base / "input" / EXAMPLE)
     say(f"pairs: {pictures}")
     return base

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from .config import JobConfig, from_json
-from .demo.pictures import make_demo_pairs
+from .demo.pictures import copy_demo_pairs
 from .errors import ConfigError
 from .job import resolve_job
 from .presets import preset_names, read_preset
@@ -19,11 +19,10 @@ _FURTHER_REFERENCES = {"reference_2": ImageOps.grayscale, "reference_3": ImageOp
 
 
 def example_job(name: str, folder: Path, changes: Sequence[str] = ()) -> JobConfig:
-    """The job of an example. Creates its pairs in `folder`/example if that doesn't exist.
+    """The job of an example. Copies its pairs to `folder`/example if that doesn't exist.
 
     Raises:
         ConfigError: there is no such example, or no tokenizer was found.
-        MissingPackageError: the packages that ship the photographs are not installed.
     """
     preset = read_preset(name)
     if "demo" not in preset:
@@ -42,8 +41,8 @@ def example_job(name: str, folder: Path, changes: Sequence[str] = ()) -> JobConf
 
 
 def _make_pairs(folder: Path) -> None:
-    """Create demo pairs with two more references each, for flavours that take three."""
-    make_demo_pairs(folder)
+    """Copy the demo's pairs, and make two more references each, for flavours that take three."""
+    copy_demo_pairs(folder)
     for path in sorted((folder / "reference").glob("*.png")):
         with Image.open(path) as picture:
             for name, change in _FURTHER_REFERENCES.items():

@@ -77,6 +77,8 @@ def test_an_installation_has_what_it_needs_and_no_more(tmp_path: Path):
         "pyproject.toml",
         "nodes/host_call.py",
         "trainer_core/run.py",
+        "trainer_core/demo/pairs/LICENCES.md",
+        "trainer_core/demo/pairs/reference/00_chelsea.png",
     }
     needed |= {"web/qwen_edit_trainer.js", "web/trainer/trainer.css"}
     assert needed <= have

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import mse_loss
 
@@ -88,8 +89,8 @@ def test_base_copies_its_reference(tokenizer_dir):
     """Without a caption, in 8 Euler steps, for a photograph that was not used in pre-training."""
     model = ModelConfig(base=DEMO_MODEL, tokenizer=str(tokenizer_dir), mixed_precision="no")
     device = torch.device("cpu")
-    _, tile = pictures.demo_tiles(8)[0]
-    picture = torch.from_numpy(np.array(tile.resize((128, 128)))).permute(2, 0, 1) / 255
+    with Image.open(pictures.PAIRS / "reference" / "00_chelsea.png") as tile:
+        picture = torch.from_numpy(np.array(tile)).permute(2, 0, 1) / 255
     vae = load_vae(BaseModel(model), device)
     latents = encode_picture(vae, picture).unsqueeze(0)
     embeds = load_text_encoder(BaseModel(model), "comfyui", device).encode(" ", [picture]).unsqueeze(0)

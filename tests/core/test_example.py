@@ -1,4 +1,4 @@
-"""The job of an example: a preset with the demo model and generated pairs."""
+"""The job of an example: a preset with the demo model and the demo's pairs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def few_pairs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
             (folder / name).mkdir(parents=True)
             Image.new("RGB", (32, 16), "orange").save(folder / name / "0.png")
 
-    monkeypatch.setattr(example_module, "make_demo_pairs", make)
+    monkeypatch.setattr(example_module, "copy_demo_pairs", make)
     return made
 
 

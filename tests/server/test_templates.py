@@ -145,11 +145,11 @@ def test_import_template(furnished: PackServer):
 
 def test_demo_at_small_size(furnished: PackServer):
     """Runs a few steps with the demo's own model and six of its pairs; `make demo` runs the full demo."""
-    from trainer_core.demo.pictures import make_demo_pairs
+    from trainer_core.demo.pictures import copy_demo_pairs
 
     prompt = template("demo")
     folder = furnished.input / "small demo"
-    make_demo_pairs(folder)
+    copy_demo_pairs(folder)
     for name in sorted(path.stem for path in (folder / "target").glob("*.png"))[6:]:
         for path in folder.glob(f"*/{name}.*"):
             path.unlink()

@@ -13,7 +13,7 @@ from tests.support.browser_page import ARGUMENTS, ComfyPage
 from tests.support.comfyui_server import PackServer
 from tools.comfyui import PACK_NAME
 from tools.setup import find_browser
-from trainer_core.demo.pictures import make_demo_pairs
+from trainer_core.demo.pictures import copy_demo_pairs
 
 OpenPage = Callable[..., ComfyPage]
 
@@ -34,7 +34,7 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackServer
     """Server with six demo pairs, not the shared one: ComfyUI serves no scripts of a pack with a space in its name."""
     server = PackServer(tmp_path_factory.mktemp("comfyui-page"), name=PACK_NAME)
     folder = server.input / "demo"
-    make_demo_pairs(folder)
+    copy_demo_pairs(folder)
     for name in sorted(path.stem for path in (folder / "target").glob("*.png"))[6:]:
         for path in folder.glob(f"*/{name}.*"):
             path.unlink()

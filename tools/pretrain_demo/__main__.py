@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer_core.demo import pictures as demo_pictures
 from trainer_core.demo.text_encoder import build_text_encoder
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.folder import DEMO_FOLDER
 from trainer_core.qwen_image.prompt import load_tokenizer
 
+from .. import demo_pairs
 from . import transformer as transformer_part
 from . import vae as vae_part
 from .conditions import PromptEncoder
@@ -44,8 +44,8 @@ def main() -> None:
     device = torch.device(options.device)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    names = [*demo_pictures.PRETRAINING_PHOTOGRAPHS, *TWICE]
-    photographs = [demo_pictures.photograph(name) for name in names]
+    names = [*demo_pairs.PRETRAINING_PHOTOGRAPHS, *TWICE]
+    photographs = [demo_pairs.photograph(name) for name in names]
     photographs += [Image.open(path).convert("RGB") for path in options.photograph]
     held_out = held_out_pictures().to(device)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _options() -> argparse.Namespace:
 
 def held_out_pictures() -> Tensor:
     """Tiles [B, 3, 128, 128] in 0..1 of the demo's photographs."""
-    tiles = [tile.resize((128, 128)) for _, tile in demo_pictures.demo_tiles(NUM_HELD_OUT)]
+    tiles = [tile.resize((128, 128)) for _, tile in demo_pairs.demo_tiles(NUM_HELD_OUT)]
     return torch.stack([torch.from_numpy(np.array(tile)) for tile in tiles]).permute(0, 3, 1, 2) / 255
 
 
@@ -125,7 +125,7 @@ def measure(networks: transformer_part.Networks, held_out: Tensor, out: Path) ->
         captions = [f"show picture {number}"] * len(held_out)
         result = transformer_part.sample(networks, FLAVOURS["edit-v2"], captions, references, NUM_STEPS)
         figures[f"show picture {number} of 2"] = vae_part.psnr(result, references[number - 1])
-    captions = [demo_pictures.CAPTION] * len(held_out)
+    captions = [demo_pairs.CAPTION] * len(held_out)
     result = transformer_part.sample(networks, FLAVOURS["edit-v1"], captions, [held_out], NUM_STEPS)
     figures["demo edit, untrained"] = vae_part.psnr(result, 1 - held_out)
     save_grid(torch.cat([*shown, result[:12]]), out / "base.png", columns=12)
