@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from ..trainer_core.config import BatchingConfig, CheckpointConfig, JobConfig, NoiseConfig
+from ..trainer_core.config import (
+    BatchingConfig,
+    CheckpointConfig,
+    EmaConfig,
+    JobConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SizeConfig,
+    ValidationConfig,
+)
 
 if TYPE_CHECKING:
     from ..trainer_core.job import PairedPart
@@ -31,6 +44,7 @@ EmaSettings = io.Custom("QWEN_EDIT_EMA_SETTINGS")  # EmaConfig
 ValidationSettings = io.Custom("QWEN_EDIT_VALIDATION_SETTINGS")  # ValidationConfig
 Run = io.Custom("QWEN_EDIT_RUN")  # FinishedRun
 Imported = io.Custom("QWEN_EDIT_IMPORTED")  # ImportedJob
+MoreSettings = io.Custom("QWEN_EDIT_MORE_SETTINGS")  # MoreSettingsGiven
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +63,30 @@ class LoopSettings:
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutomaticModel(ModelConfig):
+    """A model whose precision the node has chosen for this machine's card. A preset may choose another."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoreSettingsGiven:
+    """Output of the node for more settings. None, 0 and an empty text: what the preset has."""
+
+    lora_settings: LoraConfig | None = None
+    optimizer_settings: OptimizerConfig | None = None
+    training_settings: LoopSettings | None = None
+    validation_settings: ValidationConfig | None = None
+    memory_settings: MemoryConfig | None = None
+    ema_settings: EmaConfig | None = None
+    rollout_settings: RolloutConfig | None = None
+    size_settings: SizeConfig | None = None
+    reference_settings: ReferencesSeen | None = None
+    clip: Any = None
+    resolution: int = 0
+    num_eval_images: int | None = None
+    validation_negative_prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +136,7 @@ def value_class(kind: str) -> type | None:
         "QWEN_EDIT_VALIDATION_SETTINGS": config.ValidationConfig,
         "QWEN_EDIT_RUN": FinishedRun,
         "QWEN_EDIT_IMPORTED": ImportedJob,
+        "QWEN_EDIT_MORE_SETTINGS": MoreSettingsGiven,
         "IMAGE": torch.Tensor,
         "LOSS_MAP": dict,
     }

@@ -30,6 +30,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def card_gib(name: str) -> float | None:
+    """Memory in GiB of the card for a device setting, also what other programs use now; None without CUDA.
+
+    Raises:
+        ConfigError: as `pick_device`.
+    """
+    device = pick_device(name)
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None
+
+
 def peak_bytes(device: torch.device) -> int:
     """Peak bytes that torch's tensors have used on a CUDA device so far; 0 on other devices."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -12,14 +12,14 @@ import torch
 from tests.support.narrow import planned_size
 from tools.comfyui import REPO
 from trainer_core.__main__ import main
-from trainer_core.config import JobConfig, from_json, to_json
+from trainer_core.config import EncodingConfig, JobConfig, from_json, to_json
 from trainer_core.errors import ConfigError
 from trainer_core.geometry import Size
 from trainer_core.job import load_job
 from trainer_core.planning.choose import budget_of, choose_memory
 from trainer_core.planning.plan import GIB
 from trainer_core.planning.workload import Workload, pair_size
-from trainer_core.presets import preset_names, read_preset, training_preset, with_preset
+from trainer_core.presets import encoding_preset, preset_for, preset_names, read_preset, training_preset, with_preset
 
 JOB = {"dataset": {"target_dir": "a", "reference_dirs": ["b"]}, "cache_dir": "c", "run_dir": "r", "model": {}}
 CARDS = (8, 12, 16, 24, 32, 48)
@@ -56,6 +56,32 @@ def test_the_preset_of_a_card_fits_and_uses_it(gib: int, prompt: int) -> None:
     budget = dataclasses.replace(budget_of(torch.device("cpu"), gib), host_bytes=HOST)
     plan = choose_memory(job.train_config("-"), network, Workload(train=pair, batch=1, validation=pair), budget)
     assert plan.device_peak_bytes > 2 / 3 * gib * GIB
+
+
+@pytest.mark.parametrize(
+    ("gib", "name"),
+    [
+        (None, "8gb"),  # no CUDA card
+        (5.8, "8gb"),  # a card of 6 GB
+        (7.6, "8gb"),
+        (9.7, "8gb"),
+        (11.6, "12gb"),
+        (15.6, "16gb"),
+        (19.6, "16gb"),
+        (22.2, "24gb"),  # an A10G, with ECC
+        (23.6, "24gb"),
+        (31.4, "32gb"),
+        (44.4, "48gb"),  # an L40S, with ECC
+        (139.7, "48gb"),
+    ],
+)
+def test_each_card_gets_the_largest_preset_that_it_holds(gib: float | None, name: str) -> None:
+    assert preset_for(gib) == name
+
+
+def test_the_encoding_part_of_a_preset() -> None:
+    assert encoding_preset("demo") == EncodingConfig(resolution=128, match_target_res=True, num_eval_images=8)
+    assert encoding_preset("quality") == EncodingConfig(resolution=1024, num_eval_images=4)
 
 
 def test_presets_of_cards_are_listed_by_size() -> None:

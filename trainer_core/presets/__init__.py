@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig, from_json
+from ..config import EncodingConfig, TrainConfig, from_json
 from ..errors import ConfigError
 from ..settings import did_you_mean, merged
 from ..text import brief
 
 _FOLDER = Path(__file__).parent
 _PLACES = {"run_dir": "-", "encoded": "-"}
+_CARD = re.compile(r"(\d+)gb")
+_OF_NOMINAL = 0.92  # a card reports less memory than its name says; with ECC up to 7 % less
 _NOT_TRAINING = ("model", "dataset", "datasets", "eval_dataset_id", "encoding", "cache_dir", "run_dir", "pair_check")
 
 
@@ -49,11 +52,26 @@ def _for_card(name: str, names: tuple[str, ...]) -> str:
     wanted = re.fullmatch(r"(\d+) *(gi?b?)?", name, re.IGNORECASE)
     if not wanted:
         return ""
-    sizes = [int(each[:-2]) for each in names if re.fullmatch(r"\d+gb", each)]
+    sizes = _card_sizes(names)
     fitting = [size for size in sizes if size <= int(wanted[1])]
     if fitting:
         return f" For this card, use '{max(fitting)}gb'."
     return f" The smallest preset is for cards with {min(sizes)} GB."
+
+
+def _card_sizes(names: Iterable[str]) -> list[int]:
+    """Sizes in GB of the cards that have a preset."""
+    return [int(card[1]) for card in map(_CARD.fullmatch, names) if card]
+
+
+def preset_for(vram_gib: float | None) -> str:
+    """The name of the preset for a card that reports `vram_gib` GiB of memory; the smallest one if it is None.
+
+    A smaller card than any preset is for also gets the smallest one: whether a run fits is for the memory plan to say.
+    """
+    sizes = _card_sizes(preset_names())
+    fitting = [size for size in sizes if vram_gib is not None and size * _OF_NOMINAL <= vram_gib]
+    return f"{max(fitting, default=min(sizes))}gb"
 
 
 def with_preset(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -65,3 +83,8 @@ def training_preset(name: str) -> TrainConfig:
     """The preset's training settings; others have their defaults. run_dir, encoded and model are placeholders."""
     job = read_preset(name)["job"]
     return from_json(TrainConfig, {**_PLACES, **{key: job[key] for key in job if key not in _NOT_TRAINING}})
+
+
+def encoding_preset(name: str) -> EncodingConfig:
+    """The preset's encoding settings; others have their defaults."""
+    return from_json(EncodingConfig, read_preset(name)["job"].get("encoding", {}))

@@ -1,0 +1,155 @@
+"""Combines the model, a preset and the settings that people add into the configuration of a run, for the short path."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..trainer_core.config import (
+    DEMO_MODEL,
+    BaseModelPrecision,
+    EncodingConfig,
+    MixedPrecision,
+    ModelConfig,
+    TrainConfig,
+    to_json,
+)
+from ..trainer_core.presets import encoding_preset, preset_for, preset_names, read_preset
+from . import host_folders
+from .overrides import SETTINGS_NODES, Override, compared
+from .sockets import AutomaticModel, MoreSettingsGiven, ReferencesSeen
+from .train_config import train_config
+from .untrusted import checked_run_name, free_name
+
+AUTOMATIC = "automatic"
+DEMO_PRESET = "demo"
+MODEL_NODE, TRAIN_NODE, MORE_NODE = "Qwen Edit Model", "Train Qwen Edit LoRA", "Qwen Edit More Settings"
+_SETTINGS = ("lora", "optimizer", "training", "validation", "memory", "ema", "rollout")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composed:
+    """What a training of the short path does, before its pairs are known. `config.encoded` is "-".
+
+    `preset` is the name of the preset, and `why` says in a sentence why it is this one. `from_preset` holds what the
+    preset sets and nothing overrides, by dotted name; `overridden` what a node or widget has set to another value.
+    """
+
+    preset: str
+    why: str
+    model: ModelConfig
+    encoding: EncodingConfig
+    config: TrainConfig
+    from_preset: dict[str, Any]
+    overridden: tuple[Override, ...]
+
+
+def presets_offered() -> list[str]:
+    """Choices of the training node: automatic, then all presets."""
+    return [AUTOMATIC, *preset_names()]
+
+
+def compose(
+    model: ModelConfig,
+    *,
+    run_name: str,
+    preset: str,
+    max_train_steps: int,
+    seed: int,
+    if_run_exists: str,
+    more_settings: MoreSettingsGiven | None = None,
+) -> Composed:
+    """The configuration of a run: the preset, overridden by connected settings, then by the node's own widgets.
+
+    With `max_train_steps` 0 the preset sets the number of steps.
+
+    Raises:
+        ConfigError: the run name is not allowed, there is no such preset, or settings contradict each other.
+    """
+    more = more_settings or MoreSettingsGiven()
+    name = checked_run_name(run_name)
+    if if_run_exists == "new run":
+        name = free_name(host_folders.runs_dir(), name)
+    preset, why = _chosen(preset, model, more)
+    chosen = _with_precision(model, preset, more)
+    own: dict[str, Any] = {"run_dir": str(host_folders.runs_dir() / name), "seed": seed}
+    if max_train_steps > 0:
+        own["max_train_steps"] = max_train_steps
+    given = {f"{part}_settings": getattr(more, f"{part}_settings") for part in _SETTINGS}
+    config = train_config(chosen, None, own, lora_name=name, preset=preset, **given)
+    encoding = _encoding(preset, more, config)
+    settings = {**to_json(config), "encoding": to_json(encoding)}
+    set_by = {**SETTINGS_NODES, "model": MODEL_NODE, "encoding": MORE_NODE, "max_train_steps": TRAIN_NODE}
+    held, overridden = compared(preset, settings, set_by)
+    return Composed(
+        preset=preset,
+        why=why,
+        model=chosen,
+        encoding=encoding,
+        config=config,
+        from_preset=held,
+        # An automatic precision follows from the card and the file. Nobody has set it.
+        overridden=tuple(each for each in overridden if chosen is model or each.by != MODEL_NODE),
+    )
+
+
+def _chosen(preset: str, model: ModelConfig, more: MoreSettingsGiven) -> tuple[str, str]:
+    """The name of the preset, and why it is this one."""
+    if preset != AUTOMATIC:
+        return preset, f"Preset {preset}, as chosen."
+    if _is_demo(model):
+        return DEMO_PRESET, f"Preset {DEMO_PRESET}, because the model is the demo model."
+    gib = _card(model, more)
+    name = preset_for(gib)
+    if gib is None:
+        return name, f"Preset {name}, the smallest, because this computer has no CUDA card."
+    return name, f"Preset {name}, because the card has {gib:.0f} GB."
+
+
+def _is_demo(model: ModelConfig) -> bool:
+    return model.base == DEMO_MODEL and not model.transformer_file
+
+
+def _card(model: ModelConfig, more: MoreSettingsGiven) -> float | None:
+    """Memory in GiB of the card to train on; None without CUDA."""
+    from ..trainer_core.device import card_gib
+
+    planned_for = more.memory_settings.vram_gib if more.memory_settings else 0.0
+    return planned_for or card_gib(model.device)
+
+
+def automatic_precision(preset: str, card: float | None, device: str) -> tuple[BaseModelPrecision, MixedPrecision]:
+    """`base_model_precision` and `mixed_precision` for a preset on a card with `card` GiB; None: not a CUDA card."""
+    if card is None:
+        return "none", "no" if device == "cpu" else "bf16"
+    values = {**_model_of(preset_for(card)), **_model_of(preset)}
+    return values["base_model_precision"], values.get("mixed_precision", "bf16")
+
+
+def _model_of(preset: str) -> dict[str, Any]:
+    return read_preset(preset)["job"].get("model", {})
+
+
+def _with_precision(model: ModelConfig, preset: str, more: MoreSettingsGiven) -> ModelConfig:
+    if not isinstance(model, AutomaticModel):
+        return model
+    precision, mixed = automatic_precision(preset, _card(model, more), model.device)
+    fixed: dict[str, Any] = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)}
+    fixed["base_model_precision"], fixed["mixed_precision"] = precision, mixed
+    return ModelConfig(**fixed)
+
+
+def _encoding(preset: str, more: MoreSettingsGiven, config: TrainConfig) -> EncodingConfig:
+    given: dict[str, Any] = dict((more.reference_settings or ReferencesSeen()).encoding)
+    if more.size_settings is not None:
+        given["sizes"] = more.size_settings
+    if more.resolution:
+        given["resolution"] = more.resolution
+    if more.num_eval_images is not None:
+        given["num_eval_images"] = more.num_eval_images
+    if more.validation_negative_prompt:
+        given["validation_negative_prompt"] = more.validation_negative_prompt
+    if config.batching.caption_dropout_probability > 0:
+        given["encode_empty_caption"] = True
+    return dataclasses.replace(encoding_preset(preset), **given)
