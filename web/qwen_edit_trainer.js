@@ -9,13 +9,20 @@ import { isTrainNode, openSidebar, readOldValues, refreshLists, toast } from "./
 import { attachView } from "./trainer/node_view.js";
 import { createPanel } from "./trainer/panel.js";
 import { createStore } from "./trainer/store.js";
+import { loadWords, t } from "./trainer/words.js";
 
 const TAB = "qwen-edit-trainer";
 const store = createStore(api);
-const panel = createPanel(app, api, store);
+/** @type {ReturnType<typeof createPanel>} */
+let panel;
 
 app.registerExtension({
   name: "qwen_edit_trainer.runs",
+
+  async init() {
+    await loadWords(api, app.extensionManager.setting?.get("Comfy.Locale"));
+    panel = createPanel(app, api, store);
+  },
 
   async setup() {
     loadStyle();
@@ -23,8 +30,8 @@ app.registerExtension({
     app.extensionManager.registerSidebarTab({
       id: TAB,
       icon: "pi pi-chart-line",
-      title: "Training runs",
-      tooltip: "Training runs of Qwen Edit Trainer",
+      title: t("Training runs"),
+      tooltip: t("Training runs of Qwen Edit Trainer"),
       type: "custom",
       render(/** @type {HTMLElement} */ place) {
         unmount();
@@ -37,7 +44,7 @@ app.registerExtension({
     });
     api.addEventListener("qwen_edit_trainer.lora", () => refreshLists(app));
     api.addEventListener("qwen_edit_trainer.refused", (/** @type {CustomEvent} */ { detail }) => {
-      for (const problem of detail.problems) toast(app, "error", "The training can't run", problem);
+      for (const problem of detail.problems) toast(app, "error", t("The training can't run"), problem);
     });
     store.refresh();
   },

@@ -3,6 +3,7 @@
 import { isHeldOut, nearest, range, smoothed, smoothingWindow, ticks } from "./chart_data.js";
 import { element, onceAFrame, svg } from "./dom.js";
 import * as format from "./format.js";
+import { t } from "./words.js";
 
 /** @typedef {import("./store.js").Curve} Curve */
 
@@ -11,17 +12,6 @@ const RIGHT = 10;
 const TOP = 6;
 const BOTTOM = 18;
 const RATE_BAND = 22; // height in pixels of the learning rate band below the losses
-const LABELS = /** @type {Record<string, string>} */ ({
-  loss: "loss",
-  smooth: "smoothed",
-  validation_loss: "validation",
-  ema_validation_loss: "validation, EMA",
-  rate: "learning rate",
-  drift_shift: "drift, pixels",
-  drift_zoom: "drift, % zoom",
-  drift_colour: "drift, colour",
-});
-
 const SLIDER = ["tabindex", "aria-valuemin", "aria-valuemax", "aria-valuenow", "aria-valuetext"];
 const KEYS = /** @type {Record<string, number>} How many points each key moves. */ ({
   ArrowLeft: -1,
@@ -33,6 +23,21 @@ const KEYS = /** @type {Record<string, number>} How many points each key moves. 
   Home: -Infinity,
   End: Infinity,
 });
+
+/** The label of a line. @param {string} name */
+function label(name) {
+  const labels = /** @type {Record<string, string>} */ ({
+    loss: t("loss"),
+    smooth: t("smoothed"),
+    validation_loss: t("validation"),
+    ema_validation_loss: t("validation, EMA"),
+    rate: t("learning rate"),
+    drift_shift: t("drift, pixels"),
+    drift_zoom: t("drift, % zoom"),
+    drift_colour: t("drift, colour"),
+  });
+  return labels[name] ?? name.replaceAll("_", " ");
+}
 
 export function createChart() {
   const legend = element("div", { class: "qet-legend", "aria-hidden": "true" });
@@ -92,7 +97,7 @@ export function createChart() {
 
 function note() {
   const middle = { x: "50%", y: "50%", "text-anchor": "middle" };
-  return svg("text", { ...middle, text: "No finished steps yet" });
+  return svg("text", { ...middle, text: t("No finished steps yet") });
 }
 
 /**
@@ -130,7 +135,7 @@ function axes(view) {
   const columns = whole.map((step) =>
     svg("text", { x: view.x(step), y: height - 4, "text-anchor": "middle", text: String(step) }),
   );
-  return [...rows, ...columns, svg("text", { ...before, y: height - BOTTOM - 6, text: "rate" })];
+  return [...rows, ...columns, svg("text", { ...before, y: height - BOTTOM - 6, text: t("rate") })];
 }
 
 /** @param {View} view */
@@ -196,23 +201,23 @@ function values(view, pointed) {
   const index = pointed === undefined ? curve.steps.length - 1 : nearest(curve.steps, pointed);
   const step = curve.steps[index];
   return [
-    ["loss", LABELS.loss, format.loss(curve.loss[index])],
-    ["smooth", LABELS.smooth, format.loss(view.means[index])],
+    ["loss", label("loss"), format.loss(curve.loss[index])],
+    ["smooth", label("smooth"), format.loss(view.means[index])],
     ...view.held.map(([name, points], number) =>
       /** @type {[string, string, string]} */ ([
         `held-${number}`,
-        LABELS[name] ?? name.replaceAll("_", " "),
+        label(name),
         format.loss(latest(points, step)),
       ]),
     ),
     ...view.others.map(([name, points], number) =>
       /** @type {[string, string, string]} */ ([
         `other-${number}`,
-        LABELS[name] ?? name.replaceAll("_", " "),
+        label(name),
         format.loss(latest(points, step)),
       ]),
     ),
-    ["rate", LABELS.rate, format.rate(curve.learning_rate[index])],
+    ["rate", label("rate"), format.rate(curve.learning_rate[index])],
   ];
 }
 
@@ -221,7 +226,7 @@ function entries(view, pointed) {
   const found = values(view, pointed).map(([style, label, value]) =>
     element("span", { class: `qet-entry qet-entry-${style}` }, `${label} `, element("b", { text: value })),
   );
-  return pointed === undefined ? found : [element("span", { class: "qet-entry", text: `step ${pointed}` }), ...found];
+  return pointed === undefined ? found : [element("span", { class: "qet-entry", text: t("step {step}", { step: pointed }) }), ...found];
 }
 
 /**
@@ -234,14 +239,14 @@ function describe(plot, view, pointed) {
   if (!view) {
     for (const name of SLIDER) plot.removeAttribute(name);
     plot.setAttribute("role", "img");
-    plot.setAttribute("aria-label", "Loss: no finished steps yet");
+    plot.setAttribute("aria-label", t("Loss: no finished steps yet"));
     return;
   }
   const { steps } = view.curve;
   const step = pointed ?? steps[steps.length - 1];
   const said = values(view, pointed).map(([, label, value]) => `${label} ${value}`);
-  const now = [0, steps[0], steps[steps.length - 1], step, `step ${step}: ${said.join(", ")}`];
+  const now = [0, steps[0], steps[steps.length - 1], step, `${t("step {step}", { step })}: ${said.join(", ")}`];
   plot.setAttribute("role", "slider");
-  plot.setAttribute("aria-label", "Loss curve");
+  plot.setAttribute("aria-label", t("Loss curve"));
   SLIDER.forEach((name, index) => plot.setAttribute(name, String(now[index])));
 }

@@ -1,5 +1,6 @@
 // @ts-check
 /** DOM helpers. Text is never parsed as HTML, because names and captions are untrusted. */
+import { t } from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -71,7 +72,7 @@ export function onceAFrame(call) {
 export async function copyText(text) {
   const written = await navigator.clipboard?.writeText(text).then(() => true, () => false);
   if (written || copySelected(text)) return;
-  throw new Error("The browser blocked access to the clipboard. Open Settings below and copy from there.");
+  throw new Error(t("The browser blocked access to the clipboard. Open Settings below and copy from there."));
 }
 
 /** @param {string} text */

@@ -1,5 +1,6 @@
 // @ts-check
 /** Formats numbers and states for display. */
+import { t } from "./words.js";
 
 const UNKNOWN = "–";
 
@@ -19,15 +20,16 @@ export function rate(value) {
 function duration(seconds) {
   if (typeof seconds !== "number" || !Number.isFinite(seconds)) return UNKNOWN;
   const whole = Math.max(0, Math.round(seconds));
-  if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
-  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+  if (whole < 60) return t("{seconds} s", { seconds: whole });
+  if (whole < 3600) return t("{minutes} min {seconds} s", { minutes: Math.floor(whole / 60), seconds: whole % 60 });
+  return t("{hours} h {minutes} min", { hours: Math.floor(whole / 3600), minutes: Math.floor((whole % 3600) / 60) });
 }
 
 /** @param {number|null|undefined} seconds Seconds per step. */
 function speed(seconds) {
   if (typeof seconds !== "number" || !(seconds > 0)) return UNKNOWN;
-  return seconds < 1 ? `${(1 / seconds).toFixed(1)} steps/s` : `${seconds.toFixed(1)} s/step`;
+  if (seconds < 1) return t("{number} steps/s", { number: (1 / seconds).toFixed(1) });
+  return t("{number} s/step", { number: seconds.toFixed(1) });
 }
 
 /** @param {number|null|undefined} bytes */
@@ -35,24 +37,23 @@ function memory(bytes) {
   return bytes ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : UNKNOWN;
 }
 
-const STATES = {
-  training: "training",
-  started: "starting",
-  interrupted: "interrupted",
-  elsewhere: "running in another process",
-  damaged: "damaged",
-  paused: "paused",
-  kept: "ended early",
-  finished: "finished",
-};
-
 /**
  * @param {import("./store.js").Run} run
  * @returns {string}
  */
 export function state(run) {
-  if (run.active && run.stopping) return "ending";
-  return STATES[/** @type {keyof typeof STATES} */ (run.state)] ?? String(run.state);
+  if (run.active && run.stopping) return t("ending");
+  const states = /** @type {Record<string, string>} */ ({
+    training: t("training"),
+    started: t("starting"),
+    interrupted: t("interrupted"),
+    elsewhere: t("running in another process"),
+    damaged: t("damaged"),
+    paused: t("paused"),
+    kept: t("ended early"),
+    finished: t("finished"),
+  });
+  return states[run.state] ?? String(run.state);
 }
 
 /**
@@ -60,11 +61,14 @@ export function state(run) {
  * @param {import("./store.js").Run} run
  */
 export function progress(run) {
-  const parts = [run.num_steps ? `step ${run.step} of ${run.num_steps}` : `step ${run.step}`];
+  const { step, num_steps: count } = run;
+  const parts = [count ? t("step {step} of {count}", { step, count }) : t("step {step}", { step })];
   if (run.active) {
     if (run.phase) parts.push(run.phase);
-    else if (run.seconds_per_step) parts.push(speed(run.seconds_per_step), `${duration(run.seconds_left)} left`);
+    else if (run.seconds_per_step) {
+      parts.push(speed(run.seconds_per_step), t("{time} left", { time: duration(run.seconds_left) }));
+    }
   }
-  if (run.peak_bytes) parts.push(`VRAM ${memory(run.peak_bytes)}`);
+  if (run.peak_bytes) parts.push(t("VRAM {size}", { size: memory(run.peak_bytes) }));
   return parts.join(" · ");
 }

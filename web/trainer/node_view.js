@@ -5,6 +5,7 @@ import { element, setText } from "./dom.js";
 import * as format from "./format.js";
 import { hasId, widget } from "./graph.js";
 import { createStrip } from "./samples.js";
+import { t } from "./words.js";
 
 /**
  * @typedef {import("./store.js").Run} Run
@@ -47,7 +48,7 @@ export function attachView(node, { app, store, onPick }) {
     chart.element.hidden = !next;
     badge.hidden = !next;
     if (next) store.want(next.run_name);
-    setText(line, next ? format.progress(next) : "The run's curve and pictures appear here.");
+    setText(line, next ? format.progress(next) : t("The run's curve and pictures appear here."));
     if (next && next !== run) {
       setText(badge, format.state(next));
       badge.dataset.state = next.state;

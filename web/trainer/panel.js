@@ -5,6 +5,7 @@ import { copyText, element, setText } from "./dom.js";
 import * as format from "./format.js";
 import { applySettings, leaves, openGraph, queueGraph, toast } from "./graph.js";
 import { createComparison } from "./samples.js";
+import { t } from "./words.js";
 
 /**
  * @typedef {import("./store.js").Run} Run
@@ -42,7 +43,7 @@ export function createPanel(app, api, store) {
     if (run) store.want(run.run_name);
     const wrong = store.problem(selected);
     problem.hidden = !wrong;
-    setText(problem, wrong ? `Retrying a failed request to the server: ${wrong}` : "");
+    setText(problem, wrong ? t("Retrying a failed request to the server: {problem}", { problem: wrong }) : "");
     list.element.hidden = Boolean(run);
     detail.element.hidden = !run;
     if (run) detail.show(run);
@@ -71,11 +72,11 @@ export function createPanel(app, api, store) {
 
 /** @param {(name: string) => void} onPick */
 function createList(onPick) {
-  const heading = element("h3", { class: "qet-heading", text: "Runs" });
-  const invitation = "No runs yet. Queue a graph that contains Train Qwen Edit LoRA.";
+  const heading = element("h3", { class: "qet-heading", text: t("Runs") });
+  const invitation = t("No runs yet. Queue a graph that contains Train Qwen Edit LoRA.");
   const empty = element("p", { class: "qet-quiet", text: invitation });
   const rows = element("ul", { class: "qet-runs" });
-  const box = element("section", { "aria-label": "Runs" }, heading, empty, rows);
+  const box = element("section", { "aria-label": t("Runs") }, heading, empty, rows);
   /** @type {Map<string, ReturnType<typeof createRow>>} */
   const known = new Map();
 
@@ -118,7 +119,7 @@ function createRow(name, onPick) {
       badge.dataset.state = run.state;
       bar.value = run.num_steps ? run.step / run.num_steps : 0;
       bar.hidden = !run.active;
-      setText(line, run.problem || `${format.progress(run)} · loss ${format.loss(run.loss)}`);
+      setText(line, run.problem || `${format.progress(run)} · ${t("loss {loss}", { loss: format.loss(run.loss) })}`);
     },
   };
 }
@@ -128,11 +129,11 @@ function createDetail({ app, api, store, back }) {
   const title = element("h3", { class: "qet-heading qet-name", tabindex: "-1" });
   const badge = element("span", { class: "qet-badge", role: "status" }); // screen readers announce only this
   const line = element("p", { class: "qet-quiet" });
-  const bar = element("progress", { class: "qet-progress", max: 1, "aria-label": "Steps done" });
+  const bar = element("progress", { class: "qet-progress", max: 1, "aria-label": t("Steps done") });
   const chart = createChart();
   const comparison = createComparison(store);
   const table = element("dl", { class: "qet-settings" });
-  const settings = element("details", {}, element("summary", { text: "Settings" }), table);
+  const settings = element("details", {}, element("summary", { text: t("Settings") }), table);
   /** @type {Run|undefined} */
   let run;
 
@@ -140,29 +141,31 @@ function createDetail({ app, api, store, back }) {
   const load = async () => (await store.get(`${store.runPath(name())}/settings`)).settings;
   const graph = () => store.get(`${store.runPath(name())}/graph`);
   const actions = {
-    stop: action(app, "Stop and keep", "Stop this training now and keep its LoRA", () => store.stopAndKeep(name())),
-    go: action(app, "Continue", "Queue the graph that started this run; it resumes where it stopped", async () => {
+    stop: action(app, t("Stop and keep"), t("Stop this training now and keep its LoRA"), () =>
+      store.stopAndKeep(name()),
+    ),
+    go: action(app, t("Continue"), t("Queue the graph that started this run; it resumes where it stopped"), async () => {
       await queueGraph(api, await graph());
-      toast(app, "success", "Queued", `${name()} will resume`);
+      toast(app, "success", t("Queued"), t("{name} will resume", { name: name() }));
     }),
-    open: action(app, "Open graph", "Open the graph that started this run", async () => {
+    open: action(app, t("Open graph"), t("Open the graph that started this run"), async () => {
       const { workflow } = await graph();
-      if (!workflow) throw new Error("This run was not queued from the page, so it has no graph layout to open.");
+      if (!workflow) throw new Error(t("This run was not queued from the page, so it has no graph layout to open."));
       await openGraph(app, workflow, name());
     }),
-    apply: action(app, "Settings into graph", "Copy this run's settings into the nodes of the graph", async () => {
+    apply: action(app, t("Settings into graph"), t("Copy this run's settings into the nodes of the graph"), async () => {
       const { changed, made, left } = applySettings(app, await load());
-      toast(app, "success", "Settings copied", `${changed} widgets changed, ${made} nodes added`);
-      if (left.length) toast(app, "warn", "No matching choice; set these widgets yourself", left.join(", "));
+      toast(app, "success", t("Settings copied"), t("Widgets changed: {changed}, nodes added: {made}", { changed, made }));
+      if (left.length) toast(app, "warn", t("No matching choice; set these widgets yourself"), left.join(", "));
     }),
-    copy: action(app, "Copy as JSON", "Copy this run's settings to the clipboard", async () => {
+    copy: action(app, t("Copy as JSON"), t("Copy this run's settings to the clipboard"), async () => {
       await copyText(JSON.stringify(await load(), null, 1));
-      toast(app, "success", "Settings copied to the clipboard");
+      toast(app, "success", t("Settings copied to the clipboard"));
     }),
   };
   const box = element(
-    "section", { "aria-label": "Run" },
-    element("button", { type: "button", class: "qet-button qet-back", on: { click: back } }, "‹ All runs"),
+    "section", { "aria-label": t("Run") },
+    element("button", { type: "button", class: "qet-button qet-back", on: { click: back } }, t("‹ All runs")),
     element("div", { class: "qet-row" }, title, badge), bar, line,
     element("div", { class: "qet-actions" }, ...Object.values(actions)),
     chart.element, comparison.element, settings,
@@ -174,7 +177,7 @@ function createDetail({ app, api, store, back }) {
     if (requested !== name()) return; // the user has selected another run
     const rows = Object.entries(leaves(values)).map(([key, value]) => [
       element("dt", { text: key }),
-      element("dd", { text: typeof value === "string" ? value || "(empty)" : JSON.stringify(value) }),
+      element("dd", { text: typeof value === "string" ? value || t("(empty)") : JSON.stringify(value) }),
     ]);
     table.replaceChildren(...rows.flat());
   }
@@ -183,7 +186,7 @@ function createDetail({ app, api, store, back }) {
     if (!settings.open) return;
     fill().catch((error) => {
       settings.open = false; // opening it again repeats the request
-      tell(app, "Reading the settings", error);
+      tell(app, t("Read the settings"), error);
     });
   });
 
@@ -226,7 +229,7 @@ function ratios({ psnr, unmeasured }) {
 
 /** Report a failed action. @param {any} app @param {string} what The action. @param {any} error */
 function tell(app, what, error) {
-  toast(app, "error", `${what} failed`, String(error?.message ?? error));
+  toast(app, "error", t("{action} failed", { action: what }), String(error?.message ?? error));
 }
 
 /**

@@ -1,6 +1,7 @@
 // @ts-check
 /** Validation pictures: a strip of thumbnails by step, and a comparison of two pictures with a divider. */
 import { element, setText } from "./dom.js";
+import { t } from "./words.js";
 
 /**
  * @typedef {import("./store.js").Run} Run
@@ -24,7 +25,7 @@ function drawn(columns) {
  * @param {(step: number) => void} onPick
  */
 export function createStrip(store, onPick) {
-  const list = element("div", { class: "qet-strip", role: "group", "aria-label": "Validation pictures by step" });
+  const list = element("div", { class: "qet-strip", role: "group", "aria-label": t("Validation pictures by step") });
   /** @type {Map<string, any>} */
   let shown = new Map();
 
@@ -42,7 +43,7 @@ export function createStrip(store, onPick) {
     if (known) return [address, known];
     const picture = element("img", { src: address, alt: "", loading: "lazy", draggable: "false" });
     const on = { click: () => onPick(sample.step) };
-    const name = column === drawn(sample.pairs[pair].columns) ? `Step ${sample.step}` : label;
+    const name = column === drawn(sample.pairs[pair].columns) ? t("Step {step}", { step: sample.step }) : label;
     const attributes = { type: "button", class: "qet-thumb", "aria-label": name, title: name, on };
     return [address, element("button", attributes, picture, element("span", { text: label }))];
   }
@@ -57,8 +58,8 @@ export function createStrip(store, onPick) {
       const wanted = samples.map((sample) => {
         return thumb(run, sample, pair, drawn(sample.pairs[pair].columns), String(sample.step));
       });
-      if (columns.includes("base")) wanted.unshift(thumb(run, newest, pair, "base", "base"));
-      if (columns.includes("target")) wanted.push(thumb(run, newest, pair, "target", "target"));
+      if (columns.includes("base")) wanted.unshift(thumb(run, newest, pair, "base", t("base")));
+      if (columns.includes("target")) wanted.push(thumb(run, newest, pair, "target", t("target")));
       const atEnd = list.scrollLeft + list.clientWidth >= list.scrollWidth - 8;
       const next = new Map(wanted);
       if ([...next.keys()].join() !== [...shown.keys()].join()) {
@@ -88,15 +89,15 @@ export function createComparison(store) {
   const divider = slider("qet-divider", 0, 100, 50);
   const steps = slider("qet-steps", 0, 0, 0);
   const stepLabel = element("output", { class: "qet-step-label" });
-  const against = element("select", { "aria-label": "Compare with", class: "qet-select" });
-  const pairs = element("select", { "aria-label": "Pair", class: "qet-select" });
+  const against = element("select", { "aria-label": t("Compare with"), class: "qet-select" });
+  const pairs = element("select", { "aria-label": t("Pair"), class: "qet-select" });
   const caption = element("p", { class: "qet-caption" });
   const strip = createStrip(store, choose);
   const box = element(
-    "section", { class: "qet-compare", "aria-label": "Validation pictures" },
-    element("div", { class: "qet-row" }, pairs, element("label", {}, "against ", against)),
+    "section", { class: "qet-compare", "aria-label": t("Validation pictures") },
+    element("div", { class: "qet-row" }, pairs, element("label", {}, t("against"), " ", against)),
     stack, divider,
-    element("label", { class: "qet-row qet-step-row" }, "step ", steps, stepLabel),
+    element("label", { class: "qet-row qet-step-row" }, t("step"), " ", steps, stepLabel),
     strip.element, caption,
   ); // prettier-ignore
   /** @type {Run|undefined} */
@@ -131,7 +132,7 @@ export function createComparison(store) {
     const found = samples.findIndex((sample) => sample.step >= wanted);
     const index = found < 0 ? samples.length - 1 : found;
     const sample = samples[index];
-    offer(pairs, sample.pairs.map((_, number) => [String(number), `pair ${number + 1}`]));
+    offer(pairs, sample.pairs.map((_, number) => [String(number), t("pair {number}", { number: number + 1 })]));
     pairs.hidden = sample.pairs.length < 2;
     const number = Math.min(Number(pairs.value) || 0, sample.pairs.length - 1);
     const pair = sample.pairs[number];
@@ -142,19 +143,19 @@ export function createComparison(store) {
     steps.value = String(index);
     steps.disabled = samples.length < 2;
     setText(stepLabel, String(sample.step));
-    steps.setAttribute("aria-valuetext", `step ${sample.step}`);
+    steps.setAttribute("aria-valuetext", t("step {step}", { step: sample.step }));
     const name = run.run_name;
-    setSource(under, store.pictureAddress(name, sample, number, trained), `${named(trained)} at step ${sample.step}`);
+    setSource(under, store.pictureAddress(name, sample, number, trained), t("{picture} at step {step}", { picture: named(trained), step: sample.step }));
     setSource(over, store.pictureAddress(name, sample, number, against.value), named(against.value));
     setText(leftLabel, named(against.value));
-    setText(rightLabel, `${named(trained)}, step ${sample.step}`);
-    divider.setAttribute("aria-label", `Share of the width that shows ${named(against.value)}`);
+    setText(rightLabel, t("{picture}, step {step}", { picture: named(trained), step: sample.step }));
+    divider.setAttribute("aria-label", t("Share of the width that shows {picture}", { picture: named(against.value) }));
     setText(caption, pair.label ? `${pair.caption} (${pair.label})` : pair.caption);
     strip.show(run, number, sample.step);
   }
 
   divider.addEventListener("input", divide);
-  steps.setAttribute("aria-label", "Step");
+  steps.setAttribute("aria-label", t("Step"));
   steps.addEventListener("input", () => choose(run?.samples?.[Number(steps.value)]?.step ?? 0));
   against.addEventListener("change", paint);
   pairs.addEventListener("change", paint);
@@ -191,7 +192,8 @@ function known(columns, trained) {
 
 /** @param {string} column */
 function named(column) {
-  return { "reference-1": "reference", lora: "LoRA", ema: "EMA" }[column] ?? column.replaceAll("-", " ");
+  const names = { base: t("base"), target: t("target"), "reference-1": t("reference"), lora: "LoRA", ema: "EMA" };
+  return names[/** @type {keyof typeof names} */ (column)] ?? column.replaceAll("-", " ");
 }
 
 /** Set the choices of a select; keep its value if possible. @param {any} select @param {string[][]} choices */
