@@ -23,7 +23,7 @@ def scripts() -> Iterator[tuple[str, str]]:
 
 
 def calls() -> Iterator[tuple[str, str, str | None]]:
-    """Of each call of `t`: the script, its source from the first argument on, and the text, None if it is no literal."""
+    """Of each call of `t`: the script, its source from the first argument on, and the text if it is a literal."""
     for name, source in scripts():
         for call in _CALL.finditer(source):
             if source[: call.start()].endswith("function "):

@@ -226,7 +226,8 @@ function entries(view, pointed) {
   const found = values(view, pointed).map(([style, label, value]) =>
     element("span", { class: `qet-entry qet-entry-${style}` }, `${label} `, element("b", { text: value })),
   );
-  return pointed === undefined ? found : [element("span", { class: "qet-entry", text: t("step {step}", { step: pointed }) }), ...found];
+  if (pointed === undefined) return found;
+  return [element("span", { class: "qet-entry", text: t("step {step}", { step: pointed }) }), ...found];
 }
 
 /**

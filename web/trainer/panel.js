@@ -144,7 +144,7 @@ function createDetail({ app, api, store, back }) {
     stop: action(app, t("Stop and keep"), t("Stop this training now and keep its LoRA"), () =>
       store.stopAndKeep(name()),
     ),
-    go: action(app, t("Continue"), t("Queue the graph that started this run; it resumes where it stopped"), async () => {
+    go: action(app, t("Continue"), t("Queue the graph that started this run; it resumes at its last step"), async () => {
       await queueGraph(api, await graph());
       toast(app, "success", t("Queued"), t("{name} will resume", { name: name() }));
     }),
@@ -153,9 +153,10 @@ function createDetail({ app, api, store, back }) {
       if (!workflow) throw new Error(t("This run was not queued from the page, so it has no graph layout to open."));
       await openGraph(app, workflow, name());
     }),
-    apply: action(app, t("Settings into graph"), t("Copy this run's settings into the nodes of the graph"), async () => {
+    apply: action(app, t("Settings into graph"), t("Copy this run's settings into the graph's nodes"), async () => {
       const { changed, made, left } = applySettings(app, await load());
-      toast(app, "success", t("Settings copied"), t("Widgets changed: {changed}, nodes added: {made}", { changed, made }));
+      const done = t("Widgets changed: {changed}, nodes added: {made}", { changed, made });
+      toast(app, "success", t("Settings copied"), done);
       if (left.length) toast(app, "warn", t("No matching choice; set these widgets yourself"), left.join(", "));
     }),
     copy: action(app, t("Copy as JSON"), t("Copy this run's settings to the clipboard"), async () => {

@@ -145,7 +145,8 @@ export function createComparison(store) {
     setText(stepLabel, String(sample.step));
     steps.setAttribute("aria-valuetext", t("step {step}", { step: sample.step }));
     const name = run.run_name;
-    setSource(under, store.pictureAddress(name, sample, number, trained), t("{picture} at step {step}", { picture: named(trained), step: sample.step }));
+    const shown = t("{picture} at step {step}", { picture: named(trained), step: sample.step });
+    setSource(under, store.pictureAddress(name, sample, number, trained), shown);
     setSource(over, store.pictureAddress(name, sample, number, against.value), named(against.value));
     setText(leftLabel, named(against.value));
     setText(rightLabel, t("{picture}, step {step}", { picture: named(trained), step: sample.step }));
