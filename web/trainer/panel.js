@@ -144,7 +144,7 @@ function createDetail({ app, api, store, back }) {
     stop: action(app, t("Stop and keep"), t("Stop this training now and keep its LoRA"), () =>
       store.stopAndKeep(name()),
     ),
-    go: action(app, t("Continue"), t("Queue the graph that started this run; it resumes at its last step"), async () => {
+    go: action(app, t("Continue"), t("Queue this run's graph again; it resumes where it stopped"), async () => {
       await queueGraph(api, await graph());
       toast(app, "success", t("Queued"), t("{name} will resume", { name: name() }));
     }),
