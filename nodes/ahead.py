@@ -6,7 +6,6 @@ will output follows from their widgets.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,25 +13,18 @@ from typing import TYPE_CHECKING, Any
 from ..trainer_core.config import ModelConfig
 from ..trainer_core.errors import Problems, TrainerError
 from . import host_server, model, settings
-from .raw_values import NoLink, Unusable, entries, inputs_of, value_of
-from .schema import checked_values
+from .graph_values import GraphValues, Link, UnknownError, is_link
+from .raw_values import entries
 from .train import PROBLEMS, TrainLora, run_config
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.conditioning.encoding_plan import PlannedDataset
 
-Link = tuple[str, int]
-"""The id of a node, and the number of one of its outputs."""
-
 REFUSED_MESSAGE = "qwen_edit_trainer.refused"
 _TRAIN, _MIX = "QwenEdit_TrainLora", "QwenEdit_MixPairs"
-_LATER = ("model", "encoded", "validation_encoded")  # inputs of a training that are known when its pairs are encoded
-_FROM_WIDGETS = {f"QwenEdit_{node.__name__}": node for node in (*settings.NODES, model.LoadModel, model.LoadModelFiles)}
-
-
-class _UnknownError(Exception):
-    """The value of an input is not known yet, or ComfyUI refuses it."""
+LATER = ("model", "encoded", "validation_encoded")  # inputs of a training that are known when its pairs are encoded
+FROM_WIDGETS = {f"QwenEdit_{node.__name__}": node for node in (*settings.NODES, model.LoadModel, model.LoadModelFiles)}
 
 
 def note_problems(request: Mapping[str, Any]) -> None:
@@ -42,14 +34,15 @@ def note_problems(request: Mapping[str, Any]) -> None:
     """
     found: dict[str, str] = {}
     prompt = request.get("prompt")
-    for node_id, kind, inputs in entries(prompt):
+    values = GraphValues(prompt, FROM_WIDGETS)
+    for node_id, kind, _ in entries(prompt):
         if kind != _TRAIN:
             continue
         try:
-            run_config(ModelConfig(), None, **_settings(prompt, inputs, {}))
+            run_config(ModelConfig(), None, **values.inputs(TrainLora, node_id, without=LATER))
         except TrainerError as error:
             found[node_id] = str(error)
-        except _UnknownError:
+        except UnknownError:
             continue
     PROBLEMS.set(found)
     client, asked_for = request.get("client_id"), request.get("partial_execution_targets")
@@ -74,76 +67,32 @@ def check_trainings(
     Raises:
         TrainerError: see `run_config` and `check_before_encoding`.
     """
-    from ..trainer_core.planning.preparation import check_before_encoding
+    from ..trainer_core.planning.start import RunData, check_before_encoding
 
     problems, prompt = Problems(), hidden.prompt or {}
+    values = GraphValues(prompt, FROM_WIDGETS, known)
     for node_id, kind, inputs in entries(prompt):
         is_next = kind == _TRAIN and _leads_to(prompt, inputs.get("encoded"), hidden.unique_id)
         if not is_next or not host_server.is_asked_for(node_id):
             continue
         try:
-            given = _settings(prompt, inputs, known)
-            config = run_config(_linked(prompt, inputs.get("model"), known), None, **given)
-        except _UnknownError:
+            given = values.inputs(TrainLora, node_id, without=LATER)
+            config = run_config(values.output(inputs.get("model")), None, **given)
+        except UnknownError:
             continue
         links = [inputs[name] for name in ("encoded", "validation_encoded") if inputs.get(name) is not None]
         is_all = all(link[0] == hidden.unique_id for link in links)
-        encoded, *held_out = [outputs[link[1]] for link in links] if is_all else [None]
+        encoded, held_out = [*(outputs[link[1]] for link in links), None][:2] if is_all else (None, None)
+        data = RunData(trained=parts, every=parts, encoded=encoded, held_out=held_out)
         continue_kept = given["if_run_exists"] == "continue a kept run"
-        check = partial(check_before_encoding, config, parts, encoded, *held_out, continue_kept=continue_kept)
-        problems.attempt(check)
+        problems.attempt(partial(check_before_encoding, config, data, continue_kept=continue_kept))
     problems.raise_all()
 
 
 def known_values(hidden: Any, values: Mapping[str, Any]) -> dict[Link, Any]:
     """The values that a node was given for these inputs, by the links through which they came."""
     inputs = next((given for name, _, given in entries(hidden.prompt) if name == hidden.unique_id), {})
-    return {(*inputs[name],): value for name, value in values.items() if _is_link(inputs.get(name))}
-
-
-def _settings(prompt: Any, inputs: Mapping[str, Any], known: Mapping[Link, Any]) -> dict[str, Any]:
-    """The inputs of a training besides `_LATER`."""
-    values = _values(TrainLora, prompt, {name: given for name, given in inputs.items() if name not in _LATER}, known)
-    return checked_values(TrainLora, values, whole=False)
-
-
-def _values(node: Any, prompt: Any, inputs: Mapping[str, Any], known: Mapping[Link, Any]) -> dict[str, Any]:
-    """The inputs of a node by name, as ComfyUI will hand them on."""
-    found: dict[str, Any] = {}
-    for each in inputs_of(node):
-        given = inputs.get(each.id)
-        if isinstance(given, NoLink | Unusable):
-            raise _UnknownError
-        if isinstance(given, list):
-            found[each.id] = _linked(prompt, given, known)
-        elif each.id in inputs:
-            found[each.id] = value_of(each, given)
-    return found
-
-
-def _linked(prompt: Any, link: Any, known: Mapping[Link, Any]) -> Any:
-    """What comes through a link: a known value, or the output of a node that has only widgets."""
-    if not _is_link(link):
-        raise _UnknownError
-    source, number = link
-    if (source, number) in known:
-        return known[source, number]
-    kind, inputs = next(((kind, given) for name, kind, given in entries(prompt) if name == source), ("", {}))
-    if kind not in _FROM_WIDGETS or number != 0:
-        raise _UnknownError
-    node = _FROM_WIDGETS[kind]
-    values = _values(node, {}, inputs, {})
-    if _is_refused(node, values):
-        raise _UnknownError
-    return node.execute(**values).args[0]
-
-
-def _is_refused(node: Any, values: Mapping[str, Any]) -> bool:
-    """Whether the node itself refuses these values when the prompt is queued."""
-    if "validate_inputs" not in vars(node):
-        return False
-    names = values.keys() & inspect.signature(node.validate_inputs).parameters.keys()
-    return isinstance(node.validate_inputs(**{name: values[name] for name in names}), str)
+    return {(*inputs[name],): value for name, value in values.items() if is_link(inputs.get(name))}
 
 
 def _leads_to(prompt: Any, link: Any, node_id: str) -> bool:
@@ -151,7 +100,7 @@ def _leads_to(prompt: Any, link: Any, node_id: str) -> bool:
     waiting, seen = [link], set[str]()
     while waiting:
         link = waiting.pop()
-        if not _is_link(link) or link[0] in seen:
+        if not is_link(link) or link[0] in seen:
             continue
         if link[0] == node_id:
             return True
@@ -160,7 +109,3 @@ def _leads_to(prompt: Any, link: Any, node_id: str) -> bool:
         parts = (name.removeprefix("encoded_") for name in inputs if name.startswith("encoded_"))
         waiting += [inputs[f"encoded_{part}"] for part in parts if inputs.get(f"probability_{part}", 1) != 0]
     return False
-
-
-def _is_link(given: Any) -> bool:
-    return isinstance(given, list) and len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], int)

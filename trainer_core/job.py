@@ -24,16 +24,16 @@ from .errors import ConfigError, DatasetError, Interrupted, OutOfMemoryError, Pr
 from .events import SILENT, Observer
 from .json_text import read_json
 from .planning.choose import budget_of
-from .planning.disk_space import DiskUse, cache_use, check_disk, disk_in_words, run_use
+from .planning.disk_space import DiskUse, cache_use, check_disk, disk_in_words
 from .planning.encoding import encoding_in_words
 from .planning.network import NetworkSize
-from .planning.preparation import PreparedModel, check_datasets, check_memory, check_training, prepare_model, unmeasured
+from .planning.preparation import PreparedModel, check_training, prepare_model
 from .planning.report import planned_in_words, time_before_encoding
+from .planning.start import RunData, check_run
 from .planning.workload import workload_of_pairs
 from .presets import with_preset
 from .qwen_image.base_model import BaseModel
 from .ranks import SINGLE_PROCESS, Ranks
-from .runs.result import check_start
 from .settings import changed
 from .text import brief
 from .written_path import control_problem, written_path
@@ -199,24 +199,14 @@ def check_job(
     checked = CheckedJob(problems=problems, paired=paired, planned=planned, model=model)
     if len(planned) < len(job.parts()):
         return checked
-    parts = [(part, dataset.encoded()) for part, dataset in planned]
-    together = _attempt(problems, job, lambda: _together(job, parts, plan_mix))
+    together = _attempt(problems, job, lambda: planned_datasets(job, planned))
     if together is None:
         return checked
-    notes = filter(None, [unmeasured(together[1] or together[0], job.validation)])
-    checked = replace(checked, notes=tuple(notes))
-    start = partial(_check_start, job, *together, ranks, continue_kept=continue_kept)
-    finished = _attempt(problems, job, start) if trains_here else False
-    if finished is None:
-        return checked
-    if trains_here and not finished and model is not None:
-        size, trained = model.size, trained_parts(job, planned)
-        fits = partial(check_memory, config, size, trained, ranks.on_machine, is_all=len(planned) == 1)
-        _attempt(problems, job, fits)
-    disk = partial(_disk_of, job, checked, ranks, trains_here=trains_here and not finished)
-    checked = replace(checked, disk=_attempt(problems, job, disk) or ())
-    tight = _attempt(problems, job, lambda: check_disk(checked.disk)) or ()
-    return replace(checked, notes=(*checked.notes, *tight))
+    every, (encoded, held_out) = [dataset for _, dataset in planned], together
+    data = RunData(trained=trained_parts(job, planned), every=every, encoded=encoded, held_out=held_out)
+    here = {"continue_kept": continue_kept, "trains_here": trains_here}
+    found = check_run(problems, config, data, model=lambda: model, **here)
+    return replace(checked, disk=found.disk, notes=found.notes)
 
 
 def _planned(
@@ -240,27 +230,6 @@ def _attempt(problems: Problems, job: JobConfig, check: Callable[[], T], where: 
             return check()
 
     return problems.attempt(explained, where)
-
-
-def _check_start(
-    job: JobConfig, encoded: EncodedDataset, validation: EncodedDataset | None, ranks: Ranks, *, continue_kept: bool
-) -> bool:
-    """Check the datasets together, and the run folder. Returns whether the run is finished already."""
-    config = job.train_config(str(encoded.manifest), str(validation.manifest) if validation else "")
-    check_datasets(config, encoded, validation or encoded)
-    return check_start(config, encoded, continue_kept=continue_kept, num_ranks=ranks.size)
-
-
-def _disk_of(job: JobConfig, checked: CheckedJob, ranks: Ranks, *, trains_here: bool) -> list[DiskUse]:
-    """What is still to be written. The other processes of a distributed run leave the sum to the leader."""
-    parts = [dataset for _, dataset in checked.planned]
-    if not ranks.leads:
-        return []
-    uses = cache_use(parts)
-    if trains_here and checked.model is not None:
-        work = workload_of_pairs(parts, job.batching, job.validation)
-        uses.append(run_use(job.train_config("-"), checked.model.size, work))
-    return uses
 
 
 def encode_job(

@@ -151,7 +151,9 @@ def test_all_that_can_be_known_is_refused_before_encoding(studio: PackServer, fr
     assert "no pairs to train on" in found
     run_dir(studio, "ahead-all").mkdir(parents=True)
     (run_dir(studio, "ahead-all") / "run.json").write_text(json.dumps({"key": {"seed": 7}, "state": "started"}))
-    assert "was started with other settings" in refused_before_encoding(studio, prompt)
+    found = refused_before_encoding(studio, changed(prompt, "lora", **LORA))
+    assert "was started with other settings" in found
+    assert "matches no layer" in found  # all in one list
 
 
 def test_only_what_is_asked_for_is_checked(studio: PackServer, fresh: str):

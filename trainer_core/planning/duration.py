@@ -210,10 +210,27 @@ def _streamed_bytes(config: TrainConfig, network: NetworkSize) -> int:
 
 def duration(config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed, *, done: int = 0) -> Duration:
     """What remains of a run after step `done`."""
+    return _duration(config, network, work, speed, done=done, end=config.max_train_steps)
+
+
+def until_first_pictures(
+    config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed, *, done: int = 0
+) -> float | None:
+    """Seconds until the first validation after step `done` has made its pictures; None if none is left or makes any."""
+    interval = config.validation.validation_step_interval or config.max_train_steps
+    end = min(done - done % interval + interval, config.max_train_steps)
+    found = _duration(config, network, work, speed, done=done, end=end)
+    return found.total if found.times and found.pictures else None
+
+
+def _duration(
+    config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed, *, done: int, end: int
+) -> Duration:
+    """What remains of a run after step `done` if it ends with step `end`."""
     validation = validation_work(
         config.validation,
         config.ema,
-        max_train_steps=config.max_train_steps,
+        max_train_steps=end,
         held_out=work.held_out,
         pictures=work.pictures,
         done=done,
@@ -223,7 +240,7 @@ def duration(config: TrainConfig, network: NetworkSize, work: Workload, speed: S
     )
     return Duration(
         step=config.batching.gradient_accumulation_steps * _micro_batch(config, network, work, speed),
-        steps=max(0, config.max_train_steps - done),
+        steps=max(0, end - done),
         previews=previews,
         times=validation.times,
         pictures=sum(each.count for each in work.pictures),

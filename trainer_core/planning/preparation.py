@@ -20,14 +20,11 @@ from ..precision.quantise import converter
 from ..qwen_image.base_model import BaseModel
 from ..qwen_image.sampling import load_scheduler
 from ..qwen_image.vae import check_vae
-from ..runs.folder import RunFolder
 from ..runs.metrics import check_tensorboard
-from ..runs.result import check_start
 from ..training.optimizer import optimizer_builder
 from ..training.validation_pictures import incomparable, validation_shots
 from .advice import STEP, VALIDATION, memory_advice, memory_errors_explained
 from .choose import budget_of, choose_memory
-from .disk_space import check_disk, run_use
 from .network import NetworkSize, network_size
 from .plan import MemoryPlan, plan_memory
 from .report import plan_report, unused_settings, verdict
@@ -150,11 +147,18 @@ def unmeasured(held_out: EncodedDataset, config: ValidationConfig) -> str:
 
 
 def check_memory(
-    config: TrainConfig, network: NetworkSize, parts: Sequence[PlannedDataset], processes: int, *, is_all: bool
+    config: TrainConfig,
+    network: NetworkSize,
+    parts: Sequence[PlannedDataset],
+    processes: int,
+    *,
+    is_all: bool,
+    held_leaves: bool = False,
 ) -> None:
     """Check, before trained datasets are encoded, that some memory settings fit, if `memory` is auto.
 
-    `is_all`: their held-out pairs are those that the run validates. Otherwise validation is left out.
+    `is_all`: their held-out pairs are those that the run validates. Otherwise validation is left out. `held_leaves` is
+    as in `budget_of`.
 
     Raises:
         OutOfMemoryError: none fits, however short the captions are.
@@ -162,38 +166,9 @@ def check_memory(
     if config.memory.memory == "auto":
         validation = config.validation if is_all else replace(config.validation, num_validation_images=0)
         work = workload_of_pairs(parts, config.batching, validation, pictures_in_prompt)
-        budget = budget_of(pick_device(config.model.device), config.memory.vram_gib, processes=processes)
+        device, card = pick_device(config.model.device), config.memory.vram_gib
+        budget = budget_of(device, card, processes=processes, held_leaves=held_leaves)
         choose_memory(config, network, work, budget)
-
-
-def check_before_encoding(
-    config: TrainConfig,
-    parts: Sequence[PlannedDataset],
-    encoded: EncodedDataset | None,
-    held_out: EncodedDataset | None = None,
-    *,
-    continue_kept: bool = False,
-) -> None:
-    """Check what training would refuse after datasets have been encoded for it, without `check_job`.
-
-    `parts`: those that are trained. `encoded` and `held_out`: what the run will get. `encoded` is None if it also gets
-    datasets that are not known yet; then its folder, and what depends on all pairs, is left to `train_lora`.
-
-    Raises:
-        TrainerError: see `check_training`, `check_datasets`, `check_start`, `check_memory` and `check_disk`.
-    """
-    if encoded is None:
-        is_finished = bool(RunFolder(Path(config.run_dir)).state().get("result"))
-    else:
-        held = str(held_out.manifest) if held_out else ""
-        config = replace(config, encoded=str(encoded.manifest), validation_encoded=held)
-        check_datasets(config, encoded, held_out or encoded)
-        is_finished = check_start(config, encoded, continue_kept=continue_kept)
-    if not is_finished:
-        size = check_training(config, BaseModel(config.model)).size
-        is_all = encoded is not None and len(parts) == 1 and held_out is None
-        check_memory(config, size, parts, parts[0].ranks.on_machine, is_all=is_all)
-        check_disk([run_use(config, size, workload_of_pairs(parts, config.batching, config.validation))])
 
 
 def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: EncodedDataset) -> None:
