@@ -205,6 +205,7 @@ class ValidationSettings(Node):
                 setting_input(
                     ValidationConfig, "validation_resolution", optional=True, placeholder="1024x1024, 768x768"
                 ),
+                setting_input(ValidationConfig, "validation_loras_total_limit", optional=True),
             ],
             outputs=[new_output(sockets.ValidationSettings, "validation_settings", "For Train Qwen Edit LoRA.")],
         )

@@ -19,7 +19,7 @@ from .config import TrainConfig, resume_key, to_json
 from .device import pick_device
 from .disk import disk_errors
 from .dry_step import dry_step, start_compiler_early
-from .errors import Interrupted, RunFolderError
+from .errors import ExportError, Interrupted, RunFolderError
 from .events import SILENT, VALIDATION_LOSSES, Observer, SampleReport, StepReport, Stop
 from .memory.compilation import compiled_code_kept
 from .planning.advice import STEP, VALIDATION
@@ -29,6 +29,8 @@ from .ranks import SINGLE_PROCESS, Ranks
 from .runs.folder import Checkpoint, RunFolder
 from .runs.metrics import metrics_writer
 from .runs.result import TrainResult, find_result, how_to_start, recorded_samples
+from .runs.step_loras import EMA, LORA, delete_old, results_header, step_folder
+from .text import reason_of
 from .training.ema import AVERAGE, TRAINED, Weights, restore_ema, weights_to_validate
 from .training.optimizer_state import optimizer_tensors, restore_optimizer
 from .training.reduce import check_same_start
@@ -39,6 +41,7 @@ from .training.validation_work import validation_is_due
 ExtraCheck = Callable[[Path, int], None]  # (LoRA file, number of the model's blocks); raises if it can't be loaded
 _LOG = logging.getLogger(__name__)
 _LOSS_OF = {TRAINED: VALIDATION_LOSSES[0], AVERAGE: VALIDATION_LOSSES[1]}
+_FILE_OF = {TRAINED: LORA, AVERAGE: EMA}
 
 
 def train_lora(
@@ -250,7 +253,31 @@ def _losses_and_samples(parts: _Parts, done: int) -> tuple[dict[str, float], Sam
         base_folder=run.base_pictures,
         observer=observer,
     )
+    _keep_loras(parts, done, variants, losses, samples)
     return losses, samples
+
+
+def _keep_loras(
+    parts: _Parts,
+    done: int,
+    variants: Mapping[str, Weights],
+    losses: Mapping[str, float],
+    samples: SampleReport | None,
+) -> None:
+    """Keep the LoRA of a validated step beside its pictures. If that fails, the training goes on."""
+    limit, folder = parts.prepared.config.validation.validation_loras_total_limit, parts.run.samples
+    if not limit:
+        return
+    psnr = {TRAINED: samples.psnr_lora, AVERAGE: samples.psnr_ema} if samples else {}
+    try:
+        for name, weights in variants.items():
+            suffix = "-ema" if name == AVERAGE else ""
+            results = results_header(psnr.get(name), losses[_LOSS_OF[name]])
+            path, title = step_folder(folder, done) / _FILE_OF[name], f"{_lora_name(parts)}{suffix}-step-{done}"
+            _export(parts, weights, path, done, title=title, more=results)
+        delete_old(folder, done, limit)
+    except (OSError, ExportError) as error:  # the disk is full, or the weights are NaN
+        parts.observer.on_note(f"The LoRA of step {done} is not kept: {reason_of(error)}")
 
 
 def _finish(parts: _Parts, done: int, stop: Stop, extra_check: ExtraCheck | None) -> TrainResult:
@@ -259,13 +286,13 @@ def _finish(parts: _Parts, done: int, stop: Stop, extra_check: ExtraCheck | None
     if stop is Stop.PAUSE or done == 0:
         run.write_state(state="paused", steps=done)
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
-    name, kept = export.lora_name or run.path.name, stop is Stop.KEEP
+    name, kept = _lora_name(parts), stop is Stop.KEEP
     lora_file = run.path / f"{name}.safetensors"
     ema_file = run.path / f"{name}-ema.safetensors" if networks.ema else None
-    _export(parts, networks.weights_to_use, lora_file, done, extra_check)
+    _export(parts, networks.weights_to_use, lora_file, done, extra_check=extra_check)
     result = {"lora_file": lora_file.name, "steps": done, "kept": kept, "export": to_json(export)}
     if ema_file is not None:
-        _export(parts, networks.average_to_use, ema_file, done, extra_check)
+        _export(parts, networks.average_to_use, ema_file, done, extra_check=extra_check)
         result["ema_file"] = ema_file.name
     run.write_state(state="kept" if kept else "finished", steps=done, result=result)
     samples = recorded_samples(run)
@@ -274,12 +301,26 @@ def _finish(parts: _Parts, done: int, stop: Stop, extra_check: ExtraCheck | None
     )
 
 
-def _export(parts: _Parts, weights: Weights, path: Path, done: int, extra_check: ExtraCheck | None) -> None:
-    """Write these weights to a LoRA file."""
+def _lora_name(parts: _Parts) -> str:
+    """Name of the run's LoRA file, without extension."""
+    return parts.prepared.config.export.lora_name or parts.run.path.name
+
+
+def _export(
+    parts: _Parts,
+    weights: Weights,
+    path: Path,
+    done: int,
+    *,
+    title: str = "",
+    more: Mapping[str, str] | None = None,
+    extra_check: ExtraCheck | None = None,
+) -> None:
+    """Write these weights to a LoRA file. Its header has the title (default: the file's name) and the entries `more`."""
     if not parts.run.writes:
         return
-    export = dataclasses.replace(parts.prepared.config.export, lora_name=path.stem)
-    metadata = LoraMetadata(dataclasses.replace(parts.prepared.config, export=export), done)
+    export = dataclasses.replace(parts.prepared.config.export, lora_name=title or path.stem)
+    metadata = LoraMetadata(dataclasses.replace(parts.prepared.config, export=export), done, more or {})
     num_blocks = parts.prepared.model.base.num_blocks
     with weights():
         tensors = for_file(parts.networks.transformer, parts.networks.lora)

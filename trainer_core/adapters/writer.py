@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,10 +31,11 @@ _TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 @dataclass(frozen=True, slots=True)
 class LoraMetadata:
-    """The metadata in a LoRA file's header."""
+    """The metadata in a LoRA file's header. `more`: entries that only some files have."""
 
     config: TrainConfig
     steps: int
+    more: Mapping[str, str] = field(default_factory=dict)
 
     def as_header(self) -> dict[str, str]:
         """The header's entries: keys that LoRA managers read (modelspec.*, ss_*), and our own."""
@@ -64,7 +65,7 @@ class LoraMetadata:
         if config.export.trigger_words:
             header["modelspec.trigger_phrase"] = config.export.trigger_words
             header["trainedWords"] = config.export.trigger_words
-        return header
+        return {**header, **self.more}
 
 
 def export_lora(

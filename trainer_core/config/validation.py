@@ -63,6 +63,14 @@ class ValidationConfig(Settings):
         ),
     )
 
+    validation_loras_total_limit: int = setting(
+        4,
+        "Number of validated steps whose LoRA is kept beside its pictures, and also that of the best step. The best has "
+        "the highest PSNR of its pictures, or without PSNR the lowest validation loss. Older ones are deleted. 0 keeps "
+        "none.",
+        Limits(min=0, soft_max=1000),
+    )
+
     @staticmethod
     def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
         """Accepts a number as validation_resolution."""

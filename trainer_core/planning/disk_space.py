@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from ..files import is_unused, is_whole
 from ..qwen_image.base_model import compute_dtype
 from ..qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
 from ..text import counted
+from ..training.ema import weights_to_validate
 from ..training.optimizer import optimizer_bytes
 from .network import NetworkSize
 from .workload import Workload, estimated_prompt, vision_tokens
@@ -69,10 +70,22 @@ def run_use(config: TrainConfig, network: NetworkSize, work: Workload) -> DiskUs
     kept = min(saved, config.checkpoints.checkpoints_total_limit + 1)  # an old one goes after the new one is complete
     shown = sum(each.count for each in work.pictures)
     latents = LATENT_CHANNELS * prod(work.validation.target) // VAE_FACTOR**2 if work.validation else 0
-    lora = compute_dtype(config.model).itemsize * weights * averages
-    total = kept * checkpoint + lora + _FLOAT32 * shown * latents - _bytes_in(folder)
-    what = f"{counted(kept, 'checkpoint')} of {size_in_words(checkpoint)} and the LoRA file"
+    lora = compute_dtype(config.model).itemsize * weights
+    loras = averages + _step_loras(config, work)
+    total = kept * checkpoint + loras * lora + _FLOAT32 * shown * latents - _bytes_in(folder)
+    files = "the LoRA file" if loras == 1 else f"{counted(loras, 'LoRA file')} of {size_in_words(lora)}"
+    what = f"{counted(kept, 'checkpoint')} of {size_in_words(checkpoint)} and {files}"
     return DiskUse(folder, what, max(0, total))
+
+
+def _step_loras(config: TrainConfig, work: Workload) -> int:
+    """The largest number of LoRA files of validated steps that a run has at a time."""
+    validation = config.validation
+    if not work.held_out or not validation.validation_loras_total_limit:
+        return 0
+    times = -(-config.max_train_steps // (validation.validation_step_interval or config.max_train_steps))
+    variants = len(weights_to_validate(nullcontext, nullcontext, config.ema))
+    return variants * min(times, validation.validation_loras_total_limit + 2)  # the best, and the new one
 
 
 def _bytes_in(folder: Path) -> int:
@@ -104,7 +117,8 @@ def check_disk(uses: Iterable[DiskUse]) -> list[str]:
         if total * _SURE > free:
             raise DiskError(
                 f"The disk is too full. {text}. Free disk space or choose a folder on another disk (cache_dir, "
-                "run_dir). Fewer checkpoints (checkpoints_total_limit) and a lower rank need less.",
+                "run_dir). Fewer checkpoints (checkpoints_total_limit), fewer LoRAs of validated steps "
+                "(validation_loras_total_limit) and a lower rank need less.",
                 errno.ENOSPC,
             )
         if total * _TIGHT > free:

@@ -1,0 +1,98 @@
+"""The LoRAs of validated steps, kept beside their pictures.
+
+samples/step-000250/lora.safetensors  the trained weights
+samples/step-000250/ema.safetensors   their moving average, if it is validated
+
+A file's header says how good its pictures are, so the best step is known without another record.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..files import is_whole, read_metadata
+from ..text import reason_of
+
+LORA, EMA = "lora.safetensors", "ema.safetensors"
+_PSNR, _LOSS = "qwen_edit_trainer.psnr", "qwen_edit_trainer.validation_loss"
+_FOLDER = re.compile(r"step-([0-9]{1,12})")
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLora:
+    """The LoRAs of a validated step. `files`: the trained weights, their average, or both in this order.
+
+    `psnr` (dB) and `loss` are those of the first file's validation; None if they were not measured.
+    """
+
+    step: int
+    files: tuple[Path, ...]
+    psnr: float | None
+    loss: float | None
+
+
+def step_folder(samples: Path, step: int) -> Path:
+    """Folder of a step's pictures and LoRAs."""
+    return samples / f"step-{step:06d}"
+
+
+def results_header(psnr: float | None, loss: float | None) -> dict[str, str]:
+    """What the header of a step's LoRA says about its validation."""
+    found = {_PSNR: psnr, _LOSS: loss}
+    return {name: repr(float(value)) for name, value in found.items() if value is not None}
+
+
+def step_loras(samples: Path) -> list[StepLora]:
+    """The steps in this folder that have a LoRA, ascending. Damaged files count as missing."""
+    found = (_step_lora(folder) for folder in samples.glob("step-*/"))
+    return sorted((each for each in found if each is not None), key=lambda each: each.step)
+
+
+def _step_lora(folder: Path) -> StepLora | None:
+    number = _FOLDER.fullmatch(folder.name)
+    files = tuple(path for name in (LORA, EMA) if is_whole(path := folder / name))
+    if number is None or not files:
+        return None
+    try:
+        header = read_metadata(files[0])
+    except (OSError, SafetensorError):  # deleted meanwhile
+        return None
+    return StepLora(int(number[1]), files, _number(header, _PSNR), _number(header, _LOSS))
+
+
+def _number(header: Mapping[str, str], name: str) -> float | None:
+    try:
+        value = float(header.get(name, ""))
+    except ValueError:
+        return None
+    return None if math.isnan(value) else value
+
+
+def best_of(loras: Sequence[StepLora]) -> StepLora | None:
+    """The one with the highest PSNR, or if none has one, with the lowest validation loss; the later of equal ones."""
+    compared = [(lora.psnr, lora.step, lora) for lora in loras if lora.psnr is not None]
+    compared = compared or [(-lora.loss, lora.step, lora) for lora in loras if lora.loss is not None]
+    return max(compared, key=lambda each: each[:2])[2] if compared else None
+
+
+def delete_old(samples: Path, step: int, limit: int) -> None:
+    """Delete the LoRAs of earlier steps than `step`, except for the newest `limit` up to `step`, and the best one.
+
+    The pictures stay. Those of later steps stay until the run has reached them again: it was killed after them.
+    """
+    loras = [each for each in step_loras(samples) if each.step <= step]
+    best = best_of(loras)
+    for old in loras[:-limit]:
+        for file in old.files if old != best else ():
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                _LOG.warning("The old LoRA %s can't be deleted (%s).", file, reason_of(error))
