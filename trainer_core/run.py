@@ -316,7 +316,7 @@ def _export(
     more: Mapping[str, str] | None = None,
     extra_check: ExtraCheck | None = None,
 ) -> None:
-    """Write these weights to a LoRA file. Its header has the title (default: the file's name) and the entries `more`."""
+    """Write these weights to a LoRA file. Its header has the title, by default the file's name, and `more`."""
     if not parts.run.writes:
         return
     export = dataclasses.replace(parts.prepared.config.export, lora_name=title or path.stem)

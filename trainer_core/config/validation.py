@@ -65,9 +65,8 @@ class ValidationConfig(Settings):
 
     validation_loras_total_limit: int = setting(
         4,
-        "Number of validated steps whose LoRA is kept beside its pictures, and also that of the best step. The best has "
-        "the highest PSNR of its pictures, or without PSNR the lowest validation loss. Older ones are deleted. 0 keeps "
-        "none.",
+        "Number of validated steps whose LoRA is kept beside its pictures. That of the best step is kept too: the one "
+        "with the highest PSNR, or without PSNR the lowest validation loss. Older ones are deleted. 0 keeps none.",
         Limits(min=0, soft_max=1000),
     )
 
