@@ -31,6 +31,11 @@ def output_dir() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
+def input_dir() -> Path:
+    """ComfyUI's input folder."""
+    return Path(folder_paths.get_input_directory())
+
+
 def cache_dir() -> Path:
     """Root folder of the cache: encoded pairs, quantised weights and results of picture checks."""
     return output_dir() / _OWN_FOLDER / "cache"
@@ -54,7 +59,7 @@ def output_name(path: Path) -> str:
 
 def dataset_roots() -> dict[str, Path]:
     """Folders that may contain datasets, by the name that messages use for them."""
-    roots = {"input": Path(folder_paths.get_input_directory()), "output": output_dir()}
+    roots = {"input": input_dir(), "output": output_dir()}
     named = folder_paths.get_folder_paths(_ROOTS_KEY) if _ROOTS_KEY in folder_paths.folder_names_and_paths else []
     for place in [*named, *os.environ.get(_ROOTS_VARIABLE, "").split(os.pathsep)]:
         if Path(place).is_absolute():

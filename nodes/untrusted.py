@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from ..trainer_core.disk import is_device_name
 from ..trainer_core.errors import ConfigError
 from ..trainer_core.text import brief
 from ..trainer_core.written_path import written_path
@@ -14,7 +15,6 @@ from ..trainer_core.written_path import written_path
 _RUN_NAME = re.compile(r"\w[\w .+-]{0,79}")
 _RUN_NAME_BYTES = 200  # file names have at most 255, with what is added to a run's name
 _NEVER_IN_NAMES = re.compile(r"[\x00\ud800-\udfff]")  # rejected by system calls and encodings
-_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 _HOW_TO_ALLOW = (
     "To allow other folders, list them under qwen_edit_datasets in extra_model_paths.yaml or in the environment "
     "variable QWEN_EDIT_DATASET_ROOTS, then restart ComfyUI."
@@ -27,7 +27,7 @@ def checked_run_name(name: str) -> str:
     Raises:
         ConfigError: the name is not allowed.
     """
-    fits = _RUN_NAME.fullmatch(name) and name[-1] not in " ." and name.split(".")[0].upper() not in _WINDOWS_DEVICES
+    fits = _RUN_NAME.fullmatch(name) and name[-1] not in " ." and not is_device_name(name)
     if not fits or len(name.encode()) > _RUN_NAME_BYTES:
         raise ConfigError(
             f"run_name must be the name of a folder, not a path, got {brief(name)}. Use 1 to 80 letters, digits, "

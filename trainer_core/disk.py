@@ -18,6 +18,7 @@ MAX_NAME_BYTES = 255  # of a file or folder, on nearly all file systems
 TEMPORARY = re.compile(
     r"\.(?P<stem>.+)\.(?:(?P<machine>[0-9a-f]{8})-)?(?P<pid>[0-9]{1,9})\.[0-9a-f]{2,8}\.tmp(?P<suffix>\.[^.]+)?"
 )
+_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _IN_WORDS = {
@@ -100,6 +101,11 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except (OSError, ValueError):  # the name is too long, or no file can have it
         return False
+
+
+def is_device_name(name: str) -> bool:
+    """Whether Windows reserves this name for a device, whatever its extension."""
+    return name.split(".")[0].rstrip(" ").upper() in _WINDOWS_DEVICES
 
 
 def name_exists(path: Path) -> bool:

@@ -26,7 +26,7 @@ ROWS = (
     ("qwen_image",),
     ("data",),
     ("conditioning",),
-    ("adapters", "pictures"),
+    ("adapters", "pictures", "data_sets"),
     ("training", "runs"),
     ("planning",),
     ("run", "dry_step", "sample", "job", "example"),

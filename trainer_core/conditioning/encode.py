@@ -27,7 +27,7 @@ from ..qwen_image.flavours import FLAVOURS
 from ..qwen_image.text_encoder import PICTURE_TOKEN, check_text_encoder
 from ..qwen_image.vae import check_vae
 from ..ranks import SINGLE_PROCESS, Ranks
-from ..text import beginning, shown
+from ..text import beginning, counted, shown
 from .caption_lengths import too_long
 from .encode_pictures import encode_latents, encode_masks
 from .encode_prompts import encode_prompts
@@ -245,7 +245,8 @@ class _UsedPairs(NamedTuple):
 def _used_pairs(dataset: EditDataset, encoding: EncodingConfig) -> _UsedPairs:
     """The pairs to use, in the dataset's order.
 
-    Validated pairs are ranked by a digest per pair, so that other pairs and their order matter little.
+    The pairs that the dataset holds out are validated, and no others. If it names none, or num_eval_images asks for
+    all, pairs are ranked by a digest of each, so that other pairs and their order matter little.
 
     Raises:
         DatasetError: targets are too small, or no pair is left to train on.
@@ -253,11 +254,17 @@ def _used_pairs(dataset: EditDataset, encoding: EncodingConfig) -> _UsedPairs:
     pairs, left_out = large_enough(dataset.pairs, encoding.sizes)
     ranked = sorted(pairs, key=lambda pair: digest([encoding.seed, pair.key]))
     wanted = len(ranked) if encoding.num_eval_images < 0 else encoding.num_eval_images
-    keys = {pair.key for pair in ranked[:wanted]}
+    marked = {pair.key for pair in pairs} & set(dataset.held_out) if encoding.num_eval_images >= 0 else set[str]()
+    keys = marked or {pair.key for pair in ranked[:wanted]}
     validated = [pair for pair in pairs if pair.key in keys]
     if encoding.train_eval_images:
         return _UsedPairs(pairs, left_out, pairs, validated)
-    if 0 < len(ranked) <= wanted and encoding.num_eval_images > 0:
+    if marked and len(marked) == len(pairs):
+        raise DatasetError(
+            f"All {counted(len(pairs), 'pair')} are held out for validation. At least one must be left to train on: "
+            "remove the mark of some pairs in the side panel Edit pairs."
+        )
+    if not marked and 0 < len(ranked) <= wanted and encoding.num_eval_images > 0:
         raise DatasetError(
             f"num_eval_images must be less than the dataset's number of pairs ({len(ranked)}), got {wanted}. "
             "At least one pair must be left to train on. To train on the validated pairs too, set train_eval_images."

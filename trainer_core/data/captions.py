@@ -63,16 +63,7 @@ def read_caption_file(path: Path, *, split: bool = True) -> tuple[str, ...]:
     Raises:
         DatasetError: the file can't be read, is not UTF-8, is larger than 1 MB, or has only blank lines.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CAPTION_FILE_BYTES + 1)
-    except OSError as error:
-        raise DatasetError(
-            f"{shown(path)}: the caption file can't be read ({error.strerror}). Check its permissions."
-        ) from error
-    if len(content) > MAX_CAPTION_FILE_BYTES:
-        raise DatasetError(f"{shown(path)}: the caption file is larger than 1 MB. Replace it with a short text.")
-    text = _decoded(content, path).replace("\r\n", "\n").replace("\r", "\n")
+    text = read_text(path)
     lines = (line.strip() for line in (text.split("\n") if split else [text]))
     captions = tuple(line for line in lines if not is_blank(line))
     if not captions:
@@ -82,13 +73,36 @@ def read_caption_file(path: Path, *, split: bool = True) -> tuple[str, ...]:
     return captions
 
 
-def _decoded(content: bytes, path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The whole text of a caption file, with plain line ends. The file is UTF-8, with or without a byte order mark.
+
+    Raises:
+        DatasetError: the file can't be read, is not UTF-8, or is larger than 1 MB.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_CAPTION_FILE_BYTES + 1)
+    except OSError as error:
+        raise DatasetError(
+            f"{shown(path)}: the caption file can't be read ({error.strerror}). Check its permissions."
+        ) from error
+    if len(content) > MAX_CAPTION_FILE_BYTES:
+        raise DatasetError(f"{shown(path)}: the caption file is larger than 1 MB. Replace it with a short text.")
+    return decoded_text(content, path)
+
+
+def decoded_text(content: bytes, path: Path) -> str:
+    """The text of a caption file with this content. `path` is for messages.
+
+    Raises:
+        DatasetError: the content is not UTF-8.
+    """
     text = None if b"\0" in content else _utf8(content)  # UTF-16 text in English is full of zero bytes
     if text is None:
         utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content
         kind = " (it looks like UTF-16)" if utf16 else ""
         raise DatasetError(f"{shown(path)}: the caption file is not UTF-8 text{kind}. Save it as UTF-8.")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _utf8(content: bytes) -> str | None:

@@ -166,8 +166,8 @@ def _files(folder: Folder, start: Path) -> Iterator[Path]:
                 f"{shown(path)}: the folder can't be read ({error.strerror}). Check its permissions."
             )
             continue
-        entries = [entry for entry in everything if not _is_system(entry.name)]
-        folder.system += [entry.name for entry in everything if _is_system(entry.name)]
+        entries = [entry for entry in everything if not is_system_name(entry.name)]
+        folder.system += [entry.name for entry in everything if is_system_name(entry.name)]
         linked = [entry for entry in entries if entry.is_symlink() and _is_folder(entry)]
         folder.problems += [
             f"{shown(entry.path)}: links to folders aren't followed. Move the pictures here, or remove the link."
@@ -177,7 +177,8 @@ def _files(folder: Folder, start: Path) -> Iterator[Path]:
         yield from (Path(entry.path) for entry in entries if not _is_folder(entry))
 
 
-def _is_system(name: str) -> bool:
+def is_system_name(name: str) -> bool:
+    """Whether a file or folder is hidden, or of an operating system or a network drive."""
     return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 

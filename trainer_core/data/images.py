@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from ..errors import DatasetError
+from ..geometry import Size
 from ..text import reason_of, shown
 from .colour_profiles import STATED_WITHIN, ColourProfile, colour_profile, stated_space, to_srgb
 from .png_texts import without_texts
@@ -43,6 +44,8 @@ _UNSIGNED = "TGA"  # has no signature, so only files named like it are tried
 _SIXTEEN_BIT = 65535
 _PHOTOMETRIC = 262  # TIFF tag: 0 if the value 0 is white
 _TO_SRGB = "srgb"
+_ORIENTATION = 274  # EXIF tag
+_QUARTER_TURNS = (5, 6, 7, 8)  # orientations that exchange width and height
 _one_large_picture = threading.Lock()
 
 
@@ -163,6 +166,50 @@ def stream_digest(file: BinaryIO) -> str:
     while piece := file.read(1 << 20):
         digest.update(piece)
     return digest.hexdigest()
+
+
+class PictureHeader(NamedTuple):
+    """What a picture's header says: the format by Pillow's name, and the size of the upright picture."""
+
+    format: str
+    size: Size
+
+
+def picture_header(path: Path, name: str = "") -> PictureHeader:
+    """Format and size of a picture, without decoding it. `name` stands for the path in messages and for its extension.
+
+    Raises:
+        DatasetError: the file can't be opened as a picture, or the picture is too large to decode.
+    """
+    named = Path(name) if name else path
+    with open_picture_file(path) as file:
+        try:
+            return _read_header(file, named)
+        except DatasetError:  # perhaps because of a PNG's texts; without them it has to be copied, which takes longer
+            return _read_header(without_texts(file)[0], named)
+
+
+def _read_header(file: BinaryIO, path: Path) -> PictureHeader:
+    with _header(file, path) as picture:
+        width, height = picture.size
+        try:
+            # Pillow decodes a PNG to look for EXIF that its header lacks.
+            has_exif = "exif" in picture.info or picture.format == "TIFF"
+            turned = has_exif and picture.getexif().get(_ORIENTATION, 1) in _QUARTER_TURNS
+        except Exception:  # noqa: BLE001 - a damaged EXIF block raises almost anything
+            turned = False
+        kind = "JPEG" if picture.format == "MPO" else str(picture.format)
+        return PictureHeader(kind, Size(height, width) if turned else Size(width, height))
+
+
+def format_of(name: str) -> str:
+    """Pillow's name of the format that a file name's extension stands for; empty if it is not read."""
+    return _FORMAT_OF.get(Path(name).suffix.lower(), "")
+
+
+def suffix_of(picture_format: str) -> str:
+    """The usual extension of a format."""
+    return next(suffix for suffix, name in _FORMAT_OF.items() if name == picture_format)
 
 
 def accepts_cut_pictures() -> bool:

@@ -21,13 +21,17 @@ from ..text import counted, printable, shown, some_of
 from .caption_table import CaptionTable, key_of
 from .folders import CAPTION_SUFFIXES, Folder, unread_names
 
-# How names of references and targets end: 000_0 and 000_1 (musubi-tuner), 000_start, 000_start2 and 000_end (fal), and
-# the like.
+# How references and targets are called: as the ending of a name, 000_0 and 000_1 (musubi-tuner), 000_start, 000_start2
+# and 000_end (fal), or as the name of a folder.
+BEFORE_WORDS = ("reference", "before", "source", "control", "input", "original", "start")
+_SHORT_BEFORE = ("src", "in", "orig", "ref", "cond", "r")
+AFTER_WORDS = ("target", "after", "output", "edited", "result", "end")
+_SHORT_AFTER = ("out", "edit", "t")
 _BEFORE = re.compile(
-    "(_[0-9]|[-_ .](start|before|source|src|input|in|original|orig|reference|ref|control|cond|r)[-_ .]?[0-9]?)$",
+    f"(_(?P<place>[0-9])|[-_ .](?P<word>{'|'.join((*BEFORE_WORDS, *_SHORT_BEFORE))})[-_ .]?(?P<number>[0-9]?))$",
     re.IGNORECASE,
 )
-_AFTER = re.compile("[-_ .](end|after|target|output|out|edited|edit|result|t)$", re.IGNORECASE)
+_AFTER = re.compile(f"[-_ .](?P<word>{'|'.join((*AFTER_WORDS, *_SHORT_AFTER))})$", re.IGNORECASE)
 _CAPTION_FOLDERS = ("caption", "captions", "text", "texts", "txt", "prompt", "prompts", "instruction", "instructions")
 _TEXT_SUFFIXES = frozenset(
     {".json", ".md", ".text", ".prompt", ".tags", ".yaml", ".yml", ".rtf", ".doc", ".docx", ".odt", ".html"}
@@ -63,6 +67,29 @@ class Layout:
     notes: list[str] = field(default_factory=list)
     no_reference: set[tuple[Path, str]] = field(default_factory=set)
     no_caption: set[str] = field(default_factory=set)
+
+
+class Ending(NamedTuple):
+    """How a name ends: `bare` is the name without the ending, and `word` is in lower case.
+
+    `number` counts references: 2 for 000_start2. For 000_0 and the like, `word` is empty and `number` the digit.
+    """
+
+    bare: str
+    word: str
+    number: int
+    is_target: bool
+
+
+def ending_of(name: str) -> Ending | None:
+    """The ending that says whether a picture is a reference or a target; None if the name has none."""
+    if found := _AFTER.search(name):
+        return Ending(name[: found.start()], found["word"].lower(), 1, is_target=True) if found.start() else None
+    found = _BEFORE.search(name)
+    if found is None or not found.start():
+        return None
+    number = int(found["place"] or found["number"] or 1)
+    return Ending(name[: found.start()], (found["word"] or "").lower(), number, is_target=False)
 
 
 def recognise(

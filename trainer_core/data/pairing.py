@@ -46,13 +46,17 @@ class EditPair:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class EditDataset:
-    """Pairs sorted by key. Equal fingerprints mean equal keys, pictures, captions, masks and conditioning types."""
+    """Pairs sorted by key. Equal fingerprints mean equal keys, pictures, captions, masks and conditioning types.
+
+    `held_out` has the keys of the pairs to validate and not to train on; empty: `num_eval_images` chooses.
+    """
 
     pairs: tuple[EditPair, ...]
     fingerprint: str
     target_dir: Path
     reference_dirs: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         folders = counted(len(self.reference_dirs), "reference folder")

@@ -1,0 +1,82 @@
+"""What the pack's HTTP routes share: headers, answers in JSON, and the bodies of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from ..trainer_core.errors import ConfigError, TrainerError
+from ..trainer_core.json_text import parse_json
+from ..trainer_core.runs.view import finite
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+BASE = "/qwen_edit_trainer"
+# Pages of other sites can't embed the answers. A browser sends neither an Origin nor Sec-Fetch-Site for their pictures
+# and scripts if this server is not on the same machine and without HTTPS.
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+PICTURE_HEADERS = {**HEADERS, "Cache-Control": "private, max-age=86400"}  # the address has the picture's version
+_NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+class NotFoundAnswer(Exception):  # noqa: N818 - an answer
+    """The requested object does not exist. Answered with 404."""
+
+
+def reading(answer: Callable[[web.Request], web.Response]) -> Handler:
+    """A GET handler that runs `answer` in a thread, because reading from disk would block the server's event loop."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        try:
+            return await asyncio.to_thread(answer, request)
+        except (NotFoundAnswer, TrainerError) as error:
+            return problem(404, str(error))
+
+    return handler
+
+
+async def json_object(request: web.Request, most_bytes: int, example: str) -> dict[str, Any]:
+    """The JSON object in a request's body.
+
+    JSON only, because a page of another origin can't send that type without a preflight.
+
+    Raises:
+        ConfigError: the body is something else, or too large. `example` shows what to send.
+    """
+    length = request.content_length
+    if request.content_type != "application/json" or length is None or length > most_bytes:
+        raise ConfigError(f"Send a JSON object of at most {most_bytes} bytes: {example}")
+    body = parse_json(await request.read(), "The body")
+    if not isinstance(body, dict):
+        raise ConfigError(f"Send a JSON object: {example}")
+    return body
+
+
+def number(text: str) -> int:
+    """The whole number in a part of an address.
+
+    Raises:
+        NotFoundAnswer: it is none.
+    """
+    if not _NUMBER.fullmatch(text):
+        raise NotFoundAnswer("The numbers in the address must be whole numbers.")
+    return int(text)
+
+
+def json_answer(value: Any, status: int = 200) -> web.Response:
+    """An answer in JSON. NaN and infinite numbers become null."""
+    return web.Response(text=json.dumps(finite(value)), status=status, content_type="application/json", headers=HEADERS)
+
+
+def problem(status: int, text: str) -> web.Response:
+    """An answer that says what is wrong."""
+    return json_answer({"error": text}, status)

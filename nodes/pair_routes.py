@@ -1,0 +1,381 @@
+"""HTTP routes about data sets in ComfyUI's input folder. Requests use names, never paths; GET changes nothing.
+
+`{set}` is the name of a data set, `{side}` is reference, reference_2, reference_3 or target, `{file}` the name of a
+picture, with / written as %2F if it is in a subfolder.
+
+GET  /qwen_edit_trainer/data_sets                      all data sets, and the limits of uploads
+POST /qwen_edit_trainer/data_sets  {"name"}            make an empty one
+GET  /qwen_edit_trainer/data_sets/{set}                pairs, pictures without a partner, captions, marks
+GET  /qwen_edit_trainer/data_sets/{set}/pictures/{side}/{file}?edge=256&v=VERSION    one picture, small, as JPEG
+POST /qwen_edit_trainer/data_sets/{set}/pictures?side=SIDE&name=FILE    add the picture, caption or ZIP file in the body
+POST /qwen_edit_trainer/data_sets/{set}/captions  {"captions": {key: text}} or {"all": text}
+POST /qwen_edit_trainer/data_sets/{set}/match     {"pairs": [{"reference", "target", "side"?}]}
+POST /qwen_edit_trainer/data_sets/{set}/swap      {"keys": [...] or null}
+POST /qwen_edit_trainer/data_sets/{set}/hold_out  {"keys": [...], "held_out": true}
+POST /qwen_edit_trainer/data_sets/{set}/delete    {"pictures": [{"side", "file"}]}
+POST /qwen_edit_trainer/data_sets/{set}/restore   {"undo": token}
+POST /qwen_edit_trainer/data_sets/{set}/check     {}   findings of the checks, by pair
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno
+import functools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from ..trainer_core.data_sets import changes, reading
+from ..trainer_core.data_sets.adding import LIMITS, add_file, is_zip, received_file, usage
+from ..trainer_core.data_sets.folders import (
+    DataSet,
+    NameTakenError,
+    NotFoundError,
+    create_data_set,
+    find_data_sets,
+    open_data_set,
+)
+from ..trainer_core.data_sets.moves import changing
+from ..trainer_core.data_sets.names import AUTO, REFERENCES
+from ..trainer_core.data_sets.thumbnails import EDGES, Thumbnails
+from ..trainer_core.data_sets.use import check_data_set
+from ..trainer_core.disk import disk_errors, size_in_words
+from ..trainer_core.errors import ConfigError, DiskError, Interrupted, TrainerError
+from ..trainer_core.events import SilentObserver, Stop
+from ..trainer_core.text import shown
+from . import host_folders
+from .answers import BASE, HEADERS, PICTURE_HEADERS, Handler, NotFoundAnswer, json_answer, json_object, number, problem
+
+UPLOADS_VARIABLE = "QWEN_EDIT_TRAINER_UPLOADS"
+_SETS = f"{BASE}/data_sets"
+_BODY_BYTES = 16 << 20
+_WRITTEN_BYTES = 1 << 20  # received before they are written
+_MOST_UPLOADS = 16  # at a time
+_THREADS = 2  # decoding more at a time would slow the server down
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_POLL_SECONDS = 0.5
+
+T = TypeVar("T")
+Change = Callable[[DataSet, dict[str, Any]], dict[str, Any]]
+
+
+class _RefusedError(Exception):
+    """A request is refused with this status and sentence."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def add_routes(routes: Any) -> None:
+    """Add the routes to a table of aiohttp."""
+    routes.get(_SETS)(_answering(_list))
+    routes.post(_SETS)(_answering(_create))
+    routes.get(f"{_SETS}/{{set}}")(_answering(_one))
+    routes.get(f"{_SETS}/{{set}}/pictures/{{side}}/{{file}}")(_answering(_picture))
+    routes.post(f"{_SETS}/{{set}}/pictures")(_answering(_upload))
+    routes.post(f"{_SETS}/{{set}}/check")(_answering(_check))
+    for name, change in _CHANGES.items():
+        routes.post(f"{_SETS}/{{set}}/{name}")(_answering(functools.partial(_change, change)))
+
+
+def _answering(handler: Handler) -> Handler:
+    """The handler, with errors turned into answers that name no path of this machine."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        try:
+            with disk_errors(host_folders.input_dir()):
+                return await handler(request)
+        except (_RefusedError, NotFoundAnswer, TrainerError) as error:
+            return problem(_status_of(error), without_paths(str(error)))
+
+    return answer
+
+
+def _status_of(error: Exception) -> int:
+    if isinstance(error, _RefusedError):
+        return error.status
+    if isinstance(error, NotFoundAnswer | NotFoundError):
+        return 404
+    if isinstance(error, DiskError):
+        return 507 if error.errno in _FULL else 500
+    return 409 if isinstance(error, NameTakenError) else 400
+
+
+def without_paths(text: str) -> str:
+    """A message with paths below the input folder given relative to it."""
+    for root in (str(host_folders.input_dir()), os.path.realpath(host_folders.input_dir())):
+        text = text.replace(f"{shown(root)}{os.sep}", "").replace(shown(root), "input")
+    return text
+
+
+def uploads_allowed() -> bool:
+    """Whether pages may change data sets."""
+    return os.environ.get(UPLOADS_VARIABLE, "").strip().lower() not in ("off", "0", "no", "false")
+
+
+def _check_uploads() -> None:
+    if not uploads_allowed():
+        raise _RefusedError(
+            403,
+            f"This server's owner has turned changes to data sets off (environment variable {UPLOADS_VARIABLE}=off). "
+            "Ask the owner to add the pictures, or to turn them on.",
+        )
+
+
+def _data_set(request: web.Request) -> DataSet:
+    return open_data_set(host_folders.input_dir(), request.match_info["set"])
+
+
+async def _list(_request: web.Request) -> web.Response:
+    def found() -> list[dict[str, Any]]:
+        root, sets = host_folders.input_dir(), list[dict[str, Any]]()
+        for name in find_data_sets(root):
+            try:
+                data_set = open_data_set(root, name)
+                pairs, changed = reading.count_pairs(data_set), reading.last_change(data_set)
+            except (TrainerError, OSError):  # removed meanwhile
+                continue
+            sets.append({"name": name, "pairs": pairs, "changed": changed})
+        return sets
+
+    limits = LIMITS._asdict()
+    return json_answer({"data_sets": await asyncio.to_thread(found), "uploads": uploads_allowed(), "limits": limits})
+
+
+async def _create(request: web.Request) -> web.Response:
+    _check_uploads()
+    body = await json_object(request, _BODY_BYTES, '{"name": "..."}')
+    made = await asyncio.to_thread(create_data_set, host_folders.input_dir(), body.get("name"))
+    return json_answer({"name": made.name})
+
+
+async def _one(request: web.Request) -> web.Response:
+    def contents() -> dict[str, Any]:
+        found = dataclasses.asdict(reading.read_data_set(_data_set(request)))
+        return {**found, "notes": [without_paths(note) for note in found["notes"]]}
+
+    return json_answer(await asyncio.to_thread(contents))
+
+
+# Pictures
+
+
+@functools.cache
+def _thumbnails() -> Thumbnails:
+    return Thumbnails(host_folders.cache_dir() / "thumbnails")
+
+
+async def _in_thread_for(kind: str, call: Callable[[], T]) -> T:
+    """Runs a call in one of a few threads of its kind, so that no number of such calls delays other requests."""
+    return await asyncio.get_running_loop().run_in_executor(_threads(kind), call)
+
+
+@functools.cache
+def _threads(kind: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix=kind)
+
+
+async def _picture(request: web.Request) -> web.Response:
+    edge = number(request.query.get("edge", str(EDGES[-1])))
+
+    def small() -> tuple[bytes, bool]:
+        path = _data_set(request).picture(request.match_info["side"], request.match_info["file"])
+        is_this = request.query.get("v") == reading.version_of(path)
+        try:
+            return _thumbnails().get(path, edge), is_this
+        except TrainerError as error:
+            raise NotFoundAnswer(str(error)) from error
+
+    data, is_this = await _in_thread_for("thumbnails", small)
+    return web.Response(body=data, content_type="image/jpeg", headers=PICTURE_HEADERS if is_this else HEADERS)
+
+
+# Uploads
+
+_uploads = asyncio.BoundedSemaphore(_MOST_UPLOADS)
+
+
+async def _upload(request: web.Request) -> web.Response:
+    """Receive one file into the data set's folder under a hidden name, then check and add it."""
+    _check_uploads()
+    name, side = request.query.get("name", ""), request.query.get("side", AUTO)
+    if request.content_type in _FORMS:
+        raise _RefusedError(400, "Send the bytes of one file as the body, not a form.")
+    if _uploads.locked():
+        raise _RefusedError(429, f"Only {_MOST_UPLOADS} files are received at a time. Send this one again later.")
+    async with _uploads:
+        data_set = await asyncio.to_thread(_data_set, request)
+        used = await asyncio.to_thread(usage, data_set.root)
+        most = min(LIMITS.zip_bytes if is_zip(name) else LIMITS.file_bytes, LIMITS.set_bytes - used.bytes)
+        with received_file(data_set) as path:
+            await _receive(request, path, most)
+            added = await _in_thread_for("data-sets", lambda: _add(data_set, path, name, side))
+    files = [{"file": file, "side": where} for file, where in added.added]
+    return json_answer({"added": files, "problems": [without_paths(each) for each in added.problems]})
+
+
+def _add(data_set: DataSet, path: Path, name: str, side: str) -> Any:
+    with changing(data_set):
+        return add_file(data_set, path, name, side)
+
+
+async def _receive(request: web.Request, path: Path, most: int) -> None:
+    """Write the body to a file, whatever length the request states."""
+    if (request.content_length or 0) > most:
+        raise _too_large(most)
+    size, waiting = 0, bytearray()
+    with disk_errors(path), await asyncio.to_thread(path.open, "wb") as file:
+        async for chunk in request.content.iter_any():
+            size += len(chunk)
+            if size > most:
+                raise _too_large(most)
+            waiting += chunk
+            if len(waiting) >= _WRITTEN_BYTES:
+                await asyncio.to_thread(file.write, bytes(waiting))
+                waiting.clear()
+        await asyncio.to_thread(file.write, bytes(waiting))
+    if not size:
+        raise _RefusedError(400, "The file is empty.")
+
+
+def _too_large(most: int) -> _RefusedError:
+    text = f"The file is too large: at most {size_in_words(max(most, 0))} are received. Nothing was added."
+    return _RefusedError(413, text)
+
+
+# Changes
+
+
+async def _change(change: Change, request: web.Request) -> web.Response:
+    _check_uploads()
+    body = await json_object(request, _BODY_BYTES, "see the documentation of this route")
+
+    def changed() -> dict[str, Any]:
+        data_set = _data_set(request)
+        with changing(data_set):
+            result = change(data_set, body)
+        return {**result, "revision": reading.revision(data_set)}
+
+    return json_answer(await _in_thread_for("data-sets", changed))
+
+
+def _captions(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(body.get("all"), str):
+        return {"undo": changes.write_caption_of_all(data_set, body["all"])}
+    captions = body.get("captions")
+    if not isinstance(captions, dict):
+        raise ConfigError('Send {"captions": {key: text}} or {"all": text}.')
+    changes.write_captions(data_set, captions)
+    return {}
+
+
+def _match(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
+    pairs = _objects(body, "pairs", ("reference", "target"))
+    changes.match(data_set, [(_text(each, "side", REFERENCES[0]), each["reference"], each["target"]) for each in pairs])
+    return {}
+
+
+def _swap(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
+    changes.swap_sides(data_set, None if body.get("keys", ()) is None else _texts(body, "keys"))
+    return {}
+
+
+def _hold_out(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
+    held_out = body.get("held_out")
+    if not isinstance(held_out, bool):
+        raise ConfigError("held_out must be true or false.")
+    changes.hold_out(data_set, _texts(body, "keys"), held_out=held_out)
+    return {}
+
+
+def _delete(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
+    pictures = _objects(body, "pictures", ("side", "file"))
+    return {"undo": changes.delete(data_set, [(each["side"], each["file"]) for each in pictures])}
+
+
+def _restore(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
+    return {"restored": changes.restore(data_set, body.get("undo"))}
+
+
+def _texts(body: dict[str, Any], name: str) -> list[str]:
+    found = body.get(name)
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise ConfigError(f"{name} must be a list of texts.")
+    return found
+
+
+def _text(each: dict[str, Any], name: str, default: str) -> str:
+    found = each.get(name, default)
+    if not isinstance(found, str):
+        raise ConfigError(f"{name} must be a text.")
+    return found
+
+
+def _objects(body: dict[str, Any], name: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    found = body.get(name)
+    fits = isinstance(found, list) and all(
+        isinstance(each, dict) and all(isinstance(each.get(field), str) for field in fields) for each in found
+    )
+    if not fits or not isinstance(found, list):
+        raise ConfigError(f"{name} must be a list of objects with {' and '.join(fields)}.")
+    return found
+
+
+_CHANGES: dict[str, Change] = {
+    "captions": _captions,
+    "match": _match,
+    "swap": _swap,
+    "hold_out": _hold_out,
+    "delete": _delete,
+    "restore": _restore,
+}
+
+
+# The check
+
+_one_check = threading.Lock()
+
+
+class _Stoppable(SilentObserver):
+    """Stops the check when the page that asked for it is gone."""
+
+    def __init__(self) -> None:
+        self.gone = False
+
+    def should_stop(self) -> Stop:
+        """PAUSE when the page is gone."""
+        return Stop.PAUSE if self.gone else Stop.NO
+
+
+async def _check(request: web.Request) -> web.Response:
+    await json_object(request, _BODY_BYTES, "{}")
+    observer = _Stoppable()
+
+    def check() -> dict[str, Any]:
+        if not _one_check.acquire(blocking=False):
+            raise _RefusedError(409, "Another check is running. Try again when it has ended.")
+        try:
+            checked_dir = host_folders.cache_dir() / "checked"
+            found = check_data_set(_data_set(request), observer, checked_dir=checked_dir)
+        finally:
+            _one_check.release()
+        findings = {key: [without_paths(text) for text in texts] for key, texts in found.findings.items()}
+        return {"findings": findings, "notes": [without_paths(note) for note in found.notes]}
+
+    task = asyncio.ensure_future(asyncio.to_thread(check))
+    while not task.done():
+        await asyncio.wait({task}, timeout=_POLL_SECONDS)
+        observer.gone = observer.gone or request.transport is None or request.transport.is_closing()
+    try:
+        return json_answer(task.result())
+    except Interrupted as error:
+        raise _RefusedError(409, "The check was stopped.") from error

@@ -1,0 +1,150 @@
+"""Uses a data set: its pairs for encoding, with the held-out ones marked, and the findings of the checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from pathlib import Path
+
+from ..config import DatasetConfig, PairCheckConfig, digest
+from ..data.captions import read_caption_file
+from ..data.folders import Folder, scan_folder
+from ..data.pair_check import check_pairs
+from ..data.pairing import EditDataset, EditPair, folder_state, scan_folders
+from ..errors import DatasetError
+from ..events import SILENT, Observer
+from ..text import counted, is_blank, shown, some_of
+from .folders import DataSet, open_data_set
+from .reading import held_out_keys
+
+_DEMO = Path(__file__).parent.parent / "demo" / "pairs"
+_MOST_NOTES = 100
+
+
+def demo_data_set() -> DataSet:
+    """The pairs that ship with the demo model.
+
+    Raises:
+        NotFoundError: they are not installed.
+    """
+    return open_data_set(_DEMO.parent, _DEMO.name)
+
+
+def state_of(data_set: DataSet, instruction: str) -> str:
+    """A digest that changes when `pairs_of` may have another result. Opens no picture.
+
+    Raises:
+        DiskError: a name is too long, or the disk fails.
+    """
+    return digest([folder_state(_config(data_set, instruction)), sorted(held_out_keys(data_set))])
+
+
+def pairs_of(
+    data_set: DataSet, instruction: str, observer: Observer = SILENT, *, checked_dir: Path | None = None
+) -> EditDataset:
+    """The pairs of a data set, every picture checked. `instruction` is the caption of all; blank: each pair's own.
+
+    Raises:
+        DatasetError: pictures, partners or captions are missing or can't be used; lists all problems.
+        DiskError: a name is too long, or the disk fails.
+        Interrupted: the observer asked to stop.
+    """
+    target = scan_folder(data_set.folder("target"), observer=observer)
+    reference = scan_folder(data_set.folder("reference"), observer=observer)
+    name = shown(data_set.name)
+    if not target.pictures and not reference.pictures and not target.problems:
+        raise DatasetError(
+            f"The data set {name} has no pictures yet. Open the side panel Edit pairs, choose {name}, and drop the "
+            "pictures before and after the edit there."
+        )
+    if not target.pictures.keys() & reference.pictures.keys():
+        raise DatasetError(
+            f"The data set {name} has no pair: {counted(len(reference.pictures), 'picture')} before the edit and "
+            f"{counted(len(target.pictures), 'picture')} after it, but no two with the same name. Open the side panel "
+            "Edit pairs and match them there."
+        )
+    problems: list[str] = []
+    if is_blank(instruction):
+        without = sorted(target.pictures.keys() - target.texts.keys())
+        if without:
+            problems.append(
+                f"{counted(len(without), 'pair')} without an instruction ({some_of(without)}). Write what the edit "
+                "does into the instruction of this node, for all pairs, or a caption for each pair in the side panel "
+                "Edit pairs."
+            )
+            instruction = "-"  # so that the scan below finds the problems of the pictures
+    scan = scan_folders(_config(data_set, instruction), observer, checked_dir=checked_dir)
+    problems += scan.problems
+    if problems:
+        raise DatasetError(
+            f"The data set {name} can't be used: {counted(len(problems), 'problem')}. Nothing was changed. Fix the "
+            "problems below and run again:",
+            problems,
+            (*data_set.notes, *scan.notes),
+        )
+    marked = held_out_keys(data_set) & {pair.key for pair in scan.dataset.pairs}
+    return dataclasses.replace(
+        scan.dataset, held_out=tuple(sorted(marked)), notes=(*data_set.notes, *scan.dataset.notes)
+    )
+
+
+def _config(data_set: DataSet, instruction: str) -> DatasetConfig:
+    return DatasetConfig(
+        target_dir=str(data_set.folder("target")),
+        reference_dirs=tuple(str(folder) for folder in data_set.references),
+        caption_strategy="textfile" if is_blank(instruction) else "instanceprompt",
+        instance_prompt="" if is_blank(instruction) else instruction,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Checks:
+    """Sentences by the key of the pair that they are about, and those about the whole data set."""
+
+    findings: dict[str, list[str]]
+    notes: list[str]
+
+
+def check_data_set(data_set: DataSet, observer: Observer = SILENT, *, checked_dir: Path | None = None) -> Checks:
+    """Check all pictures and pairs: damaged files, missing captions, shifts, duplicates and the like.
+
+    Raises:
+        DatasetError: a picture changed while it was checked.
+        DiskError: a name is too long, or the disk fails.
+        Interrupted: the observer asked to stop.
+    """
+    target = scan_folder(data_set.folder("target"))
+    reference = scan_folder(data_set.folder("reference"))
+    findings: defaultdict[str, list[str]] = defaultdict(list)
+    notes = list(data_set.notes)
+    if misplaced := sorted(reference.texts.keys() & target.pictures.keys() - target.texts.keys()):
+        notes.append(
+            f"Captions lie beside the pictures before the edit ({some_of(misplaced)}). Are the two sides swapped?"
+        )
+    if not target.pictures.keys() & reference.pictures.keys():
+        return Checks({}, [*notes, "There are no pairs to check."])
+    scan = scan_folders(_config(data_set, "-"), observer, checked_dir=checked_dir)
+    keys = {f"{shown(folder.pictures[key])}: ": key for folder in (target, reference) for key in folder.pictures}
+    for problem in scan.problems:
+        begin = next((each for each in keys if problem.startswith(each)), "")
+        if begin:
+            findings[keys[begin]].append(problem.removeprefix(begin))
+        else:
+            notes.append(problem)
+    captioned = dataclasses.replace(
+        scan.dataset, pairs=tuple(_with_captions(pair, target) for pair in scan.dataset.pairs)
+    )
+    if captioned.pairs:
+        check = check_pairs(captioned, PairCheckConfig(), observer, checked_dir=checked_dir)
+        for finding in check.findings:
+            findings[finding.key].append(finding.text)
+    return Checks(dict(findings), [*notes, *scan.notes][:_MOST_NOTES])
+
+
+def _with_captions(pair: EditPair, target: Folder) -> EditPair:
+    """The pair with the captions in its text file; with none if there is no such file, or it can't be read."""
+    try:
+        captions = read_caption_file(target.texts[pair.key]) if pair.key in target.texts else ()
+    except DatasetError:
+        captions = ()
+    return dataclasses.replace(pair, captions=captions)
