@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, ImageStat
 
+from trainer_core.data.images import open_picture
 from trainer_core.demo.pictures import CAPTION, PAIRS
 
 NUM_PAIRS, SIDE = 24, 128  # side in pixels
@@ -58,7 +59,7 @@ _LEAST_DEVIATION = 20.0  # of 255; a flatter tile, such as plain sky, is useless
 
 
 def photograph(name: str) -> Image.Image:
-    """One of the photographs as RGB, read from the installed package.
+    """One of the photographs in sRGB without its metadata, read from the installed package.
 
     Raises:
         FileNotFoundError: the package that ships it is not installed.
@@ -67,8 +68,7 @@ def photograph(name: str) -> Image.Image:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(f"The photograph {name} comes with {module}: pip install -r requirements-dev.txt")
-    with Image.open(Path(spec.origin).parent / folder / name) as picture:
-        return picture.convert("RGB")
+    return open_picture(Path(spec.origin).parent / folder / name)
 
 
 def make_demo_pairs(folder: Path) -> None:

@@ -21,6 +21,7 @@ def test_pairs_have_pictures_targets_and_captions(tmp_path: Path) -> None:
         target = tmp_path / "target" / path.name
         with Image.open(path) as reference, Image.open(target) as edited:
             assert reference.size == edited.size == (demo_pairs.SIDE, demo_pairs.SIDE)
+            assert not reference.info and not edited.info, "they are sRGB, and say nothing else"
             assert (np.array(reference).astype(int) + np.array(edited) == 255).all()
         assert target.with_suffix(".txt").read_text(encoding="utf-8").strip() == CAPTION
 
@@ -40,10 +41,13 @@ def test_the_pairs_that_ship_are_small_and_as_the_tool_makes_them(tmp_path: Path
     assert sum(path.stat().st_size for path in PAIRS.rglob("*") if path.is_file()) <= 3_000_000
 
 
-def test_every_photograph_of_the_pairs_is_in_the_list_of_licences() -> None:
+def test_every_photograph_is_in_the_list_of_licences_and_has_a_held_out_pair() -> None:
     rows = (PAIRS / "LICENCES.md").read_text(encoding="utf-8").splitlines()
     listed = {row.split("|")[1].strip() for row in rows if row.startswith("| ")} - {"Photograph", "---"}
     shipped = {path.stem.split("_", 1)[1] for path in (PAIRS / "reference").iterdir()}
+    held_out = (PAIRS / "held_out.txt").read_text(encoding="utf-8").split()
+    assert len(held_out) == len(shipped) == len({name.split("_", 1)[1] for name in held_out})
+    assert all((PAIRS / "reference" / f"{name}.png").is_file() for name in held_out)
     assert listed == shipped == {name.split(".")[0] for name in demo_pairs.DEMO_PHOTOGRAPHS}
 
 

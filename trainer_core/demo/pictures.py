@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-PAIRS = Path(__file__).parent / "pairs"  # reference/*.png, and target/*.png with a caption *.txt beside each
+# reference/*.png, target/*.png with a caption *.txt beside each, and held_out.txt with one pair of each photograph
+PAIRS = Path(__file__).parent / "pairs"
 CAPTION = "turn the photo into a colour negative"  # that of every pair
 
 
