@@ -12,23 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 from ..trainer_core.config import ModelConfig
 from ..trainer_core.errors import Problems, TrainerError
-from . import host_server, model, settings
+from . import choose_model, host_server, model, settings
 from .graph_values import GraphValues, Link, UnknownError, is_link
 from .raw_values import entries
-from .train import PROBLEMS, TrainLora, run_config
+from .refused import note_refusals
+from .train import TrainLora, run_config
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.conditioning.encoding_plan import PlannedDataset
 
 REFUSED_MESSAGE = "qwen_edit_trainer.refused"
-_TRAIN, _MIX = "QwenEdit_TrainLora", "QwenEdit_MixPairs"
+_TRAIN, _MIX, _MODEL = "QwenEdit_TrainLora", "QwenEdit_MixPairs", "QwenEdit_ChooseModel"
 LATER = ("model", "encoded", "validation_encoded")  # inputs of a training that are known when its pairs are encoded
-FROM_WIDGETS = {f"QwenEdit_{node.__name__}": node for node in (*settings.NODES, model.LoadModel, model.LoadModelFiles)}
+_MODELS = (choose_model.ChooseModel, model.LoadModel, model.LoadModelFiles)
+FROM_WIDGETS = {f"QwenEdit_{node.__name__}": node for node in (*settings.NODES, *_MODELS)}
 
 
 def note_problems(request: Mapping[str, Any]) -> None:
-    """Check the settings of each training in a queued prompt, for `TrainLora.validate_inputs`.
+    """Check each training and each chosen model in a queued prompt, for `validate_inputs` of these nodes.
 
     Also tells the page that sent the request: ComfyUI's page only draws a red frame if other outputs can run.
     """
@@ -36,17 +38,19 @@ def note_problems(request: Mapping[str, Any]) -> None:
     prompt = request.get("prompt")
     values = GraphValues(prompt, FROM_WIDGETS)
     for node_id, kind, _ in entries(prompt):
-        if kind != _TRAIN:
-            continue
         try:
-            run_config(ModelConfig(), None, **values.inputs(TrainLora, node_id, without=LATER))
+            if kind == _TRAIN:
+                run_config(ModelConfig(), None, **values.inputs(TrainLora, node_id, without=LATER))
+            elif kind == _MODEL:
+                values.output([node_id, 0])
         except TrainerError as error:
             found[node_id] = str(error)
         except UnknownError:
             continue
-    PROBLEMS.set(found)
+    note_refusals(found)
     client, asked_for = request.get("client_id"), request.get("partial_execution_targets")
-    told = [text for node_id, text in found.items() if not isinstance(asked_for, list) or node_id in asked_for]
+    wanted = values.with_sources(asked_for) if isinstance(asked_for, list) else found.keys()
+    told = [text for node_id, text in found.items() if node_id in wanted]
     if told and isinstance(client, str):
         host_server.send_message(REFUSED_MESSAGE, {"problems": told}, client)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..trainer_core.config import (
@@ -16,6 +17,7 @@ from ..trainer_core.config import (
     to_json,
 )
 from ..trainer_core.presets import encoding_preset, preset_for, preset_names, read_preset
+from ..trainer_core.qwen_image.installed import fitting_precision, installed_at
 from . import host_folders
 from .overrides import SETTINGS_NODES, Override, compared
 from .sockets import AutomaticModel, MoreSettingsGiven, ReferencesSeen
@@ -72,7 +74,9 @@ def compose(
     if if_run_exists == "new run":
         name = free_name(host_folders.runs_dir(), name)
     preset, why = _chosen(preset, model, more)
-    chosen = _with_precision(model, preset, more)
+    chosen = model
+    if isinstance(model, AutomaticModel):
+        chosen = plain_model(with_precision(model, preset, _planned_for(more)))
     own: dict[str, Any] = {"run_dir": str(host_folders.runs_dir() / name), "seed": seed}
     if max_train_steps > 0:
         own["max_train_steps"] = max_train_steps
@@ -115,29 +119,43 @@ def _card(model: ModelConfig, more: MoreSettingsGiven) -> float | None:
     """Memory in GiB of the card to train on; None without CUDA."""
     from ..trainer_core.device import card_gib
 
-    planned_for = more.memory_settings.vram_gib if more.memory_settings else 0.0
-    return planned_for or card_gib(model.device)
+    return _planned_for(more) or card_gib(model.device)
 
 
-def automatic_precision(preset: str, card: float | None, device: str) -> tuple[BaseModelPrecision, MixedPrecision]:
-    """`base_model_precision` and `mixed_precision` for a preset on a card with `card` GiB; None: not a CUDA card."""
-    if card is None:
-        return "none", "no" if device == "cpu" else "bf16"
-    values = {**_model_of(preset_for(card)), **_model_of(preset)}
-    return values["base_model_precision"], values.get("mixed_precision", "bf16")
+def _planned_for(more: MoreSettingsGiven) -> float | None:
+    return (more.memory_settings.vram_gib if more.memory_settings else 0.0) or None
+
+
+def with_precision(model: AutomaticModel, preset: str = "", card: float | None = None) -> AutomaticModel:
+    """The model in the precision of the preset, or that of the card's preset if this one has none.
+
+    Args:
+        model: from a node that leaves its precision to us.
+        preset: name of a preset; empty: the one for the card.
+        card: memory in GiB of the card to train on; None: that of this machine. Without a CUDA card, the weights are
+            not quantised.
+    """
+    from ..trainer_core.device import card_gib
+
+    card = card or card_gib(model.device)
+    wanted: BaseModelPrecision = "none"
+    mixed: MixedPrecision = "no" if model.device == "cpu" else "bf16"
+    if card is not None:
+        wanted = {**_model_of(preset_for(card)), **(_model_of(preset) if preset else {})}["base_model_precision"]
+        mixed = "bf16"
+    place = Path(model.transformer_file) if model.transformer_file else Path(model.base, "transformer")
+    found = installed_at(place)
+    fitting = fitting_precision(found.stored if found else "plain", wanted)
+    return dataclasses.replace(model, base_model_precision=fitting, mixed_precision=mixed)
+
+
+def plain_model(model: ModelConfig) -> ModelConfig:
+    """The same settings, which no preset changes any more."""
+    return ModelConfig(**{field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)})
 
 
 def _model_of(preset: str) -> dict[str, Any]:
     return read_preset(preset)["job"].get("model", {})
-
-
-def _with_precision(model: ModelConfig, preset: str, more: MoreSettingsGiven) -> ModelConfig:
-    if not isinstance(model, AutomaticModel):
-        return model
-    precision, mixed = automatic_precision(preset, _card(model, more), model.device)
-    fixed: dict[str, Any] = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)}
-    fixed["base_model_precision"], fixed["mixed_precision"] = precision, mixed
-    return ModelConfig(**fixed)
 
 
 def _encoding(preset: str, more: MoreSettingsGiven, config: TrainConfig) -> EncodingConfig:

@@ -74,7 +74,7 @@ class EncodePairs(Node):
                 setting_input(EncodingConfig, "tokenizer_max_length", optional=True, advanced=True),
             ],
             outputs=[
-                new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA."),
+                new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA (advanced)."),
                 new_output(io.String, "report", "Numbers and sizes of the pairs, and what was skipped."),
             ],
         )

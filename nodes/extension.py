@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import (
     ahead,
     check,
+    choose_model,
     dataset,
     edit_weight,
     encode,
@@ -48,6 +49,7 @@ NODES: list[type[io.ComfyNode]] = [
     sample.SampleEdit,
     result.ApplyLora,
     result.PlotLoss,
+    choose_model.ChooseModel,
 ]
 
 

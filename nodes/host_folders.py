@@ -67,15 +67,20 @@ def dataset_roots() -> dict[str, Path]:
     return roots
 
 
+def diffusers_models() -> dict[str, Path]:
+    """The base models in diffusers layout in ComfyUI's `diffusers` folders: their folders by name."""
+    found: dict[str, Path] = {}
+    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
+        for pattern in ("*", "*/*"):
+            for config in root.glob(f"{pattern}/transformer/config.json"):
+                folder = config.parent.parent
+                found.setdefault(folder.relative_to(root).as_posix(), folder)
+    return dict(sorted(found.items()))
+
+
 def base_models() -> list[str]:
     """Names of the base models in diffusers layout in ComfyUI's `diffusers` folders, followed by the demo model."""
-    found = {
-        config.parent.parent.relative_to(root).as_posix()
-        for root in _diffusers_dirs()
-        for pattern in ("*", "*/*")
-        for config in root.glob(f"{pattern}/transformer/config.json")
-    }
-    return [*sorted(found), DEMO_CHOICE]
+    return [*diffusers_models(), DEMO_CHOICE]
 
 
 def base_model(name: str) -> tuple[str, str]:
@@ -86,8 +91,8 @@ def base_model(name: str) -> tuple[str, str]:
     """
     if name == DEMO_CHOICE:
         return DEMO_MODEL, tokenizer_dir()
-    if name in base_models():
-        return next(str(root / name) for root in _diffusers_dirs() if (root / name / "transformer").is_dir()), ""
+    if folder := diffusers_models().get(name):
+        return str(folder), ""
     raise ModelFileError(
         f"Base model {brief(name)} not found. Available: {', '.join(base_models())}. Download a Qwen-Image-Edit model "
         "in diffusers layout to its own folder in models/diffusers, then press R to refresh the list."
@@ -103,11 +108,44 @@ def model_files(folder: str) -> list[str]:
     suffixes = (".safetensors", ".gguf") if folder == "diffusion_models" else (".safetensors",)
     named = {name for name in folder_paths.get_filename_list(folder) if name.endswith(suffixes)}
     for root in map(Path, folder_paths.get_folder_paths(folder)):
-        if ".gguf" in suffixes:  # ComfyUI does not list GGUF files
-            named |= {path.relative_to(root).as_posix() for path in root.rglob("*.gguf")}
-        saved = (path for depth in ("*", "*/*") for path in root.glob(f"{depth}/config.json"))
-        named |= {path.parent.relative_to(root).as_posix() for path in saved if _is_saved(path, _SAVED_AS[folder])}
+        for name in _not_listed_by_comfyui(root):
+            place = root / name
+            if place.suffix == ".gguf":
+                named |= {name} if ".gguf" in suffixes else set()
+            elif name.count("/") in (1, 2) and _is_saved(place, _SAVED_AS[folder]):
+                named.add(place.parent.relative_to(root).as_posix())
     return sorted(named) or [NO_FILE]
+
+
+_walks: dict[Path, tuple[dict[str, int], list[str]]] = {}
+
+
+def _not_listed_by_comfyui(root: Path) -> list[str]:
+    """The .gguf files and config.json files below a folder, relative to it.
+
+    The answer is kept until a folder's modification time changes: menus ask often, and a folder may hold many models.
+    """
+    changed, names = _walks.get(root, ({}, []))
+    if changed and all(_changed_at(folder) == at for folder, at in changed.items()):
+        return names
+    changed, names = {}, []
+    for folder, _, files in os.walk(root):
+        changed[folder] = _changed_at(folder)
+        names += [Path(folder, name).relative_to(root).as_posix() for name in files if _is_wanted(name)]
+    _walks[root] = (changed, names)
+    return names
+
+
+def _is_wanted(name: str) -> bool:
+    return name == "config.json" or name.endswith(".gguf")
+
+
+def _changed_at(folder: str) -> int:
+    """Modification time in ns; 0 if the folder is gone."""
+    try:
+        return os.stat(folder).st_mtime_ns  # noqa: PTH116 - a menu with many folders asks for all of them
+    except OSError:
+        return 0
 
 
 def _is_saved(config: Path, class_name: str) -> bool:
@@ -138,10 +176,6 @@ def model_file(folder: str, name: str) -> str:
 def tokenizer_dir() -> str:
     """Folder of the Qwen2.5 tokenizer that ships with ComfyUI."""
     return str(Path(comfy.sd.__file__).parent / "text_encoders" / "qwen25_tokenizer")
-
-
-def _diffusers_dirs() -> list[Path]:
-    return [Path(place) for place in folder_paths.get_folder_paths("diffusers")]
 
 
 def device_name() -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..trainer_core.simpletuner.convert import Imported
 
 _IGNORED = {
-    "output_dir": "the run name comes from Train Qwen Edit LoRA",
+    "output_dir": "the run name comes from Train Qwen Edit LoRA (advanced)",
     "pretrained_transformer_model_name_or_path": "the base model comes from this node",
     "pretrained_vae_model_name_or_path": "the base model comes from this node",
 }
@@ -119,9 +119,11 @@ def _given_out(imported: sockets.ImportedJob) -> tuple[Any, ...]:
 
 def _outputs() -> list[io.Output]:
     return [
-        new_output(sockets.Imported, "imported", "For Encode Imported Pairs and Train Qwen Edit LoRA."),
+        new_output(sockets.Imported, "imported", "For Encode Imported Pairs and Train Qwen Edit LoRA (advanced)."),
         new_output(
-            sockets.Model, "model", "The base model with the configuration's precision, for Train Qwen Edit LoRA."
+            sockets.Model,
+            "model",
+            "The base model with the configuration's precision, for Train Qwen Edit LoRA (advanced).",
         ),
         sockets.Dataset.Output(
             "dataset",
@@ -129,8 +131,8 @@ def _outputs() -> list[io.Output]:
             is_output_list=True,
             tooltip="A list of the datasets, for Preview Edit Pairs and Check Edit Pairs.",
         ),
-        new_output(io.Int, "max_train_steps", "For Train Qwen Edit LoRA."),
-        new_output(io.Int, "seed", "For Train Qwen Edit LoRA."),
+        new_output(io.Int, "max_train_steps", "For Train Qwen Edit LoRA (advanced)."),
+        new_output(io.Int, "seed", "For Train Qwen Edit LoRA (advanced)."),
         new_output(
             io.String, "report", "How each key was converted. What is unknown or left out by mistake comes first."
         ),
@@ -166,11 +168,11 @@ class EncodeImported(Node):
                 ),
             ],
             outputs=[
-                new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA."),
+                new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA (advanced)."),
                 new_output(
                     sockets.Encoded,
                     "validation_encoded",
-                    "The dataset named by eval_dataset_id, for Train Qwen Edit LoRA. None if it is not set.",
+                    "The dataset named by eval_dataset_id, for Train Qwen Edit LoRA (advanced). None if it is not set.",
                 ),
                 new_output(io.String, "report", "Numbers and sizes of the pairs, and what was skipped."),
             ],

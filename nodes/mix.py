@@ -30,7 +30,9 @@ class MixPairs(Node):
             search_aliases=["multi dataset", "repeats", "probability", "multi resolution"],
             inputs=[each for number in range(1, MOST_PARTS + 1) for each in _part_inputs(number)],
             outputs=[
-                new_output(sockets.Encoded, "encoded", "All pairs, for Train Qwen Edit LoRA or another mix."),
+                new_output(
+                    sockets.Encoded, "encoded", "All pairs, for Train Qwen Edit LoRA (advanced) or another mix."
+                ),
                 new_output(io.String, "report", "Numbers and sizes of the pairs, and the length of an epoch."),
             ],
         )

@@ -53,14 +53,20 @@ class LoadModel(Node):
         from ..trainer_core.qwen_image.base_model import BaseModel
 
         base, tokenizer = host_folders.base_model(base_model)
-        config = ModelConfig(base=base, tokenizer=tokenizer, device=host_folders.device_name(), **_kept(), **widgets)
+        config = ModelConfig(
+            base=base,
+            tokenizer=tokenizer,
+            device=host_folders.device_name(),
+            quantised_cache_dir=quantised_dir(),
+            **widgets,
+        )
         _ = BaseModel(config).network_settings  # raises if files are missing or the flavour is wrong
         return io.NodeOutput(config)
 
 
-def _kept() -> dict[str, str]:
+def quantised_dir() -> str:
     """ModelConfig's folder for quantised weights."""
-    return {"quantised_cache_dir": str(host_folders.cache_dir() / "quantised")}
+    return str(host_folders.cache_dir() / "quantised")
 
 
 _KINDS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
@@ -118,7 +124,7 @@ class LoadModelFiles(Node):
             vae_file=host_folders.model_file("vae", vae_file),
             tokenizer=host_folders.tokenizer_dir(),
             device=host_folders.device_name(),
-            **_kept(),
+            quantised_cache_dir=quantised_dir(),
             **widgets,
         )
         _ = BaseModel(config).network_settings  # raises if files are missing or the flavour is wrong

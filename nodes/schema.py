@@ -22,7 +22,8 @@ from .door import checked_inputs
 from .raw_values import NoLink, Unusable
 from .sockets import value_class
 
-CATEGORY = "training/qwen edit"
+CATEGORY = "training/qwen edit"  # of the short path
+_ADVANCED = f"{CATEGORY}/advanced"
 _KINDS = {bool: io.Boolean, int: io.Int, float: io.Float, str: io.String}
 
 
@@ -77,11 +78,11 @@ def checked_values(cls: type[Node], values: dict[str, Any], *, whole: bool = Tru
     )
 
 
-def node_schema(name: str, display_name: str, **keywords: Any) -> io.Schema:
-    """The schema of the node with the permanent id `QwenEdit_<name>`."""
+def node_schema(name: str, display_name: str, *, category: str = _ADVANCED, **keywords: Any) -> io.Schema:
+    """The schema of the node with the permanent id `QwenEdit_<name>`. `category`: its place in menus."""
     known = {field.name for field in dataclasses.fields(io.Schema)}
     keywords = {key: value for key, value in keywords.items() if key in known}
-    return io.Schema(node_id=f"QwenEdit_{name}", display_name=display_name, category=CATEGORY, **keywords)
+    return io.Schema(node_id=f"QwenEdit_{name}", display_name=display_name, category=category, **keywords)
 
 
 def new_input(kind: Any, name: str, **keywords: Any) -> io.Input:

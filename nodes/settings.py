@@ -21,6 +21,8 @@ from ..trainer_core.config import (
 from . import host_folders, sockets
 from .schema import Node, fields_of, lines, new_input, new_output, node_schema, setting_input, setting_inputs
 
+_FOR = "For Qwen Edit More Settings and Train Qwen Edit LoRA (advanced)."
+
 
 class LoraSettings(Node):
     """Choose type, size and target layers of the adapter."""
@@ -49,7 +51,7 @@ class LoraSettings(Node):
                     tooltip="A LoRA to start from. Its layers keep their ranks; all other layers start fresh.",
                 ),
             ],
-            outputs=[new_output(sockets.LoraSettings, "lora_settings", "For Train Qwen Edit LoRA.")],
+            outputs=[new_output(sockets.LoraSettings, "lora_settings", _FOR)],
         )
 
     @classmethod
@@ -90,7 +92,7 @@ class OptimizerSettings(Node):
                     optional=True,
                 ),
             ],
-            outputs=[new_output(sockets.OptimizerSettings, "optimizer_settings", "For Train Qwen Edit LoRA.")],
+            outputs=[new_output(sockets.OptimizerSettings, "optimizer_settings", _FOR)],
         )
 
     @classmethod
@@ -144,7 +146,7 @@ class TrainingSettings(Node):
                     optional=True,
                 ),
             ],
-            outputs=[new_output(sockets.TrainingSettings, "training_settings", "For Train Qwen Edit LoRA.")],
+            outputs=[new_output(sockets.TrainingSettings, "training_settings", _FOR)],
         )
 
     @classmethod
@@ -176,7 +178,7 @@ class RolloutSettings(Node):
             "own errors. Needs extra forward passes. Without this node: off.",
             search_aliases=["scheduled sampling", "rollout", "reflexflow", "exposure bias"],
             inputs=[setting_input(RolloutConfig, f"scheduled_sampling_{name}") for name in names.split()],
-            outputs=[new_output(sockets.RolloutSettings, "rollout_settings", "For Train Qwen Edit LoRA.")],
+            outputs=[new_output(sockets.RolloutSettings, "rollout_settings", _FOR)],
         )
 
     @classmethod
@@ -207,7 +209,7 @@ class ValidationSettings(Node):
                 ),
                 setting_input(ValidationConfig, "validation_loras_total_limit", optional=True),
             ],
-            outputs=[new_output(sockets.ValidationSettings, "validation_settings", "For Train Qwen Edit LoRA.")],
+            outputs=[new_output(sockets.ValidationSettings, "validation_settings", _FOR)],
         )
 
     @classmethod
@@ -234,7 +236,7 @@ class MemorySettings(Node):
                     "compile_blocks vram_gib",
                 ),
             ],
-            outputs=[new_output(sockets.MemorySettings, "memory_settings", "For Train Qwen Edit LoRA.")],
+            outputs=[new_output(sockets.MemorySettings, "memory_settings", _FOR)],
         )
 
     @classmethod
@@ -263,7 +265,7 @@ class EmaSettings(Node):
                 setting_input(EmaConfig, "use_ema", default=True),
                 *setting_inputs(EmaConfig, "ema_device ema_decay ema_update_interval ema_validation"),
             ],
-            outputs=[new_output(sockets.EmaSettings, "ema_settings", "For Train Qwen Edit LoRA.")],
+            outputs=[new_output(sockets.EmaSettings, "ema_settings", _FOR)],
         )
 
     @classmethod

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from comfy_api.latest import io
 from ..trainer_core.config import ExportConfig, ModelConfig, TrainConfig
 from ..trainer_core.errors import Interrupted
 from . import graph_file, host_call, host_folders, host_lora, host_server, publish, sockets
+from .refused import refusal_of
 from .schema import Node, new_input, new_output, node_schema, setting_input
 from .train_config import imported_input, preset_input, settings_input, train_config, validation_input
 from .untrusted import checked_run_name, free_name
@@ -19,10 +19,6 @@ from .untrusted import checked_run_name, free_name
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.run import TrainResult
-
-PROBLEMS: ContextVar[Mapping[str, str]] = ContextVar("problems of trainings")
-"""What is wrong with the settings of each training node in the prompt that ComfyUI validates in this task, by node id.
-`ahead.py` sets it."""
 
 IfRunExists = Literal["continue", "continue a kept run", "new run"]
 
@@ -34,7 +30,7 @@ class TrainLora(Node):
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "TrainLora",
-            "Train Qwen Edit LoRA",
+            "Train Qwen Edit LoRA (advanced)",
             description="Trains a LoRA on encoded pairs and saves it where LoRA loaders list it. Interrupting keeps "
             "the progress; queue the same graph again to resume.",
             search_aliases=["finetune", "lora training", "trainer"],
@@ -66,7 +62,7 @@ class TrainLora(Node):
         """Check the run name, and the settings in connected nodes as far as they are known."""
         if run_name is not None:
             checked_run_name(run_name)
-        return PROBLEMS.get({}).get(cls.hidden.unique_id or "", True)
+        return refusal_of(cls.hidden)
 
     @classmethod
     def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:

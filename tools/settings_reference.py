@@ -25,7 +25,11 @@ FILE, SCHEMA = DOCS / "settings.md", DOCS / "job.schema.json"
 
 # Per section: class, key in the JSON file (empty: top level; None: not in the file), nodes with these settings.
 SECTIONS: tuple[tuple[type, str | None, str], ...] = (
-    (config.JobConfig, "", "`run_dir` is named after `run_name` of **Train Qwen Edit LoRA**, `cache_dir` is fixed."),
+    (
+        config.JobConfig,
+        "",
+        "`run_dir` is named after `run_name` of **Train Qwen Edit LoRA (advanced)**, `cache_dir` is fixed.",
+    ),
     (config.ModelConfig, "model", "**Load Qwen Edit Model**; ComfyUI chooses the tokenizer and the device."),
     (config.DatasetConfig, "dataset", "**Pair Edit Folders**, as `target_folder` and `reference_folder_1` to `_3`."),
     (config.CaptionConfig, "dataset.captions", "**Qwen Edit Caption Settings**."),
@@ -46,11 +50,15 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.CheckpointConfig, "checkpoints", "**Qwen Edit Training Settings**."),
     (config.ValidationConfig, "validation", "**Qwen Edit Validation Settings**."),
     (config.MemoryConfig, "memory", "**Qwen Edit Memory Settings**."),
-    (config.ExportConfig, "export", "**Train Qwen Edit LoRA** has `trigger_words`; the file is named after the run."),
+    (
+        config.ExportConfig,
+        "export",
+        "**Train Qwen Edit LoRA (advanced)** has `trigger_words`; the file is named after the run.",
+    ),
     (
         config.TrainConfig,
         None,
-        "**Train Qwen Edit LoRA** and `python -m trainer_core train` make it from the sections above and "
+        "**Train Qwen Edit LoRA (advanced)** and `python -m trainer_core train` make it from the sections above and "
         "store it as `config.json` in the run folder.",
     ),
 )

@@ -15,7 +15,10 @@ DEPENDS_ON_FOLDERS = {("QwenEdit_LoadModel", "base_model"), ("QwenEdit_SampleEdi
 DEPENDS_ON_FOLDERS |= {("QwenEdit_ImportSimpleTuner", "base_model")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoraSettings", "init_lora")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoadModelFiles", f"{part}_file") for part in ("transformer", "text_encoder", "vae")}
+DEPENDS_ON_FOLDERS |= {("QwenEdit_ChooseModel", each) for each in ("model", "text_encoder", "vae")}
+SHORT_PATH = {"QwenEdit_ChooseModel"}
 EXPECTED = {
+    *SHORT_PATH,
     "QwenEdit_LoadModel",
     "QwenEdit_LoadModelFiles",
     "QwenEdit_PairFolders",
@@ -76,7 +79,9 @@ def test_schema_is_as_workflows_know_it(our_nodes: dict[str, Any]):
 
 def test_every_node_is_there(our_nodes: dict[str, Any]):
     assert set(our_nodes) == EXPECTED
-    assert {info["category"] for info in our_nodes.values()} == {"training/qwen edit"}
+    short = {name for name, info in our_nodes.items() if info["category"] == "training/qwen edit"}
+    assert short == SHORT_PATH
+    assert all(our_nodes[name]["category"] == "training/qwen edit/advanced" for name in EXPECTED - SHORT_PATH)
 
 
 def test_names_and_descriptions(our_nodes: dict[str, Any]):

@@ -32,6 +32,7 @@ class Flavour:
     """
 
     name: FlavourName
+    release: str  # what people call it
     released_as: str
     comfyui_file: str  # the transformer in ComfyUI's template
     pipeline: str  # diffusers' class in the download's model_index.json
@@ -50,6 +51,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
     for row in (
         Flavour(
             name="edit-v1",
+            release="Qwen-Image-Edit",
             released_as="Qwen/Qwen-Image-Edit",
             comfyui_file="qwen_image_edit_fp8_e4m3fn.safetensors",
             pipeline="QwenImageEditPipeline",
@@ -64,6 +66,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
         ),
         Flavour(
             name="edit-v2",
+            release="2509",
             released_as="Qwen/Qwen-Image-Edit-2509",
             comfyui_file="qwen_image_edit_2509_fp8_e4m3fn.safetensors",
             pipeline="QwenImageEditPlusPipeline",
@@ -78,6 +81,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
         ),
         Flavour(
             name="edit-v3",
+            release="2511",
             released_as="Qwen/Qwen-Image-Edit-2511",
             comfyui_file="qwen_image_edit_2511_bf16.safetensors",
             pipeline="QwenImageEditPlusPipeline",
@@ -92,3 +96,11 @@ FLAVOURS: dict[FlavourName, Flavour] = {
         ),
     )
 }
+
+
+def flavour_of_release(release: str) -> FlavourName | None:
+    """The flavour of a release by the name that people use; None if no release is called so."""
+    for row in FLAVOURS.values():
+        if row.release == release:
+            return row.name
+    return None

@@ -39,6 +39,37 @@ _INSTEAD = {
 }
 
 
+# The files of ComfyUI's templates at huggingface.co/Comfy-Org, best first: folder below models, repository, GB.
+_EDIT, _IMAGE = "Qwen-Image-Edit_ComfyUI", "Qwen-Image_ComfyUI"
+_DOWNLOADS: dict[str, tuple[str, str, float]] = {
+    "qwen_image_edit_2511_bf16.safetensors": ("diffusion_models", _EDIT, 40.9),
+    "qwen_image_edit_2511_fp8mixed.safetensors": ("diffusion_models", _EDIT, 20.5),
+    "qwen_image_edit_2511_int8_convrot.safetensors": ("diffusion_models", _EDIT, 20.5),
+    "qwen_image_edit_2509_bf16.safetensors": ("diffusion_models", _EDIT, 40.9),
+    "qwen_image_edit_2509_fp8mixed.safetensors": ("diffusion_models", _EDIT, 20.5),
+    "qwen_image_edit_2509_fp8_e4m3fn.safetensors": ("diffusion_models", _EDIT, 20.4),
+    "qwen_image_edit_bf16.safetensors": ("diffusion_models", _EDIT, 40.9),
+    "qwen_image_edit_fp8_e4m3fn.safetensors": ("diffusion_models", _EDIT, 20.4),
+    "qwen_2.5_vl_7b_fp8_scaled.safetensors": ("text_encoders", _IMAGE, 9.4),
+    "qwen_2.5_vl_7b.safetensors": ("text_encoders", _IMAGE, 16.6),
+    "qwen_image_vae.safetensors": ("vae", _IMAGE, 0.3),
+}
+
+
+def template_files(folder: str) -> tuple[str, ...]:
+    """Names of the files in a folder below ComfyUI's models folder that its edit templates use, best first."""
+    return tuple(name for name, (where, *_) in _DOWNLOADS.items() if where == folder)
+
+
+def how_to_get(name: str) -> str:
+    """A sentence on where to get a file of ComfyUI's templates and where to put it; empty if it is none of these."""
+    if name not in _DOWNLOADS:
+        return ""
+    folder, repository, gigabytes = _DOWNLOADS[name]
+    address = f"https://huggingface.co/Comfy-Org/{repository}/resolve/main/split_files/{folder}/{name}"
+    return f"Download it ({gigabytes:g} GB) from {address} and put it into ComfyUI's folder models/{folder}."
+
+
 def looks_like(names: Collection[str]) -> str:
     """A guess at what a wrong file is, as the end of a sentence; empty if there is none."""
     for kind, marks in _KINDS:
