@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 DEPENDS_ON_FOLDERS = {"base_model", "lora_name", "init_lora", "transformer_file", "text_encoder_file", "vae_file"}
+DEPENDS_ON_FOLDERS |= {"model", "text_encoder", "vae"}
 _SECTIONS = re.compile(r"## Inputs\n.*?(?=\n## Typical values\n)", re.DOTALL)
 
 
@@ -15,7 +16,7 @@ def tables(info: dict[str, Any]) -> str:
     for part in ("required", "optional"):
         for name, (kind, options) in info["input"].get(part, {}).items():
             label = options["display_name"] + (" (optional)" if part == "optional" else "")
-            default = "" if name == "base_model" or "default" not in options else _shown(options["default"])
+            default = "" if name in ("base_model", "model") or "default" not in options else _shown(options["default"])
             shown_kind = "choice" if kind == "COMBO" else kind
             rows.append(
                 f"| {label} | {shown_kind} | {default} | {_cell(options['tooltip'])}{_allowed(name, options)} |"
