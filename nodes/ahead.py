@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.conditioning.encoding_plan import PlannedDataset
 
-REFUSED_MESSAGE = "qwen_edit_trainer.refused"
 _TRAIN, _MIX, _MODEL = "QwenEdit_TrainLora", "QwenEdit_MixPairs", "QwenEdit_ChooseModel"
 LATER = ("model", "encoded", "validation_encoded")  # inputs of a training that are known when its pairs are encoded
 _MODELS = (choose_model.ChooseModel, model.LoadModel, model.LoadModelFiles)
@@ -30,10 +29,7 @@ FROM_WIDGETS = {f"QwenEdit_{node.__name__}": node for node in (*settings.NODES, 
 
 
 def note_problems(request: Mapping[str, Any]) -> None:
-    """Check each training and each chosen model in a queued prompt, for `validate_inputs` of these nodes.
-
-    Also tells the page that sent the request: ComfyUI's page only draws a red frame if other outputs can run.
-    """
+    """Check each training and each chosen model in a queued prompt, for `validate_inputs` of these nodes."""
     found: dict[str, str] = {}
     prompt = request.get("prompt")
     values = GraphValues(prompt, FROM_WIDGETS)
@@ -48,11 +44,6 @@ def note_problems(request: Mapping[str, Any]) -> None:
         except UnknownError:
             continue
     note_refusals(found)
-    client, asked_for = request.get("client_id"), request.get("partial_execution_targets")
-    wanted = values.with_sources(asked_for) if isinstance(asked_for, list) else found.keys()
-    told = [text for node_id, text in found.items() if node_id in wanted]
-    if told and isinstance(client, str):
-        host_server.send_message(REFUSED_MESSAGE, {"problems": told}, client)
 
 
 def check_trainings(

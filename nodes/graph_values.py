@@ -60,16 +60,6 @@ class GraphValues:
         """The inputs of a node as the prompt has them."""
         return self._entries.get(node_id, ("", {}))[1]
 
-    def with_sources(self, node_ids: Iterable[Any]) -> set[str]:
-        """These nodes and all nodes that they get something from."""
-        waiting, found = [each for each in node_ids if isinstance(each, str)], set[str]()
-        while waiting:
-            node_id = waiting.pop()
-            if node_id not in found:
-                found.add(node_id)
-                waiting += [each[0] for each in self.given(node_id).values() if is_link(each)]
-        return found
-
     def inputs(self, node: Any, node_id: str, *, without: Iterable[str] = ()) -> dict[str, Any]:
         """The inputs of a node by name, as ComfyUI will hand them on, except those named in `without`.
 

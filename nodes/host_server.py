@@ -13,11 +13,11 @@ def server() -> PromptServer | None:
     return getattr(PromptServer, "instance", None)
 
 
-def send_message(event: str, values: dict[str, Any], client_id: str | None = None) -> None:
-    """Send a message to the page with this id, or to every open page. Callable from any thread."""
+def send_message(event: str, values: dict[str, Any]) -> None:
+    """Send a message to every open page. Callable from any thread."""
     instance = server()
     if instance is not None:
-        instance.send_sync(event, values, client_id)
+        instance.send_sync(event, values, None)
 
 
 def executing_node() -> str | None:

@@ -5,9 +5,10 @@ import { app } from "../../scripts/app.js";
 // @ts-ignore
 import { api } from "../../scripts/api.js";
 import { loadStyle } from "./trainer/dom.js";
-import { isTrainNode, openSidebar, readOldValues, refreshLists, toast } from "./trainer/graph.js";
+import { isTrainNode, openSidebar, readOldValues, refreshLists } from "./trainer/graph.js";
 import { attachView } from "./trainer/node_view.js";
 import { createPanel } from "./trainer/panel.js";
+import { watchRefusals } from "./trainer/refusals.js";
 import { createStore } from "./trainer/store.js";
 import { loadWords, t } from "./trainer/words.js";
 
@@ -43,9 +44,7 @@ app.registerExtension({
       },
     });
     api.addEventListener("qwen_edit_trainer.lora", () => refreshLists(app));
-    api.addEventListener("qwen_edit_trainer.refused", (/** @type {CustomEvent} */ { detail }) => {
-      for (const problem of detail.problems) toast(app, "error", t("The training can't run"), problem);
-    });
+    watchRefusals(app, api);
     store.refresh();
   },
 

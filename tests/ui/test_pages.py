@@ -54,16 +54,6 @@ def test_every_template_opens_with_nothing_missing(renderer: str, open_page: Ope
         assert set(page.page.evaluate("() => app.graph.nodes.map(n => n.type)")) == kinds
 
 
-@pytest.mark.parametrize("renderer", ["classic", "nodes 2.0"])
-def test_why_a_training_is_refused_is_said_though_other_nodes_run(renderer: str, open_page: OpenPage):
-    page = open_page(renderer)
-    page.open_template("demo")
-    page.set_widgets("OptimizerSettings", lr_scheduler="cosine", lr_warmup_steps=800)
-    page.run()
-    said = page.page.locator(".p-toast-message", has_text="The training can't run")
-    expect(said).to_contain_text("lr_warmup_steps must be less than max_train_steps (800) with lr_scheduler cosine")
-
-
 @pytest.fixture(scope="module")
 def told(runs_dir: Path) -> str:
     """Name of a paused run (40 of 60 steps, samples at 10, 20 and 30) whose texts contain hostile HTML."""

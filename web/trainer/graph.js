@@ -3,11 +3,17 @@
 
 const PREFIX = "QwenEdit_";
 const TRAIN = `${PREFIX}TrainLora`;
+const TOP_BAR = 130; // pixels at the top of the canvas that ComfyUI's menus and a node's title need
 const NONE = "none"; // the combo value for no preset or no LoRA
 
 /** @param {any} node */
 export function isTrainNode(node) {
   return (node.comfyClass ?? node.type) === TRAIN;
+}
+
+/** Whether a node class is one of this pack. @param {string|undefined} kind */
+export function isOurs(kind) {
+  return Boolean(kind?.startsWith(PREFIX));
 }
 
 /** All nodes, including those in subgraphs. @param {any} graph @returns {any[]} */
@@ -28,6 +34,53 @@ export function widget(node, name) {
  */
 export function hasId(node, id) {
   return typeof id === "string" && (id === String(node.id) || id.endsWith(`:${node.id}`));
+}
+
+/**
+ * The nodes from the outermost subgraph's to the one with this id, empty if the open graph has no such node.
+ * @param {any} app
+ * @param {string} id
+ * @returns {any[]}
+ */
+function pathTo(app, id) {
+  const path = [];
+  let graph = app.rootGraph ?? app.graph;
+  for (const part of id.split(":")) {
+    const node = (graph?.nodes ?? graph?._nodes ?? []).find((/** @type {any} */ each) => String(each.id) === part);
+    if (!node) return [];
+    path.push(node);
+    graph = node.subgraph;
+  }
+  return path;
+}
+
+/** A node's title, if the open graph has the node. @param {any} app @param {string} id @returns {string|undefined} */
+export function titleOf(app, id) {
+  return pathTo(app, id).pop()?.title;
+}
+
+/**
+ * Select a node and move it to the middle of the canvas, its title in view. Opens the subgraph that it is in.
+ * @param {any} app
+ * @param {string} id
+ * @param {number} covered Height in pixels of what covers the canvas at the bottom.
+ */
+export function goToNode(app, id, covered) {
+  const path = pathTo(app, id);
+  const node = path.pop();
+  if (!node) return;
+  const { canvas } = app;
+  const outer = path.pop();
+  if (canvas.graph !== node.graph) {
+    if (outer) canvas.openSubgraph(outer.subgraph, outer);
+    else canvas.setGraph(node.graph);
+  }
+  canvas.selectNode(node);
+  canvas.centerOnNode(node);
+  const { scale, offset } = canvas.ds;
+  const free = canvas.canvas.clientHeight - covered - node.size[1] * scale;
+  offset[1] = Math.max(TOP_BAR, free / 2) / scale - node.pos[1];
+  canvas.setDirty(true, true);
 }
 
 /** A run's settings by name, with nested sections flattened. @param {any} settings @returns {Record<string, any>} */

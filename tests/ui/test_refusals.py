@@ -1,0 +1,76 @@
+"""Why a node of ours can't run is said on the page, and stays there, though ComfyUI runs the rest of the graph."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.support.browser_page import ComfyPage
+
+from .conftest import OpenPage
+
+pytestmark = pytest.mark.server
+
+IN_VIEW = """title => {
+    const { ds, canvas } = app.canvas, node = app.graph.nodes.find(each => each.title === title);
+    const top = (node.pos[1] + ds.offset[1]) * ds.scale;
+    return Object.values(app.canvas.selected_nodes).includes(node) && top > 0 && top < canvas.clientHeight / 2;
+}"""
+
+
+@pytest.mark.parametrize("renderer", ["classic", "nodes 2.0"])
+def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_page: OpenPage):
+    page = open_page(renderer)
+    notice = page.page.locator(".qet-notice")
+    page.open_template("demo")
+    page.set_widgets("OptimizerSettings", lr_scheduler="cosine", lr_warmup_steps=800)
+    page.run()
+    said = "lr_warmup_steps must be less than max_train_steps (800) with lr_scheduler cosine"
+    expect(notice).to_contain_text(said)
+    assert notice.inner_text().count(said) == 1
+    assert page.page.locator(".p-toast-message", has_text="lr_warmup_steps").count() == 0
+    page.page.evaluate("() => { app.canvas.ds.offset[0] = 90000; }")
+    notice.get_by_role("button", name="Go to node").click()
+    assert page.page.evaluate(IN_VIEW, "Train Qwen Edit LoRA")
+
+    page.set_widgets("OptimizerSettings", lr_warmup_steps=10)
+    page.set_widgets("LoadModel", base_model="gone")
+    page.set_widgets("TrainLora", run_name="a/path")
+    page.run()
+    expect(notice.locator("b")).to_have_text(["Load Qwen Edit Model", "Train Qwen Edit LoRA"])
+    expect(notice.locator("p")).to_contain_text(
+        ["Base model 'gone' not found", "run_name must be the name of a folder"]
+    )
+    notice.get_by_role("button", name="Close").click()
+    expect(notice).to_have_count(0)
+
+    alone = "() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('QwenEdit_PlotLoss')); }"
+    page.page.evaluate(alone)
+    page.run()
+    expect(notice.get_by_role("heading")).to_have_text("Stopped by an error:")
+    expect(notice.locator("p")).to_have_text("Plot Loss has no run and no loss_map. Connect one of them.")
+    if renderer == "classic":
+        says_once_each_what_concerns_our_nodes(page)
+
+
+def fault(kind: str, details: str, **extra: str) -> dict[str, object]:
+    return {"type": kind, "message": "A message", "details": details, "extra_info": extra}
+
+
+def says_once_each_what_concerns_our_nodes(page: ComfyPage):
+    both = [fault("custom_validation_failed", f"{name} - Not there.", input_name=name) for name in ("target", "mask")]
+    more = [fault("required_input_missing", "model", input_name="model"), fault("new_kind", "model")]
+    listed = fault("value_not_in_list", "image: 'a.png' not in [...]", input_name="image", received_value="a.png")
+    errors = {
+        "1": {"class_type": "QwenEdit_PairFolders", "errors": [*both, *more], "dependent_outputs": []},
+        "2:3": {"class_type": "LoadImage", "errors": [listed], "dependent_outputs": ["8", "9"]},
+        "4": {"class_type": "LoadImage", "errors": [listed], "dependent_outputs": ["8"]},
+    }
+    prompt = {"8": {"class_type": "PreviewImage"}, "9": {"class_type": "QwenEdit_TrainLora"}}
+    module = "import('/extensions/qwen-edit-trainer/trainer/refusals.js')"
+    found = page.page.evaluate(f"async given => (await {module}).refused(...given)", [errors, prompt])
+    assert [(each["id"], each["texts"]) for each in found] == [
+        ("1", ["Not there.", "Nothing is connected to model.", "A message: model"]),
+        ("2:3", ['image is "a.png", which is not one of its choices. It may be missing on this machine.']),
+    ]
+    assert page.page.evaluate(f"async () => (await {module}).refused(undefined)") == []
