@@ -11,9 +11,10 @@ from PIL import Image
 
 from tests.support.waves import HEIGHT, WIDTH, edited, scene
 from trainer_core.config import DatasetConfig, PairCheckConfig
-from trainer_core.data.alignment import align
+from trainer_core.data.alignment import MIN_UNEDITED_SHARE, align
 from trainer_core.data.pair_check import PairCheck, check_pairs
 from trainer_core.data.pairing import EditDataset, pair_folders
+from trainer_core.demo.pictures import PAIRS
 from trainer_core.errors import ConfigError, Interrupted
 from trainer_core.events import SilentObserver, Stop
 from trainer_core.pictures.check_report import check_report, check_sheet
@@ -48,6 +49,14 @@ def test_what_lies_outside_a_shifted_reference_counts_as_nothing() -> None:
     target = np.asarray(colours.resize((128, 128), Image.Resampling.BICUBIC), np.float32)
     found = align(target, 255 - target)
     assert max(map(abs, found.shift)) > 10 and found.unedited < 0.05 and not found.measured
+
+
+def test_the_plain_parts_of_a_negative_are_no_unedited_region() -> None:
+    """The sky of 03_china differs from its negative by nearly one colour, in a quarter of the picture."""
+    for name in ("03_china.png", "06_rocket.png", "07_china.png"):
+        pixels = (np.asarray(Image.open(PAIRS / side / name), np.float32) for side in ("target", "reference"))
+        found = align(*pixels)
+        assert found.unedited >= MIN_UNEDITED_SHARE and max(map(abs, found.colour)) > 64 and not found.measured
 
 
 def dataset(root: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], captions: dict[str, str]) -> EditDataset:

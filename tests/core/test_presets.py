@@ -80,7 +80,7 @@ def test_each_card_gets_the_largest_preset_that_it_holds(gib: float | None, name
 
 
 def test_the_encoding_part_of_a_preset() -> None:
-    assert encoding_preset("demo") == EncodingConfig(resolution=128, match_target_res=True, num_eval_images=8)
+    assert encoding_preset("demo") == EncodingConfig(resolution=128, match_target_res=True, num_eval_images=4)
     assert encoding_preset("quality") == EncodingConfig(resolution=1024, num_eval_images=4)
 
 

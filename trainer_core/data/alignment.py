@@ -27,6 +27,7 @@ _SAMPLED = 24  # rows and columns of a plane that give its median
 _LEAST_SIDE = 48  # pixels of the smallest pictures that are compared
 _FARTHEST = 20.0  # residuals above this many 8-bit steps count as an edit
 MIN_UNEDITED_SHARE = 0.2
+_LARGEST_OFFSET = 64.0  # 8-bit steps; what lies further apart in colour is an edit, for example the sky of a negative
 _MAX_STANDARD_ERROR = 0.1  # of the shift, in pixels of the measured picture
 
 
@@ -98,13 +99,14 @@ def judged(
     compared = where & inside
     unedited = float((smooth < UNEDITED)[compared].mean()) if compared.any() else 0.0
     overlaps = compared.sum() >= where.sum() / 2
+    alike = bool(overlaps) and float(np.abs(colour).max()) <= _LARGEST_OFFSET
     return Alignment(
         shift=(float(shift[0]), float(shift[1])),
         zoom=zoom,
         colour=(float(colour[0]), float(colour[1]), float(colour[2])),
         unedited=unedited,
         difference=smooth,
-        measured=bool(overlaps) and unedited >= MIN_UNEDITED_SHARE and error <= _MAX_STANDARD_ERROR,
+        measured=alike and unedited >= MIN_UNEDITED_SHARE and error <= _MAX_STANDARD_ERROR,
     )
 
 
