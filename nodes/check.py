@@ -12,6 +12,7 @@ from .schema import Node, new_input, new_output, node_schema, setting_inputs
 
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
+    from ..trainer_core.events import Observer
 
 
 class CheckPairs(Node):
@@ -53,6 +54,11 @@ class CheckPairs(Node):
                 ),
             ],
         )
+
+    @classmethod
+    def foresee(cls, _observer: Observer, dataset: EditDataset, **_widgets: Any) -> tuple[EditDataset]:
+        """The first output, without a running graph."""
+        return (dataset,)
 
     @classmethod
     def execute(cls, dataset: EditDataset, max_pairs: int = 12, **widgets: Any) -> io.NodeOutput:

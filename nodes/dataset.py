@@ -16,6 +16,7 @@ from .untrusted import file_below, folders_below
 
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
+    from ..trainer_core.events import Observer
 
 _BELOW = "A path below ComfyUI's input or output folder, such as my_edit/{}, or below another folder the server allows."
 
@@ -106,11 +107,16 @@ class PairFolders(Node):
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """Outputs an EditDataset."""
+        with host_call.interruptible() as observer:
+            return io.NodeOutput(*cls.foresee(observer, **widgets))
+
+    @classmethod
+    def foresee(cls, observer: Observer, **widgets: Any) -> tuple[EditDataset]:
+        """The outputs, without a running graph."""
         from ..trainer_core.data.pairing import pair_folders
 
-        with host_call.interruptible() as observer:
-            checked_dir = host_folders.cache_dir() / "checked"
-            return io.NodeOutput(pair_folders(_dataset_config(**widgets), observer, checked_dir=checked_dir))
+        checked_dir = host_folders.cache_dir() / "checked"
+        return (pair_folders(_dataset_config(**widgets), observer, checked_dir=checked_dir),)
 
 
 def _dataset_config(

@@ -11,14 +11,23 @@ from ..trainer_core.qwen_image.base_model import BaseModel
 from . import host_call, host_folders, sockets
 from .ahead import check_trainings, known_values
 from .cache_watch import CACHE_WATCH
+from .graph_values import ForeseenPairs
 from .schema import Node, help_of, new_input, new_output, node_schema, setting_input, setting_inputs
 
 if TYPE_CHECKING:
+    from ..trainer_core.conditioning.encoders import Encoders
+    from ..trainer_core.conditioning.encoding_plan import PlannedDataset
     from ..trainer_core.data.pairing import EditDataset
+    from ..trainer_core.events import Observer
+
+ENCODERS = ("clip", "vae")
+"""Inputs for networks of the graph that encode in place of the base model's."""
 
 
 class EncodePairs(Node):
     """Encode a dataset once for any number of training runs."""
+
+    FORESEEN_WITHOUT = ENCODERS
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -87,24 +96,44 @@ class EncodePairs(Node):
     @classmethod
     def execute(cls, model: ModelConfig, dataset: EditDataset, **widgets: Any) -> io.NodeOutput:
         """Outputs an EncodedDataset and the report."""
-        from ..trainer_core.conditioning.encode import encode_planned, plan_dataset
+        from ..trainer_core.conditioning.encode import encode_planned
         from ..trainer_core.conditioning.report import encoding_report
         from ..trainer_core.planning.disk_space import cache_use, check_disk
         from .host_encoders import connected_encoders
 
-        cache_dir = host_folders.cache_dir()
-        connected = {name: widgets.pop(name) for name in ("clip", "vae") if name in widgets}
-        prompts = filter(None, map(str.strip, widgets.pop("validation_prompts", "").splitlines()))
-        sizes = widgets.pop("size_settings", None) or SizeConfig()
-        seen = widgets.pop("reference_settings", None) or sockets.ReferencesSeen()
-        encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
+        connected = {name: widgets.pop(name) for name in ENCODERS if name in widgets}
         with host_call.long_call() as observer:
             encoders = connected_encoders(connected, model.flavour)
-            planned = plan_dataset(dataset, BaseModel(model), encoding, cache_dir, encoders, observer=observer)
+            planned = _planned(model, dataset, encoders, observer, **widgets)
             check_disk(cache_use([planned]))
             check_trainings(cls.hidden, known_values(cls.hidden, {"model": model}), [planned], [planned.encoded()])
             encoded = encode_planned(planned, observer)
         return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
+
+    @classmethod
+    def foresee(
+        cls, observer: Observer, model: ModelConfig, dataset: EditDataset, **widgets: Any
+    ) -> tuple[ForeseenPairs]:
+        """The first output, without a running graph."""
+        from .host_encoders import foreseen_encoders
+
+        connected = [name for name in ENCODERS if widgets.pop(name, None) is not None]
+        planned = _planned(model, dataset, foreseen_encoders(connected), observer, **widgets)
+        every, encoded = [planned], planned.encoded()
+        return (ForeseenPairs(trained=every, every=every, encoded=encoded, is_cache_known=not connected),)
+
+
+def _planned(
+    model: ModelConfig, dataset: EditDataset, encoders: Encoders, observer: Observer, **widgets: Any
+) -> PlannedDataset:
+    """The dataset with what the cache lacks."""
+    from ..trainer_core.conditioning.encode import plan_dataset
+
+    prompts = filter(None, map(str.strip, widgets.pop("validation_prompts", "").splitlines()))
+    sizes = widgets.pop("size_settings", None) or SizeConfig()
+    seen = widgets.pop("reference_settings", None) or sockets.ReferencesSeen()
+    encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
+    return plan_dataset(dataset, BaseModel(model), encoding, host_folders.cache_dir(), encoders, observer=observer)
 
 
 class SizeSettings(Node):

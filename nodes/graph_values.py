@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..trainer_core.errors import ConfigError, TrainerError
 from ..trainer_core.events import SILENT, Observer
 from .raw_values import NoLink, Unusable, entries, inputs_of, value_of
 from .schema import checked_values
+
+if TYPE_CHECKING:
+    from ..trainer_core.conditioning.encoded import EncodedDataset
+    from ..trainer_core.conditioning.encoding_plan import PlannedDataset
 
 Link = tuple[str, int]
 """The id of a node, and the number of one of its outputs."""
@@ -24,6 +29,17 @@ class UnknownError(Exception):
 
 class Foreseen:
     """Stands for a value that is not known before the graph runs. A node that takes one says how in `foresee`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeseenPairs(Foreseen):
+    """Encoded pairs before they are encoded: the planned datasets whose pairs are `trained`, `every` dataset, and what
+    encoding will make of them. `is_cache_known`: whether it is known which of them are in the cache."""
+
+    trained: Sequence[PlannedDataset]
+    every: Sequence[PlannedDataset]
+    encoded: EncodedDataset
+    is_cache_known: bool
 
 
 class GraphValues:
@@ -70,9 +86,17 @@ class GraphValues:
         return _checked(node, self._raw_inputs(node, node_id, without))
 
     def _raw_inputs(self, node: Any, node_id: str, without: Iterable[str] = ()) -> dict[str, Any]:
-        given = self.given(node_id)
-        wanted = (each for each in inputs_of(node) if each.id in given and each.id not in without)
-        return {each.id: self._input(each, given[each.id], node) for each in wanted}
+        given, found, first_error = self.given(node_id), {}, None
+        for each in inputs_of(node):
+            if each.id not in given or each.id in without:
+                continue
+            try:
+                found[each.id] = self._input(each, given[each.id], node)
+            except (UnknownError, TrainerError) as error:  # look at the other inputs too, for all that is refused
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
+        return found
 
     def _input(self, each: Any, given: Any, node: Any) -> Any:
         if isinstance(given, NoLink | Unusable):
@@ -130,7 +154,8 @@ class GraphValues:
             self.refused[node_id] = ConfigError(refusal)
             raise UnknownError
         values = _checked(node, values)
-        if any(not each.optional and each.id not in values for each in inputs_of(node)):
+        if lacking := [each for each in inputs_of(node) if not each.optional and each.id not in values]:
+            self.refused[node_id] = not_connected(lacking[0])
             raise UnknownError
         if hasattr(node, "foresee"):
             return tuple(node.foresee(self._observer, **values))
@@ -151,6 +176,11 @@ def _refusal(node: Any, values: Mapping[str, Any]) -> str:
     names = values.keys() & inspect.signature(node.validate_inputs).parameters.keys()
     answer = node.validate_inputs(**{name: values[name] for name in names})
     return answer if isinstance(answer, str) else ""
+
+
+def not_connected(each: Any) -> ConfigError:
+    """The error of a required input without a link. The page sends a value for every widget."""
+    return ConfigError(f"Nothing is connected to the input {each.id}. Connect this: {each.tooltip}")
 
 
 def is_link(given: Any) -> bool:

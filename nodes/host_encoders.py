@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,19 @@ def connected_encoders(sockets: dict[str, Any], flavour: FlavourName) -> Encoder
         parts = ["comfyui clip", flavour, _digest_of(clip.patcher, "clip"), clip.layer_idx]
         parts += [repr(sorted(clip.tokenizer_options.items())), comfyui_version.__version__]
         prompts = PromptEncoder(digest(parts), lambda _: _clip_loaded(clip, FLAVOURS[flavour]))
+    return Encoders(pictures=pictures, prompts=prompts)
+
+
+def foreseen_encoders(connected: Collection[str]) -> Encoders:
+    """Encoders that stand for the sockets `clip` and `vae` before the graph runs. They encode nothing, and no entry of
+    the cache is theirs."""
+    from ..trainer_core.conditioning.encoders import Encoders, PictureEncoder, PromptEncoder
+
+    def loaded(_observer: Any) -> Any:
+        raise ConfigError("This network is not known before the graph runs.")
+
+    pictures = PictureEncoder("not known yet", loaded) if "vae" in connected else None
+    prompts = PromptEncoder("not known yet", loaded) if "clip" in connected else None
     return Encoders(pictures=pictures, prompts=prompts)
 
 

@@ -166,6 +166,10 @@ def model_file(folder: str, name: str) -> str:
     """
     roots = folder_paths.get_folder_paths(folder) if name in model_files(folder) else []
     found = next((str(Path(root) / name) for root in roots if (Path(root) / name).exists()), "")
+    if not found and name == NO_FILE:
+        raise ModelFileError(
+            f"There is no model file in models/{folder}. Put one there, press R to refresh the list, and choose it."
+        )
     if not found:
         raise ModelFileError(
             f"{brief(name)} is not in models/{folder}. Put it there, then press R to refresh the list."

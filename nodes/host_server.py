@@ -28,6 +28,11 @@ def executing_node() -> str | None:
     return context.node_id if context is not None else None
 
 
+def is_busy() -> bool:
+    """Whether ComfyUI is running a prompt."""
+    return bool(getattr(getattr(server(), "prompt_queue", None), "currently_running", {}))
+
+
 def is_asked_for(node_id: str) -> bool:
     """Whether the prompt that runs now was queued for this output node. A page may queue a graph for some of them."""
     running = getattr(getattr(server(), "prompt_queue", None), "currently_running", {})

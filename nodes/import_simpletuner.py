@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,15 @@ from comfy_api.latest import io
 from ..trainer_core.config import DEMO_MODEL, DatasetConfig, DatasetPartConfig, JobConfig, ModelConfig
 from ..trainer_core.errors import ConfigError
 from . import host_call, host_folders, sockets
-from .ahead import Link, check_trainings, known_values
+from .ahead import check_trainings, known_values
 from .cache_watch import CACHE_WATCH
+from .graph_values import ForeseenPairs, Link
 from .schema import Node, new_input, new_output, node_schema
 from .untrusted import file_below, file_below_roots, folder_below, near
 
 if TYPE_CHECKING:
+    from ..trainer_core.events import Observer
+    from ..trainer_core.job import PairedPart
     from ..trainer_core.simpletuner.convert import Imported
 
 _IGNORED = {
@@ -103,12 +107,17 @@ class ImportSimpleTuner(Node):
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """Outputs an ImportedJob, its parts for other nodes, and the report."""
+        with host_call.interruptible() as observer:
+            return io.NodeOutput(*cls.foresee(observer, **widgets))
+
+    @classmethod
+    def foresee(cls, observer: Observer, **widgets: Any) -> tuple[Any, ...]:
+        """The outputs, without a running graph."""
         from ..trainer_core.job import pair_job
 
         job, report = _read(**widgets)
-        with host_call.interruptible() as observer:
-            paired = tuple(pair_job(job, observer))
-        return io.NodeOutput(*_given_out(sockets.ImportedJob(job=job, paired=paired)), report)
+        paired = tuple(pair_job(job, observer))
+        return (*_given_out(sockets.ImportedJob(job=job, paired=paired)), report)
 
 
 def _given_out(imported: sockets.ImportedJob) -> tuple[Any, ...]:
@@ -141,6 +150,8 @@ def _outputs() -> list[io.Output]:
 
 class EncodeImported(Node):
     """Encode and mix all datasets of an imported configuration."""
+
+    FORESEEN_WITHOUT = ("clip", "vae")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -190,17 +201,38 @@ class EncodeImported(Node):
         from ..trainer_core.job import encode_parts, plan_parts, planned_datasets, trained_parts
         from .host_encoders import connected_encoders
 
-        paired = imported.paired
-        if "clip" in connected:  # ComfyUI's CLIP gives no separate picture embeddings to cache
-            paired = [(_without_image_embeds(part), dataset) for part, dataset in paired]
         with host_call.long_call() as observer:
             encoders = connected_encoders(connected, imported.job.model.flavour)
-            planned = plan_parts(imported.job, paired, encoders, observer)
+            planned = plan_parts(imported.job, _paired(imported, connected), encoders, observer)
             parts, outputs = trained_parts(imported.job, planned), planned_datasets(imported.job, planned)
             check_trainings(cls.hidden, _known(cls.hidden, imported), parts, outputs)
             encoded, validation = encode_parts(imported.job, planned, observer)
         reports = [encoding_report(CACHE_WATCH.watch(each)) for each in (encoded, validation) if each is not None]
         return io.NodeOutput(encoded, validation, "\n\n".join(reports))
+
+    @classmethod
+    def foresee(
+        cls, observer: Observer, imported: sockets.ImportedJob, **connected: Any
+    ) -> tuple[ForeseenPairs, ForeseenPairs | None]:
+        """The outputs but the report, without a running graph."""
+        from ..trainer_core.job import plan_parts, planned_datasets, trained_parts
+        from .host_encoders import foreseen_encoders
+
+        job, is_known = imported.job, not connected
+        planned = plan_parts(job, _paired(imported, connected), foreseen_encoders(connected), observer)
+        encoded, held_out = planned_datasets(job, planned)
+        trained, every = trained_parts(job, planned), [dataset for _, dataset in planned]
+        pairs = ForeseenPairs(trained=trained, every=every, encoded=encoded, is_cache_known=is_known)
+        if held_out is None:
+            return pairs, None
+        return pairs, ForeseenPairs(trained=[], every=every, encoded=held_out, is_cache_known=is_known)
+
+
+def _paired(imported: sockets.ImportedJob, connected: Collection[str]) -> Sequence[PairedPart]:
+    if "clip" not in connected:
+        return imported.paired
+    # ComfyUI's CLIP gives no separate picture embeddings to cache
+    return [(_without_image_embeds(part), dataset) for part, dataset in imported.paired]
 
 
 def _known(hidden: Any, imported: sockets.ImportedJob) -> dict[Link, Any]:

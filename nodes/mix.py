@@ -9,10 +9,12 @@ from comfy_api.latest import io
 from ..trainer_core.config import DatasetPartConfig
 from . import host_folders, sockets
 from .cache_watch import CACHE_WATCH
+from .graph_values import ForeseenPairs
 from .schema import Node, new_input, new_output, node_schema, setting_input
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.mix import MixPart
+    from ..trainer_core.events import Observer
 
 MOST_PARTS = 4
 
@@ -50,6 +52,24 @@ class MixPairs(Node):
 
         encoded = mix_encoded(_parts(widgets), host_folders.cache_dir())
         return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
+
+    @classmethod
+    def foresee(cls, _observer: Observer, **widgets: Any) -> tuple[ForeseenPairs]:
+        """The first output, without a running graph."""
+        from ..trainer_core.conditioning.mix import plan_mix
+
+        parts = {name: value for name, value in widgets.items() if isinstance(value, ForeseenPairs)}
+        encoded = {name: part.encoded for name, part in parts.items()}
+        mixed = plan_mix(_parts(widgets | encoded), host_folders.cache_dir())
+        trained = [
+            dataset
+            for name, part in parts.items()
+            if widgets.get(name.replace("encoded", "probability"), 1) > 0
+            for dataset in part.trained
+        ]
+        every = [dataset for part in parts.values() for dataset in part.every]
+        is_known = all(part.is_cache_known for part in parts.values())
+        return (ForeseenPairs(trained=trained, every=every, encoded=mixed, is_cache_known=is_known),)
 
 
 def _part_inputs(number: int) -> list[io.Input]:

@@ -22,7 +22,7 @@ from PIL import Image
 from ..trainer_core.errors import ConfigError
 from ..trainer_core.pictures.sample_pictures import INDEX
 from ..trainer_core.runs import view as run_view
-from . import host_folders, host_server, pair_routes
+from . import before_start_route, host_folders, host_server, pair_routes
 from .active_runs import active_runs, stop_and_keep
 from .answers import BASE, PICTURE_HEADERS, NotFoundAnswer, json_answer, json_object, number, problem, reading
 from .graph_file import graph_to_continue
@@ -46,6 +46,7 @@ def register_routes() -> None:
         server.routes.get(BASE + path)(reading(answer))
     server.routes.post(f"{BASE}/stop")(_stop)
     pair_routes.add_routes(server.routes)
+    before_start_route.add_routes(server.routes)
 
 
 async def _stop(request: web.Request) -> web.Response:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from comfy_api.latest import io
 
 from ..trainer_core.config import ExportConfig, ModelConfig, TrainConfig
-from ..trainer_core.errors import Interrupted
+from ..trainer_core.errors import Interrupted, Problems, SettingsError
 from . import graph_file, host_call, host_folders, host_lora, host_server, publish, sockets
 from .refused import refusal_of
 from .schema import Node, new_input, new_output, node_schema, setting_input
@@ -60,9 +61,10 @@ class TrainLora(Node):
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
         """Check the run name, and the settings in connected nodes as far as they are known."""
-        if run_name is not None:
+        refusal = refusal_of(cls.hidden)
+        if refusal is True and run_name is not None:
             checked_run_name(run_name)
-        return refusal_of(cls.hidden)
+        return refusal
 
     @classmethod
     def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:
@@ -132,13 +134,18 @@ def run_config(
     """The configuration of a run from the node's inputs. `encoded`: None while it is not known.
 
     Raises:
-        ConfigError: the run name is not allowed, or the settings contradict each other.
+        ConfigError: the run name is not allowed, or the settings contradict each other; lists all.
     """
-    name = checked_run_name(run_name)
+    problems, folder = Problems(), host_folders.runs_dir()
+    name = problems.attempt(lambda: checked_run_name(run_name)) or "-"
     if if_run_exists == "new run":
-        name = free_name(host_folders.runs_dir(), name)
-    own = {"run_dir": str(host_folders.runs_dir() / name), "max_train_steps": max_train_steps, "seed": seed}
-    return train_config(model, encoded, own, lora_name=name, trigger_words=trigger_words, **gathered)
+        name = free_name(folder, name)
+    own = {"run_dir": str(folder / name), "max_train_steps": max_train_steps, "seed": seed}
+    build = partial(train_config, model, encoded, own, lora_name=name, trigger_words=trigger_words, **gathered)
+    config = problems.attempt(build)
+    problems.raise_all(SettingsError)
+    assert config is not None
+    return config
 
 
 def _finished(config: TrainConfig, *, continue_kept: bool) -> TrainResult | None:

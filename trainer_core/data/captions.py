@@ -50,7 +50,7 @@ def _written(target: Path, text_file: Path | None, config: DatasetConfig, listed
     if text_file is None:
         raise DatasetError(
             f"{shown(target)}: no caption; looked for {shown(target.with_suffix('.txt').name)} next to it. Write "
-            "the edit instruction into that file, or set caption_strategy to filename or instanceprompt."
+            "the edit instruction into that file."
         )
     return read_caption_file(text_file, split=not config.captions.disable_multiline_split)
 

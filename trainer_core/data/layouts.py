@@ -303,8 +303,8 @@ def _no_captions(target: Folder, layout: Layout) -> None:
     layout.no_caption.update(keys)
     layout.problems.append(
         f"{shown(target.root)}: none of the {len(keys):,} targets has a caption; looked for texts next to them, such "
-        f"as {shown(min(keys))}.txt. Write the edit instructions into such files, or set caption_strategy to filename "
-        "or instanceprompt."
+        f"as {shown(min(keys))}.txt. Write the edit instructions into such files. For one instruction for all pairs, "
+        "write it into instance_prompt and set caption_strategy to instanceprompt."
     )
 
 

@@ -123,7 +123,7 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     table = _caption_table(target, config, layout)
     problems += layout.problems
     if not target.pictures and not target.problems:
-        lack = "has no pictures. Put the edited pictures there or correct target_dir."
+        lack = "has no pictures. Put the edited pictures there, or choose another folder for the targets."
         if target.unread:
             lack = f"only has formats that are not supported ({unread_names(target)}). Convert them to PNG or JPEG."
         problems.append(f"{shown(target.root)}: this target folder {lack}")

@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from ..conditioning.encoded import EncodedDataset
 from ..conditioning.encoding_plan import PlannedDataset
 from ..config import TrainConfig
 from ..disk import disk_errors
-from ..errors import OutOfMemoryError, Problems
+from ..errors import Problems
 from ..qwen_image.base_model import BaseModel
 from ..runs.folder import RunFolder
 from ..runs.result import check_start
 from .choose import Budget, choose_memory
 from .disk_space import DiskUse, cache_use, check_disk, run_use
-from .duration import Duration, Speed, duration, until_first_pictures
+from .duration import Speed, duration, until_first_pictures
 from .network import NetworkSize
 from .plan import MemoryPlan, plan_memory
 from .preparation import PreparedModel, check_datasets, check_memory, check_training, unmeasured
@@ -136,38 +136,47 @@ def check_before_encoding(config: TrainConfig, data: RunData, *, continue_kept: 
     problems.raise_all()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outlook:
-    """How a run will go on this machine. `plan` is None if no memory settings fit.
+def pairs_to_encode(parts: Sequence[PlannedDataset]) -> int:
+    """How many pairs the cache lacks, wholly or in part."""
+    number = 0
+    for part in parts:
+        lacking = {planned.pair.key for planned, _ in part.missing.prompts}
+        lacking |= {planned.pair.key for planned in part.missing.masks.values()}
+        every = {planned.pair.key: planned for planned in (*part.pairs, *part.validation_pairs)}
+        tasks = {key: {task.key for task in planned.latent_tasks()} for key, planned in every.items()}
+        number += len(lacking | {key for key, keys in tasks.items() if not keys.isdisjoint(part.missing.latents)})
+    return number
 
-    `time` and `first_pictures`, in seconds until its end and until its first pictures, are None if the speed of the
-    device is not known. `first_pictures` is also None if no pictures are made.
+
+def steps_done(config: TrainConfig) -> int:
+    """Steps that the run in this folder has done already; 0 without a run."""
+    return RunFolder(Path(config.run_dir)).steps_done()
+
+
+def foreseen_plan(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> MemoryPlan:
+    """The memory plan that the run will choose. With `memory` manual the plan may not fit.
+
+    Raises:
+        OutOfMemoryError: `memory` is auto and no settings fit.
+    """
+    if config.memory.memory == "manual":
+        return plan_memory(config, network, work)
+    return choose_memory(config, network, work, budget)
+
+
+class Outlook(NamedTuple):
+    """Seconds until the end of a run and until its first pictures; None if the device's speed is not known.
+
+    `first_pictures` is also None if no pictures are made.
     """
 
-    plan: MemoryPlan | None
-    budget: Budget
-    time: Duration | None = None
+    seconds: float | None = None
     first_pictures: float | None = None
 
 
-def foreseen_plan(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> MemoryPlan | None:
-    """The memory plan that the run will choose; None if none fits. Settings by hand are planned as they are."""
-    if config.memory.memory == "manual":
-        return plan_memory(config, network, work)
-    try:
-        return choose_memory(config, network, work, budget)
-    except OutOfMemoryError:
-        return None
-
-
-def outlook(plan: MemoryPlan | None, budget: Budget, speed: Speed | None, *, done: int = 0) -> Outlook:
+def outlook(plan: MemoryPlan, speed: Speed | None, *, done: int = 0) -> Outlook:
     """The outlook of a run with this plan that has done so many steps already. `speed`: None if it isn't known."""
-    if plan is None or speed is None:
-        return Outlook(plan=plan, budget=budget)
+    if speed is None:
+        return Outlook()
     run = plan.config, plan.network, plan.work, speed
-    return Outlook(
-        plan=plan,
-        budget=budget,
-        time=duration(*run, done=done),
-        first_pictures=until_first_pictures(*run, done=done),
-    )
+    return Outlook(duration(*run, done=done).total, until_first_pictures(*run, done=done))

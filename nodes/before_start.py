@@ -1,0 +1,293 @@
+"""What a training in a graph will do, found without running the graph: problems, warnings, time, memory and disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..trainer_core.config import ModelConfig, PairCheckConfig, TrainConfig, to_json
+from ..trainer_core.disk import disk_errors, existing_folder, free_disk_bytes
+from ..trainer_core.errors import Interrupted, OutOfMemoryError, Problems, TrainerError
+from ..trainer_core.events import Observer
+from ..trainer_core.text import some_of
+from . import check, dataset, encode, host_folders, host_server, import_simpletuner, mix
+from .ahead import FROM_WIDGETS, LATER
+from .graph_values import ForeseenPairs, GraphValues, UnknownError, is_link, not_connected
+from .overrides import SETTINGS_NODES, Override, compared
+from .train import TrainLora, run_config
+from .train_config import NO_PRESET
+
+if TYPE_CHECKING:
+    from ..trainer_core.planning.start import CheckedRun, RunData
+
+T = TypeVar("T")
+
+TRAININGS = {"QwenEdit_TrainLora"}
+_FORESEEN = (
+    *(dataset.PairFolders, check.CheckPairs, encode.EncodePairs, mix.MixPairs),
+    *(import_simpletuner.ImportSimpleTuner, import_simpletuner.EncodeImported),
+)
+_NODES = {**FROM_WIDGETS, **{f"QwenEdit_{node.__name__}": node for node in _FORESEEN}}
+_MOST_LINES = 30  # of one problem
+_FINDINGS = {
+    "shift": "the reference is shifted against the target, and the LoRA would learn to move the picture",
+    "zoom": "reference and target differ in scale",
+    "colour": "reference and target differ in colour outside the edit",
+    "size": "reference and target differ in size, so one of them is less sharp",
+    "framing": "reference and target are framed differently",
+    "unmeasured": "reference and target are too different to be compared",
+    "equal": "reference and target hardly differ",
+    "duplicate": "nearly the same as another pair",
+    "caption": "the caption says little, or occurs twice",
+}
+
+
+@dataclass(slots=True)
+class Found:
+    """What was found. `problems` have the id of the node to which they belong."""
+
+    values: GraphValues
+    problems: list[tuple[str, TrainerError]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def attempt(self, node_id: str, what: str, find: Callable[[], T]) -> T | None:
+        """The result of `find`, or None if there is a problem or `what` isn't known before the graph runs."""
+        try:
+            with disk_errors(host_folders.cache_dir()):
+                return find()
+        except Interrupted:
+            raise
+        except TrainerError as error:
+            if not any(error is each for each in self.values.refused.values()):
+                self.add(node_id, error)
+        except UnknownError:
+            if not self.values.refused:
+                self.warnings.append(
+                    f"{what} can't be known before the graph runs, because a node of another pack takes part. So some "
+                    "checks are left to the run."
+                )
+        return None
+
+    def add(self, node_id: str, error: TrainerError) -> None:
+        """Add the problems in an error. Memory that is short only now is a warning."""
+        problems = Problems()
+        problems.add(error)
+        for each in problems.errors:
+            if isinstance(each, OutOfMemoryError) and host_server.is_busy():
+                self.warnings.append(f"Another job runs now. Unless it ends first: {each}")
+            else:
+                self.problems.append((node_id, each))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """A training as far as it is known. `preset` is empty without one, and `why` says why it is this one."""
+
+    config: TrainConfig | None
+    is_model_known: bool
+    data: RunData | None
+    is_cache_known: bool = True
+    continue_kept: bool = False
+    preset: str = ""
+    why: str = ""
+    held: Mapping[str, Any] = field(default_factory=dict)
+    overridden: Sequence[Override] = ()
+
+
+def before_start(prompt: Any, node_id: str, observer: Observer, *, measure_pairs: bool) -> dict[str, Any]:
+    """The answer for one training node of a prompt. Nothing is loaded, and only results of picture checks are written.
+
+    Args:
+        prompt: a prompt as the page sends it. It may be anything.
+        node_id: of a node of one of the TRAININGS.
+        observer: can stop the search.
+        measure_pairs: also measures the pictures of each pair.
+
+    Raises:
+        Interrupted: the observer asked to stop.
+    """
+    values = GraphValues(prompt, _NODES, observer=observer)
+    found = Found(values)
+    training = _advanced_training(found, node_id)
+    found.problems[:0] = [(source, error) for source, error in values.refused.items()]
+    config, data = training.config, training.data
+    if config is not None and training.is_model_known:
+        _look_ahead(found, node_id, training, config, data)
+    if data is not None:
+        _describe_pairs(found, training, data, observer, measure_pairs=measure_pairs)
+    return {
+        "problems": [{"node_id": source, "text": _cut(str(error))} for source, error in _distinct(found.problems)],
+        "warnings": [_cut(text) for text in dict.fromkeys(found.warnings)],
+        "facts": [{"name": name, "value": value} for name, value in found.facts.items()],
+        "preset": {"name": training.preset, "why": training.why, "values": dict(training.held)},
+        "overridden": [
+            {"setting": each.setting, "preset": each.preset_value, "value": each.value, "by": each.by}
+            for each in training.overridden
+        ],
+    }
+
+
+def _distinct(problems: Sequence[tuple[str, TrainerError]]) -> Iterator[tuple[str, TrainerError]]:
+    """Each problem once, at the first node that has it."""
+    seen: set[str] = set()
+    for node_id, error in problems:
+        if str(error) not in seen:
+            seen.add(str(error))
+            yield node_id, error
+
+
+def _cut(text: str) -> str:
+    lines = text.split("\n")
+    more = len(lines) - _MOST_LINES
+    return "\n".join([*lines[:_MOST_LINES], f"… and {more} more lines."]) if more > 1 else text
+
+
+def _advanced_training(found: Found, node_id: str) -> Training:
+    """The training of a node that gets encoded pairs."""
+    from ..trainer_core.planning.start import RunData
+
+    values, given = found.values, found.values.given(node_id)
+    for each in TrainLora.define_schema().inputs:
+        if each.id in ("model", "encoded") and not is_link(given.get(each.id)):
+            found.add(node_id, not_connected(each))
+
+    def through(name: str, what: str) -> Any:
+        link = given.get(name)
+        return found.attempt(node_id, what, lambda: values.output(link)) if is_link(link) else None
+
+    model, encoded = through("model", "The model"), through("encoded", "The pairs")
+    held_out = through("validation_encoded", "The pairs to validate")
+    settings = found.attempt(node_id, "The settings", lambda: values.inputs(TrainLora, node_id, without=LATER))
+    config = None
+    if settings is not None:
+        base = model if isinstance(model, ModelConfig) else ModelConfig()
+        config = found.attempt(node_id, "", lambda: run_config(base, None, **settings))
+    data = None
+    if isinstance(encoded, ForeseenPairs):
+        others = held_out.every if isinstance(held_out, ForeseenPairs) else ()
+        every = list({id(each): each for each in (*encoded.every, *others)}.values())
+        held = held_out.encoded if isinstance(held_out, ForeseenPairs) else None
+        data = RunData(trained=encoded.trained, every=every, encoded=encoded.encoded, held_out=held)
+    preset = str((settings or {}).get("preset", NO_PRESET))
+    chosen: dict[str, Any] = {}
+    if config is not None and preset != NO_PRESET:
+        chosen = {"preset": preset, "why": f"Preset {preset}, as chosen.", **_compared(preset, config, data)}
+    return Training(
+        config=config,
+        is_model_known=isinstance(model, ModelConfig),
+        data=data,
+        is_cache_known=isinstance(encoded, ForeseenPairs) and encoded.is_cache_known,
+        continue_kept=(settings or {}).get("if_run_exists") == "continue a kept run",
+        **chosen,
+    )
+
+
+def _compared(preset: str, config: TrainConfig, data: RunData | None) -> dict[str, Any]:
+    """What the preset sets, and what other nodes override."""
+    settings, set_by = to_json(config), {**SETTINGS_NODES, "model": "Load Qwen Edit Model"}
+    set_by["max_train_steps"] = TrainLora.define_schema().display_name
+    if data is not None:
+        settings["encoding"] = to_json(data.every[0].encoding)
+        set_by["encoding"] = encode.EncodePairs.define_schema().display_name
+    held, overridden = compared(preset, settings, set_by)
+    return {"held": held, "overridden": overridden}
+
+
+def _look_ahead(found: Found, node_id: str, training: Training, config: TrainConfig, data: RunData | None) -> None:
+    """Add problems, warnings and facts about the run."""
+    from ..trainer_core.planning.preparation import check_training
+    from ..trainer_core.planning.start import check_run
+    from ..trainer_core.qwen_image.base_model import BaseModel
+
+    facts = found.facts
+    facts |= {
+        "model": config.model.flavour,
+        "precision": config.model.base_model_precision,
+        "rank": config.lora.lora_rank,
+        "steps": config.max_train_steps,
+    }
+    if data is None:
+        found.attempt(node_id, "", lambda: check_training(config, BaseModel(config.model)))
+        return
+    problems = Problems()
+    run = check_run(problems, config, data, continue_kept=training.continue_kept, held_leaves=True)
+    for error in problems.errors:
+        found.add(node_id, error)
+    found.warnings += run.notes
+    facts["finished"] = run.is_finished
+    if run.disk:
+        facts["disk_needed"] = sum(use.size for use in run.disk)
+        facts["disk_free"] = min(free_disk_bytes(existing_folder(use.folder)) for use in run.disk)
+    if run.model is not None and not run.is_finished and any(part.pairs for part in data.trained):
+        _add_outlook(found, config, data, run)
+
+
+def _add_outlook(found: Found, config: TrainConfig, data: RunData, run: CheckedRun) -> None:
+    """Add the memory and the time that the run needs."""
+    from ..trainer_core.device import pick_device
+    from ..trainer_core.planning.choose import budget_of
+    from ..trainer_core.planning.report import unused_settings, verdict
+    from ..trainer_core.planning.start import foreseen_plan, outlook, steps_done
+    from ..trainer_core.planning.workload import workload_of_pairs
+    from .card_speed import known_speed
+
+    assert run.model is not None
+    facts, device, size = found.facts, pick_device(config.model.device), run.model.size
+    work = workload_of_pairs(data.every, config.batching, config.validation)
+    budget = budget_of(device, config.memory.vram_gib, held_leaves=True)
+    facts |= {"done": steps_done(config), "is_measurable": device.type == "cuda"}
+    found.warnings += filter(None, [unused_settings(config)])
+    try:
+        plan = foreseen_plan(config, size, work, budget)
+    except OutOfMemoryError as error:  # `check_run` has it already, unless only the estimated prompts are too long
+        if not any(isinstance(each, OutOfMemoryError) for _, each in found.problems):
+            found.warnings.append(str(error))
+        return
+    ahead = outlook(plan, known_speed(plan.config, size, work, device), done=facts["done"])
+    facts |= {"time": ahead.seconds, "first_pictures": ahead.first_pictures, "memory_is_shared": budget.is_shared}
+    facts |= {"ram_needed": plan.host_peak_bytes, "ram_free": budget.host_bytes}
+    if budget.is_shared:
+        facts["ram_needed"] += plan.needed_device_bytes
+    else:
+        facts |= {"vram_needed": plan.needed_device_bytes, "vram_free": budget.device_bytes}
+    if not budget.holds(plan):
+        found.warnings.append(verdict(plan, budget))
+
+
+def _describe_pairs(
+    found: Found, training: Training, data: RunData, observer: Observer, *, measure_pairs: bool
+) -> None:
+    """Add facts and warnings about the pairs."""
+    from ..trainer_core.planning.start import pairs_to_encode
+
+    facts = found.facts
+    if data.encoded is not None:
+        facts["pairs"] = len(data.encoded.pairs)
+        facts["held_out"] = len((data.held_out or data.encoded).validation_pairs)
+    facts["resolution"] = max(part.encoding.resolution for part in data.every)
+    facts["to_encode"] = pairs_to_encode(data.every) if training.is_cache_known else None
+    datasets = {part.dataset.fingerprint: part.dataset for part in data.every}
+    for pairs in datasets.values():
+        found.warnings += pairs.notes
+    if measure_pairs:
+        for pairs in datasets.values():
+            measured = found.attempt("", "", lambda pairs=pairs: _measured(pairs, observer))
+            found.warnings += measured or ()
+
+
+def _measured(pairs: Any, observer: Observer) -> list[str]:
+    """What the pair check finds, one sentence for each kind."""
+    from ..trainer_core.data.pair_check import check_pairs
+
+    checked_dir = Path(host_folders.cache_dir()) / "checked"
+    findings = check_pairs(pairs, PairCheckConfig(), observer, checked_dir=checked_dir).findings
+    by_kind: dict[str, dict[str, None]] = {}
+    for each in findings:
+        by_kind.setdefault(each.kind, {})[each.key] = None
+    return [
+        f"{len(keys)} of {len(pairs.pairs)} pairs: {_FINDINGS[kind]} ({some_of(list(keys))})."
+        for kind, keys in by_kind.items()
+    ]
