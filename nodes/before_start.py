@@ -114,10 +114,10 @@ def before_start(prompt: Any, node_id: str, observer: Observer, *, measure_pairs
     training = _advanced_training(found, node_id)
     found.problems[:0] = [(source, error) for source, error in values.refused.items()]
     config, data = training.config, training.data
-    if config is not None and training.is_model_known:
-        _look_ahead(found, node_id, training, config, data)
     if data is not None:
         _describe_pairs(found, training, data, observer, measure_pairs=measure_pairs)
+    if config is not None and training.is_model_known:
+        _look_ahead(found, node_id, training, config, data)
     return {
         "problems": [{"node_id": source, "text": _cut(str(error))} for source, error in _distinct(found.problems)],
         "warnings": [_cut(text) for text in dict.fromkeys(found.warnings)],

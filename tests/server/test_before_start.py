@@ -33,6 +33,7 @@ pytestmark = pytest.mark.server
 
 ROUTE = "/qwen_edit_trainer/before_start"
 RUN = "before"
+SWAPPED = {"target_folder": f"{PAIRS}/reference_1", "reference_folder_1": f"{PAIRS}/target"}
 MIXED = {"encoded_1": [ENCODE, 0], "repeats_1": 0, "probability_1": 1.0}
 NO_FILES = dict.fromkeys(("transformer_file", "text_encoder_file", "vae_file"), "none found")
 
@@ -116,6 +117,7 @@ MISTAKES = {
         "instructions into such files. For one instruction for all pairs, write it into instance_prompt and set "
         "caption_strategy to instanceprompt.",
     ),
+    "sides swapped": Mistake(lambda _: changed(training(RUN), PAIR, **SWAPPED), PAIR, "Are the two folders swapped?"),
     "one file missing": Mistake(one_file_missing, PAIR, "target/001.png: no reference in "),
     "model missing": Mistake(
         lambda _: changed(training(RUN), LOAD, base_model="gone"), LOAD, "Base model 'gone' not found."
@@ -241,6 +243,13 @@ def test_pairs_are_measured_when_asked_for(studio: PackServer):
     assert not any("nearly the same" in text for text in asked(studio, prompt)["warnings"])
     warnings = asked(studio, prompt, measure_pairs=True)["warnings"]
     assert "1 of 6 pairs: nearly the same as another pair (twin)." in warnings
+
+
+def test_swapped_sides_are_a_warning_if_the_captions_fit(studio: PackServer):
+    prompt = changed(training(RUN), PAIR, **SWAPPED, caption_strategy="filename")
+    answer = asked(studio, prompt)
+    assert answer["problems"] == []
+    assert "Are the two folders swapped?" in answer["warnings"][0]
 
 
 def test_a_newer_request_stops_an_older_one(studio: PackServer):

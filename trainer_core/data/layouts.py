@@ -220,10 +220,12 @@ def _captions_elsewhere(target: Folder, references: Sequence[Folder], layout: La
     places += [(f"in {shown(folder.root)}", dict(_text_files(folder))) for folder in references]
     if _without_caption(target, layout):
         places += [(f"in {shown(root)}", files) for root, files in _caption_folders(target)]
-    for place, files in places:
+    for number, (place, files) in enumerate(places):
         keys = sorted(_without_caption(target, layout) & files.keys())
         if not keys:
             continue
+        swapped = 1 <= number <= len(references) and len(keys) == len(target.pictures)  # all are beside the references
+        hint = "Are the two folders swapped? Then exchange them. Otherwise: " if swapped else ""
         names = [files[key].name for key in keys]
         plain = all(files[key].suffix.lower() in CAPTION_SUFFIXES for key in keys)
         move = "move them beside the targets"
@@ -232,7 +234,7 @@ def _captions_elsewhere(target: Folder, references: Sequence[Folder], layout: La
         layout.no_caption.update(keys)
         layout.problems.append(
             f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption, but files {place} have their "
-            f"names ({some_of(names)}). If these are the edit instructions, {move}."
+            f"names ({some_of(names)}). {hint}If these are the edit instructions, {move}."
         )
 
 

@@ -1,0 +1,44 @@
+"""Recognises folders whose sides are probably swapped: the targets are the references, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ..config import DatasetConfig
+from ..text import shown, some_of
+from .folders import Folder
+from .layouts import AFTER_WORDS, BEFORE_WORDS, ending_of
+
+_ADVICE = "Are the two folders swapped? The targets are the pictures after the edit. If they are not, exchange them."
+
+
+def swapped_note(target: Folder, references: Sequence[Folder], config: DatasetConfig) -> str:
+    """A sentence that says why the folders are probably swapped; "" if nothing suggests it.
+
+    Captions beside the references are left to `layouts.recognise` where captions are read from texts.
+    """
+    for folder in references[:1]:
+        if _is_called(target.root, BEFORE_WORDS) and _is_called(folder.root, AFTER_WORDS):
+            return f"The targets are in {shown(target.root)} and the references in {shown(folder.root)}. {_ADVICE}"
+        before = _ending_keys(target.pictures, is_target=False)
+        after = _ending_keys(folder.pictures, is_target=True)
+        if before and 2 * len(before) > len(target.pictures) and 2 * len(after) > len(folder.pictures):
+            return (
+                f"The targets are named like references ({some_of(before)}) and the references like targets "
+                f"({some_of(after)}). {_ADVICE}"
+            )
+        captioned = sorted(folder.texts.keys() & folder.pictures.keys())
+        if captioned and not target.texts and config.caption_strategy != "textfile":
+            return f"Captions lie beside the references ({some_of(captioned)}). {_ADVICE}"
+    return ""
+
+
+def _is_called(folder: Path, words: Iterable[str]) -> bool:
+    """Whether a folder is called like this, also in the plural or with a number, as in reference_1 or targets."""
+    return folder.name.lower().rstrip("_-. 0123456789").removesuffix("s") in words
+
+
+def _ending_keys(keys: Iterable[str], *, is_target: bool) -> list[str]:
+    endings = {key: ending_of(key) for key in sorted(keys)}
+    return [key for key, ending in endings.items() if ending and ending.word and ending.is_target is is_target]
