@@ -16,6 +16,7 @@ from . import check, dataset, encode, host_folders, host_server, import_simpletu
 from .ahead import FROM_WIDGETS, LATER
 from .graph_values import ForeseenPairs, GraphValues, UnknownError, is_link, not_connected
 from .overrides import SETTINGS_NODES, Override, compared
+from .sockets import AutomaticModel
 from .train import TrainLora, run_config
 from .train_config import NO_PRESET
 
@@ -174,7 +175,8 @@ def _advanced_training(found: Found, node_id: str) -> Training:
     preset = str((settings or {}).get("preset", NO_PRESET))
     chosen: dict[str, Any] = {}
     if config is not None and preset != NO_PRESET:
-        chosen = {"preset": preset, "why": f"Preset {preset}, as chosen.", **_compared(preset, config, data)}
+        by = _NODES.get(values.kind_of(given["model"][0])) if is_link(given.get("model")) else None
+        chosen = {"preset": preset, "why": f"Preset {preset}, as chosen.", **_compared(preset, config, data, by)}
     return Training(
         config=config,
         is_model_known=isinstance(model, ModelConfig),
@@ -185,9 +187,13 @@ def _advanced_training(found: Found, node_id: str) -> Training:
     )
 
 
-def _compared(preset: str, config: TrainConfig, data: RunData | None) -> dict[str, Any]:
-    """What the preset sets, and what other nodes override."""
-    settings, set_by = to_json(config), {**SETTINGS_NODES, "model": "Load Qwen Edit Model"}
+def _compared(preset: str, config: TrainConfig, data: RunData | None, model_node: Any) -> dict[str, Any]:
+    """What the preset sets, and what other nodes override. `model_node`: the node that chooses the model, if known."""
+    settings, set_by = to_json(config), dict(SETTINGS_NODES)
+    if model_node is None or isinstance(config.model, AutomaticModel):  # nobody has set the precision
+        del settings["model"]
+    else:
+        set_by["model"] = model_node.define_schema().display_name
     set_by["max_train_steps"] = TrainLora.define_schema().display_name
     if data is not None:
         settings["encoding"] = to_json(data.every[0].encoding)
