@@ -17,6 +17,7 @@ import sys
 import tempfile
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -34,7 +35,20 @@ WITHOUT_THEIR_DEPENDENCIES = ("spandrel",)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HANDLED_HERE = ("torch", "torchvision", "torchaudio")
 CPU_TORCHVISION = "torchvision==0.16.2"  # the last on PyPI that works with any CPU torch; for Python up to 3.11
+# Prints torch's CUDA or ROCm version without importing torch, which takes 3 s as long as torch is not compiled.
+ACCELERATOR = """
+import importlib.util, pathlib, runpy
+version = runpy.run_path(str(pathlib.Path(importlib.util.find_spec("torch").origin).with_name("version.py")))
+print(version.get("cuda") or version.get("hip") or "")
+"""
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Two fifths of the installed Python files. ComfyUI and this repository import very few of them, and Python compiles
+# those on the first import.
+RARELY_IMPORTED = (
+    r"[/\\](tests|sympy[/\\]physics|torch[/\\]testing|diffusers[/\\](modular_)?pipelines)[/\\]"
+    r"|[/\\]transformers[/\\]models[/\\](?!auto|qwen)"
+    r"|[/\\]site-packages[/\\](fontTools|pip|pyarrow|skimage|sklearn)[/\\]"
+)
 
 
 def say(text: str) -> None:
@@ -54,10 +68,15 @@ def install(*arguments: str) -> None:
 
 
 def compile_python() -> subprocess.Popen[bytes]:
-    """Start compiling the Python files of the installed packages and of our ComfyUI; skips files that are compiled."""
+    """Start compiling the Python files of the installed packages and of our ComfyUI.
+
+    Skips files that are compiled, and RARELY_IMPORTED.
+    """
     folders = [ask("import sysconfig; print(sysconfig.get_path('purelib'))"), str(OWN_COMFYUI)]
     quiet = ["-qq", "-j", "0"]  # also says nothing of templates that are no valid Python
-    return subprocess.Popen([PYTHON, "-m", "compileall", *quiet, *filter(os.path.isdir, folders)])
+    return subprocess.Popen(
+        [PYTHON, "-m", "compileall", *quiet, "-x", RARELY_IMPORTED, *filter(os.path.isdir, folders)]
+    )
 
 
 def ask(code: str) -> str:
@@ -123,8 +142,7 @@ def install_torchvision(constraints: Path) -> None:
     """Install the torchvision that matches the installed torch, if it is missing."""
     if ask("import torchvision; print(1)"):
         return
-    cuda = ask("import torch; print(torch.version.cuda or torch.version.hip or '')")
-    if cuda or sys.platform != "linux":
+    if ask(ACCELERATOR) or sys.platform != "linux":
         install("--constraint", str(constraints), "torchvision")
     elif sys.version_info < (3, 12):
         install("--no-deps", CPU_TORCHVISION)
@@ -181,16 +199,18 @@ def main() -> None:
     done = PYTHON.is_file() and (COMFYUI / "main.py").is_file() and STAMP.is_file() and STAMP.read_text() == wanted()
     if done and find_browser():
         return
-    get_browser()
-    if done:
-        return
-    make_venv()
-    torch_version = get_torch()
-    get_comfyui()
-    with compile_python():  # torch and ComfyUI, while pip downloads the others
-        install_packages(torch_version)
-    compile_python().wait()
-    STAMP.write_text(wanted())
+    with ThreadPoolExecutor() as pool:  # side by side, because each mostly waits for the network or a disk
+        browser = pool.submit(get_browser)
+        if not done:
+            make_venv()
+            comfyui = pool.submit(get_comfyui)
+            torch_version = get_torch()
+            comfyui.result()
+            with compile_python():  # torch and ComfyUI, while pip downloads the others
+                install_packages(torch_version)
+            compile_python().wait()
+            STAMP.write_text(wanted())
+        browser.result()
     say("done")
 
 
