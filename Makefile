@@ -18,8 +18,8 @@ ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-# One process per core, each with whole files of tests, because the tests of a file share what they set up. tests/conftest.py
-# sets their order, and which files share a process.
+# One process per core and one more, each with whole files of tests, because the tests of a file share what they set up.
+# tests/conftest.py sets their order, and which files share a process.
 # ARGS="-n 0" runs all in one process, as a debugger needs.
 # The malloc settings keep freed memory: else a third of the time of large tensors goes into getting fresh pages.
 PYTEST_ENV := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296

@@ -39,7 +39,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")  # the same examples on every machine
 
-ONE_SERVER = ("tests/ui", "tests/server")  # folders whose files share a server, and a browser
+# Folders whose files share a worker, and so a server, by that worker's name.
+ONE_WORKER = {"tests/ui": "page", "tests/server": "server", "tests/nodes": "server"}
 LONGEST_FIRST = ("ui", "server", "numerics", "integration")  # so that no worker has long tests left at the end
 
 
@@ -77,16 +78,22 @@ def comfyui_of_its_own(tmp_path: Path) -> Iterator[Callable[..., PackServer]]:
         server.stop()
 
 
+@pytest.hookimpl(optionalhook=True, hookwrapper=True)
+def pytest_xdist_auto_num_workers() -> Iterator[None]:
+    """With -n auto, one worker more than cores, because the tests of servers and pages wait most of their time."""
+    outcome = yield
+    outcome.force_result(outcome.get_result() + 1)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With --dist loadfile, a worker gets a whole file, or all files of a folder that share a server."""
+    """With --dist loadfile, a worker gets a whole file, or all files of the folders that share a worker."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByServer(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            folder = file.rpartition("/")[0]
-            return folder if folder in ONE_SERVER else file
+            return ONE_WORKER.get(file.rpartition("/")[0], file)
 
     config.option.loadscopereorder = False  # not the files with most tests first, but the order of collection
     return ByServer(config, log) if config.getoption("dist") == "loadfile" else None

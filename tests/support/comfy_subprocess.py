@@ -1,14 +1,12 @@
 """Runs a test script inside a ComfyUI tree, in a separate process because both ComfyUI and this pack have `nodes`.
 
-`comfy_subprocess_main.py` runs in that process. Tensors are passed as safetensors, other values as JSON.
+`comfy_subprocess_main.py` runs in that process: a fork that has the heavy packages loaded, but nothing of ComfyUI.
+Tensors are passed as safetensors, other values as JSON.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-MAIN = Path(__file__).with_name("comfy_subprocess_main.py")
+from tests.support.forked import Forked
+
+SCRIPTS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,9 @@ def run_in_comfyui(
     work.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work / "question.safetensors")
     (work / "question.json").write_text(json.dumps(dict(values)), encoding="utf-8")
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
-    finished = subprocess.run(
-        [sys.executable, str(MAIN), str(tree), str(MAIN.with_name(script)), str(work)],
-        cwd=work,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
-    if finished.returncode != 0:
-        raise AssertionError(f"{script} failed inside ComfyUI:\n{finished.stderr[-4000:]}")
+    process = Forked("tests.support.comfy_subprocess_main", tree, SCRIPTS / script, work)
+    _, errors = process.communicate(seconds)
+    if process.returncode != 0:
+        raise AssertionError(f"{script} failed inside ComfyUI:\n{errors[-4000:]}")
     answer = json.loads((work / "answer.json").read_text(encoding="utf-8"))
     return Answer(load_file(work / "answer.safetensors"), answer["values"], answer["log"])

@@ -1,10 +1,11 @@
-"""Child process of `comfy_subprocess.py`: python comfy_subprocess_main.py <ComfyUI tree> <script> <work folder>."""
+"""Child process of `comfy_subprocess.py`, with the arguments <ComfyUI tree> <script> <work folder>."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,8 @@ class LogLines(logging.Handler):
 
 def main(tree: str, script: str, work: str) -> None:
     """Import ComfyUI's modules on the CPU, call the script's `main` and write its answer to `work`."""
+    os.chdir(work)
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
     own = Path(__file__).resolve().parent
     others = [path for path in sys.path if path and Path(path).resolve() != own]
     sys.path[:] = [tree, *others, str(own)]  # last, for scripts that use each other
