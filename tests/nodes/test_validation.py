@@ -13,14 +13,15 @@ from tests.support.comfyui_server import PackServer
 from tools.comfyui import REPO, ComfyUIError, failure
 
 from .conftest import read_json
+from .ui_to_api import to_prompt
 
 
 @pytest.fixture
-def prompt(comfyui: PackServer) -> dict[str, Any]:
-    """The demo as an API prompt, with dataset folders that exist."""
+def prompt(comfyui: PackServer, all_nodes: dict[str, Any]) -> dict[str, Any]:
+    """A graph of the demo with every settings node, as an API prompt, with dataset folders that exist."""
     for part in ("target", "reference"):
         (comfyui.input / "validation" / part).mkdir(parents=True, exist_ok=True)
-    demo = read_json(REPO / "workflows" / "api" / "demo.json")
+    demo = to_prompt(read_json(REPO / "tests" / "support" / "graphs" / "every_setting.json"), all_nodes)
     _, inputs = node_of(demo, "PairFolders")
     inputs.update(target_folder="validation/target", reference_folder_1="validation/reference")
     return demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -78,6 +79,11 @@ class ComfyPage:
             "async ([address, name]) => app.loadGraphData(await (await fetch(address)).json(), true, true, name)",
             [address, name],
         )
+
+    def open_every_setting(self) -> None:
+        """Open a graph of the demo that has every settings node, as people built it before the short path."""
+        graph = json.loads((Path(__file__).parent / "graphs" / "every_setting.json").read_text(encoding="utf-8"))
+        self.page.evaluate("graph => app.loadGraphData(graph, true, true, 'every setting')", graph)
 
     def missing(self) -> list[str]:
         """Node types of the graph that are unknown or have errors, and the texts of open dialogs."""

@@ -110,7 +110,7 @@ def test_by_keyboard_and_with_hostile_texts(told: str, open_page: OpenPage):
 @pytest.mark.parametrize("renderer", ["classic", "nodes 2.0"])
 def test_values_at_a_step_by_keyboard(renderer: str, told: str, open_page: OpenPage):
     page = open_page(renderer)
-    page.open_template("demo")
+    page.open_every_setting()
     page.set_widgets("TrainLora", run_name=told)
     page.open_panel(told)
     page.wait_for_points(page.panel, 40)
@@ -140,7 +140,7 @@ def test_a_click_on_the_chart_holds_no_step(told: str, open_page: OpenPage):
 
 def test_pictures_on_the_node_are_no_switches(told: str, open_page: OpenPage):
     page = open_page()
-    page.open_template("demo")
+    page.open_every_setting()
     page.set_widgets("TrainLora", run_name=told)
     page.open_panel(told)
     expect(page.panel.locator(".qet-thumb[aria-pressed='true']")).to_have_count(1)
@@ -222,7 +222,7 @@ def test_a_run_that_could_not_be_loaded_is_asked_for_again(told: str, open_page:
 def test_a_run_on_the_node_is_asked_for_again(told: str, open_page: OpenPage):
     page = open_page()
     page.page.route("**/qwen_edit_trainer/runs/*/curve*", lambda route: route.fulfill(**NO_ANSWER), times=1)
-    page.open_template("demo")
+    page.open_every_setting()
     page.set_widgets("TrainLora", run_name=told)
     page.wait_for_points(page.node_view, 40)
 

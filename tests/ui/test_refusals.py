@@ -22,7 +22,7 @@ IN_VIEW = """title => {
 def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_page: OpenPage):
     page = open_page(renderer)
     notice = page.page.locator(".qet-notice")
-    page.open_template("demo")
+    page.open_every_setting()
     page.set_widgets("OptimizerSettings", lr_scheduler="cosine", lr_warmup_steps=800)
     page.run()
     said = "lr_warmup_steps must be less than max_train_steps (800) with lr_scheduler cosine"

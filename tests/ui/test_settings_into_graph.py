@@ -77,7 +77,7 @@ def test_nodes_that_are_there(lora_file: Path, runs_dir: Path, open_page: OpenPa
     memory, ema = MemoryConfig(blocks_to_stream=3), EmaConfig(use_ema=True, ema_decay=0.99)
     name = place_run(runs_dir, "with an average", memory=memory, ema=ema)
     page = open_page("nodes 2.0")
-    page.open_template("demo")
+    page.open_every_setting()
     page.set_widgets("TrainLora", preset="24gb")
     page.set_widgets("LoraSettings", init_lora=LISTED, rank_pattern="\n".join(PATTERNS))
     put_into_graph(page, name)

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.server
 
 
 def small_demo(page: ComfyPage, run_name: str) -> None:
-    """Open the demo template and set its training to run until it is stopped."""
-    page.open_template("demo")
+    """Open a graph on the demo model and set its training to run until it is stopped."""
+    page.open_every_setting()
     assert page.missing() == []
     page.set_widgets("EncodePairs", num_eval_images=2)
     page.set_widgets("TrainingSettings", train_batch_size=1)
