@@ -11,6 +11,7 @@ from . import (
     check,
     choose_model,
     dataset,
+    edit_pairs,
     edit_weight,
     encode,
     graph_pairs,
@@ -50,6 +51,7 @@ NODES: list[type[io.ComfyNode]] = [
     result.ApplyLora,
     result.PlotLoss,
     choose_model.ChooseModel,
+    edit_pairs.EditPairs,
 ]
 
 

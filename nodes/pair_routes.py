@@ -25,12 +25,13 @@ import errno
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from aiohttp import web
+from aiohttp.http_exceptions import PayloadEncodingError
 
 from ..trainer_core.data_sets import changes, reading
 from ..trainer_core.data_sets.adding import LIMITS, add_file, is_zip, received_file, usage
@@ -60,7 +61,8 @@ _WRITTEN_BYTES = 1 << 20  # received before they are written
 _MOST_UPLOADS = 16  # at a time
 _THREADS = 2  # decoding more at a time would slow the server down
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded", "text/plain")  # sent without a preflight
+_TEXTS = (".txt", ".caption")
 _POLL_SECONDS = 0.5
 
 T = TypeVar("T")
@@ -208,7 +210,8 @@ async def _upload(request: web.Request) -> web.Response:
     """Receive one file into the data set's folder under a hidden name, then check and add it."""
     _check_uploads()
     name, side = request.query.get("name", ""), request.query.get("side", AUTO)
-    if request.content_type in _FORMS:
+    is_caption = request.content_type == "text/plain" and name.lower().endswith(_TEXTS)
+    if request.content_type in _FORMS and not is_caption:
         raise _RefusedError(400, "Send the bytes of one file as the body, not a form.")
     if _uploads.locked():
         raise _RefusedError(429, f"Only {_MOST_UPLOADS} files are received at a time. Send this one again later.")
@@ -234,7 +237,7 @@ async def _receive(request: web.Request, path: Path, most: int) -> None:
         raise _too_large(most)
     size, waiting = 0, bytearray()
     with disk_errors(path), await asyncio.to_thread(path.open, "wb") as file:
-        async for chunk in request.content.iter_any():
+        async for chunk in _pieces(request):
             size += len(chunk)
             if size > most:
                 raise _too_large(most)
@@ -245,6 +248,15 @@ async def _receive(request: web.Request, path: Path, most: int) -> None:
         await asyncio.to_thread(file.write, bytes(waiting))
     if not size:
         raise _RefusedError(400, "The file is empty.")
+
+
+async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
+    """The body as it comes."""
+    try:
+        async for chunk in request.content.iter_any():
+            yield chunk
+    except (ConnectionError, web.RequestPayloadError, PayloadEncodingError) as error:
+        raise _RefusedError(400, "The connection ended before the whole file had come.") from error
 
 
 def _too_large(most: int) -> _RefusedError:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.support.narrow import make_pairs, small_encoding
-from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encode import encode_dataset, plan_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.pictures import plan_pair, render
 from trainer_core.conditioning.read_ahead import read_ahead
@@ -171,6 +171,30 @@ def test_held_out_pairs_are_kept_whole_and_out_of_training(encode: Encode) -> No
     assert len(negative) < len(prompt) and negative.shape[1] == prompt.shape[1]
     everything, _ = encode(small_encoding(num_eval_images=-1))
     assert not everything.pairs and len(everything.validation_pairs) == 3
+
+
+@pytest.mark.parametrize("num_eval_images", [0, 1, 2])
+@pytest.mark.parametrize("marked", [("000",), ("002",), ("000", "001"), ("002", "gone")])
+def test_marked_pairs_are_exactly_those_validated(
+    num_eval_images: int, marked: tuple[str, ...], model: ModelConfig, pairs: DatasetConfig, tmp_path: Path
+) -> None:
+    dataset = dataclasses.replace(pair_folders(pairs), held_out=marked)
+    encoding = small_encoding(num_eval_images=num_eval_images)
+    planned = plan_dataset(dataset, BaseModel(model), encoding, tmp_path / "cache")
+    there = [key for key in ("000", "001", "002") if key in marked]
+    assert [each.pair.key for each in planned.validation_pairs] == there
+    assert [each.pair.key for each in planned.pairs] == [key for key in ("000", "001", "002") if key not in there]
+
+
+def test_marks_of_all_pairs_or_of_none(model: ModelConfig, pairs: DatasetConfig, tmp_path: Path) -> None:
+    def validated(held_out: tuple[str, ...], num_eval_images: int) -> int:
+        dataset = dataclasses.replace(pair_folders(pairs), held_out=held_out)
+        encoding = small_encoding(num_eval_images=num_eval_images)
+        return len(plan_dataset(dataset, BaseModel(model), encoding, tmp_path / "cache").validation_pairs)
+
+    assert [validated(("gone",), 2), validated((), 1), validated(("000",), -1)] == [2, 1, 3]
+    with pytest.raises(DatasetError, match="All 3 pairs are held out"):
+        validated(("000", "001", "002"), 1)
 
 
 def test_validated_pairs_can_be_trained_on_too(encode: Encode) -> None:

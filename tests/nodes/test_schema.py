@@ -13,7 +13,7 @@ from .help_tables import tables, tables_in, with_tables
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema.json"
 DEPENDS_ON_FOLDERS = {("QwenEdit_LoadModel", "base_model"), ("QwenEdit_SampleEdit", "lora_name")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_ImportSimpleTuner", "base_model")}
-DEPENDS_ON_FOLDERS |= {("QwenEdit_LoraSettings", "init_lora")}
+DEPENDS_ON_FOLDERS |= {("QwenEdit_LoraSettings", "init_lora"), ("QwenEdit_EditPairs", "data_set")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoadModelFiles", f"{part}_file") for part in ("transformer", "text_encoder", "vae")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_ChooseModel", each) for each in ("model", "text_encoder", "vae")}
 SHORT_PATH = {"QwenEdit_ChooseModel"}
@@ -45,6 +45,7 @@ EXPECTED = {
     "QwenEdit_SampleEdit",
     "QwenEdit_ApplyLora",
     "QwenEdit_PlotLoss",
+    "QwenEdit_EditPairs",
 }
 
 

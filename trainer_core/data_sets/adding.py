@@ -110,12 +110,13 @@ def add_file(data_set: DataSet, received: Path, name: str, side: str = AUTO, lim
     if side not in (AUTO, *SIDES):
         raise DatasetError(f"There is no side {shown(side)}. Use one of: {', '.join((AUTO, *SIDES))}.")
     result = Added()
-    adding = _Adding(data_set, limits, result)
-    if is_zip(name):
-        adding.add_zip(received, side)
-    else:
-        (place,) = places_of([name], side)
-        adding.add(received, name, place)
+    with disk_errors(data_set.root):
+        adding = _Adding(data_set, limits, result)
+        if is_zip(name):
+            adding.add_zip(received, side)
+        else:
+            (place,) = places_of([name], side)
+            adding.add(received, name, place)
     return result
 
 

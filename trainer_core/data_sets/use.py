@@ -13,7 +13,7 @@ from ..data.pair_check import check_pairs
 from ..data.pairing import EditDataset, EditPair, folder_state, scan_folders
 from ..errors import DatasetError
 from ..events import SILENT, Observer
-from ..text import counted, is_blank, shown, some_of
+from ..text import brief, counted, is_blank, shown, some_of
 from .folders import DataSet, open_data_set
 from .reading import held_out_keys
 
@@ -51,10 +51,10 @@ def pairs_of(
     """
     target = scan_folder(data_set.folder("target"), observer=observer)
     reference = scan_folder(data_set.folder("reference"), observer=observer)
-    name = shown(data_set.name)
+    name = brief(data_set.name)
     if not target.pictures and not reference.pictures and not target.problems:
         raise DatasetError(
-            f"The data set {name} has no pictures yet. Open the side panel Edit pairs, choose {name}, and drop the "
+            f"The data set {name} has no pictures yet. Open the side panel Edit pairs, choose it, and drop the "
             "pictures before and after the edit there."
         )
     if not target.pictures.keys() & reference.pictures.keys():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .narrow import Condition, Latent, NarrowModel
 from .state import Digest, DrawGlobally, GlobalState, SeedGlobally
-from .values import PassOn, SaveText, Wait
+from .values import Environment, PassOn, SaveText, Wait
 
 NODE_CLASS_MAPPINGS = {
     "QetTest_SaveText": SaveText,
@@ -14,6 +14,7 @@ NODE_CLASS_MAPPINGS = {
     "QetTest_Digest": Digest,
     "QetTest_PassOn": PassOn,
     "QetTest_Wait": Wait,
+    "QetTest_Environment": Environment,
     "QetTest_NarrowModel": NarrowModel,
     "QetTest_Condition": Condition,
     "QetTest_Latent": Latent,

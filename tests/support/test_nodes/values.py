@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import comfy.model_management
@@ -38,6 +39,20 @@ class PassOn(Node):
 
     def run(self, value, after=None):
         return (json.loads(value),)
+
+
+class Environment(Uncached):
+    """Sets an environment variable of the server."""
+
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"name": ("STRING", {"default": ""}), "value": ("STRING", {"default": ""})}}
+
+    def run(self, name, value):
+        os.environ[name] = value
+        return {"ui": {}}
 
 
 class Wait(Uncached):

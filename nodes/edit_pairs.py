@@ -1,0 +1,100 @@
+"""The node that takes a data set of the input folder by its name."""
+
+from __future__ import annotations
+
+import math
+
+from comfy_api.latest import io
+
+from ..trainer_core.data_sets.folders import DataSet, find_data_sets, open_data_set
+from ..trainer_core.errors import ConfigError
+from ..trainer_core.text import brief, some_of, text_problem
+from . import host_call, host_folders, sockets
+from .schema import Node, new_input, new_output, node_schema
+
+
+class EditPairs(Node):
+    """Choose a data set: pairs of pictures before and after the edit."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "EditPairs",
+            "Edit Pairs",
+            description="Pairs of pictures before and after the edit, from a folder in ComfyUI's input folder. Make "
+            "one in the side panel Edit pairs.",
+            search_aliases=["dataset", "training pairs", "before after", "training pictures"],
+            inputs=[
+                new_input(
+                    io.Combo,
+                    "data_set",
+                    options=choices(),
+                    tooltip="A folder in ComfyUI's input folder with the folders reference (before the edit) and "
+                    "target (after it). demo (embedded): pairs that ship with this extension, for the demo model.",
+                ),
+                new_input(
+                    io.String,
+                    "instruction",
+                    multiline=True,
+                    default="",
+                    tooltip="What the edit does, as you will write it when you use the LoRA, for all pairs. Empty: "
+                    "each pair's own caption, a .txt beside its target.",
+                ),
+            ],
+            outputs=[new_output(sockets.Dataset, "dataset", "The pairs, for Train Qwen Edit LoRA.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, data_set: str | None = None) -> bool | str:
+        """Check that the data set is there. A linked name arrives as None."""
+        if data_set is not None:
+            chosen(data_set)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, data_set: str | None = None, instruction: str | None = None) -> str | float:
+        """A value that changes when a picture, a caption or a mark of the data set does."""
+        from ..trainer_core.data_sets.use import state_of
+
+        if data_set is None or instruction is None:
+            return math.nan  # equals nothing: a linked value is not known yet
+        return state_of(chosen(data_set), instruction)
+
+    @classmethod
+    def execute(cls, data_set: str, instruction: str = "") -> io.NodeOutput:
+        """Outputs an EditDataset."""
+        from ..trainer_core.data_sets.use import pairs_of
+
+        found = chosen(data_set)
+        if problem := text_problem(instruction):
+            raise ConfigError(f"The instruction {problem}. Shorten or correct it.")
+        with host_call.interruptible() as observer:
+            checked_dir = host_folders.cache_dir() / "checked"
+            return io.NodeOutput(pairs_of(found, instruction.strip(), observer, checked_dir=checked_dir))
+
+
+def choices() -> list[str]:
+    """The data sets of the input folder, and the demo's pairs."""
+    return [*find_data_sets(host_folders.input_dir()), host_folders.DEMO_CHOICE]
+
+
+def chosen(name: str) -> DataSet:
+    """The data set of this name.
+
+    Raises:
+        ConfigError: there is none. Says which there are.
+        NotFoundError: it can't be used.
+    """
+    from ..trainer_core.data_sets.use import demo_data_set
+
+    if name == host_folders.DEMO_CHOICE:
+        return demo_data_set()
+    there = find_data_sets(host_folders.input_dir())
+    if name not in there:
+        has = f"It has {some_of(there)}." if there else "It has none yet."
+        raise ConfigError(
+            f"ComfyUI's input folder has no data set named {brief(name)}. {has} Open the side panel Edit pairs and "
+            "drop your pictures there, or choose another data set. A folder that you made yourself must hold the "
+            "folders reference and target; then press R to refresh the list."
+        )
+    return open_data_set(host_folders.input_dir(), name)
