@@ -12,7 +12,7 @@ from ..trainer_core.disk import disk_errors, existing_folder, free_disk_bytes
 from ..trainer_core.errors import Interrupted, OutOfMemoryError, Problems, TrainerError
 from ..trainer_core.events import Observer
 from ..trainer_core.text import some_of
-from . import check, dataset, encode, host_folders, host_server, import_simpletuner, mix
+from . import check, dataset, edit_pairs, encode, host_folders, host_server, import_simpletuner, mix
 from .ahead import FROM_WIDGETS, LATER
 from .graph_values import ForeseenPairs, GraphValues, UnknownError, is_link, not_connected
 from .overrides import SETTINGS_NODES, Override, compared
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 TRAININGS = {"QwenEdit_TrainLora"}
 _FORESEEN = (
-    *(dataset.PairFolders, check.CheckPairs, encode.EncodePairs, mix.MixPairs),
+    *(dataset.PairFolders, edit_pairs.EditPairs, check.CheckPairs, encode.EncodePairs, mix.MixPairs),
     *(import_simpletuner.ImportSimpleTuner, import_simpletuner.EncodeImported),
 )
 _NODES = {**FROM_WIDGETS, **{f"QwenEdit_{node.__name__}": node for node in _FORESEEN}}

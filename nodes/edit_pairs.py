@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
@@ -11,6 +12,10 @@ from ..trainer_core.errors import ConfigError
 from ..trainer_core.text import brief, some_of, text_problem
 from . import host_call, host_folders, sockets
 from .schema import Node, new_input, new_output, node_schema
+
+if TYPE_CHECKING:
+    from ..trainer_core.data.pairing import EditDataset
+    from ..trainer_core.events import Observer
 
 
 class EditPairs(Node):
@@ -63,14 +68,18 @@ class EditPairs(Node):
     @classmethod
     def execute(cls, data_set: str, instruction: str = "") -> io.NodeOutput:
         """Outputs an EditDataset."""
+        with host_call.interruptible() as observer:
+            return io.NodeOutput(*cls.foresee(observer, data_set, instruction))
+
+    @classmethod
+    def foresee(cls, observer: Observer, data_set: str, instruction: str = "") -> tuple[EditDataset]:
+        """The output for these widgets, without running the graph."""
         from ..trainer_core.data_sets.use import pairs_of
 
-        found = chosen(data_set)
         if problem := text_problem(instruction):
             raise ConfigError(f"The instruction {problem}. Shorten or correct it.")
-        with host_call.interruptible() as observer:
-            checked_dir = host_folders.cache_dir() / "checked"
-            return io.NodeOutput(pairs_of(found, instruction.strip(), observer, checked_dir=checked_dir))
+        checked_dir = host_folders.cache_dir() / "checked"
+        return (pairs_of(chosen(data_set), instruction.strip(), observer, checked_dir=checked_dir),)
 
 
 def choices() -> list[str]:

@@ -62,6 +62,7 @@ _MOST_UPLOADS = 16  # at a time
 _THREADS = 2  # decoding more at a time would slow the server down
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded", "text/plain")  # sent without a preflight
+_SILENT_SECONDS = 60  # after which a sender counts as gone
 _TEXTS = (".txt", ".caption")
 _POLL_SECONDS = 0.5
 
@@ -253,8 +254,10 @@ async def _receive(request: web.Request, path: Path, most: int) -> None:
 async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
     """The body as it comes."""
     try:
-        async for chunk in request.content.iter_any():
+        while chunk := await asyncio.wait_for(request.content.readany(), _SILENT_SECONDS):
             yield chunk
+    except asyncio.TimeoutError as error:
+        raise _RefusedError(408, f"Nothing came for {_SILENT_SECONDS} seconds, so nothing was added.") from error
     except (ConnectionError, web.RequestPayloadError, PayloadEncodingError) as error:
         raise _RefusedError(400, "The connection ended before the whole file had come.") from error
 

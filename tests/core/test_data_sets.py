@@ -281,7 +281,7 @@ def test_check(tmp_path: Path):
     assert "hardly differ" in found.findings["same"][0]
     assert "damaged or cut short" in found.findings["torn"][0]
     assert str(tmp_path) not in str(found.findings)
-    assert found.notes[0].startswith("Captions lie beside the pictures before the edit (good).")
+    assert found.notes[0].startswith("Captions lie beside the references (good). Are the two folders swapped?")
     assert check_data_set(made(tmp_path, name="empty")).findings == {}
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import socket
+import time
 import urllib.parse
 import zipfile
 from collections.abc import Iterator
@@ -228,10 +229,12 @@ def test_a_broken_chunked_body(unchanged: Path, studio: PackServer):
 
 def _settle(server: PackServer) -> None:
     """Wait until the server has noticed that connections ended: it then removes what it had received."""
-    for _ in range(200):
-        if not [name for name in os.listdir(server.input / "mine") if ".tmp" in name]:  # noqa: PTH208
+    received = [True] * 5
+    for _ in range(300):
+        received = [*received[1:], any(".tmp" in path.name for path in (server.input / "mine").iterdir())]
+        if not any(received):
             return
-        told(server, "GET", SETS)
+        time.sleep(0.1)
 
 
 def test_an_empty_body(unchanged: Path, studio: PackServer):

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.support.comfyui_server import PackServer
 from tests.support.data_set_requests import SETS, add, address, asked, change, picture, told
 from tests.support.data_sets import files
-from tests.support.training_graph import error_of, helper, ours
+from tests.support.training_graph import PAIR, TRAIN, error_of, helper, ours, place_pairs, training
 
 pytestmark = pytest.mark.server
 
@@ -141,6 +141,16 @@ def test_the_node_pairs(mine: str, studio: PackServer):
     (studio.input / mine / "target" / "b.txt").write_text("turn it green")
     studio.run(node())
     studio.run(node(data_set="demo (embedded)"))
+
+
+def test_marks_count_before_the_start(studio: PackServer):
+    place_pairs(studio, "marked")
+    change(studio, "marked", "hold_out", {"keys": ["000", "002", "003"], "held_out": True})
+    prompt = {**training("marked"), PAIR: ours("EditPairs", data_set="marked", instruction="")}
+    asked_for = {"prompt": prompt, "node_id": TRAIN, "measure_pairs": False}
+    answer = studio.post("/qwen_edit_trainer/before_start", asked_for)
+    assert answer["problems"] == []
+    assert {each["name"]: each["value"] for each in answer["facts"]}["held_out"] == 3
 
 
 @pytest.mark.parametrize(

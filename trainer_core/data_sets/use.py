@@ -117,10 +117,6 @@ def check_data_set(data_set: DataSet, observer: Observer = SILENT, *, checked_di
     reference = scan_folder(data_set.folder("reference"))
     findings: defaultdict[str, list[str]] = defaultdict(list)
     notes = list(data_set.notes)
-    if misplaced := sorted(reference.texts.keys() & target.pictures.keys() - target.texts.keys()):
-        notes.append(
-            f"Captions lie beside the pictures before the edit ({some_of(misplaced)}). Are the two sides swapped?"
-        )
     if not target.pictures.keys() & reference.pictures.keys():
         return Checks({}, [*notes, "There are no pairs to check."])
     scan = scan_folders(_config(data_set, "-"), observer, checked_dir=checked_dir)
