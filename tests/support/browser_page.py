@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
+from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, expect
 
 from tests.support.comfyui_server import PackServer
 
@@ -40,21 +40,39 @@ HARMLESS = (
 )
 
 
-class ComfyPage:
-    """One browser tab. `problems` lists the errors on its console that are not HARMLESS."""
+FORGET = """async () => {
+    localStorage.clear();
+    sessionStorage.clear();
+    for (const { name } of await indexedDB.databases()) indexedDB.deleteDatabase(name);
+}"""
 
-    def __init__(self, browser: Browser, server: PackServer) -> None:
-        self.server, self.problems = server, list[str]()
-        self._context = browser.new_context(viewport={"width": 1600, "height": 1000})
-        self.page: Page = self._context.new_page()
-        self.page.set_default_timeout(PATIENCE)
+
+def new_tab(browser: Browser) -> Page:
+    """An empty tab with a storage of its own, as in another browser."""
+    tab = browser.new_context(viewport={"width": 1600, "height": 1000}).new_page()
+    tab.set_default_timeout(PATIENCE)
+    return tab
+
+
+class ComfyPage:
+    """ComfyUI's page in a tab. `problems` lists the errors on its console that are not HARMLESS."""
+
+    def __init__(self, tab: Page, server: PackServer) -> None:
+        self.server, self.problems, self.page = server, list[str](), tab
         self.page.on("console", self._hear)
-        self.page.on("pageerror", lambda error: self._note(f"uncaught: {error.stack or error}"))
+        self.page.on("pageerror", self._catch)
         self.load()
 
-    def close(self) -> None:
-        """Close the tab and delete its storage."""
-        self._context.close()
+    def leave(self) -> Page:
+        """Make the tab as good as new, and return it. ComfyUI's scripts stay compiled: the next page loads faster."""
+        self.page.remove_listener("console", self._hear)
+        self.page.remove_listener("pageerror", self._catch)
+        self.page.unroute_all(behavior="ignoreErrors")
+        self.page.mouse.move(0, 0)
+        self.page.goto(f"{self.server.url}/system_stats")  # of the same origin, and without scripts
+        self.page.evaluate(FORGET)
+        self.page.context.clear_cookies()
+        return self.page
 
     def load(self) -> None:
         """Open or reload the page and wait until this pack's extension is loaded."""
@@ -65,6 +83,9 @@ class ComfyPage:
     def _hear(self, message: ConsoleMessage) -> None:
         if message.type == "error":
             self._note(f"{message.location.get('url', '')} {message.text}")
+
+    def _catch(self, error: Error) -> None:
+        self._note(f"uncaught: {error.stack or error}")
 
     def _note(self, line: str) -> None:
         if not any(re.search(known, line) for known in HARMLESS):

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.support.browser_page import ARGUMENTS, ComfyPage
+from tests.support.browser_page import ARGUMENTS, ComfyPage, new_tab
 from tests.support.comfyui_server import PackServer
 from tools.comfyui import PACK_NAME
 from tools.setup import find_browser
@@ -43,21 +43,31 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackServer
         yield server
 
 
+@pytest.fixture(scope="session")
+def tabs() -> list[Page]:
+    """The tab that the next test uses again, if there is one: compiling ComfyUI's scripts takes seconds."""
+    return []
+
+
 @pytest.fixture
-def open_page(browser: Browser, demo_server: PackServer) -> Iterator[OpenPage]:
-    """Opens tabs with a node renderer (`classic` or `nodes 2.0`) and a palette. Any console error fails the test."""
+def open_page(browser: Browser, tabs: list[Page], demo_server: PackServer) -> Iterator[OpenPage]:
+    """Opens tabs with a node renderer (`classic` or `nodes 2.0`) and a palette. Any console error fails the test.
+
+    The tabs of one test share no storage.
+    """
     pages: list[ComfyPage] = []
 
     def opened(renderer: str = "classic", palette: str = "dark") -> ComfyPage:
         settings = {"Comfy.VueNodes.Enabled": renderer != "classic", "Comfy.ColorPalette": palette}
         demo_server.post("/settings", {**settings, "Comfy.TutorialCompleted": True})
-        pages.append(ComfyPage(browser, demo_server))
+        pages.append(ComfyPage(tabs.pop() if tabs else new_tab(browser), demo_server))
         return pages[-1]
 
     yield opened
     problems = [problem for page in pages for problem in page.problems]
-    for page in pages:
-        page.close()
+    for page in pages[1:]:
+        page.page.context.close()
+    tabs += [page.leave() for page in pages[:1]]
     if demo_server.get("/queue")["queue_running"]:  # left running by a failed test
         demo_server.interrupt()
     assert not problems, "\n".join(problems)
