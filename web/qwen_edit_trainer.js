@@ -4,6 +4,7 @@
 import { app } from "../../scripts/app.js";
 // @ts-ignore
 import { api } from "../../scripts/api.js";
+import { createBeforeStart } from "./trainer/before_start.js";
 import { loadStyle } from "./trainer/dom.js";
 import { isTrainNode, openSidebar, readOldValues, refreshLists } from "./trainer/graph.js";
 import { attachView } from "./trainer/node_view.js";
@@ -16,6 +17,8 @@ const TAB = "qwen-edit-trainer";
 const store = createStore(api);
 /** @type {ReturnType<typeof createPanel>} */
 let panel;
+/** @type {ReturnType<typeof createBeforeStart>} */
+let beforeStart;
 
 app.registerExtension({
   name: "qwen_edit_trainer.runs",
@@ -23,6 +26,7 @@ app.registerExtension({
   async init() {
     await loadWords(api, app.extensionManager.setting?.get("Comfy.Locale"));
     panel = createPanel(app, api, store);
+    beforeStart = createBeforeStart(app, api, store);
   },
 
   async setup() {
@@ -55,6 +59,6 @@ app.registerExtension({
       openSidebar(app, TAB);
       panel.open(run, step);
     };
-    attachView(node, { app, store, onPick });
+    attachView(node, { app, store, onPick, first: beforeStart.attach(node) });
   },
 });

@@ -54,6 +54,29 @@ def test_every_template_opens_with_nothing_missing(renderer: str, open_page: Ope
         assert set(page.page.evaluate("() => app.graph.nodes.map(n => n.type)")) == kinds
 
 
+def test_before_the_start_the_node_says_what_run_will_do(open_page: OpenPage):
+    page = open_page()
+    page.open_every_setting()
+    box = page.page.locator(".qet-before")
+    page.set_widgets("EncodePairs", num_eval_images=1)
+    page.set_widgets("TrainLora", run_name="not yet")
+    page.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+    expect(box).to_contain_text("5 pairs to train on, 1 held out.")
+    expect(box.locator(".qet-before-head")).to_contain_text("Ready to run")
+    page.set_widgets("TrainLora", run_name="a/b")
+    page.set_widgets("PairFolders", target_folder="demo/reference", reference_folder_1="demo/target")
+    page.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+    expect(box.locator(".qet-before-head")).to_have_text("Run would be refused: 2 problems")
+    problems = box.locator(".qet-before-problem")
+    expect(problems.nth(0)).to_contain_text("Pair Edit Folders: The dataset can't be used: 1 problem")
+    expect(problems.nth(0)).to_contain_text("Are the two folders swapped?")
+    expect(problems.nth(1)).to_contain_text("run_name must be the name of a folder, not a path")
+    page.set_widgets("TrainLora", run_name="not yet")
+    page.set_widgets("PairFolders", target_folder="demo/target", reference_folder_1="demo/reference")
+    box.get_by_role("button", name="Check everything").click()
+    expect(box.locator(".qet-before-head")).to_contain_text("Ready to run")
+
+
 @pytest.fixture(scope="module")
 def told(runs_dir: Path) -> str:
     """Name of a paused run (40 of 60 steps, samples at 10, 20 and 30) whose texts contain hostile HTML."""

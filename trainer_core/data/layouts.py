@@ -225,7 +225,7 @@ def _captions_elsewhere(target: Folder, references: Sequence[Folder], layout: La
         if not keys:
             continue
         swapped = 1 <= number <= len(references) and len(keys) == len(target.pictures)  # all are beside the references
-        hint = "Are the two folders swapped? Then exchange them. Otherwise: " if swapped else ""
+        hint = "Are the two folders swapped? Then exchange them. Otherwise, if" if swapped else "If"
         names = [files[key].name for key in keys]
         plain = all(files[key].suffix.lower() in CAPTION_SUFFIXES for key in keys)
         move = "move them beside the targets"
@@ -234,7 +234,7 @@ def _captions_elsewhere(target: Folder, references: Sequence[Folder], layout: La
         layout.no_caption.update(keys)
         layout.problems.append(
             f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption, but files {place} have their "
-            f"names ({some_of(names)}). {hint}If these are the edit instructions, {move}."
+            f"names ({some_of(names)}). {hint} these are the edit instructions, {move}."
         )
 
 

@@ -10,7 +10,8 @@ from ..text import shown, some_of
 from .folders import Folder
 from .layouts import AFTER_WORDS, BEFORE_WORDS, ending_of
 
-_ADVICE = "Are the two folders swapped? The targets are the pictures after the edit. If they are not, exchange them."
+QUESTION = "Are the two folders swapped?"
+_ADVICE = f"{QUESTION} The targets are the pictures after the edit. If they are not, exchange them."
 
 
 def swapped_note(target: Folder, references: Sequence[Folder], config: DatasetConfig) -> str:

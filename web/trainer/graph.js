@@ -231,6 +231,11 @@ export async function openGraph(app, workflow, name) {
   await app.loadGraphData(workflow, true, true, name);
 }
 
+/** The graph as Run would queue it. @param {any} app @returns {Promise<any>} Type and inputs of each node by its id. */
+export async function promptOf(app) {
+  return (await app.graphToPrompt())?.output;
+}
+
 /** Queue a graph, as the Run button does. @param {any} api @param {{prompt: any, workflow: any}} graph */
 export async function queueGraph(api, { prompt, workflow }) {
   await api.queuePrompt(0, { output: prompt, workflow });

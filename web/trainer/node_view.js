@@ -12,15 +12,16 @@ import { t } from "./words.js";
  * @typedef {import("./store.js").Store} Store
  */
 
-const EMPTY_HEIGHT = 26; // pixels
+const EMPTY_HEIGHT = 170; // pixels: the box about the start
 const CURVE_HEIGHT = 210;
 const STRIP_HEIGHT = 84;
 
 /**
  * @param {any} node
- * @param {{app: any, store: Store, onPick: (run: string, step: number) => void}} given
+ * @param {{app: any, store: Store, onPick: (run: string, step: number) => void, first: Element}} given
+ *   `first`: shown above the run.
  */
-export function attachView(node, { app, store, onPick }) {
+export function attachView(node, { app, store, onPick, first }) {
   const badge = element("span", { class: "qet-badge", role: "status" }); // screen readers announce only this
   const line = element("span", { class: "qet-quiet" });
   const chart = createChart();
@@ -28,7 +29,7 @@ export function attachView(node, { app, store, onPick }) {
   let run;
   const strip = createStrip(store, (step) => run && onPick(run.run_name, step));
   const head = element("div", { class: "qet-row" }, line, badge);
-  const box = element("div", { class: "qet-node" }, head, chart.element, strip.element);
+  const box = element("div", { class: "qet-node" }, first, head, chart.element, strip.element);
   let height = EMPTY_HEIGHT;
   const view = node.addDOMWidget("training", "qwen_edit_training", box, {
     serialize: false, // not in the prompt
@@ -89,7 +90,7 @@ function wantedHeight(run) {
  * @param {Store} store
  * @returns {Run|undefined}
  */
-function runOf(node, store) {
+export function runOf(node, store) {
   const name = String(widget(node, "run_name")?.value ?? "");
   const mine = store.list().find((run) => run.active && hasId(node, run.node_id) && run.run_name.startsWith(name));
   return mine ?? store.find(name);
@@ -101,7 +102,7 @@ function runOf(node, store) {
  * @param {string} method
  * @param {() => void} also
  */
-function chain(object, method, also) {
+export function chain(object, method, also) {
   const before = object[method];
   object[method] = function chained(/** @type {any[]} */ ...given) {
     const answer = before?.apply(this, given);

@@ -1,0 +1,274 @@
+// @ts-check
+/** What a training will do, on its node before it runs: time, memory, preset, and what Run would refuse. */
+import { element, setText } from "./dom.js";
+import { hasId, isTrainNode, promptOf, titleOf } from "./graph.js";
+import { chain, runOf } from "./node_view.js";
+import { t } from "./words.js";
+
+/**
+ * @typedef {{name: string, value: any}} Fact
+ * @typedef {{setting: string, preset: any, value: any, by: string}} Override
+ * @typedef {{node_id: string, text: string}} Problem
+ * @typedef {{problems: Problem[], warnings: string[], facts: Fact[], preset: {name: string, why: string},
+ *   overridden: Override[]}} Answer
+ */
+
+const WAIT = 1000; // milliseconds without a change before the server is asked
+const AGAIN = 3000; // milliseconds before the server is asked again after another page's request stopped this one
+const MOST_TRIES = 3;
+const GIB = 2 ** 30;
+const LITTLE_DISK = 5e7; // bytes that aren't worth a word
+const SHORT = 0.8; // share of the free RAM above which the box tells what is needed
+
+/**
+ * Boxes for all training nodes. They ask the server one after the other, because it answers the newest request only.
+ * @param {any} app
+ * @param {any} api
+ * @param {import("./store.js").Store} store
+ */
+export function createBeforeStart(app, api, store) {
+  /** @type {Set<ReturnType<typeof createBox>>} */
+  const boxes = new Set();
+  /** @type {ReturnType<typeof setTimeout>|undefined} */
+  let timer;
+  let asking = false;
+
+  function soon(delay = WAIT) {
+    clearTimeout(timer);
+    timer = setTimeout(askAll, delay);
+  }
+
+  async function askAll() {
+    if (asking) return soon(WAIT);
+    if (document.hidden) return; // asked when the tab is shown again
+    asking = true;
+    try {
+      const prompt = boxes.size ? await promptOf(app) : undefined;
+      let again = false;
+      for (const box of prompt ? boxes : []) again = (await box.ask(prompt)) || again;
+      if (again) soon(AGAIN);
+    } catch (error) {
+      console.debug("Qwen Edit Trainer could not look at the graph.", error);
+    } finally {
+      asking = false;
+    }
+  }
+
+  /** Ask again although the graph is the same: a job has ended, or files may have changed. */
+  function forget() {
+    for (const box of boxes) box.forget();
+    soon();
+  }
+
+  api.addEventListener("graphChanged", () => soon());
+  for (const end of ["execution_success", "execution_error", "execution_interrupted"]) {
+    api.addEventListener(end, forget);
+  }
+  document.addEventListener("visibilitychange", () => document.hidden || forget());
+
+  return {
+    /** A box for a training node. @param {any} node @returns {Element} */
+    attach(node) {
+      const box = createBox(node, { app, api, store, soon });
+      boxes.add(box);
+      chain(node, "onRemoved", () => boxes.delete(box));
+      soon();
+      return box.element;
+    },
+    forget,
+  };
+}
+
+/**
+ * @param {any} node
+ * @param {{app: any, api: any, store: import("./store.js").Store, soon: (delay?: number) => void}} given
+ */
+function createBox(node, { app, api, store, soon }) {
+  const head = element("span", { class: "qet-before-head", role: "status" });
+  const button = element("button", {
+    class: "qet-button",
+    type: "button",
+    text: t("Check everything"),
+    title: t("Also measures the pictures of each pair. Nothing is trained."),
+    on: { click: checkEverything },
+  });
+  const list = element("div", { class: "qet-before-list", tabindex: "0" });
+  const box = element("div", { class: "qet-before" }, element("div", { class: "qet-row" }, head, button), list);
+  box.addEventListener("wheel", (/** @type {WheelEvent} */ event) => {
+    if (list.scrollHeight > list.clientHeight) event.stopPropagation(); // scroll, not zoom
+    else if (!(/** @type {any} */ (window).LiteGraph?.vueNodesMode)) app.canvas?.processMouseWheel?.(event);
+  });
+
+  let asked = "";
+  let tries = 0;
+  let measure = false;
+  /** @type {Answer|undefined} */
+  let answer;
+
+  function checkEverything() {
+    measure = true; // from now on; what was measured is kept
+    asked = "";
+    button.disabled = true;
+    setText(head, t("Checking…"));
+    soon(0);
+  }
+
+  function paint() {
+    const run = runOf(node, store);
+    const isOver = Boolean(answer && !answer.problems.length && factsOf(answer).finished);
+    box.hidden = Boolean(run && (isUnderWay(run) || isOver));
+    box.dataset.small = String(Boolean(run));
+  }
+
+  /**
+   * @param {any} prompt
+   * @returns {Promise<boolean>} Whether to ask again soon.
+   */
+  async function ask(prompt) {
+    const run = runOf(node, store);
+    if (run && isUnderWay(run)) return false;
+    const id = Object.keys(prompt).find((each) => hasId(node, each) && isTrainNode({ type: prompt[each].class_type }));
+    const body = JSON.stringify({ prompt, node_id: id ?? "", measure_pairs: measure });
+    if (!id) show(undefined);
+    if (!id || body === asked) return false;
+    const response = await api.fetchApi("/qwen_edit_trainer/before_start", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body,
+    });
+    if (response.status === 409) {
+      tries += 1;
+      return tries < MOST_TRIES;
+    }
+    tries = 0;
+    if (response.ok) {
+      asked = body;
+      show(await response.json());
+    }
+    return false;
+  }
+
+  /** @param {Answer|undefined} next */
+  function show(next) {
+    answer = next;
+    button.disabled = false;
+    setText(head, next ? headline(next) : t("Before the start"));
+    head.dataset.refused = String(Boolean(next?.problems.length));
+    list.replaceChildren(...(next ? linesOf(next, app) : []));
+    paint();
+  }
+
+  chain(node, "onRemoved", store.subscribe(paint));
+  show(undefined);
+  return {
+    element: box,
+    ask,
+    forget() {
+      asked = "";
+    },
+  };
+}
+
+/** Whether a run waits in ComfyUI's queue or is in progress. @param {import("./store.js").Run} run */
+function isUnderWay(run) {
+  return Boolean(run.active) || run.state === "queued";
+}
+
+/** @param {Answer} answer @returns {Record<string, any>} */
+function factsOf(answer) {
+  return Object.fromEntries(answer.facts.map(({ name, value }) => [name, value]));
+}
+
+/** @param {Answer} answer */
+function headline(answer) {
+  const count = answer.problems.length;
+  if (count === 1) return t("Run would be refused: 1 problem");
+  if (count) return t("Run would be refused: {count} problems", { count });
+  const facts = factsOf(answer);
+  if (facts.finished) return t("This run is finished. Run gives its result again.");
+  if (facts.time) {
+    const time = duration(facts.time);
+    if (!facts.first_pictures) return t("About {time}.", { time });
+    return t("About {time}, first pictures after {first}.", { time, first: duration(facts.first_pictures) });
+  }
+  const warnings = answer.warnings.length;
+  if (warnings === 1) return t("Ready to run, with 1 warning");
+  return warnings ? t("Ready to run, with {warnings} warnings", { warnings }) : t("Ready to run");
+}
+
+/** @param {Answer} answer @param {any} app */
+function linesOf(answer, app) {
+  const facts = factsOf(answer);
+  const line = (/** @type {string} */ kind, /** @type {string} */ text) =>
+    element("p", { class: `qet-before-${kind}` }, text);
+  const named = (/** @type {Problem} */ problem) => {
+    const title = problem.node_id && titleOf(app, problem.node_id);
+    const node = title ? [element("b", {}, title, ": ")] : [];
+    return element("p", { class: "qet-before-problem" }, ...node, problem.text);
+  };
+  return [
+    ...answer.problems.map(named),
+    ...answer.warnings.map((text) => line("warning", text)),
+    ...[memory(facts), answer.preset.why].filter(Boolean).map((text) => line("fact", text)),
+    ...answer.overridden.map((each) => line("overridden", overriding(each))),
+    ...details(facts).map((text) => line("detail", text)),
+  ];
+}
+
+/** @param {Override} each */
+function overriding({ setting, value, by, preset }) {
+  const text = { value: String(value), preset: String(preset) };
+  return t("{setting} is {value}, set by {by}. The preset has {preset}.", {
+    setting,
+    value: text.value,
+    by,
+    preset: text.preset,
+  });
+}
+
+/** @param {Record<string, any>} facts */
+function memory(facts) {
+  if (facts.ram_needed === undefined) return "";
+  const [ram, freeRam] = [gigabytes(facts.ram_needed), gigabytes(facts.ram_free)];
+  if (facts.memory_is_shared) return t("Needs {needed} of {free} GB free memory.", { needed: ram, free: freeRam });
+  const [card, freeCard] = [gigabytes(facts.vram_needed), gigabytes(facts.vram_free)];
+  const told = [t("Needs {needed} of {free} GB free VRAM.", { needed: card, free: freeCard })];
+  const isShort = facts.ram_needed > SHORT * facts.ram_free;
+  if (isShort) told.push(t("Needs {needed} of {free} GB free RAM.", { needed: ram, free: freeRam }));
+  return told.join(" ");
+}
+
+/** @param {number} bytes */
+function gigabytes(bytes) {
+  return (bytes / GIB).toFixed(1);
+}
+
+/** @param {Record<string, any>} facts */
+function details(facts) {
+  const told = [];
+  if (facts.pairs !== undefined) {
+    told.push(t("{pairs} pairs to train on, {held} held out.", { pairs: facts.pairs, held: facts.held_out }));
+    if (facts.to_encode === 0) told.push(t("All are encoded already."));
+    else if (facts.to_encode) told.push(t("{count} are still to be encoded.", { count: facts.to_encode }));
+  }
+  if (facts.steps) told.push(t("{steps} steps, rank {rank}.", { steps: facts.steps, rank: facts.rank }));
+  if (facts.done) told.push(t("{done} of them are done.", { done: facts.done }));
+  if (facts.resolution) {
+    const precision = String(facts.precision);
+    told.push(t("Resolution {resolution}, precision {precision}.", { resolution: facts.resolution, precision }));
+  }
+  if (facts.is_measurable === false) told.push(t("The time is only known in advance on a CUDA card."));
+  if (facts.disk_needed > LITTLE_DISK) {
+    const [needed, free] = [(facts.disk_needed / 1e9).toFixed(1), (facts.disk_free / 1e9).toFixed(0)];
+    told.push(t("Needs {needed} of {free} GB free disk space.", { needed, free }));
+  }
+  return told.length ? [told.join(" ")] : [];
+}
+
+/** @param {number} seconds */
+function duration(seconds) {
+  if (seconds < 90) return t("{seconds} s", { seconds: Math.max(1, Math.round(seconds)) });
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 60) return t("{minutes} min", { minutes });
+  return t("{hours} h {minutes} min", { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
+}
