@@ -12,20 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from ..trainer_core.config import ModelConfig
 from ..trainer_core.errors import Problems, TrainerError
-from . import choose_model, host_server, model, settings
+from . import choose_model, host_server, model, reference_settings, settings, short_train, size_settings
+from .composed import AUTOMATIC, compose
 from .graph_values import GraphValues, Link, UnknownError, is_link
 from .raw_values import entries
 from .refused import note_refusals
+from .run_names import settled
 from .train import TrainLora, run_config
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.conditioning.encoding_plan import PlannedDataset
 
-_TRAIN, _MIX, _MODEL = "QwenEdit_TrainLora", "QwenEdit_MixPairs", "QwenEdit_ChooseModel"
+_TRAIN, _SHORT = "QwenEdit_TrainLora", "QwenEdit_Train"
+_MIX, _MODEL = "QwenEdit_MixPairs", "QwenEdit_ChooseModel"
 LATER = ("model", "encoded", "validation_encoded")  # inputs of a training that are known when its pairs are encoded
 _MODELS = (choose_model.ChooseModel, model.LoadModel, model.LoadModelFiles)
-FROM_WIDGETS = {f"QwenEdit_{node.__name__}": node for node in (*settings.NODES, *_MODELS)}
+_MORE = (short_train.MoreSettings, size_settings.SizeSettings, reference_settings.ReferenceSettings)
+FROM_WIDGETS = {f"QwenEdit_{node.__name__}": node for node in (*settings.NODES, *_MODELS, *_MORE)}
 
 
 def note_problems(request: Mapping[str, Any]) -> None:
@@ -37,6 +41,8 @@ def note_problems(request: Mapping[str, Any]) -> None:
         try:
             if kind == _TRAIN:
                 run_config(ModelConfig(), None, **values.inputs(TrainLora, node_id, without=LATER))
+            elif kind == _SHORT:
+                _check_short(values, node_id)
             elif kind == _MODEL:
                 values.output([node_id, 0])
         except TrainerError as error:
@@ -44,6 +50,18 @@ def note_problems(request: Mapping[str, Any]) -> None:
         except UnknownError:
             continue
     note_refusals(found)
+
+
+def _check_short(values: GraphValues, node_id: str) -> None:
+    """Check the settings of a training of the short path. What is wrong with its model is told at the model node."""
+    given = values.inputs(short_train.Train, node_id, without=("model", "dataset"))
+    try:
+        chosen = values.output(values.given(node_id).get("model"))
+    except (UnknownError, TrainerError) as error:
+        if given.get("preset") == AUTOMATIC:  # the demo model would have another one
+            raise UnknownError from error
+        chosen = ModelConfig()
+    compose(chosen, **short_train.chosen(given))
 
 
 def check_trainings(
@@ -79,6 +97,7 @@ def check_trainings(
         is_all = all(link[0] == hidden.unique_id for link in links)
         encoded, held_out = [*(outputs[link[1]] for link in links), None][:2] if is_all else (None, None)
         data = RunData(trained=parts, every=parts, encoded=encoded, held_out=held_out)
+        config, _ = settled(config, encoded, given["if_run_exists"])
         continue_kept = given["if_run_exists"] == "continue a kept run"
         problems.attempt(partial(check_before_encoding, config, data, continue_kept=continue_kept))
     problems.raise_all()

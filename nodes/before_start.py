@@ -16,6 +16,7 @@ from . import check, dataset, edit_pairs, encode, host_folders, host_server, imp
 from .ahead import FROM_WIDGETS, LATER
 from .graph_values import ForeseenPairs, GraphValues, UnknownError, is_link, not_connected
 from .overrides import SETTINGS_NODES, Override, compared
+from .run_names import settled
 from .sockets import AutomaticModel
 from .train import TrainLora, run_config
 from .train_config import NO_PRESET
@@ -172,6 +173,8 @@ def _advanced_training(found: Found, node_id: str) -> Training:
         every = list({id(each): each for each in (*encoded.every, *others)}.values())
         held = held_out.encoded if isinstance(held_out, ForeseenPairs) else None
         data = RunData(trained=encoded.trained, every=every, encoded=encoded.encoded, held_out=held)
+    if config is not None and data is not None:
+        config, _ = settled(config, data.encoded, (settings or {}).get("if_run_exists", ""))
     preset = str((settings or {}).get("preset", NO_PRESET))
     chosen: dict[str, Any] = {}
     if config is not None and preset != NO_PRESET:

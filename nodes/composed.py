@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from ..trainer_core.config import (
     TrainConfig,
     to_json,
 )
-from ..trainer_core.presets import encoding_preset, preset_for, preset_names, read_preset
+from ..trainer_core.errors import Problems, SettingsError
+from ..trainer_core.presets import encoding_preset, preset_for, preset_names, read_preset, training_preset
 from ..trainer_core.qwen_image.installed import fitting_precision, installed_at
 from . import host_folders
 from .overrides import SETTINGS_NODES, Override, compared
+from .run_names import first_name
 from .sockets import AutomaticModel, MoreSettingsGiven, ReferencesSeen
 from .train_config import train_config
-from .untrusted import checked_run_name, free_name
 
 AUTOMATIC = "automatic"
 DEMO_PRESET = "demo"
@@ -67,12 +69,11 @@ def compose(
     With `max_train_steps` 0 the preset sets the number of steps.
 
     Raises:
-        ConfigError: the run name is not allowed, there is no such preset, or settings contradict each other.
+        ConfigError: the run name is not allowed, there is no such preset, or settings contradict each other; lists all.
     """
     more = more_settings or MoreSettingsGiven()
-    name = checked_run_name(run_name)
-    if if_run_exists == "new run":
-        name = free_name(host_folders.runs_dir(), name)
+    problems = Problems()
+    name = problems.attempt(lambda: first_name(run_name, if_run_exists)) or "-"
     preset, why = _chosen(preset, model, more)
     chosen = model
     if isinstance(model, AutomaticModel):
@@ -81,10 +82,17 @@ def compose(
     if max_train_steps > 0:
         own["max_train_steps"] = max_train_steps
     given = {f"{part}_settings": getattr(more, f"{part}_settings") for part in _SETTINGS}
-    config = train_config(chosen, None, own, lora_name=name, preset=preset, **given)
+    set_by = {**SETTINGS_NODES, "model": MODEL_NODE, "encoding": MORE_NODE, "max_train_steps": TRAIN_NODE}
+    optimizer = training_preset(preset).optimizer
+    if more.optimizer_settings is None and 0 < max_train_steps <= optimizer.lr_warmup_steps:
+        # The preset's warm-up is for its own number of steps.
+        given["optimizer_settings"] = dataclasses.replace(optimizer, lr_warmup_steps=max_train_steps // 10)
+        set_by["optimizer"] = TRAIN_NODE
+    config = problems.attempt(partial(train_config, chosen, None, own, lora_name=name, preset=preset, **given))
+    problems.raise_all(SettingsError)
+    assert config is not None
     encoding = _encoding(preset, more, config)
     settings = {**to_json(config), "encoding": to_json(encoding)}
-    set_by = {**SETTINGS_NODES, "model": MODEL_NODE, "encoding": MORE_NODE, "max_train_steps": TRAIN_NODE}
     held, overridden = compared(preset, settings, set_by)
     return Composed(
         preset=preset,
@@ -102,7 +110,7 @@ def _chosen(preset: str, model: ModelConfig, more: MoreSettingsGiven) -> tuple[s
     """The name of the preset, and why it is this one."""
     if preset != AUTOMATIC:
         return preset, f"Preset {preset}, as chosen."
-    if _is_demo(model):
+    if is_demo(model):
         return DEMO_PRESET, f"Preset {DEMO_PRESET}, because the model is the demo model."
     gib = _card(model, more)
     name = preset_for(gib)
@@ -111,7 +119,8 @@ def _chosen(preset: str, model: ModelConfig, more: MoreSettingsGiven) -> tuple[s
     return name, f"Preset {name}, because the card has {gib:.0f} GB."
 
 
-def _is_demo(model: ModelConfig) -> bool:
+def is_demo(model: ModelConfig) -> bool:
+    """Whether this is the demo model."""
     return model.base == DEMO_MODEL and not model.transformer_file
 
 

@@ -11,7 +11,7 @@ from ..trainer_core.data_sets.folders import DataSet, find_data_sets, open_data_
 from ..trainer_core.errors import ConfigError
 from ..trainer_core.text import brief, some_of, text_problem
 from . import host_call, host_folders, sockets
-from .schema import Node, new_input, new_output, node_schema
+from .schema import CATEGORY, Node, new_input, new_output, node_schema
 
 if TYPE_CHECKING:
     from ..trainer_core.data.pairing import EditDataset
@@ -26,6 +26,7 @@ class EditPairs(Node):
         return node_schema(
             "EditPairs",
             "Edit Pairs",
+            category=CATEGORY,
             description="Pairs of pictures before and after the edit, from a folder in ComfyUI's input folder. Make "
             "one in the side panel Edit pairs.",
             search_aliases=["dataset", "training pairs", "before after", "training pictures"],

@@ -134,30 +134,3 @@ def _planned(
     seen = widgets.pop("reference_settings", None) or sockets.ReferencesSeen()
     encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
     return plan_dataset(dataset, BaseModel(model), encoding, host_folders.cache_dir(), encoders, observer=observer)
-
-
-class SizeSettings(Node):
-    """Choose sizes and crops."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return node_schema(
-            "SizeSettings",
-            "Qwen Edit Size Settings",
-            description="Sizes and crops of the pictures. Without this node, every picture keeps its aspect ratio and "
-            "is scaled to an area of resolution squared.",
-            search_aliases=["crop", "resolution type", "aspect bucket"],
-            inputs=[
-                *setting_inputs(
-                    SizeConfig,
-                    "resolution_type megapixels aspect_bucket_alignment crop crop_aspect crop_style "
-                    "minimum_image_size leave_out_small maximum_image_size target_downsample_size",
-                ),
-            ],
-            outputs=[new_output(sockets.SizeSettings, "size_settings", "For Encode Edit Pairs.")],
-        )
-
-    @classmethod
-    def execute(cls, **widgets: Any) -> io.NodeOutput:
-        """Outputs a SizeConfig."""
-        return io.NodeOutput(SizeConfig(**widgets))

@@ -26,6 +26,8 @@ from . import (
     routes,
     sample,
     settings,
+    short_train,
+    size_settings,
     train,
 )
 
@@ -37,7 +39,7 @@ NODES: list[type[io.ComfyNode]] = [
     graph_pairs.PairImages,
     dataset.PreviewPairs,
     check.CheckPairs,
-    encode.SizeSettings,
+    size_settings.SizeSettings,
     reference_settings.ReferenceSettings,
     encode.EncodePairs,
     mix.MixPairs,
@@ -52,6 +54,8 @@ NODES: list[type[io.ComfyNode]] = [
     result.PlotLoss,
     choose_model.ChooseModel,
     edit_pairs.EditPairs,
+    short_train.Train,
+    short_train.MoreSettings,
 ]
 
 

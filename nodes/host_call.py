@@ -109,6 +109,13 @@ def interruptible(
 
 
 @contextmanager
+def short_call() -> Iterator[NodeObserver]:
+    """Run one interruptible call that needs no device memory. Empty networks that it makes can be trained later."""
+    with interruptible() as observer, torch.inference_mode(mode=False), torch.enable_grad():
+        yield observer
+
+
+@contextmanager
 def long_call(run_name: str = "", on_first_step: Callable[[], None] | None = None) -> Iterator[NodeObserver]:
     """Run one interruptible call with ComfyUI's networks unloaded and autograd on; restore global state afterwards.
 

@@ -8,13 +8,23 @@ from comfy_api.latest import io
 
 from ..trainer_core.config import MemoryConfig
 from . import sockets
+from .overrides import in_words
 from .schema import Node, new_input, new_output, node_schema, setting_input
-from .train_config import imported_input, preset_input, settings_input, train_config, validation_input
+from .train_config import (
+    NO_PRESET,
+    imported_input,
+    preset_input,
+    preset_overrides,
+    settings_input,
+    train_config,
+    validation_input,
+)
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.config import ModelConfig
 
+_NODE = "Plan Qwen Edit Memory"
 _SETTINGS = ("lora", "optimizer", "training", "validation", "memory")
 
 
@@ -25,7 +35,7 @@ class PlanMemory(Node):
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "PlanMemory",
-            "Plan Qwen Edit Memory",
+            _NODE,
             description="Estimates the device and host memory of a training run with these settings, part by part, and "
             "says whether it fits and, on a CUDA device, how long it takes. Loads no weights and changes no files.",
             search_aliases=["vram", "out of memory", "memory estimate"],
@@ -70,5 +80,8 @@ class PlanMemory(Node):
         device, other_card = pick_device(model.device), card_gib or config.memory.vram_gib
         budget = budget_of(device, other_card, held_leaves=True)
         text, _ = planned_in_words(config, network, work, budget, None if other_card else device)
-        text = "\n\n".join(filter(None, [text, unmeasured(held_out, config.validation)]))
+        preset = settings.get("preset", NO_PRESET)
+        by_import = settings.get("imported") is not None
+        overridden = in_words(preset, preset_overrides(config, preset, encoded, _NODE, is_imported=by_import))
+        text = "\n\n".join(filter(None, [text, overridden, unmeasured(held_out, config.validation)]))
         return io.NodeOutput(text, ui={"text": [text]})

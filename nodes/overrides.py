@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,12 @@ def compared(
         setting, by = name.rpartition(".")[2], set_by.get(name.partition(".")[0], "another node")
         overridden.append(Override(setting=setting, preset_value=value, value=final[name], by=by))
     return held, tuple(overridden)
+
+
+def in_words(preset: str, overridden: Sequence[Override]) -> str:
+    """What overrides the preset, a line for each setting; empty if nothing does."""
+    lines = [f"Settings that override the preset {preset}:", *(f"- {each}" for each in overridden)]
+    return "\n".join(lines) if overridden else ""
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

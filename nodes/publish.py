@@ -6,6 +6,7 @@ import filecmp
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +49,14 @@ def _copy(source: Path, target: Path) -> None:
         partial.chmod(source.stat().st_mode)
 
 
-def run_ui(result: TrainResult, lora_name: str, ema_name: str | None = None, *, seconds: float) -> dict[str, list[Any]]:
+def run_ui(
+    result: TrainResult, lora_name: str, ema_name: str | None = None, *, seconds: float, notes: Sequence[str] = ()
+) -> dict[str, list[Any]]:
     """The node's UI output, also in /history: figures, a line of text and the grid. Paths are relative to the output
     folder.
 
     `ema_name` is the listed name of the EMA LoRA, None without EMA. `seconds` is the total time of all training steps,
-    including those before an interruption.
+    including those before an interruption. `notes` follow the line of text.
     """
     samples = result.samples
     ratios = {name: _finite(getattr(samples, name)) if samples else None for name in (*_RATIOS, *_DRIFT)}
@@ -77,7 +80,7 @@ def run_ui(result: TrainResult, lora_name: str, ema_name: str | None = None, *, 
         text += f". EMA LoRA: {ema_name}"
     if result.lora_file is not None and (note := _readers(result.lora_file)):
         text += f". {note}"
-    return {"qwen_edit_run": [figures], "text": [text], "images": images}
+    return {"qwen_edit_run": [figures], "text": ["\n".join([text, *notes])], "images": images}
 
 
 def _readers(lora_file: Path) -> str:

@@ -18,9 +18,11 @@ from ..trainer_core.config import (
     RolloutConfig,
     TrainConfig,
     ValidationConfig,
+    to_json,
 )
-from ..trainer_core.presets import preset_names, training_preset
+from ..trainer_core.presets import encoding_preset, preset_names, training_preset
 from . import sockets
+from .overrides import SETTINGS_NODES, Override, compared
 from .schema import new_input
 
 if TYPE_CHECKING:
@@ -54,9 +56,11 @@ _SETTINGS = {
 }
 
 
-def settings_input(name: str) -> io.Input:
-    """Input for one of the settings nodes."""
+def settings_input(name: str, default: str = "") -> io.Input:
+    """Input for one of the settings nodes. `default`: a sentence on what applies without it, if it is not the usual."""
     socket, tooltip = _SETTINGS[name]
+    if default:
+        tooltip = f"{tooltip.partition(' Default:')[0]} {default}"
     return new_input(socket, name, optional=True, tooltip=tooltip)
 
 
@@ -144,3 +148,27 @@ def train_config(
         **own,
         **sections,
     )
+
+
+def preset_overrides(
+    config: TrainConfig, preset: str, encoded: EncodedDataset, node: str, *, is_imported: bool
+) -> tuple[Override, ...]:
+    """What overrides a preset that is chosen on the node with the display name `node`."""
+    if preset == NO_PRESET:
+        return ()
+    set_by = dict.fromkeys(SETTINGS_NODES, "Import SimpleTuner Config") if is_imported else SETTINGS_NODES
+    set_by = {**set_by, "model": "the model node", "encoding": "Encode Edit Pairs", "max_train_steps": node}
+    settings = {**to_json(config), "encoding": _encoding_seen(preset, encoded)}
+    return compared(preset, settings, set_by)[1]
+
+
+def _encoding_seen(preset: str, encoded: EncodedDataset) -> dict[str, Any]:
+    """The resolution of encoded pairs. Crops and rounding change it by some percent: then it is that of the preset."""
+    from ..trainer_core.qwen_image.latents import VAE_FACTOR
+
+    every = [*encoded.pairs, *encoded.validation_pairs]
+    if not every:
+        return {}
+    _, height, width = every[0].shape
+    side, wanted = round((height * width) ** 0.5) * VAE_FACTOR, encoding_preset(preset).resolution
+    return {"resolution": wanted if abs(side - wanted) < wanted / 10 else side}

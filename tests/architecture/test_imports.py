@@ -167,7 +167,7 @@ def test_only_host_modules_touch_comfyui_at_run_time():
         for level, dotted in imports(path, at_run_time=True)
         if not level and top(dotted) in COMFYUI_RUNTIME
     }
-    assert touching == {f"host_{topic}.py" for topic in ("call", "encoders", "folders", "lora", "server")}
+    assert touching == {f"host_{topic}.py" for topic in ("call", "encoders", "folders", "lora", "models", "server")}
 
 
 def test_the_pack_imports_itself_relatively():

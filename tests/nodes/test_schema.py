@@ -16,9 +16,10 @@ DEPENDS_ON_FOLDERS |= {("QwenEdit_ImportSimpleTuner", "base_model")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoraSettings", "init_lora"), ("QwenEdit_EditPairs", "data_set")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoadModelFiles", f"{part}_file") for part in ("transformer", "text_encoder", "vae")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_ChooseModel", each) for each in ("model", "text_encoder", "vae")}
-SHORT_PATH = {"QwenEdit_ChooseModel"}
+SHORT_PATH = {"QwenEdit_ChooseModel", "QwenEdit_EditPairs", "QwenEdit_Train"}
 EXPECTED = {
     *SHORT_PATH,
+    "QwenEdit_MoreSettings",
     "QwenEdit_LoadModel",
     "QwenEdit_LoadModelFiles",
     "QwenEdit_PairFolders",
@@ -45,7 +46,6 @@ EXPECTED = {
     "QwenEdit_SampleEdit",
     "QwenEdit_ApplyLora",
     "QwenEdit_PlotLoss",
-    "QwenEdit_EditPairs",
 }
 
 

@@ -2,19 +2,152 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from typing import Any
+
 import pytest
 
 from tests.support.comfyui_server import PackServer
-from tests.support.training_graph import LOAD, changed, ours, training
+from tests.support.training_graph import (
+    LOAD,
+    PAIR,
+    TRAIN,
+    Prompt,
+    cache_entries,
+    changed,
+    error_of,
+    figures,
+    forget,
+    ours,
+    place_pairs,
+    run_dir,
+    settings,
+    training,
+)
 from tools.comfyui import ComfyUIError
 
 pytestmark = pytest.mark.server
 
 DEMO = "demo (embedded)"
 ON_HUB = "https://huggingface.co/Comfy-Org/Qwen-Image{}_ComfyUI/resolve/main/split_files"
+NAME, PAIRS = "short", "short path"
+OR_NEW = "continue, or a new name if the settings differ"
 
 
-def refused(studio: PackServer, prompt: dict, node_id: str) -> str:
+def short(**inputs: Any) -> Prompt:
+    """A training of the demo model in two steps, with fewer sampling steps and smaller pictures than the preset has."""
+    return {
+        LOAD: ours("ChooseModel", model=DEMO),
+        PAIR: ours("EditPairs", data_set=PAIRS, instruction="turn the photo into a colour negative"),
+        **settings(0, 2),
+        "more": ours("MoreSettings", validation_settings=["validation", 0], resolution=96),
+        TRAIN: ours(
+            "Train",
+            **{
+                "model": [LOAD, 0],
+                "dataset": [PAIR, 0],
+                "run_name": NAME,
+                "preset": "automatic",
+                "max_train_steps": 2,
+                "more_settings": ["more", 0],
+                **inputs,
+            },
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(studio: PackServer) -> dict[str, Any]:
+    """Outputs of the first training, and the `phases` that pages were told of."""
+    place_pairs(studio, PAIRS)
+    (studio.input / PAIRS / "reference_1").rename(studio.input / PAIRS / "reference")
+    shutil.rmtree(studio.output / "qwen_edit_trainer" / "cache", ignore_errors=True)
+    phases: list[str] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        data = event.get("data", {})
+        if event["type"] == "qwen_edit_trainer.run" and data.get("run_name") == NAME:
+            phases.append(data.get("phase", ""))
+
+    studio.on_event = listen
+    try:
+        return {**studio.run(short()), "phases": phases}
+    finally:
+        studio.on_event = None
+
+
+def config_of(studio: PackServer, name: str) -> dict[str, Any]:
+    return json.loads((run_dir(studio, name) / "config.json").read_text(encoding="utf-8"))
+
+
+def test_a_preset_trains_a_lora_in_one_node(trained: dict[str, Any], studio: PackServer):
+    found = figures(trained)
+    assert (found["run_name"], found["steps"], found["lora_name"]) == (NAME, 2, f"{NAME}/{NAME}.safetensors")
+    assert (studio.output / found["grid_file"]).is_file()
+    config = config_of(studio, NAME)
+    assert (config["lora"]["lora_rank"], config["optimizer"]["learning_rate"]) == (16, 0.005)
+    assert config["optimizer"]["lr_warmup_steps"] == 0  # the preset's 5 steps are more than the run has
+    assert config["model"]["mixed_precision"] == "no"
+    text = trained[TRAIN]["text"][0].splitlines()
+    assert "Preset demo, because the model is the demo model." in text
+    assert "- resolution is 96, set by Qwen Edit More Settings. The preset has 128." in text
+    assert "- max_train_steps is 2, set by Train Qwen Edit LoRA. The preset has 150." in text
+    assert "- validation_num_inference_steps is 2, set by Qwen Edit Validation Settings. The preset has 8." in text
+    assert json.loads((run_dir(studio, NAME) / "graph.json").read_text(encoding="utf-8"))["node_id"] == TRAIN
+    assert any("ncod" in phase for phase in trained["phases"]), trained["phases"]
+
+
+def test_other_settings_get_a_new_name_and_the_same_ones_go_on(trained: dict[str, Any], studio: PackServer):
+    assert trained
+    names = []
+    for prompt in (short(), short(seed=1), short(), short(seed=1), short(seed=1, if_run_exists="new run")):
+        forget(studio)
+        outputs = studio.run(prompt)
+        names.append(figures(outputs)["run_name"])
+        if len(names) == 2:
+            assert (
+                f"The existing run has other settings or pairs: {NAME}. This is the new run {NAME}-2."
+                in (outputs[TRAIN]["text"][0])
+            )
+    assert names == [NAME, f"{NAME}-2", NAME, f"{NAME}-2", f"{NAME}-3"]
+    assert config_of(studio, f"{NAME}-2")["export"]["lora_name"] == f"{NAME}-2"
+
+
+def test_the_advanced_node_has_the_same_choice(trained: dict[str, Any], studio: PackServer):
+    assert trained
+    prompt = training("short", 1, if_run_exists=OR_NEW, preset="quality")
+    outputs = studio.run(prompt)
+    assert figures(outputs)["run_name"] not in (NAME, f"{NAME}-2")
+    text = outputs[TRAIN]["text"][0].splitlines()
+    assert "- lora_rank is 4, set by Qwen Edit LoRA Settings. The preset has 32." in text
+    assert "- resolution is 96, set by Encode Edit Pairs. The preset has 1024." in text
+    assert "- max_train_steps is 1, set by Train Qwen Edit LoRA (advanced). The preset has 3000." in text
+    forget(studio)
+    assert figures(studio.run(prompt))["run_name"] == figures(outputs)["run_name"]
+
+
+def test_all_problems_come_in_one_list_before_anything_is_encoded(trained: dict[str, Any], studio: PackServer):
+    assert trained
+    shutil.rmtree(studio.output / "qwen_edit_trainer" / "cache")
+    prompt = changed(short(seed=7, if_run_exists="continue"), "more", lora_settings=["lora", 0])
+    prompt = changed(prompt, "lora", lora_targets="pattern", lora_target_pattern="no_such_layer")
+    error = error_of(studio.wait(studio.queue(prompt)))
+    assert error["node_id"] == TRAIN
+    said = error["exception_message"]
+    assert said.startswith("There are 2 problems.")
+    assert "seed 0 -> 7" in said and "no_such_layer" in said
+    assert not cache_entries(studio, "latents")
+
+
+def test_what_widgets_tell_is_refused_at_once(studio: PackServer):
+    prompt = changed(short(preset="8gb"), "more", optimizer_settings=["optimizer", 0])
+    prompt = changed(prompt, "optimizer", lr_scheduler="cosine", lr_warmup_steps=2)
+    assert "lr_warmup_steps must be less than max_train_steps (2)" in refused(studio, prompt, TRAIN)
+    assert "run_name must be the name of a folder" in refused(studio, short(run_name="../x"), TRAIN)
+
+
+def refused(studio: PackServer, prompt: dict[str, Any], node_id: str) -> str:
     """The only reason why a node is refused when the prompt is queued."""
     with pytest.raises(ComfyUIError) as caught:
         studio.queue(prompt)

@@ -77,6 +77,15 @@ def check_start(
     return False
 
 
+def can_go_on(config: TrainConfig, encoded: EncodedDataset, *, num_ranks: int = 1) -> bool:
+    """Whether a run with these settings can go on in its folder, or is finished. See `check_start`."""
+    try:
+        check_start(config, encoded, num_ranks=num_ranks)
+    except RunFolderError:
+        return False
+    return True
+
+
 def how_to_start(run: RunFolder, config: TrainConfig, encoded: EncodedDataset, *, continue_kept: bool) -> Stop:
     """KEEP if the run was ended early and must only be exported again; NO if it must train.
 
