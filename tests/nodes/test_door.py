@@ -71,6 +71,7 @@ def test_what_is_never_right_is_never_accepted(found: dict[str, Any]) -> None:
 def allowed_for(key: str) -> set[str]:
     """Values that are right for an input after all."""
     others = {"ApplyLora.model", "EncodePairs.clip", "EncodePairs.vae", "EncodeImported.clip", "EncodeImported.vae"}
+    others |= {"MoreSettings.clip"}
     if key == "PlotLoss.loss_map":
         return {"object of half a surrogate pair"}  # it has no losses, which the node says
     return {"no pictures", "flat tensor"} if key in others else set()
