@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,9 +15,11 @@ from ..trainer_core.events import Observer
 from ..trainer_core.text import some_of
 from . import check, dataset, edit_pairs, encode, host_folders, host_server, import_simpletuner, mix
 from .ahead import FROM_WIDGETS, LATER
+from .composed import compose
 from .graph_values import ForeseenPairs, GraphValues, UnknownError, is_link, not_connected
 from .overrides import SETTINGS_NODES, Override, compared
 from .run_names import settled
+from .short_train import Train, chosen, planned_pairs
 from .sockets import AutomaticModel
 from .train import TrainLora, run_config
 from .train_config import NO_PRESET
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TRAININGS = {"QwenEdit_TrainLora"}
+_SHORT = "QwenEdit_Train"
+TRAININGS = {"QwenEdit_TrainLora", _SHORT}
 _FORESEEN = (
     *(dataset.PairFolders, edit_pairs.EditPairs, check.CheckPairs, encode.EncodePairs, mix.MixPairs),
     *(import_simpletuner.ImportSimpleTuner, import_simpletuner.EncodeImported),
@@ -113,7 +117,7 @@ def before_start(prompt: Any, node_id: str, observer: Observer, *, measure_pairs
     """
     values = GraphValues(prompt, _NODES, observer=observer)
     found = Found(values)
-    training = _advanced_training(found, node_id)
+    training = (_short_training if values.kind_of(node_id) == _SHORT else _advanced_training)(found, node_id)
     found.problems[:0] = [(source, error) for source, error in values.refused.items()]
     config, data = training.config, training.data
     if data is not None:
@@ -187,6 +191,52 @@ def _advanced_training(found: Found, node_id: str) -> Training:
         is_cache_known=isinstance(encoded, ForeseenPairs) and encoded.is_cache_known,
         continue_kept=(settings or {}).get("if_run_exists") == "continue a kept run",
         **chosen,
+    )
+
+
+def _short_training(found: Found, node_id: str) -> Training:
+    """The training of a node that encodes its pairs itself."""
+    from ..trainer_core.planning.start import RunData
+    from .host_encoders import foreseen_encoders
+
+    values, given = found.values, found.values.given(node_id)
+    for each in Train.define_schema().inputs:
+        if each.id in ("model", "dataset") and not is_link(given.get(each.id)):
+            found.add(node_id, not_connected(each))
+
+    def through(name: str, what: str) -> Any:
+        link = given.get(name)
+        return found.attempt(node_id, what, lambda: values.output(link)) if is_link(link) else None
+
+    model, pairs = through("model", "The model"), through("dataset", "The pairs")
+    more = through("more_settings", "More settings")
+    links = ("model", "dataset", "more_settings")
+    widgets = found.attempt(node_id, "The settings", lambda: values.inputs(Train, node_id, without=links))
+    nothing = Training(config=None, is_model_known=False, data=None)
+    if widgets is None or not isinstance(model, ModelConfig) or (more is None and is_link(given.get("more_settings"))):
+        return nothing
+    composed = found.attempt(node_id, "", lambda: compose(model, more_settings=more, **chosen(widgets)))
+    if composed is None:
+        return nothing
+    config, data = composed.config, None
+    encoders = foreseen_encoders(["clip"]) if more and more.clip is not None else None
+    if pairs is not None:
+        plan = partial(planned_pairs, composed, pairs, more, values.observer, encoders)
+        if planned := found.attempt(node_id, "", plan):
+            wanted, encoded = chosen(widgets)["if_run_exists"], planned.encoded()
+            config, note = found.attempt(node_id, "", lambda: settled(config, encoded, wanted)) or (config, "")
+            found.warnings += filter(None, [note])
+            data = RunData(trained=[planned], every=[planned], encoded=encoded)
+    return Training(
+        config=config,
+        is_model_known=True,
+        data=data,
+        is_cache_known=encoders is None,
+        continue_kept=widgets.get("if_run_exists") == "continue a kept run",
+        preset=composed.preset,
+        why=composed.why,
+        held=composed.from_preset,
+        overridden=composed.overridden,
     )
 
 

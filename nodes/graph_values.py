@@ -63,7 +63,7 @@ class GraphValues:
         observer: Observer = SILENT,
     ) -> None:
         self._entries = {node_id: (kind, inputs) for node_id, kind, inputs in entries(prompt)}
-        self._nodes, self._known, self._observer = nodes, known or {}, observer
+        self._nodes, self._known, self.observer = nodes, known or {}, observer
         self._found: dict[str, Any] = {}
         self._depth = 0
         self.refused: dict[str, TrainerError] = {}
@@ -158,7 +158,7 @@ class GraphValues:
             self.refused[node_id] = not_connected(lacking[0])
             raise UnknownError
         if hasattr(node, "foresee"):
-            return tuple(node.foresee(self._observer, **values))
+            return tuple(node.foresee(self.observer, **values))
         return tuple(node.execute(**values).args)
 
 

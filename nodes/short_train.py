@@ -22,6 +22,7 @@ from .train_config import settings_input
 from .untrusted import checked_run_name
 
 if TYPE_CHECKING:
+    from ..trainer_core.conditioning.encoders import Encoders
     from ..trainer_core.conditioning.encoding_plan import PlannedDataset
     from ..trainer_core.data.pairing import EditDataset
     from ..trainer_core.events import Observer
@@ -150,9 +151,13 @@ def _planning(more: sockets.MoreSettingsGiven | None) -> Iterator[host_call.Node
 
 
 def planned_pairs(
-    composed: Composed, dataset: EditDataset, more: sockets.MoreSettingsGiven | None, observer: Observer
+    composed: Composed,
+    dataset: EditDataset,
+    more: sockets.MoreSettingsGiven | None,
+    observer: Observer,
+    encoders: Encoders | None = None,
 ) -> PlannedDataset:
-    """The pairs with what the cache lacks of them.
+    """The pairs with what the cache lacks of them. `encoders` stand for a CLIP that is not known yet.
 
     Raises:
         TrainerError: the pairs can't be encoded, or the model or the settings can't be trained; lists everything.
@@ -163,8 +168,9 @@ def planned_pairs(
     from .host_encoders import connected_encoders
 
     base, problems = BaseModel(composed.model), Problems()
-    connected = {"clip": more.clip} if more and more.clip is not None else {}
-    encoders = connected_encoders(connected, composed.model.flavour)
+    if encoders is None:
+        connected = {"clip": more.clip} if more and more.clip is not None else {}
+        encoders = connected_encoders(connected, composed.model.flavour)
     problems.attempt(lambda: _check_reference_types(dataset, more))
     cache_dir, encoding = host_folders.cache_dir(), encoding_for(composed, dataset, more)
     planned = problems.attempt(lambda: plan_dataset(dataset, base, encoding, cache_dir, encoders, observer=observer))

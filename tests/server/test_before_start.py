@@ -294,3 +294,21 @@ def test_links_in_a_circle_and_long_chains_end(studio: PackServer):
     assert asked(studio, loop)["warnings"]
     loop["mix-1"]["inputs"]["encoded_1"] = ["mix-0", 0]
     assert asked(studio, loop)["warnings"]
+
+
+def test_the_short_training_is_foreseen_too(studio: PackServer):
+    prompt = {
+        LOAD: ours("ChooseModel", model="demo (embedded)"),
+        PAIR: training(RUN)[PAIR],
+        TRAIN: ours(
+            "Train", model=[LOAD, 0], dataset=[PAIR, 0], run_name="short", preset="automatic", max_train_steps=7
+        ),
+    }
+    answer = asked(studio, prompt)
+    assert answer["problems"] == []
+    assert answer["preset"]["name"] == "demo"
+    assert answer["preset"]["why"] == "Preset demo, because the model is the demo model."
+    assert [(each["setting"], each["value"]) for each in answer["overridden"]] == [("max_train_steps", 7)]
+    assert (answer["facts"]["steps"], answer["facts"]["pairs"], answer["facts"]["held_out"]) == (7, 4, 1)
+    wrong = changed(changed(prompt, PAIR, target_folder="no_such"), TRAIN, run_name="a/b")
+    assert [each["node_id"] for each in asked(studio, wrong)["problems"]] == [PAIR, TRAIN]
