@@ -16,7 +16,6 @@ from typing import Any
 
 from tests.support.server_waits import percentile, wait_for_steps, waits
 from tools.comfyui import REPO, ComfyUI, device_arguments, install_pack, make_base
-from trainer_core.demo.pictures import copy_demo_pairs
 
 ADDRESSES = ("/queue", "/qwen_edit_trainer/runs")
 
@@ -24,17 +23,14 @@ ADDRESSES = ("/queue", "/qwen_edit_trainer/runs")
 def demo_prompt(steps: int) -> dict[str, Any]:
     """The demo's training node and its inputs, without validation, so that all time is spent on steps."""
     prompt = json.loads((REPO / "workflows" / "api" / "demo.json").read_text(encoding="utf-8"))
-    by_class = {node["class_type"]: key for key, node in prompt.items()}
-    train = prompt[by_class["QwenEdit_TrainLora"]]["inputs"]
-    train |= {"run_name": "watched", "max_train_steps": steps}
-    prompt[by_class["QwenEdit_ValidationSettings"]]["inputs"] |= {"validation_step_interval": 0}
-    needed = {by_class["QwenEdit_TrainLora"]}
-    while (
-        more := {link[0] for key in needed for link in prompt[key]["inputs"].values() if isinstance(link, list)}
-        - needed
-    ):
-        needed |= more
-    return {key: node for key, node in prompt.items() if key in needed}
+    train = next(node for node in prompt.values() if node["class_type"] == "QwenEdit_Train")
+    train["inputs"] |= {"run_name": "watched", "max_train_steps": steps, "more_settings": ["more", 0]}
+    needed = {link[0] for link in train["inputs"].values() if isinstance(link, list)}
+    given = {
+        "more": {"class_type": "QwenEdit_MoreSettings", "inputs": {"validation_settings": ["validation", 0]}},
+        "validation": {"class_type": "QwenEdit_ValidationSettings", "inputs": {"validation_step_interval": 0}},
+    }
+    return {"train": train, **given, **{key: node for key, node in prompt.items() if key in needed}}
 
 
 def row(what: str, path: str, values: list[float]) -> str:
@@ -51,7 +47,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder))
         install_pack(base)
-        copy_demo_pairs(base / "input" / "demo")
         print(f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}\n")
         print("| | address | responses | median ms | 95 % ms | 99 % ms | longest ms |")
         print("| --- | --- | --- | --- | --- | --- | --- |")

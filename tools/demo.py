@@ -14,7 +14,6 @@ import shutil
 import struct
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from tools.comfyui import (
 )
 
 WORKFLOW = REPO / "workflows" / "api" / "demo.json"
-EXAMPLE = "example.png"  # ComfyUI's own input folder has it; the input folder of the demo does not
 MARK = ".made-by-make-demo"  # the demo empties a folder only if it contains this file
 RESULT = "qwen_edit_run"  # the key of the training node's ui output
 FIGURES = ("psnr_base", "psnr_lora", "psnr_vae")
@@ -75,29 +73,6 @@ class Progress:
         else:
             say(line)
         self.shown = (node_id, tenth)
-
-
-def strings(value: Any) -> Iterator[str]:
-    """All texts in a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from strings(item)
-
-
-def pictures_folder(prompt: dict[str, Any]) -> str:
-    """The folder of the demo graph's pairs, relative to ComfyUI's input folder.
-
-    Raises:
-        ComfyUIError: no text in the graph ends in `/target`.
-    """
-    inputs = [node["inputs"] for node in prompt.values()]
-    for text in strings(inputs):
-        parts = text.replace("\\", "/").split("/")
-        if len(parts) > 1 and parts[-1] == "target":
-            return "/".join(parts[1:-1] if parts[0] == "input" else parts[:-1])
-    raise ComfyUIError(f"{WORKFLOW} has no path that ends in /target.")
 
 
 def result_of(entry: dict[str, Any]) -> dict[str, Any]:
@@ -151,25 +126,18 @@ def run_demo(folder: Path, server: ComfyUI, timeout: float) -> str:
 
 
 def prepare(folder: Path) -> Path:
-    """Empty `folder` and create a ComfyUI base folder in it, with the pack and the demo pairs. Returns the base folder.
+    """Empty `folder` and create a ComfyUI base folder in it, with the pack. Returns the base folder.
 
     Raises:
         ComfyUIError: the folder contains files that an earlier demo did not make.
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
         raise ComfyUIError(f"{folder} contains other files. Choose an empty or a new folder.")
-    from trainer_core.demo.pictures import copy_demo_pairs
-
     base = folder / "base"
     shutil.rmtree(folder, ignore_errors=True)
     make_base(base)
     (folder / MARK).touch()
     install_pack(base)
-    prompt = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    pictures = base / "input" / pictures_folder(prompt)
-    copy_demo_pairs(pictures)
-    shutil.copy(min((pictures / "reference").iterdir()), base / "input" / EXAMPLE)
-    say(f"pairs: {pictures}")
     return base
 
 

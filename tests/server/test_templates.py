@@ -90,8 +90,6 @@ def busy(furnished: PackServer) -> Iterator[PackServer]:
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.json")))
 def test_accepted_as_it_is(name: str, busy: PackServer):
     prompt = template(name)
-    for part in ("target", "reference"):
-        (busy.input / "demo" / part).mkdir(parents=True, exist_ok=True)
     answer = busy.post("/prompt", {"prompt": prompt, "client_id": busy.client_id})
     assert answer["node_errors"] == {}
     assert answer["prompt_id"]
@@ -143,28 +141,14 @@ def test_import_template(furnished: PackServer):
     assert run["validation"]["validation_guidance"] == 4.0
 
 
-def test_demo_at_small_size(furnished: PackServer):
-    """Runs a few steps with the demo's own model and six of its pairs; `make demo` runs the full demo."""
-    from trainer_core.demo.pictures import copy_demo_pairs
-
+def test_demo_in_a_few_steps(furnished: PackServer):
+    """`make demo` runs the full demo."""
     prompt = template("demo")
-    folder = furnished.input / "small demo"
-    copy_demo_pairs(folder)
-    for name in sorted(path.stem for path in (folder / "target").glob("*.png"))[6:]:
-        for path in folder.glob(f"*/{name}.*"):
-            path.unlink()
-    inputs_of(prompt, "QwenEdit_PairFolders").update(
-        target_folder="small demo/target", reference_folder_1="small demo/reference"
-    )
-    inputs_of(prompt, "QwenEdit_EncodePairs")["num_eval_images"] = 2
-    inputs_of(prompt, "QwenEdit_TrainLora")["max_train_steps"] = 3
-    inputs_of(prompt, "QwenEdit_OptimizerSettings")["lr_warmup_steps"] = 0
-    inputs_of(prompt, "QwenEdit_ValidationSettings").update(validation_num_inference_steps=2, num_validation_images=1)
-    inputs_of(prompt, "QwenEdit_SampleEdit")["num_inference_steps"] = 2
-    inputs_of(prompt, "QwenEdit_TrainingSettings")["train_batch_size"] = 2
+    inputs_of(prompt, "QwenEdit_Train")["max_train_steps"] = 6
     outputs = furnished.run(prompt)
-    training = next(key for key, node in prompt.items() if node["class_type"] == "QwenEdit_TrainLora")
-    found = figures(outputs, training)
-    assert found["steps"] == 3
+    ids = {node["class_type"]: key for key, node in prompt.items()}
+    found = figures(outputs, ids["QwenEdit_Train"])
+    assert found["steps"] == 6
     assert found["psnr_vae"] > 15
     assert (furnished.output / found["lora_file"]).is_file()
+    assert outputs[ids["QwenEdit_Train"]]["images"] and outputs[ids["QwenEdit_PreviewPairs"]]["images"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -22,18 +21,6 @@ def test_keys_are_counted_from_the_header(tmp_path: Path):
     file = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(1), "b": torch.zeros(2)}, file, metadata={"rank": "4"})
     assert demo.count_keys(file) == 2
-
-
-def test_the_pairs_go_where_the_graph_looks_for_them():
-    prompt = json.loads(demo.WORKFLOW.read_text(encoding="utf-8"))
-    folder = demo.pictures_folder(prompt)
-    texts = set(demo.strings([node["inputs"] for node in prompt.values()]))
-    assert {f"{folder}/target", f"{folder}/reference"} <= texts
-
-
-def test_a_graph_without_pairs_is_refused():
-    with pytest.raises(ComfyUIError, match="target"):
-        demo.pictures_folder({"1": {"class_type": "X", "inputs": {"folder": "elsewhere"}}})
 
 
 def test_the_result_is_found():
