@@ -31,13 +31,13 @@ def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_pa
     assert page.page.locator(".p-toast-message", has_text="lr_warmup_steps").count() == 0
     page.page.evaluate("() => { app.canvas.ds.offset[0] = 90000; }")
     notice.get_by_role("button", name="Go to node").click()
-    assert page.page.evaluate(IN_VIEW, "Train Qwen Edit LoRA")
+    assert page.page.evaluate(IN_VIEW, "Train Qwen Edit LoRA (advanced)")
 
     page.set_widgets("OptimizerSettings", lr_warmup_steps=10)
     page.set_widgets("LoadModel", base_model="gone")
     page.set_widgets("TrainLora", run_name="a/path")
     page.run()
-    expect(notice.locator("b")).to_have_text(["Load Qwen Edit Model", "Train Qwen Edit LoRA"])
+    expect(notice.locator("b")).to_have_text(["Load Qwen Edit Model", "Train Qwen Edit LoRA (advanced)"])
     expect(notice.locator("p")).to_contain_text(
         ["Base model 'gone' not found", "run_name must be the name of a folder"]
     )
