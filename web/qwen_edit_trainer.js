@@ -8,6 +8,7 @@ import { createBeforeStart } from "./trainer/before_start.js";
 import { loadStyle } from "./trainer/dom.js";
 import { isTrainNode, openSidebar, readOldValues, refreshLists } from "./trainer/graph.js";
 import { attachView } from "./trainer/node_view.js";
+import { keepDigits, readExponents } from "./trainer/number_widgets.js";
 import { createPanel } from "./trainer/panel.js";
 import { watchRefusals } from "./trainer/refusals.js";
 import { createStore } from "./trainer/store.js";
@@ -49,11 +50,13 @@ app.registerExtension({
     });
     api.addEventListener("qwen_edit_trainer.lora", () => refreshLists(app));
     watchRefusals(app, api);
+    readExponents(app);
     store.refresh();
   },
 
   nodeCreated(/** @type {any} */ node) {
     readOldValues(node);
+    keepDigits(node);
     if (!isTrainNode(node)) return;
     const onPick = (/** @type {string} */ run, /** @type {number} */ step) => {
       openSidebar(app, TAB);

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import mimetypes
 import os
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, expect
+from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, Route, expect
 
 from tests.support.comfyui_server import PackServer
 
@@ -21,6 +23,7 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-features=LocalNetworkAccessChecks",  # a page that a test answers itself may open the server's websocket
 ]
 PATIENCE = 300_000.0  # milliseconds after which something hangs; a busy machine takes long for the rest
 expect.set_options(timeout=PATIENCE)
@@ -35,6 +38,10 @@ HARMLESS = (
     r"api\.comfy\.org.*Content Security Policy",  # looks up node packs; --disable-api-nodes blocks it
     r"ComfyApp graph accessed before initialization",  # in its own store, frontend 1.49.6
     r"huggingface\.co.*Content Security Policy",  # looks up its default graph's models; blocked likewise
+    # Of UI_FRONTENDS: a newer frontend asks for routes that this server lacks, and no header blocks other hosts.
+    r"/api/jobs\?.*404",
+    r"Jobs ?Api|Jobs API",
+    r"ERR_NAME_NOT_RESOLVED",
     # A node's progress text that arrives while the page is still loading, frontend 1.32.9.
     r"getCanvas: canvas is null[\s\S]* at ComfyApi\.handleProgressText ",
 )
@@ -52,6 +59,27 @@ def new_tab(browser: Browser) -> Page:
     tab = browser.new_context(viewport={"width": 1600, "height": 1000}).new_page()
     tab.set_default_timeout(PATIENCE)
     return tab
+
+
+def other_frontends() -> list[Path]:
+    """Folders of further frontends to test: those in the environment variable UI_FRONTENDS."""
+    return [Path(folder) for folder in os.environ.get("UI_FRONTENDS", "").split(os.pathsep) if folder]
+
+
+def show_frontend(tab: Page, server: PackServer, frontend: Path) -> None:
+    """Let a tab get ComfyUI's page from this folder, the `static` of a comfyui_frontend_package."""
+    tab.route("**/*", lambda route: _answer_from(frontend, server.url, route))
+
+
+def _answer_from(frontend: Path, server: str, route: Route) -> None:
+    """Answer a request for a file of the frontend; all others reach the server."""
+    address = urlsplit(route.request.url)
+    file = frontend / (address.path.lstrip("/") or "index.html")
+    if route.request.url.startswith(server) and not address.path.startswith("/extensions/") and file.is_file():
+        kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+        route.fulfill(path=file, content_type=kind)
+    else:
+        route.continue_()
 
 
 class ComfyPage:

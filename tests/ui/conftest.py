@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.support.browser_page import ARGUMENTS, ComfyPage, new_tab
+from tests.support.browser_page import ARGUMENTS, ComfyPage, new_tab, show_frontend
 from tests.support.comfyui_server import PackServer
 from tools.comfyui import PACK_NAME
 from tools.setup import find_browser
@@ -57,10 +57,13 @@ def open_page(browser: Browser, tabs: list[Page], demo_server: PackServer) -> It
     """
     pages: list[ComfyPage] = []
 
-    def opened(renderer: str = "classic", palette: str = "dark") -> ComfyPage:
+    def opened(renderer: str = "classic", palette: str = "dark", frontend: Path | None = None) -> ComfyPage:
         settings = {"Comfy.VueNodes.Enabled": renderer != "classic", "Comfy.ColorPalette": palette}
         demo_server.post("/settings", {**settings, "Comfy.TutorialCompleted": True})
-        pages.append(ComfyPage(tabs.pop() if tabs else new_tab(browser), demo_server))
+        tab = tabs.pop() if tabs else new_tab(browser)
+        if frontend is not None:
+            show_frontend(tab, demo_server, frontend)
+        pages.append(ComfyPage(tab, demo_server))
         return pages[-1]
 
     yield opened

@@ -54,6 +54,11 @@ function pathTo(app, id) {
   return path;
 }
 
+/** The open graph's node with this id. @param {any} app @param {string} id @returns {any} */
+export function nodeWithId(app, id) {
+  return pathTo(app, id).pop() ?? app.canvas?.graph?.getNodeById?.(id);
+}
+
 /** A node's title, if the open graph has the node. @param {any} app @param {string} id @returns {string|undefined} */
 export function titleOf(app, id) {
   return pathTo(app, id).pop()?.title;
