@@ -4,6 +4,8 @@
 import { app } from "../../scripts/app.js";
 // @ts-ignore
 import { api } from "../../scripts/api.js";
+import { attachButton } from "./pairs/node_button.js";
+import { createPairsPanel, PAIRS_NODE } from "./pairs/panel.js";
 import { createBeforeStart } from "./trainer/before_start.js";
 import { loadStyle } from "./trainer/dom.js";
 import { isTrainNode, openSidebar, readOldValues, refreshLists } from "./trainer/graph.js";
@@ -15,11 +17,14 @@ import { createStore } from "./trainer/store.js";
 import { loadWords, t } from "./trainer/words.js";
 
 const TAB = "qwen-edit-trainer";
+const PAIRS_TAB = "qwen-edit-pairs";
 const store = createStore(api);
 /** @type {ReturnType<typeof createPanel>} */
 let panel;
 /** @type {ReturnType<typeof createBeforeStart>} */
 let beforeStart;
+/** @type {ReturnType<typeof createPairsPanel>} */
+let pairs;
 
 app.registerExtension({
   name: "qwen_edit_trainer.runs",
@@ -28,26 +33,13 @@ app.registerExtension({
     await loadWords(api, app.extensionManager.setting?.get("Comfy.Locale"));
     panel = createPanel(app, api, store);
     beforeStart = createBeforeStart(app, api, store);
+    pairs = createPairsPanel(app, api);
   },
 
   async setup() {
     loadStyle();
-    let unmount = () => {};
-    app.extensionManager.registerSidebarTab({
-      id: TAB,
-      icon: "pi pi-chart-line",
-      title: t("Training runs"),
-      tooltip: t("Training runs of Qwen Edit Trainer"),
-      type: "custom",
-      render(/** @type {HTMLElement} */ place) {
-        unmount();
-        unmount = panel.mount(place);
-      },
-      destroy() {
-        unmount();
-        unmount = () => {};
-      },
-    });
+    registerTab(PAIRS_TAB, "pi pi-images", t("Edit pairs"), t("Pairs of pictures that an edit is learned from"), pairs);
+    registerTab(TAB, "pi pi-chart-line", t("Training runs"), t("Training runs of Qwen Edit Trainer"), panel);
     api.addEventListener("qwen_edit_trainer.lora", () => refreshLists(app));
     watchRefusals(app, api);
     readExponents(app);
@@ -57,6 +49,12 @@ app.registerExtension({
   nodeCreated(/** @type {any} */ node) {
     readOldValues(node);
     keepDigits(node);
+    if ((node.comfyClass ?? node.type) === PAIRS_NODE) {
+      attachButton(node, () => {
+        openSidebar(app, PAIRS_TAB);
+        pairs.open(node);
+      });
+    }
     if (!isTrainNode(node)) return;
     const onPick = (/** @type {string} */ run, /** @type {number} */ step) => {
       openSidebar(app, TAB);
@@ -65,3 +63,25 @@ app.registerExtension({
     attachView(node, { app, store, onPick, first: beforeStart.attach(node) });
   },
 });
+
+/**
+ * @param {string} id
+ * @param {string} icon
+ * @param {string} title
+ * @param {string} tooltip
+ * @param {{mount: (place: HTMLElement) => () => void}} shown
+ */
+function registerTab(id, icon, title, tooltip, shown) {
+  let unmount = () => {};
+  app.extensionManager.registerSidebarTab({
+    id, icon, title, tooltip, type: "custom",
+    render(/** @type {HTMLElement} */ place) {
+      unmount();
+      unmount = shown.mount(place);
+    },
+    destroy() {
+      unmount();
+      unmount = () => {};
+    },
+  }); // prettier-ignore
+}

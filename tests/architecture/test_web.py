@@ -36,7 +36,8 @@ def bad_imports(path: Path) -> list[str]:
     """Only the entry may import ComfyUI's modules. ComfyUI loads all scripts, so others may only define things."""
     entry, found = path.parent == WEB, []
     for target in IMPORT.findall(text(path)):
-        ours = target.startswith("./") and (path.parent / target).is_file()
+        script = (path.parent / target).resolve()
+        ours = target.startswith(("./", "../")) and script.is_file() and script.is_relative_to(WEB.resolve())
         found += [] if ours or (entry and target in HOST_MODULES) else [f"imports {target}"]
     if not entry:
         top = [line for line in text(path).splitlines() if re.match(r"\w", line)]

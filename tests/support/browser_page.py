@@ -218,6 +218,18 @@ class ComfyPage:
             polling=200,
         )
 
+    def drop(self, place: Locator, *paths: Path) -> None:
+        """Drag files or folders from outside the browser, and drop them in the middle of an element."""
+        place.scroll_into_view_if_needed()
+        box = place.bounding_box()
+        assert box is not None
+        middle = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        data = {"items": [], "files": [str(path.resolve()) for path in paths], "dragOperationsMask": 1}
+        session = self.page.context.new_cdp_session(self.page)
+        for kind in ("dragEnter", "dragOver", "drop"):
+            session.send("Input.dispatchDragEvent", {"type": kind, "data": data, **middle})
+        session.detach()
+
     def picture(self, name: str) -> None:
         """Save a screenshot for the documentation in the folder named by UI_PICTURES, if that is set."""
         folder = os.environ.get("UI_PICTURES")

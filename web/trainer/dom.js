@@ -88,9 +88,11 @@ function copySelected(text) {
   return copied;
 }
 
-/** Load the style sheet once. Its address is relative to this file, because the pack's folder may have any name. */
+/** Load the style sheets once. Their addresses are relative to this file, as the pack's folder may have any name. */
 export function loadStyle() {
   if (document.querySelector("link[data-qet]")) return;
-  const href = new URL("./trainer.css", import.meta.url).href;
-  document.head.append(element("link", { rel: "stylesheet", href, "data-qet": "" }));
+  for (const file of ["./trainer.css", "../pairs/pairs.css"]) {
+    const href = new URL(file, import.meta.url).href;
+    document.head.append(element("link", { rel: "stylesheet", href, "data-qet": "" }));
+  }
 }

@@ -112,10 +112,7 @@ export function applySettings(app, settings) {
   let trains = allNodes(app.graph).filter(isTrainNode);
   let made = 0;
   if (!trains.length) {
-    const train = lite.createNode(TRAIN);
-    train.pos = middleOf(app);
-    app.graph.add(train);
-    trains = [train];
+    trains = [addNode(app, TRAIN)];
     made += 1;
   }
   for (const train of trains) made += addSettingsNodes(lite, train, values);
@@ -244,6 +241,46 @@ export async function promptOf(app) {
 /** Queue a graph, as the Run button does. @param {any} api @param {{prompt: any, workflow: any}} graph */
 export async function queueGraph(api, { prompt, workflow }) {
   await api.queuePrompt(0, { output: prompt, workflow });
+}
+
+/** The nodes of a class, also those in subgraphs. @param {any} app @param {string} kind */
+export function nodesOfKind(app, kind) {
+  return allNodes(app.rootGraph ?? app.graph).filter((node) => (node.comfyClass ?? node.type) === kind);
+}
+
+/** Add a node in the middle of what is seen of the graph. @param {any} app @param {string} kind */
+export function addNode(app, kind) {
+  const node = /** @type {any} */ (window).LiteGraph.createNode(kind);
+  node.pos = middleOf(app);
+  app.graph.add(node);
+  return node;
+}
+
+/** The node that is selected, if it is the only one. @param {any} app @returns {any} */
+export function selectedNode(app) {
+  const selected = Object.values(app.canvas?.selected_nodes ?? {});
+  return selected.length === 1 ? selected[0] : undefined;
+}
+
+/**
+ * Choose a value in a combo of a node. If the combo does not offer it yet, its choices are read again first.
+ * @param {any} app
+ * @param {any} node
+ * @param {string} name
+ * @param {string} value
+ */
+export async function chooseInCombo(app, node, name, value) {
+  const combo = widget(node, name);
+  if (!combo || combo.value === value) return;
+  const offered = combo.options?.values;
+  if (!offered?.includes?.(value)) {
+    await refreshLists(app);
+    if (Array.isArray(offered)) offered.push(value); // Nodes 2.0 keeps this list, and draws other values in red
+  }
+  combo.value = value;
+  combo.callback?.(value);
+  app.graph?.setDirtyCanvas?.(true, true);
+  app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
 }
 
 /** Refresh the file lists of all loader nodes. @param {any} app */

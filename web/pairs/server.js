@@ -1,0 +1,102 @@
+// @ts-check
+/** Requests to the server's routes for data sets. A refused request throws an Error with the server's sentence. */
+import { t } from "../trainer/words.js";
+
+const BASE = "/qwen_edit_trainer/data_sets";
+
+/**
+ * @typedef {"reference"|"reference_2"|"reference_3"|"target"} Side
+ * @typedef {{file: string, side: Side, width: number|null, height: number|null,
+ *   version: string}} Picture
+ * @typedef {{key: string, reference: (Picture|null)[], target: Picture|null, caption: string, held_out: boolean}} Pair
+ * @typedef {{reference: string, target: string, likeness: number}} Suggestion
+ * @typedef {{name: string, revision: string, pairs: Pair[], unmatched: Picture[], suggestions: Suggestion[],
+ *   suggestions_left: number, notes: string[]}} DataSet `suggestions_left`: how many pictures are not compared yet.
+ * @typedef {{added: {file: string, side: Side}[], problems: string[]}} Uploaded
+ */
+
+/** @param {any} api ComfyUI's api object. */
+export function createServer(api) {
+  /** @param {string} set @param {string} [rest] */
+  const path = (set, rest = "") => `${BASE}/${encodeURIComponent(set)}${rest}`;
+
+  /** @param {string} address @param {any} [options] @returns {Promise<any>} */
+  async function ask(address, options) {
+    const answer = await api.fetchApi(address, { cache: "no-store", ...options }).catch(() => {
+      throw new Error(t("The server does not answer."));
+    });
+    const text = await answer.text();
+    return read(answer.status, text);
+  }
+
+  /** @param {string} address @param {any} [body] */
+  function post(address, body = {}) {
+    const headers = { "Content-Type": "application/json" };
+    return ask(address, { method: "POST", headers, body: JSON.stringify(body), keepalive: true });
+  }
+
+  return {
+    list: () => ask(BASE),
+    /** @param {string} name */
+    make: (name) => post(BASE, { name }),
+    /** @param {string} set @returns {Promise<DataSet>} */
+    read: (set) => ask(path(set)),
+    /** @param {string} set @param {string} action The end of the route, such as "swap". @param {any} [body] */
+    post: (set, action, body) => post(path(set, `/${action}`), body),
+    /**
+     * @param {string} set
+     * @param {Picture} picture
+     * @param {number} edge Longest side in pixels, at most 1024.
+     */
+    picture(set, picture, edge) {
+      const place = path(set, `/pictures/${picture.side}/${encodeURIComponent(picture.file)}`);
+      return api.apiURL(`${place}?edge=${edge}&v=${encodeURIComponent(picture.version)}`);
+    },
+    /**
+     * Send one file. XMLHttpRequest, because fetch does not report progress.
+     * @param {string} set
+     * @param {string} side A side, or "auto".
+     * @param {string} name
+     * @param {Blob} file
+     * @param {{progress: (bytes: number) => void, signal: AbortSignal}} options
+     * @returns {Promise<Uploaded>}
+     */
+    upload(set, side, name, file, { progress, signal }) {
+      return new Promise((resolve, reject) => {
+        const request = new XMLHttpRequest();
+        const query = new URLSearchParams({ side, name });
+        request.open("POST", api.apiURL(`${path(set, "/pictures")}?${query}`));
+        request.setRequestHeader("Content-Type", "application/octet-stream");
+        request.upload.onprogress = (event) => progress(event.loaded);
+        request.onerror = () => reject(new Error(t("the file can't be read, or the server does not answer.")));
+        request.onabort = () => reject(new DOMException("", "AbortError"));
+        request.onload = () => {
+          try {
+            resolve(read(request.status, request.responseText));
+          } catch (error) {
+            reject(error);
+          }
+        };
+        signal.addEventListener("abort", () => request.abort(), { once: true });
+        if (signal.aborted) reject(new DOMException("", "AbortError"));
+        else request.send(file);
+      });
+    },
+  };
+}
+
+/** @typedef {ReturnType<typeof createServer>} Server */
+
+/** The answer's JSON. @param {number} status @param {string} text */
+function read(status, text) {
+  let body;
+  try {
+    body = JSON.parse(text);
+  } catch {
+    body = {}; // a proxy's page, for example
+  }
+  if (status >= 200 && status < 300) return body;
+  if (body.error) throw new Error(String(body.error));
+  if (status === 413) throw new Error(t("The file is larger than the server allows."));
+  throw new Error(t("The server refused this with status {status}.", { status }));
+}

@@ -1,0 +1,289 @@
+// @ts-check
+/** The panel's state: the data sets, the chosen one with its pairs, and what the server is doing with it. */
+import { t } from "../trainer/words.js";
+import { createServer } from "./server.js";
+import { createUploads } from "./uploads.js";
+
+/**
+ * @typedef {import("./server.js").Pair} Pair
+ * @typedef {import("./server.js").DataSet} DataSet
+ * @typedef {import("./server.js").Suggestion} Suggestion
+ * @typedef {{text: string, act: () => Promise<void>, captions?: Record<string, string>, fleeting?: boolean}} Undo
+ *   `captions` are those that were replaced. A `fleeting` one is offered until the next change.
+ * @typedef {{uploads: boolean, limits: Record<string, number>, sets: {name: string, pairs: number}[], name: string,
+ *   set: DataSet|undefined, mode: "all"|"each", checking: boolean, checkNotes: string[], checked: boolean,
+ *   undo: Undo|undefined, problem: string, ready: boolean}} State
+ */
+
+const RELOAD_MS = 700; // at most one reading in this time while files arrive
+
+/** @param {any} api ComfyUI's api object. */
+export function createStore(api) {
+  const server = createServer(api);
+  /** @type {Set<() => void>} */
+  const listeners = new Set();
+  /** @type {State} */
+  const state = {
+    uploads: true, limits: {}, sets: [], name: "", set: undefined, mode: "all", checking: false, checkNotes: [],
+    checked: false, undo: undefined, problem: "", ready: false,
+  }; // prettier-ignore
+  /** @type {Map<string, {pair: string, sentences: string[]}>} Findings by pair, with the pair they are about. */
+  let findings = new Map();
+  let asked = 0; // number of the newest reading; the answers of older ones are dropped
+  let reloading = 0;
+  /** @type {Set<string>} Changes that are not done yet. */
+  const pending = new Set();
+  /** @type {Promise<void>} Ends after the last of them. */
+  let changes = Promise.resolve();
+  const tell = () => listeners.forEach((listener) => listener());
+  /** @type {Set<string>} Pictures, by side and name, that were there before an upload. */
+  let present = new Set();
+  const uploads = createUploads(server, { changed: tell, arrived: soon, ended: finishUploads });
+
+  /** Run a request. If it fails, show its sentence until the next one. @param {() => Promise<void>} request */
+  async function attempt(request) {
+    try {
+      await request();
+      state.problem = "";
+    } catch (error) {
+      state.problem = String(/** @type {any} */ (error).message ?? error);
+    }
+    tell();
+  }
+
+  async function readList() {
+    const answer = await server.list();
+    state.sets = answer.data_sets;
+    state.uploads = answer.uploads;
+    state.limits = answer.limits ?? {};
+    state.ready = true;
+    if (state.name && !state.sets.some(({ name }) => name === state.name)) leave();
+  }
+
+  function leave() {
+    asked += 1; // an answer that is on its way is about another data set
+    Object.assign(state, { name: "", set: undefined, checkNotes: [], checked: false, undo: undefined });
+    findings = new Map();
+  }
+
+  async function readSet() {
+    const number = ++asked;
+    const before = state.set;
+    const set = await server.read(state.name);
+    if (number !== asked) return;
+    const known = new Map((before?.pairs ?? []).map((pair) => [pair.key, pair]));
+    set.pairs = set.pairs.map((pair) => same(known.get(pair.key), pair)); // so that unchanged rows are not drawn again
+    if (!before) state.mode = captionsOf(set).length > 1 ? "each" : "all";
+    state.set = set;
+    const listed = state.sets.find(({ name }) => name === state.name);
+    if (listed) listed.pairs = set.pairs.length;
+    if (set.suggestions_left) soon(set.name); // the next reading compares more pictures
+  }
+
+  function reload() {
+    return attempt(readSet);
+  }
+
+  /** Read the data set again, but not for every file that arrives. @param {string} name */
+  function soon(name) {
+    if (name !== state.name || reloading) return;
+    reloading = window.setTimeout(() => {
+      reloading = 0;
+      reload();
+    }, RELOAD_MS);
+  }
+
+  /**
+   * After an upload, new pairs get the instruction that all others have.
+   * @param {string} name
+   * @param {{side: string, file: string}[]} added
+   */
+  async function finishUploads(name, added) {
+    window.clearTimeout(reloading);
+    reloading = 0;
+    if (name !== state.name) return;
+    await reload();
+    const written = state.set ? captionsOf(state.set) : [];
+    const blank = state.set?.pairs.filter((pair) => !pair.caption) ?? [];
+    if (state.mode === "all" && written.length === 1 && blank.length) {
+      await attempt(() => write({ captions: Object.fromEntries(blank.map(({ key }) => [key, written[0]])) }));
+    } else if (written.length > 1) state.mode = "each"; // captions came with the pictures
+    const isNew = (/** @type {{side: string, file: string}} */ { side, file }) => !present.has(`${side} ${file}`);
+    const pictures = added.filter((each) => !/\.(txt|caption)$/i.test(each.file) && isNew(each));
+    if (!pictures.length) return;
+    const count = pictures.length;
+    const text = count === 1 ? t("1 picture added.") : t("{count} pictures added.", { count });
+    offer({ text, act: () => change("delete", { pictures }), fleeting: true });
+  }
+
+  /** @param {{all?: string, captions?: Record<string, string>}} body */
+  async function write(body) {
+    const set = /** @type {DataSet} */ (state.set);
+    if (state.undo?.fleeting) state.undo = undefined;
+    await server.post(set.name, "captions", body);
+    if (state.set?.name !== set.name) return;
+    const text = (/** @type {Pair} */ { key, caption }) => body.all ?? body.captions?.[key] ?? caption;
+    state.set.pairs = state.set.pairs.map((pair) => same(pair, { ...pair, caption: text(pair) }));
+    tell();
+  }
+
+  /**
+   * Change the data set by a route when earlier changes are done, and show what has become of it. A second click for
+   * the same change is ignored until the first is done.
+   * @param {string} action
+   * @param {any} body
+   * @param {(answer: any) => Undo|undefined} [undone] How the change is undone, from the route's answer.
+   */
+  function change(action, body, undone) {
+    const { name } = state;
+    const id = JSON.stringify([name, action, body]);
+    if (pending.has(id)) return changes;
+    pending.add(id);
+    const act = async () => {
+      if (state.undo?.fleeting) state.undo = undefined;
+      const answer = await server.post(name, action, body).finally(() => pending.delete(id));
+      if (name !== state.name) return;
+      state.undo = undone?.(answer) ?? state.undo;
+      await readSet();
+    };
+    changes = changes.then(() => attempt(act));
+    return changes;
+  }
+
+  /** @param {Undo|undefined} undo */
+  function offer(undo) {
+    state.undo = undo;
+    tell();
+  }
+
+  return {
+    state,
+    uploads,
+    /** Upload files into the chosen data set. @param {string} side @param {import("./dropped.js").Dropped[]} files */
+    upload(side, files) {
+      if (!uploads.progress()) present = new Set(state.set ? picturesOf(state.set) : []);
+      uploads.add(state.name, side, files, state.limits);
+    },
+    /** @param {import("./server.js").Picture} picture @param {number} edge */
+    picture: (picture, edge) => server.picture(state.name, picture, edge),
+    /** Sentences of the last check about a pair, unless it has changed since. @param {Pair} pair */
+    findings(pair) {
+      const found = findings.get(pair.key);
+      return found && found.pair === content(pair) ? found.sentences : [];
+    },
+    /** @param {() => void} listener @returns {() => void} Unsubscribes. */
+    subscribe(listener) {
+      listeners.add(listener);
+      return () => listeners.delete(listener);
+    },
+    /** Read the list and the chosen data set again. */
+    refresh: () =>
+      attempt(async () => {
+        await readList();
+        if (state.name) await readSet();
+      }),
+    /** @param {string} name Empty for none. */
+    choose(name) {
+      if (name === state.name) return Promise.resolve(undefined);
+      leave();
+      state.name = name;
+      tell();
+      return name ? reload() : Promise.resolve(undefined);
+    },
+    /** Make an empty data set, or throw the refusal. @param {string} name @returns {Promise<string>} Its name */
+    async make(name) {
+      const made = await server.make(name);
+      await attempt(readList);
+      return made.name ?? name;
+    },
+    /** A name that no data set has. */
+    freeName() {
+      const taken = new Set(state.sets.map(({ name }) => name.toLowerCase()));
+      const first = t("my edit");
+      for (let number = 1; ; number += 1) {
+        const name = number === 1 ? first : `${first} ${number}`;
+        if (!taken.has(name.toLowerCase())) return name;
+      }
+    },
+    /** @param {"all"|"each"} mode */
+    setMode(mode) {
+      state.mode = mode;
+      tell();
+    },
+    /** Write the caption of one pair. @param {string} key @param {string} text */
+    writeOne: (key, text) => write({ captions: { [key]: text } }),
+    /** Write one caption for all pairs. What it replaces can be undone. @param {string} text */
+    async writeAll(text) {
+      const { pairs } = /** @type {DataSet} */ (state.set);
+      const again = state.undo?.captions !== undefined && captionsOf({ pairs }).length < 2; // one edit, saved twice
+      const captions = again ? state.undo?.captions : Object.fromEntries(pairs.map((pair) => [pair.key, pair.caption]));
+      await write({ all: text });
+      const count = new Set(Object.values(captions ?? {}).filter(Boolean)).size;
+      if (count < 2) return;
+      const act = () => write({ captions });
+      offer({ text: t("The instruction replaced {count} different ones.", { count }), act, captions });
+    },
+    /** @param {{reference: string, target: string}[]} pairs */
+    match: (pairs) => change("match", { pairs: pairs.map(({ reference, target }) => ({ reference, target })) }),
+    /** @param {string[]|null} keys Null for all. */
+    swap(keys) {
+      const act = () => change("swap", { keys });
+      const undo = keys ? undefined : { text: t("Before and after swapped in all pairs."), act };
+      return change("swap", { keys }, () => undo);
+    },
+    /** @param {string} key @param {boolean} held_out */
+    holdOut: (key, held_out) => change("hold_out", { keys: [key], held_out }),
+    /** Move pictures to the trash. @param {{side: string, file: string}[]} pictures @param {string} what */
+    remove(pictures, what) {
+      const text = t("“{what}” is in the trash.", { what });
+      return change("delete", { pictures: pictures.map(({ side, file }) => ({ side, file })) }, ({ undo }) => {
+        return { text, act: () => change("restore", { undo }) };
+      });
+    },
+    async undo() {
+      await changes; // what was done just now is what is undone
+      const { undo } = state;
+      state.undo = undefined;
+      if (undo) await attempt(undo.act);
+    },
+    forgetUndo: () => offer(undefined),
+    async check() {
+      const { name } = state;
+      state.checking = true;
+      tell();
+      await attempt(async () => {
+        const answer = await server.post(name, "check");
+        if (name !== state.name) return;
+        const pairs = new Map((state.set?.pairs ?? []).map((pair) => [pair.key, content(pair)]));
+        const found = Object.entries(answer.findings).filter(([key]) => pairs.has(key));
+        findings = new Map(found.map(([key, sentences]) => [key, { pair: pairs.get(key) ?? "", sentences }]));
+        Object.assign(state, { checkNotes: answer.notes ?? [], checked: true });
+      });
+      state.checking = false;
+      tell();
+    },
+  };
+}
+
+/** @typedef {ReturnType<typeof createStore>} Store */
+
+/** The different captions of a data set, without empty ones. @param {{pairs: Pair[]}} set */
+export function captionsOf({ pairs }) {
+  return [...new Set(pairs.map(({ caption }) => caption).filter(Boolean))];
+}
+
+/** All pictures, by side and name. @param {DataSet} set */
+function picturesOf({ pairs, unmatched }) {
+  const all = [...pairs.flatMap(({ reference, target }) => [...reference, target]), ...unmatched];
+  return all.flatMap((picture) => (picture ? [`${picture.side} ${picture.file}`] : []));
+}
+
+/** The old value if the new one equals it. @template T @param {T|undefined} old @param {T} fresh @returns {T} */
+function same(old, fresh) {
+  return old && JSON.stringify(old) === JSON.stringify(fresh) ? old : fresh;
+}
+
+/** What a check is about: a pair without its place in the validation. @param {Pair} pair */
+function content({ reference, target, caption }) {
+  return JSON.stringify([reference, target, caption]);
+}
