@@ -190,7 +190,7 @@ class EncodingConfig(Settings):
     num_eval_images: int = setting(
         2,
         "Number of pairs held out of training, for validation pictures and loss. 0 for none, -1 for all pairs of this "
-        "dataset.",
+        "dataset. If the dataset of Edit Pairs marks pairs as held out, these are used instead, except with -1.",
         Limits(min=-1, soft_max=1000),
     )
     train_eval_images: bool = setting(
