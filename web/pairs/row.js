@@ -132,8 +132,8 @@ export function createPairRow({ store, look, pick, next }, key) {
       if (fresh === pair && now === shown) return;
       pair = fresh;
       shown = now;
-      before.show(fresh.reference[0], t("no picture"));
-      after.show(fresh.target, t("no picture"));
+      before.show(fresh.reference[0], t("missing"));
+      after.show(fresh.target, t("missing"));
       shape(pictures, [fresh.reference[0], fresh.target]);
       const others = fresh.reference.slice(1).flatMap((each) => each ?? []);
       more.replaceChildren(
@@ -165,8 +165,8 @@ export function createPairRow({ store, look, pick, next }, key) {
 export function createSuggestedRow({ store, pick }, suggestion, reference, target) {
   const before = createFrame(store, t("before"));
   const after = createFrame(store, t("after"));
-  before.show(reference, t("no picture"));
-  after.show(target, t("no picture"));
+  before.show(reference, t("missing"));
+  after.show(target, t("missing"));
   const likeness = Math.round(suggestion.likeness * 100);
   const why = likeness < LIKE ? t("named alike") : t("{likeness} % alike", { likeness });
   const pictures = element("div", { class: "qet-pictures" }, before.element, after.element);
@@ -199,7 +199,7 @@ export function createLonelyRow({ store, pick }, picture, hasOthers) {
   const here = createFrame(store, isAfter ? t("after") : t("before"));
   const hole = createFrame(store, isAfter ? t("before") : t("after"));
   here.show(picture);
-  hole.show(null, isAfter ? t("no picture before the edit") : t("no picture after the edit"));
+  hole.show(null, t("missing"));
   const pictures = element(
     "div",
     { class: "qet-pictures" },

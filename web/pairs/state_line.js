@@ -71,8 +71,8 @@ function ofSet(store, set, inGraph) {
     const here = after && after < unmatched.length;
     if (here) return line(`${ready}, ${alone}.`, t("Choose their partners, or delete them."), "partners");
     const missing = after
-      ? t("Drop the missing pictures before the edit.")
-      : t("Drop the missing pictures after the edit.");
+      ? t("Drop the picture before the edit for each, or delete them.")
+      : t("Drop the picture after the edit for each, or delete them.");
     return line(`${ready}, ${alone}.`, missing, after ? "before" : "after");
   }
   return ofPairs(store, pairs, ready, captionsOf(set).length, inGraph);

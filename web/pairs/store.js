@@ -31,9 +31,9 @@ export function createStore(api) {
   let findings = new Map();
   let asked = 0; // number of the newest reading; the answers of older ones are dropped
   let reloading = 0;
-  /** @type {Set<string>} Changes that are not done yet. */
+  /** @type {Set<string>} Clicks whose change is not shown yet. */
   const pending = new Set();
-  /** @type {Promise<void>} Ends after the last of them. */
+  /** @type {Promise<void>} Ends after the last change. */
   let changes = Promise.resolve();
   const tell = () => listeners.forEach((listener) => listener());
   /** @type {Set<string>} Pictures, by side and name, that were there before an upload. */
@@ -128,26 +128,36 @@ export function createStore(api) {
   }
 
   /**
-   * Change the data set by a route when earlier changes are done, and show what has become of it. A second click for
-   * the same change is ignored until the first is done.
+   * Change the data set by a route when earlier changes are done, and show what has become of it.
    * @param {string} action
    * @param {any} body
    * @param {(answer: any) => Undo|undefined} [undone] How the change is undone, from the route's answer.
    */
   function change(action, body, undone) {
     const { name } = state;
-    const id = JSON.stringify([name, action, body]);
-    if (pending.has(id)) return changes;
-    pending.add(id);
     const act = async () => {
       if (state.undo?.fleeting) state.undo = undefined;
-      const answer = await server.post(name, action, body).finally(() => pending.delete(id));
+      const answer = await server.post(name, action, body);
       if (name !== state.name) return;
       state.undo = undone?.(answer) ?? state.undo;
       await readSet();
     };
     changes = changes.then(() => attempt(act));
     return changes;
+  }
+
+  /**
+   * A change that a click asks for. A second click has no effect until the rows show what the first one did.
+   * @param {string} action
+   * @param {any} body
+   * @param {(answer: any) => Undo|undefined} [undone]
+   */
+  async function click(action, body, undone) {
+    const id = JSON.stringify([state.name, action, body]);
+    if (pending.has(id)) return;
+    pending.add(id);
+    await change(action, body, undone);
+    requestAnimationFrame(() => pending.delete(id));
   }
 
   /** @param {Undo|undefined} undo */
@@ -224,19 +234,19 @@ export function createStore(api) {
       offer({ text: t("The instruction replaced {count} different ones.", { count }), act, captions });
     },
     /** @param {{reference: string, target: string}[]} pairs */
-    match: (pairs) => change("match", { pairs: pairs.map(({ reference, target }) => ({ reference, target })) }),
+    match: (pairs) => click("match", { pairs: pairs.map(({ reference, target }) => ({ reference, target })) }),
     /** @param {string[]|null} keys Null for all. */
     swap(keys) {
       const act = () => change("swap", { keys });
       const undo = keys ? undefined : { text: t("Before and after swapped in all pairs."), act };
-      return change("swap", { keys }, () => undo);
+      return click("swap", { keys }, () => undo);
     },
     /** @param {string} key @param {boolean} held_out */
-    holdOut: (key, held_out) => change("hold_out", { keys: [key], held_out }),
+    holdOut: (key, held_out) => click("hold_out", { keys: [key], held_out }),
     /** Move pictures to the trash. @param {{side: string, file: string}[]} pictures @param {string} what */
     remove(pictures, what) {
       const text = t("“{what}” is in the trash.", { what });
-      return change("delete", { pictures: pictures.map(({ side, file }) => ({ side, file })) }, ({ undo }) => {
+      return click("delete", { pictures: pictures.map(({ side, file }) => ({ side, file })) }, ({ undo }) => {
         return { text, act: () => change("restore", { undo }) };
       });
     },
