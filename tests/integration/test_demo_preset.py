@@ -13,7 +13,7 @@ from trainer_core.presets import encoding_preset, training_preset
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 
-STEPS = 30  # its first validation
+STEPS = 20  # its first validation
 
 
 class Seen(SilentObserver):
