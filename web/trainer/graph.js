@@ -2,12 +2,18 @@
 /** All access to ComfyUI's graph and page, in one file because these interfaces change most often. */
 
 const PREFIX = "QwenEdit_";
-const TRAIN = `${PREFIX}TrainLora`;
+const TRAIN = `${PREFIX}TrainLora`; // has an input for each settings node
+const SHORT_TRAIN = `${PREFIX}Train`; // of the short path
 const TOP_BAR = 130; // pixels at the top of the canvas that ComfyUI's menus and a node's title need
 const NONE = "none"; // the combo value for no preset or no LoRA
 
 /** @param {any} node */
 export function isTrainNode(node) {
+  return [TRAIN, SHORT_TRAIN].includes(node.comfyClass ?? node.type);
+}
+
+/** @param {any} node */
+function takesSettingsNodes(node) {
   return (node.comfyClass ?? node.type) === TRAIN;
 }
 
@@ -109,14 +115,14 @@ export function leaves(settings) {
 export function applySettings(app, settings) {
   const values = { ...leaves(settings), preset: NONE };
   const lite = /** @type {any} */ (window).LiteGraph;
-  let trains = allNodes(app.graph).filter(isTrainNode);
+  let trains = allNodes(app.graph).filter(takesSettingsNodes);
   let made = 0;
   if (!trains.length) {
     trains = [addNode(app, TRAIN)];
     made += 1;
   }
   for (const train of trains) made += addSettingsNodes(lite, train, values);
-  const targets = allNodes(app.graph).filter((node) => isTrainNode(node) || isSettingsNode(node));
+  const targets = allNodes(app.graph).filter((node) => takesSettingsNodes(node) || isSettingsNode(node));
   const done = targets.map((node) => setWidgets(node, values));
   app.graph.setDirtyCanvas?.(true, true);
   app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
