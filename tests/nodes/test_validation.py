@@ -185,10 +185,10 @@ def test_lora_to_start_from_is_missing(prompt: dict[str, Any], comfyui: PackServ
 
 
 def test_stop_refuses_what_it_does_not_know(comfyui: PackServer):
-    for body in ({"run_name": "x"}, {"run_name": "../x"}, {}, [], "x"):
+    for body, status in (({"run_name": "x"}, 404), ({"run_name": "../x"}, 404), ({}, 404), ([], 400), ("x", 400)):
         with pytest.raises(ComfyUIError) as caught:
             comfyui.post("/qwen_edit_trainer/stop", body)
-        assert caught.value.status == 404
+        assert caught.value.status == status
     with pytest.raises(ComfyUIError) as caught:
         comfyui.request("POST", "/qwen_edit_trainer/stop", b'{"run_name": "x"}', "text/plain")
     assert caught.value.status == 400
