@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.support.comfyui_server import ODD_NAME, TEST_NODES, PackServer
-from tools.comfyui import ComfyUIError, failure, status_of
+from tools.comfyui import REPO, ComfyUIError, failure, status_of
 
 pytestmark = pytest.mark.server
 
@@ -34,7 +34,8 @@ def test_object_info_has_our_nodes(comfyui: PackServer):
 
 def test_help_pages_and_scripts_are_served_once(comfyui: PackServer):
     served = [path for path in comfyui.get("/extensions") if "Qwen-Edit" in path or "qwen-edit" in path]
-    assert len({path.rsplit("/", 1)[-1] for path in served}) == len(served)
+    scripts = (path.relative_to(REPO / "web").as_posix() for path in (REPO / "web").rglob("*.js"))
+    assert sorted(path.split("/", 3)[-1] for path in served) == sorted(scripts)  # after /extensions/<pack>/
 
 
 def test_helper_nodes_run_and_their_events_arrive(comfyui: PackServer):

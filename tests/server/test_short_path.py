@@ -92,7 +92,7 @@ def test_a_preset_trains_a_lora_in_one_node(trained: dict[str, Any], studio: Pac
     text = trained[TRAIN]["text"][0].splitlines()
     assert "Preset demo, because the model is the demo model." in text
     assert "- resolution is 96, set by Qwen Edit More Settings. The preset has 128." in text
-    assert "- max_train_steps is 2, set by Train Qwen Edit LoRA. The preset has 150." in text
+    assert "- max_train_steps is 2, set by Train Qwen Edit LoRA. The preset has 120." in text
     assert "- validation_num_inference_steps is 2, set by Qwen Edit Validation Settings. The preset has 8." in text
     assert json.loads((run_dir(studio, NAME) / "graph.json").read_text(encoding="utf-8"))["node_id"] == TRAIN
     assert any("ncod" in phase for phase in trained["phases"]), trained["phases"]
