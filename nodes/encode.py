@@ -12,6 +12,7 @@ from . import host_call, host_folders, sockets
 from .ahead import check_trainings, known_values
 from .cache_watch import CACHE_WATCH
 from .graph_values import ForeseenPairs
+from .queued_runs import runs_fed_by
 from .schema import Node, help_of, new_input, new_output, node_schema, setting_input, setting_inputs
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class EncodePairs(Node):
         from .host_encoders import connected_encoders
 
         connected = {name: widgets.pop(name) for name in ENCODERS if name in widgets}
-        with host_call.long_call() as observer:
+        with host_call.long_call(encodes_for=runs_fed_by(cls.hidden.prompt, cls.hidden.unique_id)) as observer:
             encoders = connected_encoders(connected, model.flavour)
             planned = _planned(model, dataset, encoders, observer, **widgets)
             check_disk(cache_use([planned]))

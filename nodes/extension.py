@@ -29,6 +29,7 @@ from . import (
     short_train,
     size_settings,
     train,
+    try_lora,
 )
 
 NODES: list[type[io.ComfyNode]] = [
@@ -50,6 +51,7 @@ NODES: list[type[io.ComfyNode]] = [
     memory_plan.PlanMemory,
     train.TrainLora,
     sample.SampleEdit,
+    try_lora.TryLora,
     result.ApplyLora,
     result.PlotLoss,
     choose_model.ChooseModel,

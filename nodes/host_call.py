@@ -6,8 +6,9 @@ import gc
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -17,8 +18,8 @@ from PIL import Image
 
 from ..trainer_core.errors import Interrupted
 from ..trainer_core.events import SampleReport, StepReport, Stop
-from .active_runs import RUN_MESSAGE, ActiveRun, LiveMessages, active_run
-from .host_server import executing_node, send_message, server
+from .active_runs import RUN_MESSAGE, ActiveRun, LiveMessages, active_run, note_ended
+from .host_server import executing_node, executing_prompt, send_message, server
 
 _LOG = logging.getLogger(__name__)
 _PREVIEW_EDGE = 768  # pixels
@@ -28,12 +29,15 @@ _TEXT_EVERY_SECONDS = 1.0
 class NodeObserver:
     """Reports progress on the executing node and to open pages, and reports the user's stop requests.
 
-    Implements `trainer_core.events.Observer`. `on_first_step` is called once, when the first step is done.
+    Implements `trainer_core.events.Observer`. `runs` are the runs that the call trains or encodes for. `on_open` is
+    called when a training has opened its run folder.
     """
 
-    def __init__(self, run: ActiveRun | None = None, on_first_step: Callable[[], None] | None = None) -> None:
-        self._run, self._on_first_step = run, on_first_step
-        self._live = LiveMessages(run, send_message) if run is not None else None
+    def __init__(self, runs: Sequence[ActiveRun] = (), on_open: Callable[[], None] | None = None) -> None:
+        self._runs, self._on_open = runs, on_open
+        self._live = [LiveMessages(run, send_message) for run in runs]
+        for live in self._live:
+            live.begin()
         self._bar = comfy.utils.ProgressBar(1)
         self._node_id = executing_node()
         self._text_at = 0.0
@@ -43,23 +47,26 @@ class NodeObserver:
         text = f"{phase}: {done} of {total}"
         self._update(done, total)
         self._show(text, final=done >= total)
-        if self._live is not None:
-            self._live.phase(text)
+        for live in self._live:
+            live.phase(text, done, total)
 
     def on_note(self, text: str) -> None:
         """Log the sentence, and show it until the next progress."""
         _LOG.info("%s", text)
         self._show(text, final=True)
-        if self._live is not None:
-            self._live.phase(text)
+        for live in self._live:
+            live.phase(text)
+
+    def on_open(self, run_dir: Path) -> None:
+        """Save the graph in the run folder."""
+        _ = run_dir
+        if self._on_open is not None:
+            self._on_open()
 
     def on_step(self, report: StepReport) -> None:
         """Show the training progress bar."""
-        if self._live is not None:
-            self._live.step(report)
-        if self._on_first_step is not None:
-            self._on_first_step()
-            self._on_first_step = None
+        for live in self._live:
+            live.step(report)
         self._update(report.step, report.num_steps)
         self._show(f"Step {report.step} of {report.num_steps}, loss {report.loss:.4f}")
 
@@ -68,14 +75,14 @@ class NodeObserver:
         with Image.open(report.grid_file) as grid:
             preview = ("JPEG", grid.convert("RGB"), _PREVIEW_EDGE)
         self._update(self._bar.current, self._bar.total, preview)
-        if self._live is not None:
-            self._live.samples(report.step)
+        for live in self._live:
+            live.samples(report.step)
 
     def should_stop(self) -> Stop:
         """PAUSE after ComfyUI's interrupt, KEEP after "Stop and keep", otherwise NO."""
         if comfy.model_management.processing_interrupted():
             return Stop.PAUSE
-        return Stop.KEEP if self._run is not None and self._run.keep.is_set() else Stop.NO
+        return Stop.KEEP if any(run.keep.is_set() for run in self._runs) else Stop.NO
 
     def _update(self, done: int, total: int, preview: tuple[str, Image.Image, int] | None = None) -> None:
         """Move the bar. ComfyUI's bar raises and clears a pending interrupt; set it again for `should_stop`."""
@@ -97,12 +104,10 @@ class NodeObserver:
 
 
 @contextmanager
-def interruptible(
-    run: ActiveRun | None = None, on_first_step: Callable[[], None] | None = None
-) -> Iterator[NodeObserver]:
+def interruptible(runs: Sequence[ActiveRun] = (), on_open: Callable[[], None] | None = None) -> Iterator[NodeObserver]:
     """Yield an observer. Turns `Interrupted` into ComfyUI's own exception if ComfyUI was interrupted."""
     try:
-        yield NodeObserver(run, on_first_step)
+        yield NodeObserver(runs, on_open)
     except Interrupted:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise
@@ -116,17 +121,21 @@ def short_call() -> Iterator[NodeObserver]:
 
 
 @contextmanager
-def long_call(run_name: str = "", on_first_step: Callable[[], None] | None = None) -> Iterator[NodeObserver]:
+def long_call(
+    run_name: str = "", on_open: Callable[[], None] | None = None, *, encodes_for: Mapping[str, str] | None = None
+) -> Iterator[NodeObserver]:
     """Run one interruptible call with ComfyUI's networks unloaded and autograd on; restore global state afterwards.
 
-    With a `run_name` the call is listed in `active_runs`. ComfyUI executes nodes in inference mode, and tensors created
-    in that mode can never be used by autograd, so networks must be loaded inside this context.
+    Lists in `active_runs` the run `run_name` as training, and those of `encodes_for` (training nodes by run name) as
+    encoding. `on_open` is called when the run folder is open. ComfyUI executes nodes in inference mode, and tensors
+    created in that mode can never be used by autograd, so networks must be loaded inside this context.
     """
     free_memory()
+    waiting = encodes_for or {}
     try:
         with (
-            active_run(run_name, executing_node()) if run_name else nullcontext() as run,
-            interruptible(run, on_first_step) as observer,
+            ExitStack() as listed,
+            interruptible(_listed(listed, run_name, waiting), on_open) as observer,
             _globals_kept(),
             torch.inference_mode(mode=False),
             torch.enable_grad(),
@@ -135,7 +144,17 @@ def long_call(run_name: str = "", on_first_step: Callable[[], None] | None = Non
     finally:
         free_memory()
         if run_name:
-            send_message(RUN_MESSAGE, {"run_name": run_name, "active": False})  # the run folder says how it ended
+            note_ended(executing_prompt(), executing_node())
+        for name in filter(None, (run_name, *waiting)):
+            send_message(RUN_MESSAGE, {"run_name": name, "active": False})  # the run folder says how it ended
+
+
+def _listed(stack: ExitStack, run_name: str, waiting: Mapping[str, str]) -> list[ActiveRun]:
+    """The runs of a call, listed in `active_runs` until `stack` ends."""
+    runs = [stack.enter_context(active_run(name, node_id, "encoding")) for name, node_id in waiting.items()]
+    if run_name:
+        runs.append(stack.enter_context(active_run(run_name, executing_node())))
+    return runs
 
 
 def free_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import comfy.model_management
 import comfy.sd
 import folder_paths
 
-from ..trainer_core.config import DEMO_MODEL
+from ..trainer_core.config import DEMO_MODEL, ModelConfig
 from ..trainer_core.errors import ConfigError, ModelFileError
 from ..trainer_core.json_text import read_json
 from ..trainer_core.text import brief
@@ -22,6 +23,7 @@ _SAVED_AS = {
     "text_encoders": "Qwen2_5_VLForConditionalGeneration",
     "vae": "AutoencoderKLQwenImage",
 }
+_MODEL_FOLDERS = ("diffusers", *_SAVED_AS)
 _OWN_FOLDER = "qwen_edit_trainer"
 _ROOTS_KEY, _ROOTS_VARIABLE = "qwen_edit_datasets", "QWEN_EDIT_DATASET_ROOTS"
 
@@ -34,6 +36,17 @@ def output_dir() -> Path:
 def input_dir() -> Path:
     """ComfyUI's input folder."""
     return Path(folder_paths.get_input_directory())
+
+
+def temp_dir() -> Path:
+    """ComfyUI's folder of temporary files, which its page can show."""
+    return Path(folder_paths.get_temp_directory())
+
+
+def input_pictures() -> list[str]:
+    """Names of the pictures directly in ComfyUI's input folder."""
+    files = [path.name for path in input_dir().iterdir() if path.is_file()] if input_dir().is_dir() else []
+    return sorted(folder_paths.filter_files_content_types(files, ["image"]))
 
 
 def cache_dir() -> Path:
@@ -175,6 +188,34 @@ def model_file(folder: str, name: str) -> str:
             f"{brief(name)} is not in models/{folder}. Put it there, then press R to refresh the list."
         )
     return found
+
+
+def model_here(config: ModelConfig, run_name: str) -> ModelConfig:
+    """The model in a run's settings, for this machine's device, tokenizer and cache.
+
+    Raises:
+        ModelFileError: a path leads outside ComfyUI's model folders. A run folder may come from someone else.
+    """
+    # Not resolved: a link in a model folder may lead to another disk.
+    roots = [_absolute(place) for kind in _MODEL_FOLDERS for place in folder_paths.get_folder_paths(kind)]
+    named = (config.transformer_file, config.text_encoder_file, config.vae_file)
+    places = [_absolute(name) for name in (config.base, *named) if name not in ("", DEMO_MODEL)]
+    for place in places:
+        if not any(place.is_relative_to(root) for root in roots):
+            raise ModelFileError(
+                f"The run {run_name!r} was trained with {brief(place.name)}, which is not in ComfyUI's model folders. "
+                "Put it there and train again, or sample with Load Qwen Edit Model and Sample With Qwen Edit LoRA."
+            )
+    return dataclasses.replace(
+        config,
+        device=device_name(),
+        tokenizer=tokenizer_dir() if config.tokenizer else "",
+        quantised_cache_dir=str(cache_dir() / "quantised"),
+    )
+
+
+def _absolute(place: str) -> Path:
+    return Path(os.path.abspath(place))  # noqa: PTH100 - removes .. without following links
 
 
 def tokenizer_dir() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import torch
+from safetensors import safe_open
 
 from ..trainer_core.adapters.reader import adapter_parts, changed_weight
 from ..trainer_core.errors import ExportError
@@ -41,6 +43,13 @@ def check_lora_file(path: Path, num_layers: int) -> None:
             raise ExportError(
                 f"ComfyUI would change {key} by a different amount than training did. Report this as a bug."
             )
+
+
+def num_blocks(path: Path) -> int:
+    """The number of transformer blocks up to the last one that the LoRA file changes."""
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        found = (re.search(r"\.transformer_blocks\.([0-9]{1,4})\.", name) for name in file.keys())  # noqa: SIM118
+        return max((int(match[1]) for match in found if match), default=0) + 1
 
 
 def _key_map(num_layers: int) -> dict[str, str]:

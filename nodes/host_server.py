@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from server import PromptServer
+
+
+class QueuedPrompt(NamedTuple):
+    """A graph in ComfyUI's queue: nodes by id, what the page sent with it, and the output nodes to execute."""
+
+    id: str
+    prompt: dict[str, Any]
+    extra: dict[str, Any]
+    outputs: list[str]
 
 
 def server() -> PromptServer | None:
@@ -33,11 +42,38 @@ def is_busy() -> bool:
     return bool(getattr(getattr(server(), "prompt_queue", None), "currently_running", {}))
 
 
+def executing_prompt() -> str | None:
+    """Id of the prompt that ComfyUI is executing in this context, or None."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return context.prompt_id if context is not None else None
+
+
 def is_asked_for(node_id: str) -> bool:
     """Whether the prompt that runs now was queued for this output node. A page may queue a graph for some of them."""
     running = getattr(getattr(server(), "prompt_queue", None), "currently_running", {})
     outputs = [item[4] for item in list(running.values())]
     return not outputs or any(node_id in each for each in outputs)
+
+
+def queued_prompts() -> tuple[list[QueuedPrompt], list[QueuedPrompt]]:
+    """The prompts that ComfyUI runs now, and those that wait in its queue, the next one first."""
+    queue = getattr(server(), "prompt_queue", None)
+    read = getattr(queue, "get_current_queue_volatile", None) or getattr(queue, "get_current_queue", None)
+    if read is None:
+        return [], []
+    running, waiting = read()
+    parts = (running, sorted(waiting, key=lambda item: item[0]))
+    return tuple([QueuedPrompt(item[1], item[2], item[3], item[4]) for item in part] for part in parts)  # type: ignore[return-value]
+
+
+def ended_nodes() -> set[str]:
+    """Ids of the nodes of the running prompt that have ended."""
+    from comfy_execution.progress import NodeState, get_progress_state
+
+    known = list(get_progress_state().nodes.items())
+    return {node_id for node_id, state in known if state["state"] in (NodeState.Finished, NodeState.Error)}
 
 
 def before_validation(look: Callable[[dict[str, Any]], None]) -> None:

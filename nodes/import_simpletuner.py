@@ -16,6 +16,7 @@ from . import host_call, host_folders, sockets
 from .ahead import check_trainings, known_values
 from .cache_watch import CACHE_WATCH
 from .graph_values import ForeseenPairs, Link
+from .queued_runs import runs_fed_by
 from .schema import Node, new_input, new_output, node_schema
 from .untrusted import file_below, file_below_roots, folder_below, near
 
@@ -201,7 +202,7 @@ class EncodeImported(Node):
         from ..trainer_core.job import encode_parts, plan_parts, planned_datasets, trained_parts
         from .host_encoders import connected_encoders
 
-        with host_call.long_call() as observer:
+        with host_call.long_call(encodes_for=runs_fed_by(cls.hidden.prompt, cls.hidden.unique_id)) as observer:
             encoders = connected_encoders(connected, imported.job.model.flavour)
             planned = plan_parts(imported.job, _paired(imported, connected), encoders, observer)
             parts, outputs = trained_parts(imported.job, planned), planned_datasets(imported.job, planned)

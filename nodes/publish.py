@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..trainer_core.errors import ConfigError
 from ..trainer_core.files import clean_leftovers, written_beside
-from . import host_folders
+from . import host_folders, host_lora, host_server
 
 if TYPE_CHECKING:
     from ..trainer_core.run import TrainResult
@@ -21,22 +22,60 @@ _RATIOS = ("psnr_base", "psnr_lora", "psnr_ema", "psnr_vae")  # dB, over the sam
 _DRIFT = ("drift_shift", "drift_zoom", "drift_colour")  # pixels, percent, colour levels of 255
 
 
-def place_lora(lora_file: Path, run_name: str) -> str:
+def place_lora(lora_file: Path, run_name: str, name: str = "") -> str:
     """Copy the file to <LoRA folder>/<run name>/ and return the name under which LoRA loaders list it.
 
-    Never overwrites a different file: the copy then gets a number. If an identical file exists, returns its name.
+    `name`: of the copy, without extension; empty for that of the file. Never overwrites a different file: the copy then
+    gets a number. If an identical file exists, returns its name.
     """
     root = host_folders.lora_dir()
     folder = root / run_name
     folder.mkdir(parents=True, exist_ok=True)
     clean_leftovers(folder)
-    target, number = folder / lora_file.name, 1
-    while target.exists() and not filecmp.cmp(lora_file, target, shallow=False):
-        number += 1
-        target = folder / f"{lora_file.stem}-{number}{lora_file.suffix}"
+    target = _place_of(lora_file, folder, name)
     if not target.exists():
         _copy(lora_file, target)
     return str(target.relative_to(root))
+
+
+def listed_name(lora_file: Path, run_name: str) -> str:
+    """The name of the file's copy that `place_lora` made; empty if it is gone."""
+    root = host_folders.lora_dir()
+    target = _place_of(lora_file, root / run_name, "")
+    return str(target.relative_to(root)) if target.exists() else ""
+
+
+def save_step(run_dir: Path, step: int) -> str:
+    """Copy the LoRA of a validated step to the LoRA folder, and its average if there is one, once ComfyUI was found to
+    load them. Tells the open pages. Returns the name under which LoRA loaders list it.
+
+    Raises:
+        ConfigError: the step's LoRA is not kept.
+        ExportError: ComfyUI would not apply it as it was trained.
+    """
+    from ..trainer_core.runs.step_loras import EMA, step_loras
+
+    kept = {lora.step: lora for lora in step_loras(run_dir / "samples")}
+    if step not in kept:
+        steps = ", ".join(map(str, kept)) or "none"
+        raise ConfigError(f"The LoRA of step {step} of the run {run_dir.name!r} is not kept. Its kept steps: {steps}.")
+    names: list[str] = []
+    for file in kept[step].files:
+        host_lora.check_lora_file(file, host_lora.num_blocks(file))
+        suffix = "-ema" if file.name == EMA and len(kept[step].files) > 1 else ""
+        names.append(place_lora(file, run_dir.name, f"{run_dir.name}{suffix}-step-{step}"))
+    host_server.send_message("qwen_edit_trainer.lora", {"run_name": run_dir.name, "lora_name": names[0]})
+    return names[0]
+
+
+def _place_of(lora_file: Path, folder: Path, name: str) -> Path:
+    """The identical copy in the folder, or else the first free name for one."""
+    stem = name or lora_file.stem
+    target, number = folder / f"{stem}{lora_file.suffix}", 1
+    while target.exists() and not filecmp.cmp(lora_file, target, shallow=False):
+        number += 1
+        target = folder / f"{stem}-{number}{lora_file.suffix}"
+    return target
 
 
 def _copy(source: Path, target: Path) -> None:

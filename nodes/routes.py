@@ -2,16 +2,18 @@
 other origins are refused.
 
 GET  /qwen_edit_trainer/runs                                    all runs, newest first
-GET  /qwen_edit_trainer/runs/{run}                              one run with its pictures by step
+GET  /qwen_edit_trainer/runs/{run}                              one run with its pictures and LoRAs by step
 GET  /qwen_edit_trainer/runs/{run}/curve?points=600             loss, learning rate and validation results
 GET  /qwen_edit_trainer/runs/{run}/samples/{step}/{pair}/{column}?edge=192    one picture, full size or reduced
 GET  /qwen_edit_trainer/runs/{run}/settings                     settings of the run
 GET  /qwen_edit_trainer/runs/{run}/graph                        the graph that continues the run
 POST /qwen_edit_trainer/stop  {"run_name": ...}                 stop the run and keep its LoRA
+POST /qwen_edit_trainer/runs/{run}/save_step  {"step": ...}     copy the LoRA of a step to where LoRA loaders list it
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
 from pathlib import Path
 from typing import Any
@@ -19,20 +21,22 @@ from typing import Any
 from aiohttp import web
 from PIL import Image
 
-from ..trainer_core.errors import ConfigError
-from ..trainer_core.pictures.sample_pictures import INDEX
+from ..trainer_core.errors import ConfigError, RunFolderError, TrainerError
 from ..trainer_core.runs import view as run_view
-from . import before_start_route, host_folders, host_server, pair_routes
+from . import before_start_route, host_server, pair_routes
 from .active_runs import active_runs, stop_and_keep
 from .answers import BASE, PICTURE_HEADERS, NotFoundAnswer, json_answer, json_object, number, problem, reading
 from .graph_file import graph_to_continue
+from .publish import listed_name, save_step
+from .queued_runs import graph_of, queued_runs
+from .run_folders import all_runs, run_folder
 from .same_origin import guard
-from .untrusted import checked_run_name, file_below, strays
+from .untrusted import file_below
 
-_MAX_RUNS, _MAX_POINTS, _POINTS = 500, 2000, 600
+_MAX_POINTS, _POINTS = 2000, 600
 _MIN_EDGE, _MAX_EDGE, _MAX_PIXELS = 32, 512, 64_000_000
 _NO_STEP = {"step": 0, "num_steps": 0, "loss": None}
-_FILES = ("run.json", "config.json", "metrics.jsonl", "graph.json", "samples")  # that the routes read
+_NO_CURVE = {"steps": [], "loss": [], "learning_rate": [], "measured": {}}
 _BODY_BYTES = 4096
 
 
@@ -45,6 +49,7 @@ def register_routes() -> None:
     for path, answer in _READABLE.items():
         server.routes.get(BASE + path)(reading(answer))
     server.routes.post(f"{BASE}/stop")(_stop)
+    server.routes.post(f"{BASE}/runs/{{run}}/save_step")(_save_step)
     pair_routes.add_routes(server.routes)
     before_start_route.add_routes(server.routes)
 
@@ -61,40 +66,73 @@ async def _stop(request: web.Request) -> web.Response:
     return problem(404, "No run of that name is in progress.")
 
 
+async def _save_step(request: web.Request) -> web.Response:
+    """Body {"step": ...}."""
+    try:
+        step = (await json_object(request, _BODY_BYTES, '{"step": 250}')).get("step")
+    except ConfigError as error:
+        return problem(400, str(error))
+    if not isinstance(step, int) or isinstance(step, bool):
+        return problem(400, "step must be a whole number.")
+    try:
+        name = await asyncio.to_thread(lambda: save_step(_run_folder(request), step))
+    except TrainerError as error:
+        return problem(404, str(error))
+    return json_answer({"lora_name": name})
+
+
+def _current() -> dict[str, dict[str, Any]]:
+    """The runs in ComfyUI's queue and in progress, by name. Their folder may not have been made yet."""
+    return {str(run["run_name"]): run for run in (*queued_runs(), *active_runs())}
+
+
 def _list_runs(_request: web.Request) -> web.Response:
-    in_progress = {str(run["run_name"]): run for run in active_runs()}
-    runs = host_folders.runs_dir()
-    folders = [folder for folder in run_view.run_folders(runs, _MAX_RUNS) if not strays(runs, [folder.name])]
-    listed = [run_view.summary(folder) for folder in folders if not strays(folder, _FILES)]
-    starting = [
-        _summary({**_NO_STEP, "run_name": name}, run) for name, run in in_progress.items() if name not in _names(listed)
-    ]
-    return json_answer({"runs": [*starting, *(_summary(run, in_progress.get(run["run_name"])) for run in listed)]})
+    listed = [run_view.summary(folder) for folder in all_runs()]
+    known, current = {run["run_name"] for run in listed}, _current()
+    starting = [_summary({**_NO_STEP, "run_name": name}, run) for name, run in current.items() if name not in known]
+    return json_answer({"runs": [*starting, *(_summary(run, current.get(run["run_name"])) for run in listed)]})
 
 
 def _one_run(request: web.Request) -> web.Response:
-    folder = _run_folder(request)
-    in_progress = {run["run_name"]: run for run in active_runs()}
-    summary = _summary(run_view.summary(folder), in_progress.get(folder.name))
-    has_graph = bool(graph_to_continue(folder))
-    return json_answer({**summary, "has_graph": has_graph, "samples": run_view.samples(folder)})
+    name = request.match_info["run"]
+    current, has_graph = _current().get(name), bool(graph_of(name))
+    folder = _folder_unless_current(request)
+    if folder is None:
+        summary = _summary({**_NO_STEP, "run_name": name}, current)
+        return json_answer({**summary, "has_graph": has_graph, "samples": [], "loras": []})
+    file = run_view.lora_file(folder)
+    details = {
+        "has_graph": has_graph or bool(graph_to_continue(folder)),
+        "samples": run_view.samples(folder),
+        "loras": run_view.loras(folder),
+        "lora_name": listed_name(file, folder.name) if file else "",
+    }
+    return json_answer({**_summary(run_view.summary(folder), current), **details})
 
 
-def _names(runs: list[dict[str, Any]]) -> set[str]:
-    return {run["run_name"] for run in runs}
+def _folder_unless_current(request: web.Request) -> Path | None:
+    """Folder of the requested run; None if it is not there yet, because the run is in the queue or has just begun."""
+    try:
+        return _run_folder(request)
+    except RunFolderError:
+        if request.match_info["run"] in _current():
+            return None
+        raise
 
 
-def _summary(run: dict[str, Any], in_progress: dict[str, Any] | None) -> dict[str, Any]:
-    """The state stored in the folder, updated with the live state if the run is in progress."""
-    if in_progress is not None:
-        return {**run, **in_progress, "state": "training", "problem": "", "active": True}
+def _summary(run: dict[str, Any], current: dict[str, Any] | None) -> dict[str, Any]:
+    """The state stored in the folder, updated with the live state if the run is in progress or in the queue."""
+    if current is not None:
+        is_active = "phase" in current
+        return {**run, "state": "queued", **current, "problem": "", "active": is_active}
     state = "interrupted" if run["state"] == "started" else run["state"]
     return {**run, "state": state, "active": False}
 
 
 def _curve(request: web.Request) -> web.Response:
     points = number(request.query.get("points", str(_POINTS)))
-    return json_answer(run_view.curve(_run_folder(request), max(2, min(points, _MAX_POINTS))))
+    folder = _folder_unless_current(request)
+    return json_answer(run_view.curve(folder, max(2, min(points, _MAX_POINTS))) if folder else _NO_CURVE)
 
 
 def _settings(request: web.Request) -> web.Response:
@@ -102,7 +140,8 @@ def _settings(request: web.Request) -> web.Response:
 
 
 def _graph(request: web.Request) -> web.Response:
-    graph = graph_to_continue(_run_folder(request))
+    folder = _folder_unless_current(request)
+    graph = (graph_to_continue(folder) if folder else {}) or graph_of(request.match_info["run"])
     if not graph:
         raise NotFoundAnswer("The graph of this run was not saved. Queue the graph that started it.")
     return json_answer(graph)
@@ -136,22 +175,7 @@ def _small(path: Path, edge: int) -> bytes:
 
 
 def _run_folder(request: web.Request) -> Path:
-    """Folder of the requested run.
-
-    Raises:
-        ConfigError: the name is not allowed.
-        NotFoundAnswer: there is no such run, or its folder or a file in it leads elsewhere.
-    """
-    runs, name = host_folders.runs_dir(), checked_run_name(request.match_info["run"])
-    if strays(runs, [name]):
-        raise NotFoundAnswer("This run's folder is a link that leads out of the folder of runs, so it is not shown.")
-    folder = runs / name
-    if not (folder / "run.json").is_file():
-        raise NotFoundAnswer("Run not found.")
-    indexes = (path.relative_to(folder).as_posix() for path in folder.glob(f"samples/*/{INDEX}"))
-    if stray := strays(folder, (*_FILES, *indexes)):
-        raise NotFoundAnswer(f"{stray} of this run is not a file or leads out of its folder, so the run is not shown.")
-    return folder
+    return run_folder(request.match_info["run"])
 
 
 _READABLE = {

@@ -60,6 +60,10 @@ class ConsoleObserver:
             self._notes.add(text)
             _LOG.info("%s", text)
 
+    def on_open(self, run_dir: Path) -> None:
+        """Logs the run folder."""
+        _LOG.info("The run folder is %s", run_dir)
+
     def on_step(self, report: StepReport) -> None:
         """Logs a step."""
         losses = {name.replace("_", " "): getattr(report, name) for name in VALIDATION_LOSSES}

@@ -104,6 +104,9 @@ class Observer(Protocol):
     def on_note(self, text: str) -> None:
         """A sentence for the user, such as how long the run takes. The observer logs it."""
 
+    def on_open(self, run_dir: Path) -> None:
+        """Called once, when a training has opened its run folder and its settings fit what is there."""
+
     def on_step(self, report: StepReport) -> None:
         """Called after every optimizer step."""
 
@@ -122,6 +125,9 @@ class SilentObserver:
         """Ignored."""
 
     def on_note(self, text: str) -> None:
+        """Ignored."""
+
+    def on_open(self, run_dir: Path) -> None:
         """Ignored."""
 
     def on_step(self, report: StepReport) -> None:

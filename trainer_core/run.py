@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -79,6 +80,7 @@ def _prepare_and_train(
     *,
     continue_kept: bool,
 ) -> TrainResult:
+    began = time.monotonic()
     prepared = prepare_training(config, model, processes=ranks.on_machine)
     config, base = prepared.config, prepared.model.base
     if ranks.leads:
@@ -91,11 +93,13 @@ def _prepare_and_train(
     with _open_run(config, prepared.encoded, ranks) as run, compiled_code_kept(device):
         stop = how_to_start(run, config, prepared.encoded, continue_kept=continue_kept)
         run.write_config(to_json(config))
+        if run.writes:
+            observer.on_open(run.path)
         if not stop:
             start_compiler_early(prepared, device, run.steps_done())
         with prepared.explain_memory_errors(STEP, "while the model was loaded", "Nothing is lost."):
             networks = build_networks(config, base, prepared.model.adapter, prepared.encoded.preprocessing, observer)
-        parts = _Parts(prepared, run, networks, validator, observer, ranks)
+        parts = _Parts(prepared, run, networks, validator, observer, ranks, began)
         done = _restore(parts)
         check_same_start(ranks, done, networks.lora)
         if not stop:  # else only the export is missing
@@ -125,6 +129,11 @@ class _Parts:
     validator: Validator
     observer: Observer
     ranks: Ranks
+    began: float  # time.monotonic() at this start of the run
+
+    def seconds(self) -> float:
+        """How long the run has worked in all its starts that ended by themselves."""
+        return round(float(self.run.state().get("seconds", 0.0)) + time.monotonic() - self.began, 1)
 
 
 def _restore(parts: _Parts) -> int:
@@ -284,7 +293,7 @@ def _finish(parts: _Parts, done: int, stop: Stop, extra_check: ExtraCheck | None
     """Export the LoRA, unless the run was paused, and record the result in the run folder."""
     run, networks, export = parts.run, parts.networks, parts.prepared.config.export
     if stop is Stop.PAUSE or done == 0:
-        run.write_state(state="paused", steps=done)
+        run.write_state(state="paused", steps=done, seconds=parts.seconds())
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
     name, kept = _lora_name(parts), stop is Stop.KEEP
     lora_file = run.path / f"{name}.safetensors"
@@ -294,7 +303,7 @@ def _finish(parts: _Parts, done: int, stop: Stop, extra_check: ExtraCheck | None
     if ema_file is not None:
         _export(parts, networks.average_to_use, ema_file, done, extra_check=extra_check)
         result["ema_file"] = ema_file.name
-    run.write_state(state="kept" if kept else "finished", steps=done, result=result)
+    run.write_state(state="kept" if kept else "finished", steps=done, result=result, seconds=parts.seconds())
     samples = recorded_samples(run)
     return TrainResult(
         run_dir=run.path, steps_done=done, stopped=stop, lora_file=lora_file, ema_file=ema_file, samples=samples

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,11 +18,12 @@ from .adapters.reader import AdapterPart
 from .conditioning.batches import pad_prompts
 from .conditioning.caption_lengths import too_long
 from .conditioning.pictures import View, plan_reference, render, to_picture, vision_picture
-from .config import EncodingConfig, ModelConfig, Preprocessing
+from .config import EncodingConfig, ModelConfig, Preprocessing, TrainConfig
 from .device import pick_device, release_memory
 from .errors import ConfigError, Problems
 from .events import SILENT, Observer, raise_if_stopped
 from .geometry import Box, Size, bucket_size, crop_box, differ_by_rounding
+from .memory.placement import apply_memory, blocks_on_host, stream_blocks
 from .precision.quantise import converter
 from .qwen_image.base_model import BaseModel
 from .qwen_image.flavours import FLAVOURS
@@ -37,13 +39,17 @@ from .rng import stream
 from .settings import check_plain, limits_of
 from .text import LONGEST_PROMPT
 
+if TYPE_CHECKING:
+    from diffusers import QwenImageTransformer2DModel
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
     """One edit to sample.
 
     `references`: RGB pictures in order. `size`: of the result in pixels, multiples of 16; None for the first
-    reference's aspect ratio with an area of `resolution`². `lora_file`: None for the base model alone.
+    reference's aspect ratio with an area of `resolution`². `lora_file`: None for the base model alone. `memory_of`:
+    stream the transformer's blocks from host memory as this run does; None keeps all on the device.
     """
 
     model: ModelConfig
@@ -59,6 +65,7 @@ class SampleRequest:
     num_inference_steps: int = 30
     guidance: float = 4.0
     seed: int = 0
+    memory_of: TrainConfig | None = None
 
     @property
     def encoding(self) -> EncodingConfig:
@@ -175,6 +182,31 @@ def _prompts(
     return [encoder.encode_seen(text, seen) for text in (request.prompt, request.negative_prompt)]
 
 
+def load_with_lora(
+    base: BaseModel,
+    device: torch.device,
+    lora: Mapping[str, AdapterPart],
+    strength: float,
+    preprocessing: Preprocessing,
+    observer: Observer,
+    memory_of: TrainConfig | None,
+) -> QwenImageTransformer2DModel:
+    """The transformer with a LoRA, ready to sample. `preprocessing` and `memory_of`: as in SampleRequest."""
+    on_host = ()
+    if memory_of is not None:
+        checkpointing = memory_of.gradient_checkpointing
+        on_host = blocks_on_host(memory_of.memory, base.num_blocks, checkpointing=checkpointing)
+    transformer = load_transformer(base, device, observer, on_host=on_host)
+    stream = stream_blocks(transformer, on_host, device, memory_of.memory) if memory_of else None
+    stop_before_each(transformer.transformer_blocks, observer)
+    if preprocessing == "comfyui":
+        follow_comfyui(transformer)
+    load_parts(transformer, lora, strength)
+    if memory_of is not None:
+        apply_memory(transformer, stream, device, memory_of)
+    return transformer
+
+
 def _draw(
     request: SampleRequest,
     base: BaseModel,
@@ -186,11 +218,9 @@ def _draw(
     observer: Observer,
 ) -> Tensor:
     """Latents [C, H, W] of the result."""
-    transformer = load_transformer(base, device, observer)
-    stop_before_each(transformer.transformer_blocks, observer)
-    if request.preprocessing == "comfyui":
-        follow_comfyui(transformer)
-    load_parts(transformer, lora, request.lora_strength)
+    transformer = load_with_lora(
+        base, device, lora, request.lora_strength, request.preprocessing, observer, request.memory_of
+    )
     conditions = [Condition(references, *pad_prompts([prompt])).to(device) for prompt in prompts]
     shape = (1, LATENT_CHANNELS, size.height // VAE_FACTOR, size.width // VAE_FACTOR)
     noise = torch.randn(shape, generator=stream(request.seed, "sample")).to(device)

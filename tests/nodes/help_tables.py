@@ -7,6 +7,7 @@ from typing import Any
 
 DEPENDS_ON_FOLDERS = {"base_model", "lora_name", "init_lora", "transformer_file", "text_encoder_file", "vae_file"}
 DEPENDS_ON_FOLDERS |= {"model", "text_encoder", "vae", "data_set"}
+DEPENDS_ON_FOLDERS |= {"picture", "run_name"}
 _SECTIONS = re.compile(r"## Inputs\n.*?(?=\n## Typical values\n)", re.DOTALL)
 
 

@@ -14,6 +14,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "schema.json"
 DEPENDS_ON_FOLDERS = {("QwenEdit_LoadModel", "base_model"), ("QwenEdit_SampleEdit", "lora_name")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_ImportSimpleTuner", "base_model")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoraSettings", "init_lora"), ("QwenEdit_EditPairs", "data_set")}
+DEPENDS_ON_FOLDERS |= {("QwenEdit_TryLora", name) for name in ("run_name", "picture")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoadModelFiles", f"{part}_file") for part in ("transformer", "text_encoder", "vae")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_ChooseModel", each) for each in ("model", "text_encoder", "vae")}
 SHORT_PATH = {"QwenEdit_ChooseModel", "QwenEdit_EditPairs", "QwenEdit_Train"}
@@ -41,6 +42,7 @@ EXPECTED = {
     "QwenEdit_ValidationSettings",
     "QwenEdit_RolloutSettings",
     "QwenEdit_PlanMemory",
+    "QwenEdit_TryLora",
     "QwenEdit_EmaSettings",
     "QwenEdit_TrainLora",
     "QwenEdit_SampleEdit",

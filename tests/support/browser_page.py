@@ -201,7 +201,9 @@ class ComfyPage:
         """Show the list of runs, or one run, in the side panel."""
         if not self.panel.is_visible():
             self.page.locator(".qwen-edit-trainer-tab-button").click()
-        if run_name:
+        if run_name and not self.panel.get_by_role("heading", name=run_name, exact=True).is_visible():
+            if self.panel.locator(".qet-back").is_visible():  # a run that has just begun is shown
+                self.panel.locator(".qet-back").click()
             self.panel.locator(".qet-run", has=self.page.get_by_text(run_name, exact=True)).click()
 
     def points(self, place: Locator, line: str = "qet-line-smooth") -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, expect
 
 from tests.support.browser_page import ComfyPage
 from tests.support.comfyui_server import PackServer
@@ -33,15 +33,19 @@ def test_a_training(renderer: str, palette: str, open_page: OpenPage, demo_serve
     page = open_page(renderer, palette)
     small_demo(page, name)
     expect(page.node_view).to_contain_text("curve and pictures appear here")
+    height = node_height(page)
+    page.open_panel()
     page.run()
+    expect(page.panel.get_by_role("heading", name=name)).to_be_visible()  # a new run is selected
+    expect(page.panel.get_by_role("button", name="Open graph")).to_be_visible()
 
     page.wait_for_points(page.node_view, 10)
     expect(page.node_view.get_by_role("status")).to_have_text("training")  # the only text that screen readers announce
     expect(page.node_view.locator(".qet-quiet")).to_contain_text("of 100000")
     expect(page.node_view.locator(".qet-quiet")).to_contain_text("left")
     expect(page.node_view.locator(".qet-thumb").nth(2)).to_be_visible()  # base, step 8, target and any later steps
+    assert node_height(page) == height  # it keeps off the node below
 
-    page.open_panel(name)
     comparison = page.panel.locator(".qet-compare")
     expect(comparison.get_by_text("LoRA, step")).to_be_visible()
     page.wait_for_points(page.panel, 10)
@@ -73,11 +77,48 @@ def test_a_training(renderer: str, palette: str, open_page: OpenPage, demo_serve
         arg=name,
     )
     assert name in loras(page)
+    ends_and_is_tried(page, name)
     if renderer == "classic":
         goes_on(page)
     assert [run["state"] for run in demo_server.get("/qwen_edit_trainer/runs")["runs"] if run["run_name"] == name] == [
         "kept"
     ]
+
+
+def node_height(page: ComfyPage) -> float:
+    """Height of the training node in pixels of the graph."""
+    return page.page.evaluate("() => app.graph.nodes.find(node => node.comfyClass === 'QwenEdit_TrainLora').size[1]")
+
+
+def ends_and_is_tried(page: ComfyPage, name: str):
+    """At the end of a run: the panel names the LoRA, draws with it at two strengths, and saves that of a step."""
+    ending = page.panel.locator(".qet-ending")
+    expect(ending).to_contain_text("Ended early at step")
+    expect(ending).to_contain_text(f"{name}.safetensors")
+    expect(ending).to_contain_text("Total time: ")
+    ending.get_by_role("button", name="Try it").click()
+    tried = page.panel.get_by_role("region", name="Try the LoRA")
+    expect(tried.get_by_text("LoRA at strength 1.00")).to_be_visible()
+    page.picture(f"tried {name}")
+    tried.get_by_role("slider").press("Home")  # strength 0 is the base model
+    expect(tried.get_by_text("LoRA at strength 0.00")).to_be_visible()
+    base, lora = (tried.locator("figure", has=page.page.get_by_text(text)) for text in ("base model", "LoRA at"))
+    assert pixels(base) == pixels(lora)
+    page.panel.get_by_role("button", name="Save this step's LoRA").click()
+    page.page.wait_for_function(
+        "name => app.graph.nodes.some(n => n.widgets?.some(w => w.name === 'lora_name' && "
+        "(w.options.values ?? []).some(value => String(value).includes(`${name}-step-`))))",
+        arg=name,
+    )
+
+
+def pixels(figure: Locator) -> str:
+    """The pixels of the picture in a figure."""
+    return figure.locator("img").evaluate(
+        "async image => { await image.decode(); const canvas = document.createElement('canvas');"
+        "[canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];"
+        "canvas.getContext('2d').drawImage(image, 0, 0); return canvas.toDataURL(); }"
+    )
 
 
 def goes_on(page: ComfyPage):

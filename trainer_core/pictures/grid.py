@@ -19,7 +19,7 @@ class GridRow:
     target. None for samples that are not made and for a target that doesn't fit the caption or the size."""
 
     references: tuple[Image.Image, ...]
-    base: Image.Image
+    base: Image.Image | None
     lora: Image.Image | None
     target: Image.Image | None
     caption: str

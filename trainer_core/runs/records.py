@@ -105,6 +105,7 @@ _STATE: dict[str, Callable[[object], bool]] = {
     "steps": is_step,
     "saved": is_step,
     "validated": is_step,
+    "seconds": is_number,
     "result": _is_result,
 }
 

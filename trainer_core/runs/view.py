@@ -14,10 +14,12 @@ from typing import Any
 
 from ..errors import RunFolderError
 from ..events import MEASURED
+from ..files import is_whole
 from ..json_text import read_json
 from ..pictures.sample_pictures import INDEX, read_sample_index
 from .lock import is_in_use
 from .records import STATE, is_number, is_step, read_row, read_state
+from .step_loras import best_of, step_loras
 
 MAX_FILE_BYTES = 16 << 20  # of a JSON file; a larger one counts as missing
 _MAX_ROWS = 50_000  # rows of the metrics to parse; of a longer file, only every second, third, ... row
@@ -58,6 +60,8 @@ def summary(folder: Path) -> dict[str, Any]:
             "changed": _changed(folder) or 0,
             "psnr": {name: _number(samples.get(f"psnr_{name}")) for name in ("base", "lora", "ema", "vae")},
             "unmeasured": samples.get("unmeasured", ""),
+            "seconds": _number(state.get("seconds")),
+            "kept_step": (state.get("result") or {}).get("steps") if state.get("state") == "kept" else None,
         }
     )
 
@@ -115,6 +119,28 @@ def samples(folder: Path) -> list[dict[str, Any]]:
             ]
             found.append({"step": int(number), "version": _version(place / INDEX), "pairs": shown})
     return sorted(found, key=lambda each: each["step"])
+
+
+def loras(folder: Path) -> list[dict[str, Any]]:
+    """Steps whose LoRA is kept, ascending: `step`, `psnr` (dB), `validation_loss`, and whether it is the `best`."""
+    found = step_loras(folder / "samples")
+    best = best_of(found)
+    rows = [
+        {"step": each.step, "psnr": each.psnr, "validation_loss": each.loss, "best": each is best} for each in found
+    ]
+    return [finite(row) for row in rows]
+
+
+def has_lora(folder: Path) -> bool:
+    """Whether the run has exported a LoRA or kept one of a step."""
+    state, _ = _state_or_problem(folder)
+    return bool(state.get("result")) or any(folder.glob("samples/step-*/*.safetensors"))
+
+
+def lora_file(folder: Path) -> Path | None:
+    """The LoRA that the run exported; None without."""
+    result = _state_or_problem(folder)[0].get("result")
+    return folder / result["lora_file"] if result and is_whole(folder / result["lora_file"]) else None
 
 
 def _version(path: Path) -> int:

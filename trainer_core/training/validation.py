@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +36,17 @@ _DRAWN_BY = 2  # raise it when the same settings draw other pictures, so that th
 class Validator:
     """Validates a run. Keeps the targets' VAE results in memory, and the base model's latents in the run folder."""
 
-    def __init__(self, encoded: EncodedDataset, base: BaseModel, config: ValidationConfig) -> None:
+    def __init__(
+        self,
+        encoded: EncodedDataset,
+        base: BaseModel,
+        config: ValidationConfig,
+        shots: Sequence[Shot] | None = None,
+    ) -> None:
+        """`shots`: the pictures to draw; None for all that the settings ask for."""
         self._encoded, self._base_model, self._config = encoded, base, config
         self._scheduler = load_scheduler(base.folder.scheduler)
-        self._shots = validation_shots(encoded, config)
+        self._shots = validation_shots(encoded, config) if shots is None else tuple(shots)
         self._base: dict[Shot, Tensor] = {}
         self._standards: dict[Shot, Standard] = {}
 

@@ -3,6 +3,7 @@
 import { element, setText } from "./dom.js";
 import { hasId, isTrainNode, promptOf, titleOf } from "./graph.js";
 import { chain, runOf } from "./node_view.js";
+import { isUnderWay } from "./store.js";
 import { t } from "./words.js";
 
 /**
@@ -167,11 +168,6 @@ function createBox(node, { app, api, store, soon }) {
       asked = "";
     },
   };
-}
-
-/** Whether a run waits in ComfyUI's queue or is in progress. @param {import("./store.js").Run} run */
-function isUnderWay(run) {
-  return Boolean(run.active) || run.state === "queued";
 }
 
 /** @param {Answer} answer @returns {Record<string, any>} */

@@ -47,9 +47,11 @@ export function createChart() {
   let curve;
   /** @type {number|undefined} The step selected by pointer or keyboard. */
   let pointed;
+  let withDrift = false;
 
   const paint = onceAFrame(() => {
-    const view = curve && curve.steps.length ? prepare(curve, plot.clientWidth, plot.clientHeight) : undefined;
+    const [width, height] = [plot.clientWidth, plot.clientHeight];
+    const view = curve?.steps.length ? prepare(curve, width, height, withDrift) : undefined;
     plot.replaceChildren(...(view ? [...axes(view), ...lines(view), ...pointer(view, pointed)] : [note()]));
     legend.replaceChildren(...(view ? entries(view, pointed) : []));
     describe(plot, view, pointed);
@@ -92,6 +94,11 @@ export function createChart() {
       curve = next;
       paint();
     },
+    /** @param {boolean} wanted */
+    showDrift(wanted) {
+      withDrift = wanted;
+      paint();
+    },
   };
 }
 
@@ -105,12 +112,13 @@ function note() {
  * @param {Curve} curve
  * @param {number} width
  * @param {number} height
+ * @param {boolean} withDrift
  */
-function prepare(curve, width, height) {
+function prepare(curve, width, height, withDrift) {
   const { steps, loss } = curve;
   const means = smoothed(loss, smoothingWindow(loss.length));
   const held = Object.entries(curve.measured).filter(([name]) => isHeldOut(name));
-  const others = Object.entries(curve.measured).filter(([name]) => !isHeldOut(name));
+  const others = withDrift ? Object.entries(curve.measured).filter(([name]) => !isHeldOut(name)) : [];
   const [low, high] = range(loss, [...means, ...held.flatMap(([, points]) => points.map((point) => point[1]))]);
   const [first, last] = [steps[0], Math.max(steps[steps.length - 1], steps[0] + 1)];
   const foot = height - BOTTOM - RATE_BAND - 4;

@@ -17,7 +17,7 @@ export function rate(value) {
 }
 
 /** @param {number|null|undefined} seconds */
-function duration(seconds) {
+export function duration(seconds) {
   if (typeof seconds !== "number" || !Number.isFinite(seconds)) return UNKNOWN;
   const whole = Math.max(0, Math.round(seconds));
   if (whole < 60) return t("{seconds} s", { seconds: whole });
@@ -44,6 +44,8 @@ function memory(bytes) {
 export function state(run) {
   if (run.active && run.stopping) return t("ending");
   const states = /** @type {Record<string, string>} */ ({
+    queued: t("queued"),
+    encoding: t("encoding pairs"),
     training: t("training"),
     started: t("starting"),
     interrupted: t("interrupted"),
@@ -62,6 +64,8 @@ export function state(run) {
  */
 export function progress(run) {
   const { step, num_steps: count } = run;
+  if (run.state === "queued") return t("Waits in ComfyUI's queue");
+  if (run.state === "encoding") return run.phase || t("Encoding the pairs");
   const parts = [count ? t("step {step} of {count}", { step, count }) : t("step {step}", { step })];
   if (run.active) {
     if (run.phase) parts.push(run.phase);
@@ -71,4 +75,10 @@ export function progress(run) {
   }
   if (run.peak_bytes) parts.push(t("VRAM {size}", { size: memory(run.peak_bytes) }));
   return parts.join(" · ");
+}
+
+/** How much of a run, or of its phase before the first step, is done: 0 to 1. @param {import("./store.js").Run} run */
+export function share(run) {
+  if (run.active && run.phase && run.phase_total) return (run.phase_done ?? 0) / run.phase_total;
+  return run.num_steps ? run.step / run.num_steps : 0;
 }

@@ -5,16 +5,12 @@ const PREFIX = "QwenEdit_";
 const TRAIN = `${PREFIX}TrainLora`; // has an input for each settings node
 const SHORT_TRAIN = `${PREFIX}Train`; // of the short path
 const TOP_BAR = 130; // pixels at the top of the canvas that ComfyUI's menus and a node's title need
+const USE_TEMPLATE = "use_lora_in_edit_graph";
 const NONE = "none"; // the combo value for no preset or no LoRA
 
 /** @param {any} node */
 export function isTrainNode(node) {
   return [TRAIN, SHORT_TRAIN].includes(node.comfyClass ?? node.type);
-}
-
-/** @param {any} node */
-function takesSettingsNodes(node) {
-  return (node.comfyClass ?? node.type) === TRAIN;
 }
 
 /** Whether a node class is one of this pack. @param {string|undefined} kind */
@@ -109,21 +105,25 @@ export function leaves(settings) {
  * missing. Resets the preset, which would otherwise apply where no settings node is connected.
  * @param {any} app
  * @param {any} settings From the server.
+ * @param {string} name A free name for the new run.
  * @returns {{changed: number, made: number, left: string[]}} Number of changed widgets and
  *   created nodes, and settings whose value no widget offers.
  */
-export function applySettings(app, settings) {
-  const values = { ...leaves(settings), preset: NONE };
+export function applySettings(app, settings, name) {
+  const values = { ...leaves(settings), preset: NONE, run_name: name };
   const lite = /** @type {any} */ (window).LiteGraph;
-  let trains = allNodes(app.graph).filter(takesSettingsNodes);
+  let trains = allNodes(app.graph).filter(isTrainNode);
   let made = 0;
   if (!trains.length) {
     trains = [addNode(app, TRAIN)];
     made += 1;
   }
-  for (const train of trains) made += addSettingsNodes(lite, train, values);
-  const targets = allNodes(app.graph).filter((node) => takesSettingsNodes(node) || isSettingsNode(node));
-  const done = targets.map((node) => setWidgets(node, values));
+  for (const train of trains) {
+    if (hasPresetAlways(train)) made += addToShort(lite, train, values);
+    else made += addSettingsNodes(lite, train, values);
+  }
+  const targets = allNodes(app.graph).filter((node) => isTrainNode(node) || isSettingsNode(node));
+  const done = targets.map((node) => setWidgets(node, hasPresetAlways(node) ? { ...values, preset: null } : values));
   app.graph.setDirtyCanvas?.(true, true);
   app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
   return {
@@ -131,6 +131,11 @@ export function applySettings(app, settings) {
     made,
     left: [...new Set(done.flatMap((each) => each.left))],
   };
+}
+
+/** Whether this is the short training node. @param {any} node */
+function hasPresetAlways(node) {
+  return (node.comfyClass ?? node.type) === SHORT_TRAIN;
 }
 
 /** @param {any} node */
@@ -144,10 +149,11 @@ function isSettingsNode(node) {
  * @param {any} lite
  * @param {any} train
  * @param {Record<string, any>} values
+ * @param {boolean} [all] Create one for every free input.
  */
-function addSettingsNodes(lite, train, values) {
+function addSettingsNodes(lite, train, values, all = false) {
   const sockets = /** @type {any[]} */ (train.inputs ?? []);
-  const imported = sockets.some((socket) => socket.name === "imported" && socket.link != null);
+  const imported = all || sockets.some((socket) => socket.name === "imported" && socket.link != null);
   let made = 0;
   (train.inputs ?? []).forEach((/** @type {any} */ input, /** @type {number} */ index) => {
     if (input.link != null || !/^QWEN_EDIT_\w*SETTINGS$/.test(String(input.type))) return;
@@ -157,6 +163,7 @@ function addSettingsNodes(lite, train, values) {
     if (!node) return;
     const { changed, left } = setWidgets(node, values);
     const isOff = input.name === "ema_settings" && !values.use_ema; // no node means off, but the node's default is on
+    if (all && !(node.widgets ?? []).some((/** @type {any} */ each) => each.name in values)) return;
     if (!imported && (isOff || changed + left.length === 0)) return;
     node.pos = [train.pos[0] - node.size[0] - 60, train.pos[1] + made * 260];
     train.graph.add(node);
@@ -164,6 +171,28 @@ function addSettingsNodes(lite, train, values) {
     made += 1;
   });
   return made;
+}
+
+/**
+ * Give the short training node all settings through the node More Settings, because its preset can't be turned off.
+ * @param {any} lite
+ * @param {any} train
+ * @param {Record<string, any>} values
+ */
+function addToShort(lite, train, values) {
+  const place = (train.inputs ?? []).findIndex((/** @type {any} */ input) => input.name === "more_settings");
+  if (place < 0) return 0;
+  const link = train.inputs[place].link;
+  let more = link == null ? undefined : train.graph.getNodeById(train.graph.links[link]?.origin_id);
+  const before = more;
+  if (!more) {
+    more = lite.createNode(`${PREFIX}MoreSettings`);
+    if (!more) return 0;
+    more.pos = [train.pos[0] - more.size[0] - 60, train.pos[1]];
+    train.graph.add(more);
+    more.connect(0, train, place);
+  }
+  return (before ? 0 : 1) + addSettingsNodes(lite, more, values, true);
 }
 
 /**
@@ -244,9 +273,36 @@ export async function promptOf(app) {
   return (await app.graphToPrompt())?.output;
 }
 
-/** Queue a graph, as the Run button does. @param {any} api @param {{prompt: any, workflow: any}} graph */
-export async function queueGraph(api, { prompt, workflow }) {
-  await api.queuePrompt(0, { output: prompt, workflow });
+/**
+ * Queue a graph, as the Run button does.
+ * @param {any} api
+ * @param {{prompt: any, workflow: any}} graph
+ * @param {{next?: boolean}} [how] `next`: before all prompts that wait.
+ * @returns {Promise<{prompt_id: string}>}
+ */
+export function queueGraph(api, { prompt, workflow }, { next = false } = {}) {
+  return api.queuePrompt(next ? -1 : 0, { output: prompt, workflow });
+}
+
+/**
+ * Open the pack's template that uses a LoRA in an edit graph, with this LoRA chosen.
+ * @param {any} app
+ * @param {any} api
+ * @param {string} lora Its name in the LoRA loaders.
+ */
+export async function openWithLora(app, api, lora) {
+  // The pack's folder may have any name; this file lies in /extensions/<name>/trainer/.
+  const pack = new URL("..", import.meta.url).pathname.split("/").filter(Boolean).pop();
+  const answer = await api.fetchApi(`/workflow_templates/${pack}/${USE_TEMPLATE}.json`);
+  if (!answer.ok) throw new Error(answer.statusText);
+  await refreshLists(app);
+  await app.loadGraphData(await answer.json(), true, true, lora.split(/[/\\]/).pop());
+  for (const node of allNodes(app.graph)) {
+    const choice = /^LoraLoader/.test(node.comfyClass ?? node.type) ? widget(node, "lora_name") : undefined;
+    if (!choice) continue;
+    choice.value = lora;
+    choice.callback?.(lora);
+  }
 }
 
 /** The nodes of a class, also those in subgraphs. @param {any} app @param {string} kind */

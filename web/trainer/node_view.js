@@ -5,6 +5,7 @@ import { element, setText } from "./dom.js";
 import * as format from "./format.js";
 import { hasId, widget } from "./graph.js";
 import { createStrip } from "./samples.js";
+import { isUnderWay } from "./store.js";
 import { t } from "./words.js";
 
 /**
@@ -12,9 +13,7 @@ import { t } from "./words.js";
  * @typedef {import("./store.js").Store} Store
  */
 
-const EMPTY_HEIGHT = 170; // pixels: the box about the start
-const CURVE_HEIGHT = 210;
-const STRIP_HEIGHT = 84;
+const HEIGHT = 294; // pixels, also before there is a curve or a picture, so that the node never grows over others
 
 /**
  * @param {any} node
@@ -30,11 +29,11 @@ export function attachView(node, { app, store, onPick, first }) {
   const strip = createStrip(store, (step) => run && onPick(run.run_name, step));
   const head = element("div", { class: "qet-row" }, line, badge);
   const box = element("div", { class: "qet-node" }, first, head, chart.element, strip.element);
-  let height = EMPTY_HEIGHT;
+  box.style.minHeight = `${HEIGHT}px`;
   const view = node.addDOMWidget("training", "qwen_edit_training", box, {
     serialize: false, // not in the prompt
     hideOnZoom: false,
-    getMinHeight: () => height,
+    getMinHeight: () => HEIGHT,
   });
   view.serialize = false; // not in the saved graph
   chart.element.addEventListener("wheel", (/** @type {WheelEvent} */ event) => {
@@ -44,8 +43,6 @@ export function attachView(node, { app, store, onPick, first }) {
 
   function paint() {
     const next = runOf(node, store);
-    const wanted = wantedHeight(next);
-    box.style.minHeight = `${wanted}px`;
     chart.element.hidden = !next;
     badge.hidden = !next;
     if (next) store.want(next.run_name);
@@ -58,16 +55,6 @@ export function attachView(node, { app, store, onPick, first }) {
     if (next) strip.show(next, 0);
     else strip.element.hidden = true;
     run = next;
-    if (wanted > height) grow(wanted);
-    height = wanted;
-  }
-
-  /** @param {number} wanted */
-  function grow(wanted) {
-    height = wanted;
-    const [width, tall] = node.computeSize();
-    node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], tall)]);
-    app.graph?.setDirtyCanvas?.(true, true);
   }
 
   const name = widget(node, "run_name");
@@ -78,21 +65,16 @@ export function attachView(node, { app, store, onPick, first }) {
   paint();
 }
 
-/** @param {Run|undefined} run */
-function wantedHeight(run) {
-  if (!run) return EMPTY_HEIGHT;
-  return CURVE_HEIGHT + (run.samples?.length ? STRIP_HEIGHT : 0);
-}
-
 /**
- * The active run of this node, whose name may have a number appended, or else the run with the name in its widget.
+ * The queued or active run of this node, whose name may have a number appended, or else the run with the name in its
+ * widget.
  * @param {any} node
  * @param {Store} store
  * @returns {Run|undefined}
  */
 export function runOf(node, store) {
   const name = String(widget(node, "run_name")?.value ?? "");
-  const mine = store.list().find((run) => run.active && hasId(node, run.node_id) && run.run_name.startsWith(name));
+  const mine = store.list().find((run) => isUnderWay(run) && hasId(node, run.node_id) && run.run_name.startsWith(name));
   return mine ?? store.find(name);
 }
 

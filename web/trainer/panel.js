@@ -3,8 +3,10 @@
 import { createChart } from "./chart.js";
 import { copyText, element, setText } from "./dom.js";
 import * as format from "./format.js";
-import { applySettings, leaves, openGraph, queueGraph, toast } from "./graph.js";
+import { applySettings, leaves, openGraph, openWithLora, queueGraph, toast } from "./graph.js";
 import { createComparison } from "./samples.js";
+import { isUnderWay } from "./store.js";
+import { createTrial, endOf } from "./trial.js";
 import { t } from "./words.js";
 
 /**
@@ -49,6 +51,14 @@ export function createPanel(app, api, store) {
     if (run) detail.show(run);
     else list.show(store.list());
   }
+
+  store.onTurn((run, begins) => {
+    const current = selected === undefined ? undefined : store.find(selected);
+    if (begins && !(current && isUnderWay(current))) select(run.run_name);
+    if (!begins && document.hidden && mayNotify()) {
+      new Notification(t("{name}: {state}", { name: run.run_name, state: format.state(run) }));
+    }
+  });
 
   return {
     /** @param {HTMLElement} place */
@@ -117,9 +127,10 @@ function createRow(name, onPick) {
     show(run) {
       setText(badge, format.state(run));
       badge.dataset.state = run.state;
-      bar.value = run.num_steps ? run.step / run.num_steps : 0;
+      bar.value = format.share(run);
       bar.hidden = !run.active;
-      setText(line, run.problem || `${format.progress(run)} · ${t("loss {loss}", { loss: format.loss(run.loss) })}`);
+      const loss = run.step ? [t("loss {loss}", { loss: format.loss(run.loss) })] : [];
+      setText(line, run.problem || [format.progress(run), ...loss].join(" · "));
     },
   };
 }
@@ -131,7 +142,19 @@ function createDetail({ app, api, store, back }) {
   const line = element("p", { class: "qet-quiet" });
   const bar = element("progress", { class: "qet-progress", max: 1, "aria-label": t("Steps done") });
   const chart = createChart();
-  const comparison = createComparison(store);
+  const drift = createDrift(chart);
+  const trial = createTrial({ api, onError: (what, error) => tell(app, what, error) });
+  const save = action(app, t("Save this step's LoRA"), t("Copy it to where LoRA loaders list it"), async () => {
+    toast(app, "success", t("LoRA saved"), await store.saveStep(name(), shown.step));
+  });
+  const shown = { step: 0, pair: 0 }; // in the comparison
+  const comparison = createComparison(store, (step, pair) => Object.assign(shown, { step, pair }), [save]);
+  const ending = createEnding({
+    tryIt: () => trial.beginAtEnd(),
+    use: action(app, t("Use in a graph"), t("Open an edit graph in which this LoRA is chosen"), async () => {
+      await openWithLora(app, api, String(run?.lora_name));
+    }),
+  });
   const table = element("dl", { class: "qet-settings" });
   const settings = element("details", {}, element("summary", { text: t("Settings") }), table);
   /** @type {Run|undefined} */
@@ -154,10 +177,15 @@ function createDetail({ app, api, store, back }) {
       await openGraph(app, workflow, name());
     }),
     apply: action(app, t("Settings into graph"), t("Copy this run's settings into the graph's nodes"), async () => {
-      const { changed, made, left } = applySettings(app, await load());
-      const done = t("Widgets changed: {changed}, nodes added: {made}", { changed, made });
+      const fresh = freeName(name(), store.list());
+      const { changed, made, left } = applySettings(app, await load(), fresh);
+      const done = t("Widgets changed: {changed}, nodes added: {made}, run name: {fresh}", { changed, made, fresh });
       toast(app, "success", t("Settings copied"), done);
       if (left.length) toast(app, "warn", t("No matching choice; set these widgets yourself"), left.join(", "));
+    }),
+    notify: action(app, t("Notify me"), t("Show a notification of the browser when a run ends"), async () => {
+      await Notification.requestPermission();
+      if (run) show(run);
     }),
     copy: action(app, t("Copy as JSON"), t("Copy this run's settings to the clipboard"), async () => {
       await copyText(JSON.stringify(await load(), null, 1));
@@ -167,9 +195,9 @@ function createDetail({ app, api, store, back }) {
   const box = element(
     "section", { "aria-label": t("Run") },
     element("button", { type: "button", class: "qet-button qet-back", on: { click: back } }, t("‹ All runs")),
-    element("div", { class: "qet-row" }, title, badge), bar, line,
+    element("div", { class: "qet-row" }, title, badge), bar, line, ending.element,
     element("div", { class: "qet-actions" }, ...Object.values(actions)),
-    chart.element, comparison.element, settings,
+    chart.element, drift.element, comparison.element, trial.element, settings,
   ); // prettier-ignore
 
   async function fill() {
@@ -191,30 +219,96 @@ function createDetail({ app, api, store, back }) {
     });
   });
 
+  /** @param {Run} next */
+  function show(next) {
+    if (next.run_name !== run?.run_name) {
+      settings.open = false;
+      table.replaceChildren();
+    }
+    run = next;
+    setText(title, run.run_name);
+    setText(badge, format.state(run));
+    badge.dataset.state = run.state;
+    bar.value = format.share(run);
+    setText(line, run.problem || [format.progress(run), ...ratios(run)].join(" · "));
+    actions.stop.hidden = run.state !== "training";
+    actions.stop.disabled = Boolean(run.stopping);
+    actions.go.hidden = isUnderWay(run) || ["finished", "elsewhere", "damaged"].includes(run.state) || !run.has_graph;
+    actions.open.hidden = !run.has_graph;
+    actions.notify.hidden = !isUnderWay(run) || !("Notification" in window) || Notification.permission !== "default";
+    ending.show(run);
+    chart.show(run.curve);
+    drift.show(run);
+    comparison.show(run);
+    trial.show(run, shown.step, shown.pair);
+    save.disabled = !run.loras?.some((lora) => lora.step === shown.step);
+  }
+
+  return { element: box, focus: () => title.focus(), chooseStep: comparison.choose, show };
+}
+
+/**
+ * How a run ended: the name of its LoRA, its time, and what can be done with it now.
+ * @param {{tryIt: () => void, use: any}} given
+ */
+function createEnding({ tryIt, use }) {
+  const line = element("p", { class: "qet-name" });
+  const title = t("Draw a held-out pair with this LoRA");
+  const button = element("button", { type: "button", class: "qet-button", title, on: { click: tryIt } }, t("Try it"));
+  const box = element("div", { class: "qet-ending" }, line, element("div", { class: "qet-actions" }, button, use));
   return {
     element: box,
-    focus: () => title.focus(),
-    chooseStep: comparison.choose,
-    /** @param {Run} next */
-    show(next) {
-      if (next.run_name !== run?.run_name) {
-        settings.open = false;
-        table.replaceChildren();
-      }
-      run = next;
-      setText(title, run.run_name);
-      setText(badge, format.state(run));
-      badge.dataset.state = run.state;
-      bar.value = run.num_steps ? run.step / run.num_steps : 0;
-      setText(line, run.problem || [format.progress(run), ...ratios(run)].join(" · "));
-      actions.stop.hidden = !run.active;
-      actions.stop.disabled = Boolean(run.stopping);
-      actions.go.hidden = run.active || ["finished", "elsewhere", "damaged"].includes(run.state) || !run.has_graph;
-      actions.open.hidden = !run.has_graph;
-      chart.show(run.curve);
-      comparison.show(run);
+    /** @param {Run} run */
+    show(run) {
+      box.hidden = !run.lora_name || isUnderWay(run);
+      if (box.hidden) return;
+      const early = run.kept_step ? [t("Ended early at step {step}.", { step: run.kept_step })] : [];
+      const saved = t("LoRA saved: {name}", { name: String(run.lora_name) });
+      const took = run.seconds ? [t("Total time: {time}", { time: format.duration(run.seconds) })] : [];
+      setText(line, [[...early, saved].join(" "), ...took].join(" · "));
+      button.hidden = endOf(run) === undefined || !run.samples?.length;
     },
   };
+}
+
+/**
+ * What drift is, its newest values, and a box that shows it in the chart.
+ * @param {ReturnType<typeof createChart>} chart
+ */
+function createDrift(chart) {
+  const change = () => chart.showDrift(check.checked);
+  const check = element("input", { type: "checkbox", on: { change } });
+  const line = element("p", { class: "qet-quiet" });
+  const box = element("div", {}, element("label", {}, check, ` ${t("Show drift in the chart")}`), line);
+  return {
+    element: box,
+    /** @param {Run} run */
+    show({ curve }) {
+      const newest = (/** @type {string} */ name) => curve?.measured[`drift_${name}`]?.at(-1)?.[1];
+      const [shift, zoom, colour] = [newest("shift"), newest("zoom"), newest("colour")];
+      box.hidden = shift === undefined;
+      if (shift === undefined || zoom === undefined || colour === undefined) return;
+      const text = t("Difference from the target outside the edit: {shift} px, {zoom} % zoom, {colour} of 255", {
+        shift: shift.toFixed(2),
+        zoom: zoom.toFixed(2),
+        colour: colour.toFixed(1),
+      });
+      setText(line, text);
+    },
+  };
+}
+
+/** The name with the first number for which there is no run. @param {string} name @param {Run[]} runs */
+function freeName(name, runs) {
+  const [, stem, digits] = /** @type {RegExpMatchArray} */ (name.match(/^(.*?)(?:-([0-9]{1,6}))?$/));
+  const taken = new Set(runs.map((run) => run.run_name));
+  for (let number = Number(digits ?? 1) + 1; ; number += 1) {
+    if (!taken.has(`${stem}-${number}`)) return `${stem}-${number}`;
+  }
+}
+
+function mayNotify() {
+  return "Notification" in window && Notification.permission === "granted";
 }
 
 /** PSNR of the samples of validated pairs against their targets, or why there is none. @param {Run} run */

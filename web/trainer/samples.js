@@ -79,8 +79,10 @@ export function createStrip(store, onPick) {
 /**
  * Compares the LoRA's picture at a step with the base, target or reference picture of the same pair.
  * @param {Store} store
+ * @param {(step: number, pair: number) => void} onShown Called with what is compared.
+ * @param {any[]} actions Buttons for the step that is compared.
  */
-export function createComparison(store) {
+export function createComparison(store, onShown, actions) {
   const under = element("img", { alt: "", draggable: "false" });
   const over = element("img", { alt: "", draggable: "false", class: "qet-over" });
   const leftLabel = element("span", { class: "qet-corner qet-left" });
@@ -98,7 +100,7 @@ export function createComparison(store) {
     element("div", { class: "qet-row" }, pairs, element("label", {}, t("against"), " ", against)),
     stack, divider,
     element("label", { class: "qet-row qet-step-row" }, t("step"), " ", steps, stepLabel),
-    strip.element, caption,
+    strip.element, caption, element("div", { class: "qet-actions" }, ...actions),
   ); // prettier-ignore
   /** @type {Run|undefined} */
   let run;
@@ -153,6 +155,7 @@ export function createComparison(store) {
     divider.setAttribute("aria-label", t("Share of the width that shows {picture}", { picture: named(against.value) }));
     setText(caption, pair.label ? `${pair.caption} (${pair.label})` : pair.caption);
     strip.show(run, number, sample.step);
+    onShown(sample.step, number);
   }
 
   divider.addEventListener("input", divide);

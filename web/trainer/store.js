@@ -9,8 +9,11 @@
  * @typedef {{step: number, version: number, pairs: Pair[]}} Sample
  * @typedef {{run_name: string, state: string, active: boolean, step: number, num_steps: number, loss: number|null,
  *   learning_rate?: number|null, seconds_per_step?: number|null, seconds_left?: number|null, peak_bytes?: number,
- *   problem?: string, phase?: string, stopping?: boolean, node_id?: string|null, changed?: number, has_graph?: boolean,
- *   psnr?: Record<string, number|null>, unmeasured?: string, curve?: Curve, samples?: Sample[], revision: number}} Run
+ *   problem?: string, phase?: string, phase_done?: number, phase_total?: number, stopping?: boolean,
+ *   node_id?: string|null, changed?: number, has_graph?: boolean, psnr?: Record<string, number|null>,
+ *   unmeasured?: string, curve?: Curve, samples?: Sample[], loras?: StepLora[], lora_name?: string,
+ *   seconds?: number|null, kept_step?: number|null, revision: number}} Run
+ * @typedef {{step: number, psnr: number|null, validation_loss: number|null, best: boolean}} StepLora
  */
 import { isMeasured } from "./chart_data.js";
 import { onceAFrame } from "./dom.js";
@@ -34,10 +37,24 @@ export function createStore(api) {
   /** @type {Set<() => void>} */
   const listeners = new Set();
   const tell = onceAFrame(() => listeners.forEach((listener) => listener()));
+  /** @type {Set<(run: Run, begins: boolean) => void>} Called when a run is queued or begins, and when it ends. */
+  const turns = new Set();
+  let wasListed = false; // whether the list was fetched once: what it has then did not begin now
+  let waitingPrompts = 0; // in ComfyUI's queue
 
   /** @param {string} path */
   async function get(path) {
-    const answer = await api.fetchApi(BASE + path);
+    return answered(await api.fetchApi(BASE + path));
+  }
+
+  /** @param {string} path @param {any} values */
+  async function post(path, values) {
+    const headers = { "Content-Type": "application/json" };
+    return answered(await api.fetchApi(BASE + path, { method: "POST", headers, body: JSON.stringify(values) }));
+  }
+
+  /** @param {Response} answer */
+  async function answered(answer) {
     const value = await answer.json();
     if (!answer.ok) throw new Error(value.error ?? answer.statusText);
     return value;
@@ -54,6 +71,7 @@ export function createStore(api) {
     const run = { ...before, ...values, revision: before.revision + 1 };
     runs.set(run.run_name, run);
     tell();
+    if (wasListed && isUnderWay(run) !== isUnderWay(before)) turns.forEach((turn) => turn(run, isUnderWay(run)));
     return run;
   }
 
@@ -92,7 +110,16 @@ export function createStore(api) {
     listed.forEach((/** @type {Run} */ run) => order.set(run.run_name, merge(run)));
     runs.clear();
     order.forEach((run, name) => runs.set(name, run));
+    wasListed = true;
     tell();
+  }
+
+  /** A prompt was queued, or has ended. @param {CustomEvent} event */
+  function onQueue({ detail }) {
+    const count = detail?.exec_info?.queue_remaining ?? 0;
+    if (count === waitingPrompts) return;
+    waitingPrompts = count;
+    reloadAll();
   }
 
   /** Fetch curve and samples of a run, and keep them up to date from now on. @param {string} name */
@@ -127,8 +154,8 @@ export function createStore(api) {
     const { points = [], samples, ...values } = detail;
     const before = runs.get(detail.run_name);
     if (!detail.active || !before?.active) {
-      merge({ ...values, state: detail.active ? "training" : before?.state });
-      reloadAll();
+      if (detail.active) merge(values);
+      reloadAll(); // if it has ended, its folder says how
       return;
     }
     const curve = before.curve && extended(before.curve, points);
@@ -138,6 +165,7 @@ export function createStore(api) {
 
   api.addEventListener("qwen_edit_trainer.run", onMessage);
   api.addEventListener("reconnected", reloadAll);
+  api.addEventListener("status", onQueue);
 
   return {
     refresh,
@@ -148,7 +176,13 @@ export function createStore(api) {
     /** Error message of the list request or of a run's request. @param {string} [name] The run. */
     problem: (name = LIST) => failures.get(LIST) ?? failures.get(name),
     get,
+    post,
     runPath,
+    /**
+     * Call `turn` when a run is queued or begins, and when it ends.
+     * @param {(run: Run, begins: boolean) => void} turn
+     */
+    onTurn: (turn) => turns.add(turn),
     /** @returns {Run[]} Newest first. */
     list: () => [...runs.values()],
     /** @param {string} name @returns {Run|undefined} */
@@ -171,16 +205,22 @@ export function createStore(api) {
     },
     /** Stop a training and keep its LoRA. @param {string} name */
     async stopAndKeep(name) {
-      const body = JSON.stringify({ run_name: name });
-      const headers = { "Content-Type": "application/json" };
-      const answer = await api.fetchApi(`${BASE}/stop`, { method: "POST", headers, body });
-      if (!answer.ok) throw new Error((await answer.json()).error);
+      await post("/stop", { run_name: name });
       merge({ run_name: name, stopping: true });
+    },
+    /** Copy the LoRA of a step to where LoRA loaders list it. @param {string} name @param {number} step */
+    async saveStep(name, step) {
+      return (await post(`${runPath(name)}/save_step`, { step })).lora_name;
     },
   };
 }
 
 /** @typedef {ReturnType<typeof createStore>} Store */
+
+/** Whether a run is in ComfyUI's queue or in progress. @param {{active?: boolean, state: string}} run */
+export function isUnderWay(run) {
+  return Boolean(run.active) || run.state === "queued";
+}
 
 /**
  * @param {Curve} curve
