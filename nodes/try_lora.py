@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..trainer_core.errors import ConfigError
 from . import host_call, host_folders, sockets
 from .run_folders import run_folder, runs_with_lora
-from .schema import Node, new_input, new_output, node_schema
+from .schema import CATEGORY, Node, new_input, new_output, node_schema
 from .untrusted import checked_run_name, file_below_roots
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class TryLora(Node):
         return node_schema(
             "TryLora",
             "Try Qwen Edit LoRA",
+            category=CATEGORY,
             description="Shows what the LoRA of a run does: on a held-out pair, exactly as the run's validation draws "
             "it, or on a picture of yours. The model and the pairs are those of the run.",
             search_aliases=["test lora", "sample", "preview", "lora strength"],

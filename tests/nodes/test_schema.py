@@ -43,6 +43,7 @@ EXPECTED = {
     "QwenEdit_RolloutSettings",
     "QwenEdit_PlanMemory",
     "QwenEdit_TryLora",
+    "QwenEdit_TryLora",
     "QwenEdit_EmaSettings",
     "QwenEdit_TrainLora",
     "QwenEdit_SampleEdit",
