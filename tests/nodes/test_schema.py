@@ -17,7 +17,7 @@ DEPENDS_ON_FOLDERS |= {("QwenEdit_LoraSettings", "init_lora"), ("QwenEdit_EditPa
 DEPENDS_ON_FOLDERS |= {("QwenEdit_TryLora", name) for name in ("run_name", "picture")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoadModelFiles", f"{part}_file") for part in ("transformer", "text_encoder", "vae")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_ChooseModel", each) for each in ("model", "text_encoder", "vae")}
-SHORT_PATH = {"QwenEdit_ChooseModel", "QwenEdit_EditPairs", "QwenEdit_Train"}
+SHORT_PATH = {"QwenEdit_ChooseModel", "QwenEdit_EditPairs", "QwenEdit_Train", "QwenEdit_TryLora"}
 EXPECTED = {
     *SHORT_PATH,
     "QwenEdit_MoreSettings",
@@ -42,8 +42,6 @@ EXPECTED = {
     "QwenEdit_ValidationSettings",
     "QwenEdit_RolloutSettings",
     "QwenEdit_PlanMemory",
-    "QwenEdit_TryLora",
-    "QwenEdit_TryLora",
     "QwenEdit_EmaSettings",
     "QwenEdit_TrainLora",
     "QwenEdit_SampleEdit",
