@@ -48,7 +48,7 @@ def files_of(root: Path) -> dict[str, Any]:
 
 
 def _content(path: Path, root: Path) -> Any:
-    if path.suffix == ".safetensors" and path.parent.name == "run":
+    if path.suffix == ".safetensors" and len(read_metadata(path)) > 1:
         # safetensors writes several entries of a header's metadata in any order
         return read_metadata(path), {name: tensor.tolist() for name, tensor in read_tensors(path).items()}
     if path.suffix not in (".json", ".jsonl"):

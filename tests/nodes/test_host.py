@@ -45,10 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(folder: Path, comfyui_dir: Path, repo: Path) -> dict[str, Any]:
     """The results of tests/support/comfy_subprocess_host.py."""
     values = {"repo": str(repo), "folder": str(folder), "named": str(folder / "named")}
-    with pytest.MonkeyPatch.context() as patch:
-        roots = os.pathsep.join(["relative", "", str(folder / "named_by_variable")])
-        patch.setenv("QWEN_EDIT_DATASET_ROOTS", roots)
-        return run_in_comfyui(comfyui_dir, "comfy_subprocess_host.py", folder / "work", {}, values).values
+    roots = {"QWEN_EDIT_DATASET_ROOTS": os.pathsep.join(["relative", "", str(folder / "named_by_variable")])}
+    work = folder / "work"
+    return run_in_comfyui(comfyui_dir, "comfy_subprocess_host.py", work, {}, values, environment=roots).values
 
 
 @pytest.mark.parametrize("file", ["good", "halved", "dora", "lokr"])

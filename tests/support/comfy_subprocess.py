@@ -30,16 +30,24 @@ class Answer:
 
 
 def run_in_comfyui(
-    tree: Path, script: str, work: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], seconds: float = 1200
+    tree: Path,
+    script: str,
+    work: Path,
+    tensors: Mapping[str, Tensor],
+    values: Mapping[str, Any],
+    seconds: float = 1200,
+    *,
+    environment: Mapping[str, str] | None = None,
 ) -> Answer:
     """Call `main(tensors, values)` of tests/support/`script` with `tree` on sys.path; exchanges files in `work`.
 
-    `seconds` only ends a process that hangs: a busy machine can take minutes to import ComfyUI.
+    `environment` adds variables to those that the first call of this test process found. `seconds` only ends a process
+    that hangs: a busy machine can take minutes to import ComfyUI.
     """
     work.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, work / "question.safetensors")
     (work / "question.json").write_text(json.dumps(dict(values)), encoding="utf-8")
-    process = Forked("tests.support.comfy_subprocess_main", tree, SCRIPTS / script, work)
+    process = Forked("tests.support.comfy_subprocess_main", tree, SCRIPTS / script, work, environment=environment)
     _, errors = process.communicate(seconds)
     if process.returncode != 0:
         raise AssertionError(f"{script} failed inside ComfyUI:\n{errors[-4000:]}")
