@@ -52,11 +52,12 @@ _FINDINGS = {
 
 @dataclass(slots=True)
 class Found:
-    """What was found. `problems` have the id of the node to which they belong."""
+    """What was found. `problems` have the id of the node to which they belong. `notes` are no reason to worry."""
 
     values: GraphValues
     problems: list[tuple[str, TrainerError]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def attempt(self, node_id: str, what: str, find: Callable[[], T]) -> T | None:
@@ -127,6 +128,7 @@ def before_start(prompt: Any, node_id: str, observer: Observer, *, measure_pairs
     return {
         "problems": [{"node_id": source, "text": _cut(str(error))} for source, error in _distinct(found.problems)],
         "warnings": [_cut(text) for text in dict.fromkeys(found.warnings)],
+        "notes": list(dict.fromkeys(found.notes)),
         "facts": [{"name": name, "value": value} for name, value in found.facts.items()],
         "preset": {"name": training.preset, "why": training.why, "values": dict(training.held)},
         "overridden": [
@@ -333,20 +335,20 @@ def _describe_pairs(
         found.warnings += pairs.notes
     if measure_pairs:
         for pairs in datasets.values():
-            measured = found.attempt("", "", lambda pairs=pairs: _measured(pairs, observer))
-            found.warnings += measured or ()
+            found.attempt("", "", lambda pairs=pairs: _measure(found, pairs, observer))
 
 
-def _measured(pairs: Any, observer: Observer) -> list[str]:
-    """What the pair check finds, one sentence for each kind."""
+def _measure(found: Found, pairs: Any, observer: Observer) -> None:
+    """Add what the pair check finds: a warning for each kind of finding, and its notes."""
     from ..trainer_core.data.pair_check import check_pairs
 
     checked_dir = Path(host_folders.cache_dir()) / "checked"
-    findings = check_pairs(pairs, PairCheckConfig(), observer, checked_dir=checked_dir).findings
+    check = check_pairs(pairs, PairCheckConfig(), observer, checked_dir=checked_dir)
+    found.notes += check.notes
     by_kind: dict[str, dict[str, None]] = {}
-    for each in findings:
+    for each in check.findings:
         by_kind.setdefault(each.kind, {})[each.key] = None
-    return [
+    found.warnings += [
         f"{len(keys)} of {len(pairs.pairs)} pairs: {_FINDINGS[kind]} ({some_of(list(keys))})."
         for kind, keys in by_kind.items()
     ]

@@ -289,6 +289,8 @@ def test_the_demo_ships(tmp_path: Path):
     dataset = pairs_of(demo_data_set(), "", checked_dir=tmp_path)
     assert len(dataset.pairs) >= 12
     assert all(pair.captions for pair in dataset.pairs)
+    check = check_data_set(demo_data_set(), checked_dir=tmp_path)
+    assert check.findings == {} and [note[:17] for note in check.notes] == ["In 24 of 24 pairs"]
 
 
 # Thumbnails

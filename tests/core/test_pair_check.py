@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.support.waves import HEIGHT, WIDTH, edited, scene
 from trainer_core.config import DatasetConfig, PairCheckConfig
-from trainer_core.data.alignment import MIN_UNEDITED_SHARE, align
+from trainer_core.data.alignment import MIN_UNEDITED_SHARE, UNEDITED, align
 from trainer_core.data.pair_check import PairCheck, check_pairs
 from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.demo.pictures import PAIRS
@@ -56,7 +56,9 @@ def test_the_plain_parts_of_a_negative_are_no_unedited_region() -> None:
     for name in ("03_china.png", "06_rocket.png", "07_china.png"):
         pixels = (np.asarray(Image.open(PAIRS / side / name), np.float32) for side in ("target", "reference"))
         found = align(*pixels)
-        assert found.unedited >= MIN_UNEDITED_SHARE and max(map(abs, found.colour)) > 64 and not found.measured
+        agrees = (found.difference < UNEDITED).mean()
+        assert agrees >= MIN_UNEDITED_SHARE and max(map(abs, found.colour)) > 64
+        assert found.unedited == 0 and not found.measured
 
 
 def dataset(root: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], captions: dict[str, str]) -> EditDataset:
@@ -115,6 +117,25 @@ def test_every_kind_is_found_and_no_more(mixed: EditDataset) -> None:
         "the caption says little: 'IMG_1234'",
     ):
         assert words in report, report
+
+
+def test_an_edit_of_the_whole_picture_is_a_note_and_no_finding_of_each_pair(tmp_path: Path) -> None:
+    negatives = pair_folders(
+        DatasetConfig(target_dir=str(PAIRS / "target"), reference_dirs=(str(PAIRS / "reference"),))
+    )
+    check = check_pairs(negatives, CONFIG)
+    assert check.findings == () and len(check.notes) == 1
+    assert check.notes[0].startswith("In 24 of 24 pairs, reference and target have too little in common to be aligned.")
+    report = check_report(negatives, check)
+    assert report.startswith("Pair check: no problems in 24 pairs.") and check.notes[0] in report
+    pairs = {str(seed): (edited(seed), scene(seed, (0, 0), 1.0, 8)) for seed in range(3)}
+    pairs |= {"new": (edited(8), scene(9)), "old": (edited(7), scene(7)), "twin": (edited(7) ^ 1, scene(7))}
+    check = check_pairs(dataset(tmp_path, pairs, {}), CONFIG)
+    assert kinds(check) == {"twin": ["duplicate"]}
+    assert [note.partition(". ")[0] for note in check.notes] == [
+        "In 1 of 6 pairs (new), reference and target have too little in common to be aligned",
+        "In 3 of 6 pairs (0, 1, 2), reference and target differ in colour outside the edit",
+    ]
 
 
 def test_limits_are_settings(mixed: EditDataset) -> None:

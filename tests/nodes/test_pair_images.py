@@ -33,7 +33,7 @@ def test_batches_become_pairs_that_can_be_checked(comfyui: PackServer):
     }
     answer = comfyui.run(prompt)
     assert text_of(answer, "5").startswith("3 pairs with 1 reference each.")
-    assert "Pair check: 3 of 3 pairs may have problems: 3 that can't be aligned" in text_of(answer, "4")
+    assert "\nIn 3 of 3 pairs, reference and target have too little in common to be aligned." in text_of(answer, "4")
     (folder,) = (comfyui.output / "qwen_edit_trainer" / "graph_pairs").iterdir()
     assert len(list(folder.rglob("*.png"))) == 6 and len(list(folder.rglob("*.txt"))) == 3
 

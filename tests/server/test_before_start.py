@@ -241,8 +241,9 @@ def test_pairs_are_measured_when_asked_for(studio: PackServer):
     shutil.copy(studio.input / folder / "target" / "000.txt", studio.input / folder / "target" / "twin.txt")
     prompt = training(RUN, folder=folder)
     assert not any("nearly the same" in text for text in asked(studio, prompt)["warnings"])
-    warnings = asked(studio, prompt, measure_pairs=True)["warnings"]
-    assert "1 of 6 pairs: nearly the same as another pair (twin)." in warnings
+    answer = asked(studio, prompt, measure_pairs=True)
+    assert "1 of 6 pairs: nearly the same as another pair (twin)." in answer["warnings"]
+    assert [note.partition(",")[0] for note in answer["notes"]] == ["In 6 of 6 pairs"]
 
 
 def test_swapped_sides_are_a_warning_if_the_captions_fit(studio: PackServer):

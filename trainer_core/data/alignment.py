@@ -27,7 +27,7 @@ _SAMPLED = 24  # rows and columns of a plane that give its median
 _LEAST_SIDE = 48  # pixels of the smallest pictures that are compared
 _FARTHEST = 20.0  # residuals above this many 8-bit steps count as an edit
 MIN_UNEDITED_SHARE = 0.2
-_LARGEST_OFFSET = 64.0  # 8-bit steps; what lies further apart in colour is an edit, for example the sky of a negative
+_LARGEST_OFFSET = 64.0  # 8-bit steps; regions that lie further apart in colour are edited, such as a negative's sky
 _MAX_STANDARD_ERROR = 0.1  # of the shift, in pixels of the measured picture
 
 
@@ -37,7 +37,8 @@ class Alignment:
 
     `shift` is in pixels to the right and down, `zoom` is the reference's scale (1: equal), and `colour` is target minus
     reference per channel in 8-bit steps. `difference` [H, W] is what remains after alignment, in 8-bit steps;
-    `unedited` is the share of the overlap where little remains. `measured` is False if the result is not reliable.
+    `unedited` is the share of the overlap where little remains, 0 if the colours lie far apart. `measured` is False if
+    the result is not reliable.
     """
 
     shift: tuple[float, float]
@@ -97,16 +98,16 @@ def judged(
     """The alignment that leaves this residual [3, H, W] `inside`, with the standard error of its shift in pixels."""
     smooth = avg_pool2d(torch.from_numpy(_largest(residual) * inside)[None, None], 3, 1, 1)[0, 0].numpy()
     compared = where & inside
-    unedited = float((smooth < UNEDITED)[compared].mean()) if compared.any() else 0.0
-    overlaps = compared.sum() >= where.sum() / 2
-    alike = bool(overlaps) and float(np.abs(colour).max()) <= _LARGEST_OFFSET
+    is_alike = compared.any() and float(np.abs(colour).max()) <= _LARGEST_OFFSET
+    unedited = float((smooth < UNEDITED)[compared].mean()) if is_alike else 0.0
+    overlaps = bool(compared.sum() >= where.sum() / 2)
     return Alignment(
         shift=(float(shift[0]), float(shift[1])),
         zoom=zoom,
         colour=(float(colour[0]), float(colour[1]), float(colour[2])),
         unedited=unedited,
         difference=smooth,
-        measured=alike and unedited >= MIN_UNEDITED_SHARE and error <= _MAX_STANDARD_ERROR,
+        measured=overlaps and unedited >= MIN_UNEDITED_SHARE and error <= _MAX_STANDARD_ERROR,
     )
 
 

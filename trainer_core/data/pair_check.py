@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from PIL import Image
 from ..config import PairCheckConfig
 from ..events import SILENT, Observer
 from ..geometry import Size, kept_share, same_framing
-from ..text import beginning, shown
+from ..text import beginning, shown, some_of
 from .alignment import MIN_UNEDITED_SHARE, Alignment, Pixels, align, estimate
 from .duplicates import Bits, near_duplicates, shape_bits
 from .images import is_converted, open_reduced
@@ -32,6 +33,14 @@ _LANCZOS = Image.Resampling.LANCZOS
 _ERRORS = 3  # standard errors by which the true shift may exceed the measured one
 
 FindingKind = Literal["shift", "zoom", "colour", "size", "framing", "unmeasured", "equal", "duplicate", "caption"]
+
+# What an edit of the whole picture looks like. If most pairs have such a finding, the set gets one of these sentences.
+_OF_WHOLE_PICTURES: dict[FindingKind, str] = {
+    "unmeasured": "reference and target have too little in common to be aligned. This is normal if the edit changes "
+    "the whole picture, as a style does. Otherwise check that they show the same scene.",
+    "colour": "reference and target differ in colour outside the edit. This is normal if the edit changes colour or "
+    "light. Otherwise match the colours, or the LoRA learns the difference.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +68,15 @@ class MeasuredPair:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class PairCheck:
-    """All findings of a dataset. `shifts`: (right, down) in pixels of the target, by pair key and reference number."""
+    """All findings of a dataset. `shifts`: (right, down) in pixels of the target, by pair key and reference number.
+
+    `notes`: sentences about the whole set, on what most pairs have in common and what is therefore no finding.
+    """
 
     num_pairs: int
     findings: tuple[Finding, ...]
     shifts: dict[tuple[str, int], tuple[float, float]]
+    notes: tuple[str, ...] = ()
 
     def of(self, key: str) -> tuple[Finding, ...]:
         """The findings of one pair."""
@@ -105,12 +118,26 @@ def check_pairs(
     findings += _captions(dataset.pairs)
     order = {pair.key: number for number, pair in enumerate(dataset.pairs)}
     findings.sort(key=lambda finding: order[finding.key])
+    notes, findings = _of_whole_pictures(findings, len(dataset.pairs))
     shifts = {
         (pair.key, number): shift
         for pair, result in zip(dataset.pairs, results, strict=True)
         for number, shift in result.shifts.items()
     }
-    return PairCheck(len(dataset.pairs), tuple(findings), shifts)
+    return PairCheck(len(dataset.pairs), tuple(findings), shifts, notes)
+
+
+def _of_whole_pictures(findings: list[Finding], pairs: int) -> tuple[tuple[str, ...], list[Finding]]:
+    """If an edit of the whole picture explains a finding of most pairs: notes on such findings, and the others."""
+    keys = {kind: dict.fromkeys(each.key for each in findings if each.kind == kind) for kind in _OF_WHOLE_PICTURES}
+    if 2 * len(set(chain(*keys.values()))) <= pairs:
+        return (), findings
+    notes: list[str] = []
+    for kind, text in _OF_WHOLE_PICTURES.items():
+        found = list(keys[kind])
+        names = "" if len(found) == pairs else f" ({some_of(found)})"
+        notes += [f"In {len(found)} of {pairs} pairs{names}, {text}"] if found else []
+    return tuple(notes), [each for each in findings if each.kind not in keys]
 
 
 def _to_keep(pair: EditPair, config: PairCheckConfig) -> Measured:

@@ -13,7 +13,7 @@ from .duplicates import Bits
 from .kept import kept_file, read_kept, write_kept
 from .pairing import EditDataset, EditPair
 
-_FORMAT = 2  # raise it when the measurements change
+_FORMAT = 3  # raise it when the measurements change
 
 
 class Measured(NamedTuple):

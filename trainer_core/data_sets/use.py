@@ -134,6 +134,7 @@ def check_data_set(data_set: DataSet, observer: Observer = SILENT, *, checked_di
         check = check_pairs(captioned, PairCheckConfig(), observer, checked_dir=checked_dir)
         for finding in check.findings:
             findings[finding.key].append(finding.text)
+        notes += check.notes
     return Checks(dict(findings), [*notes, *scan.notes][:_MOST_NOTES])
 
 

@@ -40,6 +40,7 @@ def check_report(dataset: EditDataset, check: PairCheck) -> str:
         lines = [f"Pair check: {pairs} of {check.num_pairs} pairs may have problems: {summary}."]
     if check.shifts:
         lines.append(f"References aligned with their targets: {len(check.shifts)}.")
+    lines += check.notes
     if shared := alike_captions(dataset.pairs):
         lines.append(shared)
     lines += [f"  - {shown(finding.key)}: {finding.text}" for finding in check.findings[:_MOST_LINES]]

@@ -10,8 +10,8 @@ import { t } from "./words.js";
  * @typedef {{name: string, value: any}} Fact
  * @typedef {{setting: string, preset: any, value: any, by: string}} Override
  * @typedef {{node_id: string, text: string}} Problem
- * @typedef {{problems: Problem[], warnings: string[], facts: Fact[], preset: {name: string, why: string},
- *   overridden: Override[]}} Answer
+ * @typedef {{problems: Problem[], warnings: string[], notes: string[], facts: Fact[],
+ *   preset: {name: string, why: string}, overridden: Override[]}} Answer
  */
 
 const WAIT = 1000; // milliseconds without a change before the server is asked
@@ -205,7 +205,7 @@ function linesOf(answer, app) {
   return [
     ...answer.problems.map(named),
     ...answer.warnings.map((text) => line("warning", text)),
-    ...[memory(facts), answer.preset.why].filter(Boolean).map((text) => line("fact", text)),
+    ...[memory(facts), answer.preset.why, ...answer.notes].filter(Boolean).map((text) => line("fact", text)),
     ...answer.overridden.map((each) => line("overridden", overriding(each))),
     ...details(facts).map((text) => line("detail", text)),
   ];
