@@ -34,7 +34,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
 from ..trainer_core.data_sets import changes, reading
-from ..trainer_core.data_sets.adding import LIMITS, add_file, is_zip, received_file, usage
+from ..trainer_core.data_sets.adding import LIMITS, add_file, full, is_zip, received_file, usage
 from ..trainer_core.data_sets.folders import (
     DataSet,
     NameTakenError,
@@ -219,9 +219,12 @@ async def _upload(request: web.Request) -> web.Response:
     async with _uploads:
         data_set = await asyncio.to_thread(_data_set, request)
         used = await asyncio.to_thread(usage, data_set.root)
-        most = min(LIMITS.zip_bytes if is_zip(name) else LIMITS.file_bytes, LIMITS.set_bytes - used.bytes)
+        limit, left = LIMITS.zip_bytes if is_zip(name) else LIMITS.file_bytes, LIMITS.set_bytes - used.bytes
+        why = f"The file is too large: at most {size_in_words(limit)} are received. Nothing was added."
+        if left < limit:
+            why = f"The file was not added, because {await asyncio.to_thread(full, data_set)}"
         with received_file(data_set) as path:
-            await _receive(request, path, most)
+            await _receive(request, path, min(limit, left), why)
             added = await _in_thread_for("data-sets", lambda: _add(data_set, path, name, side))
     files = [{"file": file, "side": where} for file, where in added.added]
     return json_answer({"added": files, "problems": [without_paths(each) for each in added.problems]})
@@ -232,16 +235,16 @@ def _add(data_set: DataSet, path: Path, name: str, side: str) -> Any:
         return add_file(data_set, path, name, side)
 
 
-async def _receive(request: web.Request, path: Path, most: int) -> None:
-    """Write the body to a file, whatever length the request states."""
+async def _receive(request: web.Request, path: Path, most: int, why: str) -> None:
+    """Write the body to a file, whatever length the request states. `why`: what to say of one with more bytes."""
     if (request.content_length or 0) > most:
-        raise _too_large(most)
+        raise _RefusedError(413, why)
     size, waiting = 0, bytearray()
     with disk_errors(path), await asyncio.to_thread(path.open, "wb") as file:
         async for chunk in _pieces(request):
             size += len(chunk)
             if size > most:
-                raise _too_large(most)
+                raise _RefusedError(413, why)
             waiting += chunk
             if len(waiting) >= _WRITTEN_BYTES:
                 await asyncio.to_thread(file.write, bytes(waiting))
@@ -260,11 +263,6 @@ async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
         raise _RefusedError(408, f"Nothing came for {_SILENT_SECONDS} seconds, so nothing was added.") from error
     except (ConnectionError, web.RequestPayloadError, PayloadEncodingError) as error:
         raise _RefusedError(400, "The connection ended before the whole file had come.") from error
-
-
-def _too_large(most: int) -> _RefusedError:
-    text = f"The file is too large: at most {size_in_words(max(most, 0))} are received. Nothing was added."
-    return _RefusedError(413, text)
 
 
 # Changes

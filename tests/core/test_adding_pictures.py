@@ -1,4 +1,4 @@
-"""Pictures, captions and ZIP files from outside: their names, their checks, and what hostile ones can't do."""
+"""Pictures, captions and ZIP files from outside: their checks, and what hostile ones can't do."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from PIL import Image, PngImagePlugin
 
 from tests.support.data_sets import files, made
 from trainer_core.data_sets.adding import LIMITS, Added, Limits, add_file, received_file, usage
+from trainer_core.data_sets.changes import delete
 from trainer_core.data_sets.folders import DataSet, create_data_set, open_data_set
 from trainer_core.data_sets.moves import changing
-from trainer_core.data_sets.names import AUTO, Place, clean_stem, places_of
+from trainer_core.data_sets.names import AUTO
 from trainer_core.data_sets.reading import read_data_set
 from trainer_core.errors import DatasetError, DiskError
 from trainer_core.files import temporary_beside
@@ -51,84 +52,6 @@ def mine(tmp_path: Path) -> DataSet:
     return create_data_set(tmp_path / "in", "mine")
 
 
-# Names
-
-
-@pytest.mark.parametrize(
-    ("names", "places"),
-    [
-        (["a_before.png", "a_after.png"], ["reference/a", "target/a"]),
-        (["a_0.png", "a_1.png"], ["reference/a", "target/a"]),
-        (["a.png", "a_0.png", "a_1.png", "a_2.png"], ["target/a", "reference/a", "reference_2/a", "reference_3/a"]),
-        (["a_start.png", "a_start2.png", "a_end.png"], ["reference/a", "reference_2/a", "target/a"]),
-        (["a.png", "a_edited.png"], ["reference/a", "target/a"]),
-        (["a-source.jpg", "a target.jpg"], ["reference/a", "target/a"]),
-        (["x/before/a.png", "x/after/a.png", "x/after/a.txt"], ["reference/a", "target/a", "target/a"]),
-        (["control_2\\a.png", "results\\b\\a.png"], ["reference_2/a", "target/b_a"]),
-        (["a_after.txt", "a.txt", "a_after.png.txt"], ["target/a", "target/a", "target/a"]),
-    ],
-)
-def test_sides_by_name(names: list[str], places: list[str]):
-    found = [place for place in places_of(names) if isinstance(place, Place)]
-    assert [f"{place.side}/{place.stem}" for place in found] == places
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("IMG_20.png", "before or after"),
-        ("a.png", "before or after"),
-        ("a_0.svg", "extension"),
-        ("a.html", "extension"),
-        ("a", "extension"),
-        ("a_start7.png", "three references"),
-        (".hidden.png", ""),
-        ("__MACOSX/a_before.png", ""),
-        ("", ""),
-        ("..", ""),
-    ],
-)
-def test_names_without_a_side(name: str, said: str):
-    (found,) = places_of([name])
-    assert isinstance(found, str)
-    assert said in found
-    assert bool(found) == bool(said)
-
-
-def test_a_side_that_is_given_keeps_names_as_they_are():
-    names = ["IMG_1.png", "a_in.png", "a_after.png", "a_before.png"]
-    assert [place.stem for place in places_of(names, "reference") if isinstance(place, Place)] == [
-        "IMG_1",
-        "a_in",
-        "a_after",
-        "a",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("stem", "cleaned"),
-    [
-        ("a", "a"),
-        ("é", "é"),
-        ("e\u0301", "é"),
-        ("猫 1", "猫 1"),
-        ("a/b\\c:d", "a_b_c_d"),
-        ("..", "picture"),
-        ("...a. .", "a"),
-        ("nul", "_nul"),
-        ("COM1.x", "_COM1.x"),
-        ("a\0b\nc", "abc"),
-        ("a\u202egnp", "agnp"),
-        ("\ud800", "picture"),
-        ("<img src=x onerror=alert(1)>", "_img src=x onerror=alert(1)_"),
-        ("x" * 500, "x" * 120),
-        ("猫" * 100, "猫" * 40),
-    ],
-)
-def test_cleaned_names(stem: str, cleaned: str):
-    assert clean_stem(stem) == cleaned
-
-
 # Pictures and captions
 
 
@@ -150,6 +73,12 @@ def test_equal_pictures_are_kept_once_and_others_get_a_number(mine: DataSet):
     assert add(mine, "A.jpg", png(3, kind="JPEG"), "target").added == [("A-3.jpg", "target")]
     assert (mine.root / "target" / "a.png").read_bytes() == png(1)
     assert add(mine, "A.png", png(4), "reference").added == [("a.png", "reference")]
+
+
+def test_equal_pictures_of_two_pairs_are_both_kept(mine: DataSet):
+    """Two edits of one picture. Names that only begin alike are no reason to drop one."""
+    for name in ("10.png", "1.png", "1-2.png"):
+        assert add(mine, name, png(1), "reference").added == [(name, "reference")]
 
 
 def test_a_caption_replaces_no_other(mine: DataSet):
@@ -246,6 +175,11 @@ def test_limits_of_a_data_set(mine: DataSet, tmp_path: Path):
     assert "the data set is full" in add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems[0]
     assert "larger than 10 bytes" in add(mine, "b.png", png(2), "target", LIMITS._replace(file_bytes=10)).problems[0]
     assert files(tmp_path) == before
+    assert ".trash" not in add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems[0]
+    delete(mine, [("target", "a.png")])
+    (problem,) = add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems
+    assert f"1 file of these ({len(png(1))} bytes) are in its folder .trash. Delete that folder" in problem
+    assert sorted(files(tmp_path).values()) == sorted(before.values())
     with pytest.raises(DatasetError, match="There is no side"):
         add(mine, "b.png", png(2), "../target")
 
@@ -354,7 +288,7 @@ def test_zip_bombs(mine: DataSet, tmp_path: Path):
     assert add(mine, "x.zip", bytes(lying)).added == []
     limits = LIMITS._replace(set_bytes=usage(mine.root).bytes + 40_000)
     many = zipped({f"{n}_before.png": png(n, (300, 300)) + bytes(9_000) for n in range(9)}, zipfile.ZIP_STORED)
-    assert "The data set is full" in add(mine, "x.zip", many, limits=limits).problems[-1]
+    assert "because the data set is full" in add(mine, "x.zip", many, limits=limits).problems[-1]
     assert {name: data for name, data in files(tmp_path).items() if name in before} == before
 
 
@@ -372,7 +306,13 @@ def test_a_list_of_contents_that_would_fill_the_memory(mine: DataSet, monkeypatc
     assert found.problems == ["The ZIP file lists too many files. Add the pictures in several ZIP files."]
 
 
-@pytest.mark.parametrize("data", [b"", b"no zip", zipped({"a_before.png": png()})[:-30], b"PK\x05\x06" + b"\xff" * 18])
+# Its list of contents would begin before the file does.
+LYING = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 1, 1, 1_000, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no zip", zipped({"a_before.png": png()})[:-30], b"PK\x05\x06" + b"\xff" * 18, LYING]
+)
 def test_damaged_zips(data: bytes, mine: DataSet):
     found = add(mine, "x.zip", data)
     assert found.added == []

@@ -12,6 +12,7 @@ from trainer_core.data_sets import changes, folders, moves
 from trainer_core.data_sets.folders import NotFoundError, find_data_sets, open_data_set
 from trainer_core.data_sets.moves import UNFINISHED, changing, finish
 from trainer_core.data_sets.reading import read_data_set
+from trainer_core.data_sets.use import pairs_of
 from trainer_core.errors import DatasetError
 
 
@@ -65,6 +66,18 @@ def test_one_caption_for_all_can_be_undone(tmp_path: Path):
     assert [pair.caption for pair in read_data_set(mine).pairs] == ["my own words", "the same"]
     assert changes.write_caption_of_all(mine, "the same") != ""
     assert changes.write_caption_of_all(mine, "the same") == ""
+
+
+def test_the_caption_of_all_is_changed_in_place(tmp_path: Path):
+    """Otherwise each change of it would put as many files into the trash as there are pairs."""
+    mine = made(tmp_path, "a", "b")
+    for words in ("turn it red", "turn it blue"):
+        assert changes.write_caption_of_all(mine, words) == ""
+        assert [pair.caption for pair in read_data_set(mine).pairs] == [words, words]
+    assert not (mine.root / folders.TRASH).exists()
+    token = changes.write_caption_of_all(mine, " ")
+    assert changes.restore(mine, token) == 2
+    assert [pair.caption for pair in read_data_set(mine).pairs] == ["turn it blue", "turn it blue"]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +212,19 @@ def test_hold_out(tmp_path: Path):
     with pytest.raises(NotFoundError, match="gone"):
         changes.hold_out(mine, ["gone"], held_out=True)
     assert (mine.root / "held_out.txt").read_text() == "mine\ns/c\n"
+
+
+def test_a_list_of_held_out_pairs_that_cannot_be_read_is_kept_and_told(tmp_path: Path):
+    mine = made(tmp_path, "a", "b")
+    text(mine.root / "held_out.txt", "b\n".encode("utf-16"))
+    before = files(mine.root)
+    with pytest.raises(DatasetError, match=r"The list of held-out pairs, held_out\.txt, can't be read"):
+        changes.hold_out(mine, ["a"], held_out=True)
+    assert files(mine.root) == before
+    found = read_data_set(mine)
+    assert not any(pair.held_out for pair in found.pairs) and "can't be read" in found.notes[0]
+    with pytest.raises(DatasetError, match=r"held_out\.txt, can't be read"):
+        pairs_of(mine, "turn it blue")
 
 
 def test_delete_and_restore(tmp_path: Path):

@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -18,8 +19,8 @@ from ..disk import disk_errors, size_in_words
 from ..errors import DatasetError, DiskError
 from ..files import remove, rename, temporary_beside
 from ..text import LONGEST_PROMPT, counted, is_blank, reason_of, shown, text_problem
-from .changes import free_stem, write_caption
-from .folders import DataSet
+from .changes import free_stem, numbered, write_caption
+from .folders import TRASH, DataSet
 from .moves import check_folders
 from .names import AUTO, SIDES, Place, clean_stem, places_of, same_stem
 
@@ -58,7 +59,10 @@ class Added:
 
 
 class Usage(NamedTuple):
-    """How many files a data set has, and their bytes, with those in its trash and those that are being received."""
+    """How many files a data set has, and their bytes, with those in its trash and those that are being received.
+
+    The trash counts, because it fills the disk as well. It is never emptied without its owner.
+    """
 
     files: int
     bytes: int
@@ -80,6 +84,18 @@ def usage(root: Path) -> Usage:
         except OSError:
             continue
     return Usage(files, size)
+
+
+def full(data_set: DataSet, limits: Limits = LIMITS) -> str:
+    """The end of a sentence on a data set that takes no more files, and how to make room."""
+    text = f"the data set is full. It may have {limits.files:,} files and {size_in_words(limits.set_bytes)}."
+    trash = usage(data_set.root / TRASH)
+    if not trash.files:
+        return text
+    return (
+        f"{text} {counted(trash.files, 'file')} of these ({size_in_words(trash.bytes)}) are in its folder {TRASH}. "
+        "Delete that folder if you don't need them."
+    )
 
 
 def is_zip(name: str) -> bool:
@@ -160,9 +176,11 @@ class _Adding:
         suffix = name.suffix if format_of(name.name) == header.format else suffix_of(header.format)
         folder = self._folder(place.side)
         stem = self._partner_stem(clean_stem(place.stem), place.side)
-        if equal := self._equal(received, folder, stem):
-            return equal.relative_to(folder.root).as_posix()
-        stem = free_stem(stem, {same_stem(key) for key in folder.pictures} | {same_stem(k) for k in folder.unread})
+        taken = {same_stem(key): file for key, file in (folder.unread | folder.pictures).items()}
+        for each in takewhile(lambda each: same_stem(each) in taken, numbered(stem)):
+            if _same_bytes(taken[same_stem(each)], received):
+                return taken[same_stem(each)].relative_to(folder.root).as_posix()
+        stem = free_stem(stem, set(taken))
         path = folder.root / f"{stem}{suffix}"
         check_folders(self._data_set, path)
         path.parent.mkdir(exist_ok=True)
@@ -199,10 +217,7 @@ class _Adding:
             raise DatasetError(_too_large(received, self._limits.file_bytes))
         used = self._used
         if used.files > self._limits.files or used.bytes > self._limits.set_bytes:
-            raise DatasetError(
-                f"{received}: the data set is full. It may have {self._limits.files:,} files and "
-                f"{size_in_words(self._limits.set_bytes)}, with those in its folder .trash."
-            )
+            raise DatasetError(f"{received}: it was not added, because {full(self._data_set, self._limits)}")
 
     def _folder(self, side: str) -> Folder:
         """The files of a side. Only those directly in its folder matter here."""
@@ -216,12 +231,6 @@ class _Adding:
         sides = [each for each in self._data_set.sides if own or each != side]
         keys = (key for each in sides for key in self._folder(each).pictures)
         return next((key for key in keys if same_stem(key) == same_stem(stem)), stem)
-
-    def _equal(self, received: Path, folder: Folder, stem: str) -> Path | None:
-        """A picture of the folder with this stem, or with it and a number, that has the same bytes."""
-        begin = same_stem(stem)
-        same = (path for key, path in folder.pictures.items() if same_stem(key).startswith(begin))
-        return next((path for path in same if _same_bytes(path, received)), None)
 
     def add_zip(self, received: Path, side: str) -> None:
         """Add the pictures and captions in a ZIP file. Unpacks one at a time, and nothing under its own name."""
@@ -255,7 +264,8 @@ class _Adding:
                 else:
                     self.add(unpacked, entry.filename, place)
             if left <= 0 or self._used.files > self._limits.files:
-                self._result.refuse(f"The data set is full: {counted(len(entries) - number - 1, 'file')} not added.")
+                left_out = counted(len(entries) - number - 1, "file")
+                self._result.refuse(f"{left_out} not added, because {full(self._data_set, self._limits)}")
                 return
 
 
@@ -291,7 +301,12 @@ class _Listed:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.seek, self.tell, self.close = file.seek, file.tell, file.close
+        self.tell, self.close = file.tell, file.close
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_SET and place < 0:  # Python 3.10 does not check this
+            raise zipfile.BadZipFile("Bad offset for central directory")
+        return self._file.seek(place, whence)
 
     def read(self, size: int = -1) -> bytes:
         if size > _DIRECTORY_BYTES:

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..text import LONGEST_PROMPT, is_blank, shown, some_of, text_problem
 from .folders import HELD_OUT, TRASH, DataSet, NotFoundError
 from .moves import Move, check_folders, move_all
 from .names import REFERENCES, SIDES, is_path_of_names, same_stem
-from .reading import caption_of, held_out_keys
+from .reading import caption_of, read_held_out
 
 _TOKEN = re.compile(r"[0-9a-f]{16}")
 _REPLACED = re.compile(r"\.before\.[a-z]+$")  # a caption that another one from the trash has replaced
@@ -70,6 +71,8 @@ def write_caption(data_set: DataSet, path: Path, text: str) -> None:
 def write_caption_of_all(data_set: DataSet, text: str) -> str:
     """Give every target the same caption. Returns the token that restores the captions before, or an empty text.
 
+    One that all targets had before is changed in place, like the caption of one pair, and doesn't go to the trash.
+
     Raises:
         DatasetError: the caption can't be used.
         DiskError: a file can't be written.
@@ -77,8 +80,10 @@ def write_caption_of_all(data_set: DataSet, text: str) -> str:
     if problem := text_problem(text, LONGEST_PROMPT):
         raise DatasetError(f"The caption {problem}.")
     target = scan_folder(data_set.folder("target"))
-    replaced = [path for key, path in target.texts.items() if key in target.pictures and _read(path) != text.strip()]
-    token = _to_trash(data_set, replaced)
+    before = {key: _read(target.texts[key]) if key in target.texts else "" for key in target.pictures}
+    is_shared = None not in before.values() and len(set(before.values())) == 1
+    replaced = [target.texts[key] for key, old in before.items() if old not in ("", text.strip())]
+    token = "" if is_shared and not is_blank(text) else _to_trash(data_set, replaced)
     if not is_blank(text):
         write_captions(data_set, dict.fromkeys(target.pictures, text))
     return token
@@ -131,13 +136,15 @@ def _known(keys: Mapping[str, str], file: str) -> str:
     return keys[file]
 
 
+def numbered(stem: str) -> Iterator[str]:
+    """`stem`, `stem-2`, `stem-3`, and so on."""
+    yield stem
+    yield from (f"{stem}-{number}" for number in count(2))
+
+
 def free_stem(stem: str, taken: set[str]) -> str:
-    """`stem`, or the first of `stem-2`, `stem-3`, ... whose `same_stem` is not taken."""
-    number, candidate = 1, stem
-    while same_stem(candidate) in taken:
-        number += 1
-        candidate = f"{stem}-{number}"
-    return candidate
+    """The first of the `numbered` stems whose `same_stem` is not taken."""
+    return next(candidate for candidate in numbered(stem) if same_stem(candidate) not in taken)
 
 
 def swap_sides(data_set: DataSet, keys: Sequence[str] | None) -> None:
@@ -173,14 +180,14 @@ def hold_out(data_set: DataSet, keys: Sequence[str], *, held_out: bool) -> None:
 
     Raises:
         NotFoundError: a key has no target.
-        DatasetError: the list is a link.
+        DatasetError: the list is a link, or can't be read.
         DiskError: the list can't be written.
     """
     target = scan_folder(data_set.folder("target"))
     missing = sorted(set(keys) - target.pictures.keys())
     if missing and held_out:
         raise NotFoundError(f"There are no targets named {some_of(missing)}. Reload the page.")
-    before = held_out_keys(data_set)
+    before = read_held_out(data_set)
     after = before | set(keys) if held_out else before - set(keys)
     path = data_set.root / HELD_OUT
     if path.is_symlink():

@@ -21,7 +21,6 @@ from .names import REFERENCES
 _MOST_HEADERS = 2_000  # that one reading opens; later ones open the rest
 _MOST_KEPT = 50_000
 _MOST_NOTES = 50
-_HELD_OUT_BYTES = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def read_data_set(data_set: DataSet) -> Contents:
     pictures = _Pictures(folders)
     target = folders["target"]
     references = {side: folders[side] for side in REFERENCES if side in folders}
-    held_out = held_out_keys(data_set)
+    held_out, held_out_notes = _held_out(data_set)
     both = target.pictures.keys() & set[str]().union(*(folder.pictures for folder in references.values()))
     paired = sorted(both)
     captions, caption_notes = _captions(paired, target)
@@ -96,6 +95,7 @@ def read_data_set(data_set: DataSet) -> Contents:
         if key not in (target.pictures if side != "target" else both)
     ]
     found = suggestions(alone, data_set)
+    notes = _notes(data_set, folders, [*held_out_notes, *caption_notes], held_out - target.pictures.keys())
     return Contents(
         name=data_set.name,
         revision=revision(data_set),
@@ -103,7 +103,7 @@ def read_data_set(data_set: DataSet) -> Contents:
         unmatched=tuple(pictures.at(side, path) for side, path in alone),
         suggestions=found.suggestions,
         suggestions_left=found.left,
-        notes=tuple(_notes(data_set, folders, caption_notes, held_out - target.pictures.keys()))[:_MOST_NOTES],
+        notes=tuple(notes)[:_MOST_NOTES],
     )
 
 
@@ -132,15 +132,29 @@ def last_change(data_set: DataSet) -> int:
 
 
 def held_out_keys(data_set: DataSet) -> frozenset[str]:
-    """The keys that the data set's list of held-out pairs names. Empty without a list, or if it can't be read."""
-    path = data_set.root / HELD_OUT
+    """As `read_held_out`; empty if the list can't be read."""
     try:
-        if path.is_symlink() or not path.is_file():
-            return frozenset()
-        with path.open("rb") as file:
-            lines = file.read(_HELD_OUT_BYTES).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
+        return read_held_out(data_set)
+    except DatasetError:
         return frozenset()
+
+
+def read_held_out(data_set: DataSet) -> frozenset[str]:
+    """The keys that the data set's list of held-out pairs names. Empty without a list, or if it is a link.
+
+    Raises:
+        DatasetError: the list can't be read.
+    """
+    path = data_set.root / HELD_OUT
+    if path.is_symlink() or not path.is_file():
+        return frozenset()
+    try:
+        lines = read_text(path).split("\n")
+    except DatasetError as error:
+        raise DatasetError(
+            f"The list of held-out pairs, {HELD_OUT}, can't be read. Save it as UTF-8 text with one name a line, or "
+            "delete it and mark the pairs again."
+        ) from error
     return frozenset(line.strip() for line in lines if line.strip())
 
 
@@ -226,13 +240,21 @@ def _captions(keys: Iterable[str], target: Folder) -> tuple[dict[str, str], list
     return found, notes
 
 
+def _held_out(data_set: DataSet) -> tuple[frozenset[str], list[str]]:
+    """The keys of held-out pairs, and a note if their list can't be read."""
+    try:
+        return read_held_out(data_set), []
+    except DatasetError as error:
+        return frozenset(), [str(error)]
+
+
 def _notes(
-    data_set: DataSet, folders: Mapping[str, Folder], captions: Iterable[str], stale: Iterable[str]
+    data_set: DataSet, folders: Mapping[str, Folder], unread: Iterable[str], stale: Iterable[str]
 ) -> Iterator[str]:
     yield from data_set.notes
     for folder in folders.values():
         yield from folder.problems
         yield from folder.notes
-    yield from captions
+    yield from unread
     if missing := sorted(stale):
         yield f"{HELD_OUT} names pictures that are not there: {some_of(missing)}."

@@ -15,7 +15,7 @@ from ..errors import DatasetError
 from ..events import SILENT, Observer
 from ..text import brief, counted, is_blank, shown, some_of
 from .folders import DataSet, open_data_set
-from .reading import held_out_keys
+from .reading import held_out_keys, read_held_out
 
 _DEMO = Path(__file__).parent.parent / "demo" / "pairs"
 _MOST_NOTES = 100
@@ -64,6 +64,11 @@ def pairs_of(
             "Edit pairs and match them there."
         )
     problems: list[str] = []
+    marked: frozenset[str] = frozenset()
+    try:
+        marked = read_held_out(data_set)
+    except DatasetError as error:
+        problems.append(str(error))
     if is_blank(instruction):
         without = sorted(target.pictures.keys() - target.texts.keys())
         if without:
@@ -82,7 +87,7 @@ def pairs_of(
             problems,
             (*data_set.notes, *scan.notes),
         )
-    marked = held_out_keys(data_set) & {pair.key for pair in scan.dataset.pairs}
+    marked &= {pair.key for pair in scan.dataset.pairs}
     return dataclasses.replace(
         scan.dataset, held_out=tuple(sorted(marked)), notes=(*data_set.notes, *scan.dataset.notes)
     )
