@@ -130,6 +130,7 @@ def test_the_demo_model_is_one() -> None:
         ("Qwen-Image-Edit-2511-Q8_0", "edit-v3"),
         ("qwen_image_edit_2509_fp8mixed", "edit-v2"),
         ("Qwen_Image_Edit-Q4_K_S", "edit-v1"),
+        ("my-merge-20250911", None),
         ("qwen_image_edit_fp8_e4m3fn", "edit-v1"),
         ("Qwen-Image-Edit-Plus", None),
         ("qwen_image_fp8_e4m3fn", None),

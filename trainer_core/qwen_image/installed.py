@@ -73,7 +73,7 @@ def flavour_by_name(name: str) -> FlavourName | None:
     """The flavour that the name of a model says; None if it doesn't say one."""
     plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
     for row in FLAVOURS.values():
-        if row.release.isdigit() and row.release in plain:
+        if row.release.isdigit() and re.search(rf"(?<!\d){row.release}(?!\d)", plain):  # not in a date
             return row.name
     is_first = "qwen_image_edit" in plain and not re.search(r"plus|\d{4}|_v[2-9]|lightning|rapid", plain)
     return "edit-v1" if is_first else None
