@@ -292,6 +292,13 @@ def test_zip_bombs(mine: DataSet, tmp_path: Path):
     assert {name: data for name, data in files(tmp_path).items() if name in before} == before
 
 
+def test_what_is_not_added_is_said_even_if_it_is_much(mine: DataSet):
+    found = add(mine, "x.zip", zipped({f"{number:03d}.html": b"x" for number in range(150)}))
+    assert len(found.problems) == 101
+    assert found.problems[99].startswith("099.html: ")
+    assert found.problems[100] == "More files were not added, for reasons like these."
+
+
 def test_ten_thousand_files_in_a_zip(mine: DataSet, tmp_path: Path):
     entries = dict.fromkeys((f"{number}_before.png" for number in range(10_000)), b"")
     found = add(mine, "x.zip", zipped(entries, zipfile.ZIP_STORED), limits=LIMITS._replace(files=5_000))

@@ -61,6 +61,14 @@ def test_the_plain_parts_of_a_negative_are_no_unedited_region() -> None:
         assert found.unedited == 0 and not found.measured
 
 
+@pytest.mark.parametrize(("offset", "measured"), [(60, True), (68, False)])
+def test_colours_that_lie_far_apart_are_an_edit(offset: int, measured: bool) -> None:
+    pixels = edited().astype(np.float32) / 2, scene(0).astype(np.float32) / 2 + offset
+    found = align(*pixels)
+    assert found.colour == pytest.approx((-offset,) * 3, abs=0.5)
+    assert (found.measured, found.unedited > MIN_UNEDITED_SHARE) == (measured, measured)
+
+
 def dataset(root: Path, pairs: dict[str, tuple[np.ndarray, np.ndarray]], captions: dict[str, str]) -> EditDataset:
     for key, (target, reference) in pairs.items():
         for part, pixels in (("after", target), ("before", reference)):

@@ -32,6 +32,7 @@ _BEFORE = re.compile(
     re.IGNORECASE,
 )
 _AFTER = re.compile(f"[-_ .](?P<word>{'|'.join((*AFTER_WORDS, *_SHORT_AFTER))})$", re.IGNORECASE)
+SWAPPED = "Are the two folders swapped?"
 _CAPTION_FOLDERS = ("caption", "captions", "text", "texts", "txt", "prompt", "prompts", "instruction", "instructions")
 _TEXT_SUFFIXES = frozenset(
     {".json", ".md", ".text", ".prompt", ".tags", ".yaml", ".yml", ".rtf", ".doc", ".docx", ".odt", ".html"}
@@ -225,7 +226,7 @@ def _captions_elsewhere(target: Folder, references: Sequence[Folder], layout: La
         if not keys:
             continue
         swapped = 1 <= number <= len(references) and len(keys) == len(target.pictures)  # all are beside the references
-        hint = "Are the two folders swapped? Then exchange them. Otherwise, if" if swapped else "If"
+        hint = f"{SWAPPED} Then exchange them. Otherwise, if" if swapped else "If"
         names = [files[key].name for key in keys]
         plain = all(files[key].suffix.lower() in CAPTION_SUFFIXES for key in keys)
         move = "move them beside the targets"

@@ -20,10 +20,10 @@ from .checking import Checked, CheckedPictures, check_pictures
 from .folders import FileState, Folder, file_states, scan_folder, take_out_masks, unread_names
 from .images import accepts_cut_pictures
 from .kept import kept_file
-from .layouts import Layout, recognise, rows_by_target
+from .layouts import SWAPPED, Layout, recognise, rows_by_target
 from .masks import PairMask, mask_problem
 from .picture_notes import picture_notes, profile_note
-from .sides import QUESTION, swapped_note
+from .sides import swapped_note
 
 LONGEST_SHAPE = 32  # the longer side over the shorter one, which then has 22 latents at a megapixel, 11 at 512²
 
@@ -135,10 +135,10 @@ def scan_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
         pair, found = _pair(key, captions, folders, checked, config, layout)
         problems += found + uncaptioned
         pairs += [] if pair is None else [pair]
-    is_told = any(QUESTION in problem for problem in problems)
+    is_told = any(SWAPPED in problem for problem in problems)
     swapped = "" if is_told else swapped_note(target, folders.references, config)
-    notes = filter(None, (swapped, *folders.notes(config), *layout.notes, *_notes_on_pictures(checked, pairs, config)))
-    notes = tuple(notes)
+    notes = (*folders.notes(config), *layout.notes, *_notes_on_pictures(checked, pairs, config))
+    notes = (swapped, *notes) if swapped else notes
     return FolderScan(_dataset(pairs, config, notes), tuple(problems), notes)
 
 

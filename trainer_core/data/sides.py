@@ -8,10 +8,9 @@ from pathlib import Path
 from ..config import DatasetConfig
 from ..text import shown, some_of
 from .folders import Folder
-from .layouts import AFTER_WORDS, BEFORE_WORDS, ending_of
+from .layouts import AFTER_WORDS, BEFORE_WORDS, SWAPPED, ending_of
 
-QUESTION = "Are the two folders swapped?"
-_ADVICE = f"{QUESTION} The targets are the pictures after the edit. If they are not, exchange them."
+_ADVICE = f"{SWAPPED} The targets are the pictures after the edit. If they are not, exchange them."
 
 
 def swapped_note(target: Folder, references: Sequence[Folder], config: DatasetConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -53,9 +53,10 @@ class Added:
     problems: list[str] = field(default_factory=list)
 
     def refuse(self, problem: str) -> None:
-        """Adds a sentence, unless there are too many already."""
-        if len(self.problems) < _MOST_PROBLEMS:
-            self.problems.append(problem)
+        """Adds a sentence. After many of them, only says that there are more."""
+        if len(self.problems) <= _MOST_PROBLEMS:
+            more = "More files were not added, for reasons like these."
+            self.problems.append(problem if len(self.problems) < _MOST_PROBLEMS else more)
 
 
 class Usage(NamedTuple):
@@ -73,16 +74,14 @@ def usage(root: Path) -> Usage:
     files = size = 0
     waiting = [str(root)]
     while waiting:
-        try:
-            with os.scandir(waiting.pop()) as listing:
-                for entry in listing:
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-                    else:
-                        files += 1
+        with suppress(OSError), os.scandir(waiting.pop()) as listing:
+            for entry in listing:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                else:
+                    files += 1
+                    with suppress(OSError):  # a file that another upload has just renamed
                         size += entry.stat(follow_symlinks=False).st_size
-        except OSError:
-            continue
     return Usage(files, size)
 
 
@@ -153,7 +152,7 @@ class _Adding:
             return
         try:
             add = self._add_text if place.is_text else self._add_picture
-            file = add(received, Path(clean_stem(place.stem) + place.suffix), place)
+            file = add(received, Path(clean_stem(place.stem) + place.suffix), place.side)
         except DiskError:
             raise
         except DatasetError as error:
@@ -161,7 +160,7 @@ class _Adding:
             return
         self._result.added.append((file, place.side))
 
-    def _add_picture(self, received: Path, name: Path, place: Place) -> str:
+    def _add_picture(self, received: Path, name: Path, side: str) -> str:
         self._check_room(received)
         header = picture_header(received, name.name)
         if header.size.width * header.size.height > self._limits.pixels:
@@ -174,8 +173,8 @@ class _Adding:
         with open_picture_file(received) as file:
             decode_picture(file, name, convert=False)
         suffix = name.suffix if format_of(name.name) == header.format else suffix_of(header.format)
-        folder = self._folder(place.side)
-        stem = self._partner_stem(clean_stem(place.stem), place.side)
+        folder = self._folder(side)
+        stem = self._partner_stem(name.stem, side)
         taken = {same_stem(key): file for key, file in (folder.unread | folder.pictures).items()}
         for each in takewhile(lambda each: same_stem(each) in taken, numbered(stem)):
             if _same_bytes(taken[same_stem(each)], received):
@@ -190,7 +189,7 @@ class _Adding:
         folder.pictures[stem] = path
         return path.name
 
-    def _add_text(self, received: Path, name: Path, _place: Place) -> str:
+    def _add_text(self, received: Path, name: Path, _side: str) -> str:
         if received.stat().st_size > MAX_CAPTION_FILE_BYTES:
             raise DatasetError(f"{shown(name)}: the caption file is larger than 1 MB. Replace it with a short text.")
         text = decoded_text(received.read_bytes(), name).strip()

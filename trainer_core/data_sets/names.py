@@ -130,9 +130,9 @@ def _place(folders: Sequence[str], file: str, side: str, bare: set[str]) -> Plac
         return f"{shown(file)}: this is not the extension of a picture that can be read. Convert it to PNG or JPEG."
     ending = ending_of(stem)
     if side != AUTO:
-        agrees = ending is not None and (ending.is_target == (side == "target")) and len(ending.word) > 2
-        long = agrees and ending is not None and ending.word in (*BEFORE_WORDS, *AFTER_WORDS)
-        return Place("target" if is_text else side, ending.bare if long and ending else stem, suffix, is_text)
+        if ending is not None and ending.word in (BEFORE_WORDS, AFTER_WORDS)[side == "target"]:
+            stem = ending.bare
+        return Place("target" if is_text else side, stem, suffix, is_text)
     named = [(number, each.side) for number, part in enumerate(folders) if (each := side_of_folder(part))]
     if named:
         number, found = named[-1]
