@@ -96,6 +96,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> EditDataset:
         "h_caption": (edited(7), scene(7)),
         "i_small_shift": (edited(8), scene(8, (0.5, 0.0))),
         "j_all_new": (edited(9), scene(10)),
+        "k_size": (edited(11), scene(11)[::2, ::2]),
     }
     return dataset(tmp_path_factory.mktemp("mixed"), pairs, {"h_caption": "IMG_1234"})
 
@@ -111,11 +112,12 @@ def test_every_kind_is_found_and_no_more(mixed: EditDataset) -> None:
         "g_framing": ["framing"],
         "h_caption": ["caption"],
         "j_all_new": ["unmeasured"],
+        "k_size": ["size"],
     }
     assert check.shifts["b_shifted", 0] == pytest.approx((3, 0), abs=0.1), "in pixels of the target"
     report = check_report(mixed, check)
     assert report.startswith(
-        "Pair check: 8 of 10 pairs may have problems: 1 shifted, 1 scaled, 1 with different colours"
+        "Pair check: 9 of 11 pairs may have problems: 1 shifted, 1 scaled, 1 with different colours"
     )
     for words in (
         "b_shifted: the reference is shifted 3.0 px right and 0.0 px",
@@ -123,6 +125,7 @@ def test_every_kind_is_found_and_no_more(mixed: EditDataset) -> None:
         "red +8.0, green +8.0, blue +8.0 of 255",
         "f_repeated: is nearly identical to the pair a_good",
         "the caption says little: 'IMG_1234'",
+        "k_size: the reference is 96 x 72, the target 192 x 144. Training resizes both.",
     ):
         assert words in report, report
 
@@ -146,9 +149,17 @@ def test_an_edit_of_the_whole_picture_is_a_note_and_no_finding_of_each_pair(tmp_
     ]
 
 
+def test_references_of_another_size_in_most_pairs_are_a_note(tmp_path: Path) -> None:
+    pairs = {str(seed): (edited(seed), scene(seed)[::2, ::2]) for seed in range(3)} | {"equal": (edited(4), scene(4))}
+    check = check_pairs(dataset(tmp_path, pairs, {}), CONFIG)
+    assert kinds(check) == {}
+    (note,) = check.notes
+    assert note.startswith("In 3 of 4 pairs (0, 1, 2), reference and target differ in size. Training resizes both.")
+
+
 def test_limits_are_settings(mixed: EditDataset) -> None:
     wide = PairCheckConfig(max_shift=5, max_zoom_percent=5, max_colour_offset=20, min_difference=0)
-    assert set(kinds(check_pairs(mixed, wide))) == {"f_repeated", "g_framing", "h_caption", "j_all_new"}
+    assert set(kinds(check_pairs(mixed, wide))) == {"f_repeated", "g_framing", "h_caption", "j_all_new", "k_size"}
     strict = check_pairs(mixed, PairCheckConfig(max_shift=0.3))
     assert "i_small_shift" in kinds(strict)
     with pytest.raises(ConfigError, match="duplicate_bits"):

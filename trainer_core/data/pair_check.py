@@ -34,13 +34,17 @@ _ERRORS = 3  # standard errors by which the true shift may exceed the measured o
 
 FindingKind = Literal["shift", "zoom", "colour", "size", "framing", "unmeasured", "equal", "duplicate", "caption"]
 
-# What an edit of the whole picture looks like. If most pairs have such a finding, the set gets one of these sentences.
-_OF_WHOLE_PICTURES: dict[FindingKind, str] = {
-    "unmeasured": "reference and target have too little in common to be aligned. This is normal if the edit changes "
-    "the whole picture, as a style does. Otherwise check that they show the same scene.",
-    "colour": "reference and target differ in colour outside the edit. This is normal if the edit changes colour or "
-    "light. Otherwise match the colours, or the LoRA learns the difference.",
-}
+# What is usual in some sets: with an edit of the whole picture, or with targets of another size than the references. If
+# most pairs have a finding of such a group, the set gets these sentences instead.
+_USUAL: tuple[dict[FindingKind, str], ...] = (
+    {
+        "unmeasured": "reference and target have too little in common to be aligned. This is normal if the edit "
+        "changes the whole picture, as a style does. Otherwise check that they show the same scene.",
+        "colour": "reference and target differ in colour outside the edit. This is normal if the edit changes colour "
+        "or light. Otherwise match the colours, or the LoRA learns the difference.",
+    },
+    {"size": "reference and target differ in size. Training resizes both. Equal sizes keep both equally sharp."},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ def check_pairs(
     findings += _captions(dataset.pairs)
     order = {pair.key: number for number, pair in enumerate(dataset.pairs)}
     findings.sort(key=lambda finding: order[finding.key])
-    notes, findings = _of_whole_pictures(findings, len(dataset.pairs))
+    notes, findings = _usual(findings, len(dataset.pairs))
     shifts = {
         (pair.key, number): shift
         for pair, result in zip(dataset.pairs, results, strict=True)
@@ -127,17 +131,19 @@ def check_pairs(
     return PairCheck(len(dataset.pairs), tuple(findings), shifts, notes)
 
 
-def _of_whole_pictures(findings: list[Finding], pairs: int) -> tuple[tuple[str, ...], list[Finding]]:
-    """If an edit of the whole picture explains a finding of most pairs: notes on such findings, and the others."""
-    keys = {kind: dict.fromkeys(each.key for each in findings if each.kind == kind) for kind in _OF_WHOLE_PICTURES}
-    if 2 * len(set(chain(*keys.values()))) <= pairs:
-        return (), findings
+def _usual(findings: list[Finding], pairs: int) -> tuple[tuple[str, ...], list[Finding]]:
+    """Notes on what is usual in this set, and the findings that are not."""
     notes: list[str] = []
-    for kind, text in _OF_WHOLE_PICTURES.items():
-        found = list(keys[kind])
-        names = "" if len(found) == pairs else f" ({some_of(found)})"
-        notes += [f"In {len(found)} of {pairs} pairs{names}, {text}"] if found else []
-    return tuple(notes), [each for each in findings if each.kind not in keys]
+    for group in _USUAL:
+        keys = {kind: dict.fromkeys(each.key for each in findings if each.kind == kind) for kind in group}
+        if 2 * len(set(chain(*keys.values()))) <= pairs:
+            continue
+        findings = [each for each in findings if each.kind not in group]
+        for kind, text in group.items():
+            found = list(keys[kind])
+            names = "" if len(found) == pairs else f" ({some_of(found)})"
+            notes += [f"In {len(found)} of {pairs} pairs{names}, {text}"] if found else []
+    return tuple(notes), findings
 
 
 def _to_keep(pair: EditPair, config: PairCheckConfig) -> Measured:
