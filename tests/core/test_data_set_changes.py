@@ -273,6 +273,16 @@ def test_delete_of_what_is_not_there(file: str, tmp_path: Path):
 # Links
 
 
+def test_a_link_to_another_picture_is_deleted_without_it(tmp_path: Path):
+    mine = made(tmp_path, "a")
+    (mine.folder("target") / "b.png").symlink_to("a.png")
+    before = files(mine.root)
+    token = changes.delete(mine, [("target", "b.png")])
+    assert sorted(path.name for path in mine.folder("target").iterdir()) == ["a.png"]
+    changes.restore(mine, token)
+    assert files(mine.root) == before
+
+
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
     folder = tmp_path / "outside"

@@ -207,7 +207,8 @@ def delete(data_set: DataSet, pictures: Sequence[tuple[str, str]]) -> str:
     texts = {target.pictures[key]: path for key, path in target.texts.items() if key in target.pictures}
     paths: dict[Path, None] = {}
     for side, file in pictures:
-        path = data_set.picture(side, file)
+        data_set.picture(side, file)  # refuses what is not there
+        path = data_set.sides[side] / file  # a link, and not the picture that it leads to
         paths[path] = None
         if path in texts:
             paths[texts[path]] = None
