@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..trainer_core.config import ModelConfig
-from ..trainer_core.errors import Problems, TrainerError
+from ..trainer_core.errors import Problems, SettingsError, TrainerError
 from . import choose_model, host_server, model, reference_settings, settings, short_train, size_settings
-from .composed import AUTOMATIC, compose
+from .composed import AUTOMATIC, UNKNOWN_MODEL, compose
 from .graph_values import GraphValues, Link, UnknownError, is_link
 from .raw_values import entries
 from .refused import note_refusals
@@ -38,13 +37,15 @@ def note_problems(request: Mapping[str, Any]) -> None:
     prompt = request.get("prompt")
     values = GraphValues(prompt, FROM_WIDGETS)
     for node_id, kind, _ in entries(prompt):
+        problems = Problems()
         try:
             if kind == _TRAIN:
-                run_config(ModelConfig(), None, **values.inputs(TrainLora, node_id, without=LATER))
+                run_config(problems, UNKNOWN_MODEL, None, **values.inputs(TrainLora, node_id, without=LATER))
             elif kind == _SHORT:
-                _check_short(values, node_id)
+                _check_short(problems, values, node_id)
             elif kind == _MODEL:
                 values.output([node_id, 0])
+            problems.raise_all(SettingsError)
         except TrainerError as error:
             found[node_id] = str(error)
         except UnknownError:
@@ -52,16 +53,18 @@ def note_problems(request: Mapping[str, Any]) -> None:
     note_refusals(found)
 
 
-def _check_short(values: GraphValues, node_id: str) -> None:
+def _check_short(problems: Problems, values: GraphValues, node_id: str) -> None:
     """Check the settings of a training of the short path. What is wrong with its model is told at the model node."""
     given = values.inputs(short_train.Train, node_id, without=("model", "dataset"))
     try:
         chosen = values.output(values.given(node_id).get("model"))
-    except (UnknownError, TrainerError) as error:
-        if given.get("preset") == AUTOMATIC:  # the demo model would have another one
-            raise UnknownError from error
-        chosen = ModelConfig()
-    compose(chosen, **short_train.chosen(given))
+    except TrainerError:
+        chosen = UNKNOWN_MODEL
+    except UnknownError:
+        if given.get("preset") == AUTOMATIC:  # it may be the demo model, which has another preset
+            raise
+        chosen = UNKNOWN_MODEL
+    compose(problems, chosen, **short_train.chosen(given))
 
 
 def check_trainings(
@@ -90,8 +93,10 @@ def check_trainings(
             continue
         try:
             given = values.inputs(TrainLora, node_id, without=LATER)
-            config = run_config(values.output(inputs.get("model")), None, **given)
+            config = run_config(problems, values.output(inputs.get("model")), None, **given)
         except UnknownError:
+            continue
+        if config is None:
             continue
         links = [inputs[name] for name in ("encoded", "validation_encoded") if inputs.get(name) is not None]
         is_all = all(link[0] == hidden.unique_id for link in links)

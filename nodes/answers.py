@@ -13,6 +13,7 @@ from aiohttp import web
 from ..trainer_core.errors import ConfigError, TrainerError
 from ..trainer_core.json_text import parse_json
 from ..trainer_core.runs.view import finite
+from . import host_folders
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -78,5 +79,5 @@ def json_answer(value: Any, status: int = 200) -> web.Response:
 
 
 def problem(status: int, text: str) -> web.Response:
-    """An answer that says what is wrong."""
-    return json_answer({"error": text}, status)
+    """An answer that says what is wrong, without paths of this machine."""
+    return json_answer({"error": host_folders.without_paths(text)}, status)

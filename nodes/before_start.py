@@ -8,16 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..trainer_core.config import ModelConfig, PairCheckConfig, TrainConfig, to_json
+from ..trainer_core.config import PairCheckConfig, TrainConfig, to_json
 from ..trainer_core.disk import disk_errors, existing_folder, free_disk_bytes
 from ..trainer_core.errors import Interrupted, OutOfMemoryError, Problems, TrainerError
 from ..trainer_core.events import Observer
+from ..trainer_core.qwen_image.flavours import title_of
 from ..trainer_core.text import some_of
 from . import check, dataset, edit_pairs, encode, host_folders, host_server, import_simpletuner, mix
 from .ahead import FROM_WIDGETS, LATER
-from .composed import compose
+from .composed import AUTOMATIC, UNKNOWN_MODEL, compose
+from .door import PLAIN
 from .graph_values import ForeseenPairs, GraphValues, UnknownError, is_link, not_connected
 from .overrides import SETTINGS_NODES, Override, compared
+from .raw_values import inputs_of
 from .run_names import settled
 from .short_train import Train, chosen, planned_pairs
 from .sockets import AutomaticModel
@@ -78,11 +81,28 @@ class Found:
                 )
         return None
 
+    def through(self, node_id: str, name: str, what: str) -> Any:
+        """What comes through a link of a node; None if there is no link, or as `attempt`."""
+        link = self.values.given(node_id).get(name)
+        return self.attempt(node_id, what, lambda: self.values.output(link)) if is_link(link) else None
+
+    def need_links(self, node: Any, node_id: str) -> None:
+        """Add a problem for each required socket of a node that nothing is connected to."""
+        given = self.values.given(node_id)
+        for each in inputs_of(node):
+            if not each.optional and each.get_io_type() not in (*PLAIN, "COMBO") and not is_link(given.get(each.id)):
+                self.add(node_id, not_connected(each))
+
+    def add_all(self, node_id: str, problems: Problems) -> None:
+        """Add all of these problems."""
+        for error in problems.errors:
+            self.add(node_id, error)
+
     def add(self, node_id: str, error: TrainerError) -> None:
         """Add the problems in an error. Memory that is short only now is a warning."""
-        problems = Problems()
-        problems.add(error)
-        for each in problems.errors:
+        several = Problems()
+        several.add(error)
+        for each in several.errors:
             if isinstance(each, OutOfMemoryError) and host_server.is_busy():
                 self.warnings.append(f"Another job runs now. Unless it ends first: {each}")
             else:
@@ -148,6 +168,8 @@ def _distinct(problems: Sequence[tuple[str, TrainerError]]) -> Iterator[tuple[st
 
 
 def _cut(text: str) -> str:
+    """A message for the page, with at most so many lines."""
+    text = host_folders.without_paths(text)
     lines = text.split("\n")
     more = len(lines) - _MOST_LINES
     return "\n".join([*lines[:_MOST_LINES], f"… and {more} more lines."]) if more > 1 else text
@@ -157,22 +179,15 @@ def _advanced_training(found: Found, node_id: str) -> Training:
     """The training of a node that gets encoded pairs."""
     from ..trainer_core.planning.start import RunData
 
-    values, given = found.values, found.values.given(node_id)
-    for each in TrainLora.define_schema().inputs:
-        if each.id in ("model", "encoded") and not is_link(given.get(each.id)):
-            found.add(node_id, not_connected(each))
-
-    def through(name: str, what: str) -> Any:
-        link = given.get(name)
-        return found.attempt(node_id, what, lambda: values.output(link)) if is_link(link) else None
-
-    model, encoded = through("model", "The model"), through("encoded", "The pairs")
-    held_out = through("validation_encoded", "The pairs to validate")
+    values, problems = found.values, Problems()
+    found.need_links(TrainLora, node_id)
+    model, encoded = found.through(node_id, "model", "The model"), found.through(node_id, "encoded", "The pairs")
+    held_out = found.through(node_id, "validation_encoded", "The pairs to validate")
     settings = found.attempt(node_id, "The settings", lambda: values.inputs(TrainLora, node_id, without=LATER))
     config = None
     if settings is not None:
-        base = model if isinstance(model, ModelConfig) else ModelConfig()
-        config = found.attempt(node_id, "", lambda: run_config(base, None, **settings))
+        config = run_config(problems, model or UNKNOWN_MODEL, None, **settings)
+    found.add_all(node_id, problems)
     data = None
     if isinstance(encoded, ForeseenPairs):
         others = held_out.every if isinstance(held_out, ForeseenPairs) else ()
@@ -184,11 +199,12 @@ def _advanced_training(found: Found, node_id: str) -> Training:
     preset = str((settings or {}).get("preset", NO_PRESET))
     chosen: dict[str, Any] = {}
     if config is not None and preset != NO_PRESET:
-        by = _NODES.get(values.kind_of(given["model"][0])) if is_link(given.get("model")) else None
+        link = values.given(node_id).get("model")
+        by = _NODES.get(values.kind_of(link[0])) if link and is_link(link) else None
         chosen = {"preset": preset, "why": f"Preset {preset}, as chosen.", **_compared(preset, config, data, by)}
     return Training(
         config=config,
-        is_model_known=isinstance(model, ModelConfig),
+        is_model_known=model is not None,
         data=data,
         is_cache_known=isinstance(encoded, ForeseenPairs) and encoded.is_cache_known,
         continue_kept=(settings or {}).get("if_run_exists") == "continue a kept run",
@@ -201,31 +217,29 @@ def _short_training(found: Found, node_id: str) -> Training:
     from ..trainer_core.planning.start import RunData
     from .host_encoders import foreseen_encoders
 
-    values, given = found.values, found.values.given(node_id)
-    for each in Train.define_schema().inputs:
-        if each.id in ("model", "dataset") and not is_link(given.get(each.id)):
-            found.add(node_id, not_connected(each))
-
-    def through(name: str, what: str) -> Any:
-        link = given.get(name)
-        return found.attempt(node_id, what, lambda: values.output(link)) if is_link(link) else None
-
-    model, pairs = through("model", "The model"), through("dataset", "The pairs")
-    more = through("more_settings", "More settings")
+    values, problems = found.values, Problems()
+    found.need_links(Train, node_id)
+    model, pairs = found.through(node_id, "model", "The model"), found.through(node_id, "dataset", "The pairs")
+    more = found.through(node_id, "more_settings", "More settings")
     links = ("model", "dataset", "more_settings")
     widgets = found.attempt(node_id, "The settings", lambda: values.inputs(Train, node_id, without=links))
     nothing = Training(config=None, is_model_known=False, data=None)
-    if widgets is None or not isinstance(model, ModelConfig) or (more is None and is_link(given.get("more_settings"))):
+    if widgets is None or (more is None and is_link(values.given(node_id).get("more_settings"))):
         return nothing
-    composed = found.attempt(node_id, "", lambda: compose(model, more_settings=more, **chosen(widgets)))
-    if composed is None:
+    given = chosen(widgets)
+    if model is None and not values.refused and given["preset"] == AUTOMATIC:  # it may be the demo model
+        return nothing
+    base = model or UNKNOWN_MODEL
+    composed = found.attempt(node_id, "", lambda: compose(problems, base, more_settings=more, **given))
+    found.add_all(node_id, problems)
+    if composed is None or model is None:
         return nothing
     config, data = composed.config, None
     encoders = foreseen_encoders(["clip"]) if more and more.clip is not None else None
     if pairs is not None:
         plan = partial(planned_pairs, composed, pairs, more, values.observer, encoders)
         if planned := found.attempt(node_id, "", plan):
-            wanted, encoded = chosen(widgets)["if_run_exists"], planned.encoded()
+            wanted, encoded = given["if_run_exists"], planned.encoded()
             config, note = found.attempt(node_id, "", lambda: settled(config, encoded, wanted)) or (config, "")
             found.warnings += filter(None, [note])
             data = RunData(trained=[planned], every=[planned], encoded=encoded)
@@ -234,7 +248,7 @@ def _short_training(found: Found, node_id: str) -> Training:
         is_model_known=True,
         data=data,
         is_cache_known=encoders is None,
-        continue_kept=widgets.get("if_run_exists") == "continue a kept run",
+        continue_kept=given["if_run_exists"] == "continue a kept run",
         preset=composed.preset,
         why=composed.why,
         held=composed.from_preset,
@@ -265,7 +279,7 @@ def _look_ahead(found: Found, node_id: str, training: Training, config: TrainCon
 
     facts = found.facts
     facts |= {
-        "model": config.model.flavour,
+        "model": title_of(config.model.flavour),
         "precision": config.model.base_model_precision,
         "rank": config.lora.lora_rank,
         "steps": config.max_train_steps,
@@ -275,8 +289,7 @@ def _look_ahead(found: Found, node_id: str, training: Training, config: TrainCon
         return
     problems = Problems()
     run = check_run(problems, config, data, continue_kept=training.continue_kept, held_leaves=True)
-    for error in problems.errors:
-        found.add(node_id, error)
+    found.add_all(node_id, problems)
     found.warnings += run.notes
     facts["finished"] = run.is_finished
     if run.disk:

@@ -17,7 +17,7 @@ from ..trainer_core.config import (
     TrainConfig,
     to_json,
 )
-from ..trainer_core.errors import Problems, SettingsError
+from ..trainer_core.errors import Problems
 from ..trainer_core.presets import encoding_preset, preset_for, preset_names, read_preset, training_preset
 from ..trainer_core.qwen_image.installed import fitting_precision, installed_at
 from . import host_folders
@@ -28,6 +28,8 @@ from .train_config import train_config
 
 AUTOMATIC = "automatic"
 DEMO_PRESET = "demo"
+UNKNOWN_MODEL = ModelConfig(base="-")
+"""Stands for a model that is missing or not known yet, to check settings. It counts as a real model, not the demo's."""
 MODEL_NODE, TRAIN_NODE, MORE_NODE = "Qwen Edit Model", "Train Qwen Edit LoRA", "Qwen Edit More Settings"
 _SETTINGS = ("lora", "optimizer", "training", "validation", "memory", "ema", "rollout")
 
@@ -55,6 +57,7 @@ def presets_offered() -> list[str]:
 
 
 def compose(
+    problems: Problems,
     model: ModelConfig,
     *,
     run_name: str,
@@ -63,16 +66,18 @@ def compose(
     seed: int,
     if_run_exists: str,
     more_settings: MoreSettingsGiven | None = None,
-) -> Composed:
+) -> Composed | None:
     """The configuration of a run: the preset, overridden by connected settings, then by the node's own widgets.
 
     With `max_train_steps` 0 the preset sets the number of steps.
 
+    Adds to `problems` that the run name is not allowed, and that settings contradict each other. In the latter case
+    there is no configuration. Without an allowed name, the run folder is `-`.
+
     Raises:
-        ConfigError: the run name is not allowed, there is no such preset, or settings contradict each other; lists all.
+        ConfigError: there is no such preset.
     """
     more = more_settings or MoreSettingsGiven()
-    problems = Problems()
     name = problems.attempt(lambda: first_name(run_name, if_run_exists)) or "-"
     preset, why = _chosen(preset, model, more)
     chosen = model
@@ -89,8 +94,8 @@ def compose(
         given["optimizer_settings"] = dataclasses.replace(optimizer, lr_warmup_steps=max_train_steps // 10)
         set_by["optimizer"] = TRAIN_NODE
     config = problems.attempt(partial(train_config, chosen, None, own, lora_name=name, preset=preset, **given))
-    problems.raise_all(SettingsError)
-    assert config is not None
+    if config is None:
+        return None
     encoding = _encoding(preset, more, config)
     settings = {**to_json(config), "encoding": to_json(encoding)}
     held, overridden = compared(preset, settings, set_by)

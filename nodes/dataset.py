@@ -27,7 +27,8 @@ def _more_references(number: int, ordinal: str) -> io.Input:
         f"reference_folder_{number}",
         optional=True,
         default="",
-        tooltip=f"Folder of the {ordinal} reference of each pair, for edit-v2 and edit-v3. Empty for none.",
+        tooltip=f"Folder of the {ordinal} reference of each pair, for 2509 (edit-v2) and 2511 (edit-v3). "
+        "Empty for none.",
     )
 
 

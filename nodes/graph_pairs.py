@@ -19,7 +19,7 @@ class PairImages(Node):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        more = "reference, for edit-v2 and edit-v3. One per target, in the same order."
+        more = "reference, for 2509 (edit-v2) and 2511 (edit-v3). One per target, in the same order."
         return node_schema(
             "PairImages",
             "Pair Edit Images",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import comfy.model_management
@@ -13,7 +14,7 @@ import folder_paths
 from ..trainer_core.config import DEMO_MODEL, ModelConfig
 from ..trainer_core.errors import ConfigError, ModelFileError
 from ..trainer_core.json_text import read_json
-from ..trainer_core.text import brief
+from ..trainer_core.text import brief, shown
 
 DEMO_CHOICE = "demo (embedded)"
 NO_LORA = "none"
@@ -68,6 +69,25 @@ def output_name(path: Path) -> str:
         return path.relative_to(output_dir()).as_posix()
     except ValueError:
         return path.name
+
+
+def without_paths(text: str) -> str:
+    """A message in which ComfyUI's folders have the names that people use for them, such as input/my_edit.
+
+    It doesn't tell where on this machine they are.
+    """
+    models = folder_paths.models_dir
+    places = {str(place): name for name, place in dataset_roots().items()} | {str(temp_dir()): "temp", models: "models"}
+    for kind in _MODEL_FOLDERS:
+        elsewhere = [place for place in folder_paths.get_folder_paths(kind) if not Path(place).is_relative_to(models)]
+        places |= dict.fromkeys(elsewhere, f"models/{kind}")
+    written: dict[str, str] = {}
+    for place, name in places.items():
+        for path in (_plain(place), os.path.realpath(place)):
+            written |= {shown(path): name, brief(path)[1:-1]: name}  # the two ways in which messages write a path
+    longest_first = sorted((path for path in written if len(path) > 1), key=len, reverse=True)
+    whole = rf"(?<![\w.\\/-])({'|'.join(map(re.escape, longest_first))})(?!\w|[.-]\w)"
+    return re.sub(whole, lambda found: written[found[0]], text)
 
 
 def dataset_roots() -> dict[str, Path]:
@@ -215,7 +235,11 @@ def model_here(config: ModelConfig, run_name: str) -> ModelConfig:
 
 
 def _absolute(place: str) -> Path:
-    return Path(os.path.abspath(place))  # noqa: PTH100 - removes .. without following links
+    return Path(_plain(place))
+
+
+def _plain(place: str) -> str:
+    return os.path.abspath(place)  # noqa: PTH100 - removes .. without following links
 
 
 def tokenizer_dir() -> str:

@@ -50,7 +50,6 @@ from ..trainer_core.data_sets.use import check_data_set
 from ..trainer_core.disk import disk_errors, size_in_words
 from ..trainer_core.errors import ConfigError, DiskError, Interrupted, TrainerError
 from ..trainer_core.events import SilentObserver, Stop
-from ..trainer_core.text import shown
 from . import host_folders
 from .answers import BASE, HEADERS, PICTURE_HEADERS, Handler, NotFoundAnswer, json_answer, json_object, number, problem
 
@@ -91,14 +90,14 @@ def add_routes(routes: Any) -> None:
 
 
 def _answering(handler: Handler) -> Handler:
-    """The handler, with errors turned into answers that name no path of this machine."""
+    """The handler, with errors turned into answers."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         try:
             with disk_errors(host_folders.input_dir()):
                 return await handler(request)
         except (_RefusedError, NotFoundAnswer, TrainerError) as error:
-            return problem(_status_of(error), without_paths(str(error)))
+            return problem(_status_of(error), str(error))
 
     return answer
 
@@ -111,13 +110,6 @@ def _status_of(error: Exception) -> int:
     if isinstance(error, DiskError):
         return 507 if error.errno in _FULL else 500
     return 409 if isinstance(error, NameTakenError) else 400
-
-
-def without_paths(text: str) -> str:
-    """A message with paths below the input folder given relative to it."""
-    for root in (str(host_folders.input_dir()), os.path.realpath(host_folders.input_dir())):
-        text = text.replace(f"{shown(root)}{os.sep}", "").replace(shown(root), "input")
-    return text
 
 
 def uploads_allowed() -> bool:
@@ -164,7 +156,7 @@ async def _create(request: web.Request) -> web.Response:
 async def _one(request: web.Request) -> web.Response:
     def contents() -> dict[str, Any]:
         found = dataclasses.asdict(reading.read_data_set(_data_set(request)))
-        return {**found, "notes": [without_paths(note) for note in found["notes"]]}
+        return {**found, "notes": [host_folders.without_paths(note) for note in found["notes"]]}
 
     return json_answer(await asyncio.to_thread(contents))
 
@@ -227,7 +219,7 @@ async def _upload(request: web.Request) -> web.Response:
             await _receive(request, path, min(limit, left), why)
             added = await _in_thread_for("data-sets", lambda: _add(data_set, path, name, side))
     files = [{"file": file, "side": where} for file, where in added.added]
-    return json_answer({"added": files, "problems": [without_paths(each) for each in added.problems]})
+    return json_answer({"added": files, "problems": [host_folders.without_paths(each) for each in added.problems]})
 
 
 def _add(data_set: DataSet, path: Path, name: str, side: str) -> Any:
@@ -381,8 +373,8 @@ async def _check(request: web.Request) -> web.Response:
             found = check_data_set(_data_set(request), observer, checked_dir=checked_dir)
         finally:
             _one_check.release()
-        findings = {key: [without_paths(text) for text in texts] for key, texts in found.findings.items()}
-        return {"findings": findings, "notes": [without_paths(note) for note in found.notes]}
+        findings = {key: [host_folders.without_paths(text) for text in texts] for key, texts in found.findings.items()}
+        return {"findings": findings, "notes": [host_folders.without_paths(note) for note in found.notes]}
 
     task = asyncio.ensure_future(asyncio.to_thread(check))
     while not task.done():

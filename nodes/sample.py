@@ -54,7 +54,7 @@ class SampleEdit(Node):
 
 
 def _inputs() -> list[io.Input]:
-    reference = "reference picture, for edit-v2 and edit-v3."
+    reference = "reference picture, for 2509 (edit-v2) and 2511 (edit-v3)."
     return [
         new_input(sockets.Model, "model", tooltip="The base model, from Load Qwen Edit Model."),
         new_input(io.Image, "reference_1", tooltip="The picture to edit. Only the first of a batch is used."),

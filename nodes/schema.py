@@ -10,15 +10,17 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from comfy_api.latest import io
 
 from ..trainer_core.disk import disk_errors
-from ..trainer_core.errors import TrainerError
+from ..trainer_core.errors import DiskError, TrainerError
 from ..trainer_core.settings import hint_of, limits_of
 from .door import checked_inputs
+from .host_folders import without_paths
 from .raw_values import NoLink, Unusable
 from .sockets import value_class
 
@@ -52,7 +54,7 @@ def _at_the_door(method: Callable[..., Any]) -> Callable[..., Any]:
     def checked(cls: type[Node], *given: Any, **values: Any) -> Any:
         values = {**dict(zip(names, given, strict=False)), **values}
         if method.__name__ == "execute":
-            with disk_errors():
+            with _named_as_people_do(), disk_errors():
                 return method(cls, **checked_values(cls, values))
         # Before the graph runs, linked inputs are None. ComfyUI hands on only what `validate_inputs` names, also values
         # that it has refused.
@@ -62,10 +64,23 @@ def _at_the_door(method: Callable[..., Any]) -> Callable[..., Any]:
             with disk_errors():
                 return method(cls, **{**values, **checked_values(cls, known, whole=False)})
         except TrainerError as error:
-            return str(error)
+            return without_paths(str(error))
 
     checked.__signature__ = parameters  # type: ignore[attr-defined] - ComfyUI reads the names of the inputs from it
     return checked
+
+
+@contextmanager
+def _named_as_people_do() -> Iterator[None]:
+    """Errors name ComfyUI's folders as people do. ComfyUI shows them on the page."""
+    try:
+        yield
+    except TrainerError as error:
+        text = without_paths(str(error))
+        error.args = (text,)
+        if isinstance(error, DiskError):
+            error.strerror = text
+        raise
 
 
 def checked_values(cls: type[Node], values: dict[str, Any], *, whole: bool = True) -> dict[str, Any]:

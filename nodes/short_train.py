@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, TrainConfig
-from ..trainer_core.errors import ConfigError, Interrupted, Problems
+from ..trainer_core.errors import ConfigError, Interrupted, Problems, SettingsError
 from . import host_call, host_folders, run_names, sockets, training
 from .composed import AUTOMATIC, DEMO_PRESET, MORE_NODE, TRAIN_NODE, Composed, compose, is_demo, presets_offered
 from .overrides import in_words
@@ -72,7 +72,10 @@ class Train(Node):
         """Outputs the LoRA's tensors, losses, name, sample grid and run."""
         from ..trainer_core.conditioning.encode import encode_planned
 
-        composed = compose(model, more_settings=more_settings, **chosen(widgets))
+        problems = Problems()
+        composed = compose(problems, model, more_settings=more_settings, **chosen(widgets))
+        problems.raise_all(SettingsError)
+        assert composed is not None
         continue_kept = widgets.get("if_run_exists") == "continue a kept run"
         with _planning(more_settings) as observer:
             planned = planned_pairs(composed, dataset, more_settings, observer)

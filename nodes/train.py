@@ -61,8 +61,11 @@ class TrainLora(Node):
     @classmethod
     def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:
         """Outputs the LoRA's tensors, losses, name, sample grid and run."""
-        choice = values["if_run_exists"]
-        config, note = settled(run_config(model, encoded, **values), encoded, choice)
+        choice, problems = values["if_run_exists"], Problems()
+        config = run_config(problems, model, encoded, **values)
+        problems.raise_all(SettingsError)
+        assert config is not None
+        config, note = settled(config, encoded, choice)
         continue_kept = choice == "continue a kept run"
         preset, imported = values.get("preset", NO_PRESET), values.get("imported") is not None
         overridden = preset_overrides(config, preset, encoded, TRAIN_NODE, is_imported=imported)
@@ -115,6 +118,7 @@ _STEPS_HELP = (
 
 
 def run_config(
+    problems: Problems,
     model: ModelConfig,
     encoded: EncodedDataset | None,
     *,
@@ -124,17 +128,14 @@ def run_config(
     if_run_exists: IfRunExists,
     trigger_words: str = "",
     **gathered: Any,
-) -> TrainConfig:
+) -> TrainConfig | None:
     """The configuration of a run from the node's inputs. `encoded`: None while it is not known.
 
-    Raises:
-        ConfigError: the run name is not allowed, or the settings contradict each other; lists all.
+    Adds to `problems` that the run name is not allowed, and that settings contradict each other. In the latter case
+    there is no configuration. Without an allowed name, the run folder is `-`.
     """
-    problems, folder = Problems(), host_folders.runs_dir()
+    folder = host_folders.runs_dir()
     name = problems.attempt(lambda: first_name(run_name, if_run_exists)) or "-"
     own = {"run_dir": str(folder / name), "max_train_steps": max_train_steps, "seed": seed}
     build = partial(train_config, model, encoded, own, lora_name=name, trigger_words=trigger_words, **gathered)
-    config = problems.attempt(build)
-    problems.raise_all(SettingsError)
-    assert config is not None
-    return config
+    return problems.attempt(build)

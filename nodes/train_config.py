@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -163,12 +165,29 @@ def preset_overrides(
 
 
 def _encoding_seen(preset: str, encoded: EncodedDataset) -> dict[str, Any]:
-    """The resolution of encoded pairs. Crops and rounding change it by some percent: then it is that of the preset."""
+    """The settings of encoded pairs, as far as their sizes tell. Where they fit the preset, it is the preset's.
+
+    Crops and rounding change sizes by some percent.
+    """
+    from ..trainer_core.qwen_image.flavours import FLAVOURS
     from ..trainer_core.qwen_image.latents import VAE_FACTOR
 
     every = [*encoded.pairs, *encoded.validation_pairs]
     if not every:
         return {}
-    _, height, width = every[0].shape
-    side, wanted = round((height * width) ** 0.5) * VAE_FACTOR, encoding_preset(preset).resolution
-    return {"resolution": wanted if abs(side - wanted) < wanted / 10 else side}
+
+    def side_of(shape: Sequence[int]) -> int:
+        return round(math.sqrt(shape[1] * shape[2])) * VAE_FACTOR
+
+    wanted, side = encoding_preset(preset), side_of(every[0].shape)
+    full = math.sqrt(FLAVOURS[encoded.flavour].reference_area)
+    expected = side if wanted.match_target_res else full
+    fits = all(_about(side_of(shape), expected) for shape in every[0].reference_shapes)
+    return {
+        "resolution": wanted.resolution if _about(side, wanted.resolution) else side,
+        "match_target_res": wanted.match_target_res if fits else not wanted.match_target_res,
+    }
+
+
+def _about(side: float, wanted: float) -> bool:
+    return abs(side - wanted) < wanted / 10

@@ -33,11 +33,13 @@ def pick_device(name: str) -> torch.device:
 def card_gib(name: str) -> float | None:
     """Memory in GiB of the card for a device setting, also what other programs use now; None without CUDA.
 
+    It is what the driver lets a process use, as ComfyUI tells it too. A shared card may have more.
+
     Raises:
         ConfigError: as `pick_device`.
     """
     device = pick_device(name)
-    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None
+    return torch.cuda.mem_get_info(device)[1] / 2**30 if device.type == "cuda" else None
 
 
 def peak_bytes(device: torch.device) -> int:

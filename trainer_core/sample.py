@@ -143,9 +143,9 @@ def _check_prompt(name: str, text: str, base: BaseModel) -> None:
 
 
 def _checked_size(request: SampleRequest) -> Size:
-    count, allowed = len(request.references), FLAVOURS[request.model.flavour].max_references
-    if not 1 <= count <= allowed:
-        raise ConfigError(f"There are {count} reference pictures, but {request.model.flavour} takes 1 to {allowed}.")
+    count, row = len(request.references), FLAVOURS[request.model.flavour]
+    if not 1 <= count <= row.max_references:
+        raise ConfigError(f"There are {count} reference pictures, but {row.title} takes 1 to {row.max_references}.")
     if request.size is None:
         return bucket_size(Size(*request.references[0].size), request.encoding.resolution)
     if any(side % (2 * VAE_FACTOR) or side <= 0 for side in request.size):

@@ -136,7 +136,9 @@ def test_a_part_of_probability_zero_only_validates(small: EncodedDataset, large:
 
 def test_what_cannot_be_mixed(small: EncodedDataset) -> None:
     other = dataclasses.replace(small, flavour="edit-v2")
-    with pytest.raises(ConfigError, match=r"1 has flavour 'edit-v1', but number 2 has 'edit-v2'"):
+    with pytest.raises(
+        ConfigError, match=r"1 has flavour Qwen-Image-Edit \(edit-v1\), but number 2 has 2509 \(edit-v2\)"
+    ):
         mix_encoded([MixPart(encoded=small), MixPart(encoded=other)], small.cache_dir)
     other = dataclasses.replace(small, preprocessing="diffusers")
     with pytest.raises(ConfigError, match=r"preprocessing 'comfyui', but number 2 has 'diffusers'"):

@@ -192,7 +192,7 @@ def test_training_lowers_the_loss_on_pairs_it_has_not_seen(config: TrainConfig) 
 def test_a_dataset_of_another_flavour_or_with_lost_entries_is_refused(
     config: TrainConfig, base_of: Any, encoded: EncodedDataset
 ) -> None:
-    with pytest.raises(ValueError, match="encoded for edit-v1, but the model is edit-v2"):
+    with pytest.raises(ValueError, match=r"encoded for Qwen-Image-Edit \(edit-v1\), but the model is 2509 \(edit-v2\)"):
         train_lora(dataclasses.replace(config, model=base_of("edit-v2")))
     entry = encoded.pairs[0]
     path = encoded.cache_dir / "latents" / entry.target[:2] / f"{entry.target}.safetensors"

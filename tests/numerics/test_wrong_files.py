@@ -187,7 +187,7 @@ def test_single_files_need_each_other_or_a_folder(tmp_path: Path, weights: Weigh
 def test_flavour_by_the_marker(tmp_path: Path, weights: Weights):
     marked = write(tmp_path / "2511.safetensors", {**weights, "__index_timestep_zero__": torch.zeros(0)})
     assert transformer_settings(marked)["zero_cond_t"]
-    assert "Choose edit-v3" in complaint(marked, flavour="edit-v2")
+    assert "the chosen release is 2509 (edit-v2). Choose 2511 (edit-v3)." in complaint(marked, flavour="edit-v2")
     assert load_transformer(BaseModel(config_of(marked, flavour="edit-v3")), CPU).zero_cond_t
     bare = write(tmp_path / "bare.safetensors", weights)
     assert load_transformer(BaseModel(config_of(bare, flavour="edit-v3")), CPU).zero_cond_t
@@ -221,7 +221,7 @@ def test_flavour_by_the_download(pipeline: str | None, zero_cond_t: bool, fittin
         if flavour in fitting:
             assert BaseModel(replace(model, flavour=flavour)).network_settings
             continue
-        with pytest.raises(ModelFileError, match=f"the flavour is {flavour}. Choose {' or '.join(fitting)}"):
+        with pytest.raises(ModelFileError, match=f"release is .*{flavour}.*Choose .*{'.* or .*'.join(fitting)}"):
             assert BaseModel(replace(model, flavour=flavour)).network_settings
 
 

@@ -118,7 +118,9 @@ MISTAKES = {
         "caption_strategy to instanceprompt.",
     ),
     "sides swapped": Mistake(lambda _: changed(training(RUN), PAIR, **SWAPPED), PAIR, "Are the two folders swapped?"),
-    "one file missing": Mistake(one_file_missing, PAIR, "target/001.png: no reference in "),
+    "one file missing": Mistake(
+        one_file_missing, PAIR, "target/001.png: no reference in input/one-missing/reference_1"
+    ),
     "model missing": Mistake(
         lambda _: changed(training(RUN), LOAD, base_model="gone"), LOAD, "Base model 'gone' not found."
     ),
@@ -152,9 +154,10 @@ def test_a_mistake_is_told_before_the_start_and_by_run(name: str, studio: PackSe
     mistake = MISTAKES[name]
     prompt, before = mistake.prompt(studio), cache_entries(studio, "latents")
     (problem,) = asked(studio, prompt)["problems"]
+    said = said_by_run(studio, prompt)
     assert problem["node_id"] == mistake.node_id
-    assert mistake.says in problem["text"]
-    assert mistake.says in said_by_run(studio, prompt)
+    assert mistake.says in problem["text"] and mistake.says in said
+    assert str(studio.base) not in problem["text"] + said  # the page says input/my_edit
     assert cache_entries(studio, "latents") == before
 
 
@@ -169,6 +172,32 @@ def test_all_mistakes_are_in_one_list(studio: PackServer):
     assert len(found) == 4
 
 
+def test_a_wrong_name_and_a_missing_model_hide_no_other_problem(studio: PackServer):
+    prompt = changed(training("a/b"), "lora", lora_targets="pattern", lora_target_pattern="no_such_layer")
+    found = [each["text"] for each in asked(studio, prompt)["problems"]]
+    assert [text.split()[0] for text in found] == ["run_name", "lora_target_pattern"], found
+    short = {
+        LOAD: ours("ChooseModel", model="gone"),
+        "optimizer": changed(prompt, "optimizer", lr_scheduler="cosine", lr_warmup_steps=7)["optimizer"],
+        "more": ours("MoreSettings", optimizer_settings=["optimizer", 0]),
+        PAIR: prompt[PAIR],
+        TRAIN: ours(
+            "Train",
+            model=[LOAD, 0],
+            dataset=[PAIR, 0],
+            more_settings=["more", 0],
+            run_name="a/b",
+            preset="automatic",
+            max_train_steps=7,
+        ),
+    }
+    found = [(each["node_id"], each["text"].split()[0]) for each in asked(studio, short)["problems"]]
+    assert found[1:] == [(TRAIN, "run_name"), (TRAIN, "lr_warmup_steps")]
+    assert found[0][0] == LOAD
+    said = said_by_run(studio, short)
+    assert "run_name must be" in said and "lr_warmup_steps must be" in said
+
+
 def test_the_facts_follow_from_the_graph_and_the_cache(studio: PackServer):
     folder = copied_pairs(studio, "facts")
     shutil.rmtree(studio.output / "qwen_edit_trainer" / "cache", ignore_errors=True)
@@ -179,7 +208,7 @@ def test_the_facts_follow_from_the_graph_and_the_cache(studio: PackServer):
     assert {path.parent.name for path in written} <= {"checked"}  # of the picture check
     assert before["problems"] == []
     expected = {"pairs": 4, "held_out": 1, "to_encode": 5, "finished": False, "done": 0, "steps": 2, "rank": 4}
-    expected |= {"resolution": 96, "precision": "none", "model": "edit-v2", "time": None, "first_pictures": None}
+    expected |= {"resolution": 96, "precision": "none", "model": "2509 (edit-v2)", "time": None, "first_pictures": None}
     assert expected.items() <= before["facts"].items()
     assert 0 < before["facts"]["disk_needed"] < before["facts"]["disk_free"]
     assert 0 < before["facts"]["ram_needed"] < before["facts"]["ram_free"]

@@ -122,6 +122,7 @@ def test_the_advanced_node_has_the_same_choice(trained: dict[str, Any], studio: 
     text = outputs[TRAIN]["text"][0].splitlines()
     assert "- lora_rank is 4, set by Qwen Edit LoRA Settings. The preset has 32." in text
     assert "- resolution is 96, set by Encode Edit Pairs. The preset has 1024." in text
+    assert "- match_target_res is True, set by Encode Edit Pairs. The preset has False." in text
     assert "- max_train_steps is 1, set by Train Qwen Edit LoRA (advanced). The preset has 3000." in text
     forget(studio)
     assert figures(studio.run(prompt))["run_name"] == figures(outputs)["run_name"]

@@ -24,11 +24,12 @@ def main(_tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> tuple[dic
     composed = importlib.import_module("qwen_edit_pack.nodes.composed")
     sockets = importlib.import_module("qwen_edit_pack.nodes.sockets")
     config = importlib.import_module("qwen_edit_pack.trainer_core.config")
+    errors = importlib.import_module("qwen_edit_pack.trainer_core.errors")
     device = importlib.import_module("qwen_edit_pack.trainer_core.device")
     model = sockets.AutomaticModel(base="/no/such", device="cuda")
 
     def described(model: Any, preset: str = "automatic", **given: Any) -> dict[str, Any]:
-        found = composed.compose(model, preset=preset, **{**OWN, **given})
+        found = composed.compose(errors.Problems(), model, preset=preset, **{**OWN, **given})
         return {
             "preset": found.preset,
             "why": found.why,

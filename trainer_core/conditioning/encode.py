@@ -23,7 +23,7 @@ from ..errors import ConfigError, DatasetError, OutOfMemoryError, Problems
 from ..events import SILENT, Observer
 from ..files import clean_leftovers
 from ..qwen_image.base_model import BaseModel
-from ..qwen_image.flavours import FLAVOURS
+from ..qwen_image.flavours import FLAVOURS, titles
 from ..qwen_image.text_encoder import PICTURE_TOKEN, check_text_encoder
 from ..qwen_image.vae import check_vae
 from ..ranks import SINGLE_PROCESS, Ranks
@@ -222,12 +222,13 @@ def check_references(dataset: EditDataset, model: ModelConfig, encoding: Encodin
         ConfigError: a pair has more references than the flavour can take at a time.
         DatasetError: match_target_res would crop a reference to less than a quarter.
     """
-    allowed = FLAVOURS[model.flavour].max_references
+    row = FLAVOURS[model.flavour]
     most = max((len(pair.references) for pair in dataset.pairs), default=0)
-    if most > allowed and encoding.conditioning_multidataset_sampling == "combined":
+    if most > row.max_references and encoding.conditioning_multidataset_sampling == "combined":
+        others = titles(each for each in FLAVOURS.values() if each.max_references >= most)
         raise ConfigError(
-            f"The dataset has {most} references per pair; {model.flavour} takes {allowed}. "
-            "Use fewer reference folders, a model of flavour edit-v2 or edit-v3, or set "
+            f"The dataset has {most} references per pair; {row.title} takes {row.max_references}. "
+            f"Use fewer reference folders, {f'the model {others}, ' if others else ''}or set "
             "conditioning_multidataset_sampling to random, which shows one reference at a time."
         )
     check_crops(dataset.pairs, encoding)

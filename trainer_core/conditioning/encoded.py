@@ -18,6 +18,7 @@ from ..disk import disk_errors
 from ..errors import ConfigError, DamagedFileError, DatasetError
 from ..files import is_whole, read_tensors, set_aside, write_atomically
 from ..json_text import read_json
+from ..qwen_image.flavours import title_of
 from .entry import EncodedEntry, entry_path, without_places
 from .types import EncodedPair, ReferenceFile
 
@@ -169,8 +170,8 @@ def check_alike(first: EncodedDataset, other: EncodedDataset, names: tuple[str, 
         wanted, found = getattr(first, name), getattr(other, name)
         if wanted != found:
             raise ConfigError(
-                f"{names[0]} has {name} {wanted!r}, but {names[1]} has {found!r}. Encode both with the same model and "
-                "preprocessing."
+                f"{names[0]} has {name} {title_of(str(wanted))}, but {names[1]} has {title_of(str(found))}. "
+                "Encode both with the same model and preprocessing."
             )
 
 

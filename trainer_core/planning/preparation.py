@@ -18,6 +18,7 @@ from ..errors import ConfigError, DatasetError, Problems
 from ..memory.placement import blocks_on_host, check_compiler
 from ..precision.quantise import converter
 from ..qwen_image.base_model import BaseModel
+from ..qwen_image.flavours import title_of
 from ..qwen_image.sampling import load_scheduler
 from ..qwen_image.vae import check_vae
 from ..runs.metrics import check_tensorboard
@@ -183,7 +184,8 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
     for each in (encoded, held_out):
         if each.flavour != config.model.flavour:
             raise ConfigError(
-                f"The dataset was encoded for {each.flavour}, but the model is {config.model.flavour}. "
+                f"The dataset was encoded for {title_of(each.flavour)}, but the model is "
+                f"{title_of(config.model.flavour)}. "
                 "Encode it again with this model."
             )
     check_alike(encoded, held_out, ("The encoded dataset", "the validation dataset"))

@@ -6,6 +6,7 @@ import torch
 
 from ..config import MemoryConfig, TrainConfig
 from ..errors import OutOfMemoryError
+from ..qwen_image.flavours import title_of
 from .advice import STEP, VALIDATION, memory_advice
 from .choose import Budget, choose_memory
 from .duration import probed_speed, time_in_words
@@ -89,7 +90,7 @@ def _run(plan: MemoryPlan) -> list[str]:
     config, pair = plan.config, plan.work.train
     references = "1 reference" if pair.references == 1 else f"{pair.references} references"
     return [
-        f"Memory to train {config.model.flavour}: base_model_precision {plan.network.precision}, "
+        f"Memory to train {title_of(config.model.flavour)}: base_model_precision {plan.network.precision}, "
         f"rank {config.lora.lora_rank} on {config.lora.lora_targets}, {config.optimizer.optimizer}",
         f"Largest micro-batch: {plan.work.batch} x (target {pair.target.width} x {pair.target.height}, "
         f"{references}: {pair.image_tokens} picture tokens, {pair.text_tokens} prompt tokens)",

@@ -20,7 +20,7 @@ from ..precision.materialise import check_weight_shapes
 from ..text import brief
 from ..weights.source import open_weights
 from ..weights.stored import WeightSource
-from .flavours import FLAVOURS
+from .flavours import FLAVOURS, title_of, titles
 from .folder import DEMO_FOLDER, ModelFolder, config_errors, model_folder, read_json, weights_digest
 from .frozen_forward import optimise_frozen_forward
 from .recognise import LAYERED_MARKS, doubts_by_name, instead_of, looks_like
@@ -260,8 +260,8 @@ def _check_flavour(config: ModelConfig, place: Path, settings: dict[str, Any]) -
     found = f"zero_cond_t is {bool(is_2511)}" + (f", model_index.json says {pipeline}" if pipeline else "")
     raise ModelFileError(
         f"{place.name if place.is_file() else config.base!r} is a "
-        f"{' or '.join(row.released_as.split('/')[1] for row in fitting)} ({found}), but the flavour is "
-        f"{config.flavour}. Choose {' or '.join(row.name for row in fitting)}."
+        f"{' or '.join(row.released_as.split('/')[1] for row in fitting)} ({found}), but the chosen release is "
+        f"{title_of(config.flavour)}. Choose {titles(fitting)}."
     )
 
 

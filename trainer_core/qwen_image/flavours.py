@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..config import FlavourName
@@ -44,6 +45,11 @@ class Flavour:
     reference_area: int
     comfyui_reference_step: int  # ComfyUI's node rounds a reference's sides to multiples of this
     zero_cond_t: bool  # references are modulated at timestep zero
+
+    @property
+    def title(self) -> str:
+        """The release with the flavour, for messages: 2509 (edit-v2)."""
+        return f"{self.release} ({self.name})"
 
 
 FLAVOURS: dict[FlavourName, Flavour] = {
@@ -96,6 +102,16 @@ FLAVOURS: dict[FlavourName, Flavour] = {
         ),
     )
 }
+
+
+def titles(rows: Iterable[Flavour]) -> str:
+    """The titles of some rows, for messages: 2509 (edit-v2) or 2511 (edit-v3)."""
+    return " or ".join(row.title for row in rows)
+
+
+def title_of(name: str) -> str:
+    """The title of the flavour with this name. A name that no flavour has stays as it is."""
+    return next((row.title for row in FLAVOURS.values() if row.name == name), name)
 
 
 def flavour_of_release(release: str) -> FlavourName | None:

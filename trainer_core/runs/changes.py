@@ -9,6 +9,7 @@ from typing import Any
 from ..conditioning.encoded import EncodedDataset, find_manifest, load_encoded, trained_values
 from ..errors import DatasetError, RunFolderError
 from ..json_text import read_json
+from ..qwen_image.flavours import title_of
 from ..qwen_image.latents import VAE_FACTOR
 from ..text import brief, shown
 
@@ -40,9 +41,14 @@ def in_words(run_dir: Path, changes: Sequence[Change], encoded: EncodedDataset |
         if name == _DATASET_SETTING:
             lines += _dataset_in_words(run_dir, str(old), encoded)
         else:
-            lines.append(f"{shown(name)} {brief(old)} -> {brief(new)}")
+            lines.append(f"{shown(name)} {_value(name, old)} -> {_value(name, new)}")
     more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
     return "\n".join(f"  - {line}" for line in [*lines[:_MOST_LINES], *more])
+
+
+def _value(name: str, value: Any) -> str:
+    is_flavour = name.rpartition(".")[2] == "flavour" and isinstance(value, str)
+    return brief(title_of(value) if is_flavour else value)
 
 
 def _dataset_in_words(run_dir: Path, digest: str, encoded: EncodedDataset | None) -> list[str]:
@@ -75,7 +81,7 @@ def dataset_changes(old: Row, new: Row) -> Iterator[str]:
     """How the training pairs differ. Both are values of `trained_values`."""
     re_encoded = [name for name in ("flavour", "preprocessing") if old.get(name) != new.get(name)]
     for name in re_encoded:
-        yield f"the dataset was encoded for {name} {brief(old.get(name))} -> {brief(new.get(name))}"
+        yield f"the dataset was encoded for {name} {_value(name, old.get(name))} -> {_value(name, new.get(name))}"
     before, after = ({str(row["key"]): row for row in values["pairs"]} for values in (old, new))
     added, removed = [name for name in after if name not in before], [name for name in before if name not in after]
     contents = {_content(before[name]) for name in removed}
