@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import time
 from pathlib import Path
 
 import comfy.model_management
@@ -44,10 +45,26 @@ def temp_dir() -> Path:
     return Path(folder_paths.get_temp_directory())
 
 
+_pictures: dict[str, tuple[int, list[str]]] = {}
+_SETTLED_NS = 2 * 10**9  # a folder could change again without changing its timestamp
+
+
 def input_pictures() -> list[str]:
-    """Names of the pictures directly in ComfyUI's input folder."""
-    files = [path.name for path in input_dir().iterdir() if path.is_file()] if input_dir().is_dir() else []
-    return sorted(folder_paths.filter_files_content_types(files, ["image"]))
+    """Names of the pictures directly in ComfyUI's input folder.
+
+    The answer is kept until the folder changes: menus ask often, and it may hold thousands of files.
+    """
+    folder = str(input_dir())
+    changed = _changed_at(folder)
+    then, found = _pictures.get(folder, (0, []))
+    if not changed or then == changed:
+        return found
+    with os.scandir(folder) as listing:
+        files = [entry.name for entry in listing if entry.is_file()]
+    found = sorted(folder_paths.filter_files_content_types(files, ["image"]))
+    if time.time_ns() - changed > _SETTLED_NS:
+        _pictures[folder] = changed, found
+    return found
 
 
 def cache_dir() -> Path:

@@ -42,5 +42,8 @@ def all_runs() -> list[Path]:
 
 
 def runs_with_lora() -> list[str]:
-    """Names of the runs that have exported a LoRA or kept one of a step, the newest first."""
-    return [folder.name for folder in all_runs() if view.has_lora(folder)]
+    """Names of the runs that have exported a LoRA or kept one of a step, the newest first.
+
+    `run_folder` may still refuse one.
+    """
+    return [folder.name for folder in view.run_folders(host_folders.runs_dir(), _MOST) if view.has_lora(folder)]

@@ -115,7 +115,7 @@ def create_data_set(root: Path, name: object) -> DataSet:
 def _data_sets(root: Path) -> Iterator[str]:
     try:
         with os.scandir(root) as listing:
-            names = [entry.name for entry in listing if is_one_name(entry.name) and _entry_is_folder(entry)]
+            names = [entry.name for entry in listing if _entry_is_folder(entry) and is_one_name(entry.name)]
     except OSError:
         return
     for name in sorted(names)[:_MOST_FOLDERS]:

@@ -132,9 +132,8 @@ def loras(folder: Path) -> list[dict[str, Any]]:
 
 
 def has_lora(folder: Path) -> bool:
-    """Whether the run has exported a LoRA or kept one of a step."""
-    state, _ = _state_or_problem(folder)
-    return bool(state.get("result")) or any(folder.glob("samples/step-*/*.safetensors"))
+    """Whether the run has exported a LoRA or kept one of a step. Opens no file, because menus ask for every run."""
+    return any(any(folder.glob(f"{place}[!.]*.safetensors")) for place in ("", "samples/step-*/"))
 
 
 def lora_file(folder: Path) -> Path | None:
