@@ -11,8 +11,8 @@ from tests.support.pair_files import picture, text
 from trainer_core.data_sets import changes, folders, moves
 from trainer_core.data_sets.folders import NotFoundError, find_data_sets, open_data_set
 from trainer_core.data_sets.moves import UNFINISHED, changing, finish
-from trainer_core.data_sets.reading import read_data_set
-from trainer_core.data_sets.use import pairs_of
+from trainer_core.data_sets.reading import read_data_set, revision
+from trainer_core.data_sets.use import pairs_of, state_of
 from trainer_core.errors import DatasetError
 
 
@@ -216,7 +216,9 @@ def test_hold_out(tmp_path: Path):
 
 def test_a_list_of_held_out_pairs_that_cannot_be_read_is_kept_and_told(tmp_path: Path):
     mine = made(tmp_path, "a", "b")
+    states = {state_of(mine, ""), revision(mine)}
     text(mine.root / "held_out.txt", "b\n".encode("utf-16"))
+    assert not states & {state_of(mine, ""), revision(mine)}
     before = files(mine.root)
     with pytest.raises(DatasetError, match=r"The list of held-out pairs, held_out\.txt, can't be read"):
         changes.hold_out(mine, ["a"], held_out=True)

@@ -74,7 +74,7 @@ def read_data_set(data_set: DataSet) -> Contents:
     pictures = _Pictures(folders)
     target = folders["target"]
     references = {side: folders[side] for side in REFERENCES if side in folders}
-    held_out, held_out_notes = _held_out(data_set)
+    held_out, held_out_notes = held_out_and_notes(data_set)
     both = target.pictures.keys() & set[str]().union(*(folder.pictures for folder in references.values()))
     paired = sorted(both)
     captions, caption_notes = _captions(paired, target)
@@ -111,7 +111,8 @@ def revision(data_set: DataSet) -> str:
     """A digest that changes when a picture, a text or a mark of the data set does. Opens no picture."""
     files = {side: [(printable(name), *state) for name, *state in file_states(data_set.folder(side))]
              for side in data_set.sides}  # fmt: skip
-    return digest([{side: sorted(found) for side, found in files.items()}, sorted(held_out_keys(data_set))])
+    held_out, notes = held_out_and_notes(data_set)
+    return digest([{side: sorted(found) for side, found in files.items()}, sorted(held_out), notes])
 
 
 def count_pairs(data_set: DataSet) -> int:
@@ -131,12 +132,12 @@ def last_change(data_set: DataSet) -> int:
     return int(max(times, default=0))
 
 
-def held_out_keys(data_set: DataSet) -> frozenset[str]:
-    """As `read_held_out`; empty if the list can't be read."""
+def held_out_and_notes(data_set: DataSet) -> tuple[frozenset[str], list[str]]:
+    """As `read_held_out`, and a note if the list can't be read."""
     try:
-        return read_held_out(data_set)
-    except DatasetError:
-        return frozenset()
+        return read_held_out(data_set), []
+    except DatasetError as error:
+        return frozenset(), [str(error)]
 
 
 def read_held_out(data_set: DataSet) -> frozenset[str]:
@@ -238,14 +239,6 @@ def _captions(keys: Iterable[str], target: Folder) -> tuple[dict[str, str], list
         except DatasetError as error:
             notes.append(str(error))
     return found, notes
-
-
-def _held_out(data_set: DataSet) -> tuple[frozenset[str], list[str]]:
-    """The keys of held-out pairs, and a note if their list can't be read."""
-    try:
-        return read_held_out(data_set), []
-    except DatasetError as error:
-        return frozenset(), [str(error)]
 
 
 def _notes(

@@ -15,7 +15,7 @@ from ..errors import DatasetError
 from ..events import SILENT, Observer
 from ..text import brief, counted, is_blank, shown, some_of
 from .folders import DataSet, open_data_set
-from .reading import held_out_keys, read_held_out
+from .reading import held_out_and_notes, read_held_out
 
 _DEMO = Path(__file__).parent.parent / "demo" / "pairs"
 _MOST_NOTES = 100
@@ -36,7 +36,8 @@ def state_of(data_set: DataSet, instruction: str) -> str:
     Raises:
         DiskError: a name is too long, or the disk fails.
     """
-    return digest([folder_state(_config(data_set, instruction)), sorted(held_out_keys(data_set))])
+    held_out, notes = held_out_and_notes(data_set)
+    return digest([folder_state(_config(data_set, instruction)), sorted(held_out), notes])
 
 
 def pairs_of(
