@@ -74,6 +74,8 @@ def test_before_the_start_the_node_says_what_run_will_do(open_page: OpenPage):
     page.set_widgets("TrainLora", run_name="not yet")
     page.set_widgets("PairFolders", target_folder="demo/target", reference_folder_1="demo/reference")
     box.get_by_role("button", name="Check everything").click()
+    note = "In 6 of 6 pairs, reference and target have too little in common to be aligned."
+    expect(box.locator(".qet-before-fact").filter(has_text=note)).to_be_visible()
     expect(box.locator(".qet-before-head")).to_contain_text("Ready to run")
 
 
