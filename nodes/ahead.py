@@ -16,14 +16,14 @@ from .composed import AUTOMATIC, UNKNOWN_MODEL, compose
 from .graph_values import GraphValues, Link, UnknownError, is_link
 from .raw_values import entries
 from .refused import note_refusals
-from .run_names import settled
+from .run_names import continues_kept, settled
 from .train import TrainLora, run_config
+from .training import ADVANCED, SHORT
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.conditioning.encoding_plan import PlannedDataset
 
-_TRAIN, _SHORT = "QwenEdit_TrainLora", "QwenEdit_Train"
 _MIX, _MODEL = "QwenEdit_MixPairs", "QwenEdit_ChooseModel"
 LATER = ("model", "encoded", "validation_encoded")  # inputs of a training that are known when its pairs are encoded
 _MODELS = (choose_model.ChooseModel, model.LoadModel, model.LoadModelFiles)
@@ -39,9 +39,9 @@ def note_problems(request: Mapping[str, Any]) -> None:
     for node_id, kind, _ in entries(prompt):
         problems = Problems()
         try:
-            if kind == _TRAIN:
+            if kind == ADVANCED:
                 run_config(problems, UNKNOWN_MODEL, None, **values.inputs(TrainLora, node_id, without=LATER))
-            elif kind == _SHORT:
+            elif kind == SHORT:
                 _check_short(problems, values, node_id)
             elif kind == _MODEL:
                 values.output([node_id, 0])
@@ -88,7 +88,7 @@ def check_trainings(
     problems, prompt = Problems(), hidden.prompt or {}
     values = GraphValues(prompt, FROM_WIDGETS, known)
     for node_id, kind, inputs in entries(prompt):
-        is_next = kind == _TRAIN and _leads_to(prompt, inputs.get("encoded"), hidden.unique_id)
+        is_next = kind == ADVANCED and _leads_to(prompt, inputs.get("encoded"), hidden.unique_id)
         if not is_next or not host_server.is_asked_for(node_id):
             continue
         try:
@@ -103,7 +103,7 @@ def check_trainings(
         encoded, held_out = [*(outputs[link[1]] for link in links), None][:2] if is_all else (None, None)
         data = RunData(trained=parts, every=parts, encoded=encoded, held_out=held_out)
         config, _ = settled(config, encoded, given["if_run_exists"])
-        continue_kept = given["if_run_exists"] == "continue a kept run"
+        continue_kept = continues_kept(given["if_run_exists"])
         problems.attempt(partial(check_before_encoding, config, data, continue_kept=continue_kept))
     problems.raise_all()
 

@@ -21,19 +21,18 @@ from .door import PLAIN
 from .graph_values import ForeseenPairs, GraphValues, UnknownError, is_link, not_connected
 from .overrides import SETTINGS_NODES, Override, compared
 from .raw_values import inputs_of
-from .run_names import settled
+from .run_names import continues_kept, settled
 from .short_train import Train, chosen, planned_pairs
 from .sockets import AutomaticModel
 from .train import TrainLora, run_config
 from .train_config import NO_PRESET
+from .training import SHORT
 
 if TYPE_CHECKING:
     from ..trainer_core.planning.start import CheckedRun, RunData
 
 T = TypeVar("T")
 
-_SHORT = "QwenEdit_Train"
-TRAININGS = {"QwenEdit_TrainLora", _SHORT}
 _FORESEEN = (
     *(dataset.PairFolders, edit_pairs.EditPairs, check.CheckPairs, encode.EncodePairs, mix.MixPairs),
     *(import_simpletuner.ImportSimpleTuner, import_simpletuner.EncodeImported),
@@ -129,7 +128,7 @@ def before_start(prompt: Any, node_id: str, observer: Observer, *, measure_pairs
 
     Args:
         prompt: a prompt as the page sends it. It may be anything.
-        node_id: of a node of one of the TRAININGS.
+        node_id: of a training node in it.
         observer: can stop the search.
         measure_pairs: also measures the pictures of each pair.
 
@@ -138,7 +137,7 @@ def before_start(prompt: Any, node_id: str, observer: Observer, *, measure_pairs
     """
     values = GraphValues(prompt, _NODES, observer=observer)
     found = Found(values)
-    training = (_short_training if values.kind_of(node_id) == _SHORT else _advanced_training)(found, node_id)
+    training = (_short_training if values.kind_of(node_id) == SHORT else _advanced_training)(found, node_id)
     found.problems[:0] = [(source, error) for source, error in values.refused.items()]
     config, data = training.config, training.data
     if data is not None:
@@ -148,7 +147,7 @@ def before_start(prompt: Any, node_id: str, observer: Observer, *, measure_pairs
     return {
         "problems": [{"node_id": source, "text": _cut(str(error))} for source, error in _distinct(found.problems)],
         "warnings": [_cut(text) for text in dict.fromkeys(found.warnings)],
-        "notes": list(dict.fromkeys(found.notes)),
+        "notes": [_cut(text) for text in dict.fromkeys(found.notes)],
         "facts": [{"name": name, "value": value} for name, value in found.facts.items()],
         "preset": {"name": training.preset, "why": training.why, "values": dict(training.held)},
         "overridden": [
@@ -207,7 +206,7 @@ def _advanced_training(found: Found, node_id: str) -> Training:
         is_model_known=model is not None,
         data=data,
         is_cache_known=isinstance(encoded, ForeseenPairs) and encoded.is_cache_known,
-        continue_kept=(settings or {}).get("if_run_exists") == "continue a kept run",
+        continue_kept=continues_kept((settings or {}).get("if_run_exists", "")),
         **chosen,
     )
 
@@ -248,7 +247,7 @@ def _short_training(found: Found, node_id: str) -> Training:
         is_model_known=True,
         data=data,
         is_cache_known=encoders is None,
-        continue_kept=given["if_run_exists"] == "continue a kept run",
+        continue_kept=continues_kept(given["if_run_exists"]),
         preset=composed.preset,
         why=composed.why,
         held=composed.from_preset,

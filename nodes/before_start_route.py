@@ -16,8 +16,9 @@ from aiohttp import web
 from ..trainer_core.errors import ConfigError, Interrupted
 from ..trainer_core.events import SilentObserver, Stop
 from .answers import BASE, json_answer, json_object, problem
-from .before_start import TRAININGS, before_start
+from .before_start import before_start
 from .graph_values import GraphValues
+from .training import TRAININGS
 
 _BODY_BYTES = 4 << 20
 _EXAMPLE = '{"prompt": {...}, "node_id": "...", "measure_pairs": false}'

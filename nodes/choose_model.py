@@ -12,12 +12,10 @@ from ..trainer_core.config import DEMO_MODEL, BaseModelPrecision, FlavourName, M
 from ..trainer_core.errors import ConfigError, Problems
 from ..trainer_core.qwen_image.flavours import FLAVOURS
 from . import host_folders, host_models, sockets
-from .composed import plain_model, with_precision
+from .composed import AUTOMATIC, plain_model, with_precision
 from .model import quantised_dir
 from .refused import refusal_of
 from .schema import CATEGORY, Node, new_input, new_output, node_schema
-
-AUTOMATIC = "automatic"
 
 
 class ChooseModel(Node):

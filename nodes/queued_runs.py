@@ -9,9 +9,8 @@ from ..trainer_core.errors import ConfigError
 from . import host_folders, host_server
 from .active_runs import has_ended
 from .raw_values import entries
+from .training import TRAININGS
 from .untrusted import checked_run_name, free_name
-
-TRAININGS = ("QwenEdit_TrainLora", "QwenEdit_Train")
 
 
 def queued_runs() -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
 
 IfRunExists = Literal["continue", "continue a kept run", "new run", "continue, or a new name if the settings differ"]
+KEPT_TOO: IfRunExists = "continue a kept run"
 OR_NEW_NAME: IfRunExists = "continue, or a new name if the settings differ"
 HELP = (
     "What to do if a run with this name exists. continue: resume it, or return its result if it is finished. continue "
@@ -22,6 +23,11 @@ HELP = (
     "continue, or a new name if the settings differ: continue the newest run of this name that has the same settings "
     "and pairs; if there is none, train under a new name with a number."
 )
+
+
+def continues_kept(if_run_exists: str) -> bool:
+    """Whether this choice also goes on with a run that was ended with stop-and-keep."""
+    return if_run_exists == KEPT_TOO
 
 
 def first_name(run_name: str, if_run_exists: str) -> str:

@@ -6,20 +6,18 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
 from ..trainer_core.config import EncodingConfig, ModelConfig, TrainConfig
 from ..trainer_core.errors import ConfigError, Interrupted, Problems, SettingsError
-from . import host_call, host_folders, run_names, sockets, training
+from . import host_call, host_folders, sockets, training
 from .composed import AUTOMATIC, DEMO_PRESET, MORE_NODE, TRAIN_NODE, Composed, compose, is_demo, presets_offered
 from .overrides import in_words
-from .refused import refusal_of
-from .run_names import OR_NEW_NAME, IfRunExists, settled
+from .run_names import OR_NEW_NAME, continues_kept, settled
 from .schema import CATEGORY, Node, help_of, new_input, new_output, node_schema, setting_input
 from .train_config import settings_input
-from .untrusted import checked_run_name
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoders import Encoders
@@ -39,27 +37,20 @@ class Train(Node):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return node_schema(
+        return training.training_schema(
             "Train",
             TRAIN_NODE,
+            _inputs(),
             category=CATEGORY,
             description="Trains a LoRA on pairs and saves it where LoRA loaders list it. A preset for your card sets "
             "everything else. Interrupting keeps the progress; queue the same graph again to resume.",
             search_aliases=["train lora", "edit lora", "finetune", "lora training", "trainer", "qwen"],
-            is_output_node=True,
-            not_idempotent=True,
-            hidden=training.HIDDEN,
-            inputs=_inputs(),
-            outputs=training.outputs(),
         )
 
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
         """Check the run name, and the settings in connected nodes as far as they are known."""
-        refusal = refusal_of(cls.hidden)
-        if refusal is True and run_name is not None:
-            checked_run_name(run_name)
-        return refusal
+        return training.refusal(cls.hidden, run_name)
 
     @classmethod
     def execute(
@@ -72,14 +63,15 @@ class Train(Node):
         """Outputs the LoRA's tensors, losses, name, sample grid and run."""
         from ..trainer_core.conditioning.encode import encode_planned
 
-        problems = Problems()
-        composed = compose(problems, model, more_settings=more_settings, **chosen(widgets))
+        problems, given = Problems(), chosen(widgets)
+        composed = compose(problems, model, more_settings=more_settings, **given)
         problems.raise_all(SettingsError)
         assert composed is not None
-        continue_kept = widgets.get("if_run_exists") == "continue a kept run"
+        choice = given["if_run_exists"]
+        continue_kept = continues_kept(choice)
         with _planning(more_settings) as observer:
             planned = planned_pairs(composed, dataset, more_settings, observer)
-            config, note = settled(composed.config, planned.encoded(), widgets.get("if_run_exists", OR_NEW_NAME))
+            config, note = settled(composed.config, planned.encoded(), choice)
             config = dataclasses.replace(config, encoded=str(planned.encoded().manifest))
             notes = _notes(composed, note)
             result = training.finished(config, continue_kept=continue_kept)
@@ -123,15 +115,7 @@ def _inputs() -> list[io.Input]:
             tooltip="Number of optimizer steps. 0: the preset's number, 2000 for most cards.",
         ),
         setting_input(TrainConfig, "seed", control_after_generate=False, optional=True, advanced=True),
-        new_input(
-            io.Combo,
-            "if_run_exists",
-            optional=True,
-            advanced=True,
-            options=list(get_args(IfRunExists)),
-            default=OR_NEW_NAME,
-            tooltip=run_names.HELP,
-        ),
+        training.run_exists_input(OR_NEW_NAME, optional=True, advanced=True),
         new_input(
             sockets.MoreSettings,
             "more_settings",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
 from ..trainer_core.config import ExportConfig, ModelConfig, TrainConfig
 from ..trainer_core.errors import Problems, SettingsError
-from . import host_call, host_folders, run_names, sockets, training
+from . import host_call, host_folders, sockets, training
 from .overrides import in_words
-from .refused import refusal_of
-from .run_names import IfRunExists, first_name, settled
-from .schema import Node, new_input, node_schema, setting_input
+from .run_names import IfRunExists, continues_kept, first_name, settled
+from .schema import Node, new_input, setting_input
 from .train_config import (
     NO_PRESET,
     imported_input,
@@ -24,7 +23,6 @@ from .train_config import (
     train_config,
     validation_input,
 )
-from .untrusted import checked_run_name
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
@@ -37,26 +35,19 @@ class TrainLora(Node):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return node_schema(
+        return training.training_schema(
             "TrainLora",
             TRAIN_NODE,
+            _inputs(),
             description="Trains a LoRA on encoded pairs and saves it where LoRA loaders list it. Interrupting keeps "
             "the progress; queue the same graph again to resume.",
             search_aliases=["finetune", "lora training", "trainer"],
-            is_output_node=True,
-            not_idempotent=True,
-            hidden=training.HIDDEN,
-            inputs=_inputs(),
-            outputs=training.outputs(),
         )
 
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
         """Check the run name, and the settings in connected nodes as far as they are known."""
-        refusal = refusal_of(cls.hidden)
-        if refusal is True and run_name is not None:
-            checked_run_name(run_name)
-        return refusal
+        return training.refusal(cls.hidden, run_name)
 
     @classmethod
     def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:
@@ -66,7 +57,7 @@ class TrainLora(Node):
         problems.raise_all(SettingsError)
         assert config is not None
         config, note = settled(config, encoded, choice)
-        continue_kept = choice == "continue a kept run"
+        continue_kept = continues_kept(choice)
         preset, imported = values.get("preset", NO_PRESET), values.get("imported") is not None
         overridden = preset_overrides(config, preset, encoded, TRAIN_NODE, is_imported=imported)
         notes = [text for text in (note, in_words(preset, overridden)) if text]
@@ -93,13 +84,7 @@ def _inputs() -> list[io.Input]:
         ),
         setting_input(TrainConfig, "max_train_steps", tooltip=_STEPS_HELP),
         setting_input(TrainConfig, "seed", control_after_generate=False),
-        new_input(
-            io.Combo,
-            "if_run_exists",
-            options=list(get_args(IfRunExists)),
-            default="continue",
-            tooltip=run_names.HELP,
-        ),
+        training.run_exists_input("continue"),
         *(settings_input(f"{name}_settings") for name in ("lora", "optimizer", "training", "validation")),
         setting_input(ExportConfig, "trigger_words", optional=True),
         validation_input(),

@@ -1,28 +1,62 @@
-"""Shared by the two training nodes: their outputs, and the training itself."""
+"""Shared by the two training nodes: their schema, the check before a run, and the training itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from comfy_api.latest import io
 
 from ..trainer_core.config import TrainConfig
 from ..trainer_core.errors import Interrupted
-from . import graph_file, host_lora, host_server, publish, sockets
-from .schema import new_output
+from . import graph_file, host_lora, host_server, publish, run_names, sockets
+from .refused import refusal_of
+from .run_names import IfRunExists
+from .schema import new_input, new_output, node_schema
+from .untrusted import checked_run_name
 
 if TYPE_CHECKING:
     from ..trainer_core.events import Observer
     from ..trainer_core.run import TrainResult
 
-HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
-"""What a training node needs to save its graph."""
+ADVANCED, SHORT = "QwenEdit_TrainLora", "QwenEdit_Train"
+TRAININGS = (ADVANCED, SHORT)
+"""The types of the training nodes: with encoded pairs and all settings, and of the short path."""
 
 
-def outputs() -> list[io.Output]:
-    """The outputs of a training node."""
+def training_schema(name: str, display_name: str, inputs: list[io.Input], **keywords: Any) -> io.Schema:
+    """The schema of a training node."""
+    return node_schema(
+        name,
+        display_name,
+        is_output_node=True,
+        not_idempotent=True,
+        hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],  # to save the graph
+        inputs=inputs,
+        outputs=_outputs(),
+        **keywords,
+    )
+
+
+def run_exists_input(default: IfRunExists, **keywords: Any) -> io.Input:
+    """The widget that says what to do if a run has the name already."""
+    choices = list(get_args(IfRunExists))
+    return new_input(io.Combo, "if_run_exists", options=choices, default=default, tooltip=run_names.HELP, **keywords)
+
+
+def refusal(hidden: Any, run_name: str | None) -> bool | str:
+    """What `validate_inputs` of a training node returns: all that is wrong as far as it is known before the graph runs.
+
+    A linked run name arrives as None.
+    """
+    found = refusal_of(hidden)
+    if found is True and run_name is not None:
+        checked_run_name(run_name)
+    return found
+
+
+def _outputs() -> list[io.Output]:
     return [
         new_output(io.LoraModel, "lora", "The LoRA's tensors, for ComfyUI's Load LoRA Model in the same graph."),
         new_output(io.LossMap, "loss_map", "Loss of every step, for Plot Loss or ComfyUI's loss graph."),

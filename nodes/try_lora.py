@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from ..trainer_core.errors import ConfigError
+from ..trainer_core.errors import ConfigError, TrainerError
 from . import host_call, host_folders, sockets
 from .run_folders import run_folder, runs_with_lora
 from .schema import CATEGORY, Node, new_input, new_output, node_schema
@@ -52,12 +53,11 @@ class TryLora(Node):
         return picture in (None, HELD_OUT) or bool(_picture_file(picture))
 
     @classmethod
-    def fingerprint_inputs(cls, run_name: str | None = None, **_widgets: Any) -> str:
-        """A value that changes when the run does."""
-        try:
-            return str((run_folder(run_name) / "run.json").stat().st_mtime_ns) if run_name else ""
-        except (ConfigError, OSError, ValueError):
-            return ""
+    def fingerprint_inputs(cls, run_name: str | None = None, picture: str | None = None, **_widgets: Any) -> str:
+        """A value that changes when the run or the picture does."""
+        return (
+            f"{_state(lambda: run_folder(run_name or '') / 'run.json')} {_state(lambda: _picture_file(picture or ''))}"
+        )
 
     @classmethod
     def execute(
@@ -141,6 +141,14 @@ def _inputs() -> list[io.Input]:
             sockets.Run, "run", optional=True, tooltip="The run, from a training node. Used instead of run_name."
         ),
     ]
+
+
+def _state(find: Callable[[], Path]) -> int:
+    """When a file changed, in ns; 0 if it can't be found."""
+    try:
+        return find().stat().st_mtime_ns
+    except (TrainerError, OSError):
+        return 0
 
 
 def _picture_file(name: str) -> Path:

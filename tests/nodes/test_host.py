@@ -138,6 +138,10 @@ def test_listed_networks(answers: dict[str, Any], folder: Path):
     assert found["no network"].startswith("ModelFileError: 'saved' is not in")
 
 
-def test_reported_paths_hide_where_they_lie(answers: dict[str, Any]):
+def test_reported_paths_hide_where_they_lie(answers: dict[str, Any], folder: Path):
+    said = (
+        f"input/my edit/a.png, 'named_by_variable', models/vae/x, {folder}/input2/b, my{folder}/input and output. End"
+    )
+    assert answers["folders"]["said"] == said
     assert answers["folders"]["inside"] == "a/x.png"
     assert answers["folders"]["outside"] == "x.png"

@@ -93,6 +93,16 @@ def test_the_node_shows_what_validation_showed(asked: int, step: int, run: dict[
     assert tried["psnr"]["lora"] == pytest.approx(lora["psnr"], abs=1e-3)
 
 
+def test_a_picture_that_changed_is_edited_anew(run: dict[str, Any], studio: PackServer):
+    assert run
+    shown = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (96, 96), colour).save(studio.input / "mine.png")
+        outputs = studio.run(trial(picture="mine.png", instruction="turn it grey"))["try"]
+        shown.append(viewed(studio, outputs["qwen_edit_try"][0]["pictures"]["reference-1"]))
+    assert shown[0] != shown[1]
+
+
 def test_what_the_node_refuses(run: dict[str, Any], studio: PackServer):
     for changes in ({"run_name": "../tried"}, {"picture": "../x.png"}, {"picture": "/etc/passwd"}):
         with pytest.raises(ComfyUIError, match="400"):

@@ -222,6 +222,8 @@ def folders(host: types.ModuleType, values: dict[str, Any]) -> dict[str, str]:
     for kind in kinds:
         folder_paths.folder_names_and_paths[kind] = ([str(Path(values["folder"]) / "models" / kind)], {".safetensors"})
     listed = {kind: host.model_files(kind) for kind in kinds}
+    place = values["folder"]
+    said = f"{place}/input/my edit/a.png, '{place}/named_by_variable', {place}/models/vae/x, {place}/input2/b, "
     return {
         "networks": str(listed),
         "network": outcome(lambda: host.model_file("vae", "saved/vae")),
@@ -231,6 +233,7 @@ def folders(host: types.ModuleType, values: dict[str, Any]) -> dict[str, str]:
         "secret": outcome(lambda: host.lora_path("../secret.safetensors")),
         "base models": str(host.base_models()),
         "outside": host.output_name(Path(values["named"]) / "x.png"),
+        "said": host.without_paths(f"{said}my{place}/input and {place}/output. End"),
         "inside": host.output_name(host.output_dir() / "a" / "x.png"),
     }
 
