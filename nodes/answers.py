@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from ..trainer_core.errors import ConfigError, TrainerError
+from ..trainer_core.data_sets.folders import NameTakenError, NotFoundError
+from ..trainer_core.disk import disk_errors
+from ..trainer_core.errors import ConfigError, DiskError, RunFolderError, TrainerError
 from ..trainer_core.json_text import parse_json
 from ..trainer_core.runs.view import finite
 from . import host_folders
@@ -29,8 +33,45 @@ PICTURE_HEADERS = {**HEADERS, "Cache-Control": "private, max-age=86400"}  # the 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
-class NotFoundAnswer(Exception):  # noqa: N818 - an answer
-    """The requested object does not exist. Answered with 404."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class RefusedAnswer(Exception):  # noqa: N818 - an answer
+    """A request is refused with this status and sentence."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class NotFoundAnswer(RefusedAnswer):
+    """The requested object does not exist."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(404, text)
+
+
+def answering(handler: Handler, folder: Callable[[], Path]) -> Handler:
+    """The handler, with errors turned into answers. `folder`: where it writes, for errors of the disk."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        try:
+            with disk_errors(folder()):
+                return await handler(request)
+        except (RefusedAnswer, TrainerError) as error:
+            return problem(_status_of(error), str(error))
+
+    return answer
+
+
+def _status_of(error: Exception) -> int:
+    if isinstance(error, RefusedAnswer):
+        return error.status
+    if isinstance(error, NotFoundError | RunFolderError):
+        return 404
+    if isinstance(error, DiskError):
+        return 507 if error.errno in _FULL else 500
+    return 409 if isinstance(error, NameTakenError) else 400
 
 
 def reading(answer: Callable[[web.Request], web.Response]) -> Handler:

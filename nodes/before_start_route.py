@@ -13,9 +13,10 @@ from typing import Any
 
 from aiohttp import web
 
-from ..trainer_core.errors import ConfigError, Interrupted
+from ..trainer_core.errors import Interrupted
 from ..trainer_core.events import SilentObserver, Stop
-from .answers import BASE, json_answer, json_object, problem
+from . import host_folders
+from .answers import BASE, NotFoundAnswer, RefusedAnswer, answering, json_answer, json_object
 from .before_start import before_start
 from .graph_values import GraphValues
 from .training import TRAININGS
@@ -42,25 +43,22 @@ class _Newest(SilentObserver):
 
 def add_routes(routes: Any) -> None:
     """Add the route to a table of aiohttp."""
-    routes.post(f"{BASE}/before_start")(_before_start)
+    routes.post(f"{BASE}/before_start")(answering(_before_start, host_folders.cache_dir))
 
 
 async def _before_start(request: web.Request) -> web.Response:
-    try:
-        body = await json_object(request, _BODY_BYTES, _EXAMPLE)
-    except ConfigError as error:
-        return problem(400, str(error))
+    body = await json_object(request, _BODY_BYTES, _EXAMPLE)
     prompt, node_id, measure = body.get("prompt"), body.get("node_id"), body.get("measure_pairs", False)
     if not (isinstance(prompt, dict) and isinstance(node_id, str) and isinstance(measure, bool)):
-        return problem(400, f"Send a JSON object: {_EXAMPLE}")
+        raise RefusedAnswer(400, f"Send a JSON object: {_EXAMPLE}")
     if GraphValues(prompt, {}).kind_of(node_id) not in TRAININGS:
-        return problem(404, "The prompt has no training node with this id.")
+        raise NotFoundAnswer("The prompt has no training node with this id.")
     observer = _Newest(request)
     async with _one_at_a_time:
         try:
             answer = await asyncio.to_thread(_unless_stopped, prompt, node_id, observer, measure)
-        except Interrupted:
-            return problem(409, "A newer request has stopped this one.")
+        except Interrupted as error:
+            raise RefusedAnswer(409, "A newer request has stopped this one.") from error
     return json_answer(answer)
 
 

@@ -30,6 +30,8 @@ AUTOMATIC = "automatic"
 DEMO_PRESET = "demo"
 UNKNOWN_MODEL = ModelConfig(base="-")
 """Stands for a model that is missing or not known yet, to check settings. It counts as a real model, not the demo's."""
+NAME_LABEL = "name of the edit"
+"""What the page calls run_name in the short path."""
 MODEL_NODE, TRAIN_NODE, MORE_NODE = "Qwen Edit Model", "Train Qwen Edit LoRA", "Qwen Edit More Settings"
 _SETTINGS = ("lora", "optimizer", "training", "validation", "memory", "ema", "rollout")
 
@@ -78,7 +80,7 @@ def compose(
         ConfigError: there is no such preset.
     """
     more = more_settings or MoreSettingsGiven()
-    name = problems.attempt(lambda: first_name(run_name, if_run_exists)) or "-"
+    name = problems.attempt(lambda: first_name(run_name, if_run_exists, f"The {NAME_LABEL}")) or "-"
     preset, why = _chosen(preset, model, more)
     chosen = model
     if isinstance(model, AutomaticModel):

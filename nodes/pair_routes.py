@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import errno
 import functools
 import os
 import threading
@@ -37,8 +36,6 @@ from ..trainer_core.data_sets import changes, reading
 from ..trainer_core.data_sets.adding import LIMITS, add_file, full, is_zip, received_file, usage
 from ..trainer_core.data_sets.folders import (
     DataSet,
-    NameTakenError,
-    NotFoundError,
     create_data_set,
     find_data_sets,
     open_data_set,
@@ -48,10 +45,21 @@ from ..trainer_core.data_sets.names import AUTO, REFERENCES
 from ..trainer_core.data_sets.thumbnails import EDGES, Thumbnails
 from ..trainer_core.data_sets.use import check_data_set
 from ..trainer_core.disk import disk_errors, size_in_words
-from ..trainer_core.errors import ConfigError, DiskError, Interrupted, TrainerError
+from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
 from ..trainer_core.events import SilentObserver, Stop
 from . import host_folders
-from .answers import BASE, HEADERS, PICTURE_HEADERS, Handler, NotFoundAnswer, json_answer, json_object, number, problem
+from .answers import (
+    BASE,
+    HEADERS,
+    PICTURE_HEADERS,
+    Handler,
+    NotFoundAnswer,
+    RefusedAnswer,
+    answering,
+    json_answer,
+    json_object,
+    number,
+)
 
 UPLOADS_VARIABLE = "QWEN_EDIT_TRAINER_UPLOADS"
 _SETS = f"{BASE}/data_sets"
@@ -59,7 +67,6 @@ _BODY_BYTES = 16 << 20
 _WRITTEN_BYTES = 1 << 20  # received before they are written
 _MOST_UPLOADS = 16  # at a time
 _THREADS = 2  # decoding more at a time would slow the server down
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded", "text/plain")  # sent without a preflight
 _SILENT_SECONDS = 60  # after which a sender counts as gone
 _TEXTS = (".txt", ".caption")
@@ -67,14 +74,6 @@ _POLL_SECONDS = 0.5
 
 T = TypeVar("T")
 Change = Callable[[DataSet, dict[str, Any]], dict[str, Any]]
-
-
-class _RefusedError(Exception):
-    """A request is refused with this status and sentence."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 def add_routes(routes: Any) -> None:
@@ -90,26 +89,7 @@ def add_routes(routes: Any) -> None:
 
 
 def _answering(handler: Handler) -> Handler:
-    """The handler, with errors turned into answers."""
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        try:
-            with disk_errors(host_folders.input_dir()):
-                return await handler(request)
-        except (_RefusedError, NotFoundAnswer, TrainerError) as error:
-            return problem(_status_of(error), str(error))
-
-    return answer
-
-
-def _status_of(error: Exception) -> int:
-    if isinstance(error, _RefusedError):
-        return error.status
-    if isinstance(error, NotFoundAnswer | NotFoundError):
-        return 404
-    if isinstance(error, DiskError):
-        return 507 if error.errno in _FULL else 500
-    return 409 if isinstance(error, NameTakenError) else 400
+    return answering(handler, host_folders.input_dir)
 
 
 def uploads_allowed() -> bool:
@@ -119,7 +99,7 @@ def uploads_allowed() -> bool:
 
 def _check_uploads() -> None:
     if not uploads_allowed():
-        raise _RefusedError(
+        raise RefusedAnswer(
             403,
             f"This server's owner has turned changes to data sets off (environment variable {UPLOADS_VARIABLE}=off). "
             "Ask the owner to add the pictures, or to turn them on.",
@@ -205,9 +185,9 @@ async def _upload(request: web.Request) -> web.Response:
     name, side = request.query.get("name", ""), request.query.get("side", AUTO)
     is_caption = request.content_type == "text/plain" and name.lower().endswith(_TEXTS)
     if request.content_type in _FORMS and not is_caption:
-        raise _RefusedError(400, "Send the bytes of one file as the body, not a form.")
+        raise RefusedAnswer(400, "Send the bytes of one file as the body, not a form.")
     if _uploads.locked():
-        raise _RefusedError(429, f"Only {_MOST_UPLOADS} files are received at a time. Send this one again later.")
+        raise RefusedAnswer(429, f"Only {_MOST_UPLOADS} files are received at a time. Send this one again later.")
     async with _uploads:
         data_set = await asyncio.to_thread(_data_set, request)
         used = await asyncio.to_thread(usage, data_set.root)
@@ -230,20 +210,20 @@ def _add(data_set: DataSet, path: Path, name: str, side: str) -> Any:
 async def _receive(request: web.Request, path: Path, most: int, why: str) -> None:
     """Write the body to a file, whatever length the request states. `why`: what to say of one with more bytes."""
     if (request.content_length or 0) > most:
-        raise _RefusedError(413, why)
+        raise RefusedAnswer(413, why)
     size, waiting = 0, bytearray()
     with disk_errors(path), await asyncio.to_thread(path.open, "wb") as file:
         async for chunk in _pieces(request):
             size += len(chunk)
             if size > most:
-                raise _RefusedError(413, why)
+                raise RefusedAnswer(413, why)
             waiting += chunk
             if len(waiting) >= _WRITTEN_BYTES:
                 await asyncio.to_thread(file.write, bytes(waiting))
                 waiting.clear()
         await asyncio.to_thread(file.write, bytes(waiting))
     if not size:
-        raise _RefusedError(400, "The file is empty.")
+        raise RefusedAnswer(400, "The file is empty.")
 
 
 async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
@@ -252,9 +232,9 @@ async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
         while chunk := await asyncio.wait_for(request.content.readany(), _SILENT_SECONDS):
             yield chunk
     except asyncio.TimeoutError as error:
-        raise _RefusedError(408, f"Nothing came for {_SILENT_SECONDS} seconds, so nothing was added.") from error
+        raise RefusedAnswer(408, f"Nothing came for {_SILENT_SECONDS} seconds, so nothing was added.") from error
     except (ConnectionError, web.RequestPayloadError, PayloadEncodingError) as error:
-        raise _RefusedError(400, "The connection ended before the whole file had come.") from error
+        raise RefusedAnswer(400, "The connection ended before the whole file had come.") from error
 
 
 # Changes
@@ -367,7 +347,7 @@ async def _check(request: web.Request) -> web.Response:
 
     def check() -> dict[str, Any]:
         if not _one_check.acquire(blocking=False):
-            raise _RefusedError(409, "Another check is running. Try again when it has ended.")
+            raise RefusedAnswer(409, "Another check is running. Try again when it has ended.")
         try:
             checked_dir = host_folders.cache_dir() / "checked"
             found = check_data_set(_data_set(request), observer, checked_dir=checked_dir)
@@ -383,4 +363,4 @@ async def _check(request: web.Request) -> web.Response:
     try:
         return json_answer(task.result())
     except Interrupted as error:
-        raise _RefusedError(409, "The check was stopped.") from error
+        raise RefusedAnswer(409, "The check was stopped.") from error

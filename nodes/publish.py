@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..trainer_core.errors import ConfigError
+from ..trainer_core.errors import RunFolderError
 from ..trainer_core.files import clean_leftovers, written_beside
 from . import host_folders, host_lora, host_server
 
@@ -50,7 +50,7 @@ def save_step(run_dir: Path, step: int) -> str:
     load them. Tells the open pages. Returns the name under which LoRA loaders list it.
 
     Raises:
-        ConfigError: the step's LoRA is not kept.
+        RunFolderError: the step's LoRA is not kept.
         ExportError: ComfyUI would not apply it as it was trained.
     """
     from ..trainer_core.runs.step_loras import EMA, step_loras
@@ -58,7 +58,9 @@ def save_step(run_dir: Path, step: int) -> str:
     kept = {lora.step: lora for lora in step_loras(run_dir / "samples")}
     if step not in kept:
         steps = ", ".join(map(str, kept)) or "none"
-        raise ConfigError(f"The LoRA of step {step} of the run {run_dir.name!r} is not kept. Its kept steps: {steps}.")
+        raise RunFolderError(
+            f"The LoRA of step {step} of the run {run_dir.name!r} is not kept. Its kept steps: {steps}."
+        )
     names: list[str] = []
     for file in kept[step].files:
         host_lora.check_lora_file(file, host_lora.num_blocks(file))

@@ -21,11 +21,22 @@ from typing import Any
 from aiohttp import web
 from PIL import Image
 
-from ..trainer_core.errors import ConfigError, RunFolderError, TrainerError
+from ..trainer_core.errors import RunFolderError
 from ..trainer_core.runs import view as run_view
-from . import before_start_route, host_server, pair_routes
+from . import before_start_route, host_folders, host_server, pair_routes
 from .active_runs import active_runs, stop_and_keep
-from .answers import BASE, PICTURE_HEADERS, NotFoundAnswer, json_answer, json_object, number, problem, reading
+from .answers import (
+    BASE,
+    PICTURE_HEADERS,
+    NotFoundAnswer,
+    RefusedAnswer,
+    answering,
+    json_answer,
+    json_object,
+    number,
+    problem,
+    reading,
+)
 from .graph_file import graph_to_continue
 from .publish import listed_name, save_step
 from .queued_runs import graph_of, queued_runs
@@ -48,37 +59,26 @@ def register_routes() -> None:
     server.app.middlewares.insert(0, guard(BASE, problem))
     for path, answer in _READABLE.items():
         server.routes.get(BASE + path)(reading(answer))
-    server.routes.post(f"{BASE}/stop")(_stop)
-    server.routes.post(f"{BASE}/runs/{{run}}/save_step")(_save_step)
+    server.routes.post(f"{BASE}/stop")(answering(_stop, host_folders.runs_dir))
+    server.routes.post(f"{BASE}/runs/{{run}}/save_step")(answering(_save_step, host_folders.lora_dir))
     pair_routes.add_routes(server.routes)
     before_start_route.add_routes(server.routes)
 
 
 async def _stop(request: web.Request) -> web.Response:
     """Body {"run_name": ...}."""
-    try:
-        body = await json_object(request, _BODY_BYTES, '{"run_name": "..."}')
-    except ConfigError as error:
-        return problem(400, str(error))
-    name = body.get("run_name")
-    if stop_and_keep(name):
-        return json_answer({"stopping": name})
-    return problem(404, "No run of that name is in progress.")
+    name = (await json_object(request, _BODY_BYTES, '{"run_name": "..."}')).get("run_name")
+    if not stop_and_keep(name):
+        raise NotFoundAnswer("No run of that name is in progress.")
+    return json_answer({"stopping": name})
 
 
 async def _save_step(request: web.Request) -> web.Response:
     """Body {"step": ...}."""
-    try:
-        step = (await json_object(request, _BODY_BYTES, '{"step": 250}')).get("step")
-    except ConfigError as error:
-        return problem(400, str(error))
+    step = (await json_object(request, _BODY_BYTES, '{"step": 250}')).get("step")
     if not isinstance(step, int) or isinstance(step, bool):
-        return problem(400, "step must be a whole number.")
-    try:
-        name = await asyncio.to_thread(lambda: save_step(_run_folder(request), step))
-    except TrainerError as error:
-        return problem(404, str(error))
-    return json_answer({"lora_name": name})
+        raise RefusedAnswer(400, "step must be a whole number.")
+    return json_answer({"lora_name": await asyncio.to_thread(lambda: save_step(_run_folder(request), step))})
 
 
 def _current() -> dict[str, dict[str, Any]]:

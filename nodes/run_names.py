@@ -30,13 +30,13 @@ def continues_kept(if_run_exists: str) -> bool:
     return if_run_exists == KEPT_TOO
 
 
-def first_name(run_name: str, if_run_exists: str) -> str:
-    """The name of the run as far as its pairs do not matter.
+def first_name(run_name: str, if_run_exists: str, label: str = "run_name") -> str:
+    """The name of the run as far as its pairs do not matter. `label` is what the page calls it.
 
     Raises:
         ConfigError: the run name is not allowed.
     """
-    name = checked_run_name(run_name)
+    name = checked_run_name(run_name, label)
     return free_name(host_folders.runs_dir(), name) if if_run_exists == "new run" else name
 
 

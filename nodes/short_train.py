@@ -13,7 +13,17 @@ from comfy_api.latest import io
 from ..trainer_core.config import EncodingConfig, ModelConfig, TrainConfig
 from ..trainer_core.errors import ConfigError, Interrupted, Problems, SettingsError
 from . import host_call, host_folders, sockets, training
-from .composed import AUTOMATIC, DEMO_PRESET, MORE_NODE, TRAIN_NODE, Composed, compose, is_demo, presets_offered
+from .composed import (
+    AUTOMATIC,
+    DEMO_PRESET,
+    MORE_NODE,
+    NAME_LABEL,
+    TRAIN_NODE,
+    Composed,
+    compose,
+    is_demo,
+    presets_offered,
+)
 from .overrides import in_words
 from .run_names import OR_NEW_NAME, continues_kept, settled
 from .schema import CATEGORY, Node, help_of, new_input, new_output, node_schema, setting_input
@@ -50,7 +60,7 @@ class Train(Node):
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
         """Check the run name, and the settings in connected nodes as far as they are known."""
-        return training.refusal(cls.hidden, run_name)
+        return training.refusal(cls.hidden, run_name, f"The {NAME_LABEL}")
 
     @classmethod
     def execute(
@@ -95,7 +105,7 @@ def _inputs() -> list[io.Input]:
         new_input(
             io.String,
             "run_name",
-            display_name="name of the edit",
+            display_name=NAME_LABEL,
             default="my_edit",
             tooltip="Name of the LoRA file and of the run folder. A name, not a path.",
         ),

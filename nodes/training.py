@@ -45,14 +45,14 @@ def run_exists_input(default: IfRunExists, **keywords: Any) -> io.Input:
     return new_input(io.Combo, "if_run_exists", options=choices, default=default, tooltip=run_names.HELP, **keywords)
 
 
-def refusal(hidden: Any, run_name: str | None) -> bool | str:
+def refusal(hidden: Any, run_name: str | None, label: str = "run_name") -> bool | str:
     """What `validate_inputs` of a training node returns: all that is wrong as far as it is known before the graph runs.
 
-    A linked run name arrives as None.
+    A linked run name arrives as None. `label` is what the page calls it.
     """
     found = refusal_of(hidden)
     if found is True and run_name is not None:
-        checked_run_name(run_name)
+        checked_run_name(run_name, label)
     return found
 
 

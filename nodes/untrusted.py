@@ -21,8 +21,8 @@ _HOW_TO_ALLOW = (
 )
 
 
-def checked_run_name(name: str) -> str:
-    """`name`, if it can be used as the name of a folder and a file.
+def checked_run_name(name: str, label: str = "run_name") -> str:
+    """`name`, if it can be used as the name of a folder and a file. `label` is what the page calls it.
 
     Raises:
         ConfigError: the name is not allowed.
@@ -30,7 +30,7 @@ def checked_run_name(name: str) -> str:
     fits = _RUN_NAME.fullmatch(name) and name[-1] not in " ." and not is_device_name(name)
     if not fits or len(name.encode()) > _RUN_NAME_BYTES:
         raise ConfigError(
-            f"run_name must be the name of a folder, not a path, got {brief(name)}. Use 1 to 80 letters, digits, "
+            f"{label} must be the name of a folder, not a path, got {brief(name)}. Use 1 to 80 letters, digits, "
             f"spaces and _ - + . (at most {_RUN_NAME_BYTES} bytes). Start with a letter, digit or _. Don't end with a "
             "dot or space. Names that Windows reserves, such as CON, are not allowed."
         )

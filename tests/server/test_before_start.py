@@ -192,10 +192,10 @@ def test_a_wrong_name_and_a_missing_model_hide_no_other_problem(studio: PackServ
         ),
     }
     found = [(each["node_id"], each["text"].split()[0]) for each in asked(studio, short)["problems"]]
-    assert found[1:] == [(TRAIN, "run_name"), (TRAIN, "lr_warmup_steps")]
+    assert found[1:] == [(TRAIN, "The"), (TRAIN, "lr_warmup_steps")]
     assert found[0][0] == LOAD
     said = said_by_run(studio, short)
-    assert "run_name must be" in said and "lr_warmup_steps must be" in said
+    assert "The name of the edit must be" in said and "lr_warmup_steps must be" in said
 
 
 def test_the_facts_follow_from_the_graph_and_the_cache(studio: PackServer):

@@ -145,7 +145,7 @@ def test_what_widgets_tell_is_refused_at_once(studio: PackServer):
     prompt = changed(short(preset="8gb"), "more", optimizer_settings=["optimizer", 0])
     prompt = changed(prompt, "optimizer", lr_scheduler="cosine", lr_warmup_steps=2)
     assert "lr_warmup_steps must be less than max_train_steps (2)" in refused(studio, prompt, TRAIN)
-    assert "run_name must be the name of a folder" in refused(studio, short(run_name="../x"), TRAIN)
+    assert "The name of the edit must be the name of a folder" in refused(studio, short(run_name="../x"), TRAIN)
 
 
 def refused(studio: PackServer, prompt: dict[str, Any], node_id: str) -> str:
