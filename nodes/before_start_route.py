@@ -3,7 +3,8 @@
 POST /qwen_edit_trainer/before_start  {"prompt": a prompt for ComfyUI's API, "node_id": of a training node in it,
 "measure_pairs": true to measure the pictures of the pairs too}
 
-Its answer is that of `before_start`. One request is answered at a time, and a newer one stops it.
+Its answer is that of `before_start`. One request is answered at a time. One that is stopped by a newer one is answered
+with 204, because browsers log every error status.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ async def _before_start(request: web.Request) -> web.Response:
     async with _one_at_a_time:
         try:
             answer = await asyncio.to_thread(_unless_stopped, prompt, node_id, observer, measure)
-        except Interrupted as error:
-            raise RefusedAnswer(409, "A newer request has stopped this one.") from error
+        except Interrupted:
+            return web.Response(status=204)
     return json_answer(answer)
 
 

@@ -41,6 +41,8 @@ class NodeObserver:
         self._bar = comfy.utils.ProgressBar(1)
         self._node_id = executing_node()
         self._text_at = 0.0
+        # The page shows a run on its own node, in better words.
+        self._has_text = self._node_id is not None and all(run.node_id != self._node_id for run in runs)
 
     def on_progress(self, phase: str, done: int, total: int) -> None:
         """Show one progress bar per phase."""
@@ -97,7 +99,7 @@ class NodeObserver:
     def _show(self, text: str, *, final: bool = False) -> None:
         send = getattr(server(), "send_progress_text", None)
         now = time.monotonic()
-        if send is None or self._node_id is None or (now - self._text_at < _TEXT_EVERY_SECONDS and not final):
+        if send is None or not self._has_text or (now - self._text_at < _TEXT_EVERY_SECONDS and not final):
             return
         self._text_at = now
         send(text, self._node_id)

@@ -127,7 +127,6 @@ def _inputs() -> list[io.Input]:
             "picture",
             options=pictures,
             default=HELD_OUT,
-            upload=getattr(io, "UploadType", None) and io.UploadType.image,
             tooltip="A picture in ComfyUI's input folder to edit instead of the pair's.",
         ),
         new_input(

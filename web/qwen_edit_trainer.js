@@ -8,12 +8,14 @@ import { attachButton } from "./pairs/node_button.js";
 import { createPairsPanel, PAIRS_NODE } from "./pairs/panel.js";
 import { createBeforeStart } from "./trainer/before_start.js";
 import { loadStyle } from "./trainer/dom.js";
-import { isTrainNode, openSidebar, readOldValues, refreshLists } from "./trainer/graph.js";
+import { isTrainNode, kindOf, openSidebar, readOldValues, refreshLists } from "./trainer/graph.js";
 import { attachView } from "./trainer/node_view.js";
 import { keepDigits, readExponents } from "./trainer/number_widgets.js";
 import { createPanel } from "./trainer/panel.js";
 import { watchRefusals } from "./trainer/refusals.js";
 import { createStore } from "./trainer/store.js";
+import { TRY_NODE } from "./trainer/trial.js";
+import { attachUpload } from "./trainer/upload.js";
 import { loadWords, t } from "./trainer/words.js";
 
 const TAB = "qwen-edit-trainer";
@@ -33,7 +35,7 @@ app.registerExtension({
     await loadWords(api, app.extensionManager.setting?.get("Comfy.Locale"));
     panel = createPanel(app, api, store);
     beforeStart = createBeforeStart(app, api, store);
-    pairs = createPairsPanel(app, api);
+    pairs = createPairsPanel(app, api, beforeStart.forget);
   },
 
   async setup() {
@@ -49,7 +51,9 @@ app.registerExtension({
   nodeCreated(/** @type {any} */ node) {
     readOldValues(node);
     keepDigits(node);
-    if ((node.comfyClass ?? node.type) === PAIRS_NODE) {
+    if (kindOf(node) === TRY_NODE) attachUpload(node, "picture", app, api);
+    if (kindOf(node) === PAIRS_NODE) {
+      pairs.prefill(node); // its saved values come later
       attachButton(node, () => {
         openSidebar(app, PAIRS_TAB);
         pairs.open(node);

@@ -105,7 +105,7 @@ class ComfyPage:
     def load(self) -> None:
         """Open or reload the page and wait until this pack's extension is loaded."""
         self.page.goto(self.server.url, wait_until="domcontentloaded")
-        self.page.wait_for_selector(".qwen-edit-trainer-tab-button")
+        self.tab_button("qwen-edit-trainer").wait_for()
         self.page.wait_for_function("() => window.graph && window.app.extensionManager")  # `graph` is set last
 
     def _hear(self, message: ConsoleMessage) -> None:
@@ -197,10 +197,14 @@ class ComfyPage:
         """The side panel."""
         return self.page.locator(".qet-panel")
 
+    def tab_button(self, panel: str) -> Locator:
+        """The button of a side panel. It has a class, or from frontend 1.5x on an id for tests."""
+        return self.page.locator(f'.{panel}-tab-button, [data-testid="{panel}-tab-button"]')
+
     def open_panel(self, run_name: str = "") -> None:
         """Show the list of runs, or one run, in the side panel."""
         if not self.panel.is_visible():
-            self.page.locator(".qwen-edit-trainer-tab-button").click()
+            self.tab_button("qwen-edit-trainer").click()
         if run_name and not self.panel.get_by_role("heading", name=run_name, exact=True).is_visible():
             if self.panel.locator(".qet-back").is_visible():  # a run that has just begun is shown
                 self.panel.locator(".qet-back").click()

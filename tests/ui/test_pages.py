@@ -79,6 +79,21 @@ def test_before_the_start_the_node_says_what_run_will_do(open_page: OpenPage):
     expect(box.locator(".qet-before-head")).to_contain_text("Ready to run")
 
 
+def test_a_picture_is_uploaded_for_a_trial(open_page: OpenPage, demo_server: PackServer, tmp_path: Path):
+    picture = tmp_path / "of mine.png"
+    Image.new("RGB", (64, 48), "teal").save(picture)
+    page = open_page("nodes 2.0")
+    page.page.evaluate("() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('QwenEdit_TryLora')); }")
+    assert page.widgets("TryLora")["picture"] == "held-out pair"
+    with page.page.expect_file_chooser() as chooser:
+        page.page.get_by_role("button", name="Upload a picture…").click()
+    chooser.value.set_files(picture)
+    page.page.wait_for_function(
+        "name => app.graph.nodes[0].widgets.find(each => each.name === 'picture').value === name", arg=picture.name
+    )
+    assert (demo_server.input / picture.name).read_bytes() == picture.read_bytes()
+
+
 @pytest.fixture(scope="module")
 def told(runs_dir: Path) -> str:
     """Name of a paused run (40 of 60 steps, samples at 10, 20 and 30) whose texts contain hostile HTML."""

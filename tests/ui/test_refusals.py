@@ -49,6 +49,21 @@ def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_pa
     page.run()
     expect(notice.get_by_role("heading")).to_have_text("Stopped by an error:")
     expect(notice.locator("p")).to_have_text("Plot Loss has no run and no loss_map. Connect one of them.")
+    page.page.evaluate(alone.replace("PlotLoss", "TrainLora"))
+    module = "import('/extensions/qwen-edit-trainer/trainer/refusals.js')"
+    queue = "app.graphToPrompt().then(prompt => app.api.queuePrompt(0, prompt)).catch(error => error)"
+    assert page.page.evaluate(f"async () => (await {module}).isInNotice(await {queue})")
+    expect(notice.locator("b")).to_have_text("Train Qwen Edit LoRA (advanced)")
+    expect(notice.locator("p")).to_contain_text(["Nothing is connected to encoded."])
+    assert [each for each in page.problems if "/prompt" not in each or "400" not in each] == []
+    page.problems.clear()  # browsers log the refusal
+
+    detail = {"node_id": "qwen-edit-trial", "node_type": "QwenEdit_TryLora", "exception_message": "No such step."}
+    page.page.evaluate(
+        "detail => app.api.dispatchEvent(new CustomEvent('execution_error', { detail }))", {**detail, "traceback": []}
+    )
+    expect(notice.locator("b")).to_have_text("Try Qwen Edit LoRA")
+    expect(notice.get_by_role("button", name="Go to node")).to_have_count(0)  # the panel has queued it
     if renderer == "classic":
         says_once_each_what_concerns_our_nodes(page)
 

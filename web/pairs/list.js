@@ -51,10 +51,15 @@ export function createList(store, look) {
   filter.addEventListener("change", show);
   box.addEventListener("keydown", byArrows);
 
-  /** Open the choice of a partner below a row. @param {Picture} from @param {any} row */
-  function pick(from, row) {
+  /**
+   * Open the choice of another partner below a row.
+   * @param {Picture} from
+   * @param {any} row
+   * @param {Picture|null} [partner] The one that it has.
+   */
+  function pick(from, row, partner) {
     row.querySelector(".qet-picker")?.remove();
-    const picker = createPicker(store, from, () => {
+    const picker = createPicker(store, from, partner, () => {
       picker.remove();
       row.querySelector('[data-do="pick"]')?.focus();
     });
@@ -116,7 +121,7 @@ export function createList(store, look) {
     lonely.show(
       alone.map((picture) => {
         const other = { target: "reference", reference: "target" }[String(picture.side)]; // none for further references
-        const hasOthers = other !== undefined && sides.has(/** @type {any} */ (other));
+        const hasOthers = other !== undefined && (sides.has(/** @type {any} */ (other)) || found.pairs.length > 0);
         const id = `u ${JSON.stringify([picture, hasOthers])}`;
         return row(kept, id, () => createLonelyRow(given, picture, hasOthers));
       }),

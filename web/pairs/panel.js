@@ -16,9 +16,13 @@ export const PAIRS_NODE = "QwenEdit_EditPairs";
 
 /** @typedef {import("./dropped.js").Dropped} Dropped */
 
-/** @param {any} app @param {any} api */
-export function createPairsPanel(app, api) {
-  const store = createStore(api);
+/**
+ * @param {any} app
+ * @param {any} api
+ * @param {() => void} onChange Called when a data set has changed.
+ */
+export function createPairsPanel(app, api, onChange) {
+  const store = createStore(api, onChange);
   const { state, uploads } = store;
   const line = element("p", { class: "qet-state", role: "status" });
   const problem = element("p", { class: "qet-problem", role: "alert", hidden: true });
@@ -181,6 +185,11 @@ export function createPairsPanel(app, api) {
         document.removeEventListener("visibilitychange", hidden);
         root.remove();
       };
+    },
+    /** Let a new node use the data set that is shown, rather than the first one. @param {any} made */
+    prefill(made) {
+      const combo = widget(made, "data_set");
+      if (combo?.options?.values?.includes?.(state.name)) combo.value = state.name;
     },
     /** Show the data set of a node. @param {any} wanted */
     async open(wanted) {

@@ -10,9 +10,9 @@ import { createSavedField } from "./saved_field.js";
  * @typedef {import("./server.js").Suggestion} Suggestion
  * @typedef {import("./store.js").Store} Store
  * @typedef {{element: any, flush?: () => Promise<boolean>, focusText?: () => void}} Row
- * @typedef {{store: Store, look: (key: string) => void, pick: (from: Picture, row: any) => void,
- *   next: (row: any) => void}} Given
- *   `look` shows a pair large, `pick` opens the choice of a partner, `next` moves the focus to the next caption.
+ * @typedef {{store: Store, look: (key: string) => void,
+ *   pick: (from: Picture, row: any, partner?: Picture|null) => void, next: (row: any) => void}} Given
+ *   `look` shows a pair large, `pick` opens the choice of another partner, `next` moves the focus to the next caption.
  */
 
 const LIKE = 60; // percent; less alike pairs are suggested for their names only
@@ -106,7 +106,7 @@ export function createPairRow({ store, look, pick, next }, key) {
       );
   });
   const other = button("pick", t("Choose another…"), t("Choose another picture before the edit"), () => {
-    if (pair?.target) pick(pair.target, row);
+    if (pair?.target) pick(pair.target, row, pair.reference[0]);
   });
   const name = element("span", { class: "qet-name", text: key });
   const row = element(
@@ -127,7 +127,9 @@ export function createPairRow({ store, look, pick, next }, key) {
     show(fresh, mode) {
       const found = store.findings(fresh);
       const { set, uploads } = store.state;
-      const hasOthers = set?.unmatched.some(({ side }) => side === "reference") ?? false;
+      const hasOthers = Boolean(
+        set && (set.pairs.length > 1 || set.unmatched.some(({ side }) => side === "reference")),
+      );
       const now = [mode, hasOthers, uploads, ...found].join("\n");
       if (fresh === pair && now === shown) return;
       pair = fresh;
@@ -192,7 +194,7 @@ export function createSuggestedRow({ store, pick }, suggestion, reference, targe
 /**
  * @param {Given} given
  * @param {Picture} picture
- * @param {boolean} hasOthers Whether pictures of the other side have no partner either.
+ * @param {boolean} hasOthers Whether there are pictures of the other side that could be its partner.
  */
 export function createLonelyRow({ store, pick }, picture, hasOthers) {
   const isAfter = picture.side === "target";
@@ -224,26 +226,38 @@ export function createLonelyRow({ store, pick }, picture, hasOthers) {
 }
 
 /**
- * The pictures of the other side that have no partner, as buttons.
+ * The pictures of the other side, as buttons: first those without a partner. If one of a pair is chosen instead of a
+ * partner, the two pairs exchange these pictures, so that none is left alone.
  * @param {Store} store
  * @param {Picture} from
+ * @param {Picture|null|undefined} partner Of `from`, which is not offered.
  * @param {() => void} close
  */
-export function createPicker(store, from, close) {
+export function createPicker(store, from, partner, close) {
   const isAfter = from.side === "target";
-  const others = (store.state.set?.unmatched ?? []).filter(({ side }) => side === (isAfter ? "reference" : "target"));
-  const choices = others.map((other) => {
-    const [reference, target] = isAfter ? [other.file, from.file] : [from.file, other.file];
+  const { unmatched = [], pairs = [] } = store.state.set ?? {};
+  const alone = unmatched.filter(({ side }) => side === (isAfter ? "reference" : "target"));
+  const offered = [
+    ...alone.map((picture) => ({ picture, its: null })),
+    ...pairs.map(({ reference: [first], target }) =>
+      isAfter ? { picture: first, its: target } : { picture: target, its: first },
+    ),
+  ];
+  const match = (/** @type {Picture} */ one, /** @type {Picture} */ other) =>
+    isAfter ? { reference: one.file, target: other.file } : { reference: other.file, target: one.file };
+  const choices = offered.flatMap(({ picture, its }) => {
+    if (!picture || picture === partner) return [];
     const click = () => {
       close();
-      store.match([{ reference, target }]);
+      store.match([match(picture, from), ...(partner && its ? [match(partner, its)] : [])]);
     };
-    const picture = element("img", { src: store.picture(other, EDGE), alt: "", loading: "lazy", draggable: "false" });
+    const title = its ? t("{file}, which is in a pair", { file: picture.file }) : picture.file;
+    const image = element("img", { src: store.picture(picture, EDGE), alt: "", loading: "lazy", draggable: "false" });
     return element(
       "button",
-      { type: "button", class: "qet-choice", title: other.file, on: { click } },
-      picture,
-      element("span", { text: other.file }),
+      { type: "button", class: "qet-choice", title, on: { click } },
+      image,
+      element("span", { text: picture.file }),
     );
   });
   const label = isAfter ? t("Which picture was it before the edit?") : t("Which picture is it after the edit?");

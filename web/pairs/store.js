@@ -2,7 +2,7 @@
 /** The panel's state: the data sets, the chosen one with its pairs, and what the server is doing with it. */
 import { t } from "../trainer/words.js";
 import { createServer } from "./server.js";
-import { createUploads } from "./uploads.js";
+import { CAPTION, createUploads } from "./uploads.js";
 
 /**
  * @typedef {import("./server.js").Pair} Pair
@@ -17,8 +17,11 @@ import { createUploads } from "./uploads.js";
 
 const RELOAD_MS = 700; // at most one reading in this time while files arrive
 
-/** @param {any} api ComfyUI's api object. */
-export function createStore(api) {
+/**
+ * @param {any} api ComfyUI's api object.
+ * @param {() => void} onChange Called when a data set has changed.
+ */
+export function createStore(api, onChange) {
   const server = createServer(api);
   /** @type {Set<() => void>} */
   const listeners = new Set();
@@ -36,8 +39,8 @@ export function createStore(api) {
   /** @type {Promise<void>} Ends after the last change. */
   let changes = Promise.resolve();
   const tell = () => listeners.forEach((listener) => listener());
-  /** @type {Set<string>} Pictures, by side and name, that were there before an upload. */
-  let present = new Set();
+  /** @type {Map<string, Set<string>>} Pictures, by side and name, that each data set had before the upload. */
+  const present = new Map();
   const uploads = createUploads(server, { changed: tell, arrived: soon, ended: finishUploads });
 
   /** Run a request. If it fails, show its sentence until the next one. @param {() => Promise<void>} request */
@@ -94,22 +97,27 @@ export function createStore(api) {
   }
 
   /**
-   * After an upload, new pairs get the instruction that all others have.
-   * @param {string} name
-   * @param {{side: string, file: string}[]} added
+   * After an upload, new pairs of the shown data set get the instruction that all others have.
+   * @param {import("./uploads.js").Added[]} added
    */
-  async function finishUploads(name, added) {
+  async function finishUploads(added) {
     window.clearTimeout(reloading);
     reloading = 0;
-    if (name !== state.name) return;
+    const { name } = state;
+    const before = present.get(name);
+    present.clear();
+    onChange();
+    if (!name || !before) return;
     await reload();
+    if (name !== state.name) return;
     const written = state.set ? captionsOf(state.set) : [];
     const blank = state.set?.pairs.filter((pair) => !pair.caption) ?? [];
     if (state.mode === "all" && written.length === 1 && blank.length) {
       await attempt(() => write({ captions: Object.fromEntries(blank.map(({ key }) => [key, written[0]])) }));
     } else if (written.length > 1) state.mode = "each"; // captions came with the pictures
-    const isNew = (/** @type {{side: string, file: string}} */ { side, file }) => !present.has(`${side} ${file}`);
-    const pictures = added.filter((each) => !/\.(txt|caption)$/i.test(each.file) && isNew(each));
+    const pictures = added
+      .filter(({ set, side, file }) => set === name && !CAPTION.test(file) && !before.has(`${side} ${file}`))
+      .map(({ side, file }) => ({ side, file }));
     if (!pictures.length) return;
     const count = pictures.length;
     const text = count === 1 ? t("1 picture added.") : t("{count} pictures added.", { count });
@@ -121,6 +129,7 @@ export function createStore(api) {
     const set = /** @type {DataSet} */ (state.set);
     if (state.undo?.fleeting) state.undo = undefined;
     await server.post(set.name, "captions", body);
+    onChange();
     if (state.set?.name !== set.name) return;
     const text = (/** @type {Pair} */ { key, caption }) => body.all ?? body.captions?.[key] ?? caption;
     state.set.pairs = state.set.pairs.map((pair) => same(pair, { ...pair, caption: text(pair) }));
@@ -138,6 +147,7 @@ export function createStore(api) {
     const act = async () => {
       if (state.undo?.fleeting) state.undo = undefined;
       const answer = await server.post(name, action, body);
+      onChange();
       if (name !== state.name) return;
       state.undo = undone?.(answer) ?? state.undo;
       await readSet();
@@ -171,7 +181,8 @@ export function createStore(api) {
     uploads,
     /** Upload files into the chosen data set. @param {string} side @param {import("./dropped.js").Dropped[]} files */
     upload(side, files) {
-      if (!uploads.progress()) present = new Set(state.set ? picturesOf(state.set) : []);
+      if (!uploads.progress()) present.clear();
+      if (!present.has(state.name)) present.set(state.name, new Set(state.set ? picturesOf(state.set) : []));
       uploads.add(state.name, side, files, state.limits);
     },
     /** @param {import("./server.js").Picture} picture @param {number} edge */

@@ -6,16 +6,16 @@ import { t } from "../trainer/words.js";
  * @typedef {import("./dropped.js").Dropped} Dropped
  * @typedef {import("./server.js").Server} Server
  * @typedef {{set: string, side: string, name: string, file: File}} Task
+ * @typedef {{set: string, side: string, file: string}} Added
  * @typedef {{done: number, all: number, share: number, name: string}} Progress `share` from 0 to 1, by bytes.
  */
 
 const AT_ONCE = 3;
-const CAPTION = /\.(txt|caption)$/i;
+export const CAPTION = /\.(txt|caption)$/i;
 
 /**
  * @param {Server} server
- * @param {{changed: () => void, arrived: (set: string) => void,
- *   ended: (set: string, added: {side: string, file: string}[]) => void}} tell
+ * @param {{changed: () => void, arrived: (set: string) => void, ended: (added: Added[]) => void}} tell
  *   `changed` after progress, `arrived` after each file, `ended` after the last.
  */
 export function createUploads(server, tell) {
@@ -32,7 +32,7 @@ export function createUploads(server, tell) {
   const sent = new Map();
   /** @type {string[]} */
   let problems = [];
-  /** @type {{side: string, file: string}[]} */
+  /** @type {Added[]} */
   let added = [];
 
   /** @param {Task} task */
@@ -46,7 +46,7 @@ export function createUploads(server, tell) {
     try {
       const answer = await server.upload(task.set, task.side, task.name, task.file, { progress, signal: stop.signal });
       problems.push(...(answer.problems ?? []));
-      added.push(...(answer.added ?? []));
+      added.push(...(answer.added ?? []).map((each) => ({ set: task.set, ...each })));
     } catch (error) {
       if (!stop.signal.aborted) problems.push(`${task.name}: ${/** @type {any} */ (error).message}`);
     }
@@ -57,17 +57,15 @@ export function createUploads(server, tell) {
 
   async function work() {
     running += 1;
-    let set = "";
     for (let task = waiting.shift(); task; task = waiting.shift()) {
-      set = task.set;
       await send(task);
-      tell.arrived(set);
+      tell.arrived(task.set);
       tell.changed();
     }
     running -= 1;
     if (running) return;
     done = all = bytesDone = bytesAll = 0;
-    tell.ended(set, added);
+    tell.ended(added);
     added = [];
     tell.changed();
   }

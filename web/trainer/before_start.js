@@ -1,7 +1,8 @@
 // @ts-check
 /** What a training will do, on its node before it runs: time, memory, preset, and what Run would refuse. */
 import { element, setText } from "./dom.js";
-import { hasId, isTrainNode, promptOf, titleOf } from "./graph.js";
+import { roughly } from "./format.js";
+import { hasId, isTrainNode, promptOf, titleOf, toast } from "./graph.js";
 import { chain, runOf } from "./node_view.js";
 import { isUnderWay } from "./store.js";
 import { t } from "./words.js";
@@ -43,16 +44,18 @@ export function createBeforeStart(app, api, store) {
     if (asking) return soon(WAIT);
     if (document.hidden) return; // asked when the tab is shown again
     asking = true;
+    let again = false;
+    let problem = "";
     try {
       const prompt = boxes.size ? await promptOf(app) : undefined;
-      let again = false;
       for (const box of prompt ? boxes : []) again = (await box.ask(prompt)) || again;
-      if (again) soon(AGAIN);
     } catch (error) {
+      problem = String(/** @type {any} */ (error)?.message ?? error);
       console.debug("Qwen Edit Trainer could not look at the graph.", error);
-    } finally {
-      asking = false;
     }
+    asking = false;
+    if (again) soon(AGAIN);
+    else for (const box of boxes) box.rest(problem);
   }
 
   /** Ask again although the graph is the same: a job has ended, or files may have changed. */
@@ -103,6 +106,7 @@ function createBox(node, { app, api, store, soon }) {
   let asked = "";
   let tries = 0;
   let measure = false;
+  let isWaiting = false; // for an answer, as the head says
   /** @type {Answer|undefined} */
   let answer;
 
@@ -110,8 +114,13 @@ function createBox(node, { app, api, store, soon }) {
     measure = true; // from now on; what was measured is kept
     asked = "";
     button.disabled = true;
-    setText(head, t("Checking…"));
+    wait();
     soon(0);
+  }
+
+  function wait() {
+    isWaiting = true;
+    setText(head, t("Checking…"));
   }
 
   function paint() {
@@ -132,29 +141,43 @@ function createBox(node, { app, api, store, soon }) {
     const body = JSON.stringify({ prompt, node_id: id ?? "", measure_pairs: measure });
     if (!id) show(undefined);
     if (!id || body === asked) return false;
+    if (!answer) wait();
+    asked = body; // before the answer, so that `forget` has an effect in the meantime
     const response = await api.fetchApi("/qwen_edit_trainer/before_start", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body,
     });
-    if (response.status === 409) {
+    if (!response.ok || response.status === 204) asked = "";
+    if (response.status === 204) {
       tries += 1;
-      return tries < MOST_TRIES;
+      if (tries < MOST_TRIES) return true;
+      throw new Error(t("Another page checks its graph at the same time. Try again later."));
     }
     tries = 0;
-    if (response.ok) {
-      asked = body;
-      show(await response.json());
-    }
+    const said = await response.json();
+    if (!response.ok) throw new Error(said.error ?? response.statusText);
+    show(said);
     return false;
+  }
+
+  /** If no answer came, end the waiting. @param {string} problem Why none came. */
+  function rest(problem) {
+    tries = 0;
+    if (problem) asked = "";
+    if (!isWaiting) return;
+    const byUser = button.disabled;
+    show(answer);
+    if (byUser && problem) toast(app, "error", t("Not checked"), problem);
   }
 
   /** @param {Answer|undefined} next */
   function show(next) {
     answer = next;
+    isWaiting = false;
     button.disabled = false;
     setText(head, next ? headline(next) : t("Before the start"));
-    head.dataset.refused = String(Boolean(next?.problems.length));
+    box.dataset.refused = String(Boolean(next?.problems.length));
     list.replaceChildren(...(next ? linesOf(next, app) : []));
     paint();
   }
@@ -164,6 +187,7 @@ function createBox(node, { app, api, store, soon }) {
   return {
     element: box,
     ask,
+    rest,
     forget() {
       asked = "";
     },
@@ -183,9 +207,9 @@ function headline(answer) {
   const facts = factsOf(answer);
   if (facts.finished) return t("This run is finished. Run gives its result again.");
   if (facts.time) {
-    const time = duration(facts.time);
+    const time = roughly(facts.time);
     if (!facts.first_pictures) return t("About {time}.", { time });
-    return t("About {time}, first pictures after {first}.", { time, first: duration(facts.first_pictures) });
+    return t("About {time}, first pictures after {first}.", { time, first: roughly(facts.first_pictures) });
   }
   const warnings = answer.warnings.length;
   if (warnings === 1) return t("Ready to run, with 1 warning");
@@ -225,17 +249,17 @@ function overriding({ setting, value, by, preset }) {
 /** @param {Record<string, any>} facts */
 function memory(facts) {
   if (facts.ram_needed === undefined) return "";
-  const [ram, freeRam] = [gigabytes(facts.ram_needed), gigabytes(facts.ram_free)];
-  if (facts.memory_is_shared) return t("Needs {needed} of {free} GB free memory.", { needed: ram, free: freeRam });
-  const [card, freeCard] = [gigabytes(facts.vram_needed), gigabytes(facts.vram_free)];
-  const told = [t("Needs {needed} of {free} GB free VRAM.", { needed: card, free: freeCard })];
+  const [ram, freeRam] = [gibibytes(facts.ram_needed), gibibytes(facts.ram_free)];
+  if (facts.memory_is_shared) return t("Needs {needed} of {free} GiB free memory.", { needed: ram, free: freeRam });
+  const [card, freeCard] = [gibibytes(facts.vram_needed), gibibytes(facts.vram_free)];
+  const told = [t("Needs {needed} of {free} GiB free VRAM.", { needed: card, free: freeCard })];
   const isShort = facts.ram_needed > SHORT * facts.ram_free;
-  if (isShort) told.push(t("Needs {needed} of {free} GB free RAM.", { needed: ram, free: freeRam }));
+  if (isShort) told.push(t("Needs {needed} of {free} GiB free RAM.", { needed: ram, free: freeRam }));
   return told.join(" ");
 }
 
 /** @param {number} bytes */
-function gigabytes(bytes) {
+function gibibytes(bytes) {
   return (bytes / GIB).toFixed(1);
 }
 
@@ -259,12 +283,4 @@ function details(facts) {
     told.push(t("Needs {needed} of {free} GB free disk space.", { needed, free }));
   }
   return told.length ? [told.join(" ")] : [];
-}
-
-/** @param {number} seconds */
-function duration(seconds) {
-  if (seconds < 90) return t("{seconds} s", { seconds: Math.max(1, Math.round(seconds)) });
-  const minutes = Math.round(seconds / 60);
-  if (minutes < 60) return t("{minutes} min", { minutes });
-  return t("{hours} h {minutes} min", { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
 }

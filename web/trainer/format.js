@@ -25,6 +25,14 @@ export function duration(seconds) {
   return t("{hours} h {minutes} min", { hours: Math.floor(whole / 3600), minutes: Math.floor((whole % 3600) / 60) });
 }
 
+/** An estimated time, without digits that it can't have. @param {number} seconds */
+export function roughly(seconds) {
+  if (seconds < 90) return t("{seconds} s", { seconds: Math.max(1, Math.round(seconds)) });
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 60) return t("{minutes} min", { minutes });
+  return t("{hours} h {minutes} min", { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
+}
+
 /** @param {number|null|undefined} seconds Seconds per step. */
 function speed(seconds) {
   if (typeof seconds !== "number" || !(seconds > 0)) return UNKNOWN;

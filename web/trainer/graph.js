@@ -8,9 +8,19 @@ const TOP_BAR = 130; // pixels at the top of the canvas that ComfyUI's menus and
 const USE_TEMPLATE = "use_lora_in_edit_graph";
 const NONE = "none"; // the combo value for no preset or no LoRA
 
+/** The class of a node. @param {any} node @returns {string} */
+export function kindOf(node) {
+  return node.comfyClass ?? node.type ?? "";
+}
+
+/** What ComfyUI's menus call a class. @param {string} kind @returns {string} */
+export function nameOfKind(kind) {
+  return /** @type {any} */ (window).LiteGraph?.registered_node_types[kind]?.title ?? kind;
+}
+
 /** @param {any} node */
 export function isTrainNode(node) {
-  return [TRAIN, SHORT_TRAIN].includes(node.comfyClass ?? node.type);
+  return [TRAIN, SHORT_TRAIN].includes(kindOf(node));
 }
 
 /** Whether a node class is one of this pack. @param {string|undefined} kind */
@@ -135,12 +145,12 @@ export function applySettings(app, settings, name) {
 
 /** Whether this is the short training node. @param {any} node */
 function hasPresetAlways(node) {
-  return (node.comfyClass ?? node.type) === SHORT_TRAIN;
+  return kindOf(node) === SHORT_TRAIN;
 }
 
 /** @param {any} node */
 function isSettingsNode(node) {
-  return /^QwenEdit_\w+Settings$/.test(node.comfyClass ?? node.type ?? "");
+  return /^QwenEdit_\w+Settings$/.test(kindOf(node));
 }
 
 /**
@@ -249,7 +259,7 @@ function asWidget(target, value) {
 
 /** @param {any} path */
 function lastName(path) {
-  return String(path).split(/[/\\]/).pop();
+  return String(path).split(/[/\\]/).pop() ?? "";
 }
 
 /** @param {any} app */
@@ -295,19 +305,15 @@ export async function openWithLora(app, api, lora) {
   const pack = new URL("..", import.meta.url).pathname.split("/").filter(Boolean).pop();
   const answer = await api.fetchApi(`/workflow_templates/${pack}/${USE_TEMPLATE}.json`);
   if (!answer.ok) throw new Error(answer.statusText);
-  await refreshLists(app);
-  await app.loadGraphData(await answer.json(), true, true, lora.split(/[/\\]/).pop());
+  await app.loadGraphData(await answer.json(), true, true, lastName(lora).replace(/\.safetensors$/, ""));
   for (const node of allNodes(app.graph)) {
-    const choice = /^LoraLoader/.test(node.comfyClass ?? node.type) ? widget(node, "lora_name") : undefined;
-    if (!choice) continue;
-    choice.value = lora;
-    choice.callback?.(lora);
+    if (/^LoraLoader/.test(kindOf(node))) await chooseInCombo(app, node, "lora_name", lora);
   }
 }
 
 /** The nodes of a class, also those in subgraphs. @param {any} app @param {string} kind */
 export function nodesOfKind(app, kind) {
-  return allNodes(app.rootGraph ?? app.graph).filter((node) => (node.comfyClass ?? node.type) === kind);
+  return allNodes(app.rootGraph ?? app.graph).filter((node) => kindOf(node) === kind);
 }
 
 /** Add a node in the middle of what is seen of the graph. @param {any} app @param {string} kind */

@@ -4,6 +4,7 @@ import { createChart } from "./chart.js";
 import { copyText, element, setText } from "./dom.js";
 import * as format from "./format.js";
 import { applySettings, leaves, openGraph, openWithLora, queueGraph, toast } from "./graph.js";
+import { isInNotice } from "./refusals.js";
 import { createComparison } from "./samples.js";
 import { isUnderWay } from "./store.js";
 import { createTrial, endOf } from "./trial.js";
@@ -83,7 +84,7 @@ export function createPanel(app, api, store) {
 /** @param {(name: string) => void} onPick */
 function createList(onPick) {
   const heading = element("h3", { class: "qet-heading", text: t("Runs") });
-  const invitation = t("No runs yet. Queue a graph that contains Train Qwen Edit LoRA.");
+  const invitation = t("No runs yet. Press Run in a graph with the node Train Qwen Edit LoRA.");
   const empty = element("p", { class: "qet-quiet", text: invitation });
   const rows = element("ul", { class: "qet-runs" });
   const box = element("section", { "aria-label": t("Runs") }, heading, empty, rows);
@@ -324,6 +325,7 @@ function ratios({ psnr, unmeasured }) {
 
 /** Report a failed action. @param {any} app @param {string} what The action. @param {any} error */
 function tell(app, what, error) {
+  if (isInNotice(error)) return;
   toast(app, "error", t("{action} failed", { action: what }), String(error?.message ?? error));
 }
 

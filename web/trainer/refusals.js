@@ -9,8 +9,16 @@
  * @typedef {{id: string, kind: string, texts: string[]}} Problem
  */
 import { element } from "./dom.js";
-import { goToNode, isOurs, titleOf } from "./graph.js";
+import { goToNode, isOurs, kindOf, nameOfKind, nodeWithId } from "./graph.js";
 import { t } from "./words.js";
+
+/** @type {WeakSet<any>} Errors of `api.queuePrompt` that the notice shows. */
+const shownErrors = new WeakSet();
+
+/** Whether the notice shows this error, so that nothing else needs to tell it. @param {any} error */
+export function isInNotice(error) {
+  return shownErrors.has(error);
+}
 
 /**
  * @param {any} app
@@ -25,17 +33,19 @@ export function watchRefusals(app, api) {
     try {
       answer = await queue.apply(this, given);
     } catch (error) {
-      show(/** @type {any} */ (error)?.response?.node_errors, given[1]?.output);
+      const { response } = /** @type {any} */ (error ?? {});
+      if (show(response?.node_errors, given[1]?.output)) shownErrors.add(/** @type {any} */ (error));
       throw error;
     }
     show(answer?.node_errors, given[1]?.output);
     return answer;
   };
 
-  /** @param {any} errors From the answer of ComfyUI's server. @param {any} prompt */
+  /** @param {any} errors From the server's answer. @param {any} prompt @returns {boolean} Whether the notice shows. */
   function show(errors, prompt) {
     const problems = refused(errors, prompt);
     if (problems.length) notice.show(t("Not started, because:"), problems);
+    return problems.length > 0;
   }
 
   api.addEventListener("execution_error", (/** @type {CustomEvent} */ { detail }) => {
@@ -101,8 +111,11 @@ function createNotice(app) {
 
 /** @param {any} app @param {Problem} problem @param {(id: string) => void} go */
 function item(app, { id, kind, texts }, go) {
+  const node = nodeWithId(app, id);
+  const isHere = node && kindOf(node) === kind; // the panel also queues graphs that are not open
   const on = { click: () => go(id) };
-  const button = element("button", { type: "button", class: "qet-button", on }, t("Go to node"));
-  const head = element("div", { class: "qet-row" }, element("b", { text: titleOf(app, id) ?? kind }), button);
+  const button = element("button", { type: "button", class: "qet-button", hidden: !isHere, on }, t("Go to node"));
+  const title = isHere ? node.title : nameOfKind(kind);
+  const head = element("div", { class: "qet-row" }, element("b", { text: title }), button);
   return element("li", {}, head, ...texts.map((text) => element("p", { text })));
 }

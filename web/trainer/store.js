@@ -39,7 +39,7 @@ export function createStore(api) {
   const tell = onceAFrame(() => listeners.forEach((listener) => listener()));
   /** @type {Set<(run: Run, begins: boolean) => void>} Called when a run is queued or begins, and when it ends. */
   const turns = new Set();
-  let wasListed = false; // whether the list was fetched once: what it has then did not begin now
+  let isListed = false; // until the first list is here, a run that appears is no turn: it began before
   let waitingPrompts = 0; // in ComfyUI's queue
 
   /** @param {string} path */
@@ -71,7 +71,7 @@ export function createStore(api) {
     const run = { ...before, ...values, revision: before.revision + 1 };
     runs.set(run.run_name, run);
     tell();
-    if (wasListed && isUnderWay(run) !== isUnderWay(before)) turns.forEach((turn) => turn(run, isUnderWay(run)));
+    if (isListed && isUnderWay(run) !== isUnderWay(before)) turns.forEach((turn) => turn(run, isUnderWay(run)));
     return run;
   }
 
@@ -110,7 +110,7 @@ export function createStore(api) {
     listed.forEach((/** @type {Run} */ run) => order.set(run.run_name, merge(run)));
     runs.clear();
     order.forEach((run, name) => runs.set(name, run));
-    wasListed = true;
+    isListed = true;
     tell();
   }
 

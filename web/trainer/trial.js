@@ -11,7 +11,8 @@ import { t } from "./words.js";
  *   psnr: Record<string, number|null>}} Result
  */
 
-const NODE = "qwen-edit-trial"; // the node's id in the prompt; no node of the user's graph has it
+export const TRY_NODE = "QwenEdit_TryLora";
+const ID = "qwen-edit-trial"; // the node's id in the prompt; no node of the user's graph has it
 const MOST = 1.5; // strength
 
 /**
@@ -38,8 +39,12 @@ export function createTrial({ api, onError }) {
   let run;
   let [step, pair] = [0, 0];
   let followed = [0, 0]; // what the comparison showed last
+  /** @type {Result|undefined} */
+  let current; // whose pictures are shown
+  let mayScroll = false; // after a click on the button at the end of the run, which is far above the pictures
   let asked = ""; // id of the prompt in the queue
   let wanted = ""; // key of the result that the prompt will give
+  let said = ""; // how the trial goes on, or how it ended
 
   const key = () => `${step}/${pair}/${Number(strength.value).toFixed(2)}`;
   const isKept = () => Boolean(run && (step === endOf(run) || run.loras?.some((lora) => lora.step === step)));
@@ -47,10 +52,10 @@ export function createTrial({ api, onError }) {
   function paint() {
     const value = Number(strength.value);
     setText(strengthLabel, value.toFixed(2));
-    setText(button, asked ? t("Drawing …") : t("Try step {step}", { step }));
+    setText(button, asked ? t("Drawing…") : t("Try step {step}", { step }));
     button.disabled = Boolean(asked) || !isKept();
     button.title = t("Draw this held-out pair with the LoRA of step {step} at this strength", { step });
-    if (!asked && !isKept()) setText(state, notKept(run));
+    setText(state, asked || isKept() ? said : notKept(run));
     const alike = [...results.values()].filter((result) => result.step === step && result.pair === pair);
     const distance = (/** @type {Result} */ result) => Math.abs(result.strength - value);
     draw(alike.sort((one, other) => distance(one) - distance(other))[0]);
@@ -58,6 +63,8 @@ export function createTrial({ api, onError }) {
 
   /** @param {Result|undefined} result The one whose strength is nearest. */
   function draw(result) {
+    if (result === current) return; // else the pictures would load again
+    current = result;
     shown.hidden = !result;
     if (!result) return shown.replaceChildren();
     const columns = Object.entries(result.pictures);
@@ -68,10 +75,16 @@ export function createTrial({ api, onError }) {
           ? t("LoRA at strength {strength}", { strength: result.strength.toFixed(2) })
           : titleOf(column); // prettier-ignore
         const src = api.apiURL(`/view?${new URLSearchParams(place)}`);
-        const said = typeof psnr === "number" ? `${name} (${psnr.toFixed(1)} dB)` : name;
-        return element("figure", {}, element("img", { src, alt: said }), element("figcaption", { text: said }));
+        const label = typeof psnr === "number" ? `${name} (${psnr.toFixed(1)} dB)` : name;
+        const picture = element("img", { src, alt: label, on: { load: reveal } });
+        return element("figure", {}, picture, element("figcaption", { text: label }));
       }),
     );
+  }
+
+  /** Scroll to the pictures. They have their height when they are loaded. */
+  function reveal() {
+    if (mayScroll) shown.scrollIntoView({ block: "nearest" });
   }
 
   /** Queue a sample of the shown step and pair, unless it is drawn already. */
@@ -84,10 +97,10 @@ export function createTrial({ api, onError }) {
       picture: "held-out pair", instruction: "",
     }; // prettier-ignore
     asked = "…";
-    setText(state, t("Queued. The model is loaded first, as at the start of a training."));
+    said = t("Queued. The model is loaded first, as at the start of a training.");
     paint();
     try {
-      const prompt = { [NODE]: { class_type: "QwenEdit_TryLora", inputs } };
+      const prompt = { [ID]: { class_type: TRY_NODE, inputs } };
       asked = (await queueGraph(api, { prompt, workflow: undefined }, { next: true })).prompt_id;
     } catch (error) {
       end("");
@@ -98,7 +111,7 @@ export function createTrial({ api, onError }) {
   /** @param {string} text What happened. */
   function end(text) {
     asked = "";
-    setText(state, text);
+    said = text;
     paint();
     if (key() !== wanted && isKept() && wanted.startsWith(`${step}/${pair}/`)) begin(); // the slider has moved on
   }
@@ -110,7 +123,10 @@ export function createTrial({ api, onError }) {
     });
   }
 
-  hear("progress", ({ value, max }) => setText(state, t("Drawing: {done} of {total}", { done: value, total: max })));
+  hear("progress", ({ value, max }) => {
+    said = t("Drawing: {done} of {total}", { done: value, total: max });
+    paint();
+  });
   hear("executed", ({ output }) => {
     const [found] = output?.qwen_edit_try ?? [];
     if (!found || found.run_name !== run?.run_name) return;
@@ -125,7 +141,10 @@ export function createTrial({ api, onError }) {
     wanted = "";
     end(String(detail.exception_message ?? "").trim());
   });
-  strength.addEventListener("input", paint);
+  strength.addEventListener("input", () => {
+    mayScroll = false;
+    paint();
+  });
   strength.addEventListener("change", begin);
   button.addEventListener("click", begin);
 
@@ -134,20 +153,24 @@ export function createTrial({ api, onError }) {
     /** Draw the shown pair with the LoRA of the run's end, at the chosen strength. */
     beginAtEnd() {
       step = (run && endOf(run)) ?? step;
-      box.scrollIntoView({ block: "start", behavior: "smooth" });
+      box.scrollIntoView({ block: "nearest" });
+      mayScroll = true;
       return begin();
     },
     /** @param {Run} next @param {number} atStep @param {number} ofPair */
     show(next, atStep, ofPair) {
       if (next.run_name !== run?.run_name) {
         results.clear();
-        asked = "";
+        asked = said = "";
         followed = [0, 0];
+        mayScroll = false;
         strength.value = "1";
-        setText(state, "");
       }
       run = next;
-      if (atStep !== followed[0] || ofPair !== followed[1]) [step, pair] = followed = [atStep, ofPair];
+      if (atStep !== followed[0] || ofPair !== followed[1]) {
+        [step, pair] = followed = [atStep, ofPair];
+        if (!asked) said = "";
+      }
       box.hidden = !next.samples?.length || (!next.loras?.length && endOf(next) === undefined);
       paint();
     },
