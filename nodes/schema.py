@@ -121,7 +121,15 @@ def help_of(config: type, setting: str) -> str:
 def setting_input(config: type, setting: str, name: str = "", **keywords: Any) -> io.Input:
     """A widget with the type, default, limits and help text of a field of a config class. `keywords` override them."""
     field = next(field for field in dataclasses.fields(config) if field.name == setting)
-    hint, name = hint_of(config, setting), name or setting
+    made = _widget_of(config, field, name or setting, keywords)
+    if field.metadata["used_if"] and made.id == setting:  # for web/trainer/shown_widgets.js
+        conditions = [each._asdict() for each in field.metadata["used_if"]]
+        made.extra_dict = {"qwen_edit_used": {"if": conditions, "unused": field.metadata["unused"]}}
+    return made
+
+
+def _widget_of(config: type, field: dataclasses.Field[Any], name: str, keywords: dict[str, Any]) -> io.Input:
+    setting, hint = field.name, hint_of(config, field.name)
     keywords.setdefault("tooltip", field.metadata["help"])
     if field.default is not dataclasses.MISSING:
         keywords.setdefault("default", field.default)

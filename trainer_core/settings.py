@@ -104,12 +104,30 @@ def _number(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def setting(default: Any, help: str, limits: Limits | None = None, *, unless: str = "") -> Any:  # noqa: A002 - argparse's and click's word for it
+class If(typing.NamedTuple):
+    """A condition on another setting of the same class: it has one of the values `equals`, and none of `differs`."""
+
+    setting: str
+    equals: tuple[Any, ...] = ()
+    differs: tuple[Any, ...] = ()
+
+
+def setting(
+    default: Any,
+    help: str,  # noqa: A002 - argparse's and click's word for it
+    limits: Limits | None = None,
+    *,
+    unless: str = "",
+    used_if: Sequence[If] = (),
+    unused: Any = None,
+) -> Any:
     """A dataclass field with its documentation and its limits.
 
-    With `unless`, JSON must contain the setting if it lacks that other key.
+    With `unless`, JSON must contain the setting if it lacks that other key. The setting changes something only if all
+    conditions in `used_if` hold. `unused`: the one value that it may have otherwise; None if it may have any value.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "unless": unless, "limits": limits or Limits()})
+    declared = {"help": help, "unless": unless, "limits": limits or Limits(), "used_if": used_if, "unused": unused}
+    return dataclasses.field(default=default, metadata=declared)
 
 
 def required(help: str, limits: Limits | None = None) -> Any:  # noqa: A002
@@ -157,6 +175,13 @@ def _declared(cls: type) -> dict[str, tuple[Any, Limits]]:
 def limits_of(cls: type, name: str) -> Limits:
     """The limits declared for a setting of this class."""
     return _declared(cls)[name][1]
+
+
+def is_used(config: Any, name: str) -> bool:
+    """Whether the setting of this name changes something, as its declaration says."""
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    conditions = [(getattr(config, setting), *values) for setting, *values in field.metadata["used_if"]]
+    return all((not equals or value in equals) and value not in differs for value, equals, differs in conditions)
 
 
 def hint_of(cls: type, name: str) -> Any:

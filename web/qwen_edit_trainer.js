@@ -13,6 +13,8 @@ import { attachView } from "./trainer/node_view.js";
 import { keepDigits, readExponents } from "./trainer/number_widgets.js";
 import { createPanel } from "./trainer/panel.js";
 import { watchRefusals } from "./trainer/refusals.js";
+import { attachReport, createReport, restoreReports } from "./trainer/reports.js";
+import { showUsed } from "./trainer/shown_widgets.js";
 import { createStore } from "./trainer/store.js";
 import { TRY_NODE } from "./trainer/trial.js";
 import { attachUpload } from "./trainer/upload.js";
@@ -51,6 +53,8 @@ app.registerExtension({
   nodeCreated(/** @type {any} */ node) {
     readOldValues(node);
     keepDigits(node);
+    attachReport(app, node);
+    showUsed(node);
     if (kindOf(node) === TRY_NODE) attachUpload(node, "picture", app, api);
     if (kindOf(node) === PAIRS_NODE) {
       pairs.prefill(node); // its saved values come later
@@ -64,7 +68,11 @@ app.registerExtension({
       openSidebar(app, TAB);
       panel.open(run, step);
     };
-    attachView(node, { app, store, onPick, first: beforeStart.attach(node) });
+    attachView(node, { app, store, onPick, first: beforeStart.attach(node), last: createReport(app, node) });
+  },
+
+  onNodeOutputsUpdated(/** @type {Record<string, any>} */ outputs) {
+    restoreReports(app, outputs);
   },
 });
 

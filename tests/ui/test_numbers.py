@@ -25,7 +25,9 @@ KINDS = """() => Object.entries(LiteGraph.registered_node_types).filter(([name, 
 # decimals than the widget's step.
 SHOW = """kind => {
     app.graph.clear();
-    const node = LiteGraph.createNode(kind), { required, optional } = node.constructor.nodeData.input;
+    const { required, optional } = LiteGraph.registered_node_types[kind].nodeData.input;
+    for (const spec of Object.values({ ...required, ...optional })) delete spec[1]?.qwen_edit_used; // show all
+    const node = LiteGraph.createNode(kind);
     node.pos = [100, 60];
     app.graph.add(node);
     app.canvas.ds.scale = 1;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..settings import Limits, Settings, check, check_setting, is_plain_name, required, setting
+from ..settings import If, Limits, Settings, check, check_setting, is_plain_name, required, setting
 from ..text import LONGEST_PROMPT, is_blank
 
 CaptionStrategy = Literal["textfile", "filename", "instanceprompt", "csv", "parquet", "jsonl"]
@@ -18,6 +18,7 @@ ConditioningType = Literal["auto", "reference_strict", "reference_loose"]
 ColorProfiles = Literal["convert", "ignore"]
 MultidatasetSampling = Literal["combined", "random"]
 ReferenceLatents = Literal["cached", "on_the_fly"]
+_CROPS = If("crop", (True,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +126,7 @@ class SizeConfig(Settings):
         1.0,
         "Area of targets in million pixels, for resolution_type area.",
         Limits(min=0.01, max=17, unit="million pixels", step=0.01),
+        used_if=(If("resolution_type", ("area",)),),
     )
     aspect_bucket_alignment: int = setting(
         32,
@@ -135,7 +137,7 @@ class SizeConfig(Settings):
         False, "Crop targets to crop_aspect. Off: keep the aspect ratio and crop only the remainder of rounding."
     )
     crop_aspect: CropAspect = setting(
-        "square", "Aspect ratio of the crop: square, or preserve for that of the picture."
+        "square", "Aspect ratio of the crop: square, or preserve for that of the picture.", used_if=(_CROPS,)
     )
     crop_style: CropStyle = setting(
         "center",
@@ -147,17 +149,25 @@ class SizeConfig(Settings):
         "Smallest allowed target, in the unit of resolution_type (area: megapixels). 0 allows any size.",
         Limits(min=0, soft_max=100_000, step=0.01),
     )
-    leave_out_small: bool = setting(False, "Skip targets smaller than minimum_image_size. Off: they are an error.")
+    leave_out_small: bool = setting(
+        False,
+        "Skip targets smaller than minimum_image_size. Off: they are an error.",
+        used_if=(If("minimum_image_size", differs=(0.0,)),),
+    )
     maximum_image_size: float = setting(
         0.0,
         "With crop: larger targets are cropped as if they had first been scaled down to target_downsample_size. 0 "
         "turns this off.",
         Limits(min=0, soft_max=100_000, step=0.01),
+        used_if=(_CROPS,),
+        unused=0.0,
     )
     target_downsample_size: float = setting(
         0.0,
         "Size to which targets above maximum_image_size are scaled down before the crop.",
         Limits(min=0, soft_max=100_000, step=0.01),
+        used_if=(_CROPS,),
+        unused=0.0,
     )
 
     def check_combinations(self) -> None:

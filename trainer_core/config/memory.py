@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..settings import Limits, Settings, setting
+from ..settings import If, Limits, Settings, setting
 
 MemoryPlanning = Literal["auto", "manual"]
 CompileBlocks = Literal["auto", "on", "off"]
+_MANUAL = If("memory", ("manual",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +26,12 @@ class MemoryConfig(Settings):
         "Number of transformer blocks, counted from the first, whose activations are recomputed in the backward pass. "
         "-1 for all. Fewer is faster and needs more memory. Applies if gradient_checkpointing is on.",
         Limits(min=-1, soft_max=1000),
+        used_if=(_MANUAL,),
     )
     activation_offload: bool = setting(
         False,
         "Move the inputs that recomputation needs to host memory. Saves 2.6 GiB in bf16 at 1 megapixel.",
+        used_if=(_MANUAL,),
     )
     blocks_to_stream: int = setting(
         0,
@@ -36,6 +39,7 @@ class MemoryConfig(Settings):
         "forward and the backward pass. The full model has 60. For cards that can't hold the model; needs "
         "gradient_checkpointing.",
         Limits(min=0, soft_max=1000),
+        used_if=(_MANUAL,),
     )
     stream_buffers: int = setting(
         2,

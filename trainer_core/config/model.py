@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..settings import Limits, Settings, check, setting
+from ..settings import If, Limits, Settings, check, setting
 
 DEMO_MODEL = "demo"
 
@@ -59,6 +59,8 @@ class ModelConfig(Settings):
         False,
         "Also quantise the inputs of quantised layers to 8 bits, with one scale per token; for int8-quanto and "
         "fp8-quanto. Less accurate and not faster. Use it for a LoRA that will be run this way.",
+        used_if=(If("base_model_precision", EIGHT_BITS),),
+        unused=False,
     )
     quantised_cache_gb: float = setting(
         0.0,

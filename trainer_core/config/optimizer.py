@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..settings import Limits, Settings, check, setting
+from ..settings import If, Limits, Settings, check, setting
 
 OptimizerName = Literal["adamw", "adamw-8bit", "adafactor", "lion", "prodigy", "adamw-schedulefree"]
 SchedulerName = Literal[
@@ -22,6 +22,7 @@ CONSTANT: tuple[SchedulerName, ...] = ("constant", "constant_with_warmup")
 WAVES: tuple[SchedulerName, ...] = ("cosine_wave", "sine_wave")
 ENDLESS: tuple[SchedulerName, ...] = (*CONSTANT, *WAVES)
 """Schedules that do not depend on the number of steps."""
+_SECOND_MOMENT = If("optimizer", differs=("adafactor", "lion"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,11 @@ class OptimizerConfig(Settings):
         "whole run. cosine_wave starts at learning_rate, sine_wave half-way between the two.",
     )
     lr_warmup_steps: int = setting(
-        10, "Steps over which the learning rate rises from zero.", Limits(min=0, soft_max=100_000)
+        10,
+        "Steps over which the learning rate rises from zero.",
+        Limits(min=0, soft_max=100_000),
+        used_if=(If("lr_scheduler", differs=("constant",)),),
+        unused=0,
     )
     weight_decay: float = setting(
         0.01,
@@ -58,16 +63,19 @@ class OptimizerConfig(Settings):
         0.9,
         "Decay of the running mean of the gradient. Not used by adafactor.",
         Limits(min=0, below=1, soft_max=0.9999, step=0.01, round=1e-4),
+        used_if=(If("optimizer", differs=("adafactor",)),),
     )
     adam_beta2: float = setting(
         0.999,
         "Decay of the running mean of the squared gradient. Not used by adafactor and lion.",
         Limits(min=0, below=1, soft_max=0.99999, step=0.001, round=1e-5),
+        used_if=(_SECOND_MOMENT,),
     )
     adam_epsilon: float = setting(
         1e-8,
         "Number added to Adam's denominator. Not used by adafactor and lion.",
         Limits(above=0, soft_min=1e-16, soft_max=0.01, step=1e-8, round=1e-16),
+        used_if=(_SECOND_MOMENT,),
     )
     max_grad_norm: float = setting(
         1.0,
@@ -75,33 +83,41 @@ class OptimizerConfig(Settings):
         Limits(min=0, soft_max=1000, step=0.1),
     )
     lr_num_cycles: int = setting(
-        1, "Number of cycles of cosine_with_restarts, each from the peak to zero.", Limits(min=1, soft_max=1000)
+        1,
+        "Number of cycles of cosine_with_restarts, each from the peak to zero.",
+        Limits(min=1, soft_max=1000),
+        used_if=(If("lr_scheduler", ("cosine_with_restarts",)),),
     )
     lr_power: float = setting(
         1.0,
         "Exponent of polynomial: 1 is a straight line, larger values fall faster at first.",
         Limits(above=0, soft_min=0.1, soft_max=10, step=0.1),
+        used_if=(If("lr_scheduler", ("polynomial",)),),
     )
     lr_end: float = setting(
         1e-7,
         "Final learning rate of polynomial, and the lowest one of cosine_wave and sine_wave.",
         Limits(min=0, soft_max=0.1, step=1e-7, round=1e-10),
+        used_if=(If("lr_scheduler", ("polynomial", *WAVES)),),
     )
     lion_beta2: float = setting(
         0.99,
         "Decay of lion's momentum. adam_beta1 sets the share of the momentum in an update; the rest is the gradient.",
         Limits(min=0, below=1, soft_max=0.99999, step=0.01, round=1e-5),
+        used_if=(If("optimizer", ("lion",)),),
     )
     prodigy_d_coef: float = setting(
         1.0,
         "Factor on the learning rate that prodigy finds: 0.5 is cautious, 2 is bold.",
         Limits(above=0, soft_min=0.01, soft_max=100, step=0.1),
+        used_if=(If("optimizer", ("prodigy",)),),
     )
 
     lr_wave_steps: int = setting(
         100,
         "Steps that cosine_wave and sine_wave take from the highest to the lowest learning rate.",
         Limits(min=1, soft_max=100_000),
+        used_if=(If("lr_scheduler", WAVES),),
     )
 
     def check_combinations(self) -> None:

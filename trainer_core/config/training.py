@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError
-from ..settings import Limits, Settings, check, setting
+from ..settings import If, Limits, Settings, check, setting
 from ..text import brief
 from .layer_patterns import layer_patterns, value_for
 from .regular_expression import compiled
@@ -23,6 +23,10 @@ RolloutStrategy = Literal["uniform", "biased_early", "biased_late"]
 RolloutSampler = Literal["unipc", "euler", "dpm", "rk4"]
 RampShape = Literal["linear", "cosine"]
 LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # above it the mapping of noise levels is no longer monotonic
+_LOW_RANK = If("lora_type", ("lora", "dora"))
+_LOGIT_NORMAL = If("sigma_distribution", ("logit_normal",))
+_HUBER = If("loss_type", ("huber", "smooth_l1"))
+_ROLLS_OUT = If("scheduled_sampling_max_step_offset", differs=(0,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +49,17 @@ class LoraConfig(Settings):
         "Layers that get an adapter: image-attention, attention (image and text), attention-mlp, all (also "
         "modulation), or pattern.",
     )
-    lora_target_pattern: str = setting("", "Regular expression for full module names, for lora_targets pattern.")
+    lora_target_pattern: str = setting(
+        "",
+        "Regular expression for full module names, for lora_targets pattern.",
+        used_if=(If("lora_targets", ("pattern",)),),
+    )
     lora_dropout: float = setting(
         0.0,
         "Fraction of the adapter's inputs that is zeroed at random in each step.",
         Limits(min=0, below=1, soft_max=0.95, step=0.01),
+        used_if=(_LOW_RANK,),
+        unused=0.0,
     )
     lora_type: LoraType = setting(
         "lora",
@@ -57,13 +67,17 @@ class LoraConfig(Settings):
         "lokr: Kronecker product, a much smaller file. diffusers loads only lora.",
     )
     use_rslora: bool = setting(
-        False, "Scale by 1 / √rank instead of 1 / rank, so that ranks of 64 and more learn as fast as low ones."
+        False,
+        "Scale by 1 / √rank instead of 1 / rank, so that ranks of 64 and more learn as fast as low ones.",
+        used_if=(_LOW_RANK,),
+        unused=False,
     )
     lokr_factor: int = setting(
         8,
         "Size of LoKr's first factor. 4 to 16 is typical; smaller makes a larger file. -1 is about the square root of "
         "the layer's width.",
         Limits(min=2, also=-1, soft_max=256),
+        used_if=(If("lora_type", ("lokr",)),),
     )
     rank_pattern: tuple[str, ...] = setting(
         (),
@@ -116,17 +130,22 @@ class NoiseConfig(Settings):
         "more in the middle, but the ends are sampled too. cosmap: twice as many in the middle as at the ends.",
     )
     logit_mean: float = setting(
-        0.0, "Mean of the normal distribution of logit_normal.", Limits(soft_min=-10, soft_max=10, step=0.05)
+        0.0,
+        "Mean of the normal distribution of logit_normal.",
+        Limits(soft_min=-10, soft_max=10, step=0.05),
+        used_if=(_LOGIT_NORMAL,),
     )
     logit_std: float = setting(
         1.0,
         "Standard deviation of the normal distribution of logit_normal.",
         Limits(above=0, soft_min=0.01, soft_max=10, step=0.05),
+        used_if=(_LOGIT_NORMAL,),
     )
     flow_schedule_shift: float = setting(
         1.73,
         "Shift s towards higher noise levels: s·σ / (1 + (s-1)·σ). 1 is no shift.",
         Limits(above=0, usual="1 to 3", soft_min=0.01, soft_max=20, step=0.01),
+        used_if=(If("flow_schedule_auto_shift", (False,)),),
     )
     flow_schedule_auto_shift: bool = setting(
         False,
@@ -142,6 +161,7 @@ class NoiseConfig(Settings):
         1.29,
         "How much sigma_distribution mode favours the middle. 0 is uniform, below 0 favours the ends.",
         Limits(min=-1, max=LARGEST_MODE_SCALE, usual="1.29", soft_max=1.75, step=0.05),
+        used_if=(If("sigma_distribution", ("mode",)),),
     )
     stratified_sigmas: bool = setting(
         False,
@@ -158,11 +178,13 @@ class NoiseConfig(Settings):
         0.1,
         "Error above which huber and smooth_l1 are linear.",
         Limits(above=0, max=1, usual="0.1", soft_min=0.001, step=0.01, round=0.001),
+        used_if=(_HUBER,),
     )
     huber_schedule: HuberSchedule = setting(
         "snr",
         "How huber_c depends on the noise level σ. snr: rises from huber_c without noise to 1 at pure noise, as in "
         "SimpleTuner. exponential: falls from 1 to huber_c, as huber_c^σ. constant: huber_c at all levels.",
+        used_if=(_HUBER,),
     )
 
 
@@ -180,46 +202,73 @@ class RolloutConfig(Settings):
         0.0,
         "Fraction of pairs that are rolled out, from start_step on. 0 rolls out none.",
         Limits(min=0, max=1, step=0.05),
+        used_if=(_ROLLS_OUT, If("scheduled_sampling_ramp_steps", (0,))),
     )
     scheduled_sampling_strategy: RolloutStrategy = setting(
         "uniform",
         "Distribution of the offset. uniform: all alike. biased_early: favours small ones. biased_late: favours large "
         "ones.",
+        used_if=(_ROLLS_OUT,),
     )
     scheduled_sampling_start_step: int = setting(
-        0, "Optimizer step at which rollouts start.", Limits(min=0, soft_max=1_000_000)
+        0, "Optimizer step at which rollouts start.", Limits(min=0, soft_max=1_000_000), used_if=(_ROLLS_OUT,)
     )
     scheduled_sampling_ramp_steps: int = setting(
         0,
         "Steps over which the probability goes from prob_start to prob_end; it replaces probability. 0 for no ramp.",
         Limits(min=0, soft_max=1_000_000),
+        used_if=(_ROLLS_OUT,),
     )
-    scheduled_sampling_ramp_shape: RampShape = setting("linear", "Shape of the ramp. cosine starts and ends slowly.")
+    scheduled_sampling_ramp_shape: RampShape = setting(
+        "linear",
+        "Shape of the ramp. cosine starts and ends slowly.",
+        used_if=(_ROLLS_OUT, If("scheduled_sampling_ramp_steps", differs=(0,))),
+    )
     scheduled_sampling_prob_start: float = setting(
-        0.0, "Probability at the start of the ramp.", Limits(min=0, max=1, step=0.05)
+        0.0,
+        "Probability at the start of the ramp.",
+        Limits(min=0, max=1, step=0.05),
+        used_if=(_ROLLS_OUT, If("scheduled_sampling_ramp_steps", differs=(0,))),
     )
     scheduled_sampling_prob_end: float = setting(
-        0.5, "Probability at the end of the ramp and after it.", Limits(min=0, max=1, step=0.05)
+        0.5,
+        "Probability at the end of the ramp and after it.",
+        Limits(min=0, max=1, step=0.05),
+        used_if=(_ROLLS_OUT, If("scheduled_sampling_ramp_steps", differs=(0,))),
     )
     scheduled_sampling_sampler: RolloutSampler = setting(
-        "unipc", "Sampler of the rollout. rk4 needs four forward passes per step, the others one."
+        "unipc",
+        "Sampler of the rollout. rk4 needs four forward passes per step, the others one.",
+        used_if=(_ROLLS_OUT,),
     )
-    scheduled_sampling_order: int = setting(2, "Order of the samplers unipc and dpm.", Limits(min=1, max=3))
+    scheduled_sampling_order: int = setting(
+        2,
+        "Order of the samplers unipc and dpm.",
+        Limits(min=1, max=3),
+        used_if=(_ROLLS_OUT, If("scheduled_sampling_sampler", ("unipc", "dpm"))),
+    )
     scheduled_sampling_reflexflow: bool = setting(
-        True, "Use ReflexFlow for rolled-out pairs: the three terms below, which counteract drift."
+        True,
+        "Use ReflexFlow for rolled-out pairs: the three terms below, which counteract drift.",
+        used_if=(_ROLLS_OUT,),
     )
     scheduled_sampling_reflexflow_alpha: float = setting(
         1.0,
         "Extra weight of the loss where drift changed the prediction. Needs one forward pass if above 0.",
         Limits(min=0, soft_max=100, step=0.1),
+        used_if=(_ROLLS_OUT, If("scheduled_sampling_reflexflow", (True,))),
     )
     scheduled_sampling_reflexflow_beta1: float = setting(
         10.0,
         "Weight of the term that aligns the velocity with the line from the target picture to the sampled point.",
         Limits(min=0, soft_max=1000, step=0.5),
+        used_if=(_ROLLS_OUT, If("scheduled_sampling_reflexflow", (True,))),
     )
     scheduled_sampling_reflexflow_beta2: float = setting(
-        1.0, "Weight of the usual loss of rolled-out pairs.", Limits(min=0, soft_max=100, step=0.1)
+        1.0,
+        "Weight of the usual loss of rolled-out pairs.",
+        Limits(min=0, soft_max=100, step=0.1),
+        used_if=(_ROLLS_OUT, If("scheduled_sampling_reflexflow", (True,))),
     )
 
 

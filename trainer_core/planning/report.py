@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from ..config import MemoryConfig, TrainConfig
 from ..errors import OutOfMemoryError
 from ..qwen_image.flavours import title_of
+from ..settings import is_used
 from .advice import STEP, VALIDATION, memory_advice
 from .choose import Budget, choose_memory
 from .duration import probed_speed, time_in_words
 from .network import NetworkSize
 from .plan import GIB, MemoryPlan, plan_memory
 from .workload import Workload
-
-_CHOSEN_BY_AUTO = ("gradient_checkpointing_blocks", "activation_offload", "blocks_to_stream")
 
 
 def planned_in_words(
@@ -60,8 +61,9 @@ def unused_settings(config: TrainConfig) -> str:
     if config.memory.memory != "auto":
         return ""
     default = MemoryConfig()
-    given = {name: getattr(config.memory, name) for name in _CHOSEN_BY_AUTO}
-    changed = [f"{name} {_on_off(value)}" for name, value in given.items() if value != getattr(default, name)]
+    given = {each.name: getattr(config.memory, each.name) for each in dataclasses.fields(default)}
+    unused = {name: value for name, value in given.items() if not is_used(config.memory, name)}
+    changed = [f"{name} {_on_off(value)}" for name, value in unused.items() if value != getattr(default, name)]
     if not config.gradient_checkpointing:
         changed.append("gradient_checkpointing off")
     if not changed:

@@ -373,3 +373,15 @@ export function openSidebar(app, id) {
   if (bar?.toggleSidebarTab) bar.toggleSidebarTab(id);
   else app.extensionManager?.command?.execute?.(`Workspace.ToggleSidebarTab.${id}`);
 }
+
+/**
+ * Our nodes with what ComfyUI keeps of their last outputs. In subgraphs its keys have the form graph:node.
+ * @param {any} app
+ * @param {Record<string, any>} outputs
+ * @returns {[any, any][]}
+ */
+export function withOutputs(app, outputs) {
+  const root = app.rootGraph ?? app.graph;
+  const ours = allNodes(root).filter((node) => isOurs(kindOf(node)));
+  return ours.map((node) => [node, outputs[node.graph === root ? node.id : `${node.graph?.id}:${node.id}`]]);
+}

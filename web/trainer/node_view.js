@@ -17,10 +17,10 @@ const HEIGHT = 294; // pixels, also before there is a curve or a picture, so tha
 
 /**
  * @param {any} node
- * @param {{app: any, store: Store, onPick: (run: string, step: number) => void, first: Element}} given
- *   `first`: shown above the run.
+ * @param {{app: any, store: Store, onPick: (run: string, step: number) => void, first: Element, last: Element}} given
+ *   `first`, `last`: shown above and below the run.
  */
-export function attachView(node, { app, store, onPick, first }) {
+export function attachView(node, { app, store, onPick, first, last }) {
   const badge = element("span", { class: "qet-badge", role: "status" }); // screen readers announce only this
   const line = element("span", { class: "qet-quiet" });
   const chart = createChart();
@@ -28,7 +28,7 @@ export function attachView(node, { app, store, onPick, first }) {
   let run;
   const strip = createStrip(store, (step) => run && onPick(run.run_name, step));
   const head = element("div", { class: "qet-row" }, line, badge);
-  const box = element("div", { class: "qet-node" }, first, head, chart.element, strip.element);
+  const box = element("div", { class: "qet-node" }, first, head, chart.element, strip.element, last);
   box.style.minHeight = `${HEIGHT}px`;
   const view = node.addDOMWidget("training", "qwen_edit_training", box, {
     serialize: false, // not in the prompt

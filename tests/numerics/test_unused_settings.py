@@ -1,0 +1,180 @@
+"""Settings that are declared as unused change nothing and are accepted. Nodes hide exactly those."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.narrow import planned_size
+from trainer_core import config as every_class
+from trainer_core.adapters.inject import inject_lora
+from trainer_core.adapters.plan import plan_adapter
+from trainer_core.conditioning.sizes import target_box, target_size
+from trainer_core.config import (
+    EmaConfig,
+    EncodingConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SizeConfig,
+    TrainConfig,
+)
+from trainer_core.errors import ConfigError
+from trainer_core.geometry import Size
+from trainer_core.planning.choose import Budget, choose_memory
+from trainer_core.planning.workload import Workload, pair_size
+from trainer_core.qwen_image.base_model import BaseModel
+from trainer_core.qwen_image.transformer import load_transformer
+from trainer_core.settings import Settings, hint_of, is_used, limits_of
+from trainer_core.training.ema import ema_bytes, start_ema, weights_to_validate
+from trainer_core.training.objective import add_noise, penalty_at
+from trainer_core.training.optimizer import optimizer_builder, set_learning_rate
+from trainer_core.training.rollout import draw_offsets, reflexflow_loss, roll_out
+from trainer_core.training.schedule import learning_rate_at
+
+CPU = torch.device("cpu")
+LATENTS = torch.linspace(-1, 1, 2 * 16 * 4 * 4).view(2, 16, 4, 4)
+
+
+def trained(config: OptimizerConfig) -> list[float]:
+    """Weights after each of four steps."""
+    if config.optimizer == "adamw-8bit":  # needs CUDA; takes the settings that adamw takes
+        config = dataclasses.replace(config, optimizer="adamw")
+    weight = nn.Parameter(torch.tensor([[0.5, -1.0], [2.0, 0.1]]))
+    optimizer, found = optimizer_builder(config, CPU)([weight]), list[float]()
+    for step in range(4):
+        set_learning_rate(optimizer, learning_rate_at(step, 4, config))
+        weight.grad = weight.detach() - 1
+        optimizer.step()
+        found += weight.detach().flatten().tolist()
+    return found
+
+
+def noised(config: NoiseConfig) -> list[Any]:
+    noisy = add_noise(LATENTS, config, 0, [0, 1], range(2))
+    return [noisy.sigma.tolist(), penalty_at(noisy.sigma, config)(LATENTS).flatten().tolist()]
+
+
+def rolled(config: RolloutConfig) -> list[Any]:
+    noisy = add_noise(LATENTS, NoiseConfig(), 0, [0, 1])
+    found = list[Any]()
+    for step in (0, 3, 9):
+        offsets = draw_offsets(config, step, 0, [0, 1])
+        out = roll_out(lambda _row, point, sigma: point * sigma.view(-1, 1, 1, 1) + 0.1, noisy, offsets, config)
+        found += [offsets, out.noisy.latents.tolist()]
+        if out.rows and config.scheduled_sampling_reflexflow:  # as training/step.py
+            loss = reflexflow_loss(LATENTS, LATENTS, out, weights=None, penalty=torch.square, rollout=config)
+            found.append(loss.tolist())
+    return found
+
+
+def adapted(config: LoraConfig) -> dict[str, Any]:
+    """The new adapter's weights, and scale and dropout of each layer."""
+    transformer = load_transformer(BaseModel(ModelConfig(mixed_precision="no", tokenizer="not read")), CPU)
+    weights = inject_lora(transformer, plan_adapter(transformer, config), seed=0)
+    layers = [each for each in transformer.modules() if hasattr(each, "scaling")]
+    scales = [(dict(each.scaling), str(getattr(each, "lora_dropout", ""))) for each in layers]  # type: ignore[call-overload]
+    return {**{name: weight.detach().numpy().tobytes() for name, weight in weights.items()}, "scales": scales}
+
+
+def averaged(config: EmaConfig) -> list[Any]:
+    weights = {"a": nn.Parameter(torch.ones(2))}
+    return [
+        ema_bytes([(2, 3)], config),
+        list(start_ema(weights, config)),
+        list(weights_to_validate(None, None, config)),
+    ]  # type: ignore[arg-type]
+
+
+def cropped(config: SizeConfig) -> list[Any]:
+    encoding, found = EncodingConfig(sizes=config), list[Any]()
+    for size in (Size(900, 600), Size(2400, 3200)):
+        bucket = target_size(size, encoding)
+        found += [bucket, target_box(size, bucket, encoding, "key")]
+    return found
+
+
+def planned(config: MemoryConfig) -> str:
+    settings = TrainConfig(run_dir="run", encoded="data", memory=config)
+    if config.memory == "manual":
+        return str(config)
+    network = planned_size({"num_layers": 6}, settings.model, settings.lora)
+    pair = pair_size(Size(512, 512), [Size(512, 512)], 100)
+    return str(choose_memory(settings, network, Workload(train=pair, batch=1, validation=pair), Budget(2**40, 2**40)))
+
+
+OUTCOMES: dict[type[Settings], Callable[[Any], Any]] = {
+    OptimizerConfig: trained,
+    NoiseConfig: noised,
+    RolloutConfig: rolled,
+    LoraConfig: adapted,
+    EmaConfig: averaged,
+    SizeConfig: cropped,
+    MemoryConfig: planned,
+    ModelConfig: str,  # its only one must be off while it is unused
+}
+# Values with which the settings above have an effect, and with which every choice is accepted.
+BASE: dict[type[Settings], dict[str, Any]] = {
+    OptimizerConfig: {"learning_rate": 0.5},
+    RolloutConfig: {"scheduled_sampling_probability": 1.0},
+    LoraConfig: {"lora_target_pattern": r".*\.attn\.to_q", "lora_rank": 2},
+}
+
+
+def declared(cls: type[Settings]) -> dict[str, Any]:
+    """The settings of a class with conditions, and what they declare."""
+    return {field.name: field.metadata for field in dataclasses.fields(cls) if field.metadata.get("used_if")}
+
+
+def values_of(cls: type[Settings], name: str) -> list[Any]:
+    """All choices of a setting, or its default and another value."""
+    hint, default = hint_of(cls, name), next(each.default for each in dataclasses.fields(cls) if each.name == name)
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    if hint is bool:
+        return [False, True]
+    if hint is str:
+        return [default, r".*\.attn\.to_k"]
+    limits = limits_of(cls, name)
+    return [default, next(each for each in (3, 0.25, 0.75) if each != default and limits.accept(hint(each)))]
+
+
+def cases(cls: type[Settings]) -> Iterator[Settings]:
+    """A config for all combinations of the values that decide what is used, as far as they are accepted."""
+    deciding = sorted({each.setting for metadata in declared(cls).values() for each in metadata["used_if"]})
+    neutral = {name: each["unused"] for name, each in declared(cls).items() if each["unused"] is not None}
+    for values in itertools.product(*(values_of(cls, name) for name in deciding)):
+        try:
+            yield cls(**{**BASE.get(cls, {}), **neutral, **dict(zip(deciding, values, strict=True))})
+        except ConfigError:
+            continue
+
+
+def test_every_class_with_conditions_is_tested():
+    classes = [each for each in vars(every_class).values() if isinstance(each, type) and issubclass(each, Settings)]
+    assert {each for each in classes if declared(each)} == set(OUTCOMES)
+
+
+@pytest.mark.parametrize("cls", OUTCOMES, ids=lambda cls: cls.__name__)
+def test_an_unused_setting_changes_nothing(cls: type[Settings]):
+    seen = set[str]()
+    for config in cases(cls):
+        unused = {name: each["unused"] for name, each in declared(cls).items() if not is_used(config, name)}
+        changes = {name: values_of(cls, name)[-1] for name, only in unused.items() if only is None}
+        seen |= set(unused)
+        for name, only in unused.items():
+            if only is not None:
+                with pytest.raises(ConfigError):
+                    dataclasses.replace(config, **{name: next(v for v in values_of(cls, name) if v != only)})
+        if changes:
+            assert OUTCOMES[cls](dataclasses.replace(config, **changes)) == OUTCOMES[cls](config), (config, changes)
+    assert seen == set(declared(cls))

@@ -1,0 +1,91 @@
+// @ts-check
+/** The text that a node of ours outputs, such as a plan or the findings on pairs, shown on the node. */
+import { copyText, element, setText } from "./dom.js";
+import { isOurs, kindOf, withOutputs } from "./graph.js";
+import { t } from "./words.js";
+
+const HEIGHT = 120; // pixels of a node that is not listed
+/** Nodes with a report, and the pixels that they keep free for it, so that a node never grows over others. */
+const HEIGHTS = /** @type {Record<string, number>} */ ({
+  QwenEdit_CheckPairs: 150,
+  QwenEdit_PlanMemory: 240,
+  QwenEdit_PreviewPairs: 90,
+  QwenEdit_TryLora: 60,
+});
+/** @type {WeakMap<any, (text: string) => void>} */
+const shown = new WeakMap();
+
+/**
+ * A place for a node's report.
+ * @param {any} app
+ * @param {any} node
+ * @returns {Element}
+ */
+export function createReport(app, node) {
+  const text = element("pre", { class: "qet-report-text", tabindex: "0", "aria-label": t("Report") });
+  const copy = element("button", { class: "qet-button", type: "button", text: t("Copy"), on: { click: copied } });
+  const box = element("div", { class: "qet-report" }, copy, text);
+  text.addEventListener("wheel", (/** @type {WheelEvent} */ event) => {
+    if (text.scrollHeight > text.clientHeight) event.stopPropagation(); // scroll, not zoom
+    else if (!(/** @type {any} */ (window).LiteGraph?.vueNodesMode)) app.canvas?.processMouseWheel?.(event);
+  });
+  text.addEventListener("pointerdown", (/** @type {Event} */ event) => event.stopPropagation()); // select, not drag
+
+  async function copied() {
+    try {
+      await copyText(text.textContent);
+      setText(copy, t("Copied"));
+    } catch {
+      setText(copy, t("Select the text to copy it"));
+    }
+    setTimeout(() => setText(copy, t("Copy")), 2000);
+  }
+
+  shown.set(node, (said) => {
+    setText(text, said);
+    box.hidden = !said;
+  });
+  box.hidden = true;
+  return box;
+}
+
+/**
+ * Show what a node outputs from now on. A training node shows it in its view.
+ * @param {any} app
+ * @param {any} node A new node.
+ */
+export function attachReport(app, node) {
+  const kind = kindOf(node);
+  if (!isOurs(kind)) return;
+  if (kind in HEIGHTS) addWidget(app, node, HEIGHTS[kind]);
+  const before = node.onExecuted;
+  node.onExecuted = function (/** @type {any} */ output, /** @type {any[]} */ ...rest) {
+    before?.call(this, output, ...rest);
+    show(app, node, output);
+  };
+}
+
+/** Show the reports among the outputs that ComfyUI restores. @param {any} app @param {Record<string, any>} outputs */
+export function restoreReports(app, outputs) {
+  if (!Object.keys(outputs ?? {}).length) return; // also set while the page starts, before there is a graph
+  for (const [node, output] of withOutputs(app, outputs)) show(app, node, output);
+}
+
+/** @param {any} app @param {any} node @param {any} output */
+function show(app, node, output) {
+  const text = [output?.text ?? []].flat().join("\n\n");
+  if (text && !shown.has(node)) addWidget(app, node, HEIGHT);
+  shown.get(node)?.(text);
+}
+
+/** @param {any} app @param {any} node @param {number} height */
+function addWidget(app, node, height) {
+  const place = element("div", { class: "qet-node" }, createReport(app, node));
+  place.style.minHeight = `${height}px`;
+  const widget = node.addDOMWidget("report", "qwen_edit_report", place, {
+    serialize: false, // not in the prompt
+    hideOnZoom: false,
+    getMinHeight: () => height,
+  });
+  widget.serialize = false; // not in the saved graph
+}
