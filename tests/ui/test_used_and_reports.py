@@ -36,7 +36,7 @@ SEEN = """() => {
     const node = app.graph.nodes.find(each => each.comfyClass === 'QwenEdit_OptimizerSettings');
     if (!LiteGraph.vueNodesMode) return node.widgets.filter(each => node.isWidgetVisible(each)).map(each => each.name);
     const rows = document.querySelectorAll(`[data-node-id="${node.id}"] .lg-node-widget`);
-    return [...rows].map(row => node.widgets.find(({ name }) => row.textContent.includes(name)
+    return [...rows].map(row => node.widgets.find(({ name }) => row.textContent.replaceAll(' ', '_').includes(name)
         || row.querySelector(`[aria-label="${name}"]`))?.name);
 }"""
 BOX = """() => {
@@ -87,7 +87,7 @@ def test_what_means_nothing_is_not_shown_and_what_is_said_is(renderer: str, fron
     # As ComfyUI does when people come back to a tab, or open a graph from the queue.
     page.page.evaluate(
         """async () => {
-            const outputs = app.nodeOutputs;
+            const outputs = JSON.parse(JSON.stringify(app.nodeOutputs));
             await app.loadGraphData(app.graph.serialize());
             document.querySelectorAll('.qet-report-text').forEach(each => { each.textContent = ''; });
             app.nodeOutputs = outputs;
