@@ -1,0 +1,217 @@
+"""Writes the templates in workflows/ from the graphs in tools/template_graphs.py (`make templates`).
+
+Each graph becomes two files: `workflows/<title>.json`, as ComfyUI's page saves it, and `workflows/api/<name>.json`, the
+prompt that the page would queue. Both come from one description, so they can't differ. Inputs that a description leaves
+out get their defaults. A test checks that the files are current.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.comfyui import PACK_NAME, REPO, ComfyUI, device_arguments, install_pack
+from tools.template_graphs import TEMPLATES, Node, Template
+
+FOLDER = REPO / "workflows"
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+NOTE = "MarkdownNote"
+_GAP, _COLUMN_GAP, _TITLE = 40, 60, 30  # pixels: between nodes, between columns, and the height of a node's title
+_OPTIONAL = 7  # the shape of an optional socket in LiteGraph
+_VERSION = re.compile(r'^version = "(.+)"', re.MULTILINE)
+
+Info = dict[str, Any]
+
+
+def files_of(template: Template, all_nodes: dict[str, Info]) -> dict[Path, dict[str, Any]]:
+    """The template's two files: path below `workflows/` and content. `all_nodes`: the answer of /object_info."""
+    numbers = {node.key: number for number, node in enumerate(template.nodes(), start=1)}
+    return {
+        Path(f"{template.title}.json"): _graph(template, numbers, all_nodes),
+        Path("api", f"{template.name}.json"): _prompt(template, numbers, all_nodes),
+    }
+
+
+def _prompt(template: Template, numbers: dict[str, int], all_nodes: dict[str, Info]) -> dict[str, Any]:
+    prompt: dict[str, Any] = {}
+    for node in template.nodes():
+        if node.kind == NOTE:
+            continue
+        info = all_nodes[node.kind]
+        inputs = {name: node.values.get(name, _default(spec)) for name, spec in _widgets(info)}
+        for name, (source, output) in node.links.items():
+            inputs[name] = [str(numbers[source]), _output_index(all_nodes[template.kind_of(source)], output)]
+        title = node.title or info["display_name"]
+        prompt[str(numbers[node.key])] = {"class_type": node.kind, "inputs": inputs, "_meta": {"title": title}}
+    return prompt
+
+
+def _graph(template: Template, numbers: dict[str, int], all_nodes: dict[str, Info]) -> dict[str, Any]:
+    nodes, links = [], list[list[Any]]()
+    for node in template.nodes():
+        for name, (source, output) in node.links.items():
+            from_info = all_nodes[template.kind_of(source)]
+            index = _output_index(from_info, output)
+            slot = [entry for entry, _ in _inputs(all_nodes[node.kind])].index(name)
+            links.append([len(links) + 1, numbers[source], index, numbers[node.key], slot, from_info["output"][index]])
+    places = _places(template)
+    for order, node in enumerate(template.nodes()):
+        x, y = places[node.key]
+        saved: dict[str, Any] = {"id": numbers[node.key], "type": node.kind, "pos": [x, y], "size": [*node.size]}
+        saved |= {"flags": {}, "order": order, "mode": 0}
+        if node.title:
+            saved["title"] = node.title
+        saved |= _saved_note(node) if node.kind == NOTE else _saved_node(node, numbers, links, all_nodes[node.kind])
+        nodes.append(saved)
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK_NAME}/{template.name}")),
+        "revision": 0,
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {"ds": {"scale": template.scale, "offset": [60, 80]}, **_app(template, numbers)},
+        "version": 0.4,
+    }
+
+
+def _saved_note(node: Node) -> dict[str, Any]:
+    return {"inputs": [], "outputs": [], "properties": {}, "widgets_values": [node.values["text"]]}
+
+
+def _saved_node(node: Node, numbers: dict[str, int], links: list[list[Any]], info: Info) -> dict[str, Any]:
+    number = numbers[node.key]
+    ends = {link[4]: link[0] for link in links if link[3] == number}
+    inputs = []
+    for index, (name, spec) in enumerate(_inputs(info)):
+        entry = {"name": name, "type": _type(spec), "link": ends.get(index)}
+        if _is_widget(spec):
+            entry["widget"] = {"name": name}
+        elif name in info["input"].get("optional", {}):
+            entry["shape"] = _OPTIONAL
+        inputs.append(entry)
+    outputs = []
+    for index, (name, kind) in enumerate(zip(info["output_name"], info["output"], strict=True)):
+        starts = [link[0] for link in links if link[1] == number and link[2] == index]
+        outputs.append({"name": name, "type": kind, "links": starts})
+    ours = node.kind.startswith("QwenEdit_")
+    properties: dict[str, Any] = {"cnr_id": PACK_NAME if ours else "comfy-core"}
+    if ours:
+        properties["ver"] = _VERSION.findall((REPO / "pyproject.toml").read_text(encoding="utf-8"))[0]
+    properties["Node name for S&R"] = node.kind
+    if node.models:
+        properties["models"] = [dict(model) for model in node.models]
+    values, named = [], {}
+    for name, spec in _widgets(info):
+        second = _second_value(name, spec)
+        named |= {name: node.values.get(name, _default(spec)), **second}
+        values += [named[name], *second.values()]
+    known = {name for name, _ in _inputs(info)}
+    if unknown := (node.values.keys() | node.links.keys()) - known:
+        raise SystemExit(f"{node.kind} has no input named {', '.join(sorted(unknown))}.")
+    return {
+        "inputs": inputs,
+        "outputs": outputs,
+        "properties": properties,
+        "widgets_values": values,
+        "widgets_values_named": named,
+    }
+
+
+def _places(template: Template) -> dict[str, tuple[int, int]]:
+    """Position of each node: columns from left to right, each from top to bottom, with gaps."""
+    places: dict[str, tuple[int, int]] = {}
+    x = 0
+    for column in template.columns:
+        y = 0
+        for node in column:
+            places[node.key] = (x, y)
+            y += max(node.size[1], node.room) + _TITLE + _GAP
+        x += max(node.size[0] for node in column) + _COLUMN_GAP
+    return places
+
+
+def _app(template: Template, numbers: dict[str, int]) -> dict[str, Any]:
+    """What App mode shows, for frontends since 1.41: widgets as (node id, name), and nodes whose output is shown."""
+    if not template.app_inputs:
+        return {}
+    inputs = [[numbers[key], widget] for key, widget in template.app_inputs]
+    return {"linearData": {"inputs": inputs, "outputs": [numbers[key] for key in template.app_outputs]}}
+
+
+def _inputs(info: Info) -> list[tuple[str, list[Any]]]:
+    return [item for part in ("required", "optional") for item in info["input"].get(part, {}).items()]
+
+
+def _widgets(info: Info) -> list[tuple[str, list[Any]]]:
+    return [(name, spec) for name, spec in _inputs(info) if _is_widget(spec)]
+
+
+def _is_widget(spec: list[Any]) -> bool:
+    return isinstance(spec[0], list) or (spec[0] in WIDGETS and not _options(spec).get("forceInput"))
+
+
+def _type(spec: list[Any]) -> str:
+    return "COMBO" if isinstance(spec[0], list) else spec[0]
+
+
+def _options(spec: list[Any]) -> dict[str, Any]:
+    return spec[1] if len(spec) > 1 else {}
+
+
+def _default(spec: list[Any]) -> Any:
+    options = _options(spec)
+    choices = spec[0] if isinstance(spec[0], list) else options.get("options")
+    if "default" in options:
+        return options["default"]
+    return choices[0] if choices else ""
+
+
+def _second_value(name: str, spec: list[Any]) -> dict[str, str]:
+    """The widget that the page adds to a seed or an upload, with its value. Empty for other widgets."""
+    options = _options(spec)
+    if options.get("image_upload"):
+        return {"upload": "image"}
+    seed = options.get("control_after_generate")
+    is_seed = spec[0] == "INT" and (name in ("seed", "noise_seed") if seed is None else bool(seed))
+    return {"control_after_generate": "fixed"} if is_seed else {}
+
+
+def _output_index(info: Info, name: str) -> int:
+    return info["output_name"].index(name)
+
+
+def current(all_nodes: dict[str, Info]) -> dict[Path, dict[str, Any]]:
+    """What the folder `workflows` should contain."""
+    return {path: value for template in TEMPLATES for path, value in files_of(template, all_nodes).items()}
+
+
+def main() -> int:
+    """Write the files."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        install_pack(base)
+        arguments = (*device_arguments(), "--disable-api-nodes")
+        with ComfyUI(base, *arguments, log=base / "comfyui.log") as server:
+            files = current(server.get("/object_info"))
+    for path in (*FOLDER.glob("*.json"), *(FOLDER / "api").glob("*.json")):
+        if path.relative_to(FOLDER) not in files:
+            path.unlink()
+    for path, value in files.items():
+        indent = 2 if path.parent.name == "api" else 1
+        text = json.dumps(value, ensure_ascii=False, indent=indent) + "\n"
+        (FOLDER / path).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
