@@ -112,6 +112,7 @@ def _short(release: str, name: str, file: str, repository: str, edit: str) -> Te
 _CARD = {  # the preset 24gb, in single nodes
     "encode": {"resolution": 1024, "match_target_res": True, "num_eval_images": 2},
     "lora": {"lora_rank": 16, "lora_targets": "attention-mlp"},
+    "training": {"gradient_accumulation_steps": 1},
     "validation": {"num_validation_images": 2},
 }
 
@@ -141,7 +142,7 @@ def _settings() -> tuple[Node, ...]:
     return (
         Node(key="lora", kind="QwenEdit_LoraSettings", size=(340, 446), values=_CARD["lora"]),
         Node(key="optimizer", kind="QwenEdit_OptimizerSettings", size=(340, 424)),
-        Node(key="training", kind="QwenEdit_TrainingSettings", size=(340, 502)),
+        Node(key="training", kind="QwenEdit_TrainingSettings", size=(340, 502), values=_CARD["training"]),
         Node(key="validation", kind="QwenEdit_ValidationSettings", size=(340, 216), values=_CARD["validation"]),
     )
 
