@@ -192,7 +192,7 @@ def training_prompt(server: ComfyUI, row: Row, job: JobConfig, changes: Sequence
 
 def lora_prompt(job: JobConfig, lora_name: str, *, small: bool) -> dict[str, Any]:
     """The workflow that people use the LoRA in, with two sampling steps. `small`: a tiny picture without references."""
-    text = (REPO / "workflows/api/use_lora_in_edit_graph.json").read_text(encoding="utf-8")
+    text = (REPO / "workflows/api/use_2509.json").read_text(encoding="utf-8")
     prompt = json.loads(text)
     inputs = {node["class_type"]: node["inputs"] for node in prompt.values()}
     inputs["UNETLoader"]["unet_name"] = Path(job.model.transformer_file).name
