@@ -8,6 +8,8 @@
 #   make types-torch types again, with torch and the other libraries
 #   make types-web   types of the page's scripts (needs npm)
 #   make docs        writes docs/settings.md, docs/job.schema.json, and the drawing in docs/architecture.md
+#   make templates   writes workflows/ from tools/template_graphs.py
+#   make locales     writes locales/ from tools/translations/
 #
 # COMFYUI_DIR=folder uses that ComfyUI; TORCH=requirement installs that torch (only if there is none yet).
 
@@ -29,11 +31,11 @@ LINT_RUN := $(LINT)/bin/python
 export COMFYUI_DIR
 export TORCH
 
-.PHONY: help setup test test-fast demo comfyui lint format types types-torch types-web docs clean
+.PHONY: help setup test test-fast demo comfyui lint format types types-torch types-web docs templates locales clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -14
 
 setup:
 	@$(PYTHON) tools/setup.py
@@ -76,6 +78,12 @@ types-web:
 docs: setup
 	$(RUN) tools/settings_reference.py
 	$(RUN) tools/structure.py
+
+templates: setup
+	$(RUN) tools/templates.py
+
+locales: setup
+	$(RUN) tools/locales.py
 
 clean:
 	rm -rf .demo .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Workflow templates open without missing nodes or values, and each has an identical API version."""
+"""Workflow templates are what tools/templates.py writes, open without missing nodes or values, and queue their twins."""
 
 from __future__ import annotations
 
@@ -10,26 +10,21 @@ import pytest
 from PIL import Image
 
 from tools.comfyui import REPO, install_pack
+from tools.template_graphs import TEMPLATES
+from tools.templates import files_of
 
 from .conftest import read_json
 from .ui_to_api import NOTES, known_to, to_prompt, widgets_of
 
 FOLDER = REPO / "workflows"
-NAMES = (
-    "train_edit_v1_24gb",
-    "train_edit_v2_24gb",
-    "train_edit_v2_three_references",
-    "train_edit_v1_two_datasets_with_masks",
-    "demo",
-    "use_lora_in_edit_graph",
-    "import_simpletuner",
-)
+TWINS = {template.title: template.name for template in TEMPLATES}  # file of the API prompt by title
+NEWER = {"reference_latents_method": "index_timestep_zero"}  # choices since ComfyUI 0.8, for 2511
 OUR_VERSION = re.search(r'^version = "(.+)"', (REPO / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=TWINS)
 def name(request: pytest.FixtureRequest) -> str:
-    """Name of a template."""
+    """Title of a template."""
     return request.param
 
 
@@ -40,9 +35,21 @@ def graph(name: str) -> dict[str, Any]:
 
 
 def test_every_file_belongs_to_a_template():
-    assert {path.stem for path in FOLDER.glob("*.json")} == set(NAMES)
-    assert {path.stem for path in FOLDER.glob("*.jpg")} == set(NAMES)
-    assert {path.stem for path in (FOLDER / "api").glob("*.json")} == set(NAMES)
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(TWINS)
+    assert {path.stem for path in FOLDER.glob("*.jpg")} == set(TWINS)
+    assert {path.stem for path in (FOLDER / "api").glob("*.json")} == set(TWINS.values())
+
+
+def test_the_files_are_written_from_the_graphs(name: str, graph: dict[str, Any], all_nodes: dict[str, Any]):
+    """`make templates` would change nothing, apart from what a newer ComfyUI adds to its own nodes."""
+    known = {node["type"]: known_to(node, all_nodes) for node in graph["nodes"] if node["type"] not in NOTES}
+    template = next(each for each in TEMPLATES if each.title == name)
+    for path, value in files_of(template, known).items():
+        assert read_json(FOLDER / path) == value, path
+
+
+def test_titles_are_found_by_what_people_search(name: str):
+    assert re.fullmatch(r"Qwen edit LoRA - [A-Za-z0-9 -]+", name)  # ComfyUI searches the file name; no odd characters
 
 
 def test_known_classes_and_values(graph: dict[str, Any], all_nodes: dict[str, Any]):
@@ -84,7 +91,7 @@ def test_flat_and_for_old_pages(graph: dict[str, Any]):
 
 
 def test_api_twin(name: str, graph: dict[str, Any], all_nodes: dict[str, Any]):
-    twin = read_json(FOLDER / "api" / f"{name}.json")
+    twin = read_json(FOLDER / "api" / f"{TWINS[name]}.json")
     for node in twin.values():
         assert node.pop("_meta")["title"]
     assert twin == to_prompt(graph, all_nodes)
@@ -92,14 +99,15 @@ def test_api_twin(name: str, graph: dict[str, Any], all_nodes: dict[str, Any]):
 
 def test_values_are_allowed(name: str, all_nodes: dict[str, Any]):
     """Each choice exists (except files that the user downloads), and each number is within its range."""
-    for node in read_json(FOLDER / "api" / f"{name}.json").values():
+    for node in read_json(FOLDER / "api" / f"{TWINS[name]}.json").values():
         info = all_nodes[node["class_type"]]["input"]
         specs = {**info.get("required", {}), **info.get("optional", {})}
         for input_id, value in node["inputs"].items():
             kind, options = specs[input_id][0], specs[input_id][1] if len(specs[input_id]) > 1 else {}
             choices = kind if isinstance(kind, list) else options.get("options")
-            file = (isinstance(value, str) and value.endswith((".safetensors", ".png"))) or input_id == "base_model"
-            if isinstance(value, list) or (choices is not None and file):
+            file = isinstance(value, str) and value.endswith((".safetensors", ".png"))
+            placed = file or input_id in ("base_model", "data_set") or NEWER.get(input_id) == value
+            if isinstance(value, list) or (choices is not None and placed):
                 continue
             if choices is not None:
                 assert value in choices, (node["class_type"], input_id)
@@ -114,7 +122,7 @@ def test_pictures_are_found_by_every_page(graph: dict[str, Any]):
 
 
 def test_nothing_private(name: str):
-    for path in (FOLDER / f"{name}.json", FOLDER / "api" / f"{name}.json"):
+    for path in (FOLDER / f"{name}.json", FOLDER / "api" / f"{TWINS[name]}.json"):
         for text in strings(read_json(path)):
             assert not re.match(r"[A-Za-z]:[\\/]|/|~|\\\\", text), text
             assert not re.search(r"/(home|root|Users|work|tmp)/", text), text
@@ -135,7 +143,7 @@ def test_notes_and_downloads(name: str, graph: dict[str, Any]):
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith(model["name"])
             assert model["directory"]
-    if name.startswith("train_"):
+    if " Train " in name:
         assert "https://huggingface.co/Qwen/" in notes
 
 
@@ -156,9 +164,9 @@ def test_the_demo_needs_nothing_but_what_ships():
 
 def test_templates_are_published(comfyui: Any, tmp_path: Path):
     pack = install_pack(tmp_path)
-    assert {path.stem for path in (pack / "workflows").glob("*.json")} == set(NAMES)
+    assert {path.stem for path in (pack / "workflows").glob("*.json")} == set(TWINS)
     listed = comfyui.get("/api/workflow_templates")
-    assert any(set(NAMES) <= set(templates) for templates in listed.values())
+    assert any(set(TWINS) <= set(templates) for templates in listed.values())
 
 
 def strings(value: Any) -> list[str]:
