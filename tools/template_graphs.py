@@ -13,6 +13,7 @@ from typing import Any
 
 TITLE = "Qwen edit LoRA - "
 PREVIEW = "QwenEdit_PreviewPairs"
+_DEMO = "demo (embedded)"
 _NOTES = Path(__file__).parent / "template_notes"
 
 
@@ -36,12 +37,16 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """A graph in columns. `name`: the file of its API prompt. `app_inputs`: (key of a node, widget) for App mode."""
+    """A graph in columns. `name`: the file of its API prompt. `models`: downloads that ComfyUI offers if one is missing.
+
+    App mode shows the widgets `app_inputs` (key of a node, widget) and the results of the nodes `app_outputs`.
+    """
 
     title: str
     name: str
     columns: Sequence[Sequence[Node]]
     scale: float = 0.8
+    models: Sequence[Mapping[str, str]] = ()
     app_inputs: Sequence[tuple[str, str]] = ()
     app_outputs: Sequence[str] = ()
 
@@ -80,6 +85,34 @@ _TO_STOP = (
 )
 
 
+_TRAIN_LINKS = {"model": ("model", "edit model"), "dataset": ("pairs", "dataset")}
+
+
+def _path(note: Node, model: Node, pairs: tuple[Node, ...], run_name: str) -> Sequence[Sequence[Node]]:
+    """The columns of the short path."""
+    train = Node(key="train", kind="QwenEdit_Train", size=(440, 700), values={"run_name": run_name}, links=_TRAIN_LINKS)
+    trial = Node(key="try", kind="QwenEdit_TryLora", size=(440, 700), links={"run": ("train", "run")})
+    return ((note,), (model, *pairs), (train,), (trial,))
+
+
+def _demo() -> Template:
+    return Template(
+        title=f"{TITLE}Try the demo",
+        name="demo",
+        columns=_path(
+            _note("The Demo", "demo", 560),
+            Node(key="model", kind="QwenEdit_ChooseModel", values={"model": _DEMO}),
+            (
+                Node(key="pairs", kind="QwenEdit_EditPairs", values={"data_set": _DEMO}),
+                Node(key="preview", kind=PREVIEW, size=(340, 400), links={"dataset": ("pairs", "dataset")}),
+            ),
+            "demo",
+        ),
+        app_outputs=("train", "try"),
+        app_inputs=(("train", "run_name"),),
+    )
+
+
 def _short(release: str, name: str, file: str, repository: str, edit: str) -> Template:
     """The four nodes, for one release of the model."""
     downloads = (_model("diffusion_models", file), _TEXT_ENCODER, _VAE)
@@ -87,23 +120,13 @@ def _short(release: str, name: str, file: str, repository: str, edit: str) -> Te
     return Template(
         title=f"{TITLE}Train {release}",
         name=name,
-        columns=(
-            (_note("How To Train", "short", 640, release=release, repository=repository, downloads=listed),),
-            (
-                Node(key="model", kind="QwenEdit_ChooseModel", values={"model": file}, models=downloads),
-                Node(key="pairs", kind="QwenEdit_EditPairs", values={"data_set": "my_edit"}),
-            ),
-            (
-                Node(
-                    key="train",
-                    kind="QwenEdit_Train",
-                    size=(440, 700),
-                    values={"run_name": edit},
-                    links={"model": ("model", "model"), "dataset": ("pairs", "dataset")},
-                ),
-            ),
-            (Node(key="try", kind="QwenEdit_TryLora", size=(440, 700), links={"run": ("train", "run")}),),
+        columns=_path(
+            _note("How To Train", "short", 760, release=release, repository=repository, downloads=listed),
+            Node(key="model", kind="QwenEdit_ChooseModel", values={"model": file}, models=downloads),
+            (Node(key="pairs", kind="QwenEdit_EditPairs", values={"data_set": "my_edit"}),),
+            edit,
         ),
+        models=downloads,
         app_inputs=(("model", "model"), ("pairs", "data_set"), ("pairs", "instruction"), ("train", "run_name")),
         app_outputs=("train", "try"),
     )
@@ -410,6 +433,7 @@ _RELEASES = (  # release, transformer file, folder on the hub, name of the examp
     ("Qwen-Image-Edit", "qwen_image_edit_fp8_e4m3fn.safetensors", "Qwen/Qwen-Image-Edit", "my_edit"),
 )
 TEMPLATES: tuple[Template, ...] = (
+    _demo(),
     *(
         _short(release, f"train_{release.lower().replace('-', '_')}", file, repository, run_name)
         for release, file, repository, run_name in _RELEASES

@@ -79,6 +79,7 @@ def _graph(template: Template, numbers: dict[str, int], all_nodes: dict[str, Inf
         "links": links,
         "groups": [],
         "config": {},
+        **({"models": [dict(model) for model in template.models]} if template.models else {}),
         "extra": {"ds": {"scale": template.scale, "offset": [60, 80]}, **_app(template, numbers)},
         "version": 0.4,
     }
