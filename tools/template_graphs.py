@@ -37,7 +37,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """A graph in columns. `name`: the file of its API prompt. `models`: downloads that ComfyUI offers if one is missing.
+    """A graph in columns. `name`: the file of its API prompt. `models`: downloads that ComfyUI offers.
 
     App mode shows the widgets `app_inputs` (key of a node, widget) and the results of the nodes `app_outputs`.
     """

@@ -1,4 +1,4 @@
-"""Workflow templates are what tools/templates.py writes, open without missing nodes or values, and queue their twins."""
+"""Workflow templates are what tools/templates.py writes, and open without missing nodes or values."""
 
 from __future__ import annotations
 

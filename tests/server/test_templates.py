@@ -13,13 +13,16 @@ from PIL import Image
 from tests.support.comfyui_server import PackServer
 from tests.support.narrow import picture
 from tests.support.quickstart import CONFIG, EDIT_V1, in_folders
+from tests.support.template_files import place_template_files
 from tests.support.training_graph import figures, helper, place_base, place_pairs, steps_written
 from tools.comfyui import REPO
 
 pytestmark = pytest.mark.server
 
 FOLDER = REPO / "workflows" / "api"
-MODELS = {"unet_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae", "lora_name": "loras"}
+STEPS = sorted(
+    path.stem for path in FOLDER.glob("train_*.json") if "QwenEdit_TrainLora" in path.read_text(encoding="utf-8")
+)
 
 
 def template(name: str) -> dict[str, Any]:
@@ -64,13 +67,7 @@ def furnished(studio: PackServer, tokenizer_dir: Path) -> PackServer:
     place_scenes(studio)
     for name in ("my_faces", "my_people"):
         place_masked(studio, name)
-    for path in FOLDER.glob("*.json"):
-        for node in template(path.stem).values():
-            for key, value in node["inputs"].items():
-                if key in MODELS and value != "none":
-                    place = studio.base / "models" / MODELS[key] / str(value)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    place.touch()
+    place_template_files(studio.base / "models")
     picture(0).save(studio.input / "example.png")
     return studio
 
@@ -95,7 +92,7 @@ def test_accepted_as_it_is(name: str, busy: PackServer):
     assert answer["prompt_id"]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("train_*.json")))
+@pytest.mark.parametrize("name", STEPS)
 def test_training_templates(name: str, furnished: PackServer):
     """Runs with the template's precision and settings, but two steps on narrow models with validation after each, and
     with AdamW, because the 8-bit one needs a GPU."""
@@ -151,4 +148,5 @@ def test_demo_in_a_few_steps(furnished: PackServer):
     assert found["steps"] == 6
     assert found["psnr_vae"] > 15
     assert (furnished.output / found["lora_file"]).is_file()
-    assert outputs[ids["QwenEdit_Train"]]["images"] and outputs[ids["QwenEdit_PreviewPairs"]]["images"]
+    for name in ("Train", "PreviewPairs", "TryLora"):
+        assert outputs[ids[f"QwenEdit_{name}"]]["images"], name

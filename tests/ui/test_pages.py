@@ -14,6 +14,7 @@ from playwright.sync_api import expect
 
 from tests.support.browser_page import ComfyPage
 from tests.support.comfyui_server import PackServer
+from tests.support.template_files import place_template_files
 from tools.comfyui import REPO
 from trainer_core.pictures.grid import GridRow
 from trainer_core.pictures.sample_pictures import save_sample_pictures
@@ -26,22 +27,9 @@ TEMPLATES = sorted(path.stem for path in (REPO / "workflows").glob("*.json"))
 HOSTILE = "<img src=x onerror='window.hacked = true'><script>window.hacked = true</script>"
 
 
-def place_models(server: PackServer) -> None:
-    """Empty files for the models and LoRAs that the templates name, so that the page reports none as missing."""
-    for path in (REPO / "workflows").glob("*.json"):
-        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
-            named = [f"{model['directory']}/{model['name']}" for model in node["properties"].get("models", ())]
-            if node["type"].startswith("LoraLoader"):
-                named.append(f"loras/{node['widgets_values'][0]}")
-            for name in named:
-                place = server.base / "models" / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.touch()
-
-
 @pytest.mark.parametrize("renderer", ["classic", "nodes 2.0"])
 def test_every_template_opens_with_nothing_missing(renderer: str, open_page: OpenPage, demo_server: PackServer):
-    place_models(demo_server)
+    place_template_files(demo_server.base / "models")
     page = open_page(renderer)
     assert TEMPLATES
     for name in TEMPLATES:

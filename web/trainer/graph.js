@@ -5,7 +5,7 @@ const PREFIX = "QwenEdit_";
 const TRAIN = `${PREFIX}TrainLora`; // has an input for each settings node
 const SHORT_TRAIN = `${PREFIX}Train`; // of the short path
 const TOP_BAR = 130; // pixels at the top of the canvas that ComfyUI's menus and a node's title need
-const USE_TEMPLATE = "use_lora_in_edit_graph";
+const USE_TEMPLATES = { "edit-v1": "Use Qwen-Image-Edit", "edit-v2": "Use 2509", "edit-v3": "Use 2511" };
 const NONE = "none"; // the combo value for no preset or no LoRA
 
 /** The class of a node. @param {any} node @returns {string} */
@@ -299,11 +299,13 @@ export function queueGraph(api, { prompt, workflow }, { next = false } = {}) {
  * @param {any} app
  * @param {any} api
  * @param {string} lora Its name in the LoRA loaders.
+ * @param {keyof typeof USE_TEMPLATES} flavour That of the model on which it was trained.
  */
-export async function openWithLora(app, api, lora) {
+export async function openWithLora(app, api, lora, flavour) {
   // The pack's folder may have any name; this file lies in /extensions/<name>/trainer/.
   const pack = new URL("..", import.meta.url).pathname.split("/").filter(Boolean).pop();
-  const answer = await api.fetchApi(`/workflow_templates/${pack}/${USE_TEMPLATE}.json`);
+  const name = encodeURIComponent(`Qwen edit LoRA - ${USE_TEMPLATES[flavour]}`);
+  const answer = await api.fetchApi(`/workflow_templates/${pack}/${name}.json`);
   if (!answer.ok) throw new Error(answer.statusText);
   await app.loadGraphData(await answer.json(), true, true, lastName(lora).replace(/\.safetensors$/, ""));
   for (const node of allNodes(app.graph)) {

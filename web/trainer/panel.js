@@ -153,7 +153,7 @@ function createDetail({ app, api, store, back }) {
   const ending = createEnding({
     tryIt: () => trial.beginAtEnd(),
     use: action(app, t("Use in a graph"), t("Open an edit graph in which this LoRA is chosen"), async () => {
-      await openWithLora(app, api, String(run?.lora_name));
+      await openWithLora(app, api, String(run?.lora_name), (await load()).model.flavour);
     }),
   });
   const table = element("dl", { class: "qet-settings" });
