@@ -48,7 +48,7 @@ def _prompt(template: Template, numbers: dict[str, int], all_nodes: dict[str, In
         inputs = {name: node.values.get(name, _default(spec)) for name, spec in _widgets(info)}
         for name, (source, output) in node.links.items():
             inputs[name] = [str(numbers[source]), _output_index(all_nodes[template.kind_of(source)], output)]
-        title = node.title or info["display_name"]
+        title = node.title or info["display_name"] or node.kind
         prompt[str(numbers[node.key])] = {"class_type": node.kind, "inputs": inputs, "_meta": {"title": title}}
     return prompt
 
