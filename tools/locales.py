@@ -2,7 +2,8 @@
 
 A catalogue, such as tools/translations/zh.json, has a translation for each English text of the nodes (names,
 descriptions, tooltips) and of the page (the texts that web/ passes to `t`). ComfyUI reads the result: `nodeDefs.json`
-by node and input, `main.json` with the texts of the page. A text that a catalogue lacks stays English.
+by node and input, `main.json` with the texts of the page. A text that a catalogue lacks stays English. English has a
+file too, with the inputs' names: ComfyUI 0.3.75 shows the ids of inputs that no locale names.
 
     python tools/locales.py          writes the files and prints what each catalogue lacks
 """
@@ -10,7 +11,6 @@ by node and input, `main.json` with the texts of the page. A text that a catalog
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,29 +20,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.comfyui import REPO, ComfyUI, device_arguments, install_pack
+from tools.page_texts import page_texts
 
 CATALOGUES = Path(__file__).parent / "translations"
 LOCALES = REPO / "locales"
 PAGE = "qwenEditTrainer"  # the key of the page's texts in main.json; see web/trainer/words.js
-_TEXT = re.compile(r"""\bt\(\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')""")
 
 Info = dict[str, Any]
 Catalogue = dict[str, str]
-
-
-def page_texts() -> list[str]:
-    """The English texts of the page: the literals that web/ passes to `t`, sorted."""
-    found = {
-        _unquoted(literal)
-        for path in sorted((REPO / "web").rglob("*.js"))
-        for literal in _TEXT.findall(path.read_text(encoding="utf-8"))
-    }
-    return sorted(found)
-
-
-def _unquoted(literal: str) -> str:
-    inside = literal[1:-1].replace("\\'", "'")
-    return json.loads('"' + (inside.replace('"', '\\"') if literal[0] == "'" else inside) + '"')
 
 
 def node_texts(all_nodes: dict[str, Info]) -> Iterator[str]:
@@ -81,15 +66,28 @@ def definitions(all_nodes: dict[str, Info], words: Catalogue) -> dict[str, Any]:
     return found
 
 
+def english_names(all_nodes: dict[str, Info]) -> dict[str, Any]:
+    """nodeDefs.json for English: the names of inputs that differ from their ids."""
+    found: dict[str, Any] = {}
+    for node_id, info in _ours(all_nodes).items():
+        named = {name: spec[1].get("display_name", name) for name, spec in _inputs(info) if len(spec) > 1}
+        inputs = {name: {"name": shown} for name, shown in named.items() if shown != name}
+        if inputs:
+            found[node_id] = {"inputs": inputs}
+    return found
+
+
 def files_of(all_nodes: dict[str, Info], words: Catalogue) -> dict[str, Any]:
     """The two files of a language by name."""
-    page = {text: words[text] for text in page_texts() if text in words}
+    page = {text: words[text] for text in sorted(page_texts()) if text in words}
     return {"nodeDefs.json": definitions(all_nodes, words), "main.json": {PAGE: page}}
 
 
 def missing(all_nodes: dict[str, Info], words: Catalogue) -> list[str]:
     """The texts that a catalogue lacks, in the order of the nodes and then of the page."""
-    return [text for text in dict.fromkeys([*node_texts(all_nodes), *page_texts()]) if text and text not in words]
+    return [
+        text for text in dict.fromkeys([*node_texts(all_nodes), *sorted(page_texts())]) if text and text not in words
+    ]
 
 
 def unused(all_nodes: dict[str, Info], words: Catalogue) -> list[str]:
@@ -110,6 +108,14 @@ def catalogues() -> dict[str, Catalogue]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(CATALOGUES.glob("*.json"))}
 
 
+def current(all_nodes: dict[str, Info]) -> dict[str, Any]:
+    """What the folder `locales` should contain: each file by its path in it."""
+    files = {"en/nodeDefs.json": english_names(all_nodes)}
+    for language, words in catalogues().items():
+        files |= {f"{language}/{name}": value for name, value in files_of(all_nodes, words).items()}
+    return files
+
+
 def main() -> int:
     """Write the files, and print what is missing as JSON."""
     with tempfile.TemporaryDirectory() as folder:
@@ -117,11 +123,11 @@ def main() -> int:
         install_pack(base)
         with ComfyUI(base, *device_arguments(), "--disable-api-nodes", log=base / "comfyui.log") as server:
             all_nodes = server.get("/object_info")
+    for name, value in current(all_nodes).items():
+        path = LOCALES / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     for language, words in catalogues().items():
-        for name, value in files_of(all_nodes, words).items():
-            path = LOCALES / language / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         report = {"missing": missing(all_nodes, words), "unused": unused(all_nodes, words)}
         sys.stdout.write(f"{language}: {json.dumps(report, ensure_ascii=False, indent=1)}\n")
     return 0

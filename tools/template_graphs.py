@@ -45,7 +45,7 @@ class Template:
     title: str
     name: str
     columns: Sequence[Sequence[Node]]
-    scale: float = 0.8
+    scale: float = 0.7
     models: Sequence[Mapping[str, str]] = ()
     app_inputs: Sequence[tuple[str, str]] = ()
     app_outputs: Sequence[str] = ()
@@ -64,7 +64,7 @@ def _note(title: str, file: str, height: int, **values: str) -> Node:
     """A note with the text of a file in tools/template_notes, in which `values` replace their $names."""
     text = Text((_NOTES / f"{file}.md").read_text(encoding="utf-8"))
     filled = text.substitute(values, title=TITLE, to_stop=_TO_STOP)
-    return Node(key="note", kind="MarkdownNote", title=title, size=(400, height), values={"text": filled})
+    return Node(key="note", kind="MarkdownNote", title=title, size=(360, height), values={"text": filled})
 
 
 _HUB = "https://huggingface.co"
@@ -90,8 +90,8 @@ _TRAIN_LINKS = {"model": ("model", "edit model"), "dataset": ("pairs", "dataset"
 
 def _path(note: Node, model: Node, pairs: tuple[Node, ...], run_name: str) -> Sequence[Sequence[Node]]:
     """The columns of the short path."""
-    train = Node(key="train", kind="QwenEdit_Train", size=(440, 700), values={"run_name": run_name}, links=_TRAIN_LINKS)
-    trial = Node(key="try", kind="QwenEdit_TryLora", size=(440, 700), links={"run": ("train", "run")})
+    train = Node(key="train", kind="QwenEdit_Train", size=(400, 620), values={"run_name": run_name}, links=_TRAIN_LINKS)
+    trial = Node(key="try", kind="QwenEdit_TryLora", size=(400, 500), links={"run": ("train", "run")})
     return ((note,), (model, *pairs), (train,), (trial,))
 
 
@@ -100,7 +100,7 @@ def _demo() -> Template:
         title=f"{TITLE}Try the demo",
         name="demo",
         columns=_path(
-            _note("The Demo", "demo", 560),
+            _note("The Demo", "demo", 380),
             Node(key="model", kind="QwenEdit_ChooseModel", values={"model": _DEMO}),
             (
                 Node(key="pairs", kind="QwenEdit_EditPairs", values={"data_set": _DEMO}),
@@ -121,7 +121,7 @@ def _short(release: str, name: str, file: str, repository: str, edit: str) -> Te
         title=f"{TITLE}Train {release}",
         name=name,
         columns=_path(
-            _note("How To Train", "short", 760, release=release, repository=repository, downloads=listed),
+            _note("How To Train", "short", 620, release=release, repository=repository, downloads=listed),
             Node(key="model", kind="QwenEdit_ChooseModel", values={"model": file}, models=downloads),
             (Node(key="pairs", kind="QwenEdit_EditPairs", values={"data_set": "my_edit"}),),
             edit,
@@ -223,7 +223,6 @@ def _long(title: str, name: str, repository: str, pairs: Node, run_name: str, **
             (_train(run_name, "encode"),),
             _results(),
         ),
-        scale=0.7,
     )
 
 
@@ -308,7 +307,6 @@ def _import() -> Template:
             ),
             _results(),
         ),
-        scale=0.7,
     )
 
 

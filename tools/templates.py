@@ -80,7 +80,7 @@ def _graph(template: Template, numbers: dict[str, int], all_nodes: dict[str, Inf
         "groups": [],
         "config": {},
         **({"models": [dict(model) for model in template.models]} if template.models else {}),
-        "extra": {"ds": {"scale": template.scale, "offset": [60, 80]}, **_app(template, numbers)},
+        "extra": {"ds": {"scale": template.scale, "offset": [110, 190]}, **_app(template, numbers)},
         "version": 0.4,
     }
 

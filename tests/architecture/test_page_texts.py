@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tests.support.page_texts import calls, page_texts, untranslated
+from tools.page_texts import calls, page_texts, untranslated
 
 
 def test_each_text_is_a_literal():

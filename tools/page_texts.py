@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-WEB = Path(__file__).parents[2] / "web"
+WEB = Path(__file__).parents[1] / "web"
 _COMMENT = re.compile(r"/\*[\s\S]*?\*/|^\s*//.*$", re.MULTILINE)
 _CALL = re.compile(r"(?<![\w.$])t\(\s*")
 _LITERAL = re.compile(r'("(?:[^"\\\n]|\\.)*")\s*(?:\)|,\s*(?=[^\s)]))')
