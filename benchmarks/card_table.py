@@ -109,7 +109,7 @@ class Row:
             (bool(missing), f"no {', '.join(missing)}"),
             (not self.exported, "no LoRA was exported"),
             (self.peak > self.card * GIB > 0, f"peak of {self.peak / GIB:.2f} GiB is above the card's {self.card} GiB"),
-            (self.via == "comfyui" and not self.patches, "ComfyUI patched no weight with the LoRA"),
+            (self.via != "cli" and not self.patches, "ComfyUI patched no weight with the LoRA"),
         ]
         self.problem = self.problem or "; ".join(text for is_wrong, text in found if is_wrong)
 

@@ -2,8 +2,10 @@
 
 Makes full-size files in ComfyUI's layouts with random weights, and pairs of pictures in three aspect ratios. Each row
 is one preset on one card: it encodes, trains 8 steps, samples one validation picture and exports the LoRA, through the
-command line or through the API of a ComfyUI that then samples with the LoRA. The process gets no more device memory
-than the card has, and is told so. Prints seconds and peaks by phase. The exit code is 1 if a row fails or doesn't fit.
+command line or through the API of a ComfyUI that then samples with the LoRA. `--via short` is ComfyUI with the four
+nodes of the short path, which choose the preset themselves, and prints what they foresaw. The process gets no more
+device memory than the card has, and is told so. Prints seconds and peaks by phase. The exit code is 1 if a row fails or
+doesn't fit.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=card_presets(), help="default: those named after a card")
     parser.add_argument("--cards", nargs="+", type=float, help="sizes in GB; default: the one in the preset's name")
-    parser.add_argument("--via", choices=["cli", "comfyui", "both"], default="both")
+    parser.add_argument("--via", choices=["cli", "comfyui", "short", "both"], default="both")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further row after this time")
     parser.add_argument("--row-seconds", type=float, default=300, help="a row that takes longer has failed")
     parser.add_argument(
@@ -190,6 +192,41 @@ def training_prompt(server: ComfyUI, row: Row, job: JobConfig, changes: Sequence
     return {**prompt, "train": {"class_type": "QwenEdit_TrainLora", "inputs": train}}
 
 
+def short_prompt(job: JobConfig) -> dict[str, Any]:
+    """The graph of the short path, as a beginner runs it: the preset is chosen by the card."""
+
+    def node(name: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": f"QwenEdit_{name}", "inputs": inputs}
+
+    trial = {"run_name": "card", "step": 0, "strength": 1.0, "pair": 1, "picture": "held-out pair", "instruction": ""}
+    return {
+        "model": node("ChooseModel", model=Path(job.model.transformer_file).name, release="2509"),
+        "pairs": node("EditPairs", data_set="pairs", instruction=""),
+        "train": node(
+            "Train",
+            run_name="card",
+            preset="automatic",
+            max_train_steps=STEPS,
+            model=["model", 0],
+            dataset=["pairs", 0],
+        ),
+        "try": node("TryLora", run=["train", 4], **trial),
+    }
+
+
+def foreseen(server: ComfyUI, prompt: dict[str, Any], preset: str) -> None:
+    """Print what the training node says before the start.
+
+    Raises:
+        ComfyUIError: it would refuse to run, or has chosen another preset.
+    """
+    asked = {"prompt": prompt, "node_id": "train", "measure_pairs": False}
+    answer = server.post("/qwen_edit_trainer/before_start", asked)
+    print(json.dumps(answer), flush=True)
+    if answer["problems"] or answer["preset"]["name"] != preset:
+        raise ComfyUIError(f"Before the start: preset {answer['preset']['name']}, problems {answer['problems']}")
+
+
 def lora_prompt(job: JobConfig, lora_name: str, *, small: bool) -> dict[str, Any]:
     """The workflow that people use the LoRA in, with two sampling steps. `small`: a tiny picture without references."""
     text = (REPO / "workflows/api/use_2509.json").read_text(encoding="utf-8")
@@ -239,7 +276,12 @@ def run_comfyui(row: Row, folder: Path, job: JobConfig, models: Path, given: arg
     try:
         with ComfyUI(folder, *options, log=folder / "log.txt", environment=environment) as server:
             server.post(f"{MARK_ROUTE}?phase=start")
-            entry = finished(server, training_prompt(server, row, job, given.set), given.row_seconds)
+            if row.via == "short":
+                prompt = short_prompt(job)
+                foreseen(server, prompt, row.preset)
+            else:
+                prompt = training_prompt(server, row, job, given.set)
+            entry = finished(server, prompt, given.row_seconds)
             lora_name = entry["outputs"]["train"]["qwen_edit_run"][0]["lora_name"]
             server.post(f"{MARK_ROUTE}?phase=end")
             finished(server, lora_prompt(job, lora_name, small=given.layers > 0), given.row_seconds)
