@@ -190,7 +190,7 @@ class ComfyPage:
     @property
     def node_view(self) -> Locator:
         """The view inside the training node."""
-        return self.page.locator(".qet-node")
+        return self.page.locator(".qet-node", has=self.page.locator(".qet-chart"))
 
     @property
     def panel(self) -> Locator:

@@ -1,0 +1,81 @@
+"""What the graphs of the templates are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template as Text
+from typing import Any
+
+TITLE = "Qwen edit LoRA - "
+PREVIEW = "QwenEdit_PreviewPairs"
+_NOTES = Path(__file__).parent.parent / "template_notes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A node. `values`: widgets that differ from their defaults. `links`: input -> (key of a node, name of its output).
+
+    `size` is in pixels. `room`: the height that its column keeps for it, if pictures or reports make it taller.
+    `models`: the downloads that ComfyUI offers if the file is missing.
+    """
+
+    key: str
+    kind: str
+    size: tuple[int, int] = (340, 200)
+    room: int = 0
+    title: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    links: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    models: Sequence[Mapping[str, str]] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """A graph in columns. `name`: the file of its API prompt. `models`: downloads that ComfyUI offers.
+
+    App mode shows the widgets `app_inputs` (key of a node, widget) and the results of the nodes `app_outputs`.
+    """
+
+    title: str
+    name: str
+    columns: Sequence[Sequence[Node]]
+    scale: float = 0.7
+    models: Sequence[Mapping[str, str]] = ()
+    app_inputs: Sequence[tuple[str, str]] = ()
+    app_outputs: Sequence[str] = ()
+
+    def nodes(self) -> Iterator[Node]:
+        """All nodes, by columns."""
+        for column in self.columns:
+            yield from column
+
+    def kind_of(self, key: str) -> str:
+        """The class of a node."""
+        return next(node.kind for node in self.nodes() if node.key == key)
+
+
+def note(title: str, file: str, height: int, **values: str) -> Node:
+    """A note with the text of a file in tools/template_notes, in which `values` replace their $names."""
+    text = Text((_NOTES / f"{file}.md").read_text(encoding="utf-8"))
+    filled = text.substitute(values, title=TITLE, to_stop=TO_STOP)
+    return Node(key="note", kind="MarkdownNote", title=title, size=(360, height), values={"text": filled})
+
+
+HUB = "https://huggingface.co"
+_EDIT_FILES = f"{HUB}/Comfy-Org/Qwen-Image-Edit_ComfyUI/resolve/main/split_files/diffusion_models"
+_IMAGE_FILES = f"{HUB}/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
+
+
+def model(directory: str, name: str) -> dict[str, str]:
+    place = _EDIT_FILES if directory == "diffusion_models" else f"{_IMAGE_FILES}/{directory}"
+    return {"name": name, "url": f"{place}/{name}", "directory": directory}
+
+
+TEXT_ENCODER = model("text_encoders", "qwen_2.5_vl_7b_fp8_scaled.safetensors")
+VAE = model("vae", "qwen_image_vae.safetensors")
+TO_STOP = (
+    "**To stop**, press ComfyUI's *Cancel current run* button. The work is kept; press Run to continue. To end early "
+    "and keep the LoRA, press *Stop and keep* in the side panel *Training runs*."
+)
