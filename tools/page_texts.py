@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WEB = Path(__file__).parents[1] / "web"
-_COMMENT = re.compile(r"/\*[\s\S]*?\*/|^\s*//.*$", re.MULTILINE)
+_COMMENT = re.compile(r"(?<!\S)/\*[\s\S]*?\*/|^\s*//.*$", re.MULTILINE)  # "image/*" starts none
 _CALL = re.compile(r"(?<![\w.$])t\(\s*")
 _LITERAL = re.compile(r'("(?:[^"\\\n]|\\.)*")\s*(?:\)|,\s*(?=[^\s)]))')
 _UNTRANSLATED = re.compile(
