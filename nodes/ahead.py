@@ -15,7 +15,6 @@ from . import choose_model, host_server, model, reference_settings, settings, sh
 from .composed import AUTOMATIC, UNKNOWN_MODEL, compose
 from .graph_values import GraphValues, Link, UnknownError, is_link
 from .raw_values import entries
-from .refused import note_refusals
 from .run_names import continues_kept, settled
 from .train import TrainLora, run_config
 from .training import ADVANCED, SHORT
@@ -31,10 +30,9 @@ _MORE = (short_train.MoreSettings, size_settings.SizeSettings, reference_setting
 FROM_WIDGETS = {f"QwenEdit_{node.__name__}": node for node in (*settings.NODES, *_MODELS, *_MORE)}
 
 
-def note_problems(request: Mapping[str, Any]) -> None:
-    """Check each training and each chosen model in a queued prompt, for `validate_inputs` of these nodes."""
-    found: dict[str, str] = {}
-    prompt = request.get("prompt")
+def refused_at_once(prompt: Any) -> dict[str, TrainerError]:
+    """What is wrong with the settings of each training and with each chosen model in a prompt, by node id."""
+    found: dict[str, TrainerError] = {}
     values = GraphValues(prompt, FROM_WIDGETS)
     for node_id, kind, _ in entries(prompt):
         problems = Problems()
@@ -47,10 +45,10 @@ def note_problems(request: Mapping[str, Any]) -> None:
                 values.output([node_id, 0])
             problems.raise_all(SettingsError)
         except TrainerError as error:
-            found[node_id] = str(error)
+            found[node_id] = error
         except UnknownError:
             continue
-    note_refusals(found)
+    return found
 
 
 def _check_short(problems: Problems, values: GraphValues, node_id: str) -> None:

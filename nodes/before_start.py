@@ -37,7 +37,8 @@ _FORESEEN = (
     *(dataset.PairFolders, edit_pairs.EditPairs, check.CheckPairs, encode.EncodePairs, mix.MixPairs),
     *(import_simpletuner.ImportSimpleTuner, import_simpletuner.EncodeImported),
 )
-_NODES = {**FROM_WIDGETS, **{f"QwenEdit_{node.__name__}": node for node in _FORESEEN}}
+NODES = {**FROM_WIDGETS, **{f"QwenEdit_{node.__name__}": node for node in _FORESEEN}}
+"""The nodes before a training whose outputs can be known before the graph runs, by type."""
 _MOST_LINES = 30  # of one problem
 _FINDINGS = {
     "shift": "the reference is shifted against the target, and the LoRA would learn to move the picture",
@@ -135,15 +136,7 @@ def before_start(prompt: Any, node_id: str, observer: Observer, *, measure_pairs
     Raises:
         Interrupted: the observer asked to stop.
     """
-    values = GraphValues(prompt, _NODES, observer=observer)
-    found = Found(values)
-    training = (_short_training if values.kind_of(node_id) == SHORT else _advanced_training)(found, node_id)
-    found.problems[:0] = [(source, error) for source, error in values.refused.items()]
-    config, data = training.config, training.data
-    if data is not None:
-        _describe_pairs(found, training, data, observer, measure_pairs=measure_pairs)
-    if config is not None and training.is_model_known:
-        _look_ahead(found, node_id, training, config, data)
+    found, training = _looked_at(prompt, node_id, observer, measure_pairs=measure_pairs)
     return {
         "problems": [{"node_id": source, "text": _cut(str(error))} for source, error in _distinct(found.problems)],
         "warnings": [_cut(text) for text in dict.fromkeys(found.warnings)],
@@ -155,6 +148,29 @@ def before_start(prompt: Any, node_id: str, observer: Observer, *, measure_pairs
             for each in training.overridden
         ],
     }
+
+
+def problems_before(prompt: Any, node_id: str, observer: Observer) -> list[tuple[str, TrainerError]]:
+    """What `before_start` finds wrong: each problem once, with the id of the node that has it.
+
+    Raises:
+        Interrupted: the observer asked to stop.
+    """
+    found, _ = _looked_at(prompt, node_id, observer, measure_pairs=False)
+    return list(_distinct(found.problems))
+
+
+def _looked_at(prompt: Any, node_id: str, observer: Observer, *, measure_pairs: bool) -> tuple[Found, Training]:
+    values = GraphValues(prompt, NODES, observer=observer)
+    found = Found(values)
+    training = (_short_training if values.kind_of(node_id) == SHORT else _advanced_training)(found, node_id)
+    found.problems[:0] = [(source, error) for source, error in values.refused.items()]
+    config, data = training.config, training.data
+    if data is not None:
+        _describe_pairs(found, training, data, observer, measure_pairs=measure_pairs)
+    if config is not None and training.is_model_known:
+        _look_ahead(found, node_id, training, config, data)
+    return found, training
 
 
 def _distinct(problems: Sequence[tuple[str, TrainerError]]) -> Iterator[tuple[str, TrainerError]]:
@@ -199,7 +215,7 @@ def _advanced_training(found: Found, node_id: str) -> Training:
     chosen: dict[str, Any] = {}
     if config is not None and preset != NO_PRESET:
         link = values.given(node_id).get("model")
-        by = _NODES.get(values.kind_of(link[0])) if link and is_link(link) else None
+        by = NODES.get(values.kind_of(link[0])) if link and is_link(link) else None
         chosen = {"preset": preset, "why": f"Preset {preset}, as chosen.", **_compared(preset, config, data, by)}
     return Training(
         config=config,

@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
 from . import host_call, host_folders, sockets
+from .refused import refusal_of
 from .schema import Node, new_input, new_output, node_schema, setting_input, setting_inputs
 from .untrusted import file_below, folders_below
 
@@ -42,6 +43,7 @@ class PairFolders(Node):
             "Pair Edit Folders",
             description="Pairs the pictures of a target and one to three reference folders by name without extension.",
             search_aliases=["dataset", "training pairs", "before after"],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             inputs=[
                 new_input(
                     io.String,
@@ -94,7 +96,7 @@ class PairFolders(Node):
         """
         named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1}
         folders_below({label: name for label, name in named.items() if name is not None}, host_folders.dataset_roots())
-        return True
+        return refusal_of(cls.hidden)
 
     @classmethod
     def fingerprint_inputs(cls, **widgets: Any) -> str | float:
@@ -108,7 +110,9 @@ class PairFolders(Node):
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """Outputs an EditDataset."""
-        with host_call.interruptible() as observer:
+        from .whole_report import with_other_problems
+
+        with host_call.short_call() as observer, with_other_problems(cls.hidden, observer):
             return io.NodeOutput(*cls.foresee(observer, **widgets))
 
     @classmethod

@@ -11,6 +11,7 @@ from ..trainer_core.data_sets.folders import DataSet, find_data_sets, open_data_
 from ..trainer_core.errors import ConfigError
 from ..trainer_core.text import brief, some_of, text_problem
 from . import host_call, host_folders, sockets
+from .refused import refusal_of
 from .schema import CATEGORY, Node, new_input, new_output, node_schema
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class EditPairs(Node):
             description="Pairs of pictures before and after the edit, from a folder in ComfyUI's input folder. Make "
             "one in the side panel Edit pairs.",
             search_aliases=["dataset", "training pairs", "before after", "training pictures"],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             inputs=[
                 new_input(
                     io.Combo,
@@ -55,7 +57,7 @@ class EditPairs(Node):
         """Check that the data set is there. A linked name arrives as None."""
         if data_set is not None:
             chosen(data_set)
-        return True
+        return refusal_of(cls.hidden)
 
     @classmethod
     def fingerprint_inputs(cls, data_set: str | None = None, instruction: str | None = None) -> str | float:
@@ -69,7 +71,9 @@ class EditPairs(Node):
     @classmethod
     def execute(cls, data_set: str, instruction: str = "") -> io.NodeOutput:
         """Outputs an EditDataset."""
-        with host_call.interruptible() as observer:
+        from .whole_report import with_other_problems
+
+        with host_call.short_call() as observer, with_other_problems(cls.hidden, observer):
             return io.NodeOutput(*cls.foresee(observer, data_set, instruction))
 
     @classmethod

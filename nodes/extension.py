@@ -7,7 +7,6 @@ import functools
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
-    ahead,
     check,
     choose_model,
     dataset,
@@ -30,6 +29,7 @@ from . import (
     size_settings,
     train,
     try_lora,
+    whole_report,
 )
 
 NODES: list[type[io.ComfyNode]] = [
@@ -68,7 +68,7 @@ def _by_id() -> dict[str, type[io.ComfyNode]]:
 
 routes.register_routes()
 host_server.before_validation(lambda request: raw_values.refuse_wrong_types(request.get("prompt"), _by_id()))
-host_server.before_validation(ahead.note_problems)
+host_server.before_validation(whole_report.note_problems)
 
 
 class QwenEditTrainer(ComfyExtension):

@@ -27,6 +27,10 @@ class UnknownError(Exception):
     """The value of an input is not known yet, or ComfyUI refuses it."""
 
 
+class NotConnectedError(ConfigError):
+    """Nothing is connected to a required input. ComfyUI says so itself when the graph is queued."""
+
+
 class Foreseen:
     """Stands for a value that is not known before the graph runs. A node that takes one says how in `foresee`."""
 
@@ -75,6 +79,17 @@ class GraphValues:
     def given(self, node_id: str) -> dict[str, Any]:
         """The inputs of a node as the prompt has them."""
         return self._entries.get(node_id, ("", {}))[1]
+
+    def refuses_itself(self, node_id: str) -> bool:
+        """Whether a node will refuse its own widgets when ComfyUI validates the prompt."""
+        node, given = self._nodes.get(self.kind_of(node_id)), self.given(node_id)
+        if node is None:
+            return False
+        widgets = [each for each in inputs_of(node) if each.id in given and not isinstance(given[each.id], list)]
+        try:
+            return bool(_refusal(node, {each.id: self._input(each, given[each.id], node) for each in widgets}))
+        except (UnknownError, TrainerError):
+            return True
 
     def inputs(self, node: Any, node_id: str, *, without: Iterable[str] = ()) -> dict[str, Any]:
         """The inputs of a node by name, as ComfyUI will hand them on, except those named in `without`.
@@ -178,9 +193,9 @@ def _refusal(node: Any, values: Mapping[str, Any]) -> str:
     return answer if isinstance(answer, str) else ""
 
 
-def not_connected(each: Any) -> ConfigError:
+def not_connected(each: Any) -> NotConnectedError:
     """The error of a required input without a link. The page sends a value for every widget."""
-    return ConfigError(f"Nothing is connected to the input {each.id}. Connect this: {each.tooltip}")
+    return NotConnectedError(f"Nothing is connected to the input {each.id}. Connect this: {each.tooltip}")
 
 
 def is_link(given: Any) -> bool:

@@ -121,19 +121,23 @@ def test_instance_prompt_is_missing(prompt: dict[str, Any], comfyui: PackServer)
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "nul", "a" * 81])
 def test_run_names(name: str, prompt: dict[str, Any], comfyui: PackServer):
     training, inputs = node_of(prompt, "TrainLora")
+    pairing, _ = node_of(prompt, "PairFolders")
     inputs["run_name"] = name
     errors = refusal(comfyui, prompt, [training])
-    assert list(errors) == [training]
+    assert set(errors) == {training, pairing}
     assert "run_name must be" in errors[training]["errors"][0]["details"]
+    assert "this target folder has no pictures" in errors[pairing]["errors"][0]["details"]
 
 
 def test_base_model_is_missing(prompt: dict[str, Any], comfyui: PackServer):
     loader, inputs = node_of(prompt, "LoadModel")
     training, _ = node_of(prompt, "TrainLora")
     inputs["base_model"] = "../../etc"
-    details = refusal(comfyui, prompt, [training])[loader]["errors"][0]["details"]
+    errors = refusal(comfyui, prompt, [training])
+    details = errors[loader]["errors"][0]["details"]
     assert "'../../etc' not found" in details
     assert "demo (embedded)" in details
+    assert node_of(prompt, "PairFolders")[0] in errors  # its folders are empty
 
 
 def test_base_model_file_is_missing(prompt: dict[str, Any], comfyui: PackServer):
@@ -222,5 +226,5 @@ def test_optimizers_and_schedules_that_do_not_go_together(
     settings, inputs = node_of(prompt, "OptimizerSettings")
     inputs.update(widgets)
     errors = refusal(comfyui, prompt, [node_of(prompt, "TrainLora")[0]])
-    assert list(errors) == [settings]
+    assert set(errors) == {settings, node_of(prompt, "PairFolders")[0]}  # whose folders are empty
     assert words in errors[settings]["errors"][0]["details"]

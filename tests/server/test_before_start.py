@@ -227,7 +227,7 @@ def test_what_overrides_the_preset_is_listed(studio: PackServer):
     answer = asked(studio, prompt)
     assert answer["preset"]["name"] == "24gb"
     assert answer["preset"]["why"] == "Preset 24gb, as chosen."
-    assert answer["preset"]["values"] == {"encoding.match_target_res": True}
+    assert answer["preset"]["values"] == {"encoding.match_target_res": True, "batching.gradient_accumulation_steps": 1}
     found = {each["setting"]: (each["preset"], each["value"], each["by"]) for each in answer["overridden"]}
     by_lora, train = "Qwen Edit LoRA Settings", studio.our_nodes()["QwenEdit_TrainLora"]["display_name"]
     assert found == {

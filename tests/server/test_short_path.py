@@ -141,6 +141,46 @@ def test_all_problems_come_in_one_list_before_anything_is_encoded(trained: dict[
     assert not cache_entries(studio, "latents")
 
 
+def unpaired(studio: PackServer) -> str:
+    """A data set of which one pair lacks a side."""
+    folder = "short unpaired"
+    if not (studio.input / folder).exists():
+        shutil.copytree(studio.input / PAIRS, studio.input / folder)
+        (studio.input / folder / "reference" / "001.png").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("pairs", ["EditPairs", "PairFolders"])
+def test_a_refusal_names_what_is_wrong_with_the_pairs_too(pairs: str, trained: dict[str, Any], studio: PackServer):
+    assert trained
+    folder = unpaired(studio)
+    prompt = changed(short(run_name="a/b"), LOAD, model="gone")
+    prompt = changed(prompt, PAIR, data_set=folder)
+    if pairs == "PairFolders":
+        sides = {"target_folder": f"{folder}/target", "reference_folder_1": f"{folder}/reference"}
+        prompt[PAIR] = ours("PairFolders", caption_strategy="filename", instance_prompt="", **sides)
+    with pytest.raises(ComfyUIError) as caught:
+        studio.queue(prompt)
+    found = caught.value.answer["node_errors"]
+    said = {node_id: found[node_id]["errors"][0]["details"] for node_id in (LOAD, PAIR, TRAIN)}
+    assert "'gone'" in said[LOAD]
+    assert "001.png: no reference" in said[PAIR] and str(studio.base) not in said[PAIR]
+    assert "The name of the edit must be" in said[TRAIN]
+
+
+def test_pairs_that_fail_name_the_other_problems_too(trained: dict[str, Any], studio: PackServer):
+    assert trained
+    prompt = changed(short(), PAIR, data_set=unpaired(studio))
+    assert error_of(studio.wait(studio.queue(prompt)))["exception_message"].startswith("The data set")
+    prompt = changed(prompt, "more", lora_settings=["lora", 0])
+    prompt = changed(prompt, "lora", lora_targets="pattern", lora_target_pattern="no_such_layer")
+    error = error_of(studio.wait(studio.queue(prompt)))
+    assert error["node_id"] == PAIR
+    first, second = error["exception_message"].split("\n2. ")
+    assert first.startswith("There are 2 problems.") and "001.png: no reference" in first
+    assert second.startswith("Train Qwen Edit LoRA: ") and "no_such_layer" in second
+
+
 def test_what_widgets_tell_is_refused_at_once(studio: PackServer):
     prompt = changed(short(preset="8gb"), "more", optimizer_settings=["optimizer", 0])
     prompt = changed(prompt, "optimizer", lr_scheduler="cosine", lr_warmup_steps=2)
