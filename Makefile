@@ -8,7 +8,7 @@
 #   make types-torch types again, with torch and the other libraries
 #   make types-web   types of the page's scripts (needs npm)
 #   make docs        writes docs/settings.md, docs/job.schema.json, and the drawing in docs/architecture.md
-#   make templates   writes workflows/ from tools/template_graphs.py
+#   make templates   writes workflows/ and subgraphs/ from tools/template_graphs/
 #   make locales     writes locales/ from tools/translations/
 #
 # COMFYUI_DIR=folder uses that ComfyUI; TORCH=requirement installs that torch (only if there is none yet).

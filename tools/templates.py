@@ -1,8 +1,9 @@
-"""Writes the templates in workflows/ from the graphs in tools/template_graphs.py (`make templates`).
+"""Writes workflows/ and subgraphs/ from the graphs in tools/template_graphs/ (`make templates`).
 
-Each graph becomes two files: `workflows/<title>.json`, as ComfyUI's page saves it, and `workflows/api/<name>.json`, the
-prompt that the page would queue. Both come from one description, so they can't differ. Inputs that a description leaves
-out get their defaults. A test checks that the files are current.
+A template becomes two files: `workflows/<title>.json`, as ComfyUI's page saves it, and `workflows/api/<name>.json`, the
+prompt that the page would queue. Both come from one description, so they can't differ. A blueprint becomes
+`subgraphs/<title>.json`, as ComfyUI's page publishes a subgraph. Inputs that a description leaves out get their
+defaults. A test checks that the files are current.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.comfyui import PACK_NAME, REPO, ComfyUI, device_arguments, install_pack
-from tools.template_graphs import TEMPLATES, Node, Template
+from tools.template_graphs import BLUEPRINTS, TEMPLATES, Blueprint, Node, Template
 
 FOLDER = REPO / "workflows"
+BLUEPRINT_FOLDER = REPO / "subgraphs"  # the name that ComfyUI looks for
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 NOTE = "MarkdownNote"
 _GAP, _COLUMN_GAP, _TITLE = 40, 60, 30  # pixels: between nodes, between columns, and the height of a node's title
 _OPTIONAL = 7  # the shape of an optional socket in LiteGraph
+_INPUTS, _OUTPUTS = -10, -20  # ids that LiteGraph gives to the two ends of a subgraph
+_LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")  # of a link in a subgraph
 _VERSION = re.compile(r'^version = "(.+)"', re.MULTILINE)
 
 Info = dict[str, Any]
@@ -71,7 +75,7 @@ def _graph(template: Template, numbers: dict[str, int], all_nodes: dict[str, Inf
         saved |= _saved_note(node) if node.kind == NOTE else _saved_node(node, numbers, links, all_nodes[node.kind])
         nodes.append(saved)
     return {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK_NAME}/{template.name}")),
+        "id": _uuid(template.name),
         "revision": 0,
         "last_node_id": len(nodes),
         "last_link_id": len(links),
@@ -83,6 +87,86 @@ def _graph(template: Template, numbers: dict[str, int], all_nodes: dict[str, Inf
         "extra": {"ds": {"scale": template.scale, "offset": [110, 190]}, **_app(template, numbers)},
         "version": 0.4,
     }
+
+
+def file_of(blueprint: Blueprint, all_nodes: dict[str, Info]) -> dict[str, Any]:
+    """A graph whose only node holds the blueprint's nodes. Its widgets give their values to the nodes inside."""
+    subgraph, values = _subgraph(blueprint, all_nodes)
+    number = len(subgraph["nodes"]) + 1
+    ends = {key: [{"name": end["name"], "type": end["type"]} for end in subgraph[key]] for key in ("inputs", "outputs")}
+    node = {
+        "id": number,
+        "type": subgraph["id"],
+        "pos": [0, 0],
+        "size": [400, 300],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "title": blueprint.title,
+        "inputs": [{**end, "widget": {"name": end["name"]}, "link": None} for end in ends["inputs"]],
+        "outputs": [{**end, "links": []} for end in ends["outputs"]],
+        "properties": {},
+        "widgets_values": values,
+    }
+    return {
+        "id": _uuid(f"{blueprint.name}/graph"),
+        "revision": 0,
+        "last_node_id": number,
+        "last_link_id": 0,
+        "nodes": [node],
+        "links": [],
+        "version": 0.4,
+        "definitions": {"subgraphs": [subgraph]},
+        "extra": {"BlueprintDescription": blueprint.description, "BlueprintSearchAliases": list(blueprint.words)},
+    }
+
+
+def _subgraph(blueprint: Blueprint, all_nodes: dict[str, Info]) -> tuple[dict[str, Any], list[Any]]:
+    """The definition of the blueprint's subgraph, and the values of its widgets."""
+    numbers = {node.key: number for number, node in enumerate(blueprint.nodes(), start=1)}
+    graph = _graph(blueprint, numbers, all_nodes)
+    by_key = {key: graph["nodes"][number - 1] for key, number in numbers.items()}
+    links = [dict(zip(_LINK, link, strict=True)) for link in graph["links"]]
+    ends: dict[str, list[dict[str, Any]]] = {"inputs": [], "outputs": []}
+
+    def add(side: str, slot: dict[str, Any], origin: tuple[int, int], target: tuple[int, int]) -> int:
+        number = len(links) + 1
+        links.append(dict(zip(_LINK, (number, *origin, *target, slot["type"]), strict=True)))
+        end = {"id": _uuid(f"{blueprint.name}/{side}/{slot['name']}"), "name": slot["name"], "type": slot["type"]}
+        ends[side].append({**end, "linkIds": [number]})
+        return number
+
+    values: list[Any] = []
+    for key, widget in blueprint.app_inputs:
+        node = by_key[key]
+        index, slot = next(pair for pair in enumerate(node["inputs"]) if pair[1]["name"] == widget)
+        slot["link"] = add("inputs", slot, (_INPUTS, len(values)), (node["id"], index))
+        values.append(node["widgets_values_named"][widget])
+    for node in (by_key[key] for key in blueprint.app_outputs):
+        for index, slot in enumerate(node["outputs"]):
+            slot["links"].append(add("outputs", slot, (node["id"], index), (_OUTPUTS, len(ends["outputs"]))))
+    right = max(node["pos"][0] + node["size"][0] for node in graph["nodes"])
+    subgraph = {
+        "id": graph["id"],
+        "version": 1,
+        "state": {"lastGroupId": 0, "lastNodeId": len(numbers), "lastLinkId": len(links), "lastRerouteId": 0},
+        "revision": 0,
+        "config": {},
+        "name": blueprint.title,
+        "inputNode": {"id": _INPUTS, "bounding": [-220, 0, 120, 40 + 20 * len(ends["inputs"])]},
+        "outputNode": {"id": _OUTPUTS, "bounding": [right + 100, 0, 120, 40 + 20 * len(ends["outputs"])]},
+        **ends,
+        "widgets": [],
+        "nodes": graph["nodes"],
+        "groups": [],
+        "links": links,
+        "extra": {},
+    }
+    return subgraph, values
+
+
+def _uuid(name: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{PACK_NAME}/{name}"))
 
 
 def _saved_note(node: Node) -> dict[str, Any]:
@@ -150,7 +234,9 @@ def _app(template: Template, numbers: dict[str, int]) -> dict[str, Any]:
 
 
 def _inputs(info: Info) -> list[tuple[str, list[Any]]]:
-    return [item for part in ("required", "optional") for item in info["input"].get(part, {}).items()]
+    """Sockets first, then widgets, as ComfyUI's page numbers them."""
+    items = [item for part in ("required", "optional") for item in info["input"].get(part, {}).items()]
+    return sorted(items, key=lambda item: _is_widget(item[1]))
 
 
 def _widgets(info: Info) -> list[tuple[str, list[Any]]]:
@@ -192,8 +278,9 @@ def _output_index(info: Info, name: str) -> int:
 
 
 def current(all_nodes: dict[str, Info]) -> dict[Path, dict[str, Any]]:
-    """What the folder `workflows` should contain."""
-    return {path: value for template in TEMPLATES for path, value in files_of(template, all_nodes).items()}
+    """What `workflows` and `subgraphs` should contain."""
+    files = {FOLDER / path: value for template in TEMPLATES for path, value in files_of(template, all_nodes).items()}
+    return files | {BLUEPRINT_FOLDER / f"{each.title}.json": file_of(each, all_nodes) for each in BLUEPRINTS}
 
 
 def main() -> int:
@@ -204,13 +291,16 @@ def main() -> int:
         arguments = (*device_arguments(), "--disable-api-nodes")
         with ComfyUI(base, *arguments, log=base / "comfyui.log") as server:
             files = current(server.get("/object_info"))
-    for path in (*FOLDER.glob("*.json"), *(FOLDER / "api").glob("*.json")):
-        if path.relative_to(FOLDER) not in files:
+    folders = (FOLDER, FOLDER / "api", BLUEPRINT_FOLDER)
+    for path in (path for folder in folders for path in folder.glob("*.json")):
+        if path not in files:
             path.unlink()
     for path, value in files.items():
         indent = 2 if path.parent.name == "api" else 1
-        text = json.dumps(value, ensure_ascii=False, indent=indent) + "\n"
-        (FOLDER / path).write_text(text, encoding="utf-8")
+        # ComfyUI reads blueprints in the encoding of the system, which is not UTF-8 on Windows.
+        text = json.dumps(value, ensure_ascii=path.parent == BLUEPRINT_FOLDER, indent=indent) + "\n"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

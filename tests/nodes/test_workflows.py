@@ -1,7 +1,8 @@
-"""Workflow templates are what tools/templates.py writes, and open without missing nodes or values."""
+"""Templates and blueprints are what tools/templates.py writes, and open without missing nodes or values."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tools.comfyui import REPO, install_pack
-from tools.template_graphs import TEMPLATES
-from tools.templates import files_of
+from tools.comfyui import REPO, comfyui_dir, install_pack
+from tools.template_graphs import BLUEPRINTS, TEMPLATES, Blueprint
+from tools.templates import BLUEPRINT_FOLDER, file_of, files_of
 
 from .conftest import read_json
 from .ui_to_api import NOTES, known_to, to_prompt, widgets_of
@@ -167,6 +168,34 @@ def test_templates_are_published(comfyui: Any, tmp_path: Path):
     assert {path.stem for path in (pack / "workflows").glob("*.json")} == set(TWINS)
     listed = comfyui.get("/api/workflow_templates")
     assert any(set(TWINS) <= set(templates) for templates in listed.values())
+
+
+@pytest.mark.parametrize("blueprint", BLUEPRINTS, ids=lambda each: each.title)
+def test_blueprints_are_written_from_the_graphs(blueprint: Blueprint, all_nodes: dict[str, Any]):
+    """A file with an error gives every user an error message when ComfyUI's page loads."""
+    text = (BLUEPRINT_FOLDER / f"{blueprint.title}.json").read_text(encoding="utf-8")
+    graph = json.loads(text)
+    assert text.isascii()  # ComfyUI reads it in the encoding of the system
+    assert graph == file_of(blueprint, all_nodes)
+    (node,), (subgraph,) = graph["nodes"], graph["definitions"]["subgraphs"]
+    assert node["type"] == subgraph["id"]
+    assert len(node["widgets_values"]) == len({entry["name"] for entry in node["inputs"]}) == len(blueprint.app_inputs)
+    inside = {each["id"]: each for each in subgraph["nodes"]}
+    for link in subgraph["links"]:
+        starts = inside[link["origin_id"]]["outputs"] if link["origin_id"] in inside else subgraph["inputs"]
+        ends = inside[link["target_id"]]["inputs"] if link["target_id"] in inside else subgraph["outputs"]
+        start, end = starts[link["origin_slot"]], ends[link["target_slot"]]
+        assert start["type"] == end["type"] == link["type"]
+        assert link["id"] in start.get("links", start.get("linkIds"))
+        assert link["id"] in [end.get("link"), *end.get("linkIds", [])]
+
+
+def test_blueprints_are_published(comfyui: Any):
+    """ComfyUI 0.3.64 does not know blueprints."""
+    assert {path.stem for path in (comfyui.pack / "subgraphs").iterdir()} == {each.title for each in BLUEPRINTS}
+    if (comfyui_dir() / "app" / "subgraph_manager.py").is_file():
+        listed = comfyui.get("/global_subgraphs").values()
+        assert {each.title for each in BLUEPRINTS} <= {each["name"] for each in listed}
 
 
 def strings(value: Any) -> list[str]:

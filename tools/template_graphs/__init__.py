@@ -1,16 +1,16 @@
-"""The graphs of the templates. tools/templates.py writes them to workflows/.
+"""The graphs of the templates and of the blueprints. tools/templates.py writes them to workflows/ and subgraphs/.
 
 ComfyUI shows a template under the name of its file and searches that name, so the titles are for people.
 """
 
 from __future__ import annotations
 
-from .node import Node, Template
-from .short import demo, train
+from .node import Blueprint, Node, Template
+from .short import demo, in_one_node, train
 from .steps import FOLDERS, SCENES, imported, pair_folders, steps, two_datasets
 from .use import use
 
-__all__ = ["TEMPLATES", "Node", "Template"]
+__all__ = ["BLUEPRINTS", "TEMPLATES", "Blueprint", "Node", "Template"]
 
 _2509 = "Qwen/Qwen-Image-Edit-2509"
 _RELEASES = (  # release, end of the files' names, transformer file, folder on the hub, name of the example run
@@ -40,3 +40,4 @@ TEMPLATES: tuple[Template, ...] = (
     imported(),
     *(use(release, f"use_{end}", file, run) for release, end, file, _, run in _RELEASES),
 )
+BLUEPRINTS: tuple[Blueprint, ...] = (in_one_node(),)

@@ -56,6 +56,17 @@ class Template:
         return next(node.kind for node in self.nodes() if node.key == key)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint(Template):
+    """A graph that becomes one node, which ComfyUI's node library offers. Found by its title and by `words`.
+
+    The node has the widgets `app_inputs`, whose names must differ, and all outputs of the nodes `app_outputs`.
+    """
+
+    description: str
+    words: Sequence[str] = ()
+
+
 def note(title: str, file: str, height: int, **values: str) -> Node:
     """A note with the text of a file in tools/template_notes, in which `values` replace their $names."""
     text = Text((_NOTES / f"{file}.md").read_text(encoding="utf-8"))
