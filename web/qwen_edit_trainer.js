@@ -45,7 +45,7 @@ app.registerExtension({
     registerTab(PAIRS_TAB, "pi pi-images", t("Edit pairs"), t("Pairs of pictures that an edit is learned from"), pairs);
     registerTab(TAB, "pi pi-chart-line", t("Training runs"), t("Training runs of Qwen Edit Trainer"), panel);
     api.addEventListener("qwen_edit_trainer.lora", () => refreshLists(app));
-    watchRefusals(app, api);
+    watchRefusals(app, api, pairs.settle);
     readExponents(app);
     store.refresh();
   },

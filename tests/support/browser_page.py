@@ -181,6 +181,29 @@ class ComfyPage:
             f"QwenEdit_{class_type}",
         )
 
+    def press_node_button(self, class_type: str, name: str) -> None:
+        """Click the button of this pack's first node of a class, wherever the renderer has drawn it."""
+        if self.page.evaluate("() => Boolean(LiteGraph.vueNodesMode)"):
+            self.page.locator("[data-node-id]").get_by_role("button", name=name).click()
+            return
+        find = """
+            const node = app.graph.nodes.find(each => each.comfyClass === type);
+            const button = node.widgets.find(each => each.type === "button");
+        """
+        kind = f"QwenEdit_{class_type}"
+        self.page.wait_for_function(f"type => {{ {find} return button.last_y > 0; }}", arg=kind)
+        x, y = self.page.evaluate(
+            f"""type => {{
+                {find}
+                const [x, y] = app.canvas.ds.convertOffsetToCanvas(
+                    [node.pos[0] + node.size[0] / 2, node.pos[1] + button.last_y + 10]);
+                const place = app.canvas.canvas.getBoundingClientRect();
+                return [place.left + x, place.top + y];
+            }}""",
+            kind,
+        )
+        self.page.mouse.click(x, y)
+
     def run(self) -> None:
         """Press Run."""
         self.page.evaluate("() => app.queuePrompt(0)")

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.server
 
 HOSTILE = "<img src=x onerror=window.hacked=true>"
 COUNT = 6
+UPLOADS = "**/data_sets/slow/pictures?*"
 
 
 class Panel:
@@ -77,25 +78,6 @@ def open_short_path(page: ComfyPage) -> None:
     page.set_widgets("EditPairs", data_set="demo (embedded)")
 
 
-def press_button_of_node(page: ComfyPage) -> None:
-    """Click "Edit pairs…" on the node, wherever the renderer has drawn it."""
-    drawn = page.page.locator("[data-node-id]").get_by_role("button", name="Edit pairs…")
-    if page.page.evaluate("() => Boolean(LiteGraph.vueNodesMode)"):
-        drawn.click()
-        return
-    page.page.wait_for_function("() => app.graph.nodes[0].widgets.at(-1).last_y > 0")
-    x, y = page.page.evaluate(
-        """() => {
-            const [node] = app.graph.nodes, button = node.widgets.find(each => each.type === "button");
-            const [x, y] = app.canvas.ds.convertOffsetToCanvas(
-                [node.pos[0] + node.size[0] / 2, node.pos[1] + button.last_y + 10]);
-            const place = app.canvas.canvas.getBoundingClientRect();
-            return [place.left + x, place.top + y];
-        }"""
-    )
-    page.page.mouse.click(x, y)
-
-
 @pytest.mark.parametrize(("renderer", "palette"), [("classic", "dark"), ("nodes 2.0", "light")])
 def test_from_dropped_pictures_to_pairs(
     renderer: str, palette: str, open_page: OpenPage, demo_server: PackServer, sources: Path
@@ -104,7 +86,7 @@ def test_from_dropped_pictures_to_pairs(
     page = open_page(renderer, palette)
     panel = Panel(page, demo_server.input / "my edit")
     open_short_path(page)
-    press_button_of_node(page)
+    page.press_node_button("EditPairs", "Edit pairs…")
     expect(panel.state).to_contain_text("Choose one, or drop pictures to make a new one.")
     page.drop(panel.zone("reference"), *sorted((sources / "reference").iterdir()))
     expect(panel.state).to_have_text("6 before, none after. Next: Drop the pictures after the edit.")
@@ -156,6 +138,41 @@ def test_from_dropped_pictures_to_pairs(
     expect(panel.root.get_by_text("The pairs have 6 different instructions")).to_be_visible()
     assert panel.files() == {**given, "held_out.txt": f"{third}\n".encode()}
     page.picture(f"edit pairs {renderer}")
+
+
+def test_a_run_waits_until_everything_is_on_the_disk(open_page: OpenPage, demo_server: PackServer, sources: Path):
+    page = open_page()
+    panel = Panel(page, demo_server.input / "slow")
+    (panel.folder / "target").mkdir(parents=True)
+    shutil.copytree(sources / "reference", panel.folder / "reference")
+    open_short_path(page)
+    page.tab_button("qwen-edit-pairs").click()
+    panel.root.get_by_role("combobox", name="Data set").select_option("slow")
+    slow: list[Route] = []
+    queued: list[dict[str, bytes]] = []  # the files that were there when the graph was queued
+
+    def answer(route: Route) -> None:
+        queued.append(panel.files())
+        route.fulfill(json={"prompt_id": "none", "number": 0, "node_errors": {}})
+
+    def hold(route: Route) -> None:
+        slow.append(route)
+
+    page.page.route(UPLOADS, hold)
+    page.page.route("**/prompt", answer)
+    targets = sorted(path for path in (sources / "target").iterdir() if path.suffix == ".png")
+    page.drop(panel.zone("target"), *targets)
+    page.page.evaluate("() => { window.run = app.queuePrompt(0); }")
+    expect(page.page.get_by_text("The run starts when the pictures are uploaded.")).to_be_visible()
+    page.page.unroute(UPLOADS, hold)
+    assert not queued
+    for route in slow:
+        route.continue_()
+    page.page.evaluate("() => window.run")
+    panel.instruction.fill("make it a drawing")
+    page.page.evaluate("() => app.queuePrompt(0)")
+    assert [sum(name.startswith("target/") for name in files) for files in queued] == [COUNT, 2 * COUNT]
+    assert set(queued[1].values()) - set(queued[0].values()) == {b"make it a drawing\n"}
 
 
 def press(page: ComfyPage, *keys: str) -> None:

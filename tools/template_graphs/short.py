@@ -42,7 +42,7 @@ def demo() -> Template:
 def train(release: str, name: str, file: str, repository: str, edit: str) -> Template:
     """The four nodes, for one release of the model."""
     downloads = (model("diffusion_models", file), TEXT_ENCODER, VAE)
-    listed = "\n".join(f"- [{each['name']}]({each['url']}) into `models/{each['directory']}`" for each in downloads)
+    listed = "\n".join(f"- [{each['name']}]({each['url']}) into *models/{each['directory']}*" for each in downloads)
     return Template(
         title=f"{TITLE}Train {release}",
         name=name,

@@ -78,8 +78,8 @@ def _results() -> tuple[Node, ...]:
 def _download(repository: str) -> str:
     folder = repository.split("/")[-1]
     return (
-        f"Download the whole folder [{repository}]({HUB}/{repository}) into ComfyUI's `models/diffusers/{folder}`, so "
-        f"that the file `models/diffusers/{folder}/transformer/config.json` exists. Then press R and choose it in "
+        f"Download the whole folder [{repository}]({HUB}/{repository}) into ComfyUI's *models/diffusers/{folder}*, so "
+        f"that the file *models/diffusers/{folder}/transformer/config.json* exists. Then press R and choose it in "
         "**Load Qwen Edit Model**. Or connect **Qwen Edit Model** to train from the files that you generate with. "
         "Train on the same release that you will use the LoRA with."
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .node import TEXT_ENCODER, TITLE, VAE, Node, Template, model, note
 
 _WIDTH = 380
-_MORE = "For more references, connect `image2` and `image3` of both text nodes."
+_MORE = "For more references, connect *image2* and *image3* of both text nodes."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

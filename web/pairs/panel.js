@@ -60,6 +60,7 @@ export function createPairsPanel(app, api, onChange) {
   /** @type {any} The node whose button opened the panel. */
   let opener;
   let mounted = false;
+  let stepBefore = "";
 
   acceptDrops(root, give, (text) => toast(app, "warn", text));
   keepFromComfy(root, () => store.undo());
@@ -146,6 +147,8 @@ export function createPairsPanel(app, api, onChange) {
     undo.show();
     used.show(step === "graph", inNode("data_set") === state.name ? inNode("instruction") : "", way());
     instruction.show(step === "instruction");
+    if (step === "instruction" && stepBefore !== step && isFocusFree(root)) instruction.focus();
+    stepBefore = step;
     const off = state.uploads ? [] : [t("Changes to data sets are turned off on this server.")];
     const remarks = [...off, ...(state.set?.notes ?? []), ...state.checkNotes, ...checked(store)];
     if (notes.dataset.shown !== remarks.join("\n")) {
@@ -186,6 +189,12 @@ export function createPairsPanel(app, api, onChange) {
         root.remove();
       };
     },
+    /** Wait until all that was given here is on the disk, so that a run uses it. Throws if a text can't be saved. */
+    async settle() {
+      if (store.uploads.progress()) toast(app, "info", t("The run starts when the pictures are uploaded."));
+      await store.settled();
+      if (!(await saveAll())) throw new Error(t("Not started: the side panel Edit pairs has texts that can't be saved."));
+    },
     /** Let a new node use the data set that is shown, rather than the first one. @param {any} made */
     prefill(made) {
       const combo = widget(made, "data_set");
@@ -208,6 +217,12 @@ function backgroundOf(place) {
     if (colour && !/^(transparent|rgba\(.*, 0\))$/.test(colour)) return colour;
   }
   return "var(--comfy-menu-bg)";
+}
+
+/** Whether nobody types or uses a button of the panel, as after dropping files. @param {Element} root */
+function isFocusFree(root) {
+  const focused = document.activeElement;
+  return !focused?.matches("input, textarea, select, [contenteditable]") && !root.contains(focused);
 }
 
 /** What a check without findings says. @param {import("./store.js").Store} store */

@@ -41,7 +41,11 @@ export function createStore(api, onChange) {
   const tell = () => listeners.forEach((listener) => listener());
   /** @type {Map<string, Set<string>>} Pictures, by side and name, that each data set had before the upload. */
   const present = new Map();
-  const uploads = createUploads(server, { changed: tell, arrived: soon, ended: finishUploads });
+  const uploads = createUploads(server, {
+    changed: tell,
+    arrived: soon,
+    ended: (added) => (changes = Promise.all([changes, finishUploads(added)]).then(() => {})),
+  });
 
   /** Run a request. If it fails, show its sentence until the next one. @param {() => Promise<void>} request */
   async function attempt(request) {
@@ -260,6 +264,16 @@ export function createStore(api, onChange) {
       return click("delete", { pictures: pictures.map(({ side, file }) => ({ side, file })) }, ({ undo }) => {
         return { text, act: () => change("restore", { undo }) };
       });
+    },
+    /** Wait until uploads and changes are on the disk. */
+    async settled() {
+      if (uploads.progress()) {
+        await new Promise((resolve) => {
+          const look = () => uploads.progress() || resolve(listeners.delete(look));
+          listeners.add(look);
+        });
+      }
+      await changes;
     },
     async undo() {
       await changes; // what was done just now is what is undone

@@ -23,12 +23,14 @@ export function isInNotice(error) {
 /**
  * @param {any} app
  * @param {any} api
+ * @param {() => Promise<void>} ready What a graph has to wait for before it is queued. Throws if it must not be queued.
  */
-export function watchRefusals(app, api) {
+export function watchRefusals(app, api, ready) {
   const notice = createNotice(app);
   const queue = api.queuePrompt;
   api.queuePrompt = async function (/** @type {any[]} */ ...given) {
     notice.hide();
+    await ready();
     let answer;
     try {
       answer = await queue.apply(this, given);
