@@ -152,6 +152,11 @@ def test_files_chosen_in_the_wrong_place(kind: str, tmp_path: Path):
             check_vae(base)
 
 
+def test_an_incomplete_transformer(weights: Weights, tmp_path: Path):
+    path = write(tmp_path / "a.safetensors", {key: each for key, each in weights.items() if key != "txt_in.weight"})
+    assert "a.safetensors is incomplete: it has no txt_in.weight. Download it again. Choose qwen" in complaint(path)
+
+
 def test_a_transformer_in_the_place_of_the_others(weights: Weights, tmp_path: Path):
     path = write(tmp_path / "a.safetensors", weights)
     with pytest.raises(ModelFileError, match=r"not a Qwen2\.5-VL.*looks like a Qwen-Image transformer"):

@@ -11,13 +11,15 @@ from tools.template_graphs import TEMPLATES
 
 _FOLDERS = {"unet_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae", "lora_name": "loras"}
 _WEIGHTS = {
-    "diffusion_models": (
-        "transformer_blocks.0.attn.add_k_proj.weight",
-        "txt_norm.weight",
-        "img_in.weight",
-        "proj_out.weight",
-    ),
-    "text_encoders": ("visual.blocks.0.attn.qkv.bias", "model.layers.27.self_attn.k_proj.bias"),
+    "diffusion_models": {
+        "transformer_blocks.0.attn.add_k_proj.weight": (1, 1),
+        "transformer_blocks.0.attn.norm_added_k.weight": (128,),
+        "txt_norm.weight": (1,),
+        "txt_in.weight": (1, 1),
+        "img_in.weight": (1, 64),
+        "proj_out.weight": (64, 1),
+    },
+    "text_encoders": {"visual.blocks.0.attn.qkv.bias": (1,), "model.layers.27.self_attn.k_proj.bias": (1,)},
 }
 
 
@@ -30,4 +32,5 @@ def place_template_files(models: Path) -> None:
         for folder, name in named:
             path = models / folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({weight: torch.zeros(1) for weight in _WEIGHTS.get(folder, ("weight",))}, path)
+            shapes = _WEIGHTS.get(folder, {"weight": (1,)})
+            save_file({weight: torch.zeros(shape) for weight, shape in shapes.items()}, path)

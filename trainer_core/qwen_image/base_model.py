@@ -192,9 +192,10 @@ def _settings_of_file(source: WeightSource, instead: str) -> dict[str, Any]:
     marks = ("txt_norm.weight", "img_in.weight", "txt_in.weight", "proj_out.weight", f"{first}norm_added_k.weight")
     missing = [mark for mark in marks if mark not in shapes]
     if missing:
-        raise ModelFileError(
-            f"{name} is not a Qwen-Image transformer: it has no {missing[0]}{looks_like(shapes)}. {instead}"
-        )
+        kind = looks_like(shapes)
+        if kind.endswith("a Qwen-Image transformer"):
+            raise ModelFileError(f"{name} is incomplete: it has no {missing[0]}. Download it again. {instead}")
+        raise ModelFileError(f"{name} is not a Qwen-Image transformer: it has no {missing[0]}{kind}. {instead}")
     if any(len(shapes[mark]) != (2 if mark.endswith(("in.weight", "out.weight")) else 1) for mark in marks):
         raise ModelFileError(f"{name} is not a Qwen-Image transformer: its weights have other shapes. {instead}")
     head = shapes[f"{first}norm_added_k.weight"][0]
