@@ -177,10 +177,9 @@ def limits_of(cls: type, name: str) -> Limits:
     return _declared(cls)[name][1]
 
 
-def is_used(config: Any, name: str) -> bool:
-    """Whether the setting of this name changes something, as its declaration says."""
-    field = next(field for field in dataclasses.fields(config) if field.name == name)
-    conditions = [(getattr(config, setting), *values) for setting, *values in field.metadata["used_if"]]
+def is_used(field: dataclasses.Field[Any], values: Mapping[str, Any]) -> bool:
+    """Whether a setting changes something if the settings of its class have these values, as its declaration says."""
+    conditions = [(values.get(setting), *allowed) for setting, *allowed in field.metadata["used_if"]]
     return all((not equals or value in equals) and value not in differs for value, equals, differs in conditions)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -58,6 +59,18 @@ def test_of_the_average_too(tmp_path: Path) -> None:
     entered(tmp_path / "run", key_of(ema=averaged))
     with pytest.raises(RunFolderError, match=r"ema\.ema_update_interval 1 -> 2"):
         entered(tmp_path / "run", key_of(ema=EmaConfig(use_ema=True, ema_update_interval=2)))
+
+
+def test_settings_that_are_not_used_may_change(tmp_path: Path) -> None:
+    entered(tmp_path / "run", key_of(optimizer=OptimizerConfig(lion_beta2=0.5), lora=LoraConfig(lokr_factor=4)))
+    entered(tmp_path / "run", key_of(optimizer=OptimizerConfig(prodigy_d_coef=2.0)))
+    with pytest.raises(RunFolderError) as caught:
+        entered(tmp_path / "run", key_of(optimizer=OptimizerConfig(optimizer="lion")))
+    assert str(caught.value).splitlines()[1:-1] == ["  - optimizer.optimizer 'adamw' -> 'lion'"]
+    lion = OptimizerConfig(optimizer="lion", lion_beta2=0.5)
+    entered(tmp_path / "lion", key_of(optimizer=lion))
+    with pytest.raises(RunFolderError, match=r"optimizer\.lion_beta2 0\.5 -> 0\.6"):
+        entered(tmp_path / "lion", key_of(optimizer=dataclasses.replace(lion, lion_beta2=0.6)))
 
 
 def test_a_setting_that_only_a_later_version_knows_is_named(tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ def test_every_class_with_conditions_is_tested():
 def test_an_unused_setting_changes_nothing(cls: type[Settings]):
     seen = set[str]()
     for config in cases(cls):
-        unused = {name: each["unused"] for name, each in declared(cls).items() if not is_used(config, name)}
+        given = dataclasses.asdict(config)
+        unused = {each.name: each.metadata["unused"] for each in dataclasses.fields(cls) if not is_used(each, given)}
         changes = {name: values_of(cls, name)[-1] for name, only in unused.items() if only is None}
         seen |= set(unused)
         for name, only in unused.items():

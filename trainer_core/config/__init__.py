@@ -20,7 +20,7 @@ from .dataset import (
     SizeConfig,
 )
 from .ema import EmaConfig
-from .job import JobConfig, TrainConfig, completed_key, resume_key
+from .job import JobConfig, TrainConfig, completed_key, resume_key, unused_settings
 from .memory import MemoryConfig
 from .model import DEMO_MODEL, BaseModelPrecision, FlavourName, MixedPrecision, ModelConfig
 from .optimizer import ENDLESS, OptimizerConfig, OptimizerName, SchedulerName

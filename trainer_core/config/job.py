@@ -10,7 +10,7 @@ from typing import Any
 
 from ..disk import MAX_NAME_BYTES
 from ..errors import ConfigError
-from ..settings import Limits, Settings, check, merged, required, setting, to_json
+from ..settings import Limits, Settings, check, is_used, merged, required, setting, to_json
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
 from .ema import EmaConfig, check_ema
 from .memory import MemoryConfig
@@ -193,6 +193,17 @@ def completed_key(stored: Mapping[str, Any]) -> dict[str, Any]:
     """A stored resume key of an older version, with defaults for the settings that it did not have."""
     average = EmaConfig(use_ema="ema" in stored)
     return merged(resume_key(TrainConfig(run_dir="-", encoded="-", ema=average)), dict(stored))
+
+
+def unused_settings(key: Mapping[str, Any]) -> set[str]:
+    """Dotted names of the settings that change nothing beside the other ones in a resume key."""
+    found = set[str]()
+    for part in dataclasses.fields(TrainConfig):
+        values = key.get(part.name)
+        if isinstance(part.default, Settings) and isinstance(values, dict):
+            unused = (each.name for each in dataclasses.fields(part.default) if not is_used(each, values))  # type: ignore[arg-type]
+            found |= {f"{part.name}.{name}" for name in unused}
+    return found
 
 
 def _reduce_ema(key: dict[str, Any]) -> None:

@@ -60,10 +60,9 @@ def unused_settings(config: TrainConfig) -> str:
     """A sentence that names the memory settings that `memory` auto ignores although they were changed; "" if none."""
     if config.memory.memory != "auto":
         return ""
-    default = MemoryConfig()
-    given = {each.name: getattr(config.memory, each.name) for each in dataclasses.fields(default)}
-    unused = {name: value for name, value in given.items() if not is_used(config.memory, name)}
-    changed = [f"{name} {_on_off(value)}" for name, value in unused.items() if value != getattr(default, name)]
+    given = dataclasses.asdict(config.memory)
+    unused = {each.name: each.default for each in dataclasses.fields(MemoryConfig) if not is_used(each, given)}
+    changed = [f"{name} {_on_off(given[name])}" for name, default in unused.items() if given[name] != default]
     if not config.gradient_checkpointing:
         changed.append("gradient_checkpointing off")
     if not changed:

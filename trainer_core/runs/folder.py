@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from ..conditioning.encoded import EncodedDataset, trained_values
-from ..config import completed_key
+from ..config import completed_key, unused_settings
 from ..disk import disk_errors
 from ..errors import DamagedFileError, RunFolderError
 from ..files import (
@@ -250,8 +250,13 @@ class RunFolder:
         return dict(self._state["state"])
 
     def changes(self, key: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-        """(dotted name, value in the folder, value in `key`) of each differing setting that determines the weights."""
-        return differences(completed_key(self.state()["key"]), json.loads(json.dumps(key)))
+        """(dotted name, value in the folder, value in `key`) of each differing setting that determines the weights.
+
+        A setting that one of the two does not use is left out. What decides that differs too, or neither uses it.
+        """
+        old, new = completed_key(self.state()["key"]), json.loads(json.dumps(key))
+        unused = unused_settings(old) | unused_settings(new)
+        return [each for each in differences(old, new) if each[0] not in unused]
 
     def write_state(self, **values: Any) -> None:
         """Set some values in run.json."""
