@@ -14,7 +14,6 @@ import comfy.model_management
 import comfy.utils
 import numpy as np
 import torch
-from PIL import Image
 
 from ..trainer_core.errors import Interrupted
 from ..trainer_core.events import SampleReport, StepReport, Stop
@@ -22,7 +21,6 @@ from .active_runs import RUN_MESSAGE, ActiveRun, LiveMessages, active_run, note_
 from .host_server import executing_node, executing_prompt, send_message, server
 
 _LOG = logging.getLogger(__name__)
-_PREVIEW_EDGE = 768  # pixels
 _TEXT_EVERY_SECONDS = 1.0
 
 
@@ -73,10 +71,7 @@ class NodeObserver:
         self._show(f"Step {report.step} of {report.num_steps}, loss {report.loss:.4f}")
 
     def on_samples(self, report: SampleReport) -> None:
-        """Show the sample grid as the node's preview."""
-        with Image.open(report.grid_file) as grid:
-            preview = ("JPEG", grid.convert("RGB"), _PREVIEW_EDGE)
-        self._update(self._bar.current, self._bar.total, preview)
+        """Tell the page, whose view on the node shows the pictures. ComfyUI's preview would stay below the last grid."""
         for live in self._live:
             live.samples(report.step)
 
@@ -86,13 +81,13 @@ class NodeObserver:
             return Stop.PAUSE
         return Stop.KEEP if any(run.keep.is_set() for run in self._runs) else Stop.NO
 
-    def _update(self, done: int, total: int, preview: tuple[str, Image.Image, int] | None = None) -> None:
+    def _update(self, done: int, total: int) -> None:
         """Move the bar. ComfyUI's bar raises and clears a pending interrupt; set it again for `should_stop`."""
         if total != self._bar.total or done < self._bar.current:
             # Since ComfyUI 0.13 a bar sends nothing until it passes the last value it sent: use a new bar.
             self._bar = comfy.utils.ProgressBar(total)
         try:
-            self._bar.update_absolute(done, total, preview)
+            self._bar.update_absolute(done, total)
         except comfy.model_management.InterruptProcessingException:
             comfy.model_management.interrupt_current_processing()
 

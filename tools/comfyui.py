@@ -99,7 +99,6 @@ class ComfyUI:
         self.client_id = uuid.uuid4().hex
         self.port = 0
         self.events: list[dict[str, Any]] = []
-        self.previews = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._held: socket.socket | None = None
         self._socket: Any = None
@@ -209,9 +208,7 @@ class ComfyUI:
                 message = connection.recv()
             except (OSError, websocket.WebSocketException):
                 return
-            if isinstance(message, bytes):
-                self.previews += 1
-            elif message:
+            if message and isinstance(message, str):  # ComfyUI's pictures are bytes
                 self._note(json.loads(message))
 
     def _note(self, event: dict[str, Any]) -> None:
