@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .help_tables import tables, tables_in, with_tables
+from .help_lists import lists, lists_in, with_lists
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema.json"
 DEPENDS_ON_FOLDERS = {("QwenEdit_LoadModel", "base_model"), ("QwenEdit_SampleEdit", "lora_name")}
@@ -145,14 +145,14 @@ def test_help_pages(our_nodes: dict[str, Any], repo: Path):
 
 
 def test_help_pages_say_what_the_nodes_say(our_nodes: dict[str, Any], repo: Path):
-    """Help tables show the tooltips, defaults and limits of the nodes. UPDATE_GOLDEN=1 rewrites the tables."""
+    """Help pages list the tooltips, defaults and limits of the nodes. UPDATE_GOLDEN=1 rewrites the lists."""
     for name, info in our_nodes.items():
         path = repo / "web" / "docs" / f"{name}.md"
         page = path.read_text(encoding="utf-8")
         if os.environ.get("UPDATE_GOLDEN"):
-            page = with_tables(page, info)
+            page = with_lists(page, info)
             path.write_text(page, encoding="utf-8")
-        assert tables_in(page) == tables(info)
+        assert lists_in(page) == lists(info)
 
 
 def test_help_pages_lie_where_comfyui_looks(repo: Path):
