@@ -71,7 +71,7 @@ class NodeObserver:
         self._show(f"Step {report.step} of {report.num_steps}, loss {report.loss:.4f}")
 
     def on_samples(self, report: SampleReport) -> None:
-        """Tell the page, whose view on the node shows the pictures. ComfyUI's preview would stay below the last grid."""
+        """Tell the page, which shows the pictures. ComfyUI's preview would stay on the node, below its last grid."""
         for live in self._live:
             live.samples(report.step)
 

@@ -9,6 +9,7 @@ import { createPairsPanel, PAIRS_NODE } from "./pairs/panel.js";
 import { createBeforeStart } from "./trainer/before_start.js";
 import { loadStyle } from "./trainer/dom.js";
 import { isTrainNode, kindOf, openSidebar, readOldValues, refreshLists } from "./trainer/graph.js";
+import { makeRoom, nameBoxes } from "./trainer/labels.js";
 import { attachView } from "./trainer/node_view.js";
 import { keepDigits, readExponents } from "./trainer/number_widgets.js";
 import { createPanel } from "./trainer/panel.js";
@@ -53,6 +54,7 @@ app.registerExtension({
   nodeCreated(/** @type {any} */ node) {
     readOldValues(node);
     keepDigits(node);
+    nameBoxes(node);
     attachReport(app, node);
     showUsed(node);
     if (kindOf(node) === TRY_NODE) attachUpload(node, "picture", app, api);
@@ -63,12 +65,14 @@ app.registerExtension({
         pairs.open(node);
       });
     }
-    if (!isTrainNode(node)) return;
-    const onPick = (/** @type {string} */ run, /** @type {number} */ step) => {
-      openSidebar(app, TAB);
-      panel.open(run, step);
-    };
-    attachView(node, { app, store, onPick, first: beforeStart.attach(node), last: createReport(app, node) });
+    if (isTrainNode(node)) {
+      const onPick = (/** @type {string} */ run, /** @type {number} */ step) => {
+        openSidebar(app, TAB);
+        panel.open(run, step);
+      };
+      attachView(node, { app, store, onPick, first: beforeStart.attach(node), last: createReport(app, node) });
+    }
+    makeRoom(node);
   },
 
   onNodeOutputsUpdated(/** @type {Record<string, any>} */ outputs) {

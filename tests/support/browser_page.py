@@ -159,6 +159,19 @@ class ComfyPage:
             }"""
         )
 
+    def without_label(self) -> list[str]:
+        """Labels of our widgets that Nodes 2.0 cut, and boxes for several lines that show no name."""
+        return self.page.evaluate(
+            """() => {
+                const ours = "[data-node-id]:has([node-type^=QwenEdit_])";
+                const labels = `${ours} p.truncate, ${ours} [data-testid=widget-layout-field-label]`;
+                const cut = [...document.querySelectorAll(labels)].filter(each => each.scrollWidth > each.clientWidth);
+                const boxes = [...document.querySelectorAll("[node-type^=QwenEdit_] textarea")].filter(box =>
+                    getComputedStyle(box.parentElement, "::before").content === "none" && !box.labels.length);
+                return [...cut.map(each => each.textContent), ...boxes.map(each => each.ariaLabel)];
+            }"""
+        )
+
     def set_widgets(self, class_type: str, **values: Any) -> None:
         """Set widgets of this pack's first node of a class, as if the user had typed the values."""
         self.page.evaluate(

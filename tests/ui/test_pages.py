@@ -37,6 +37,7 @@ def test_every_template_opens_with_nothing_missing(renderer: str, open_page: Ope
         assert page.missing() == [], name
         if renderer != "classic":
             expect(page.page.locator("[data-node-id]").last).to_be_visible()
+            assert page.without_label() == [], name
         assert page.overlaps() == [], name
         kinds = {node["type"] for node in json.loads((REPO / "workflows" / f"{name}.json").read_text())["nodes"]}
         assert set(page.page.evaluate("() => app.graph.nodes.map(n => n.type)")) == kinds

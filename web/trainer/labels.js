@@ -1,0 +1,59 @@
+// @ts-check
+/**
+ * Room for the labels of widgets, and names of the boxes for several lines. The canvas shows a box's name only while it
+ * is empty, and instead of it an example if there is one. Nodes 2.0 up to frontend 1.3x show it only while the box is
+ * empty; later ones have labels of their own.
+ */
+import { element } from "./dom.js";
+import { isOurs, kindOf } from "./graph.js";
+
+const WIDTH = 400; // pixels of a new node with long values, which the canvas would draw over the labels
+const WITH_LONG_VALUES = ["QwenEdit_ChooseModel", "QwenEdit_Train", "QwenEdit_TrainLora"];
+const LEFT = 16; // pixels from the node's edge
+const BASELINE = 7; // pixels below the top of the widget, whose box begins at 10
+const FONT = "10px Inter, Arial, sans-serif";
+/** @type {Set<string>} The classes of nodes for which there are rules. */
+const ruled = new Set();
+
+/**
+ * Make a node as large as its widgets need.
+ * @param {any} node A new node with all its widgets. Its saved size comes later.
+ */
+export function makeRoom(node) {
+  const kind = kindOf(node);
+  if (!isOurs(kind)) return;
+  const [width, height] = node.computeSize();
+  const wide = WITH_LONG_VALUES.includes(kind) ? WIDTH : width;
+  node.setSize([Math.max(wide, node.size[0]), Math.max(height, node.size[1])]);
+}
+
+/** @param {any} node A new node. */
+export function nameBoxes(node) {
+  const kind = kindOf(node);
+  if (!isOurs(kind)) return;
+  const boxes = (node.widgets ?? []).filter((/** @type {any} */ each) => each.element?.tagName === "TEXTAREA");
+  for (const { element: box, name } of boxes) if (box.placeholder === name) box.placeholder = "";
+  if (!boxes.length) return;
+  if (!ruled.has(kind)) document.head.append(element("style", { text: boxes.map(ruleFor(kind)).join("\n") }));
+  ruled.add(kind);
+  const before = node.onDrawForeground;
+  node.onDrawForeground = function (/** @type {CanvasRenderingContext2D} */ canvas, /** @type {any[]} */ ...rest) {
+    before?.call(this, canvas, ...rest);
+    const lite = /** @type {any} */ (window).LiteGraph;
+    if (this.flags?.collapsed || lite.vueNodesMode) return;
+    canvas.save();
+    canvas.font = FONT;
+    canvas.textAlign = "left";
+    canvas.fillStyle = lite.WIDGET_SECONDARY_TEXT_COLOR;
+    for (const box of boxes) if (box.y && !box.hidden) canvas.fillText(box.label ?? box.name, LEFT, box.y + BASELINE);
+    canvas.restore();
+  };
+}
+
+/** The style of a box of Nodes 2.0 up to frontend 1.3x. @param {string} kind */
+function ruleFor(kind) {
+  return (/** @type {any} */ { name, label }) => {
+    const box = `[node-type="${kind}"]:has(> textarea[aria-label="${name}"])`;
+    return `${box}::before { content: ${JSON.stringify(label ?? name)}; }`;
+  };
+}
