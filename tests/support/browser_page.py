@@ -38,6 +38,7 @@ HARMLESS = (
     r"api\.comfy\.org.*Content Security Policy",  # looks up node packs; --disable-api-nodes blocks it
     r"ComfyApp graph accessed before initialization",  # in its own store, frontend 1.49.6
     r"huggingface\.co.*Content Security Policy",  # looks up its default graph's models; blocked likewise
+    r"Attempted to cleanup event listeners for graph that was never set up",  # its minimap of a new subgraph, 1.32.9
     # Of UI_FRONTENDS: a newer frontend asks for routes that this server lacks, and no header blocks other hosts.
     r"/api/jobs\?.*404",
     r"Jobs ?Api|Jobs API",

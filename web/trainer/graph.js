@@ -1,10 +1,14 @@
 // @ts-check
-/** All access to ComfyUI's graph and page, in one file because these interfaces change most often. */
+/** With subgraphs.js, all access to ComfyUI's graph and page, because these interfaces change most often. */
+import { allNodes, pathTo, rootOf, widget } from "./subgraphs.js";
+
+export { ownWidget, widget } from "./subgraphs.js";
 
 const PREFIX = "QwenEdit_";
 const TRAIN = `${PREFIX}TrainLora`; // has an input for each settings node
 const SHORT_TRAIN = `${PREFIX}Train`; // of the short path
 const TOP_BAR = 130; // pixels at the top of the canvas that ComfyUI's menus and a node's title need
+const AFTER_OPENING = 300; // milliseconds until ComfyUI has placed the view of a subgraph and ended the selection
 const USE_TEMPLATES = { "edit-v1": "Use Qwen-Image-Edit", "edit-v2": "Use 2509", "edit-v3": "Use 2511" };
 const NONE = "none"; // the combo value for no preset or no LoRA
 
@@ -28,52 +32,29 @@ export function isOurs(kind) {
   return Boolean(kind?.startsWith(PREFIX));
 }
 
-/** All nodes, including those in subgraphs. @param {any} graph @returns {any[]} */
-function allNodes(graph) {
-  const own = graph?.nodes ?? graph?._nodes ?? [];
-  return own.flatMap((/** @type {any} */ node) => [node, ...(node.subgraph ? allNodes(node.subgraph) : [])]);
-}
-
-/** The widget with this name. @param {any} node @param {string} name */
-export function widget(node, name) {
-  return (node.widgets ?? []).find((/** @type {any} */ each) => each.name === name);
-}
-
-/**
- * Whether a message with this node id is about this node. In subgraphs ids have the form outer:inner.
- * @param {any} node
- * @param {string|null|undefined} id
- */
+/** Whether a message with this node id is about this node. @param {any} node @param {string|null|undefined} id */
 export function hasId(node, id) {
-  return typeof id === "string" && (id === String(node.id) || id.endsWith(`:${node.id}`));
+  return typeof id === "string" && pathTo(rootOf(node), id).pop() === node;
 }
 
-/**
- * The nodes from the outermost subgraph's to the one with this id, empty if the open graph has no such node.
- * @param {any} app
- * @param {string} id
- * @returns {any[]}
- */
-function pathTo(app, id) {
-  const path = [];
-  let graph = app.rootGraph ?? app.graph;
-  for (const part of id.split(":")) {
-    const node = (graph?.nodes ?? graph?._nodes ?? []).find((/** @type {any} */ each) => String(each.id) === part);
-    if (!node) return [];
-    path.push(node);
-    graph = node.subgraph;
-  }
-  return path;
+/** The open graph, not the subgraph that may be shown. @param {any} app */
+function rootGraph(app) {
+  return app.rootGraph ?? app.graph;
 }
 
 /** The open graph's node with this id. @param {any} app @param {string} id @returns {any} */
 export function nodeWithId(app, id) {
-  return pathTo(app, id).pop() ?? app.canvas?.graph?.getNodeById?.(id);
+  return pathTo(rootGraph(app), id).pop();
+}
+
+/** The node with this id in the graph or subgraph that is shown. @param {any} app @param {string} id @returns {any} */
+export function shownNode(app, id) {
+  return pathTo(app.canvas?.graph, id).pop();
 }
 
 /** A node's title, if the open graph has the node. @param {any} app @param {string} id @returns {string|undefined} */
 export function titleOf(app, id) {
-  return pathTo(app, id).pop()?.title;
+  return nodeWithId(app, id)?.title;
 }
 
 /**
@@ -82,8 +63,8 @@ export function titleOf(app, id) {
  * @param {string} id
  * @param {number} covered Height in pixels of what covers the canvas at the bottom.
  */
-export function goToNode(app, id, covered) {
-  const path = pathTo(app, id);
+export async function goToNode(app, id, covered) {
+  const path = pathTo(rootGraph(app), id);
   const node = path.pop();
   if (!node) return;
   const { canvas } = app;
@@ -91,6 +72,7 @@ export function goToNode(app, id, covered) {
   if (canvas.graph !== node.graph) {
     if (outer) canvas.openSubgraph(outer.subgraph, outer);
     else canvas.setGraph(node.graph);
+    await new Promise((done) => setTimeout(done, AFTER_OPENING));
   }
   canvas.selectNode(node);
   canvas.centerOnNode(node);
@@ -122,7 +104,7 @@ export function leaves(settings) {
 export function applySettings(app, settings, name) {
   const values = { ...leaves(settings), preset: NONE, run_name: name };
   const lite = /** @type {any} */ (window).LiteGraph;
-  let trains = allNodes(app.graph).filter(isTrainNode);
+  let trains = allNodes(rootGraph(app)).filter(isTrainNode);
   let made = 0;
   if (!trains.length) {
     trains = [addNode(app, TRAIN)];
@@ -132,7 +114,7 @@ export function applySettings(app, settings, name) {
     if (hasPresetAlways(train)) made += addToShort(lite, train, values);
     else made += addSettingsNodes(lite, train, values);
   }
-  const targets = allNodes(app.graph).filter((node) => isTrainNode(node) || isSettingsNode(node));
+  const targets = allNodes(rootGraph(app)).filter((node) => isTrainNode(node) || isSettingsNode(node));
   const done = targets.map((node) => setWidgets(node, hasPresetAlways(node) ? { ...values, preset: null } : values));
   app.graph.setDirtyCanvas?.(true, true);
   app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
@@ -214,10 +196,11 @@ function addToShort(lite, train, values) {
 function setWidgets(node, values) {
   const left = [];
   let changed = 0;
-  for (const each of node.widgets ?? []) {
-    if (!(each.name in values) || values[each.name] === null) continue;
-    const value = asWidget(each, values[each.name]);
-    if (value === undefined) left.push(`${each.name} ${values[each.name]}`);
+  for (const { name } of node.widgets ?? []) {
+    if (!(name in values) || values[name] === null) continue;
+    const each = widget(node, name);
+    const value = asWidget(each, values[name]);
+    if (value === undefined) left.push(`${name} ${values[name]}`);
     if (value === undefined || each.value === value) continue;
     each.value = value;
     each.callback?.(value);
@@ -308,21 +291,21 @@ export async function openWithLora(app, api, lora, flavour) {
   const answer = await api.fetchApi(`/workflow_templates/${pack}/${name}.json`);
   if (!answer.ok) throw new Error(answer.statusText);
   await app.loadGraphData(await answer.json(), true, true, lastName(lora).replace(/\.safetensors$/, ""));
-  for (const node of allNodes(app.graph)) {
+  for (const node of allNodes(rootGraph(app))) {
     if (/^LoraLoader/.test(kindOf(node))) await chooseInCombo(app, node, "lora_name", lora);
   }
 }
 
 /** The nodes of a class, also those in subgraphs. @param {any} app @param {string} kind */
 export function nodesOfKind(app, kind) {
-  return allNodes(app.rootGraph ?? app.graph).filter((node) => kindOf(node) === kind);
+  return allNodes(rootGraph(app)).filter((node) => kindOf(node) === kind);
 }
 
 /** Add a node in the middle of what is seen of the graph. @param {any} app @param {string} kind */
 export function addNode(app, kind) {
   const node = /** @type {any} */ (window).LiteGraph.createNode(kind);
   node.pos = middleOf(app);
-  app.graph.add(node);
+  (app.canvas?.graph ?? app.graph).add(node);
   return node;
 }
 
@@ -383,7 +366,7 @@ export function openSidebar(app, id) {
  * @returns {[any, any][]}
  */
 export function withOutputs(app, outputs) {
-  const root = app.rootGraph ?? app.graph;
+  const root = rootGraph(app);
   const ours = allNodes(root).filter((node) => isOurs(kindOf(node)));
   return ours.map((node) => [node, outputs[node.graph === root ? node.id : `${node.graph?.id}:${node.id}`]]);
 }

@@ -4,7 +4,7 @@
  * of 0.001 becomes 1. Nodes 2.0 also write the rounded text back when a field loses the focus. Up to frontend 1.3x they
  * show three decimals, so a learning rate of 0.0001 shows 0 and becomes the smallest one allowed.
  */
-import { isOurs, nodeWithId } from "./graph.js";
+import { isOurs, shownNode } from "./graph.js";
 
 const DIGITS = 12; // significant digits that are kept; fewer than a double has, so 0.1 + 0.2 stays 0.3
 const MAX_DECIMALS = 20; // more are not allowed by Intl.NumberFormat in every browser
@@ -77,7 +77,7 @@ export function readExponents(app) {
   /** @param {any} target */
   function isField(target) {
     if (!target?.matches?.("[data-node-id] input.p-inputnumber-input")) return false;
-    return isOurs(nodeWithId(app, target.closest("[data-node-id]").dataset.nodeId)?.comfyClass);
+    return isOurs(shownNode(app, target.closest("[data-node-id]").dataset.nodeId)?.comfyClass);
   }
 
   /** @param {HTMLInputElement} done */

@@ -4,7 +4,7 @@
  * trainer_core declares the conditions; nodes/schema.py puts them into the options of the inputs. A hidden widget keeps
  * its value and is still sent.
  */
-import { isOurs, widget } from "./graph.js";
+import { isOurs, ownWidget } from "./graph.js";
 import { chain } from "./node_view.js";
 
 const SPACING = 4; // pixels that ComfyUI adds to the height of each widget
@@ -25,12 +25,13 @@ export function showUsed(node) {
     return used ? [/** @type {[string, Declared]} */ ([name, used])] : [];
   });
   if (!declared.length) return;
-  if (copiesOptions()) for (const [name] of declared) keepHiddenLive(node, widget(node, name));
+  if (copiesOptions()) for (const [name] of declared) keepHiddenLive(node, ownWidget(node, name));
   const unused = () => declared.filter(([name, used]) => !isUsed(node, name, used)).map(([name]) => name);
-  const apply = () => hideWidgets(node, unused(), false);
+  const own = declared.map(([name]) => ownWidget(node, name)).filter(Boolean);
+  const apply = () => hideWidgets(node, own, unused(), false);
   const deciding = new Set(declared.flatMap(([name, used]) => [name, ...used.if.map(({ setting }) => setting)]));
-  for (const name of deciding) chain(widget(node, name) ?? {}, "callback", apply);
-  chain(node, "onConfigure", () => hideWidgets(node, unused(), true));
+  for (const name of deciding) chain(ownWidget(node, name) ?? {}, "callback", apply);
+  chain(node, "onConfigure", () => hideWidgets(node, own, unused(), true));
   chain(node, "onConnectionsChange", apply);
   apply();
 }
@@ -42,10 +43,10 @@ export function showUsed(node) {
  * @param {Declared} used
  */
 function isUsed(node, name, used) {
-  const own = widget(node, name);
+  const own = ownWidget(node, name);
   if (isLinked(node, name) || (used.unused !== null && own?.value !== used.unused)) return true;
   return used.if.every(({ setting, equals, differs }) => {
-    const other = widget(node, setting);
+    const other = ownWidget(node, setting);
     if (!other || isLinked(node, setting)) return true;
     return (!equals.length || equals.includes(other.value)) && !differs.includes(other.value);
   });
@@ -57,14 +58,15 @@ function isLinked(node, name) {
 }
 
 /**
- * Hide these widgets of a node and show its others. The node stays where it is; its lower edge moves.
+ * Hide some of these widgets of a node and show the others. The node stays where it is; its lower edge moves.
  * @param {any} node
- * @param {string[]} names
+ * @param {any[]} declared Not all of the node's: newer frontends hide widgets whose value comes from a subgraph's node.
+ * @param {string[]} names Those to hide.
  * @param {boolean} keepsHeight Only become higher if the widgets need it, as for a graph with saved sizes.
  */
-function hideWidgets(node, names, keepsHeight) {
+function hideWidgets(node, declared, names, keepsHeight) {
   const before = node.computeSize()[1];
-  const changed = (node.widgets ?? []).filter((/** @type {any} */ each) => {
+  const changed = declared.filter((each) => {
     const hide = names.includes(each.name);
     if (Boolean(each.hidden) === hide) return false;
     each.hidden = hide; // for the canvas
