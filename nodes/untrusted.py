@@ -27,6 +27,8 @@ def checked_run_name(name: str, label: str = "run_name") -> str:
     Raises:
         ConfigError: the name is not allowed.
     """
+    if not name.strip():
+        raise ConfigError(f"{label} is empty. Enter a name, such as my_edit.")
     fits = _RUN_NAME.fullmatch(name) and name[-1] not in " ." and not is_device_name(name)
     if not fits or len(name.encode()) > _RUN_NAME_BYTES:
         raise ConfigError(

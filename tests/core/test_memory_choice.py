@@ -123,9 +123,9 @@ def test_streamed_blocks_are_spread_among_the_recomputed() -> None:
 
 
 def test_host_memory_is_not_exceeded(network: NetworkSize) -> None:
-    with pytest.raises(OutOfMemoryError, match="host memory"):
+    with pytest.raises(OutOfMemoryError, match="of RAM"):
         chosen(network, "none", 12, host=16 * GIB)
-    with pytest.raises(OutOfMemoryError, match=r"needs 1[01]\.\d GiB on the device and 3\d\.\d GiB of host memory"):
+    with pytest.raises(OutOfMemoryError, match=r"needs 1[01]\.\d GiB of VRAM .* and 3\d\.\d GiB of RAM"):
         chosen(network, "none", 12, host=30 * GIB)  # tells the least host memory with which the device suffices
     plan = chosen(network, "none", 12, host=64 * GIB)
     assert plan.streamed > 40 and plan.host_peak_bytes <= 64 * GIB
@@ -135,8 +135,7 @@ def test_a_refusal_names_numbers_and_the_nearest_that_fits(network: NetworkSize)
     with pytest.raises(OutOfMemoryError) as refused:
         chosen(network, "none", 16, host=24 * GIB)
     message = str(refused.value)
-    assert re.search(r"needs \d+\.\d GiB on the device and \d+\.\d GiB of host memory", message)
-    assert "16.0 and 24.0 GiB are free" in message
+    assert re.search(r"needs \d+\.\d GiB of VRAM \(16\.0 GiB free\) and \d+\.\d GiB of RAM \(24\.0 GiB free\)", message)
     assert "The smallest change that fits: base_model_precision" in message
     with pytest.raises(OutOfMemoryError, match="No smaller setting fits"):
         chosen(network, "none", 1)

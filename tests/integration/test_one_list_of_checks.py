@@ -152,7 +152,10 @@ def test_check_refuses_what_encode_and_train_refuse(
 def test_memory_settings_that_never_fit_are_refused_before_encoding(
     values: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job, says = tmp_path / "job.json", "The run does not fit. With the smallest memory settings it still needs"
+    job, says = (
+        tmp_path / "job.json",
+        "The run does not fit into memory. With the smallest memory settings it still needs",
+    )
     job.write_text(json.dumps(merged(values, {"memory": {"vram_gib": 0.5}})))
     for command in ("train", "check"):
         code, said = said_by(command, job, caplog)

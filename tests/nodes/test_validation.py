@@ -125,7 +125,8 @@ def test_run_names(name: str, prompt: dict[str, Any], comfyui: PackServer):
     inputs["run_name"] = name
     errors = refusal(comfyui, prompt, [training])
     assert set(errors) == {training, pairing}
-    assert "run_name must be" in errors[training]["errors"][0]["details"]
+    says = "run_name must be the name of a folder" if name else "run_name is empty. Enter a name"
+    assert says in errors[training]["errors"][0]["details"]
     assert "this target folder has no pictures" in errors[pairing]["errors"][0]["details"]
 
 

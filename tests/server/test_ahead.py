@@ -134,9 +134,11 @@ def test_memory_that_never_fits_is_refused_before_encoding(studio: PackServer, f
         **training("ahead-memory", folder=fresh, memory_settings=["memory", 0]),
         "memory": ours("MemorySettings", **NOWHERE),
     }
-    assert refused_before_encoding(studio, prompt).startswith("The run does not fit. With the smallest memory settings")
+    assert refused_before_encoding(studio, prompt).startswith(
+        "The run does not fit into memory. With the smallest memory settings"
+    )
     mixed = {**changed(prompt, TRAIN, encoded=["mix", 0]), "mix": ours("MixPairs", **MIXED)}
-    assert refused_before_encoding(studio, mixed).startswith("The run does not fit.")
+    assert refused_before_encoding(studio, mixed).startswith("The run does not fit into memory.")
     assert not run_dir(studio, "ahead-memory").exists()
 
 
@@ -242,5 +244,5 @@ def test_the_imports_training_is_checked_before_it_is_encoded(studio: PackServer
         ),
         PLOT: ours("PlotLoss", run=[TRAIN, 4]),
     }
-    assert refused_before_encoding(studio, prompt).startswith("The run does not fit.")
+    assert refused_before_encoding(studio, prompt).startswith("The run does not fit into memory.")
     assert LOAD not in prompt

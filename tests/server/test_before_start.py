@@ -140,7 +140,9 @@ MISTAKES = {
         "There is no model file in models/diffusion_models. Put one there, press R to refresh the list, and choose it.",
     ),
     "too large for the card": Mistake(
-        too_large, TRAIN, "The run does not fit. With the smallest memory settings it still needs 0.8 GiB on the device"
+        too_large,
+        TRAIN,
+        "The run does not fit into memory. With the smallest memory settings it still needs 0.8 GiB of VRAM",
     ),
     "run name used": Mistake(name_used, TRAIN, "The run 'used' was started with other settings or pairs:"),
     "run name with a slash": Mistake(

@@ -127,7 +127,8 @@ def test_a_linked_picture_is_not_read(outside: Path, studio: PackServer):
 @pytest.mark.parametrize("name", RUN_NAMES, ids=lambda name: ascii(name)[:30])
 def test_run_names(name: str, outside: Path, studio: PackServer):
     before = files(studio)
-    assert ("run_name must be" if is_a_name(name) else "run_name contains") in refusal(studio, training(name), TRAIN)
+    says = ("run_name must be" if name else "run_name is empty") if is_a_name(name) else "run_name contains"
+    assert says in refusal(studio, training(name), TRAIN)
     linked = {**training(["value", 0]), "value": hidden(name)}
     said = failure_at(studio, linked, TRAIN)
     assert ("not a path" if is_a_name(name) else "run_name contains") in said

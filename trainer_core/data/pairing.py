@@ -312,7 +312,8 @@ def _pair(
     paths = folders.pictures_of(key)
     problems = [
         f"{shown(paths[0])}: no {'mask' if folder is folders.masks else 'reference'} in {shown(folder.root)}; "
-        f"looked for {shown(key)} with a picture extension{folder.almost(key)}."
+        f"looked for {shown(key)} with a picture extension"
+        f"{folder.almost(key) or '. Put a picture of that name there, or remove the target'}."
         for folder in lacking
         if (folder.root, key) not in layout.no_reference and folder.root.is_dir()
     ]

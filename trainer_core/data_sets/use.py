@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config import DatasetConfig, PairCheckConfig, digest
 from ..data.captions import read_caption_file
-from ..data.folders import Folder, scan_folder
+from ..data.folders import Folder, scan_folder, unread_names
 from ..data.pair_check import check_pairs
 from ..data.pairing import EditDataset, EditPair, folder_state, scan_folders
 from ..errors import DatasetError
@@ -53,17 +53,9 @@ def pairs_of(
     target = scan_folder(data_set.folder("target"), observer=observer)
     reference = scan_folder(data_set.folder("reference"), observer=observer)
     name = brief(data_set.name)
-    if not target.pictures and not reference.pictures and not target.problems:
-        raise DatasetError(
-            f"The data set {name} has no pictures yet. Open the side panel Edit pairs, choose it, and drop the "
-            "pictures before and after the edit there."
-        )
     if not target.pictures.keys() & reference.pictures.keys():
-        raise DatasetError(
-            f"The data set {name} has no pair: {counted(len(reference.pictures), 'picture')} before the edit and "
-            f"{counted(len(target.pictures), 'picture')} after it, but no two with the same name. Open the side panel "
-            "Edit pairs and match them there."
-        )
+        wrong = [*target.problems, *reference.problems]
+        raise DatasetError(f"The data set {name} {_why_no_pair(target, reference)}", wrong)
     problems: list[str] = []
     marked: frozenset[str] = frozenset()
     try:
@@ -73,8 +65,14 @@ def pairs_of(
     if is_blank(instruction):
         without = sorted(target.pictures.keys() - target.texts.keys())
         if without:
+            hint = "Write"
+            if reference.texts.keys() >= set(without):
+                hint = (
+                    "Texts of these names lie beside the pictures before the edit. Are the two sides swapped? Then "
+                    "press Swap all in the side panel Edit pairs. Otherwise write"
+                )
             problems.append(
-                f"{counted(len(without), 'pair')} without an instruction ({some_of(without)}). Write what the edit "
+                f"{counted(len(without), 'pair')} without an instruction ({some_of(without)}). {hint} what the edit "
                 "does into the instruction of this node, for all pairs, or a caption for each pair in the side panel "
                 "Edit pairs."
             )
@@ -91,6 +89,28 @@ def pairs_of(
     marked &= {pair.key for pair in scan.dataset.pairs}
     return dataclasses.replace(
         scan.dataset, held_out=tuple(sorted(marked)), notes=(*data_set.notes, *scan.dataset.notes)
+    )
+
+
+def _why_no_pair(target: Folder, reference: Folder) -> str:
+    """Why two sides have no pair and what to do, as the end of a sentence that begins with the data set's name."""
+    before, after = (counted(len(side.pictures), "picture") for side in (reference, target))
+    for side in (reference, target):
+        if not side.pictures and side.unread:
+            return (
+                f"has no pair: the pictures in {shown(side.root.name)} have formats that are not supported "
+                f"({unread_names(side)}). Convert them to PNG or JPEG."
+            )
+    drop = "Open the side panel Edit pairs, choose the data set, and drop the pictures"
+    if not target.pictures and not reference.pictures:
+        return f"has no pictures yet. {drop} before and after the edit there."
+    if not target.pictures:
+        return f"has {before} before the edit, but none after it. {drop} after the edit there."
+    if not reference.pictures:
+        return f"has {after} after the edit, but none before it. {drop} before the edit there."
+    return (
+        f"has no pair: {before} before the edit and {after} after it, but no two with the same name. Open the side "
+        "panel Edit pairs and match them there."
     )
 
 

@@ -121,21 +121,23 @@ def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool)
 def _refusal(plan: MemoryPlan, budget: Budget) -> str:
     device, host = plan.needed_device_bytes / GIB, plan.host_peak_bytes / GIB
     if budget.is_shared:
-        numbers = f"{device + host:.1f} GiB of memory, but {budget.host_bytes / GIB:.1f} GiB are free"
+        numbers = f"{device + host:.1f} GiB of memory ({budget.host_bytes / GIB:.1f} GiB free)"
     else:
         numbers = (
-            f"{device:.1f} GiB on the device and {host:.1f} GiB of host memory, but "
-            f"{budget.device_bytes / GIB:.1f} and {budget.host_bytes / GIB:.1f} GiB are free"
+            f"{device:.1f} GiB of VRAM ({budget.device_bytes / GIB:.1f} GiB free) and {host:.1f} GiB of RAM "
+            f"({budget.host_bytes / GIB:.1f} GiB free)"
         )
     nearest = next(_smaller_that_fit(plan, budget), None)
-    advice = f"The smallest change that fits: {nearest}." if nearest else "No smaller setting fits either."
-    return f"The run does not fit. With the smallest memory settings it still needs {numbers}. {advice}"
+    advice = f"The smallest change that fits: {nearest}."
+    if not nearest:
+        advice = "No smaller setting fits either. Close other programs, or train where more memory is free."
+    return f"The run does not fit into memory. With the smallest memory settings it still needs {numbers}. {advice}"
 
 
 def _smaller_that_fit(plan: MemoryPlan, budget: Budget) -> Iterator[str]:
     for words, (config, network, work) in chain(smaller_trainings(plan), _much_smaller_trainings(plan)):
         if fitting := next(filter(budget.holds, _fitting_on_device(config, network, work, budget)), None):
-            yield f"{words} ({fitting.needed_device_bytes / GIB:.1f} GiB on the device)"
+            yield f"{words} ({fitting.needed_device_bytes / GIB:.1f} GiB{'' if budget.is_shared else ' of VRAM'})"
 
 
 Training = tuple[TrainConfig, NetworkSize, Workload]
