@@ -10,14 +10,14 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer_core import config
-from trainer_core.settings import Limits
+from trainer_core.settings import If, Limits
 from trainer_core.text import LONGEST_LIST, LONGEST_PROMPT, LONGEST_TEXT
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -68,7 +68,7 @@ HEAD = f"""# Settings
 
 All settings with their type or allowed values, default and meaning. `make docs` writes this page from
 `trainer_core/config`. The nodes take widgets, defaults, limits and tooltips from the same declarations. Some widgets
-offer a narrower range.
+offer a narrower range. Nodes hide a widget that is not used under the other values; runs ignore its value.
 
 Sections with a key are part of the JSON file of `python -m trainer_core`. The file is an object with the settings of
 *The whole file*; the settings of a section are in an object under its key. A list of texts may be given as one text.
@@ -90,9 +90,34 @@ def _section(cls: type, key: str | None, nodes: str) -> Iterator[str]:
     yield f"## {_title(cls)}\n\n{(cls.__doc__ or '').strip()}\n\n{place} In ComfyUI: {nodes}\n"
     yield "| name | allowed | default | meaning |\n| --- | --- | --- | --- |"
     for field in dataclasses.fields(cls):
-        cells = (f"`{field.name}`", _allowed(cls, field), _default(field), field.metadata["help"])
+        meaning = f"{field.metadata['help']} {used_in_words(field.metadata['used_if'], _json)}".rstrip()
+        cells = (f"`{field.name}`", _allowed(cls, field), _default(field), meaning)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
+
+
+def used_in_words(conditions: Iterable[If], shown: Callable[[Any], str], name: Callable[[str], str] = str) -> str:
+    """A sentence that says when a setting changes something; empty if always.
+
+    Args:
+        conditions: those that are declared for the setting.
+        shown: makes Markdown of a value.
+        name: the name that readers know of another setting.
+    """
+    found: list[str] = []
+    for condition in conditions:
+        equals, differs = ([shown(value) for value in values] for values in condition[1:])
+        found += [f"`{name(condition.setting)}` is {_or(equals)}"] if equals else []
+        found += [f"`{name(condition.setting)}` is not {_or(differs)}"] if differs else []
+    return f"Used if {' and '.join(found)}." if found else ""
+
+
+def _or(values: list[str]) -> str:
+    return " or ".join(filter(None, (", ".join(values[:-1]), values[-1])))
+
+
+def _json(value: Any) -> str:
+    return f"`{json.dumps(value)}`"
 
 
 def _title(cls: type) -> str:
@@ -104,9 +129,7 @@ def _default(field: Any) -> str:
         return "must be given"
     if field.metadata.get("unless"):
         return f"must be given, or `{field.metadata['unless']}`"
-    return (
-        "the defaults of that section" if dataclasses.is_dataclass(field.default) else f"`{json.dumps(field.default)}`"
-    )
+    return "the defaults of that section" if dataclasses.is_dataclass(field.default) else _json(field.default)
 
 
 def _allowed(cls: type, field: Any) -> str:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tools.settings_reference import used_in_words
+from trainer_core.settings import If
+
 DEPENDS_ON_FOLDERS = {"base_model", "lora_name", "init_lora", "transformer_file", "text_encoder_file", "vae_file"}
 DEPENDS_ON_FOLDERS |= {"model", "text_encoder", "vae", "data_set"}
 DEPENDS_ON_FOLDERS |= {"picture", "run_name"}
@@ -22,6 +25,8 @@ def lists(info: dict[str, Any]) -> str:
         for name, (kind, options) in info["input"].get(part, {}).items():
             optional = " (optional)" if part == "optional" else ""
             allowed = _allowed(name, options) if kind in _WIDGETS else _type(kind)
+            conditions = [If(**each) for each in options.get("qwen_edit_used", {}).get("if", ())]
+            allowed = f"{allowed} {used_in_words(conditions, _shown, lambda name: name.replace('_', ' '))}".strip()
             lines.append(_line(options["display_name"], optional, options["tooltip"], allowed))
     lines += ["", "## Outputs", ""]
     described = zip(info["output_name"], info["output"], info["output_tooltips"], strict=True)
