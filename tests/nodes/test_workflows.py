@@ -53,6 +53,12 @@ def test_titles_are_found_by_what_people_search(name: str):
     assert re.fullmatch(r"Qwen edit LoRA - [A-Za-z0-9 -]+", name)  # ComfyUI searches the file name; no odd characters
 
 
+@pytest.mark.parametrize("searched", ["qwen", "train lora", "edit lora"])
+def test_a_training_for_each_release_is_found(searched: str):
+    """Frontend 1.32.9 compares the whole search with the start of the name, and finds words only one after the other."""
+    assert sum(searched in title.lower()[:40] for title in TWINS) >= 3
+
+
 def test_known_classes_and_values(graph: dict[str, Any], all_nodes: dict[str, Any]):
     for node in graph["nodes"]:
         if node["type"] in NOTES:

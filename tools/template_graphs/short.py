@@ -44,7 +44,7 @@ def train(release: str, name: str, file: str, repository: str, edit: str) -> Tem
     downloads = (model("diffusion_models", file), TEXT_ENCODER, VAE)
     listed = "\n".join(f"- [{each['name']}]({each['url']}) into *models/{each['directory']}*" for each in downloads)
     return Template(
-        title=f"{TITLE}Train {release}",
+        title=f"{TITLE}Train LoRA {release}",
         name=name,
         columns=_path(
             note("How To Train", "short", 620, release=release, repository=repository, downloads=listed),
