@@ -19,6 +19,7 @@ from .conditioning.batches import pad_prompts
 from .conditioning.caption_lengths import too_long
 from .conditioning.pictures import View, plan_reference, render, to_picture, vision_picture
 from .config import EncodingConfig, ModelConfig, Preprocessing, TrainConfig
+from .data.pairing import too_narrow
 from .device import pick_device, release_memory
 from .errors import ConfigError, Problems
 from .events import SILENT, Observer, raise_if_stopped
@@ -79,8 +80,8 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
     """Encode, sample and decode, with one network in memory at a time.
 
     Raises:
-        ConfigError: there is no reference, or more than the flavour takes; the size isn't a multiple of 16; a prompt
-            has more tokens than the largest `tokenizer_max_length`.
+        ConfigError: there is no reference, or more than the flavour takes; a reference is too long and narrow; the
+            size isn't a multiple of 16; a prompt has more tokens than the largest `tokenizer_max_length`.
         ModelFileError: a part of the model can't be loaded, or the LoRA file belongs to another model.
         MissingPackageError: a setting needs a package that is not installed.
         JobError: several of these.
@@ -146,6 +147,9 @@ def _checked_size(request: SampleRequest) -> Size:
     count, row = len(request.references), FLAVOURS[request.model.flavour]
     if not 1 <= count <= row.max_references:
         raise ConfigError(f"There are {count} reference pictures, but {row.title} takes 1 to {row.max_references}.")
+    for number, picture in enumerate(request.references, 1):
+        if problem := too_narrow(Size(*picture.size)):
+            raise ConfigError(f"Reference picture {number} {problem} Crop it.")
     if request.size is None:
         return bucket_size(Size(*request.references[0].size), request.encoding.resolution)
     if any(side % (2 * VAE_FACTOR) or side <= 0 for side in request.size):

@@ -133,6 +133,12 @@ def test_by_keyboard_and_with_hostile_texts(told: str, open_page: OpenPage):
     expect(page.panel.locator(".qet-stack .qet-left")).to_have_text("target")
     widths = "() => [...document.querySelectorAll('.qet-stack img')].map(picture => picture.naturalWidth)"
     page.page.wait_for_function(f"() => ({widths})().every(width => width === 64)")
+    tall = "canvas => { [canvas.width, canvas.height] = [2, 64]; return canvas.toDataURL(); }"
+    page.page.evaluate(f"document.querySelector('.qet-stack img').src = ({tall})(document.createElement('canvas'))")
+    picture = "const picture = document.querySelector('.qet-stack img')"
+    page.page.wait_for_function(
+        f"() => {{ {picture}; return picture.naturalHeight === 64 && picture.offsetHeight <= 1200; }}"
+    )
 
     page.panel.get_by_role("button", name="All runs").focus()
     page.page.keyboard.press("Enter")

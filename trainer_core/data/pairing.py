@@ -357,16 +357,22 @@ def reference_types(config: DatasetConfig, present: Sequence[bool]) -> tuple[Con
     return tuple(kind for kind, has in zip(kinds, present, strict=True) if has)
 
 
+def too_narrow(size: Size) -> str:
+    """What is wrong with the shape of a picture of this size, as sentences after "the picture"; empty if nothing."""
+    if max(size) <= LONGEST_SHAPE * min(size):
+        return ""
+    return f"is {size.width} x {size.height}. A side may be at most {LONGEST_SHAPE} times the other."
+
+
 def shape_problems(paths: Sequence[Path], sizes: Sequence[Size], kinds: Sequence[ConditioningType]) -> list[str]:
     """Pictures that are too narrow, and reference_strict references whose aspect ratio differs from the target's.
 
     `paths` and `sizes` list the target first, then the references.
     """
     narrow = [
-        f"{shown(path)}: the picture is {size.width} x {size.height}. A side may be at most {LONGEST_SHAPE} times the "
-        "other. Crop it or remove the pair."
+        f"{shown(path)}: the picture {problem} Crop it or remove the pair."
         for path, size in zip(paths, sizes, strict=True)
-        if max(size) > LONGEST_SHAPE * min(size)
+        if (problem := too_narrow(size))
     ]
     return narrow + [
         f"{shown(path)}: the reference is {size.width} x {size.height} and its target {sizes[0].width} x "

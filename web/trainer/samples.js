@@ -10,6 +10,7 @@ import { t } from "./words.js";
  */
 
 const THUMB_EDGE = 192; // pixels; size of the requested thumbnails
+const TALLEST = 1200; // pixels; height of the compared pictures
 
 /**
  * The column with the trained result: the LoRA, or its EMA if there is no LoRA picture.
@@ -88,6 +89,9 @@ export function createComparison(store, onShown, actions) {
   const leftLabel = element("span", { class: "qet-corner qet-left" });
   const rightLabel = element("span", { class: "qet-corner qet-right" });
   const stack = element("div", { class: "qet-stack" }, under, over, leftLabel, rightLabel);
+  under.addEventListener("load", () => {
+    stack.style.maxWidth = `${(TALLEST * under.naturalWidth) / under.naturalHeight}px`;
+  });
   const divider = slider("qet-divider", 0, 100, 50);
   const steps = slider("qet-steps", 0, 0, 0);
   const stepLabel = element("output", { class: "qet-step-label" });
