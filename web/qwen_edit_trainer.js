@@ -14,7 +14,7 @@ import { attachView } from "./trainer/node_view.js";
 import { keepDigits, readExponents } from "./trainer/number_widgets.js";
 import { createPanel } from "./trainer/panel.js";
 import { watchRefusals } from "./trainer/refusals.js";
-import { attachReport, createReport, restoreReports } from "./trainer/reports.js";
+import { attachReport, clearProgressTexts, createReport, restoreReports } from "./trainer/reports.js";
 import { showUsed } from "./trainer/shown_widgets.js";
 import { createStore } from "./trainer/store.js";
 import { TRY_NODE } from "./trainer/trial.js";
@@ -47,6 +47,7 @@ app.registerExtension({
     registerTab(TAB, "pi pi-chart-line", t("Training runs"), t("Training runs of Qwen Edit Trainer"), panel);
     api.addEventListener("qwen_edit_trainer.lora", () => refreshLists(app));
     watchRefusals(app, api, pairs.settle);
+    clearProgressTexts(app, api);
     readExponents(app);
     store.refresh();
   },
@@ -55,9 +56,9 @@ app.registerExtension({
     readOldValues(node);
     keepDigits(node);
     nameBoxes(node);
+    if (kindOf(node) === TRY_NODE) attachUpload(node, "picture", app, api);
     attachReport(app, node);
     showUsed(node);
-    if (kindOf(node) === TRY_NODE) attachUpload(node, "picture", app, api);
     if (kindOf(node) === PAIRS_NODE) {
       pairs.prefill(node); // its saved values come later
       attachButton(node, () => {

@@ -85,6 +85,9 @@ def test_from_the_template_to_the_lora(browser: Browser, new_server: PackServer,
     tried = page.panel.get_by_role("region", name="Try the LoRA")
     expect(tried.get_by_text("LoRA at strength 1.00")).to_be_visible()
     page.picture("beginner 5 tried")
+    trial = page.page.locator(".qet-node", has=page.page.get_by_text("strength 1: base"))
+    expect(trial).to_be_visible()
+    assert page.page.get_by_text("Checking pictures: ").count() == 0  # progress ends with the run
 
     assert person.clicks <= MOST_CLICKS
     assert person.fields <= MOST_FIELDS

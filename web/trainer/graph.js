@@ -301,6 +301,11 @@ export function nodesOfKind(app, kind) {
   return allNodes(rootGraph(app)).filter((node) => kindOf(node) === kind);
 }
 
+/** All nodes of this pack, also those in subgraphs. @param {any} app @returns {any[]} */
+export function ourNodes(app) {
+  return allNodes(rootGraph(app)).filter((node) => isOurs(kindOf(node)));
+}
+
 /** Add a node in the middle of what is seen of the graph. @param {any} app @param {string} kind */
 export function addNode(app, kind) {
   const node = /** @type {any} */ (window).LiteGraph.createNode(kind);

@@ -1,9 +1,10 @@
 // @ts-check
 /** The text that a node of ours outputs, such as a plan or the findings on pairs, shown on the node. */
 import { copyText, element, setText } from "./dom.js";
-import { isOurs, kindOf, withOutputs } from "./graph.js";
+import { isOurs, kindOf, ourNodes, withOutputs } from "./graph.js";
 import { t } from "./words.js";
 
+const PROGRESS_TEXT = "$$node-text-preview"; // ComfyUI's name of the widget
 const HEIGHT = 120; // pixels of a node that is not listed
 /** Nodes with a report, and the pixels that they keep free for it, so that a node never grows over others. */
 const HEIGHTS = /** @type {Record<string, number>} */ ({
@@ -63,6 +64,25 @@ export function attachReport(app, node) {
     before?.call(this, output, ...rest);
     show(app, node, output);
   };
+}
+
+/**
+ * When a prompt has ended, take ComfyUI's progress texts off our nodes. Before frontend 1.58 they stay there, in the room
+ * of the report.
+ * @param {any} app
+ * @param {any} api
+ */
+export function clearProgressTexts(app, api) {
+  const clear = () => {
+    for (const { widgets } of ourNodes(app)) {
+      const place = widgets?.findIndex((/** @type {any} */ { name }) => name === PROGRESS_TEXT) ?? -1;
+      if (place < 0) continue;
+      widgets[place].onRemove?.();
+      widgets.splice(place, 1);
+    }
+    app.canvas?.setDirty(true, true);
+  };
+  for (const end of ["success", "error", "interrupted"]) api.addEventListener(`execution_${end}`, clear);
 }
 
 /** Show the reports among the outputs that ComfyUI restores. @param {any} app @param {Record<string, any>} outputs */
