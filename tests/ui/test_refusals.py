@@ -11,6 +11,7 @@ from .conftest import OpenPage
 
 pytestmark = pytest.mark.server
 
+DOWNLOAD = "https://huggingface.co/Qwen/gone"
 IN_VIEW = """title => {
     const { ds, canvas } = app.canvas, node = app.graph.nodes.find(each => each.title === title);
     const top = (node.pos[1] + ds.offset[1]) * ds.scale;
@@ -34,13 +35,15 @@ def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_pa
     assert page.page.evaluate(IN_VIEW, "Train Qwen Edit LoRA (advanced)")
 
     page.set_widgets("OptimizerSettings", lr_warmup_steps=10)
-    page.set_widgets("LoadModel", base_model="gone")
+    page.set_widgets("LoadModel", base_model=f"{DOWNLOAD} https://elsewhere.example/")
     page.set_widgets("TrainLora", run_name="a/path")
     page.run()
     expect(notice.locator("b")).to_have_text(["Load Qwen Edit Model", "Train Qwen Edit LoRA (advanced)"])
     expect(notice.locator("p")).to_contain_text(
-        ["Base model 'gone' not found", "run_name must be the name of a folder"]
+        [f"Base model '{DOWNLOAD} https://elsewhere.example/' not found", "run_name must be the name of a folder"]
     )
+    links = notice.get_by_role("link")
+    assert [link.get_attribute("href") for link in links.all()] == [DOWNLOAD]
     notice.get_by_role("button", name="Close").click()
     expect(notice).to_have_count(0)
 

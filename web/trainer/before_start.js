@@ -1,6 +1,6 @@
 // @ts-check
 /** What a training will do, on its node before it runs: time, memory, preset, and what Run would refuse. */
-import { element, setText } from "./dom.js";
+import { element, setText, withLinks } from "./dom.js";
 import { roughly } from "./format.js";
 import { hasId, isTrainNode, promptOf, titleOf, toast } from "./graph.js";
 import { chain, runOf } from "./node_view.js";
@@ -224,7 +224,7 @@ function linesOf(answer, app) {
   const named = (/** @type {Problem} */ problem) => {
     const title = problem.node_id && titleOf(app, problem.node_id);
     const node = title ? [element("b", {}, title, ": ")] : [];
-    return element("p", { class: "qet-before-problem" }, ...node, problem.text);
+    return element("p", { class: "qet-before-problem" }, ...node, ...withLinks(problem.text));
   };
   return [
     ...answer.problems.map(named),

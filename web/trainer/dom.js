@@ -41,6 +41,17 @@ function furnish(made, options, children) {
 }
 
 /**
+ * A message of the server, in which download addresses are links. Others stay text, because a graph may bring them.
+ * @param {string} text
+ * @returns {(Node|string)[]}
+ */
+export function withLinks(text) {
+  const parts = text.split(/(https:\/\/huggingface\.co\/[\w./%-]*\w)/);
+  const link = (/** @type {string} */ href) => element("a", { href, target: "_blank", rel: "noreferrer" }, href);
+  return parts.map((part, index) => (index % 2 ? link(part) : part));
+}
+
+/**
  * Set the text only if it changes, so that screen readers do not announce it again.
  * @param {Element} target
  * @param {string} text

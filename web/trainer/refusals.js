@@ -8,7 +8,7 @@
  * @typedef {{errors: Fault[], dependent_outputs?: string[], class_type: string}} NodeErrors
  * @typedef {{id: string, kind: string, texts: string[]}} Problem
  */
-import { element } from "./dom.js";
+import { element, withLinks } from "./dom.js";
 import { goToNode, isOurs, kindOf, nameOfKind, nodeWithId } from "./graph.js";
 import { t } from "./words.js";
 
@@ -119,5 +119,5 @@ function item(app, { id, kind, texts }, go) {
   const button = element("button", { type: "button", class: "qet-button", hidden: !isHere, on }, t("Go to node"));
   const title = isHere ? node.title : nameOfKind(kind);
   const head = element("div", { class: "qet-row" }, element("b", { text: title }), button);
-  return element("li", {}, head, ...texts.map((text) => element("p", { text })));
+  return element("li", {}, head, ...texts.map((text) => element("p", {}, ...withLinks(text))));
 }
