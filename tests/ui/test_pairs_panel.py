@@ -11,6 +11,7 @@ from playwright.sync_api import CDPSession, FileChooser, Locator, Request, Route
 
 from tests.support.browser_page import ComfyPage
 from tests.support.comfyui_server import PackServer
+from tests.support.pairs_panel import Panel
 from trainer_core.demo.pictures import copy_demo_pairs
 
 from .conftest import OpenPage
@@ -20,30 +21,6 @@ pytestmark = pytest.mark.server
 HOSTILE = "<img src=x onerror=window.hacked=true>"
 COUNT = 6
 UPLOADS = "**/data_sets/slow/pictures?*"
-
-
-class Panel:
-    """The panel of a page, and the folder of a data set that is made in it."""
-
-    def __init__(self, page: ComfyPage, folder: Path) -> None:
-        self.page, self.folder = page, folder
-        self.root = page.page.locator(".qet-pairs")
-        self.state = self.root.locator(".qet-state")
-        self.instruction = self.root.get_by_role("textbox", name="Instruction for all pairs")
-
-    def zone(self, side: str) -> Locator:
-        return self.root.locator(f'.qet-zone[data-side="{side}"]')
-
-    def row(self, key: str) -> Locator:
-        return self.root.get_by_role("listitem", name=key, exact=True)
-
-    def button(self, name: str) -> Locator:
-        return self.root.get_by_role("button", name=name, exact=True)
-
-    def files(self) -> dict[str, bytes]:
-        """The data set's files, without the trash."""
-        paths = (path for path in self.folder.rglob("*") if path.is_file() and ".trash" not in path.parts)
-        return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")

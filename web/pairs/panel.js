@@ -193,7 +193,8 @@ export function createPairsPanel(app, api, onChange) {
     async settle() {
       if (store.uploads.progress()) toast(app, "info", t("The run starts when the pictures are uploaded."));
       await store.settled();
-      if (!(await saveAll())) throw new Error(t("Not started: the side panel Edit pairs has texts that can't be saved."));
+      const isSaved = await saveAll();
+      if (!isSaved) throw new Error(t("Not started: the side panel Edit pairs has texts that can't be saved."));
     },
     /** Let a new node use the data set that is shown, rather than the first one. @param {any} made */
     prefill(made) {

@@ -67,8 +67,8 @@ export function attachReport(app, node) {
 }
 
 /**
- * When a prompt has ended, take ComfyUI's progress texts off our nodes. Before frontend 1.58 they stay there, in the room
- * of the report.
+ * When a prompt has ended, take ComfyUI's progress texts off our nodes. Before frontend 1.58 they stay there, in the
+ * room of the report.
  * @param {any} app
  * @param {any} api
  */
