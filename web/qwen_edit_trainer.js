@@ -24,6 +24,8 @@ import { loadWords, t } from "./trainer/words.js";
 const TAB = "qwen-edit-trainer";
 const PAIRS_TAB = "qwen-edit-pairs";
 const store = createStore(api);
+/** The panel that is shown, and how to remove it. */
+let shown = { tab: "", remove: () => {} };
 /** @type {ReturnType<typeof createPanel>} */
 let panel;
 /** @type {ReturnType<typeof createBeforeStart>} */
@@ -82,23 +84,24 @@ app.registerExtension({
 });
 
 /**
+ * ComfyUI renders a panel again into the same place, also one that followed another there, and destroys neither first.
  * @param {string} id
  * @param {string} icon
  * @param {string} title
  * @param {string} tooltip
- * @param {{mount: (place: HTMLElement) => () => void}} shown
+ * @param {{mount: (place: HTMLElement) => () => void}} content
  */
-function registerTab(id, icon, title, tooltip, shown) {
-  let unmount = () => {};
+function registerTab(id, icon, title, tooltip, content) {
   app.extensionManager.registerSidebarTab({
     id, icon, title, tooltip, type: "custom",
     render(/** @type {HTMLElement} */ place) {
-      unmount();
-      unmount = shown.mount(place);
+      shown.remove();
+      shown = { tab: id, remove: content.mount(place) };
     },
     destroy() {
-      unmount();
-      unmount = () => {};
+      if (shown.tab !== id) return;
+      shown.remove();
+      shown = { tab: "", remove: () => {} };
     },
   }); // prettier-ignore
 }

@@ -166,6 +166,14 @@ def test_values_at_a_step_by_keyboard(renderer: str, told: str, open_page: OpenP
         expect(place.locator(".qet-legend")).to_contain_text("loss 0.02500")
 
 
+def test_one_panel_at_a_time(open_page: OpenPage):
+    page = open_page()
+    for tab, of_pairs in (("pairs", 1), ("trainer", 0), ("pairs", 1)):
+        page.tab_button(f"qwen-edit-{tab}").click()
+        expect(page.page.locator(".qet-pairs")).to_have_count(of_pairs)
+        expect(page.panel).to_have_count(1)
+
+
 def test_a_click_on_the_chart_holds_no_step(told: str, open_page: OpenPage):
     page = open_page()
     page.open_panel(told)

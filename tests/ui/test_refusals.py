@@ -44,7 +44,8 @@ def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_pa
     )
     links = notice.get_by_role("link")
     assert [link.get_attribute("href") for link in links.all()] == [DOWNLOAD]
-    notice.get_by_role("button", name="Close").click()
+    expect(notice.get_by_role("button", name="Go to node").first).to_be_focused()
+    page.page.keyboard.press("Escape")
     expect(notice).to_have_count(0)
 
     alone = "() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('QwenEdit_PlotLoss')); }"

@@ -19,7 +19,7 @@ export function createChooser(store, onChoose) {
   const make = element("button", { type: "submit", class: "qet-button" }, t("Make"));
   const cancel = element("button", { type: "button", class: "qet-button" }, t("Cancel"));
   const wrong = element("p", { class: "qet-problem", role: "alert", hidden: true });
-  const row = element("div", { class: "qet-row" }, select, start);
+  const row = element("div", { class: "qet-row qet-chooser" }, select, start);
   const form = element("form", { hidden: true }, element("div", { class: "qet-new" }, name, make, cancel), wrong);
 
   /** @param {boolean} open */

@@ -149,12 +149,12 @@ export function createList(store, look) {
         return { value, count, text: named(count) };
       }),
     ].filter(({ value, count }) => count || value === "all" || value === chosen);
+    filter.hidden = choices.length < 2 && document.activeElement !== filter; // the focus would be lost
     const shown = JSON.stringify(choices);
     if (filter.dataset.shown === shown) return;
     filter.dataset.shown = shown;
     filter.replaceChildren(...choices.map(({ value, text }) => element("option", { value, text })));
     filter.value = chosen;
-    filter.hidden = choices.length < 2;
   }
 
   return {

@@ -92,12 +92,23 @@ function inWords({ type, message, details, extra_info }) {
 function createNotice(app) {
   const heading = element("h3", { class: "qet-heading" });
   const list = element("ul", { class: "qet-notice-list" });
-  const hide = () => box.remove();
+  /** @type {HTMLElement|null} What had the focus before the notice. */
+  let before = null;
   const label = t("Close");
   const close = element("button", { type: "button", class: "qet-button", "aria-label": label, title: label }, "✕");
   close.addEventListener("click", hide);
   const head = element("div", { class: "qet-row" }, heading, close);
   const box = element("section", { class: "qet-notice", role: "alert" }, head, list);
+  box.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+    if (event.key === "Escape") hide();
+  });
+
+  /** The focus goes back, if it is in the notice. */
+  function hide() {
+    const had = box.contains(document.activeElement);
+    box.remove();
+    if (had && before?.isConnected) before.focus();
+  }
 
   return {
     hide,
@@ -107,6 +118,10 @@ function createNotice(app) {
       const go = (/** @type {string} */ id) => goToNode(app, id, window.innerHeight - box.getBoundingClientRect().top);
       list.replaceChildren(...problems.map((problem) => item(app, problem, go)));
       document.body.append(box);
+      const active = /** @type {HTMLElement|null} */ (document.activeElement);
+      if (active?.matches("input, textarea, select, [contenteditable]")) return; // nobody is interrupted in typing
+      before = active;
+      (list.querySelector("button:not([hidden])") ?? close).focus({ focusVisible: true });
     },
   };
 }
