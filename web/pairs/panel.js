@@ -2,7 +2,7 @@
 /** The side panel "Edit pairs": a data set of picture pairs, from the first drop to a graph that uses it. */
 import { element, onceAFrame, setText } from "../trainer/dom.js";
 import { addNode, chooseInCombo, nodesOfKind, selectedNode, toast, widget } from "../trainer/graph.js";
-import { t } from "../trainer/words.js";
+import { sentences, t } from "../trainer/words.js";
 import { createProblems, createProgress, createUndo, createUse } from "./boxes.js";
 import { createChooser } from "./chooser.js";
 import { createInstruction } from "./instruction.js";
@@ -134,8 +134,8 @@ export function createPairsPanel(app, api, onChange) {
     const { state: what, next, step } = stateLine(store, inNode("data_set") === state.name);
     if (line.dataset.shown !== what + next) {
       line.dataset.shown = what + next;
-      const then = next ? [" ", element("b", { text: t("Next:") }), ` ${next}`] : [];
-      line.replaceChildren(what, ...then);
+      const then = next ? [element("b", { text: t("Next:") }), sentences(["", next])] : [];
+      line.replaceChildren(sentences([what, ""]), ...then);
     }
     problem.hidden = !state.problem;
     setText(problem, state.problem);

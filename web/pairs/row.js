@@ -1,7 +1,7 @@
 // @ts-check
 /** The rows of the list: a pair, a suggested pair, and a picture without a partner. */
 import { element, setText } from "../trainer/dom.js";
-import { t } from "../trainer/words.js";
+import { labelled, listed, t } from "../trainer/words.js";
 import { createSavedField } from "./saved_field.js";
 
 /**
@@ -59,7 +59,7 @@ function createFrame(store, label) {
 export function named(label, { file, width, height }) {
   return width && height
     ? t("{label}: {file}, {width} × {height}", { label, file, width, height })
-    : `${label}: ${file}`;
+    : labelled(label, file);
 }
 
 /**
@@ -175,7 +175,7 @@ export function createSuggestedRow({ store, pick }, suggestion, reference, targe
   shape(pictures, [reference, target]);
   const row = element("li", {
     class: "qet-pair qet-suggested",
-    "aria-label": `${suggestion.reference}, ${suggestion.target}`,
+    "aria-label": listed([suggestion.reference, suggestion.target]),
   });
   const accept = button("accept", t("Accept"), t("Make these two a pair"), () => store.match([suggestion]));
   const other = button("pick", t("Choose another…"), t("Choose another picture after the edit"), () => {

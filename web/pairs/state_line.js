@@ -44,9 +44,8 @@ function ofSet(store, set, inGraph) {
     return line(t("“{name}” is empty.", { name: set.name }), next, "drop");
   }
   if (suggestions.length) {
-    const count = suggestions.length;
-    const more = t("{count} more look alike", { count });
-    return line(`${ready}, ${more}.`, t("Accept the suggestions, or choose other partners."), "partners");
+    const more = t("{pairs}, {count} more look alike.", { pairs: ready, count: suggestions.length });
+    return line(more, t("Accept the suggestions, or choose other partners."), "partners");
   }
   if (unmatched.length) {
     const after = unmatched.filter(({ side }) => side === "target").length;
@@ -66,14 +65,14 @@ function ofSet(store, set, inGraph) {
     }
     const alone =
       unmatched.length === 1
-        ? t("1 picture without a partner")
-        : t("{count} pictures without a partner", { count: unmatched.length });
+        ? t("{pairs}, 1 picture without a partner.", { pairs: ready })
+        : t("{pairs}, {count} pictures without a partner.", { pairs: ready, count: unmatched.length });
     const here = after && after < unmatched.length;
-    if (here) return line(`${ready}, ${alone}.`, t("Choose their partners, or delete them."), "partners");
+    if (here) return line(alone, t("Choose their partners, or delete them."), "partners");
     const missing = after
       ? t("Drop the picture before the edit for each, or delete them.")
       : t("Drop the picture after the edit for each, or delete them.");
-    return line(`${ready}, ${alone}.`, missing, after ? "before" : "after");
+    return line(alone, missing, after ? "before" : "after");
   }
   return ofPairs(store, pairs, ready, captionsOf(set).length, inGraph);
 }
@@ -87,7 +86,7 @@ function ofSet(store, set, inGraph) {
  * @returns {Line}
  */
 function ofPairs(store, pairs, ready, captions, inGraph) {
-  if (!captions) return line(`${ready}.`, t("Write the instruction."), "instruction");
+  if (!captions) return line(t("{pairs}.", { pairs: ready }), t("Write the instruction."), "instruction");
   const blank = pairs.filter(({ caption }) => !caption).length;
   if (blank)
     return line(

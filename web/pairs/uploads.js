@@ -1,6 +1,6 @@
 // @ts-check
 /** Uploads files, a few at a time, and keeps the problems of files in one list. */
-import { t } from "../trainer/words.js";
+import { labelled, t } from "../trainer/words.js";
 
 /**
  * @typedef {import("./dropped.js").Dropped} Dropped
@@ -48,7 +48,7 @@ export function createUploads(server, tell) {
       problems.push(...(answer.problems ?? []));
       added.push(...(answer.added ?? []).map((each) => ({ set: task.set, ...each })));
     } catch (error) {
-      if (!stop.signal.aborted) problems.push(`${task.name}: ${/** @type {any} */ (error).message}`);
+      if (!stop.signal.aborted) problems.push(labelled(task.name, /** @type {any} */ (error).message));
     }
     sent.delete(task);
     bytesDone += task.file.size;

@@ -1,7 +1,7 @@
 // @ts-check
 /** Where pictures are dropped: one zone for each side, and one for a ZIP file or a folder with both. */
 import { element, setText } from "../trainer/dom.js";
-import { t } from "../trainer/words.js";
+import { labelled, t } from "../trainer/words.js";
 import { filesIn, filesOf, hasFiles, inSeveralFolders } from "./dropped.js";
 
 /**
@@ -38,7 +38,7 @@ export function createZones(onFiles) {
 /** @param {string} side @param {string} title @param {string} invitation @param {OnFiles} onFiles */
 function createZone(side, title, invitation, onFiles) {
   const number = element("span", { class: "qet-quiet" });
-  const name = `${title}: ${t("Choose…")}`;
+  const name = labelled(title, t("Choose…"));
   const onChosen = (/** @type {Dropped[]} */ files) => give(side, files, onFiles);
   const choose = chooser(t("Choose…"), { accept: KINDS, multiple: true, name }, onChosen);
   const hint = element("span", { class: "qet-quiet qet-hint", text: invitation });

@@ -5,7 +5,7 @@ import { roughly } from "./format.js";
 import { hasId, isTrainNode, promptOf, titleOf, toast } from "./graph.js";
 import { chain, runOf } from "./node_view.js";
 import { isUnderWay } from "./store.js";
-import { t } from "./words.js";
+import { labelled, sentences, t } from "./words.js";
 
 /**
  * @typedef {{name: string, value: any}} Fact
@@ -223,7 +223,7 @@ function linesOf(answer, app) {
     element("p", { class: `qet-before-${kind}` }, text);
   const named = (/** @type {Problem} */ problem) => {
     const title = problem.node_id && titleOf(app, problem.node_id);
-    const node = title ? [element("b", {}, title, ": ")] : [];
+    const node = title ? [element("b", {}, labelled(title, ""))] : [];
     return element("p", { class: "qet-before-problem" }, ...node, ...withLinks(problem.text));
   };
   return [
@@ -255,7 +255,7 @@ function memory(facts) {
   const told = [t("Needs {needed} of {free} GiB free VRAM.", { needed: card, free: freeCard })];
   const isShort = facts.ram_needed > SHORT * facts.ram_free;
   if (isShort) told.push(t("Needs {needed} of {free} GiB free RAM.", { needed: ram, free: freeRam }));
-  return told.join(" ");
+  return sentences(told);
 }
 
 /** @param {number} bytes */
@@ -282,5 +282,5 @@ function details(facts) {
     const [needed, free] = [(facts.disk_needed / 1e9).toFixed(1), (facts.disk_free / 1e9).toFixed(0)];
     told.push(t("Needs {needed} of {free} GB free disk space.", { needed, free }));
   }
-  return told.length ? [told.join(" ")] : [];
+  return told.length ? [sentences(told)] : [];
 }

@@ -3,7 +3,7 @@
 import { isHeldOut, nearest, range, smoothed, smoothingWindow, ticks } from "./chart_data.js";
 import { element, onceAFrame, svg } from "./dom.js";
 import * as format from "./format.js";
-import { t } from "./words.js";
+import { labelled, listed, t } from "./words.js";
 
 /** @typedef {import("./store.js").Curve} Curve */
 
@@ -254,7 +254,7 @@ function describe(plot, view, pointed) {
   const { steps } = view.curve;
   const step = pointed ?? steps[steps.length - 1];
   const said = values(view, pointed).map(([, label, value]) => `${label} ${value}`);
-  const now = [0, steps[0], steps[steps.length - 1], step, `${t("step {step}", { step })}: ${said.join(", ")}`];
+  const now = [0, steps[0], steps[steps.length - 1], step, labelled(t("step {step}", { step }), listed(said))];
   plot.setAttribute("role", "slider");
   plot.setAttribute("aria-label", t("Loss curve"));
   SLIDER.forEach((name, index) => plot.setAttribute(name, String(now[index])));

@@ -8,7 +8,7 @@ import { isInNotice } from "./refusals.js";
 import { createComparison } from "./samples.js";
 import { isUnderWay } from "./store.js";
 import { createTrial, endOf } from "./trial.js";
-import { t } from "./words.js";
+import { listed, sentences, t } from "./words.js";
 
 /**
  * @typedef {import("./store.js").Run} Run
@@ -182,7 +182,7 @@ function createDetail({ app, api, store, back }) {
       const { changed, made, left } = applySettings(app, await load(), fresh);
       const done = t("Widgets changed: {changed}, nodes added: {made}, run name: {fresh}", { changed, made, fresh });
       toast(app, "success", t("Settings copied"), done);
-      if (left.length) toast(app, "warn", t("No matching choice; set these widgets yourself"), left.join(", "));
+      if (left.length) toast(app, "warn", t("No matching choice; set these widgets yourself"), listed(left));
     }),
     notify: action(app, t("Notify me"), t("Show a notification of the browser when a run ends"), async () => {
       await Notification.requestPermission();
@@ -266,7 +266,7 @@ function createEnding({ tryIt, use }) {
       const early = run.kept_step ? [t("Ended early at step {step}.", { step: run.kept_step })] : [];
       const saved = t("LoRA saved: {name}", { name: String(run.lora_name) });
       const took = run.seconds ? [t("Total time: {time}", { time: format.duration(run.seconds) })] : [];
-      setText(line, [[...early, saved].join(" "), ...took].join(" · "));
+      setText(line, [sentences([...early, saved]), ...took].join(" · "));
       button.hidden = endOf(run) === undefined || !run.samples?.length;
     },
   };
@@ -320,7 +320,7 @@ function ratios({ psnr, unmeasured }) {
     ["base", psnr?.base],
   ];
   const known = named.flatMap(([name, value]) => (typeof value === "number" ? `${name} ${value.toFixed(1)} dB` : []));
-  return known.length > 1 ? [known.join(", ")] : unmeasured ? [unmeasured] : [];
+  return known.length > 1 ? [listed(known)] : unmeasured ? [unmeasured] : [];
 }
 
 /** Report a failed action. @param {any} app @param {string} what The action. @param {any} error */

@@ -10,7 +10,7 @@
  */
 import { element, withLinks } from "./dom.js";
 import { goToNode, isOurs, kindOf, nameOfKind, nodeWithId } from "./graph.js";
-import { t } from "./words.js";
+import { labelled, t } from "./words.js";
 
 /** @type {WeakSet<any>} Errors of `api.queuePrompt` that the notice shows. */
 const shownErrors = new WeakSet();
@@ -85,7 +85,7 @@ function inWords({ type, message, details, extra_info }) {
       value,
     });
   }
-  return details ? `${message}: ${details}` : message;
+  return details ? labelled(message, details) : message;
 }
 
 /** @param {any} app */

@@ -2,7 +2,7 @@
 /** Tries a run's LoRA: queues the node Try Qwen Edit LoRA, and shows what it draws beside the pictures before it. */
 import { element, setText } from "./dom.js";
 import { queueGraph } from "./graph.js";
-import { t } from "./words.js";
+import { listed, t } from "./words.js";
 
 /**
  * @typedef {import("./store.js").Run} Run
@@ -154,6 +154,7 @@ export function createTrial({ api, onError }) {
     beginAtEnd() {
       step = (run && endOf(run)) ?? step;
       box.scrollIntoView({ block: "nearest" });
+      strength.focus({ preventScroll: true }); // the pressed button is out of view now
       mayScroll = true;
       return begin();
     },
@@ -185,7 +186,7 @@ export function endOf(run) {
 /** @param {Run|undefined} run */
 function notKept(run) {
   const steps = (run?.loras ?? []).map((lora) => (lora.best ? t("{step} (best)", { step: lora.step }) : lora.step));
-  return t("The LoRA of this step is not kept. Kept steps: {steps}.", { steps: steps.join(", ") });
+  return t("The LoRA of this step is not kept. Kept steps: {steps}.", { steps: listed(steps) });
 }
 
 /** @param {string} column */

@@ -21,6 +21,21 @@ export function t(text, values = {}) {
   return said.replace(/\{(\w+)\}/g, (whole, name) => (Object.hasOwn(values, name) ? String(values[name]) : whole));
 }
 
+/** Sentences one after the other, with the space between them that the language has. @param {string[]} texts */
+export function sentences(texts) {
+  return texts.length ? texts.reduce((before, next) => t("{before} {next}", { before, next })) : "";
+}
+
+/** Items with the language's comma between them. @param {(string|number)[]} items */
+export function listed(items) {
+  return items.map(String).reduce((before, next) => (before ? t("{before}, {next}", { before, next }) : next), "");
+}
+
+/** A text with what it is or where it comes from before it. @param {string} label @param {string} text */
+export function labelled(label, text) {
+  return t("{label}: {text}", { label, text });
+}
+
 /**
  * Load the translations. Texts made before this call stay in English.
  * @param {any} api ComfyUI's API object.
