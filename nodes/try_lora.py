@@ -95,13 +95,13 @@ class TryLora(Node):
 
 def _inputs() -> list[io.Input]:
     runs, pictures = runs_with_lora() or [host_folders.NO_FILE], [HELD_OUT, *host_folders.input_pictures()]
+    name = new_input(
+        io.Combo, "run_name", options=runs, tooltip="A run that has a LoRA. Ignored if a run is connected."
+    )
+    # For web/trainer/shown_widgets.js: after the first training, the page would draw the outdated "none found" in red.
+    name.extra_dict = {"qwen_edit_used": {"if": [], "unused": None, "ignored_with": "run"}}
     return [
-        new_input(
-            io.Combo,
-            "run_name",
-            options=runs,
-            tooltip="A run that has a LoRA. Ignored if a run is connected.",
-        ),
+        name,
         new_input(
             io.Int,
             "step",

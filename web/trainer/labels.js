@@ -7,7 +7,7 @@
 import { element } from "./dom.js";
 import { isOurs, kindOf } from "./graph.js";
 
-const WIDTH = 400; // pixels of a new node with long values, which the canvas would draw over the labels
+const WIDTH = 440; // pixels of a new node with long values, which the canvas would draw over the labels
 const WITH_LONG_VALUES = ["QwenEdit_ChooseModel", "QwenEdit_Train", "QwenEdit_TrainLora"];
 const LEFT = 16; // pixels from the node's edge
 const BASELINE = 7; // pixels below the top of the widget, whose box begins at 10

@@ -11,8 +11,8 @@ const SPACING = 4; // pixels that ComfyUI adds to the height of each widget
 
 /**
  * @typedef {{setting: string, equals: any[], differs: any[]}} Condition
- * @typedef {{if: Condition[], unused: any}} Declared `unused`: the only value that is accepted while the conditions do
- *   not hold; null if all are.
+ * @typedef {{if: Condition[], unused: any, ignored_with?: string}} Declared `unused`: the only value that is accepted
+ *   while the conditions do not hold; null if all are. `ignored_with`: an input that takes its place if connected.
  */
 
 /** @param {any} node A new node. Its saved values come later. */
@@ -43,6 +43,7 @@ export function showUsed(node) {
  * @param {Declared} used
  */
 function isUsed(node, name, used) {
+  if (used.ignored_with && isLinked(node, used.ignored_with)) return false;
   const own = ownWidget(node, name);
   if (isLinked(node, name) || (used.unused !== null && own?.value !== used.unused)) return true;
   return used.if.every(({ setting, equals, differs }) => {
