@@ -17,7 +17,8 @@ _NOTES = Path(__file__).parent.parent / "template_notes"
 class Node:
     """A node. `values`: widgets that differ from their defaults. `links`: input -> (key of a node, name of its output).
 
-    `size` is in pixels. `room`: the height that its column keeps for it, if pictures or reports make it taller.
+    `size` is in pixels. `room`: the height that its column keeps for it, if pictures, reports or a frontend
+    make it taller.
     `models`: the downloads that ComfyUI offers if the file is missing.
     """
 

@@ -17,11 +17,11 @@ _CARD = {  # the preset 24gb, in single nodes
 
 def _loader(folder: str, flavour: str) -> Node:
     values = {"base_model": folder, "flavour": flavour, "base_model_precision": "int8-quanto"}
-    return Node(key="model", kind="QwenEdit_LoadModel", size=(340, 226), values=values)
+    return Node(key="model", kind="QwenEdit_LoadModel", size=(340, 226), room=290, values=values)
 
 
 def pair_folders(key: str, values: Mapping[str, Any], title: str = "") -> Node:
-    return Node(key=key, kind="QwenEdit_PairFolders", size=(340, 300), title=title, values=values)
+    return Node(key=key, kind="QwenEdit_PairFolders", size=(340, 300), room=420, title=title, values=values)
 
 
 def _preview(key: str, pairs: str, title: str = "") -> Node:
@@ -31,7 +31,7 @@ def _preview(key: str, pairs: str, title: str = "") -> Node:
 def _encode(key: str, pairs: str, title: str = "", **values: Any) -> Node:
     links = {"model": ("model", "model"), "dataset": (pairs, "dataset")}
     return Node(
-        key=key, kind="QwenEdit_EncodePairs", size=(340, 434), title=title, values={**_CARD["encode"], **values},
+        key=key, kind="QwenEdit_EncodePairs", size=(340, 434), room=530, title=title, values={**_CARD["encode"], **values},
         links=links,
     )  # fmt: skip
 
@@ -41,7 +41,9 @@ def _settings() -> tuple[Node, ...]:
         Node(key="lora", kind="QwenEdit_LoraSettings", size=(340, 446), values=_CARD["lora"]),
         Node(key="optimizer", kind="QwenEdit_OptimizerSettings", size=(340, 424)),
         Node(key="training", kind="QwenEdit_TrainingSettings", size=(340, 502), values=_CARD["training"]),
-        Node(key="validation", kind="QwenEdit_ValidationSettings", size=(340, 216), values=_CARD["validation"]),
+        Node(
+            key="validation", kind="QwenEdit_ValidationSettings", size=(340, 216), room=270, values=_CARD["validation"]
+        ),
     )
 
 
