@@ -14,6 +14,7 @@ POST /qwen_edit_trainer/data_sets/{set}/swap      {"keys": [...] or null}
 POST /qwen_edit_trainer/data_sets/{set}/hold_out  {"keys": [...], "held_out": true}
 POST /qwen_edit_trainer/data_sets/{set}/delete    {"pictures": [{"side", "file"}]}
 POST /qwen_edit_trainer/data_sets/{set}/restore   {"undo": token}
+POST /qwen_edit_trainer/data_sets/{set}/empty_trash  {"files", "bytes"}   delete for good what GET says is in the trash
 POST /qwen_edit_trainer/data_sets/{set}/check     {}   findings of the checks, by pair
 """
 
@@ -43,6 +44,7 @@ from ..trainer_core.data_sets.folders import (
 from ..trainer_core.data_sets.moves import changing
 from ..trainer_core.data_sets.names import AUTO, REFERENCES
 from ..trainer_core.data_sets.thumbnails import EDGES, Thumbnails
+from ..trainer_core.data_sets.trash import empty_trash, read_trash
 from ..trainer_core.data_sets.use import check_data_set
 from ..trainer_core.disk import disk_errors, size_in_words
 from ..trainer_core.errors import ConfigError, Interrupted, TrainerError
@@ -69,6 +71,7 @@ _MOST_UPLOADS = 16  # at a time
 _THREADS = 2  # decoding more at a time would slow the server down
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded", "text/plain")  # sent without a preflight
 _SILENT_SECONDS = 60  # after which a sender counts as gone
+_MOST_NAMES = 20  # of files in an answer about the trash
 _TEXTS = (".txt", ".caption")
 _POLL_SECONDS = 0.5
 
@@ -135,8 +138,12 @@ async def _create(request: web.Request) -> web.Response:
 
 async def _one(request: web.Request) -> web.Response:
     def contents() -> dict[str, Any]:
-        found = dataclasses.asdict(reading.read_data_set(_data_set(request)))
-        return {**found, "notes": [host_folders.without_paths(note) for note in found["notes"]]}
+        data_set = _data_set(request)
+        found, trash = dataclasses.asdict(reading.read_data_set(data_set)), read_trash(data_set)
+        notes = [host_folders.without_paths(note) for note in found["notes"]]
+        thrown = {**dataclasses.asdict(trash), "size": size_in_words(trash.bytes)}
+        thrown["newest_files"] = trash.newest_files[:_MOST_NAMES]
+        return {**found, "notes": notes, "trash": thrown}
 
     return json_answer(await asyncio.to_thread(contents))
 
@@ -291,6 +298,11 @@ def _restore(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
     return {"restored": changes.restore(data_set, body.get("undo"))}
 
 
+def _empty_trash(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
+    empty_trash(data_set, body.get("files"), body.get("bytes"))
+    return {}
+
+
 def _texts(body: dict[str, Any], name: str) -> list[str]:
     found = body.get(name)
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
@@ -322,6 +334,7 @@ _CHANGES: dict[str, Change] = {
     "hold_out": _hold_out,
     "delete": _delete,
     "restore": _restore,
+    "empty_trash": _empty_trash,
 }
 
 

@@ -175,10 +175,10 @@ def test_limits_of_a_data_set(mine: DataSet, tmp_path: Path):
     assert "the data set is full" in add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems[0]
     assert "larger than 10 bytes" in add(mine, "b.png", png(2), "target", LIMITS._replace(file_bytes=10)).problems[0]
     assert files(tmp_path) == before
-    assert ".trash" not in add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems[0]
+    assert "trash" not in add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems[0]
     delete(mine, [("target", "a.png")])
     (problem,) = add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems
-    assert f"1 file of these ({len(png(1))} bytes) are in its folder .trash. Delete that folder" in problem
+    assert f"1 file of these ({len(png(1))} bytes) are in its trash. Empty it in the side panel" in problem
     assert sorted(files(tmp_path).values()) == sorted(before.values())
     with pytest.raises(DatasetError, match="There is no side"):
         add(mine, "b.png", png(2), "../target")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from trainer_core.data_sets import changes, folders, moves
 from trainer_core.data_sets.folders import NotFoundError, find_data_sets, open_data_set
 from trainer_core.data_sets.moves import UNFINISHED, changing, finish
 from trainer_core.data_sets.reading import read_data_set, revision
+from trainer_core.data_sets.trash import empty_trash, read_trash
 from trainer_core.data_sets.use import pairs_of, state_of
 from trainer_core.errors import DatasetError
 
@@ -317,10 +319,39 @@ def test_a_trash_that_is_a_link_out(outside: Path, tmp_path: Path):
         lambda: changes.delete(mine, [("target", "a.png")]),
         lambda: changes.swap_sides(mine, None),
         lambda: changes.restore(mine, "0" * 16),
+        lambda: empty_trash(mine, 0, 0),
     ):
         with pytest.raises(DatasetError):
             change()
     assert files(tmp_path) == before
+
+
+def test_only_what_was_shown_of_the_trash_is_deleted(outside: Path, tmp_path: Path):
+    mine = made(tmp_path / "in", "a", "b")
+    first = changes.delete(mine, [("target", "a.png")])
+    trash = mine.root / folders.TRASH
+    last = changes.delete(mine, [("target", "b.png"), ("reference", "b.jpg")])
+    (trash / first / "link").symlink_to(outside)
+    os.utime(trash / first, (1, 1))
+    (trash / ("0" * 16)).symlink_to(outside)
+    text(trash / "own.txt", "not from a removal")
+    shown = read_trash(mine)
+    assert (shown.files, shown.newest) == (4, last)  # the link counts as a file
+    assert sorted(shown.newest_files) == ["reference/b.jpg", "target/b.png"]
+    before = files(tmp_path)
+    for number, size in ((3, shown.bytes), (4, 0), ("4", shown.bytes), (True, True), (None, None)):
+        with pytest.raises(DatasetError, match="has changed, so nothing was deleted"):
+            empty_trash(mine, number, size)
+    assert files(tmp_path) == before
+    changes.restore(mine, shown.newest)
+    assert read_trash(mine).newest == first
+    shown = read_trash(mine)
+    empty_trash(mine, shown.files, shown.bytes)
+    assert sorted(path.name for path in trash.iterdir()) == ["0" * 16, "own.txt"]
+    assert sorted(files(outside)) and all((outside / name).exists() for name in files(outside))
+    assert read_trash(mine).newest == "" and (mine.folder("target") / "b.png").exists()
+    with pytest.raises(NotFoundError):
+        changes.restore(mine, first)
 
 
 def test_captions_and_marks_that_are_links_out(outside: Path, tmp_path: Path):

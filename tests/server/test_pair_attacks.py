@@ -99,6 +99,7 @@ def test_no_other_folder_is_a_data_set(unchanged: Path, studio: PackServer):
             f"{place}/swap": b'{"keys": null}',
             f"{place}/delete": b'{"pictures": [{"side": "target", "file": "secret.png"}]}',
             f"{place}/hold_out": b'{"keys": ["secret"], "held_out": true}',
+            f"{place}/empty_trash": b'{"files": 0, "bytes": 0}',
             f"{place}/check": b"{}",
         }
         for path, body in requests.items():
@@ -227,6 +228,27 @@ def test_a_broken_chunked_body(unchanged: Path, studio: PackServer):
     _settle(studio)
 
 
+def test_sixteen_uploads_that_never_end(unchanged: Path, studio: PackServer):
+    """They keep further uploads waiting, but only until they end."""
+    open_ones = [socket.create_connection(("127.0.0.1", studio.port), timeout=30) for _ in range(16)]
+    try:
+        for number, connection in enumerate(open_ones):
+            head = f"{UPLOAD.replace('raw.png', f'{number}.png')}\nContent-Length: 5000\n\n".replace("\n", "\r\n")
+            connection.sendall(head.encode() + picture(1)[:100])
+        for _ in range(300):
+            if sum(".tmp" in path.name for path in unchanged.iterdir()) == 16:
+                break
+            time.sleep(0.1)
+        status, _, answer = asked(studio, "POST", address("mine", "/pictures?name=x_before.png"), picture(1))
+        assert (status, b"Only 16 files are received at a time" in answer) == (429, True), answer
+        assert told(studio, "GET", address("mine"))["pairs"]  # other requests are answered meanwhile
+    finally:
+        for connection in open_ones:
+            connection.close()
+    _settle(studio)
+    assert asked(studio, "POST", address("mine", "/pictures?name=x_before.png"), b"")[0] == 400  # empty, but received
+
+
 def _settle(server: PackServer) -> None:
     """Wait until the server has noticed that connections ended: it then removes what it had received."""
     received = [True] * 5
@@ -244,12 +266,14 @@ def test_an_empty_body(unchanged: Path, studio: PackServer):
 def test_changes_with_any_body(unchanged: Path, studio: PackServer):
     bodies = [
         *(b"", b"[]", b"5", b"{", b"\xff", b"[" * 5000, b"{}"),
+        *(b'{"files": true, "bytes": 0}', b'{"files": -1, "bytes": 1e999}', b'{"files": [0], "bytes": {}}'),
         *(b'{"keys": 5}', b'{"keys": [5]}', b'{"keys": ["../a"]}', b'{"held_out": 1}', b'{"undo": {"a": 1}}'),
         *(b'{"pairs": "x"}', b'{"pictures": [{"side": 5}]}', b'{"captions": []}', b'{"captions": {"a": 5}}'),
         *(b'{"captions": {"a": "\\ud800"}}', b'{"captions": {"../../../secrets/target/secret": "x"}}'),
         b'{"pictures": [{"side": "target", "file": "../held_out.txt"}]}',
     ]
-    for action, body in itertools.product(("captions", "match", "swap", "hold_out", "delete", "restore"), bodies):
+    actions = ("captions", "match", "swap", "hold_out", "delete", "restore", "empty_trash")
+    for action, body in itertools.product(actions, bodies):
         status, _, data = asked(studio, "POST", address("mine", f"/{action}"), body)
         assert status in (400, 404), (action, body, status)
         assert "error" in json.loads(data)
@@ -267,6 +291,7 @@ def test_pages_of_other_origins(unchanged: Path, studio: PackServer):
         {"Host": "evil.example:8188", "Origin": "http://evil.example:8188"},
     ]
     posts = {"/pictures?name=x_before.png": picture(1), "/captions": b'{"all": "x"}', "/swap": b'{"keys": null}'}
+    posts["/empty_trash"] = b'{"files": 0, "bytes": 0}'
     for headers, prefix in itertools.product(origins, ("", "/api")):
         for rest, body in posts.items():
             assert asked(studio, "POST", prefix + address("mine", rest), body, **headers)[0] == 403, headers
@@ -277,17 +302,37 @@ def test_pages_of_other_origins(unchanged: Path, studio: PackServer):
 def test_changes_take_no_forms(unchanged: Path, studio: PackServer):
     """A page of another origin can send these types without asking first."""
     for kind in ("text/plain", "multipart/form-data", "application/x-www-form-urlencoded"):
-        for rest, body in {"/swap": b'{"keys": null}', "/captions": b'{"all": "x"}', "/check": b"{}"}.items():
+        bodies = {"/swap": b'{"keys": null}', "/captions": b'{"all": "x"}', "/check": b"{}"}
+        for rest, body in {**bodies, "/empty_trash": b'{"files": 0, "bytes": 0}'}.items():
             assert asked(studio, "POST", address("mine", rest), body, kind)[0] == 400
         assert asked(studio, "POST", address("mine", "/pictures?name=x_before.png"), picture(1), kind)[0] == 400
 
 
 def test_reading_changes_nothing(unchanged: Path, studio: PackServer):
     for rest in ("", "/pictures/target/a.png?edge=64", "/captions?all=x", "/swap", "/restore", "/delete", "/pictures",
-                 "/check", "/pictures?name=x_before.png", "/hold_out"):  # fmt: skip
+                 "/empty_trash", "/check", "/pictures?name=x_before.png", "/hold_out"):  # fmt: skip
         assert asked(studio, "GET", address("mine", rest))[0] in (200, 404, 405)
         for method in ("PUT", "DELETE", "PATCH"):
             assert asked(studio, method, address("mine", rest), b"{}")[0] in (404, 405)
+
+
+def test_a_trash_that_leads_out_is_not_emptied(victim: Path, studio: PackServer):
+    trash, secrets = victim / ".trash", studio.base / "secrets"
+    trash.mkdir()
+    try:
+        (trash / "0123456789abcdef").symlink_to(secrets)
+        found = told(studio, "GET", address("mine"))["trash"]
+        assert (found["files"], found["newest"]) == (0, "")
+        before = snapshot(studio)
+        told(studio, "POST", address("mine", "/empty_trash"), {"files": 0, "bytes": 0})
+        (trash / "0123456789abcdef").unlink()
+        trash.rmdir()
+        trash.symlink_to(secrets)
+        body = b'{"files": 0, "bytes": 0}'
+        assert asked(studio, "POST", address("mine", "/empty_trash"), body)[0] == 400
+        assert {name for name in before if "/secrets/" in f"/{name}"} <= snapshot(studio).keys()
+    finally:
+        trash.unlink()
 
 
 def test_scripts_in_names_and_captions_are_text(victim: Path, studio: PackServer):

@@ -13,6 +13,7 @@ from tests.support.training_graph import (
     LOAD,
     PAIR,
     TRAIN,
+    Pressed,
     Prompt,
     cache_entries,
     changed,
@@ -179,6 +180,22 @@ def test_pairs_that_fail_name_the_other_problems_too(trained: dict[str, Any], st
     first, second = error["exception_message"].split("\n2. ")
     assert first.startswith("There are 2 problems.") and "001.png: no reference" in first
     assert second.startswith("Train Qwen Edit LoRA: ") and "no_such_layer" in second
+
+
+def test_an_interruption_while_encoding_loses_nothing(trained: dict[str, Any], studio: PackServer):
+    assert trained
+    many = place_pairs(studio, "short many", 24)
+    (studio.input / many / "reference_1").rename(studio.input / many / "reference")
+    prompt = changed(short(run_name="broken off"), PAIR, data_set=many)
+    before = cache_entries(studio, "latents").keys()
+    Pressed(
+        studio, prompt, lambda _event: len(cache_entries(studio, "latents").keys() - before) > 2
+    ).assert_interrupted_at(TRAIN)
+    kept = cache_entries(studio, "latents")
+    assert not run_dir(studio, "broken off").exists()
+    outputs = studio.run(prompt)
+    assert figures(outputs)["run_name"] == "broken off"
+    assert kept.items() <= cache_entries(studio, "latents").items()  # by path and time of writing
 
 
 def test_what_widgets_tell_is_refused_at_once(studio: PackServer):

@@ -92,8 +92,8 @@ def full(data_set: DataSet, limits: Limits = LIMITS) -> str:
     if not trash.files:
         return text
     return (
-        f"{text} {counted(trash.files, 'file')} of these ({size_in_words(trash.bytes)}) are in its folder {TRASH}. "
-        "Delete that folder if you don't need them."
+        f"{text} {counted(trash.files, 'file')} of these ({size_in_words(trash.bytes)}) are in its trash. "
+        "Empty it in the side panel Edit pairs if you don't need them."
     )
 
 

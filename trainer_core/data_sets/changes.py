@@ -22,7 +22,7 @@ from .moves import Move, check_folders, move_all
 from .names import REFERENCES, SIDES, is_path_of_names, same_stem
 from .reading import caption_of, read_held_out
 
-_TOKEN = re.compile(r"[0-9a-f]{16}")
+TOKEN = re.compile(r"[0-9a-f]{16}")
 _REPLACED = re.compile(r"\.before\.[a-z]+$")  # a caption that another one from the trash has replaced
 
 
@@ -235,11 +235,10 @@ def restore(data_set: DataSet, token: object) -> int:
         DatasetError: a file can't be moved; nothing is changed then.
     """
     folder = data_set.root / TRASH / str(token)
-    if not isinstance(token, str) or not _TOKEN.fullmatch(token) or not folder.is_dir():
+    if not isinstance(token, str) or not TOKEN.fullmatch(token) or not folder.is_dir():
         raise NotFoundError("This removal can't be undone: its files are no longer in the trash.")
     check_folders(data_set, folder / "x")
-    places = {*SIDES, *(side.name for side in data_set.sides.values())}
-    files = [name for name in _files_in(folder) if name.partition("/")[0] in places]
+    files = restorable(data_set, folder)
     if not files:
         raise NotFoundError("This removal was undone already.")
     first: list[Move] = []
@@ -263,6 +262,12 @@ def restore(data_set: DataSet, token: object) -> int:
         second.append((kept, new))
     move_all(data_set, [first, second])
     return len(files)
+
+
+def restorable(data_set: DataSet, folder: Path) -> list[str]:
+    """The files of a removal, whose folder in the trash this is, that `restore` moves back: paths below the folder."""
+    places = {*SIDES, *(side.name for side in data_set.sides.values())}
+    return [name for name in _files_in(folder) if name.partition("/")[0] in places]
 
 
 def _files_in(folder: Path) -> Iterator[str]:

@@ -77,6 +77,45 @@ export function createUndo(store) {
   };
 }
 
+/** What is in the trash, to put back or to delete for good. @param {import("./store.js").Store} store */
+export function createTrash(store) {
+  let asks = false;
+  const trash = () => store.state.set?.trash;
+  const ask = (/** @type {boolean} */ now) => {
+    asks = now;
+    show();
+    (now ? keep : empty).focus();
+  };
+  const act = (/** @type {(trash: any) => any} */ change) => () => {
+    asks = false;
+    change(trash());
+  };
+  const text = element("span", { class: "qet-name" });
+  const made = (/** @type {string} */ label, /** @type {() => void} */ click) =>
+    element("button", { type: "button", class: "qet-button", on: { click } }, label);
+  const back = made(t("Put back"), act(({ newest }) => store.putBack(newest)));
+  const empty = made(t("Empty…"), () => ask(true));
+  const sure = made(t("Delete for good"), act((shown) => store.emptyTrash(shown)));
+  const keep = made(t("Keep"), () => ask(false));
+  const buttons = element("span", { class: "qet-row" }, back, empty, sure, keep);
+  const box = element("section", { class: "qet-trash qet-row qet-changing", "aria-label": t("Trash") }, text, buttons);
+
+  function show() {
+    const { files = 0, size = "", newest = "", newest_files = [] } = trash() ?? {};
+    box.hidden = !files;
+    if (box.dataset.shown !== `${files} ${size} ${newest}`) asks = false; // it was about something else
+    box.dataset.shown = `${files} ${size} ${newest}`;
+    const asked = t("Files to delete for good: {count} ({size}). This can't be undone.", { count: files, size });
+    setText(text, asks ? asked : t("Files in the trash: {count} ({size})", { count: files, size }));
+    back.title = t("Put back what was removed last: {files}", { files: newest_files.join(", ") });
+    back.hidden = asks || !newest;
+    empty.hidden = asks;
+    sure.hidden = keep.hidden = !asks;
+  }
+
+  return { element: box, show };
+}
+
 /** Says whether the graph uses the data set. @param {() => void} use @param {() => void} clear */
 export function createUse(use, clear) {
   const offer = element("button", { type: "button", class: "qet-button qet-main", on: { click: use } });

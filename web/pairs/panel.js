@@ -3,7 +3,7 @@
 import { element, onceAFrame, setText } from "../trainer/dom.js";
 import { addNode, chooseInCombo, nodesOfKind, selectedNode, toast, widget } from "../trainer/graph.js";
 import { sentences, t } from "../trainer/words.js";
-import { createProblems, createProgress, createUndo, createUse } from "./boxes.js";
+import { createProblems, createProgress, createTrash, createUndo, createUse } from "./boxes.js";
 import { createChooser } from "./chooser.js";
 import { createInstruction } from "./instruction.js";
 import { createList } from "./list.js";
@@ -31,6 +31,7 @@ export function createPairsPanel(app, api, onChange) {
   const progress = createProgress(uploads);
   const problems = createProblems(uploads);
   const undo = createUndo(store);
+  const trash = createTrash(store);
   const notes = element("ul", { class: "qet-notes" });
   const used = createUse(useInGraph, clearInstruction);
   const instruction = createInstruction(store);
@@ -54,6 +55,7 @@ export function createPairsPanel(app, api, onChange) {
     instruction.element,
     notes,
     list.element,
+    trash.element,
   );
   const root = element("div", { class: "qet-panel qet-pairs" }, head, body, look.element);
   const paint = onceAFrame(draw);
@@ -157,6 +159,7 @@ export function createPairsPanel(app, api, onChange) {
     }
     notes.hidden = !remarks.length;
     list.show();
+    trash.show();
   }
 
   /** Read again what may have changed on the disk or in the graph. */

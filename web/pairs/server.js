@@ -11,7 +11,10 @@ const BASE = "/qwen_edit_trainer/data_sets";
  * @typedef {{key: string, reference: (Picture|null)[], target: Picture|null, caption: string, held_out: boolean}} Pair
  * @typedef {{reference: string, target: string, likeness: number}} Suggestion
  * @typedef {{name: string, revision: string, pairs: Pair[], unmatched: Picture[], suggestions: Suggestion[],
- *   suggestions_left: number, notes: string[]}} DataSet `suggestions_left`: how many pictures are not compared yet.
+ *   suggestions_left: number, notes: string[], trash: Trash}} DataSet `suggestions_left`: how many pictures are not
+ *   compared yet.
+ * @typedef {{files: number, bytes: number, size: string, newest: string, newest_files: string[]}} Trash `newest`: token
+ *   of the newest removal that can be undone; empty if there is none. `newest_files` has the first ones of it.
  * @typedef {{added: {file: string, side: Side}[], problems: string[]}} Uploaded
  */
 

@@ -174,6 +174,11 @@ export function createStore(api, onChange) {
     requestAnimationFrame(() => pending.delete(id));
   }
 
+  /** For a change after which the undo that is offered may lack its files. @returns {undefined} */
+  function withoutUndo() {
+    state.undo = undefined;
+  }
+
   /** @param {Undo|undefined} undo */
   function offer(undo) {
     state.undo = undo;
@@ -265,6 +270,10 @@ export function createStore(api, onChange) {
         return { text, act: () => change("restore", { undo }) };
       });
     },
+    /** Move back what went to the trash last. @param {string} token */
+    putBack: (token) => click("restore", { undo: token }, withoutUndo),
+    /** Delete what is in the trash for good. @param {import("./server.js").Trash} trash As it was shown. */
+    emptyTrash: ({ files, bytes }) => click("empty_trash", { files, bytes }, withoutUndo),
     /** Wait until uploads and changes are on the disk. */
     async settled() {
       if (uploads.progress()) {

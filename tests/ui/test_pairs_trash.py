@@ -1,0 +1,46 @@
+"""The side panel Edit pairs shows what is in a data set's trash, puts it back, and deletes it for good."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.support.comfyui_server import PackServer
+from trainer_core.demo.pictures import copy_demo_pairs
+
+from .conftest import OpenPage
+
+pytestmark = pytest.mark.server
+
+
+def test_the_trash_is_shown_put_back_and_emptied(open_page: OpenPage, demo_server: PackServer):
+    folder = demo_server.input / "trashed"
+    copy_demo_pairs(folder)
+    first, second, third, *others = sorted(path.stem for path in (folder / "target").glob("*.png"))
+    for path in [path for path in folder.glob("*/*") if path.stem in others or path.suffix == ".txt"]:
+        path.unlink()
+    page = open_page()
+    page.tab_button("qwen-edit-pairs").click()
+    root = page.page.locator(".qet-pairs")
+    root.get_by_role("combobox", name="Data set").select_option("trashed")
+    trash = root.get_by_role("region", name="Trash")
+    for count, key in ((2, first), (4, second)):
+        root.get_by_role("listitem", name=key, exact=True).get_by_role("button", name="Delete").click()
+        expect(trash).to_contain_text(f"Files in the trash: {count} (")
+    trash.get_by_role("button", name="Put back").click()
+    expect(root.get_by_role("listitem", name=second, exact=True)).to_be_visible()
+    expect(trash).to_contain_text("Files in the trash: 2 (")
+    trash.get_by_role("button", name="Empty…").click()
+    expect(trash).to_contain_text("Files to delete for good: 2 (")
+    expect(trash.get_by_role("button", name="Keep")).to_be_focused()
+    page.page.keyboard.press("Enter")
+    expect(trash.get_by_role("button", name="Empty…")).to_be_focused()
+    page.page.keyboard.press("Enter")
+    trash.get_by_role("button", name="Delete for good").click()
+    expect(trash).to_be_hidden()
+    expect(root.get_by_role("button", name="Undo")).to_be_hidden()
+    assert not (folder / ".trash").exists()
+    assert sorted(path.name for path in (folder / "target").glob("*.png")) == [f"{second}.png", f"{third}.png"]
+    shutil.rmtree(folder)
