@@ -31,8 +31,8 @@ def _preview(key: str, pairs: str, title: str = "") -> Node:
 def _encode(key: str, pairs: str, title: str = "", **values: Any) -> Node:
     links = {"model": ("model", "model"), "dataset": (pairs, "dataset")}
     return Node(
-        key=key, kind="QwenEdit_EncodePairs", size=(340, 434), room=530, title=title, values={**_CARD["encode"], **values},
-        links=links,
+        key=key, kind="QwenEdit_EncodePairs", size=(340, 434), room=530, title=title,
+        values={**_CARD["encode"], **values}, links=links,
     )  # fmt: skip
 
 
