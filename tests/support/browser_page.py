@@ -41,6 +41,7 @@ HARMLESS = (
     r"Attempted to cleanup event listeners for graph that was never set up",  # its minimap of a new subgraph, 1.32.9
     # Of UI_FRONTENDS: a newer frontend asks for routes that this server lacks, and no header blocks other hosts.
     r"/api/jobs\?.*404",
+    r"/templates/index_logo\.json .*404",
     r"Jobs ?Api|Jobs API",
     r"ERR_NAME_NOT_RESOLVED",
     # A node's progress text that arrives while the page is still loading, frontend 1.32.9.

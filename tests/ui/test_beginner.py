@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Locator, expect
 
-from tests.support.browser_page import ComfyPage, new_tab
+from tests.support.browser_page import ComfyPage, new_tab, other_frontends, show_frontend
 from tests.support.comfyui_server import PackServer
 from tools.comfyui import PACK_NAME
 from trainer_core.demo.pictures import copy_demo_pairs
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.server
 
 COUNT = 12
 MOST_CLICKS, MOST_FIELDS = 8, 1
+FRONTENDS = [None, *other_frontends()]
 
 
 class Beginner:
@@ -54,11 +55,17 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_from_the_template_to_the_lora(browser: Browser, new_server: PackServer, pictures: Path):
-    page = ComfyPage(new_tab(browser), new_server)
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_from_the_template_to_the_lora(
+    frontend: Path | None, browser: Browser, new_server: PackServer, pictures: Path
+):
+    tab = new_tab(browser)
+    if frontend is not None:
+        show_frontend(tab, new_server, frontend)
+    page = ComfyPage(tab, new_server)
     person, panel = Beginner(page), page.page.locator(".qet-pairs")
 
-    person.click(page.page.locator(".templates-tab-button"))
+    person.click(page.tab_button("templates"))
     person.click(page.page.get_by_role("dialog").get_by_text(new_server.pack.name))
     card = page.page.get_by_text("Qwen edit LoRA - Try the demo")
     expect(card).to_be_visible()
