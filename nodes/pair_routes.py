@@ -14,7 +14,7 @@ POST /qwen_edit_trainer/data_sets/{set}/swap      {"keys": [...] or null}
 POST /qwen_edit_trainer/data_sets/{set}/hold_out  {"keys": [...], "held_out": true}
 POST /qwen_edit_trainer/data_sets/{set}/delete    {"pictures": [{"side", "file"}]}
 POST /qwen_edit_trainer/data_sets/{set}/restore   {"undo": token}
-POST /qwen_edit_trainer/data_sets/{set}/empty_trash  {"files", "bytes"}   delete for good what GET says is in the trash
+POST /qwen_edit_trainer/data_sets/{set}/empty_trash  {"state"}   delete the trash for good; `state` as GET told it
 POST /qwen_edit_trainer/data_sets/{set}/check     {}   findings of the checks, by pair
 """
 
@@ -34,12 +34,13 @@ from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
 from ..trainer_core.data_sets import changes, reading
-from ..trainer_core.data_sets.adding import LIMITS, add_file, full, is_zip, received_file, usage
+from ..trainer_core.data_sets.adding import LIMITS, add_file, full, is_zip, received_file
 from ..trainer_core.data_sets.folders import (
     DataSet,
     create_data_set,
     find_data_sets,
     open_data_set,
+    usage,
 )
 from ..trainer_core.data_sets.moves import changing
 from ..trainer_core.data_sets.names import AUTO, REFERENCES
@@ -299,7 +300,7 @@ def _restore(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _empty_trash(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
-    empty_trash(data_set, body.get("files"), body.get("bytes"))
+    empty_trash(data_set, body.get("state"))
     return {}
 
 

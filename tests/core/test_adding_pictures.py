@@ -13,9 +13,10 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from tests.support.data_sets import files, made
-from trainer_core.data_sets.adding import LIMITS, Added, Limits, add_file, received_file, usage
+from tests.support.pair_files import text
+from trainer_core.data_sets.adding import LIMITS, Added, Limits, add_file, received_file
 from trainer_core.data_sets.changes import delete
-from trainer_core.data_sets.folders import DataSet, create_data_set, open_data_set
+from trainer_core.data_sets.folders import TRASH, DataSet, create_data_set, open_data_set, usage
 from trainer_core.data_sets.moves import changing
 from trainer_core.data_sets.names import AUTO
 from trainer_core.data_sets.reading import read_data_set
@@ -179,6 +180,11 @@ def test_limits_of_a_data_set(mine: DataSet, tmp_path: Path):
     delete(mine, [("target", "a.png")])
     (problem,) = add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems
     assert f"1 file of these ({len(png(1))} bytes) are in its trash. Empty it in the side panel" in problem
+    assert "other file" not in problem
+    text(mine.root / TRASH / "own.txt", "not from a removal")
+    (problem,) = add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems
+    assert "1 file of these" in problem and "1 other file (18 bytes) in the folder .trash" in problem
+    (mine.root / TRASH / "own.txt").unlink()
     assert sorted(files(tmp_path).values()) == sorted(before.values())
     with pytest.raises(DatasetError, match="There is no side"):
         add(mine, "b.png", png(2), "../target")

@@ -99,7 +99,7 @@ def test_no_other_folder_is_a_data_set(unchanged: Path, studio: PackServer):
             f"{place}/swap": b'{"keys": null}',
             f"{place}/delete": b'{"pictures": [{"side": "target", "file": "secret.png"}]}',
             f"{place}/hold_out": b'{"keys": ["secret"], "held_out": true}',
-            f"{place}/empty_trash": b'{"files": 0, "bytes": 0}',
+            f"{place}/empty_trash": b'{"state": ""}',
             f"{place}/check": b"{}",
         }
         for path, body in requests.items():
@@ -266,7 +266,7 @@ def test_an_empty_body(unchanged: Path, studio: PackServer):
 def test_changes_with_any_body(unchanged: Path, studio: PackServer):
     bodies = [
         *(b"", b"[]", b"5", b"{", b"\xff", b"[" * 5000, b"{}"),
-        *(b'{"files": true, "bytes": 0}', b'{"files": -1, "bytes": 1e999}', b'{"files": [0], "bytes": {}}'),
+        *(b'{"state": true}', b'{"state": 1e999}', b'{"state": [""]}', b'{"state": ""}'),
         *(b'{"keys": 5}', b'{"keys": [5]}', b'{"keys": ["../a"]}', b'{"held_out": 1}', b'{"undo": {"a": 1}}'),
         *(b'{"pairs": "x"}', b'{"pictures": [{"side": 5}]}', b'{"captions": []}', b'{"captions": {"a": 5}}'),
         *(b'{"captions": {"a": "\\ud800"}}', b'{"captions": {"../../../secrets/target/secret": "x"}}'),
@@ -291,7 +291,7 @@ def test_pages_of_other_origins(unchanged: Path, studio: PackServer):
         {"Host": "evil.example:8188", "Origin": "http://evil.example:8188"},
     ]
     posts = {"/pictures?name=x_before.png": picture(1), "/captions": b'{"all": "x"}', "/swap": b'{"keys": null}'}
-    posts["/empty_trash"] = b'{"files": 0, "bytes": 0}'
+    posts["/empty_trash"] = b'{"state": ""}'
     for headers, prefix in itertools.product(origins, ("", "/api")):
         for rest, body in posts.items():
             assert asked(studio, "POST", prefix + address("mine", rest), body, **headers)[0] == 403, headers
@@ -303,7 +303,7 @@ def test_changes_take_no_forms(unchanged: Path, studio: PackServer):
     """A page of another origin can send these types without asking first."""
     for kind in ("text/plain", "multipart/form-data", "application/x-www-form-urlencoded"):
         bodies = {"/swap": b'{"keys": null}', "/captions": b'{"all": "x"}', "/check": b"{}"}
-        for rest, body in {**bodies, "/empty_trash": b'{"files": 0, "bytes": 0}'}.items():
+        for rest, body in {**bodies, "/empty_trash": b'{"state": ""}'}.items():
             assert asked(studio, "POST", address("mine", rest), body, kind)[0] == 400
         assert asked(studio, "POST", address("mine", "/pictures?name=x_before.png"), picture(1), kind)[0] == 400
 
@@ -324,11 +324,11 @@ def test_a_trash_that_leads_out_is_not_emptied(victim: Path, studio: PackServer)
         found = told(studio, "GET", address("mine"))["trash"]
         assert (found["files"], found["newest"]) == (0, "")
         before = snapshot(studio)
-        told(studio, "POST", address("mine", "/empty_trash"), {"files": 0, "bytes": 0})
+        told(studio, "POST", address("mine", "/empty_trash"), {"state": found["state"]})
         (trash / "0123456789abcdef").unlink()
         trash.rmdir()
         trash.symlink_to(secrets)
-        body = b'{"files": 0, "bytes": 0}'
+        body = json.dumps({"state": found["state"]}).encode()
         assert asked(studio, "POST", address("mine", "/empty_trash"), body)[0] == 400
         assert {name for name in before if "/secrets/" in f"/{name}"} <= snapshot(studio).keys()
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -20,9 +20,10 @@ from ..errors import DatasetError, DiskError
 from ..files import remove, rename, temporary_beside
 from ..text import LONGEST_PROMPT, counted, is_blank, reason_of, shown, text_problem
 from .changes import free_stem, numbered, write_caption
-from .folders import TRASH, DataSet
+from .folders import TRASH, DataSet, Usage, usage
 from .moves import check_folders
 from .names import AUTO, SIDES, Place, clean_stem, places_of, same_stem
+from .trash import read_trash
 
 _CHUNK = 1 << 20
 _MOST_PROBLEMS = 100
@@ -59,42 +60,20 @@ class Added:
             self.problems.append(problem if len(self.problems) < _MOST_PROBLEMS else more)
 
 
-class Usage(NamedTuple):
-    """How many files a data set has, and their bytes, with those in its trash and those that are being received.
-
-    The trash counts, because it fills the disk as well. It is never emptied without its owner.
-    """
-
-    files: int
-    bytes: int
-
-
-def usage(root: Path) -> Usage:
-    """The files below a folder. Doesn't follow links."""
-    files = size = 0
-    waiting = [str(root)]
-    while waiting:
-        with suppress(OSError), os.scandir(waiting.pop()) as listing:
-            for entry in listing:
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
-                else:
-                    files += 1
-                    with suppress(OSError):  # a file that another upload has just renamed
-                        size += entry.stat(follow_symlinks=False).st_size
-    return Usage(files, size)
-
-
 def full(data_set: DataSet, limits: Limits = LIMITS) -> str:
     """The end of a sentence on a data set that takes no more files, and how to make room."""
     text = f"the data set is full. It may have {limits.files:,} files and {size_in_words(limits.set_bytes)}."
-    trash = usage(data_set.root / TRASH)
-    if not trash.files:
-        return text
-    return (
-        f"{text} {counted(trash.files, 'file')} of these ({size_in_words(trash.bytes)}) are in its trash. "
-        "Empty it in the side panel Edit pairs if you don't need them."
-    )
+    trash = read_trash(data_set)
+    if trash.files:
+        text += (
+            f" {counted(trash.files, 'file')} of these ({size_in_words(trash.bytes)}) are in its trash. "
+            "Empty it in the side panel Edit pairs if you don't need them."
+        )
+    below = usage(data_set.root / TRASH)
+    if others := below.files - trash.files:
+        size = size_in_words(below.bytes - trash.bytes)
+        text += f" It also has {counted(others, 'other file')} ({size}) in the folder {TRASH}. Delete them there."
+    return text
 
 
 def is_zip(name: str) -> bool:

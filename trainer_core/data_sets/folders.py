@@ -6,9 +6,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from ..disk import disk_errors
 from ..errors import DatasetError
@@ -61,6 +63,32 @@ class DataSet:
             if path.is_relative_to(self.sides[side]) and path.is_file():
                 return path
         raise NotFoundError(f"The data set {shown(self.name)} has no such picture. Reload the page.")
+
+
+class Usage(NamedTuple):
+    """How many files a data set has, and their bytes, with those in its trash and those that are being received.
+
+    The trash counts, because it fills the disk as well. It is never emptied without its owner.
+    """
+
+    files: int
+    bytes: int
+
+
+def usage(root: Path) -> Usage:
+    """The files below a folder. Doesn't follow links."""
+    files = size = 0
+    waiting = [] if root.is_symlink() else [str(root)]
+    while waiting:
+        with suppress(OSError), os.scandir(waiting.pop()) as listing:
+            for entry in listing:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                else:
+                    files += 1
+                    with suppress(OSError):  # a file that another upload has just renamed
+                        size += entry.stat(follow_symlinks=False).st_size
+    return Usage(files, size)
 
 
 def find_data_sets(root: Path) -> list[str]:

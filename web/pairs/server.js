@@ -13,8 +13,9 @@ const BASE = "/qwen_edit_trainer/data_sets";
  * @typedef {{name: string, revision: string, pairs: Pair[], unmatched: Picture[], suggestions: Suggestion[],
  *   suggestions_left: number, notes: string[], trash: Trash}} DataSet `suggestions_left`: how many pictures are not
  *   compared yet.
- * @typedef {{files: number, bytes: number, size: string, newest: string, newest_files: string[]}} Trash `newest`: token
- *   of the newest removal that can be undone; empty if there is none. `newest_files` has the first ones of it.
+ * @typedef {{files: number, bytes: number, size: string, state: string, newest: string, newest_files: string[]}} Trash
+ *   `state` changes with what is in it. `newest`: token of the newest removal that can be undone; empty if there is
+ *   none. `newest_files` has the first ones of it.
  * @typedef {{added: {file: string, side: Side}[], problems: string[]}} Uploaded
  */
 

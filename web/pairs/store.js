@@ -273,7 +273,7 @@ export function createStore(api, onChange) {
     /** Move back what went to the trash last. @param {string} token */
     putBack: (token) => click("restore", { undo: token }, withoutUndo),
     /** Delete what is in the trash for good. @param {import("./server.js").Trash} trash As it was shown. */
-    emptyTrash: ({ files, bytes }) => click("empty_trash", { files, bytes }, withoutUndo),
+    emptyTrash: (trash) => click("empty_trash", { state: trash.state }, withoutUndo),
     /** Wait until uploads and changes are on the disk. */
     async settled() {
       if (uploads.progress()) {
