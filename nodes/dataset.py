@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
 from . import host_call, host_folders, sockets
-from .refused import refusal_of
+from .refused import refusal_of, with_other_problems
 from .schema import Node, new_input, new_output, node_schema, setting_input, setting_inputs
 from .untrusted import file_below, folders_below
 
@@ -110,8 +110,6 @@ class PairFolders(Node):
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """Outputs an EditDataset."""
-        from .whole_report import with_other_problems
-
         with host_call.short_call() as observer, with_other_problems(cls.hidden, observer):
             return io.NodeOutput(*cls.foresee(observer, **widgets))
 

@@ -11,7 +11,7 @@ from ..trainer_core.data_sets.folders import DataSet, find_data_sets, open_data_
 from ..trainer_core.errors import ConfigError
 from ..trainer_core.text import brief, some_of, text_problem
 from . import host_call, host_folders, sockets
-from .refused import refusal_of
+from .refused import refusal_of, with_other_problems
 from .schema import CATEGORY, Node, new_input, new_output, node_schema
 
 if TYPE_CHECKING:
@@ -71,8 +71,6 @@ class EditPairs(Node):
     @classmethod
     def execute(cls, data_set: str, instruction: str = "") -> io.NodeOutput:
         """Outputs an EditDataset."""
-        from .whole_report import with_other_problems
-
         with host_call.short_call() as observer, with_other_problems(cls.hidden, observer):
             return io.NodeOutput(*cls.foresee(observer, data_set, instruction))
 

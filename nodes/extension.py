@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -21,6 +22,7 @@ from . import (
     model,
     raw_values,
     reference_settings,
+    refused,
     result,
     routes,
     sample,
@@ -66,9 +68,15 @@ def _by_id() -> dict[str, type[io.ComfyNode]]:
     return {node.define_schema().node_id: node for node in NODES}
 
 
+def _refusals(request: dict[str, Any]) -> dict[str, str]:
+    raw_values.refuse_wrong_types(request.get("prompt"), _by_id())
+    return whole_report.refusals(request)
+
+
 routes.register_routes()
+host_server.before_queueing(_refusals, refused.note_refusals)
 host_server.before_validation(lambda request: raw_values.refuse_wrong_types(request.get("prompt"), _by_id()))
-host_server.before_validation(whole_report.note_problems)
+refused.look_for_others(whole_report.other_problems)
 
 
 class QwenEditTrainer(ComfyExtension):

@@ -80,6 +80,15 @@ class GraphValues:
         """The inputs of a node as the prompt has them."""
         return self._entries.get(node_id, ("", {}))[1]
 
+    def needed(self, node_id: str) -> set[str]:
+        """A node and all nodes whose outputs it needs, directly or through others."""
+        waiting, found = [node_id], set[str]()
+        while waiting:
+            if (each := waiting.pop()) not in found:
+                found.add(each)
+                waiting += [value[0] for value in self.given(each).values() if is_link(value)]
+        return found
+
     def refuses_itself(self, node_id: str) -> bool:
         """Whether a node will refuse its own widgets when ComfyUI validates the prompt."""
         node, given = self._nodes.get(self.kind_of(node_id)), self.given(node_id)

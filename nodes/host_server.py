@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
+from aiohttp import web
 from server import PromptServer
+
+_LOG = logging.getLogger(__name__)
+
+Found = dict[str, str]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class QueuedPrompt(NamedTuple):
@@ -91,3 +100,32 @@ def before_validation(look: Callable[[dict[str, Any]], None]) -> None:
         return request
 
     instance.add_on_prompt_handler(handler)
+
+
+def before_queueing(look: Callable[[dict[str, Any]], Found], note: Callable[[Found], None]) -> None:
+    """Let `look` see a copy of the body of each request that queues a prompt, in a thread, because it may take seconds.
+
+    `note` gets what it returns, in the task in which ComfyUI then validates the prompt. What `look` raises is logged.
+    """
+
+    def found(body: bytes) -> Found:
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError):  # ComfyUI says so
+            return {}
+        try:
+            return look(request) if isinstance(request, dict) else {}
+        except Exception:  # noqa: BLE001 - the prompt may be anything, and ComfyUI must answer
+            _LOG.exception("A prompt could not be looked at before it is queued.")
+            return {}
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method == "POST" and request.path in ("/prompt", "/api/prompt"):
+            body = await request.read()  # aiohttp keeps it for ComfyUI
+            note(await asyncio.to_thread(found, body))
+        return await handler(request)
+
+    instance = server()
+    if instance is not None:
+        instance.app.middlewares.append(middleware)  # after ComfyUI's own checks of the request

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from ..trainer_core.errors import Interrupted, Problems, SettingsError, TrainerError
@@ -16,12 +15,11 @@ from .before_start import NODES, problems_before
 from .graph_values import GraphValues, NotConnectedError
 from .host_folders import without_paths
 from .raw_values import entries
-from .refused import note_refusals
 from .short_train import Train
 from .train import TrainLora
 from .training import ADVANCED, SHORT, TRAININGS
 
-_SECONDS = 3.0  # ComfyUI answers nothing else while it validates a prompt
+_SECONDS = 3.0  # the page waits for the answer
 _NODES = {**NODES, ADVANCED: TrainLora, SHORT: Train}
 
 
@@ -35,64 +33,47 @@ class _ForSeconds(SilentObserver):
         return Stop.PAUSE if time.monotonic() > self._end else Stop.NO
 
 
-def note_problems(request: Mapping[str, Any]) -> None:
-    """Note what is wrong with a queued prompt, for `validate_inputs` of the nodes.
+def refusals(request: Mapping[str, Any], observer: Observer | None = None) -> dict[str, str]:
+    """What is wrong with a prompt that is to be queued, by node id, for `validate_inputs` of the nodes.
 
-    Pictures are looked at only if the training is refused anyway. Otherwise the nodes do that when they run.
+    Pictures are looked at only if a training that is asked for is refused anyway. Otherwise the nodes do that when they
+    run. `observer` can stop that. What it then leaves out is told when the graph runs.
     """
-    prompt = request.get("prompt")
+    prompt, targets = request.get("prompt"), request.get("partial_execution_targets")
     found: defaultdict[str, Problems] = defaultdict(Problems)
     for node_id, error in refused_at_once(prompt).items():
         found[node_id].add(error)
-    _note(found)
-    values = GraphValues(prompt, NODES)
-    if not found and not any(values.refuses_itself(node_id) for node_id, _, _ in entries(prompt)):
-        return
-    try:
-        for node_id, error in _problems(prompt, _ForSeconds()):
-            found[node_id].add(error)
-    except Interrupted:  # the rest is told when the graph runs
-        return
-    _note(found)
+    values, observer = GraphValues(prompt, NODES), observer or _ForSeconds()
+    for training, kind, _ in entries(prompt):
+        if kind not in TRAININGS or (isinstance(targets, list) and training not in targets):
+            continue
+        if any(node_id in found or values.refuses_itself(node_id) for node_id in values.needed(training)):
+            try:
+                for node_id, error in _problems(prompt, training, observer):
+                    found[node_id].add(error)
+            except Interrupted:
+                break
+    return {node_id: without_paths(str(_as_one(problems))) for node_id, problems in found.items()}
 
 
-def _note(found: Mapping[str, Problems]) -> None:
-    one = {node_id: problems.errors for node_id, problems in found.items()}
-    several = {node_id: errors[0] if len(errors) == 1 else SettingsError(errors) for node_id, errors in one.items()}
-    note_refusals({node_id: without_paths(str(error)) for node_id, error in several.items()})
+def _as_one(problems: Problems) -> TrainerError:
+    return problems.errors[0] if len(problems.errors) == 1 else SettingsError(problems.errors)
 
 
-@contextmanager
-def with_other_problems(hidden: Any, observer: Observer) -> Iterator[None]:
-    """Adds to an error of this node what is wrong with the other nodes of the trainings that need it.
+def other_problems(hidden: Any, observer: Observer) -> Iterator[TrainerError]:
+    """What is wrong with the other nodes of the trainings that need a node, with their titles in front.
 
     `hidden`: the node's hidden inputs, with its `unique_id` and the `prompt`.
     """
-    try:
-        yield
-    except Interrupted:
-        raise
-    except TrainerError as error:
-        problems = Problems()
-        problems.add(error)
-        for other in _others(hidden, observer):
-            problems.add(other)
-        problems.raise_all()
-
-
-def _others(hidden: Any, observer: Observer) -> Iterator[TrainerError]:
-    for node_id, error in _problems(hidden.prompt, observer, needs=hidden.unique_id):
-        if node_id != hidden.unique_id:
-            kind = hidden.prompt[node_id]["class_type"]
-            title = _NODES[kind].define_schema().display_name if kind in _NODES else kind
-            yield TrainerError(f"{title}: {error}")
-
-
-def _problems(prompt: Any, observer: Observer, needs: str = "") -> Iterator[tuple[str, TrainerError]]:
-    """The problems of the trainings in a prompt by node id, only of those to which the node `needs` belongs."""
+    prompt, values = hidden.prompt, GraphValues(hidden.prompt, NODES)
     for training, kind, _ in entries(prompt):
-        if kind not in TRAININGS or (needs and not host_server.is_asked_for(training)):
-            continue
-        problems = problems_before(prompt, training, observer)
-        if not needs or any(node_id == needs for node_id, _ in problems):
-            yield from (each for each in problems if not isinstance(each[1], NotConnectedError))
+        is_asked_for = kind in TRAININGS and host_server.is_asked_for(training)
+        if is_asked_for and hidden.unique_id in values.needed(training):
+            for node_id, error in _problems(prompt, training, observer):
+                if node_id != hidden.unique_id:
+                    yield TrainerError(f"{_NODES[values.kind_of(node_id)].define_schema().display_name}: {error}")
+
+
+def _problems(prompt: Any, training: str, observer: Observer) -> list[tuple[str, TrainerError]]:
+    """The problems of a training by node id, without those that ComfyUI tells itself."""
+    return [each for each in problems_before(prompt, training, observer) if not isinstance(each[1], NotConnectedError)]

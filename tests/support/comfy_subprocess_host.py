@@ -238,6 +238,35 @@ def folders(host: types.ModuleType, values: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def refusals(module: Callable[[str], types.ModuleType]) -> dict[str, str]:
+    """What is said of prompts with two trainings, and which of them are looked at."""
+    report, events = module("nodes.whole_report"), module("trainer_core.events")
+
+    class AtOnce(events.SilentObserver):
+        def should_stop(self) -> Any:
+            return events.Stop.PAUSE
+
+    def training(run_name: str) -> dict[str, Any]:
+        widgets = {"run_name": run_name, "preset": "automatic", "max_train_steps": 2, "seed": 0}
+        return {"class_type": "QwenEdit_Train", "inputs": {"model": ["model", 0], "dataset": ["pairs", 0], **widgets}}
+
+    demo = "demo (embedded)"
+    prompt = {
+        "model": {"class_type": "QwenEdit_ChooseModel", "inputs": {"model": demo}},
+        "pairs": {"class_type": "QwenEdit_EditPairs", "inputs": {"data_set": demo, "instruction": ""}},
+        "stray": {"class_type": "QwenEdit_EditPairs", "inputs": {"data_set": "gone", "instruction": ""}},
+        "good": training("good"),
+        "bad": training("a/b"),
+    }
+    stopped = report.refusals({"prompt": prompt}, AtOnce())
+    looked: dict[str, str] = {}
+    for label, request in {"all": {}, "good": {"partial_execution_targets": ["good"]}}.items():
+        with mock.patch.object(report, "problems_before", return_value=[]) as look:
+            report.refusals({"prompt": prompt, **request})
+        looked[label] = str([call.args[1] for call in look.call_args_list])
+    return {"stopped": str(stopped), **looked}
+
+
 def main(_: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Run all checks; returns their texts, by group."""
     import folder_paths
@@ -258,5 +287,6 @@ def main(_: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor
         "long": long_calls(call, module("nodes.active_runs"), module("trainer_core.errors")),
         "placed": placed(publish, folder),
         "folders": folders(module("nodes.host_folders"), values),
+        "refusals": refusals(module),
     }
     return {"nothing": torch.zeros(1)}, answers
