@@ -3,7 +3,7 @@
 import { element, setText, withLinks } from "./dom.js";
 import { roughly } from "./format.js";
 import { hasId, isTrainNode, promptOf, titleOf, toast } from "./graph.js";
-import { chain, runOf } from "./node_view.js";
+import { endGone, runOf, whenGone } from "./node_view.js";
 import { isUnderWay } from "./store.js";
 import { labelled, sentences, t } from "./words.js";
 
@@ -47,6 +47,7 @@ export function createBeforeStart(app, api, store) {
     let again = false;
     let problem = "";
     try {
+      endGone(app);
       const prompt = boxes.size ? await promptOf(app) : undefined;
       for (const box of prompt ? boxes : []) again = (await box.ask(prompt)) || again;
     } catch (error) {
@@ -75,7 +76,7 @@ export function createBeforeStart(app, api, store) {
     attach(node) {
       const box = createBox(node, { app, api, store, soon });
       boxes.add(box);
-      chain(node, "onRemoved", () => boxes.delete(box));
+      whenGone(node, () => boxes.delete(box));
       soon();
       return box.element;
     },
@@ -182,7 +183,7 @@ function createBox(node, { app, api, store, soon }) {
     paint();
   }
 
-  chain(node, "onRemoved", store.subscribe(paint));
+  whenGone(node, store.subscribe(paint));
   show(undefined);
   return {
     element: box,

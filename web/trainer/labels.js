@@ -23,7 +23,7 @@ export function makeRoom(node) {
   const kind = kindOf(node);
   if (!isOurs(kind)) return;
   const [width, height] = node.computeSize();
-  const wide = WITH_LONG_VALUES.includes(kind) ? WIDTH : width;
+  const wide = WITH_LONG_VALUES.includes(kind) ? Math.max(WIDTH, width) : width;
   node.setSize([Math.max(wide, node.size[0]), Math.max(height, node.size[1])]);
 }
 
@@ -32,7 +32,8 @@ export function nameBoxes(node) {
   const kind = kindOf(node);
   if (!isOurs(kind)) return;
   const boxes = (node.widgets ?? []).filter((/** @type {any} */ each) => each.element?.tagName === "TEXTAREA");
-  for (const { element: box, name } of boxes) if (box.placeholder === name) box.placeholder = "";
+  const nameOf = (/** @type {any} */ { label, name }) => label ?? name;
+  for (const box of boxes) if (box.element.placeholder === box.name) box.element.placeholder = nameOf(box);
   if (!boxes.length) return;
   if (!ruled.has(kind)) document.head.append(element("style", { text: boxes.map(ruleFor(kind)).join("\n") }));
   ruled.add(kind);
@@ -45,7 +46,10 @@ export function nameBoxes(node) {
     canvas.font = FONT;
     canvas.textAlign = "left";
     canvas.fillStyle = lite.WIDGET_SECONDARY_TEXT_COLOR;
-    for (const box of boxes) if (box.y && !box.hidden) canvas.fillText(box.label ?? box.name, LEFT, box.y + BASELINE);
+    for (const box of boxes) {
+      const isNamed = !box.element.value && box.element.placeholder === nameOf(box); // also on a subgraph's node
+      if (box.y && !box.hidden && !isNamed) canvas.fillText(nameOf(box), LEFT, box.y + BASELINE);
+    }
     canvas.restore();
   };
 }

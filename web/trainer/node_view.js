@@ -3,7 +3,7 @@
 import { createChart } from "./chart.js";
 import { element, setText } from "./dom.js";
 import * as format from "./format.js";
-import { hasId, widget } from "./graph.js";
+import { hasId, ourNodes, widget } from "./graph.js";
 import { createStrip } from "./samples.js";
 import { isUnderWay } from "./store.js";
 import { t } from "./words.js";
@@ -60,8 +60,7 @@ export function attachView(node, { app, store, onPick, first, last }) {
   const name = widget(node, "run_name");
   if (name) chain(name, "callback", paint);
   chain(node, "onConfigure", paint);
-  const end = store.subscribe(paint);
-  chain(node, "onRemoved", end);
+  whenGone(node, store.subscribe(paint));
   paint();
 }
 
@@ -76,6 +75,30 @@ export function runOf(node, store) {
   const name = String(widget(node, "run_name")?.value ?? "");
   const mine = store.list().find((run) => isUnderWay(run) && hasId(node, run.node_id) && run.run_name.startsWith(name));
   return mine ?? store.find(name);
+}
+
+/** @type {Map<any, (() => void)[]>} What is to be called when a node is gone. */
+const ends = new Map();
+
+/** Call `end` when a node is removed, or with `endGone`. @param {any} node @param {() => void} end */
+export function whenGone(node, end) {
+  if (!ends.has(node)) chain(node, "onRemoved", () => endAll(node));
+  ends.set(node, [...(ends.get(node) ?? []), end]);
+}
+
+/** @param {any} node */
+function endAll(node) {
+  for (const end of ends.get(node) ?? []) end();
+  ends.delete(node);
+}
+
+/**
+ * End what belongs to nodes that are gone. Older frontends close a graph without telling the nodes in its subgraphs.
+ * @param {any} app
+ */
+export function endGone(app) {
+  const there = new Set(ourNodes(app));
+  for (const node of ends.keys()) if (node.graph && !there.has(node)) endAll(node); // a new node has no graph yet
 }
 
 /**
