@@ -103,10 +103,10 @@ def chosen(name: str) -> DataSet:
         return demo_data_set()
     there = find_data_sets(host_folders.input_dir())
     if name not in there:
-        has = f"It has {some_of(there)}." if there else "It has none yet."
+        others = f", or choose another: {some_of(there)}" if there else ""
         raise ConfigError(
-            f"ComfyUI's input folder has no data set named {brief(name)}. {has} Open the side panel Edit pairs and "
-            "drop your pictures there, or choose another data set. A folder that you made yourself must hold the "
-            "folders reference and target; then press R to refresh the list."
+            f"There is no data set {brief(name)} in ComfyUI's input folder. Press Edit pairs… on the node Edit Pairs "
+            f"and drop your pictures{others}. A folder of your own needs the folders reference and target in it; then "
+            "press R."
         )
     return open_data_set(host_folders.input_dir(), name)

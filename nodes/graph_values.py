@@ -204,7 +204,7 @@ def _refusal(node: Any, values: Mapping[str, Any]) -> str:
 
 def not_connected(each: Any) -> NotConnectedError:
     """The error of a required input without a link. The page sends a value for every widget."""
-    return NotConnectedError(f"Nothing is connected to the input {each.id}. Connect this: {each.tooltip}")
+    return NotConnectedError(f"The input {each.id} has no link. It needs: {each.tooltip}")
 
 
 def is_link(given: Any) -> bool:

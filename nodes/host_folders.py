@@ -15,6 +15,7 @@ import folder_paths
 from ..trainer_core.config import DEMO_MODEL, ModelConfig
 from ..trainer_core.errors import ConfigError, ModelFileError
 from ..trainer_core.json_text import read_json
+from ..trainer_core.qwen_image.recognise import template_files
 from ..trainer_core.text import brief, shown
 
 DEMO_CHOICE = "demo (embedded)"
@@ -144,8 +145,9 @@ def base_model(name: str) -> tuple[str, str]:
     if folder := diffusers_models().get(name):
         return str(folder), ""
     raise ModelFileError(
-        f"Base model {brief(name)} not found. Available: {', '.join(base_models())}. Download a Qwen-Image-Edit model "
-        "in diffusers layout to its own folder in models/diffusers, then press R to refresh the list."
+        f"There is no base model {brief(name)} in models/diffusers. Choose another: {', '.join(base_models())}. Or "
+        "download all files of a repository such as Qwen/Qwen-Image-Edit-2511 from huggingface.co into a folder of its "
+        "own there, then press R."
     )
 
 
@@ -218,7 +220,8 @@ def model_file(folder: str, name: str) -> str:
     found = next((str(Path(root) / name) for root in roots if (Path(root) / name).exists()), "")
     if not found and name == NO_FILE:
         raise ModelFileError(
-            f"There is no model file in models/{folder}. Put one there, press R to refresh the list, and choose it."
+            f"There is no model file in models/{folder}. Put one there, such as {template_files(folder)[0]}, press R "
+            "to refresh the list, and choose it."
         )
     if not found:
         raise ModelFileError(

@@ -78,10 +78,12 @@ def _place_in_list(model: EditModel) -> tuple[int, bool, str]:
 
 
 def _not_installed(name: str, installed: list[str]) -> str:
+    choose = f"Choose one that is installed: {some_of(installed)}."
     if get := how_to_get(name):
+        get = f"{choose} Or {get[0].lower()}{get[1:]}" if installed else get
         return f"The model {name} is not installed. {get} {_TO_LIST}"
     if installed:
-        return f"The model {brief(name)} is not installed. Choose one that is: {some_of(installed)}."
+        return f"The model {brief(name)} is not installed. {choose}"
     get = how_to_get(template_files(_TRANSFORMERS)[0])
     return f"The model {brief(name)} is not installed, and no other edit model is. {get} {_TO_LIST}"
 

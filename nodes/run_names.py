@@ -43,7 +43,7 @@ def first_name(run_name: str, if_run_exists: str, label: str = "run_name") -> st
 def settled(config: TrainConfig, encoded: EncodedDataset | None, if_run_exists: str) -> tuple[TrainConfig, str]:
     """The configuration for the run that is continued or started with these pairs, which may not be encoded yet.
 
-    Also returns a sentence if an existing run has other settings; empty otherwise. Without pairs, as for a new run.
+    Also returns a sentence if an existing run can't be continued; empty otherwise. Without pairs, as for a new run.
     """
     if if_run_exists != OR_NEW_NAME:
         return config, ""
@@ -59,8 +59,12 @@ def settled(config: TrainConfig, encoded: EncodedDataset | None, if_run_exists: 
         if can_go_on(named, encoded):
             return named, ""
     new = free_name(folder, name)
-    others = "The existing run has" if len(existing) == 1 else "The existing runs have"
-    note = f"{others} other settings or pairs: {', '.join(existing)}. This is the new run {new}." if existing else ""
+    if not existing:
+        return _named(config, folder, new), ""
+    note = (
+        f"The name is in use: {', '.join(existing)} can't be continued with these settings and pairs. This run gets "
+        f"the name {new}. Nothing is overwritten."
+    )
     return _named(config, folder, new), note
 
 

@@ -32,9 +32,9 @@ def checked_run_name(name: str, label: str = "run_name") -> str:
     fits = _RUN_NAME.fullmatch(name) and name[-1] not in " ." and not is_device_name(name)
     if not fits or len(name.encode()) > _RUN_NAME_BYTES:
         raise ConfigError(
-            f"{label} must be the name of a folder, not a path, got {brief(name)}. Use 1 to 80 letters, digits, "
-            f"spaces and _ - + . (at most {_RUN_NAME_BYTES} bytes). Start with a letter, digit or _. Don't end with a "
-            "dot or space. Names that Windows reserves, such as CON, are not allowed."
+            f"{label} can't be {brief(name)}. Use 1 to 80 letters, digits, spaces and _ - + . (at most "
+            f"{_RUN_NAME_BYTES} bytes). Start with a letter, digit or _. Don't end with a dot or space. Names that "
+            "Windows reserves, such as CON, are not allowed."
         )
     return name
 
@@ -72,7 +72,11 @@ def folders_below(named: Mapping[str, str], roots: Mapping[str, Path]) -> dict[s
         else:
             wrong.append(f"{label} is {brief(name.strip())}, which {folder}.")
     if wrong:
-        allowed = f"Use a folder below one of: {', '.join(roots)}. {_HOW_TO_ALLOW}"
+        what, its = ("the folder", "its path") if len(wrong) == 1 else ("the folders", "their paths")
+        allowed = (
+            f"Put {what} into one of these: {', '.join(roots)}, and write {its} from there, such as my_edit/target. "
+            f"{_HOW_TO_ALLOW}"
+        )
         raise ConfigError(" ".join([*wrong, allowed]))
     return found
 

@@ -97,6 +97,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def to_fix(problems: int) -> str:
+    """How many problems there are and what to do, as the end of a sentence before a list of them."""
+    return f"{counted(problems, 'problem')}. Fix {'it' if problems == 1 else 'them'} and run again:"
+
+
 def some_of(names: Sequence[str]) -> str:
     """The first three names of a list, for use in a message."""
     return ", ".join(map(shown, names[:3])) + (", …" if len(names) > 3 else "")

@@ -87,7 +87,7 @@ def test_problems_are_looked_at_again(tmp_path: Path, decoded: list[str]) -> Non
     pair(tmp_path, "a")
     text(tmp_path / "after/a.png", b"no picture")
     for _ in range(2):
-        with pytest.raises(DatasetError, match=r"a\.png: this is not a JPEG"):
+        with pytest.raises(DatasetError, match=r"a\.png: this file is damaged or not a supp"):
             paired(tmp_path)
     assert decoded.count("a.png") == 3, "the intact reference must be opened once, the damaged target twice"
     assert len(problems_of(config(tmp_path))) == 1

@@ -90,7 +90,7 @@ def test_create(tmp_path: Path):
      "a\nb", "é" * 101, "\ud800", ["x"], "lost+found"],
 )  # fmt: skip
 def test_names_that_are_refused(name: object, tmp_path: Path):
-    with pytest.raises(DatasetError, match="name must be the name of a folder"):
+    with pytest.raises(DatasetError, match="name can't be"):
         create_data_set(tmp_path / "in", name)
     assert list(tmp_path.rglob("*")) == []
     if isinstance(name, str):
@@ -272,8 +272,8 @@ def test_refusals_say_what_to_do(tmp_path: Path):
     text(mine.folder("target") / "b.png", "no picture")
     said = refused(mine)
     assert "2 problems" in said
-    assert "1 pair without an instruction (b). Write what the edit does into the instruction of this node" in said
-    assert "b.png: this is not a JPEG, PNG" in said
+    assert "1 pair without an instruction (b). Open the side panel Edit pairs and write what the edit does" in said
+    assert "b.png: this file is damaged or not a supported picture" in said
     assert "caption_strategy" not in said
 
 

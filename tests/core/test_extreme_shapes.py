@@ -29,7 +29,7 @@ def folders(root: Path, target: tuple[int, int], reference: tuple[int, int]) -> 
 @pytest.mark.parametrize("kind", ["auto", "reference_strict", "reference_loose"])
 def test_narrow_pictures_are_named(tmp_path: Path, kind: str) -> None:
     settings = dataclasses.replace(folders(tmp_path, (17, 4000), (4000, 17)), conditioning_type=(kind,))
-    problems = [each for each in problems_of(settings) if "at most 32 times the other" in each]
+    problems = [each for each in problems_of(settings) if "at most 32 times the short one" in each]
     assert [each.split("/")[-1].split(".")[0] for each in problems] == ["odd", "odd"]
     assert "after/odd.png: the picture is 17 x 4000" in problems[0] and "before/odd.png" in problems[1]
     assert "4000 x 17" in problems[1]

@@ -88,7 +88,7 @@ def test_the_text_of_the_name_comes_before_that_of_the_file(root: Path) -> None:
 def test_captions_beside_the_references_are_named_once(root: Path) -> None:
     texts(root / "reference", "{}.txt")
     problem = only_problem(scan_folders(config(root)))
-    assert "3 targets without a caption, but" in problem and "000.txt, 001.txt, 002.txt" in problem
+    assert "3 targets have no caption. " in problem and "000.txt, 001.txt, 002.txt" in problem
     assert problem.endswith("move them beside the targets.")
 
 
@@ -198,7 +198,7 @@ def test_targets_that_endings_do_not_explain_get_their_own_lines(root: Path) -> 
         (root / "reference" / f"{key}.png").unlink()
     first, *others = scan_folders(config(root)).problems
     assert "1 reference named like targets except for an ending (000_start.png)" in first
-    assert [each.partition(": no reference in")[0] for each in others] == [
+    assert [each.partition(": its reference is missing")[0] for each in others] == [
         str(root / "target" / f"{key}.png") for key in KEYS[1:]
     ]
 
@@ -220,7 +220,7 @@ def test_captions_in_another_folder_are_named_once(place: str, root: Path) -> No
     (root / place).mkdir(exist_ok=True)
     texts(root / place, "{}.txt")
     problem = only_problem(scan_folders(config(root)))
-    assert f"3 targets without a caption, but files in {root / place} have their names (000.txt, 001.txt" in problem
+    assert f"3 targets have no caption. Files in {root / place} have their names (000.txt, 001.txt" in problem
     assert problem.endswith("move them beside the targets.")
 
 
@@ -231,7 +231,7 @@ def test_captions_in_another_format_are_named_once(name: str, place: str, root: 
     texts(root / place, name)
     problem = only_problem(scan_folders(config(root)))
     where = "beside them" if place == "target" else f"in {root / place}"
-    assert f"3 targets without a caption, but files {where} have their names ({name.format('000')}, " in problem
+    assert f"3 targets have no caption. Files {where} have their names ({name.format('000')}, " in problem
     assert problem.endswith("save each as text beside its target, such as 000.txt.")
 
 
@@ -304,7 +304,7 @@ def test_targets_without_a_caption_that_others_have_are_named_themselves(root: P
     texts(root / "target", "{}.json")
     (root / "target" / "001.json").unlink()
     first, second = scan_folders(config(root)).problems
-    assert "2 targets without a caption, but files beside them" in first
+    assert "2 targets have no caption. Files beside them" in first
     assert second.startswith(f"{root / 'target' / '001.png'}: no caption; looked for 001.txt next to it.")
 
 

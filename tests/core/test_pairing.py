@@ -173,11 +173,11 @@ def test_one_report_names_every_problem_and_no_file_is_touched(tmp_path):
         "after/zero.png": "empty",
         "after/cut_target.png": "damaged",
         "before/cut_reference.jpg": "damaged",
-        "before/fake.png": "not a JPEG, PNG",
+        "before/fake.png": "damaged or not a supported picture",
         "after/blank.txt": "caption file is empty",
         "after/none.png": "no caption; looked for none.txt",
         "after/latin1.txt": "not UTF-8",
-        "after/lonely.png": f"no reference in {before}",
+        "after/lonely.png": f"its reference is missing in {before}",
         "after/Case.png": "Rename case.png or the target",
         "after/heic.png": "Convert heic.heic to PNG or JPEG",
         "after/good.png": "same name",
@@ -214,9 +214,7 @@ def test_targets_that_all_lack_a_caption_get_one_line(tmp_path):
         pair(tmp_path, key)
         (tmp_path / "after" / f"{key}.txt").unlink()
     (problem,) = problems_of(config(tmp_path))
-    assert problem.startswith(
-        f"{tmp_path / 'after'}: none of the 3 targets has a caption; looked for texts next to them,"
-    )
+    assert problem.startswith(f"{tmp_path / 'after'}: none of the 3 targets has a caption. One text for all: ")
     assert "such as a.txt" in problem
     text(tmp_path / "after/b.txt", b"draw it")
     assert len(problems_of(config(tmp_path))) == 2
@@ -246,8 +244,8 @@ def test_a_folder_without_pictures_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("references", "sentence"),
     [
-        (("after",), r"target_dir .* and reference_dirs\[0\] .* are the same folder"),
-        (("before", "before"), r"reference_dirs\[0\] .* and reference_dirs\[1\] .* are the same folder"),
+        (("after",), r"target folder .* and reference folder 1 .* are the same folder"),
+        (("before", "before"), r"reference folder 1 .* and reference folder 2 .* are the same folder"),
         (("before", "before/../before"), "are the same folder"),
         (("link",), "are the same folder"),
         (("after/sub",), "are nested"),

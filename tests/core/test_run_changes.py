@@ -158,9 +158,10 @@ def test_all_differences_and_the_ways_on(tmp_path: Path) -> None:
         "optimizer": OptimizerConfig(learning_rate=3e-4),
     }
     message = refusal(run, dataset(tmp_path / "cache", PAIRS[:4]), **changes)
-    for part in ("seed 0 -> 3", "lora.lora_rank 16 -> 64", "learning_rate 0.0001 -> 0.0003", "('e') was removed"):
+    values = ("seed: was 0, now 3", "lora.lora_rank: was 16, now 64", "learning_rate: was 0.0001, now 0.0003")
+    for part in (*values, "('e') was removed"):
         assert part in message, part
-    assert "Undo these changes" in message and "another run name" in message and "Nothing was changed" in message
+    assert "Undo these changes" in message and "another name" in message and "Nothing was changed" in message
     assert "init_lora" not in message, "this run has no LoRA yet"
     state = json.loads((run / "run.json").read_text())
     result = {"lora_file": "mine.safetensors", "steps": 4, "kept": False, "export": {}}

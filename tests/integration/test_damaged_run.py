@@ -106,7 +106,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_again(
             train_lora(longer)
         message = str(caught.value)
         assert "'run' has saved 4 steps" in message and str(run / "checkpoints") in message
-        assert f"set init_lora to {run / 'run.safetensors'}" in message and "another run name" in message
+        assert f"set init_lora to {run / 'run.safetensors'}" in message and "another name" in message
     after = content(run)
     assert sorted(after.values()) == sorted(before.values()), "files are renamed at most"
     assert after["run.safetensors"] == before["run.safetensors"]
@@ -219,7 +219,7 @@ def test_a_damaged_run_json_is_named(config: TrainConfig, encoded: EncodedDatase
             with pytest.raises(RunFolderError) as caught:
                 call()
             message = str(caught.value)
-            assert str(state) in message and "another run name" in message and len(message) < 1000, what
+            assert str(state) in message and "another name" in message and len(message) < 1000, what
         assert content(Path(config.run_dir)) == before, what
     for samples in ("x", {"coming": 1}, {"step": 4, "grid_file": "../x.png"}):
         state.write_text(json.dumps({**json.loads(whole), "samples": samples}), encoding="utf-8")

@@ -145,11 +145,15 @@ def test_problems_of_masks(masked: DatasetConfig, tmp_path: Path) -> None:
     Image.new("L", SIZE, 255).save(mask / "unused.png")
     scan = scan_folders(masked)
     assert len(scan.problems) == 3 and not scan.dataset.pairs
-    for words in ("no mask in", "the mask is 77 x 131, but its target is 131 x 77", "002.png: the mask is all black"):
+    for words in (
+        "its mask is missing in",
+        "the mask is 77 x 131, but its target is 131 x 77",
+        "002.png: the mask is all black",
+    ):
         assert sum(words in problem for problem in scan.problems) == 1, scan.problems
     assert any("1 picture not used (unused.png), because no target" in note for note in scan.notes)
     same = dataclasses.replace(masked, mask_dir=masked.reference_dirs[0])
-    with pytest.raises(DatasetError, match=r"mask_dir .* are the same folder"):
+    with pytest.raises(DatasetError, match=r"mask folder .* are the same folder"):
         pair_folders(same)
 
 

@@ -49,7 +49,7 @@ def test_folders(name: str, widget: str, prompt: dict[str, Any], comfyui: PackSe
     assert list(errors) == [pairing]
     details = errors[pairing]["errors"][0]["details"]
     assert f"{widget} is {name!r}" in details
-    assert "Use a folder below one of: input, output" in details
+    assert "Put the folder into one of these: input, output" in details
     assert str(comfyui.base) not in details
 
 
@@ -62,7 +62,7 @@ def test_all_folders_that_are_missing_are_named_together(prompt: dict[str, Any],
     assert len(errors) == 2
     for error in errors:
         assert "target_folder is 'lost/target', which does not exist. " in error["details"]
-        assert "reference_folder_1 is 'lost/reference', which does not exist. Use a folder" in error["details"]
+        assert "reference_folder_1 is 'lost/reference', which does not exist. Put the folders into" in error["details"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc", "not_there"])
@@ -125,7 +125,7 @@ def test_run_names(name: str, prompt: dict[str, Any], comfyui: PackServer):
     inputs["run_name"] = name
     errors = refusal(comfyui, prompt, [training])
     assert set(errors) == {training, pairing}
-    says = "run_name must be the name of a folder" if name else "run_name is empty. Enter a name"
+    says = "run_name can't be" if name else "run_name is empty. Enter a name"
     assert says in errors[training]["errors"][0]["details"]
     assert "this target folder has no pictures" in errors[pairing]["errors"][0]["details"]
 
@@ -136,7 +136,7 @@ def test_base_model_is_missing(prompt: dict[str, Any], comfyui: PackServer):
     inputs["base_model"] = "../../etc"
     errors = refusal(comfyui, prompt, [training])
     details = errors[loader]["errors"][0]["details"]
-    assert "'../../etc' not found" in details
+    assert "There is no base model '../../etc' in models/diffusers" in details
     assert "demo (embedded)" in details
     assert node_of(prompt, "PairFolders")[0] in errors  # its folders are empty
 

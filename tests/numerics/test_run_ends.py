@@ -103,8 +103,8 @@ def test_a_run_folder_refuses_other_settings(config: TrainConfig) -> None:
     other = dataclasses.replace(config, lora=LoraConfig(lora_rank=8), noise=NoiseConfig(flow_schedule_shift=3.0))
     with pytest.raises(RunFolderError) as caught:
         train_lora(other)
-    assert "lora.lora_rank 4 -> 8" in str(caught.value)
-    assert "noise.flow_schedule_shift 1.73 -> 3.0" in str(caught.value)
+    assert "lora.lora_rank: was 4, now 8" in str(caught.value)
+    assert "noise.flow_schedule_shift: was 1.73, now 3.0" in str(caught.value)
     assert before == {path: path.read_bytes() for path in Path(config.run_dir).rglob("*") if path.is_file()}
 
 
@@ -186,7 +186,7 @@ def test_a_result_of_a_version_with_fewer_settings_is_found(config: TrainConfig)
     assert find_result(config) == result
     other = dataclasses.replace(config, lora=dataclasses.replace(config.lora, lora_type="dora"))
     assert find_result(other) is None
-    with pytest.raises(RunFolderError, match="lora_type 'lora' -> 'dora'"):
+    with pytest.raises(RunFolderError, match="lora_type: was 'lora', now 'dora'"):
         train_lora(other)
 
 

@@ -103,7 +103,7 @@ MISTAKES = {
     "wrong folder": Mistake(
         lambda _: changed(training(RUN), PAIR, target_folder="no_such/target"),
         PAIR,
-        "target_folder is 'no_such/target', which does not exist. Use a folder below one of: input, output.",
+        "target_folder is 'no_such/target', which does not exist. Put the folder into one of these: input, output",
     ),
     "empty folder": Mistake(
         no_pictures,
@@ -113,16 +113,17 @@ MISTAKES = {
     "captions missing": Mistake(
         no_captions,
         PAIR,
-        "none of the 5 targets has a caption; looked for texts next to them, such as 000.txt. Write the edit "
-        "instructions into such files. For one instruction for all pairs, write it into instance_prompt and set "
-        "caption_strategy to instanceprompt.",
+        "none of the 5 targets has a caption. One text for all: set caption_strategy to instanceprompt and write it "
+        "into instance_prompt. One text each: write a file beside each target, such as 000.txt.",
     ),
     "sides swapped": Mistake(lambda _: changed(training(RUN), PAIR, **SWAPPED), PAIR, "Are the two folders swapped?"),
     "one file missing": Mistake(
-        one_file_missing, PAIR, "target/001.png: no reference in input/one-missing/reference_1"
+        one_file_missing, PAIR, "target/001.png: its reference is missing in input/one-missing/reference_1"
     ),
     "model missing": Mistake(
-        lambda _: changed(training(RUN), LOAD, base_model="gone"), LOAD, "Base model 'gone' not found."
+        lambda _: changed(training(RUN), LOAD, base_model="gone"),
+        LOAD,
+        "There is no base model 'gone' in models/diffusers.",
     ),
     "model file missing": Mistake(
         lambda _: {
@@ -137,7 +138,7 @@ MISTAKES = {
             ),
         },
         LOAD,
-        "There is no model file in models/diffusion_models. Put one there, press R to refresh the list, and choose it.",
+        "There is no model file in models/diffusion_models. Put one there, such as qwen_image_edit_2511_bf16",
     ),
     "too large for the card": Mistake(
         too_large,
@@ -146,7 +147,7 @@ MISTAKES = {
     ),
     "run name used": Mistake(name_used, TRAIN, "The run 'used' was started with other settings or pairs:"),
     "run name with a slash": Mistake(
-        lambda _: training("a/b"), TRAIN, "run_name must be the name of a folder, not a path, got 'a/b'."
+        lambda _: training("a/b"), TRAIN, "run_name can't be 'a/b'. Use 1 to 80 letters, digits, spaces and _ - + ."
     ),
 }
 
@@ -167,10 +168,10 @@ def test_all_mistakes_are_in_one_list(studio: PackServer):
     prompt = changed(changed(one_file_missing(studio), LOAD, base_model="gone"), TRAIN, run_name="a/b")
     prompt = changed(prompt, "optimizer", lr_scheduler="cosine", lr_warmup_steps=4)
     found = {(each["node_id"], each["text"].split(".")[0]) for each in asked(studio, prompt)["problems"]}
-    assert (LOAD, "Base model 'gone' not found") in found
-    assert (TRAIN, "run_name must be the name of a folder, not a path, got 'a/b'") in found
+    assert (LOAD, "There is no base model 'gone' in models/diffusers") in found
+    assert (TRAIN, "run_name can't be 'a/b'") in found
     assert any(node_id == TRAIN and "lr_warmup_steps must be less than" in text for node_id, text in found)
-    assert any(node_id == PAIR and text.startswith("The dataset can't be used: 1 problem") for node_id, text in found)
+    assert any(node_id == PAIR and text.startswith("The dataset has 1 problem") for node_id, text in found)
     assert len(found) == 4
 
 
@@ -197,7 +198,7 @@ def test_a_wrong_name_and_a_missing_model_hide_no_other_problem(studio: PackServ
     assert found[1:] == [(TRAIN, "The"), (TRAIN, "lr_warmup_steps")]
     assert found[0][0] == LOAD
     said = said_by_run(studio, short)
-    assert "The name of the edit must be" in said and "lr_warmup_steps must be" in said
+    assert "The name of the edit can't be" in said and "lr_warmup_steps must be" in said
 
 
 def test_the_facts_follow_from_the_graph_and_the_cache(studio: PackServer):
@@ -261,8 +262,8 @@ def test_an_input_without_a_link_is_named(studio: PackServer):
     prompt = training(RUN)
     del prompt[ENCODE]["inputs"]["dataset"], prompt[TRAIN]["inputs"]["model"]
     found = {each["node_id"]: each["text"] for each in asked(studio, prompt)["problems"]}
-    assert found[ENCODE].startswith("Nothing is connected to the input dataset. Connect this: ")
-    assert found[TRAIN].startswith("Nothing is connected to the input model. Connect this: ")
+    assert found[ENCODE].startswith("The input dataset has no link. It needs: ")
+    assert found[TRAIN].startswith("The input model has no link. It needs: ")
 
 
 def test_pairs_are_measured_when_asked_for(studio: PackServer):

@@ -102,7 +102,7 @@ def failure_at(server: PackServer, prompt: dict[str, Any], node_id: str) -> str:
 def test_folders(folder: str, outside: Path, studio: PackServer):
     name, before = folder.format(outside=outside), files(studio)
     for prompt in (pairing(target_folder=name), pairing(reference_folder_1=name)):
-        wanted = "Use a folder below one of: input, output" if is_a_name(name) else ", got '"
+        wanted = "Put the folder into one of these: input, output" if is_a_name(name) else ", got '"
         assert wanted in refusal(studio, prompt, PAIR)
     for widget in ("reference_folder_2", "mask_folder"):  # optional inputs: empty means none
         said = (failure_at if is_a_name(name) else refusal)(studio, pairing(**{widget: name or ".."}), PAIR)
@@ -127,7 +127,7 @@ def test_a_linked_picture_is_not_read(outside: Path, studio: PackServer):
 @pytest.mark.parametrize("name", RUN_NAMES, ids=lambda name: ascii(name)[:30])
 def test_run_names(name: str, outside: Path, studio: PackServer):
     before = files(studio)
-    says = ("not a path" if name else "run_name is empty") if is_a_name(name) else "run_name contains"
+    says = ("run_name can't be" if name else "run_name is empty") if is_a_name(name) else "run_name contains"
     assert says in refusal(studio, training(name), TRAIN)
     linked = {**training(["value", 0]), "value": hidden(name)}
     said = failure_at(studio, linked, TRAIN)
@@ -141,9 +141,9 @@ def test_run_names(name: str, outside: Path, studio: PackServer):
 def test_base_models(name: str, outside: Path, studio: PackServer):
     name = name.format(outside=outside)
     prompt = training("nothing", 2)
-    assert "Available:" in refusal(studio, changed(prompt, LOAD, base_model=name), LOAD)
+    assert "Choose another:" in refusal(studio, changed(prompt, LOAD, base_model=name), LOAD)
     linked = {**changed(prompt, LOAD, base_model=["value", 0]), "value": hidden(name)}
-    assert "Available:" in failure_at(studio, linked, LOAD)
+    assert "Choose another:" in failure_at(studio, linked, LOAD)
 
 
 @pytest.mark.parametrize("name", ["unknown.safetensors", "../../secret.safetensors", "{outside}/x.safetensors"])

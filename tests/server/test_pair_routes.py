@@ -155,7 +155,11 @@ def test_marks_count_before_the_start(studio: PackServer):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("gone", "has no data set named 'gone'. It has"), ("../pairs", "has no data set named"), ("", "has no data set")],
+    [
+        ("gone", "There is no data set 'gone' in"),
+        ("../pairs", "There is no data set '../pairs'"),
+        ("", "no data set '' "),
+    ],
 )
 def test_an_unknown_data_set(name: str, said: str, mine: str, studio: PackServer):
     from tools.comfyui import ComfyUIError
@@ -164,7 +168,7 @@ def test_an_unknown_data_set(name: str, said: str, mine: str, studio: PackServer
         studio.queue(node(data_set=name))
     (problem,) = caught.value.answer["node_errors"]["pairs"]["errors"]
     assert said in problem["details"]
-    assert "Open the side panel Edit pairs" in problem["details"]
+    assert "Press Edit pairs… on the node Edit Pairs and drop" in problem["details"]
 
 
 def test_an_empty_data_set(studio: PackServer):
@@ -178,7 +182,7 @@ def test_no_instruction(studio: PackServer):
     for side in ("before", "after"):
         add(studio, "silent", f"a_{side}.png", picture(len(side)))
     said = error_of(studio.wait(studio.queue(node(data_set="silent"))))["exception_message"]
-    assert "1 pair without an instruction (a). Write what the edit does into the instruction of this node" in said
+    assert "1 pair without an instruction (a). Open the side panel Edit pairs and write what the edit does" in said
     studio.run(node(data_set="silent", instruction="turn it blue"))
 
 

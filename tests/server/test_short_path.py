@@ -108,8 +108,8 @@ def test_other_settings_get_a_new_name_and_the_same_ones_go_on(trained: dict[str
         names.append(figures(outputs)["run_name"])
         if len(names) == 2:
             assert (
-                f"The existing run has other settings or pairs: {NAME}. This is the new run {NAME}-2."
-                in (outputs[TRAIN]["text"][0])
+                f"The name is in use: {NAME} can't be continued with these settings and pairs. This run gets the name "
+                f"{NAME}-2. Nothing is overwritten." in (outputs[TRAIN]["text"][0])
             )
     assert names == [NAME, f"{NAME}-2", NAME, f"{NAME}-2", f"{NAME}-3"]
     assert config_of(studio, f"{NAME}-2")["export"]["lora_name"] == f"{NAME}-2"
@@ -138,7 +138,7 @@ def test_all_problems_come_in_one_list_before_anything_is_encoded(trained: dict[
     assert error["node_id"] == TRAIN
     said = error["exception_message"]
     assert said.startswith("There are 2 problems.")
-    assert "seed 0 -> 7" in said and "no_such_layer" in said
+    assert "seed: was 0, now 7" in said and "no_such_layer" in said
     assert not cache_entries(studio, "latents")
 
 
@@ -165,8 +165,8 @@ def test_a_refusal_names_what_is_wrong_with_the_pairs_too(pairs: str, trained: d
     found = caught.value.answer["node_errors"]
     said = {node_id: found[node_id]["errors"][0]["details"] for node_id in (LOAD, PAIR, TRAIN)}
     assert "'gone'" in said[LOAD]
-    assert "001.png: no reference" in said[PAIR] and str(studio.base) not in said[PAIR]
-    assert "The name of the edit must be" in said[TRAIN]
+    assert "001.png: its reference is missing" in said[PAIR] and str(studio.base) not in said[PAIR]
+    assert "The name of the edit can't be" in said[TRAIN]
 
 
 def test_pairs_that_fail_name_the_other_problems_too(trained: dict[str, Any], studio: PackServer):
@@ -178,7 +178,7 @@ def test_pairs_that_fail_name_the_other_problems_too(trained: dict[str, Any], st
     error = error_of(studio.wait(studio.queue(prompt)))
     assert error["node_id"] == PAIR
     first, second = error["exception_message"].split("\n2. ")
-    assert first.startswith("There are 2 problems.") and "001.png: no reference" in first
+    assert first.startswith("There are 2 problems.") and "001.png: its reference is missing" in first
     assert second.startswith("Train Qwen Edit LoRA: ") and "no_such_layer" in second
 
 
@@ -202,7 +202,7 @@ def test_what_widgets_tell_is_refused_at_once(studio: PackServer):
     prompt = changed(short(preset="8gb"), "more", optimizer_settings=["optimizer", 0])
     prompt = changed(prompt, "optimizer", lr_scheduler="cosine", lr_warmup_steps=2)
     assert "lr_warmup_steps must be less than max_train_steps (2)" in refused(studio, prompt, TRAIN)
-    assert "The name of the edit must be the name of a folder" in refused(studio, short(run_name="../x"), TRAIN)
+    assert "The name of the edit can't be '../x'" in refused(studio, short(run_name="../x"), TRAIN)
 
 
 def refused(studio: PackServer, prompt: dict[str, Any], node_id: str) -> str:

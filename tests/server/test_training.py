@@ -203,7 +203,7 @@ def test_a_name_in_use_is_an_error_at_the_node(first: dict[str, Any], studio: Pa
     entry = studio.wait(studio.queue(training("first", STEPS, seed=5)))
     error = error_of(entry)
     assert error["node_id"] == TRAIN
-    assert "seed 0 -> 5" in error["exception_message"]
+    assert "seed: was 0, now 5" in error["exception_message"]
     assert stamps(run_dir(studio, "first")) == before
 
 

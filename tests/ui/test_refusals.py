@@ -40,7 +40,7 @@ def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_pa
     page.run()
     expect(notice.locator("b")).to_have_text(["Load Qwen Edit Model", "Train Qwen Edit LoRA (advanced)"])
     expect(notice.locator("p")).to_contain_text(
-        [f"Base model '{DOWNLOAD} https://elsewhere.example/' not found", "run_name must be the name of a folder"]
+        [f"no base model '{DOWNLOAD} https://elsewhere.example/' in", "run_name can't be"]
     )
     links = notice.get_by_role("link")
     assert [link.get_attribute("href") for link in links.all()] == [DOWNLOAD]
@@ -58,7 +58,7 @@ def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_pa
     queue = "app.graphToPrompt().then(prompt => app.api.queuePrompt(0, prompt)).catch(error => error)"
     assert page.page.evaluate(f"async () => (await {module}).isInNotice(await {queue})")
     expect(notice.locator("b")).to_have_text("Train Qwen Edit LoRA (advanced)")
-    expect(notice.locator("p")).to_contain_text(["Nothing is connected to encoded."])
+    expect(notice.locator("p")).to_contain_text(["The input encoded has no link. Draw one to it."])
     assert [each for each in page.problems if "/prompt" not in each or "400" not in each] == []
     page.problems.clear()  # browsers log the refusal
 
@@ -89,7 +89,7 @@ def says_once_each_what_concerns_our_nodes(page: ComfyPage):
     module = "import('/extensions/qwen-edit-trainer/trainer/refusals.js')"
     found = page.page.evaluate(f"async given => (await {module}).refused(...given)", [errors, prompt])
     assert [(each["id"], each["texts"]) for each in found] == [
-        ("1", ["Not there.", "Nothing is connected to model.", "A message: model"]),
+        ("1", ["Not there.", "The input model has no link. Draw one to it.", "A message: model"]),
         ("2:3", ['image is "a.png", which is not one of its choices. It may be missing on this machine.']),
     ]
     assert page.page.evaluate(f"async () => (await {module}).refused(undefined)") == []

@@ -76,11 +76,11 @@ def test_our_nodes_in_subgraphs(frontend: Path | None, open_page: OpenPage):
     page.page.evaluate(NAMED, "a/b")
     page.run()
     notice = page.page.locator(".qet-notice")
-    expect(notice.locator("p")).to_contain_text("must be the name of a folder")
+    expect(notice.locator("p")).to_contain_text("can't be 'a/b'")
     notice.get_by_role("button", name="Go to node").click()
     page.page.wait_for_function(SELECTED, arg="Train Qwen Edit LoRA")
     assert page.page.evaluate(f"() => app.canvas.graph === {OUTER}.subgraph")
-    expect(page.page.locator(".qet-before-head")).to_have_text("Run would be refused: 1 problem")
+    expect(page.page.locator(".qet-before-head")).to_have_text("Not ready: 1 problem")
 
     ids = f"""async () => {{
         const {{ hasId }} = await {GRAPH}, {{ id, subgraph }} = {OUTER};

@@ -247,8 +247,8 @@ def _header(file: BinaryIO, path: Path) -> Generator[Image.Image]:
         ) from error
     if picture is None:
         raise DatasetError(
-            f"{shown(path)}: this is not a JPEG, PNG, WebP or other supported picture, whatever its extension. Convert "
-            "it to PNG or JPEG, or remove the pair."
+            f"{shown(path)}: this file is damaged or not a supported picture, whatever its name says. Save the picture "
+            "again as PNG or JPEG, or remove the pair."
         )
     with picture:
         if picture.width * picture.height > MAX_PICTURE_PIXELS:

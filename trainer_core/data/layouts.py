@@ -234,8 +234,8 @@ def _captions_elsewhere(target: Folder, references: Sequence[Folder], layout: La
             move = f"save each as text beside its target, such as {shown(keys[0])}.txt"
         layout.no_caption.update(keys)
         layout.problems.append(
-            f"{shown(target.root)}: {counted(len(keys), 'target')} without a caption, but files {place} have their "
-            f"names ({some_of(names)}). {hint} these are the edit instructions, {move}."
+            f"{shown(target.root)}: {counted(len(keys), 'target')} {'has' if len(keys) == 1 else 'have'} no caption. "
+            f"Files {place} have their names ({some_of(names)}). {hint} these are the edit instructions, {move}."
         )
 
 
@@ -305,9 +305,9 @@ def _no_captions(target: Folder, layout: Layout) -> None:
         return
     layout.no_caption.update(keys)
     layout.problems.append(
-        f"{shown(target.root)}: none of the {len(keys):,} targets has a caption; looked for texts next to them, such "
-        f"as {shown(min(keys))}.txt. Write the edit instructions into such files. For one instruction for all pairs, "
-        "write it into instance_prompt and set caption_strategy to instanceprompt."
+        f"{shown(target.root)}: none of the {len(keys):,} targets has a caption. One text for all: set "
+        "caption_strategy to instanceprompt and write it into instance_prompt. One text each: write a file beside each "
+        f"target, such as {shown(min(keys))}.txt."
     )
 
 

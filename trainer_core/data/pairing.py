@@ -13,7 +13,7 @@ from ..disk import disk_errors
 from ..errors import DatasetError
 from ..events import SILENT, Observer, watched
 from ..geometry import Size, same_shape
-from ..text import counted, printable, shown, some_of
+from ..text import counted, printable, shown, some_of, to_fix
 from .caption_table import CaptionTable, read_caption_table, table_path
 from .captions import captions_of
 from .checking import Checked, CheckedPictures, check_pictures
@@ -25,6 +25,7 @@ from .masks import PairMask, mask_problem
 from .picture_notes import picture_notes, profile_note
 from .sides import swapped_note
 
+_TARGET, _MASK = "target folder", "mask folder"
 LONGEST_SHAPE = 32  # the longer side over the shorter one, which then has 22 latents at a megapixel, 11 at 512²
 
 
@@ -98,13 +99,7 @@ def pair_folders(config: DatasetConfig, observer: Observer = SILENT, *, checked_
     with disk_errors(Path(config.target_dir)):
         scan = scan_folders(config, observer, checked_dir=checked_dir)
     if scan.problems:
-        raise DatasetError(
-            f"The dataset can't be used: {counted(len(scan.problems), 'problem')}, "
-            f"{counted(len(scan.dataset.pairs), 'good pair')}. Nothing was changed. Fix the problems below and run "
-            "again:",
-            scan.problems,
-            scan.notes,
-        )
+        raise DatasetError(f"The dataset has {to_fix(len(scan.problems))}", scan.problems, scan.notes)
     return scan.dataset
 
 
@@ -257,9 +252,9 @@ def _caption_table(target: Folder, config: DatasetConfig, layout: Layout) -> Cap
 
 
 def _named_roots(config: DatasetConfig) -> dict[str, Path]:
-    """The folders by the name of their setting."""
-    references = {f"reference_dirs[{number}]": root for number, root in enumerate(config.reference_dirs)}
-    roots = {"target_dir": config.target_dir, **references, "mask_dir": config.mask_dir}
+    """The folders by the label of their widget."""
+    references = {f"reference folder {number}": root for number, root in enumerate(config.reference_dirs, 1)}
+    roots = {_TARGET: config.target_dir, **references, _MASK: config.mask_dir}
     return {name: Path(root) for name, root in roots.items() if root}
 
 
@@ -270,7 +265,7 @@ def _clashes(config: DatasetConfig, observer: Observer) -> list[str]:
     for (name, root), (other_name, other) in combinations(_named_roots(config).items(), 2):
         both = f"{name} ({shown(root)}) and {other_name} ({shown(other)})"
         one, two = root.resolve(), other.resolve()
-        if one == two and name == "target_dir" and other_name != "mask_dir":
+        if one == two and name == _TARGET and other_name != _MASK:
             one_folder = True
             problems.append(
                 f"{both} are the same folder. Put the targets into one folder and the references into another, with "
@@ -310,10 +305,10 @@ def _pair(
     needed = folders.others if not config.references_optional else filter(None, [folders.masks])
     lacking = [folder for folder in needed if key not in folder.pictures]
     paths = folders.pictures_of(key)
+    put = f". Put a picture named {shown(key)} (.png, .jpg or the like) there, or remove the target"
     problems = [
-        f"{shown(paths[0])}: no {'mask' if folder is folders.masks else 'reference'} in {shown(folder.root)}; "
-        f"looked for {shown(key)} with a picture extension"
-        f"{folder.almost(key) or '. Put a picture of that name there, or remove the target'}."
+        f"{shown(paths[0])}: its {'mask' if folder is folders.masks else 'reference'} is missing in "
+        f"{shown(folder.root)}{folder.almost(key) or put}."
         for folder in lacking
         if (folder.root, key) not in layout.no_reference and folder.root.is_dir()
     ]
@@ -361,7 +356,7 @@ def too_narrow(size: Size) -> str:
     """What is wrong with the shape of a picture of this size, as sentences after "the picture"; empty if nothing."""
     if max(size) <= LONGEST_SHAPE * min(size):
         return ""
-    return f"is {size.width} x {size.height}. A side may be at most {LONGEST_SHAPE} times the other."
+    return f"is {size.width} x {size.height}. The long side may be at most {LONGEST_SHAPE} times the short one."
 
 
 def shape_problems(paths: Sequence[Path], sizes: Sequence[Size], kinds: Sequence[ConditioningType]) -> list[str]:

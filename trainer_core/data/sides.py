@@ -10,7 +10,10 @@ from ..text import shown, some_of
 from .folders import Folder
 from .layouts import AFTER_WORDS, BEFORE_WORDS, SWAPPED, ending_of
 
-_ADVICE = f"{SWAPPED} The targets are the pictures after the edit. If they are not, exchange them."
+_ADVICE = (
+    f"{SWAPPED} References are the pictures before the edit, targets those after it. If it is the other way round, "
+    "exchange the folders (in the side panel Edit pairs: Swap all)."
+)
 
 
 def swapped_note(target: Folder, references: Sequence[Folder], config: DatasetConfig) -> str:

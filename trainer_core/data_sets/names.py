@@ -47,9 +47,9 @@ def checked_new_name(name: object) -> str:
     fits = isinstance(name, str) and is_plain_name(name) and not is_device_name(name)
     if not isinstance(name, str) or not fits or len(name.encode()) > 200 or is_system_name(name):
         raise DatasetError(
-            f"A data set's name must be the name of a folder, not a path, got {brief(name)}. Use 1 to 100 letters, "
-            "digits, spaces and _ - + . ( ). Start with a letter, digit or _. Don't end with a dot or space. Names "
-            "that Windows reserves, such as CON, are not allowed."
+            f"A data set's name can't be {brief(name)}. Use 1 to 100 letters, digits, spaces and _ - + . ( ). Start "
+            "with a letter, digit or _. Don't end with a dot or space. Names that Windows reserves, such as CON, are "
+            "not allowed."
         )
     return name
 

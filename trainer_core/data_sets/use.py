@@ -13,7 +13,7 @@ from ..data.pair_check import check_pairs
 from ..data.pairing import EditDataset, EditPair, folder_state, scan_folders
 from ..errors import DatasetError
 from ..events import SILENT, Observer
-from ..text import brief, counted, is_blank, shown, some_of
+from ..text import brief, counted, is_blank, shown, some_of, to_fix
 from .folders import DataSet, open_data_set
 from .reading import held_out_and_notes, read_held_out
 
@@ -65,24 +65,23 @@ def pairs_of(
     if is_blank(instruction):
         without = sorted(target.pictures.keys() - target.texts.keys())
         if without:
-            hint = "Write"
+            hint = "Open the side panel Edit pairs and"
             if reference.texts.keys() >= set(without):
                 hint = (
                     "Texts of these names lie beside the pictures before the edit. Are the two sides swapped? Then "
-                    "press Swap all in the side panel Edit pairs. Otherwise write"
+                    "press Swap all in the side panel Edit pairs. Otherwise, open it and"
                 )
             problems.append(
-                f"{counted(len(without), 'pair')} without an instruction ({some_of(without)}). {hint} what the edit "
-                "does into the instruction of this node, for all pairs, or a caption for each pair in the side panel "
-                "Edit pairs."
+                f"{counted(len(without), 'pair')} without an instruction ({some_of(without)}). {hint} write what the "
+                "edit does, for all pairs or for each. Or write it into the instruction of the node Edit Pairs, for "
+                "all."
             )
             instruction = "-"  # so that the scan below finds the problems of the pictures
     scan = scan_folders(_config(data_set, instruction), observer, checked_dir=checked_dir)
     problems += scan.problems
     if problems:
         raise DatasetError(
-            f"The data set {name} can't be used: {counted(len(problems), 'problem')}. Nothing was changed. Fix the "
-            "problems below and run again:",
+            f"The data set {name} has {to_fix(len(problems))}",
             problems,
             (*data_set.notes, *scan.notes),
         )

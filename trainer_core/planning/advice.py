@@ -33,7 +33,7 @@ def memory_advice(plan: MemoryPlan, phases: tuple[str, ...]) -> str:
     best = sorted(savings.values(), reverse=True)[:_MAX_ADVICE]
     if not best:
         return "No other setting saves memory here."
-    return "What helps most: " + ", ".join(f"{words} (saves {saved / GIB:.1f} GiB)" for saved, words in best) + "."
+    return "What helps most: " + ", ".join(f"{words} saves {saved / GIB:.1f} GiB" for saved, words in best) + "."
 
 
 def _largest(plan: MemoryPlan, phases: tuple[str, ...]) -> int:

@@ -25,6 +25,10 @@ _TYPICAL = Speed(product=1e-14, attention=1e-14, attention_backward=1e-14, copy=
 _CUDA_CONTEXT = int(0.6 * GIB)  # device memory that CUDA itself uses
 SMALLER_PRECISIONS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "nf4-bnb")
 _SMALLER_SIDES = (1024, 768, 512)
+_WHERE_RESOLUTION_IS = (
+    "Set resolution in Qwen Edit More Settings or Encode Edit Pairs. match_target_res is on in most presets; Encode "
+    "Edit Pairs has it too"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +132,9 @@ def _refusal(plan: MemoryPlan, budget: Budget) -> str:
             f"({budget.host_bytes / GIB:.1f} GiB free)"
         )
     nearest = next(_smaller_that_fit(plan, budget), None)
-    advice = f"The smallest change that fits: {nearest}."
-    if not nearest:
+    if nearest:
+        advice = f"To make it fit, set {nearest}. If other programs use the memory, close them instead."
+    else:
         advice = "No smaller setting fits either. Close other programs, or train where more memory is free."
     return f"The run does not fit into memory. With the smallest memory settings it still needs {numbers}. {advice}"
 
@@ -137,7 +142,9 @@ def _refusal(plan: MemoryPlan, budget: Budget) -> str:
 def _smaller_that_fit(plan: MemoryPlan, budget: Budget) -> Iterator[str]:
     for words, (config, network, work) in chain(smaller_trainings(plan), _much_smaller_trainings(plan)):
         if fitting := next(filter(budget.holds, _fitting_on_device(config, network, work, budget)), None):
-            yield f"{words} ({fitting.needed_device_bytes / GIB:.1f} GiB{'' if budget.is_shared else ' of VRAM'})"
+            needed = f"{fitting.needed_device_bytes / GIB:.1f} GiB{'' if budget.is_shared else ' of VRAM'}"
+            place = f". {_WHERE_RESOLUTION_IS}" if "resolution" in words else ""
+            yield f"{words}, which needs {needed}{place}"
 
 
 Training = tuple[TrainConfig, NetworkSize, Workload]
@@ -149,7 +156,7 @@ def smaller_trainings(plan: MemoryPlan) -> Iterator[tuple[str, Training]]:
     if plan.work.batch > 1:
         yield "train_batch_size 1", _one_at_a_time(training)
     for precision in _smaller_precisions(plan):
-        yield f"base_model_precision {precision}", _in_precision(training, precision)
+        yield _in_words(precision), _in_precision(training, precision)
     for side in _smaller_sides(plan):
         yield resolution_in_words(side, plan.work), _at_resolution(training, side)
 
@@ -159,11 +166,15 @@ def _much_smaller_trainings(plan: MemoryPlan) -> Iterator[tuple[str, Training]]:
     training = _one_at_a_time((plan.config, plan.network, plan.work))
     single = "train_batch_size 1 and " if plan.work.batch > 1 else ""
     for precision in _smaller_precisions(plan)[-1:]:
-        smaller, words = _in_precision(training, precision), f"{single}base_model_precision {precision}"
+        smaller, words = _in_precision(training, precision), f"{single}{_in_words(precision)}"
         if single:
             yield words, smaller
         for side in _smaller_sides(plan):
             yield f"{words} and {resolution_in_words(side, plan.work)}", _at_resolution(smaller, side)
+
+
+def _in_words(precision: BaseModelPrecision) -> str:
+    return f"precision {precision} (base_model_precision in settings files)"
 
 
 def _smaller_precisions(plan: MemoryPlan) -> tuple[BaseModelPrecision, ...]:

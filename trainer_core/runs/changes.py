@@ -41,7 +41,7 @@ def in_words(run_dir: Path, changes: Sequence[Change], encoded: EncodedDataset |
         if name == _DATASET_SETTING:
             lines += _dataset_in_words(run_dir, str(old), encoded)
         else:
-            lines.append(f"{shown(name)} {_value(name, old)} -> {_value(name, new)}")
+            lines.append(f"{shown(name)}: was {_value(name, old)}, now {_value(name, new)}")
     more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
     return "\n".join(f"  - {line}" for line in [*lines[:_MOST_LINES], *more])
 

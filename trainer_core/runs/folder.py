@@ -114,7 +114,7 @@ class RunFolder:
             raise RunFolderError(
                 f"The run {self.path.name!r} was started with other settings or pairs:\n"
                 f"{in_words(self.path, changed, encoded)}\n"
-                "Undo these changes to continue it, or choose another run name to start a new run."
+                "Undo these changes to continue it, or choose another name to start a new run."
                 f"{self.way_from_lora()} Nothing was changed."
             )
 
@@ -124,7 +124,7 @@ class RunFolder:
             return
         wrong = "is a file, but the run needs a folder of that name"
         if not self.path.is_dir():
-            raise RunFolderError(f"{self.path} {wrong}. Choose another run name, or move the file away.")
+            raise RunFolderError(f"{self.path} {wrong}. Choose another name, or move the file away.")
         for name in _FOLDERS:
             if (self.path / name).exists() and not (self.path / name).is_dir():
                 raise RunFolderError(f"{self.path / name} {wrong}. Move it out of the run folder.")
@@ -137,7 +137,7 @@ class RunFolder:
         if not self.state() and any(name != LOCK and not is_leftover(name) for name in names):
             raise RunFolderError(
                 f"The folder {self.path} is not empty, but it is not a run: {STATE} is missing. Put that file back, or "
-                "choose another run name."
+                "choose another name."
             )
 
     def _enter(self, key: Mapping[str, Any], encoded: EncodedDataset | None) -> None:

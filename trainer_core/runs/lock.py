@@ -32,7 +32,7 @@ def locked(path: Path) -> Iterator[bool]:
     except Timeout as error:
         raise RunFolderError(
             f"The run folder {path} is in use by another training run. Wait until it ends, stop it, or choose another "
-            f"run name. If no training is running on any machine, delete {LOCK} in the folder. Nothing was changed."
+            f"name. If no training is running on any machine, delete {LOCK} in the folder. Nothing was changed."
         ) from error
     except (OSError, NotImplementedError) as error:  # some network drives
         _LOG.warning(

@@ -26,7 +26,7 @@ def read_state(folder: Path, name: str = "") -> dict[str, Any]:
 
     def damaged(problem: str) -> RunFolderError:
         return RunFolderError(
-            f"{problem} Restore the file from a backup, or choose another run name to start a new run. The new run can "
+            f"{problem} Restore the file from a backup, or choose another name to start a new run. The new run can "
             "start from this run's LoRA: set init_lora to it."
         )
 

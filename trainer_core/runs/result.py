@@ -99,7 +99,7 @@ def how_to_start(run: RunFolder, config: TrainConfig, encoded: EncodedDataset, *
     if done > max_train_steps:
         raise RunFolderError(
             f"The run {run.path.name!r} has {done} steps already, but max_train_steps is {max_train_steps}. Set "
-            f"max_train_steps to {done} or more, or choose another run name for a shorter run. Nothing was "
+            f"max_train_steps to {done} or more, or choose another name for a shorter run. Nothing was "
             "overwritten."
         )
     if not kept or continue_kept:
@@ -110,7 +110,7 @@ def how_to_start(run: RunFolder, config: TrainConfig, encoded: EncodedDataset, *
         raise RunFolderError(
             f"The run {run.path.name!r} was ended early at step {kept}, but the checkpoint of that step is missing or "
             "damaged, so its LoRA can't be exported with these settings. Set the export settings back, continue the "
-            "training (if_run_exists 'continue a kept run', or --continue-kept), or choose another run name. Nothing "
+            "training (if_run_exists 'continue a kept run', or --continue-kept), or choose another name. Nothing "
             "was overwritten."
         )
     return Stop.KEEP
@@ -133,7 +133,7 @@ def refuse_other_rules(run: RunFolder, config: TrainConfig, encoded: EncodedData
         raise RunFolderError(
             f"The run {run.path.name!r} was started by another version of this program, which computes "
             f"{' and '.join(found)} differently. Its further steps would not fit its {run.steps_done()} steps. "
-            f"Continue it with that version, or choose another run name to start a new run.{run.way_from_lora()} "
+            f"Continue it with that version, or choose another name to start a new run.{run.way_from_lora()} "
             "Nothing was changed."
         )
 
@@ -147,7 +147,7 @@ def refuse_lost_checkpoints(run: RunFolder) -> None:
     if lost := run.lost_steps():
         raise RunFolderError(
             f"The run {run.path.name!r} has saved {lost} steps, but {run.checkpoints} holds no usable checkpoint to "
-            "continue from. Put its checkpoints back, or choose another run name to start a new run."
+            "continue from. Put its checkpoints back, or choose another name to start a new run."
             f"{run.way_from_lora()} Nothing was overwritten."
         )
 

@@ -54,7 +54,8 @@ def restore_ema(average: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> No
     """
     if average.keys() != tensors.keys():
         raise RunFolderError(
-            "The checkpoint's EMA is missing or does not match this run's adapter layers. Choose another run name."
+            "The checkpoint's EMA is missing or does not match this run's adapter layers. Choose another name for this "
+            "run."
         )
     copy_into(average, tensors)
 

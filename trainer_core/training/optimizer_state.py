@@ -44,7 +44,8 @@ def restore_optimizer(
     shared = states.pop(GROUP, {})
     if states.keys() != parameters.keys():
         raise RunFolderError(
-            "The checkpoint's optimizer state does not match the layers of this run's adapter. Choose another run name."
+            "The checkpoint's optimizer state does not match the layers of this run's adapter. Choose another name for "
+            "this run."
         )
     for name, parameter in parameters.items():
         optimizer.state[parameter] = {

@@ -203,10 +203,10 @@ function factsOf(answer) {
 /** @param {Answer} answer */
 function headline(answer) {
   const count = answer.problems.length;
-  if (count === 1) return t("Run would be refused: 1 problem");
-  if (count) return t("Run would be refused: {count} problems", { count });
+  if (count === 1) return t("Not ready: 1 problem");
+  if (count) return t("Not ready: {count} problems", { count });
   const facts = factsOf(answer);
-  if (facts.finished) return t("This run is finished. Run gives its result again.");
+  if (facts.finished) return t("Already trained. Run shows the result again.");
   if (facts.time) {
     const time = roughly(facts.time);
     if (!facts.first_pictures) return t("About {time}.", { time });

@@ -77,7 +77,7 @@ function inWords({ type, message, details, extra_info }) {
   if (type === "custom_validation_failed") {
     return details.startsWith(`${name} - `) ? details.slice(`${name} - `.length) : details;
   }
-  if (type === "required_input_missing") return t("Nothing is connected to {input}.", { input: name ?? details });
+  if (type === "required_input_missing") return t("The input {input} has no link. Draw one to it.", { input: name ?? details });
   if (type === "value_not_in_list") {
     const value = JSON.stringify(extra_info?.received_value);
     return t("{input} is {value}, which is not one of its choices. It may be missing on this machine.", {
