@@ -28,7 +28,7 @@ class UnknownError(Exception):
 
 
 class NotConnectedError(ConfigError):
-    """Nothing is connected to a required input. ComfyUI says so itself when the graph is queued."""
+    """A required input has no link. ComfyUI says so itself when the graph is queued."""
 
 
 class Foreseen:

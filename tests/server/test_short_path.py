@@ -155,7 +155,7 @@ def unpaired(studio: PackServer) -> str:
 def test_a_refusal_names_what_is_wrong_with_the_pairs_too(pairs: str, trained: dict[str, Any], studio: PackServer):
     assert trained
     folder = unpaired(studio)
-    prompt = changed(short(run_name="a/b"), LOAD, model="gone")
+    prompt = changed(short(run_name="a/b"), LOAD, model="qwen_image_edit_2511_bf16.safetensors")
     prompt = changed(prompt, PAIR, data_set=folder)
     if pairs == "PairFolders":
         sides = {"target_folder": f"{folder}/target", "reference_folder_1": f"{folder}/reference"}
@@ -164,7 +164,8 @@ def test_a_refusal_names_what_is_wrong_with_the_pairs_too(pairs: str, trained: d
         studio.queue(prompt)
     found = caught.value.answer["node_errors"]
     said = {node_id: found[node_id]["errors"][0]["details"] for node_id in (LOAD, PAIR, TRAIN)}
-    assert "'gone'" in said[LOAD]
+    assert "is not installed. Choose one that is installed: " in said[LOAD]
+    assert ". Or download it (40.9 GB) from https://" in said[LOAD]
     assert "001.png: its reference is missing" in said[PAIR] and str(studio.base) not in said[PAIR]
     assert "The name of the edit can't be" in said[TRAIN]
 
