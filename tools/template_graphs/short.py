@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainer_core.qwen_image.recognise import gigabytes
+
 from .node import PREVIEW, TEXT_ENCODER, TITLE, VAE, Blueprint, Node, Template, model, note
 
 _DEMO = "demo (embedded)"
@@ -12,7 +14,7 @@ _DECISIONS = (("model", "model"), ("pairs", "data_set"), ("pairs", "instruction"
 
 
 def _train(run_name: str) -> Node:
-    return Node(key="train", kind="QwenEdit_Train", size=(400, 620), values={"run_name": run_name}, links=_TRAIN_LINKS)
+    return Node(key="train", kind="QwenEdit_Train", size=(440, 620), values={"run_name": run_name}, links=_TRAIN_LINKS)
 
 
 def _path(note: Node, model: Node, pairs: tuple[Node, ...], run_name: str) -> Sequence[Sequence[Node]]:
@@ -42,7 +44,10 @@ def demo() -> Template:
 def train(release: str, name: str, file: str, repository: str, edit: str) -> Template:
     """The four nodes, for one release of the model."""
     downloads = (model("diffusion_models", file), TEXT_ENCODER, VAE)
-    listed = "\n".join(f"- [{each['name']}]({each['url']}) into *models/{each['directory']}*" for each in downloads)
+    listed = "\n".join(
+        f"- [{each['name']}]({each['url']}), {gigabytes(each['name']):g} GB, into *models/{each['directory']}*"
+        for each in downloads
+    )
     return Template(
         title=f"{TITLE}Train LoRA {release}",
         name=name,

@@ -61,6 +61,11 @@ def template_files(folder: str) -> tuple[str, ...]:
     return tuple(name for name, (where, *_) in _DOWNLOADS.items() if where == folder)
 
 
+def gigabytes(name: str) -> float:
+    """Size of a file of ComfyUI's templates, in 10^9 bytes."""
+    return _DOWNLOADS[name][2]
+
+
 def how_to_get(name: str) -> str:
     """A sentence on where to get a file of ComfyUI's templates and where to put it; empty if it is none of these."""
     if name not in _DOWNLOADS:
