@@ -283,7 +283,7 @@ def test_settings_of_ones_own_that_do_not_fit_are_named(
 def test_auto_refuses_before_anything_is_loaded(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer_core.planning.preparation.budget_of", lambda *_, **__: Budget(GIB // 4, 64 * GIB))
     monkeypatch.setattr("trainer_core.run.build_networks", lambda *_: pytest.fail("it was loaded"))
-    with pytest.raises(OutOfMemoryError, match=r"still needs \d+\.\d GiB on the device"):
+    with pytest.raises(OutOfMemoryError, match=r"still needs \d+\.\d GiB of VRAM"):
         train_lora(config)
     assert not Path(config.run_dir).exists()
 

@@ -187,15 +187,15 @@ def test_an_interruption_while_encoding_loses_nothing(trained: dict[str, Any], s
     assert trained
     many = place_pairs(studio, "short many", 24)
     (studio.input / many / "reference_1").rename(studio.input / many / "reference")
-    prompt = changed(short(run_name="broken off"), PAIR, data_set=many)
+    prompt = changed(short(run_name="broken off early"), PAIR, data_set=many)
     before = cache_entries(studio, "latents").keys()
     Pressed(
         studio, prompt, lambda _event: len(cache_entries(studio, "latents").keys() - before) > 2
     ).assert_interrupted_at(TRAIN)
     kept = cache_entries(studio, "latents")
-    assert not run_dir(studio, "broken off").exists()
+    assert not run_dir(studio, "broken off early").exists()
     outputs = studio.run(prompt)
-    assert figures(outputs)["run_name"] == "broken off"
+    assert figures(outputs)["run_name"] == "broken off early"
     assert kept.items() <= cache_entries(studio, "latents").items()  # by path and time of writing
 
 

@@ -239,6 +239,12 @@ class ComfyPage:
         """The button of a side panel. It has a class, or from frontend 1.5x on an id for tests."""
         return self.page.locator(f'.{panel}-tab-button, [data-testid="{panel}-tab-button"]')
 
+    def reopen_pairs(self) -> None:
+        """Close the side panel of pairs and open it again, so that it reads the data set anew."""
+        for is_open in (False, True):
+            self.tab_button("qwen-edit-pairs").click()
+            expect(self.page.locator(".qet-pairs")).to_have_count(int(is_open))
+
     def open_panel(self, run_name: str = "") -> None:
         """Show the list of runs, or one run, in the side panel."""
         if not self.panel.is_visible():

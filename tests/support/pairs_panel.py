@@ -34,3 +34,22 @@ class Panel:
         """The data set's files, without the trash."""
         paths = (path for path in self.folder.rglob("*") if path.is_file() and ".trash" not in path.parts)
         return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def open_short_path(page: ComfyPage) -> None:
+    """A graph of Edit Pairs and the two nodes that a training on the demo model needs besides."""
+    page.page.evaluate(
+        """() => {
+            app.graph.clear();
+            const [pairs, model, train] = ["EditPairs", "ChooseModel", "Train"].map((kind, index) => {
+                const node = LiteGraph.createNode(`QwenEdit_${kind}`);
+                node.pos = [500 + 500 * index, 200];
+                app.graph.add(node);
+                return node;
+            });
+            model.connect(0, train, train.inputs.findIndex(input => input.name === "model"));
+            pairs.connect(0, train, train.inputs.findIndex(input => input.name === "dataset"));
+        }"""
+    )
+    page.set_widgets("ChooseModel", model="demo (embedded)")
+    page.set_widgets("EditPairs", data_set="demo (embedded)")

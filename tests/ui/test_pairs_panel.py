@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from playwright.sync_api import CDPSession, FileChooser, Locator, Request, Route
 
 from tests.support.browser_page import ComfyPage
 from tests.support.comfyui_server import PackServer
-from tests.support.pairs_panel import Panel
+from tests.support.pairs_panel import Panel, open_short_path
 from trainer_core.demo.pictures import copy_demo_pairs
 
 from .conftest import OpenPage
@@ -34,25 +35,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for each in folder.glob(f"*/{path.stem}.*"):
                 each.unlink()
     return folder
-
-
-def open_short_path(page: ComfyPage) -> None:
-    """A graph of Edit Pairs and the two nodes that a training on the demo model needs besides."""
-    page.page.evaluate(
-        """() => {
-            app.graph.clear();
-            const [pairs, model, train] = ["EditPairs", "ChooseModel", "Train"].map((kind, index) => {
-                const node = LiteGraph.createNode(`QwenEdit_${kind}`);
-                node.pos = [500 + 500 * index, 200];
-                app.graph.add(node);
-                return node;
-            });
-            model.connect(0, train, train.inputs.findIndex(input => input.name === "model"));
-            pairs.connect(0, train, train.inputs.findIndex(input => input.name === "dataset"));
-        }"""
-    )
-    page.set_widgets("ChooseModel", model="demo (embedded)")
-    page.set_widgets("EditPairs", data_set="demo (embedded)")
 
 
 @pytest.mark.parametrize(("renderer", "palette"), [("classic", "dark"), ("nodes 2.0", "light")])
@@ -140,9 +122,12 @@ def test_a_run_waits_until_everything_is_on_the_disk(open_page: OpenPage, demo_s
     targets = sorted(path for path in (sources / "target").iterdir() if path.suffix == ".png")
     page.drop(panel.zone("target"), *targets)
     page.page.evaluate("() => { window.run = app.queuePrompt(0); }")
-    expect(page.page.get_by_text("The run starts when the pictures are uploaded.")).to_be_visible()
+    expect(page.page.get_by_text("The run starts when all pictures are uploaded.")).to_be_visible()
     page.page.unroute(UPLOADS, hold)
-    assert not queued
+    other = "app.api.queuePrompt(0, { output: { 1: { class_type: 'SaveImage', inputs: {} } }, workflow: {} })"
+    page.page.evaluate(f"() => {other}")
+    assert [len(files) for files in queued] == [COUNT]  # a graph without data sets does not wait
+    queued.clear()
     for route in slow:
         route.continue_()
     page.page.evaluate("() => window.run")
@@ -150,6 +135,23 @@ def test_a_run_waits_until_everything_is_on_the_disk(open_page: OpenPage, demo_s
     page.page.evaluate("() => app.queuePrompt(0)")
     assert [sum(name.startswith("target/") for name in files) for files in queued] == [COUNT, 2 * COUNT]
     assert set(queued[1].values()) - set(queued[0].values()) == {b"make it a drawing\n"}
+
+    page.page.route(UPLOADS, hold)
+    page.drop(panel.zone("target"), *targets[:1])
+    page.page.evaluate("() => { window.run = app.queuePrompt(0); }")
+    panel.button("Cancel").click()
+    page.page.evaluate("() => window.run")
+    expect(page.page.get_by_text("Not started: files that could not be uploaded: 1.").first).to_be_visible()
+    page.page.keyboard.press("Escape")
+    page.page.unroute(UPLOADS, hold)
+    panel.instruction.fill("typed, but its data set is gone")
+    shutil.rmtree(panel.folder)
+    page.reopen_pairs()
+    expect(panel.state).to_contain_text("No data set")
+    page.page.evaluate("() => app.queuePrompt(0)")
+    assert len(queued) == 3
+    assert all(re.search(r"Not started: |/slow/captions .*404", each) for each in page.problems)
+    page.problems.clear()  # ComfyUI and the browser log what was refused
 
 
 def press(page: ComfyPage, *keys: str) -> None:
@@ -375,7 +377,7 @@ def test_hostile_names_and_captions_are_text(open_page: OpenPage, demo_server: P
         route.fulfill(response=answer, json={**answer.json(), "uploads": False})
 
     page.page.route("**/qwen_edit_trainer/data_sets", without_uploads)
-    page.tab_button("qwen-edit-pairs").dblclick()  # the panel closes, and reads again when it opens
+    page.reopen_pairs()
     expect(panel.root.get_by_text("Changes to data sets are turned off on this server.")).to_be_visible()
     expect(own).not_to_be_editable()
     expect(panel.zone("target")).to_be_hidden()

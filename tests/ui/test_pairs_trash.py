@@ -42,5 +42,17 @@ def test_the_trash_is_shown_put_back_and_emptied(open_page: OpenPage, demo_serve
     expect(trash).to_be_hidden()
     expect(root.get_by_role("button", name="Undo")).to_be_hidden()
     assert not (folder / ".trash").exists()
+    expect(root.locator(".qet-heading:focus")).to_be_visible()  # the focus is not lost with the button
+
+    for key in (second, third):
+        (folder / "target" / f"{key}.txt").write_text(f"edit {key}")
+    page.reopen_pairs()
+    root.get_by_label("One instruction for all pairs").check()
+    root.get_by_role("textbox", name="Instruction for all pairs").fill("make it a drawing")
+    page.page.keyboard.press("Tab")
+    expect(trash).to_contain_text("Files in the trash: 2 (")  # the captions that were replaced
+    trash.get_by_role("button", name="Empty…").click()
+    trash.get_by_role("button", name="Delete for good").click()
+    expect(trash).to_be_hidden()
     assert sorted(path.name for path in (folder / "target").glob("*.png")) == [f"{second}.png", f"{third}.png"]
     shutil.rmtree(folder)

@@ -1,7 +1,7 @@
 // @ts-check
 /** Parts of the panel that come and go: upload, problems of files, undo, and what the graph uses. */
 import { element, setText } from "../trainer/dom.js";
-import { t } from "../trainer/words.js";
+import { listed, t } from "../trainer/words.js";
 
 /** @param {import("./uploads.js").Uploads} uploads */
 export function createProgress(uploads) {
@@ -77,8 +77,12 @@ export function createUndo(store) {
   };
 }
 
-/** What is in the trash, to put back or to delete for good. @param {import("./store.js").Store} store */
-export function createTrash(store) {
+/**
+ * What is in the trash, to put back or to delete for good.
+ * @param {import("./store.js").Store} store
+ * @param {() => void} leave Moves the focus, because the buttons may disappear.
+ */
+export function createTrash(store, leave) {
   let asks = false;
   const trash = () => store.state.set?.trash;
   const ask = (/** @type {boolean} */ now) => {
@@ -89,6 +93,7 @@ export function createTrash(store) {
   const act = (/** @type {(trash: any) => any} */ change) => () => {
     asks = false;
     change(trash());
+    leave();
   };
   const text = element("span", { class: "qet-name" });
   const made = (/** @type {string} */ label, /** @type {() => void} */ click) =>
@@ -101,13 +106,13 @@ export function createTrash(store) {
   const box = element("section", { class: "qet-trash qet-row qet-changing", "aria-label": t("Trash") }, text, buttons);
 
   function show() {
-    const { files = 0, size = "", newest = "", newest_files = [] } = trash() ?? {};
+    const { files = 0, size = "", newest = "", newest_files = [], state = "" } = trash() ?? {};
     box.hidden = !files;
-    if (box.dataset.shown !== `${files} ${size} ${newest}`) asks = false; // it was about something else
-    box.dataset.shown = `${files} ${size} ${newest}`;
+    if (box.dataset.shown !== state) asks = false; // it was about something else
+    box.dataset.shown = state;
     const asked = t("Files to delete for good: {count} ({size}). This can't be undone.", { count: files, size });
     setText(text, asks ? asked : t("Files in the trash: {count} ({size})", { count: files, size }));
-    back.title = t("Put back what was removed last: {files}", { files: newest_files.join(", ") });
+    back.title = t("Put back what was removed last: {files}", { files: listed(newest_files) });
     back.hidden = asks || !newest;
     empty.hidden = asks;
     sure.hidden = keep.hidden = !asks;

@@ -56,7 +56,7 @@ export function createInstruction(store) {
       field.field.readOnly = !uploads;
       all.firstElementChild.checked = isAll;
       each.firstElementChild.checked = !isAll;
-      field.field.hidden = foot.hidden = !isAll;
+      field.field.hidden = foot.hidden = !isAll && field.mark.dataset.state !== "failed";
       field.show(written.length === 1 ? written[0] : "");
       setText(note, remark(written.length === 1 ? linesOf(written[0]) : 0, written.length));
       box.dataset.next = String(isNext && isAll);

@@ -160,6 +160,10 @@ export function createList(store, look) {
   return {
     element: box,
     show,
+    focusHeading() {
+      const heading = /** @type {HTMLElement|null} */ (box.querySelector("section:not([hidden]) .qet-heading"));
+      heading?.focus();
+    },
     /** Save what is typed in the rows. @returns {Promise<boolean>} Whether all of it is saved. */
     async flush() {
       const done = await Promise.all([...rows.values()].map((each) => each.flush?.() ?? true));

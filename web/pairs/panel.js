@@ -31,7 +31,7 @@ export function createPairsPanel(app, api, onChange) {
   const progress = createProgress(uploads);
   const problems = createProblems(uploads);
   const undo = createUndo(store);
-  const trash = createTrash(store);
+  const trash = createTrash(store, () => list.focusHeading());
   const notes = element("ul", { class: "qet-notes" });
   const used = createUse(useInGraph, clearInstruction);
   const instruction = createInstruction(store);
@@ -62,7 +62,8 @@ export function createPairsPanel(app, api, onChange) {
   /** @type {any} The node whose button opened the panel. */
   let opener;
   let mounted = false;
-  let stepBefore = "";
+  let wasGiven = false; // since the instruction was asked for
+  let shown = ""; // name of the data set
 
   acceptDrops(root, give, (text) => toast(app, "warn", text));
   keepFromComfy(root, () => store.undo());
@@ -88,7 +89,6 @@ export function createPairsPanel(app, api, onChange) {
   async function choose(name, inGraph = false) {
     if (name !== state.name) {
       if (!(await saveAll())) return paint(); // the field says what could not be saved
-      instruction.reset();
       await store.choose(name);
     }
     if (inGraph && node()) await useInGraph();
@@ -123,6 +123,7 @@ export function createPairsPanel(app, api, onChange) {
         return toast(app, "error", t("No data set could be made"), /** @type {any} */ (error).message);
       }
     }
+    wasGiven = true;
     store.upload(side, files);
     return undefined;
   }
@@ -133,6 +134,8 @@ export function createPairsPanel(app, api, onChange) {
   }
 
   function draw() {
+    if (shown !== state.name) instruction.reset();
+    shown = state.name;
     const { state: what, next, step } = stateLine(store, inNode("data_set") === state.name);
     if (line.dataset.shown !== what + next) {
       line.dataset.shown = what + next;
@@ -149,8 +152,8 @@ export function createPairsPanel(app, api, onChange) {
     undo.show();
     used.show(step === "graph", inNode("data_set") === state.name ? inNode("instruction") : "", way());
     instruction.show(step === "instruction");
-    if (step === "instruction" && stepBefore !== step && isFocusFree(root)) instruction.focus();
-    stepBefore = step;
+    if (wasGiven && step === "instruction" && mayTakeFocus(root)) instruction.focus();
+    if (step === "instruction" || step === "run") wasGiven = false;
     const off = state.uploads ? [] : [t("Changes to data sets are turned off on this server.")];
     const remarks = [...off, ...(state.set?.notes ?? []), ...state.checkNotes, ...checked(store)];
     if (notes.dataset.shown !== remarks.join("\n")) {
@@ -192,12 +195,18 @@ export function createPairsPanel(app, api, onChange) {
         root.remove();
       };
     },
-    /** Wait until all that was given here is on the disk, so that a run uses it. Throws if a text can't be saved. */
-    async settle() {
-      if (store.uploads.progress()) toast(app, "info", t("The run starts when the pictures are uploaded."));
-      await store.settled();
-      const isSaved = await saveAll();
-      if (!isSaved) throw new Error(t("Not started: the side panel Edit pairs has texts that can't be saved."));
+    /**
+     * If a prompt uses data sets, wait until all that was given here is on the disk. Throws if it can't be saved.
+     * @param {Record<string, {class_type: string, inputs: any}>} [prompt]
+     */
+    async settle(prompt = {}) {
+      const used = Object.values(prompt).filter(({ class_type }) => class_type === PAIRS_NODE);
+      if (!used.length) return;
+      if (store.uploads.progress()) toast(app, "info", t("The run starts when all pictures are uploaded."));
+      const count = await store.settled();
+      if (count) throw new Error(t("Not started: files that could not be uploaded: {count}.", { count }));
+      if (!used.some(({ inputs }) => inputs.data_set === state.name) || (await saveAll())) return;
+      throw new Error(t("Not started: a text in the side panel Edit pairs could not be saved. Open it to see why."));
     },
     /** Let a new node use the data set that is shown, rather than the first one. @param {any} made */
     prefill(made) {
@@ -223,10 +232,10 @@ function backgroundOf(place) {
   return "var(--comfy-menu-bg)";
 }
 
-/** Whether nobody types or uses a button of the panel, as after dropping files. @param {Element} root */
-function isFocusFree(root) {
-  const focused = document.activeElement;
-  return !focused?.matches("input, textarea, select, [contenteditable]") && !root.contains(focused);
+/** Whether nobody uses a field, a dialog or the panel, as after dropping files. @param {Element} root */
+function mayTakeFocus(root) {
+  const busy = "input, textarea, select, [contenteditable], [role=dialog], [role=menu], [role=alert]";
+  return !document.activeElement?.closest(busy) && !root.contains(document.activeElement);
 }
 
 /** What a check without findings says. @param {import("./store.js").Store} store */

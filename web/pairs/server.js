@@ -3,6 +3,8 @@
 import { t } from "../trainer/words.js";
 
 const BASE = "/qwen_edit_trainer/data_sets";
+const KEPT_ALIVE = 60_000; // bytes. Browsers refuse more than 64 KiB in requests that outlive their page.
+const STALLED_MS = 300_000; // an upload without progress for so long is given up
 
 /**
  * @typedef {"reference"|"reference_2"|"reference_3"|"target"} Side
@@ -36,7 +38,9 @@ export function createServer(api) {
   /** @param {string} address @param {any} [body] */
   function post(address, body = {}) {
     const headers = { "Content-Type": "application/json" };
-    return ask(address, { method: "POST", headers, body: JSON.stringify(body), keepalive: true });
+    const text = JSON.stringify(body);
+    const keepalive = new Blob([text]).size < KEPT_ALIVE; // so that closing the page does not lose it
+    return ask(address, { method: "POST", headers, body: text, keepalive });
   }
 
   return {
@@ -71,8 +75,21 @@ export function createServer(api) {
         const query = new URLSearchParams({ side, name });
         request.open("POST", api.apiURL(`${path(set, "/pictures")}?${query}`));
         request.setRequestHeader("Content-Type", "application/octet-stream");
-        request.upload.onprogress = (event) => progress(event.loaded);
-        request.onerror = () => reject(new Error(t("the file can't be read, or the server does not answer.")));
+        const unread = () => new Error(t("the file can't be read, or the server does not answer."));
+        let stalled = 0;
+        const wait = () => {
+          window.clearTimeout(stalled);
+          stalled = window.setTimeout(() => {
+            reject(unread());
+            request.abort();
+          }, STALLED_MS);
+        };
+        request.upload.onprogress = (event) => {
+          wait();
+          progress(event.loaded);
+        };
+        request.onloadend = () => window.clearTimeout(stalled);
+        request.onerror = () => reject(unread());
         request.onabort = () => reject(new DOMException("", "AbortError"));
         request.onload = () => {
           try {
@@ -82,8 +99,10 @@ export function createServer(api) {
           }
         };
         signal.addEventListener("abort", () => request.abort(), { once: true });
-        if (signal.aborted) reject(new DOMException("", "AbortError"));
-        else request.send(file);
+        if (signal.aborted) return reject(new DOMException("", "AbortError"));
+        wait();
+        request.send(file);
+        return undefined;
       });
     },
   };

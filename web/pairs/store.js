@@ -44,7 +44,7 @@ export function createStore(api, onChange) {
   const uploads = createUploads(server, {
     changed: tell,
     arrived: soon,
-    ended: (added) => (changes = Promise.all([changes, finishUploads(added)]).then(() => {})),
+    ended: (added) => void inTurn(() => finishUploads(added)),
   });
 
   /** Run a request. If it fails, show its sentence until the next one. @param {() => Promise<void>} request */
@@ -53,9 +53,21 @@ export function createStore(api, onChange) {
       await request();
       state.problem = "";
     } catch (error) {
-      state.problem = String(/** @type {any} */ (error).message ?? error);
+      fail(error);
     }
     tell();
+  }
+
+  /** @param {any} error */
+  function fail(error) {
+    state.problem = String(error.message ?? error);
+    tell();
+  }
+
+  /** Do something when earlier changes are done. @param {() => Promise<void>} act @returns {Promise<void>} */
+  function inTurn(act) {
+    changes = changes.then(act).catch(fail); // else one error would end all later changes
+    return changes;
   }
 
   async function readList() {
@@ -130,41 +142,47 @@ export function createStore(api, onChange) {
 
   /** @param {{all?: string, captions?: Record<string, string>}} body */
   async function write(body) {
-    const set = /** @type {DataSet} */ (state.set);
+    const { set } = state;
+    if (!set) return; // it has been deleted outside this page
     if (state.undo?.fleeting) state.undo = undefined;
-    await server.post(set.name, "captions", body);
+    const { undo } = await server.post(set.name, "captions", body);
     onChange();
     if (state.set?.name !== set.name) return;
+    if (undo) return readSet(); // the trash has the captions from before
     const text = (/** @type {Pair} */ { key, caption }) => body.all ?? body.captions?.[key] ?? caption;
     state.set.pairs = state.set.pairs.map((pair) => same(pair, { ...pair, caption: text(pair) }));
     tell();
+    return undefined;
   }
 
   /**
    * Change the data set by a route when earlier changes are done, and show what has become of it.
    * @param {string} action
    * @param {any} body
-   * @param {(answer: any) => Undo|undefined} [undone] How the change is undone, from the route's answer.
+   * @param {(answer: any) => Undo|null|undefined} [undone] How the change is undone, from the route's answer. null:
+   *   what was offered can't be undone any more.
    */
   function change(action, body, undone) {
     const { name } = state;
     const act = async () => {
       if (state.undo?.fleeting) state.undo = undefined;
-      const answer = await server.post(name, action, body);
-      onChange();
-      if (name !== state.name) return;
-      state.undo = undone?.(answer) ?? state.undo;
-      await readSet();
+      try {
+        const answer = await server.post(name, action, body);
+        const undo = undone?.(answer);
+        if (undo !== undefined && name === state.name) state.undo = undo ?? undefined;
+      } finally {
+        onChange();
+        if (name === state.name) await readSet(); // also after a refusal: something else may have changed it
+      }
     };
-    changes = changes.then(() => attempt(act));
-    return changes;
+    return inTurn(() => attempt(act));
   }
 
   /**
    * A change that a click asks for. A second click has no effect until the rows show what the first one did.
    * @param {string} action
    * @param {any} body
-   * @param {(answer: any) => Undo|undefined} [undone]
+   * @param {(answer: any) => Undo|null|undefined} [undone]
    */
   async function click(action, body, undone) {
     const id = JSON.stringify([state.name, action, body]);
@@ -172,11 +190,6 @@ export function createStore(api, onChange) {
     pending.add(id);
     await change(action, body, undone);
     requestAnimationFrame(() => pending.delete(id));
-  }
-
-  /** For a change after which the undo that is offered may lack its files. @returns {undefined} */
-  function withoutUndo() {
-    state.undo = undefined;
   }
 
   /** @param {Undo|undefined} undo */
@@ -244,13 +257,13 @@ export function createStore(api, onChange) {
     writeOne: (key, text) => write({ captions: { [key]: text } }),
     /** Write one caption for all pairs. What it replaces can be undone. @param {string} text */
     async writeAll(text) {
-      const { pairs } = /** @type {DataSet} */ (state.set);
+      const { pairs } = state.set ?? { pairs: [] };
       const again = state.undo?.captions !== undefined && captionsOf({ pairs }).length < 2; // one edit, saved twice
       const captions = again ? state.undo?.captions : Object.fromEntries(pairs.map((pair) => [pair.key, pair.caption]));
       await write({ all: text });
       const count = new Set(Object.values(captions ?? {}).filter(Boolean)).size;
       if (count < 2) return;
-      const act = () => write({ captions });
+      const act = () => inTurn(() => attempt(() => write({ captions })));
       offer({ text: t("The instruction replaced {count} different ones.", { count }), act, captions });
     },
     /** @param {{reference: string, target: string}[]} pairs */
@@ -271,18 +284,21 @@ export function createStore(api, onChange) {
       });
     },
     /** Move back what went to the trash last. @param {string} token */
-    putBack: (token) => click("restore", { undo: token }, withoutUndo),
+    putBack: (token) => click("restore", { undo: token }, () => null),
     /** Delete what is in the trash for good. @param {import("./server.js").Trash} trash As it was shown. */
-    emptyTrash: (trash) => click("empty_trash", { state: trash.state }, withoutUndo),
-    /** Wait until uploads and changes are on the disk. */
+    emptyTrash: (trash) => click("empty_trash", { state: trash.state }, () => null),
+    /** Wait until uploads and changes are on the disk. @returns {Promise<number>} Files that could not be uploaded. */
     async settled() {
+      let lost = 0;
       if (uploads.progress()) {
         await new Promise((resolve) => {
           const look = () => uploads.progress() || resolve(listeners.delete(look));
           listeners.add(look);
         });
+        lost = uploads.lost();
       }
       await changes;
+      return lost;
     },
     async undo() {
       await changes; // what was done just now is what is undone

@@ -24,6 +24,7 @@ export function createUploads(server, tell) {
   let stop = new AbortController();
   let running = 0;
   let done = 0;
+  let lost = 0; // of this batch or the last one: cancelled, refused or too large
   let all = 0;
   let name = "";
   let bytesDone = 0;
@@ -48,6 +49,7 @@ export function createUploads(server, tell) {
       problems.push(...(answer.problems ?? []));
       added.push(...(answer.added ?? []).map((each) => ({ set: task.set, ...each })));
     } catch (error) {
+      lost += 1;
       if (!stop.signal.aborted) problems.push(labelled(task.name, /** @type {any} */ (error).message));
     }
     sent.delete(task);
@@ -73,10 +75,12 @@ export function createUploads(server, tell) {
   return {
     /** @param {string} set @param {string} side @param {Dropped[]} files @param {Record<string, number>} limits */
     add(set, side, files, limits) {
+      if (!running) lost = 0;
       for (const { file, path } of files) {
         const largest = (/\.zip$/i.test(path) ? limits.zip_bytes : limits.file_bytes) ?? Infinity;
         if (file.size > largest) {
           const [size, allowed] = [Math.ceil(file.size / 1e6), Math.floor(largest / 1e6)];
+          lost += 1;
           problems.push(t("{file}: {size} MB. The server takes at most {allowed} MB.", { file: path, size, allowed }));
           continue;
         }
@@ -96,9 +100,12 @@ export function createUploads(server, tell) {
       return { done, all, share: bytesAll ? Math.min(1, bytes / bytesAll) : 0, name };
     },
     cancel() {
+      lost += waiting.length;
       waiting = [];
       stop.abort();
     },
+    /** Number of files of this batch or the last one that did not arrive. */
+    lost: () => lost,
     /** What went wrong with files, until it is cleared. */
     problems: () => problems,
     clear() {

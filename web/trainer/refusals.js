@@ -23,14 +23,15 @@ export function isInNotice(error) {
 /**
  * @param {any} app
  * @param {any} api
- * @param {() => Promise<void>} ready What a graph has to wait for before it is queued. Throws if it must not be queued.
+ * @param {(prompt: any) => Promise<void>} ready What a prompt has to wait for before it is queued. Throws if it must
+ *   not be queued.
  */
 export function watchRefusals(app, api, ready) {
   const notice = createNotice(app);
   const queue = api.queuePrompt;
   api.queuePrompt = async function (/** @type {any[]} */ ...given) {
     notice.hide();
-    await ready();
+    await ready(given[1]?.output);
     let answer;
     try {
       answer = await queue.apply(this, given);
@@ -77,7 +78,9 @@ function inWords({ type, message, details, extra_info }) {
   if (type === "custom_validation_failed") {
     return details.startsWith(`${name} - `) ? details.slice(`${name} - `.length) : details;
   }
-  if (type === "required_input_missing") return t("The input {input} has no link. Draw one to it.", { input: name ?? details });
+  if (type === "required_input_missing") {
+    return t("The input {input} has no link. Draw one to it.", { input: name ?? details });
+  }
   if (type === "value_not_in_list") {
     const value = JSON.stringify(extra_info?.received_value);
     return t("{input} is {value}, which is not one of its choices. It may be missing on this machine.", {
@@ -100,7 +103,9 @@ function createNotice(app) {
   const head = element("div", { class: "qet-row" }, heading, close);
   const box = element("section", { class: "qet-notice", role: "alert" }, head, list);
   box.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
-    if (event.key === "Escape") hide();
+    if (event.key !== "Escape") return;
+    event.stopPropagation(); // ComfyUI would leave the subgraph
+    hide();
   });
 
   /** The focus goes back, if it is in the notice. */
@@ -120,7 +125,7 @@ function createNotice(app) {
       document.body.append(box);
       const active = /** @type {HTMLElement|null} */ (document.activeElement);
       if (active?.matches("input, textarea, select, [contenteditable]")) return; // nobody is interrupted in typing
-      before = active;
+      if (!box.contains(active)) before = active;
       (list.querySelector("button:not([hidden])") ?? close).focus({ focusVisible: true });
     },
   };
