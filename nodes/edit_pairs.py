@@ -103,10 +103,9 @@ def chosen(name: str) -> DataSet:
         return demo_data_set()
     there = find_data_sets(host_folders.input_dir())
     if name not in there:
-        others = f", or choose another: {some_of(there)}" if there else ""
+        others = f"Choose yours on the node Edit Pairs ({some_of(there)}), or press" if there else "Press"
         raise ConfigError(
-            f"There is no data set {brief(name)} in ComfyUI's input folder. Press Edit pairs… on the node Edit Pairs "
-            f"and drop your pictures{others}. A folder of your own needs the folders reference and target in it; then "
-            "press R."
+            f"There is no data set {brief(name)} in ComfyUI's input folder. {others} Edit pairs… on the node and drop "
+            "your pictures. A folder of your own needs the folders reference and target in it; then press R."
         )
     return open_data_set(host_folders.input_dir(), name)

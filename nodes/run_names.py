@@ -62,8 +62,8 @@ def settled(config: TrainConfig, encoded: EncodedDataset | None, if_run_exists: 
     if not existing:
         return _named(config, folder, new), ""
     note = (
-        f"The name is in use: {', '.join(existing)} can't be continued with these settings and pairs. This run gets "
-        f"the name {new}. Nothing is overwritten."
+        f"The name is in use: {', '.join(existing)} can't be continued with these settings and pairs. This run starts "
+        f"anew as {new}. Nothing is overwritten."
     )
     return _named(config, folder, new), note
 

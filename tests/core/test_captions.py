@@ -114,7 +114,9 @@ def test_what_is_wrong_with_a_table(folders: Path, strategy: str, text: str | No
         pair_folders(config(folders, strategy, caption_file=f"t.{strategy}"))
     assert len(caught.value.problems) == 2
     assert any(all(word in problem for word in words) for problem in caught.value.problems), caught.value
-    assert any("its reference is missing in" in problem for problem in caught.value.problems)
+    assert any(
+        "its reference, the picture before the edit, is missing in" in problem for problem in caught.value.problems
+    )
 
 
 def test_a_table_that_is_no_text(folders: Path) -> None:

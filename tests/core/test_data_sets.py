@@ -266,7 +266,10 @@ def test_refusals_say_what_to_do(tmp_path: Path):
     turned = made(tmp_path, "a", "b", name="turned")
     for key in "ab":
         text(turned.folder("reference") / f"{key}.txt", "words")
-    assert "Are the two sides swapped? Then press Swap all in the side panel Edit pairs." in refused(turned)
+    assert (
+        "The two sides look swapped: texts lie beside the pictures before the edit (a, b). If they are, press Swap all"
+        in refused(turned)
+    )
     mine = made(tmp_path, "a", "b")
     changes.write_captions(mine, {"a": "words"})
     text(mine.folder("target") / "b.png", "no picture")

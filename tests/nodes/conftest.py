@@ -19,8 +19,10 @@ PARENT = "qwen_edit_pack"  # ComfyUI too imports the pack under another name
 
 @pytest.fixture(scope="session")
 def all_nodes(comfyui: PackServer) -> dict[str, Any]:
-    """ComfyUI's /object_info: node id -> description of the node."""
-    return comfyui.get("/object_info")
+    """/object_info of a ComfyUI without runs: node id -> description of the node. Other tests use the server too."""
+    found = comfyui.get("/object_info")
+    found["QwenEdit_TryLora"]["input"]["required"]["run_name"][0] = ["none found"]
+    return found
 
 
 @pytest.fixture(scope="session")

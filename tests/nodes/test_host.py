@@ -149,7 +149,7 @@ def test_reported_paths_hide_where_they_lie(answers: dict[str, Any], folder: Pat
 
 def test_what_was_found_before_a_stop_is_told(answers: dict[str, Any]):
     said = answers["refusals"]["stopped"]
-    assert said.startswith("{'bad': ") and "The name of the edit must be" in said
+    assert said.startswith("{'bad': ") and "The name of the edit can't be" in said
 
 
 def test_only_trainings_that_are_refused_and_asked_for_are_looked_at(answers: dict[str, Any]):

@@ -118,7 +118,9 @@ MISTAKES = {
     ),
     "sides swapped": Mistake(lambda _: changed(training(RUN), PAIR, **SWAPPED), PAIR, "Are the two folders swapped?"),
     "one file missing": Mistake(
-        one_file_missing, PAIR, "target/001.png: its reference is missing in input/one-missing/reference_1"
+        one_file_missing,
+        PAIR,
+        "target/001.png: its reference, the picture before the edit, is missing in input/one-missing/reference_1",
     ),
     "model missing": Mistake(
         lambda _: changed(training(RUN), LOAD, base_model="gone"),

@@ -168,7 +168,7 @@ def test_an_unknown_data_set(name: str, said: str, mine: str, studio: PackServer
         studio.queue(node(data_set=name))
     (problem,) = caught.value.answer["node_errors"]["pairs"]["errors"]
     assert said in problem["details"]
-    assert "Press Edit pairs… on the node Edit Pairs and drop" in problem["details"]
+    assert "press Edit pairs… on the node and drop" in problem["details"]
 
 
 def test_an_empty_data_set(studio: PackServer):

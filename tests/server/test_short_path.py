@@ -108,7 +108,7 @@ def test_other_settings_get_a_new_name_and_the_same_ones_go_on(trained: dict[str
         names.append(figures(outputs)["run_name"])
         if len(names) == 2:
             assert (
-                f"The name is in use: {NAME} can't be continued with these settings and pairs. This run gets the name "
+                f"The name is in use: {NAME} can't be continued with these settings and pairs. This run starts anew as "
                 f"{NAME}-2. Nothing is overwritten." in (outputs[TRAIN]["text"][0])
             )
     assert names == [NAME, f"{NAME}-2", NAME, f"{NAME}-2", f"{NAME}-3"]

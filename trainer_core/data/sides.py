@@ -11,8 +11,8 @@ from .folders import Folder
 from .layouts import AFTER_WORDS, BEFORE_WORDS, SWAPPED, ending_of
 
 _ADVICE = (
-    f"{SWAPPED} References are the pictures before the edit, targets those after it. If it is the other way round, "
-    "exchange the folders (in the side panel Edit pairs: Swap all)."
+    f"{SWAPPED} The references are the pictures before the edit. If they are swapped, exchange the folders (Swap all "
+    "in the side panel Edit pairs). If not, go on."
 )
 
 

@@ -65,16 +65,17 @@ def pairs_of(
     if is_blank(instruction):
         without = sorted(target.pictures.keys() - target.texts.keys())
         if without:
-            hint = "Open the side panel Edit pairs and"
             if reference.texts.keys() >= set(without):
-                hint = (
-                    "Texts of these names lie beside the pictures before the edit. Are the two sides swapped? Then "
-                    "press Swap all in the side panel Edit pairs. Otherwise, open it and"
+                said = (
+                    f"The two sides look swapped: texts lie beside the pictures before the edit ({some_of(without)})."
                 )
+                advice = "If they are, press Swap all in the side panel Edit pairs. If not, write there"
+            else:
+                said = f"{counted(len(without), 'pair')} without an instruction ({some_of(without)})."
+                advice = "Open the side panel Edit pairs and write"
             problems.append(
-                f"{counted(len(without), 'pair')} without an instruction ({some_of(without)}). {hint} write what the "
-                "edit does, for all pairs or for each. Or write it into the instruction of the node Edit Pairs, for "
-                "all."
+                f"{said} {advice} what the edit does, for all pairs or for each. Or write it into the instruction of "
+                "the node Edit Pairs, for all."
             )
             instruction = "-"  # so that the scan below finds the problems of the pictures
     scan = scan_folders(_config(data_set, instruction), observer, checked_dir=checked_dir)

@@ -135,7 +135,7 @@ def _refusal(plan: MemoryPlan, budget: Budget) -> str:
     if nearest:
         advice = f"To make it fit, set {nearest}. If other programs use the memory, close them instead."
     else:
-        advice = "No smaller setting fits either. Close other programs, or train where more memory is free."
+        advice = "Close other programs and run again. If no more memory can be freed, no smaller setting helps either."
     return f"The run does not fit into memory. With the smallest memory settings it still needs {numbers}. {advice}"
 
 
