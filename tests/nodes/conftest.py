@@ -21,7 +21,7 @@ PARENT = "qwen_edit_pack"  # ComfyUI too imports the pack under another name
 def all_nodes(comfyui: PackServer) -> dict[str, Any]:
     """/object_info of a ComfyUI without runs: node id -> description of the node. Other tests use the server too."""
     found = comfyui.get("/object_info")
-    found["QwenEdit_TryLora"]["input"]["required"]["run_name"][0] = ["none found"]
+    found["QwenEdit_TryLora"]["input"]["required"]["run_name"][1]["options"] = ["none found"]
     return found
 
 
