@@ -166,7 +166,10 @@ def test_a_refusal_names_what_is_wrong_with_the_pairs_too(pairs: str, trained: d
     said = {node_id: found[node_id]["errors"][0]["details"] for node_id in (LOAD, PAIR, TRAIN)}
     assert "is not installed. Choose one that is installed: " in said[LOAD]
     assert ". Or download it (40.9 GB) from https://" in said[LOAD]
-    assert "001.png: its reference, the picture before the edit, is missing" in said[PAIR] and str(studio.base) not in said[PAIR]
+    assert (
+        "001.png: its reference, the picture before the edit, is missing" in said[PAIR]
+        and str(studio.base) not in said[PAIR]
+    )
     assert "The name of the edit can't be" in said[TRAIN]
 
 
@@ -179,7 +182,10 @@ def test_pairs_that_fail_name_the_other_problems_too(trained: dict[str, Any], st
     error = error_of(studio.wait(studio.queue(prompt)))
     assert error["node_id"] == PAIR
     first, second = error["exception_message"].split("\n2. ")
-    assert first.startswith("There are 2 problems.") and "001.png: its reference, the picture before the edit, is missing" in first
+    assert (
+        first.startswith("There are 2 problems.")
+        and "001.png: its reference, the picture before the edit, is missing" in first
+    )
     assert second.startswith("Train Qwen Edit LoRA: ") and "no_such_layer" in second
 
 
