@@ -174,6 +174,23 @@ class ComfyPage:
             }"""
         )
 
+    def show_outputs(self, picture: str) -> None:
+        """Show a report on each output node, and a picture of ComfyUI's input folder if it has any, as a run does."""
+        self.page.evaluate(
+            """async picture => {
+                const ends = app.graph.nodes.filter(node => node.constructor.nodeData?.output_node);
+                for (const node of ends) {
+                    const id = String(node.id), drawn = node.outputs.some(({ type }) => type === "IMAGE");
+                    const images = drawn ? [{ filename: picture, subfolder: "", type: "input" }] : undefined;
+                    const output = { text: ["a line of a report\\n".repeat(12)], ...(images && { images }) };
+                    const detail = { node: id, display_node: id, prompt_id: "none", output };
+                    app.api.dispatchEvent(new CustomEvent("executed", { detail }));
+                }
+                await new Promise(resolve => setTimeout(resolve, 300)); // until pictures are loaded and laid out
+            }""",
+            picture,
+        )
+
     def set_widgets(self, class_type: str, **values: Any) -> None:
         """Set widgets of this pack's first node of a class, as if the user had typed the values."""
         self.page.evaluate(

@@ -39,6 +39,8 @@ def test_every_template_opens_with_nothing_missing(renderer: str, open_page: Ope
             expect(page.page.locator("[data-node-id]").last).to_be_visible()
             assert page.without_label() == [], name
         assert page.overlaps() == [], name
+        page.show_outputs("example.png")
+        assert page.overlaps() == [], f"{name}, after a run"
         kinds = {node["type"] for node in json.loads((REPO / "workflows" / f"{name}.json").read_text())["nodes"]}
         assert set(page.page.evaluate("() => app.graph.nodes.map(n => n.type)")) == kinds
 

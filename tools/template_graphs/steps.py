@@ -25,7 +25,7 @@ def pair_folders(key: str, values: Mapping[str, Any], title: str = "") -> Node:
 
 
 def _preview(key: str, pairs: str, title: str = "") -> Node:
-    return Node(key=key, kind=PREVIEW, size=(340, 400), title=title, links={"dataset": (pairs, "dataset")})
+    return Node(key=key, kind=PREVIEW, size=(340, 400), room=640, title=title, links={"dataset": (pairs, "dataset")})
 
 
 def _encode(key: str, pairs: str, title: str = "", **values: Any) -> Node:
@@ -65,7 +65,7 @@ def _train(run_name: str, encoded: str) -> Node:
 
 def _results() -> tuple[Node, ...]:
     return (
-        Node(key="plot", kind="QwenEdit_PlotLoss", size=(440, 340), links={"run": ("train", "run")}),
+        Node(key="plot", kind="QwenEdit_PlotLoss", size=(440, 340), room=760, links={"run": ("train", "run")}),
         Node(
             key="grid",
             kind="SaveImage",
