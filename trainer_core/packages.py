@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING
 
 from .errors import PackageError
@@ -25,6 +26,7 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 _OPTIONAL = frozenset({"optimum-quanto", "bitsandbytes", "prodigyopt", "schedulefree", "lion-pytorch"})
 # Shown when a library can't be imported: packages that must fit together.
 _RELATED = ("torch", "torchvision", "transformers", "diffusers", "peft", "huggingface_hub", "torchao", "bitsandbytes")
+_IMPORTING = RLock()
 _COMMENT = re.compile(r"(^|\s)#.*")
 
 
@@ -89,13 +91,21 @@ def _command() -> str:
 def explained_imports(package: str) -> Iterator[None]:
     """Turns an error while a library is imported into one that names the installed versions.
 
+    Only one thread is in such a context at a time. diffusers and transformers import their parts when they are first
+    asked for, in circles: a second thread would find half of a module, and fail for no fault of the packages.
+
     Raises:
         PackageError: the import failed, usually because packages don't fit together.
     """
-    try:
-        yield
-    except (ImportError, RuntimeError, AttributeError) as error:
-        raise PackageError([f"{package} can't be imported: {_first_line(error)}", *conflicts()], _command()) from error
+    with _IMPORTING:
+        try:
+            # Another extension's thread may be importing the package too. `from package import name` would take the
+            # module as it is before its end, where it replaces itself; `import_module` waits and takes the new one.
+            import_module(package)
+            yield
+        except (ImportError, RuntimeError, AttributeError) as error:
+            problems = [f"{package} can't be imported: {_first_line(error)}", *conflicts()]
+            raise PackageError(problems, _command()) from error
 
 
 def conflicts(packages: Sequence[str] = ("diffusers", "transformers", "peft")) -> list[str]:

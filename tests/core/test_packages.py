@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +21,31 @@ from trainer_core.packages import check_packages, conflicts, explained_imports, 
 from trainer_core.precision.quantise import converter
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.training.optimizer import optimizer_builder
+
+# Each thread starts before the library is there, one of them as another extension would.
+AT_ONCE = """
+import threading
+from trainer_core.packages import explained_imports
+
+def ours(number):
+    start.wait()
+    with explained_imports(("diffusers", "transformers", "peft")[number % 3]):
+        if number % 3 == 0:
+            from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+        elif number % 3 == 1:
+            from transformers import Qwen2_5_VLForConditionalGeneration
+        else:
+            from peft.tuners.lora.layer import Linear
+
+def others(number):
+    start.wait()
+    import diffusers
+
+start = threading.Barrier(10)
+threads = [threading.Thread(target=ours if number else others, args=(number,)) for number in range(10)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
 
 
 @pytest.fixture
@@ -125,3 +152,10 @@ def test_an_import_that_fails_names_what_does_not_fit(installed, monkeypatch: py
     text = str(caught.value)
     assert "diffusers can't be imported: operator torchvision::nms does not exist\n" in text
     assert "but 0.36.0 is installed" in text and "installed: torch 1.0, torchvision 1.0" in text
+
+
+def test_threads_may_import_a_library_at_the_same_time():
+    """What is told before the start and the training itself run in two threads of ComfyUI."""
+    done = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True, cwd=REPO, check=False)
+    assert done.returncode == 0
+    assert "Exception in thread" not in done.stderr, done.stderr

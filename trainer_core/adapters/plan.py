@@ -12,6 +12,7 @@ from torch import nn
 from ..config import LoraConfig, LoraTargets
 from ..config.layer_patterns import layer_patterns
 from ..errors import ConfigError, ModelFileError
+from ..packages import explained_imports
 from ..text import brief
 from .reader import AdapterPart, Kronecker, LowRank, read_adapter
 
@@ -167,7 +168,8 @@ def _check_adapter_shapes(transformer: nn.Module, parts: Mapping[str, AdapterPar
 
 def lokr_shapes(layer: LayerPlan, factor: int) -> dict[str, tuple[int, int]]:
     """Shapes of a LoKr's parameters for one layer: those of its start file, or the ones that peft chooses."""
-    from peft.tuners.lokr.layer import factorization
+    with explained_imports("peft"):
+        from peft.tuners.lokr.layer import factorization
 
     if isinstance(layer.start, Kronecker):
         matrices = [layer.start.first, *layer.start.second]
