@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -318,6 +319,19 @@ class ComfyUI:
     def _raise_if_dead(self) -> None:
         if self._process is None or self._process.poll() is not None:
             raise ComfyUIError(f"ComfyUI has ended. The end of {self.log}:\n{self.log_end()}")
+
+
+def all_nodes() -> dict[str, dict[str, Any]]:
+    """The answer of /object_info of a new ComfyUI with this pack: descriptions of nodes, by the node's id.
+
+    Raises:
+        ComfyUIError: it did not start.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        install_pack(base)
+        with ComfyUI(base, *device_arguments(), "--disable-api-nodes", log=base / "comfyui.log") as server:
+            return server.get("/object_info")
 
 
 def status_of(entry: dict[str, Any]) -> str:

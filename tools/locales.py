@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.comfyui import REPO, ComfyUI, device_arguments, install_pack
+from tools.comfyui import REPO, all_nodes
 from tools.page_texts import page_texts
 
 CATALOGUES = Path(__file__).parent / "translations"
@@ -118,17 +117,13 @@ def current(all_nodes: dict[str, Info]) -> dict[str, Any]:
 
 def main() -> int:
     """Write the files, and print what is missing as JSON."""
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        install_pack(base)
-        with ComfyUI(base, *device_arguments(), "--disable-api-nodes", log=base / "comfyui.log") as server:
-            all_nodes = server.get("/object_info")
-    for name, value in current(all_nodes).items():
+    found = all_nodes()
+    for name, value in current(found).items():
         path = LOCALES / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     for language, words in catalogues().items():
-        report = {"missing": missing(all_nodes, words), "unused": unused(all_nodes, words)}
+        report = {"missing": missing(found, words), "unused": unused(found, words)}
         sys.stdout.write(f"{language}: {json.dumps(report, ensure_ascii=False, indent=1)}\n")
     return 0
 

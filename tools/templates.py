@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.comfyui import PACK_NAME, REPO, ComfyUI, device_arguments, install_pack
+from tools.comfyui import PACK_NAME, REPO, all_nodes
 from tools.template_graphs import BLUEPRINTS, TEMPLATES, Blueprint, Node, Template
 
 FOLDER = REPO / "workflows"
@@ -285,12 +284,7 @@ def current(all_nodes: dict[str, Info]) -> dict[Path, dict[str, Any]]:
 
 def main() -> int:
     """Write the files."""
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        install_pack(base)
-        arguments = (*device_arguments(), "--disable-api-nodes")
-        with ComfyUI(base, *arguments, log=base / "comfyui.log") as server:
-            files = current(server.get("/object_info"))
+    files = current(all_nodes())
     folders = (FOLDER, FOLDER / "api", BLUEPRINT_FOLDER)
     for path in (path for folder in folders for path in folder.glob("*.json")):
         if path not in files:

@@ -8,6 +8,8 @@ from pathlib import Path
 from string import Template as Text
 from typing import Any
 
+from trainer_core.qwen_image.recognise import download, template_files
+
 TITLE = "Qwen edit LoRA - "
 PREVIEW = "QwenEdit_PreviewPairs"
 _NOTES = Path(__file__).parent.parent / "template_notes"
@@ -75,18 +77,15 @@ def note(title: str, file: str, height: int, **values: str) -> Node:
     return Node(key="note", kind="MarkdownNote", title=title, size=(360, height), values={"text": filled})
 
 
+def model(name: str) -> dict[str, str]:
+    """A file of ComfyUI's own templates, as ComfyUI's page offers it for download."""
+    file = download(name)
+    return {"name": name, "url": file.url, "directory": file.folder}
+
+
 HUB = "https://huggingface.co"
-_EDIT_FILES = f"{HUB}/Comfy-Org/Qwen-Image-Edit_ComfyUI/resolve/main/split_files/diffusion_models"
-_IMAGE_FILES = f"{HUB}/Comfy-Org/Qwen-Image_ComfyUI/resolve/main/split_files"
-
-
-def model(directory: str, name: str) -> dict[str, str]:
-    place = _EDIT_FILES if directory == "diffusion_models" else f"{_IMAGE_FILES}/{directory}"
-    return {"name": name, "url": f"{place}/{name}", "directory": directory}
-
-
-TEXT_ENCODER = model("text_encoders", "qwen_2.5_vl_7b_fp8_scaled.safetensors")
-VAE = model("vae", "qwen_image_vae.safetensors")
+TEXT_ENCODER = model(template_files("text_encoders")[0])
+VAE = model(template_files("vae")[0])
 TO_STOP = (
     "**To stop**, press ComfyUI's *Cancel current run* button. The work is kept; press Run to continue. To end early "
     "and keep the LoRA, press *Stop and keep* in the side panel *Training runs*."

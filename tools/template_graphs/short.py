@@ -1,10 +1,11 @@
-"""Templates of the short path: one for each release, and the demo."""
+"""Templates with the four nodes that choose all settings: one for each release of the model, and the demo."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainer_core.qwen_image.recognise import gigabytes
+from trainer_core.qwen_image.flavours import Flavour
+from trainer_core.qwen_image.recognise import download
 
 from .node import PREVIEW, TEXT_ENCODER, TITLE, VAE, Blueprint, Node, Template, model, note
 
@@ -18,12 +19,13 @@ def _train(run_name: str) -> Node:
 
 
 def _path(note: Node, model: Node, pairs: tuple[Node, ...], run_name: str) -> Sequence[Sequence[Node]]:
-    """The columns of the short path."""
+    """The columns: `note`, the model node above `pairs` (the nodes that show them too), training, and the trial."""
     trial = Node(key="try", kind="QwenEdit_TryLora", size=(400, 500), links={"run": ("train", "run")})
     return ((note,), (model, *pairs), (_train(run_name),), (trial,))
 
 
 def demo() -> Template:
+    """The four nodes with the demo model and its pairs, and a preview of the pairs."""
     return Template(
         title=f"{TITLE}Try the demo",
         name="demo",
@@ -41,21 +43,22 @@ def demo() -> Template:
     )
 
 
-def train(release: str, name: str, file: str, repository: str, edit: str) -> Template:
-    """The four nodes, for one release of the model."""
-    downloads = (model("diffusion_models", file), TEXT_ENCODER, VAE)
+def train(flavour: Flavour, name: str, run_name: str) -> Template:
+    """The four nodes, for one release of the model. `name`: of the API prompt. `run_name`: of the example run."""
+    release, file = flavour.release, flavour.comfyui_file
+    downloads = (model(file), TEXT_ENCODER, VAE)
     listed = "\n".join(
-        f"- [{each['name']}]({each['url']}), {gigabytes(each['name']):g} GB, into *models/{each['directory']}*"
+        f"- [{each['name']}]({each['url']}), {download(each['name']).gigabytes:g} GB, into *models/{each['directory']}*"
         for each in downloads
     )
     return Template(
         title=f"{TITLE}Train LoRA {release}",
         name=name,
         columns=_path(
-            note("How To Train", "short", 620, release=release, repository=repository, downloads=listed),
+            note("How To Train", "short", 620, release=release, repository=flavour.released_as, downloads=listed),
             Node(key="model", kind="QwenEdit_ChooseModel", values={"model": file}, models=downloads),
             (Node(key="pairs", kind="QwenEdit_EditPairs", values={"data_set": "my_edit"}),),
-            edit,
+            run_name,
         ),
         models=downloads,
         app_inputs=_DECISIONS,
@@ -64,7 +67,7 @@ def train(release: str, name: str, file: str, repository: str, edit: str) -> Tem
 
 
 def in_one_node() -> Blueprint:
-    """The short path as one node. It trains the demo until the user chooses a model and pairs, so it always runs."""
+    """Model, pairs and training as one node. Until the user chooses a model and pairs, it trains the demo."""
     return Blueprint(
         title="Train a Qwen edit LoRA",
         name="blueprint_train",

@@ -16,19 +16,23 @@ _CARD = {  # the preset 24gb, in single nodes
 
 
 def _loader(folder: str, flavour: str) -> Node:
+    """The model node. `folder`: the model in models/diffusers."""
     values = {"base_model": folder, "flavour": flavour, "base_model_precision": "int8-quanto"}
     return Node(key="model", kind="QwenEdit_LoadModel", size=(340, 226), room=290, values=values)
 
 
 def pair_folders(key: str, values: Mapping[str, Any], title: str = "") -> Node:
+    """The node that names the folders of a data set. `values`: its widgets by input id, such as `target_folder`."""
     return Node(key=key, kind="QwenEdit_PairFolders", size=(340, 300), room=420, title=title, values=values)
 
 
 def _preview(key: str, pairs: str, title: str = "") -> Node:
+    """A preview of the pairs of the node with the key `pairs`."""
     return Node(key=key, kind=PREVIEW, size=(340, 400), room=640, title=title, links={"dataset": (pairs, "dataset")})
 
 
 def _encode(key: str, pairs: str, title: str = "", **values: Any) -> Node:
+    """Encodes the pairs of the node with the key `pairs`. `values`: widgets that differ from the preset."""
     links = {"model": ("model", "model"), "dataset": (pairs, "dataset")}
     return Node(
         key=key, kind="QwenEdit_EncodePairs", size=(340, 434), room=530, title=title,
@@ -48,6 +52,7 @@ def _settings() -> tuple[Node, ...]:
 
 
 def _train(run_name: str, encoded: str) -> Node:
+    """The training node, on the encoded pairs of the node with the key `encoded`."""
     settings = {f"{name}_settings": (name, f"{name} settings") for name in ("lora", "optimizer", "training")}
     return Node(
         key="train",
@@ -88,7 +93,11 @@ def _download(repository: str) -> str:
 
 
 def steps(title: str, name: str, repository: str, pairs: Node, run_name: str, **encode: Any) -> Template:
-    """Each step in its own node, for 2509."""
+    """Each step in its own node, for 2509.
+
+    `name`: of the API prompt and, without "train_", of the note. `repository`: the model on huggingface.co. `pairs`:
+    the node with the key "pairs". `encode`: widgets of the encoding node that differ from the preset 24gb.
+    """
     loader = _loader(repository.split("/")[-1], "edit-v2")
     return Template(
         title=TITLE + title,
@@ -104,6 +113,8 @@ def steps(title: str, name: str, repository: str, pairs: Node, run_name: str, **
 
 
 def two_datasets() -> Template:
+    """Two data sets with masks, mixed, for Qwen-Image-Edit."""
+
     def parts(number: int, folder: str, name: str) -> tuple[Node, ...]:
         folders = {"target_folder": f"{folder}/target", "reference_folder_1": f"{folder}/reference"}
         return (
@@ -137,6 +148,7 @@ def two_datasets() -> Template:
 
 
 def imported() -> Template:
+    """A training with the settings of a SimpleTuner configuration."""
     imported = ("import", "imported")
     return Template(
         title=f"{TITLE}Import SimpleTuner",

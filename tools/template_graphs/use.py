@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainer_core.qwen_image.flavours import Flavour
+
 from .node import TEXT_ENCODER, TITLE, VAE, Node, Template, model, note
 
 _WIDTH = 380
@@ -36,15 +38,15 @@ EDIT_GRAPHS = {
 }
 
 
-def use(release: str, name: str, file: str, run_name: str) -> Template:
-    """ComfyUI's own edit graph for a release, with a LoRA loader."""
-    graph = EDIT_GRAPHS[release]
+def use(flavour: Flavour, name: str, run_name: str) -> Template:
+    """ComfyUI's own edit graph for a release, with a loader of the run's LoRA. `name`: of the API prompt."""
+    graph = EDIT_GRAPHS[flavour.release]
     return Template(
-        title=f"{TITLE}Use {release}",
+        title=f"{TITLE}Use {flavour.release}",
         name=name,
         columns=(
-            (note("How To Use", "use", 520, release=release, run_name=run_name, more=graph.note),),
-            _loaders(file),
+            (note("How To Use", "use", 520, release=flavour.release, run_name=run_name, more=graph.note),),
+            _loaders(flavour.comfyui_file),
             (
                 Node(
                     key="lora",
@@ -74,7 +76,7 @@ def use(release: str, name: str, file: str, run_name: str) -> Template:
 
 def _loaders(file: str) -> tuple[Node, ...]:
     clip = {"clip_name": TEXT_ENCODER["name"], "type": "qwen_image"}
-    transformer = model("diffusion_models", file)
+    transformer = model(file)
     return (
         Node(key="unet", kind="UNETLoader", size=(_WIDTH, 90), values={"unet_name": file}, models=(transformer,)),
         Node(key="clip", kind="CLIPLoader", size=(_WIDTH, 120), values=clip, models=(TEXT_ENCODER,)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Literal
 
 from ..config import FlavourName
@@ -32,47 +33,62 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a Qwen-Image transformer", ("transformer_blocks.0.attn.add_k_proj.",)),
 )
 LAYERED_MARKS = ("__layered__", "time_text_embed.addition_t_embedding.weight")
-_INSTEAD = {
-    "text_encoder": "Choose qwen_2.5_vl_7b_fp8_scaled.safetensors or qwen_2.5_vl_7b.safetensors from "
-    "models/text_encoders.",
-    "vae": "Choose qwen_image_vae.safetensors from models/vae.",
-}
 
 
-# The files of ComfyUI's templates at huggingface.co/Comfy-Org, best first: folder below models, repository, GB.
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A file of ComfyUI's edit templates. `folder` is below ComfyUI's models folder, `gigabytes` are 10^9 bytes."""
+
+    name: str
+    folder: str
+    repository: str
+    gigabytes: float
+
+    @property
+    def url(self) -> str:
+        """Where the file is downloaded from."""
+        return f"https://huggingface.co/Comfy-Org/{self.repository}/resolve/main/split_files/{self.folder}/{self.name}"
+
+
 _EDIT, _IMAGE = "Qwen-Image-Edit_ComfyUI", "Qwen-Image_ComfyUI"
-_DOWNLOADS: dict[str, tuple[str, str, float]] = {
-    "qwen_image_edit_2511_bf16.safetensors": ("diffusion_models", _EDIT, 40.9),
-    "qwen_image_edit_2511_fp8mixed.safetensors": ("diffusion_models", _EDIT, 20.5),
-    "qwen_image_edit_2511_int8_convrot.safetensors": ("diffusion_models", _EDIT, 20.5),
-    "qwen_image_edit_2509_bf16.safetensors": ("diffusion_models", _EDIT, 40.9),
-    "qwen_image_edit_2509_fp8mixed.safetensors": ("diffusion_models", _EDIT, 20.5),
-    "qwen_image_edit_2509_fp8_e4m3fn.safetensors": ("diffusion_models", _EDIT, 20.4),
-    "qwen_image_edit_bf16.safetensors": ("diffusion_models", _EDIT, 40.9),
-    "qwen_image_edit_fp8_e4m3fn.safetensors": ("diffusion_models", _EDIT, 20.4),
-    "qwen_2.5_vl_7b_fp8_scaled.safetensors": ("text_encoders", _IMAGE, 9.4),
-    "qwen_2.5_vl_7b.safetensors": ("text_encoders", _IMAGE, 16.6),
-    "qwen_image_vae.safetensors": ("vae", _IMAGE, 0.3),
+_DOWNLOADS = {
+    each.name: each
+    for each in (  # the best of each folder first
+        Download("qwen_image_edit_2511_bf16.safetensors", "diffusion_models", _EDIT, 40.9),
+        Download("qwen_image_edit_2511_fp8mixed.safetensors", "diffusion_models", _EDIT, 20.5),
+        Download("qwen_image_edit_2511_int8_convrot.safetensors", "diffusion_models", _EDIT, 20.5),
+        Download("qwen_image_edit_2509_bf16.safetensors", "diffusion_models", _EDIT, 40.9),
+        Download("qwen_image_edit_2509_fp8mixed.safetensors", "diffusion_models", _EDIT, 20.5),
+        Download("qwen_image_edit_2509_fp8_e4m3fn.safetensors", "diffusion_models", _EDIT, 20.4),
+        Download("qwen_image_edit_bf16.safetensors", "diffusion_models", _EDIT, 40.9),
+        Download("qwen_image_edit_fp8_e4m3fn.safetensors", "diffusion_models", _EDIT, 20.4),
+        Download("qwen_2.5_vl_7b_fp8_scaled.safetensors", "text_encoders", _IMAGE, 9.4),
+        Download("qwen_2.5_vl_7b.safetensors", "text_encoders", _IMAGE, 16.6),
+        Download("qwen_image_vae.safetensors", "vae", _IMAGE, 0.3),
+    )
 }
+
+
+def download(name: str) -> Download:
+    """The file of ComfyUI's templates with this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _DOWNLOADS[name]
 
 
 def template_files(folder: str) -> tuple[str, ...]:
     """Names of the files in a folder below ComfyUI's models folder that its edit templates use, best first."""
-    return tuple(name for name, (where, *_) in _DOWNLOADS.items() if where == folder)
-
-
-def gigabytes(name: str) -> float:
-    """Size of a file of ComfyUI's templates, in 10^9 bytes."""
-    return _DOWNLOADS[name][2]
+    return tuple(name for name, each in _DOWNLOADS.items() if each.folder == folder)
 
 
 def how_to_get(name: str) -> str:
     """A sentence on where to get a file of ComfyUI's templates and where to put it; empty if it is none of these."""
     if name not in _DOWNLOADS:
         return ""
-    folder, repository, gigabytes = _DOWNLOADS[name]
-    address = f"https://huggingface.co/Comfy-Org/{repository}/resolve/main/split_files/{folder}/{name}"
-    return f"Download it ({gigabytes:g} GB) from {address} and put it into ComfyUI's folder models/{folder}."
+    file = download(name)
+    return f"Download it ({file.gigabytes:g} GB) from {file.url} and put it into ComfyUI's folder models/{file.folder}."
 
 
 def looks_like(names: Collection[str]) -> str:
@@ -86,7 +102,8 @@ def looks_like(names: Collection[str]) -> str:
 def instead_of(part: Part, flavour: FlavourName = "edit-v2") -> str:
     """What to choose for a part of the model, by the names of the files in ComfyUI's templates."""
     if part != "transformer":
-        return _INSTEAD[part]
+        folder = "text_encoders" if part == "text_encoder" else part
+        return f"Choose {' or '.join(template_files(folder))} from models/{folder}."
     row = FLAVOURS[flavour]
     return f"Choose {row.comfyui_file} from models/diffusion_models, or the download {row.released_as}."
 
