@@ -93,11 +93,11 @@ def _copy(source: Path, target: Path) -> None:
 def run_ui(
     result: TrainResult, lora_name: str, ema_name: str | None = None, *, seconds: float, notes: Sequence[str] = ()
 ) -> dict[str, list[Any]]:
-    """The node's UI output, also in /history: figures, a line of text and the grid. Paths are relative to the output
+    """The node's UI output, also in /history: figures, lines of text and the grid. Paths are relative to the output
     folder.
 
     `ema_name` is the listed name of the EMA LoRA, None without EMA. `seconds` is the total time of all training steps,
-    including those before an interruption. `notes` follow the line of text.
+    including those before an interruption. `notes` follow the text.
     """
     samples = result.samples
     ratios = {name: _finite(getattr(samples, name)) if samples else None for name in (*_RATIOS, *_DRIFT)}
@@ -114,14 +114,15 @@ def run_ui(
         "grid_file": host_folders.output_name(samples.grid_file) if samples else None,
         **ratios,
     }
-    measured = samples.as_text() if samples else ""
-    text = f"{lora_name}: {result.steps_done} steps" + (f"; validation pairs: {measured}" if measured else "")
-    images = [_output_picture(samples.grid_file)] if samples else []
+    lines = [f"Saved {lora_name} after {result.steps_done} steps."]
     if ema_name:
-        text += f". EMA LoRA: {ema_name}"
+        lines.append(f"Saved its EMA {ema_name}.")
+    if samples and (measured := samples.as_text()):
+        lines.append(measured)
     if result.lora_file is not None and (note := _readers(result.lora_file)):
-        text += f". {note}"
-    return {"qwen_edit_run": [figures], "text": ["\n".join([text, *notes])], "images": images}
+        lines.append(note)
+    images = [_output_picture(samples.grid_file)] if samples else []
+    return {"qwen_edit_run": [figures], "text": ["\n".join([*lines, *notes])], "images": images}
 
 
 def _readers(lora_file: Path) -> str:

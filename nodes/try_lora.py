@@ -168,7 +168,7 @@ def _shown(name: str, strength: float, tried: Tried) -> dict[str, list[Any]]:
     pictures = {column: _temporary(tried.folder / file) for column, file in row["pictures"].items()}
     report = tried.report
     psnr = {each: _finite(getattr(report, f"psnr_{each}")) if report else None for each in ("base", "lora", "ema")}
-    measured = f": {report.as_text()}" if report and report.as_text() else ""
+    measured = report.as_text() if report else ""
     figures = {
         "run_name": name,
         "step": tried.step,
@@ -179,7 +179,7 @@ def _shown(name: str, strength: float, tried: Tried) -> dict[str, list[Any]]:
     }
     return {
         "images": [_temporary(tried.grid_file)],
-        "text": [f"{name}, step {tried.step}, strength {strength:g}{measured}"],
+        "text": [f"{name}, step {tried.step}, strength {strength:g}" + (f"\n{measured}" if measured else "")],
         "qwen_edit_try": [figures],
     }
 

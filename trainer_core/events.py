@@ -83,12 +83,20 @@ class SampleReport:
     unmeasured: str = ""
 
     def as_text(self) -> str:
-        """The figures as text for the log, and why some or all could not be measured."""
-        ratios = {"base": self.psnr_base, "LoRA": self.psnr_lora, "EMA": self.psnr_ema, "VAE alone": self.psnr_vae}
-        found = ", ".join(f"{name} {value:.1f} dB" for name, value in ratios.items() if value is not None)
+        """The figures as sentences for the log and the page, and why some or all could not be measured."""
+        ratios = {"base model": self.psnr_base, "LoRA": self.psnr_lora, "EMA": self.psnr_ema}
+        found: list[str] = []
+        if psnr := ", ".join(f"{name} {value:.1f} dB" for name, value in ratios.items() if value is not None):
+            limit = f"; the VAE allows at most {self.psnr_vae:.1f} dB" if self.psnr_vae is not None else ""
+            found.append(f"Likeness to the targets (PSNR, higher is better): {psnr}{limit}")
         if self.drift_shift is not None:
-            found += f"; drift {self.drift_shift:.2f} px, {self.drift_zoom:.2f} %, {self.drift_colour:.1f} of 255"
-        return ". ".join(filter(None, (found, self.unmeasured)))
+            found.append(
+                f"Drift outside the edit: {self.drift_shift:.2f} px, {self.drift_zoom:.2f} % zoom, "
+                f"{self.drift_colour:.1f} of 255 in colour"
+            )
+        if self.unmeasured:
+            found.append(self.unmeasured)
+        return ". ".join(found)
 
     def drift(self) -> dict[str, float]:
         """The drift fields that are not None, by name."""

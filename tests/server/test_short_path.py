@@ -91,6 +91,8 @@ def test_a_preset_trains_a_lora_in_one_node(trained: dict[str, Any], studio: Pac
     assert config["optimizer"]["lr_warmup_steps"] == 0  # the preset's 5 steps are more than the run has
     assert config["model"]["mixed_precision"] == "no"
     text = trained[TRAIN]["text"][0].splitlines()
+    assert text[0] == f"Saved {NAME}/{NAME}.safetensors after 2 steps."
+    assert text[1].startswith("Likeness to the targets (PSNR, higher is better): base model "), text
     assert "Preset demo, because the model is the demo model." in text
     assert "- resolution is 96, set by Qwen Edit More Settings. The preset has 128." in text
     assert "- max_train_steps is 2, set by Train Qwen Edit LoRA. The preset has 120." in text
