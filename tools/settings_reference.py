@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -87,7 +88,8 @@ def reference() -> str:
 def _section(cls: type, key: str | None, nodes: str) -> Iterator[str]:
     places = {None: "Not in the JSON file.", "": "At the top level of the JSON file."}
     place = places.get(key, f"In the JSON file under `{key}`.")
-    yield f"## {_title(cls)}\n\n{(cls.__doc__ or '').strip()}\n\n{place} In ComfyUI: {nodes}\n"
+    where = textwrap.fill(f"{place} In ComfyUI: {nodes}", 120, break_long_words=False, break_on_hyphens=False)
+    yield f"## {_title(cls)}\n\n{(cls.__doc__ or '').strip()}\n\n{where}\n"
     yield "| name | allowed | default | meaning |\n| --- | --- | --- | --- |"
     for field in dataclasses.fields(cls):
         meaning = f"{field.metadata['help']} {used_in_words(field.metadata['used_if'], _json)}".rstrip()

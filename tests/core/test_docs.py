@@ -18,9 +18,11 @@ from trainer_core import config
 from trainer_core.__main__ import _parser
 from trainer_core.config.dataset import CaptionStrategy
 from trainer_core.qwen_image.flavours import FLAVOURS
+from trainer_core.qwen_image.recognise import download, template_files
 
 FOLDERS = (".", "docs", "web/docs", "benchmarks", "trainer_core/demo/model")
 PAGES = sorted(page for folder in FOLDERS for page in (REPO / folder).glob("*.md"))
+WRAPPED = [page for page in PAGES if not page.is_relative_to(REPO / "web")]
 OWN = [page for page in PAGES if page.parent.name == "docs" or page.name == "README.md"]
 TOP_FOLDERS = ("benchmarks", "docs", "nodes", "tests", "tools", "trainer_core", "web", "workflows")
 
@@ -115,16 +117,27 @@ def test_configurations_are_accepted(page: Path):
         config.from_json(config.JobConfig, json.loads(block))
 
 
+@pytest.mark.parametrize("page", WRAPPED, ids=name)
+def test_lines_are_short(page: Path):
+    """Tables and addresses can't be wrapped. Help pages have a line for each item, because they are generated."""
+    lines = [line for line in without_code(page).splitlines() if not line.startswith("|") and "](http" not in line]
+    assert [line for line in lines if len(line) > 120] == []
+
+
 def test_the_readme_is_a_landing_page():
     """The README stays short; details belong in docs/."""
     assert len(text(REPO / "README.md").splitlines()) <= 130
 
 
-def test_every_flavour_is_in_the_readme_and_an_example_in_the_headless_page():
+def test_every_flavour_and_its_files_are_in_the_readme_and_an_example_in_the_headless_page():
     readme = text(REPO / "README.md")
     assert "```json" in text(REPO / "docs" / "headless.md")
     for flavour in FLAVOURS.values():
         assert f"| `{flavour.name}` | [{flavour.released_as}](https://huggingface.co/{flavour.released_as}) |" in readme
+    files = [each for folder in ("diffusion_models", "text_encoders", "vae") for each in template_files(folder)]
+    linked = re.findall(r"\]\((https://huggingface\.co/Comfy-Org/[^)]+)\)", readme)
+    assert len(linked) >= 3
+    assert set(linked) <= {download(each).url for each in files}
 
 
 def test_settings_that_are_recommended_exist():

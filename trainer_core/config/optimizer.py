@@ -37,8 +37,8 @@ class OptimizerConfig(Settings):
     )
     learning_rate: float = setting(
         1e-4,
-        "Peak learning rate. 1e-4 for ranks up to 16, 5e-5 above; a third of that for lion. For prodigy it is a factor "
-        "on the rate that prodigy finds: set it to 1.",
+        "Peak learning rate. 1e-4 for ranks up to 32, 5e-5 above and for long runs; a third of that for lion. For "
+        "prodigy it is a factor on the rate that prodigy finds: set it to 1.",
         Limits(above=0, max=10, usual="1e-4", soft_min=1e-8, step=1e-6, round=1e-8),
     )
     lr_scheduler: SchedulerName = setting(

@@ -46,8 +46,9 @@ class LoraConfig(Settings):
     )
     lora_targets: LoraTargets = setting(
         "image-attention",
-        "Layers that get an adapter: image-attention, attention (image and text), attention-mlp, all (also "
-        "modulation), or pattern.",
+        "Layers that get an adapter. image-attention: the attention layers for the pictures. attention: also those for "
+        "the instruction. attention-mlp: also the feed-forward layers. all: also the layers that tell a block the "
+        "noise level. pattern: those that lora_target_pattern names.",
     )
     lora_target_pattern: str = setting(
         "",
