@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -15,7 +16,7 @@ from tests.support.narrow import planned_size
 from trainer_core import config as every_class
 from trainer_core.adapters.inject import inject_lora
 from trainer_core.adapters.plan import plan_adapter
-from trainer_core.conditioning.sizes import target_box, target_size
+from trainer_core.conditioning.sizes import large_enough, target_box, target_size
 from trainer_core.config import (
     EmaConfig,
     EncodingConfig,
@@ -28,17 +29,18 @@ from trainer_core.config import (
     SizeConfig,
     TrainConfig,
 )
-from trainer_core.errors import ConfigError
+from trainer_core.errors import ConfigError, DatasetError
 from trainer_core.geometry import Size
-from trainer_core.planning.choose import Budget, choose_memory
+from trainer_core.planning.choose import Budget
+from trainer_core.planning.start import foreseen_plan
 from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer
 from trainer_core.settings import Settings, hint_of, is_used, limits_of
-from trainer_core.training.ema import ema_bytes, start_ema, weights_to_validate
+from trainer_core.training.ema import ema_bytes, start_ema, update_ema, weights_to_validate
 from trainer_core.training.objective import add_noise, penalty_at
 from trainer_core.training.optimizer import optimizer_builder, set_learning_rate
-from trainer_core.training.rollout import draw_offsets, reflexflow_loss, roll_out
+from trainer_core.training.rollout import draw_offsets, reflexflow_loss, roll_out, rollout_probability
 from trainer_core.training.schedule import learning_rate_at
 
 CPU = torch.device("cpu")
@@ -67,10 +69,10 @@ def noised(config: NoiseConfig) -> list[Any]:
 def rolled(config: RolloutConfig) -> list[Any]:
     noisy = add_noise(LATENTS, NoiseConfig(), 0, [0, 1])
     found = list[Any]()
-    for step in (0, 3, 9):
+    for step in (0, 1, 3, 9):
         offsets = draw_offsets(config, step, 0, [0, 1])
         out = roll_out(lambda _row, point, sigma: point * sigma.view(-1, 1, 1, 1) + 0.1, noisy, offsets, config)
-        found += [offsets, out.noisy.latents.tolist()]
+        found += [rollout_probability(step, config), offsets, out.noisy.latents.tolist()]
         if out.rows and config.scheduled_sampling_reflexflow:  # as training/step.py
             loss = reflexflow_loss(LATENTS, LATENTS, out, weights=None, penalty=torch.square, rollout=config)
             found.append(loss.tolist())
@@ -88,28 +90,33 @@ def adapted(config: LoraConfig) -> dict[str, Any]:
 
 def averaged(config: EmaConfig) -> list[Any]:
     weights = {"a": nn.Parameter(torch.ones(2))}
-    return [
-        ema_bytes([(2, 3)], config),
-        list(start_ema(weights, config)),
-        list(weights_to_validate(None, None, config)),
-    ]  # type: ignore[arg-type]
+    average = start_ema(weights, config)
+    for step in range(1, 9):
+        weights["a"].data += step
+        update_ema(average, weights, step, config)
+    kept = {name: weight.tolist() for name, weight in average.items()}
+    return [ema_bytes([(2, 3)], config), kept, list(weights_to_validate(None, None, config))]  # type: ignore[arg-type]
 
 
 def cropped(config: SizeConfig) -> list[Any]:
     encoding, found = EncodingConfig(sizes=config), list[Any]()
-    for size in (Size(900, 600), Size(2400, 3200)):
+    sizes = (Size(300, 200), Size(900, 600), Size(2400, 3200))
+    for size in sizes:
         bucket = target_size(size, encoding)
         found += [bucket, target_box(size, bucket, encoding, "key")]
-    return found
+    pairs: Any = [SimpleNamespace(key=str(size), target="x.png", sizes=[size]) for size in sizes]
+    try:
+        return [*found, large_enough(pairs, config)[1]]
+    except DatasetError as error:
+        return [*found, str(error)]
 
 
 def planned(config: MemoryConfig) -> str:
     settings = TrainConfig(run_dir="run", encoded="data", memory=config)
-    if config.memory == "manual":
-        return str(config)
     network = planned_size({"num_layers": 6}, settings.model, settings.lora)
     pair = pair_size(Size(512, 512), [Size(512, 512)], 100)
-    return str(choose_memory(settings, network, Workload(train=pair, batch=1, validation=pair), Budget(2**40, 2**40)))
+    budget, work = Budget(2**40, 2**40), Workload(train=pair, batch=1, validation=pair)
+    return str(foreseen_plan(settings, network, work, budget).device)
 
 
 OUTCOMES: dict[type[Settings], Callable[[Any], Any]] = {
@@ -120,7 +127,6 @@ OUTCOMES: dict[type[Settings], Callable[[Any], Any]] = {
     EmaConfig: averaged,
     SizeConfig: cropped,
     MemoryConfig: planned,
-    ModelConfig: str,  # its only one must be off while it is unused
 }
 # Values with which the settings above have an effect, and with which every choice is accepted.
 BASE: dict[type[Settings], dict[str, Any]] = {
@@ -144,8 +150,8 @@ def values_of(cls: type[Settings], name: str) -> list[Any]:
         return [False, True]
     if hint is str:
         return [default, r".*\.attn\.to_k"]
-    limits = limits_of(cls, name)
-    return [default, next(each for each in (3, 0.25, 0.75) if each != default and limits.accept(hint(each)))]
+    limits, others = limits_of(cls, name), (3,) if hint is int else (0.25, 0.75)
+    return [default, next(each for each in others if each != default and limits.accept(hint(each)))]
 
 
 def cases(cls: type[Settings]) -> Iterator[Settings]:
@@ -159,23 +165,36 @@ def cases(cls: type[Settings]) -> Iterator[Settings]:
             continue
 
 
-def test_every_class_with_conditions_is_tested():
-    classes = [each for each in vars(every_class).values() if isinstance(each, type) and issubclass(each, Settings)]
-    assert {each for each in classes if declared(each)} == set(OUTCOMES)
+CLASSES = [each for each in vars(every_class).values() if isinstance(each, type) and issubclass(each, Settings)]
 
 
-@pytest.mark.parametrize("cls", OUTCOMES, ids=lambda cls: cls.__name__)
-def test_an_unused_setting_changes_nothing(cls: type[Settings]):
-    seen = set[str]()
+@pytest.mark.parametrize("cls", filter(declared, CLASSES), ids=lambda cls: cls.__name__)
+def test_an_unused_setting_changes_nothing_and_a_used_one_something(cls: type[Settings]):
+    unseen = set(declared(cls))
+    without_effect = {name for name, each in declared(cls).items() if each["unused"] is None}
     for config in cases(cls):
         given = dataclasses.asdict(config)
         unused = {each.name: each.metadata["unused"] for each in dataclasses.fields(cls) if not is_used(each, given)}
         changes = {name: values_of(cls, name)[-1] for name, only in unused.items() if only is None}
-        seen |= set(unused)
+        unseen -= unused.keys()
         for name, only in unused.items():
             if only is not None:
                 with pytest.raises(ConfigError):
                     dataclasses.replace(config, **{name: next(v for v in values_of(cls, name) if v != only)})
+        outcome = OUTCOMES[cls](config) if changes or without_effect - unused.keys() else None
         if changes:
-            assert OUTCOMES[cls](dataclasses.replace(config, **changes)) == OUTCOMES[cls](config), (config, changes)
-    assert seen == set(declared(cls))
+            assert OUTCOMES[cls](dataclasses.replace(config, **changes)) == outcome, (config, changes)
+        without_effect -= {name for name in without_effect - unused.keys() if has_effect(config, name, outcome)}
+    assert (unseen, without_effect) == (set(), set())
+
+
+def has_effect(config: Settings, name: str, outcome: Any) -> bool:
+    """Whether another value of the setting has another outcome."""
+    for value in values_of(type(config), name):
+        try:
+            other = dataclasses.replace(config, **{name: value})
+        except ConfigError:
+            continue
+        if value != getattr(config, name) and OUTCOMES[type(config)](other) != outcome:
+            return True
+    return False
