@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from ..trainer_core.errors import Problems, SettingsError, TrainerError
 from . import choose_model, host_server, model, reference_settings, settings, short_train, size_settings
 from .composed import AUTOMATIC, UNKNOWN_MODEL, compose
-from .graph_values import GraphValues, Link, UnknownError, is_link
-from .raw_values import entries
+from .graph_values import GraphValues, Link, UnknownError
+from .raw_values import entries, is_link
 from .run_names import continues_kept, settled
+from .schema import ID_PREFIX
 from .train import TrainLora, run_config
 from .training import ADVANCED, SHORT
 
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
     from ..trainer_core.conditioning.encoding_plan import PlannedDataset
 
-_MIX, _MODEL = "QwenEdit_MixPairs", "QwenEdit_ChooseModel"
+_MIX = "QwenEdit_MixPairs"
 LATER = ("model", "encoded", "validation_encoded")  # inputs of a training that are known when its pairs are encoded
 _MODELS = (choose_model.ChooseModel, model.LoadModel, model.LoadModelFiles)
 _MORE = (short_train.MoreSettings, size_settings.SizeSettings, reference_settings.ReferenceSettings)
-FROM_WIDGETS = {f"QwenEdit_{node.__name__}": node for node in (*settings.NODES, *_MODELS, *_MORE)}
+FROM_WIDGETS = {f"{ID_PREFIX}{node.__name__}": node for node in (*settings.NODES, *_MODELS, *_MORE)}
 
 
 def refused_at_once(prompt: Any) -> dict[str, TrainerError]:
@@ -41,7 +42,7 @@ def refused_at_once(prompt: Any) -> dict[str, TrainerError]:
                 run_config(problems, UNKNOWN_MODEL, None, **values.inputs(TrainLora, node_id, without=LATER))
             elif kind == SHORT:
                 _check_short(problems, values, node_id)
-            elif kind == _MODEL:
+            elif FROM_WIDGETS.get(kind) in _MODELS:
                 values.output([node_id, 0])
             problems.raise_all(SettingsError)
         except TrainerError as error:
@@ -84,10 +85,10 @@ def check_trainings(
     from ..trainer_core.planning.start import RunData, check_before_encoding
 
     problems, prompt = Problems(), hidden.prompt or {}
-    values = GraphValues(prompt, FROM_WIDGETS, known)
+    values, asked_for = GraphValues(prompt, FROM_WIDGETS, known), host_server.asked_for(prompt)
     for node_id, kind, inputs in entries(prompt):
         is_next = kind == ADVANCED and _leads_to(prompt, inputs.get("encoded"), hidden.unique_id)
-        if not is_next or not host_server.is_asked_for(node_id):
+        if not is_next or node_id not in asked_for:
             continue
         try:
             given = values.inputs(TrainLora, node_id, without=LATER)

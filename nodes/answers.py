@@ -17,7 +17,7 @@ from ..trainer_core.disk import disk_errors
 from ..trainer_core.errors import ConfigError, DiskError, RunFolderError, TrainerError
 from ..trainer_core.json_text import parse_json
 from ..trainer_core.runs.view import finite
-from . import host_folders
+from .refused import for_page
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -121,4 +121,4 @@ def json_answer(value: Any, status: int = 200) -> web.Response:
 
 def problem(status: int, text: str) -> web.Response:
     """An answer that says what is wrong, without paths of this machine."""
-    return json_answer({"error": host_folders.without_paths(text)}, status)
+    return json_answer({"error": for_page(text)}, status)

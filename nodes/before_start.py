@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..trainer_core.config import PairCheckConfig, TrainConfig, to_json
 from ..trainer_core.disk import disk_errors, existing_folder, free_disk_bytes
-from ..trainer_core.errors import Interrupted, OutOfMemoryError, Problems, TrainerError
+from ..trainer_core.errors import Interrupted, OutOfMemoryError, Problems, TrainerError, split
 from ..trainer_core.events import Observer
 from ..trainer_core.qwen_image.flavours import title_of
 from ..trainer_core.text import some_of
@@ -18,10 +18,12 @@ from . import check, dataset, edit_pairs, encode, host_folders, host_server, imp
 from .ahead import FROM_WIDGETS, LATER
 from .composed import AUTOMATIC, UNKNOWN_MODEL, compose
 from .door import PLAIN
-from .graph_values import ForeseenPairs, GraphValues, UnknownError, is_link, not_connected
+from .graph_values import ForeseenPairs, GraphValues, UnknownError, not_connected
 from .overrides import SETTINGS_NODES, Override, compared
-from .raw_values import inputs_of
+from .raw_values import inputs_of, is_link
+from .refused import for_page
 from .run_names import continues_kept, settled
+from .schema import ID_PREFIX
 from .short_train import Train, chosen, planned_pairs
 from .sockets import AutomaticModel
 from .train import TrainLora, run_config
@@ -37,9 +39,8 @@ _FORESEEN = (
     *(dataset.PairFolders, edit_pairs.EditPairs, check.CheckPairs, encode.EncodePairs, mix.MixPairs),
     *(import_simpletuner.ImportSimpleTuner, import_simpletuner.EncodeImported),
 )
-NODES = {**FROM_WIDGETS, **{f"QwenEdit_{node.__name__}": node for node in _FORESEEN}}
+NODES = {**FROM_WIDGETS, **{f"{ID_PREFIX}{node.__name__}": node for node in _FORESEEN}}
 """The nodes before a training whose outputs can be known before the graph runs, by type."""
-_MOST_LINES = 30  # of one problem
 _FINDINGS = {
     "shift": "the reference is shifted against the target, and the LoRA would learn to move the picture",
     "zoom": "reference and target differ in scale",
@@ -100,9 +101,7 @@ class Found:
 
     def add(self, node_id: str, error: TrainerError) -> None:
         """Add the problems in an error. Memory that is short only now is a warning."""
-        several = Problems()
-        several.add(error)
-        for each in several.errors:
+        for each in split(error):
             if isinstance(each, OutOfMemoryError) and host_server.is_busy():
                 self.warnings.append(f"Another job runs now. Unless it ends first: {each}")
             else:
@@ -136,11 +135,15 @@ def before_start(prompt: Any, node_id: str, observer: Observer, *, measure_pairs
     Raises:
         Interrupted: the observer asked to stop.
     """
-    found, training = _looked_at(prompt, node_id, observer, measure_pairs=measure_pairs)
+    found, training, run = _looked_at(prompt, node_id, observer)
+    if training.data is not None:
+        _describe_pairs(found, training, training.data, observer, measure_pairs=measure_pairs)
+    if training.config is not None and training.is_model_known:
+        _describe_run(found, training.config, training.data, run)
     return {
-        "problems": [{"node_id": source, "text": _cut(str(error))} for source, error in _distinct(found.problems)],
-        "warnings": [_cut(text) for text in dict.fromkeys(found.warnings)],
-        "notes": [_cut(text) for text in dict.fromkeys(found.notes)],
+        "problems": [{"node_id": source, "text": for_page(error)} for source, error in _distinct(found.problems)],
+        "warnings": [for_page(text) for text in dict.fromkeys(found.warnings)],
+        "notes": [for_page(text) for text in dict.fromkeys(found.notes)],
         "facts": [{"name": name, "value": value} for name, value in found.facts.items()],
         "preset": {"name": training.preset, "why": training.why, "values": dict(training.held)},
         "overridden": [
@@ -156,21 +159,17 @@ def problems_before(prompt: Any, node_id: str, observer: Observer) -> list[tuple
     Raises:
         Interrupted: the observer asked to stop.
     """
-    found, _ = _looked_at(prompt, node_id, observer, measure_pairs=False)
-    return list(_distinct(found.problems))
+    return list(_distinct(_looked_at(prompt, node_id, observer)[0].problems))
 
 
-def _looked_at(prompt: Any, node_id: str, observer: Observer, *, measure_pairs: bool) -> tuple[Found, Training]:
+def _looked_at(prompt: Any, node_id: str, observer: Observer) -> tuple[Found, Training, CheckedRun | None]:
+    """The training with all its problems, and its run as far as it could be checked."""
     values = GraphValues(prompt, NODES, observer=observer)
     found = Found(values)
     training = (_short_training if values.kind_of(node_id) == SHORT else _advanced_training)(found, node_id)
     found.problems[:0] = [(source, error) for source, error in values.refused.items()]
-    config, data = training.config, training.data
-    if data is not None:
-        _describe_pairs(found, training, data, observer, measure_pairs=measure_pairs)
-    if config is not None and training.is_model_known:
-        _look_ahead(found, node_id, training, config, data)
-    return found, training
+    run = _checked(found, node_id, training, training.config) if training.config and training.is_model_known else None
+    return found, training, run
 
 
 def _distinct(problems: Sequence[tuple[str, TrainerError]]) -> Iterator[tuple[str, TrainerError]]:
@@ -180,14 +179,6 @@ def _distinct(problems: Sequence[tuple[str, TrainerError]]) -> Iterator[tuple[st
         if str(error) not in seen:
             seen.add(str(error))
             yield node_id, error
-
-
-def _cut(text: str) -> str:
-    """A message for the page, with at most so many lines."""
-    text = host_folders.without_paths(text)
-    lines = text.split("\n")
-    more = len(lines) - _MOST_LINES
-    return "\n".join([*lines[:_MOST_LINES], f"… and {more} more lines."]) if more > 1 else text
 
 
 def _advanced_training(found: Found, node_id: str) -> Training:
@@ -210,7 +201,7 @@ def _advanced_training(found: Found, node_id: str) -> Training:
         held = held_out.encoded if isinstance(held_out, ForeseenPairs) else None
         data = RunData(trained=encoded.trained, every=every, encoded=encoded.encoded, held_out=held)
     if config is not None and data is not None:
-        config, _ = settled(config, data.encoded, (settings or {}).get("if_run_exists", ""))
+        config = _settled(found, node_id, config, data, (settings or {}).get("if_run_exists", ""))
     preset = str((settings or {}).get("preset", NO_PRESET))
     chosen: dict[str, Any] = {}
     if config is not None and preset != NO_PRESET:
@@ -254,10 +245,8 @@ def _short_training(found: Found, node_id: str) -> Training:
     if pairs is not None:
         plan = partial(planned_pairs, composed, pairs, more, values.observer, encoders)
         if planned := found.attempt(node_id, "", plan):
-            wanted, encoded = given["if_run_exists"], planned.encoded()
-            config, note = found.attempt(node_id, "", lambda: settled(config, encoded, wanted)) or (config, "")
-            found.warnings += filter(None, [note])
-            data = RunData(trained=[planned], every=[planned], encoded=encoded)
+            data = RunData(trained=[planned], every=[planned], encoded=planned.encoded())
+            config = _settled(found, node_id, config, data, given["if_run_exists"])
     return Training(
         config=config,
         is_model_known=True,
@@ -269,6 +258,13 @@ def _short_training(found: Found, node_id: str) -> Training:
         held=composed.from_preset,
         overridden=composed.overridden,
     )
+
+
+def _settled(found: Found, node_id: str, config: TrainConfig, data: RunData, if_run_exists: str) -> TrainConfig:
+    """The configuration with the run folder that the training will use. A warning says if the name is another one."""
+    named = found.attempt(node_id, "", lambda: settled(config, data.encoded, if_run_exists))
+    found.warnings += filter(None, [named[1] if named else ""])
+    return named[0] if named else config
 
 
 def _compared(preset: str, config: TrainConfig, data: RunData | None, model_node: Any) -> dict[str, Any]:
@@ -286,12 +282,23 @@ def _compared(preset: str, config: TrainConfig, data: RunData | None, model_node
     return {"held": held, "overridden": overridden}
 
 
-def _look_ahead(found: Found, node_id: str, training: Training, config: TrainConfig, data: RunData | None) -> None:
-    """Add problems, warnings and facts about the run."""
+def _checked(found: Found, node_id: str, training: Training, config: TrainConfig) -> CheckedRun | None:
+    """Add the problems of the run. None if its pairs are not known."""
     from ..trainer_core.planning.preparation import check_training
     from ..trainer_core.planning.start import check_run
     from ..trainer_core.qwen_image.base_model import BaseModel
 
+    if training.data is None:
+        found.attempt(node_id, "", lambda: check_training(config, BaseModel(config.model)))
+        return None
+    problems = Problems()
+    run = check_run(problems, config, training.data, continue_kept=training.continue_kept, held_leaves=True)
+    found.add_all(node_id, problems)
+    return run
+
+
+def _describe_run(found: Found, config: TrainConfig, data: RunData | None, run: CheckedRun | None) -> None:
+    """Add facts and warnings about the run."""
     facts = found.facts
     facts |= {
         "model": title_of(config.model.flavour),
@@ -299,12 +306,8 @@ def _look_ahead(found: Found, node_id: str, training: Training, config: TrainCon
         "rank": config.lora.lora_rank,
         "steps": config.max_train_steps,
     }
-    if data is None:
-        found.attempt(node_id, "", lambda: check_training(config, BaseModel(config.model)))
+    if data is None or run is None:
         return
-    problems = Problems()
-    run = check_run(problems, config, data, continue_kept=training.continue_kept, held_leaves=True)
-    found.add_all(node_id, problems)
     found.warnings += run.notes
     facts["finished"] = run.is_finished
     if run.disk:

@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
 from . import host_call, host_folders, sockets
-from .refused import refusal_of, with_other_problems
+from .refused import with_other_problems
 from .schema import Node, new_input, new_output, node_schema, setting_input, setting_inputs
 from .untrusted import file_below, folders_below
 
@@ -96,7 +96,7 @@ class PairFolders(Node):
         """
         named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1}
         folders_below({label: name for label, name in named.items() if name is not None}, host_folders.dataset_roots())
-        return refusal_of(cls.hidden)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, **widgets: Any) -> str | float:

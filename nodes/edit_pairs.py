@@ -11,7 +11,7 @@ from ..trainer_core.data_sets.folders import DataSet, find_data_sets, open_data_
 from ..trainer_core.errors import ConfigError
 from ..trainer_core.text import brief, some_of, text_problem
 from . import host_call, host_folders, sockets
-from .refused import refusal_of, with_other_problems
+from .refused import with_other_problems
 from .schema import CATEGORY, Node, new_input, new_output, node_schema
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ class EditPairs(Node):
     @classmethod
     def validate_inputs(cls, data_set: str | None = None) -> bool | str:
         """Check that the data set is there. A linked name arrives as None."""
-        if data_set is not None:
-            chosen(data_set)
-        return refusal_of(cls.hidden)
+        return data_set is None or bool(chosen(data_set))
 
     @classmethod
     def fingerprint_inputs(cls, data_set: str | None = None, instruction: str | None = None) -> str | float:

@@ -13,6 +13,7 @@ from .ahead import check_trainings, known_values
 from .cache_watch import CACHE_WATCH
 from .graph_values import ForeseenPairs
 from .queued_runs import runs_fed_by
+from .refused import with_other_problems
 from .schema import Node, help_of, new_input, new_output, node_schema, setting_input, setting_inputs
 
 if TYPE_CHECKING:
@@ -104,10 +105,11 @@ class EncodePairs(Node):
 
         connected = {name: widgets.pop(name) for name in ENCODERS if name in widgets}
         with host_call.long_call(encodes_for=runs_fed_by(cls.hidden.prompt, cls.hidden.unique_id)) as observer:
-            encoders = connected_encoders(connected, model.flavour)
-            planned = _planned(model, dataset, encoders, observer, **widgets)
-            check_disk(cache_use([planned]))
-            check_trainings(cls.hidden, known_values(cls.hidden, {"model": model}), [planned], [planned.encoded()])
+            with with_other_problems(cls.hidden, observer):
+                encoders = connected_encoders(connected, model.flavour)
+                planned = _planned(model, dataset, encoders, observer, **widgets)
+                check_disk(cache_use([planned]))
+                check_trainings(cls.hidden, known_values(cls.hidden, {"model": model}), [planned], [planned.encoded()])
             encoded = encode_planned(planned, observer)
         return io.NodeOutput(CACHE_WATCH.watch(encoded), encoding_report(encoded))
 

@@ -33,6 +33,7 @@ from . import (
     try_lora,
     whole_report,
 )
+from .schema import ID_PREFIX
 
 NODES: list[type[io.ComfyNode]] = [
     model.LoadModel,
@@ -74,7 +75,7 @@ def _refusals(request: dict[str, Any]) -> dict[str, str]:
 
 
 routes.register_routes()
-host_server.before_queueing(_refusals, refused.note_refusals)
+host_server.before_queueing(ID_PREFIX, _refusals, refused.noted)
 host_server.before_validation(lambda request: raw_values.refuse_wrong_types(request.get("prompt"), _by_id()))
 refused.look_for_others(whole_report.other_problems)
 

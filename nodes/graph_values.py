@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..trainer_core.errors import ConfigError, TrainerError
 from ..trainer_core.events import SILENT, Observer
-from .raw_values import NoLink, Unusable, entries, inputs_of, value_of
+from .raw_values import NoLink, Unusable, entries, inputs_of, is_link, value_of
 from .schema import checked_values
 
 if TYPE_CHECKING:
@@ -80,25 +80,17 @@ class GraphValues:
         """The inputs of a node as the prompt has them."""
         return self._entries.get(node_id, ("", {}))[1]
 
-    def needed(self, node_id: str) -> set[str]:
-        """A node and all nodes whose outputs it needs, directly or through others."""
-        waiting, found = [node_id], set[str]()
-        while waiting:
-            if (each := waiting.pop()) not in found:
-                found.add(each)
-                waiting += [value[0] for value in self.given(each).values() if is_link(value)]
-        return found
-
     def refuses_itself(self, node_id: str) -> bool:
-        """Whether a node will refuse its own widgets when ComfyUI validates the prompt."""
+        """Whether ComfyUI or the node itself will refuse its widgets when the prompt is validated."""
         node, given = self._nodes.get(self.kind_of(node_id)), self.given(node_id)
         if node is None:
             return False
         widgets = [each for each in inputs_of(node) if each.id in given and not isinstance(given[each.id], list)]
         try:
-            return bool(_refusal(node, {each.id: self._input(each, given[each.id], node) for each in widgets}))
+            values = _checked(node, {each.id: self._input(each, given[each.id], node) for each in widgets})
         except (UnknownError, TrainerError):
             return True
+        return bool(_refusal(node, values))
 
     def inputs(self, node: Any, node_id: str, *, without: Iterable[str] = ()) -> dict[str, Any]:
         """The inputs of a node by name, as ComfyUI will hand them on, except those named in `without`.
@@ -205,8 +197,3 @@ def _refusal(node: Any, values: Mapping[str, Any]) -> str:
 def not_connected(each: Any) -> NotConnectedError:
     """The error of a required input without a link. The page sends a value for every widget."""
     return NotConnectedError(f"The input {each.id} has no link. It needs: {each.tooltip}")
-
-
-def is_link(given: Any) -> bool:
-    """Whether an input of a prompt is a link."""
-    return isinstance(given, list) and len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], int)

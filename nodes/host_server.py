@@ -6,10 +6,13 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from aiohttp import web
 from server import PromptServer
+
+from .raw_values import entries, needed_by
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,11 +62,11 @@ def executing_prompt() -> str | None:
     return context.prompt_id if context is not None else None
 
 
-def is_asked_for(node_id: str) -> bool:
-    """Whether the prompt that runs now was queued for this output node. A page may queue a graph for some of them."""
-    running = getattr(getattr(server(), "prompt_queue", None), "currently_running", {})
-    outputs = [item[4] for item in list(running.values())]
-    return not outputs or any(node_id in each for each in outputs)
+def asked_for(prompt: Any) -> set[str]:
+    """The nodes of the prompt that runs now which its outputs need. A page may queue a graph for some output nodes."""
+    running = list(getattr(getattr(server(), "prompt_queue", None), "currently_running", {}).values())
+    outputs = [node_id for item in running for node_id in item[4]]
+    return needed_by(prompt, *(outputs if running else (node_id for node_id, *_ in entries(prompt))))
 
 
 def queued_prompts() -> tuple[list[QueuedPrompt], list[QueuedPrompt]]:
@@ -102,10 +105,12 @@ def before_validation(look: Callable[[dict[str, Any]], None]) -> None:
     instance.add_on_prompt_handler(handler)
 
 
-def before_queueing(look: Callable[[dict[str, Any]], Found], note: Callable[[Found], None]) -> None:
-    """Let `look` see a copy of the body of each request that queues a prompt, in a thread, because it may take seconds.
+def before_queueing(
+    mark: str, look: Callable[[dict[str, Any]], Found], noted: Callable[[Found], AbstractContextManager[None]]
+) -> None:
+    """Let `look` see a copy of each request to queue a prompt with this mark, in a thread: it may take seconds.
 
-    `note` gets what it returns, in the task in which ComfyUI then validates the prompt. What `look` raises is logged.
+    ComfyUI then validates the prompt inside `noted` with what `look` returns. What `look` raises is logged.
     """
 
     def found(body: bytes) -> Found:
@@ -123,7 +128,9 @@ def before_queueing(look: Callable[[dict[str, Any]], Found], note: Callable[[Fou
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method == "POST" and request.path in ("/prompt", "/api/prompt"):
             body = await request.read()  # aiohttp keeps it for ComfyUI
-            note(await asyncio.to_thread(found, body))
+            if mark.encode() in body:  # other prompts cost nothing
+                with noted(await asyncio.to_thread(found, body)):
+                    return await handler(request)
         return await handler(request)
 
     instance = server()

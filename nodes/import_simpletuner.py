@@ -17,6 +17,7 @@ from .ahead import check_trainings, known_values
 from .cache_watch import CACHE_WATCH
 from .graph_values import ForeseenPairs, Link
 from .queued_runs import runs_fed_by
+from .refused import with_other_problems
 from .schema import Node, new_input, new_output, node_schema
 from .untrusted import file_below, file_below_roots, folder_below, near
 
@@ -44,6 +45,7 @@ class ImportSimpleTuner(Node):
             description="Reads SimpleTuner's config.json and multidatabackend.json for Qwen edit, pairs their folders, "
             "and reports how each key was converted. Does not encode anything yet.",
             search_aliases=["simpletuner", "multidatabackend", "import config"],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             inputs=[
                 new_input(
                     io.String,
@@ -108,7 +110,7 @@ class ImportSimpleTuner(Node):
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """Outputs an ImportedJob, its parts for other nodes, and the report."""
-        with host_call.interruptible() as observer:
+        with host_call.short_call() as observer, with_other_problems(cls.hidden, observer):
             return io.NodeOutput(*cls.foresee(observer, **widgets))
 
     @classmethod
@@ -203,10 +205,11 @@ class EncodeImported(Node):
         from .host_encoders import connected_encoders
 
         with host_call.long_call(encodes_for=runs_fed_by(cls.hidden.prompt, cls.hidden.unique_id)) as observer:
-            encoders = connected_encoders(connected, imported.job.model.flavour)
-            planned = plan_parts(imported.job, _paired(imported, connected), encoders, observer)
-            parts, outputs = trained_parts(imported.job, planned), planned_datasets(imported.job, planned)
-            check_trainings(cls.hidden, _known(cls.hidden, imported), parts, outputs)
+            with with_other_problems(cls.hidden, observer):
+                encoders = connected_encoders(connected, imported.job.model.flavour)
+                planned = plan_parts(imported.job, _paired(imported, connected), encoders, observer)
+                parts, outputs = trained_parts(imported.job, planned), planned_datasets(imported.job, planned)
+                check_trainings(cls.hidden, _known(cls.hidden, imported), parts, outputs)
             encoded, validation = encode_parts(imported.job, planned, observer)
         reports = [encoding_report(CACHE_WATCH.watch(each)) for each in (encoded, validation) if each is not None]
         return io.NodeOutput(encoded, validation, "\n\n".join(reports))

@@ -22,6 +22,7 @@ class LoadModel(Node):
             "Load Qwen Edit Model",
             description="Chooses the base model to train on and its precision. Does not load it yet.",
             search_aliases=["qwen image edit", "base model", "lora training"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 new_input(
                     io.Combo,
@@ -92,6 +93,7 @@ class LoadModelFiles(Node):
             "Load Qwen Edit Model Files",
             description="Chooses the base model from ComfyUI's model files, and its precision. Does not load it yet.",
             search_aliases=["qwen image edit", "base model", "fp8", "gguf", "single file", "lora training"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 *files,
                 *setting_inputs(ModelConfig, "flavour base_model_precision mixed_precision quantize_via"),

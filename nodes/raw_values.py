@@ -57,6 +57,22 @@ def entries(prompt: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield node_id, kind, given
 
 
+def is_link(given: Any) -> bool:
+    """Whether an input of a prompt is a link."""
+    return isinstance(given, list) and len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], int)
+
+
+def needed_by(prompt: Any, *node_ids: str) -> set[str]:
+    """These nodes, and all nodes whose outputs they need, directly or through others."""
+    inputs = {node_id: given for node_id, _, given in entries(prompt)}
+    waiting, found = list(node_ids), set[str]()
+    while waiting:
+        if (each := waiting.pop()) not in found:
+            found.add(each)
+            waiting += [value[0] for value in inputs.get(each, {}).values() if is_link(value)]
+    return found
+
+
 @functools.cache
 def inputs_of(node: Any) -> tuple[Any, ...]:
     """Inputs in the schema of a node, whose lists of choices may be out of date."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +23,12 @@ from ..trainer_core.settings import hint_of, limits_of
 from .door import checked_inputs
 from .host_folders import without_paths
 from .raw_values import NoLink, Unusable
+from .refused import for_page, refusal_of
 from .sockets import value_class
 
+_LOG = logging.getLogger(__name__)
+ID_PREFIX = "QwenEdit_"
+"""What the permanent ids of all nodes of this pack begin with."""
 CATEGORY = "training/qwen edit"  # of the short path
 _ADVANCED = f"{CATEGORY}/advanced"
 _KINDS = {bool: io.Boolean, int: io.Int, float: io.Float, str: io.String}
@@ -33,7 +38,8 @@ class Node(io.ComfyNode):
     """Base of all nodes. Their methods get only inputs that fit the schema.
 
     `execute` raises a ConfigError otherwise. `validate_inputs` and `fingerprint_inputs` return the message of this and
-    of any other TrainerError, so they need not catch it.
+    of any other TrainerError, so they need not catch it. A node with `validate_inputs` and the hidden `unique_id` also
+    refuses what `refused` has noted about it.
     """
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -56,6 +62,8 @@ def _at_the_door(method: Callable[..., Any]) -> Callable[..., Any]:
         if method.__name__ == "execute":
             with _named_as_people_do(), disk_errors():
                 return method(cls, **checked_values(cls, values))
+        if method.__name__ == "validate_inputs" and (refusal := refusal_of(cls.hidden)):
+            return refusal
         # Before the graph runs, linked inputs are None. ComfyUI hands on only what `validate_inputs` names, also values
         # that it has refused.
         values = {name: None if isinstance(value, Unusable | NoLink) else value for name, value in values.items()}
@@ -64,7 +72,7 @@ def _at_the_door(method: Callable[..., Any]) -> Callable[..., Any]:
             with disk_errors():
                 return method(cls, **{**values, **checked_values(cls, known, whole=False)})
         except TrainerError as error:
-            return without_paths(str(error))
+            return for_page(error)
 
     checked.__signature__ = parameters  # type: ignore[attr-defined] - ComfyUI reads the names of the inputs from it
     return checked
@@ -72,11 +80,13 @@ def _at_the_door(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _named_as_people_do() -> Iterator[None]:
-    """Errors name ComfyUI's folders as people do. ComfyUI shows them on the page."""
+    """Errors name ComfyUI's folders as people do, and long ones are cut. ComfyUI shows them on the page."""
     try:
         yield
     except TrainerError as error:
-        text = without_paths(str(error))
+        whole, text = without_paths(str(error)), for_page(error)
+        if text != whole:
+            _LOG.error("%s", whole)
         error.args = (text,)
         if isinstance(error, DiskError):
             error.strerror = text
@@ -94,10 +104,10 @@ def checked_values(cls: type[Node], values: dict[str, Any], *, whole: bool = Tru
 
 
 def node_schema(name: str, display_name: str, *, category: str = _ADVANCED, **keywords: Any) -> io.Schema:
-    """The schema of the node with the permanent id `QwenEdit_<name>`. `category`: its place in menus."""
+    """The schema of the node with the permanent id `ID_PREFIX` + `name`. `category`: its place in menus."""
     known = {field.name for field in dataclasses.fields(io.Schema)}
     keywords = {key: value for key, value in keywords.items() if key in known}
-    return io.Schema(node_id=f"QwenEdit_{name}", display_name=display_name, category=category, **keywords)
+    return io.Schema(node_id=f"{ID_PREFIX}{name}", display_name=display_name, category=category, **keywords)
 
 
 def new_input(kind: Any, name: str, **keywords: Any) -> io.Input:

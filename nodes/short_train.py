@@ -28,6 +28,7 @@ from .overrides import in_words
 from .run_names import OR_NEW_NAME, continues_kept, settled
 from .schema import CATEGORY, Node, help_of, new_input, new_output, node_schema, setting_input
 from .train_config import settings_input
+from .untrusted import checked_run_name
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoders import Encoders
@@ -59,8 +60,8 @@ class Train(Node):
 
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
-        """Check the run name, and the settings in connected nodes as far as they are known."""
-        return training.refusal(cls.hidden, run_name, f"The {NAME_LABEL}")
+        """Check the run name. A linked one arrives as None."""
+        return run_name is None or bool(checked_run_name(run_name, f"The {NAME_LABEL}"))
 
     @classmethod
     def execute(

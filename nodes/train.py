@@ -23,6 +23,7 @@ from .train_config import (
     train_config,
     validation_input,
 )
+from .untrusted import checked_run_name
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoded import EncodedDataset
@@ -46,8 +47,8 @@ class TrainLora(Node):
 
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
-        """Check the run name, and the settings in connected nodes as far as they are known."""
-        return training.refusal(cls.hidden, run_name)
+        """Check the run name. A linked one arrives as None."""
+        return run_name is None or bool(checked_run_name(run_name))
 
     @classmethod
     def execute(cls, model: ModelConfig, encoded: EncodedDataset, **values: Any) -> io.NodeOutput:

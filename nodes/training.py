@@ -11,10 +11,8 @@ from comfy_api.latest import io
 from ..trainer_core.config import TrainConfig
 from ..trainer_core.errors import Interrupted
 from . import graph_file, host_lora, host_server, publish, run_names, sockets
-from .refused import refusal_of
 from .run_names import IfRunExists
 from .schema import new_input, new_output, node_schema
-from .untrusted import checked_run_name
 
 if TYPE_CHECKING:
     from ..trainer_core.events import Observer
@@ -43,17 +41,6 @@ def run_exists_input(default: IfRunExists, **keywords: Any) -> io.Input:
     """The widget that says what to do if a run has the name already."""
     choices = list(get_args(IfRunExists))
     return new_input(io.Combo, "if_run_exists", options=choices, default=default, tooltip=run_names.HELP, **keywords)
-
-
-def refusal(hidden: Any, run_name: str | None, label: str = "run_name") -> bool | str:
-    """What `validate_inputs` of a training node returns: all that is wrong as far as it is known before the graph runs.
-
-    A linked run name arrives as None. `label` is what the page calls it.
-    """
-    found = refusal_of(hidden)
-    if found is True and run_name is not None:
-        checked_run_name(run_name, label)
-    return found
 
 
 def _outputs() -> list[io.Output]:

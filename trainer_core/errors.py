@@ -94,7 +94,7 @@ class JobError(TrainerError, ValueError):
 
     def __init__(self, errors: Sequence[TrainerError]) -> None:
         self.errors = tuple(errors)
-        super().__init__(_listed(errors))
+        super().__init__(listed(errors))
 
 
 class SettingsError(ConfigError):
@@ -102,10 +102,16 @@ class SettingsError(ConfigError):
 
     def __init__(self, errors: Sequence[TrainerError]) -> None:
         self.errors = tuple(errors)
-        super().__init__(_listed(errors))
+        super().__init__(listed(errors))
 
 
-def _listed(errors: Sequence[TrainerError]) -> str:
+def split(error: TrainerError) -> tuple[TrainerError, ...]:
+    """The errors of a JobError or SettingsError; any other error alone."""
+    return error.errors if isinstance(error, JobError | SettingsError) else (error,)
+
+
+def listed(errors: Sequence[TrainerError | str]) -> str:
+    """The message of several errors, each with its number."""
     lines = (f"{number}. {error}" for number, error in enumerate(errors, 1))
     return "\n".join([f"There are {len(errors)} problems. Fix them and run again:", *lines])
 
@@ -156,7 +162,7 @@ class Problems:
 
     def add(self, error: TrainerError, where: str = "") -> None:
         """Add an error, or those of a JobError or SettingsError. `where` is as in `attempt`."""
-        for each in error.errors if isinstance(error, JobError | SettingsError) else (error,):
+        for each in split(error):
             _, places = self._found.setdefault(str(each), (each, []))
             places.append(where)
 

@@ -153,4 +153,26 @@ def test_what_was_found_before_a_stop_is_told(answers: dict[str, Any]):
 
 
 def test_only_trainings_that_are_refused_and_asked_for_are_looked_at(answers: dict[str, Any]):
-    assert (answers["refusals"]["all"], answers["refusals"]["good"]) == ("['bad']", "[]")
+    looked = answers["refusals"]
+    assert (looked["None"], looked["['good']"], looked["['no such node']"]) == ("['bad']", "[]", "[]")
+    assert looked["['try']"] == "['bad']"  # a page may ask only for a node behind the training
+
+
+def test_a_fault_in_the_look_hides_nothing(answers: dict[str, Any]):
+    assert "The name of the edit can't be" in answers["refusals"]["failed"]
+    assert answers["failing"]["broken look"] == "It needs 2.1 GiB."
+
+
+def test_what_another_node_also_says_is_told_once(answers: dict[str, Any]):
+    said = ["There are 2 problems. Fix them and run again:", "1. It needs 2.1 GiB.", "2. C: No name."]
+    assert answers["failing"]["others"].splitlines() == said
+
+
+def test_each_problem_is_cut_for_the_page(answers: dict[str, Any]):
+    lines = answers["failing"]["long"].splitlines()
+    assert lines[1:3] == ["1. Wrong:", "  - 0"]
+    assert lines[-2:] == ["… and 71 more lines.", "2. No name."]
+
+
+def test_only_prompts_with_our_nodes_are_looked_at_and_notes_end_with_the_request(answers: dict[str, Any]):
+    assert answers["queued"] == ["Ours_", "", "", "", "", ""]

@@ -169,9 +169,9 @@ def test_base_model_files_are_listed_and_looked_into(prompt: dict[str, Any], com
     chosen = dict.fromkeys(files, "below/wrong.safetensors")
     prompt[loader] = {"class_type": "QwenEdit_LoadModelFiles", "inputs": {**chosen, **widgets}}
     training, _ = node_of(prompt, "TrainLora")
-    entry = comfyui.wait(comfyui.queue(prompt, [training]))
-    assert "wrong.safetensors is not a Qwen-Image transformer" in failure(entry)
-    assert "looks like a LoRA" in failure(entry)
+    details = refusal(comfyui, prompt, [training])[loader]["errors"][0]["details"]
+    assert "wrong.safetensors is not a Qwen-Image transformer" in details
+    assert "looks like a LoRA" in details
 
 
 def test_lora_is_missing(prompt: dict[str, Any], comfyui: PackServer):

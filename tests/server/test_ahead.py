@@ -55,9 +55,9 @@ def refused_at_once(studio: PackServer, prompt: Prompt) -> str:
     return problem["details"].removeprefix("run_name - ")
 
 
-def refused_before_encoding(studio: PackServer, prompt: Prompt) -> str:
+def refused_before_encoding(studio: PackServer, prompt: Prompt, targets: list[str] | None = None) -> str:
     """Run a prompt that must fail at its encoding node without encoding anything; returns the message."""
-    error = error_of(studio.wait(studio.queue(prompt)))
+    error = error_of(studio.wait(studio.queue(prompt, targets)))
     assert error["node_id"] == ENCODE, error["exception_message"]
     assert not cache_entries(studio, "latents")
     assert not cache_entries(studio, "prompt")
@@ -76,7 +76,8 @@ def refused_before_encoding(studio: PackServer, prompt: Prompt) -> str:
         (
             "optimizer",
             {"lr_scheduler": "polynomial", "lr_end": "0.02"},
-            "lr_end must be below learning_rate (0.01) with lr_scheduler polynomial, got 0.02.",
+            "Qwen Edit Optimizer Settings: lr_end must be below learning_rate (0.01) with lr_scheduler polynomial, got "
+            "0.02.",
         ),
         (
             "optimizer",
@@ -86,12 +87,12 @@ def refused_before_encoding(studio: PackServer, prompt: Prompt) -> str:
         (
             "lora",
             {"rank_pattern": "0-9 = 2000"},
-            "rank_pattern must be lines with a whole rank from 1 to 1024, got '0-9 = 2000'.",
+            "Qwen Edit LoRA Settings: rank_pattern must be lines with a whole rank from 1 to 1024, got '0-9 = 2000'.",
         ),
         (
             "validation",
             {"validation_resolution": "big"},
-            "validation_resolution",
+            "Qwen Edit Validation Settings: validation_resolution",
         ),
     ],
 )
@@ -171,6 +172,21 @@ def test_only_what_is_asked_for_is_checked(studio: PackServer, fresh: str):
     assert cache_entries(studio, "latents")
 
 
+def test_a_training_behind_an_output_that_is_asked_for_is_checked(studio: PackServer, fresh: str):
+    prompt = {
+        **training("ahead-behind", folder=fresh, memory_settings=["memory", 0]),
+        "memory": ours("MemorySettings", **NOWHERE),
+    }
+    assert refused_before_encoding(studio, prompt, [PLOT]).startswith("The run does not fit into memory.")
+
+
+def test_an_encoding_that_fails_names_the_problems_of_other_nodes(studio: PackServer, fresh: str):
+    prompt = changed(training("ahead-others", folder=fresh), ENCODE, tokenizer_max_length=1)
+    first, second = refused_before_encoding(studio, changed(prompt, "lora", **LORA)).split("\n2. ")
+    assert "tokenizer_max_length" in first
+    assert second.startswith("Train Qwen Edit LoRA (advanced): ") and "no_such_layer" in second
+
+
 def test_a_finished_run_is_not_checked_again(studio: PackServer, fresh: str):
     prompt = training("ahead-done", 1, folder=fresh)
     assert studio.run(prompt)
@@ -188,7 +204,8 @@ def test_links_that_lead_nowhere_are_left_to_comfyui(link: Any, studio: PackServ
     assert "on_prompt_handler" not in log and "could not be looked at" not in log
 
 
-def test_the_imports_training_is_checked_before_it_is_encoded(studio: PackServer, fresh: str):
+def importing(studio: PackServer, folder: str) -> Prompt:
+    """Prompt: a training of pairs in this folder that are imported from SimpleTuner, and that never fits."""
     data = [
         {
             "id": "edits",
@@ -223,11 +240,11 @@ def test_the_imports_training_is_checked_before_it_is_encoded(studio: PackServer
         "base_model_precision": "no_change",
         "mixed_precision": "no",
     }
-    (studio.input / fresh / "config.json").write_text(json.dumps(settings))
-    (studio.input / fresh / "data.json").write_text(json.dumps(data))
-    prompt = {
+    (studio.input / folder / "config.json").write_text(json.dumps(settings))
+    (studio.input / folder / "data.json").write_text(json.dumps(data))
+    return {
         "import": ours(
-            "ImportSimpleTuner", config_file=f"{fresh}/config.json", data_file="", base_model="narrow", changes=""
+            "ImportSimpleTuner", config_file=f"{folder}/config.json", data_file="", base_model="narrow", changes=""
         ),
         ENCODE: ours("EncodeImported", imported=["import", 0]),
         "memory": ours("MemorySettings", **NOWHERE),
@@ -245,5 +262,22 @@ def test_the_imports_training_is_checked_before_it_is_encoded(studio: PackServer
         ),
         PLOT: ours("PlotLoss", run=[TRAIN, 4]),
     }
+
+
+def test_the_imports_training_is_checked_before_it_is_encoded(studio: PackServer, fresh: str):
+    prompt = importing(studio, fresh)
     assert refused_before_encoding(studio, prompt).startswith("The run does not fit into memory.")
     assert LOAD not in prompt
+
+
+def test_an_import_that_fails_names_the_problems_of_other_nodes(studio: PackServer, fresh: str):
+    prompt = importing(studio, fresh)
+    (studio.input / fresh / "target" / "000.txt").unlink()
+    second = {LOAD: training("x")[LOAD], PAIR: pairing("ahead-second")[PAIR], "held": training("x")[ENCODE]}
+    (studio.input / "ahead-second").mkdir(exist_ok=True)
+    for side in ("target", "reference_1"):
+        (studio.input / "ahead-second" / side).mkdir(exist_ok=True)
+    error = error_of(studio.wait(studio.queue({**changed(prompt, TRAIN, validation_encoded=["held", 0]), **second})))
+    said = error["exception_message"].splitlines()
+    assert said[0].startswith("There are 2 problems."), said
+    assert any("target/000" in line for line in said) and any("has no pictures" in line for line in said)

@@ -257,14 +257,62 @@ def refusals(module: Callable[[str], types.ModuleType]) -> dict[str, str]:
         "stray": {"class_type": "QwenEdit_EditPairs", "inputs": {"data_set": "gone", "instruction": ""}},
         "good": training("good"),
         "bad": training("a/b"),
+        "try": {"class_type": "QwenEdit_TryLora", "inputs": {"run": ["bad", 4]}},
     }
     stopped = report.refusals({"prompt": prompt}, AtOnce())
     looked: dict[str, str] = {}
-    for label, request in {"all": {}, "good": {"partial_execution_targets": ["good"]}}.items():
+    for targets in (["good"], ["try"], ["no such node"], None):
         with mock.patch.object(report, "problems_before", return_value=[]) as look:
-            report.refusals({"prompt": prompt, **request})
-        looked[label] = str([call.args[1] for call in look.call_args_list])
-    return {"stopped": str(stopped), **looked}
+            report.refusals({"prompt": prompt, "partial_execution_targets": targets})
+        looked[str(targets)] = str([call.args[1] for call in look.call_args_list])
+    with mock.patch.object(report, "problems_before", side_effect=ZeroDivisionError):
+        failed = report.refusals({"prompt": prompt})
+    return {"stopped": str(stopped), "failed": str(failed), **looked}
+
+
+def failing(module: Callable[[str], types.ModuleType]) -> dict[str, str]:
+    """The error of a node when the other nodes of its graph have these problems, or can't be looked at."""
+    refused, errors = module("nodes.refused"), module("trainer_core.errors")
+    own = errors.OutOfMemoryError("It needs 2.1 GiB.")
+    again = errors.OutOfMemoryError("It needs 2.2 GiB.")
+
+    def raised(look: Callable[..., Any]) -> str:
+        refused.look_for_others(look)
+        try:
+            with refused.with_other_problems(None, None):
+                raise own
+        except errors.TrainerError as error:
+            return str(error)
+
+    long = errors.DatasetError("Wrong:", [str(number) for number in range(100)])
+    return {
+        "broken look": raised(mock.Mock(side_effect=ZeroDivisionError)),
+        "others": raised(lambda *_: [("A", own), ("B", again), ("C", errors.ConfigError("No name."))]),
+        "long": refused.for_page(errors.SettingsError([long, errors.ConfigError("No name.")])),
+    }
+
+
+def queued(module: Callable[[str], types.ModuleType]) -> list[str]:
+    """What is noted while ComfyUI handles these bodies of requests to queue a prompt, and after that."""
+    import asyncio
+
+    server, refused = module("nodes.host_server"), module("nodes.refused")
+    hidden, said = types.SimpleNamespace(unique_id="7"), list[str]()
+    instance = types.SimpleNamespace(app=types.SimpleNamespace(middlewares=[]))
+
+    async def handler(_: Any) -> None:
+        said.append(refused.refusal_of(hidden))
+
+    async def ask() -> None:
+        for body in (b'{"prompt": "Ours_"}', b'{"prompt": "Other_"}', b'{"prompt": "Ours_'):
+            read = mock.AsyncMock(return_value=body)
+            await instance.app.middlewares[0](types.SimpleNamespace(method="POST", path="/prompt", read=read), handler)
+            await handler(None)
+
+    with mock.patch.object(server, "server", return_value=instance):
+        server.before_queueing("Ours_", lambda request: {"7": request["prompt"]}, refused.noted)
+    asyncio.run(ask())
+    return said
 
 
 def main(_: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -288,5 +336,7 @@ def main(_: dict[str, Tensor], values: dict[str, Any]) -> tuple[dict[str, Tensor
         "placed": placed(publish, folder),
         "folders": folders(module("nodes.host_folders"), values),
         "refusals": refusals(module),
+        "failing": failing(module),
+        "queued": queued(module),
     }
     return {"nothing": torch.zeros(1)}, answers
