@@ -270,6 +270,8 @@ def test_refusals_say_what_to_do(tmp_path: Path):
         "The two sides look swapped: texts lie beside the pictures before the edit (a, b). If they are, press Swap all"
         in refused(turned)
     )
+    text(turned.folder("target") / "a.txt", "words")
+    assert "1 pair without an instruction (b)" in refused(turned)
     mine = made(tmp_path, "a", "b")
     changes.write_captions(mine, {"a": "words"})
     text(mine.folder("target") / "b.png", "no picture")

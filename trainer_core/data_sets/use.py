@@ -65,7 +65,7 @@ def pairs_of(
     if is_blank(instruction):
         without = sorted(target.pictures.keys() - target.texts.keys())
         if without:
-            if reference.texts.keys() >= set(without):
+            if len(without) == len(target.pictures) and reference.texts.keys() >= set(without):
                 said = (
                     f"The two sides look swapped: texts lie beside the pictures before the edit ({some_of(without)})."
                 )
