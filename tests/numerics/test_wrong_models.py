@@ -155,6 +155,9 @@ def test_files_chosen_in_the_wrong_place(kind: str, tmp_path: Path):
 def test_an_incomplete_transformer(weights: Weights, tmp_path: Path):
     path = write(tmp_path / "a.safetensors", {key: each for key, each in weights.items() if key != "txt_in.weight"})
     assert "a.safetensors is incomplete: it has no txt_in.weight. Download it again. Choose qwen" in complaint(path)
+    other = {key: each for key, each in weights.items() if key.startswith("transformer_blocks.0.attn.")}
+    said = complaint(write(tmp_path / "b.safetensors", other))  # as Stable Diffusion 3 has them too
+    assert "not a Qwen-Image transformer: it has no txt_norm.weight; it looks like a transformer of another" in said
 
 
 def test_a_transformer_in_the_place_of_the_others(weights: Weights, tmp_path: Path):

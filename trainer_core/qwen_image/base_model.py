@@ -23,7 +23,7 @@ from ..weights.stored import WeightSource
 from .flavours import FLAVOURS, title_of, titles
 from .folder import DEMO_FOLDER, ModelFolder, config_errors, model_folder, read_json, weights_digest
 from .frozen_forward import optimise_frozen_forward
-from .recognise import LAYERED_MARKS, doubts_by_name, instead_of, looks_like
+from .recognise import LAYERED_MARKS, QWEN_IMAGE, doubts_by_name, instead_of, looks_like, wrong_kind
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -192,10 +192,9 @@ def _settings_of_file(source: WeightSource, instead: str) -> dict[str, Any]:
     marks = ("txt_norm.weight", "img_in.weight", "txt_in.weight", "proj_out.weight", f"{first}norm_added_k.weight")
     missing = [mark for mark in marks if mark not in shapes]
     if missing:
-        kind = looks_like(shapes)
-        if kind.endswith("a Qwen-Image transformer"):
+        if looks_like(shapes) == QWEN_IMAGE:
             raise ModelFileError(f"{name} is incomplete: it has no {missing[0]}. Download it again. {instead}")
-        raise ModelFileError(f"{name} is not a Qwen-Image transformer: it has no {missing[0]}{kind}. {instead}")
+        raise ModelFileError(f"{wrong_kind(name, QWEN_IMAGE, missing[0], shapes)} {instead}")
     if any(len(shapes[mark]) != (2 if mark.endswith(("in.weight", "out.weight")) else 1) for mark in marks):
         raise ModelFileError(f"{name} is not a Qwen-Image transformer: its weights have other shapes. {instead}")
     head = shapes[f"{first}norm_added_k.weight"][0]

@@ -10,6 +10,7 @@ from ..config import FlavourName
 from .flavours import FLAVOURS
 
 Part = Literal["transformer", "text_encoder", "vae"]
+QWEN_IMAGE = "a Qwen-Image transformer"
 # Each kind with parts of names that only it has, in the order in which they are looked for.
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a LoRA", (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", "lora_unet_", ".lokr_w1", ".hada_w1", "lora_te")),
@@ -30,7 +31,8 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a transformer of Wan", ("blocks.0.cross_attn.", "condition_embedder.")),
     ("a transformer of Lumina or Z-Image", ("noise_refiner.0.", "context_refiner.0.")),
     ("a network of Stable Diffusion or SDXL", ("input_blocks.0.", "down_blocks.0.resnets.0.")),
-    ("a Qwen-Image transformer", ("transformer_blocks.0.attn.add_k_proj.",)),
+    (QWEN_IMAGE, ("transformer_blocks.0.img_mod.1.", "transformer_blocks.0.txt_mlp.")),
+    ("a transformer of another model", ("transformer_blocks.0.attn.add_k_proj.",)),
 )
 LAYERED_MARKS = ("__layered__", "time_text_embed.addition_t_embedding.weight")
 
@@ -92,11 +94,17 @@ def how_to_get(name: str) -> str:
 
 
 def looks_like(names: Collection[str]) -> str:
-    """A guess at what a wrong file is, as the end of a sentence; empty if there is none."""
+    """A guess at what kind of file has weights of these names; empty if there is none."""
     for kind, marks in _KINDS:
         if any(mark in name for name in names for mark in marks):
-            return f"; it looks like {kind}"
-    return "; it looks like a VAE" if any(name.startswith(("decoder.", "encoder.")) for name in names) else ""
+            return kind
+    return "a VAE" if any(name.startswith(("decoder.", "encoder.")) for name in names) else ""
+
+
+def wrong_kind(name: str, wanted: str, lacks: str, names: Collection[str]) -> str:
+    """The beginning of a sentence on a file that is not the `wanted` kind, because it has no weight `lacks`."""
+    kind = looks_like(names)
+    return f"{name} is not {wanted}: it has no {lacks}{kind and f'; it looks like {kind}'}."
 
 
 def instead_of(part: Part, flavour: FlavourName = "edit-v2") -> str:

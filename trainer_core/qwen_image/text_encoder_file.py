@@ -19,7 +19,7 @@ from ..weights.source import open_weights
 from ..weights.stored import Read, WeightSource
 from .folder import config_errors, read_json
 from .quantised_entry import quantised_entry
-from .recognise import instead_of, looks_like
+from .recognise import instead_of, wrong_kind
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -152,9 +152,7 @@ def _open(place: Path) -> _Renamed:
         raise ModelFileError(f"{place.name} is a GGUF file, which the text encoder can't be read from. {instead}")
     source = _Renamed(open_weights(place, _FILE_PREFIXES, instead))
     if _in_transformers(_MARK) not in source.shapes:
-        raise ModelFileError(
-            f"{place.name} is not a Qwen2.5-VL: it has no {_MARK}{looks_like(source.shapes)}. {instead}"
-        )
+        raise ModelFileError(f"{wrong_kind(place.name, 'a Qwen2.5-VL', _MARK, source.shapes)} {instead}")
     if place.is_file():
         _check_7b(source, instead)
     return source

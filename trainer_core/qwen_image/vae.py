@@ -22,7 +22,7 @@ from .base_model import BaseModel
 from .batching import in_batches
 from .folder import config_errors, read_json
 from .latents import LATENT_CHANNELS, VAE_FACTOR, denormalise, normalise
-from .recognise import instead_of, looks_like
+from .recognise import instead_of, wrong_kind
 from .stops import stop_before_each
 from .vae_tiles import ENCODING_ELEMENTS, decode_raw, encode_raw
 
@@ -164,10 +164,8 @@ def _empty_for(weights: dict[str, Tensor], place: Path) -> tuple[AutoencoderKLQw
 
         weights = convert_wan_vae_to_diffusers(weights)
     if _WIDTH_FROM not in weights or not weights[_WIDTH_FROM].ndim:
-        raise ModelFileError(
-            f"{place.name} is not a Qwen-Image VAE: it has neither {_WAN_MARK} nor {_WIDTH_FROM}{looks_like(weights)}. "
-            f"{instead_of('vae')}"
-        )
+        lacks = f"{_WAN_MARK} and no {_WIDTH_FROM}"
+        raise ModelFileError(f"{wrong_kind(place.name, 'a Qwen-Image VAE', lacks, weights)} {instead_of('vae')}")
     with torch.device("meta"):  # drawing initial weights takes longer than reading the file's
         vae = AutoencoderKLQwenImage(base_dim=len(weights[_WIDTH_FROM]))
     _check_weights(weights, vae, place)
