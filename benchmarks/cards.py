@@ -61,7 +61,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, help="folder for models and runs; default: the faster of two, if it fits")
     parser.add_argument("--out", type=Path, help="file for the tables; logs go beside it")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.set and given.via == "short":
+        parser.error("--via short takes no --set: its preset is chosen by the card, and nothing overrides it")
+    return given
 
 
 def card_presets() -> list[str]:
