@@ -6,9 +6,9 @@ import asyncio
 import errno
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -19,7 +19,8 @@ from ..trainer_core.json_text import parse_json
 from ..trainer_core.runs.view import finite
 from .refused import for_page
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler
 
 BASE = "/qwen_edit_trainer"
 # Pages of other sites can't embed the answers. A browser sends neither an Origin nor Sec-Fetch-Site for their pictures
@@ -84,6 +85,11 @@ def reading(answer: Callable[[web.Request], web.Response]) -> Handler:
             return problem(404, str(error))
 
     return handler
+
+
+def is_gone(request: web.Request) -> bool:
+    """Whether the page or program that sent this request has closed the connection."""
+    return request.transport is None or request.transport.is_closing()
 
 
 async def json_object(request: web.Request, most_bytes: int, example: str) -> dict[str, Any]:

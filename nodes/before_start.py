@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..trainer_core.config import PairCheckConfig, TrainConfig, to_json
@@ -321,7 +320,7 @@ def _add_outlook(found: Found, config: TrainConfig, data: RunData, run: CheckedR
     """Add the memory and the time that the run needs."""
     from ..trainer_core.device import pick_device
     from ..trainer_core.planning.choose import budget_of
-    from ..trainer_core.planning.report import unused_settings, verdict
+    from ..trainer_core.planning.report import unused_in_words, verdict
     from ..trainer_core.planning.start import foreseen_plan, outlook, steps_done
     from ..trainer_core.planning.workload import workload_of_pairs
     from .card_speed import known_speed
@@ -331,7 +330,7 @@ def _add_outlook(found: Found, config: TrainConfig, data: RunData, run: CheckedR
     work = workload_of_pairs(data.every, config.batching, config.validation)
     budget = budget_of(device, config.memory.vram_gib, held_leaves=True)
     facts |= {"done": steps_done(config), "is_measurable": device.type == "cuda"}
-    found.warnings += filter(None, [unused_settings(config)])
+    found.warnings += filter(None, [unused_in_words(config)])
     try:
         plan = foreseen_plan(config, size, work, budget)
     except OutOfMemoryError as error:  # `check_run` has it already, unless only the estimated prompts are too long
@@ -373,8 +372,7 @@ def _measure(found: Found, pairs: Any, observer: Observer) -> None:
     """Add what the pair check finds: a warning for each kind of finding, and its notes."""
     from ..trainer_core.data.pair_check import check_pairs
 
-    checked_dir = Path(host_folders.cache_dir()) / "checked"
-    check = check_pairs(pairs, PairCheckConfig(), observer, checked_dir=checked_dir)
+    check = check_pairs(pairs, PairCheckConfig(), observer, checked_dir=host_folders.checked_dir())
     found.notes += check.notes
     by_kind: dict[str, dict[str, None]] = {}
     for each in check.findings:

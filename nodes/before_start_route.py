@@ -17,7 +17,7 @@ from aiohttp import web
 from ..trainer_core.errors import Interrupted
 from ..trainer_core.events import SilentObserver, Stop
 from . import host_folders
-from .answers import BASE, NotFoundAnswer, RefusedAnswer, answering, json_answer, json_object
+from .answers import BASE, NotFoundAnswer, RefusedAnswer, answering, is_gone, json_answer, json_object
 from .before_start import before_start
 from .graph_values import GraphValues
 from .training import TRAININGS
@@ -38,8 +38,7 @@ class _Newest(SilentObserver):
         _Newest.current = self
 
     def should_stop(self) -> Stop:
-        gone = self._request.transport is None or self._request.transport.is_closing()
-        return Stop.PAUSE if gone or _Newest.current is not self else Stop.NO
+        return Stop.PAUSE if is_gone(self._request) or _Newest.current is not self else Stop.NO
 
 
 def add_routes(routes: Any) -> None:

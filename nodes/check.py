@@ -70,7 +70,7 @@ class CheckPairs(Node):
 
         config = PairCheckConfig(**widgets)
         with host_call.interruptible() as observer:
-            check = check_pairs(dataset, config, observer, checked_dir=host_folders.cache_dir() / "checked")
+            check = check_pairs(dataset, config, observer, checked_dir=host_folders.checked_dir())
             sheet = picture_to_image(check_sheet(dataset, check, config, max_pairs=max_pairs, observer=observer))
         text = "\n".join([check_report(dataset, check), *note_lines(dataset)])
         return io.NodeOutput(dataset, text, sheet, ui={**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": [text]})

@@ -118,8 +118,7 @@ class PairFolders(Node):
         """The outputs, without a running graph."""
         from ..trainer_core.data.pairing import pair_folders
 
-        checked_dir = host_folders.cache_dir() / "checked"
-        return (pair_folders(_dataset_config(**widgets), observer, checked_dir=checked_dir),)
+        return (pair_folders(_dataset_config(**widgets), observer, checked_dir=host_folders.checked_dir()),)
 
 
 def _dataset_config(

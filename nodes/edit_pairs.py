@@ -79,8 +79,8 @@ class EditPairs(Node):
 
         if problem := text_problem(instruction):
             raise ConfigError(f"The instruction {problem}. Shorten or correct it.")
-        checked_dir = host_folders.cache_dir() / "checked"
-        return (pairs_of(chosen(data_set), instruction.strip(), observer, checked_dir=checked_dir),)
+        pairs = pairs_of(chosen(data_set), instruction.strip(), observer, checked_dir=host_folders.checked_dir())
+        return (pairs,)
 
 
 def choices() -> list[str]:

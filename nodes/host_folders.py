@@ -73,6 +73,11 @@ def cache_dir() -> Path:
     return output_dir() / _OWN_FOLDER / "cache"
 
 
+def checked_dir() -> Path:
+    """Folder for results of picture checks."""
+    return cache_dir() / "checked"
+
+
 def runs_dir() -> Path:
     """Folder that contains one folder per run."""
     return output_dir() / _OWN_FOLDER / "runs"

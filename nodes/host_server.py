@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiohttp import web
 from server import PromptServer
 
 from .raw_values import entries, needed_by
 
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler
+
 _LOG = logging.getLogger(__name__)
 
 Found = dict[str, str]
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class QueuedPrompt(NamedTuple):

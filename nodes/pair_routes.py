@@ -28,7 +28,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
@@ -55,14 +55,17 @@ from .answers import (
     BASE,
     HEADERS,
     PICTURE_HEADERS,
-    Handler,
     NotFoundAnswer,
     RefusedAnswer,
     answering,
+    is_gone,
     json_answer,
     json_object,
     number,
 )
+
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler
 
 UPLOADS_VARIABLE = "QWEN_EDIT_TRAINER_UPLOADS"
 _SETS = f"{BASE}/data_sets"
@@ -363,8 +366,7 @@ async def _check(request: web.Request) -> web.Response:
         if not _one_check.acquire(blocking=False):
             raise RefusedAnswer(409, "Another check is running. Try again when it has ended.")
         try:
-            checked_dir = host_folders.cache_dir() / "checked"
-            found = check_data_set(_data_set(request), observer, checked_dir=checked_dir)
+            found = check_data_set(_data_set(request), observer, checked_dir=host_folders.checked_dir())
         finally:
             _one_check.release()
         findings = {key: [host_folders.without_paths(text) for text in texts] for key, texts in found.findings.items()}
@@ -373,7 +375,7 @@ async def _check(request: web.Request) -> web.Response:
     task = asyncio.ensure_future(asyncio.to_thread(check))
     while not task.done():
         await asyncio.wait({task}, timeout=_POLL_SECONDS)
-        observer.gone = observer.gone or request.transport is None or request.transport.is_closing()
+        observer.gone = observer.gone or is_gone(request)
     try:
         return json_answer(task.result())
     except Interrupted as error:

@@ -12,8 +12,12 @@ import os
 import platform
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
 
 from aiohttp import web
+
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler
 
 HOSTS_VARIABLE = "QWEN_EDIT_TRAINER_HOSTS"
 _NAME = r"\[[0-9A-Fa-f:.]+\]|[\w.-]+"
@@ -21,8 +25,6 @@ _HOST = re.compile(rf"(?P<name>{_NAME})(?::\d{{1,5}})?", re.ASCII)
 _ORIGIN = re.compile(rf"(?P<scheme>https?)://(?P<host>(?:{_NAME})(?::\d{{1,5}})?)", re.ASCII)
 # Endings that the public DNS doesn't have, so that no stranger can own such a name.
 _PRIVATE_ENDINGS = (".localhost", ".local", ".lan", ".internal", ".home.arpa")
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def refusal(headers: Mapping[str, str]) -> str:

@@ -58,9 +58,7 @@ class Limits:
         """Whether the setting may have this value. NaN is outside all bounds."""
         if self.valid is not None and not self.valid(value):
             return False
-        if self.also is not None and value == self.also:
-            return True
-        return (
+        return (self.also is not None and value == self.also) or (
             (not self.choices or value in self.choices)
             and (self.min is None or value >= self.min)
             and (self.max is None or value <= self.max)
@@ -92,11 +90,9 @@ class Limits:
         if self.min is not None and self.max is not None:
             return f"{_number(self.min)} to {_number(self.max)}{unit}"
         lower = f"above {_number(self.above)}{unit}" if self.above is not None else ""
-        if self.min is not None:
-            lower = f"{_number(self.min)}{unit} or more"
+        lower = f"{_number(self.min)}{unit} or more" if self.min is not None else lower
         upper = f"at most {_number(self.max)}{unit}" if self.max is not None else ""
-        if self.below is not None:
-            upper = f"below {_number(self.below)}{unit}"
+        upper = f"below {_number(self.below)}{unit}" if self.below is not None else upper
         return " and ".join(filter(None, (lower, upper)))
 
 
@@ -110,6 +106,11 @@ class If(typing.NamedTuple):
     setting: str
     equals: tuple[Any, ...] = ()
     differs: tuple[Any, ...] = ()
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether these values meet it."""
+        value = values.get(self.setting)
+        return (not self.equals or value in self.equals) and value not in self.differs
 
 
 def setting(
@@ -177,10 +178,9 @@ def limits_of(cls: type, name: str) -> Limits:
     return _declared(cls)[name][1]
 
 
-def is_used(field: dataclasses.Field[Any], values: Mapping[str, Any]) -> bool:
-    """Whether a setting changes something if the settings of its class have these values, as its declaration says."""
-    conditions = [(values.get(setting), *allowed) for setting, *allowed in field.metadata["used_if"]]
-    return all((not equals or value in equals) and value not in differs for value, equals, differs in conditions)
+def unused_fields(cls: Any, values: Mapping[str, Any]) -> list[dataclasses.Field[Any]]:
+    """The settings of a class that change nothing if its settings have these values, as their declarations say."""
+    return [each for each in dataclasses.fields(cls) if not all(on.holds(values) for on in each.metadata["used_if"])]
 
 
 def hint_of(cls: type, name: str) -> Any:

@@ -18,7 +18,7 @@ from trainer_core.planning.choose import _TYPICAL, Budget, choose_memory
 from trainer_core.planning.duration import training_seconds
 from trainer_core.planning.network import NetworkSize
 from trainer_core.planning.plan import GIB, MemoryPlan, plan_memory
-from trainer_core.planning.report import plan_report, planned_in_words, unused_settings
+from trainer_core.planning.report import plan_report, planned_in_words, unused_in_words
 from trainer_core.planning.workload import Workload, pair_size
 
 PLENTY = 512 * GIB
@@ -167,8 +167,8 @@ def test_settings_that_auto_does_not_use_are_named(network: NetworkSize) -> None
         "Not used, because memory is auto: activation_offload on, blocks_to_stream 20, gradient_checkpointing off. "
         "Set memory to manual to use them."
     )
-    assert unused_settings(config_of()) == ""
-    assert unused_settings(dataclasses.replace(config, memory=dataclasses.replace(given, memory="manual"))) == ""
+    assert unused_in_words(config_of()) == ""
+    assert unused_in_words(dataclasses.replace(config, memory=dataclasses.replace(given, memory="manual"))) == ""
 
 
 def test_advice_is_the_three_that_save_most(network: NetworkSize) -> None:

@@ -36,7 +36,7 @@ from trainer_core.planning.start import foreseen_plan
 from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer
-from trainer_core.settings import Settings, hint_of, is_used, limits_of
+from trainer_core.settings import Settings, hint_of, limits_of, unused_fields
 from trainer_core.training.ema import ema_bytes, start_ema, update_ema, weights_to_validate
 from trainer_core.training.objective import add_noise, penalty_at
 from trainer_core.training.optimizer import optimizer_builder, set_learning_rate
@@ -174,7 +174,7 @@ def test_an_unused_setting_changes_nothing_and_a_used_one_something(cls: type[Se
     without_effect = {name for name, each in declared(cls).items() if each["unused"] is None}
     for config in cases(cls):
         given = dataclasses.asdict(config)
-        unused = {each.name: each.metadata["unused"] for each in dataclasses.fields(cls) if not is_used(each, given)}
+        unused = {each.name: each.metadata["unused"] for each in unused_fields(cls, given)}
         changes = {name: values_of(cls, name)[-1] for name, only in unused.items() if only is None}
         unseen -= unused.keys()
         for name, only in unused.items():

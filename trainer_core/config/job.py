@@ -10,7 +10,7 @@ from typing import Any
 
 from ..disk import MAX_NAME_BYTES
 from ..errors import ConfigError
-from ..settings import Limits, Settings, check, is_used, merged, required, setting, to_json
+from ..settings import Limits, Settings, check, merged, required, setting, to_json, unused_fields
 from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
 from .ema import EmaConfig, check_ema
 from .memory import MemoryConfig
@@ -201,8 +201,7 @@ def unused_settings(key: Mapping[str, Any]) -> set[str]:
     for part in dataclasses.fields(TrainConfig):
         values = key.get(part.name)
         if isinstance(part.default, Settings) and isinstance(values, dict):
-            unused = (each.name for each in dataclasses.fields(part.default) if not is_used(each, values))  # type: ignore[arg-type]
-            found |= {f"{part.name}.{name}" for name in unused}
+            found |= {f"{part.name}.{each.name}" for each in unused_fields(part.default, values)}
     return found
 
 

@@ -5,13 +5,13 @@ Each removal has a folder there, whose name is the token that undoes it. Whateve
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import digest
 from ..errors import DatasetError
 from ..files import remove
 from ..text import counted
@@ -82,4 +82,4 @@ def _removals(data_set: DataSet) -> dict[Path, Usage]:
 def _state(removals: Mapping[Path, Usage]) -> str:
     """A digest of these removals' tokens, with the number and the bytes of their files."""
     sizes = sorted((folder.name, *size) for folder, size in removals.items())
-    return hashlib.sha256(repr(sizes).encode()).hexdigest()
+    return digest(sizes)

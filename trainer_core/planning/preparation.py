@@ -28,7 +28,7 @@ from .advice import STEP, VALIDATION, memory_advice, memory_errors_explained
 from .choose import budget_of, choose_memory
 from .network import NetworkSize, network_size
 from .plan import MemoryPlan, plan_memory
-from .report import plan_report, unused_settings, verdict
+from .report import plan_report, unused_in_words, verdict
 from .workload import Workload, pictures_in_prompt, workload_of_encoded, workload_of_pairs
 
 _LOG = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *,
     else:
         plan = choose_memory(config, model.size, work, budget)
         _LOG.info("%s", plan_report(plan, budget))
-        if unused := unused_settings(config):
+        if unused := unused_in_words(config):
             _LOG.info("%s", unused)
         config = plan.config
     return Preparation(config=config, model=model, encoded=encoded, held_out=held_out, work=work)

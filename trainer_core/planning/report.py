@@ -9,7 +9,7 @@ import torch
 from ..config import MemoryConfig, TrainConfig
 from ..errors import OutOfMemoryError
 from ..qwen_image.flavours import title_of
-from ..settings import is_used
+from ..settings import unused_fields
 from .advice import STEP, VALIDATION, memory_advice
 from .choose import Budget, choose_memory
 from .duration import probed_speed, time_in_words
@@ -30,7 +30,7 @@ def planned_in_words(
             plan = choose_memory(config, network, work, budget)
         except OutOfMemoryError as error:
             return f"{plan_report(plan_memory(config, network, work), budget)}\n\n{error}", False
-        more = (unused_settings(config), _estimated_time(plan, device))
+        more = (unused_in_words(config), _estimated_time(plan, device))
         return "\n".join(filter(None, (plan_report(plan, budget), *more))), True
     plan = plan_memory(config, network, work)
     text, fits = plan_report(plan, budget), budget.holds(plan)
@@ -56,13 +56,13 @@ def time_before_encoding(
     return time_in_words(config, network, work, speed)
 
 
-def unused_settings(config: TrainConfig) -> str:
+def unused_in_words(config: TrainConfig) -> str:
     """A sentence that names the memory settings that `memory` auto ignores although they were changed; "" if none."""
     if config.memory.memory != "auto":
         return ""
     given = dataclasses.asdict(config.memory)
-    unused = {each.name: each.default for each in dataclasses.fields(MemoryConfig) if not is_used(each, given)}
-    changed = [f"{name} {_on_off(given[name])}" for name, default in unused.items() if given[name] != default]
+    unused = [each for each in unused_fields(MemoryConfig, given) if given[each.name] != each.default]
+    changed = [f"{each.name} {_on_off(given[each.name])}" for each in unused]
     if not config.gradient_checkpointing:
         changed.append("gradient_checkpointing off")
     if not changed:
