@@ -24,7 +24,9 @@ FOLDERS = (".", "docs", "web/docs", "benchmarks", "trainer_core/demo/model")
 PAGES = sorted(page for folder in FOLDERS for page in (REPO / folder).glob("*.md"))
 WRAPPED = [page for page in PAGES if not page.is_relative_to(REPO / "web")]
 OWN = [page for page in PAGES if page.parent.name == "docs" or page.name == "README.md"]
-TOP_FOLDERS = ("benchmarks", "docs", "nodes", "tests", "tools", "trainer_core", "web", "workflows")
+TOP_FOLDERS = sorted(
+    path.name for path in REPO.iterdir() if path.is_dir() and path.name[0] not in "._" and path.name != "node_modules"
+)
 
 
 def name(page: Path) -> str:
@@ -127,6 +129,12 @@ def test_lines_are_short(page: Path):
 def test_the_readme_is_a_landing_page():
     """The README stays short; details belong in docs/."""
     assert len(text(REPO / "README.md").splitlines()) <= 130
+
+
+def test_the_table_of_folders_is_complete():
+    table = text(REPO / "docs" / "architecture.md").split("## Folders")[1].split("\n## ")[0]
+    named = re.findall(r"`([\w.]+)/`", " ".join(line.split("|")[1] for line in table.splitlines() if "|" in line))
+    assert set(named) >= set(TOP_FOLDERS) > {"nodes", "web"}
 
 
 def test_every_flavour_and_its_files_are_in_the_readme_and_an_example_in_the_headless_page():
