@@ -14,10 +14,11 @@ import { t } from "./words.js";
  */
 
 const HEIGHT = 294; // pixels, also before there is a curve or a picture, so that the node never grows over others
+const REPORT = 80; // pixels more for the report of a run that has ended: it would squeeze the chart
 
 /**
  * @param {any} node
- * @param {{app: any, store: Store, onPick: (run: string, step: number) => void, first: Element, last: Element}} given
+ * @param {{app: any, store: Store, onPick: (run: string, step: number) => void, first: Element, last: HTMLElement}} given
  *   `first`, `last`: shown above and below the run.
  */
 export function attachView(node, { app, store, onPick, first, last }) {
@@ -33,7 +34,7 @@ export function attachView(node, { app, store, onPick, first, last }) {
   const view = node.addDOMWidget("training", "qwen_edit_training", box, {
     serialize: false, // not in the prompt
     hideOnZoom: false,
-    getMinHeight: () => HEIGHT,
+    getMinHeight: () => HEIGHT + (last.hidden ? 0 : REPORT),
   });
   view.serialize = false; // not in the saved graph
   chart.element.addEventListener("wheel", (/** @type {WheelEvent} */ event) => {

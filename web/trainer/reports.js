@@ -20,7 +20,7 @@ const shown = new WeakMap();
  * A place for a node's report.
  * @param {any} app
  * @param {any} node
- * @returns {Element}
+ * @returns {HTMLElement}
  */
 export function createReport(app, node) {
   const text = element("pre", { class: "qet-report-text", tabindex: "0", "aria-label": t("Report") });
