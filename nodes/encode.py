@@ -37,7 +37,7 @@ class EncodePairs(Node):
             "EncodePairs",
             "Encode Edit Pairs",
             description="Encodes pictures and captions once and stores the results on disk, so that training does not "
-            "need the text encoder or the VAE in memory. Resumes where it was stopped.",
+            "need the text encoder or the VAE in VRAM. Resumes where it was stopped.",
             search_aliases=["cache latents", "text embeddings"],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             inputs=[

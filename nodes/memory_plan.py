@@ -36,7 +36,7 @@ class PlanMemory(Node):
         return node_schema(
             "PlanMemory",
             _NODE,
-            description="Estimates the device and host memory of a training run with these settings, part by part, and "
+            description="Estimates the VRAM and RAM of a training run with these settings, part by part, and "
             "says whether it fits and, on a CUDA device, how long it takes. Loads no weights and changes no files.",
             search_aliases=["vram", "out of memory", "memory estimate"],
             is_output_node=True,
@@ -47,7 +47,7 @@ class PlanMemory(Node):
                     MemoryConfig,
                     "vram_gib",
                     "card_gib",
-                    tooltip="Memory in GiB of the card to plan for, in any machine. 0: what is free in this one.",
+                    tooltip="VRAM in GiB of the card to plan for, in any machine. 0: what is free in this one.",
                 ),
                 *(settings_input(f"{name}_settings") for name in _SETTINGS),
                 preset_input(),

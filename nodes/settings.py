@@ -226,7 +226,7 @@ class MemorySettings(Node):
         return node_schema(
             "MemorySettings",
             "Qwen Edit Memory Settings",
-            description="What stays on the device, what is recomputed and what is moved to host memory. Does not "
+            description="What stays in VRAM, what is recomputed and what is moved to RAM. Does not "
             "change the training result. Without this node, the trainer chooses the fastest settings that fit.",
             search_aliases=["block swap", "offload", "low vram", "gradient checkpointing"],
             inputs=[

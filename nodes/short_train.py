@@ -115,7 +115,7 @@ def _inputs() -> list[io.Input]:
             "preset",
             options=presets_offered(),
             default=AUTOMATIC,
-            tooltip="The settings of the training. automatic: the preset for the memory of your card, or the demo's "
+            tooltip="The settings of the training. automatic: the preset for the VRAM of your card, or the demo's "
             "for the demo model. Qwen Edit More Settings overrides its part of the preset.",
         ),
         setting_input(

@@ -49,7 +49,7 @@ _SETTINGS = {
     ),
     "memory_settings": (
         sockets.MemorySettings,
-        "What stays on the device and what is moved to host memory. Default: the fastest settings that fit.",
+        "What stays in VRAM and what is moved to RAM. Default: the fastest settings that fit.",
     ),
     "ema_settings": (
         sockets.EmaSettings,

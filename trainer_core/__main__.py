@@ -284,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
         "check": (_check, "Find all that encoding and training would refuse, and print a report on the pairs."),
         "encode": (_encode, "Encode the dataset and print the manifest's path."),
         "train": (_train, "Encode missing pairs, train, and print the LoRA file's path."),
-        "plan": (_plan, "Estimate the device and host memory of training, without loading anything."),
+        "plan": (_plan, "Estimate the VRAM and RAM of training, without loading anything."),
         "sample": (_sample, "Edit one picture with the base model or a LoRA."),
         "import-simpletuner": (_import_simpletuner, "Convert SimpleTuner's config.json to a configuration."),
     }
@@ -301,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             sub.add_argument("--continue-kept", action="store_true", help="Continue a run that was ended early.")
         if name == "plan":
-            sub.add_argument("--vram", type=float, default=0.0, metavar="GIB", help="Memory of the card to plan for.")
+            sub.add_argument("--vram", type=float, default=0.0, metavar="GIB", help="VRAM of the card to plan for.")
         if name == "import-simpletuner":
             sub.add_argument("--data", type=Path, help="multidatabackend.json; default: the one that CONFIG names.")
             sub.add_argument("--base", default="", help="The base model's folder, or demo.")

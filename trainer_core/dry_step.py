@@ -193,4 +193,4 @@ def _log_memory(prepared: Preparation, networks: Networks, peak: int) -> None:
     planned = prepared.memory_plan().phase("training")
     assert planned is not None
     missing = 0 if networks.optimizer.state else planned.parts["optimizer state"]
-    _LOG.info("Device memory of a step: %.1f GiB, planned %.1f GiB.", (peak + missing) / GIB, planned.total_bytes / GIB)
+    _LOG.info("VRAM of a step: %.1f GiB, planned %.1f GiB.", (peak + missing) / GIB, planned.total_bytes / GIB)

@@ -179,11 +179,11 @@ def test_limits_of_a_data_set(mine: DataSet, tmp_path: Path):
     assert "trash" not in add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems[0]
     delete(mine, [("target", "a.png")])
     (problem,) = add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems
-    assert f"1 file of these ({len(png(1))} bytes) are in its trash. Empty it in the side panel" in problem
+    assert f"Its trash has 1 file ({len(png(1))} bytes). Empty it in the side panel" in problem
     assert "other file" not in problem
     text(mine.root / TRASH / "own.txt", "not from a removal")
     (problem,) = add(mine, "b.png", png(2), "target", LIMITS._replace(files=1)).problems
-    assert "1 file of these" in problem and "1 other file (18 bytes) in the folder .trash" in problem
+    assert "Its trash has 1 file (" in problem and "Its folder .trash has 1 other file (18 bytes)." in problem
     (mine.root / TRASH / "own.txt").unlink()
     assert sorted(files(tmp_path).values()) == sorted(before.values())
     with pytest.raises(DatasetError, match="There is no side"):

@@ -93,13 +93,13 @@ def test_a_small_card_is_told_what_is_streamed(model: ModelConfig, full_size: Pa
     card = Budget(int(11.4 * GIB), 64 * GIB)
     text, fits = encoding_in_words(BaseModel(model), MEGAPIXEL, card)
     assert fits and "text encoder 14.4, text_encoder_precision none" in text
-    assert "10 of its 28 layers are streamed from host memory" in text
+    assert "10 of its 28 layers are streamed from RAM" in text
     assert "With text_encoder_precision int8-quanto it would fit." in text
     smaller = dataclasses.replace(model, text_encoder_precision="int8-quanto")
     text, fits = encoding_in_words(BaseModel(smaller), MEGAPIXEL, card)
     assert fits and "streamed" not in text
     text, fits = encoding_in_words(BaseModel(model), MEGAPIXEL, Budget(card.device_bytes, 3 * GIB))
-    assert not fits and "GiB of host memory, but 3.0 GiB are free" in text
+    assert not fits and "GiB of RAM, but 3.0 GiB are free" in text
     assert encoding_in_words(BaseModel(model), 64 * MEGAPIXEL, card)[1]  # the VAE works in tiles
     text, fits = encoding_in_words(BaseModel(model), MEGAPIXEL, Budget(2 * GIB, 64 * GIB))
     assert not fits and "Lower resolution" in text

@@ -78,7 +78,7 @@ CASES: list[tuple[str, tuple[EncodedEntry, ...], list[str]]] = [
     (
         "resolution",
         changed("a", "b", "c", "d", "e", **SIZE),
-        ["5 pairs ('a', 'b', 'c' and 2 more) have another size, such as 512x512 -> 768x768 pixels"],
+        ["5 pairs ('a', 'b', 'c' and 2 more) have another size: the first was 512x512 pixels, now 768x768"],
     ),
     (
         "captions and resolution",
@@ -87,18 +87,21 @@ CASES: list[tuple[str, tuple[EncodedEntry, ...], list[str]]] = [
         ),
         [
             "the captions of 2 pairs ('a', 'b') changed",
-            "5 pairs ('a', 'b', 'c' and 2 more) have another size, such as 512x512 -> 768x768 pixels",
+            "5 pairs ('a', 'b', 'c' and 2 more) have another size: the first was 512x512 pixels, now 768x768",
         ],
     ),
     (
         "reference size",
         changed("a", reference_shapes=((16, 128, 96),), references=("other",)),
-        ["the references of 1 pair ('a') have another size or number, such as 512x512 -> 768x1024"],
+        ["the references of 1 pair ('a') have another size or number: those of the first were 512x512, now 768x1024"],
     ),
     (
         "references",
         changed("a", reference_shapes=((16, 64, 64),) * 2, references=("r-a", "new")),
-        ["the references of 1 pair ('a') have another size or number, such as 512x512 -> 512x512 and 512x512"],
+        [
+            "the references of 1 pair ('a') have another size or number: those of the first were 512x512, now 512x512 "
+            "and 512x512"
+        ],
     ),
     (
         "pictures",

@@ -117,7 +117,7 @@ def _epoch(encoded: EncodedDataset) -> list[str]:
     lines += [f"Pairs that show one of {sets} references per use: {count}." for sets, count in sorted(several.items())]
     flying = sum(len(pair.reference_files) for pair in encoded.pairs)
     if flying:
-        lines.append(f"References encoded on the fly while training, with the VAE in memory: {flying}.")
+        lines.append(f"References encoded on the fly while training, with the VAE in VRAM: {flying}.")
     unreferenced = sum(not pair.references for pair in encoded.pairs)
     if unreferenced:
         lines.append(f"Pairs without a reference, trained as text-to-image: {unreferenced}.")

@@ -195,7 +195,7 @@ class EncodingConfig(Settings):
     )
     match_target_res: bool = setting(
         False,
-        "Scale references to the size of the target instead of about one megapixel. Faster and needs less memory.",
+        "Scale references to the size of the target instead of about one megapixel. Faster and needs less VRAM.",
     )
     num_eval_images: int = setting(
         2,
@@ -235,7 +235,7 @@ class EncodingConfig(Settings):
     reference_latents: ReferenceLatents = setting(
         "cached",
         "cached: encode references once and store them on disk. on_the_fly: encode them again each time they are used; "
-        "needs less disk space, but keeps the VAE in memory.",
+        "needs less disk space, but keeps the VAE in VRAM.",
     )
     validation_prompts: tuple[str, ...] = setting(
         (),

@@ -44,7 +44,7 @@ class TrainingSettings(Settings):
     )
     gradient_checkpointing: bool = setting(
         True,
-        "Recompute activations in the backward pass. Needs less memory, but is slower. Applies if memory is manual.",
+        "Recompute activations in the backward pass. Needs less VRAM, but is slower. Applies if memory is manual.",
     )
     lora: LoraConfig = setting(LoraConfig(), "The adapter.")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), "The optimizer and the learning rate schedule.")

@@ -14,7 +14,7 @@ _MANUAL = If("memory", ("manual",))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig(Settings):
-    """What stays on the device, what is recomputed, and what is moved to host memory."""
+    """What stays in VRAM, what is recomputed, and what is moved to RAM."""
 
     memory: MemoryPlanning = setting(
         "auto",
@@ -24,18 +24,18 @@ class MemoryConfig(Settings):
     gradient_checkpointing_blocks: int = setting(
         -1,
         "Number of transformer blocks, counted from the first, whose activations are recomputed in the backward pass. "
-        "-1 for all. Fewer is faster and needs more memory. Applies if gradient_checkpointing is on.",
+        "-1 for all. Fewer is faster and needs more VRAM. Applies if gradient_checkpointing is on.",
         Limits(min=-1, soft_max=1000),
         used_if=(_MANUAL,),
     )
     activation_offload: bool = setting(
         False,
-        "Move the inputs that recomputation needs to host memory. Saves 2.6 GiB in bf16 at 1 megapixel.",
+        "Move the inputs that recomputation needs to RAM. Saves 2.6 GiB of VRAM in bf16 at 1 megapixel.",
         used_if=(_MANUAL,),
     )
     blocks_to_stream: int = setting(
         0,
-        "Number of blocks whose frozen weights stay in host memory and are copied to the device just in time, in the "
+        "Number of blocks whose frozen weights stay in RAM and are copied to VRAM just in time, in the "
         "forward and the backward pass. The full model has 60. For cards that can't hold the model; needs "
         "gradient_checkpointing.",
         Limits(min=0, soft_max=1000),
@@ -43,8 +43,7 @@ class MemoryConfig(Settings):
     )
     stream_buffers: int = setting(
         2,
-        "Device memory reserved for streamed weights, in blocks. 2 are enough if a block takes longer to compute than "
-        "to copy.",
+        "VRAM reserved for streamed weights, in blocks. 2 are enough if a block takes longer to compute than to copy.",
         Limits(min=2, max=16, unit="blocks"),
     )
     OLDER: ClassVar = {"compile_blocks": {"True": "on", "False": "off"}}  # true and false in job files and saved graphs
@@ -55,6 +54,6 @@ class MemoryConfig(Settings):
     )
     vram_gib: float = setting(
         0.0,
-        "With memory auto: device memory to plan for, in GiB. 0 for what is free now.",
+        "With memory auto: VRAM to plan for, in GiB. 0 for what is free now.",
         Limits(min=0, unit="GiB", soft_max=1000, step=0.5),
     )

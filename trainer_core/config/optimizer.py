@@ -31,9 +31,9 @@ class OptimizerConfig(Settings):
 
     optimizer: OptimizerName = setting(
         "adamw",
-        "adamw. adamw-8bit: a quarter of its state; needs bitsandbytes and CUDA. lion: half of its state. adafactor: "
-        "little state. prodigy: finds the learning rate itself. adamw-schedulefree: averages weights instead of "
-        "lowering the learning rate.",
+        "adamw: the usual one. adamw-8bit: a quarter of the VRAM for its state; needs bitsandbytes and CUDA. lion: "
+        "half of that VRAM. adafactor: little of it. prodigy: finds the learning rate itself. adamw-schedulefree: "
+        "averages weights instead of lowering the learning rate.",
     )
     learning_rate: float = setting(
         1e-4,

@@ -56,7 +56,7 @@ class ValidationConfig(Settings):
         "",
         "Sizes of validation pictures in pixels, separated by commas. 1024x768 is width and height; 768 has the area "
         "of a 768 x 768 square and the pair's aspect ratio. Empty: the size of the encoded pair. Smaller needs less "
-        "memory.",
+        "VRAM.",
         Limits(
             valid=_are_sizes,
             allowed="comma-separated sizes of 64 to 4096 pixels, such as 1024x768 (multiples of 16) or 768, or empty",

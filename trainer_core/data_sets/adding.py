@@ -66,13 +66,13 @@ def full(data_set: DataSet, limits: Limits = LIMITS) -> str:
     trash = read_trash(data_set)
     if trash.files:
         text += (
-            f" {counted(trash.files, 'file')} of these ({size_in_words(trash.bytes)}) are in its trash. "
-            "Empty it in the side panel Edit pairs if you don't need them."
+            f" Its trash has {counted(trash.files, 'file')} ({size_in_words(trash.bytes)}). Empty it in the side panel "
+            "Edit pairs if you don't need them."
         )
     below = usage(data_set.root / TRASH)
     if others := below.files - trash.files:
         size = size_in_words(below.bytes - trash.bytes)
-        text += f" It also has {counted(others, 'other file')} ({size}) in the folder {TRASH}. Delete them there."
+        text += f" Its folder {TRASH} has {counted(others, 'other file')} ({size}). Delete them there."
     return text
 
 

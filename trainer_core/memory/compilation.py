@@ -84,7 +84,7 @@ class Compilation:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
-        return "compiled ones need more memory than is free"
+        return "compiled ones need more VRAM than is free"
     first_line = next(iter(str(error).splitlines()), "")
     return f"compiled ones fail ({type(error).__name__}: {first_line[:200]})"
 

@@ -26,8 +26,8 @@ _CUDA_CONTEXT = int(0.6 * GIB)  # device memory that CUDA itself uses
 SMALLER_PRECISIONS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "nf4-bnb")
 _SMALLER_SIDES = (1024, 768, 512)
 _WHERE_RESOLUTION_IS = (
-    "Set resolution in Qwen Edit More Settings or Encode Edit Pairs. match_target_res is on in most presets; Encode "
-    "Edit Pairs has it too"
+    "resolution is in Qwen Edit More Settings and in Encode Edit Pairs. match_target_res is in Encode Edit Pairs; most "
+    "presets turn it on"
 )
 
 
@@ -125,7 +125,7 @@ def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool)
 def _refusal(plan: MemoryPlan, budget: Budget) -> str:
     device, host = plan.needed_device_bytes / GIB, plan.host_peak_bytes / GIB
     if budget.is_shared:
-        numbers = f"{device + host:.1f} GiB of memory ({budget.host_bytes / GIB:.1f} GiB free)"
+        numbers = f"{device + host:.1f} GiB of RAM ({budget.host_bytes / GIB:.1f} GiB free)"
     else:
         numbers = (
             f"{device:.1f} GiB of VRAM ({budget.device_bytes / GIB:.1f} GiB free) and {host:.1f} GiB of RAM "
@@ -142,7 +142,7 @@ def _refusal(plan: MemoryPlan, budget: Budget) -> str:
 def _smaller_that_fit(plan: MemoryPlan, budget: Budget) -> Iterator[str]:
     for words, (config, network, work) in chain(smaller_trainings(plan), _much_smaller_trainings(plan)):
         if fitting := next(filter(budget.holds, _fitting_on_device(config, network, work, budget)), None):
-            needed = f"{fitting.needed_device_bytes / GIB:.1f} GiB{'' if budget.is_shared else ' of VRAM'}"
+            needed = f"{fitting.needed_device_bytes / GIB:.1f} GiB of {'RAM' if budget.is_shared else 'VRAM'}"
             place = f". {_WHERE_RESOLUTION_IS}" if "resolution" in words else ""
             yield f"{words}, which needs {needed}{place}"
 

@@ -31,7 +31,7 @@ def encoding_in_words(base: BaseModel, largest_picture: int, budget: Budget) -> 
     lines = [
         f"Encoding, before training: {pictures / GIB:.1f} GiB for pictures, {prompts / GIB:.1f} GiB for prompts "
         f"(text encoder {size.weights / GIB:.1f}, text_encoder_precision {model.text_encoder_precision}).",
-        f"Encoding {'fits' if fits else 'does not fit'}: it needs {needed / GIB:.1f} GiB of device memory (with a "
+        f"Encoding {'fits' if fits else 'does not fit'}: it needs {needed / GIB:.1f} GiB of VRAM (with a "
         f"margin of {GAPS / GIB:.1f} GiB), {budget.device_bytes / GIB:.1f} GiB available.",
     ]
     if streamed:
@@ -54,7 +54,7 @@ def _picture_bytes(largest_picture: int, element_bytes: int, budget: Budget) -> 
 
 def _streaming(base: BaseModel, size: TextEncoderSize, streamed: int, host: int, budget: Budget) -> str:
     words = (
-        f"The text encoder does not fit: {streamed} of its {size.layers} layers are streamed from host memory "
+        f"The text encoder does not fit: {streamed} of its {size.layers} layers are streamed from RAM "
         f"({host / GIB:.1f} GiB there), which takes longer."
     )
     for precision in SMALLER_PRECISIONS:
@@ -67,7 +67,7 @@ def _streaming(base: BaseModel, size: TextEncoderSize, streamed: int, host: int,
 def _advice(host: int, budget: Budget) -> str:
     if host > budget.host_bytes:
         return (
-            f"It needs {host / GIB:.1f} GiB of host memory, but {budget.host_bytes / GIB:.1f} GiB are free. Close "
+            f"It needs {host / GIB:.1f} GiB of RAM, but {budget.host_bytes / GIB:.1f} GiB are free. Close "
             "other programs or set text_encoder_precision to nf4-bnb."
         )
     return (

@@ -1,4 +1,4 @@
-"""A memory plan as text: the run, a table of the phases, host memory, memory settings, and whether it fits."""
+"""A memory plan as text: the run, a table of the phases, RAM, memory settings, and whether it fits."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def _on_off(value: object) -> str:
 
 def plan_report(plan: MemoryPlan, budget: Budget | None = None) -> str:
     """The report; sizes are in GiB."""
-    lines = [*_run(plan), "", *_device_table(plan), "", *_host(plan), "", *_settings(plan)]
+    table = _device_table(plan, "Memory" if budget is not None and budget.is_shared else "VRAM")
+    lines = [*_run(plan), "", *table, "", *_host(plan), "", *_settings(plan)]
     return "\n".join([*lines, *([] if budget is None else ["", verdict(plan, budget)])])
 
 
@@ -98,11 +99,12 @@ def _run(plan: MemoryPlan) -> list[str]:
     ]
 
 
-def _device_table(plan: MemoryPlan) -> list[str]:
-    names = list(dict.fromkeys(what for phase in plan.device for what in phase.parts))
-    left = max(map(len, ["Device memory, GiB", *names]))
+def _device_table(plan: MemoryPlan, what: str) -> list[str]:
+    title = f"{what}, GiB"
+    names = list(dict.fromkeys(name for phase in plan.device for name in phase.parts))
+    left = max(map(len, [title, *names]))
     columns = [phase.name for phase in plan.device]
-    rows = ["  ".join([f"{'Device memory, GiB':<{left}}", *(f"{name:>8}" for name in columns)])]
+    rows = ["  ".join([f"{title:<{left}}", *(f"{name:>8}" for name in columns)])]
     for name in names:
         cells = [f"{phase.parts[name] / GIB:8.2f}" if name in phase.parts else " " * 8 for phase in plan.device]
         rows.append("  ".join([f"{name:<{left}}", *cells]).rstrip())
@@ -112,7 +114,7 @@ def _device_table(plan: MemoryPlan) -> list[str]:
 
 def _host(plan: MemoryPlan) -> list[str]:
     parts = ", ".join(f"{what} {size / GIB:.2f}" for what, size in plan.host.items())
-    return [f"Host memory: {plan.host_peak_bytes / GIB:.1f} GiB ({parts})"]
+    return [f"RAM: {plan.host_peak_bytes / GIB:.1f} GiB ({parts})"]
 
 
 def _settings(plan: MemoryPlan) -> list[str]:
@@ -130,11 +132,13 @@ def verdict(plan: MemoryPlan, budget: Budget) -> str:
     needed, margin = plan.needed_device_bytes, plan.needed_device_bytes - plan.device_peak_bytes
     if budget.is_shared:
         needed, there = needed + plan.host_peak_bytes, budget.host_bytes
-        numbers = f"{needed / GIB:.1f} GiB (with a margin of {margin / GIB:.1f} GiB), {there / GIB:.1f} GiB available"
+        numbers = (
+            f"{needed / GIB:.1f} GiB of RAM (with a margin of {margin / GIB:.1f} GiB), {there / GIB:.1f} GiB available"
+        )
     else:
         numbers = (
-            f"{needed / GIB:.1f} GiB of device memory (with a margin of {margin / GIB:.1f} GiB), "
-            f"{budget.device_bytes / GIB:.1f} GiB available; {plan.host_peak_bytes / GIB:.1f} GiB of host memory, "
+            f"{needed / GIB:.1f} GiB of VRAM (with a margin of {margin / GIB:.1f} GiB), "
+            f"{budget.device_bytes / GIB:.1f} GiB available; {plan.host_peak_bytes / GIB:.1f} GiB of RAM, "
             f"{budget.host_bytes / GIB:.1f} GiB available"
         )
     return f"The run {'fits' if budget.holds(plan) else 'does not fit'}: it needs {numbers}."

@@ -81,7 +81,7 @@ def dataset_changes(old: Row, new: Row) -> Iterator[str]:
     """How the training pairs differ. Both are values of `trained_values`."""
     re_encoded = [name for name in ("flavour", "preprocessing") if old.get(name) != new.get(name)]
     for name in re_encoded:
-        yield f"the dataset was encoded for {name} {_value(name, old.get(name))} -> {_value(name, new.get(name))}"
+        yield f"{name} of the dataset: was {_value(name, old.get(name))}, now {_value(name, new.get(name))}"
     before, after = ({str(row["key"]): row for row in values["pairs"]} for values in (old, new))
     added, removed = [name for name in after if name not in before], [name for name in before if name not in after]
     contents = {_content(before[name]) for name in removed}
@@ -117,10 +117,12 @@ def _differ(*names: str) -> Callable[[Row, Row], bool]:
 def _sizes(changed: list[tuple[Row, Row]]) -> str:
     old, new = changed[0]
     if old["shape"] != new["shape"]:
-        sizes = f"{_size(old['shape'])} -> {_size(new['shape'])}"
-        return f"{_of(changed)} {_have(changed)} another size, such as {sizes} pixels"
+        sizes = f"was {_size(old['shape'])} pixels, now {_size(new['shape'])}"
+        return f"{_of(changed)} {_have(changed)} another size: the first {sizes}"
     before, after = (" and ".join(map(_size, row["reference_shapes"])) or "none" for row in (old, new))
-    return f"the references of {_of(changed)} have another size or number, such as {before} -> {after}"
+    return (
+        f"the references of {_of(changed)} have another size or number: those of the first were {before}, now {after}"
+    )
 
 
 def _size(shape: Sequence[int]) -> str:

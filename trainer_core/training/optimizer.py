@@ -41,7 +41,7 @@ def optimizer_builder(config: OptimizerConfig, device: torch.device) -> Builder:
             if device.type != "cuda":
                 raise ConfigError(
                     f"optimizer 'adamw-8bit' must run on a CUDA device, got {device}. Set optimizer to adamw, or to "
-                    "lion or adafactor for less memory."
+                    "lion or adafactor for less VRAM."
                 )
             return partial(_library("bitsandbytes", config).optim.AdamW8bit, **adam)
         case "adafactor":  # Shazeer and Stern 2018
