@@ -102,7 +102,7 @@ class Found:
         """Add the problems in an error. Memory that is short only now is a warning."""
         for each in split(error):
             if isinstance(each, OutOfMemoryError) and host_server.is_busy():
-                self.warnings.append(f"Another job runs now. Unless it ends first: {each}")
+                self.warnings.append(f"{each} Another job is running now. When it has ended, more memory may be free.")
             else:
                 self.problems.append((node_id, each))
 

@@ -52,8 +52,8 @@ def executing_node() -> str | None:
 
 
 def is_busy() -> bool:
-    """Whether ComfyUI is running a prompt."""
-    return bool(getattr(getattr(server(), "prompt_queue", None), "currently_running", {}))
+    """Whether ComfyUI is running a prompt, other than the one that is executed in this context."""
+    return any(item[1] != executing_prompt() for item in _running())
 
 
 def executing_prompt() -> str | None:
@@ -66,9 +66,13 @@ def executing_prompt() -> str | None:
 
 def asked_for(prompt: Any) -> set[str]:
     """The nodes of the prompt that runs now which its outputs need. A page may queue a graph for some output nodes."""
-    running = list(getattr(getattr(server(), "prompt_queue", None), "currently_running", {}).values())
-    outputs = [node_id for item in running for node_id in item[4]]
-    return needed_by(prompt, *(outputs if running else (node_id for node_id, *_ in entries(prompt))))
+    outputs = [node_id for item in _running() for node_id in item[4]]
+    return needed_by(prompt, *(outputs or (node_id for node_id, *_ in entries(prompt))))
+
+
+def _running() -> list[Any]:
+    """The items of ComfyUI's queue that it runs now."""
+    return list(getattr(getattr(server(), "prompt_queue", None), "currently_running", {}).values())
 
 
 def queued_prompts() -> tuple[list[QueuedPrompt], list[QueuedPrompt]]:

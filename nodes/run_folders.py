@@ -7,6 +7,7 @@ from pathlib import Path
 from ..trainer_core.errors import RunFolderError
 from ..trainer_core.pictures.sample_pictures import INDEX
 from ..trainer_core.runs import view
+from ..trainer_core.text import brief
 from . import host_folders
 from .untrusted import checked_run_name, strays
 
@@ -26,7 +27,7 @@ def run_folder(name: str) -> Path:
         raise RunFolderError("This run's folder is a link that leads out of the folder of runs, so it is not shown.")
     folder = runs / name
     if not (folder / "run.json").is_file():
-        raise RunFolderError("Run not found.")
+        raise RunFolderError(f"There is no run {brief(name)}. It may have another name, or its folder was deleted.")
     inside = (path for pattern in (f"*/{INDEX}", "*/*.safetensors") for path in folder.glob(f"samples/{pattern}"))
     files = (path.relative_to(folder).as_posix() for path in (*inside, *folder.glob("*.safetensors")))
     if stray := strays(folder, (*FILES, *files)):

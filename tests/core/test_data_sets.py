@@ -288,12 +288,15 @@ def test_check(tmp_path: Path):
         scene(number).save(mine.folder("reference") / f"{key}.png")
         scene(number, edited=key != "same").save(mine.folder("target") / f"{key}.png")
     text(mine.folder("target") / "torn.png", (mine.folder("target") / "torn.png").read_bytes()[:300])
-    text(mine.folder("reference") / "good.txt", "words")
+    for key in ("good", "same", "torn"):
+        text(mine.folder("reference") / f"{key}.txt", "words")
     found = check_data_set(mine)
     assert "hardly differ" in found.findings["same"][0]
     assert "damaged or cut short" in found.findings["torn"][0]
     assert str(tmp_path) not in str(found.findings)
-    assert found.notes[0].startswith("Captions lie beside the references (good). Are the two folders swapped?")
+    assert found.notes[0].startswith(
+        "Captions lie beside the references (good, same, torn). Are the two folders swapped?"
+    )
     assert check_data_set(made(tmp_path, name="empty")).findings == {}
 
 

@@ -185,4 +185,4 @@ def test_auto_keeps_uncompiled_blocks_if_compiled_ones_do_not_fit(caplog: pytest
     uncompiled = Measured(4.0, 1, {})
     found = dry_step._compiled_if_right(networks, measure, uncompiled, config_with("auto"))  # type: ignore[arg-type]
     assert found is uncompiled
-    assert caplog.text.count("run uncompiled from now on, because compiled ones need more memory than is free") == 1
+    assert caplog.text.count("run uncompiled from now on, because compiled ones need more VRAM than is free") == 1

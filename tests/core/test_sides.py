@@ -53,6 +53,7 @@ def test_other_folders_are_not(names: tuple[str, ...], tmp_path: Path):
 
 def test_captions_beside_the_references_suggest_it(tmp_path: Path):
     config = folders(tmp_path, "a", "b")
-    for number in (1, 2):
-        (tmp_path / "b" / f"00{number}.txt").write_text("make it blue")
+    (tmp_path / "b" / "001.txt").write_text("make it blue")
+    assert not any(SAYS in note for note in scan_folders(config).notes), "one text alone says nothing"
+    (tmp_path / "b" / "002.txt").write_text("make it blue")
     assert scan_folders(config).notes[0].startswith("Captions lie beside the references (001, 002). " + SAYS)

@@ -190,7 +190,7 @@ def test_a_backward_pass_that_fails_ends_no_step(recomputed: int, monkeypatch: p
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory."), "compiled ones need more memory than is free"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "compiled ones need more VRAM than is free"),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
     ids=["memory", "disk"],
@@ -224,7 +224,7 @@ def test_memory_that_runs_out_beside_compiled_blocks_ends_no_step(caplog: pytest
         return True
 
     assert blocks.attempt(compute, clean_up=lambda: None)
-    assert "because compiled ones need more memory than is free" in caplog.text
+    assert "because compiled ones need more VRAM than is free" in caplog.text
 
 
 @pytest.mark.parametrize(

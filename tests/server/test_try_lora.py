@@ -108,7 +108,7 @@ def test_what_the_node_refuses(run: dict[str, Any], studio: PackServer):
         with pytest.raises(ComfyUIError, match="400"):
             studio.queue(trial(**changes))
     for changes, words in (
-        ({"run_name": "nobody"}, "Run not found"),
+        ({"run_name": "nobody"}, "There is no run 'nobody'."),
         ({"step": 3}, "step 3 of the run 'tried' is not kept"),
         ({"pair": 9}, "held-out pairs 1 to 1"),
     ):

@@ -31,9 +31,9 @@ def swapped_note(target: Folder, references: Sequence[Folder], config: DatasetCo
                 f"The targets are named like references ({some_of(before)}) and the references like targets "
                 f"({some_of(after)}). {_ADVICE}"
             )
-        captioned = sorted(folder.texts.keys() & folder.pictures.keys())
-        if captioned and not target.texts and config.caption_strategy != "textfile":
-            return f"Captions lie beside the references ({some_of(captioned)}). {_ADVICE}"
+        is_captioned = folder.pictures and folder.texts.keys() >= folder.pictures.keys()
+        if is_captioned and not target.texts and config.caption_strategy != "textfile":
+            return f"Captions lie beside the references ({some_of(sorted(folder.pictures))}). {_ADVICE}"
     return ""
 
 

@@ -49,6 +49,13 @@ class Budget:
         """Whether the plan's device memory fits with its margin."""
         return self.is_shared or plan.needed_device_bytes <= self.device_bytes
 
+    def beside(self, plan: MemoryPlan) -> str:
+        """What the plan needs with its margin, and what is free."""
+        device, host = plan.needed_device_bytes / GIB, plan.host_peak_bytes / GIB
+        ram = f"{device * self.is_shared + host:.1f} GiB of RAM ({self.host_bytes / GIB:.1f} GiB free)"
+        vram = f"{device:.1f} GiB of VRAM ({self.device_bytes / GIB:.1f} GiB free)"
+        return ram if self.is_shared else f"{vram} and {ram}"
+
 
 def budget_of(device: torch.device, vram_gib: float = 0.0, *, processes: int = 1, held_leaves: bool = False) -> Budget:
     """Memory that is free for one of `processes` on this machine. `vram_gib` above 0: for a card of that size instead.
@@ -123,20 +130,13 @@ def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool)
 
 
 def _refusal(plan: MemoryPlan, budget: Budget) -> str:
-    device, host = plan.needed_device_bytes / GIB, plan.host_peak_bytes / GIB
-    if budget.is_shared:
-        numbers = f"{device + host:.1f} GiB of RAM ({budget.host_bytes / GIB:.1f} GiB free)"
-    else:
-        numbers = (
-            f"{device:.1f} GiB of VRAM ({budget.device_bytes / GIB:.1f} GiB free) and {host:.1f} GiB of RAM "
-            f"({budget.host_bytes / GIB:.1f} GiB free)"
-        )
     nearest = next(_smaller_that_fit(plan, budget), None)
     if nearest:
         advice = f"To make it fit, set {nearest}. If other programs use the memory, close them instead."
     else:
         advice = "Close other programs and run again. If no more memory can be freed, no smaller setting helps either."
-    return f"The run does not fit into memory. With the smallest memory settings it still needs {numbers}. {advice}"
+    needed = f"With the smallest memory settings it still needs {budget.beside(plan)}."
+    return f"The run does not fit into memory. {needed} {advice}"
 
 
 def _smaller_that_fit(plan: MemoryPlan, budget: Budget) -> Iterator[str]:

@@ -31,8 +31,9 @@ def encoding_in_words(base: BaseModel, largest_picture: int, budget: Budget) -> 
     lines = [
         f"Encoding, before training: {pictures / GIB:.1f} GiB for pictures, {prompts / GIB:.1f} GiB for prompts "
         f"(text encoder {size.weights / GIB:.1f}, text_encoder_precision {model.text_encoder_precision}).",
-        f"Encoding {'fits' if fits else 'does not fit'}: it needs {needed / GIB:.1f} GiB of VRAM (with a "
-        f"margin of {GAPS / GIB:.1f} GiB), {budget.device_bytes / GIB:.1f} GiB available.",
+        f"Encoding {'fits' if fits else 'does not fit'}: it needs {needed / GIB:.1f} GiB of "
+        f"{'RAM' if budget.is_shared else 'VRAM'} ({budget.device_bytes / GIB:.1f} GiB free), with a margin of "
+        f"{GAPS / GIB:.1f} GiB.",
     ]
     if streamed:
         lines.insert(1, _streaming(base, size, streamed, host, budget))

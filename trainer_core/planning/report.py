@@ -129,16 +129,6 @@ def _settings(plan: MemoryPlan) -> list[str]:
 
 def verdict(plan: MemoryPlan, budget: Budget) -> str:
     """A sentence that says whether the plan fits, with the numbers."""
-    needed, margin = plan.needed_device_bytes, plan.needed_device_bytes - plan.device_peak_bytes
-    if budget.is_shared:
-        needed, there = needed + plan.host_peak_bytes, budget.host_bytes
-        numbers = (
-            f"{needed / GIB:.1f} GiB of RAM (with a margin of {margin / GIB:.1f} GiB), {there / GIB:.1f} GiB available"
-        )
-    else:
-        numbers = (
-            f"{needed / GIB:.1f} GiB of VRAM (with a margin of {margin / GIB:.1f} GiB), "
-            f"{budget.device_bytes / GIB:.1f} GiB available; {plan.host_peak_bytes / GIB:.1f} GiB of RAM, "
-            f"{budget.host_bytes / GIB:.1f} GiB available"
-        )
-    return f"The run {'fits' if budget.holds(plan) else 'does not fit'}: it needs {numbers}."
+    margin = (plan.needed_device_bytes - plan.device_peak_bytes) / GIB
+    fits = "fits" if budget.holds(plan) else "does not fit"
+    return f"The run {fits}: it needs {budget.beside(plan)}, with a margin of {margin:.1f} GiB."
