@@ -94,7 +94,7 @@ def compose(
     if more.optimizer_settings is None and 0 < max_train_steps <= optimizer.lr_warmup_steps:
         # The preset's warm-up is for its own number of steps.
         given["optimizer_settings"] = dataclasses.replace(optimizer, lr_warmup_steps=max_train_steps // 10)
-        set_by["optimizer"] = TRAIN_NODE
+        set_by["optimizer"] = f"max_train_steps of {TRAIN_NODE}"
     config = problems.attempt(partial(train_config, chosen, None, own, lora_name=name, preset=preset, **given))
     if config is None:
         return None

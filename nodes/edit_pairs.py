@@ -101,9 +101,11 @@ def chosen(name: str) -> DataSet:
         return demo_data_set()
     there = find_data_sets(host_folders.input_dir())
     if name not in there:
-        others = f"Choose yours on the node Edit Pairs ({some_of(there)}), or press" if there else "Press"
+        named = some_of([brief(each) for each in there])
+        choose = f"On the node Edit Pairs, choose {named}, or press" if there else "On the node Edit Pairs, press"
         raise ConfigError(
-            f"There is no data set {brief(name)} in ComfyUI's input folder. {others} Edit pairs… on the node and drop "
-            "your pictures. A folder of your own needs the folders reference and target in it; then press R."
+            f"There is no data set {brief(name)} in ComfyUI's input folder. {choose} Edit pairs… and drop your "
+            "pictures. To use a folder of your own, put the pictures before the edit into its subfolder reference, "
+            "those after it into target, and press R."
         )
     return open_data_set(host_folders.input_dir(), name)

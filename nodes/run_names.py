@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..trainer_core.config import TrainConfig
+from ..trainer_core.text import brief, some_of
 from . import host_folders
 from .untrusted import checked_run_name, free_name
 
@@ -61,9 +62,10 @@ def settled(config: TrainConfig, encoded: EncodedDataset | None, if_run_exists: 
     new = free_name(folder, name)
     if not existing:
         return _named(config, folder, new), ""
+    was, it = ("was", "it") if len(existing) == 1 else ("were", "they")
     note = (
-        f"The name is in use: {', '.join(existing)} can't be continued with these settings and pairs. This run starts "
-        f"anew as {new}. Nothing is overwritten."
+        f"{some_of([brief(each) for each in existing])} {was} started with other settings or pairs, so {it} can't be "
+        f"continued. The new run has the name {brief(new)}. Nothing is overwritten."
     )
     return _named(config, folder, new), note
 

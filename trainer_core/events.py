@@ -84,11 +84,15 @@ class SampleReport:
 
     def as_text(self) -> str:
         """The figures as sentences for the log and the page, and why some or all could not be measured."""
-        ratios = {"base model": self.psnr_base, "LoRA": self.psnr_lora, "EMA": self.psnr_ema}
+        ratios = {
+            "without the LoRA": self.psnr_base,
+            "with it": self.psnr_lora,
+            "with its EMA": self.psnr_ema,
+            "at best": self.psnr_vae,
+        }
         found: list[str] = []
-        if psnr := ", ".join(f"{name} {value:.1f} dB" for name, value in ratios.items() if value is not None):
-            limit = f"; the VAE allows at most {self.psnr_vae:.1f} dB" if self.psnr_vae is not None else ""
-            found.append(f"Likeness to the targets (PSNR, higher is better): {psnr}{limit}")
+        if psnr := ", ".join(f"{value:.1f} dB {name}" for name, value in ratios.items() if value is not None):
+            found.append(f"Likeness to the targets (PSNR, higher is better): {psnr}")
         if self.drift_shift is not None:
             found.append(
                 f"Drift outside the edit: {self.drift_shift:.2f} px, {self.drift_zoom:.2f} % zoom, "

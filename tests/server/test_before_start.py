@@ -249,7 +249,7 @@ def test_a_name_in_use_is_told(studio: PackServer):
     prompt = changed(name_used(studio), TRAIN, if_run_exists="continue, or a new name if the settings differ")
     answer = asked(studio, prompt)
     assert answer["problems"] == []
-    assert any(text.startswith("The name is in use: used can't be continued") for text in answer["warnings"])
+    assert any(text.startswith("'used' was started with other settings or pairs, so") for text in answer["warnings"])
 
 
 def test_other_packs_nodes_are_not_asked(studio: PackServer):

@@ -92,7 +92,7 @@ def test_a_preset_trains_a_lora_in_one_node(trained: dict[str, Any], studio: Pac
     assert config["model"]["mixed_precision"] == "no"
     text = trained[TRAIN]["text"][0].splitlines()
     assert text[0] == f"Saved {NAME}/{NAME}.safetensors after 2 steps."
-    assert text[1].startswith("Likeness to the targets (PSNR, higher is better): base model "), text
+    assert text[1].startswith("Likeness to the targets (PSNR, higher is better): "), text
     assert "Preset demo, because the model is the demo model." in text
     assert "- resolution is 96, set by Qwen Edit More Settings. The preset has 128." in text
     assert "- max_train_steps is 2, set by Train Qwen Edit LoRA. The preset has 120." in text
@@ -110,8 +110,8 @@ def test_other_settings_get_a_new_name_and_the_same_ones_go_on(trained: dict[str
         names.append(figures(outputs)["run_name"])
         if len(names) == 2:
             assert (
-                f"The name is in use: {NAME} can't be continued with these settings and pairs. This run starts anew as "
-                f"{NAME}-2. Nothing is overwritten." in (outputs[TRAIN]["text"][0])
+                f"'{NAME}' was started with other settings or pairs, so it can't be continued. The new run has the "
+                f"name '{NAME}-2'. Nothing is overwritten." in (outputs[TRAIN]["text"][0])
             )
     assert names == [NAME, f"{NAME}-2", NAME, f"{NAME}-2", f"{NAME}-3"]
     assert config_of(studio, f"{NAME}-2")["export"]["lora_name"] == f"{NAME}-2"

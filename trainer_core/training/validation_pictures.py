@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage
 
 _LOG = logging.getLogger(__name__)
-_NO_DRIFT = "Drift can't be measured: the pictures have too little in common with their targets."
+_NO_DRIFT = "Drift outside the edit can't be measured: the pictures have too little in common with their targets."
 Drawn = Mapping[str, Mapping["Shot", Tensor]]  # latents [C, H, W] by variant ("base", TRAINED, AVERAGE) and shot
 
 

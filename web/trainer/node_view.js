@@ -14,11 +14,12 @@ import { t } from "./words.js";
  */
 
 const HEIGHT = 294; // pixels, also before there is a curve or a picture, so that the node never grows over others
-const REPORT = 80; // pixels more for the report of a run that has ended: it would squeeze the chart
+const REPORT = 80; // pixels more for the report of a run that has ended, which would squeeze the chart
 
 /**
  * @param {any} node
- * @param {{app: any, store: Store, onPick: (run: string, step: number) => void, first: Element, last: HTMLElement}} given
+ * @param {{app: any, store: Store, onPick: (run: string, step: number) => void, first: Element,
+ *   last: HTMLElement}} given
  *   `first`, `last`: shown above and below the run.
  */
 export function attachView(node, { app, store, onPick, first, last }) {
