@@ -16,6 +16,7 @@ from tools.setup import find_browser
 from trainer_core.demo.pictures import copy_demo_pairs
 
 OpenPage = Callable[..., ComfyPage]
+COUNT = 6  # pairs of `sources`
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +81,16 @@ def open_page(browser: Browser, tabs: list[Page], demo_server: PackServer) -> It
 def runs_dir(demo_server: PackServer) -> Path:
     """Where the server keeps its runs."""
     return demo_server.output / "qwen_edit_trainer" / "runs"
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pairs of the demo, with a caption each."""
+    folder = tmp_path_factory.mktemp("pairs")
+    copy_demo_pairs(folder)
+    for number, path in enumerate(sorted((folder / "target").glob("*.png"))):
+        path.with_suffix(".txt").write_text(f"edit {number}\n")
+        if number >= COUNT:
+            for each in folder.glob(f"*/{path.stem}.*"):
+                each.unlink()
+    return folder

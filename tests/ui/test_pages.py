@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from tests.support.browser_page import ComfyPage
 from tests.support.comfyui_server import PackServer
@@ -68,6 +68,19 @@ def test_before_the_start_the_node_says_what_run_will_do(open_page: OpenPage):
     note = "In 6 of 6 pairs, reference and target have too little in common to be aligned."
     expect(box.locator(".qet-before-fact").filter(has_text=note)).to_be_visible()
     expect(box.locator(".qet-before-head")).to_contain_text("Ready to run")
+
+    first = page.page.evaluate("() => app.graph.nodes.find(node => node.comfyClass === 'QwenEdit_TrainLora').id")
+
+    def fail_for_first(route: Route) -> None:
+        fails = route.request.post_data_json["node_id"] == str(first)
+        _ = route.fulfill(status=500, json={"error": "Broken."}) if fails else route.continue_()
+
+    page.page.route("**/before_start", fail_for_first)
+    page.page.evaluate("() => app.graph.add(LiteGraph.createNode('QwenEdit_Train'))")
+    page.page.evaluate("() => app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+    expect(box.locator(".qet-before-head").last).to_contain_text("Not ready")  # though asking about the first one fails
+    assert all("before_start" in each for each in page.problems)
+    page.problems.clear()
 
 
 def test_a_picture_is_uploaded_for_a_trial(open_page: OpenPage, demo_server: PackServer, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -13,28 +12,12 @@ from playwright.sync_api import CDPSession, FileChooser, Locator, Request, Route
 from tests.support.browser_page import ComfyPage
 from tests.support.comfyui_server import PackServer
 from tests.support.pairs_panel import Panel, open_short_path
-from trainer_core.demo.pictures import copy_demo_pairs
 
 from .conftest import OpenPage
 
 pytestmark = pytest.mark.server
 
 HOSTILE = "<img src=x onerror=window.hacked=true>"
-COUNT = 6
-UPLOADS = "**/data_sets/slow/pictures?*"
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pairs of the demo, with a caption each."""
-    folder = tmp_path_factory.mktemp("pairs")
-    copy_demo_pairs(folder)
-    for number, path in enumerate(sorted((folder / "target").glob("*.png"))):
-        path.with_suffix(".txt").write_text(f"edit {number}\n")
-        if number >= COUNT:
-            for each in folder.glob(f"*/{path.stem}.*"):
-                each.unlink()
-    return folder
 
 
 @pytest.mark.parametrize(("renderer", "palette"), [("classic", "dark"), ("nodes 2.0", "light")])
@@ -97,61 +80,6 @@ def test_from_dropped_pictures_to_pairs(
     expect(panel.root.get_by_text("The pairs have 6 different instructions")).to_be_visible()
     assert panel.files() == {**given, "held_out.txt": f"{third}\n".encode()}
     page.picture(f"edit pairs {renderer}")
-
-
-def test_a_run_waits_until_everything_is_on_the_disk(open_page: OpenPage, demo_server: PackServer, sources: Path):
-    page = open_page()
-    panel = Panel(page, demo_server.input / "slow")
-    (panel.folder / "target").mkdir(parents=True)
-    shutil.copytree(sources / "reference", panel.folder / "reference")
-    open_short_path(page)
-    page.tab_button("qwen-edit-pairs").click()
-    panel.root.get_by_role("combobox", name="Data set").select_option("slow")
-    slow: list[Route] = []
-    queued: list[dict[str, bytes]] = []  # the files that were there when the graph was queued
-
-    def answer(route: Route) -> None:
-        queued.append(panel.files())
-        route.fulfill(json={"prompt_id": "none", "number": 0, "node_errors": {}})
-
-    def hold(route: Route) -> None:
-        slow.append(route)
-
-    page.page.route(UPLOADS, hold)
-    page.page.route("**/prompt", answer)
-    targets = sorted(path for path in (sources / "target").iterdir() if path.suffix == ".png")
-    page.drop(panel.zone("target"), *targets)
-    page.page.evaluate("() => { window.run = app.queuePrompt(0); }")
-    expect(page.page.get_by_text("The run starts when all pictures are uploaded.")).to_be_visible()
-    page.page.unroute(UPLOADS, hold)
-    other = "app.api.queuePrompt(0, { output: { 1: { class_type: 'SaveImage', inputs: {} } }, workflow: {} })"
-    page.page.evaluate(f"() => {other}")
-    assert [len(files) for files in queued] == [COUNT]  # a graph without data sets does not wait
-    queued.clear()
-    for route in slow:
-        route.continue_()
-    page.page.evaluate("() => window.run")
-    panel.instruction.fill("make it a drawing")
-    page.page.evaluate("() => app.queuePrompt(0)")
-    assert [sum(name.startswith("target/") for name in files) for files in queued] == [COUNT, 2 * COUNT]
-    assert set(queued[1].values()) - set(queued[0].values()) == {b"make it a drawing\n"}
-
-    page.page.route(UPLOADS, hold)
-    page.drop(panel.zone("target"), *targets[:1])
-    page.page.evaluate("() => { window.run = app.queuePrompt(0); }")
-    panel.button("Cancel").click()
-    page.page.evaluate("() => window.run")
-    expect(page.page.get_by_text("Not started: files that could not be uploaded: 1.").first).to_be_visible()
-    page.page.keyboard.press("Escape")
-    page.page.unroute(UPLOADS, hold)
-    panel.instruction.fill("typed, but its data set is gone")
-    shutil.rmtree(panel.folder)
-    page.reopen_pairs()
-    expect(panel.state).to_contain_text("No data set")
-    page.page.evaluate("() => app.queuePrompt(0)")
-    assert len(queued) == 3
-    assert all(re.search(r"Not started: |/slow/captions .*404", each) for each in page.problems)
-    page.problems.clear()  # ComfyUI and the browser log what was refused
 
 
 def press(page: ComfyPage, *keys: str) -> None:
@@ -251,6 +179,8 @@ def test_pairs_that_look_alike_by_keyboard(open_page: OpenPage, demo_server: Pac
     press(page, "Enter")
     expect(panel.state).to_have_text("4 pairs, ready. Next: Press Run.")
     assert page.widgets("EditPairs")["data_set"] == "alike"
+    noted = "app.extensionManager.workflow.activeWorkflow.changeTracker.activeState.nodes.map(node => node.type)"
+    assert page.page.evaluate(noted) == ["QwenEdit_EditPairs"]
     assert panel.files()["target/drawing 9.txt"] == b"draw it\n"
     pairs = sorted(name for name in panel.files() if name.endswith(".png"))
     assert pairs == sorted(f"{side}/drawing {9 - n}.png" for side in ("reference", "target") for n in range(4))

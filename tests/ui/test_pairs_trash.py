@@ -29,6 +29,12 @@ def test_the_trash_is_shown_put_back_and_emptied(open_page: OpenPage, demo_serve
     for count, key in ((2, first), (4, second)):
         root.get_by_role("listitem", name=key, exact=True).get_by_role("button", name="Delete").click()
         expect(trash).to_contain_text(f"Files in the trash: {count} (")
+    page.page.route("**/restore", lambda route: route.fulfill(status=404, json={"error": "It is gone."}))
+    root.get_by_role("button", name="Undo").click()
+    expect(root.locator(".qet-problem").first).to_have_text("It is gone.")
+    page.page.unroute("**/restore")
+    assert all("/restore" in each for each in page.problems)
+    page.problems.clear()
     trash.get_by_role("button", name="Put back").click()
     expect(root.get_by_role("listitem", name=second, exact=True)).to_be_visible()
     expect(trash).to_contain_text("Files in the trash: 2 (")
@@ -48,11 +54,16 @@ def test_the_trash_is_shown_put_back_and_emptied(open_page: OpenPage, demo_serve
         (folder / "target" / f"{key}.txt").write_text(f"edit {key}")
     page.reopen_pairs()
     root.get_by_label("One instruction for all pairs").check()
-    root.get_by_role("textbox", name="Instruction for all pairs").fill("make it a drawing")
+    instruction = root.get_by_role("textbox", name="Instruction for all pairs")
+    instruction.fill("make it a drawing")
     page.page.keyboard.press("Tab")
     expect(trash).to_contain_text("Files in the trash: 2 (")  # the captions that were replaced
     trash.get_by_role("button", name="Empty…").click()
     trash.get_by_role("button", name="Delete for good").click()
     expect(trash).to_be_hidden()
+    instruction.fill("")
+    page.page.keyboard.press("Tab")
+    expect(root.locator(".qet-state")).to_have_text("2 pairs. Next: Write the instruction.")
+    expect(trash).to_contain_text("Files in the trash: 2 (")  # an instruction that is taken away can be put back
     assert sorted(path.name for path in (folder / "target").glob("*.png")) == [f"{second}.png", f"{third}.png"]
     shutil.rmtree(folder)

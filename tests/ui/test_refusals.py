@@ -48,6 +48,16 @@ def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_pa
     page.page.keyboard.press("Escape")
     expect(notice).to_have_count(0)
 
+    queue = "app.graphToPrompt().then(prompt => app.api.queuePrompt(0, prompt)).catch(error => error)"
+    page.page.evaluate("() => document.body.append(document.createElement('input'))")
+    field = page.page.locator("body > input").last
+    field.focus()
+    page.page.evaluate(f"async () => String(await {queue})")
+    expect(notice).to_be_visible()
+    expect(field).to_be_focused()  # nobody is interrupted in typing
+    notice.get_by_role("button", name="Close").press("Escape")
+    expect(field).to_be_focused()
+
     alone = "() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('QwenEdit_PlotLoss')); }"
     page.page.evaluate(alone)
     page.run()
@@ -55,7 +65,6 @@ def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_pa
     expect(notice.locator("p")).to_have_text("Plot Loss has no run and no loss_map. Connect one of them.")
     page.page.evaluate(alone.replace("PlotLoss", "TrainLora"))
     module = "import('/extensions/qwen-edit-trainer/trainer/refusals.js')"
-    queue = "app.graphToPrompt().then(prompt => app.api.queuePrompt(0, prompt)).catch(error => error)"
     assert page.page.evaluate(f"async () => (await {module}).isInNotice(await {queue})")
     expect(notice.locator("b")).to_have_text("Train Qwen Edit LoRA (advanced)")
     expect(notice.locator("p")).to_contain_text(["The input encoded has no link. Draw one to it."])

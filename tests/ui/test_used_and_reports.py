@@ -43,6 +43,19 @@ BOX = """() => {
     const { pos, size } = app.graph.nodes.find(each => each.comfyClass === 'QwenEdit_OptimizerSettings');
     return [...pos, size[0], size[1]].map(Math.round);
 }"""
+TRY_A_RUN = """() => {
+    app.graph.clear();
+    const kinds = ['QwenEdit_Train', 'QwenEdit_TryLora', 'KSampler'];
+    const [train, trial, own] = kinds.map(kind => LiteGraph.createNode(kind));
+    [train, trial, own].forEach((node, index) => { node.pos = [500 * index, 80]; app.graph.add(node); });
+    const input = trial.inputs.findIndex(each => each.name === 'run');
+    train.connect(train.outputs.findIndex(each => each.type === trial.inputs[input].type), trial, input);
+}"""
+# Compared with ComfyUI's own node, because Nodes 2.0 of frontend 1.32.9 shrink every node when they load a graph.
+HEIGHTS = """() => {
+    const heights = Object.fromEntries(app.graph.nodes.map(node => [node.comfyClass, node.size[1]]));
+    return ['Train', 'TryLora'].map(kind => Math.round(heights[`QwenEdit_${kind}`] - heights.KSampler));
+}"""
 ALWAYS = {"optimizer", "learning_rate", "lr_scheduler", "weight_decay", "max_grad_norm"}
 ADAM = {"adam_beta1", "adam_beta2", "adam_epsilon"}
 
@@ -53,10 +66,10 @@ def see(page: ComfyPage, expected: set[str]) -> None:
     page.page.wait_for_function(f"names => JSON.stringify(({SEEN})().sort()) === JSON.stringify(names)", arg=names)
 
 
-def laid_out(page: ComfyPage) -> list[int]:
-    """The place and size of the optimizer node when the renderer no longer changes it."""
+def laid_out(page: ComfyPage, read: str) -> list[int]:
+    """What a script reads from the graph when the renderer no longer changes it."""
     before: list[int] = []
-    while (now := page.page.evaluate(BOX)) != before:
+    while (now := page.page.evaluate(read)) != before:
         before = now
         page.page.wait_for_timeout(500)
     return now
@@ -70,7 +83,7 @@ def test_what_means_nothing_is_not_shown_and_what_is_said_is(renderer: str, fron
 
     warmup = {"lr_warmup_steps"}
     see(page, ALWAYS | ADAM | warmup)
-    x, y, width, height = laid_out(page)
+    x, y, width, height = laid_out(page, BOX)
     page.set_widgets("OptimizerSettings", optimizer="prodigy", learning_rate=1.0)
     see(page, ALWAYS | ADAM | warmup | {"prodigy_d_coef"})
     assert page.page.evaluate(BOX)[:3] == [x, y, width]
@@ -104,3 +117,17 @@ def test_what_means_nothing_is_not_shown_and_what_is_said_is(renderer: str, fron
     )
     expect(text).to_contain_text("6 pairs with 1 reference each.")
     see(page, ALWAYS)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS, ids=lambda folder: folder.parts[-3] if folder else "installed")
+@pytest.mark.parametrize("renderer", ["classic", "nodes 2.0"])
+def test_a_saved_graph_keeps_the_heights_of_its_nodes(renderer: str, frontend: Path | None, open_page: OpenPage):
+    page = open_page(renderer, frontend=frontend)
+    page.page.evaluate(TRY_A_RUN)
+    laid_out(page, HEIGHTS)
+    page.page.evaluate("() => app.graph.nodes.forEach(node => node.setSize([node.size[0], node.size[1] + 900]))")
+    heights: list[list[int]] = []
+    for _ in range(4):
+        page.page.evaluate("async () => { await app.loadGraphData(app.graph.serialize()); }")
+        heights.append(laid_out(page, HEIGHTS))
+    assert heights == heights[:1] * 4

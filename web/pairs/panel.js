@@ -1,7 +1,7 @@
 // @ts-check
 /** The side panel "Edit pairs": a data set of picture pairs, from the first drop to a graph that uses it. */
 import { element, onceAFrame, setText } from "../trainer/dom.js";
-import { addNode, chooseInCombo, nodesOfKind, selectedNode, toast, widget } from "../trainer/graph.js";
+import { addNode, chooseInCombo, nodesOfKind, selectedNode, setValue, toast, widget } from "../trainer/graph.js";
 import { sentences, t } from "../trainer/words.js";
 import { createProblems, createProgress, createTrash, createUndo, createUse } from "./boxes.js";
 import { createChooser } from "./chooser.js";
@@ -103,9 +103,7 @@ export function createPairsPanel(app, api, onChange) {
   }
 
   function clearInstruction() {
-    const box = widget(node(), "instruction");
-    box.value = "";
-    box.callback?.("");
+    setValue(app, widget(node(), "instruction"), "");
     paint();
   }
 
@@ -196,16 +194,17 @@ export function createPairsPanel(app, api, onChange) {
       };
     },
     /**
-     * If a prompt uses data sets, wait until all that was given here is on the disk. Throws if it can't be saved.
+     * Wait until all that was given here to a prompt's data sets is on the disk. Throws if it can't be saved.
      * @param {Record<string, {class_type: string, inputs: any}>} [prompt]
      */
     async settle(prompt = {}) {
-      const used = Object.values(prompt).filter(({ class_type }) => class_type === PAIRS_NODE);
-      if (!used.length) return;
-      if (store.uploads.progress()) toast(app, "info", t("The run starts when all pictures are uploaded."));
-      const count = await store.settled();
+      const nodes = Object.values(prompt).filter(({ class_type }) => class_type === PAIRS_NODE);
+      const names = [...new Set(nodes.map(({ inputs }) => inputs.data_set))];
+      if (!names.length) return;
+      if (names.some(uploads.isBusy)) toast(app, "info", t("The run starts when all pictures are uploaded."));
+      const count = await store.settled(names);
       if (count) throw new Error(t("Not started: files that could not be uploaded: {count}.", { count }));
-      if (!used.some(({ inputs }) => inputs.data_set === state.name) || (await saveAll())) return;
+      if (!names.includes(state.name) || (await saveAll())) return;
       throw new Error(t("Not started: a text in the side panel Edit pairs could not be saved. Open it to see why."));
     },
     /** Let a new node use the data set that is shown, rather than the first one. @param {any} made */

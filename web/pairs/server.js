@@ -115,11 +115,11 @@ function read(status, text) {
   let body;
   try {
     body = JSON.parse(text);
+    if (status >= 200 && status < 300) return body;
   } catch {
-    body = {}; // a proxy's page, for example
+    // a proxy's page, for example
   }
-  if (status >= 200 && status < 300) return body;
-  if (body.error) throw new Error(String(body.error));
+  if (body?.error) throw new Error(String(body.error));
   if (status === 413) throw new Error(t("The file is larger than the server allows."));
   throw new Error(t("The server refused this with status {status}.", { status }));
 }

@@ -44,7 +44,10 @@ export function createStore(api, onChange) {
   const uploads = createUploads(server, {
     changed: tell,
     arrived: soon,
-    ended: (added) => void inTurn(() => finishUploads(added)),
+    ended(set, added) {
+      const before = present.get(set);
+      void inTurn(() => finishUploads(set, added, before));
+    },
   });
 
   /** Run a request. If it fails, show its sentence until the next one. @param {() => Promise<void>} request */
@@ -86,6 +89,7 @@ export function createStore(api, onChange) {
   }
 
   async function readSet() {
+    if (!state.name) return;
     const number = ++asked;
     const before = state.set;
     const set = await server.read(state.name);
@@ -113,17 +117,16 @@ export function createStore(api, onChange) {
   }
 
   /**
-   * After an upload, new pairs of the shown data set get the instruction that all others have.
+   * After an upload into the shown data set, its new pairs get the instruction that all others have.
+   * @param {string} name
    * @param {import("./uploads.js").Added[]} added
+   * @param {Set<string>|undefined} before Its pictures before the upload, by side and name.
    */
-  async function finishUploads(added) {
+  async function finishUploads(name, added, before) {
+    onChange();
+    if (name !== state.name) return;
     window.clearTimeout(reloading);
     reloading = 0;
-    const { name } = state;
-    const before = present.get(name);
-    present.clear();
-    onChange();
-    if (!name || !before) return;
     await reload();
     if (name !== state.name) return;
     const written = state.set ? captionsOf(state.set) : [];
@@ -132,7 +135,7 @@ export function createStore(api, onChange) {
       await attempt(() => write({ captions: Object.fromEntries(blank.map(({ key }) => [key, written[0]])) }));
     } else if (written.length > 1) state.mode = "each"; // captions came with the pictures
     const pictures = added
-      .filter(({ set, side, file }) => set === name && !CAPTION.test(file) && !before.has(`${side} ${file}`))
+      .filter(({ side, file }) => !CAPTION.test(file) && !before?.has(`${side} ${file}`))
       .map(({ side, file }) => ({ side, file }));
     if (!pictures.length) return;
     const count = pictures.length;
@@ -148,7 +151,7 @@ export function createStore(api, onChange) {
     const { undo } = await server.post(set.name, "captions", body);
     onChange();
     if (state.set?.name !== set.name) return;
-    if (undo) return readSet(); // the trash has the captions from before
+    if (undo) return reload(); // the trash has the captions from before
     const text = (/** @type {Pair} */ { key, caption }) => body.all ?? body.captions?.[key] ?? caption;
     state.set.pairs = state.set.pairs.map((pair) => same(pair, { ...pair, caption: text(pair) }));
     tell();
@@ -203,8 +206,7 @@ export function createStore(api, onChange) {
     uploads,
     /** Upload files into the chosen data set. @param {string} side @param {import("./dropped.js").Dropped[]} files */
     upload(side, files) {
-      if (!uploads.progress()) present.clear();
-      if (!present.has(state.name)) present.set(state.name, new Set(state.set ? picturesOf(state.set) : []));
+      if (!uploads.isBusy(state.name)) present.set(state.name, new Set(state.set ? picturesOf(state.set) : []));
       uploads.add(state.name, side, files, state.limits);
     },
     /** @param {import("./server.js").Picture} picture @param {number} edge */
@@ -223,7 +225,7 @@ export function createStore(api, onChange) {
     refresh: () =>
       attempt(async () => {
         await readList();
-        if (state.name) await readSet();
+        await readSet();
       }),
     /** @param {string} name Empty for none. */
     choose(name) {
@@ -231,7 +233,7 @@ export function createStore(api, onChange) {
       leave();
       state.name = name;
       tell();
-      return name ? reload() : Promise.resolve(undefined);
+      return reload();
     },
     /** Make an empty data set, or throw the refusal. @param {string} name @returns {Promise<string>} Its name */
     async make(name) {
@@ -287,24 +289,26 @@ export function createStore(api, onChange) {
     putBack: (token) => click("restore", { undo: token }, () => null),
     /** Delete what is in the trash for good. @param {import("./server.js").Trash} trash As it was shown. */
     emptyTrash: (trash) => click("empty_trash", { state: trash.state }, () => null),
-    /** Wait until uploads and changes are on the disk. @returns {Promise<number>} Files that could not be uploaded. */
-    async settled() {
-      let lost = 0;
-      if (uploads.progress()) {
-        await new Promise((resolve) => {
-          const look = () => uploads.progress() || resolve(listeners.delete(look));
-          listeners.add(look);
-        });
-        lost = uploads.lost();
-      }
+    /**
+     * Wait until the uploads into some data sets, and all changes, are on the disk.
+     * @param {string[]} names
+     * @returns {Promise<number>} Files that could not be uploaded meanwhile.
+     */
+    async settled(names) {
+      const awaited = names.filter(uploads.isBusy);
+      await new Promise((resolve) => {
+        const look = () => awaited.some(uploads.isBusy) || resolve(listeners.delete(look));
+        listeners.add(look);
+        look();
+      });
       await changes;
-      return lost;
+      return awaited.reduce((sum, name) => sum + uploads.lost(name), 0);
     },
     async undo() {
       await changes; // what was done just now is what is undone
       const { undo } = state;
-      state.undo = undefined;
-      if (undo) await attempt(undo.act);
+      offer(undefined);
+      await undo?.act(); // which tells of its failure
     },
     forgetUndo: () => offer(undefined),
     async check() {

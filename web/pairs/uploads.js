@@ -5,8 +5,10 @@ import { labelled, t } from "../trainer/words.js";
 /**
  * @typedef {import("./dropped.js").Dropped} Dropped
  * @typedef {import("./server.js").Server} Server
- * @typedef {{set: string, side: string, name: string, file: File}} Task
- * @typedef {{set: string, side: string, file: string}} Added
+ * @typedef {{side: string, file: string}} Added
+ * @typedef {{left: number, lost: number, added: Added[]}} Batch The files of a data set that are uploaded together:
+ *   `left` are still to come, `lost` were cancelled, refused or too large.
+ * @typedef {{set: string, batch: Batch, side: string, name: string, file: File}} Task
  * @typedef {{done: number, all: number, share: number, name: string}} Progress `share` from 0 to 1, by bytes.
  */
 
@@ -15,16 +17,15 @@ export const CAPTION = /\.(txt|caption)$/i;
 
 /**
  * @param {Server} server
- * @param {{changed: () => void, arrived: (set: string) => void, ended: (added: Added[]) => void}} tell
- *   `changed` after progress, `arrived` after each file, `ended` after the last.
+ * @param {{changed: () => void, arrived: (set: string) => void, ended: (set: string, added: Added[]) => void}} tell
+ *   `changed` after progress, `arrived` after each file, `ended` after the last one of a data set.
  */
 export function createUploads(server, tell) {
   /** @type {Task[]} */
-  let waiting = [];
+  const waiting = [];
   let stop = new AbortController();
   let running = 0;
   let done = 0;
-  let lost = 0; // of this batch or the last one: cancelled, refused or too large
   let all = 0;
   let name = "";
   let bytesDone = 0;
@@ -33,11 +34,19 @@ export function createUploads(server, tell) {
   const sent = new Map();
   /** @type {string[]} */
   let problems = [];
-  /** @type {Added[]} */
-  let added = [];
+  /** @type {Map<string, Batch>} The newest one of each data set. */
+  const batches = new Map();
+  const isBusy = (/** @type {string} */ set) => Boolean(batches.get(set)?.left);
+
+  /** @param {Task} task */
+  function finish({ set, batch }) {
+    batch.left -= 1;
+    if (!batch.left) tell.ended(set, batch.added);
+  }
 
   /** @param {Task} task */
   async function send(task) {
+    const { signal } = stop;
     name = task.name;
     sent.set(task, 0);
     const progress = (/** @type {number} */ bytes) => {
@@ -45,12 +54,13 @@ export function createUploads(server, tell) {
       tell.changed();
     };
     try {
-      const answer = await server.upload(task.set, task.side, task.name, task.file, { progress, signal: stop.signal });
-      problems.push(...(answer.problems ?? []));
-      added.push(...(answer.added ?? []).map((each) => ({ set: task.set, ...each })));
+      const answer = await server.upload(task.set, task.side, task.name, task.file, { progress, signal });
+      problems.push(...answer.problems);
+      task.batch.lost += answer.problems.length;
+      task.batch.added.push(...answer.added);
     } catch (error) {
-      lost += 1;
-      if (!stop.signal.aborted) problems.push(labelled(task.name, /** @type {any} */ (error).message));
+      task.batch.lost += 1;
+      if (!signal.aborted) problems.push(labelled(task.name, /** @type {any} */ (error).message));
     }
     sent.delete(task);
     bytesDone += task.file.size;
@@ -62,34 +72,36 @@ export function createUploads(server, tell) {
     for (let task = waiting.shift(); task; task = waiting.shift()) {
       await send(task);
       tell.arrived(task.set);
+      finish(task);
       tell.changed();
     }
     running -= 1;
     if (running) return;
     done = all = bytesDone = bytesAll = 0;
-    tell.ended(added);
-    added = [];
     tell.changed();
   }
 
   return {
     /** @param {string} set @param {string} side @param {Dropped[]} files @param {Record<string, number>} limits */
     add(set, side, files, limits) {
-      if (!running) lost = 0;
+      if (!isBusy(set)) batches.set(set, { left: 0, lost: 0, added: [] });
+      const batch = /** @type {Batch} */ (batches.get(set));
       for (const { file, path } of files) {
         const largest = (/\.zip$/i.test(path) ? limits.zip_bytes : limits.file_bytes) ?? Infinity;
         if (file.size > largest) {
           const [size, allowed] = [Math.ceil(file.size / 1e6), Math.floor(largest / 1e6)];
-          lost += 1;
+          batch.lost += 1;
           problems.push(t("{file}: {size} MB. The server takes at most {allowed} MB.", { file: path, size, allowed }));
           continue;
         }
         const sure = side === "auto" ? path : /** @type {string} */ (path.split("/").pop());
-        waiting.push({ set, side: side !== "auto" && CAPTION.test(path) ? "target" : side, name: sure, file });
+        const place = side !== "auto" && CAPTION.test(path) ? "target" : side;
+        waiting.push({ set, batch, side: place, name: sure, file });
+        batch.left += 1;
         all += 1;
         bytesAll += file.size;
       }
-      if (!running) stop = new AbortController();
+      if (stop.signal.aborted) stop = new AbortController();
       for (let more = Math.min(AT_ONCE - running, waiting.length); more > 0; more -= 1) work();
       tell.changed();
     },
@@ -100,12 +112,16 @@ export function createUploads(server, tell) {
       return { done, all, share: bytesAll ? Math.min(1, bytes / bytesAll) : 0, name };
     },
     cancel() {
-      lost += waiting.length;
-      waiting = [];
+      for (const task of waiting.splice(0)) {
+        task.batch.lost += 1;
+        finish(task);
+      }
       stop.abort();
     },
-    /** Number of files of this batch or the last one that did not arrive. */
-    lost: () => lost,
+    /** Whether files of a data set are still to come. */
+    isBusy,
+    /** Number of files of a data set that did not arrive, of this upload or the last one. @param {string} set */
+    lost: (set) => batches.get(set)?.lost ?? 0,
     /** What went wrong with files, until it is cleared. */
     problems: () => problems,
     clear() {

@@ -45,18 +45,15 @@ export function createBeforeStart(app, api, store) {
     if (document.hidden) return; // asked when the tab is shown again
     asking = true;
     let again = false;
-    let problem = "";
     try {
       endGone(app);
       const prompt = boxes.size ? await promptOf(app) : undefined;
-      for (const box of prompt ? boxes : []) again = (await box.ask(prompt)) || again;
+      for (const box of boxes) again = (await box.ask(prompt)) || again;
     } catch (error) {
-      problem = String(/** @type {any} */ (error)?.message ?? error);
-      console.debug("Qwen Edit Trainer could not look at the graph.", error);
+      for (const box of boxes) box.rest(error);
     }
     asking = false;
     if (again) soon(AGAIN);
-    else for (const box of boxes) box.rest(problem);
   }
 
   /** Ask again although the graph is the same: a job has ended, or files may have changed. */
@@ -136,6 +133,17 @@ function createBox(node, { app, api, store, soon }) {
    * @returns {Promise<boolean>} Whether to ask again soon.
    */
   async function ask(prompt) {
+    try {
+      if (await request(prompt)) return true;
+      rest();
+    } catch (error) {
+      rest(error);
+    }
+    return false;
+  }
+
+  /** @param {any} prompt @returns {Promise<boolean>} Whether another page's request stopped this one. */
+  async function request(prompt = {}) {
     const run = runOf(node, store);
     if (run && isUnderWay(run)) return false;
     const id = Object.keys(prompt).find((each) => hasId(node, each) && isTrainNode({ type: prompt[each].class_type }));
@@ -149,27 +157,29 @@ function createBox(node, { app, api, store, soon }) {
       headers: { "Content-Type": "application/json" },
       body,
     });
-    if (!response.ok || response.status === 204) asked = "";
     if (response.status === 204) {
+      asked = "";
       tries += 1;
       if (tries < MOST_TRIES) return true;
       throw new Error(t("Another page checks its graph at the same time. Try again later."));
     }
-    tries = 0;
     const said = await response.json();
     if (!response.ok) throw new Error(said.error ?? response.statusText);
     show(said);
     return false;
   }
 
-  /** If no answer came, end the waiting. @param {string} problem Why none came. */
-  function rest(problem) {
+  /** If no answer came, end the waiting. @param {any} [error] Why none came. */
+  function rest(error) {
     tries = 0;
-    if (problem) asked = "";
+    if (error) {
+      asked = "";
+      console.debug("Qwen Edit Trainer could not look at the graph.", error);
+    }
     if (!isWaiting) return;
     const byUser = button.disabled;
     show(answer);
-    if (byUser && problem) toast(app, "error", t("Not checked"), problem);
+    if (byUser && error) toast(app, "error", t("Not checked"), String(error.message ?? error));
   }
 
   /** @param {Answer|undefined} next */

@@ -116,8 +116,7 @@ export function applySettings(app, settings, name) {
   }
   const targets = allNodes(rootGraph(app)).filter((node) => isTrainNode(node) || isSettingsNode(node));
   const done = targets.map((node) => setWidgets(node, hasPresetAlways(node) ? { ...values, preset: null } : values));
-  app.graph.setDirtyCanvas?.(true, true);
-  app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
+  noteChange(app);
   return {
     changed: done.reduce((count, each) => count + each.changed, 0),
     made,
@@ -329,14 +328,24 @@ export function selectedNode(app) {
  */
 export async function chooseInCombo(app, node, name, value) {
   const combo = widget(node, name);
-  if (!combo || combo.value === value) return;
+  if (!combo) return;
   const offered = combo.options?.values;
   if (!offered?.includes?.(value)) {
     await refreshLists(app);
     if (Array.isArray(offered)) offered.push(value); // Nodes 2.0 keeps this list, and draws other values in red
   }
-  combo.value = value;
-  combo.callback?.(value);
+  setValue(app, combo, value);
+}
+
+/** Set a widget as its user does. @param {any} app @param {any} target @param {any} value */
+export function setValue(app, target, value) {
+  target.value = value;
+  target.callback?.(value);
+  noteChange(app);
+}
+
+/** Draw the graph again, and let ComfyUI note that it has changed, to save and to undo it. @param {any} app */
+function noteChange(app) {
   app.graph?.setDirtyCanvas?.(true, true);
   app.extensionManager?.workflow?.activeWorkflow?.changeTracker?.checkState?.();
 }
@@ -371,7 +380,6 @@ export function openSidebar(app, id) {
  * @returns {[any, any][]}
  */
 export function withOutputs(app, outputs) {
-  const root = rootGraph(app);
-  const ours = allNodes(root).filter((node) => isOurs(kindOf(node)));
-  return ours.map((node) => [node, outputs[node.graph === root ? node.id : `${node.graph?.id}:${node.id}`]]);
+  const idOf = (/** @type {any} */ { graph, id }) => (graph === rootGraph(app) ? id : `${graph?.id}:${id}`);
+  return ourNodes(app).map((node) => [node, outputs[idOf(node)]]);
 }

@@ -124,8 +124,8 @@ function createNotice(app) {
       list.replaceChildren(...problems.map((problem) => item(app, problem, go)));
       document.body.append(box);
       const active = /** @type {HTMLElement|null} */ (document.activeElement);
-      if (active?.matches("input, textarea, select, [contenteditable]")) return; // nobody is interrupted in typing
       if (!box.contains(active)) before = active;
+      if (active?.matches("input, textarea, select, [contenteditable]")) return; // nobody is interrupted in typing
       (list.querySelector("button:not([hidden])") ?? close).focus({ focusVisible: true });
     },
   };

@@ -32,7 +32,7 @@ export function showUsed(node) {
   const deciding = new Set(declared.flatMap(([name, used]) => [name, ...used.if.map(({ setting }) => setting)]));
   for (const name of deciding) chain(ownWidget(node, name) ?? {}, "callback", apply);
   chain(node, "onConfigure", () => hideWidgets(node, own, unused(), true));
-  chain(node, "onConnectionsChange", apply);
+  chain(node, "onConnectionsChange", () => queueMicrotask(apply)); // not while a graph is loading
   apply();
 }
 
