@@ -74,7 +74,7 @@ def folders_below(named: Mapping[str, str], roots: Mapping[str, Path]) -> dict[s
     if wrong:
         what, its = ("the folder", "its path") if len(wrong) == 1 else ("the folders", "their paths")
         allowed = (
-            f"Put {what} into one of these: {', '.join(roots)}, and write {its} from there, such as my_edit/target. "
+            f"Put {what} into one of the folders {', '.join(roots)}. Write {its} from there, such as my_edit/target. "
             f"{_HOW_TO_ALLOW}"
         )
         raise ConfigError(" ".join([*wrong, allowed]))

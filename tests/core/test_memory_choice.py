@@ -137,7 +137,7 @@ def test_a_refusal_names_numbers_and_the_nearest_that_fits(network: NetworkSize)
     message = str(refused.value)
     assert re.search(r"needs \d+\.\d GiB of VRAM \(16\.0 GiB free\) and \d+\.\d GiB of RAM \(24\.0 GiB free\)", message)
     assert re.search(r"set precision \S+ \(base_model_precision in settings files\), which needs \d", message)
-    with pytest.raises(OutOfMemoryError, match="no smaller setting helps"):
+    with pytest.raises(OutOfMemoryError, match="No smaller setting makes it fit"):
         chosen(network, "none", 1)
 
 

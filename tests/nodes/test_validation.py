@@ -49,7 +49,7 @@ def test_folders(name: str, widget: str, prompt: dict[str, Any], comfyui: PackSe
     assert list(errors) == [pairing]
     details = errors[pairing]["errors"][0]["details"]
     assert f"{widget} is {name!r}" in details
-    assert "Put the folder into one of these: input, output" in details
+    assert "Put the folder into one of the folders input, output" in details
     assert str(comfyui.base) not in details
 
 

@@ -103,7 +103,7 @@ MISTAKES = {
     "wrong folder": Mistake(
         lambda _: changed(training(RUN), PAIR, target_folder="no_such/target"),
         PAIR,
-        "target_folder is 'no_such/target', which does not exist. Put the folder into one of these: input, output",
+        "target_folder is 'no_such/target', which does not exist. Put the folder into one of the folders input, output",
     ),
     "empty folder": Mistake(
         no_pictures,

@@ -102,7 +102,7 @@ def failure_at(server: PackServer, prompt: dict[str, Any], node_id: str) -> str:
 def test_folders(folder: str, outside: Path, studio: PackServer):
     name, before = folder.format(outside=outside), files(studio)
     for prompt in (pairing(target_folder=name), pairing(reference_folder_1=name)):
-        wanted = "Put the folder into one of these: input, output" if is_a_name(name) else ", got '"
+        wanted = "Put the folder into one of the folders input, output" if is_a_name(name) else ", got '"
         assert wanted in refusal(studio, prompt, PAIR)
     for widget in ("reference_folder_2", "mask_folder"):  # optional inputs: empty means none
         said = (failure_at if is_a_name(name) else refusal)(studio, pairing(**{widget: name or ".."}), PAIR)

@@ -134,7 +134,7 @@ def _refusal(plan: MemoryPlan, budget: Budget) -> str:
     if nearest:
         advice = f"To make it fit, set {nearest}. If other programs use the memory, close them instead."
     else:
-        advice = "Close other programs and run again. If no more memory can be freed, no smaller setting helps either."
+        advice = "No smaller setting makes it fit into what is free. Close other programs and run again."
     needed = f"With the smallest memory settings it still needs {budget.beside(plan)}."
     return f"The run does not fit into memory. {needed} {advice}"
 
