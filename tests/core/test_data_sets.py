@@ -255,10 +255,12 @@ def refused(data_set: DataSet, instruction: str = "") -> str:
 
 
 def test_refusals_say_what_to_do(tmp_path: Path):
-    assert "has no pictures yet. Open the side panel Edit pairs" in refused(made(tmp_path, name="empty"))
+    assert "has no pictures yet. In the side panel Edit pairs, choose the data set and drop" in refused(
+        made(tmp_path, name="empty")
+    )
     apart = made(tmp_path, name="apart")
     picture(apart.folder("reference") / "x.png")
-    assert "has 1 picture before the edit, but none after it. Open the side panel" in refused(apart)
+    assert "has 1 picture before the edit, but none after it. In the side panel" in refused(apart)
     text(apart.folder("target") / "x.heic", "no picture")
     assert "target have formats that are not supported (x.heic). Convert them to PNG or JPEG." in refused(apart)
     picture(apart.folder("target") / "y.png")
@@ -266,10 +268,18 @@ def test_refusals_say_what_to_do(tmp_path: Path):
     turned = made(tmp_path, "a", "b", name="turned")
     for key in "ab":
         text(turned.folder("reference") / f"{key}.txt", "words")
+    said = refused(turned)
     assert (
-        "The two sides look swapped: texts lie beside the pictures before the edit (a, b). If they are, press Swap all"
-        in refused(turned)
+        "Before and after look swapped: the captions are beside the pictures before (a, b). If so, press Swap" in said
     )
+    assert "Notes" not in said
+    assert read_data_set(turned).looks_swapped
+    changes.swap_sides(turned, None)  # as it says
+    assert not read_data_set(turned).looks_swapped
+    assert [pair.captions for pair in pairs_of(turned, "").pairs] == [("words",), ("words",)]
+    changes.swap_sides(turned, None)
+    assert sorted(path.name for path in turned.folder("target").glob("*.txt")) == ["a.txt", "b.txt"]
+    turned = made(tmp_path, "a", "b", name="unlike")
     text(turned.folder("target") / "a.txt", "words")
     assert "1 pair without an instruction (b)" in refused(turned)
     mine = made(tmp_path, "a", "b")

@@ -168,13 +168,13 @@ def test_an_unknown_data_set(name: str, said: str, mine: str, studio: PackServer
         studio.queue(node(data_set=name))
     (problem,) = caught.value.answer["node_errors"]["pairs"]["errors"]
     assert said in problem["details"]
-    assert "press Edit pairs… on the node and drop" in problem["details"]
+    assert "press Edit pairs… and drop" in problem["details"]
 
 
 def test_an_empty_data_set(studio: PackServer):
     told(studio, "POST", SETS, {"name": "empty"})
     said = error_of(studio.wait(studio.queue(node(data_set="empty"))))["exception_message"]
-    assert "The data set 'empty' has no pictures yet. Open the side panel Edit pairs" in said
+    assert "The data set 'empty' has no pictures yet. In the side panel Edit pairs, choose" in said
 
 
 def test_no_instruction(studio: PackServer):

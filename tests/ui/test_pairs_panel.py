@@ -31,7 +31,7 @@ def test_from_dropped_pictures_to_pairs(
     page.press_node_button("EditPairs", "Edit pairs…")
     expect(panel.state).to_contain_text("Choose one, or drop pictures to make a new one.")
     page.drop(panel.zone("reference"), *sorted((sources / "reference").iterdir()))
-    expect(panel.state).to_have_text("6 before, none after. Next: Drop the pictures after the edit.")
+    expect(panel.state).to_have_text("6 before, none after. Next: Drop their partners into After.")
     page.drop(panel.zone("target"), *sorted((sources / "target").iterdir()))
     expect(panel.state).to_have_text("6 pairs, ready. Next: Press Run.")
     assert page.widgets("EditPairs")["data_set"] == "my edit"
@@ -193,6 +193,24 @@ def test_pairs_that_look_alike_by_keyboard(open_page: OpenPage, demo_server: Pac
         page.page.wait_for_timeout(20)
     choosers[0].set_files(next((sources / "reference").iterdir()))
     expect(panel.state).to_contain_text("4 pairs, 1 picture without a partner.")
+
+
+def test_swap_all_mends_folders_with_the_captions_on_the_wrong_side(
+    open_page: OpenPage, demo_server: PackServer, sources: Path
+):
+    folder = demo_server.input / "turned"
+    for side, other in (("reference", "target"), ("target", "reference")):
+        shutil.copytree(sources / side, folder / other)
+    page = open_page()
+    panel = Panel(page, folder)
+    page.tab_button("qwen-edit-pairs").click()
+    panel.root.get_by_role("combobox", name="Data set").select_option("turned")
+    expect(panel.state).to_have_text(
+        "6 pairs. Next: If before and after are swapped, press Swap all. If not, write the instruction."
+    )
+    panel.button("Swap all").click()
+    expect(panel.state).to_have_text("6 pairs, ready. Next: Use them in a graph.")
+    assert panel.files() == {path.relative_to(sources).as_posix(): path.read_bytes() for path in sources.glob("*/*")}
 
 
 def busy_seconds(session: CDPSession) -> float:

@@ -31,10 +31,15 @@ def swapped_note(target: Folder, references: Sequence[Folder], config: DatasetCo
                 f"The targets are named like references ({some_of(before)}) and the references like targets "
                 f"({some_of(after)}). {_ADVICE}"
             )
-        is_captioned = folder.pictures and folder.texts.keys() >= folder.pictures.keys()
-        if is_captioned and not target.texts and config.caption_strategy != "textfile":
+        if captions_beside_references(target, folder) and config.caption_strategy != "textfile":
             return f"Captions lie beside the references ({some_of(sorted(folder.pictures))}). {_ADVICE}"
     return ""
+
+
+def captions_beside_references(target: Folder, reference: Folder) -> bool:
+    """Whether a text lies beside each reference and beside no target."""
+    is_captioned = reference.pictures and reference.texts.keys() >= reference.pictures.keys()
+    return bool(is_captioned) and not target.texts.keys() & target.pictures.keys()
 
 
 def _is_called(folder: Path, words: Iterable[str]) -> bool:

@@ -148,7 +148,9 @@ def free_stem(stem: str, taken: set[str]) -> str:
 
 
 def swap_sides(data_set: DataSet, keys: Sequence[str] | None) -> None:
-    """Exchange target and first reference of these pairs, or of all. Captions stay with the targets.
+    """Exchange target and first reference of these pairs, or of all.
+
+    A caption stays beside the target. One that lies beside the reference alone comes along with its picture.
 
     Raises:
         NotFoundError: a key has no such pair.
@@ -169,6 +171,9 @@ def swap_sides(data_set: DataSet, keys: Sequence[str] | None) -> None:
         phases[1].append((f"{here}/{reference_name}{new.suffix}", f"{there}/{target_name}{new.suffix}"))
         phases[2].append((f"{aside}/{target_name}{old.suffix}", f"{here}/{reference_name}{old.suffix}"))
         text = target.texts.get(key)
+        if text is None and (other := reference.texts.get(key)) is not None:
+            name = other.relative_to(reference.root).as_posix()
+            phases[1].append((f"{here}/{name}", f"{there}/{target_name}{other.suffix}"))
         if text is not None and text.stem == old.name and old.suffix != new.suffix:  # 000.png.txt
             name = text.relative_to(target.root).as_posix()
             phases[2].append((f"{there}/{name}", f"{there}/{target_name}{text.suffix}"))

@@ -11,6 +11,7 @@ from ..config import digest
 from ..data.captions import read_text
 from ..data.folders import Folder, file_states, scan_folder
 from ..data.images import picture_header
+from ..data.sides import captions_beside_references
 from ..errors import DatasetError
 from ..geometry import Size
 from ..text import LONGEST_PROMPT, printable, some_of
@@ -52,6 +53,7 @@ class Pair:
 class Contents:
     """A data set. `revision` changes when a picture, a caption or a mark does.
 
+    `looks_swapped`: captions lie beside the pictures before the edit, and none beside those after it.
     `suggestions_left` counts the pictures that are not compared yet; the next reading goes on with them.
     """
 
@@ -61,6 +63,7 @@ class Contents:
     unmatched: tuple[Picture, ...]
     suggestions: tuple[Suggestion, ...]
     suggestions_left: int
+    looks_swapped: bool
     notes: tuple[str, ...]
 
 
@@ -103,6 +106,7 @@ def read_data_set(data_set: DataSet) -> Contents:
         unmatched=tuple(pictures.at(side, path) for side, path in alone),
         suggestions=found.suggestions,
         suggestions_left=found.left,
+        looks_swapped=captions_beside_references(target, folders["reference"]),
         notes=tuple(notes)[:_MOST_NOTES],
     )
 

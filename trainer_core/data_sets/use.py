@@ -11,6 +11,7 @@ from ..data.captions import read_caption_file
 from ..data.folders import Folder, scan_folder, unread_names
 from ..data.pair_check import check_pairs
 from ..data.pairing import EditDataset, EditPair, folder_state, scan_folders
+from ..data.sides import captions_beside_references
 from ..errors import DatasetError
 from ..events import SILENT, Observer
 from ..text import brief, counted, is_blank, shown, some_of, to_fix
@@ -57,6 +58,7 @@ def pairs_of(
         wrong = [*target.problems, *reference.problems]
         raise DatasetError(f"The data set {name} {_why_no_pair(target, reference)}", wrong)
     problems: list[str] = []
+    is_swapped = False
     marked: frozenset[str] = frozenset()
     try:
         marked = read_held_out(data_set)
@@ -65,27 +67,24 @@ def pairs_of(
     if is_blank(instruction):
         without = sorted(target.pictures.keys() - target.texts.keys())
         if without:
-            if len(without) == len(target.pictures) and reference.texts.keys() >= set(without):
+            if is_swapped := captions_beside_references(target, reference):
                 said = (
-                    f"The two sides look swapped: texts lie beside the pictures before the edit ({some_of(without)})."
+                    f"Before and after look swapped: the captions are beside the pictures before ({some_of(without)})."
                 )
-                advice = "If they are, press Swap all in the side panel Edit pairs. If not, write there"
+                advice = "If so, press Swap all in the side panel Edit pairs. If not, write the instruction there"
             else:
                 said = f"{counted(len(without), 'pair')} without an instruction ({some_of(without)})."
-                advice = "Open the side panel Edit pairs and write"
+                advice = "Open the side panel Edit pairs and write what the edit does"
             problems.append(
-                f"{said} {advice} what the edit does, for all pairs or for each. Or write it into the instruction of "
-                "the node Edit Pairs, for all."
+                f"{said} {advice}, one for all pairs or one for each. Or write one for all into the field instruction "
+                "of the node Edit Pairs."
             )
             instruction = "-"  # so that the scan below finds the problems of the pictures
     scan = scan_folders(_config(data_set, instruction), observer, checked_dir=checked_dir)
     problems += scan.problems
     if problems:
-        raise DatasetError(
-            f"The data set {name} has {to_fix(len(problems))}",
-            problems,
-            (*data_set.notes, *scan.notes),
-        )
+        notes = () if is_swapped else scan.notes  # else they would tell the same again
+        raise DatasetError(f"The data set {name} has {to_fix(len(problems))}", problems, (*data_set.notes, *notes))
     marked &= {pair.key for pair in scan.dataset.pairs}
     return dataclasses.replace(
         scan.dataset, held_out=tuple(sorted(marked)), notes=(*data_set.notes, *scan.dataset.notes)
@@ -101,13 +100,13 @@ def _why_no_pair(target: Folder, reference: Folder) -> str:
                 f"has no pair: the pictures in {shown(side.root.name)} have formats that are not supported "
                 f"({unread_names(side)}). Convert them to PNG or JPEG."
             )
-    drop = "Open the side panel Edit pairs, choose the data set, and drop the pictures"
+    drop = "In the side panel Edit pairs, choose the data set and drop your pictures into"
     if not target.pictures and not reference.pictures:
-        return f"has no pictures yet. {drop} before and after the edit there."
+        return f"has no pictures yet. {drop} Before and After."
     if not target.pictures:
-        return f"has {before} before the edit, but none after it. {drop} after the edit there."
+        return f"has {before} before the edit, but none after it. {drop} After."
     if not reference.pictures:
-        return f"has {after} after the edit, but none before it. {drop} before the edit there."
+        return f"has {after} after the edit, but none before it. {drop} Before."
     return (
         f"has no pair: {before} before the edit and {after} after it, but no two with the same name. Open the side "
         "panel Edit pairs and match them there."

@@ -13,8 +13,8 @@ const STALLED_MS = 300_000; // an upload without progress for so long is given u
  * @typedef {{key: string, reference: (Picture|null)[], target: Picture|null, caption: string, held_out: boolean}} Pair
  * @typedef {{reference: string, target: string, likeness: number}} Suggestion
  * @typedef {{name: string, revision: string, pairs: Pair[], unmatched: Picture[], suggestions: Suggestion[],
- *   suggestions_left: number, notes: string[], trash: Trash}} DataSet `suggestions_left`: how many pictures are not
- *   compared yet.
+ *   suggestions_left: number, looks_swapped: boolean, notes: string[], trash: Trash}} DataSet `suggestions_left`: how
+ *   many pictures are not compared yet. `looks_swapped`: captions lie beside the pictures before the edit only.
  * @typedef {{files: number, bytes: number, size: string, state: string, newest: string, newest_files: string[]}} Trash
  *   `state` changes with what is in it. `newest`: token of the newest removal that can be undone; empty if there is
  *   none. `newest_files` has the first ones of it.

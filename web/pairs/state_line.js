@@ -40,8 +40,7 @@ function ofSet(store, set, inGraph) {
   const { pairs, unmatched, suggestions } = set;
   const ready = pairs.length === 1 ? t("1 pair") : t("{count} pairs", { count: pairs.length });
   if (!pairs.length && !unmatched.length) {
-    const next = t("Drop the pictures before and after the edit.");
-    return line(t("“{name}” is empty.", { name: set.name }), next, "drop");
+    return line(t("“{name}” is empty.", { name: set.name }), t("Drop your pictures into Before and After."), "drop");
   }
   if (suggestions.length) {
     const more = t("{pairs}, {count} more look alike.", { pairs: ready, count: suggestions.length });
@@ -52,14 +51,14 @@ function ofSet(store, set, inGraph) {
     if (!pairs.length && !after) {
       return line(
         t("{count} before, none after.", { count: unmatched.length }),
-        t("Drop the pictures after the edit."),
+        t("Drop their partners into After."),
         "after",
       );
     }
     if (!pairs.length && after === unmatched.length) {
       return line(
         t("{count} after, none before.", { count: after }),
-        t("Drop the pictures before the edit."),
+        t("Drop their partners into Before."),
         "before",
       );
     }
@@ -69,10 +68,14 @@ function ofSet(store, set, inGraph) {
         : t("{pairs}, {count} pictures without a partner.", { pairs: ready, count: unmatched.length });
     const here = after && after < unmatched.length;
     if (here) return line(alone, t("Choose their partners, or delete them."), "partners");
-    const missing = after
-      ? t("Drop the picture before the edit for each, or delete them.")
-      : t("Drop the picture after the edit for each, or delete them.");
-    return line(alone, missing, after ? "before" : "after");
+    const ways = after
+      ? [t("Drop its partner into Before, or delete it."), t("Drop their partners into Before, or delete them.")]
+      : [t("Drop its partner into After, or delete it."), t("Drop their partners into After, or delete them.")];
+    return line(alone, ways[unmatched.length === 1 ? 0 : 1], after ? "before" : "after");
+  }
+  if (set.looks_swapped) {
+    const next = t("If before and after are swapped, press Swap all. If not, write the instruction.");
+    return line(t("{pairs}.", { pairs: ready }), next, "instruction");
   }
   return ofPairs(store, pairs, ready, captionsOf(set).length, inGraph);
 }
