@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.support.comfyui_server import PackServer
 from tests.support.training_graph import (
+    PLOT,
     TRAIN,
     Pressed,
     assert_same_lora,
@@ -121,7 +122,7 @@ def test_a_run_is_listed_from_the_moment_it_is_queued(studio: PackServer):
     later: dict[str, Any] = {}
 
     def look() -> None:
-        later["id"] = studio.queue(training("later", 2, folder="for states"))
+        later["id"] = studio.queue(training("later", 2, folder="for states"), [PLOT])  # which needs the training
         later["listed"] = studio.get(RUNS)["runs"][0]
         later["run"] = studio.get(f"{RUNS}/later")
         later["curve"] = studio.get(f"{RUNS}/later/curve")
