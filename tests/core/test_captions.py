@@ -115,7 +115,7 @@ def test_what_is_wrong_with_a_table(folders: Path, strategy: str, text: str | No
     assert len(caught.value.problems) == 2
     assert any(all(word in problem for word in words) for problem in caught.value.problems), caught.value
     assert any(
-        "its reference, the picture before the edit, is missing in" in problem for problem in caught.value.problems
+        "there is no reference (picture before the edit) for it in" in problem for problem in caught.value.problems
     )
 
 

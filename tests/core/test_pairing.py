@@ -177,7 +177,7 @@ def test_one_report_names_every_problem_and_no_file_is_touched(tmp_path):
         "after/blank.txt": "caption file is empty",
         "after/none.png": "no caption; looked for none.txt",
         "after/latin1.txt": "not UTF-8",
-        "after/lonely.png": f"its reference, the picture before the edit, is missing in {before}",
+        "after/lonely.png": f"there is no reference (picture before the edit) for it in {before}",
         "after/Case.png": "Rename case.png or the target",
         "after/heic.png": "Convert heic.heic to PNG or JPEG",
         "after/good.png": "same name",

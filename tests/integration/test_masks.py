@@ -146,7 +146,7 @@ def test_problems_of_masks(masked: DatasetConfig, tmp_path: Path) -> None:
     scan = scan_folders(masked)
     assert len(scan.problems) == 3 and not scan.dataset.pairs
     for words in (
-        "its mask is missing in",
+        "there is no mask for it in",
         "the mask is 77 x 131, but its target is 131 x 77",
         "002.png: the mask is all black",
     ):

@@ -120,7 +120,7 @@ MISTAKES = {
     "one file missing": Mistake(
         one_file_missing,
         PAIR,
-        "target/001.png: its reference, the picture before the edit, is missing in input/one-missing/reference_1",
+        "target/001.png: there is no reference (picture before the edit) for it in input/one-missing/reference_1",
     ),
     "model missing": Mistake(
         lambda _: changed(training(RUN), LOAD, base_model="gone"),

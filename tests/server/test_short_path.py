@@ -169,7 +169,7 @@ def test_a_refusal_names_what_is_wrong_with_the_pairs_too(pairs: str, trained: d
     assert "is not installed. Choose one that is installed: " in said[LOAD]
     assert ". Or download it (40.9 GB) from https://" in said[LOAD]
     assert (
-        "001.png: its reference, the picture before the edit, is missing" in said[PAIR]
+        "001.png: there is no reference (picture before the edit) for it" in said[PAIR]
         and str(studio.base) not in said[PAIR]
     )
     assert "The name of the edit can't be" in said[TRAIN]
@@ -186,7 +186,7 @@ def test_pairs_that_fail_name_the_other_problems_too(trained: dict[str, Any], st
     first, second = error["exception_message"].split("\n2. ")
     assert (
         first.startswith("There are 2 problems.")
-        and "001.png: its reference, the picture before the edit, is missing" in first
+        and "001.png: there is no reference (picture before the edit) for it" in first
     )
     assert second.startswith("Train Qwen Edit LoRA: ") and "no_such_layer" in second
 

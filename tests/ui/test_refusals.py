@@ -61,7 +61,7 @@ def test_what_keeps_a_node_from_running_is_said_and_found(renderer: str, open_pa
     alone = "() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('QwenEdit_PlotLoss')); }"
     page.page.evaluate(alone)
     page.run()
-    expect(notice.get_by_role("heading")).to_have_text("Stopped by an error:")
+    expect(notice.get_by_role("heading")).to_have_text("Stopped, because:")
     expect(notice.locator("p")).to_have_text("Plot Loss has no run and no loss_map. Connect one of them.")
     page.page.evaluate(alone.replace("PlotLoss", "TrainLora"))
     module = "import('/extensions/qwen-edit-trainer/trainer/refusals.js')"

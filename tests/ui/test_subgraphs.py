@@ -80,7 +80,7 @@ def test_our_nodes_in_subgraphs(frontend: Path | None, open_page: OpenPage):
     notice.get_by_role("button", name="Go to node").click()
     page.page.wait_for_function(SELECTED, arg="Train Qwen Edit LoRA")
     assert page.page.evaluate(f"() => app.canvas.graph === {OUTER}.subgraph")
-    expect(page.page.locator(".qet-before-head")).to_have_text("Not ready: 1 problem")
+    expect(page.page.locator(".qet-before-head")).to_have_text("Not ready")
 
     ids = f"""async () => {{
         const {{ hasId }} = await {GRAPH}, {{ id, subgraph }} = {OUTER};

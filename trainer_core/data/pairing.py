@@ -307,8 +307,8 @@ def _pair(
     paths = folders.pictures_of(key)
     put = f". Put a picture named {shown(key)} (.png, .jpg or the like) there, or remove the target"
     problems = [
-        f"{shown(paths[0])}: its {'mask' if folder is folders.masks else 'reference, the picture before the edit,'} "
-        "is missing in "
+        f"{shown(paths[0])}: there is no "
+        f"{'mask' if folder is folders.masks else 'reference (picture before the edit)'} for it in "
         f"{shown(folder.root)}{folder.almost(key) or put}."
         for folder in lacking
         if (folder.root, key) not in layout.no_reference and folder.root.is_dir()

@@ -40,7 +40,8 @@ function ofSet(store, set, inGraph) {
   const { pairs, unmatched, suggestions } = set;
   const ready = pairs.length === 1 ? t("1 pair") : t("{count} pairs", { count: pairs.length });
   if (!pairs.length && !unmatched.length) {
-    return line(t("“{name}” is empty.", { name: set.name }), t("Drop your pictures into Before and After."), "drop");
+    const next = t("Drop your pictures into Before and After.");
+    return line(t("“{name}” is empty.", { name: set.name }), next, "drop");
   }
   if (suggestions.length) {
     const more = t("{pairs}, {count} more look alike.", { pairs: ready, count: suggestions.length });

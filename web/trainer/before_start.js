@@ -213,7 +213,7 @@ function factsOf(answer) {
 /** @param {Answer} answer */
 function headline(answer) {
   const count = answer.problems.length;
-  if (count === 1) return t("Not ready: 1 problem");
+  if (count === 1) return t("Not ready");
   if (count) return t("Not ready: {count} problems", { count });
   const facts = factsOf(answer);
   if (facts.finished) return t("Already trained. Run shows the result again.");

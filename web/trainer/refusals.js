@@ -54,7 +54,9 @@ export function watchRefusals(app, api, ready) {
   api.addEventListener("execution_error", (/** @type {CustomEvent} */ { detail }) => {
     if (!isOurs(detail.node_type)) return;
     const texts = [String(detail.exception_message).trim()];
-    notice.show(t("Stopped by an error:"), [{ id: String(detail.node_id), kind: detail.node_type, texts }]);
+    const isOurOwn = String(detail.exception_type).includes(".trainer_core.errors."); // says what to do
+    const title = isOurOwn ? t("Stopped, because:") : t("Stopped by an error:");
+    notice.show(title, [{ id: String(detail.node_id), kind: detail.node_type, texts }]);
   });
 }
 
