@@ -4,12 +4,12 @@
 import { app } from "../../scripts/app.js";
 // @ts-ignore
 import { api } from "../../scripts/api.js";
-import { attachButton } from "./pairs/node_button.js";
 import { createPairsPanel, PAIRS_NODE } from "./pairs/panel.js";
 import { createBeforeStart } from "./trainer/before_start.js";
 import { loadStyle } from "./trainer/dom.js";
-import { isTrainNode, kindOf, openSidebar, readOldValues, refreshLists } from "./trainer/graph.js";
+import { isOurs, isTrainNode, kindOf, openSidebar, readOldValues, refreshLists } from "./trainer/graph.js";
 import { makeRoom, nameBoxes } from "./trainer/labels.js";
+import { addButton } from "./trainer/node_parts.js";
 import { attachView } from "./trainer/node_view.js";
 import { keepDigits, readExponents } from "./trainer/number_widgets.js";
 import { createPanel } from "./trainer/panel.js";
@@ -55,6 +55,7 @@ app.registerExtension({
   },
 
   nodeCreated(/** @type {any} */ node) {
+    if (!isOurs(kindOf(node))) return;
     readOldValues(node);
     keepDigits(node);
     nameBoxes(node);
@@ -63,7 +64,7 @@ app.registerExtension({
     showUsed(node);
     if (kindOf(node) === PAIRS_NODE) {
       pairs.prefill(node); // its saved values come later
-      attachButton(node, () => {
+      addButton(node, t("Edit pairs…"), () => {
         openSidebar(app, PAIRS_TAB);
         pairs.open(node);
       });

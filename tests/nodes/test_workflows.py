@@ -49,6 +49,14 @@ def test_the_files_are_written_from_the_graphs(name: str, graph: dict[str, Any],
         assert read_json(FOLDER / path) == value, path
 
 
+def test_the_page_opens_the_templates_that_use_a_lora():
+    script = (REPO / "web" / "trainer" / "graph.js").read_text(encoding="utf-8")
+    named = re.findall(r': "(Use [^"]+)"', re.search(r"USE_TEMPLATES = \{(.+?)\}", script, re.DOTALL)[1])
+    assert sorted(f"Qwen edit LoRA - {name}" for name in named) == sorted(
+        title for title in TWINS if " - Use " in title
+    )
+
+
 def test_titles_are_found_by_what_people_search(name: str):
     assert re.fullmatch(r"Qwen edit LoRA - [A-Za-z0-9 -]+", name)  # ComfyUI searches the file name; no odd characters
 

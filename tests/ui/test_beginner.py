@@ -59,12 +59,18 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("frontend", FRONTENDS)
-def test_from_the_template_to_the_lora(frontend: Path | None, browser: Browser, new_server: PackServer, pictures: Path):
+@pytest.fixture
+def page(frontend: Path | None, browser: Browser, new_server: PackServer) -> Iterator[ComfyPage]:
+    """The new server's page in a tab of its own."""
     tab = new_tab(browser)
     if frontend is not None:
         show_frontend(tab, new_server, frontend)
-    page = ComfyPage(tab, new_server)
+    yield ComfyPage(tab, new_server)
+    tab.context.close()
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_from_the_template_to_the_lora(frontend: Path | None, page: ComfyPage, new_server: PackServer, pictures: Path):
     person, panel = Beginner(page), page.page.locator(".qet-pairs")
 
     person.click(page.tab_button("templates"))
@@ -105,4 +111,3 @@ def test_from_the_template_to_the_lora(frontend: Path | None, browser: Browser, 
     assert person.clicks <= MOST_CLICKS
     assert person.fields <= MOST_FIELDS
     assert page.problems == []
-    page.page.context.close()

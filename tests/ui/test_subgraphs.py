@@ -33,7 +33,7 @@ NAME_OF_BOX = f"""() => {{
     return [element.checkVisibility(), element.placeholder, element.value];
 }}"""
 COUNT_ENDS = f"""async () => {{
-    const {{ whenGone }} = await import('/extensions/qwen-edit-trainer/trainer/node_view.js');
+    const {{ whenGone }} = await import('/extensions/qwen-edit-trainer/trainer/node_parts.js');
     const train = {OUTER}.subgraph.nodes.find(node => node.comfyClass === 'QwenEdit_Train');
     window.ended ??= 0;
     whenGone(train, () => window.ended += 1);

@@ -62,7 +62,7 @@ export function createPairsPanel(app, api, onChange) {
   /** @type {any} The node whose button opened the panel. */
   let opener;
   let mounted = false;
-  let wasGiven = false; // since the instruction was asked for
+  let hasNewFiles = false; // since the instruction was asked for
   let shown = ""; // name of the data set
 
   acceptDrops(root, give, (text) => toast(app, "warn", text));
@@ -121,7 +121,7 @@ export function createPairsPanel(app, api, onChange) {
         return toast(app, "error", t("No data set could be made"), /** @type {any} */ (error).message);
       }
     }
-    wasGiven = true;
+    hasNewFiles = true;
     store.upload(side, files);
     return undefined;
   }
@@ -150,8 +150,8 @@ export function createPairsPanel(app, api, onChange) {
     undo.show();
     used.show(step === "graph", inNode("data_set") === state.name ? inNode("instruction") : "", way());
     instruction.show(step === "instruction");
-    if (wasGiven && step === "instruction" && mayTakeFocus(root)) instruction.focus();
-    if (step === "instruction" || step === "run") wasGiven = false;
+    if (hasNewFiles && step === "instruction" && mayTakeFocus(root)) instruction.focus();
+    if (step === "instruction" || step === "run") hasNewFiles = false;
     const off = state.uploads ? [] : [t("Changes to data sets are turned off on this server.")];
     const remarks = [...off, ...(state.set?.notes ?? []), ...state.checkNotes, ...checked(store)];
     if (notes.dataset.shown !== remarks.join("\n")) {

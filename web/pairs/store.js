@@ -39,7 +39,7 @@ export function createStore(api, onChange) {
   /** @type {Promise<void>} Ends after the last change. */
   let changes = Promise.resolve();
   const tell = () => listeners.forEach((listener) => listener());
-  /** @type {Map<string, Set<string>>} Pictures, by side and name, that each data set had before the upload. */
+  /** @type {Map<string, Set<string>|undefined>} Pictures, by side and name, that were known before an upload. */
   const present = new Map();
   const uploads = createUploads(server, {
     changed: tell,
@@ -120,7 +120,7 @@ export function createStore(api, onChange) {
    * After an upload into the shown data set, its new pairs get the instruction that all others have.
    * @param {string} name
    * @param {import("./uploads.js").Added[]} added
-   * @param {Set<string>|undefined} before Its pictures before the upload, by side and name.
+   * @param {Set<string>|undefined} before Its pictures before the upload, by side and name, if they were known.
    */
   async function finishUploads(name, added, before) {
     onChange();
@@ -134,8 +134,9 @@ export function createStore(api, onChange) {
     if (state.mode === "all" && written.length === 1 && blank.length) {
       await attempt(() => write({ captions: Object.fromEntries(blank.map(({ key }) => [key, written[0]])) }));
     } else if (written.length > 1) state.mode = "each"; // captions came with the pictures
+    if (!before) return; // what was there before must not be undone with the rest
     const pictures = added
-      .filter(({ side, file }) => !CAPTION.test(file) && !before?.has(`${side} ${file}`))
+      .filter(({ side, file }) => !CAPTION.test(file) && !before.has(`${side} ${file}`))
       .map(({ side, file }) => ({ side, file }));
     if (!pictures.length) return;
     const count = pictures.length;
@@ -206,7 +207,7 @@ export function createStore(api, onChange) {
     uploads,
     /** Upload files into the chosen data set. @param {string} side @param {import("./dropped.js").Dropped[]} files */
     upload(side, files) {
-      if (!uploads.isBusy(state.name)) present.set(state.name, new Set(state.set ? picturesOf(state.set) : []));
+      if (!uploads.isBusy(state.name)) present.set(state.name, state.set && new Set(picturesOf(state.set)));
       uploads.add(state.name, side, files, state.limits);
     },
     /** @param {import("./server.js").Picture} picture @param {number} edge */

@@ -3,7 +3,8 @@
 import { element, setText, withLinks } from "./dom.js";
 import { roughly } from "./format.js";
 import { hasId, isTrainNode, promptOf, titleOf, toast } from "./graph.js";
-import { endGone, runOf, whenGone } from "./node_view.js";
+import { endGone, scrollInside, whenGone } from "./node_parts.js";
+import { runOf } from "./node_view.js";
 import { isUnderWay } from "./store.js";
 import { labelled, sentences, t } from "./words.js";
 
@@ -96,10 +97,7 @@ function createBox(node, { app, api, store, soon }) {
   });
   const list = element("div", { class: "qet-before-list", tabindex: "0" });
   const box = element("div", { class: "qet-before" }, element("div", { class: "qet-row" }, head, button), list);
-  box.addEventListener("wheel", (/** @type {WheelEvent} */ event) => {
-    if (list.scrollHeight > list.clientHeight) event.stopPropagation(); // scroll, not zoom
-    else if (!(/** @type {any} */ (window).LiteGraph?.vueNodesMode)) app.canvas?.processMouseWheel?.(event);
-  });
+  scrollInside(app, box, list);
 
   let asked = "";
   let tries = 0;

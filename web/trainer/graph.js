@@ -1,8 +1,8 @@
 // @ts-check
-/** With subgraphs.js, all access to ComfyUI's graph and page, because these interfaces change most often. */
+/** Access to ComfyUI's graph and page, with subgraphs.js, because these interfaces change most often. */
 import { allNodes, pathTo, rootOf, widget } from "./subgraphs.js";
 
-export { ownWidget, widget } from "./subgraphs.js";
+export { inputsOf, ownWidget, widget } from "./subgraphs.js";
 
 const PREFIX = "QwenEdit_";
 const TRAIN = `${PREFIX}TrainLora`; // has an input for each settings node
@@ -20,6 +20,21 @@ export function kindOf(node) {
 /** What ComfyUI's menus call a class. @param {string} kind @returns {string} */
 export function nameOfKind(kind) {
   return /** @type {any} */ (window).LiteGraph?.registered_node_types[kind]?.title ?? kind;
+}
+
+/**
+ * Call `also` with the same arguments after the existing method, if any.
+ * @param {any} object
+ * @param {string} method
+ * @param {(...given: any[]) => void} also
+ */
+export function chain(object, method, also) {
+  const before = object[method];
+  object[method] = function chained(/** @type {any[]} */ ...given) {
+    const answer = before?.apply(this, given);
+    also(...given);
+    return answer;
+  };
 }
 
 /** @param {any} node */
@@ -214,11 +229,9 @@ function setWidgets(node, values) {
  */
 export function readOldValues(node) {
   if (!isSettingsNode(node)) return;
-  const before = node.onConfigure;
-  node.onConfigure = function (/** @type {any[]} */ ...saved) {
-    before?.apply(this, saved);
-    for (const each of this.widgets ?? []) if (typeof each.value === "boolean") each.value = asWidget(each, each.value);
-  };
+  chain(node, "onConfigure", () => {
+    for (const each of node.widgets ?? []) if (typeof each.value === "boolean") each.value = asWidget(each, each.value);
+  });
 }
 
 /**

@@ -5,7 +5,7 @@
  * empty; later ones have labels of their own.
  */
 import { element } from "./dom.js";
-import { isOurs, kindOf } from "./graph.js";
+import { chain, kindOf } from "./graph.js";
 
 const WIDTH = 440; // pixels of a new node with long values, which the canvas would draw over the labels
 const WITH_LONG_VALUES = ["QwenEdit_ChooseModel", "QwenEdit_Train", "QwenEdit_TrainLora"];
@@ -20,28 +20,23 @@ const ruled = new Set();
  * @param {any} node A new node with all its widgets. Its saved size comes later.
  */
 export function makeRoom(node) {
-  const kind = kindOf(node);
-  if (!isOurs(kind)) return;
   const [width, height] = node.computeSize();
-  const wide = WITH_LONG_VALUES.includes(kind) ? Math.max(WIDTH, width) : width;
+  const wide = WITH_LONG_VALUES.includes(kindOf(node)) ? Math.max(WIDTH, width) : width;
   node.setSize([Math.max(wide, node.size[0]), Math.max(height, node.size[1])]);
 }
 
 /** @param {any} node A new node. */
 export function nameBoxes(node) {
   const kind = kindOf(node);
-  if (!isOurs(kind)) return;
   const boxes = (node.widgets ?? []).filter((/** @type {any} */ each) => each.element?.tagName === "TEXTAREA");
   const nameOf = (/** @type {any} */ { label, name }) => label ?? name;
   for (const box of boxes) if (box.element.placeholder === box.name) box.element.placeholder = nameOf(box);
   if (!boxes.length) return;
   if (!ruled.has(kind)) document.head.append(element("style", { text: boxes.map(ruleFor(kind)).join("\n") }));
   ruled.add(kind);
-  const before = node.onDrawForeground;
-  node.onDrawForeground = function (/** @type {CanvasRenderingContext2D} */ canvas, /** @type {any[]} */ ...rest) {
-    before?.call(this, canvas, ...rest);
+  chain(node, "onDrawForeground", (/** @type {CanvasRenderingContext2D} */ canvas) => {
     const lite = /** @type {any} */ (window).LiteGraph;
-    if (this.flags?.collapsed || lite.vueNodesMode) return;
+    if (node.flags?.collapsed || lite.vueNodesMode) return;
     canvas.save();
     canvas.font = FONT;
     canvas.textAlign = "left";
@@ -51,7 +46,7 @@ export function nameBoxes(node) {
       if (box.y && !box.hidden && !isNamed) canvas.fillText(nameOf(box), LEFT, box.y + BASELINE);
     }
     canvas.restore();
-  };
+  });
 }
 
 /** The style of a box of Nodes 2.0 up to frontend 1.3x. @param {string} kind */

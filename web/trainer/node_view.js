@@ -3,7 +3,8 @@
 import { createChart } from "./chart.js";
 import { element, setText } from "./dom.js";
 import * as format from "./format.js";
-import { hasId, ourNodes, widget } from "./graph.js";
+import { chain, hasId, widget } from "./graph.js";
+import { addView, scrollInside, whenGone } from "./node_parts.js";
 import { createStrip } from "./samples.js";
 import { isUnderWay } from "./store.js";
 import { t } from "./words.js";
@@ -31,17 +32,8 @@ export function attachView(node, { app, store, onPick, first, last }) {
   const strip = createStrip(store, (step) => run && onPick(run.run_name, step));
   const head = element("div", { class: "qet-row" }, line, badge);
   const box = element("div", { class: "qet-node" }, first, head, chart.element, strip.element, last);
-  box.style.minHeight = `${HEIGHT}px`;
-  const view = node.addDOMWidget("training", "qwen_edit_training", box, {
-    serialize: false, // not in the prompt
-    hideOnZoom: false,
-    getMinHeight: () => HEIGHT + (last.hidden ? 0 : REPORT),
-  });
-  view.serialize = false; // not in the saved graph
-  chart.element.addEventListener("wheel", (/** @type {WheelEvent} */ event) => {
-    const { LiteGraph } = /** @type {any} */ (window);
-    if (!LiteGraph?.vueNodesMode) app.canvas?.processMouseWheel?.(event); // zoom as elsewhere on the canvas
-  });
+  addView(node, "training", box, HEIGHT, () => (last.hidden ? 0 : REPORT));
+  scrollInside(app, chart.element);
 
   function paint() {
     const next = runOf(node, store);
@@ -77,43 +69,4 @@ export function runOf(node, store) {
   const name = String(widget(node, "run_name")?.value ?? "");
   const mine = store.list().find((run) => isUnderWay(run) && hasId(node, run.node_id) && run.run_name.startsWith(name));
   return mine ?? store.find(name);
-}
-
-/** @type {Map<any, (() => void)[]>} What is to be called when a node is gone. */
-const ends = new Map();
-
-/** Call `end` when a node is removed, or with `endGone`. @param {any} node @param {() => void} end */
-export function whenGone(node, end) {
-  if (!ends.has(node)) chain(node, "onRemoved", () => endAll(node));
-  ends.set(node, [...(ends.get(node) ?? []), end]);
-}
-
-/** @param {any} node */
-function endAll(node) {
-  for (const end of ends.get(node) ?? []) end();
-  ends.delete(node);
-}
-
-/**
- * End what belongs to nodes that are gone. Older frontends close a graph without telling the nodes in its subgraphs.
- * @param {any} app
- */
-export function endGone(app) {
-  const there = new Set(ourNodes(app));
-  for (const node of ends.keys()) if (node.graph && !there.has(node)) endAll(node); // a new node has no graph yet
-}
-
-/**
- * Call `also` after the existing method, if any.
- * @param {any} object
- * @param {string} method
- * @param {() => void} also
- */
-export function chain(object, method, also) {
-  const before = object[method];
-  object[method] = function chained(/** @type {any[]} */ ...given) {
-    const answer = before?.apply(this, given);
-    also();
-    return answer;
-  };
 }

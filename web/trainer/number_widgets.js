@@ -4,17 +4,15 @@
  * of 0.001 becomes 1. Nodes 2.0 also write the rounded text back when a field loses the focus. Up to frontend 1.3x they
  * show three decimals, so a learning rate of 0.0001 shows 0 and becomes the smallest one allowed.
  */
-import { isOurs, shownNode } from "./graph.js";
+import { inputsOf, isOurs, shownNode } from "./graph.js";
 
 const DIGITS = 12; // significant digits that are kept; fewer than a double has, so 0.1 + 0.2 stays 0.3
 const MAX_DECIMALS = 20; // more are not allowed by Intl.NumberFormat in every browser
 
 /** @param {any} node A new node. Its saved values come later. */
 export function keepDigits(node) {
-  const { input = {} } = node.constructor.nodeData ?? {};
-  if (!isOurs(node.comfyClass)) return;
-  const specs = /** @type {Record<string, any>} */ ({ ...input.required, ...input.optional });
-  for (const each of node.widgets ?? []) if (specs[each.name]?.[0] === "FLOAT") keepDigitsOf(each);
+  const inputs = inputsOf(node);
+  for (const each of node.widgets ?? []) if (inputs[each.name]?.[0] === "FLOAT") keepDigitsOf(each);
 }
 
 /** @param {any} widget */

@@ -53,7 +53,7 @@ export function createPanel(app, api, store) {
     else list.show(store.list());
   }
 
-  store.onTurn((run, begins) => {
+  store.onBeginOrEnd((run, begins) => {
     const current = selected === undefined ? undefined : store.find(selected);
     if (begins && !(current && isUnderWay(current))) select(run.run_name);
     if (!begins && document.hidden && mayNotify()) {

@@ -1,7 +1,8 @@
 // @ts-check
 /** The text that a node of ours outputs, such as a plan or the findings on pairs, shown on the node. */
 import { copyText, element, setText } from "./dom.js";
-import { isOurs, kindOf, ourNodes, withOutputs } from "./graph.js";
+import { chain, kindOf, ourNodes, withOutputs } from "./graph.js";
+import { addView, scrollInside } from "./node_parts.js";
 import { t } from "./words.js";
 
 const PROGRESS_TEXT = "$$node-text-preview"; // ComfyUI's name of the widget
@@ -26,10 +27,7 @@ export function createReport(app, node) {
   const text = element("pre", { class: "qet-report-text", tabindex: "0", "aria-label": t("Report") });
   const copy = element("button", { class: "qet-button", type: "button", text: t("Copy"), on: { click: copied } });
   const box = element("div", { class: "qet-report" }, copy, text);
-  text.addEventListener("wheel", (/** @type {WheelEvent} */ event) => {
-    if (text.scrollHeight > text.clientHeight) event.stopPropagation(); // scroll, not zoom
-    else if (!(/** @type {any} */ (window).LiteGraph?.vueNodesMode)) app.canvas?.processMouseWheel?.(event);
-  });
+  scrollInside(app, text, text);
   text.addEventListener("pointerdown", (/** @type {Event} */ event) => event.stopPropagation()); // select, not drag
 
   async function copied() {
@@ -57,13 +55,8 @@ export function createReport(app, node) {
  */
 export function attachReport(app, node) {
   const kind = kindOf(node);
-  if (!isOurs(kind)) return;
-  if (kind in HEIGHTS) addWidget(app, node, HEIGHTS[kind]);
-  const before = node.onExecuted;
-  node.onExecuted = function (/** @type {any} */ output, /** @type {any[]} */ ...rest) {
-    before?.call(this, output, ...rest);
-    show(app, node, output);
-  };
+  if (kind in HEIGHTS) addReport(app, node, HEIGHTS[kind]);
+  chain(node, "onExecuted", (output) => show(app, node, output));
 }
 
 /**
@@ -94,18 +87,11 @@ export function restoreReports(app, outputs) {
 /** @param {any} app @param {any} node @param {any} output */
 function show(app, node, output) {
   const text = [output?.text ?? []].flat().join("\n\n");
-  if (text && !shown.has(node)) addWidget(app, node, HEIGHT);
+  if (text && !shown.has(node)) addReport(app, node, HEIGHT);
   shown.get(node)?.(text);
 }
 
 /** @param {any} app @param {any} node @param {number} height */
-function addWidget(app, node, height) {
-  const place = element("div", { class: "qet-node" }, createReport(app, node));
-  place.style.minHeight = `${height}px`;
-  const widget = node.addDOMWidget("report", "qwen_edit_report", place, {
-    serialize: false, // not in the prompt
-    hideOnZoom: false,
-    getMinHeight: () => height,
-  });
-  widget.serialize = false; // not in the saved graph
+function addReport(app, node, height) {
+  addView(node, "report", element("div", { class: "qet-node" }, createReport(app, node)), height);
 }

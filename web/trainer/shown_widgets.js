@@ -4,8 +4,7 @@
  * trainer_core declares the conditions; nodes/schema.py puts them into the options of the inputs. A hidden widget keeps
  * its value and is still sent.
  */
-import { isOurs, ownWidget } from "./graph.js";
-import { chain } from "./node_view.js";
+import { chain, inputsOf, ownWidget } from "./graph.js";
 
 const SPACING = 4; // pixels that ComfyUI adds to the height of each widget
 
@@ -17,16 +16,13 @@ const SPACING = 4; // pixels that ComfyUI adds to the height of each widget
 
 /** @param {any} node A new node. Its saved values come later. */
 export function showUsed(node) {
-  const { input = {} } = node.constructor.nodeData ?? {};
-  if (!isOurs(node.comfyClass)) return;
-  const specs = /** @type {Record<string, any>} */ ({ ...input.required, ...input.optional });
-  const declared = Object.entries(specs).flatMap(([name, spec]) => {
+  const declared = Object.entries(inputsOf(node)).flatMap(([name, spec]) => {
     const used = spec[1]?.qwen_edit_used;
     return used ? [/** @type {[string, Declared]} */ ([name, used])] : [];
   });
   if (!declared.length) return;
   if (copiesOptions()) for (const [name] of declared) keepHiddenLive(node, ownWidget(node, name));
-  const unused = () => declared.filter(([name, used]) => !isUsed(node, name, used)).map(([name]) => name);
+  const unused = () => declared.filter(([name, used]) => !mustBeSeen(node, name, used)).map(([name]) => name);
   const own = declared.map(([name]) => ownWidget(node, name)).filter(Boolean);
   const apply = () => hideWidgets(node, own, unused(), false);
   const deciding = new Set(declared.flatMap(([name, used]) => [name, ...used.if.map(({ setting }) => setting)]));
@@ -42,7 +38,7 @@ export function showUsed(node) {
  * @param {string} name
  * @param {Declared} used
  */
-function isUsed(node, name, used) {
+function mustBeSeen(node, name, used) {
   if (used.ignored_with && isLinked(node, used.ignored_with)) return false;
   const own = ownWidget(node, name);
   if (isLinked(node, name) || (used.unused !== null && own?.value !== used.unused)) return true;

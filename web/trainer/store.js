@@ -38,8 +38,8 @@ export function createStore(api) {
   const listeners = new Set();
   const tell = onceAFrame(() => listeners.forEach((listener) => listener()));
   /** @type {Set<(run: Run, begins: boolean) => void>} Called when a run is queued or begins, and when it ends. */
-  const turns = new Set();
-  let isListed = false; // until the first list is here, a run that appears is no turn: it began before
+  const watchers = new Set();
+  let isListed = false; // the runs of the first list began before the page was opened
   let waitingPrompts = 0; // in ComfyUI's queue
 
   /** @param {string} path */
@@ -71,7 +71,7 @@ export function createStore(api) {
     const run = { ...before, ...values, revision: before.revision + 1 };
     runs.set(run.run_name, run);
     tell();
-    if (isListed && isUnderWay(run) !== isUnderWay(before)) turns.forEach((turn) => turn(run, isUnderWay(run)));
+    if (isListed && isUnderWay(run) !== isUnderWay(before)) watchers.forEach((call) => call(run, isUnderWay(run)));
     return run;
   }
 
@@ -179,10 +179,10 @@ export function createStore(api) {
     post,
     runPath,
     /**
-     * Call `turn` when a run is queued or begins, and when it ends.
-     * @param {(run: Run, begins: boolean) => void} turn
+     * Call `call` when a run is queued or begins, and when it ends.
+     * @param {(run: Run, begins: boolean) => void} call
      */
-    onTurn: (turn) => turns.add(turn),
+    onBeginOrEnd: (call) => watchers.add(call),
     /** @returns {Run[]} Newest first. */
     list: () => [...runs.values()],
     /** @param {string} name @returns {Run|undefined} */

@@ -33,6 +33,12 @@ export function rootOf(node) {
   return node.graph?.rootGraph ?? node.graph;
 }
 
+/** The server's declarations of a node's inputs by name. @param {any} node @returns {Record<string, any>} */
+export function inputsOf(node) {
+  const { input = {} } = node.constructor.nodeData ?? {};
+  return { ...input.required, ...input.optional };
+}
+
 /** A node's own widget with this name. @param {any} node @param {string} name */
 export function ownWidget(node, name) {
   return (node?.widgets ?? []).find((/** @type {any} */ each) => each.name === name);

@@ -5,6 +5,7 @@
  */
 import { element } from "./dom.js";
 import { chooseInCombo, toast } from "./graph.js";
+import { addButton } from "./node_parts.js";
 import { t } from "./words.js";
 
 /**
@@ -15,8 +16,7 @@ import { t } from "./words.js";
  */
 export function attachUpload(node, name, app, api) {
   const input = element("input", { type: "file", accept: "image/*", on: { change: upload } });
-  const button = node.addWidget("button", t("Upload a picture…"), null, () => input.click(), { serialize: false });
-  button.serialize = false; // not in the saved graph
+  addButton(node, t("Upload a picture…"), () => input.click());
 
   async function upload() {
     const body = new FormData();
