@@ -92,3 +92,18 @@ def test_a_run_waits_until_everything_is_on_the_disk(
     assert len(queued) == 3
     assert all(re.search(r"Not started: |/slow/captions .*404", each) for each in page.problems)
     page.problems.clear()  # ComfyUI and the browser log what was refused
+
+
+def test_a_dropped_folder_that_cannot_be_read_is_told(open_page: OpenPage):
+    page = open_page()
+    page.tab_button("qwen-edit-pairs").click()
+    page.page.locator(".qet-pairs").evaluate(
+        """root => {
+            const createReader = () => ({ readEntries: (found, failed) => failed(new DOMException("", "NotFoundError")) });
+            const entry = { isFile: false, isDirectory: true, name: "gone", createReader };
+            const items = [{ kind: "file", webkitGetAsEntry: () => entry }];
+            const drop = new Event("drop", { bubbles: true });
+            root.dispatchEvent(Object.assign(drop, { dataTransfer: { files: [], items, types: ["Files"] } }));
+        }"""
+    )
+    expect(page.page.get_by_text("A dropped file or folder can't be read, so nothing was uploaded.")).to_be_visible()

@@ -115,8 +115,9 @@ export function acceptDrops(root, onFiles, onUseless) {
     async drop(/** @type {DragEvent} */ event) {
       rest();
       const side = zoneOf(event)?.dataset.side ?? "auto";
-      const files = event.dataTransfer ? await filesOf(event.dataTransfer) : [];
-      if (files.length) give(side, files, onFiles);
+      const files = event.dataTransfer ? await filesOf(event.dataTransfer).catch(() => undefined) : [];
+      if (!files) onUseless(t("A dropped file or folder can't be read, so nothing was uploaded. Drop them again."));
+      else if (files.length) give(side, files, onFiles);
       else onUseless(t("Nothing in there is a file. Save the pictures first, and drop the files."));
     },
   };
