@@ -99,7 +99,8 @@ def test_a_dropped_folder_that_cannot_be_read_is_told(open_page: OpenPage):
     page.tab_button("qwen-edit-pairs").click()
     page.page.locator(".qet-pairs").evaluate(
         """root => {
-            const createReader = () => ({ readEntries: (found, failed) => failed(new DOMException("", "NotFoundError")) });
+            const readEntries = (_found, failed) => failed(new DOMException("", "NotFoundError"));
+            const createReader = () => ({ readEntries });
             const entry = { isFile: false, isDirectory: true, name: "gone", createReader };
             const items = [{ kind: "file", webkitGetAsEntry: () => entry }];
             const drop = new Event("drop", { bubbles: true });
