@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from playwright.sync_api import expect
 
 from tests.support.browser_page import ComfyPage
+from tests.support.comfyui_server import PackServer
+from tests.support.pairs_panel import open_short_path
 
 from .conftest import OpenPage
 
@@ -102,3 +106,21 @@ def says_once_each_what_concerns_our_nodes(page: ComfyPage):
         ("2:3", ['image is "a.png", which is not one of its choices. It may be missing on this machine.']),
     ]
     assert page.page.evaluate(f"async () => (await {module}).refused(undefined)") == []
+
+
+def test_a_run_that_fails_before_it_has_a_folder_leaves_no_trace(open_page: OpenPage, demo_server: PackServer):
+    """The page shows it while it is queued. Asking for it later would be an error on the console."""
+    for side in ("reference", "target"):
+        (demo_server.input / "silent" / side).mkdir(parents=True)
+        shutil.copy(demo_server.input / "demo" / side / "00_chelsea.png", demo_server.input / "silent" / side)
+    page = open_page()
+    open_short_path(page)
+    page.set_widgets("EditPairs", data_set="silent")
+    page.set_widgets("Train", run_name="never")
+    page.open_panel()
+    page.run()
+    expect(page.page.locator(".qet-notice")).to_contain_text("1 pair without an instruction (00_chelsea).")
+    expect(
+        page.panel.get_by_role("heading", name="Runs", exact=True)
+    ).to_be_visible()  # the list, and no longer the run
+    page.page.wait_for_timeout(500)

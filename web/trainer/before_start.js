@@ -193,6 +193,7 @@ function createBox(node, { app, api, store, soon }) {
 
   whenGone(node, store.subscribe(paint));
   show(undefined);
+  wait(); // for the first answer
   return {
     element: box,
     ask,
@@ -210,9 +211,7 @@ function factsOf(answer) {
 
 /** @param {Answer} answer */
 function headline(answer) {
-  const count = answer.problems.length;
-  if (count === 1) return t("Not ready");
-  if (count) return t("Not ready: {count} problems", { count });
+  if (answer.problems.length) return t("Not ready");
   const facts = factsOf(answer);
   if (facts.finished) return t("Already trained. Run shows the result again.");
   if (facts.time) {

@@ -105,7 +105,10 @@ export function createStore(api) {
   async function readList() {
     const listed = (await get("/runs")).runs;
     const names = new Set(listed.map((/** @type {Run} */ run) => run.run_name));
-    [...runs.keys()].filter((name) => !names.has(name)).forEach((name) => runs.delete(name));
+    for (const name of [...runs.keys(), ...loaded].filter((name) => !names.has(name))) {
+      runs.delete(name);
+      loaded.delete(name); // it was queued, and ended before it had a folder
+    }
     const order = new Map();
     listed.forEach((/** @type {Run} */ run) => order.set(run.run_name, merge(run)));
     runs.clear();
@@ -171,6 +174,8 @@ export function createStore(api) {
     refresh,
     /** Load a run, unless it is loaded, being loaded or waiting for a retry. @param {string} name */
     want(name) {
+      const run = runs.get(name);
+      if (run?.state === "queued" && !run.num_steps) return; // it has no folder, and may never have one
       if (!loaded.has(name) && !waiting.has(name)) load(name);
     },
     /** Error message of the list request or of a run's request. @param {string} [name] The run. */
