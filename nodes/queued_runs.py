@@ -7,7 +7,7 @@ from typing import Any
 
 from ..trainer_core.errors import ConfigError
 from . import host_folders, host_server
-from .active_runs import has_ended
+from .active_runs import active_runs, has_ended
 from .raw_values import entries, needed_by
 from .training import TRAININGS
 from .untrusted import checked_run_name, free_name
@@ -17,6 +17,7 @@ def queued_runs() -> list[dict[str, Any]]:
     """Run name and training node of each training in the queue that has not begun, the next one first."""
     running, waiting = host_server.queued_prompts()
     ended = host_server.ended_nodes() if running else set[str]()
+    ended |= {str(run["node_id"]) for run in active_runs() if run["state"] == "training"}  # maybe under another name
     found: dict[str, dict[str, Any]] = {}
     for queued in (*running, *waiting):
         for name, node_id in _trainings(queued.prompt, needed_by(queued.prompt, *queued.outputs)):

@@ -39,7 +39,7 @@ class Beginner:
         self.fields += 1
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def new_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackServer]:
     """A server with this pack and nothing else: no pictures, no models, no runs, ComfyUI's own settings."""
     with PackServer(tmp_path_factory.mktemp("beginner"), name=PACK_NAME) as server:

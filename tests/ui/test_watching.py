@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from playwright.sync_api import Locator, expect
 
 from tests.support.browser_page import ComfyPage
 from tests.support.comfyui_server import PackServer
+from tests.support.pairs_panel import open_short_path
 
 from .conftest import OpenPage
 
@@ -83,6 +86,27 @@ def test_a_training(renderer: str, palette: str, open_page: OpenPage, demo_serve
     assert [run["state"] for run in demo_server.get("/qwen_edit_trainer/runs")["runs"] if run["run_name"] == name] == [
         "kept"
     ]
+
+
+def test_a_new_name_is_shown(open_page: OpenPage):
+    """The second run gets a number, since its settings differ: the panel and the node follow it, also when it ended."""
+    page = open_page()
+    open_short_path(page)
+    page.set_widgets("EditPairs", data_set="demo")
+    page.set_widgets("Train", run_name="again", max_train_steps=2)
+    page.open_panel()
+    page.run()
+    expect(page.node_view.locator(".qet-badge")).to_have_text("finished")
+    expect(page.panel.get_by_role("heading", name="again", exact=True)).to_be_visible()
+    page.set_widgets("Train", max_train_steps=3)
+    page.run()
+    expect(page.panel.get_by_role("heading", name="again-2", exact=True)).to_be_visible()
+    expect(page.panel.locator(".qet-badge:visible")).to_have_text("finished")
+    expect(page.node_view).to_contain_text("step 3 of 3")
+    page.panel.locator(".qet-back").click()
+    expect(page.panel.locator(".qet-run", has_text="again")).to_have_text(
+        [re.compile("again-2.*finished"), re.compile("again.*finished")]
+    )
 
 
 def view_height(page: ComfyPage) -> float:

@@ -59,14 +59,16 @@ export function attachView(node, { app, store, onPick, first, last }) {
 }
 
 /**
- * The queued or active run of this node, whose name may have a number appended, or else the run with the name in its
- * widget.
+ * The queued or active run of this node, or else the newest one with the name in its widget. The name may have a number
+ * appended if the node chooses a new one.
  * @param {any} node
  * @param {Store} store
  * @returns {Run|undefined}
  */
 export function runOf(node, store) {
   const name = String(widget(node, "run_name")?.value ?? "");
-  const mine = store.list().find((run) => isUnderWay(run) && hasId(node, run.node_id) && run.run_name.startsWith(name));
-  return mine ?? store.find(name);
+  const runs = store.list();
+  const mine = runs.find((run) => isUnderWay(run) && hasId(node, run.node_id) && run.run_name.startsWith(name));
+  if (mine || !String(widget(node, "if_run_exists")?.value).includes("new")) return mine ?? store.find(name);
+  return runs.find((run) => run.run_name.startsWith(name) && /^(-\d+)?$/.test(run.run_name.slice(name.length)));
 }
