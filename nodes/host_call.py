@@ -137,11 +137,13 @@ def long_call(
             torch.inference_mode(mode=False),
             torch.enable_grad(),
         ):
-            yield observer
+            try:
+                yield observer
+            finally:  # while the run is listed, so that it is not taken for a queued one in between
+                if run_name:
+                    note_ended(executing_prompt(), executing_node())
     finally:
         free_memory()
-        if run_name:
-            note_ended(executing_prompt(), executing_node())
         for name in filter(None, (run_name, *waiting)):
             send_message(RUN_MESSAGE, {"run_name": name, "active": False})  # the run folder says how it ended
 

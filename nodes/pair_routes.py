@@ -10,7 +10,7 @@ GET  /qwen_edit_trainer/data_sets/{set}/pictures/{side}/{file}?edge=256&v=VERSIO
 POST /qwen_edit_trainer/data_sets/{set}/pictures?side=SIDE&name=FILE    add the picture, caption or ZIP file in the body
 POST /qwen_edit_trainer/data_sets/{set}/captions  {"captions": {key: text}} or {"all": text}
 POST /qwen_edit_trainer/data_sets/{set}/match     {"pairs": [{"reference", "target", "side"?}]}
-POST /qwen_edit_trainer/data_sets/{set}/swap      {"keys": [...] or null}
+POST /qwen_edit_trainer/data_sets/{set}/swap      {"keys": [...] or null, "captions_back": [...]}
 POST /qwen_edit_trainer/data_sets/{set}/hold_out  {"keys": [...], "held_out": true}
 POST /qwen_edit_trainer/data_sets/{set}/delete    {"pictures": [{"side", "file"}]}
 POST /qwen_edit_trainer/data_sets/{set}/restore   {"undo": token}
@@ -281,8 +281,9 @@ def _match(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _swap(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:
-    changes.swap_sides(data_set, None if body.get("keys", ()) is None else _texts(body, "keys"))
-    return {}
+    keys = None if body.get("keys", ()) is None else _texts(body, "keys")
+    back = _texts(body, "captions_back") if "captions_back" in body else ()
+    return {"captions_came": changes.swap_sides(data_set, keys, back)}
 
 
 def _hold_out(data_set: DataSet, body: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def queued_runs() -> list[dict[str, Any]]:
         for name, node_id in _trainings(queued.prompt, needed_by(queued.prompt, *queued.outputs)):
             is_over = queued in running and (node_id in ended or has_ended(queued.id, node_id))
             if not is_over:
-                found.setdefault(name, {"run_name": name, "node_id": node_id})
+                found.setdefault(name, {"run_name": name, "node_id": node_id, "has_graph": True})
     return list(found.values())
 
 

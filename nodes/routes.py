@@ -89,11 +89,7 @@ def _current() -> dict[str, dict[str, Any]]:
 def _list_runs(_request: web.Request) -> web.Response:
     listed = [run_view.summary(folder) for folder in all_runs()]
     known, current = {run["run_name"] for run in listed}, _current()
-    starting = [
-        {**_summary({**_NO_STEP, "run_name": name}, run), "has_graph": bool(graph_of(name))}
-        for name, run in current.items()
-        if name not in known
-    ]
+    starting = [_summary({**_NO_STEP, "run_name": name}, run) for name, run in current.items() if name not in known]
     return json_answer({"runs": [*starting, *(_summary(run, current.get(run["run_name"])) for run in listed)]})
 
 

@@ -274,11 +274,15 @@ def test_refusals_say_what_to_do(tmp_path: Path):
     )
     assert "Notes" not in said
     assert read_data_set(turned).looks_swapped
-    changes.swap_sides(turned, None)  # as it says
+    came = changes.swap_sides(turned, None)  # as it says
     assert not read_data_set(turned).looks_swapped
     assert [pair.captions for pair in pairs_of(turned, "").pairs] == [("words",), ("words",)]
     changes.swap_sides(turned, None)
     assert sorted(path.name for path in turned.folder("target").glob("*.txt")) == ["a.txt", "b.txt"]
+    changes.swap_sides(turned, None)
+    changes.swap_sides(turned, None, came)  # undone
+    assert sorted(path.name for path in turned.folder("reference").glob("*.txt")) == ["a.txt", "b.txt"]
+    assert read_data_set(turned).looks_swapped
     turned = made(tmp_path, "a", "b", name="unlike")
     text(turned.folder("target") / "a.txt", "words")
     assert "1 pair without an instruction (b)" in refused(turned)

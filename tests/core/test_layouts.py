@@ -198,7 +198,7 @@ def test_targets_that_endings_do_not_explain_get_their_own_lines(root: Path) -> 
         (root / "reference" / f"{key}.png").unlink()
     first, *others = scan_folders(config(root)).problems
     assert "1 reference named like targets except for an ending (000_start.png)" in first
-    assert [each.partition(": its reference,")[0] for each in others] == [
+    assert [each.partition(": there is no reference")[0] for each in others] == [
         str(root / "target" / f"{key}.png") for key in KEYS[1:]
     ]
 

@@ -65,7 +65,10 @@ def test_what_overrides_the_preset(found: dict[str, Any]) -> None:
 def test_a_short_run_shortens_the_presets_warm_up(found: dict[str, Any]) -> None:
     each = found["others"]["quality"]
     assert (each["steps"], each["warmup"]) == (50, 5)
-    assert "lr_warmup_steps is 5, set by Train Qwen Edit LoRA. The preset has 100." in each["overridden"]
+    assert (
+        "lr_warmup_steps is 5, set by max_train_steps of Train Qwen Edit LoRA. The preset has 100."
+        in each["overridden"]
+    )
 
 
 def test_the_nodes_are_called_so(found: dict[str, Any]) -> None:

@@ -116,12 +116,13 @@ def thin() -> AutoencoderKLQwenImage:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_tiles_give_the_whole_picture(
-    thin: AutoencoderKLQwenImage, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    thin: AutoencoderKLQwenImage, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the seams too. In float64 this fails if a margin is one latent too narrow."""
-    vae = copy.deepcopy(thin).to(dtype)
+    """At the seams too. In float64 this fails if a margin is one latent too narrow. The others differ by less than the
+    rounding of the whole picture, which depends on the convolutions that a processor and its number of threads get."""
+    vae, precise = copy.deepcopy(thin).to(dtype), copy.deepcopy(thin).double()
     latents = torch.randn(1, 16, 1, *SIZE, generator=torch.Generator().manual_seed(2)).to(dtype)
     pixels = torch.rand(2, 3, 1, *(8 * side for side in SIZE), generator=torch.Generator().manual_seed(3)).to(dtype)
     for call, x in ((decode_raw, latents), (encode_raw, pixels)):
@@ -133,7 +134,10 @@ def test_tiles_give_the_whole_picture(
         monkeypatch.undo()
         assert tiles.number == 1 + 3 * 3
         assert whole.float().std() > 0.01 and tiled.shape == whole.shape
-        assert (tiled.float() - whole.float()).abs().max() < tolerance * whole.float().abs().max()
+        exact = call(precise, x.double())
+        rounding = (whole - exact).abs().max()
+        largest = exact.abs().max()
+        assert (tiled.double() - whole.double()).abs().max() < min(rounding, 2e-2 * largest) + 1e-9 * largest
 
 
 class Counted:

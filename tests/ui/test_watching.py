@@ -89,7 +89,7 @@ def test_a_training(renderer: str, palette: str, open_page: OpenPage, demo_serve
 
 
 def test_a_new_name_is_shown(open_page: OpenPage):
-    """The second run gets a number, since its settings differ: the panel and the node follow it, also when it ended."""
+    """The second run gets a number, since its settings differ: the panel and the node show it, also when it has ended."""
     page = open_page()
     open_short_path(page)
     page.set_widgets("EditPairs", data_set="demo")
@@ -103,6 +103,9 @@ def test_a_new_name_is_shown(open_page: OpenPage):
     expect(page.panel.get_by_role("heading", name="again-2", exact=True)).to_be_visible()
     expect(page.panel.locator(".qet-badge:visible")).to_have_text("finished")
     expect(page.node_view).to_contain_text("step 3 of 3")
+    page.set_widgets("Train", max_train_steps=2)
+    page.run()
+    expect(page.node_view).to_contain_text("step 2 of 2")  # the first run again, which has nothing left to do
     page.panel.locator(".qet-back").click()
     expect(page.panel.locator(".qet-run", has_text="again")).to_have_text(
         [re.compile("again-2.*finished"), re.compile("again.*finished")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -147,10 +147,11 @@ def free_stem(stem: str, taken: set[str]) -> str:
     return next(candidate for candidate in numbered(stem) if same_stem(candidate) not in taken)
 
 
-def swap_sides(data_set: DataSet, keys: Sequence[str] | None) -> None:
+def swap_sides(data_set: DataSet, keys: Sequence[str] | None, captions_back: Collection[str] = ()) -> list[str]:
     """Exchange target and first reference of these pairs, or of all.
 
-    A caption stays beside the target. One that lies beside the reference alone comes along with its picture.
+    A caption stays beside the target. One that lies beside the reference alone comes along with its picture; the keys
+    of these are returned. To undo the swap, give them as `captions_back`.
 
     Raises:
         NotFoundError: a key has no such pair.
@@ -163,6 +164,7 @@ def swap_sides(data_set: DataSet, keys: Sequence[str] | None) -> None:
     there, here = target.root.name, reference.root.name
     aside = f"{TRASH}/{secrets.token_hex(8)}/{there}"
     phases: tuple[list[Move], list[Move], list[Move]] = ([], [], [])
+    came: list[str] = []
     for key in sorted(both if keys is None else set(keys)):
         old, new = target.pictures[key], reference.pictures[key]
         target_name = old.relative_to(target.root).with_suffix("").as_posix()
@@ -174,10 +176,15 @@ def swap_sides(data_set: DataSet, keys: Sequence[str] | None) -> None:
         if text is None and (other := reference.texts.get(key)) is not None:
             name = other.relative_to(reference.root).as_posix()
             phases[1].append((f"{here}/{name}", f"{there}/{target_name}{other.suffix}"))
-        if text is not None and text.stem == old.name and old.suffix != new.suffix:  # 000.png.txt
+            came.append(key)
+        elif text is not None and key in captions_back and key not in reference.texts:
+            name = text.relative_to(target.root).as_posix()
+            phases[1].append((f"{there}/{name}", f"{here}/{reference_name}{text.suffix}"))
+        elif text is not None and text.stem == old.name and old.suffix != new.suffix:  # 000.png.txt
             name = text.relative_to(target.root).as_posix()
             phases[2].append((f"{there}/{name}", f"{there}/{target_name}{text.suffix}"))
     move_all(data_set, phases)
+    return came
 
 
 def hold_out(data_set: DataSet, keys: Sequence[str], *, held_out: bool) -> None:

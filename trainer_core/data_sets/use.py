@@ -83,7 +83,7 @@ def pairs_of(
     scan = scan_folders(_config(data_set, instruction), observer, checked_dir=checked_dir)
     problems += scan.problems
     if problems:
-        notes = () if is_swapped else scan.notes  # else they would tell the same again
+        notes = () if is_swapped else scan.notes  # they would tell the same again; others wait until it is mended
         raise DatasetError(f"The data set {name} has {to_fix(len(problems))}", problems, (*data_set.notes, *notes))
     marked &= {pair.key for pair in scan.dataset.pairs}
     return dataclasses.replace(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..packages import explained_imports
 from ..rng import stream
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def build_text_encoder(config_dir: Path) -> Qwen2_5_VLForConditionalGeneration:
     Weights depend only on the seed and the parameter names, not on the platform or the version of transformers. They
     are uniform draws, scaled to a standard deviation that depends on the fan-in; norms are one and biases zero.
     """
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    with explained_imports("transformers"):
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     config = Qwen2_5_VLConfig(**json.loads((config_dir / "config.json").read_text(encoding="utf-8")))
     seed = int(json.loads((config_dir / "seed.json").read_text(encoding="utf-8"))["seed"])

@@ -131,4 +131,5 @@ def verdict(plan: MemoryPlan, budget: Budget) -> str:
     """A sentence that says whether the plan fits, with the numbers."""
     margin = (plan.needed_device_bytes - plan.device_peak_bytes) / GIB
     fits = "fits" if budget.holds(plan) else "does not fit"
-    return f"The run {fits}: it needs {budget.beside(plan)}, with a margin of {margin:.1f} GiB."
+    kind = "RAM" if budget.is_shared else "VRAM"
+    return f"The run {fits}: it needs {budget.beside(plan)}. {margin:.1f} GiB of the {kind} are a margin."

@@ -52,14 +52,14 @@ function ofSet(store, set, inGraph) {
     if (!pairs.length && !after) {
       return line(
         t("{count} before, none after.", { count: unmatched.length }),
-        t("Drop their partners into After."),
+        unmatched.length === 1 ? t("Drop its partner into After.") : t("Drop their partners into After."),
         "after",
       );
     }
     if (!pairs.length && after === unmatched.length) {
       return line(
         t("{count} after, none before.", { count: after }),
-        t("Drop their partners into Before."),
+        after === 1 ? t("Drop its partner into Before.") : t("Drop their partners into Before."),
         "before",
       );
     }

@@ -273,9 +273,10 @@ export function createStore(api, onChange) {
     match: (pairs) => click("match", { pairs: pairs.map(({ reference, target }) => ({ reference, target })) }),
     /** @param {string[]|null} keys Null for all. */
     swap(keys) {
-      const act = () => change("swap", { keys });
-      const undo = keys ? undefined : { text: t("Before and after swapped in all pairs."), act };
-      return click("swap", { keys }, () => undo);
+      const text = t("Before and after swapped in all pairs.");
+      return click("swap", { keys }, ({ captions_came: captions_back }) =>
+        keys ? undefined : { text, act: () => change("swap", { keys, captions_back }) },
+      );
     },
     /** @param {string} key @param {boolean} held_out */
     holdOut: (key, held_out) => click("hold_out", { keys: [key], held_out }),

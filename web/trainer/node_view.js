@@ -15,6 +15,7 @@ import { t } from "./words.js";
  */
 
 const HEIGHT = 294; // pixels, also before there is a curve or a picture, so that the node never grows over others
+const NUMBER = /^(-([2-9]|[1-9]\d{1,3}))?$/; // that a name may have got
 const REPORT = 80; // pixels more for the report of a run that has ended, which would squeeze the chart
 
 /**
@@ -51,16 +52,26 @@ export function attachView(node, { app, store, onPick, first, last }) {
     run = next;
   }
 
-  const name = widget(node, "run_name");
-  if (name) chain(name, "callback", paint);
+  for (const name of ["run_name", "if_run_exists"]) {
+    const found = widget(node, name);
+    if (found) chain(found, "callback", paint);
+  }
   chain(node, "onConfigure", paint);
+  chain(node, "onExecuted", (/** @type {any} */ output) => {
+    const name = output?.qwen_edit_run?.[0]?.run_name;
+    if (name) outputs.set(node, name);
+    paint();
+  });
   whenGone(node, store.subscribe(paint));
   paint();
 }
 
+/** @type {WeakMap<any, string>} The run that a node has output last. */
+const outputs = new WeakMap();
+
 /**
- * The queued or active run of this node, or else the newest one with the name in its widget. The name may have a number
- * appended if the node chooses a new one.
+ * The queued or active run of this node, or else the one that it has output last, or else the newest one with the name
+ * in its widget. The name may have a number appended if the node chooses a new one.
  * @param {any} node
  * @param {Store} store
  * @returns {Run|undefined}
@@ -70,5 +81,9 @@ export function runOf(node, store) {
   const runs = store.list();
   const mine = runs.find((run) => isUnderWay(run) && hasId(node, run.node_id) && run.run_name.startsWith(name));
   if (mine || !String(widget(node, "if_run_exists")?.value).includes("new")) return mine ?? store.find(name);
-  return runs.find((run) => run.run_name.startsWith(name) && /^(-\d+)?$/.test(run.run_name.slice(name.length)));
+  const fitting = runs.filter((run) => run.run_name.startsWith(name) && NUMBER.test(run.run_name.slice(name.length)));
+  return (
+    fitting.find((run) => run.run_name === outputs.get(node)) ??
+    fitting.find((run) => run.run_name === name || !isUnderWay(run)) // else it is another node's
+  );
 }

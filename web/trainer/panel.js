@@ -55,7 +55,7 @@ export function createPanel(app, api, store) {
 
   store.onBeginOrEnd((run, begins) => {
     const current = selected === undefined ? undefined : store.find(selected);
-    // A run that begins without having been queued has got a number: `current` is what the queue called it.
+    // A run that begins without having been queued has another name than the queue knew, such as one with a number.
     if (begins && (run.active || !(current && isUnderWay(current)))) select(run.run_name);
     if (!begins && document.hidden && mayNotify()) {
       new Notification(t("{name}: {state}", { name: run.run_name, state: format.state(run) }));

@@ -67,11 +67,13 @@ export function createStore(api) {
 
   /** @param {any} values */
   function merge(values) {
-    const before = runs.get(values.run_name) ?? { state: "started", step: 0, num_steps: 0, loss: null, revision: 0 };
+    const none = { active: false, state: "started", step: 0, num_steps: 0, loss: null, revision: 0 };
+    const before = runs.get(values.run_name) ?? none;
     const run = { ...before, ...values, revision: before.revision + 1 };
     runs.set(run.run_name, run);
     tell();
-    if (isListed && isUnderWay(run) !== isUnderWay(before)) watchers.forEach((call) => call(run, isUnderWay(run)));
+    const hasTurned = isUnderWay(run) ? !isUnderWay(before) : before.active; // the queue may call a run otherwise
+    if (isListed && hasTurned) watchers.forEach((call) => call(run, isUnderWay(run)));
     return run;
   }
 
@@ -106,8 +108,9 @@ export function createStore(api) {
     const listed = (await get("/runs")).runs;
     const names = new Set(listed.map((/** @type {Run} */ run) => run.run_name));
     for (const name of [...runs.keys(), ...loaded].filter((name) => !names.has(name))) {
-      runs.delete(name);
-      loaded.delete(name); // it was queued, and ended before it had a folder
+      runs.delete(name); // it ended before it had a folder
+      loaded.delete(name);
+      failures.delete(name);
     }
     const order = new Map();
     listed.forEach((/** @type {Run} */ run) => order.set(run.run_name, merge(run)));
@@ -131,7 +134,7 @@ export function createStore(api) {
     const request = () =>
       readRun(name).catch((error) => {
         loaded.delete(name);
-        throw error;
+        if (runs.has(name)) throw error;
       });
     return attempt(name, request, tell); // a view that still shows the run calls `want` again
   }
