@@ -89,7 +89,7 @@ def test_a_training(renderer: str, palette: str, open_page: OpenPage, demo_serve
 
 
 def test_a_new_name_is_shown(open_page: OpenPage):
-    """The second run gets a number, since its settings differ: the panel and the node show it, also when it has ended."""
+    """A second run with other settings gets a number: the panel and the node show it, also when it has ended."""
     page = open_page()
     open_short_path(page)
     page.set_widgets("EditPairs", data_set="demo")
