@@ -88,14 +88,15 @@ class SampleReport:
             "without the LoRA": self.psnr_base,
             "with it": self.psnr_lora,
             "with its EMA": self.psnr_ema,
-            "at best": self.psnr_vae,
+            "possible": self.psnr_vae,
         }
         found: list[str] = []
         if psnr := ", ".join(f"{value:.1f} dB {name}" for name, value in ratios.items() if value is not None):
             found.append(f"Likeness to the targets (PSNR, higher is better): {psnr}")
         if self.drift_shift is not None:
             found.append(
-                f"Drift outside the edit: {self.drift_shift:.2f} px, {self.drift_zoom:.2f} % zoom, "
+                f"Drift, the change outside the edit (less is better): {self.drift_shift:.2f} px, "
+                f"{self.drift_zoom:.2f} % zoom, "
                 f"{self.drift_colour:.1f} of 255 in colour"
             )
         if self.unmeasured:

@@ -270,7 +270,7 @@ def test_refusals_say_what_to_do(tmp_path: Path):
         text(turned.folder("reference") / f"{key}.txt", "words")
     said = refused(turned)
     assert (
-        "Before and after look swapped: the captions are beside the pictures before (a, b). If so, press Swap" in said
+        "Before and after look swapped: the instructions are beside the pictures before the edit (a, b). If so" in said
     )
     assert "Notes" not in said
     assert read_data_set(turned).looks_swapped
@@ -291,7 +291,7 @@ def test_refusals_say_what_to_do(tmp_path: Path):
     text(mine.folder("target") / "b.png", "no picture")
     said = refused(mine)
     assert "2 problems" in said
-    assert "1 pair without an instruction (b). Open the side panel Edit pairs and write what the edit does" in said
+    assert "1 pair without an instruction (b). In the side panel Edit pairs, write what the edit does" in said
     assert "b.png: this file is damaged or not a supported picture" in said
     assert "caption_strategy" not in said
 

@@ -39,7 +39,7 @@ def test_a_known_drift_is_in_every_report(
     assert samples is not None and samples.drift_shift is not None
     assert samples.drift_shift == pytest.approx(5**0.5, abs=0.3)
     assert samples.drift_colour == pytest.approx(float(target.mean()) * 25.5, abs=8)
-    assert f"Drift outside the edit: {samples.drift_shift:.2f} px, " in samples.as_text()
+    assert f"Drift, the change outside the edit (less is better): {samples.drift_shift:.2f} px, " in samples.as_text()
     first, last = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert "drift_shift" not in first
     assert {name: last[name] for name in samples.drift()} == samples.drift()

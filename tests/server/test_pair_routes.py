@@ -182,7 +182,7 @@ def test_no_instruction(studio: PackServer):
     for side in ("before", "after"):
         add(studio, "silent", f"a_{side}.png", picture(len(side)))
     said = error_of(studio.wait(studio.queue(node(data_set="silent"))))["exception_message"]
-    assert "1 pair without an instruction (a). Open the side panel Edit pairs and write what the edit does" in said
+    assert "1 pair without an instruction (a). In the side panel Edit pairs, write what the edit does" in said
     studio.run(node(data_set="silent", instruction="turn it blue"))
 
 

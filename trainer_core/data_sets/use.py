@@ -69,15 +69,15 @@ def pairs_of(
         if without:
             if is_swapped := captions_beside_references(target, reference):
                 said = (
-                    f"Before and after look swapped: the captions are beside the pictures before ({some_of(without)})."
+                    "Before and after look swapped: the instructions are beside the pictures before the edit "
+                    f"({some_of(without)})."
                 )
-                advice = "If so, press Swap all in the side panel Edit pairs. If not, write the instruction there"
+                advice = "If so, press Swap all in the side panel Edit pairs. If not, write there what the edit does"
             else:
                 said = f"{counted(len(without), 'pair')} without an instruction ({some_of(without)})."
-                advice = "Open the side panel Edit pairs and write what the edit does"
+                advice = "In the side panel Edit pairs, write what the edit does"
             problems.append(
-                f"{said} {advice}, one for all pairs or one for each. Or write one for all into the field instruction "
-                "of the node Edit Pairs."
+                f"{said} {advice}, for all pairs or for each. Or write it for all pairs into the node Edit Pairs."
             )
             instruction = "-"  # so that the scan below finds the problems of the pictures
     scan = scan_folders(_config(data_set, instruction), observer, checked_dir=checked_dir)

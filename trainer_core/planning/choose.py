@@ -26,8 +26,8 @@ _CUDA_CONTEXT = int(0.6 * GIB)  # device memory that CUDA itself uses
 SMALLER_PRECISIONS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "nf4-bnb")
 _SMALLER_SIDES = (1024, 768, 512)
 _WHERE_RESOLUTION_IS = (
-    "resolution is in Qwen Edit More Settings and in Encode Edit Pairs. match_target_res is in Encode Edit Pairs; most "
-    "presets turn it on"
+    "resolution is in Encode Edit Pairs or, in graphs without that node, in Qwen Edit More Settings. match_target_res "
+    "is in Encode Edit Pairs; most presets turn it on"
 )
 
 
