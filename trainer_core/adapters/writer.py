@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config import LayerPrefix, LoraConfig, LoraType, TrainConfig, digest, resume_key
 from ..errors import ExportError
 from ..files import read_tensors, write_tensors, written_beside
+from ..packages import explained_imports
 from ..qwen_image.flavours import FLAVOURS
 from ..text import shown
 from .reader import LORA_TYPE, AdapterPart, Kronecker, LowRank, adapter_parts
@@ -157,7 +158,8 @@ def read_with_diffusers(path: Path) -> dict[str, Tensor]:
     Raises:
         ExportError: diffusers refuses the file.
     """
-    from diffusers.loaders import QwenImageLoraLoaderMixin
+    with explained_imports("diffusers"):
+        from diffusers.loaders import QwenImageLoraLoaderMixin
 
     load: Any = QwenImageLoraLoaderMixin.lora_state_dict
     try:

@@ -13,6 +13,7 @@ from ..device import free_bytes
 from ..errors import ModelFileError
 from ..events import SILENT, Observer, raise_if_stopped
 from ..memory.compilation import is_compiled
+from ..packages import explained_imports
 from ..settings import is_plain
 from ..text import brief, shown
 from .folder import read_json
@@ -50,7 +51,8 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     Raises:
         ModelFileError: the configuration can't be read, or a value has the wrong type.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    with explained_imports("diffusers"):
+        from diffusers import FlowMatchEulerDiscreteScheduler
 
     path = folder / "scheduler_config.json"
     stored = read_json(path) if path.is_file() else {}

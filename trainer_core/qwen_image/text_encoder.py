@@ -19,6 +19,7 @@ from ..device import copied_to, free_bytes
 from ..errors import DatasetError, MissingPackageError
 from ..events import SILENT, Observer
 from ..memory.streaming import BlockStream
+from ..packages import explained_imports
 from ..precision.quantise import converter, quantise
 from ..text import brief
 from . import prompt
@@ -191,9 +192,10 @@ def _positions(each: _Prompt, length: int) -> Tensor:
 
 
 def _image_processor(folder: Path) -> Any:
-    try:
+    with explained_imports("transformers"):
         from transformers import Qwen2VLImageProcessor
 
+    try:
         if (config := folder / "preprocessor_config.json").is_file():
             with config_errors(config):
                 return Qwen2VLImageProcessor.from_pretrained(folder)

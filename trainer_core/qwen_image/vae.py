@@ -158,10 +158,9 @@ def _empty_for(weights: dict[str, Tensor], place: Path) -> tuple[AutoencoderKLQw
     """
     with explained_imports("diffusers"):
         from diffusers import AutoencoderKLQwenImage
-
-    if _WAN_MARK in weights:
         from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
+    if _WAN_MARK in weights:
         weights = convert_wan_vae_to_diffusers(weights)
     if _WIDTH_FROM not in weights or not weights[_WIDTH_FROM].ndim:
         lacks = f"{_WAN_MARK} and no {_WIDTH_FROM}"

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import OptimizerConfig, OptimizerName
 from ..errors import ConfigError, MissingPackageError
-from ..packages import check_package
+from ..packages import check_package, explained_imports
 
 Builder = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -45,7 +45,8 @@ def optimizer_builder(config: OptimizerConfig, device: torch.device) -> Builder:
                 )
             return partial(_library("bitsandbytes", config).optim.AdamW8bit, **adam)
         case "adafactor":  # Shazeer and Stern 2018
-            from transformers.optimization import Adafactor
+            with explained_imports("transformers"):
+                from transformers.optimization import Adafactor
 
             # Its own learning rates scale with the weights' size, so LoRA's B would hardly leave its initial zero.
             return partial(Adafactor, scale_parameter=False, relative_step=False, **rate_and_decay)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..config import RolloutConfig, RolloutSampler
+from ..packages import explained_imports
 from ..qwen_image.types import NoisyLatents
 from ..rng import stream
 from .objective import Penalty, velocity_loss
@@ -130,11 +131,16 @@ def integrate(
 
 def _scheduler(sampler: RolloutSampler, order: int):  # noqa: ANN202 - three classes of diffusers without a common type
     """A scheduler of diffusers for flow matching that does not lower its order in the last steps."""
-    import diffusers
+    with explained_imports("diffusers"):
+        from diffusers import (
+            DPMSolverMultistepScheduler,
+            FlowMatchEulerDiscreteScheduler,
+            UniPCMultistepScheduler,
+        )
 
     if sampler == "euler":
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
-    kind = {"unipc": diffusers.UniPCMultistepScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}[sampler]
+        return FlowMatchEulerDiscreteScheduler(shift=1.0)
+    kind = {"unipc": UniPCMultistepScheduler, "dpm": DPMSolverMultistepScheduler}[sampler]
     return kind(
         solver_order=order,
         prediction_type="flow_prediction",
