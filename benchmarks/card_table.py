@@ -148,6 +148,7 @@ def _settings(plan: dict[str, Any]) -> str:
         return "-"
     memory = plan["memory"]
     offload = ", activations offloaded" if memory["activation_offload"] else ""
+    offload += ", attention recomputed" if memory.get("recompute_attention") else ""
     text = f"{plan['precision']}, {plan['recomputed']} recomputed, {plan['streamed']} streamed{offload}"
     return f"{text}, compile_blocks {memory['compile_blocks']}; needs {plan['needed'] / GIB:.1f} GiB"
 

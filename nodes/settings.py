@@ -233,7 +233,7 @@ class MemorySettings(Node):
                 *setting_inputs(
                     MemoryConfig,
                     "memory gradient_checkpointing_blocks activation_offload blocks_to_stream stream_buffers "
-                    "compile_blocks vram_gib",
+                    "compile_blocks vram_gib recompute_attention",
                 ),
             ],
             outputs=[new_output(sockets.MemorySettings, "memory_settings", _FOR)],

@@ -11,7 +11,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from trainer_core.precision.frozen_norm import FrozenRMSNorm
-from trainer_core.qwen_image.frozen_forward import _joined
+from trainer_core.qwen_image.query_key import joined, rotated
 
 
 def norms(dtype: torch.dtype) -> tuple[RMSNorm, FrozenRMSNorm]:
@@ -90,18 +90,17 @@ def test_joining_first_is_bit_equal(dtype: torch.dtype, batch: int) -> None:
     gradient = torch.randn(batch, 4, 60, 128, dtype=dtype).transpose(1, 2)  # as attention may lay it out
     kept = gradient.clone()
     outcomes = []
-    for join in (_joined, joined_afterwards):
-        joined = join(prompt, picture, *both_norms, angles)
-        outcomes.append((joined, *torch.autograd.grad(joined, (prompt, picture), gradient)))
+    for join, turns in ((joined, torch.view_as_real(angles)), (joined_afterwards, angles)):
+        both = join(prompt, picture, *both_norms, turns)
+        outcomes.append((both, *torch.autograd.grad(both, (prompt, picture), gradient)))
     assert all(torch.equal(ours, expected) for ours, expected in zip(*outcomes, strict=True))
     assert torch.equal(gradient, kept)
 
 
-def test_real_angles_rotate_like_complex_ones() -> None:
-    """Compiled blocks get real ones."""
+def test_real_numbers_rotate_like_complex_ones() -> None:
+    """Compiled blocks use real ones."""
     torch.manual_seed(0)
-    both_norms = norms(torch.float32)[1], norms(torch.float32)[1]
-    angles = torch.polar(torch.ones(60, 64), torch.randn(60, 64))
-    prompt, picture = (torch.randn(1, tokens, 4, 128) for tokens in (7, 53))
-    expected = _joined(prompt, picture, *both_norms, angles)
-    assert error(_joined(prompt, picture, *both_norms, torch.view_as_real(angles)), expected.double()) < 2e-7
+    angles, x = torch.polar(torch.ones(60, 64), torch.randn(60, 64)), torch.randn(1, 60, 4, 128)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * angles.unsqueeze(1)
+    expected = torch.view_as_real(pairs).flatten(-2)
+    assert error(rotated(x, torch.view_as_real(angles)), expected.double()) < 1e-7

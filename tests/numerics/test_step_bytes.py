@@ -15,7 +15,7 @@ FEW = 4  # layers, enough for a first, a last and two others
 WORKSPACES = 0.1 * GIB  # of CUDA's libraries, which the count does not include
 
 
-@pytest.mark.parametrize(("memory", "card"), [("full", 23.5), ("full,offload", 21)])
+@pytest.mark.parametrize(("memory", "card"), [("full,attention", 23.5), ("full,offload", 21)])
 def test_int8_fits_a_card_of_24_gb_without_streaming(memory: str, card: float) -> None:
     """Target and reference have 1 MP. Such a card has 23.5 GiB left besides CUDA's own memory.
 

@@ -51,7 +51,7 @@ Step = Callable[[Tensor, Condition], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """One measured configuration. `memory` is a list such as "blocks=20,stream=10,offload"; `side` is in pixels.
+    """One measured configuration. `memory` is a list such as "blocks=20,offload,attention"; `side` is in pixels.
 
     With `rollout`, a forward pass without gradients of each pair comes first. The prompts of a batch are padded.
     """
@@ -84,6 +84,7 @@ class Setting:
             blocks_to_stream=int(words.get("stream", 0)),
             stream_buffers=int(words.get("buffers", 2)),
             activation_offload="offload" in words,
+            recompute_attention="attention" in words,
             compile_blocks="on" if "compile" in words else "off",
         )
         model: dict[str, Any] = {"base_model_precision": self.precision, "mixed_precision": self.arithmetic}
@@ -113,7 +114,7 @@ class Setting:
             torch.randn(self.batch, 16, side, side, device=device) for _ in range(1 + self.references)
         )
         prompt = torch.randn(self.batch, self.prompt_tokens, 3584, device=device)
-        mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device=device) if self.batch > 1 else None
+        mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device="cpu") if self.batch > 1 else None
         return latents, Condition(tuple(references), prompt, mask)
 
 

@@ -99,6 +99,7 @@ MEMORY = {  # inputs of the memory settings node
     "stream_buffers": 2,
     "compile_blocks": "auto",
     "vram_gib": 0.0,
+    "recompute_attention": False,
 }
 
 

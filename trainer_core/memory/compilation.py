@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..device import release_memory
 from ..text import reason_of
@@ -27,13 +27,14 @@ _CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 class Compilation:
     """Switches a transformer's blocks to compiled code and back. They are uncompiled until `start` is called.
 
-    All blocks share one graph with gradients and one without. The numbers of picture and prompt tokens are symbols in
-    these graphs, so pairs of other sizes need no compilation. The last block is never compiled: it drops the prompt, so
-    it would need graphs of its own, which take longer to compile than they save.
+    A block's class names the methods to compile in `COMPILED`, with the dimension of each argument that counts tokens.
+    All blocks share their graphs: for each method one without gradients, one with, and one with gradients for the
+    second pass of a recomputed block. The numbers of tokens are symbols in these graphs, so pairs of other sizes need
+    no compilation.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], *, dropout: bool = False) -> None:
-        self._blocks = blocks[:-1]
+        self._blocks = blocks
         # A recomputed block must drop the same values again. With torch's own random operations, the same graph draws
         # the same values from the same state of the generator.
         self._options = {"fallback_random": True} if dropout else None
@@ -42,16 +43,21 @@ class Compilation:
 
     def start(self) -> None:
         """Run the blocks compiled from now on. Each graph is compiled when it is first needed."""
-        for block in self._blocks:
-            block.forward = _AnySize(self, block.forward, self._options)
+        for block, name, token_dims in self._parts():
+            setattr(block, name, _AnySize(self, getattr(block, name), token_dims, self._options))
         self.is_active = True
 
     def stop(self, reason: str) -> None:
         """Run the blocks uncompiled from now on, and log the reason."""
-        for block in self._blocks:
-            del block.forward
+        for block, name, _ in self._parts():
+            delattr(block, name)
         self.is_active = False
         _LOG.warning("The transformer's blocks run uncompiled from now on, because %s.", reason)
+
+    def _parts(self) -> Iterator[tuple[nn.Module, str, tuple[int | None, ...]]]:
+        for block in self._blocks:
+            compiled: dict[str, tuple[int | None, ...]] = block.COMPILED  # type: ignore[assignment]
+            yield from ((block, name, token_dims) for name, token_dims in compiled.items())
 
     def attempt(self, compute: Callable[[], T], clean_up: Callable[[], None]) -> T:
         """Call `compute`, which runs forward and backward passes, and return its result.
@@ -100,41 +106,32 @@ def _is_from_compiled_code(error: Exception) -> bool:
 
 
 class _AnySize:
-    """A block's forward, compiled when it is first called. Tells the compiler which dimensions count tokens."""
+    """A part of a block, compiled when it is first called. Tells the compiler which dimensions count tokens."""
 
     def __init__(
-        self, compilation: Compilation, uncompiled: Callable[..., Any], options: dict[str, bool] | None
+        self,
+        compilation: Compilation,
+        uncompiled: Callable[..., Any],
+        token_dims: Sequence[int | None],
+        options: dict[str, bool] | None,
     ) -> None:
-        self._compilation, self._uncompiled, self._options = compilation, uncompiled, options
+        self._compilation, self._uncompiled = compilation, uncompiled
+        self._token_dims, self._options = token_dims, options
         self._compiled: Callable[..., Any] | None = None
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_hidden_states_mask: Tensor | None,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor],
-        joint_attention_kwargs: dict[str, Any] | None = None,
-        modulate_index: Tensor | None = None,
-    ) -> Any:
-        rotary = tuple(map(torch.view_as_real, image_rotary_emb))  # inductor generates no code for complex numbers
-        for tokens in (hidden_states, encoder_hidden_states, encoder_hidden_states_mask, modulate_index):
-            _mark(tokens, 1)
-        for angles in rotary:
-            _mark(angles, 0)
-
-        first = (hidden_states, encoder_hidden_states, encoder_hidden_states_mask, temb)
-        last = (joint_attention_kwargs, modulate_index)
+    def __call__(self, *inputs: Any) -> Any:
+        for value, dim in zip(inputs, self._token_dims, strict=True):
+            if value is not None and dim is not None:
+                torch._dynamo.maybe_mark_dynamic(value, dim)
         try:
             if self._compiled is None:
                 self._compiled = _compiled(self._uncompiled, self._options)
-            return self._compiled(*first, rotary, *last)
+            return self._compiled(*inputs)
         except Exception as error:
             if not self._compilation.is_forward_only:
                 raise
             self._compilation.stop(_reason(error))
-        return self._uncompiled(*first, image_rotary_emb, *last)
+        return self._uncompiled(*inputs)
 
 
 def _compiled(forward: Callable[..., Any], options: dict[str, bool] | None) -> Callable[..., Any]:
@@ -151,12 +148,7 @@ def _compiled(forward: Callable[..., Any], options: dict[str, bool] | None) -> C
 
 def is_compiled(block: nn.Module) -> bool:
     """Whether the block runs as compiled code."""
-    return isinstance(vars(block).get("forward"), _AnySize)
-
-
-def _mark(tensor: Tensor | None, dim: int) -> None:
-    if tensor is not None:
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return any(isinstance(part, _AnySize) for part in vars(block).values())
 
 
 def can_compile(device: torch.device) -> bool:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
 
+_AHEAD = 3  # tensors that are fetched ahead: those of a block
+
+
 def recomputed_blocks(memory: MemoryConfig, num_layers: int, *, checkpointing: bool) -> int:
     """The number of blocks, counted from the first, that recompute their activations in the backward pass."""
     if not checkpointing:
@@ -58,11 +61,16 @@ def apply_memory(
     blocks = list(transformer.transformer_blocks)
     again = recomputed_blocks(config.memory, len(blocks), checkpointing=config.gradient_checkpointing)
     if again:
-        offload = HostCopies(device) if config.memory.activation_offload else None
-        dropout = config.lora.lora_dropout > 0
-        transformer.enable_gradient_checkpointing(
-            Recomputation(blocks, again, stream=stream, offload=offload, dropout=dropout)
+        offload = HostCopies(device, ahead=_AHEAD) if config.memory.activation_offload else None
+        how = Recomputation(
+            blocks,
+            again,
+            stream=stream,
+            offload=offload,
+            keeps_attention=not config.memory.recompute_attention,
+            dropout=config.lora.lora_dropout > 0,
         )
+        transformer.enable_gradient_checkpointing(how)
 
 
 def check_compiler(memory: MemoryConfig, device: torch.device) -> None:

@@ -1,7 +1,9 @@
-"""Gradient checkpointing: blocks keep only their inputs and recompute their activations in the backward pass.
+"""Gradient checkpointing: blocks keep little and recompute their other activations in the backward pass.
 
-Unlike torch.utils.checkpoint, this runs a block's second forward and its backward in one call. Streamed weights can
-thus be held for exactly that call, and the inputs can be offloaded to host memory until then.
+A block keeps its inputs, which a second forward pass needs, and attention's output: it is as small as an input, and
+attention is what takes longest to compute again. Unlike torch.utils.checkpoint, this runs a block's second forward and
+its backward in one call. Streamed weights can thus be held for exactly that call, and what is kept can be offloaded to
+host memory until then.
 """
 
 from __future__ import annotations
@@ -15,18 +17,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from .offload import HostCopies, OffloadedTensor
+from .offload import HostCopies
 from .streaming import BlockStream
 
 
+class KeptAttention:
+    """What a block's first forward pass leaves for its second one, in the backward pass.
+
+    `tensors` are attention's output and the log-sum-exp of each pair; empty before the first pass, and if attention is
+    to be computed again. `is_second`: the block is in its second pass. Nothing reads its output there, only its
+    gradients count.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor] = (), *, is_second: bool = False) -> None:
+        self.tensors, self.is_second = tuple(tensors), is_second
+
+
 class Recomputation:
-    """A gradient checkpointing function for diffusers, which calls it with a block and the block's inputs.
+    """A gradient checkpointing function for the transformer, which calls it with a block and the block's inputs.
 
     The first block's inputs must require gradients, which `predict_velocity` sees to: autograd skips the backward pass
     of a function if none of its inputs requires one, even if an adapter inside it does.
 
-    The first `num_blocks` of `blocks` are recomputed; the others keep their activations. With `dropout`, a block drops
-    the same values in both forward passes.
+    The first `num_blocks` of `blocks` are recomputed; the others keep their activations. `keeps_attention`: they don't
+    compute attention again. With `dropout`, a block drops the same values in both forward passes.
     """
 
     def __init__(
@@ -36,24 +50,25 @@ class Recomputation:
         *,
         stream: BlockStream | None = None,
         offload: HostCopies | None = None,
+        keeps_attention: bool = True,
         dropout: bool = False,
     ) -> None:
-        self.stream, self.offload, self.dropout = stream, offload, dropout
+        self.stream, self.offload, self.keeps_attention, self.dropout = stream, offload, keeps_attention, dropout
         self._recomputed = set(blocks[:num_blocks])
 
-    def __call__(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, ...]:
-        """Run a block and return its outputs."""
+    def __call__(self, block: nn.Module, picture: Tensor, prompt: Tensor, shared: object) -> tuple[Tensor, ...]:
+        """Run a block and return its outputs. `shared` is passed on to it."""
         if block not in self._recomputed:
-            return block(*inputs)
-        return _Recomputed.apply(self, block, *inputs)  # type: ignore[no-untyped-call]
+            return block(picture, prompt, shared)
+        return _Recomputed.apply(self, block, picture, prompt, shared)  # type: ignore[no-untyped-call]
 
-    def keep(self, value: Any) -> Any:
-        """Store an input of a block for its backward pass, in host memory if there is an offload."""
-        return self.offload.keep(value) if self.offload is not None and isinstance(value, Tensor) else value
+    def keep(self, tensor: Tensor) -> Any:
+        """Store a tensor for a block's backward pass, in host memory if there is an offload."""
+        return self.offload.keep(tensor) if self.offload is not None else tensor
 
-    def fetch(self, kept: Any) -> Any:
-        """The input that was given to `keep`."""
-        return self.offload.fetch(kept) if self.offload is not None and isinstance(kept, OffloadedTensor) else kept
+    def fetch(self, kept: Any) -> Tensor:
+        """The tensor that was given to `keep`."""
+        return self.offload.fetch(kept) if self.offload is not None else kept
 
     def held(self, block: nn.Module, *, forward: bool = False) -> AbstractContextManager[None]:
         """Keeps a streamed block's weights on the device while the context lasts. `forward`: in the forward pass."""
@@ -62,27 +77,37 @@ class Recomputation:
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, how: Recomputation, block: nn.Module, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, how: Recomputation, block: nn.Module, picture: Tensor, prompt: Tensor, shared: object
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # None instead of zeros as the gradient of an unused output
-        ctx.how, ctx.block = how, block
+        ctx.how, ctx.block, ctx.shared, inputs = how, block, shared, (picture, prompt)
         ctx.random = _RandomState.of(inputs) if how.dropout else None
-        ctx.needed = [isinstance(each, Tensor) and each.requires_grad for each in inputs]
+        ctx.needed = [each.requires_grad for each in inputs]
         ctx.kept = [how.keep(each) for each in inputs]
-        if not how.dropout:
+        attention = KeptAttention()
+        if how.dropout:
+            # With gradients, so that both passes run the same compiled code: another graph may draw in another order.
+            with how.held(block, forward=True), torch.enable_grad():
+                outputs = tuple(each.detach() for each in block(*_inputs(inputs, ctx.needed), shared, attention))
+        else:
             with torch.no_grad():
-                return block(*inputs)
-        # With gradients, so that both passes run the same compiled code: another graph may draw in another order.
-        with how.held(block, forward=True), torch.enable_grad():
-            return tuple(each.detach() for each in block(*_inputs(inputs, ctx.needed)))
+                outputs = block(picture, prompt, shared, attention)
+        ctx.attention = [how.keep(each) for each in attention.tensors] if how.keeps_attention else []
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         how: Recomputation = ctx.how
-        inputs = _inputs([how.fetch(each) for each in ctx.kept], ctx.needed)
-        ctx.kept = None
+        # Last kept is first fetched: host memory is a stack.
+        attention = [how.fetch(each) for each in reversed(ctx.attention)][::-1]
+        inputs = _inputs([how.fetch(each) for each in reversed(ctx.kept)][::-1], ctx.needed)
+        ctx.kept = ctx.attention = None
+        # With dropout, the second pass must draw in the order of the first one.
+        kept = KeptAttention(attention, is_second=not how.dropout)
         with how.held(ctx.block):
             with torch.enable_grad(), nullcontext() if ctx.random is None else ctx.random.again():
-                outputs = ctx.block(*inputs)
+                outputs = ctx.block(*inputs, ctx.shared, kept)
             pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[1] is not None]
             pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad]
             if pairs:
@@ -91,10 +116,11 @@ class _Recomputed(torch.autograd.Function):
             None,
             None,
             *(each.grad if needed else None for each, needed in zip(inputs, ctx.needed, strict=True)),
+            None,
         )
 
 
-def _inputs(values: Sequence[Any], needed: Sequence[bool]) -> list[Any]:
+def _inputs(values: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
     """The inputs as leaves of a new graph. Those that are `needed` get gradients."""
     return [
         each.detach().requires_grad_() if is_needed else each for each, is_needed in zip(values, needed, strict=True)
@@ -110,7 +136,7 @@ class _RandomState:
     states: list[Tensor]
 
     @classmethod
-    def of(cls, inputs: Sequence[Any]) -> _RandomState:
+    def of(cls, inputs: Sequence[Tensor]) -> _RandomState:
         devices, states = get_device_states(*inputs)
         return cls(torch.get_rng_state(), devices, states)
 

@@ -1,6 +1,6 @@
 """Activation memory of a transformer block: what it saves for its backward pass, and its working memory.
 
-Derived from diffusers' QwenImageTransformerBlock with frozen weights. A frozen linear layer without an adapter saves
+Derived from `qwen_image/block.py`. A frozen linear layer without an adapter saves
 nothing: only a gradient of its weight would need its input. A compiled block saves the same, except
 tensors that it computes again in the backward pass. tests/numerics/test_memory_plan.py compares the numbers with the
 tensors that real blocks save.
@@ -9,7 +9,7 @@ tensors that real blocks save.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import BaseModelPrecision
 from ..qwen_image.sampling import FORWARD_WIDTHS
@@ -20,20 +20,35 @@ MASK_BYTES = 1  # per element of a dropout mask on CUDA devices
 # Gradients at the peak of a block's backward pass, which is in the MLP, in widths per token: of the block's output (1),
 # the MLP's output (1), the activation function's output (4) and its input (4).
 _BACKWARD_WIDTHS = 10
+# While the MLP's second layer multiplies (its gradients and its input's), and before that, while it is dequantised.
+_PRODUCT_WIDTHS, _DEQUANTISING_WIDTHS = 7, 3
+# While keys are rotated back, beside four tensors in float32; and what the MLP had saved.
+_ROTATION_WIDTHS, _MLP_WIDTHS = 4, 6
+# Two copies in float32 of the MLP's inner tensor, which is four widths wide, when it is rounded to 8 bits. In the first
+# forward pass, a block holds fewer widths beside them than it saves in the second one.
+_ROUNDED = 2 * FLOAT32 * 4
+_HELD_LESS = 2
 # What the MLP's second forward pass holds beside saved activations while a DoRA computes norms, in widths per token.
 _DORA_WIDTHS = 6
 # Copies of a weight in the compute dtype while it is dequantised; a layer that is not quantised needs none.
-_DEQUANTISED_COPIES: dict[BaseModelPrecision, int] = {"none": 0, "fp8-quanto": 2, "file": 2, "int4-quanto": 2}
+_DEQUANTISED_COPIES: dict[BaseModelPrecision, float] = {"none": 0, "fp8-quanto": 2, "file": 2, "int4-quanto": 2.25}
 _LATENT_COPIES = 3  # of target and references: clean or noise, noisy, and the velocity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """Size of a micro-batch: its pairs, and per pair the picture tokens (target and references) and prompt tokens."""
+    """Size of a micro-batch: its pairs, and per pair the picture tokens (target and references), those of the target,
+    and prompt tokens."""
 
     batch: int
     image: int
+    target: int
     text: int
+
+    @property
+    def of_target(self) -> Tokens:
+        """The targets' tokens alone."""
+        return replace(self, image=self.target, text=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +72,21 @@ def saved_activation_bytes(
         SavedActivation("queries, keys, values and attention output", *2 * [4 * width + FLOAT32 * network.heads]),
         SavedActivation("input of the second norm", width + 8, width + 8),
         SavedActivation("input of the MLP's activation function", 4 * width, 4 * width),
-        *_layer_inputs(network, batch=tokens.batch, dropout=dropout, compiled=compiled),
+        *_layer_inputs(network, dropout=dropout, compiled=compiled),
         *_adapter_activations(network, dropout=dropout),
     ]
-    if network.is_modulated_per_token:
-        gates = 1 if compiled else 2  # the compiler computes one again
-        rows.append(SavedActivation("gates, which differ between target and references", gates * width, 0))
     return round(tokens.batch * sum(row.image * tokens.image + row.text * tokens.text for row in rows))
 
 
-def _layer_inputs(network: NetworkSize, *, batch: int, dropout: bool, compiled: bool) -> Iterator[SavedActivation]:
+def last_block_bytes(network: NetworkSize, tokens: Tokens, *, dropout: bool = False) -> int:
+    """Bytes that the last block saves: for the targets' tokens what every block saves, for all others its input, and
+    keys and values."""
+    width, others = network.element_bytes * network.width, tokens.image - tokens.target + tokens.text
+    saved = saved_activation_bytes(network, tokens.of_target, dropout=dropout)
+    return saved + tokens.batch * others * (4 * width + 8 + FLOAT32 * network.heads)
+
+
+def _layer_inputs(network: NetworkSize, *, dropout: bool, compiled: bool) -> Iterator[SavedActivation]:
     """Inputs of linear layers that the layer or its adapter saves. With dropout, an adapter saves the input after
     dropout instead, which `_adapter_activations` counts."""
     width = network.element_bytes * network.width
@@ -77,9 +97,6 @@ def _layer_inputs(network: NetworkSize, *, batch: int, dropout: bool, compiled: 
 
     attention_in = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
     yield SavedActivation("input of the q, k and v projections", *share(width, *attention_in))
-    if batch > 1:  # a copy, because the picture and prompt parts of a batch are not contiguous
-        attention_out = share(width, ("attn.to_out.0",), ("attn.to_add_out",))
-        yield SavedActivation("input of the attention's output projections", *attention_out)
     first, second = (tuple((f"{side}_mlp.net.{layer}",) for side in ("img", "txt")) for layer in ("0.proj", "2"))
     yield SavedActivation("input of the MLP's first layer", *share(width, *first))
     yield SavedActivation("input of the MLP's second layer", *share(4 * width, *second))
@@ -104,35 +121,62 @@ def _adapter_activations(network: NetworkSize, *, dropout: bool) -> Iterator[Sav
         yield SavedActivation("adapter inputs after dropout, and masks", *dropped)
 
 
+def kept_bytes(network: NetworkSize, tokens: Tokens, *, attention: bool) -> int:
+    """Bytes that a recomputed block saves: its inputs, and with `attention` that one's output and log-sum-exp."""
+    lengths = FLOAT32 * network.heads * tokens.batch * (tokens.image + tokens.text)
+    return block_input_bytes(network, tokens) * (1 + attention) + attention * lengths
+
+
 def block_input_bytes(network: NetworkSize, tokens: Tokens) -> int:
-    """Bytes of a block's inputs, which is all that a recomputed block saves."""
+    """Bytes of a block's inputs."""
     return tokens.batch * network.element_bytes * network.width * (tokens.image + tokens.text)
 
 
-def backward_bytes(network: NetworkSize, tokens: Tokens, *, rounds_inputs: bool = False, is_dora: bool = False) -> int:
+def backward_bytes(
+    network: NetworkSize,
+    tokens: Tokens,
+    *,
+    rounds_inputs: bool = False,
+    again_whole: bool = False,
+    is_dora: bool = False,
+) -> int:
     """Working memory of a block's backward pass and of its second forward pass, which need about the same.
 
     It includes the prompt's gradient that waits meanwhile. `rounds_inputs`: linear layers round their inputs, in
-    float32 (`quantize_activations`). The MLP's second layer then needs two such copies of its input. `is_dora`: the
+    float32; the MLP's second layer does so in the second forward pass only if that is `again_whole`. `is_dora`: the
     second forward pass also dequantises the weights of adapted layers to float32, for their norms.
     """
-    width = network.element_bytes * network.width
-    image, layer = _BACKWARD_WIDTHS * width, dequantised_bytes(network)
+    width, weight = network.element_bytes * network.width, dequantised_bytes(network)
+    pictures = tokens.batch * tokens.image * width
+    product = _PRODUCT_WIDTHS * pictures + dequantised_bytes(network, copies=1)
+    most = [_BACKWARD_WIDTHS * pictures, product, _DEQUANTISING_WIDTHS * pictures + weight]
     if rounds_inputs:  # before the product, so without its result and its weight
-        image, layer = (_BACKWARD_WIDTHS - 1) * width + 2 * FLOAT32 * 4 * network.width, 0
+        beside = _BACKWARD_WIDTHS - 1 if again_whole else -_HELD_LESS
+        most.append(beside * pictures + _ROUNDED * network.width * tokens.batch * tokens.image)
+    prompts = tokens.batch * width * tokens.text
     least = 0
     if is_dora and any("_mlp." in name for name in network.adapted):
-        least = tokens.batch * _DORA_WIDTHS * width * tokens.image + dequantised_bytes(network, FLOAT32)
-    return max(least, tokens.batch * (image * tokens.image + width * tokens.text) + layer)
+        least = _DORA_WIDTHS * pictures + dequantised_bytes(network, FLOAT32)
+    return max(least, max(most) + prompts)
 
 
-def dequantised_bytes(network: NetworkSize, element_bytes: int = 0) -> int:
-    """Bytes of an MLP layer's weight while it is used, in the compute dtype or a dtype of `element_bytes`.
+def last_backward_bytes(network: NetworkSize, tokens: Tokens, **kind: bool) -> int:
+    """Working memory of the last block's backward pass: of its MLP, which sees the targets' tokens only, or of the
+    rotation of all keys, when what the MLP saved is no longer held. `kind` is that of `backward_bytes`."""
+    mlp = backward_bytes(network, tokens.of_target, **kind)
+    per_token = network.width * (4 * FLOAT32 + _ROTATION_WIDTHS * network.element_bytes)
+    freed = _MLP_WIDTHS * network.element_bytes * network.width * tokens.target
+    return max(mlp, tokens.batch * (per_token * (tokens.image + tokens.text) - freed))
 
-    Larger layers run at other times.
+
+def dequantised_bytes(network: NetworkSize, element_bytes: int = 0, copies: float = 0) -> int:
+    """Bytes of an MLP layer's weight while it is dequantised, to the compute dtype or a dtype of `element_bytes`.
+
+    `copies` 1: while it is used. Larger layers run at other times.
     """
-    copies = _DEQUANTISED_COPIES.get(network.precision, 1)
-    return copies * (element_bytes or network.element_bytes) * 4 * network.width**2
+    held = _DEQUANTISED_COPIES.get(network.precision, 1)
+    copies = min(held, copies) if copies else held
+    return round(copies * (element_bytes or network.element_bytes) * 4 * network.width**2)
 
 
 def forward_bytes(network: NetworkSize, tokens: Tokens) -> int:

@@ -54,6 +54,7 @@ def _changes(plan: MemoryPlan) -> Iterator[tuple[str, MemoryPlan]]:
     else:
         streamed = min(network.num_blocks, plan.streamed + network.num_blocks // 3)
         yield planned("activation_offload on", activation_offload=True)
+        yield planned("recompute_attention on", recompute_attention=True)
         yield planned(f"blocks_to_stream {streamed}", blocks_to_stream=streamed)
     for side in (768, 512):
         if work.validation is not None and work.validation.target.width * work.validation.target.height > side**2:

@@ -6,7 +6,7 @@ import dataclasses
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 
 import psutil
 import torch
@@ -75,8 +75,8 @@ def budget_of(device: torch.device, vram_gib: float = 0.0, *, processes: int = 1
 def choose_memory(config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget) -> MemoryPlan:
     """The plan that fits and whose steps take least time; its `config` has the memory settings.
 
-    Recomputing a block takes time. Offloading block inputs and streaming weights take none as long as the copies run
-    beside the computation, so they make room for blocks that are not recomputed.
+    Recomputing a block or its attention takes time. Offloading what it keeps and streaming weights take none as long as
+    the copies run beside the computation, so they make room for blocks that are not recomputed.
 
     Raises:
         OutOfMemoryError: none fits; gives the numbers and the smallest change that would fit.
@@ -97,13 +97,20 @@ def choose_memory(config: TrainConfig, network: NetworkSize, work: Workload, bud
 def _fitting_on_device(
     config: TrainConfig, network: NetworkSize, work: Workload, budget: Budget
 ) -> Iterator[MemoryPlan]:
-    """Plans whose device memory fits: for each number of recomputed blocks, with and without offloading, the one that
-    streams fewest blocks."""
+    """Plans whose device memory fits: for each number of recomputed blocks, with and without offloading and attention
+    that is computed again, the one that streams fewest blocks."""
     for recomputed in range(network.num_blocks + 1):
-        for offload in (False, True) if recomputed and not budget.is_shared else (False,):
+        offloads = (False, True) if recomputed and not budget.is_shared else (False,)
+        for offload, attention in product(offloads, (False, True) if recomputed else (False,)):
 
-            def plan(streamed: int, recomputed: int = recomputed, offload: bool = offload) -> MemoryPlan:  # noqa: FBT001
-                return plan_memory(_with(config, recomputed, streamed=streamed, offload=offload), network, work)
+            def plan(
+                streamed: int,
+                recomputed: int = recomputed,
+                offload: bool = offload,  # noqa: FBT001
+                attention: bool = attention,  # noqa: FBT001
+            ) -> MemoryPlan:
+                changed = _with(config, recomputed, streamed=streamed, offload=offload, attention=attention)
+                return plan_memory(changed, network, work)
 
             most = 0 if budget.is_shared else recomputed
             # Each streamed block needs less device memory, so the plans that fit are at the end.
@@ -114,16 +121,17 @@ def _fitting_on_device(
 
 def _smallest(config: TrainConfig, network: NetworkSize, work: Workload) -> MemoryPlan:
     """The plan that needs least device memory."""
-    smallest = _with(config, network.num_blocks, streamed=network.num_blocks, offload=True)
+    smallest = _with(config, network.num_blocks, streamed=network.num_blocks, offload=True, attention=True)
     return plan_memory(smallest, network, work)
 
 
-def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool) -> TrainConfig:
-    """The config with these memory settings."""
+def _with(config: TrainConfig, recomputed: int, *, streamed: int, offload: bool, attention: bool) -> TrainConfig:
+    """The config with these memory settings. `attention`: recomputed blocks compute it again."""
     memory = dataclasses.replace(
         config.memory,
         gradient_checkpointing_blocks=recomputed,
         activation_offload=offload,
+        recompute_attention=attention,
         blocks_to_stream=streamed,
     )
     return dataclasses.replace(config, gradient_checkpointing=recomputed > 0, memory=memory)

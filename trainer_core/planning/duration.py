@@ -31,6 +31,7 @@ _OVERLAP = 0.6  # fraction of a step's time during which copies overlap with com
 _COPIED = 2**26  # bytes of the measured copy
 _SIDES = (1024, 768, 512)
 _HALF = 0.55  # a change that leaves at most this fraction of the time is said to halve it
+_LINEAR_AGAIN = 2 / 3  # fraction of the linear layers' operations that a recomputed block does again
 _MANY = 50  # steps of which rollouts are averaged
 
 
@@ -77,20 +78,30 @@ def block_operations(width: int, tokens: int) -> tuple[int, int]:
     return 2 * tokens * 12 * width * width, 4 * tokens**2 * width
 
 
-def training_operations(width: int, tokens: int, num_blocks: int, recomputed: int) -> int:
+def training_operations(
+    width: int, tokens: int, num_blocks: int, recomputed: int, *, attention_again: bool = False
+) -> int:
     """Floating point operations of a forward and backward pass through the blocks.
 
     A linear layer counts once forward, once for the gradient of its input (frozen weights have no gradient), and once
-    more if recomputed. Attention counts 2 products forward and 4 backward, without FlashAttention's own recomputation.
+    more if recomputed, without the MLP's second layer. Attention counts 2 products forward and 4 backward, without
+    FlashAttention's own recomputation, and 2 more if it is computed again.
     """
     linear, attention = block_operations(width, tokens)
-    return num_blocks * (2 * linear + 3 * attention) + recomputed * (linear + attention)
+    again = round(_LINEAR_AGAIN * linear) + attention_again * attention
+    return num_blocks * (2 * linear + 3 * attention) + recomputed * again
 
 
 def measured_speed(config: TrainConfig, network: NetworkSize, work: Workload, seconds: float) -> Speed:
     """The speed at which the largest micro-batch takes so many seconds, forward and backward."""
     tokens, again = work.tokens, _recomputed(config, network)
-    operations = training_operations(network.width, tokens.image + tokens.text, network.num_blocks, again)
+    operations = training_operations(
+        network.width,
+        tokens.image + tokens.text,
+        network.num_blocks,
+        again,
+        attention_again=config.memory.recompute_attention,
+    )
     each = seconds / (tokens.batch * operations)
     return Speed(product=each, attention=each, attention_backward=each)
 
@@ -188,7 +199,8 @@ def training_seconds(
     backward = linear * speed.product + 2 * attention * speed.attention_backward
     copied = 2 * (_streamed_bytes(config, network) / together + _offloaded_bytes(config, network, tokens)) * speed.copy
     launched = (2 * blocks + again) * speed.launch / together
-    return max((blocks + again) * forward + blocks * backward, launched, copied / _OVERLAP)
+    second = _LINEAR_AGAIN * linear * speed.product + config.memory.recompute_attention * attention * speed.attention
+    return max(blocks * (forward + backward) + again * second, launched, copied / _OVERLAP)
 
 
 def forward_seconds(config: TrainConfig, network: NetworkSize, speed: Speed, tokens: int) -> float:
@@ -201,7 +213,8 @@ def forward_seconds(config: TrainConfig, network: NetworkSize, speed: Speed, tok
 def _offloaded_bytes(config: TrainConfig, network: NetworkSize, tokens: int) -> int:
     if not config.memory.activation_offload:
         return 0
-    return _recomputed(config, network) * tokens * network.width * network.element_bytes
+    kept = 1 if config.memory.recompute_attention else 2  # widths per token: the input, and attention's output
+    return _recomputed(config, network) * kept * tokens * network.width * network.element_bytes
 
 
 def _streamed_bytes(config: TrainConfig, network: NetworkSize) -> int:

@@ -47,7 +47,6 @@ class NetworkSize:
     file_bytes_per_weight: float
     adapted: Mapping[str, AdaptedLayer]
     adapter_shapes: tuple[tuple[int, ...], ...]
-    is_modulated_per_token: bool
 
     @property
     def adapter_weights(self) -> int:
@@ -103,7 +102,6 @@ def network_size(
         file_bytes_per_weight=file_bytes_per_weight,
         adapted=adapted,
         adapter_shapes=adapter.shapes(),
-        is_modulated_per_token=bool(network.zero_cond_t),
     )
 
 

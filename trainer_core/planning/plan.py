@@ -18,17 +18,20 @@ from .activations import (
     backward_bytes,
     block_input_bytes,
     forward_bytes,
+    kept_bytes,
+    last_backward_bytes,
+    last_block_bytes,
     latent_and_embedding_bytes,
     saved_activation_bytes,
 )
 from .network import NetworkSize
-from .workload import PairSize, Workload
+from .workload import PairSize, Workload, picture_tokens
 
 GIB = 2**30
 _LIBRARIES = 100 * 2**20  # bytes of workspaces of cuBLAS and others, which torch's allocator counts
 _PROCESS = 3 * GIB  # host memory of Python, torch, CUDA and the compiler
 _LOADED_PAIRS = GIB  # host memory of the encoded pairs that the loader holds
-_FETCHED_AHEAD = 1  # offloaded block inputs that are back on the device before their block needs them
+_FETCHED_AHEAD = 1  # blocks whose offloaded activations are back on the device before they are needed
 _EXACT = (  # parts that are counted, not estimated
     *("frozen weights", "streaming buffers", "adapter", "running average", "optimizer state"),
     *("VAE", "VAE for references"),
@@ -145,32 +148,44 @@ def _on_the_fly(network: NetworkSize, pixels: int) -> dict[str, int]:
 def _step(config: TrainConfig, network: NetworkSize, tokens: Tokens, recomputed: int) -> dict[str, int]:
     """A step's memory by part at its peak.
 
-    Without gradient accumulation, gradients take the place of activations block by block. Then the peak is at either
-    end of the backward pass, or in the optimizer's update.
+    Without gradient accumulation, gradients take the place of activations block by block. Then the peak is at the
+    backward pass of one of the last two blocks or of the first, or in the optimizer's update.
     """
     dropout, compiled = config.lora.lora_dropout > 0, config.memory.compile_blocks == "on"
     saved = saved_activation_bytes(network, tokens, dropout=dropout, compiled=compiled)
-    not_recomputed = network.num_blocks - recomputed
-    waiting = max(0, recomputed - (not_recomputed == 0))  # `saved` has the input of the block being recomputed
-    if config.memory.activation_offload:
-        waiting = min(waiting, _FETCHED_AHEAD)
+    kept = kept_bytes(network, tokens, attention=not config.memory.recompute_attention)
     gradients, accumulates = FLOAT32 * network.adapter_weights, config.batching.gradient_accumulation_steps > 1
-    rounds, is_dora = config.model.quantize_activations, config.lora.lora_type == "dora"
-    working = {
-        "backward pass": backward_bytes(network, tokens, rounds_inputs=rounds, is_dora=is_dora),
-        "latents and embeddings": latent_and_embedding_bytes(network, tokens),
+    kind = {
+        "rounds_inputs": config.model.quantize_activations,
+        "again_whole": dropout or any("_mod." in name for name in network.adapted),
+        "is_dora": config.lora.lora_type == "dora",
     }
-    last = {
-        "block inputs": waiting * block_input_bytes(network, tokens),
-        "activations": max(1, not_recomputed) * saved,
-        "gradients": gradients if accumulates else gradients // network.num_blocks,
-        **working,
-    }
+    working = backward_bytes(network, tokens, **kind)
+
+    def in_backward(waiting: int, activations: int, working: int) -> dict[str, int]:
+        """`waiting` blocks have yet to be recomputed."""
+        return {
+            "kept by recomputed blocks": kept * (min(waiting, _FETCHED_AHEAD) if offloads else waiting),
+            "activations": activations,
+            "gradients": gradients if accumulates else gradients // network.num_blocks,
+            "backward pass": working,
+            "latents and embeddings": latent_and_embedding_bytes(network, tokens),
+        }
+
+    offloads, others = config.memory.activation_offload, network.num_blocks - 1
+    recomputed = min(recomputed, others)
+    last = last_block_bytes(network, tokens, dropout=dropout)
+    in_last = in_backward(
+        recomputed, (others - recomputed) * saved + last, last_backward_bytes(network, tokens, **kind)
+    )
+    # The block whose turn it is has what it keeps in its activations.
+    waiting = recomputed - 1 if recomputed == others else recomputed
+    before_last = in_backward(max(0, waiting), max(1, others - recomputed) * saved, working)
+    first = {**in_backward(0, saved, working), "gradients": gradients}
     # This optimizer divides all gradients at once; the others take one tensor after the other.
     denominators = gradients if config.optimizer.optimizer == "adamw-schedulefree" else 0
-    first = {"activations": saved, "gradients": gradients, **working}
     update = {"gradients": gradients, "update": denominators}
-    return max(last, first, update, key=lambda parts: sum(parts.values()))
+    return max(in_last, before_last, first, update, key=lambda parts: sum(parts.values()))
 
 
 def _loading_bytes(config: TrainConfig, network: NetworkSize) -> int:
@@ -190,7 +205,7 @@ def _validation(
     """The phases sampling (prompt and negative prompt take turns) and decoding, with the transformer still loaded."""
     if pair is None or not config.validation.num_validation_images:
         return []
-    tokens = Tokens(batch=1, image=pair.image_tokens, text=pair.text_tokens)
+    tokens = Tokens(batch=1, image=pair.image_tokens, target=picture_tokens(pair.target), text=pair.text_tokens)
     sampling = {
         "forward pass": forward_bytes(network, tokens) + _layer_bytes(network),
         "latents and embeddings": latent_and_embedding_bytes(network, tokens),
@@ -207,12 +222,13 @@ def _host(
     config: TrainConfig, network: NetworkSize, tokens: Tokens, *, recomputed: int, streamed: int
 ) -> dict[str, int]:
     """Host memory by part, without empty parts."""
-    inputs = [block_input_bytes(network, part) for part in (replace(tokens, text=0), replace(tokens, image=0))]
-    offloaded = offloaded_bytes(recomputed * inputs) if config.memory.activation_offload else 0
+    picture, prompt = (block_input_bytes(network, part) for part in (replace(tokens, text=0), replace(tokens, image=0)))
+    kept = [picture, prompt] if config.memory.recompute_attention else [picture, prompt, picture + prompt]
+    offloaded = offloaded_bytes(recomputed * kept) if config.memory.activation_offload else 0
     parts = {
         "Python, torch and CUDA": _PROCESS,
         "streamed weights": network.streamed_bytes(streamed),
-        "offloaded block inputs": offloaded,
+        "offloaded activations": offloaded,
         "encoded pairs": _LOADED_PAIRS,
         "running average": ema_bytes([(network.adapter_weights,)], config.ema)[0],
         # A streamed block that was not quantised on the device is copied into one piece of memory.

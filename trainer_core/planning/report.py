@@ -123,6 +123,7 @@ def _settings(plan: MemoryPlan) -> list[str]:
         f"gradient_checkpointing {_on_off(plan.recomputed > 0)}, "
         f"gradient_checkpointing_blocks {plan.recomputed} of {total}",
         f"activation_offload {_on_off(memory.activation_offload and plan.recomputed > 0)}, "
+        f"recompute_attention {_on_off(memory.recompute_attention and plan.recomputed > 0)}",
         f"blocks_to_stream {plan.streamed} of {total}, compile_blocks {memory.compile_blocks}",
     ]
 

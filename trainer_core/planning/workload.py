@@ -79,7 +79,9 @@ class Workload:
     @property
     def tokens(self) -> Tokens:
         """Tokens of the largest micro-batch."""
-        return Tokens(batch=self.batch, image=self.train.image_tokens, text=self.train.text_tokens)
+        pair = self.train
+        target = min(picture_tokens(pair.target), pair.image_tokens)  # a scaled pair has its picture tokens scaled only
+        return Tokens(batch=self.batch, image=pair.image_tokens, target=target, text=pair.text_tokens)
 
 
 def pair_size(target: Size, references: Sequence[Size], text_tokens: int, turns: int = 1) -> PairSize:

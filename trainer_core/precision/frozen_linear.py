@@ -55,7 +55,13 @@ class FrozenLinear(nn.Linear):
         tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
         if not (x.requires_grad and torch.is_grad_enabled()):
             return functional.linear(x, self.format.dequantise(tensors, x.dtype), self.bias)
-        return _Product.apply(x, self.bias, self.format, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
+        return _Product.apply(x, self.bias, self.format, 0, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
+
+    def gradient_only(self, x: Tensor) -> Tensor:
+        """See the function of the same name."""
+        tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
+        sizes = None, self.format, self.out_features
+        return _Product.apply(x, *sizes, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,6 +93,7 @@ class _Product(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         form: Format,
+        out_features: int,
         a: Tensor,
         b: Tensor,
         c: Tensor | None,
@@ -94,10 +101,12 @@ class _Product(torch.autograd.Function):
         e: Tensor | None,
         f: Tensor | None,
     ) -> Tensor:
-        """`a` to `f` are the format's tensors."""
+        """`a` to `f` are the format's tensors. With `out_features`, the product is skipped: see `gradient_only`."""
         ctx.save_for_backward(a, b, c, d, e, f)
         ctx.form = form
         weight = [each for each in (a, b, c, d, e, f) if each is not None]
+        if out_features:
+            return x.new_zeros(()).expand(*x.shape[:-1], out_features)
         return functional.linear(x, form.dequantise(weight, x.dtype), bias)
 
     @staticmethod
@@ -113,7 +122,30 @@ class _Product(torch.autograd.Function):
                 each if each.dtype.itemsize == 1 and each.is_floating_point() else each + zero.to(each.dtype)
                 for each in weight
             ]
-        return gradient @ ctx.form.dequantise(weight, gradient.dtype), None, None, *_PADDING
+        return gradient @ ctx.form.dequantise(weight, gradient.dtype), None, None, None, *_PADDING
+
+
+def gradient_only(layer: nn.Module, x: Tensor) -> Tensor:
+    """A tensor like `layer(x)` with the same gradient of x, but whose values mean nothing: it skips the product.
+
+    For the last layer of a block that is computed again only for its gradients. Layers of other kinds compute all.
+    """
+    if own := getattr(layer, "gradient_only", None):
+        return own(x)
+    if type(layer) is nn.Linear and not layer.weight.requires_grad:
+        return _NoProduct.apply(x, layer.weight)  # type: ignore[no-untyped-call]
+    return layer(x)
+
+
+class _NoProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0] @ ctx.saved_tensors[0], None
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

@@ -69,4 +69,4 @@ def predict_velocity(
     if torch.is_grad_enabled():  # so that all blocks are alike to the compiler and to recomputation
         picture, prompt = (each.detach().requires_grad_() for each in (picture, prompt))
     prediction = predict_tokens(transformer, picture, sigma_B.float(), prompt, condition.prompt_mask, shapes)
-    return unpack(prediction[:, : tokens.shape[1]], height, width)
+    return unpack(prediction, height, width)

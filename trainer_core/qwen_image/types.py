@@ -17,7 +17,8 @@ class Condition:
     """The transformer's inputs besides the noisy latents.
 
     `reference_latents` has one normalised [B, C, h, w] per reference. `prompt_embeds` is [B, L, D]. `prompt_mask`
-    [B, L] is True for real tokens, or None if there is no padding.
+    [B, L] is True for real tokens, which come first, or None if there is no padding. The mask stays in host memory,
+    because lengths are read from it.
     """
 
     reference_latents: tuple[Tensor, ...]
@@ -26,9 +27,8 @@ class Condition:
 
     def to(self, device: torch.device) -> Condition:
         """The same condition on a device."""
-        mask = None if self.prompt_mask is None else self.prompt_mask.to(device)
         references = tuple(latents.to(device, non_blocking=True) for latents in self.reference_latents)
-        return Condition(references, self.prompt_embeds.to(device, non_blocking=True), mask)
+        return Condition(references, self.prompt_embeds.to(device, non_blocking=True), self.prompt_mask)
 
     def beside(self, other: Condition) -> Condition:
         """The pairs of both conditions as one batch. Pads the shorter prompts at the end and masks the padding."""
@@ -41,9 +41,7 @@ class Condition:
         mask = None
         if sizes[0][1] != sizes[1][1] or any(each.prompt_mask is not None for each in conditions):
             real = [
-                torch.ones(size, dtype=torch.bool, device=each.prompt_embeds.device)
-                if each.prompt_mask is None
-                else each.prompt_mask
+                torch.ones(size, dtype=torch.bool) if each.prompt_mask is None else each.prompt_mask
                 for each, size in zip(conditions, sizes, strict=True)
             ]
             mask = torch.cat([functional.pad(each, (0, longest - each.shape[1])) for each in real])

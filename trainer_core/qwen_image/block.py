@@ -1,0 +1,206 @@
+"""Qwen-Image's double-stream block for frozen weights: equal to diffusers' block, with less work and less memory.
+
+A block holds the layers of diffusers' block under the same names, so weight files and adapters fit both. It takes the
+tokens of several pairs one after another, without padding. Attention stands between its two compiled parts:
+
+    queries, keys, values = before_attention(picture, prompt)
+    picture, prompt = after_attention(picture, prompt, attention(queries, keys, values))
+
+Shapes: T prompt tokens and L picture tokens of all pairs, N = T + L, D width, H heads, d head width, R rows of the
+noise level's embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..memory.recompute import KeptAttention
+from ..precision.frozen_linear import gradient_only
+from ..precision.frozen_norm import FrozenRMSNorm
+from .attention import OfPair, attend
+from .query_key import joined
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+
+_EPS = 1e-6  # of the layer norms
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shared:
+    """What all blocks take besides picture and prompt.
+
+    `time` [R, D] and `prompt_time` are the noise level's embeddings. `picture_rows` [L] and `prompt_rows` [T] tell
+    which of them belongs to a token; None if there is only one. `angles` [N, d / 2, 2] are the cosines and sines of the
+    positions, first of the prompts. `targets` tells which picture tokens are those of the targets. `pairs` and
+    `last_pairs` tell which tokens see each other in a block and in the last one, which has queries for the targets
+    only; None for a single pair.
+    """
+
+    time: Tensor
+    prompt_time: Tensor
+    angles: Tensor
+    targets: slice | Tensor
+    picture_rows: Tensor | None = None
+    prompt_rows: Tensor | None = None
+    pairs: Sequence[OfPair] | None = None
+    last_pairs: Sequence[OfPair] | None = None
+
+
+class EditBlock(nn.Module):
+    """A block of a frozen transformer. Made from diffusers' block, whose layers it takes over."""
+
+    # For the compiler: the methods that it compiles, with the dimension of each argument that counts tokens.
+    COMPILED: ClassVar[dict[str, tuple[int | None, ...]]] = {
+        "before_attention": (1, 1, None, None, 0, 0, 0),
+        "after_attention": (1, 1, 1, None, None, 0, 0, None),
+    }
+
+    def __init__(self, block: QwenImageTransformerBlock) -> None:
+        super().__init__()
+        self.heads = block.attn.heads
+        self.img_mod, self.txt_mod = block.img_mod, block.txt_mod
+        self.attn: Any = block.attn
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            setattr(self.attn, name, FrozenRMSNorm(getattr(self.attn, name)))
+        self.img_mlp, self.txt_mlp = block.img_mlp, block.txt_mlp
+
+    def forward(
+        self, picture: Tensor, prompt: Tensor, shared: Shared, kept: KeptAttention | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """picture [1, L, D] and prompt [1, T, D] after this block."""
+        rows = shared.picture_rows, shared.prompt_rows
+        query, key, value, of_picture, of_prompt = self.before_attention(
+            picture, prompt, shared.time, shared.prompt_time, shared.angles, *rows
+        )
+        out = attend(query, key, value, shared.pairs, kept)
+        return self.after_attention(
+            picture, prompt, out, of_picture, of_prompt, *rows, kept is not None and kept.is_second
+        )
+
+    def before_attention(
+        self,
+        picture: Tensor,
+        prompt: Tensor,
+        time: Tensor,
+        prompt_time: Tensor,
+        angles: Tensor,
+        picture_rows: Tensor | None,
+        prompt_rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values [1, N, H, d], and the modulation [R, 6 D] of picture and prompt."""
+        modulation, prompt_modulation = self.img_mod(time), self.txt_mod(prompt_time)
+        picture = _modulated(picture, modulation, 0, picture_rows)
+        prompt = _modulated(prompt, prompt_modulation, 0, prompt_rows)
+        attn = self.attn
+        query = self._joined("q", attn.add_q_proj(prompt), attn.to_q(picture), angles)
+        key = self._joined("k", attn.add_k_proj(prompt), attn.to_k(picture), angles)
+        value = self._by_head(torch.cat([attn.add_v_proj(prompt), attn.to_v(picture)], dim=1))
+        return query, key, value, modulation, prompt_modulation
+
+    def after_attention(
+        self,
+        picture: Tensor,
+        prompt: Tensor,
+        out: Tensor,
+        modulation: Tensor,
+        prompt_modulation: Tensor,
+        picture_rows: Tensor | None,
+        prompt_rows: Tensor | None,
+        is_second: bool,  # noqa: FBT001
+    ) -> tuple[Tensor, Tensor]:
+        """picture [1, L, D] and prompt [1, T, D] after this block, from those before it and attention's output."""
+        out, tokens = out.flatten(2), prompt.shape[1]
+        picture = self._stream(
+            picture, self.attn.to_out[0](out[:, tokens:]), self.img_mlp, modulation, picture_rows, is_second=is_second
+        )
+        prompt = self._stream(
+            prompt,
+            self.attn.to_add_out(out[:, :tokens]),
+            self.txt_mlp,
+            prompt_modulation,
+            prompt_rows,
+            is_second=is_second,
+        )
+        return picture, prompt
+
+    def _joined(self, which: Literal["q", "k"], prompt: Tensor, picture: Tensor, angles: Tensor) -> Tensor:
+        """Queries or keys of prompt [1, T, D] and picture [1, L, D], normalised and rotated: [1, N, H, d]."""
+        norms = getattr(self.attn, f"norm_added_{which}"), getattr(self.attn, f"norm_{which}")
+        return joined(self._by_head(prompt), self._by_head(picture), *norms, angles)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def _stream(
+        self, x: Tensor, out: Tensor, mlp: Any, modulation: Tensor, rows: Tensor | None, *, is_second: bool
+    ) -> Tensor:
+        """x [1, tokens, D] plus attention's output and then plus the MLP's."""
+        x = _plus(x, out, modulation, 2, rows)
+        first, last = mlp.net[0], mlp.net[2]
+        inner = functional.gelu(first.proj(_modulated(x, modulation, 3, rows)), approximate="tanh")
+        # A trained gate's gradient needs the last layer's output.
+        out = gradient_only(last, inner) if is_second and not modulation.requires_grad else last(inner)
+        return _plus(x, out, modulation, 5, rows)
+
+
+class LastBlock(EditBlock):
+    """The last block. Only the targets' tokens leave it: others have no queries, and the prompt ends in attention."""
+
+    COMPILED: ClassVar = {}  # it would need code of its own, which takes longer to compile than it saves
+
+    def __init__(self, block: QwenImageTransformerBlock) -> None:
+        super().__init__(block)
+        self.attn.to_add_out, self.txt_mlp = nn.Identity(), nn.Identity()
+
+    def forward(
+        self, picture: Tensor, prompt: Tensor, shared: Shared, kept: KeptAttention | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The targets' tokens of the picture after this block, and the prompt as it was."""
+        modulation, rows, attn = self.img_mod(shared.time), shared.picture_rows, self.attn
+        inner = _modulated(picture, modulation, 0, rows)
+        inner_prompt = _modulated(prompt, self.txt_mod(shared.prompt_time), 0, shared.prompt_rows)
+        value = self._by_head(torch.cat([attn.add_v_proj(inner_prompt), attn.to_v(inner)], dim=1))
+        key = self._joined("k", attn.add_k_proj(inner_prompt), attn.to_k(inner), shared.angles)
+        of_targets = attn.to_q(inner[:, shared.targets])
+        angles = shared.angles[prompt.shape[1] :][shared.targets]
+        query = self._joined("q", of_targets[:, :0], of_targets, angles)
+        out = attend(query, key, value, shared.last_pairs, kept).flatten(2)
+        targets, rows = picture[:, shared.targets], None if rows is None else rows[shared.targets]
+        is_second = kept is not None and kept.is_second
+        return self._stream(targets, attn.to_out[0](out), self.img_mlp, modulation, rows, is_second=is_second), prompt
+
+
+def _modulated(x: Tensor, modulation: Tensor, first: int, rows: Tensor | None) -> Tensor:
+    """The layer norm of x [1, tokens, D], scaled and shifted.
+
+    `modulation` [R, 6 D] has shift and scale in its parts `first` and `first` + 1. `rows` [tokens] tells the row of a
+    token, or is None if R is 1.
+    """
+    normed = functional.layer_norm(x, x.shape[-1:], eps=_EPS)
+    shifts, scales = modulation.chunk(6, dim=-1)[first : first + 2]
+    return _by_row(lambda row: normed * (1 + scales[row]) + shifts[row], len(modulation), rows)
+
+
+def _plus(x: Tensor, change: Tensor, modulation: Tensor, gate: int, rows: Tensor | None) -> Tensor:
+    """x [1, tokens, D] plus a change of the same shape, times the gate in this part of `modulation` [R, 6 D]."""
+    gates = modulation.chunk(6, dim=-1)[gate]
+    return x + _by_row(lambda row: gates[row] * change, len(modulation), rows)
+
+
+def _by_row(compute: Callable[[int], Tensor], count: int, rows: Tensor | None) -> Tensor:
+    """The result [1, tokens, D] of each token for its row, of `count` rows.
+
+    Choosing between results rather than between scales, shifts or gates keeps no scale, shift or gate per token.
+    """
+    result = compute(0)
+    for row in range(1, count):
+        assert rows is not None
+        result = torch.where((rows == row).unsqueeze(-1), compute(row), result)
+    return result
