@@ -10,7 +10,7 @@ FAST_PATHS = (
     "tests/tools",
     "tests/integration/test_early_refusals.py",
     "tests/numerics/test_adapter.py",
-    "tests/numerics/test_frozen_norm.py",
+    "tests/numerics/test_query_key.py",
     "tests/numerics/test_noise_and_loss.py",
     "tests/numerics/test_objective.py",
     "tests/numerics/test_positions.py",

@@ -23,7 +23,7 @@ _BACKWARD_WIDTHS = 10
 # While the MLP's second layer multiplies (its gradients and its input's), and before that, while it is dequantised.
 _PRODUCT_WIDTHS, _DEQUANTISING_WIDTHS = 7, 3
 # While keys are rotated back, beside four tensors in float32; and what the MLP had saved.
-_ROTATION_WIDTHS, _MLP_WIDTHS = 4, 6
+_ROTATION_WIDTHS, _MLP_WIDTHS = 3, 6
 # Two copies in float32 of the MLP's inner tensor, which is four widths wide, when it is rounded to 8 bits. In the first
 # forward pass, a block holds fewer widths beside them than it saves in the second one.
 _ROUNDED = 2 * FLOAT32 * 4
@@ -68,7 +68,6 @@ def saved_activation_bytes(
     rows = [
         SavedActivation("input of the block, for the first norm", width + 8, width + 8),
         SavedActivation("queries and keys before their norm", 2 * width, 2 * width),
-        SavedActivation("their lengths", *2 * [2 * FLOAT32 * network.heads]),
         SavedActivation("queries, keys, values and attention output", *2 * [4 * width + FLOAT32 * network.heads]),
         SavedActivation("input of the second norm", width + 8, width + 8),
         SavedActivation("input of the MLP's activation function", 4 * width, 4 * width),

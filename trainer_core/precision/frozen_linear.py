@@ -72,7 +72,7 @@ def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     codes = x.float() / scale
     codes = codes.to(dtype).float() if dtype.is_floating_point else codes.round()
     if torch.compiler.is_compiling():
-        return (codes * scale).to(x.dtype)  # not in place: see FrozenRMSNorm
+        return (codes * scale).to(x.dtype)  # not in place: compiled by torch 2.11, the gradient would be zero
     return codes.mul_(scale).to(x.dtype)
 
 

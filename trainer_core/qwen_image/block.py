@@ -22,9 +22,8 @@ from torch.nn import functional
 
 from ..memory.recompute import KeptAttention
 from ..precision.frozen_linear import gradient_only
-from ..precision.frozen_norm import FrozenRMSNorm
 from .attention import OfPair, attend
-from .query_key import joined
+from .query_key import define_operators, joined
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
@@ -64,11 +63,10 @@ class EditBlock(nn.Module):
 
     def __init__(self, block: QwenImageTransformerBlock) -> None:
         super().__init__()
+        define_operators()
         self.heads = block.attn.heads
         self.img_mod, self.txt_mod = block.img_mod, block.txt_mod
         self.attn: Any = block.attn
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            setattr(self.attn, name, FrozenRMSNorm(getattr(self.attn, name)))
         self.img_mlp, self.txt_mlp = block.img_mlp, block.txt_mlp
 
     def forward(
@@ -132,8 +130,10 @@ class EditBlock(nn.Module):
 
     def _joined(self, which: Literal["q", "k"], prompt: Tensor, picture: Tensor, angles: Tensor) -> Tensor:
         """Queries or keys of prompt [1, T, D] and picture [1, L, D], normalised and rotated: [1, N, H, d]."""
-        norms = getattr(self.attn, f"norm_added_{which}"), getattr(self.attn, f"norm_{which}")
-        return joined(self._by_head(prompt), self._by_head(picture), *norms, angles)
+        prompt_norm, norm = getattr(self.attn, f"norm_added_{which}"), getattr(self.attn, f"norm_{which}")
+        return joined(
+            self._by_head(prompt), self._by_head(picture), prompt_norm.weight, norm.weight, angles, norm.eps
+        )
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

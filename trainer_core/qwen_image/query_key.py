@@ -1,85 +1,152 @@
 """Queries and keys of a block: normalised per head, rotated by their positions, and those of prompt and picture joined.
 
+On a CUDA device with Triton a kernel does all that in one pass over memory. For the compiler it is an operator that it
+does not look into: its own code for the rotation of neighbouring numbers takes three times as long.
+
 Shapes: T prompt tokens, L picture tokens, H heads, d head width.
 """
 
 from __future__ import annotations
 
+import re
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..precision.frozen_norm import FrozenRMSNorm, input_gradient, inverse_root
+_NAMESPACE = re.sub(r"\W", "_", __name__)  # of the operators; two copies of the pack in a process have their own
 
 
-def joined(prompt: Tensor, picture: Tensor, prompt_norm: FrozenRMSNorm, norm: FrozenRMSNorm, angles: Tensor) -> Tensor:
+def joined(
+    prompt: Tensor, picture: Tensor, prompt_weight: Tensor, weight: Tensor, angles: Tensor, eps: float
+) -> Tensor:
     """Queries or keys of prompt [1, T, H, d] and picture [1, L, H, d] as one tensor [1, T + L, H, d].
 
-    `angles` are the cosines and sines [T + L, d / 2, 2] in float32. A compiled block computes the parts on their own,
-    because the compiler writes both into the joined tensor. Otherwise they are joined first, which needs fewer kernels.
+    y = rotate(x / sqrt(mean(x²) + eps) in x's dtype, times the weight [d]), as diffusers' RMSNorm and rotary embedding
+    compute it. `angles` are the cosines and sines [T + L, d / 2, 2] in float32, by which neighbouring numbers are
+    rotated like complex numbers. Only prompt and picture get gradients, and only they are kept for the backward pass.
     """
-    if not torch.compiler.is_compiling():
-        weights = prompt_norm.weight, norm.weight
-        return _NormalisedAndRotated.apply(prompt, picture, *weights, norm.eps, angles)  # type: ignore[no-untyped-call]
-    tokens = prompt.shape[1]
-    return torch.cat(
-        [rotated(prompt_norm(prompt), angles[:tokens]), rotated(norm(picture), angles[tokens:])],
-        dim=1,
-    )
+    return _Joined.apply(prompt, picture, prompt_weight, weight, angles, eps)  # type: ignore[no-untyped-call]
 
 
-def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """x [1, L, H, d] with neighbouring elements rotated like complex numbers, in float32. `angles` [L, d / 2, 2].
-
-    Each element is read with its neighbour's sine, so the compiler needs neither complex numbers, for which it
-    generates no code, nor two halves that are interleaved at the end.
-    """
-    cosine, sine = (part.repeat_interleave(2, dim=-1).unsqueeze(1) for part in angles.unbind(-1))
-    signs = torch.tensor([-1.0, 1.0], device=x.device).repeat(x.shape[-1] // 2)
-    neighbour = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x.float() * cosine + neighbour.float() * (sine * signs)).type_as(x)
-
-
-class _NormalisedAndRotated(torch.autograd.Function):
-    """`joined` in as few operations as possible. Never compiled, so it may write in place."""
-
+class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        prompt: Tensor,
-        picture: Tensor,
-        prompt_weight: Tensor,
-        weight: Tensor,
-        eps: float,
-        angles: Tensor,
+        ctx: Any, prompt: Tensor, picture: Tensor, prompt_weight: Tensor, weight: Tensor, angles: Tensor, eps: float
     ) -> Tensor:
-        tokens, x = prompt.shape[1], torch.cat([prompt, picture], dim=1)
-        inverse = inverse_root(x, eps)
-        ctx.save_for_backward(x, inverse, prompt_weight, weight, angles)
-        ctx.tokens = tokens
-        y = torch.mul(x, inverse, out=torch.empty_like(x))
-        y[:, :tokens].mul_(prompt_weight)
-        y[:, tokens:].mul_(weight)
-        turned = torch.view_as_complex(y.float().unflatten(-1, (-1, 2))).mul_(_complex(angles))
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        ctx.save_for_backward(prompt, picture, prompt_weight, weight, angles)
+        ctx.eps = eps
+        forward = _operator("forward") if torch.compiler.is_compiling() else _forward
+        return forward(prompt, picture, prompt_weight, weight, angles, eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, inverse, prompt_weight, weight, angles = ctx.saved_tensors
-        parts = gradients[0].float().contiguous().unflatten(-1, (-1, 2))
-        turned = torch.view_as_complex(parts) * _complex(angles).conj()
-        gradient = torch.view_as_real(turned).flatten(-2).to(x.dtype)
-        gradient[:, : ctx.tokens].mul_(prompt_weight)
-        gradient[:, ctx.tokens :].mul_(weight)
-        gradient = input_gradient(gradient.float(), x, inverse)
-        return (
-            gradient[:, : ctx.tokens].contiguous(),
-            gradient[:, ctx.tokens :].contiguous(),
-            *(None,) * 4,
-        )
+        backward = _operator("backward") if torch.compiler.is_compiling() else _backward
+        return *backward(gradients[0], *ctx.saved_tensors, ctx.eps), None, None, None, None
+
+
+def _forward(
+    prompt: Tensor, picture: Tensor, prompt_weight: Tensor, weight: Tensor, angles: Tensor, eps: float
+) -> Tensor:
+    tokens = prompt.shape[1]
+    result = picture.new_empty(1, tokens + picture.shape[1], *picture.shape[2:])
+    forward = _kernels().forward if _has_kernels(picture) else _plain_forward
+    forward(prompt, prompt_weight, angles[:tokens], eps, out=result[:, :tokens])
+    forward(picture, weight, angles[tokens:], eps, out=result[:, tokens:])
+    return result
+
+
+def _backward(
+    gradient: Tensor,
+    prompt: Tensor,
+    picture: Tensor,
+    prompt_weight: Tensor,
+    weight: Tensor,
+    angles: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    tokens = prompt.shape[1]
+    backward = _kernels().backward if _has_kernels(picture) else _plain_backward
+    return (
+        backward(gradient[:, :tokens], prompt, prompt_weight, angles[:tokens], eps),
+        backward(gradient[:, tokens:], picture, weight, angles[tokens:], eps),
+    )
+
+
+def _plain_forward(x: Tensor, weight: Tensor, angles: Tensor, eps: float, out: Tensor) -> None:
+    y = torch.mul(x, _inverse_root(x, eps), out=torch.empty_like(x)).mul_(weight)  # makes no float32 copy
+    turned = torch.view_as_complex(y.float().unflatten(-1, (-1, 2))).mul_(_complex(angles))
+    out.copy_(torch.view_as_real(turned).flatten(-2))
+
+
+def _plain_backward(gradient: Tensor, x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
+    parts = gradient.float().contiguous().unflatten(-1, (-1, 2))
+    turned = torch.view_as_complex(parts) * _complex(angles).conj()
+    back = torch.view_as_real(turned).flatten(-2).to(x.dtype).mul_(weight).float()
+    inverse = _inverse_root(x, eps)
+    along = (back * x).mean(-1, keepdim=True).mul_(inverse.square())
+    return back.addcmul_(x, along, value=-1).mul_(inverse).to(x.dtype)
+
+
+def _inverse_root(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x²) + eps) [..., 1] in float32, for x [..., d]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _complex(angles: Tensor) -> Tensor:
     """Angles [L, d / 2, 2] as complex numbers [L, 1, d / 2], for all heads."""
     return torch.view_as_complex(angles).unsqueeze(1)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and not x.shape[-1] & (x.shape[-1] - 1) and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _kernels() -> Any:
+    return import_module(".query_key_kernels", __package__)
+
+
+class _Operators:
+    """The library that holds the operators, which torch forgets with it."""
+
+    library: torch.library.Library | None = None
+
+
+def define_operators() -> None:
+    """Make the operators known to torch, once in a process. Compiled blocks need them."""
+    if _Operators.library is not None:
+        return
+    library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+    inputs = "Tensor prompt, Tensor picture, Tensor prompt_weight, Tensor weight, Tensor angles, float eps"
+    library.define(f"forward({inputs}) -> Tensor")
+    library.define(f"backward(Tensor gradient, {inputs}) -> (Tensor, Tensor)")
+    for name, compute, shape in (("forward", _forward, _joined_shape), ("backward", _backward, _parts_shape)):
+        library.impl(name, compute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", shape, lib=library)
+    _Operators.library = library
+
+
+def _joined_shape(prompt: Tensor, picture: Tensor, *_: Any) -> Tensor:
+    """What the forward operator returns, for the compiler: an empty tensor."""
+    return picture.new_empty(1, prompt.shape[1] + picture.shape[1], *picture.shape[2:])
+
+
+def _parts_shape(gradient: Tensor, prompt: Tensor, picture: Tensor, *_: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return (
+        torch.empty_like(prompt, memory_format=torch.contiguous_format),
+        torch.empty_like(picture, memory_format=torch.contiguous_format),
+    )
+
+
+def _operator(name: str) -> Any:
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
