@@ -150,14 +150,15 @@ def _probes(network: NetworkSize, tokens: int, device: torch.device) -> tuple[fl
     host = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty_like(host, device=device)
     return (
-        _seconds(device, lambda: x @ weight) / (8 * tokens * width**2),
-        _seconds(device, lambda: scaled_dot_product_attention(q, k, v)) / attention,
-        _seconds(device, lambda: torch.autograd.grad(attended, (q, k, v), grad, retain_graph=True)) / (2 * attention),
-        _seconds(device, lambda: there.copy_(host, non_blocking=True)) / _COPIED,
+        seconds_on_device(device, lambda: x @ weight) / (8 * tokens * width**2),
+        seconds_on_device(device, lambda: scaled_dot_product_attention(q, k, v)) / attention,
+        seconds_on_device(device, lambda: torch.autograd.grad(attended, (q, k, v), grad, retain_graph=True))
+        / (2 * attention),
+        seconds_on_device(device, lambda: there.copy_(host, non_blocking=True)) / _COPIED,
     )
 
 
-def _seconds(device: torch.device, call: Callable[[], object], times: int = 4) -> float:
+def seconds_on_device(device: torch.device, call: Callable[[], object], times: int = 4) -> float:
     """Median seconds that a call takes on a CUDA device, after two calls that are not counted."""
     taken = []
     stream = torch.cuda.current_stream(device)  # an event without a stream would time the current device

@@ -8,8 +8,8 @@ scales are folded into the gradient before it is rounded. Codes are int8, or fp8
 and the card multiplies them. Sums are exact in int32, or in float32; scales and bias are applied in float32, and the
 result is rounded once.
 
-On a CUDA device an operator that the compiler does not look into computes the product. Elsewhere plain torch does; the
-results agree up to rounding.
+On a CUDA device an operator that the compiler does not look into computes the product, with Triton. Elsewhere plain
+torch does; the results agree up to rounding.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+from ..packages import need_triton
 from ..weights.stored import hadamard
 from .formats import EightBits, Format
 
+LEAST_CAPABILITY = (8, 0)  # Triton compiles no int8 products for older cards
 FP8 = torch.float8_e4m3fn
 FEW_ROWS = 16  # products of so few rows, such as the modulation's, only read the weight: 8 bits would save no time
 _NAMESPACE = re.sub(r"\W", "_", __name__)  # of the operator; two copies of the pack in a process have their own
@@ -60,7 +62,7 @@ def quantised(x: Tensor, dtype: torch.dtype, factors: Tensor | None = None) -> C
 
     A row with NaN or infinite numbers gets the scale NaN or infinite.
     """
-    if x.is_cuda and not torch.compiler.is_compiling() and has_triton():
+    if x.is_cuda and not torch.compiler.is_compiling():
         return Coded(*_kernels().quantise(x, dtype, factors, largest_code(dtype)))
     values = x if factors is None else x * factors
     scales = token_scales(values, dtype)
@@ -103,17 +105,32 @@ def is_coded(form: Format, tensors: Sequence[Tensor], dtype: torch.dtype) -> boo
     return isinstance(form, EightBits) and tensors[0].dtype == dtype
 
 
+def check_device(device: torch.device, needed_for: str) -> None:
+    """Check that a device multiplies 8-bit codes. `needed_for`: what needs it, such as "matmul_precision 8bit".
+
+    Raises:
+        ConfigError: the card is too old, or it is no CUDA device. The CPU is slow, but serves for tests.
+        MissingPackageError: Triton is not installed.
+    """
+    if device.type == "cpu":
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"{needed_for} needs a CUDA device or the CPU, but the device is {device}. Set it to bf16.")
+    if (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        needed, has = (".".join(map(str, each)) for each in (LEAST_CAPABILITY, found))
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(
+            f"{needed_for} needs a card with compute capability {needed} or higher (RTX 30 or newer), but {name} has "
+            f"{has}. Set it to bf16."
+        )
+    need_triton(needed_for)
+
+
 def code_dtype(form: Format, codes: torch.dtype, device: torch.device) -> torch.dtype:
     """The type of codes in which a weight of this format is multiplied on a device."""
     if isinstance(form, EightBits) and codes == FP8 and (device.type != "cuda" or multiplies_fp8(device)):
         return FP8
     return torch.int8
-
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
 
 
 @cache
@@ -155,7 +172,7 @@ def _on_card(
 ) -> Tensor:
     """The operator on a CUDA device. In the backward pass it copies the weight's codes, transposed."""
     if backward:
-        b = _kernels().transposed(b) if has_triton() else b.view(torch.int8).T.contiguous().view(b.dtype)
+        b = _kernels().transposed(b)
     if a.dtype == torch.int8:
         return _kernels().int8_product(a, b, a_scale, b_scale, bias, dtype)
     b_scale = torch.ones(len(b), device=b.device) if b_scale is None else b_scale

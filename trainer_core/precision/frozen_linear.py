@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +29,6 @@ class FrozenLinear(nn.Linear):
     """
 
     rounds_input = False
-    codes: torch.dtype | None = None
 
     def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
@@ -39,6 +39,7 @@ class FrozenLinear(nn.Linear):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.codes: torch.dtype | None = None
 
     @property
     def quantised(self) -> QuantisedWeight:
@@ -71,6 +72,20 @@ def set_products(network: nn.Module, device: torch.device, *, in_8_bits: bool) -
     for layer in network.modules():
         if isinstance(layer, FrozenLinear):
             layer.codes = eight_bit.code_dtype(layer.format, layer.weight.dtype, device) if in_8_bits else None
+
+
+@contextmanager
+def exact_products(network: nn.Module) -> Iterator[None]:
+    """A context in which no layer of `network` multiplies 8-bit codes."""
+    layers = [layer for layer in network.modules() if isinstance(layer, FrozenLinear)]
+    before = [layer.codes for layer in layers]
+    for layer in layers:
+        layer.codes = None
+    try:
+        yield
+    finally:
+        for layer, codes in zip(layers, before, strict=True):
+            layer.codes = codes
 
 
 def product(

@@ -50,9 +50,9 @@ def candidates(capability: tuple[int, int]) -> tuple[Tiles, ...]:
 
 @triton.jit(do_not_specialize=["rows"])
 def int8_product_kernel(
-    a, b, y, a_scale, b_scale, bias, rows, columns, depth,
+    a, b, y, a_scale, b_scale, bias, rows, columns, depth: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_EVEN: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """y [rows, columns] = a [rows, depth] · b [columns, depth]ᵀ · scales + bias, one rounding to y's dtype."""
     # Programs that run at the same time share GROUP rows of tiles, whose operands then stay in the L2 cache.
@@ -67,7 +67,7 @@ def int8_product_kernel(
     b_at = b + at_n[None, :].to(tl.int64) * depth + k[:, None]
     total = tl.zeros((BM, BN), dtype=tl.int32)
     for start in range(0, depth, BK):
-        if IS_EVEN:
+        if depth % BK == 0:
             total = tl.dot(tl.load(a_at), tl.load(b_at), total, out_dtype=tl.int32)
         else:
             is_in = k < depth - start
@@ -95,7 +95,7 @@ def transposed_kernel(source, target, rows, columns, BM: tl.constexpr, BN: tl.co
 
 @triton.jit
 def quantise_kernel(
-    x, factors, codes, scales, columns, stride,
+    x, factors, codes, scales, columns: tl.constexpr, stride,
     LARGEST: tl.constexpr, LEAST: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of x to its codes and its scale."""
@@ -166,7 +166,7 @@ def int8_product(
         int8_product_kernel[(grid,)](
             a, b, y, a_scale, b_scale, bias, rows, columns, depth,
             BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, GROUP=8,
-            HAS_SCALE=b_scale is not None, HAS_BIAS=bias is not None, IS_EVEN=depth % tiles.depth == 0,
+            HAS_SCALE=b_scale is not None, HAS_BIAS=bias is not None,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
