@@ -103,7 +103,8 @@ def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
     problems.attempt(lambda: check_vae(base))
     problems.attempt(lambda: load_scheduler(base.folder.scheduler))
     model = problems.attempt(lambda: prepare_model(config, base))
-    problems.attempt(lambda: _check_codes(config.model, base))
+    if model is not None:
+        problems.attempt(lambda: _check_codes(config.model, base))
     problems.raise_all()
     assert model is not None
     return model
