@@ -42,7 +42,8 @@ from tests.support.full_size_step import (
 )
 from trainer_core.adapters.plan import TARGET_PATTERNS
 from trainer_core.memory.placement import recomputed_blocks
-from trainer_core.planning.duration import probed_speed, training_operations, training_seconds
+from trainer_core.planning.duration import probed_speed, training_seconds
+from trainer_core.planning.operations import training_operations
 from trainer_core.qwen_image.transformer import predict_velocity
 from trainer_core.qwen_image.types import Condition
 

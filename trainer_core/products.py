@@ -14,8 +14,8 @@ from .config import MatmulPrecision, ModelConfig
 from .errors import TrainerError
 from .memory.streaming import weights_on_device
 from .planning.advice import STEP
-from .planning.duration import seconds_on_device
 from .planning.preparation import Preparation
+from .planning.probes import seconds_on_device
 from .planning.workload import largest_draws
 from .precision.eight_bit import check_device
 from .precision.frozen_linear import FrozenLinear, set_products
@@ -52,11 +52,12 @@ def check_choice(model: ModelConfig, run: RunFolder, device: torch.device) -> No
     """Check that a run that has begun with 8-bit products can go on with them on this device.
 
     Raises:
-        ConfigError: it can't. The run would have to be started again on this device.
+        ConfigError: it can't.
         MissingPackageError: Triton is not installed.
     """
     if kept_choice(model, run) == "8bit":
-        check_device(device, f"This run, which multiplies 8-bit numbers ({_SETTING}),")
+        instead = f"Continue it where it began, or start a new run with {_SETTING} bf16."
+        check_device(device, "This run, which began with 8-bit products,", instead)
 
 
 def choose_products(
@@ -88,9 +89,9 @@ def _is_able(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        check_device(device, "The faster 8bit")
+        check_device(device, "An 8-bit product", "")
     except TrainerError as error:
-        _LOG.info("Quantised layers multiply bf16 numbers. %s", error)
+        _LOG.info("Quantised layers multiply bf16 numbers. %s", str(error).strip())
         return False
     return True
 

@@ -125,17 +125,20 @@ def test_a_run_in_8_bits_is_refused_where_it_cannot_go_on(
 ) -> None:
     timed(0.003, 0.002)
     assert train_lora(config, StopAfter(3)).lora_file is None
-    monkeypatch.setattr(products, "check_device", lambda _, what: eight_bit.check_device(CUDA, what))
+    monkeypatch.setattr(products, "check_device", lambda _, *what: eight_bit.check_device(CUDA, *what))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 2080")
-    with pytest.raises(ConfigError, match=r"This run.* needs a card with compute capability 8\.0 .*RTX 2080 has 7\.5"):
+    with pytest.raises(
+        ConfigError,
+        match=r"This run.* needs a card with compute capability 8\.0 .*RTX 2080 has 7\.5\. Continue it where",
+    ):
         train_lora(config)
 
 
 def test_what_a_machine_lacks_is_refused_with_all_other_problems(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "check_device", lambda _, what: eight_bit.check_device(CUDA, what))
+    monkeypatch.setattr(preparation, "check_device", lambda _, *what: eight_bit.check_device(CUDA, *what))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     monkeypatch.setattr("trainer_core.packages.find_spec", lambda _: None)
     wrong = with_products(config, "run", "8bit")

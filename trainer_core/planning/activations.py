@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..config import BaseModelPrecision
+from ..config import BaseModelPrecision, MatmulPrecision
 from ..qwen_image.sampling import FORWARD_WIDTHS
 from .network import NetworkSize
 
@@ -109,21 +109,39 @@ def block_input_bytes(network: NetworkSize, tokens: Tokens) -> int:
     return tokens.batch * network.element_bytes * network.width * (tokens.image + tokens.text)
 
 
-def backward_bytes(network: NetworkSize, tokens: Tokens, *, rounds_inputs: bool = False, is_dora: bool = False) -> int:
+def backward_bytes(
+    network: NetworkSize,
+    tokens: Tokens,
+    *,
+    products: MatmulPrecision = "bf16",
+    rounds_inputs: bool = False,
+    is_dora: bool = False,
+) -> int:
     """Working memory of a block's backward pass and of its second forward pass, which need about the same.
 
-    It includes the prompt's gradient that waits meanwhile. `rounds_inputs`: linear layers round their inputs, in
-    float32 (`quantize_activations`). The MLP's second layer then needs two such copies of its input. `is_dora`: the
-    second forward pass also dequantises the weights of adapted layers to float32, for their norms.
+    It includes the prompt's gradient that waits meanwhile. `products` is `matmul_precision`; `auto` counts what needs
+    more. `rounds_inputs`: linear layers round their inputs, in float32 (`quantize_activations`). The MLP's second layer
+    then needs two such copies of its input. `is_dora`: the second forward pass also dequantises the weights of adapted
+    layers to float32, for their norms.
     """
     width = network.element_bytes * network.width
-    image, layer = _BACKWARD_WIDTHS * width, dequantised_bytes(network)
-    if rounds_inputs:  # before the product, so without its result and its weight
+    image, layer, least = _BACKWARD_WIDTHS * width, _layer_bytes(network, tokens, products), 0
+    if rounds_inputs and products != "8bit":  # before the product, so without its result and its weight
         image, layer = (_BACKWARD_WIDTHS - 1) * width + 2 * FLOAT32 * 4 * network.width, 0
-    least = 0
     if is_dora and any("_mlp." in name for name in network.adapted):
         least = tokens.batch * _DORA_WIDTHS * width * tokens.image + dequantised_bytes(network, FLOAT32)
     return max(least, tokens.batch * (image * tokens.image + width * tokens.text) + layer)
+
+
+def _layer_bytes(network: NetworkSize, tokens: Tokens, products: MatmulPrecision) -> int:
+    """Bytes that the product of the MLP's second layer needs beside its input and its result."""
+    exact = dequantised_bytes(network)
+    if products == "bf16" or network.precision == "none":
+        return exact
+    codes = tokens.batch * tokens.image * 4 * network.width  # of the layer's input
+    if network.precision == "int8-quanto":  # its codes are multiplied as they are, others may be rounded to int8 first
+        return codes if products == "8bit" else max(exact, codes)
+    return max(exact, codes + 4 * network.width**2)
 
 
 def dequantised_bytes(network: NetworkSize, element_bytes: int = 0) -> int:

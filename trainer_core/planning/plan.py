@@ -155,9 +155,10 @@ def _step(config: TrainConfig, network: NetworkSize, tokens: Tokens, recomputed:
     if config.memory.activation_offload:
         waiting = min(waiting, _FETCHED_AHEAD)
     gradients, accumulates = FLOAT32 * network.adapter_weights, config.batching.gradient_accumulation_steps > 1
-    rounds, is_dora = config.model.quantize_activations, config.lora.lora_type == "dora"
+    model, is_dora = config.model, config.lora.lora_type == "dora"
+    rounds, products = model.quantize_activations, model.matmul_precision
     working = {
-        "backward pass": backward_bytes(network, tokens, rounds_inputs=rounds, is_dora=is_dora),
+        "backward pass": backward_bytes(network, tokens, products=products, rounds_inputs=rounds, is_dora=is_dora),
         "latents and embeddings": latent_and_embedding_bytes(network, tokens),
     }
     last = {

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..packages import need_triton
+from ..text import reason_of
 from ..weights.stored import hadamard
 from .formats import EightBits, Format
 
@@ -105,25 +106,41 @@ def is_coded(form: Format, tensors: Sequence[Tensor], dtype: torch.dtype) -> boo
     return isinstance(form, EightBits) and tensors[0].dtype == dtype
 
 
-def check_device(device: torch.device, needed_for: str) -> None:
-    """Check that a device multiplies 8-bit codes. `needed_for`: what needs it, such as "matmul_precision 8bit".
+def check_device(device: torch.device, needed_for: str, instead: str = "Set it to bf16.") -> None:
+    """Check that a device multiplies 8-bit codes.
+
+    `needed_for`: what needs it, such as "matmul_precision 8bit". `instead`: a sentence that says what to do.
 
     Raises:
-        ConfigError: the card is too old, or it is no CUDA device. The CPU is slow, but serves for tests.
+        ConfigError: the card is too old, it is no CUDA device, or Triton fails. The CPU is slow, but serves for tests.
         MissingPackageError: Triton is not installed.
     """
     if device.type == "cpu":
         return
     if device.type != "cuda":
-        raise ConfigError(f"{needed_for} needs a CUDA device or the CPU, but the device is {device}. Set it to bf16.")
+        raise ConfigError(f"{needed_for} needs a CUDA device or the CPU, but the device is {device}. {instead}")
     if (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
         needed, has = (".".join(map(str, each)) for each in (LEAST_CAPABILITY, found))
         name = torch.cuda.get_device_name(device)
         raise ConfigError(
             f"{needed_for} needs a card with compute capability {needed} or higher (RTX 30 or newer), but {name} has "
-            f"{has}. Set it to bf16."
+            f"{has}. {instead}"
         )
     need_triton(needed_for)
+    if failure := _failure(device):
+        raise ConfigError(f"{needed_for} needs Triton, which fails on this machine ({failure}). {instead}")
+
+
+@cache
+def _failure(device: torch.device) -> str:
+    """Why a small product fails on a CUDA device, for example because Triton finds no C compiler; empty if it works."""
+    try:
+        x = torch.ones(32, 32, device=device, dtype=torch.bfloat16)
+        tokens = quantised(x, torch.int8)
+        _on_card(tokens.codes, tokens.codes, tokens.scales, None, None, True, x.dtype).tolist()  # noqa: FBT003
+    except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+        return f"{type(error).__name__}: {reason_of(error)}"
+    return ""
 
 
 def code_dtype(form: Format, codes: torch.dtype, device: torch.device) -> torch.dtype:
