@@ -42,7 +42,8 @@ from tests.support.full_size_step import (
 )
 from trainer_core.adapters.plan import TARGET_PATTERNS
 from trainer_core.memory.placement import recomputed_blocks
-from trainer_core.planning.duration import probed_speed, training_operations, training_seconds
+from trainer_core.planning.duration import probed_speed, training_seconds
+from trainer_core.planning.operations import training_operations
 from trainer_core.qwen_image.transformer import predict_velocity
 from trainer_core.qwen_image.types import Condition
 
@@ -84,7 +85,8 @@ def flops(setting: Setting, layers: int, width: int = 3072) -> float:
     image = (setting.side // 16) ** 2 * (1 + setting.references)
     config = setting.config
     again = recomputed_blocks(config.memory, layers, checkpointing=config.gradient_checkpointing)
-    return training_operations(width, image + setting.prompt_tokens, layers, again)
+    attention_again = config.memory.recompute_attention
+    return training_operations(width, image + setting.prompt_tokens, layers, again, attention_again=attention_again)
 
 
 def measure(setting: Setting, arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:

@@ -26,7 +26,10 @@ def known_speed(config: TrainConfig, network: NetworkSize, work: Workload, devic
     """The device's speed for this run: measured now, or earlier if a prompt runs. None if it isn't known."""
     from ..trainer_core.planning.duration import probed_speed
 
-    network_kind = str(device), network.width, network.heads, network.element_bytes, config.memory.compile_blocks
+    network_kind: tuple[Any, ...] = (
+        *(str(device), network.width, network.heads, network.element_bytes, network.precision),
+        *(config.memory.compile_blocks, config.model.matmul_precision),
+    )
     key = (*network_kind, (work.tokens.image + work.tokens.text) // _TOKENS)
     with _lock:
         if key in _speeds:

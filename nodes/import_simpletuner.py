@@ -289,7 +289,7 @@ def _model(wanted: ModelConfig, base_model: str, given: ModelConfig | None) -> M
         base, tokenizer = host_folders.base_model(base_model)
         plain = ModelConfig(base=base, tokenizer=tokenizer, device=host_folders.device_name())
         names = ("flavour", "base_model_precision", "mixed_precision", "quantize_via")
-        names += ("text_encoder_precision", "quantize_activations")
+        names += ("text_encoder_precision", "quantize_activations", "matmul_precision")
         return dataclasses.replace(plain, **{name: getattr(wanted, name) for name in names})
     if given.flavour != wanted.flavour:
         raise ConfigError(

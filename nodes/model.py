@@ -35,7 +35,7 @@ class LoadModel(Node):
                 *setting_inputs(ModelConfig, "flavour base_model_precision mixed_precision"),
                 *setting_inputs(
                     ModelConfig,
-                    "text_encoder_precision quantize_activations quantised_cache_gb quantize_via",
+                    "text_encoder_precision quantize_activations quantised_cache_gb quantize_via matmul_precision",
                     optional=True,
                     advanced=True,
                 ),
@@ -99,7 +99,7 @@ class LoadModelFiles(Node):
                 *setting_inputs(ModelConfig, "flavour base_model_precision mixed_precision quantize_via"),
                 *setting_inputs(
                     ModelConfig,
-                    "text_encoder_precision quantize_activations quantised_cache_gb",
+                    "text_encoder_precision quantize_activations quantised_cache_gb matmul_precision",
                     optional=True,
                     advanced=True,
                 ),

@@ -107,7 +107,8 @@ def dry_step(
             measured = _compiled_if_right(networks, measure, measured, config)
     _log_memory(prepared, networks, measured.peak_bytes)
     torch.cuda.empty_cache()  # gives back what only compiling, or only uncompiled blocks, needed
-    observer.on_note(time_in_words(*run, measured_speed(*run, measured.seconds), done=done))
+    speed = measured_speed(*run, measured.seconds, probed_speed(*run, networks.device))
+    observer.on_note(time_in_words(*run, speed, done=done))
 
 
 def _saved_share(compiled: float | None, uncompiled: float) -> float:

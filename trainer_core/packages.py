@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
 
-from .errors import PackageError
+from .errors import MissingPackageError, PackageError
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -53,6 +53,16 @@ def check_package(name: str) -> None:
     requirement = next((each for each in requirements() if each.name == name), None)
     if requirement is not None and _version(name) and (problem := _problem(requirement)):
         raise PackageError([problem], _command())
+
+
+def need_triton(needed_for: str) -> None:
+    """Check that Triton is installed, which only some settings need.
+
+    Raises:
+        MissingPackageError: it is not.
+    """
+    if find_spec("triton") is None:
+        raise MissingPackageError("triton-windows" if sys.platform == "win32" else "triton", needed_for)
 
 
 @cache

@@ -26,6 +26,8 @@ from .memory.compilation import compiled_code_kept
 from .planning.advice import STEP, VALIDATION
 from .planning.disk_space import check_disk, run_use
 from .planning.preparation import Preparation, PreparedModel, prepare_training
+from .precision.frozen_linear import exact_products
+from .products import check_choice, choose_products
 from .ranks import SINGLE_PROCESS, Ranks
 from .runs.folder import Checkpoint, RunFolder
 from .runs.metrics import metrics_writer
@@ -96,6 +98,7 @@ def _prepare_and_train(
         if run.writes:
             observer.on_open(run.path)
         if not stop:
+            check_choice(config.model, run, device)
             start_compiler_early(prepared, device, run.steps_done())
         with prepared.explain_memory_errors(STEP, "while the model was loaded", "Nothing is lost."):
             networks = build_networks(config, base, prepared.model.adapter, prepared.encoded.preprocessing, observer)
@@ -173,6 +176,7 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
             encoded, plan, encode_reference=encode_reference, in_background=networks.device.type != "mps"
         ) as loader,
     ):
+        choose_products(prepared, networks, loader, parts.run, parts.ranks)
         dry_step(prepared, networks, loader, done, parts.observer)
         try:
             while done < config.max_train_steps:
@@ -235,6 +239,7 @@ def _validate(parts: _Parts, done: int) -> dict[str, float]:
         with (
             parts.prepared.explain_memory_errors(VALIDATION, f"during the validation of step {done}", kept),
             parts.networks.compilation.forward_only(),
+            exact_products(parts.networks.transformer),  # as most graphs compute that the LoRA is made for
         ):
             found, samples = _losses_and_samples(parts, done)
     except Interrupted:

@@ -47,6 +47,7 @@ def test_what_shipped_code_imports_is_asked_for(pyproject: dict):
     known |= {"packaging"}  # peft and transformers need it
     known |= {"gguf"}  # optional: without it, a .gguf file is refused with an error that names the package
     known |= {"comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "server"}  # ComfyUI itself
+    known |= {"triton"}  # optional, for speed: what needs it says how to install it
     known |= {"pyarrow", "pandas"}  # optional, for captions in Parquet files: the error says how to install it
     shipped = python_files("nodes", "trainer_core")
     found = {top: path for path in shipped for top in absolute_imports(path)}

@@ -66,7 +66,8 @@ def test_the_compiler_starts_while_the_model_is_loaded_if_it_will_be_needed(
     started: list[bool] = []
     monkeypatch.setattr(dry_step, "start_compiler", lambda: started.append(True))
     monkeypatch.setattr(dry_step, "can_compile", lambda _: has_triton)
-    monkeypatch.setattr(planning_duration, "_probes", lambda *_: H200)
+    monkeypatch.setattr(planning_duration, "rates", lambda *_: H200)
+    monkeypatch.setattr(planning_duration, "eight_bit_rate", lambda *_: None)
     monkeypatch.setattr(planning_duration, "can_compile", lambda _: has_triton)
     config = dataclasses.replace(
         config_with(wish), max_train_steps=2000, batching=BatchingConfig(gradient_accumulation_steps=4)
@@ -91,7 +92,8 @@ STEPS = [
 def test_the_estimated_saving_is_near_the_measured_one(
     precision: str, side: int, recomputed: int, uncompiled: float, compiled: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning_duration, "_probes", lambda *_: H200)
+    monkeypatch.setattr(planning_duration, "rates", lambda *_: H200)
+    monkeypatch.setattr(planning_duration, "eight_bit_rate", lambda *_: None)
     network = planned_size({"num_layers": 60}, ModelConfig(base_model_precision=precision), LoraConfig())
     pair = pair_size(Size(side, side), [Size(side, side)], 230)
     memory = MemoryConfig(memory="manual", gradient_checkpointing_blocks=recomputed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.support.narrow import planned_size
 from trainer_core.config import (
     BatchingConfig,
     LoraConfig,
+    MatmulPrecision,
     MemoryConfig,
     ModelConfig,
     RolloutConfig,
@@ -20,6 +22,7 @@ from trainer_core.config import (
 )
 from trainer_core.geometry import Size
 from trainer_core.planning import duration as planning_duration
+from trainer_core.planning import probes
 from trainer_core.planning.choose import Budget
 from trainer_core.planning.duration import (
     Speed,
@@ -27,10 +30,10 @@ from trainer_core.planning.duration import (
     measured_speed,
     probed_speed,
     time_in_words,
-    training_operations,
     training_seconds,
 )
 from trainer_core.planning.network import NetworkSize
+from trainer_core.planning.operations import training_operations
 from trainer_core.planning.report import planned_in_words
 from trainer_core.planning.workload import (
     ATTENTION,
@@ -231,10 +234,11 @@ def test_durations_in_words(network: NetworkSize, seconds: float, words: str) ->
 
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch, rates: list[float] | None = None) -> None:
     """Makes the measurement of a CUDA device run on the CPU, or give these rates."""
-    original = planning_duration._probes
-    monkeypatch.setattr(planning_duration, "_seconds", lambda _, call: float(call() is not None))
+    original = planning_duration.rates
+    monkeypatch.setattr(planning_duration, "eight_bit_rate", lambda *_: None)
+    monkeypatch.setattr(probes, "seconds_on_device", lambda _, call: float(call() is not None))
     monkeypatch.setattr(
-        planning_duration, "_probes", lambda network, tokens, _: rates or original(network, tokens, torch.device("cpu"))
+        planning_duration, "rates", lambda network, tokens, _: rates or original(network, tokens, torch.device("cpu"))
     )
 
 
@@ -298,15 +302,58 @@ def test_the_card_that_computes_is_timed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    assert planning_duration._seconds(torch.device("cuda:1"), lambda: None) == 2.0
+    assert probes.seconds_on_device(torch.device("cuda:1"), lambda: None) == 2.0
     assert set(recorded) == {"stream of cuda:1"}
 
 
+@pytest.mark.parametrize(
+    ("wish", "fast", "product", "exact"),
+    [("auto", 0.5, 0.5, 1.0), ("auto", 2.0, 1.0, 0.0), ("8bit", 2.0, 2.0, 1.0), ("auto", None, 1.0, 0.0)],
+)
+def test_products_take_what_the_run_will_choose_and_previews_are_exact(
+    network: NetworkSize,
+    wish: MatmulPrecision,
+    fast: float | None,
+    product: float,
+    exact: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = config_of(model=ModelConfig(base_model_precision="int8-quanto", matmul_precision=wish))
+    on_the_cpu(monkeypatch, [1.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(planning_duration, "eight_bit_rate", lambda *_: fast)
+    speed = probed_speed(config, network, SHOWN, torch.device("cuda"))
+    assert speed is not None
+    assert speed.product / speed.attention == pytest.approx(product)
+    assert speed.exact_product / speed.attention == pytest.approx(exact)
+    plain = dataclasses.replace(speed, product=speed.attention, exact_product=0.0)
+    found, alike = (duration(config, network, SHOWN, each) for each in (speed, plain))
+    assert found.previews == alike.previews > 0 and (found.step < alike.step) == (product < 1)
+    measured = measured_speed(config, network, SHOWN, 2.0, speed)
+    assert measured.exact_product == pytest.approx(measured.product * exact / product)
+
+
+def test_both_8_bit_products_of_a_layer_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+
+    def timed(_: torch.device, call: Callable[[], torch.Tensor]) -> float:
+        results.append(call().shape)
+        return 3.0
+
+    monkeypatch.setattr(probes, "seconds_on_device", timed)
+    model, cpu = ModelConfig(base_model_precision="int8-quanto"), torch.device("cpu")
+    size = planned_size({"num_layers": 2, "num_attention_heads": 2}, model, LoraConfig())
+    assert probes.eight_bit_rate(model, size, 50, cpu) == pytest.approx(6.0 / (4 * 50 * size.width * 4 * size.width))
+    assert results == [(50, 4 * size.width), (50, size.width)]
+    assert probes.eight_bit_rate(dataclasses.replace(model, matmul_precision="bf16"), size, 50, cpu) is None
+    assert probes.eight_bit_rate(model, dataclasses.replace(size, precision="none"), 50, cpu) is None
+    assert probes.eight_bit_rate(model, size, 50, torch.device("mps")) is None
+
+
 def test_a_card_that_is_full_is_not_measured(network: NetworkSize, monkeypatch: pytest.MonkeyPatch) -> None:
-    def probes(*_: object) -> None:
+    def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(planning_duration, "_probes", probes)
+    monkeypatch.setattr(planning_duration, "rates", full)
     assert probed_speed(config_of(), network, SHOWN, torch.device("cuda")) is None
 
 

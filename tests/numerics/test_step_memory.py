@@ -306,7 +306,7 @@ def test_host_memory_is_pinned_for_the_card_that_reads_it(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("platform", "package"), [("linux", "triton"), ("win32", "triton-windows")])
 def test_compiling_without_triton_names_the_package(platform: str, package: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("trainer_core.memory.placement.find_spec", lambda _: None)
+    monkeypatch.setattr("trainer_core.packages.find_spec", lambda _: None)
     monkeypatch.setattr("sys.platform", platform)
     check_compiler(MemoryConfig(), CPU)
     with pytest.raises(

@@ -29,7 +29,7 @@ from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_b
 from trainer_core.planning.network import NetworkSize, network_size
 from trainer_core.planning.plan import MemoryPlan, plan_memory
 from trainer_core.planning.workload import Workload, pair_size
-from trainer_core.precision.frozen_linear import FrozenLinear
+from trainer_core.precision.frozen_linear import FrozenLinear, set_products
 from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import compute_dtype, empty_transformer
 from trainer_core.qwen_image.flavours import FLAVOURS
@@ -69,6 +69,7 @@ class Setting:
     flavour: str = "edit-v2"
     arithmetic: str = "bf16"  # mixed_precision; "no" is float32
     quantised_inputs: bool = False
+    products: str = "bf16"  # matmul_precision
     ema: bool = False
     rollout: bool = False
     micro_batches: int = 1  # per step
@@ -89,6 +90,7 @@ class Setting:
         )
         model: dict[str, Any] = {"base_model_precision": self.precision, "mixed_precision": self.arithmetic}
         model |= {"flavour": self.flavour, "quantize_activations": self.quantised_inputs}
+        model |= {"matmul_precision": self.products}
         lora: dict[str, Any] = {"lora_type": self.adapter, "lora_targets": self.targets}
         return TrainConfig(
             run_dir="-",
@@ -176,6 +178,7 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
     parameters = inject_lora(transformer, plan_adapter(transformer, config.lora), seed=0)
     weights = master_weights(parameters, compute_dtype(config.model))
     transformer.train(setting.dropout > 0)
+    set_products(transformer, device, in_8_bits=setting.products == "8bit")
     apply_memory(transformer, stream, device, config)
     if config.memory.compile_blocks == "on":
         Compilation(list(transformer.transformer_blocks)).start()

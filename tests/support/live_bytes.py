@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests.support.full_size_step import Setting, our_step
 from trainer_core.memory.offload import HostCopies
+from trainer_core.precision import eight_bit
+from trainer_core.precision.eight_bit import Coded
 
 META = torch.device("meta")
 
@@ -109,6 +111,7 @@ def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBy
         tables,
         flash_attention(),
         fused_dropout(),
+        products_of_a_card(),
         mock.patch("torch.autocast", return_value=nullcontext()),  # which has no meta device
         mock.patch.object(HostCopies, "keep", keep_uncounted),
         mock.patch("trainer_core.memory.streaming._packed", _host_memory),
@@ -121,6 +124,23 @@ def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBy
             live.restart()
             step(latents, condition)
     return live
+
+
+def products_of_a_card() -> AbstractContextManager[Any]:
+    """Patch 8-bit products to allocate what a card's kernels do: codes, scales, transposed codes and results."""
+
+    def quantised(x: Tensor, dtype: torch.dtype, factors: Tensor | None = None) -> Coded:
+        return Coded(torch.empty_like(x, dtype=dtype), torch.empty(len(x), device=x.device))
+
+    def multiplied(
+        tokens: Coded, weight: Tensor, scales: Any, bias: Any, dtype: torch.dtype, *, backward: bool
+    ) -> Tensor:
+        transposed = torch.empty_like(weight) if backward else None
+        result = tokens.codes.new_empty(len(tokens.codes), weight.shape[1 if backward else 0], dtype=dtype)
+        del transposed
+        return result
+
+    return mock.patch.multiple(eight_bit, quantised=quantised, _multiplied=multiplied)
 
 
 def _host_memory(slots: Any, size: int) -> tuple[Any, Tensor]:

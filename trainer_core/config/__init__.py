@@ -22,7 +22,7 @@ from .dataset import (
 from .ema import EmaConfig
 from .job import JobConfig, TrainConfig, completed_key, resume_key, unused_settings
 from .memory import MemoryConfig
-from .model import DEMO_MODEL, BaseModelPrecision, FlavourName, MixedPrecision, ModelConfig
+from .model import DEMO_MODEL, BaseModelPrecision, FlavourName, MatmulPrecision, MixedPrecision, ModelConfig
 from .optimizer import ENDLESS, OptimizerConfig, OptimizerName, SchedulerName
 from .training import (
     BatchingConfig,

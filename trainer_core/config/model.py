@@ -14,6 +14,7 @@ BaseModelPrecision = Literal["none", "int8-quanto", "nf4-bnb", "int4-quanto", "i
 EIGHT_BITS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "fp8-quanto")
 QuantizeVia = Literal["accelerator", "cpu"]
 MixedPrecision = Literal["bf16", "no"]
+MatmulPrecision = Literal["auto", "bf16", "8bit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,14 @@ class ModelConfig(Settings):
         used_if=(If("base_model_precision", EIGHT_BITS),),
         unused=False,
     )
+    matmul_precision: MatmulPrecision = setting(
+        "auto",
+        "Numbers that quantised layers multiply in training. bf16: weights are dequantised to the precision of "
+        "mixed_precision. 8bit: weights, inputs and gradients have 8 bits, which is faster on most GPUs and less "
+        "accurate. auto: 8bit if that is faster on this GPU and changes the gradients little; a run keeps this choice. "
+        "Previews always have bf16.",
+        used_if=(If("base_model_precision", differs=("none",)),),
+    )
     quantised_cache_gb: float = setting(
         0.0,
         "Maximum size in GB of the cache of quantised weights, which makes later starts several times faster. The "
@@ -75,7 +84,9 @@ class ModelConfig(Settings):
     OLDER: ClassVar = {name: {"no_change": "none"} for name in ("base_model_precision", "text_encoder_precision")}
 
     def check_combinations(self) -> None:
-        """Checks that quantised activations have layers that multiply 8-bit numbers."""
+        """Checks that quantised activations and 8-bit products have quantised layers."""
+        in_8_bits, allowed = self.matmul_precision == "8bit", "auto or bf16 if base_model_precision is none"
+        check(not in_8_bits or self.base_model_precision != "none", "matmul_precision", "8bit", allowed)
         if self.quantize_activations:
             allowed = " or ".join(EIGHT_BITS) + " if quantize_activations is on"
             check(self.base_model_precision in EIGHT_BITS, "base_model_precision", self.base_model_precision, allowed)

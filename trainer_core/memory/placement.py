@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import MemoryConfig, TrainConfig
-from ..errors import ConfigError, MissingPackageError
+from ..errors import ConfigError
+from ..packages import need_triton
 from .offload import HostCopies
 from .recompute import Recomputation
 from .streaming import BlockStream
@@ -86,6 +85,4 @@ def check_compiler(memory: MemoryConfig, device: torch.device) -> None:
         raise ConfigError(
             f"compile_blocks is on, which needs a CUDA device, but the device is {device}. Set it to auto."
         )
-    if find_spec("triton") is None:
-        package = "triton-windows" if sys.platform == "win32" else "triton"
-        raise MissingPackageError(package, "compile_blocks")
+    need_triton("compile_blocks")

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..config import BaseModelPrecision
+from ..config import BaseModelPrecision, MatmulPrecision
 from ..qwen_image.sampling import FORWARD_WIDTHS
 from .network import NetworkSize
 
@@ -135,21 +136,26 @@ def backward_bytes(
     network: NetworkSize,
     tokens: Tokens,
     *,
+    products: MatmulPrecision = "bf16",
     rounds_inputs: bool = False,
     again_whole: bool = False,
     is_dora: bool = False,
 ) -> int:
     """Working memory of a block's backward pass and of its second forward pass, which need about the same.
 
-    It includes the prompt's gradient that waits meanwhile. `rounds_inputs`: linear layers round their inputs, in
-    float32; the MLP's second layer does so in the second forward pass only if that is `again_whole`. `is_dora`: the
-    second forward pass also dequantises the weights of adapted layers to float32, for their norms.
+    It includes the prompt's gradient that waits meanwhile. `products` is `matmul_precision`; `auto` counts what needs
+    more. `rounds_inputs`: linear layers round their inputs, in float32; the MLP's second layer does so in the second
+    forward pass only if that is `again_whole`. `is_dora`: the second forward pass also dequantises the weights of
+    adapted layers to float32, for their norms.
     """
-    width, weight = network.element_bytes * network.width, dequantised_bytes(network)
+    width = network.element_bytes * network.width
     pictures = tokens.batch * tokens.image * width
-    product = _PRODUCT_WIDTHS * pictures + dequantised_bytes(network, copies=1)
-    most = [_BACKWARD_WIDTHS * pictures, product, _DEQUANTISING_WIDTHS * pictures + weight]
-    if rounds_inputs:  # before the product, so without its result and its weight
+    most = [
+        _BACKWARD_WIDTHS * pictures,
+        _PRODUCT_WIDTHS * pictures + _beside_product(network, tokens, products),
+        _DEQUANTISING_WIDTHS * pictures + _before_product(network, products),
+    ]
+    if rounds_inputs and products != "8bit":  # before the product, so without its result and its weight
         beside = _BACKWARD_WIDTHS - 1 if again_whole else -_HELD_LESS
         most.append(beside * pictures + _ROUNDED * network.width * tokens.batch * tokens.image)
     prompts = tokens.batch * width * tokens.text
@@ -159,13 +165,28 @@ def backward_bytes(
     return max(least, max(most) + prompts)
 
 
-def last_backward_bytes(network: NetworkSize, tokens: Tokens, **kind: bool) -> int:
+def last_backward_bytes(network: NetworkSize, tokens: Tokens, **kind: Any) -> int:
     """Working memory of the last block's backward pass: of its MLP, which sees the targets' tokens only, or of the
     rotation of all keys, when what the MLP saved is no longer held. `kind` is that of `backward_bytes`."""
     mlp = backward_bytes(network, tokens.of_target, **kind)
     per_token = network.width * (4 * FLOAT32 + _ROTATION_WIDTHS * network.element_bytes)
     freed = _MLP_WIDTHS * network.element_bytes * network.width * tokens.target
     return max(mlp, tokens.batch * (per_token * (tokens.image + tokens.text) - freed))
+
+
+def _beside_product(network: NetworkSize, tokens: Tokens, products: MatmulPrecision) -> int:
+    """Bytes that the product of an MLP layer needs beside its input and its result."""
+    exact = dequantised_bytes(network, copies=1)
+    if products == "bf16" or network.precision == "none":
+        return exact
+    codes = (4 * network.width + tokens.batch * tokens.image) * network.width  # of the gradient, and transposed weights
+    return codes if products == "8bit" else max(exact, codes)
+
+
+def _before_product(network: NetworkSize, products: MatmulPrecision) -> int:
+    """Bytes that an MLP layer's weight needs until it can be multiplied. Those of int8 are multiplied as they are, others
+    may be rounded to int8 first."""
+    return 0 if products == "8bit" and network.precision == "int8-quanto" else dequantised_bytes(network)
 
 
 def dequantised_bytes(network: NetworkSize, element_bytes: int = 0, copies: float = 0) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import RolloutConfig, TrainConfig
 from ..memory.compilation import can_compile
@@ -17,6 +16,8 @@ from ..text import counted
 from ..training.rollout import rollout_probability
 from ..training.validation_work import Passes, validation_work
 from .network import NetworkSize
+from .operations import LINEAR_AGAIN, block_operations, training_operations
+from .probes import eight_bit_rate, rates
 from .workload import Workload, picture_tokens, resolution_in_words
 
 # Fitted to steps in int8 and NF4 on an H200, at 512 and 1024 pixels with one reference. Uncompiled, then compiled:
@@ -28,22 +29,22 @@ _LAUNCH = (5.5e-3, 2.9e-3)  # seconds that the host needs to launch the kernels 
 # its layers took a third to twice as long and is left out.
 _VAE, _TEXT_ENCODER = 0.050, 0.086
 _OVERLAP = 0.6  # fraction of a step's time during which copies overlap with computation and cost nothing
-_COPIED = 2**26  # bytes of the measured copy
 _SIDES = (1024, 768, 512)
 _HALF = 0.55  # a change that leaves at most this fraction of the time is said to halve it
-_LINEAR_AGAIN = 2 / 3  # fraction of the linear layers' operations that a recomputed block does again
 _MANY = 50  # steps of which rollouts are averaged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
     """Seconds per floating point operation: of matrix products, of attention forward and backward, and of encoding with
-    the VAE and the text encoder (0 if unknown). `launch`: seconds that the host needs to launch one pass of a block.
-    `copy`: seconds per byte from host to device memory."""
+    the VAE and the text encoder (0 if unknown). `exact_product`: of products without 8-bit numbers, which previews
+    have; 0 if all are alike. `launch`: seconds that the host needs to launch one pass of a block. `copy`: seconds per
+    byte from host to device memory."""
 
     product: float
     attention: float
     attention_backward: float
+    exact_product: float = 0.0
     vae: float = 0.0
     text_encoder: float = 0.0
     launch: float = 0.0
@@ -70,30 +71,13 @@ class Duration:
         return self.step * self.steps + self.previews + self.encoding
 
 
-def block_operations(width: int, tokens: int) -> tuple[int, int]:
-    """Floating point operations of a block's forward pass: of its linear layers, and of attention.
+def measured_speed(
+    config: TrainConfig, network: NetworkSize, work: Workload, seconds: float, probed: Speed | None = None
+) -> Speed:
+    """The speed at which the largest micro-batch takes so many seconds, forward and backward.
 
-    The adapter is left out: about a percent.
+    `probed`: an estimate that tells how much longer exact products take.
     """
-    return 2 * tokens * 12 * width * width, 4 * tokens**2 * width
-
-
-def training_operations(
-    width: int, tokens: int, num_blocks: int, recomputed: int, *, attention_again: bool = False
-) -> int:
-    """Floating point operations of a forward and backward pass through the blocks.
-
-    A linear layer counts once forward, once for the gradient of its input (frozen weights have no gradient), and once
-    more if recomputed, without the MLP's second layer. Attention counts 2 products forward and 4 backward, without
-    FlashAttention's own recomputation, and 2 more if it is computed again.
-    """
-    linear, attention = block_operations(width, tokens)
-    again = round(_LINEAR_AGAIN * linear) + attention_again * attention
-    return num_blocks * (2 * linear + 3 * attention) + recomputed * again
-
-
-def measured_speed(config: TrainConfig, network: NetworkSize, work: Workload, seconds: float) -> Speed:
-    """The speed at which the largest micro-batch takes so many seconds, forward and backward."""
     tokens, again = work.tokens, _recomputed(config, network)
     operations = training_operations(
         network.width,
@@ -103,7 +87,8 @@ def measured_speed(config: TrainConfig, network: NetworkSize, work: Workload, se
         attention_again=config.memory.recompute_attention,
     )
     each = seconds / (tokens.batch * operations)
-    return Speed(product=each, attention=each, attention_backward=each)
+    exact = each * probed.exact_product / probed.product if probed else 0.0
+    return Speed(product=each, attention=each, attention_backward=each, exact_product=exact)
 
 
 @torch.inference_mode(mode=False)  # ComfyUI runs nodes in that mode
@@ -116,14 +101,17 @@ def probed_speed(config: TrainConfig, network: NetworkSize, work: Workload, devi
     if device.type != "cuda":
         return None
     try:
-        product, forward, backward, copy = _probes(network, work.tokens.image + work.tokens.text, device)
+        product, forward, backward, copy = rates(network, work.tokens.image + work.tokens.text, device)
+        fast = eight_bit_rate(config.model, network, work.tokens.image, device)
     except torch.OutOfMemoryError:
         return None
     wish = config.memory.compile_blocks
     compiled = wish == "on" or (wish == "auto" and can_compile(device))
     efficiency = _EFFICIENCY[compiled]
+    in_8_bits = fast is not None and (fast < product or config.model.matmul_precision == "8bit")
     return Speed(
-        product=product / efficiency,
+        product=(fast if in_8_bits and fast else product) / efficiency,
+        exact_product=product / efficiency if in_8_bits else 0.0,
         attention=forward / efficiency,
         attention_backward=backward / efficiency,
         vae=product / _VAE,
@@ -146,42 +134,6 @@ def compiled_seconds(config: TrainConfig, network: NetworkSize, work: Workload, 
     return tokens.batch * training_seconds(compiled, network, speed, tokens.image + tokens.text, tokens.batch)
 
 
-def _probes(network: NetworkSize, tokens: int, device: torch.device) -> tuple[float, float, float, float]:
-    """Seconds per operation of a matrix product and of attention forward and backward, and per byte of a copy."""
-    dtype = torch.bfloat16 if network.element_bytes == 2 else torch.float32
-    width, attention = network.width, block_operations(network.width, tokens)[1]
-    x = torch.randn(tokens, width, device=device, dtype=dtype)
-    weight = torch.randn(width, 4 * width, device=device, dtype=dtype)
-    q, k, v = (
-        torch.randn(1, network.heads, tokens, width // network.heads, device=device, dtype=dtype, requires_grad=True)
-        for _ in range(3)
-    )
-    attended = scaled_dot_product_attention(q, k, v)
-    grad = torch.randn_like(attended)
-    host = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    there = torch.empty_like(host, device=device)
-    return (
-        _seconds(device, lambda: x @ weight) / (8 * tokens * width**2),
-        _seconds(device, lambda: scaled_dot_product_attention(q, k, v)) / attention,
-        _seconds(device, lambda: torch.autograd.grad(attended, (q, k, v), grad, retain_graph=True)) / (2 * attention),
-        _seconds(device, lambda: there.copy_(host, non_blocking=True)) / _COPIED,
-    )
-
-
-def _seconds(device: torch.device, call: Callable[[], object], times: int = 4) -> float:
-    """Median seconds that a call takes on a CUDA device, after two calls that are not counted."""
-    taken = []
-    stream = torch.cuda.current_stream(device)  # an event without a stream would time the current device
-    for _ in range(2 + times):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(stream)
-        call()
-        end.record(stream)
-        end.synchronize()
-        taken.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(taken[2:])
-
-
 def _recomputed(config: TrainConfig, network: NetworkSize) -> int:
     return recomputed_blocks(config.memory, network.num_blocks, checkpointing=config.gradient_checkpointing)
 
@@ -199,14 +151,17 @@ def training_seconds(
     backward = linear * speed.product + 2 * attention * speed.attention_backward
     copied = 2 * (_streamed_bytes(config, network) / together + _offloaded_bytes(config, network, tokens)) * speed.copy
     launched = (2 * blocks + again) * speed.launch / together
-    second = _LINEAR_AGAIN * linear * speed.product + config.memory.recompute_attention * attention * speed.attention
+    second = LINEAR_AGAIN * linear * speed.product + config.memory.recompute_attention * attention * speed.attention
     return max(blocks * (forward + backward) + again * second, launched, copied / _OVERLAP)
 
 
-def forward_seconds(config: TrainConfig, network: NetworkSize, speed: Speed, tokens: int) -> float:
-    """Seconds of a forward pass of one pair without gradients."""
+def forward_seconds(
+    config: TrainConfig, network: NetworkSize, speed: Speed, tokens: int, *, is_preview: bool = False
+) -> float:
+    """Seconds of a forward pass of one pair without gradients. Previews have exact products."""
     linear, attention = block_operations(network.width, tokens)
-    each = max(linear * speed.product + attention * speed.attention, speed.launch)
+    product = (speed.exact_product if is_preview else 0) or speed.product
+    each = max(linear * product + attention * speed.attention, speed.launch)
     return max(network.num_blocks * each, _streamed_bytes(config, network) * speed.copy)
 
 
@@ -249,7 +204,8 @@ def _duration(
         done=done,
     )
     previews = sum(
-        each.count * forward_seconds(config, network, speed, each.image + each.text) for each in validation.total
+        each.count * forward_seconds(config, network, speed, each.image + each.text, is_preview=True)
+        for each in validation.total
     )
     return Duration(
         step=config.batching.gradient_accumulation_steps * _micro_batch(config, network, work, speed),
@@ -329,7 +285,8 @@ def _changes(config: TrainConfig, network: NetworkSize, work: Workload, speed: S
         yield validated("validation_num_inference_steps", max(1, config.validation.validation_num_inference_steps // 2))
     if config.memory.compile_blocks == "off" and network.element_bytes == 2:
         ratio = _EFFICIENCY[False] / _EFFICIENCY[True]
-        rates = {name: getattr(speed, name) * ratio for name in ("product", "attention", "attention_backward")}
+        names = ("product", "exact_product", "attention", "attention_backward")
+        rates = {name: getattr(speed, name) * ratio for name in names}
         faster = dataclasses.replace(speed, **rates, launch=speed.launch * _LAUNCH[True] / _LAUNCH[False])
         yield "compile_blocks on", (config, network, work, faster)
     pair = work.train

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..config import TrainConfig
 from ..memory.offload import offloaded_bytes
@@ -155,7 +156,8 @@ def _step(config: TrainConfig, network: NetworkSize, tokens: Tokens, recomputed:
     saved = saved_activation_bytes(network, tokens, dropout=dropout, compiled=compiled)
     kept = kept_bytes(network, tokens, attention=not config.memory.recompute_attention)
     gradients, accumulates = FLOAT32 * network.adapter_weights, config.batching.gradient_accumulation_steps > 1
-    kind = {
+    kind: dict[str, Any] = {
+        "products": config.model.matmul_precision,
         "rounds_inputs": config.model.quantize_activations,
         "again_whole": dropout or any("_mod." in name for name in network.adapted),
         "is_dora": config.lora.lora_type == "dora",

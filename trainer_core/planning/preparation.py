@@ -12,10 +12,11 @@ from ..adapters.plan import AdapterPlan, plan_adapter
 from ..conditioning.batches import check_empty_captions
 from ..conditioning.encoded import EncodedDataset, check_alike, load_encoded
 from ..conditioning.encoding_plan import PlannedDataset
-from ..config import TrainConfig, ValidationConfig
+from ..config import ModelConfig, TrainConfig, ValidationConfig
 from ..device import pick_device
 from ..errors import ConfigError, DatasetError, Problems
 from ..memory.placement import blocks_on_host, check_compiler
+from ..precision.eight_bit import check_device
 from ..precision.quantise import converter
 from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import title_of
@@ -92,6 +93,8 @@ def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
     if device is not None:
         problems.attempt(lambda: check_compiler(config.memory, device))
         problems.attempt(lambda: optimizer_builder(config.optimizer, device))
+        if config.model.matmul_precision == "8bit":
+            problems.attempt(lambda: check_device(device, "matmul_precision 8bit"))
     problems.attempt(lambda: converter(config.model.text_encoder_precision))
     problems.attempt(lambda: converter(config.model.base_model_precision))
     checkpointing = config.gradient_checkpointing
@@ -100,9 +103,20 @@ def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
     problems.attempt(lambda: check_vae(base))
     problems.attempt(lambda: load_scheduler(base.folder.scheduler))
     model = problems.attempt(lambda: prepare_model(config, base))
+    if model is not None:
+        problems.attempt(lambda: _check_codes(config.model, base))
     problems.raise_all()
     assert model is not None
     return model
+
+
+def _check_codes(model: ModelConfig, base: BaseModel) -> None:
+    """Raises ConfigError if products shall have 8 bits, but the file's weights are kept and have more."""
+    if model.matmul_precision == "8bit" and model.base_model_precision == "file" and base.bytes_per_weight >= 2:
+        raise ConfigError(
+            f"matmul_precision is 8bit, but {base.transformer_weights.place.name} has weights that are not quantised. "
+            "Set base_model_precision to int8-quanto, or matmul_precision to auto."
+        )
 
 
 def prepare_training(config: TrainConfig, model: PreparedModel | None = None, *, processes: int = 1) -> Preparation:

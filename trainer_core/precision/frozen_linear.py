@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import eight_bit
 from .formats import Format, QuantisedWeight
 
 _PADDING = (None,) * 6  # a format has at most six tensors
@@ -21,7 +24,8 @@ class FrozenLinear(nn.Linear):
     and buffers hold the format's other tensors.
 
     With `rounds_input`, x is rounded to the codes' 8-bit format first, with one scale per token. The backward pass
-    ignores the rounding (a straight-through estimator).
+    ignores the rounding (a straight-through estimator). With `codes`, a type of 8-bit codes, both passes multiply such
+    codes, as `eight_bit` defines it; that rounds x in the same way. `set_products` sets it.
     """
 
     rounds_input = False
@@ -35,6 +39,7 @@ class FrozenLinear(nn.Linear):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.codes: torch.dtype | None = None
 
     @property
     def quantised(self) -> QuantisedWeight:
@@ -50,25 +55,75 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """x [..., in] to y [..., out]."""
-        x = _Rounded.apply(input, self.weight.dtype) if self.rounds_input else input  # type: ignore[no-untyped-call]
+        codes = self.codes if input.numel() > eight_bit.FEW_ROWS * self.in_features else None
+        rounds = self.rounds_input and codes is None
+        x = _Rounded.apply(input, self.weight.dtype) if rounds else input  # type: ignore[no-untyped-call]
         # Looks buffers up directly: nn.Module's attribute access is slow, and NF4 has five.
         tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
         if not (x.requires_grad and torch.is_grad_enabled()):
-            return functional.linear(x, self.format.dequantise(tensors, x.dtype), self.bias)
-        return _Product.apply(x, self.bias, self.format, 0, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
+            return product(x, self.bias, self.format, tensors, codes)  # type: ignore[arg-type]
+        others = _PADDING[len(tensors) :]
+        return _Product.apply(x, self.bias, self.format, codes, 0, *tensors, *others)  # type: ignore[no-untyped-call]
 
     def gradient_only(self, x: Tensor) -> Tensor:
         """See the function of the same name."""
         tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
-        sizes = None, self.format, self.out_features
-        return _Product.apply(x, *sizes, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
+        codes = self.codes if x.numel() > eight_bit.FEW_ROWS * self.in_features else None
+        given = None, self.format, codes, self.out_features
+        return _Product.apply(x, *given, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
+
+
+def set_products(network: nn.Module, device: torch.device, *, in_8_bits: bool) -> None:
+    """Let the quantised layers of `network` multiply 8-bit codes on `device`, or numbers of their input's dtype."""
+    if in_8_bits and device.type == "cuda":
+        eight_bit.define_operator()
+    for layer in network.modules():
+        if isinstance(layer, FrozenLinear):
+            layer.codes = eight_bit.code_dtype(layer.format, layer.weight.dtype, device) if in_8_bits else None
+
+
+@contextmanager
+def exact_products(network: nn.Module) -> Iterator[None]:
+    """A context in which no layer of `network` multiplies 8-bit codes."""
+    layers = [layer for layer in network.modules() if isinstance(layer, FrozenLinear)]
+    before = [layer.codes for layer in layers]
+    for layer in layers:
+        layer.codes = None
+    try:
+        yield
+    finally:
+        for layer, codes in zip(layers, before, strict=True):
+            layer.codes = codes
+
+
+def product(
+    x: Tensor, bias: Tensor | None, form: Format, weight: Sequence[Tensor], codes: torch.dtype | None
+) -> Tensor:
+    """y [..., out] of x [..., in]. `weight` has the format's tensors; the other arguments are those of FrozenLinear."""
+    if codes is None:
+        return functional.linear(x, form.dequantise(weight, x.dtype), bias)
+    return eight_bit.product(x, eight_bit.coded(form, weight, codes, x.dtype), bias)
+
+
+def input_gradient(gradient: Tensor, form: Format, weight: Sequence[Tensor], codes: torch.dtype | None) -> Tensor:
+    """dx [..., in] of a gradient [..., out], with the arguments of `product`."""
+    if torch.compiler.is_compiling() and not (codes is not None and eight_bit.is_coded(form, weight, codes)):
+        # Adds zero. The compiler sees that the whole weight depends on the gradient. Otherwise it would compute the
+        # weight, or its unpacked codes, in the forward pass and keep them until the backward pass. torch can't add
+        # fp8 codes, and they need no unpacking. Codes that are multiplied as they are need no computation either.
+        zero = gradient.flatten()[:0].sum()
+        weight = [
+            each if each.dtype.itemsize == 1 and each.is_floating_point() else each + zero.to(each.dtype)
+            for each in weight
+        ]
+    if codes is None:
+        return gradient @ form.dequantise(weight, gradient.dtype)
+    return eight_bit.input_gradient(gradient, eight_bit.coded(form, weight, codes, gradient.dtype))
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [..., in] rounded to int8 or fp8 with one scale per token, in x's dtype again."""
-    largest = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
-    # The least scale is not denormal: MPS would take it as zero, and divide a token of zeros by it.
-    scale = (x.float().abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = eight_bit.token_scales(x, dtype)
     codes = x.float() / scale
     codes = codes.to(dtype).float() if dtype.is_floating_point else codes.round()
     if torch.compiler.is_compiling():
@@ -93,6 +148,7 @@ class _Product(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         form: Format,
+        codes: torch.dtype | None,
         out_features: int,
         a: Tensor,
         b: Tensor,
@@ -103,26 +159,15 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         """`a` to `f` are the format's tensors. With `out_features`, the product is skipped: see `gradient_only`."""
         ctx.save_for_backward(a, b, c, d, e, f)
-        ctx.form = form
-        weight = [each for each in (a, b, c, d, e, f) if each is not None]
+        ctx.form, ctx.codes = form, codes
         if out_features:
             return x.new_zeros(()).expand(*x.shape[:-1], out_features)
-        return functional.linear(x, form.dequantise(weight, x.dtype), bias)
+        return product(x, bias, form, [each for each in (a, b, c, d, e, f) if each is not None], codes)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
         weight = [each for each in ctx.saved_tensors if each is not None]
-        if torch.compiler.is_compiling():
-            # Adds zero. The compiler sees that the whole weight depends on the gradient. Otherwise it would compute the
-            # weight, or its unpacked codes, in the forward pass and keep them until the backward pass. torch can't add
-            # fp8 codes, and they need no unpacking.
-            zero = gradient.flatten()[:0].sum()
-            weight = [
-                each if each.dtype.itemsize == 1 and each.is_floating_point() else each + zero.to(each.dtype)
-                for each in weight
-            ]
-        return gradient @ ctx.form.dequantise(weight, gradient.dtype), None, None, None, *_PADDING
+        return input_gradient(gradients[0], ctx.form, weight, ctx.codes), None, None, None, None, *_PADDING
 
 
 def gradient_only(layer: nn.Module, x: Tensor) -> Tensor:

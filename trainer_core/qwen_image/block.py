@@ -131,9 +131,7 @@ class EditBlock(nn.Module):
     def _joined(self, which: Literal["q", "k"], prompt: Tensor, picture: Tensor, angles: Tensor) -> Tensor:
         """Queries or keys of prompt [1, T, D] and picture [1, L, D], normalised and rotated: [1, N, H, d]."""
         prompt_norm, norm = getattr(self.attn, f"norm_added_{which}"), getattr(self.attn, f"norm_{which}")
-        return joined(
-            self._by_head(prompt), self._by_head(picture), prompt_norm.weight, norm.weight, angles, norm.eps
-        )
+        return joined(self._by_head(prompt), self._by_head(picture), prompt_norm.weight, norm.weight, angles, norm.eps)
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

@@ -1,0 +1,148 @@
+"""8-bit products on a GPU: the kernels compute what `eight_bit` defines, in both passes, with and without compiler."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.both_passes import quantised_layer
+from tests.support.random_base import relative_error
+from trainer_core.config import BaseModelPrecision
+from trainer_core.memory.compilation import _compiled
+from trainer_core.precision import eight_bit
+from trainer_core.precision.formats import EightBits, QuantisedWeight
+from trainer_core.precision.frozen_linear import FrozenLinear, set_products
+from trainer_core.rng import stream
+
+pytest.importorskip("triton")
+from trainer_core.precision import kernels
+
+CUDA = torch.device("cuda")
+FORMATS = ("int8-quanto", "fp8-quanto", "nf4-bnb", "int4-quanto", "int2-quanto", "rotated", "fp8, one scale")
+# Codes that lie between two may be rounded to either side: a division or a sum differs in its last bit.
+ROUNDED = 4e-3
+pytestmark = pytest.mark.skipif(
+    torch.cuda.get_device_capability() < (8, 0), reason="int8 products need compute capability 8.0"
+)
+
+
+def layer_of(form: str, columns: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> FrozenLinear:
+    """A layer with random weights [rows, columns] and a bias, in a format, on the card."""
+    if form not in ("rotated", "fp8, one scale"):
+        precision: BaseModelPrecision = form  # type: ignore[assignment]
+        made = quantised_layer(precision, columns, rows, "cuda", dtype).quantised
+    elif form == "rotated":
+        made = quantised_layer("int8-quanto", columns, rows, "cuda", dtype).quantised
+        made = QuantisedWeight(dataclasses.replace(made.format, rotation=64), made.tensors)
+    else:
+        weight = torch.randn(rows, columns, generator=stream(0, "one scale")) / columns**0.5
+        codes = weight.to(CUDA).to(torch.float8_e4m3fn)
+        made = QuantisedWeight(EightBits(), {"codes": codes, "scale": torch.ones((), device=CUDA)})
+    bias = torch.randn(rows, generator=stream(0, "bias")).to(dtype)
+    return FrozenLinear(made, bias.to(CUDA))
+
+
+def both_passes(layer: FrozenLinear, rows: int, dtype: torch.dtype, forward: object = None) -> tuple[Tensor, Tensor]:
+    """y and dx of random inputs and gradients of so many tokens, the same on each call and device."""
+    draws, device = stream(0, "both", rows), layer.weight.device
+    x = torch.randn(1, rows, layer.in_features, generator=draws)
+    x[0, 1], x[0, 2, 5] = 0, 1000.0  # a token of zeros, and one with an outlier
+    g = torch.randn(1, rows, layer.out_features, generator=draws).to(dtype).to(device)
+    x = x.to(dtype).to(device).requires_grad_()
+    y = (forward or layer)(x)  # type: ignore[operator]
+    (dx,) = torch.autograd.grad(y, x, g)
+    return y.detach().cpu().float(), dx.cpu().float()
+
+
+def on_the_cpu(layer: FrozenLinear) -> FrozenLinear:
+    """The same layer where plain torch multiplies the same type of codes."""
+    twin = copy.deepcopy(layer).cpu()
+    twin.codes = layer.codes
+    return twin
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_card_computes_the_definition(form: str, dtype: torch.dtype) -> None:
+    """At sizes that fill no tile, also with the compiler."""
+    layer = layer_of(form, 448, 320, dtype)
+    set_products(layer, CUDA, in_8_bits=True)
+    assert layer.codes == (torch.int8 if not form.startswith("fp8") else eight_bit.code_dtype(*of(layer)))
+    wanted = both_passes(on_the_cpu(layer), 77, dtype)
+    torch.compiler.reset()
+    bound = 6e-3 if layer.codes == torch.float8_e4m3fn else ROUNDED  # fast accumulation
+    for forward in (None, _compiled(layer.forward, None)):
+        for found, right in zip(both_passes(layer, 77, dtype, forward), wanted, strict=True):
+            assert relative_error(found, right) < bound, (form, dtype, forward)
+
+
+def of(layer: FrozenLinear) -> tuple[EightBits, torch.dtype, torch.device]:
+    assert isinstance(layer.format, EightBits)
+    return layer.format, layer.weight.dtype, CUDA
+
+
+@pytest.mark.parametrize("tiles", kernels.candidates(torch.cuda.get_device_capability(), 64), ids=str)
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(8422, 3072, 3072), (300, 200, 176), (17, 3072, 12288)])
+def test_all_tiles_give_the_same_bits(
+    rows: int, columns: int, depth: int, tiles: kernels.Tiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws = torch.Generator("cuda").manual_seed(0)
+    a, b = (
+        torch.randint(-127, 128, (each, depth), device=CUDA, dtype=torch.int8, generator=draws)
+        for each in (rows, columns)
+    )
+    a_scale, b_scale = (torch.rand(each, device=CUDA, generator=draws) for each in (rows, columns))
+    bias = torch.randn(columns, device=CUDA, generator=draws, dtype=torch.bfloat16)
+    monkeypatch.setattr(kernels, "_chosen", lambda *_: tiles)
+    found = kernels.int8_product(a, b, a_scale, b_scale, bias, torch.float32)
+    exact = (a.double() @ b.double().T).float() * a_scale[:, None]  # float64 holds these sums exactly
+    torch.testing.assert_close(found, exact * b_scale + bias.float(), rtol=1e-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_of_tokens_are_those_of_plain_torch(dtype: torch.dtype) -> None:
+    if dtype.is_floating_point and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 on this card")
+    x = torch.randn(100, 3072, generator=stream(0, "tokens")).bfloat16()
+    x[3], factors = 0, torch.rand(3072, generator=stream(1, "tokens"))
+    for each in (None, factors):
+        wanted = eight_bit.quantised(x, dtype, each)
+        found = eight_bit.quantised(x.cuda(), dtype, None if each is None else each.cuda())
+        assert torch.equal(found.scales.cpu(), wanted.scales)
+        assert torch.equal(found.codes.cpu().float(), wanted.codes.float())
+    assert torch.equal(
+        eight_bit.quantised(x.cuda()[:, ::2], dtype).codes.cpu().float(),
+        eight_bit.quantised(x[:, ::2], dtype).codes.float(),
+    )
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_number_that_is_not_finite_is_not_hidden(wrong: float) -> None:
+    x = torch.randn(40, 3072, device=CUDA, dtype=torch.bfloat16)
+    x[7, 5] = wrong
+    layer = layer_of("int8-quanto", 3072, 256)
+    set_products(layer, CUDA, in_8_bits=True)
+    finite = layer(x).isfinite()
+    assert not finite[7].any() and finite[:7].all() and finite[8:].all()
+
+
+def test_the_backward_pass_keeps_no_activations() -> None:
+    """Neither x nor its codes, also compiled; the weight itself is the layer's."""
+    layer = layer_of("int8-quanto", 3072, 3072)
+    set_products(layer, CUDA, in_8_bits=True)
+    for forward in (layer.forward, _compiled(layer.forward, None)):
+        x = torch.randn(1, 4096, 3072, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+        forward(x).sum().backward()  # compiles, and chooses tiles
+        before = torch.cuda.memory_allocated()
+        y = forward(x)
+        assert torch.cuda.memory_allocated() - before <= y.nbytes + 2**16
+
+
+def test_transposed_codes() -> None:
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        codes = torch.randint(-100, 100, (12288, 3080), device=CUDA, dtype=torch.int8).view(dtype)
+        assert torch.equal(kernels.transposed(codes).view(torch.int8), codes.view(torch.int8).T)

@@ -1,0 +1,75 @@
+"""The Triton kernels without a card: their results in Triton's interpreter, and their code for cards of all kinds."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tools.comfyui import REPO
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from trainer_core.precision import kernels
+
+# KiB of shared memory that a program can have, by compute capability
+SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (12, 0): 99}
+CASES = [(card, tiles) for card in SHARED for rows in (64, 4096) for tiles in kernels.candidates(card, rows)]
+INTERPRETED = """
+import torch
+from trainer_core.precision import eight_bit, kernels
+
+draws = torch.Generator().manual_seed(0)
+x, factors = torch.randn(37, 200, generator=draws).bfloat16(), torch.rand(200, generator=draws)
+x[3], x[5, 7] = 0, 1000.0
+for each in (None, factors):
+    wanted = eight_bit.quantised(x, torch.int8, each)
+    codes, scales = kernels.quantise(x, torch.int8, each, 127.0)
+    assert torch.equal(codes, wanted.codes) and torch.equal(scales, wanted.scales)
+x[2, 3], x[4, 4] = torch.nan, torch.inf
+assert kernels.quantise(x, torch.int8, None, 127.0)[1].isfinite().logical_not().nonzero().flatten().tolist() == [2, 4]
+
+a, b, g = (
+    torch.randint(-127, 128, shape, dtype=torch.int8, generator=draws) for shape in ((37, 200), (90, 200), (37, 90))
+)
+a_scale, b_scale, bias = (torch.rand(count, generator=draws) for count in (37, 90, 90))
+assert torch.equal(kernels.transposed(b), b.T)
+for tokens, weight, scales, added, backward in ((a, b, b_scale, bias, False), (g, b, None, None, True)):
+    operand = kernels.transposed(weight) if backward else weight
+    found = kernels.int8_product(tokens, operand, a_scale, scales, added, torch.float32)
+    wanted = eight_bit._multiplied(
+        eight_bit.Coded(tokens, a_scale), weight, scales, added, torch.float32, backward=backward
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-2)
+print("same")
+"""
+
+
+def test_the_interpreter_finds_what_plain_torch_computes() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, cwd=REPO, env=environment, check=False
+    )
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("card", "tiles"), CASES, ids=str)
+@pytest.mark.parametrize("depth", [3072, 3088])
+def test_tiles_fit_every_card_and_use_its_tensor_cores(card: tuple[int, int], tiles: kernels.Tiles, depth: int) -> None:
+    pointers = {"a": "*i8", "b": "*i8", "y": "*bf16", "a_scale": "*fp32", "b_scale": "*fp32", "bias": "*bf16"}
+    fixed = {"depth": depth, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "GROUP": 8}
+    fixed |= {"HAS_SCALE": True, "HAS_BIAS": True}
+    signature = {**pointers, "rows": "i32", "columns": "i32", **dict.fromkeys(fixed, "constexpr")}
+    # Addresses are multiples of 16, and so is the number of columns.
+    aligned = {(place,): [["tt.divisibility", 16]] for place in (0, 1, 2, 3, 4, 5, 7)}
+    source = ASTSource(kernels.int8_product_kernel, signature, constexprs=fixed, attrs=aligned)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", 10 * card[0] + card[1], 32), options=options)
+    assert made.metadata.shared <= SHARED[card] * 1024
+    instruction = r"wgmma\.mma_async[\w.]*\.s32\.s8\.s8" if card == (9, 0) else r"mma\.sync[\w.]*\.s32\.s8\.s8\.s32"
+    assert re.search(instruction, made.asm["ptx"])

@@ -1,0 +1,196 @@
+"""8-bit products: what they compute, how far that is from the exact product, and runs that train with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.both_passes import quantised_layer
+from tests.support.runs import StopAfter, equal, lora_tensors, named, twelve_steps
+from trainer_core.conditioning.encoded import EncodedDataset
+from trainer_core.config import BaseModelPrecision, ModelConfig, TrainConfig
+from trainer_core.precision import eight_bit
+from trainer_core.precision.formats import EightBits, QuantisedWeight
+from trainer_core.precision.frozen_linear import FrozenLinear, exact_products, rounded_tokens, set_products
+from trainer_core.rng import stream
+from trainer_core.run import train_lora
+from trainer_core.training import validation as validation_module
+
+CPU = torch.device("cpu")
+COLUMNS, ROWS, TOKENS = 256, 192, 40
+FORMATS = ("int8-quanto", "fp8-quanto", "fp8-file", "rotated", "e5m2", "nf4-bnb", "int4-quanto", "int2-quanto")
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def layer_of(form: str, dtype: torch.dtype) -> FrozenLinear:
+    """A layer with a bias whose weight [ROWS, COLUMNS] has this format."""
+    if form in ("fp8-file", "e5m2"):  # with one scale for the whole weight
+        weight = torch.randn(ROWS, COLUMNS, generator=stream(0, "weight"))
+        codes = weight.to(torch.float8_e5m2 if form == "e5m2" else torch.float8_e4m3fn)
+        made = QuantisedWeight(EightBits(), {"codes": codes, "scale": torch.tensor(COLUMNS**-0.5)})
+    elif form == "rotated":
+        made = quantised_layer("int8-quanto", COLUMNS, ROWS, "cpu", dtype).quantised
+        made = QuantisedWeight(EightBits(rotation=64), made.tensors)
+    else:
+        precision: BaseModelPrecision = form  # type: ignore[assignment]
+        made = quantised_layer(precision, COLUMNS, ROWS, "cpu", dtype).quantised
+    layer = FrozenLinear(made, torch.randn(ROWS, generator=stream(0, "bias")).to(dtype))
+    set_products(layer, CPU, in_8_bits=True)
+    return layer
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x and g of several tokens: one of zeros, one with an outlier, one tiny, and rows that are not contiguous."""
+    x, g = (torch.randn(2, TOKENS, 2 * wide, generator=stream(wide, "x")) for wide in (COLUMNS, ROWS))
+    for each in (x, g):
+        each[0, 1], each[0, 2, 6], each[0, 3] = 0, 300.0, each[0, 3] * 1e-12
+    return x.to(dtype)[..., ::2].requires_grad_(), g.to(dtype)[..., ::2] * 1e-3
+
+
+def both_passes(layer: FrozenLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """y and dx of the inputs."""
+    x, g = inputs(dtype)
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y, x, g)
+    assert y.dtype == dx.dtype == dtype
+    return y.detach().double(), dx.double()
+
+
+def rounded(x: Tensor, codes: torch.dtype) -> Tensor:
+    """x [..., columns] in float64 rounded to 8-bit codes with a float32 scale per row, written anew."""
+    largest = 448.0 if codes == torch.float8_e4m3fn else 127.0
+    scale = (x.abs().amax(-1, keepdim=True).float() / largest).double().clamp_min(2.0**-126)
+    if codes == torch.int8:
+        return (x / scale).round() * scale
+    steps = 2.0 ** ((x / scale).abs().clamp_min(2.0**-6).log2().floor() - 3)  # e4m3: 3 bits, least exponent -6
+    return (x / scale / steps).round() * steps * scale
+
+
+def turned(x: Tensor, rotation: int) -> Tensor:
+    """x [..., columns] in float64 with each group of columns turned, as ComfyUI's convrot turns weights."""
+    if not rotation:
+        return x
+    part = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
+    matrix = part
+    while len(matrix) < rotation:
+        matrix = torch.kron(matrix, part)
+    return (x.unflatten(-1, (-1, rotation)) @ matrix).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_products_equal_their_definition_in_float64(form: str, dtype: torch.dtype) -> None:
+    """Up to sums in float32, codes that a last bit moves to the next one, and one rounding (two if rotated)."""
+    layer = layer_of(form, dtype)
+    codes, rotation = layer.codes, getattr(layer.format, "rotation", 0)
+    assert codes == (torch.float8_e4m3fn if form in ("fp8-quanto", "fp8-file") else torch.int8)
+    x, g = (each.detach().double() for each in inputs(dtype))
+    weight = turned(layer.dequantised(torch.float32).double(), rotation)  # turned once more: as it is stored
+    if layer.weight.dtype != codes:
+        weight = rounded(layer.dequantised(dtype).double(), codes)
+    scales = eight_bit.coded(layer.format, layer._tensors(), codes, dtype).scales.double()
+    y = rounded(turned(x, rotation).to(dtype).double(), codes) @ weight.T + layer.bias.double()
+    dx = turned(rounded(g * scales, codes) @ (weight / scales[:, None]), rotation)
+    for found, wanted in zip(both_passes(layer, dtype), (y, dx), strict=True):
+        bound = (2**-8 if dtype == torch.bfloat16 else 2**-20) * (2 if rotation else 1)
+        assert float((found - wanted).norm() / wanted.norm()) < max(bound, 2e-4), (form, dtype)
+        assert (found[0, 1] == (layer.bias.double() if wanted is y else 0)).all()  # the token of zeros
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_result_is_further_from_the_exact_product_than_rounding_explains(form: str, dtype: torch.dtype) -> None:
+    """int8: half a scale for each number. fp8: a sixteenth of each number, or half of the least step."""
+    layer = layer_of(form, dtype)
+    exact = layer.dequantised(torch.float32).double()
+    coded = eight_bit.coded(layer.format, layer._tensors(), layer.codes, dtype)
+    stored = coded.codes.double() * coded.scales.double()[:, None]
+    of_weight = (turned(exact, coded.rotation) - stored).abs()
+    x, g = (each.detach().double() for each in inputs(dtype))
+
+    def most(values: Tensor) -> Tensor:
+        scale = values.abs().amax(-1, keepdim=True) / eight_bit.largest_code(layer.codes)
+        if layer.codes == torch.int8:
+            return scale.expand(values.shape) / 2
+        return values.abs() / 16 + scale * 2.0**-10
+
+    y, dx = both_passes(layer, dtype)
+    tokens, folded = turned(x, coded.rotation), g * coded.scales.double()
+    allowed = most(tokens) @ stored.abs().T + tokens.abs() @ of_weight.T
+    wanted = x @ exact.T + layer.bias.double()
+    assert ((y - wanted).abs() <= 1.02 * allowed + 2**-7 * (wanted.abs() + 0.1 * allowed)).all()
+    allowed = most(folded) @ coded.codes.double().abs() + g.abs() @ of_weight
+    wanted, found = turned(g @ exact, coded.rotation), turned(dx, coded.rotation)
+    assert ((found - wanted).abs() <= 1.02 * allowed + 2**-6 * wanted.norm(dim=-1, keepdim=True)).all()
+    assert float((y - x @ exact.T - layer.bias.double()).norm()) > 0  # something was rounded
+
+
+def test_rounded_inputs_are_those_of_the_products() -> None:
+    """`quantize_activations` computes with the numbers that 8-bit products have."""
+    x = inputs(torch.float32)[0].detach()
+    for codes in (torch.int8, torch.float8_e4m3fn):
+        tokens = eight_bit.quantised(x.flatten(0, 1), codes)
+        assert torch.equal(rounded_tokens(x, codes).flatten(0, 1), tokens.codes.float() * tokens.scales[:, None])
+    layer = layer_of("int8-quanto", torch.float32)
+    with exact_products(layer):
+        assert layer.codes is None
+        layer.rounds_input = True
+        emulated = both_passes(layer, torch.float32)[0]
+    assert layer.codes == torch.int8
+    torch.testing.assert_close(both_passes(layer, torch.float32)[0], emulated, rtol=1e-5, atol=1e-4)
+
+
+def test_a_few_rows_are_not_rounded() -> None:
+    layer = layer_of("int8-quanto", torch.float32)
+    x = torch.randn(eight_bit.FEW_ROWS + 1, COLUMNS, generator=stream(0, "few"))
+    with exact_products(layer):
+        exact = layer(x)
+    assert torch.equal(layer(x[:-1]), exact[:-1]) and not torch.equal(layer(x), exact)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_number_that_is_not_finite_is_not_hidden(wrong: float) -> None:
+    layer = layer_of("int8-quanto", torch.float32)
+    x = torch.randn(TOKENS, COLUMNS, generator=stream(0, "wrong"))
+    x[7, 5] = wrong
+    finite = layer(x).isfinite()
+    assert not finite[7].any() and finite[:7].all() and finite[8:].all()
+
+
+def test_nothing_of_the_activations_is_kept() -> None:
+    """Only the layer's own tensors wait for the backward pass."""
+    layer, kept = layer_of("nf4-bnb", torch.float32), list[Tensor]()
+    x, _ = inputs(torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        layer(x)
+    own = {each.data_ptr() for each in layer._tensors()}
+    assert kept and all(each.data_ptr() in own for each in kept)
+
+
+@pytest.fixture
+def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
+    model = dataclasses.replace(model, base_model_precision="int8-quanto", matmul_precision="8bit")
+    return dataclasses.replace(twelve_steps(encoded, model, tmp_path / "run"), max_train_steps=6)
+
+
+def test_a_stopped_run_continues_bit_by_bit_and_previews_are_exact(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_8_bits = []
+    loss = validation_module.Validator.loss
+
+    def seen(self, transformer, *others):
+        in_8_bits.extend(layer.codes for layer in transformer.modules() if isinstance(layer, FrozenLinear))
+        return loss(self, transformer, *others)
+
+    monkeypatch.setattr(validation_module.Validator, "loss", seen)
+    unbroken, broken = train_lora(config), named(config, "broken")
+    assert train_lora(broken, StopAfter(7)).lora_file is None
+    assert equal(lora_tensors(train_lora(broken)), lora_tensors(unbroken))
+    exact = dataclasses.replace(config.model, matmul_precision="bf16")
+    assert not equal(lora_tensors(train_lora(named(config, "exact", model=exact))), lora_tensors(unbroken))
+    assert len(in_8_bits) > 20 and not any(in_8_bits)

@@ -1,0 +1,224 @@
+"""Triton kernels for products of 8-bit codes. Import it only where Triton is installed.
+
+`eight_bit` defines what they compute. int8 products are exact in int32, so the tile sizes, which are chosen by timing,
+never change a result.
+"""
+
+# pyright: reportMissingParameterType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TIMES = 3  # timed launches of each candidate
+
+
+class Tiles(NamedTuple):
+    """Sizes of a program's part of a product, and how Triton compiles it."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By compute capability, the best guess first. A program holds `stages` tiles of both operands in shared memory, of
+# which a multiprocessor has 227 KiB (9.0), 163 KiB (8.0) or 99 KiB (8.6, 8.9, 12.0) for one program. The first row of
+# 9.0 was the fastest there at all sizes; the other cards' were not measured, so they are timed against each other.
+_HOPPER = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 128, 8, 3))
+_AMPERE = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 4, 4))
+_SMALL = (Tiles(128, 128, 64, 4, 4), Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 128, 8, 3), Tiles(128, 64, 128, 4, 3))
+# Prompts have few rows. Smaller tiles spread them over more of the card.
+_FEW_ROWS, _SMALL_TILES = 512, (Tiles(64, 64, 128, 4, 4), Tiles(64, 128, 128, 4, 3))
+
+
+def candidates(capability: tuple[int, int], rows: int) -> tuple[Tiles, ...]:
+    """Tile sizes to try on a card for products of so many rows, the best guess first."""
+    if capability[0] == 9:
+        tiles = _HOPPER
+    else:
+        tiles = _AMPERE if capability == (8, 0) else _SMALL
+    return (*_SMALL_TILES, *tiles) if rows <= _FEW_ROWS else tiles
+
+
+@triton.jit(do_not_specialize=["rows"])
+def int8_product_kernel(
+    a, b, y, a_scale, b_scale, bias, rows, columns, depth: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """y [rows, columns] = a [rows, depth] · b [columns, depth]ᵀ · scales + bias, one rounding to y's dtype."""
+    # Programs that run at the same time share GROUP rows of tiles, whose operands then stay in the L2 cache.
+    program, down, across = tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(columns, BN)
+    first = program // (GROUP * across) * GROUP
+    height = tl.minimum(down - first, GROUP)
+    m = (first + program % (GROUP * across) % height) * BM + tl.arange(0, BM)
+    n = program % (GROUP * across) // height * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    at_m, at_n = tl.where(m < rows, m, 0), tl.where(n < columns, n, 0)
+    a_at = a + at_m[:, None].to(tl.int64) * depth + k[None, :]
+    b_at = b + at_n[None, :].to(tl.int64) * depth + k[:, None]
+    total = tl.zeros((BM, BN), dtype=tl.int32)
+    for start in range(0, depth, BK):
+        if depth % BK == 0:
+            total = tl.dot(tl.load(a_at), tl.load(b_at), total, out_dtype=tl.int32)
+        else:
+            is_in = k < depth - start
+            left, right = tl.load(a_at, mask=is_in[None, :], other=0), tl.load(b_at, mask=is_in[:, None], other=0)
+            total = tl.dot(left, right, total, out_dtype=tl.int32)
+        a_at += BK
+        b_at += BK
+    values = total.to(tl.float32) * tl.load(a_scale + at_m)[:, None]
+    if HAS_SCALE:
+        values *= tl.load(b_scale + at_n)[None, :]
+    if HAS_BIAS:
+        values += tl.load(bias + at_n).to(tl.float32)[None, :]
+    y_at = y + m[:, None].to(tl.int64) * columns + n[None, :]
+    tl.store(y_at, values.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
+
+
+@triton.jit
+def transposed_kernel(source, target, rows, columns, BM: tl.constexpr, BN: tl.constexpr):
+    """target [columns, rows] = source [rows, columns]ᵀ, in bytes."""
+    m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    is_in = (m < rows)[:, None] & (n < columns)[None, :]
+    tile = tl.load(source + m[:, None].to(tl.int64) * columns + n[None, :], mask=is_in, other=0)
+    tl.store(target + n[:, None].to(tl.int64) * rows + m[None, :], tl.trans(tile), mask=tl.trans(is_in))
+
+
+@triton.jit
+def quantise_kernel(
+    x, factors, codes, scales, columns: tl.constexpr, stride,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of x to its codes and its scale."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * stride
+    codes += row * columns
+    largest, not_finite = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        values = tl.load(x + at, mask=at < columns, other=0).to(tl.float32)
+        if HAS_FACTORS:
+            values *= tl.load(factors + at, mask=at < columns, other=0)
+        largest = tl.maximum(largest, tl.abs(values))
+        not_finite += values * 0  # a maximum ignores NaN, but the loss must become NaN
+    scale = tl.maximum(tl.math.div_rn(tl.max(largest), LARGEST), LEAST) + tl.sum(not_finite)
+    tl.store(scales + row, scale)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        values = tl.load(x + at, mask=at < columns, other=0).to(tl.float32)
+        if HAS_FACTORS:
+            values *= tl.load(factors + at, mask=at < columns, other=0)
+        values = tl.math.div_rn(values, tl.zeros((BLOCK,), dtype=tl.float32) + scale)
+        if codes.dtype.element_ty == tl.int8:
+            values = (values + 12582912.0) - 12582912.0  # 1.5 · 2²³: rounds to the nearest integer, half to even
+        tl.store(codes + at, values.to(codes.dtype.element_ty), mask=at < columns)
+
+
+def quantise(x: Tensor, dtype: torch.dtype, factors: Tensor | None, largest: float) -> tuple[Tensor, Tensor]:
+    """Codes [rows, columns] and scales [rows] of x [rows, columns] · factors [columns], see `eight_bit.quantised`."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, columns = x.shape
+    codes = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    with _on(x):
+        quantise_kernel[(rows,)](
+            x, factors, codes, scales, columns, x.stride(0),
+            LARGEST=largest, LEAST=torch.finfo(torch.float32).tiny, HAS_FACTORS=factors is not None, BLOCK=1024,
+        )  # fmt: skip
+    return codes, scales
+
+
+def transposed(codes: Tensor) -> Tensor:
+    """8-bit codes [rows, columns] as a new contiguous tensor [columns, rows].
+
+    Nine times as fast as torch's copy, which moves single bytes.
+    """
+    rows, columns = codes.shape
+    result = torch.empty(columns, rows, dtype=codes.dtype, device=codes.device)
+    source, target = (each.view(torch.int8) for each in (codes.contiguous(), result))
+    with _on(codes):
+        grid = triton.cdiv(rows, 64), triton.cdiv(columns, 128)
+        transposed_kernel[grid](source, target, rows, columns, BM=64, BN=128, num_warps=4)
+    return result
+
+
+def int8_product(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """a [rows, depth] · b [columns, depth]ᵀ times a_scale [rows] and b_scale [columns], plus bias [columns], as dtype.
+
+    Both operands are contiguous int8 codes: tensor cores read 8-bit operands along the summed dimension only.
+    """
+    (rows, depth), columns = a.shape, b.shape[0]
+    y = torch.empty(rows, columns, dtype=dtype, device=a.device)
+
+    def launch(tiles: Tiles) -> None:
+        grid = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
+        int8_product_kernel[(grid,)](
+            a, b, y, a_scale, b_scale, bias, rows, columns, depth,
+            BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, GROUP=8,
+            HAS_SCALE=b_scale is not None, HAS_BIAS=bias is not None,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+    with _on(a):
+        launch(_chosen(a.device, rows, columns, depth, launch))
+    return y
+
+
+_CHOSEN: dict[tuple[Any, ...], Tiles] = {}
+
+
+def _chosen(device: torch.device, rows: int, columns: int, depth: int, launch: Callable[[Tiles], None]) -> Tiles:
+    """The fastest tiles for products of about this size on this card, timed at the first one."""
+    if device.type != "cuda":  # Triton's interpreter
+        return Tiles(32, 32, 32, 4, 1)
+    # Numbers of rows up to the next power of two share a choice: prompts and pictures differ in length.
+    key = (device.index, triton.next_power_of_2(rows), columns, depth)
+    if key not in _CHOSEN:
+        tried = candidates(_capability(device), key[1])
+        if torch.cuda.is_current_stream_capturing():  # a CUDA graph is recorded: nothing can be timed
+            return tried[0]
+        _CHOSEN[key] = min(tried, key=lambda tiles: _seconds(tiles, launch))
+    return _CHOSEN[key]
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _seconds(tiles: Tiles, launch: Callable[[Tiles], None]) -> float:
+    """Seconds that a launch takes after the first one, which compiles; infinite if the card can't run these tiles."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    try:
+        launch(tiles)
+        begin.record()
+        for _ in range(_TIMES):
+            launch(tiles)
+        end.record()
+    except triton.OutOfResources:
+        return float("inf")
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000 / _TIMES
+
+
+def _on(tensor: Tensor) -> Any:
+    """A context in which the tensor's device is the current one: Triton launches there."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _Nowhere()
+
+
+class _Nowhere:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
