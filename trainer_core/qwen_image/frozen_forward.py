@@ -51,7 +51,7 @@ def predict_tokens(
         targets=math.prod(shapes[0]),
         is_zero_cond=transformer.zero_cond_t,
     )
-    if batch > 1:
+    if batch > 1 or prompt_mask is not None:
         prompt = torch.cat([each[:length] for each, length in zip(prompt, layout.prompts, strict=True)]).unsqueeze(0)
         picture = picture.flatten(0, 1).unsqueeze(0)
     picture, prompt = transformer.img_in(picture), transformer.txt_in(transformer.txt_norm(prompt))
