@@ -3,57 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.fake_graphs import FakePool
 from trainer_core.adapters.master_weights import master_weights
 from trainer_core.memory.step_graphs import StepGraphs
 
 SIZES = (3, 5, 3, 3, 5, 7, 5)
-
-
-class FakePasses:
-    """Runs the passes that were captured."""
-
-    def __init__(self, compute: Callable[..., Tensor]) -> None:
-        self.compute, self.replays = compute, 0
-
-    def forward(self, inputs: tuple[Tensor | None, ...]) -> Tensor:
-        self.replays += 1
-        with torch.enable_grad():
-            self.out = self.compute(*(each if each is None else each.detach().requires_grad_() for each in inputs))
-        return self.out.detach()
-
-    def backward(self, gradient: Tensor) -> None:
-        self.out.backward(gradient)
-
-
-class FakePool:
-    """Captures without CUDA. As with CUDA, capturing runs the function but changes no value. Raises `error` if given,
-    in the capture of this number."""
-
-    def __init__(self, error: Exception | None = None, *, at: int = 0) -> None:
-        self.error, self.at = error, at
-        self.captured: list[FakePasses] = []
-        self.held_bytes = self.freed = 0
-
-    def capture(self, compute: Callable[..., Tensor], inputs: tuple[Tensor | None, ...]) -> FakePasses:
-        if self.error and self.at == len(self.captured):
-            raise self.error
-        passes = FakePasses(compute)
-        out = passes.forward(inputs)
-        passes.backward(torch.zeros_like(out))
-        passes.replays = 0
-        self.captured.append(passes)
-        self.held_bytes += 1
-        return passes
-
-    def free(self) -> None:
-        self.held_bytes, self.freed = 0, self.freed + 1
 
 
 class Network:
