@@ -23,6 +23,7 @@ from trainer_core.memory.offload import HostCopies
 from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
 from trainer_core.memory.step_graphs import StepGraphs
 from trainer_core.precision.quantise import quantise
+from trainer_core.qwen_image import attention_kernels
 from trainer_core.qwen_image.base_model import empty_transformer
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
 from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, predict_velocity
@@ -54,11 +55,12 @@ def step(
     compiled: bool = False,
     graphed: bool = False,
     dropout: float = 0.0,
+    pairs: int = 1,
     device: str = "cuda",
 ) -> Outcome:
     """Forward and backward of a narrow transformer with the same random weights on each call, made on the device.
 
-    `graphed`: the outcome is that of the second replay of CUDA graphs.
+    `graphed`: the outcome is that of the second replay of CUDA graphs. The prompts of several `pairs` are padded.
     """
     lora = LoraConfig(lora_rank=4, lora_type=kind, lora_targets=targets, lora_dropout=dropout)
     config = TrainConfig(run_dir="-", encoded="-", memory=memory, lora=lora)
@@ -81,9 +83,10 @@ def step(
     if compiled:
         Compilation(list(transformer.transformer_blocks), dropout=dropout > 0).start()
     latents, reference, prompt = (
-        torch.randn(shape, generator=draws, device=there) for shape in ((1, 16, 12, 12), (1, 16, 8, 12), (1, 20, 128))
+        torch.randn((pairs, *shape), generator=draws, device=there) for shape in ((16, 12, 12), (16, 8, 12), (20, 128))
     )
-    sigma, condition = torch.tensor([0.6], device=there), Condition((reference,), prompt)
+    mask = torch.arange(20) < torch.arange(20, 20 - pairs, -1).unsqueeze(1) if pairs > 1 else None
+    sigma, condition = torch.full((pairs,), 0.6, device=there), Condition((reference,), prompt, mask)
 
     def passes() -> Tensor:
         for weight in weights.masters.values():
@@ -128,16 +131,32 @@ GRAPHED = [
 ]
 
 
+@pytest.fixture
+def no_late_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's kernel is chosen before a capture, so that a replay uses that of ordinary steps."""
+    runs = attention_kernels._runs
+
+    def checked(kernel: attention_kernels.Kernel, like: Tensor) -> bool:
+        assert not torch.cuda.is_current_stream_capturing()
+        return runs(kernel, like)
+
+    monkeypatch.setattr(attention_kernels, "_runs", checked)
+
+
+@pytest.mark.usefixtures("no_late_choice")
+@pytest.mark.parametrize("pairs", [1, 2])
 @pytest.mark.parametrize(("precision", "kind", "memory", "compiled"), GRAPHED, ids=lambda value: case_name(value))
 def test_graphs_are_bit_equal(
     precision: BaseModelPrecision,
     kind: LoraType,
     memory: MemoryConfig,
     compiled: bool,
+    pairs: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(HostCopies.__init__.__kwdefaults__, "small_bytes", 1)  # or nothing would be large enough
-    wanted, found = (step(precision, kind, memory, compiled=compiled, graphed=graphed) for graphed in (False, True))
+    how = {"compiled": compiled, "pairs": pairs}
+    wanted, found = (step(precision, kind, memory, graphed=graphed, **how) for graphed in (False, True))
     assert torch.equal(found.velocity, wanted.velocity)
     assert found.gradients.keys() == wanted.gradients.keys() and len(wanted.gradients) > 50
     assert [name for name, each in found.gradients.items() if not torch.equal(each, wanted.gradients[name])] == []
