@@ -1,4 +1,5 @@
-"""A step of the largest pairs before the first step: tests the memory, measures the time, and compiles if that pays."""
+"""A step of the largest pairs before the first one: tests the memory, measures the time, and decides what makes steps
+faster: compiled blocks and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,17 +19,20 @@ from .device import peak_bytes
 from .events import SILENT, Observer
 from .memory.compilation import can_compile, start_compiler
 from .planning.advice import STEP
+from .planning.choose import budget_of
 from .planning.duration import compiled_seconds, duration, in_words, measured_speed, probed_speed, time_in_words
-from .planning.plan import GIB
+from .planning.plan import GIB, plan_memory
 from .planning.preparation import Preparation
 from .planning.workload import largest_draws
-from .training.step import Networks, rehearse
+from .training.step import Networks, attempt, rehearse
 
 _LOG = logging.getLogger(__name__)
 # Measured on an H200 with the full-size transformer (benchmarks/gpu_step_h200_2026-11.md): compiling takes 15 to 53 s,
 # longer on a slower processor. It saves 0.24 of a step's time at 1024 pixels, and more with smaller pictures.
 _COMPILING_SECONDS, _LEAST_SAVED = 60, 0.15
-_WRONG = 0.5  # relative error of gradients that compiled blocks must not have
+# Capturing takes about as long as five steps, once for each size of pictures and prompts.
+_CAPTURING_SECONDS, _LEAST_FASTER = 60, 0.95  # the shortest run that it is tried in; and the time of a step, relatively
+_WRONG = 0.5  # relative error of gradients that compiled blocks and CUDA graphs must not have
 _IN_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
@@ -70,8 +74,8 @@ def dry_step(
     """On CUDA, run the largest micro-batch forward and backward, so that too little memory shows up at once.
 
     Compiles the blocks if `compile_blocks` says so; `auto` compiles if that takes less time than it saves in the steps
-    after `done`, and keeps compiled blocks only if they fit into memory and are faster. Logs the memory, and tells the
-    observer how long the run takes.
+    after `done`, and keeps compiled blocks only if they fit into memory and are faster. Then tries CUDA graphs, if they
+    fit beside ordinary steps. Logs the memory, and tells the observer how long the run takes.
 
     Raises:
         OutOfMemoryError: the memory does not suffice.
@@ -83,9 +87,7 @@ def dry_step(
     draws = largest_draws(prepared.encoded, prepared.work)
 
     def one() -> dict[str, Tensor]:
-        gradients = networks.compilation.attempt(
-            lambda: rehearse(networks, loader.read(draws), config), clean_up=networks.optimizer.zero_grad
-        )
+        gradients = attempt(networks, lambda: rehearse(networks, loader.read(draws), config))
         torch.cuda.synchronize(networks.device)
         return gradients
 
@@ -105,7 +107,10 @@ def dry_step(
         if wish == "on" or _pays(networks.device, left, saved):
             observer.on_progress("Compiling the transformer's blocks", 0, 1)
             measured = _compiled_if_right(networks, measure, measured, config)
-    _log_memory(prepared, networks, measured.peak_bytes)
+    left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
+    if left >= _CAPTURING_SECONDS and not observer.should_stop() and _has_room_for_graphs(prepared, networks.device):
+        measured = _graphs_if_faster(networks, measure, measured)
+    _log_memory(prepared, networks, measured.peak_bytes + networks.graphs.held_bytes)
     torch.cuda.empty_cache()  # gives back what only compiling, or only uncompiled blocks, needed
     speed = measured_speed(*run, measured.seconds, probed_speed(*run, networks.device))
     observer.on_note(time_in_words(*run, speed, done=done))
@@ -158,6 +163,45 @@ def _compiled_if_right(
         return compiled
     networks.compilation.stop("compiled ones are not faster here")
     return uncompiled
+
+
+def _has_room_for_graphs(prepared: Preparation, device: torch.device) -> bool:
+    """Whether CUDA graphs can hold all passes, and their memory fits beside that of ordinary steps.
+
+    Dropout draws new values in every pass. References that are encoded on the fly come from another thread, which
+    measures the free memory: it can't tell what graphs hold.
+    """
+    config, work = prepared.config, prepared.work
+    if config.lora.lora_dropout > 0 or work.on_the_fly_pixels:
+        return False
+    card = config.memory.vram_gib
+    usable = budget_of(device, card).device_bytes + (0 if card > 0 else torch.cuda.memory_allocated(device))
+    planned = plan_memory(config, prepared.model.size, work, graphs=True).needed_device_bytes
+    if planned > usable:
+        text = "Steps run without CUDA graphs, which would need %.1f GiB of VRAM. %.1f GiB can be used."
+        _LOG.info(text, planned / GIB, usable / GIB)
+    return planned <= usable
+
+
+def _graphs_if_faster(networks: Networks, measure: Callable[[], Measured], ordinary: Measured) -> Measured:
+    """Run steps as CUDA graphs if they work, compute the same gradients, and are faster.
+
+    Returns what was measured with the steps that are kept.
+    """
+    networks.graphs.start()
+    replayed = measure()
+    if not networks.graphs.is_active:  # they failed or did not fit
+        return ordinary
+    if wrong := wrong_gradients(replayed.gradients, ordinary.gradients):
+        layers = ", ".join(wrong)
+        networks.graphs.stop(f"they give wrong gradients for {layers} with torch {torch.__version__}")
+        return ordinary
+    if replayed.seconds > _LEAST_FASTER * ordinary.seconds:
+        networks.graphs.stop()
+        _LOG.info("Steps run without CUDA graphs, which save less than a twentieth of their time here.")
+        return ordinary
+    _LOG.info("Steps run as CUDA graphs: %.2f s instead of %.2f s.", replayed.seconds, ordinary.seconds)
+    return replayed
 
 
 def of_first_block(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -199,6 +199,7 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
         except Interrupted as stopped:
             return done, Stop.KEEP if stopped.keep else Stop.PAUSE
         finally:
+            networks.graphs.clear()
             _save(parts, report)
     return done, Stop.NO
 
@@ -231,6 +232,7 @@ def _validate(parts: _Parts, done: int) -> dict[str, float]:
     run, observer = parts.run, parts.observer
     if not parts.validator or not run.writes:
         return {}
+    parts.networks.graphs.clear()  # sampling and decoding may need their memory
     kept = (
         "The run is saved up to this step. To continue it, lower validation_resolution, or set "
         "num_validation_images to 0, which still measures the validation loss."

@@ -248,3 +248,16 @@ def test_no_run_is_refused_because_of_decoding(network: NetworkSize, precision: 
     decoding = plan.phase("decoding")
     assert decoding is not None
     assert decoding.total_bytes < max(each.total_bytes for each in plan.device if each is not decoding)
+
+
+@pytest.mark.parametrize("memory", list(MEMORY))
+def test_graphs_keep_the_memory_of_a_step_beside_ordinary_ones(network: NetworkSize, memory: str) -> None:
+    config = dataclasses.replace(config_of(), memory=MEMORY[memory])
+    plain, graphed = (plan_memory(config, network, WORK, graphs=each).phase("training") for each in (False, True))
+    assert plain is not None and graphed is not None
+    held = graphed.parts["CUDA graphs"]
+    in_passes = ("kept by recomputed blocks", "activations", "backward pass", "latents and embeddings")
+    needed = sum(graphed.parts[part] for part in in_passes)
+    assert needed < held < needed + GIB
+    assert graphed.parts["gradients"] == 4 * network.adapter_weights
+    assert graphed.total_bytes >= plain.total_bytes + held

@@ -17,9 +17,13 @@ from trainer_core.adapters.master_weights import master_weights
 from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import BaseModelPrecision, LoraConfig, LoraType, MemoryConfig, TrainConfig
 from trainer_core.events import SILENT
+from trainer_core.memory.capture import CapturePool
 from trainer_core.memory.compilation import Compilation
+from trainer_core.memory.offload import HostCopies
 from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
+from trainer_core.memory.step_graphs import StepGraphs
 from trainer_core.precision.quantise import quantise
+from trainer_core.qwen_image import attention_kernels
 from trainer_core.qwen_image.base_model import empty_transformer
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
 from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, predict_velocity
@@ -49,10 +53,15 @@ def step(
     *,
     targets: str = "all",
     compiled: bool = False,
+    graphed: bool = False,
     dropout: float = 0.0,
+    pairs: int = 1,
     device: str = "cuda",
 ) -> Outcome:
-    """Forward and backward of a narrow transformer with the same random weights on each call, made on the device."""
+    """Forward and backward of a narrow transformer with the same random weights on each call, made on the device.
+
+    `graphed`: the outcome is that of the second replay of CUDA graphs. The prompts of several `pairs` are padded.
+    """
     lora = LoraConfig(lora_rank=4, lora_type=kind, lora_targets=targets, lora_dropout=dropout)
     config = TrainConfig(run_dir="-", encoded="-", memory=memory, lora=lora)
     there, draws = torch.device(device), torch.Generator(device).manual_seed(0)
@@ -69,19 +78,32 @@ def step(
         if name.endswith(("lora_B", "lokr_w1")):
             weight.data.copy_(torch.randn(weight.shape, generator=draws, device=there) * 0.3)
     weights.publish()
-    apply_memory(transformer, stream, there, config)
+    graphs = StepGraphs(weights.masters.values(), CapturePool(there, apply_memory(transformer, stream, there, config)))
     transformer.train(dropout > 0)
     if compiled:
         Compilation(list(transformer.transformer_blocks), dropout=dropout > 0).start()
     latents, reference, prompt = (
-        torch.randn(shape, generator=draws, device=there) for shape in ((1, 16, 12, 12), (1, 16, 8, 12), (1, 20, 128))
+        torch.randn((pairs, *shape), generator=draws, device=there) for shape in ((16, 12, 12), (16, 8, 12), (20, 128))
     )
-    sigma, condition = torch.tensor([0.6], device=there), Condition((reference,), prompt)
-    with seeded_globally(0, "dropout", 0, there):
-        velocity = predict_velocity(transformer, latents, sigma, condition)
-    velocity.float().square().mean().backward()
+    mask = torch.arange(20) < torch.arange(20, 20 - pairs, -1).unsqueeze(1) if pairs > 1 else None
+    sigma, condition = torch.full((pairs,), 0.6, device=there), Condition((reference,), prompt, mask)
+
+    def passes() -> Tensor:
+        for weight in weights.masters.values():
+            weight.grad = None
+        with seeded_globally(0, "dropout", 0, there):
+            velocity = predict_velocity(transformer, latents, sigma, condition, graphs)
+        velocity.float().square().mean().backward()
+        return velocity.detach()
+
+    velocity = passes()
+    if graphed:
+        graphs.start()
+        passes()  # captured, then replayed
+        velocity = passes()
+        assert graphs.is_active and len(graphs._graphs) == 1
     gradients = {name: each.grad for name, each in weights.masters.items() if each.grad is not None}
-    return Outcome(velocity.detach(), gradients, for_file(transformer, weights.masters))
+    return Outcome(velocity, gradients, for_file(transformer, weights.masters))
 
 
 @functools.cache
@@ -100,6 +122,44 @@ def test_placement_is_bit_equal(precision: BaseModelPrecision, kind: LoraType, m
     for one, other in ((found.gradients, wanted.gradients), (found.tensors, wanted.tensors)):
         assert one.keys() == other.keys()
         assert [name for name, each in one.items() if not torch.equal(each, other[name])] == []
+
+
+GRAPHED = [
+    *((precision, "lora", memory, False) for precision in PRECISIONS for memory in (KEPT, STREAMED, OFFLOADED)),
+    *(("int8-quanto", kind, memory, False) for kind in ("dora", "lokr") for memory in (KEPT, STREAMED)),
+    *(("int8-quanto", "lora", memory, True) for memory in (KEPT, STREAMED, OFFLOADED)),
+]
+
+
+@pytest.fixture
+def no_late_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's kernel is chosen before a capture, so that a replay uses that of ordinary steps."""
+    runs = attention_kernels._runs
+
+    def checked(kernel: attention_kernels.Kernel, like: Tensor) -> bool:
+        assert not torch.cuda.is_current_stream_capturing()
+        return runs(kernel, like)
+
+    monkeypatch.setattr(attention_kernels, "_runs", checked)
+
+
+@pytest.mark.usefixtures("no_late_choice")
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize(("precision", "kind", "memory", "compiled"), GRAPHED, ids=lambda value: case_name(value))
+def test_graphs_are_bit_equal(
+    precision: BaseModelPrecision,
+    kind: LoraType,
+    memory: MemoryConfig,
+    compiled: bool,
+    pairs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(HostCopies.__init__.__kwdefaults__, "small_bytes", 1)  # or nothing would be large enough
+    how = {"compiled": compiled, "pairs": pairs}
+    wanted, found = (step(precision, kind, memory, graphed=graphed, **how) for graphed in (False, True))
+    assert torch.equal(found.velocity, wanted.velocity)
+    assert found.gradients.keys() == wanted.gradients.keys() and len(wanted.gradients) > 50
+    assert [name for name, each in found.gradients.items() if not torch.equal(each, wanted.gradients[name])] == []
 
 
 def case_name(value: object) -> str:

@@ -58,7 +58,7 @@ def test_one_batch_equals_two_passes(
     transformer = network(dtype, zero_cond_t=zero_cond_t)
     prompt, negative = condition(lengths[0], 1, masked), condition(lengths[1], 2)
     batches: list[int] = []
-    transformer.img_in.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    transformer.proj_out.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
     apart = drawn(transformer, prompt, negative, together=False)
     together = drawn(transformer, prompt, negative, together=True)
     assert batches == [1] * 6 + [2] * 3
@@ -92,7 +92,7 @@ def test_a_batch_that_does_not_fit_after_all_becomes_two_passes() -> None:
         if batches[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    transformer.img_in.register_forward_pre_hook(limited)
+    transformer.proj_out.register_forward_pre_hook(limited)
     assert torch.equal(drawn(transformer, prompt, negative, together=True), apart)
     assert batches == [2] + [1] * 6
 

@@ -24,8 +24,10 @@ from trainer_core.config import (
 )
 from trainer_core.events import SILENT
 from trainer_core.geometry import Size
+from trainer_core.memory.capture import CapturePool
 from trainer_core.memory.compilation import Compilation
 from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_blocks
+from trainer_core.memory.step_graphs import StepGraphs
 from trainer_core.planning.network import NetworkSize, network_size
 from trainer_core.planning.plan import MemoryPlan, plan_memory
 from trainer_core.planning.workload import Workload, pair_size
@@ -35,7 +37,7 @@ from trainer_core.qwen_image.base_model import compute_dtype, empty_transformer
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
 from trainer_core.qwen_image.transformer import predict_velocity
-from trainer_core.qwen_image.types import Condition
+from trainer_core.qwen_image.types import Condition, NoisyLatents
 from trainer_core.training.ema import start_ema, update_ema
 from trainer_core.training.objective import add_noise, velocity_loss
 from trainer_core.training.optimizer import optimizer_builder
@@ -51,7 +53,8 @@ Step = Callable[[Tensor, Condition], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """One measured configuration. `memory` is a list such as "blocks=20,offload,attention"; `side` is in pixels.
+    """One measured configuration. `memory` is a list such as "blocks=20,offload,attention"; `side` is in pixels. With
+    "graph" in the list, the second step is captured and later ones replay CUDA graphs.
 
     With `rollout`, a forward pass without gradients of each pair comes first. The prompts of a batch are padded.
     """
@@ -103,6 +106,11 @@ class Setting:
             optimizer=OptimizerConfig(optimizer=self.optimizer),  # type: ignore[arg-type]
             ema=EmaConfig(use_ema=self.ema, ema_device="accelerator"),
         )
+
+    @property
+    def is_graphed(self) -> bool:
+        """Whether steps run as CUDA graphs."""
+        return "graph" in self.memory.split(",")
 
     @property
     def network(self) -> dict[str, bool]:
@@ -179,11 +187,19 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
     weights = master_weights(parameters, compute_dtype(config.model))
     transformer.train(setting.dropout > 0)
     set_products(transformer, device, in_8_bits=setting.products == "8bit")
-    apply_memory(transformer, stream, device, config)
+    graphs = StepGraphs(
+        weights.masters.values(), CapturePool(device, apply_memory(transformer, stream, device, config))
+    )
+    if setting.is_graphed:
+        graphs.start()
     if config.memory.compile_blocks == "on":
         Compilation(list(transformer.transformer_blocks)).start()
     optimizer = optimizer_builder(config.optimizer, device)(list(weights.masters.values()))
     average = start_ema(weights.masters, config.ema)
+
+    def passes(noisy: NoisyLatents, condition: Condition) -> None:
+        velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition, graphs)
+        velocity_loss(velocity, noisy.target_velocity).sum().backward()
 
     def step(latents: Tensor, condition: Condition) -> None:
         noisy = add_noise(latents, NoiseConfig(), 0, range(setting.batch))
@@ -193,8 +209,7 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
                     pair = noisy.latents[row : row + 1], noisy.sigma[row : row + 1]
                     noisy.latents[row] = predict_velocity(transformer, *pair, condition.of_pair(row))[0]
         for _ in range(setting.micro_batches):
-            velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition)
-            velocity_loss(velocity, noisy.target_velocity).sum().backward()
+            passes(noisy, condition)
         nn.utils.clip_grad_norm_(weights.masters.values(), 1.0)
         optimizer.step()
         weights.publish()
@@ -213,7 +228,7 @@ def planned_bytes(setting: Setting, layers: int) -> int:
 
 def memory_plan(setting: Setting, layers: int) -> MemoryPlan:
     """The memory plan of the step "ours"."""
-    return plan_memory(*planned_run(setting, layers))
+    return plan_memory(*planned_run(setting, layers), graphs=setting.is_graphed)
 
 
 def planned_run(setting: Setting, layers: int) -> tuple[TrainConfig, NetworkSize, Workload]:

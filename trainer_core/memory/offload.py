@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,8 @@ class OffloadedTensor:
     def __del__(self) -> None:
         """After an aborted step, work that reuses the memory of `coming` must wait until the copy into it is done."""
         if self.came is not None and self.user is not None and not self.is_fetched:
-            self.user.wait_event(self.came)
+            with suppress(RuntimeError):  # after a failed capture of a CUDA graph, there was no copy
+                self.user.wait_event(self.came)
 
 
 class HostCopies:
@@ -92,6 +94,19 @@ class HostCopies:
         assert kept.coming is not None
         return kept.coming
 
+    def fork(self) -> None:
+        """Let all copies from now on depend on compute work enqueued up to now, and forget those before. Call it where
+        a capture of a CUDA graph begins: CUDA refuses to wait in a capture for work from outside."""
+        self._leaving.clear()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def join(self) -> None:
+        """Let compute work enqueued from now on wait for all copies."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._leaving.clear()
+
     def _placed(self, tensor: Tensor) -> OffloadedTensor:
         """Reserve the next piece of host memory for a tensor.
 
@@ -117,14 +132,11 @@ class HostCopies:
             self._stack.pop()
 
     def _hold(self, left: torch.cuda.Event, tensor: Tensor) -> None:
-        """Keep a tensor alive until its copy is done, and wait if more than `ahead` copies are pending.
-
-        Without the wait, the CPU would enqueue the whole forward pass before the first copies are done, and all its
-        activations would be on the device at once.
-        """
+        """Keep a tensor alive until its copy is done. If more than `ahead` copies are pending, later compute work waits
+        for the oldest: only then may it use that tensor's memory."""
         self._leaving.append((left, tensor))
         while len(self._leaving) > self._ahead:
-            self._leaving[0][0].synchronize()
+            torch.cuda.current_stream(self._device).wait_event(self._leaving[0][0])
             self._leaving.popleft()
 
     def _begin(self, kept: OffloadedTensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from ..config import MemoryConfig, TrainConfig
 from ..errors import ConfigError
 from ..packages import need_triton
+from .capture import Copies
 from .offload import HostCopies
 from .recompute import Recomputation
 from .streaming import BlockStream
@@ -55,12 +56,12 @@ def stream_blocks(
 
 def apply_memory(
     transformer: QwenImageTransformer2DModel, stream: BlockStream | None, device: torch.device, config: TrainConfig
-) -> None:
-    """Set up recomputation and activation offload of the transformer's blocks."""
+) -> Copies:
+    """Set up recomputation and activation offload of the transformer's blocks. Returns what copies during a step."""
     blocks = list(transformer.transformer_blocks)
     again = recomputed_blocks(config.memory, len(blocks), checkpointing=config.gradient_checkpointing)
+    offload = HostCopies(device, ahead=_AHEAD) if again and config.memory.activation_offload else None
     if again:
-        offload = HostCopies(device, ahead=_AHEAD) if config.memory.activation_offload else None
         how = Recomputation(
             blocks,
             again,
@@ -70,6 +71,7 @@ def apply_memory(
             dropout=config.lora.lora_dropout > 0,
         )
         transformer.enable_gradient_checkpointing(how)
+    return Copies(stream, offload)
 
 
 def check_compiler(memory: MemoryConfig, device: torch.device) -> None:

@@ -52,7 +52,7 @@ class BlockStream:
         self._buffers = [
             torch.empty(max(sizes[index::count]), dtype=torch.uint8, device=device) for index in range(count)
         ]
-        self._block_in: list[int | None] = [None] * count  # by buffer: the block that is in it or being copied to it
+        self._block_in = [-1] * count  # by buffer: the block that is in it or being copied to it
         self._holding = False
         for index, (slots, _) in enumerate(packed):
             _point_into(slots, self._buffers[index % count])
@@ -78,8 +78,32 @@ class BlockStream:
         """Bytes of device memory of the buffers."""
         return sum(each.nbytes for each in self._buffers)
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """By buffer, the number of the block that work enqueued from now on finds there, after a wait for its copy."""
+        return tuple(self._block_in)
+
     def __contains__(self, block: nn.Module) -> bool:
         return block in self._number
+
+    def put(self, blocks: Sequence[int]) -> None:
+        """Let compute work enqueued from now on find these blocks in the buffers."""
+        for index in blocks:
+            self._need(index)
+
+    def became(self, blocks: Sequence[int]) -> None:
+        """Tell that compute work enqueued up to now leaves these blocks in the buffers."""
+        self._block_in = list(blocks)
+        self.fork()
+
+    def fork(self) -> None:
+        """Let all copies from now on, and waits for copies, depend on compute work enqueued up to now, and only on it.
+        Copies then belong to the same capture of a CUDA graph, or to none."""
+        self._queue.fork()
+
+    def join(self) -> None:
+        """Let compute work enqueued from now on wait for all copies."""
+        self._queue.join()
 
     @contextmanager
     def held(self, block: nn.Module, *, forward: bool = False) -> Iterator[None]:
@@ -156,6 +180,20 @@ class _CopyQueue:
         """Let compute work enqueued from now on wait for the last copy into the buffer."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._copied[buffer])
+
+    def fork(self) -> None:
+        """See `BlockStream.fork`: CUDA refuses to wait in a capture for an event from outside, and the reverse."""
+        if self._stream is None:
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        for buffer, copied in enumerate(self._copied):
+            copied.record(self._stream)
+            self.free(buffer)
+
+    def join(self) -> None:
+        """Let compute work enqueued from now on wait for all copies."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     def free(self, buffer: int) -> None:
         """Let the next copy into the buffer wait for compute work enqueued up to now."""

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import TrainConfig
 from ..memory.offload import offloaded_bytes
 from ..memory.placement import recomputed_blocks
+from ..memory.step_graphs import MOST_GRAPHS
 from ..qwen_image.vae import GAPS, VAE_WEIGHTS
 from ..qwen_image.vae_tiles import ENCODING_ELEMENTS, least_decoding_bytes
 from ..training.ema import ema_bytes
@@ -30,6 +31,7 @@ from .workload import PairSize, Workload, picture_tokens
 
 GIB = 2**30
 _LIBRARIES = 100 * 2**20  # bytes of workspaces of cuBLAS and others, which torch's allocator counts
+_GRAPH = 16 * 2**20  # bytes of the driver for the CUDA graphs of one size
 _PROCESS = 3 * GIB  # host memory of Python, torch, CUDA and the compiler
 _LOADED_PAIRS = GIB  # host memory of the encoded pairs that the loader holds
 _FETCHED_AHEAD = 1  # blocks whose offloaded activations are back on the device before they are needed
@@ -89,8 +91,8 @@ def _estimated(phase: Phase) -> int:
     return sum(size for what, size in phase.parts.items() if what not in _EXACT)
 
 
-def plan_memory(config: TrainConfig, network: NetworkSize, work: Workload) -> MemoryPlan:
-    """Plan a run with exactly these settings; `memory` auto changes nothing here.
+def plan_memory(config: TrainConfig, network: NetworkSize, work: Workload, *, graphs: bool = False) -> MemoryPlan:
+    """Plan a run with exactly these settings; `memory` auto changes nothing here. `graphs`: steps run as CUDA graphs.
 
     Raises:
         ConfigError: the memory settings exclude each other.
@@ -102,7 +104,7 @@ def plan_memory(config: TrainConfig, network: NetworkSize, work: Workload) -> Me
     loading = {**_weights(config, network, streamed), "layer being loaded": _loading_bytes(config, network)}
     phases = [
         Phase("loading", loading),
-        Phase("training", {**resting, **_step(config, network, tokens, recomputed)}),
+        Phase("training", {**resting, **_step(config, network, tokens, recomputed, graphs=graphs)}),
         *_validation(config, network, work.validation, resting),
     ]  # fmt: skip
     return MemoryPlan(
@@ -146,16 +148,22 @@ def _on_the_fly(network: NetworkSize, pixels: int) -> dict[str, int]:
     }
 
 
-def _step(config: TrainConfig, network: NetworkSize, tokens: Tokens, recomputed: int) -> dict[str, int]:
+def _step(
+    config: TrainConfig, network: NetworkSize, tokens: Tokens, recomputed: int, *, graphs: bool
+) -> dict[str, int]:
     """A step's memory by part at its peak.
 
     Without gradient accumulation, gradients take the place of activations block by block. Then the peak is at the
     backward pass of one of the last two blocks or of the first, or in the optimizer's update.
+
+    CUDA graphs keep the memory of a step beside that of ordinary steps, which sizes without a graph need. With them,
+    the gradients' memory is never freed.
     """
     dropout, compiled = config.lora.lora_dropout > 0, config.memory.compile_blocks == "on"
     saved = saved_activation_bytes(network, tokens, dropout=dropout, compiled=compiled)
     kept = kept_bytes(network, tokens, attention=not config.memory.recompute_attention)
-    gradients, accumulates = FLOAT32 * network.adapter_weights, config.batching.gradient_accumulation_steps > 1
+    gradients = FLOAT32 * network.adapter_weights
+    accumulates = graphs or config.batching.gradient_accumulation_steps > 1
     kind: dict[str, Any] = {
         "products": config.model.matmul_precision,
         "rounds_inputs": config.model.quantize_activations,
@@ -187,7 +195,15 @@ def _step(config: TrainConfig, network: NetworkSize, tokens: Tokens, recomputed:
     # This optimizer divides all gradients at once; the others take one tensor after the other.
     denominators = gradients if config.optimizer.optimizer == "adamw-schedulefree" else 0
     update = {"gradients": gradients, "update": denominators}
-    return max(in_last, before_last, first, update, key=lambda parts: sum(parts.values()))
+
+    def size(parts: Mapping[str, int]) -> int:
+        return sum(parts.values())
+
+    peak = max(in_last, before_last, first, update, key=size)
+    if not graphs:
+        return peak
+    captured = max(map(size, (in_last, before_last, first))) - gradients
+    return {**peak, "CUDA graphs": captured + _LIBRARIES + MOST_GRAPHS * _GRAPH}
 
 
 def _loading_bytes(config: TrainConfig, network: NetworkSize) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
 _LAYOUTS_HELD = 32  # combinations of sizes and prompt lengths whose indices are kept on the device
+Through = Callable[..., Tensor]  # calls a function of tensors that has a backward pass: see memory/step_graphs.py
 
 
 def optimise_frozen_forward(transformer: QwenImageTransformer2DModel) -> None:
@@ -34,6 +35,7 @@ def predict_tokens(
     prompt: Tensor,
     prompt_mask: Tensor | None,
     shapes: Sequence[tuple[int, int, int]],
+    through: Through | None = None,
 ) -> Tensor:
     """Predicted velocity [B, n, c] of the n target tokens, from picture tokens [B, L, c] with the target's first.
 
@@ -42,7 +44,8 @@ def predict_tokens(
     1000 sigma is wrong by up to 4.
 
     `prompt` is [B, T, p]; its mask [B, T], in host memory, is True for real tokens, which come first. `shapes` are
-    frames, height and width in tokens of the target and of each reference.
+    frames, height and width in tokens of the target and of each reference. `through` runs the network, given all that
+    this depends on; None for a plain call.
     """
     batch, tokens = picture.shape[:2]
     layout = _Layout(
@@ -51,17 +54,41 @@ def predict_tokens(
         targets=math.prod(shapes[0]),
         is_zero_cond=transformer.zero_cond_t,
     )
-    if batch > 1:
+    if batch > 1 or prompt_mask is not None:
         prompt = torch.cat([each[:length] for each, length in zip(prompt, layout.prompts, strict=True)]).unsqueeze(0)
         picture = picture.flatten(0, 1).unsqueeze(0)
+    angles, indices = _angles(transformer, layout, shapes, picture.device), _indices(layout, picture.device)
+
+    def run(picture: Tensor, sigma_B: Tensor, prompt: Tensor) -> Tensor:
+        return _run(transformer, picture, sigma_B, prompt, angles, indices)
+
+    inputs = picture, sigma_B, prompt
+    return run(*inputs) if through is None else through((layout, tuple(shapes)), run, *inputs)
+
+
+def _run(
+    transformer: QwenImageTransformer2DModel,
+    picture: Tensor,
+    sigma_B: Tensor,
+    prompt: Tensor,
+    angles: Tensor,
+    indices: _Indices,
+) -> Tensor:
+    """The device's part of `predict_tokens`, which a CUDA graph can hold: nothing here depends on a tensor's values."""
+    batch = len(sigma_B)
     picture, prompt = transformer.img_in(picture), transformer.txt_in(transformer.txt_norm(prompt))
-    shared = _shared(transformer, picture, sigma_B, layout, shapes)
+    if not follows_comfyui(transformer):
+        sigma_B = rounded_by_pipelines(sigma_B, picture.dtype)
+    if transformer.zero_cond_t:  # the references' rows follow those of the targets
+        sigma_B = torch.cat([sigma_B, torch.zeros_like(sigma_B)])
+    time = transformer.time_text_embed(sigma_B, picture)
+    shared = Shared(time=time, prompt_time=time[:batch], angles=angles, **indices._asdict())
     recomputes = torch.is_grad_enabled() and transformer.gradient_checkpointing
     for block in transformer.transformer_blocks:
         again = transformer._gradient_checkpointing_func if recomputes else None
         picture, prompt = again(block, picture, prompt, shared) if again else block(picture, prompt, shared)
-    of_targets = picture.view(batch, layout.targets, -1)
-    return transformer.proj_out(transformer.norm_out(of_targets, shared.time[:batch]))
+    of_targets = picture.view(batch, -1, picture.shape[-1])
+    return transformer.proj_out(transformer.norm_out(of_targets, time[:batch]))
 
 
 class _Layout(NamedTuple):
@@ -83,25 +110,16 @@ class _Indices(NamedTuple):
     last_pairs: tuple[OfPair, ...] | None
 
 
-def _shared(
+def _angles(
     transformer: QwenImageTransformer2DModel,
-    picture: Tensor,
-    sigma_B: Tensor,
     layout: _Layout,
     shapes: Sequence[tuple[int, int, int]],
-) -> Shared:
-    batch = len(sigma_B)
-    if not follows_comfyui(transformer):
-        sigma_B = rounded_by_pipelines(sigma_B, picture.dtype)
-    if layout.is_zero_cond:  # the references' rows follow those of the targets
-        sigma_B = torch.cat([sigma_B, torch.zeros_like(sigma_B)])
-    time = transformer.time_text_embed(sigma_B, picture)
-    of_picture, of_prompt = transformer.pos_embed(
-        [list(shapes)], max_txt_seq_len=max(layout.prompts), device=picture.device
-    )
-    angles = torch.cat([*(of_prompt[:length] for length in layout.prompts), *batch * [of_picture]])
-    indices = _indices(layout, picture.device)._asdict()
-    return Shared(time=time, prompt_time=time[:batch], angles=torch.view_as_real(angles), **indices)
+    device: torch.device,
+) -> Tensor:
+    """`Shared.angles`."""
+    of_picture, of_prompt = transformer.pos_embed([list(shapes)], max_txt_seq_len=max(layout.prompts), device=device)
+    of_prompts = (of_prompt[:length] for length in layout.prompts)
+    return torch.view_as_real(torch.cat([*of_prompts, *len(layout.prompts) * [of_picture]]))
 
 
 @lru_cache(maxsize=_LAYOUTS_HELD)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..events import SILENT, Observer
 from ..precision.materialise import Placement, materialise
 from .base_model import BaseModel, compute_dtype
-from .frozen_forward import predict_tokens
+from .frozen_forward import Through, predict_tokens
 from .latents import pack, pad_to_patches, token_shape, unpack
 from .quantised_entry import quantised_entry
 from .types import Condition
@@ -53,12 +53,17 @@ def load_transformer(
 
 
 def predict_velocity(
-    transformer: QwenImageTransformer2DModel, latents_BCHW: Tensor, sigma_B: Tensor, condition: Condition
+    transformer: QwenImageTransformer2DModel,
+    latents_BCHW: Tensor,
+    sigma_B: Tensor,
+    condition: Condition,
+    through: Through | None = None,
 ) -> Tensor:
     """Predict the velocity [B, C, H, W] (noise minus latents) at noise level sigma [B] in 0..1.
 
     Tokens are [target, reference 1, reference 2, ...], as in diffusers' edit pipelines; only the target's predictions
-    are returned. Computes in the transformer's dtype, as at inference, and in the caller's grad mode.
+    are returned. Computes in the transformer's dtype, as at inference, and in the caller's grad mode. `through` is that
+    of `predict_tokens`.
     """
     height, width = latents_BCHW.shape[-2:]
     tokens = pack(latents_BCHW)
@@ -68,5 +73,5 @@ def predict_velocity(
     picture, prompt = torch.cat([tokens, *map(pack, references)], dim=1).to(dtype), condition.prompt_embeds.to(dtype)
     if torch.is_grad_enabled():  # so that all blocks are alike to the compiler and to recomputation
         picture, prompt = (each.detach().requires_grad_() for each in (picture, prompt))
-    prediction = predict_tokens(transformer, picture, sigma_B.float(), prompt, condition.prompt_mask, shapes)
+    prediction = predict_tokens(transformer, picture, sigma_B.float(), prompt, condition.prompt_mask, shapes, through)
     return unpack(prediction, height, width)

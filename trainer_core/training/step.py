@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from ..config import Preprocessing, TrainConfig
 from ..device import peak_bytes, pick_device
 from ..errors import Interrupted, NonFiniteLossError
 from ..events import Observer, StepReport, Stop, raise_if_stopped
+from ..memory.capture import CapturePool
 from ..memory.compilation import Compilation
 from ..memory.placement import apply_memory, blocks_on_host, stream_blocks
+from ..memory.step_graphs import StepGraphs
 from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.positions import follow_comfyui
 from ..qwen_image.transformer import load_transformer, predict_velocity
@@ -40,6 +42,8 @@ from .schedule import learning_rate_at
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Networks:
@@ -50,6 +54,7 @@ class Networks:
     optimizer: torch.optim.Optimizer
     device: torch.device
     compilation: Compilation
+    graphs: StepGraphs
     ema: dict[str, Tensor]  # moving average of the masters by name; empty without use_ema
 
     @property
@@ -98,10 +103,12 @@ def build_networks(
     parameters = inject_lora(transformer, adapter, config.seed)
     weights = master_weights(parameters, compute_dtype(config.model))
     transformer.train(config.lora.lora_dropout > 0)  # the network has no other dropout
-    apply_memory(transformer, stream, device, config)
+    copies = apply_memory(transformer, stream, device, config)
     optimizer = build_optimizer(list(weights.masters.values()))
     compilation = Compilation(list(transformer.transformer_blocks), dropout=config.lora.lora_dropout > 0)
-    return Networks(transformer, weights, optimizer, device, compilation, start_ema(weights.masters, config.ema))
+    graphs = StepGraphs(weights.masters.values(), CapturePool(device, copies))
+    average = start_ema(weights.masters, config.ema)
+    return Networks(transformer, weights, optimizer, device, compilation, graphs, average)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +175,7 @@ def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig
         learning_rate=gradients.learning_rate,
         loss_by_sigma=gradients.loss_by_sigma,
         seconds=time.perf_counter() - gradients.began,
-        peak_bytes=peak_bytes(networks.device),
+        peak_bytes=peak_bytes(networks.device) + networks.graphs.held_bytes,
         extra_forwards=gradients.extra_forwards,
     )
 
@@ -182,9 +189,7 @@ def _accumulate(networks: Networks, loader: BatchLoader, done: int, config: Trai
     plan = loader.plan
     draws = plan.draws_of_step(done)
     # Without what the processes exchange, which one of them can't repeat alone.
-    rows, stop = networks.compilation.attempt(
-        lambda: _own_passes(networks, loader, done, draws, config, observer), clean_up=networks.optimizer.zero_grad
-    )
+    rows, stop = attempt(networks, lambda: _own_passes(networks, loader, done, draws, config, observer))
     if stop := plan.ranks.agree(stop):  # all processes must stop in the same step, or one would wait for the others
         raise Interrupted(keep=stop is Stop.KEEP)
     before, own = draws.index(plan[done * plan.per_step][0]), torch.cat(rows, dim=1)
@@ -208,12 +213,28 @@ def _own_passes(
     for number in range(done * count, (done + 1) * count):
         if stop := observer.should_stop():
             return rows, stop
-        loss, rolled = _pair_losses(networks, loader[number], turns, done, config)
-        (loss.sum() / len(draws)).backward()
-        forwards = torch.zeros_like(rolled.noisy.sigma)
-        forwards[0] = rolled.forwards  # the micro-batch's total; only the sum over all pairs is used
-        rows.append(torch.stack([loss.detach(), rolled.noisy.sigma, forwards]))
+        rows.append(_passes(networks, loader[number], turns, done, config))
     return rows, Stop.NO
+
+
+def _passes(networks: Networks, batch: Batch, step_turns: range, done: int, config: TrainConfig) -> Tensor:
+    """The passes of a micro-batch: [3, pairs] as in `_accumulate`.
+
+    Nothing of autograd's graph outlives the call. The next micro-batch may be captured on another stream, and must not
+    find nodes of the weights that autograd made on this one.
+    """
+    loss, rolled = _pair_losses(networks, batch, step_turns, done, config)
+    (loss.sum() / len(step_turns)).backward()
+    forwards = torch.zeros_like(rolled.noisy.sigma)
+    forwards[0] = rolled.forwards  # the micro-batch's total; only the sum over all pairs is used
+    return torch.stack([loss.detach(), rolled.noisy.sigma, forwards])
+
+
+def attempt(networks: Networks, compute: Callable[[], T]) -> T:
+    """Call `compute`, which runs passes, and return its result. If memory runs out, or compiled code fails, clear the
+    gradients and call it again without what needs that memory or fails."""
+    clean_up = networks.optimizer.zero_grad
+    return networks.compilation.attempt(lambda: networks.graphs.attempt(compute, clean_up), clean_up)
 
 
 def rehearse(networks: Networks, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
@@ -237,7 +258,7 @@ def _pair_losses(
     rolled = _rolled_out(networks, noisy, condition, draw_offsets(config.rollout, done, config.seed, indices), config)
     noisy = rolled.noisy
     with _dropout(config, indices[0], networks.device):
-        velocity = predict_velocity(networks.transformer, noisy.latents, noisy.sigma, condition)
+        velocity = predict_velocity(networks.transformer, noisy.latents, noisy.sigma, condition, networks.graphs)
     weights = None if batch.loss_weights is None else batch.loss_weights.to(networks.device, non_blocking=True)
     weights = combined_weights(latents, condition.reference_latents, weights, config.noise.edit_weight)
     penalty = penalty_at(noisy.sigma, config.noise)
