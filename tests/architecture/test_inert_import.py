@@ -111,13 +111,14 @@ def assert_inert(result: dict) -> None:
     assert {name for name in loaded if name not in sys.stdlib_module_names and not name.startswith(OURS)} == set()
 
 
-NEEDS_TRITON = "trainer_core.precision.kernels"  # imported only where Triton is installed
+# Imported only where Triton is installed.
+NEED_TRITON = {"trainer_core.precision.kernels", "trainer_core.qwen_image.query_key_kernels"}
 
 
 def core_modules() -> list[str]:
     paths = sorted(path for path in (REPO / "trainer_core").rglob("*.py") if path.name != "__main__.py")
     dotted = [path.relative_to(REPO).with_suffix("").as_posix().replace("/", ".") for path in paths]
-    return [module.removesuffix(".__init__") for module in dotted if module != NEEDS_TRITON]
+    return [module.removesuffix(".__init__") for module in dotted if module not in NEED_TRITON]
 
 
 @pytest.fixture(scope="module")

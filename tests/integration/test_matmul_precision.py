@@ -19,7 +19,7 @@ from trainer_core.errors import ConfigError, JobError, MissingPackageError
 from trainer_core.planning import preparation
 from trainer_core.planning.preparation import check_training
 from trainer_core.precision import eight_bit
-from trainer_core.products import LEAST_COSINE, Likeness, likeness
+from trainer_core.products import LEAST_COSINE
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 
@@ -86,15 +86,6 @@ def test_auto_stays_with_bf16_if_gradients_change(
     train_lora(config)
     assert choice(config) == "bf16"
     assert any(message.startswith("Quantised layers multiply bf16 numbers:") for message in caplog.messages)
-
-
-def test_gradients_that_are_not_finite_are_not_alike() -> None:
-    right = {"a": torch.ones(3), "b": torch.tensor([2.0])}
-    assert likeness(right, right) == Likeness(1.0, 0.0)
-    found = likeness({"a": torch.ones(3), "b": torch.tensor([-2.0])}, right)
-    assert found.cosine == pytest.approx(-1 / 7) and found.error == pytest.approx((16 / 7) ** 0.5)
-    wrong = likeness({"a": torch.tensor([1.0, torch.nan, 1.0]), "b": right["b"]}, right)
-    assert not wrong.cosine >= LEAST_COSINE
 
 
 def test_a_continued_run_keeps_its_choice(config: TrainConfig, timed: Timed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Queries and keys equal those of diffusers' RMSNorm and rotary embedding, forward and backward, and keep only inputs."""
+"""Queries and keys equal those of diffusers' RMSNorm and rotary embedding in both passes, and keep only inputs."""
 
 from __future__ import annotations
 

@@ -65,11 +65,10 @@ class ModelConfig(Settings):
     )
     matmul_precision: MatmulPrecision = setting(
         "auto",
-        "Numbers that quantised layers multiply in training. bf16: weights are dequantised to the precision of "
-        "mixed_precision. 8bit: weights, inputs and gradients have 8 bits, which is faster on most GPUs and less "
-        "accurate. auto: 8bit if that is faster on this GPU and changes the gradients little; a run keeps this choice. "
-        "Previews always have bf16.",
-        used_if=(If("base_model_precision", differs=("none",)),),
+        "How quantised layers multiply in training. bf16: weights are dequantised to the precision of mixed_precision. "
+        "8bit: weights, inputs and gradients are 8-bit numbers, which is usually faster and less accurate; needs an "
+        "RTX 30 or newer and Triton. auto: 8bit if it is faster on this GPU and hardly changes the gradients; a run "
+        "keeps this choice. Previews always use bf16.",
     )
     quantised_cache_gb: float = setting(
         0.0,

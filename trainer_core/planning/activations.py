@@ -184,8 +184,8 @@ def _beside_product(network: NetworkSize, tokens: Tokens, products: MatmulPrecis
 
 
 def _before_product(network: NetworkSize, products: MatmulPrecision) -> int:
-    """Bytes that an MLP layer's weight needs until it can be multiplied. Those of int8 are multiplied as they are, others
-    may be rounded to int8 first."""
+    """Bytes that an MLP layer's weight needs until it can be multiplied. Codes of int8 are multiplied as they are;
+    others may be rounded to int8 first."""
     return 0 if products == "8bit" and network.precision == "int8-quanto" else dequantised_bytes(network)
 
 

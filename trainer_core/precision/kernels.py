@@ -42,10 +42,7 @@ _FEW_ROWS, _SMALL_TILES = 512, (Tiles(64, 64, 128, 4, 4), Tiles(64, 128, 128, 4,
 
 def candidates(capability: tuple[int, int], rows: int) -> tuple[Tiles, ...]:
     """Tile sizes to try on a card for products of so many rows, the best guess first."""
-    if capability[0] == 9:
-        tiles = _HOPPER
-    else:
-        tiles = _AMPERE if capability == (8, 0) else _SMALL
+    tiles = {(8, 0): _AMPERE, (9, 0): _HOPPER}.get(capability, _SMALL)
     return (*_SMALL_TILES, *tiles) if rows <= _FEW_ROWS else tiles
 
 
