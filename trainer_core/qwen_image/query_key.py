@@ -45,7 +45,9 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         backward = _operator("backward") if torch.compiler.is_compiling() else _backward
-        return *backward(gradients[0], *ctx.saved_tensors, ctx.eps), None, None, None, None
+        prompt, picture, prompt_weight, weight, angles = ctx.saved_tensors
+        of_inputs = backward(gradients[0], prompt, picture, prompt_weight, weight, angles, ctx.eps)
+        return *of_inputs, None, None, None, None
 
 
 def _forward(
