@@ -28,8 +28,8 @@ from .training.step import Networks, attempt, rehearse
 
 _LOG = logging.getLogger(__name__)
 # Measured on an H200 with the full-size transformer (benchmarks/gpu_step_h200_2026-11.md): compiling takes 15 to 53 s,
-# longer on a slower processor. It saves 0.24 of a step's time at 1024 pixels, and more with smaller pictures.
-_COMPILING_SECONDS, _LEAST_SAVED = 60, 0.15
+# longer on a slower processor. It saves 0.08 of a step's time at 1024 pixels, and 0.23 at 512, with CUDA graphs.
+_COMPILING_SECONDS, _LEAST_SAVED = 60, 0.08
 # Capturing takes about as long as five steps, once for each size of pictures and prompts.
 _CAPTURING_SECONDS, _LEAST_FASTER = 60, 0.95  # the shortest run that it is tried in; and the time of a step, relatively
 _WRONG = 0.5  # relative error of gradients that compiled blocks and CUDA graphs must not have
@@ -73,9 +73,9 @@ def dry_step(
 ) -> None:
     """On CUDA, run the largest micro-batch forward and backward, so that too little memory shows up at once.
 
-    Compiles the blocks if `compile_blocks` says so; `auto` compiles if that takes less time than it saves in the steps
-    after `done`, and keeps compiled blocks only if they fit into memory and are faster. Then tries CUDA graphs, if they
-    fit beside ordinary steps. Logs the memory, and tells the observer how long the run takes.
+    Tries CUDA graphs if they fit beside ordinary steps. Then compiles the blocks if `compile_blocks` says so; `auto`
+    compiles if that takes less time than it saves in the steps after `done`, and keeps compiled blocks only if they fit
+    into memory and are faster. Logs the memory, and tells the observer how long the run takes.
 
     Raises:
         OutOfMemoryError: the memory does not suffice.
@@ -95,21 +95,23 @@ def dry_step(
         with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
             # Slower than the next: libraries choose their kernels, or the blocks are compiled.
             gradients = of_first_block(one())
+            if networks.graphs.is_active:
+                one()  # captures
             torch.cuda.reset_peak_memory_stats(networks.device)
             began = time.perf_counter()
             one()
             return Measured(time.perf_counter() - began, peak_bytes(networks.device), gradients)
 
     measured, wish = measure(), config.memory.compile_blocks
+    left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
+    if left >= _CAPTURING_SECONDS and not observer.should_stop() and has_room_for_graphs(prepared, networks.device):
+        measured = _graphs_if_faster(networks, measure, measured)
     if wish != "off" and not observer.should_stop():
         left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
         saved = left * _saved_share(compiled_seconds(*run, networks.device), measured.seconds)
         if wish == "on" or _pays(networks.device, left, saved):
             observer.on_progress("Compiling the transformer's blocks", 0, 1)
             measured = _compiled_if_right(networks, measure, measured, config)
-    left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
-    if left >= _CAPTURING_SECONDS and not observer.should_stop() and _has_room_for_graphs(prepared, networks.device):
-        measured = _graphs_if_faster(networks, measure, measured)
     _log_memory(prepared, networks, measured.peak_bytes + networks.graphs.held_bytes)
     torch.cuda.empty_cache()  # gives back what only compiling, or only uncompiled blocks, needed
     speed = measured_speed(*run, measured.seconds, probed_speed(*run, networks.device))
@@ -119,7 +121,7 @@ def dry_step(
 def _saved_share(compiled: float | None, uncompiled: float) -> float:
     """The share of a step's time that compiling saves, from an estimate and a measurement in seconds.
 
-    Compiled steps wait less for the host to launch kernels, so small pictures gain most.
+    Compiled steps have fewer small kernels, so small pictures gain most.
     """
     return _LEAST_SAVED if compiled is None else max(_LEAST_SAVED, 1 - compiled / uncompiled)
 
@@ -151,21 +153,21 @@ def _compiled_if_right(
     Returns what was measured with the blocks that are kept.
     """
     networks.compilation.start()
-    compiled = measure()
-    if not networks.compilation.is_active:  # they failed or did not fit
-        return uncompiled
-    dropout = config.lora.lora_dropout > 0
-    if wrong := wrong_gradients(compiled.gradients, uncompiled.gradients, dropout=dropout):
-        layers = ", ".join(wrong)
-        networks.compilation.stop(f"compiled ones give wrong gradients for {layers} with torch {torch.__version__}")
-        return uncompiled
-    if compiled.seconds < uncompiled.seconds or config.memory.compile_blocks == "on":
+    networks.graphs.forget()
+    compiled, reason = measure(), ""
+    if wrong := wrong_gradients(compiled.gradients, uncompiled.gradients, dropout=config.lora.lora_dropout > 0):
+        reason = f"compiled ones give wrong gradients for {', '.join(wrong)} with torch {torch.__version__}"
+    elif compiled.seconds >= uncompiled.seconds and config.memory.compile_blocks != "on":
+        reason = "compiled ones are not faster here"
+    if networks.compilation.is_active and not reason:
         return compiled
-    networks.compilation.stop("compiled ones are not faster here")
+    if networks.compilation.is_active:  # else they failed or did not fit
+        networks.compilation.stop(reason)
+    networks.graphs.forget()
     return uncompiled
 
 
-def _has_room_for_graphs(prepared: Preparation, device: torch.device) -> bool:
+def has_room_for_graphs(prepared: Preparation, device: torch.device) -> bool:
     """Whether CUDA graphs can hold all passes, and their memory fits beside that of ordinary steps.
 
     Dropout draws new values in every pass. References that are encoded on the fly come from another thread, which

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers import (
+    AutoencoderKLQwenImage,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
+)
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit_v1_pipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus_pipeline
 from PIL import Image
@@ -20,7 +25,7 @@ from tests.support.narrow import picture
 from trainer_core.conditioning.pictures import plan_reference, vision_picture
 from trainer_core.config import EncodingConfig, ModelConfig
 from trainer_core.geometry import Box, Size
-from trainer_core.qwen_image.base_model import BaseModel
+from trainer_core.qwen_image.base_model import BaseModel, compute_dtype
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.folder import model_folder
 from trainer_core.qwen_image.latents import pack
@@ -83,7 +88,9 @@ def build_pipeline(model: ModelConfig) -> Any:
         text_encoder=encoder.network,
         tokenizer=encoder.tokenizer,
         processor=Qwen2VLProcessor(Qwen2VLImageProcessor(), encoder.tokenizer, Qwen2VLVideoProcessor()),
-        transformer=load_transformer(BaseModel(model), device),
+        transformer=QwenImageTransformer2DModel.from_pretrained(
+            folder.transformer, torch_dtype=compute_dtype(model), zero_cond_t=FLAVOURS[model.flavour].zero_cond_t
+        ),
     )
     built.set_progress_bar_config(disable=True)
     return built

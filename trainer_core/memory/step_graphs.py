@@ -19,7 +19,7 @@ from .capture import CapturedPasses, CapturePool
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-MOST_GRAPHS = 32  # sizes of inputs with graphs. Each needs memory for its kernels' parameters
+MOST_GRAPHS = 16  # sizes of inputs with graphs. Each needs memory for its kernels' parameters
 
 
 class StepGraphs:
@@ -81,6 +81,11 @@ class StepGraphs:
         self.clear()
         if reason:
             _LOG.warning("Steps run without CUDA graphs from now on, because %s.", reason)
+
+    def forget(self) -> None:
+        """Free all graphs, and capture sizes only when they come twice from now on: passes run in another way now."""
+        self.clear()
+        self._seen.clear()
 
     def clear(self) -> None:
         """Free all graphs and their memory. Sizes that came before are captured again when they come next."""

@@ -20,9 +20,9 @@ from .operations import LINEAR_AGAIN, block_operations, training_operations
 from .probes import eight_bit_rate, rates
 from .workload import Workload, picture_tokens, resolution_in_words
 
-# Fitted to steps in int8 and NF4 on an H200, at 512 and 1024 pixels with one reference. Uncompiled, then compiled:
-_EFFICIENCY = (0.53, 0.69)  # fraction of the device's measured speed that a step reaches
-_LAUNCH = (5.5e-3, 2.9e-3)  # seconds that the host needs to launch the kernels of one block's forward or backward pass
+# Fitted to steps on an H200 at 1024 and 512 pixels with one reference, with CUDA graphs. Uncompiled, then compiled:
+_EFFICIENCY = (0.66, 0.72)  # fraction of the device's measured speed that a step reaches
+_LAUNCH = (1.6e-3, 1.2e-3)  # seconds that one block's forward or backward pass takes at least
 # Fraction of the measured speed of a matrix product that encoding reaches. Fitted to 18 pictures of 1024 x 1024 pixels
 # in 1.3 s, and to 48 short prompts, each with a reference of 384 x 384 pixels, in 3.3 s: on an H200, without loading.
 # There the text encoder is far from the card's limit, so estimates for slower cards are probably too long. Streaming
@@ -38,7 +38,7 @@ _MANY = 50  # steps of which rollouts are averaged
 class Speed:
     """Seconds per floating point operation: of matrix products, of attention forward and backward, and of encoding with
     the VAE and the text encoder (0 if unknown). `exact_product`: of products without 8-bit numbers, which previews
-    have; 0 if all are alike. `launch`: seconds that the host needs to launch one pass of a block. `copy`: seconds per
+    have; 0 if all are alike. `launch`: seconds that one pass of a block takes at least. `copy`: seconds per
     byte from host to device memory."""
 
     product: float
@@ -283,12 +283,6 @@ def _changes(config: TrainConfig, network: NetworkSize, work: Workload, speed: S
         if interval := config.validation.validation_step_interval:
             yield validated("validation_step_interval", 2 * interval)
         yield validated("validation_num_inference_steps", max(1, config.validation.validation_num_inference_steps // 2))
-    if config.memory.compile_blocks == "off" and network.element_bytes == 2:
-        ratio = _EFFICIENCY[False] / _EFFICIENCY[True]
-        names = ("product", "exact_product", "attention", "attention_backward")
-        rates = {name: getattr(speed, name) * ratio for name in names}
-        faster = dataclasses.replace(speed, **rates, launch=speed.launch * _LAUNCH[True] / _LAUNCH[False])
-        yield "compile_blocks on", (config, network, work, faster)
     pair = work.train
     matched = picture_tokens(pair.target) * (1 + pair.references)
     if matched < 0.9 * pair.image_tokens:
