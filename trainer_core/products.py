@@ -132,14 +132,16 @@ class _Rehearsed(NamedTuple):
 def _rehearsed(prepared: Preparation, networks: Networks, loader: BatchLoader, *, in_8_bits: bool) -> _Rehearsed:
     """A micro-batch of the largest pairs, without CUDA graphs."""
     set_products(networks.transformer, networks.device, in_8_bits=in_8_bits)
-    batch, began, found = loader.read(largest_draws(prepared.encoded, prepared.work)), 0.0, dict[str, Tensor]()
+    batch = loader.read(largest_draws(prepared.encoded, prepared.work))
+
+    def once() -> dict[str, Tensor]:
+        return {name: each.cpu() for name, each in rehearse(networks, batch, prepared.config).items()}
+
     with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
-        for _ in range(2):  # libraries choose their kernels in the first
-            found.clear()
-            began = time.perf_counter()
-            found = rehearse(networks, batch, prepared.config)
-            gradients = {name: each.cpu() for name, each in found.items()}
-    return _Rehearsed(time.perf_counter() - began, gradients)
+        once()  # libraries choose their kernels in the first
+        began = time.perf_counter()
+        gradients = once()
+        return _Rehearsed(time.perf_counter() - began, gradients)
 
 
 def _layer_seconds(networks: Networks, layer: FrozenLinear, rows: int, *, in_8_bits: int) -> float:
