@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer_core.adapters.inject import inject_lora, without_dropout
-from trainer_core.adapters.master_weights import master_weights
+from trainer_core.adapters.master_weights import MasterWeights, master_weights
 from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import (
     BatchingConfig,
@@ -80,6 +80,14 @@ class Setting:
     prompt_tokens: int = PROMPT_TOKENS
 
     @property
+    def name(self) -> str:
+        """Weights, side and memory, and the other fields if they differ from the usual: int8-quanto/1024/full."""
+        usual = Setting("ours", self.precision, self.side, 1, self.memory)
+        values = {each.name: (getattr(self, each.name), getattr(usual, each.name)) for each in fields(self)}
+        others = [f"{name}={value}" for name, (value, default) in values.items() if value != default]
+        return "/".join([self.precision, str(self.side), self.memory, *others])
+
+    @property
     def config(self) -> TrainConfig:
         """The training settings."""
         words = dict(word.partition("=")[::2] for word in self.memory.split(","))
@@ -126,6 +134,14 @@ class Setting:
         prompt = torch.randn(self.batch, self.prompt_tokens, 3584, device=device)
         mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device="cpu") if self.batch > 1 else None
         return latents, Condition(tuple(references), prompt, mask)
+
+
+def other_fields(text: str) -> dict[str, Any]:
+    """Fields of Setting from a list such as "rank=128,ema=1"."""
+    values = dict(word.partition("=")[::2] for word in text.split(",") if word)
+    return {
+        name: type(getattr(Setting, name))(int(value) if value.isdigit() else value) for name, value in values.items()
+    }
 
 
 def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[int, ...]) -> Any:
@@ -177,8 +193,49 @@ def draw(module: nn.Module, device: torch.device) -> None:
             weight.data.fill_(1.0 if "norm" in name else 0.0)
 
 
-def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, Step]:
-    """The product's step: its placement, adapter, objective, forward, optimizer and average."""
+@dataclass(frozen=True)
+class OurStep:
+    """The product's step. A call runs the passes of all micro-batches and updates the weights."""
+
+    transformer: Any
+    setting: Setting
+    weights: MasterWeights
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    graphs: StepGraphs
+
+    def __call__(self, latents: Tensor, condition: Condition) -> None:
+        self.passes(latents, condition)
+        masters = self.weights.masters
+        nn.utils.clip_grad_norm_(masters.values(), 1.0)
+        self.optimizer.step()
+        self.weights.publish()
+        self.optimizer.zero_grad(set_to_none=True)
+        update_ema(self.average, masters, 1, self.setting.config.ema)
+
+    def passes(self, latents: Tensor, condition: Condition) -> Tensor:
+        """Forward and backward passes of all micro-batches, which have the same noise. Returns a pair's losses [B]."""
+        setting, transformer = self.setting, self.transformer
+        noisy = add_noise(latents, NoiseConfig(), 0, range(setting.batch))
+        if setting.rollout:
+            with torch.no_grad(), without_dropout(transformer):
+                for row in range(setting.batch):
+                    pair = noisy.latents[row : row + 1], noisy.sigma[row : row + 1]
+                    noisy.latents[row] = predict_velocity(transformer, *pair, condition.of_pair(row))[0]
+        for _ in range(setting.micro_batches):
+            losses = self._micro_batch(noisy, condition)
+        return losses
+
+    def _micro_batch(self, noisy: NoisyLatents, condition: Condition) -> Tensor:
+        """As in `training/step.py`, nothing of autograd's graph outlives the call."""
+        velocity = predict_velocity(self.transformer, noisy.latents, noisy.sigma, condition, self.graphs)
+        losses = velocity_loss(velocity, noisy.target_velocity)
+        losses.sum().backward()
+        return losses.detach()
+
+
+def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, OurStep]:
+    """The transformer and the product's step: its placement, adapter, objective, forward, optimizer and average."""
     config = setting.config
     on_host = blocks_on_host(config.memory, layers, checkpointing=config.gradient_checkpointing)
     transformer = build(setting, layers, device, on_host)
@@ -196,27 +253,7 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
         Compilation(list(transformer.transformer_blocks)).start()
     optimizer = optimizer_builder(config.optimizer, device)(list(weights.masters.values()))
     average = start_ema(weights.masters, config.ema)
-
-    def passes(noisy: NoisyLatents, condition: Condition) -> None:
-        velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition, graphs)
-        velocity_loss(velocity, noisy.target_velocity).sum().backward()
-
-    def step(latents: Tensor, condition: Condition) -> None:
-        noisy = add_noise(latents, NoiseConfig(), 0, range(setting.batch))
-        if setting.rollout:
-            with torch.no_grad(), without_dropout(transformer):
-                for row in range(setting.batch):
-                    pair = noisy.latents[row : row + 1], noisy.sigma[row : row + 1]
-                    noisy.latents[row] = predict_velocity(transformer, *pair, condition.of_pair(row))[0]
-        for _ in range(setting.micro_batches):
-            passes(noisy, condition)
-        nn.utils.clip_grad_norm_(weights.masters.values(), 1.0)
-        optimizer.step()
-        weights.publish()
-        optimizer.zero_grad(set_to_none=True)
-        update_ema(average, weights.masters, 1, config.ema)
-
-    return transformer, step
+    return transformer, OurStep(transformer, setting, weights, optimizer, average, graphs)
 
 
 def planned_bytes(setting: Setting, layers: int) -> int:
