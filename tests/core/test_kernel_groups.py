@@ -62,6 +62,8 @@ def work(
         (work("triton_poi_fused__to_copy_mul_3", "triton_poi_fused__to_copy_mul_3", (), (INT8, BF16)), CODES),
         (work("quantise_kernel", "trainer::product"), CODES),
         (work("transposed_kernel", "trainer::product"), CODES),
+        (work("triton_poi_fused_add_0", "_Product"), ELEMENTWISE),
+        (work("void at::native::(anonymous namespace)::rounding", "_Product"), ELEMENTWISE),
         (work("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>"), CODES),
         (work("triton_red_fused_native_layer_norm_mul_mm_attention_2"), ELEMENTWISE),
         (work("void at::native::vectorized_elementwise_kernel<8, at::native::GeluCUDAKernelImpl>"), ELEMENTWISE),

@@ -115,7 +115,7 @@ def group_of(work: Work, rank: int) -> str:
     A product is the adapter's if a side of an input is its rank, or twice or three times that (q, k, v in one).
     """
     generated = bool(_GENERATED.match(work.name))
-    both = f"{work.name} {work.operation}"
+    both = f"{work.name} {work.operation}" if work.operation.startswith("aten::") else work.name
     if work.name.startswith("Mem") and _TO_OR_FROM_HOST.search(work.name):
         return TRANSFERS
     if not generated and _ATTENTION.search(both):
