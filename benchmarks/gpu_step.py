@@ -28,6 +28,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def plain_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any
         transformer.enable_gradient_checkpointing()
     optimizer, dtype = torch.optim.AdamW(weights, lr=1e-4), transformer.proj_out.weight.dtype
 
-    def step(latents: Tensor, condition: Condition) -> None:
+    def step(latents: Tensor, conditions: Sequence[Condition]) -> None:
+        (condition,) = conditions
         noise = torch.randn_like(latents)
         sigma = torch.sigmoid(torch.randn(1, device=device))
         noisy = (1 - sigma) * latents + sigma * noise
@@ -126,7 +128,6 @@ def plain_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any
             (velocity,) = transformer(
                 hidden_states=tokens.to(dtype),
                 encoder_hidden_states=condition.prompt_embeds.to(dtype),
-                encoder_hidden_states_mask=condition.prompt_mask,
                 timestep=sigma,
                 img_shapes=[list(map(token_shape, pictures))],
                 return_dict=False,
@@ -156,12 +157,12 @@ def measure(setting: Setting, arguments: argparse.Namespace, device: torch.devic
     wait(device)
     built, weights = time.perf_counter() - began, allocated(device)
     torch.manual_seed(0)
-    latents, condition = setting.inputs(device)
+    inputs = setting.inputs(device)
 
     def timed() -> float:
         wait(device)
         began = time.perf_counter()
-        step(latents, condition)
+        step(*inputs)
         wait(device)
         return time.perf_counter() - began
 
@@ -184,7 +185,7 @@ def measure(setting: Setting, arguments: argparse.Namespace, device: torch.devic
         reserved=peaks[1],
         host=host_bytes(),
         built=built,
-        gradients=adapter_gradients(step, latents, condition) if compared else None,
+        gradients=adapter_gradients(step, *inputs) if compared else None,
         profile=profile_tables(work, median, setting.rank) if work else "",
     )
 

@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,7 @@ def print_ratios(ratios: Collection[Ratio], seconds: Mapping[str, float], peaks:
         print(f"| {each.above} | {each.below} | {value:.3f} | {each.bar:.2f} | {kept} | {reserved} |", flush=True)
 
 
-def adapter_gradients(step: OurStep, latents: Tensor, condition: Condition) -> Gradients:
+def adapter_gradients(step: OurStep, latents: Tensor, conditions: Sequence[Condition]) -> Gradients:
     """Gradients of an adapter whose matrices are all drawn anew, so that none of them has a gradient of zero.
 
     The draws depend on the names only, so all rows compute with the same adapter. Leaves no gradients behind.
@@ -116,7 +116,7 @@ def adapter_gradients(step: OurStep, latents: Tensor, condition: Condition) -> G
                 weight.copy_(torch.randn(weight.shape, generator=stream(0, "gradient check", name)) * 0.01)
     step.weights.publish()
     step.optimizer.zero_grad(set_to_none=True)
-    loss = float(step.passes(latents, condition).mean())
+    loss = float(step.passes(latents, conditions).mean())
     found = {name: each.grad.float().cpu() for name, each in masters.items() if each.grad is not None}
     step.optimizer.zero_grad(set_to_none=True)
     return Gradients(step.setting, loss, found)

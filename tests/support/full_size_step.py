@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -36,7 +36,7 @@ from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import compute_dtype, empty_transformer
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
-from trainer_core.qwen_image.transformer import predict_velocity
+from trainer_core.qwen_image.transformer import predict_velocities, predict_velocity
 from trainer_core.qwen_image.types import Condition, NoisyLatents
 from trainer_core.training.ema import start_ema, update_ema
 from trainer_core.training.objective import add_noise, velocity_loss
@@ -48,7 +48,7 @@ PROMPT_TOKENS = 230  # edit-v2 with one reference: 196 vision tokens and a sente
 
 RANK = 16
 
-Step = Callable[[Tensor, Condition], None]
+Step = Callable[[Tensor, Sequence[Condition]], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Setting:
     """One measured configuration. `memory` is a list such as "blocks=20,offload,attention"; `side` is in pixels. With
     "graph" in the list, the second step is captured and later ones replay CUDA graphs.
 
-    With `rollout`, a forward pass without gradients of each pair comes first. The prompts of a batch are padded.
+    With `rollout`, a forward pass without gradients of each pair comes first.
     """
 
     step: str  # "ours" or "plain"
@@ -125,15 +125,15 @@ class Setting:
         """The transformer's settings that differ from Qwen-Image's."""
         return {"zero_cond_t": FLAVOURS[self.config.model.flavour].zero_cond_t}
 
-    def inputs(self, device: torch.device) -> tuple[Tensor, Condition]:
-        """Random latents and condition of a micro-batch."""
+    def inputs(self, device: torch.device) -> tuple[Tensor, tuple[Condition, ...]]:
+        """Random latents [batch, C, H, W] and conditions of a micro-batch."""
         side = self.side // 8
         latents, *references = (
             torch.randn(self.batch, 16, side, side, device=device) for _ in range(1 + self.references)
         )
         prompt = torch.randn(self.batch, self.prompt_tokens, 3584, device=device)
-        mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device="cpu") if self.batch > 1 else None
-        return latents, Condition(tuple(references), prompt, mask)
+        of_pairs = zip(*(each.split(1) for each in (prompt, *references)), strict=True)
+        return latents, tuple(Condition(tuple(seen), embeds) for embeds, *seen in of_pairs)
 
 
 def other_fields(text: str) -> dict[str, Any]:
@@ -204,8 +204,8 @@ class OurStep:
     average: dict[str, Tensor]
     graphs: StepGraphs
 
-    def __call__(self, latents: Tensor, condition: Condition) -> None:
-        self.passes(latents, condition)
+    def __call__(self, latents: Tensor, conditions: Sequence[Condition]) -> None:
+        self.passes(latents, conditions)
         masters = self.weights.masters
         nn.utils.clip_grad_norm_(masters.values(), 1.0)
         self.optimizer.step()
@@ -213,23 +213,24 @@ class OurStep:
         self.optimizer.zero_grad(set_to_none=True)
         update_ema(self.average, masters, 1, self.setting.config.ema)
 
-    def passes(self, latents: Tensor, condition: Condition) -> Tensor:
+    def passes(self, latents: Tensor, conditions: Sequence[Condition]) -> Tensor:
         """Forward and backward passes of all micro-batches, which have the same noise. Returns a pair's losses [B]."""
         setting, transformer = self.setting, self.transformer
         noisy = add_noise(latents, NoiseConfig(), 0, range(setting.batch))
         if setting.rollout:
             with torch.no_grad(), without_dropout(transformer):
-                for row in range(setting.batch):
+                for row, condition in enumerate(conditions):
                     pair = noisy.latents[row : row + 1], noisy.sigma[row : row + 1]
-                    noisy.latents[row] = predict_velocity(transformer, *pair, condition.of_pair(row))[0]
+                    noisy.latents[row] = predict_velocity(transformer, *pair, condition)[0]
         for _ in range(setting.micro_batches):
-            losses = self._micro_batch(noisy, condition)
+            losses = self._micro_batch(noisy, conditions)
         return losses
 
-    def _micro_batch(self, noisy: NoisyLatents, condition: Condition) -> Tensor:
+    def _micro_batch(self, noisy: NoisyLatents, conditions: Sequence[Condition]) -> Tensor:
         """As in `training/step.py`, nothing of autograd's graph outlives the call."""
-        velocity = predict_velocity(self.transformer, noisy.latents, noisy.sigma, condition, self.graphs)
-        losses = velocity_loss(velocity, noisy.target_velocity)
+        latents, targets = noisy.latents.split(1), noisy.target_velocity.split(1)
+        velocities = predict_velocities(self.transformer, latents, noisy.sigma, conditions, self.graphs)
+        losses = torch.cat(list(map(velocity_loss, velocities, targets)))
         losses.sum().backward()
         return losses.detach()
 

@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from trainer_core.qwen_image.flavours import FLAVOURS, Flavour
 from trainer_core.qwen_image.latents import denormalise, normalise
-from trainer_core.qwen_image.transformer import predict_velocity
+from trainer_core.qwen_image.transformer import predict_velocities
 from trainer_core.qwen_image.types import Condition
 
 from . import vae as vae_part
@@ -172,14 +172,24 @@ def _loss(networks: Networks, source: PictureSource, chooser: random.Random, blo
     embeds, mask = networks.prompts.encode_seen(
         block.flavour, [block.captions[number] for number in chosen], seen, block.grids, as_text=chooser.random() < 0.15
     )
-    condition = Condition(tuple(latents[index] for latents in block.references), embeds, mask)
+    conditions = _conditions([latents[index] for latents in block.references], embeds, mask)
     latents = block.target[index]
     noise = torch.randn(latents.shape, device=source.device, generator=source.generator)
     sigma = noise_levels(source, size)
     level = sigma.view(-1, 1, 1, 1)
     set_flavour(networks.transformer, block.flavour)
-    velocity = predict_velocity(networks.transformer, (1 - level) * latents + level * noise, sigma, condition)
-    return mse_loss(velocity.float(), noise - latents)
+    noisy = ((1 - level) * latents + level * noise).split(1)
+    velocities = predict_velocities(networks.transformer, noisy, sigma, conditions)
+    return mse_loss(torch.cat(velocities).float(), noise - latents)
+
+
+def _conditions(references: Sequence[Tensor], embeds: Tensor, mask: Tensor) -> list[Condition]:
+    """The conditions of B pairs: references [B, C, h, w] each, embeddings [B, L, D], and which of those are real."""
+    lengths = mask.sum(dim=1).tolist()
+    return [
+        Condition(tuple(latents[row : row + 1] for latents in references), embeds[row : row + 1, :length])
+        for row, length in enumerate(lengths)
+    ]
 
 
 def noise_levels(source: PictureSource, batch: int) -> Tensor:
@@ -216,12 +226,13 @@ def sample(
     """Sample pictures [B, 3, H, W] with Euler steps and without guidance. The noise has a fixed seed."""
     set_flavour(networks.transformer, flavour)
     embeds, mask = networks.prompts.encode(flavour, captions, references)
-    condition = Condition(tuple(latents_of(networks.vae, picture) for picture in references), embeds, mask)
-    like = condition.reference_latents[0]
+    seen = [latents_of(networks.vae, picture) for picture in references]
+    conditions, like = _conditions(seen, embeds, mask), seen[0]
     latents = torch.randn(like.shape, generator=torch.Generator().manual_seed(1)).to(like.device)
     levels = torch.linspace(1, 0, num_steps + 1, device=like.device)
     levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
     for now, then in pairwise(levels):
-        velocity = predict_velocity(networks.transformer, latents, now.expand(len(latents)), condition)
-        latents = latents + (then - now) * velocity.float()
+        sigma = now.expand(len(latents))
+        velocities = predict_velocities(networks.transformer, latents.split(1), sigma, conditions)
+        latents = latents + (then - now) * torch.cat(velocities).float()
     return pictures_of(networks.vae, latents)

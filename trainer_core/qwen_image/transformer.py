@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,26 +52,38 @@ def load_transformer(
     return network
 
 
+def predict_velocities(
+    transformer: QwenImageTransformer2DModel,
+    latents: Sequence[Tensor],
+    sigma_B: Tensor,
+    conditions: Sequence[Condition],
+    through: Through | None = None,
+) -> list[Tensor]:
+    """`predict_velocity` of several pairs of any sizes: of B latents [1, C, H, W] at noise levels sigma [B]."""
+    inputs = zip(latents, sigma_B.split(1), conditions, strict=True)
+    return [predict_velocity(transformer, *each, through) for each in inputs]
+
+
 def predict_velocity(
     transformer: QwenImageTransformer2DModel,
-    latents_BCHW: Tensor,
-    sigma_B: Tensor,
+    latents_1CHW: Tensor,
+    sigma_1: Tensor,
     condition: Condition,
     through: Through | None = None,
 ) -> Tensor:
-    """Predict the velocity [B, C, H, W] (noise minus latents) at noise level sigma [B] in 0..1.
+    """Predict the velocity [1, C, H, W] (noise minus latents) of a pair at noise level sigma [1] in 0..1.
 
     Tokens are [target, reference 1, reference 2, ...], as in diffusers' edit pipelines; only the target's predictions
     are returned. Computes in the transformer's dtype, as at inference, and in the caller's grad mode. `through` is that
     of `predict_tokens`.
     """
-    height, width = latents_BCHW.shape[-2:]
-    tokens = pack(latents_BCHW)
+    height, width = latents_1CHW.shape[-2:]
+    tokens = pack(latents_1CHW)
     references = [pad_to_patches(reference) for reference in condition.reference_latents]
-    shapes = [token_shape(latents) for latents in (latents_BCHW, *references)]
+    shapes = [token_shape(latents) for latents in (latents_1CHW, *references)]
     dtype = transformer.proj_out.weight.dtype
     picture, prompt = torch.cat([tokens, *map(pack, references)], dim=1).to(dtype), condition.prompt_embeds.to(dtype)
     if torch.is_grad_enabled():  # so that all blocks are alike to the compiler and to recomputation
         picture, prompt = (each.detach().requires_grad_() for each in (picture, prompt))
-    prediction = predict_tokens(transformer, picture, sigma_B.float(), prompt, condition.prompt_mask, shapes, through)
+    prediction = predict_tokens(transformer, picture, sigma_1.float(), prompt, None, shapes, through)
     return unpack(prediction, height, width)
