@@ -65,7 +65,7 @@ def test_killed_at_arbitrary_moments_and_continued_equals_the_unbroken_run(confi
     (tmp_path / "config.json").write_text(json.dumps(to_json(killed)))
     metrics = Path(killed.run_dir) / "metrics.jsonl"
     for passes, calls in ((5, 1234), (9, 77), (7, 2718)):
-        moment = ("predict_velocity", passes, calls)
+        moment = ("predict_velocities", passes, calls)
         process = Forked("tests.support.killed", *moment, "tests.support.train_config", tmp_path / "config.json")
         _, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, err
