@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from trainer_core.qwen_image.flavours import FLAVOURS, Flavour
-from trainer_core.qwen_image.latents import denormalise, normalise
-from trainer_core.qwen_image.transformer import predict_velocities
-from trainer_core.qwen_image.types import Condition
+from trainer_core.qwen_image.latents import denormalise, normalise, pack, token_shape, unpack
 
 from . import vae as vae_part
 from .averaging import RunningAverage
@@ -172,24 +170,31 @@ def _loss(networks: Networks, source: PictureSource, chooser: random.Random, blo
     embeds, mask = networks.prompts.encode_seen(
         block.flavour, [block.captions[number] for number in chosen], seen, block.grids, as_text=chooser.random() < 0.15
     )
-    conditions = _conditions([latents[index] for latents in block.references], embeds, mask)
+    references = [latents[index] for latents in block.references]
     latents = block.target[index]
     noise = torch.randn(latents.shape, device=source.device, generator=source.generator)
     sigma = noise_levels(source, size)
     level = sigma.view(-1, 1, 1, 1)
     set_flavour(networks.transformer, block.flavour)
-    noisy = ((1 - level) * latents + level * noise).split(1)
-    velocities = predict_velocities(networks.transformer, noisy, sigma, conditions)
-    return mse_loss(torch.cat(velocities).float(), noise - latents)
+    noisy = (1 - level) * latents + level * noise
+    velocity = _velocity(networks.transformer, noisy, sigma, references, embeds, mask)
+    return mse_loss(velocity.float(), noise - latents)
 
 
-def _conditions(references: Sequence[Tensor], embeds: Tensor, mask: Tensor) -> list[Condition]:
-    """The conditions of B pairs: references [B, C, h, w] each, embeddings [B, L, D], and which of those are real."""
-    lengths = mask.sum(dim=1).tolist()
-    return [
-        Condition(tuple(latents[row : row + 1] for latents in references), embeds[row : row + 1, :length])
-        for row, length in enumerate(lengths)
-    ]
+def _velocity(
+    transformer: Any, latents: Tensor, sigma: Tensor, references: Sequence[Tensor], embeds: Tensor, mask: Tensor
+) -> Tensor:
+    """The velocity [B, C, H, W] by diffusers' own forward, which can train all weights. `mask` is [B, L]."""
+    pictures, target = (latents, *references), pack(latents).shape[1]
+    (tokens,) = transformer(
+        hidden_states=torch.cat(list(map(pack, pictures)), dim=1),
+        encoder_hidden_states=embeds,
+        encoder_hidden_states_mask=mask,
+        timestep=sigma,
+        img_shapes=[list(map(token_shape, pictures))] * len(latents),
+        return_dict=False,
+    )
+    return unpack(tokens[:, :target], *latents.shape[-2:])
 
 
 def noise_levels(source: PictureSource, batch: int) -> Tensor:
@@ -227,12 +232,11 @@ def sample(
     set_flavour(networks.transformer, flavour)
     embeds, mask = networks.prompts.encode(flavour, captions, references)
     seen = [latents_of(networks.vae, picture) for picture in references]
-    conditions, like = _conditions(seen, embeds, mask), seen[0]
-    latents = torch.randn(like.shape, generator=torch.Generator().manual_seed(1)).to(like.device)
-    levels = torch.linspace(1, 0, num_steps + 1, device=like.device)
+    latents = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(1)).to(seen[0].device)
+    levels = torch.linspace(1, 0, num_steps + 1, device=latents.device)
     levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
     for now, then in pairwise(levels):
         sigma = now.expand(len(latents))
-        velocities = predict_velocities(networks.transformer, latents.split(1), sigma, conditions)
-        latents = latents + (then - now) * torch.cat(velocities).float()
+        velocity = _velocity(networks.transformer, latents, sigma, seen, embeds, mask)
+        latents = latents + (then - now) * velocity.float()
     return pictures_of(networks.vae, latents)
