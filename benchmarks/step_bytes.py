@@ -17,13 +17,12 @@ import dataclasses
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.support.full_size_step import GIB, Setting
+from tests.support.full_size_step import GIB, Setting, other_fields
 from tests.support.live_bytes import traced_step
 from tests.support.plan_cases import PLAN_CASES, measured_peak, planned_step, setting
 
@@ -31,7 +30,7 @@ from tests.support.plan_cases import PLAN_CASES, measured_peak, planned_step, se
 def main() -> None:
     arguments = arguments_of_the_command()
     settings = [
-        Setting("ours", precision, side, references, memory, **dict(map(other, others.split(",") if others else [])))
+        Setting("ours", precision, side, references, memory, **other_fields(others))
         for precision in arguments.precision
         for side in arguments.side
         for references in arguments.references
@@ -66,12 +65,6 @@ def print_row(step: Setting, arguments: argparse.Namespace) -> None:
     )
     for name, num_bytes in names.most_common(arguments.list):
         print(f"    {num_bytes / 2**20:9.1f} MiB {name}")
-
-
-def other(text: str) -> tuple[str, Any]:
-    """A field of Setting and its value, from text such as rank=128."""
-    name, _, value = text.partition("=")
-    return name, type(getattr(Setting, name))(int(value) if value.isdigit() else value)
 
 
 def arguments_of_the_command() -> argparse.Namespace:

@@ -15,7 +15,6 @@ from torch import Tensor
 from .adapters.inject import load_parts
 from .adapters.plan import read_parts
 from .adapters.reader import AdapterPart
-from .conditioning.batches import pad_prompts
 from .conditioning.caption_lengths import too_long
 from .conditioning.pictures import View, plan_reference, render, to_picture, vision_picture
 from .config import EncodingConfig, ModelConfig, Preprocessing, TrainConfig
@@ -225,7 +224,7 @@ def _draw(
     transformer = load_with_lora(
         base, device, lora, request.lora_strength, request.preprocessing, observer, request.memory_of
     )
-    conditions = [Condition(references, *pad_prompts([prompt])).to(device) for prompt in prompts]
+    conditions = [Condition(references, prompt.unsqueeze(0)).to(device) for prompt in prompts]
     shape = (1, LATENT_CHANNELS, size.height // VAE_FACTOR, size.width // VAE_FACTOR)
     noise = torch.randn(shape, generator=stream(request.seed, "sample")).to(device)
     steps = request.num_inference_steps

@@ -123,8 +123,8 @@ def test_a_step_is_the_mean_of_all_sizes(network: NetworkSize) -> None:
     assert (whole.steps, whole.previews, whole.total) == (1000, 0, pytest.approx(1000 * whole.step))
     batched = dataclasses.replace(config, batching=BatchingConfig(train_batch_size=4, gradient_accumulation_steps=1))
     pairs = dataclasses.replace(WORK, batch=4)
-    speed = measured_speed(batched, network, pairs, 4.8)  # 6 + 2 pairs are 2 + 1 micro-batches
-    assert duration(batched, network, pairs, speed).step == pytest.approx(1.2 * (6 + 2 * ratio) / 3)
+    speed = measured_speed(batched, network, pairs, 4.8)  # 6 + 2 pairs are 2 micro-batches
+    assert duration(batched, network, pairs, speed).step == pytest.approx(1.2 * (6 + 2 * ratio) / 2)
 
 
 def test_previews_are_the_forward_passes_of_all_validations(network: NetworkSize) -> None:

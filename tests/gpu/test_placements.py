@@ -26,7 +26,7 @@ from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image import attention_kernels
 from trainer_core.qwen_image.base_model import empty_transformer
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
-from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, predict_velocity
+from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, predict_velocities
 from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import seeded_globally
 
@@ -60,7 +60,7 @@ def step(
 ) -> Outcome:
     """Forward and backward of a narrow transformer with the same random weights on each call, made on the device.
 
-    `graphed`: the outcome is that of the second replay of CUDA graphs. The prompts of several `pairs` are padded.
+    `graphed`: the outcome is that of the second replay of CUDA graphs. Several `pairs` have different sizes.
     """
     lora = LoraConfig(lora_rank=4, lora_type=kind, lora_targets=targets, lora_dropout=dropout)
     config = TrainConfig(run_dir="-", encoded="-", memory=memory, lora=lora)
@@ -82,17 +82,19 @@ def step(
     transformer.train(dropout > 0)
     if compiled:
         Compilation(list(transformer.transformer_blocks), dropout=dropout > 0).start()
-    latents, reference, prompt = (
-        torch.randn((pairs, *shape), generator=draws, device=there) for shape in ((16, 12, 12), (16, 8, 12), (20, 128))
-    )
-    mask = torch.arange(20) < torch.arange(20, 20 - pairs, -1).unsqueeze(1) if pairs > 1 else None
-    sigma, condition = torch.full((pairs,), 0.6, device=there), Condition((reference,), prompt, mask)
+    latents, conditions, sigma = [], [], torch.full((pairs,), 0.6, device=there)
+    for number in range(pairs):
+        shapes = (1, 16, 12, 12 - 4 * number), (1, 16, 8, 12), (1, 20 - number, 128)
+        target, *seen, prompt = (torch.randn(shape, generator=draws, device=there) for shape in shapes)
+        latents, conditions = [*latents, target], [*conditions, Condition(tuple(seen), prompt)]
 
     def passes() -> Tensor:
+        """The velocities of all pairs, flat."""
         for weight in weights.masters.values():
             weight.grad = None
         with seeded_globally(0, "dropout", 0, there):
-            velocity = predict_velocity(transformer, latents, sigma, condition, graphs)
+            velocities = predict_velocities(transformer, latents, sigma, conditions, graphs)
+        velocity = torch.cat([each.flatten() for each in velocities])
         velocity.float().square().mean().backward()
         return velocity.detach()
 

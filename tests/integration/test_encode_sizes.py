@@ -60,20 +60,18 @@ def test_small_targets_are_all_listed_or_left_out(dataset: EditDataset, model: M
     assert {entry.key for entry in (*encoded.pairs, *encoded.validation_pairs)} == {"000", "002"}
     report = encoding_report(encoded)
     assert "Left out because smaller than minimum_image_size: 2 (001, 003)." in report
-    assert "Sizes with a single pair: 1" in report
     with pytest.raises(DatasetError, match="All 4 targets are smaller"):
         encode(minimum_image_size=90.0, leave_out_small=True)
 
 
-def test_sizes_of_a_single_pair_are_reported_and_trained(model: ModelConfig, tmp_path: Path) -> None:
-    """Three sizes with fewer pairs than a batch: this is reported, is no error, and every pair is trained."""
+def test_pairs_of_different_sizes_share_a_batch(model: ModelConfig, tmp_path: Path) -> None:
+    """Three sizes, and fewer pairs than a batch has: it takes some of them again."""
     shapes = ((96, 96), (192, 96), (96, 192))
     dataset = pair_folders(make_pairs(tmp_path / "pairs", 3, shapes))
     encoded = encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=0), tmp_path / "cache")
-    assert "Sizes with a single pair: 3." in encoding_report(encoded)
     batching = BatchingConfig(train_batch_size=4, gradient_accumulation_steps=4)
-    plan = BatchPlan(encoded, batching, 0)
-    assert {draw.pair for number in range(3) for draw in plan[number]} == {0, 1, 2}
+    draws = [draw.pair for draw in BatchPlan(encoded, batching, 0)[0]]
+    assert len(draws) == 4 and set(draws) == {0, 1, 2}
     config = TrainConfig(
         run_dir=str(tmp_path / "run"),
         encoded=str(encoded.manifest),

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from tests.support.narrow import make_pairs, read_rows, small_encoding
-from trainer_core.conditioning.batches import collate
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.pictures import render
@@ -124,17 +123,6 @@ def test_black_is_not_learned_and_a_small_region_counts_as_much() -> None:
     assert velocity.grad is not None and not velocity.grad[0, :, :, 2:].any() and velocity.grad[0, :, :, :2].all()
     expected = velocity.detach()[0, :, :, :2].square().mean()
     assert float(velocity_loss(velocity, target, weights)[0]) == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_pairs_without_a_mask_share_a_batch_with_those_that_have_one(
-    masked: DatasetConfig, plain: DatasetConfig, model: ModelConfig, tmp_path: Path
-) -> None:
-    paint(tmp_path / "mask", 3, (0, 0, 60, 77))
-    half, whole = encode(masked, model, tmp_path), encode(plain, model, tmp_path)
-    pairs = [half.load(half.pairs[0]), whole.load(whole.pairs[0])]
-    weights = collate((), pairs).loss_weights
-    assert weights is not None and bool((weights[1] == 1).all()) and float(weights[0].min()) == 0
-    assert collate((), pairs[1:]).loss_weights is None
 
 
 def test_problems_of_masks(masked: DatasetConfig, tmp_path: Path) -> None:

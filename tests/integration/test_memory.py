@@ -15,11 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.jobs import write_job
+from tests.support.narrow import make_pairs, small_encoding
 from trainer_core.__main__ import main
 from trainer_core.conditioning import batches
 from trainer_core.conditioning.batches import BatchLoader, BatchPlan, Draw, RankPlan
+from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BatchingConfig, LoraConfig, MemoryConfig, ModelConfig, TrainConfig, ValidationConfig
+from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import OutOfMemoryError
 from trainer_core.memory.compilation import Compilation
 from trainer_core.planning import choose as choose_module
@@ -27,6 +30,7 @@ from trainer_core.planning.choose import Budget
 from trainer_core.planning.plan import GIB
 from trainer_core.planning.preparation import prepare_training
 from trainer_core.planning.workload import largest_draws, workload_of_encoded
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.ranks import SINGLE_PROCESS
 from trainer_core.run import TrainResult, train_lora
 from trainer_core.runs.folder import RunFolder
@@ -64,16 +68,16 @@ def is_equal(first: TrainResult, second: TrainResult) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def runs_out_at(call: int, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
-    """Makes `module.predict_velocity` run out of memory at call number `call`, counted from 1."""
-    original, calls = module.predict_velocity, iter(range(1, 10**6))  # type: ignore[attr-defined]
+def runs_out_at(call: int, monkeypatch: pytest.MonkeyPatch, module: object, function: str) -> None:
+    """Makes a function of a module run out of memory at call number `call`, counted from 1."""
+    original, calls = getattr(module, function), iter(range(1, 10**6))
 
     def predict(*arguments):
         if next(calls) == call:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return original(*arguments)
 
-    monkeypatch.setattr(module, "predict_velocity", predict)
+    monkeypatch.setattr(module, function, predict)
 
 
 def test_out_of_memory_in_a_step_keeps_the_steps_before_it(
@@ -82,7 +86,7 @@ def test_out_of_memory_in_a_step_keeps_the_steps_before_it(
     unbroken = train_lora(config)
     broken = named(config, "broken")
     with monkeypatch.context() as patch:
-        runs_out_at(6, patch, step_module)
+        runs_out_at(6, patch, step_module, "predict_velocities")
         with pytest.raises(OutOfMemoryError, match=r"in step 3\. The run is saved up to step 2\. What helps most: "):
             train_lora(broken)
     kept = RunFolder(Path(broken.run_dir)).latest_checkpoint()
@@ -94,7 +98,7 @@ def test_out_of_memory_in_the_validation_keeps_its_step(config: TrainConfig, mon
     unbroken = train_lora(config)
     broken = named(config, "broken")
     with monkeypatch.context() as patch:
-        runs_out_at(3, patch, validation_module)
+        runs_out_at(3, patch, validation_module, "predict_velocity")
         with pytest.raises(
             OutOfMemoryError, match=r"the validation of step 2\. .*validation_resolution.* helps most: "
         ):
@@ -164,14 +168,16 @@ def test_where_two_threads_must_not_compute_pairs_are_read_by_the_caller(
     assert set(readers) == {current_thread()}
 
 
-def test_the_largest_micro_batch_is_found(encoded: EncodedDataset) -> None:
+def test_the_largest_micro_batch_is_found(model: ModelConfig, tmp_path: Path) -> None:
     """Not smaller than any of the run, with the longest prompts of its size."""
+    pairs = pair_folders(make_pairs(tmp_path / "pairs", 6, ((96, 96), (192, 96), (96, 192))))
+    encoded = encode_dataset(pairs, BaseModel(model), small_encoding(num_eval_images=0), tmp_path / "cache")
     batching = BatchingConfig(train_batch_size=2)
     plan = BatchPlan(encoded, batching, 0)
-    micro_batches = [plan[number] for number in range(plan.batches_in_epoch(0))]
+    micro_batches = [plan[number] for number in range(40)]
 
     def latents(draws: tuple[Draw, ...]) -> int:
-        return len(draws) * sum(h * w for _, h, w in encoded.pairs[draws[0].pair].shapes)
+        return sum(h * w for draw in draws for _, h, w in encoded.pairs[draw.pair].shapes)
 
     def prompts(draws: tuple[Draw, ...]) -> list[int]:
         keys = (encoded.pairs[draw.pair].prompt(draw.caption) for draw in draws)
@@ -179,8 +185,8 @@ def test_the_largest_micro_batch_is_found(encoded: EncodedDataset) -> None:
 
     work = workload_of_encoded(encoded, batching, ValidationConfig(), encoded)
     largest = largest_draws(encoded, work)
-    assert len({latents(draws) for draws in micro_batches}) > 1
-    assert latents(largest) == max(map(latents, micro_batches))
+    assert len({latents(draws) for draws in micro_batches}) > 2
+    assert len(largest) == 2 and latents(largest) >= max(map(latents, micro_batches))
     of_this_size = [draws for draws in micro_batches if latents(draws) == latents(largest)]
     assert prompts(largest) >= max(map(prompts, of_this_size))
     assert prompts(largest)[-1] == work.train.text_tokens

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.narrow import make_pairs, read_rows, small_encoding
-from trainer_core.conditioning.batches import BatchPlan
+from trainer_core.conditioning.batches import BatchPlan, Draw
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.mix import MixPart, mix_encoded
@@ -61,12 +61,12 @@ def drawn(small: EncodedDataset, large: EncodedDataset) -> EncodedDataset:
     return mix_encoded(parts, small.cache_dir)
 
 
-def epochs(plan: BatchPlan, count: int) -> list[list[tuple]]:
-    """The batches of each of the first `count` epochs."""
+def epochs(plan: BatchPlan, count: int) -> list[list[Draw]]:
+    """The turns of each of the first `count` epochs, of a plan with one turn per micro-batch."""
     found, at = [], 0
     for epoch in range(count):
-        length = plan.batches_in_epoch(epoch)
-        found.append([plan[number] for number in range(at, at + length)])
+        length = plan.turns_in_epoch(epoch)
+        found.append([draw for number in range(at, at + length) for draw in plan[number]])
         at += length
     return found
 
@@ -80,19 +80,18 @@ def test_two_resolutions_in_one_dataset(small: EncodedDataset, large: EncodedDat
     held_out = {entry.key for entry in mix.validation_pairs}
     assert held_out == {f"{part}/{small.validation_pairs[0].key}" for part in (1, 2)}
     assert {"repeats", "probability"}.isdisjoint(json.loads(mix.manifest.read_text())["pairs"][0])
-    for batch in (
-        batch for epoch in epochs(BatchPlan(mix, BatchingConfig(train_batch_size=2), 3), 3) for batch in epoch
-    ):
-        assert len({mix.pairs[draw.pair].shapes for draw in batch}) == 1
+    plan = BatchPlan(mix, BatchingConfig(train_batch_size=2), 3)
+    sizes = [len({mix.pairs[draw.pair].shapes for draw in plan[number]}) for number in range(30)]
+    assert set(sizes) == {1, 2}, "pairs of different sizes share micro-batches"
 
 
 def test_repeats_are_extra_turns(small: EncodedDataset, large: EncodedDataset) -> None:
     mix = mix_encoded([MixPart(encoded=small, repeats=2), MixPart(encoded=large)], small.cache_dir)
     plan = BatchPlan(mix, BatchingConfig(), 3)
     first, second = epochs(plan, 2)
-    assert plan.batches_in_epoch(0) == plan.batches_in_epoch(7) == 12
-    assert Counter(draw.pair for (draw,) in first) == {0: 3, 1: 3, 2: 3, 3: 1, 4: 1, 5: 1}
-    assert [draw.index for (draw,) in first + second] == list(range(24))
+    assert plan.turns_in_epoch(0) == plan.turns_in_epoch(7) == 12
+    assert Counter(draw.pair for draw in first) == {0: 3, 1: 3, 2: 3, 3: 1, 4: 1, 5: 1}
+    assert [draw.index for draw in first + second] == list(range(24))
     assert "about 12 pairs" in encoding_report(mix)
     twice = mix_encoded([MixPart(encoded=mix, repeats=1, probability=0.5)], small.cache_dir)
     assert [pair.repeats for pair in twice.pairs] == [5, 5, 5, 1, 1, 1]
@@ -106,24 +105,22 @@ def test_a_plain_mix_has_the_order_of_the_dataset_alone(small: EncodedDataset) -
 
 
 def test_probability_draws_anew_and_every_number_stands_alone(drawn: EncodedDataset) -> None:
-    batching = BatchingConfig(train_batch_size=2)
-    plan = BatchPlan(drawn, batching, 3)
-    found = epochs(plan, 200)
+    found = epochs(BatchPlan(drawn, BatchingConfig(), 3), 200)
     assert len({len(epoch) for epoch in found}) > 1
-    turns = [draw for epoch in found for batch in epoch for draw in batch]
+    turns = [draw for epoch in found for draw in epoch]
     assert [draw.index for draw in turns] == list(range(len(turns)))
     visits = Counter(draw.pair for draw in turns)
     assert all(35 < visits[pair] < 85 for pair in range(3)) and all(visits[pair] == 400 for pair in range(3, 6))
-    flat = [batch for epoch in found for batch in epoch]
-    for number in (0, 57, len(flat) - 1):
-        assert BatchPlan(drawn, batching, 3)[number] == flat[number]
+    batching = BatchingConfig(train_batch_size=2)
+    for number in (0, 57, len(turns) // 2 - 1):
+        assert BatchPlan(drawn, batching, 3)[number] == (turns[2 * number], turns[2 * number + 1])
     backwards = BatchPlan(drawn, batching, 3)
-    assert [backwards[number] for number in range(40, -1, -1)] == flat[40::-1]
+    assert [backwards[number][0] for number in range(40, -1, -1)] == turns[80::-2]
 
 
 def test_epochs_that_draw_nothing_are_passed_over(small: EncodedDataset) -> None:
     plan = BatchPlan(mix_encoded([MixPart(encoded=small, probability=0.1)], small.cache_dir), BatchingConfig(), 3)
-    assert any(plan.batches_in_epoch(epoch) == 0 for epoch in range(10))
+    assert any(plan.turns_in_epoch(epoch) == 0 for epoch in range(10))
     assert [plan[number][0].index for number in range(30)] == list(range(30))
 
 

@@ -87,14 +87,13 @@ def test_latents_and_words_of_a_turn_are_of_one_reference(
     with BatchLoader(encoded, plan) as loader:
         for number in range(160):
             batch = loader[number]
-            for place, draw in enumerate(batch.draws):
+            for draw, pair in zip(batch.draws, batch.pairs, strict=True):
                 seen.add((draw.pair, draw.reference_set, draw.caption == EMPTY_CAPTION))
                 single = singles[draw.reference_set]
                 wanted = single.load(single.pairs[draw.pair], draw.caption)
-                (latents,) = batch.condition.reference_latents
-                assert torch.equal(latents[place], wanted.reference_latents[0])
-                embeds = batch.condition.prompt_embeds[place][: len(wanted.prompt_embeds)]
-                assert torch.equal(embeds, wanted.prompt_embeds)
+                (latents,) = pair.reference_latents
+                assert torch.equal(latents, wanted.reference_latents[0])
+                assert torch.equal(pair.prompt_embeds, wanted.prompt_embeds)
     assert len(seen) == 6 * 2 * 2, "every pair with each of its references, with and without its caption"
 
 
@@ -102,9 +101,7 @@ def test_turns_are_a_function_of_seed_and_number(encoded: EncodedDataset) -> Non
     in_order = [BatchPlan(encoded, BATCHING, 3)[number] for number in range(60)]
     backwards = BatchPlan(encoded, BATCHING, 3)
     assert [backwards[number] for number in reversed(range(60))][::-1] == in_order
-    assert sorted(draw.index for batch in in_order for draw in batch)[:100] == list(range(100))
-    assert all(len({encoded.pairs[d.pair].seen(d.reference_set).shapes for d in batch}) == 1 for batch in in_order)
-    assert len({BatchPlan(encoded, BATCHING, 3).batches_in_epoch(epoch) for epoch in range(30)}) > 1
+    assert [draw.index for batch in in_order for draw in batch] == list(range(120))
     other = [BatchPlan(encoded, BATCHING, 4)[number] for number in range(60)]
     assert [[d.reference_set for d in batch] for batch in other] != [[d.reference_set for d in b] for b in in_order]
     share = [draw.reference_set for batch in in_order for draw in batch]
@@ -188,7 +185,7 @@ def test_references_that_are_missing_and_a_mix(
     several = {draw.pair for draw in draws if draw.reference_set}
     assert several == {3, 4, 5, 6, 7, 8, 9}
     with BatchLoader(mixed, plan) as loader:
-        assert {len(loader[number].condition.reference_latents) for number in range(20)} == {0, 1}
+        assert {len(pair.reference_latents) for number in range(20) for pair in loader[number].pairs} == {0, 1}
 
 
 def test_the_largest_micro_batch_is_the_largest_as_seen(encoded: EncodedDataset) -> None:
@@ -215,4 +212,4 @@ def test_every_caption_has_its_turn(singles: list[EncodedDataset]) -> None:
     with BatchLoader(encoded, plan) as loader:
         for number, draw in enumerate(turns):
             if draw.pair == 0:
-                assert torch.equal(loader[number].condition.prompt_embeds[0], second if draw.caption else first)
+                assert torch.equal(loader[number].pairs[0].prompt_embeds, second if draw.caption else first)

@@ -23,11 +23,11 @@ from trainer_core.qwen_image.types import Condition
 CPU = torch.device("cpu")
 
 
-def inputs(batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+def inputs() -> tuple[torch.Tensor, torch.Tensor, Condition]:
     generator = torch.Generator().manual_seed(3)
-    latents, reference = (torch.randn(batch, 16, 12, 12, generator=generator) for _ in range(2))
-    prompt = torch.randn(batch, 9, 128, generator=generator)
-    return latents, torch.full((batch,), 0.6), Condition((reference,), prompt)
+    latents, reference = (torch.randn(1, 16, 12, 12, generator=generator) for _ in range(2))
+    prompt = torch.randn(1, 9, 128, generator=generator)
+    return latents, torch.full((1,), 0.6), Condition((reference,), prompt)
 
 
 def randomise(lora: dict[str, torch.nn.Parameter], seed: int = 1) -> None:

@@ -31,13 +31,22 @@ def network(dtype: torch.dtype, *, zero_cond_t: bool = False) -> nn.Module:
     return made.to(dtype).eval().requires_grad_(False)
 
 
-def condition(tokens: int, seed: int, masked: int = 0) -> Condition:
-    """Two references, the second with odd sides, and a prompt whose last `masked` tokens are padding."""
+def condition(tokens: int, seed: int) -> Condition:
+    """Two references, the second with odd sides, and a prompt."""
     generator = torch.Generator().manual_seed(0)
     references = tuple(torch.randn(1, 16, *size, generator=generator) for size in ((12, 8), (7, 9)))
     prompt = torch.randn(1, tokens, 128, generator=torch.Generator().manual_seed(seed))
-    mask = (torch.arange(tokens) < tokens - masked)[None] if masked else None
-    return Condition(references, prompt, mask)
+    return Condition(references, prompt)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of pairs of each forward pass."""
+    counts: list[int] = []
+    one, several = sampling.predict_velocity, sampling.predict_velocities
+    monkeypatch.setattr(sampling, "predict_velocity", lambda *given: counts.append(1) or one(*given))
+    monkeypatch.setattr(sampling, "predict_velocities", lambda *given: counts.append(len(given[1])) or several(*given))
+    return counts
 
 
 def drawn(transformer: Any, prompt: Condition, negative: Condition, **changes: Any) -> Tensor:
@@ -51,17 +60,15 @@ def drawn(transformer: Any, prompt: Condition, negative: Condition, **changes: A
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("zero_cond_t", [False, True])
-@pytest.mark.parametrize(("lengths", "masked"), [((9, 9), 0), ((9, 4), 0), ((4, 9), 0), ((9, 6), 2)])
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 4), (4, 9)])
 def test_one_batch_equals_two_passes(
-    dtype: torch.dtype, tolerance: float, zero_cond_t: bool, lengths: tuple[int, int], masked: int
+    dtype: torch.dtype, tolerance: float, zero_cond_t: bool, lengths: tuple[int, int], passes: list[int]
 ) -> None:
     transformer = network(dtype, zero_cond_t=zero_cond_t)
-    prompt, negative = condition(lengths[0], 1, masked), condition(lengths[1], 2)
-    batches: list[int] = []
-    transformer.proj_out.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    prompt, negative = condition(lengths[0], 1), condition(lengths[1], 2)
     apart = drawn(transformer, prompt, negative, together=False)
     together = drawn(transformer, prompt, negative, together=True)
-    assert batches == [1] * 6 + [2] * 3
+    assert passes == [1] * 6 + [2] * 3
     unguided = drawn(transformer, prompt, negative, guidance=1.0)
     assert (apart - unguided).norm() > 0.05 * apart.norm()  # guidance has an effect
     assert (together - apart).norm() < tolerance * apart.norm()
@@ -82,27 +89,21 @@ def test_guidance_is_computed_in_float32_as_in_comfyui(dtype: torch.dtype, monke
     torch.testing.assert_close(found.double(), noise - unpack(guided, 12, 8), rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_that_does_not_fit_after_all_becomes_two_passes() -> None:
-    transformer, batches = network(torch.float32), list[int]()
+def test_a_batch_that_does_not_fit_after_all_becomes_two_passes(
+    monkeypatch: pytest.MonkeyPatch, passes: list[int]
+) -> None:
+    transformer = network(torch.float32)
     prompt, negative = condition(9, 1), condition(4, 2)
     apart = drawn(transformer, prompt, negative, together=False)
+    passes.clear()
 
-    def limited(_: Any, given: tuple[Tensor]) -> None:
-        batches.append(len(given[0]))
-        if batches[-1] > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def too_large(*_: Any) -> list[Tensor]:
+        passes.append(2)
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    transformer.proj_out.register_forward_pre_hook(limited)
+    monkeypatch.setattr(sampling, "predict_velocities", too_large)
     assert torch.equal(drawn(transformer, prompt, negative, together=True), apart)
-    assert batches == [2] + [1] * 6
-
-
-def test_prompts_of_equal_length_need_no_mask() -> None:
-    assert condition(9, 1).beside(condition(9, 2)).prompt_mask is None
-    mask = condition(9, 1).beside(condition(4, 2)).prompt_mask
-    assert mask is not None and mask.sum(dim=1).tolist() == [9, 4]
-    both = condition(9, 1, masked=2).beside(condition(9, 2)).prompt_mask
-    assert both is not None and both.sum(dim=1).tolist() == [7, 9]
+    assert passes == [2] + [1] * 6
 
 
 def test_a_batch_is_used_on_cuda_with_few_tokens_enough_memory_and_uncompiled_blocks(
@@ -112,9 +113,6 @@ def test_a_batch_is_used_on_cuda_with_few_tokens_enough_memory_and_uncompiled_bl
         """Stands in for latents [1, 16, 12, 8] on a GPU."""
 
         device, shape = torch.device("cuda"), (1, 16, 12, 8)
-
-        def __len__(self) -> int:
-            return 1
 
     transformer, tokens = network(torch.float32), 9 + 24 + 24 + 20
     free = 2 * tokens * sampling.FORWARD_WIDTHS * transformer.inner_dim * 4

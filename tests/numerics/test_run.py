@@ -65,7 +65,7 @@ def test_killed_at_arbitrary_moments_and_continued_equals_the_unbroken_run(confi
     (tmp_path / "config.json").write_text(json.dumps(to_json(killed)))
     metrics = Path(killed.run_dir) / "metrics.jsonl"
     for passes, calls in ((5, 1234), (9, 77), (7, 2718)):
-        moment = ("predict_velocity", passes, calls)
+        moment = ("predict_velocities", passes, calls)
         process = Forked("tests.support.killed", *moment, "tests.support.train_config", tmp_path / "config.json")
         _, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, err
@@ -102,8 +102,8 @@ def test_memory_settings_change_nothing(config: TrainConfig, unbroken: TrainResu
 
 
 def test_one_batch_of_four_equals_four_of_one(model: ModelConfig, tmp_path: Path) -> None:
-    """The prompts have unequal lengths, so this also shows that padding is masked."""
-    dataset = pair_folders(make_pairs(tmp_path / "pairs", 4))
+    """Pictures of different sizes, prompts of different lengths, and a micro-batch in two epochs."""
+    dataset = pair_folders(make_pairs(tmp_path / "pairs", 6, ((96, 96), (192, 96), (96, 192))))
     encoded = encode_dataset(dataset, BaseModel(model), small_encoding(num_eval_images=0), tmp_path / "cache")
     assert len({encoded.load(entry).prompt_embeds.shape for entry in encoded.pairs}) > 1
     reports = {}

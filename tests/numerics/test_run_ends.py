@@ -119,14 +119,14 @@ def test_a_folder_that_is_no_run_is_left_alone(config: TrainConfig) -> None:
 
 def test_a_crash_keeps_the_last_whole_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(1000))
-    original = step_module.predict_velocity
+    original = step_module.predict_velocities
 
     def out_of_memory(*arguments: Any) -> Any:
         if next(calls) == 9:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(*arguments)
 
-    monkeypatch.setattr(step_module, "predict_velocity", out_of_memory)
+    monkeypatch.setattr(step_module, "predict_velocities", out_of_memory)
     with pytest.raises(OutOfMemoryError, match=r"in step 5\. The run is saved up to step 4"):
         train_lora(config)
     assert (Path(config.run_dir) / "checkpoints" / "step-000004").is_dir()

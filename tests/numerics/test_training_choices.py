@@ -146,7 +146,7 @@ def test_rollouts(config: TrainConfig, row: str, monkeypatch: pytest.MonkeyPatch
     again = Steps()
     train_lora(named(chosen, "again"), again)
     assert [report.extra_forwards for report in again.reports] == made
-    assert sum(count or 0 for count in made) == len(calls) - 2 * config.max_train_steps > 0
+    assert sum(count or 0 for count in made) == len(calls) > 0
     if row == "euler on a ramp":
         assert made[:2] == [None, None] and made[2] is not None  # the ramp begins at step 1, with a probability of 0
 

@@ -67,15 +67,17 @@ def noised(config: NoiseConfig) -> list[Any]:
 
 
 def rolled(config: RolloutConfig) -> list[Any]:
-    noisy = add_noise(LATENTS, NoiseConfig(), 0, [0, 1])
     found = list[Any]()
     for step in (0, 1, 3, 9):
-        offsets = draw_offsets(config, step, 0, [0, 1])
-        out = roll_out(lambda _row, point, sigma: point * sigma.view(-1, 1, 1, 1) + 0.1, noisy, offsets, config)
-        found += [rollout_probability(step, config), offsets, out.noisy.latents.tolist()]
-        if out.rows and config.scheduled_sampling_reflexflow:  # as training/step.py
-            loss = reflexflow_loss(LATENTS, LATENTS, out, weights=None, penalty=torch.square, rollout=config)
-            found.append(loss.tolist())
+        found.append(rollout_probability(step, config))
+        for index, latents in enumerate(LATENTS.split(1)):
+            noisy = add_noise(latents, NoiseConfig(), 0, [index])
+            (offset,) = draw_offsets(config, step, 0, [index])
+            out = roll_out(lambda point, sigma: point * sigma.view(-1, 1, 1, 1) + 0.1, noisy, offset, config)
+            found += [offset, out.noisy.latents.tolist()]
+            if out.forwards and config.scheduled_sampling_reflexflow:  # as training/step.py
+                loss = reflexflow_loss(latents, latents, out, weights=None, penalty=torch.square, rollout=config)
+                found.append(loss.tolist())
     return found
 
 

@@ -31,9 +31,9 @@ def randomise(parameters: dict[str, nn.Parameter], scale: float = 0.3) -> None:
         weight.data.copy_(weight.detach() * (1 + 0.1 * drawn) if name.endswith("dora_scale") else drawn * scale)
 
 
-def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Condition]:
-    """Latents [batch, 16, 12, 12], sigma [batch] and condition for a narrow model."""
+def inputs() -> tuple[Tensor, Tensor, Condition]:
+    """Latents [1, 16, 12, 12], sigma [1] and condition for a narrow model."""
     generator = stream(0, "adapter cases")
-    latents, reference = (torch.randn(batch, 16, 12, 12, generator=generator) for _ in range(2))
-    prompt = torch.randn(batch, 9, 128, generator=generator)
-    return latents, torch.full((batch,), 0.6), Condition((reference,), prompt)
+    latents, reference = (torch.randn(1, 16, 12, 12, generator=generator) for _ in range(2))
+    prompt = torch.randn(1, 9, 128, generator=generator)
+    return latents, torch.full((1,), 0.6), Condition((reference,), prompt)

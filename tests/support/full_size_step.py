@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer_core.adapters.inject import inject_lora, without_dropout
-from trainer_core.adapters.master_weights import master_weights
+from trainer_core.adapters.master_weights import MasterWeights, master_weights
 from trainer_core.adapters.plan import plan_adapter
 from trainer_core.config import (
     BatchingConfig,
@@ -36,7 +36,7 @@ from trainer_core.precision.quantise import quantise
 from trainer_core.qwen_image.base_model import compute_dtype, empty_transformer
 from trainer_core.qwen_image.flavours import FLAVOURS
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
-from trainer_core.qwen_image.transformer import predict_velocity
+from trainer_core.qwen_image.transformer import predict_velocities, predict_velocity
 from trainer_core.qwen_image.types import Condition, NoisyLatents
 from trainer_core.training.ema import start_ema, update_ema
 from trainer_core.training.objective import add_noise, velocity_loss
@@ -48,7 +48,7 @@ PROMPT_TOKENS = 230  # edit-v2 with one reference: 196 vision tokens and a sente
 
 RANK = 16
 
-Step = Callable[[Tensor, Condition], None]
+Step = Callable[[Tensor, Sequence[Condition]], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Setting:
     """One measured configuration. `memory` is a list such as "blocks=20,offload,attention"; `side` is in pixels. With
     "graph" in the list, the second step is captured and later ones replay CUDA graphs.
 
-    With `rollout`, a forward pass without gradients of each pair comes first. The prompts of a batch are padded.
+    With `rollout`, a forward pass without gradients of each pair comes first.
     """
 
     step: str  # "ours" or "plain"
@@ -78,6 +78,14 @@ class Setting:
     micro_batches: int = 1  # per step
     optimizer: str = "adamw"
     prompt_tokens: int = PROMPT_TOKENS
+
+    @property
+    def name(self) -> str:
+        """Weights, side and memory, and the other fields if they differ from the usual: int8-quanto/1024/full."""
+        usual = Setting("ours", self.precision, self.side, 1, self.memory)
+        values = {each.name: (getattr(self, each.name), getattr(usual, each.name)) for each in fields(self)}
+        others = [f"{name}={value}" for name, (value, default) in values.items() if value != default]
+        return "/".join([self.precision, str(self.side), self.memory, *others])
 
     @property
     def config(self) -> TrainConfig:
@@ -117,15 +125,23 @@ class Setting:
         """The transformer's settings that differ from Qwen-Image's."""
         return {"zero_cond_t": FLAVOURS[self.config.model.flavour].zero_cond_t}
 
-    def inputs(self, device: torch.device) -> tuple[Tensor, Condition]:
-        """Random latents and condition of a micro-batch."""
+    def inputs(self, device: torch.device) -> tuple[Tensor, tuple[Condition, ...]]:
+        """Random latents [batch, C, H, W] and conditions of a micro-batch."""
         side = self.side // 8
         latents, *references = (
             torch.randn(self.batch, 16, side, side, device=device) for _ in range(1 + self.references)
         )
         prompt = torch.randn(self.batch, self.prompt_tokens, 3584, device=device)
-        mask = torch.ones(prompt.shape[:2], dtype=torch.bool, device="cpu") if self.batch > 1 else None
-        return latents, Condition(tuple(references), prompt, mask)
+        of_pairs = zip(*(each.split(1) for each in (prompt, *references)), strict=True)
+        return latents, tuple(Condition(tuple(seen), embeds) for embeds, *seen in of_pairs)
+
+
+def other_fields(text: str) -> dict[str, Any]:
+    """Fields of Setting from a list such as "rank=128,ema=1"."""
+    values = dict(word.partition("=")[::2] for word in text.split(",") if word)
+    return {
+        name: type(getattr(Setting, name))(int(value) if value.isdigit() else value) for name, value in values.items()
+    }
 
 
 def build(setting: Setting, layers: int, device: torch.device, on_host: tuple[int, ...]) -> Any:
@@ -177,8 +193,50 @@ def draw(module: nn.Module, device: torch.device) -> None:
             weight.data.fill_(1.0 if "norm" in name else 0.0)
 
 
-def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, Step]:
-    """The product's step: its placement, adapter, objective, forward, optimizer and average."""
+@dataclass(frozen=True)
+class OurStep:
+    """The product's step. A call runs the passes of all micro-batches and updates the weights."""
+
+    transformer: Any
+    setting: Setting
+    weights: MasterWeights
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    graphs: StepGraphs
+
+    def __call__(self, latents: Tensor, conditions: Sequence[Condition]) -> None:
+        self.passes(latents, conditions)
+        masters = self.weights.masters
+        nn.utils.clip_grad_norm_(masters.values(), 1.0)
+        self.optimizer.step()
+        self.weights.publish()
+        self.optimizer.zero_grad(set_to_none=True)
+        update_ema(self.average, masters, 1, self.setting.config.ema)
+
+    def passes(self, latents: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """Forward and backward passes of all micro-batches, which have the same noise. Returns a pair's losses [B]."""
+        setting, transformer = self.setting, self.transformer
+        noisy = add_noise(latents, NoiseConfig(), 0, range(setting.batch))
+        if setting.rollout:
+            with torch.no_grad(), without_dropout(transformer):
+                for row, condition in enumerate(conditions):
+                    pair = noisy.latents[row : row + 1], noisy.sigma[row : row + 1]
+                    noisy.latents[row] = predict_velocity(transformer, *pair, condition)[0]
+        for _ in range(setting.micro_batches):
+            losses = self._micro_batch(noisy, conditions)
+        return losses
+
+    def _micro_batch(self, noisy: NoisyLatents, conditions: Sequence[Condition]) -> Tensor:
+        """As in `training/step.py`, nothing of autograd's graph outlives the call."""
+        latents, targets = noisy.latents.split(1), noisy.target_velocity.split(1)
+        velocities = predict_velocities(self.transformer, latents, noisy.sigma, conditions, self.graphs)
+        losses = torch.cat(list(map(velocity_loss, velocities, targets)))
+        losses.sum().backward()
+        return losses.detach()
+
+
+def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, OurStep]:
+    """The transformer and the product's step: its placement, adapter, objective, forward, optimizer and average."""
     config = setting.config
     on_host = blocks_on_host(config.memory, layers, checkpointing=config.gradient_checkpointing)
     transformer = build(setting, layers, device, on_host)
@@ -196,27 +254,7 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
         Compilation(list(transformer.transformer_blocks)).start()
     optimizer = optimizer_builder(config.optimizer, device)(list(weights.masters.values()))
     average = start_ema(weights.masters, config.ema)
-
-    def passes(noisy: NoisyLatents, condition: Condition) -> None:
-        velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition, graphs)
-        velocity_loss(velocity, noisy.target_velocity).sum().backward()
-
-    def step(latents: Tensor, condition: Condition) -> None:
-        noisy = add_noise(latents, NoiseConfig(), 0, range(setting.batch))
-        if setting.rollout:
-            with torch.no_grad(), without_dropout(transformer):
-                for row in range(setting.batch):
-                    pair = noisy.latents[row : row + 1], noisy.sigma[row : row + 1]
-                    noisy.latents[row] = predict_velocity(transformer, *pair, condition.of_pair(row))[0]
-        for _ in range(setting.micro_batches):
-            passes(noisy, condition)
-        nn.utils.clip_grad_norm_(weights.masters.values(), 1.0)
-        optimizer.step()
-        weights.publish()
-        optimizer.zero_grad(set_to_none=True)
-        update_ema(average, weights.masters, 1, config.ema)
-
-    return transformer, step
+    return transformer, OurStep(transformer, setting, weights, optimizer, average, graphs)
 
 
 def planned_bytes(setting: Setting, layers: int) -> int:

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from trainer_core.qwen_image.flavours import FLAVOURS, Flavour
-from trainer_core.qwen_image.latents import denormalise, normalise
-from trainer_core.qwen_image.transformer import predict_velocity
-from trainer_core.qwen_image.types import Condition
+from trainer_core.qwen_image.latents import denormalise, normalise, pack, token_shape, unpack
 
 from . import vae as vae_part
 from .averaging import RunningAverage
@@ -172,14 +170,31 @@ def _loss(networks: Networks, source: PictureSource, chooser: random.Random, blo
     embeds, mask = networks.prompts.encode_seen(
         block.flavour, [block.captions[number] for number in chosen], seen, block.grids, as_text=chooser.random() < 0.15
     )
-    condition = Condition(tuple(latents[index] for latents in block.references), embeds, mask)
+    references = [latents[index] for latents in block.references]
     latents = block.target[index]
     noise = torch.randn(latents.shape, device=source.device, generator=source.generator)
     sigma = noise_levels(source, size)
     level = sigma.view(-1, 1, 1, 1)
     set_flavour(networks.transformer, block.flavour)
-    velocity = predict_velocity(networks.transformer, (1 - level) * latents + level * noise, sigma, condition)
+    noisy = (1 - level) * latents + level * noise
+    velocity = _velocity(networks.transformer, noisy, sigma, references, embeds, mask)
     return mse_loss(velocity.float(), noise - latents)
+
+
+def _velocity(
+    transformer: Any, latents: Tensor, sigma: Tensor, references: Sequence[Tensor], embeds: Tensor, mask: Tensor
+) -> Tensor:
+    """The velocity [B, C, H, W] by diffusers' own forward, which can train all weights. `mask` is [B, L]."""
+    pictures, target = (latents, *references), pack(latents).shape[1]
+    (tokens,) = transformer(
+        hidden_states=torch.cat(list(map(pack, pictures)), dim=1),
+        encoder_hidden_states=embeds,
+        encoder_hidden_states_mask=mask,
+        timestep=sigma,
+        img_shapes=[list(map(token_shape, pictures))] * len(latents),
+        return_dict=False,
+    )
+    return unpack(tokens[:, :target], *latents.shape[-2:])
 
 
 def noise_levels(source: PictureSource, batch: int) -> Tensor:
@@ -216,12 +231,12 @@ def sample(
     """Sample pictures [B, 3, H, W] with Euler steps and without guidance. The noise has a fixed seed."""
     set_flavour(networks.transformer, flavour)
     embeds, mask = networks.prompts.encode(flavour, captions, references)
-    condition = Condition(tuple(latents_of(networks.vae, picture) for picture in references), embeds, mask)
-    like = condition.reference_latents[0]
-    latents = torch.randn(like.shape, generator=torch.Generator().manual_seed(1)).to(like.device)
-    levels = torch.linspace(1, 0, num_steps + 1, device=like.device)
+    seen = [latents_of(networks.vae, picture) for picture in references]
+    latents = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(1)).to(seen[0].device)
+    levels = torch.linspace(1, 0, num_steps + 1, device=latents.device)
     levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
     for now, then in pairwise(levels):
-        velocity = predict_velocity(networks.transformer, latents, now.expand(len(latents)), condition)
+        sigma = now.expand(len(latents))
+        velocity = _velocity(networks.transformer, latents, sigma, seen, embeds, mask)
         latents = latents + (then - now) * velocity.float()
     return pictures_of(networks.vae, latents)

@@ -1,27 +1,23 @@
-"""Choose the pairs of micro-batch i as a pure function of i, and stack their tensors."""
+"""Choose the pairs of micro-batch i as a pure function of i, and read them."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
-from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from threading import Lock
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..config import BatchingConfig
 from ..errors import ConfigError
-from ..qwen_image.types import Condition
 from ..ranks import Ranks
 from ..rng import stream
 from .encoded import EncodedDataset, EncodeReference
-from .entry import EMPTY_CAPTION, EncodedEntry
+from .entry import EMPTY_CAPTION
 from .types import EncodedPair
 
 MEMORY_BYTES = 1 << 30  # host memory for encoded pairs, so that a small dataset is read only once
@@ -43,19 +39,10 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tensors of one micro-batch: `target_latents` [B, C, H, W] and `loss_weights` [B, 1, H, W], None if all are 1."""
+    """The pairs of one micro-batch, of any sizes, and the draws that chose them."""
 
     draws: tuple[Draw, ...]
-    target_latents: Tensor
-    condition: Condition
-    loss_weights: Tensor | None = None
-
-
-class _EpochStart(NamedTuple):
-    """The numbers of an epoch's first micro-batch and first turn."""
-
-    batch: int
-    turn: int
+    pairs: tuple[EncodedPair, ...]
 
 
 class _Turn(NamedTuple):
@@ -68,7 +55,9 @@ class _Turn(NamedTuple):
 class BatchPlan:
     """The micro-batches of a whole run. Each depends only on its number, so a resumed run continues identically.
 
-    An epoch visits every pair once, or as often as a mix's repeats and probability say, shuffled by (seed, epoch).
+    A run's turns are those of its epochs, one epoch after the other, and every `train_batch_size` turns are a
+    micro-batch. An epoch visits every pair once, or as often as a mix's repeats and probability say, shuffled by
+    (seed, epoch).
 
     Raises:
         ConfigError: caption dropout is on, but the empty caption was not encoded.
@@ -80,86 +69,25 @@ class BatchPlan:
         self._size = batching.train_batch_size
         self._dropout = batching.caption_dropout_probability
         self._seed = seed
-        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+        self._turns = lru_cache(maxsize=2)(self._shuffled_turns)
         self._all_turns = [index for index, pair in enumerate(self._pairs) for _ in range(1 + pair.repeats)]
         self._draws_pairs = any(pair.probability < 1 for pair in self._pairs)
         self._draws_references = any(pair.prompts_by_reference for pair in self._pairs)
-        self._epochs_differ = self._draws_pairs or any(len(_shapes_per_reference(pair)) > 1 for pair in self._pairs)
-        self._epoch_starts = [_EpochStart(0, 0)]  # of the epochs computed so far; unused if all have equal length
+        self._epoch_starts = [0]  # first turns of the epochs computed so far; unused if all have equal length
         self._lock = Lock()  # the loader's thread and the training thread both read the plan
 
     def __getitem__(self, micro_batch: int) -> tuple[Draw, ...]:
         """The pairs that a micro-batch uses, as Draws. Micro-batches are counted from the start of the run."""
-        epoch, position = self._place(micro_batch)
-        return self._epoch(epoch)[position]
+        first = micro_batch * self._size
+        return tuple(map(self._draw, range(first, first + self._size)))
 
-    def batches_in_epoch(self, epoch: int) -> int:
-        """Number of micro-batches in an epoch; 0 if it happens to draw no pair."""
-        shapes = Counter(map(self._shapes, self._turns(epoch)))
-        return sum(math.ceil(count / self._size) for count in shapes.values())
+    def turns_in_epoch(self, epoch: int) -> int:
+        """Number of turns in an epoch; 0 if it happens to draw no pair."""
+        return len(self._visited(epoch))
 
-    @cached_property
-    def _even_length(self) -> int:
-        """Number of micro-batches in every epoch, if all epochs have equal length."""
-        return self.batches_in_epoch(0)
-
-    def _place(self, micro_batch: int) -> tuple[int, int]:
-        """The epoch of a micro-batch and its position in that epoch."""
-        if not self._epochs_differ:
-            return divmod(micro_batch, self._even_length)
-        with self._lock:
-            while self._epoch_starts[-1].batch <= micro_batch:
-                self._add_epoch_start()
-            epoch = bisect_right(self._epoch_starts, micro_batch, key=lambda start: start.batch) - 1
-            return epoch, micro_batch - self._epoch_starts[epoch].batch
-
-    def _add_epoch_start(self) -> None:
-        epoch, last = len(self._epoch_starts) - 1, self._epoch_starts[-1]
-        turns = len(self._turns(epoch))
-        self._epoch_starts.append(_EpochStart(last.batch + self.batches_in_epoch(epoch), last.turn + turns))
-
-    def _shapes(self, turn: _Turn) -> object:
-        """The shapes of a turn's latents. Turns share a batch only if these are equal."""
-        return self._pairs[turn.pair].seen(turn.reference_set).shapes
-
-    def _turns(self, epoch: int) -> list[_Turn]:
-        """The turns of an epoch in pair order, each with its reference set."""
-        pairs = self._visited(epoch)
-        if not self._draws_references:
-            return [_Turn(pair, 0) for pair in pairs]
-        drawn = torch.rand(len(pairs), generator=stream(self._seed, "reference set", epoch)).tolist()
-        return [
-            _Turn(pair, int(share * max(1, len(self._pairs[pair].prompts_by_reference))))
-            for pair, share in zip(pairs, drawn, strict=True)
-        ]
-
-    def _visited(self, epoch: int) -> list[int]:
-        """The pairs of an epoch in order, each as often as the epoch visits it."""
-        if not self._draws_pairs:
-            return self._all_turns
-        drawn = torch.rand(len(self._pairs), generator=stream(self._seed, "probability", epoch)).tolist()
-        return [pair for pair in self._all_turns if drawn[pair] < self._pairs[pair].probability]
-
-    def _plan_epoch(self, epoch: int) -> list[tuple[Draw, ...]]:
-        """Fill a batch per shape from the shuffled turns. Batches that stay smaller come last."""
-        turns = self._turns(epoch)
-        order = [turns[at] for at in torch.randperm(len(turns), generator=stream(self._seed, "order", epoch)).tolist()]
-        waiting: dict[object, list[_Turn]] = {}
-        batches: list[list[_Turn]] = []
-        for turn in order:
-            group = waiting.setdefault(self._shapes(turn), [])
-            group.append(turn)
-            if len(group) == self._size:
-                batches.append(waiting.pop(self._shapes(turn)))
-        batches += waiting.values()
-        index = self._epoch_starts[epoch].turn if self._epochs_differ else epoch * len(order)
-        planned = []
-        for batch in batches:
-            planned.append(tuple(self._draw(turn, index + number) for number, turn in enumerate(batch)))
-            index += len(batch)
-        return planned
-
-    def _draw(self, turn: _Turn, index: int) -> Draw:
+    def _draw(self, index: int) -> Draw:
+        epoch, position = self._place(index)
+        turn = self._turns(epoch)[position]
         captions = len(self._pairs[turn.pair].captions)
         caption = int(torch.randint(captions, (), generator=stream(self._seed, "caption", index)))
         if (
@@ -169,10 +97,35 @@ class BatchPlan:
             caption = EMPTY_CAPTION
         return Draw(turn.pair, caption, index, turn.reference_set)
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """The epoch of a turn and its position in that epoch."""
+        if not self._draws_pairs:
+            return divmod(index, len(self._all_turns))
+        with self._lock:
+            while self._epoch_starts[-1] <= index:
+                self._epoch_starts.append(self._epoch_starts[-1] + self.turns_in_epoch(len(self._epoch_starts) - 1))
+            epoch = bisect_right(self._epoch_starts, index) - 1
+            return epoch, index - self._epoch_starts[epoch]
 
-def _shapes_per_reference(pair: EncodedEntry) -> set[object]:
-    """The different shapes of a pair's turns, for pairs that show one reference at a time."""
-    return {pair.seen(number).shapes for number in range(len(pair.prompts_by_reference))}
+    def _shuffled_turns(self, epoch: int) -> list[_Turn]:
+        """The turns of an epoch, each with its reference set."""
+        pairs = self._visited(epoch)
+        turns = [_Turn(pair, 0) for pair in pairs]
+        if self._draws_references:
+            drawn = torch.rand(len(pairs), generator=stream(self._seed, "reference set", epoch)).tolist()
+            turns = [
+                _Turn(pair, int(share * max(1, len(self._pairs[pair].prompts_by_reference))))
+                for pair, share in zip(pairs, drawn, strict=True)
+            ]
+        order = torch.randperm(len(turns), generator=stream(self._seed, "order", epoch))
+        return [turns[at] for at in order.tolist()]
+
+    def _visited(self, epoch: int) -> list[int]:
+        """The pairs of an epoch in order, each as often as the epoch visits it."""
+        if not self._draws_pairs:
+            return self._all_turns
+        drawn = torch.rand(len(self._pairs), generator=stream(self._seed, "probability", epoch)).tolist()
+        return [pair for pair in self._all_turns if drawn[pair] < self._pairs[pair].probability]
 
 
 def check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> None:
@@ -240,7 +193,7 @@ class BatchLoader:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __getitem__(self, micro_batch: int) -> Batch:
-        """The tensors of a micro-batch. Starts to read the next one in the background."""
+        """The pairs of a micro-batch. Starts to read the next one in the background."""
         ready, self._next = self._next, None
         if ready and ready[0] == micro_batch:
             batch = ready[1].result()
@@ -253,11 +206,11 @@ class BatchLoader:
         return batch
 
     def read(self, draws: tuple[Draw, ...]) -> Batch:
-        """The tensors of a micro-batch with these draws, of the plan or not."""
+        """The pairs of a micro-batch with these draws, of the plan or not."""
         return self._read(draws) if self._pool is None else self._pool.submit(self._read, draws).result()
 
     def _read(self, draws: tuple[Draw, ...]) -> Batch:
-        return collate(draws, [self._pair(draw) for draw in draws])
+        return Batch(draws, tuple(map(self._pair, draws)))
 
     def _pair(self, draw: Draw) -> EncodedPair:
         key = (draw.pair, draw.caption, draw.reference_set)
@@ -277,29 +230,3 @@ class BatchLoader:
 def _num_bytes(pair: EncodedPair) -> int:
     weights = () if pair.loss_weights is None else (pair.loss_weights,)
     return sum(each.nbytes for each in (pair.target_latents, pair.prompt_embeds, *pair.reference_latents, *weights))
-
-
-def collate(draws: tuple[Draw, ...], pairs: Sequence[EncodedPair]) -> Batch:
-    """Stack pairs of equal shapes into one batch. Pads shorter prompts at the end and masks the padding."""
-    condition = Condition(
-        tuple(torch.stack(latents) for latents in zip(*(pair.reference_latents for pair in pairs), strict=True)),
-        *pad_prompts([pair.prompt_embeds for pair in pairs]),
-    )
-    return Batch(draws, torch.stack([pair.target_latents for pair in pairs]), condition, _stacked_weights(pairs))
-
-
-def _stacked_weights(pairs: Sequence[EncodedPair]) -> Tensor | None:
-    """Stacked loss weights, with 1 everywhere for pairs without a mask; None if no pair has one."""
-    if all(pair.loss_weights is None for pair in pairs):
-        return None
-    ones = torch.ones(1, *pairs[0].target_latents.shape[1:])
-    return torch.stack([ones if pair.loss_weights is None else pair.loss_weights for pair in pairs])
-
-
-def pad_prompts(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Padded embeddings [B, L, D] and their mask [B, L], which is None if all prompts have equal length."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    padded = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)
-    if bool((lengths == lengths[0]).all()):
-        return padded, None
-    return padded, torch.arange(padded.shape[1]) < lengths[:, None]

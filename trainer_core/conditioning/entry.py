@@ -77,7 +77,7 @@ class EncodedEntry:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of all latents. Pairs share a batch only if these are equal."""
+        """The shapes of all latents: the target's, then the references'."""
         return (self.shape, *self.reference_shapes)
 
     def cached(self) -> Iterator[tuple[str, str]]:

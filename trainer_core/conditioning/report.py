@@ -31,11 +31,6 @@ def encoding_report(encoded: EncodedDataset) -> str:
     sizes = Counter(entry.shape for entry in encoded.pairs)
     for (_, height, width), count in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         lines.append(f"  {width * VAE_FACTOR} x {height * VAE_FACTOR}: {count}")
-    lonely = sum(count == 1 for count in sizes.values())
-    if lonely:
-        lines.append(
-            f"Sizes with a single pair: {lonely}. They are trained too, but never share a batch with another pair."
-        )
     targets_and_references = Counter(
         _Sizes(_pixels(entry.shapes[0]), _pixels(shape)) for entry in encoded.pairs for shape in entry.shapes[1:]
     )

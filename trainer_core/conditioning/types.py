@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..qwen_image.types import Condition
+
 
 class ReferenceFile(NamedTuple):
     """A reference that is encoded on the fly: its path, the file's SHA-256, and its view (see View.from_json)."""
@@ -29,3 +31,8 @@ class EncodedPair:
     reference_latents: tuple[Tensor, ...]
     prompt_embeds: Tensor
     loss_weights: Tensor | None = None
+
+    def condition(self, prompt: Tensor | None = None) -> Condition:
+        """The transformer's inputs besides the noisy latents, with this prompt [L, D] in place of the pair's."""
+        embeds = self.prompt_embeds if prompt is None else prompt
+        return Condition(tuple(latents.unsqueeze(0) for latents in self.reference_latents), embeds.unsqueeze(0))

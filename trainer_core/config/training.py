@@ -277,9 +277,7 @@ class RolloutConfig(Settings):
 class BatchingConfig(Settings):
     """How many pairs form a step."""
 
-    train_batch_size: int = setting(
-        1, "Pairs per forward pass. Only pairs of equal shape are batched.", Limits(min=1, soft_max=256)
-    )
+    train_batch_size: int = setting(1, "Pairs per forward pass, of any sizes.", Limits(min=1, soft_max=256))
     gradient_accumulation_steps: int = setting(4, "Forward passes per optimizer step.", Limits(min=1, soft_max=1024))
     caption_dropout_probability: float = setting(
         0.0,

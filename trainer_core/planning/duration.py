@@ -219,17 +219,17 @@ def _duration(
 
 
 def _micro_batch(config: TrainConfig, network: NetworkSize, work: Workload, speed: Speed) -> float:
-    """Mean seconds of a micro-batch: an epoch's pairs of all sizes, by the number of its micro-batches."""
-    largest = Passes(work.train.image_tokens, work.train.text_tokens, work.batch)
-    forwards = _rollout_forwards(config.rollout, config.max_train_steps)
-    seconds, batches = 0.0, 0
+    """Mean seconds of a micro-batch, from an epoch's pairs of all sizes."""
+    largest = Passes(work.train.image_tokens, work.train.text_tokens, 1)
+    forwards, together = _rollout_forwards(config.rollout, config.max_train_steps), config.batching.train_batch_size
+    seconds, turns = 0.0, 0
     for pairs in work.training or (largest,):
-        tokens, number = pairs.image + pairs.text, -(-pairs.count // config.batching.train_batch_size)
-        each = training_seconds(config, network, speed, tokens, pairs.count / number)
+        tokens = pairs.image + pairs.text
+        each = training_seconds(config, network, speed, tokens, together)
         each += forwards * forward_seconds(config, network, speed, tokens) if forwards else 0
         seconds += pairs.count * each
-        batches += number
-    return seconds / batches
+        turns += pairs.count
+    return together * seconds / turns
 
 
 def _rollout_forwards(rollout: RolloutConfig, max_train_steps: int) -> float:

@@ -36,8 +36,8 @@ VISION_TOWER, LANGUAGE_MODEL = 5.14e9, 13.05e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSize:
-    """Size of a pair. `target` is in pixels. Pairs of equal `group`, the sizes of all their pictures, can share a
-    batch. `turns`: per epoch, of all pairs that this one stands for."""
+    """Size of a pair. `target` is in pixels, and `group` has the sizes of all its pictures. `turns`: per epoch, of all
+    pairs that this one stands for."""
 
     target: Size
     references: int
@@ -61,7 +61,8 @@ NOTHING = EncodingWork()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """`train`: the largest pair, `batch` of them per micro-batch. `validation`: the largest sampled pair, or None.
+    """`train`: the largest pair; a micro-batch has `batch` pairs of at most its size. `validation`: the largest sampled
+    pair, or None.
     `on_the_fly_pixels`: pixels of the largest reference that is encoded on the fly; 0 if all are in the cache.
     `encoding`: what the cache lacks.
     `training`: tokens of the pairs of each size, and their turns per epoch. `held_out` and `pictures`: tokens and
@@ -224,12 +225,10 @@ def _workload(train: Sequence[PairSize], drawn: Sequence[PairSize], batching: Ba
     turns = Counter[tuple[Size, ...]]()
     for pair in train:
         turns[pair.group] += pair.turns
-    batches = {group: min(batching.train_batch_size, count) for group, count in turns.items()}
-    largest = max(train, key=lambda pair: batches[pair.group] * _all_tokens(pair))
     texts = {pair.group: pair for pair in sorted(train, key=_all_tokens)}  # the longest prompt of each size
     return Workload(
-        train=largest,
-        batch=batches[largest.group],
+        train=max(train, key=_all_tokens),
+        batch=batching.train_batch_size,  # a small data set, or two epochs in a row, can fill a batch with one pair
         validation=max(drawn, key=_all_tokens) if drawn else None,
         training=_passes(dataclasses.replace(pair, turns=turns[group]) for group, pair in texts.items()),
     )

@@ -12,7 +12,7 @@ noise level's embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -183,22 +183,34 @@ def _modulated(x: Tensor, modulation: Tensor, first: int, rows: Tensor | None) -
     """
     normed = functional.layer_norm(x, x.shape[-1:], eps=_EPS)
     shifts, scales = modulation.chunk(6, dim=-1)[first : first + 2]
-    return _by_row(lambda row: normed * (1 + scales[row]) + shifts[row], len(modulation), rows)
+    return _times(normed, 1 + scales, rows) + (shifts if rows is None else shifts[rows])
 
 
 def _plus(x: Tensor, change: Tensor, modulation: Tensor, gate: int, rows: Tensor | None) -> Tensor:
     """x [1, tokens, D] plus a change of the same shape, times the gate in this part of `modulation` [R, 6 D]."""
-    gates = modulation.chunk(6, dim=-1)[gate]
-    return x + _by_row(lambda row: gates[row] * change, len(modulation), rows)
+    return x + _times(change, modulation.chunk(6, dim=-1)[gate], rows)
 
 
-def _by_row(compute: Callable[[int], Tensor], count: int, rows: Tensor | None) -> Tensor:
-    """The result [1, tokens, D] of each token for its row, of `count` rows.
+def _times(x: Tensor, factors: Tensor, rows: Tensor | None) -> Tensor:
+    """x [1, tokens, D] times the factors [R, D] of each token's row."""
+    if rows is None:
+        return x * factors
+    return _TimesRow.apply(x, factors, rows)  # type: ignore[no-untyped-call]
 
-    Choosing between results rather than between scales, shifts or gates keeps no scale, shift or gate per token.
-    """
-    result = compute(0)
-    for row in range(1, count):
-        assert rows is not None
-        result = torch.where((rows == row).unsqueeze(-1), compute(row), result)
-    return result
+
+class _TimesRow(torch.autograd.Function):
+    """Keeps no factors per token for the backward pass, which would be as large as x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, factors, rows)
+        return x * factors[rows]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, factors, rows = ctx.saved_tensors
+        of_factors = None
+        if x is not None:
+            is_row = rows == torch.arange(len(factors), device=rows.device).unsqueeze(1)
+            of_factors = is_row.to(x.dtype) @ (gradients[0] * x).squeeze(0)
+        return gradients[0] * factors[rows], of_factors, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,42 +28,49 @@ def optimise_frozen_forward(transformer: QwenImageTransformer2DModel) -> None:
     transformer.transformer_blocks = nn.ModuleList([*map(EditBlock, blocks), LastBlock(last)])  # type: ignore[arg-type]
 
 
+class PairShape(NamedTuple):
+    """Prompt tokens of a pair, and frames, height and width in tokens of its target and of each reference."""
+
+    prompt: int
+    pictures: tuple[tuple[int, int, int], ...]
+
+    @property
+    def target(self) -> int:
+        """The number of the target's tokens, which are the first of the picture tokens."""
+        return math.prod(self.pictures[0])
+
+    @property
+    def picture(self) -> int:
+        """The number of picture tokens."""
+        return sum(map(math.prod, self.pictures))
+
+
 def predict_tokens(
     transformer: QwenImageTransformer2DModel,
     picture: Tensor,
     sigma_B: Tensor,
     prompt: Tensor,
-    prompt_mask: Tensor | None,
-    shapes: Sequence[tuple[int, int, int]],
+    shapes: tuple[PairShape, ...],
     through: Through | None = None,
 ) -> Tensor:
-    """Predicted velocity [B, n, c] of the n target tokens, from picture tokens [B, L, c] with the target's first.
+    """Predicted velocity [1, n, c] of the targets' tokens of B pairs of these shapes.
+
+    `picture` [1, L, c] and `prompt` [1, T, p] are the tokens of all pairs, one pair after another, as is the result.
 
     If the transformer follows ComfyUI, the sinusoids of sigma [B] (float32) are computed in float32. Otherwise sigma
     and their frequencies are rounded as in diffusers' pipelines. In bfloat16 that changes most of the sinusoids:
     1000 sigma is wrong by up to 4.
 
-    `prompt` is [B, T, p]; its mask [B, T], in host memory, is True for real tokens, which come first. `shapes` are
-    frames, height and width in tokens of the target and of each reference. `through` runs the network, given all that
-    this depends on; None for a plain call.
+    `through` runs the network, given all that this depends on; None for a plain call.
     """
-    batch, tokens = picture.shape[:2]
-    layout = _Layout(
-        prompts=(prompt.shape[1],) * batch if prompt_mask is None else tuple(prompt_mask.sum(dim=1).tolist()),
-        tokens=tokens,
-        targets=math.prod(shapes[0]),
-        is_zero_cond=transformer.zero_cond_t,
-    )
-    if batch > 1 or prompt_mask is not None:
-        prompt = torch.cat([each[:length] for each, length in zip(prompt, layout.prompts, strict=True)]).unsqueeze(0)
-        picture = picture.flatten(0, 1).unsqueeze(0)
-    angles, indices = _angles(transformer, layout, shapes, picture.device), _indices(layout, picture.device)
+    angles, device = _angles(transformer, shapes, picture.device), picture.device
+    indices = _indices(shapes, device, is_zero_cond=transformer.zero_cond_t)
 
     def run(picture: Tensor, sigma_B: Tensor, prompt: Tensor) -> Tensor:
-        return _run(transformer, picture, sigma_B, prompt, angles, indices)
+        return _run(transformer, picture, sigma_B, prompt, shapes, angles, indices)
 
     inputs = picture, sigma_B, prompt
-    return run(*inputs) if through is None else through((layout, tuple(shapes)), run, *inputs)
+    return run(*inputs) if through is None else through((transformer.zero_cond_t, shapes), run, *inputs)
 
 
 def _run(
@@ -71,33 +78,24 @@ def _run(
     picture: Tensor,
     sigma_B: Tensor,
     prompt: Tensor,
+    shapes: tuple[PairShape, ...],
     angles: Tensor,
     indices: _Indices,
 ) -> Tensor:
     """The device's part of `predict_tokens`, which a CUDA graph can hold: nothing here depends on a tensor's values."""
-    batch = len(sigma_B)
     picture, prompt = transformer.img_in(picture), transformer.txt_in(transformer.txt_norm(prompt))
     if not follows_comfyui(transformer):
         sigma_B = rounded_by_pipelines(sigma_B, picture.dtype)
     if transformer.zero_cond_t:  # the references' rows follow those of the targets
         sigma_B = torch.cat([sigma_B, torch.zeros_like(sigma_B)])
     time = transformer.time_text_embed(sigma_B, picture)
-    shared = Shared(time=time, prompt_time=time[:batch], angles=angles, **indices._asdict())
+    shared = Shared(time=time, prompt_time=time[: len(shapes)], angles=angles, **indices._asdict())
     recomputes = torch.is_grad_enabled() and transformer.gradient_checkpointing
     for block in transformer.transformer_blocks:
         again = transformer._gradient_checkpointing_func if recomputes else None
         picture, prompt = again(block, picture, prompt, shared) if again else block(picture, prompt, shared)
-    of_targets = picture.view(batch, -1, picture.shape[-1])
-    return transformer.proj_out(transformer.norm_out(of_targets, time[:batch]))
-
-
-class _Layout(NamedTuple):
-    """Lengths of the prompts, one per pair, and the numbers of picture tokens and of target tokens of each pair."""
-
-    prompts: tuple[int, ...]
-    tokens: int
-    targets: int
-    is_zero_cond: bool
+    of_pairs = zip(picture.split([shape.target for shape in shapes], dim=1), time.split(1), strict=False)
+    return transformer.proj_out(torch.cat([transformer.norm_out(*each) for each in of_pairs], dim=1))
 
 
 class _Indices(NamedTuple):
@@ -110,34 +108,32 @@ class _Indices(NamedTuple):
     last_pairs: tuple[OfPair, ...] | None
 
 
-def _angles(
-    transformer: QwenImageTransformer2DModel,
-    layout: _Layout,
-    shapes: Sequence[tuple[int, int, int]],
-    device: torch.device,
-) -> Tensor:
+def _angles(transformer: QwenImageTransformer2DModel, shapes: tuple[PairShape, ...], device: torch.device) -> Tensor:
     """`Shared.angles`."""
-    of_picture, of_prompt = transformer.pos_embed([list(shapes)], max_txt_seq_len=max(layout.prompts), device=device)
-    of_prompts = (of_prompt[:length] for length in layout.prompts)
-    return torch.view_as_real(torch.cat([*of_prompts, *len(layout.prompts) * [of_picture]]))
+    angles = [
+        transformer.pos_embed([list(shape.pictures)], max_txt_seq_len=shape.prompt, device=device) for shape in shapes
+    ]
+    of_pictures, of_prompts = zip(*angles, strict=True)
+    return torch.view_as_real(torch.cat([*of_prompts, *of_pictures]))
 
 
 @lru_cache(maxsize=_LAYOUTS_HELD)
-def _indices(layout: _Layout, device: torch.device) -> _Indices:
+def _indices(shapes: tuple[PairShape, ...], device: torch.device, *, is_zero_cond: bool) -> _Indices:
     """Which tokens are the targets', which row of the noise level's embedding they use, and which see each other."""
-    batch, targets = len(layout.prompts), torch.arange(layout.tokens) < layout.targets
-    rows = torch.arange(batch).unsqueeze(1) + batch * (layout.is_zero_cond & ~targets)
-    picture_rows = rows.flatten().to(device) if batch > 1 or layout.is_zero_cond else None
-    if batch == 1:
-        return _Indices(slice(0, layout.targets), picture_rows, None, None, None)
-    ends = [0, *accumulate([*layout.prompts, *batch * [layout.tokens]])]
-    pieces = [torch.arange(start, end) for start, end in pairwise(ends)]
-    keys = [torch.cat(of_pair).to(device) for of_pair in zip(pieces[:batch], pieces[batch:], strict=True)]
-    queries = torch.arange(batch * layout.targets, device=device).split(layout.targets)
+    prompts, pictures, targets = zip(*((shape.prompt, shape.picture, shape.target) for shape in shapes), strict=True)
+    count, numbers = len(shapes), torch.arange(len(shapes))
+    is_target = torch.cat([torch.arange(shape.picture) < shape.target for shape in shapes])
+    rows = numbers.repeat_interleave(torch.tensor(pictures)) + count * (is_zero_cond & ~is_target)
+    picture_rows = rows.to(device) if count > 1 or is_zero_cond else None
+    if count == 1:
+        return _Indices(slice(0, targets[0]), picture_rows, None, None, None)
+    pieces = [torch.arange(start, end) for start, end in pairwise([0, *accumulate([*prompts, *pictures])])]
+    keys = [torch.cat(of_pair).to(device) for of_pair in zip(pieces[:count], pieces[count:], strict=True)]
+    queries = torch.arange(sum(targets), device=device).split(targets)
     return _Indices(
-        targets=targets.repeat(batch).nonzero().flatten().to(device),
+        targets=is_target.nonzero().flatten().to(device),
         picture_rows=picture_rows,
-        prompt_rows=torch.arange(batch).repeat_interleave(torch.tensor(layout.prompts)).to(device),
+        prompt_rows=numbers.repeat_interleave(torch.tensor(prompts)).to(device),
         pairs=tuple(OfPair(each, each) for each in keys),
         last_pairs=tuple(map(OfPair, queries, keys)),
     )

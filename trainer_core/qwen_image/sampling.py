@@ -19,7 +19,7 @@ from ..text import brief, shown
 from .folder import read_json
 from .latents import pack, token_shape, unpack
 from .positions import follows_comfyui
-from .transformer import predict_velocity
+from .transformer import predict_velocities, predict_velocity
 from .types import Condition
 
 if TYPE_CHECKING:
@@ -83,29 +83,29 @@ def sigma_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, n
 
 
 def guided_velocity(conditional: Tensor, negative: Tensor, guidance: float) -> Tensor:
-    """Guided velocity [B, C, H, W], rescaled as in Qwen's pipelines: each token keeps the conditional one's norm."""
+    """Guided velocity [1, C, H, W], rescaled as in Qwen's pipelines: each token keeps the conditional one's norm."""
     combined = negative + guidance * (conditional - negative)
     norms = [pack(velocity).norm(dim=-1, keepdim=True) for velocity in (conditional, combined)]
     ratio = (norms[0] / norms[1]).expand(-1, -1, pack(combined).shape[-1])
     return combined * unpack(ratio, *combined.shape[-2:])
 
 
-def guides_together(transformer: QwenImageTransformer2DModel, condition: Condition, latents_BCHW: Tensor) -> bool:
+def guides_together(transformer: QwenImageTransformer2DModel, condition: Condition, latents_1CHW: Tensor) -> bool:
     """Whether guidance's two passes should share a forward pass: on CUDA with uncompiled blocks, with at most
     TOGETHER_TOKENS tokens each, and if memory holds both."""
-    if latents_BCHW.device.type != "cuda" or is_compiled(transformer.transformer_blocks[0]):
+    if latents_1CHW.device.type != "cuda" or is_compiled(transformer.transformer_blocks[0]):
         return False
-    shapes = map(token_shape, (latents_BCHW, *condition.reference_latents))
+    shapes = map(token_shape, (latents_1CHW, *condition.reference_latents))
     tokens = condition.prompt_embeds.shape[1] + sum(rows * columns for _, rows, columns in shapes)
     element_bytes = transformer.proj_out.weight.element_size()
-    needed = 2 * len(latents_BCHW) * tokens * FORWARD_WIDTHS * transformer.inner_dim * element_bytes
-    return tokens <= TOGETHER_TOKENS and needed < _USABLE * free_bytes(latents_BCHW.device)
+    needed = 2 * tokens * FORWARD_WIDTHS * transformer.inner_dim * element_bytes
+    return tokens <= TOGETHER_TOKENS and needed < _USABLE * free_bytes(latents_1CHW.device)
 
 
 @torch.no_grad()
 def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     transformer: QwenImageTransformer2DModel,
-    noise_BCHW: Tensor,
+    noise_1CHW: Tensor,
     condition: Condition,
     *,
     scheduler: FlowMatchEulerDiscreteScheduler,
@@ -116,7 +116,7 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     observer: Observer = SILENT,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Integrate from noise [B, C, H, W] to latents of the same shape (float32).
+    """Integrate from noise [1, C, H, W] to latents of the same shape (float32).
 
     If the transformer follows ComfyUI, guidance and latents are computed in float32, as ComfyUI's samplers do.
     Otherwise they are computed and rounded in the network's dtype, as in diffusers' pipelines.
@@ -128,27 +128,26 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     Raises:
         Interrupted: the observer wants to stop.
     """
-    _, rows, columns = token_shape(noise_BCHW)
+    _, rows, columns = token_shape(noise_1CHW)
     schedule = sigma_schedule(scheduler, num_steps, rows * columns)
     dtype = torch.float32 if follows_comfyui(transformer) else transformer.proj_out.weight.dtype
-    lengths, sigmas = (each.to(noise_BCHW.device) for each in (schedule.diff(), schedule))
+    lengths, sigmas = (each.to(noise_1CHW.device) for each in (schedule.diff(), schedule))
     negative = negative if guidance > 1 else None
     if together is None:
-        together = guides_together(transformer, condition, noise_BCHW)
-    both = condition.beside(negative) if negative is not None and together else None
-    latents = noise_BCHW.to(dtype)
+        together = guides_together(transformer, condition, noise_1CHW)
+    conditions = (condition,) if negative is None else (condition, negative)
+    together = together and len(conditions) == 2
+    latents = noise_1CHW.to(dtype)
     for index in range(num_steps):
         raise_if_stopped(observer)
-        sigma, velocities = sigmas[index].expand(len(latents)), None
-        if both is not None:
+        sigma, velocities = sigmas[index].expand(1), None
+        if together:
             try:
-                twice = predict_velocity(transformer, torch.cat([latents, latents]), torch.cat([sigma, sigma]), both)
-                velocities = twice.chunk(2)
+                velocities = predict_velocities(transformer, (latents, latents), sigma.expand(2), conditions)
             except torch.OutOfMemoryError:
-                both = None  # one after the other from now on
+                together = False  # one after the other from now on
         if velocities is None:
-            conditions = (condition,) if negative is None else (condition, negative)
-            velocities = tuple(predict_velocity(transformer, latents, sigma, each) for each in conditions)
+            velocities = [predict_velocity(transformer, latents, sigma, each) for each in conditions]
         first, *others = (each.to(dtype) for each in velocities)
         velocity = guided_velocity(first, *others, guidance) if others else first
         latents = (latents.float() + lengths[index] * velocity).to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..events import SILENT, Observer
 from ..precision.materialise import Placement, materialise
 from .base_model import BaseModel, compute_dtype
-from .frozen_forward import Through, predict_tokens
+from .frozen_forward import PairShape, Through, predict_tokens
 from .latents import pack, pad_to_patches, token_shape, unpack
 from .quantised_entry import quantised_entry
 from .types import Condition
@@ -53,25 +53,40 @@ def load_transformer(
 
 
 def predict_velocity(
-    transformer: QwenImageTransformer2DModel,
-    latents_BCHW: Tensor,
-    sigma_B: Tensor,
-    condition: Condition,
-    through: Through | None = None,
+    transformer: QwenImageTransformer2DModel, latents_1CHW: Tensor, sigma_1: Tensor, condition: Condition
 ) -> Tensor:
-    """Predict the velocity [B, C, H, W] (noise minus latents) at noise level sigma [B] in 0..1.
+    """`predict_velocities` of a single pair: [1, C, H, W] at noise level sigma [1]."""
+    (velocity,) = predict_velocities(transformer, [latents_1CHW], sigma_1, [condition])
+    return velocity
 
-    Tokens are [target, reference 1, reference 2, ...], as in diffusers' edit pipelines; only the target's predictions
-    are returned. Computes in the transformer's dtype, as at inference, and in the caller's grad mode. `through` is that
-    of `predict_tokens`.
+
+def predict_velocities(
+    transformer: QwenImageTransformer2DModel,
+    latents: Sequence[Tensor],
+    sigma_B: Tensor,
+    conditions: Sequence[Condition],
+    through: Through | None = None,
+) -> list[Tensor]:
+    """Predict the velocities (noise minus latents) of B pairs of any sizes, at noise levels sigma [B] in 0..1.
+
+    Latents and velocities are [1, C, H, W] each. A pair's picture tokens are [target, reference 1, reference 2, ...],
+    as in diffusers' edit pipelines. All pairs' tokens stand side by side without padding, and no pair sees another.
+    Computes in the transformer's dtype, as at inference, and in the caller's grad mode. `through` is that of
+    `predict_tokens`.
     """
-    height, width = latents_BCHW.shape[-2:]
-    tokens = pack(latents_BCHW)
-    references = [pad_to_patches(reference) for reference in condition.reference_latents]
-    shapes = [token_shape(latents) for latents in (latents_BCHW, *references)]
+    pictures = [
+        [target, *map(pad_to_patches, condition.reference_latents)]
+        for target, condition in zip(latents, conditions, strict=True)
+    ]
     dtype = transformer.proj_out.weight.dtype
-    picture, prompt = torch.cat([tokens, *map(pack, references)], dim=1).to(dtype), condition.prompt_embeds.to(dtype)
+    picture = torch.cat([pack(each) for pair in pictures for each in pair], dim=1).to(dtype)
+    prompt = torch.cat([condition.prompt_embeds for condition in conditions], dim=1).to(dtype)
     if torch.is_grad_enabled():  # so that all blocks are alike to the compiler and to recomputation
         picture, prompt = (each.detach().requires_grad_() for each in (picture, prompt))
-    prediction = predict_tokens(transformer, picture, sigma_B.float(), prompt, condition.prompt_mask, shapes, through)
-    return unpack(prediction, height, width)
+    shapes = tuple(
+        PairShape(condition.prompt_embeds.shape[1], tuple(map(token_shape, pair)))
+        for condition, pair in zip(conditions, pictures, strict=True)
+    )
+    predicted = predict_tokens(transformer, picture, sigma_B.float(), prompt, shapes, through)
+    of_pairs = predicted.split([shape.target for shape in shapes], dim=1)
+    return [unpack(tokens, *each.shape[-2:]) for tokens, each in zip(of_pairs, latents, strict=True)]

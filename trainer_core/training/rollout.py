@@ -18,7 +18,6 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,18 +32,16 @@ OFFSETS = 1000  # the noise range in units of the offset
 HIGHEST = 1 - 1 / OFFSETS  # highest start of a rollout: multistep samplers divide by 1 - sigma
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # velocity at latents [1, C, H, W] and noise level [1]
-PairVelocity = Callable[[int, Tensor, Tensor], Tensor]  # the same, for the pair in this row of the batch
 
 
 @dataclass(frozen=True, slots=True)
 class RolledOut:
-    """A micro-batch's training input. The pairs in `rows` were rolled out, with `forwards` forward passes in all.
+    """A pair's training input. It was rolled out in `forwards` forward passes, or not if that is 0.
 
-    `exact_velocity` [rows, C, H, W] is the prediction at their points on the line; None unless ReflexFlow needs it.
+    `exact_velocity` [1, C, H, W] is the prediction at its point on the line; None unless ReflexFlow needs it.
     """
 
     noisy: NoisyLatents
-    rows: tuple[int, ...] = ()
     exact_velocity: Tensor | None = None
     forwards: int = 0
 
@@ -87,28 +84,28 @@ def rollout_sigmas(sigma: float, offset: int) -> list[float]:
 
 
 @torch.no_grad()
-def roll_out(velocity: PairVelocity, noisy: NoisyLatents, offsets: Sequence[int], rollout: RolloutConfig) -> RolledOut:
-    """Replace the latents of pairs with a non-zero offset by latents that the model samples."""
-    latents, rows, exact, forwards = noisy.latents.clone(), [], [], 0
+def roll_out(velocity: Velocity, noisy: NoisyLatents, offset: int, rollout: RolloutConfig) -> RolledOut:
+    """Replace a pair's latents by latents that the model samples, from `offset` thousandths of the noise range higher.
 
-    def counted(row: int, point: Tensor, sigma: Tensor) -> Tensor:
+    With offset 0 they stay.
+    """
+    sigma = float(noisy.sigma) if offset else 0.0
+    sigmas = rollout_sigmas(sigma, offset)
+    if len(sigmas) == 1:
+        return RolledOut(noisy)
+    forwards, exact = 0, None
+
+    def counted(point: Tensor, level: Tensor) -> Tensor:
         nonlocal forwards
         forwards += 1
-        return velocity(row, point, sigma).float()
+        return velocity(point, level).float()
 
-    for row, (sigma, offset) in enumerate(zip(noisy.sigma.tolist(), offsets, strict=True)):
-        sigmas = rollout_sigmas(sigma, offset)
-        if len(sigmas) == 1:
-            continue
-        point, line = noisy.latents[row : row + 1], noisy.target_velocity[row : row + 1]
-        if rollout.scheduled_sampling_reflexflow and rollout.scheduled_sampling_reflexflow_alpha > 0:
-            exact.append(counted(row, point, noisy.sigma[row : row + 1]))
-        begin = point + (sigmas[0] - sigma) * line
-        sampler, order = rollout.scheduled_sampling_sampler, rollout.scheduled_sampling_order
-        latents[row] = integrate(partial(counted, row), begin, sigmas, sampler, order)[0]
-        rows.append(row)
-    sampled = NoisyLatents(latents, noisy.sigma, noisy.target_velocity)
-    return RolledOut(sampled, tuple(rows), torch.cat(exact) if exact else None, forwards)
+    if rollout.scheduled_sampling_reflexflow and rollout.scheduled_sampling_reflexflow_alpha > 0:
+        exact = counted(noisy.latents, noisy.sigma)
+    begin = noisy.latents + (sigmas[0] - sigma) * noisy.target_velocity
+    sampler, order = rollout.scheduled_sampling_sampler, rollout.scheduled_sampling_order
+    sampled = integrate(counted, begin, sigmas, sampler, order)
+    return RolledOut(NoisyLatents(sampled, noisy.sigma, noisy.target_velocity), exact, forwards)
 
 
 def integrate(
@@ -175,28 +172,22 @@ def reflexflow_loss(
     penalty: Penalty,
     rollout: RolloutConfig,
 ) -> Tensor:
-    """Loss per pair [B]: ReflexFlow's for rolled-out pairs, else the usual one. `latents` are the target pictures'."""
-    target, rows = rolled.noisy.target_velocity, list(rolled.rows)
+    """ReflexFlow's loss [1] of a rolled-out pair. `latents` are the target picture's."""
     counted = compensation(velocity.detach(), rolled, rollout.scheduled_sampling_reflexflow_alpha)
     counted = counted if weights is None else counted * weights
-    loss = velocity_loss(velocity, target, counted, penalty)
-    displacement = rolled.noisy.latents[rows] - latents[rows]
-    turned = direction_error(velocity[rows], displacement, None if weights is None else weights[rows])
+    loss = velocity_loss(velocity, rolled.noisy.target_velocity, counted, penalty)
+    turned = direction_error(velocity, rolled.noisy.latents - latents, weights)
     beta1, beta2 = rollout.scheduled_sampling_reflexflow_beta1, rollout.scheduled_sampling_reflexflow_beta2
-    loss[rows] = beta2 * loss[rows] + beta1 * turned
-    return loss
+    return beta2 * loss + beta1 * turned
 
 
 def compensation(velocity: Tensor, rolled: RolledOut, alpha: float) -> Tensor:
-    """Weights [B, C, H, W] of mean 1, larger where the rollout has changed the prediction."""
-    weights = torch.ones(velocity.shape, device=velocity.device)
+    """Weights [1, C, H, W] of mean 1, larger where the rollout has changed the prediction."""
     if rolled.exact_velocity is None:
-        return weights
-    rows = list(rolled.rows)
-    change = (rolled.exact_velocity - velocity[rows].float()).abs()
+        return torch.ones(velocity.shape, device=velocity.device)
+    change = (rolled.exact_velocity - velocity.float()).abs()
     mean = change.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
-    weights[rows] = (1 + alpha * change / mean) / (1 + alpha * (change.mean(dim=(1, 2, 3), keepdim=True) / mean))
-    return weights
+    return (1 + alpha * change / mean) / (1 + alpha * (change.mean(dim=(1, 2, 3), keepdim=True) / mean))
 
 
 def direction_error(velocity: Tensor, displacement: Tensor, weights: Tensor | None = None) -> Tensor:

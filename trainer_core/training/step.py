@@ -17,6 +17,7 @@ from ..adapters.inject import inject_lora, without_dropout
 from ..adapters.master_weights import MasterWeights, master_weights
 from ..adapters.plan import AdapterPlan
 from ..conditioning.batches import Batch, BatchLoader, Draw
+from ..conditioning.types import EncodedPair
 from ..config import Preprocessing, TrainConfig
 from ..device import peak_bytes, pick_device
 from ..errors import Interrupted, NonFiniteLossError
@@ -27,8 +28,8 @@ from ..memory.placement import apply_memory, blocks_on_host, stream_blocks
 from ..memory.step_graphs import StepGraphs
 from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.positions import follow_comfyui
-from ..qwen_image.transformer import load_transformer, predict_velocity
-from ..qwen_image.types import Condition, NoisyLatents
+from ..qwen_image.transformer import load_transformer, predict_velocities, predict_velocity
+from ..qwen_image.types import Condition
 from ..rng import seeded_globally
 from .edit_weight import combined_weights
 from .ema import average_in_place, start_ema, update_ema
@@ -223,11 +224,9 @@ def _passes(networks: Networks, batch: Batch, step_turns: range, done: int, conf
     Nothing of autograd's graph outlives the call. The next micro-batch may be captured on another stream, and must not
     find nodes of the weights that autograd made on this one.
     """
-    loss, rolled = _pair_losses(networks, batch, step_turns, done, config)
-    (loss.sum() / len(step_turns)).backward()
-    forwards = torch.zeros_like(rolled.noisy.sigma)
-    forwards[0] = rolled.forwards  # the micro-batch's total; only the sum over all pairs is used
-    return torch.stack([loss.detach(), rolled.noisy.sigma, forwards])
+    losses, numbers = _pair_losses(networks, batch, step_turns, done, config)
+    (losses.sum() / len(step_turns)).backward()
+    return torch.cat([losses.detach().unsqueeze(0), numbers])
 
 
 def attempt(networks: Networks, compute: Callable[[], T]) -> T:
@@ -247,40 +246,63 @@ def rehearse(networks: Networks, batch: Batch, config: TrainConfig) -> dict[str,
     return gradients
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Input:
+    """A pair's part of a micro-batch on the device. `weights` are its loss weights, None if all are 1."""
+
+    latents: Tensor
+    condition: Condition
+    weights: Tensor | None
+    rolled: RolledOut
+
+
 def _pair_losses(
     networks: Networks, batch: Batch, step_turns: range, done: int, config: TrainConfig
-) -> tuple[Tensor, RolledOut]:
-    """Loss [B] of a micro-batch's pairs, and the network's input."""
-    latents = batch.target_latents.to(networks.device, non_blocking=True)
-    indices = [draw.index for draw in batch.draws]
-    noisy = add_noise(latents, config.noise, config.seed, indices, step_turns)
-    condition = batch.condition.to(networks.device)
-    rolled = _rolled_out(networks, noisy, condition, draw_offsets(config.rollout, done, config.seed, indices), config)
-    noisy = rolled.noisy
-    with _dropout(config, indices[0], networks.device):
-        velocity = predict_velocity(networks.transformer, noisy.latents, noisy.sigma, condition, networks.graphs)
-    weights = None if batch.loss_weights is None else batch.loss_weights.to(networks.device, non_blocking=True)
+) -> tuple[Tensor, Tensor]:
+    """Losses [pairs] of a micro-batch, and its pairs' noise levels and extra forward passes (rollouts) [2, pairs]."""
+    inputs = [
+        _input(networks, pair, draw.index, step_turns, done, config)
+        for draw, pair in zip(batch.draws, batch.pairs, strict=True)
+    ]
+    latents, sigmas = zip(*((each.rolled.noisy.latents, each.rolled.noisy.sigma) for each in inputs), strict=True)
+    sigma = torch.cat(sigmas)
+    with _dropout(config, batch.draws[0].index, networks.device):
+        conditions = [each.condition for each in inputs]
+        velocities = predict_velocities(networks.transformer, latents, sigma, conditions, networks.graphs)
+    losses = [_loss(velocity, each, config) for velocity, each in zip(velocities, inputs, strict=True)]
+    forwards = torch.zeros_like(sigma)
+    forwards[0] = sum(each.rolled.forwards for each in inputs)  # only the sum over all pairs is used
+    return torch.cat(losses), torch.stack([sigma, forwards])
+
+
+def _input(
+    networks: Networks, pair: EncodedPair, index: int, step_turns: range, done: int, config: TrainConfig
+) -> _Input:
+    """Draw noise for a pair's turn, and roll it out, using the current weights without dropout."""
+    latents = pair.target_latents.unsqueeze(0).to(networks.device, non_blocking=True)
+    condition = pair.condition().to(networks.device)
+    weights = None if pair.loss_weights is None else pair.loss_weights.unsqueeze(0).to(networks.device)
+    noisy = add_noise(latents, config.noise, config.seed, [index], step_turns)
+    (offset,) = draw_offsets(config.rollout, done, config.seed, [index])
+
+    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+        return predict_velocity(networks.transformer, latents, sigma, condition)
+
+    with without_dropout(networks.transformer) if offset else nullcontext():
+        rolled = roll_out(velocity, noisy, offset, config.rollout)
     weights = combined_weights(latents, condition.reference_latents, weights, config.noise.edit_weight)
+    return _Input(latents, condition, weights, rolled)
+
+
+def _loss(velocity: Tensor, pair: _Input, config: TrainConfig) -> Tensor:
+    """The loss [1] of a pair's predicted velocity."""
+    noisy, weights = pair.rolled.noisy, pair.weights
     penalty = penalty_at(noisy.sigma, config.noise)
-    if rolled.rows and config.rollout.scheduled_sampling_reflexflow:
-        loss = reflexflow_loss(velocity, latents, rolled, weights=weights, penalty=penalty, rollout=config.rollout)
-    else:
-        loss = velocity_loss(velocity, noisy.target_velocity, weights, penalty)
-    return loss, rolled
-
-
-def _rolled_out(
-    networks: Networks, noisy: NoisyLatents, condition: Condition, offsets: Sequence[int], config: TrainConfig
-) -> RolledOut:
-    """Roll out the pairs with a non-zero offset, using the current weights without dropout."""
-    if not any(offsets):
-        return RolledOut(noisy)
-
-    def velocity(row: int, latents: Tensor, sigma: Tensor) -> Tensor:
-        return predict_velocity(networks.transformer, latents, sigma, condition.of_pair(row))
-
-    with without_dropout(networks.transformer):
-        return roll_out(velocity, noisy, offsets, config.rollout)
+    if not (pair.rolled.forwards and config.rollout.scheduled_sampling_reflexflow):
+        return velocity_loss(velocity, noisy.target_velocity, weights, penalty)
+    return reflexflow_loss(
+        velocity, pair.latents, pair.rolled, weights=weights, penalty=penalty, rollout=config.rollout
+    )
 
 
 def _dropout(config: TrainConfig, index: int, device: torch.device) -> AbstractContextManager[None]:

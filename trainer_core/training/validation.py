@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from ..adapters.inject import without_dropout, without_lora
-from ..conditioning.batches import pad_prompts
 from ..conditioning.encoded import EncodedDataset
-from ..conditioning.types import EncodedPair
 from ..config import ValidationConfig, digest
 from ..device import release_memory
 from ..events import Observer, SampleReport, raise_if_stopped
 from ..qwen_image.base_model import BaseModel
 from ..qwen_image.sampling import load_scheduler, sample_latents
 from ..qwen_image.transformer import predict_velocity
-from ..qwen_image.types import Condition
 from ..qwen_image.vae import load_vae
 from ..rng import stream
 from .ema import Weights
@@ -71,7 +68,7 @@ class Validator:
             for entry in self._encoded.validation_pairs:
                 pair = self._encoded.load(entry)
                 target = pair.target_latents.unsqueeze(0).to(device)
-                condition = _condition(pair, pair.prompt_embeds, device)
+                condition = pair.condition().to(device)
                 weights = None if pair.loss_weights is None else pair.loss_weights.unsqueeze(0).to(device)
                 noise = self._noise("validation-loss", entry.key, entry.shape, device)
                 for sigma in sigmas.split(1):
@@ -141,11 +138,11 @@ class Validator:
         latents = sample_latents(
             transformer,
             self._noise("validation", _noise_index(shot), shot.latents_shape, device),
-            _condition(pair, prompt, device),
+            pair.condition(prompt).to(device),
             scheduler=self._scheduler,
             num_steps=steps,
             guidance=self._config.validation_guidance,
-            negative=_condition(pair, negative, device),
+            negative=pair.condition(negative).to(device),
             observer=observer,
             on_step=lambda done: observer.on_progress(
                 "Drawing validation pictures", number * steps + done, total * steps
@@ -176,9 +173,3 @@ class Validator:
 def _noise_index(shot: Shot) -> str:
     """What a shot's noise depends on besides the seed: the pair, and the size if it isn't the pair's own."""
     return shot.entry.key + ("" if shot.at_own_size else f"\x00{shot.size.width}x{shot.size.height}")
-
-
-def _condition(pair: EncodedPair, prompt: Tensor, device: torch.device) -> Condition:
-    """The pair's references with a prompt [L, D], as a batch of 1."""
-    references = tuple(latents.unsqueeze(0) for latents in pair.reference_latents)
-    return Condition(references, *pad_prompts([prompt])).to(device)
