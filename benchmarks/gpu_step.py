@@ -6,8 +6,8 @@ One row per setting. `ours` is the trainer's step. `plain` is the baseline: the 
 diffusers and peft, with autocast, their checkpointing and the layers of quanto and bitsandbytes. Weights are drawn and
 quantised block by block, so the whole network is in bf16 only if that is the chosen precision. Each `--memory` is a
 comma-separated list: `full` or `none` (gradient checkpointing of all or no blocks), `blocks=40`, `stream=60`,
-`buffers=3`, `offload`, `compile`. Seconds are the median of the timed steps, TFLOP/s come from `flops`, and peak bytes
-from torch's allocator.
+`buffers=3`, `offload`, `compile`, `8bit` (`matmul_precision`). Seconds are the median of the timed steps, TFLOP/s come
+from `flops`, and peak bytes from torch's allocator.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def choose_products(
     choice = kept_choice(prepared.config.model, run)
     if choice == "auto":
         is_able = all(able for (able,) in ranks.all_gather_ints([_is_able(networks.device)]))
-        wants = is_able and ranks.leads and _wants_8_bits(prepared, networks, loader, layers)
+        with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
+            wants = is_able and ranks.leads and _wants_8_bits(prepared, networks, loader, layers)
         choice = "8bit" if ranks.all_gather_ints([wants])[0][0] else "bf16"
     set_products(networks.transformer, networks.device, in_8_bits=choice == "8bit")
     run.write_state(**{_SETTING: choice})
@@ -107,10 +108,9 @@ def _wants_8_bits(prepared: Preparation, networks: Networks, loader: BatchLoader
     batch, gradients = loader.read(largest_draws(prepared.encoded, prepared.work)), list[dict[str, Tensor]]()
     for in_8_bits in (False, True):
         set_products(networks.transformer, networks.device, in_8_bits=in_8_bits)
-        with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
-            found = rehearse(networks, batch, prepared.config)
-            gradients.append({name: each.cpu() for name, each in found.items()})
-            del found
+        found = rehearse(networks, batch, prepared.config)
+        gradients.append({name: each.cpu() for name, each in found.items()})
+        del found  # a second set of gradients may not fit on the device
     alike = likeness(gradients[1], gradients[0])
     is_alike = alike.cosine >= LEAST_COSINE
     _LOG.info(

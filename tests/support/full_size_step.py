@@ -51,7 +51,8 @@ Step = Callable[[Tensor, Condition], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """One measured configuration. `memory` is a list such as "blocks=20,stream=10,offload"; `side` is in pixels.
+    """One measured configuration. `memory` is a list such as "blocks=20,stream=10,offload"; `side` is in pixels. The
+    list may also have 8bit, for `matmul_precision`.
 
     With `rollout`, a forward pass without gradients of each pair comes first. The prompts of a batch are padded.
     """
@@ -69,7 +70,6 @@ class Setting:
     flavour: str = "edit-v2"
     arithmetic: str = "bf16"  # mixed_precision; "no" is float32
     quantised_inputs: bool = False
-    products: str = "bf16"  # matmul_precision
     ema: bool = False
     rollout: bool = False
     micro_batches: int = 1  # per step
@@ -89,7 +89,7 @@ class Setting:
         )
         model: dict[str, Any] = {"base_model_precision": self.precision, "mixed_precision": self.arithmetic}
         model |= {"flavour": self.flavour, "quantize_activations": self.quantised_inputs}
-        model |= {"matmul_precision": self.products}
+        model |= {"matmul_precision": "8bit" if "8bit" in words else "bf16"}
         lora: dict[str, Any] = {"lora_type": self.adapter, "lora_targets": self.targets}
         return TrainConfig(
             run_dir="-",
@@ -177,7 +177,7 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
     parameters = inject_lora(transformer, plan_adapter(transformer, config.lora), seed=0)
     weights = master_weights(parameters, compute_dtype(config.model))
     transformer.train(setting.dropout > 0)
-    set_products(transformer, device, in_8_bits=setting.products == "8bit")
+    set_products(transformer, device, in_8_bits=config.model.matmul_precision == "8bit")
     apply_memory(transformer, stream, device, config)
     if config.memory.compile_blocks == "on":
         Compilation(list(transformer.transformer_blocks)).start()

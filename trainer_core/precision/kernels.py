@@ -206,7 +206,7 @@ def _seconds(tiles: Tiles, launch: Callable[[Tiles], None]) -> float:
         for _ in range(_TIMES):
             launch(tiles)
         end.record()
-    except triton.OutOfResources:
+    except Exception:  # noqa: BLE001 - whatever the compiler raises; if no tiles work, the product itself raises it
         return float("inf")
     end.synchronize()
     return begin.elapsed_time(end) / 1000 / _TIMES
