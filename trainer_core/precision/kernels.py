@@ -30,19 +30,23 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By compute capability, the best guess first. A program holds `stages` tiles of both operands in shared memory, of
-# which a multiprocessor has 227 KiB (9.0), 163 KiB (8.0) or 99 KiB (8.6, 8.9, 12.0) for one program. The first row of
-# 9.0 was the fastest there at all sizes; the other cards' were not measured, so they are timed against each other.
-_HOPPER = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 128, 8, 3))
-_AMPERE = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 4, 4))
-_SMALL = (Tiles(128, 128, 64, 4, 4), Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 128, 8, 3), Tiles(128, 64, 128, 4, 3))
-_TURING = (Tiles(128, 128, 64, 8, 2), Tiles(64, 128, 64, 4, 2))
+# By compute capability, the best guess first. A program holds tiles of both operands in shared memory, of which a
+# multiprocessor has 227 KiB (9.0), 163 KiB (8.0) or 99 KiB (8.6, 8.9, 12.0) for one program. The first tiles of 9.0
+# were the fastest there for pictures of 2278 and 8422 tokens. Other cards were not measured; the timing decides.
+_FEW = Tiles(64, 64, 128, 4, 4)  # for a prompt, whose few tokens would give most multiprocessors no larger tile
+_HOPPER = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 128, 8, 3), _FEW)
+_AMPERE = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 4, 4), _FEW)
+_SMALL = (
+    Tiles(128, 128, 64, 4, 4),
+    Tiles(128, 256, 64, 8, 3),
+    Tiles(128, 128, 128, 8, 3),
+    Tiles(128, 256, 128, 8, 3),
+    _FEW,
+)
 
 
 def candidates(capability: tuple[int, int]) -> tuple[Tiles, ...]:
     """Tile sizes to try on a card, the best guess first."""
-    if capability < (8, 0):
-        return _TURING
     if capability[0] == 9:
         return _HOPPER
     return _AMPERE if capability == (8, 0) else _SMALL
