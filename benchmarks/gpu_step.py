@@ -6,9 +6,10 @@ One row per setting. `ours` is the trainer's step. `plain` is the baseline: the 
 diffusers and peft, with autocast, their checkpointing and the layers of quanto and bitsandbytes. Weights are drawn and
 quantised block by block, so the whole network is in bf16 only if that is the chosen precision. Each `--memory` is a
 comma-separated list: `full` or `none` (gradient checkpointing of all or no blocks), `blocks=40`, `stream=60`,
-`buffers=3`, `offload`, `attention` (computed again), `compile`, `graph` (CUDA graphs, whose own memory counts as
-reserved, not as allocated). Each `--others` is a list of other fields of Setting, as in step_bytes.py. Seconds are the
-median of the timed steps, TFLOP/s come from `flops`, and peak bytes from torch's allocator.
+`buffers=3`, `offload`, `attention` (computed again), `8bit` (`matmul_precision`), `compile`, `graph` (CUDA graphs,
+whose own memory counts as reserved, not as allocated). Each `--others` is a list of other fields of Setting, as in
+step_bytes.py. Seconds are the median of the timed steps, TFLOP/s come from `flops`, and peak bytes from torch's
+allocator.
 
 A row is named after its setting, for example int8-quanto/1024/full,compile. `--peer` adds the row of another program,
 `--ratio` divides rows, and `--against` compares gradients:

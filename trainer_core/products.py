@@ -80,7 +80,8 @@ def choose_products(
     choice = kept_choice(prepared.config.model, run)
     if choice == "auto":
         is_able = all(able for (able,) in ranks.all_gather_ints([_is_able(networks.device)]))
-        wants = is_able and ranks.leads and _wants_8_bits(prepared, networks, loader, layers)
+        with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
+            wants = is_able and ranks.leads and _wants_8_bits(prepared, networks, loader, layers)
         choice = "8bit" if ranks.all_gather_ints([wants])[0][0] else "bf16"
     set_products(networks.transformer, networks.device, in_8_bits=choice == "8bit")
     run.write_state(**{_SETTING: choice})
@@ -137,11 +138,10 @@ def _rehearsed(prepared: Preparation, networks: Networks, loader: BatchLoader, *
     def once() -> dict[str, Tensor]:
         return {name: each.cpu() for name, each in rehearse(networks, batch, prepared.config).items()}
 
-    with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
-        once()  # libraries choose their kernels in the first
-        began = time.perf_counter()
-        gradients = once()
-        return _Rehearsed(time.perf_counter() - began, gradients)
+    once()  # libraries choose their kernels in the first
+    began = time.perf_counter()
+    gradients = once()
+    return _Rehearsed(time.perf_counter() - began, gradients)
 
 
 def _layer_seconds(networks: Networks, layer: FrozenLinear, rows: int, *, in_8_bits: int) -> float:

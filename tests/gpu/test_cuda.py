@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import get_args
 
@@ -91,6 +92,23 @@ def test_stopped_and_continued(config: TrainConfig, optimizer: str) -> None:
     first = train_lora(broken, StopAfter(5))
     assert 0 < first.steps_done < 8 and first.lora_file is None
     assert equal(lora_tensors(train_lora(broken)), lora_tensors(unbroken))
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb"])
+def test_a_run_with_8_bit_products_takes_the_same_course_after_a_stop(config: TrainConfig, precision: str) -> None:
+    model = {"base_model_precision": precision, "mixed_precision": "bf16"}
+    fast, exact = (elsewhere(config, wish, matmul_precision=wish, **model) for wish in ("8bit", "bf16"))
+    torch.testing.assert_close(torch.tensor(losses(fast)), torch.tensor(losses(exact)), rtol=3e-2, atol=3e-2)
+    broken = elsewhere(fast, "broken")
+    assert train_lora(broken, StopAfter(5)).lora_file is None
+    assert equal(lora_tensors(train_lora(broken)), lora_tensors(train_lora(fast)))
+
+
+def test_auto_decides_and_says_why(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    train_lora(elsewhere(config, "auto", base_model_precision="int8-quanto", mixed_precision="bf16"))
+    said = [message for message in caplog.messages if message.startswith("Quantised layers multiply ")]
+    assert len(said) == 1 and "ms in 8 bits" in said[0]
 
 
 def test_memory_that_cannot_be_locked_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:

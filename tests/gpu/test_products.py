@@ -85,7 +85,7 @@ def of(layer: FrozenLinear) -> tuple[EightBits, torch.dtype, torch.device]:
     return layer.format, layer.weight.dtype, CUDA
 
 
-@pytest.mark.parametrize("tiles", kernels.candidates(torch.cuda.get_device_capability(), 64), ids=str)
+@pytest.mark.parametrize("tiles", kernels.candidates(torch.cuda.get_device_capability()), ids=str)
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(8422, 3072, 3072), (300, 200, 176), (17, 3072, 12288)])
 def test_all_tiles_give_the_same_bits(
     rows: int, columns: int, depth: int, tiles: kernels.Tiles, monkeypatch: pytest.MonkeyPatch

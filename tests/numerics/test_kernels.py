@@ -19,7 +19,7 @@ from trainer_core.precision import kernels
 
 # KiB of shared memory that a program can have, by compute capability
 SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (12, 0): 99}
-CASES = [(card, tiles) for card in SHARED for rows in (64, 4096) for tiles in kernels.candidates(card, rows)]
+CASES = [(card, tiles) for card in SHARED for tiles in kernels.candidates(card)]
 INTERPRETED = """
 import torch
 from trainer_core.precision import eight_bit, kernels

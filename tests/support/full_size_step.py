@@ -54,7 +54,8 @@ Step = Callable[[Tensor, Sequence[Condition]], None]
 @dataclass(frozen=True)
 class Setting:
     """One measured configuration. `memory` is a list such as "blocks=20,offload,attention"; `side` is in pixels. With
-    "graph" in the list, the second step is captured and later ones replay CUDA graphs.
+    "graph" in the list, the second step is captured and later ones replay CUDA graphs. With "8bit", `matmul_precision`
+    is that.
 
     With `rollout`, a forward pass without gradients of each pair comes first.
     """
@@ -72,7 +73,6 @@ class Setting:
     flavour: str = "edit-v2"
     arithmetic: str = "bf16"  # mixed_precision; "no" is float32
     quantised_inputs: bool = False
-    products: str = "bf16"  # matmul_precision
     ema: bool = False
     rollout: bool = False
     micro_batches: int = 1  # per step
@@ -101,7 +101,7 @@ class Setting:
         )
         model: dict[str, Any] = {"base_model_precision": self.precision, "mixed_precision": self.arithmetic}
         model |= {"flavour": self.flavour, "quantize_activations": self.quantised_inputs}
-        model |= {"matmul_precision": self.products}
+        model |= {"matmul_precision": "8bit" if "8bit" in words else "bf16"}
         lora: dict[str, Any] = {"lora_type": self.adapter, "lora_targets": self.targets}
         return TrainConfig(
             run_dir="-",
@@ -244,7 +244,7 @@ def our_step(setting: Setting, layers: int, device: torch.device) -> tuple[Any, 
     parameters = inject_lora(transformer, plan_adapter(transformer, config.lora), seed=0)
     weights = master_weights(parameters, compute_dtype(config.model))
     transformer.train(setting.dropout > 0)
-    set_products(transformer, device, in_8_bits=setting.products == "8bit")
+    set_products(transformer, device, in_8_bits=config.model.matmul_precision == "8bit")
     graphs = StepGraphs(
         weights.masters.values(), CapturePool(device, apply_memory(transformer, stream, device, config))
     )
