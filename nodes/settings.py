@@ -233,8 +233,9 @@ class MemorySettings(Node):
                 *setting_inputs(
                     MemoryConfig,
                     "memory gradient_checkpointing_blocks activation_offload blocks_to_stream stream_buffers "
-                    "compile_blocks vram_gib recompute_attention",
+                    "compile_blocks vram_gib",
                 ),
+                setting_input(MemoryConfig, "recompute_attention", optional=True),
             ],
             outputs=[new_output(sockets.MemorySettings, "memory_settings", _FOR)],
         )

@@ -85,11 +85,8 @@ def step(
     transformer.train(dropout > 0)
     if compiled:
         Compilation(list(transformer.transformer_blocks), dropout=dropout > 0).start()
-    latents, conditions, sigma = [], [], torch.full((pairs,), 0.6, device=there)
-    for number in range(pairs):
-        shapes = (1, 16, 12, 12 - 4 * number), (1, 16, 8, 12), (1, 20 - number, 128)
-        target, *seen, prompt = (torch.randn(shape, generator=draws, device=there) for shape in shapes)
-        latents, conditions = [*latents, target], [*conditions, Condition(tuple(seen), prompt)]
+    latents, conditions = inputs(pairs, draws)
+    sigma = torch.full((pairs,), 0.6, device=there)
 
     def passes() -> Tensor:
         """The velocities of all pairs, flat."""
@@ -109,6 +106,16 @@ def step(
         assert graphs.is_active and len(graphs._graphs) == 1
     gradients = {name: each.grad for name, each in weights.masters.items() if each.grad is not None}
     return Outcome(velocity, gradients, for_file(transformer, weights.masters))
+
+
+def inputs(pairs: int, draws: torch.Generator) -> tuple[list[Tensor], list[Condition]]:
+    """Latents and conditions of pairs of different sizes, on the generator's device."""
+    latents, conditions = [], []
+    for number in range(pairs):
+        shapes = (1, 16, 12, 12 - 4 * number), (1, 16, 8, 12), (1, 20 - number, 128)
+        target, *seen, prompt = (torch.randn(shape, generator=draws, device=draws.device) for shape in shapes)
+        latents, conditions = [*latents, target], [*conditions, Condition(tuple(seen), prompt)]
+    return latents, conditions
 
 
 @functools.cache
