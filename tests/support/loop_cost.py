@@ -33,8 +33,8 @@ from trainer_core.config import (
 from trainer_core.data.pairing import pair_folders
 from trainer_core.events import SilentObserver, StepReport
 from trainer_core.qwen_image.base_model import BaseModel
-from trainer_core.qwen_image.latents import pack, token_shape
-from trainer_core.qwen_image.transformer import load_transformer
+from trainer_core.qwen_image.transformer import load_transformer, predict_velocity
+from trainer_core.qwen_image.types import Condition
 from trainer_core.run import train_lora
 from trainer_core.training.optimizer import optimizer_builder
 
@@ -104,20 +104,12 @@ def bare_step(config: TrainConfig) -> Callable[[], None]:
     optimizer = optimizer_builder(config.optimizer, device)(list(lora.values()))
     encoded = load_encoded(Path(config.encoded))
     pair = encoded.load(encoded.pairs[0])
-    latents, references = pair.target_latents[None], [each[None] for each in pair.reference_latents]
-    noisy, wanted = torch.randn_like(latents), pack(torch.randn_like(latents))
-    arguments: dict[str, Any] = {
-        "hidden_states": torch.cat([pack(each) for each in (noisy, *references)], dim=1),
-        "timestep": torch.tensor([0.5]),
-        "encoder_hidden_states": pair.prompt_embeds[None],
-        "encoder_hidden_states_mask": None,
-        "img_shapes": [[token_shape(each) for each in (latents, *references)]],
-        "return_dict": False,
-    }
+    latents, references = pair.target_latents[None], tuple(each[None] for each in pair.reference_latents)
+    noisy, wanted = torch.randn_like(latents), torch.randn_like(latents)
+    condition, sigma = Condition(references, pair.prompt_embeds[None]), torch.tensor([0.5])
 
     def step() -> None:
-        predicted = transformer(**arguments)[0][:, : wanted.shape[1]]
-        mse_loss(predicted, wanted).backward()
+        mse_loss(predict_velocity(transformer, noisy, sigma, condition), wanted).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
