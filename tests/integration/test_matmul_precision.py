@@ -40,6 +40,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Timed:
     def set_times(exact: float, fast: float) -> None:
         monkeypatch.setattr(products, "_is_able", lambda _: True)
         monkeypatch.setattr(products, "_layer_seconds", lambda *_, in_8_bits: fast if in_8_bits else exact)
+        monkeypatch.setattr(products, "has_room_for_graphs", lambda *_: True)
 
     return set_times
 
@@ -69,6 +70,30 @@ def test_auto_takes_what_is_faster_and_says_why(
     assert choice(slow) == "bf16" and "take 3.00 ms in 8 bits and 2.00 ms in bf16" in caplog.messages[-1]
     assert equal(exact, lora_tensors(train_lora(with_products(config, "bf16", "bf16"))))
     assert not equal(exact, fast)
+
+
+@pytest.mark.parametrize(("has_room", "taken"), [(True, "8bit"), (False, "bf16")])
+def test_steps_that_launch_too_much_must_be_cuda_graphs(
+    has_room: bool,
+    taken: str,
+    config: TrainConfig,
+    timed: Timed,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A layer is faster in 8 bits, but a step without graphs is not."""
+    caplog.set_level(logging.INFO)
+    timed(0.003, 0.002)
+    rehearsed = products._rehearsed
+
+    def slow(*given: object, in_8_bits: bool) -> object:
+        return rehearsed(*given, in_8_bits=in_8_bits)._replace(seconds=0.9 if in_8_bits else 0.6)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(products, "_rehearsed", slow)
+    monkeypatch.setattr(products, "has_room_for_graphs", lambda *_: has_room)
+    train_lora(config)
+    assert choice(config) == taken
+    assert ("a step takes 0.90 s in 8 bits and 0.60 s in bf16" in caplog.text) == (not has_room)
 
 
 def test_auto_stays_with_bf16_if_gradients_change(
