@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..precision.frozen_linear import gradient_only
+from ..precision.frozen_linear import gradient_only, together
 
 
 class LoraLinear(Linear):
@@ -31,11 +33,33 @@ class LoraLinear(Linear):
             return gradient_only(self.base_layer, x)
         return self._plus_change(gradient_only(self.base_layer, x), x)
 
+    @staticmethod
+    def together(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+        """The outputs [..., out] of several layers with the same input: see `precision.frozen_linear`.
+
+        Their factors A are one matrix: x is read once, and its gradients are added up in the product.
+        """
+        downs, sizes = [], []
+        for layer in layers:
+            (name,) = layer.lora_A
+            down = layer.lora_A[name].weight
+            is_plain = isinstance(layer.lora_dropout[name], nn.Identity) and x.dtype == down.dtype
+            if layer.disable_adapters or layer.merged or not is_plain:
+                return [each(x) for each in layers]
+            downs, sizes = [*downs, down], [*sizes, len(down)]
+        results = together([layer.base_layer for layer in layers], x)
+        inner = functional.linear(x, torch.cat(downs)).split(sizes, dim=-1)
+        return [layer._plus_up(result, each) for layer, result, each in zip(layers, results, inner, strict=True)]
+
     def _plus_change(self, result: Tensor, x: Tensor) -> Tensor:
         """`result` [..., out] plus s · B · A · dropout(x), for x [..., in]."""
         (name,) = self.lora_A
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        dropout, scale = self.lora_dropout[name], self.scaling[name]
+        dropout = self.lora_dropout[name]
         dropped = x if isinstance(dropout, nn.Identity) else dropout(x)
-        change = functional.linear(functional.linear(dropped, down), up)
+        return self._plus_up(result, functional.linear(dropped, self.lora_A[name].weight))
+
+    def _plus_up(self, result: Tensor, inner: Tensor) -> Tensor:
+        """`result` [..., out] plus s · B · inner, for inner [..., rank]."""
+        (name,) = self.lora_A
+        change, scale = functional.linear(inner, self.lora_B[name].weight), self.scaling[name]
         return result + (change if scale == 1 else change * scale)

@@ -45,9 +45,9 @@ class Coded(NamedTuple):
     rotation: int = 0
 
 
-def product(x: Tensor, weight: Coded, bias: Tensor | None) -> Tensor:
-    """y [..., out] of x [..., in] and a weight [out, in], in x's dtype."""
-    tokens = quantised(rotated(x, weight.rotation).flatten(0, -2), weight.codes.dtype)
+def product(x: Tensor, weight: Coded, bias: Tensor | None, tokens: Coded | None = None) -> Tensor:
+    """y [..., out] of x [..., in] and a weight [out, in], in x's dtype. `tokens`: the codes of x, if they are known."""
+    tokens = tokens or quantised(rotated(x, weight.rotation).flatten(0, -2), weight.codes.dtype)
     y = _multiplied(tokens, weight.codes, weight.scales, bias, x.dtype, backward=False)
     return y.view(*x.shape[:-1], y.shape[-1])
 

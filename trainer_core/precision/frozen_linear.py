@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import eight_bit
-from .formats import Format, QuantisedWeight
+from .formats import EightBits, Format, QuantisedWeight
 
 _PADDING = (None,) * 6  # a format has at most six tensors
+_FEW = 2  # rows
 
 
 class FrozenLinear(nn.Linear):
@@ -65,12 +66,46 @@ class FrozenLinear(nn.Linear):
         others = _PADDING[len(tensors) :]
         return _Product.apply(x, self.bias, self.format, codes, 0, *tensors, *others)  # type: ignore[no-untyped-call]
 
+    def shares(self, other: nn.Module, x: Tensor) -> bool:
+        """Whether this layer and another one multiply the same 8-bit codes of x."""
+        is_coded = self.codes is not None and x.numel() > eight_bit.FEW_ROWS * self.in_features
+        return is_coded and isinstance(other, FrozenLinear) and self.codes == other.codes and not self.rotation
+
+    @property
+    def rotation(self) -> int:
+        """The rotation of the weight's columns, 0 for none; see StoredWeight."""
+        return self.format.rotation if isinstance(self.format, EightBits) else 0
+
+    def product_of(self, tokens: eight_bit.Coded, x: Tensor) -> Tensor:
+        """y [..., out] of x [..., in] with these codes, without gradients."""
+        assert self.codes is not None
+        tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
+        weight = eight_bit.coded(self.format, tensors, self.codes, x.dtype)  # type: ignore[arg-type]
+        return eight_bit.product(x, weight, self.bias, tokens)
+
     def gradient_only(self, x: Tensor) -> Tensor:
         """See the function of the same name."""
         tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
         codes = self.codes if x.numel() > eight_bit.FEW_ROWS * self.in_features else None
         given = None, self.format, codes, self.out_features
         return _Product.apply(x, *given, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
+
+
+def together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """The outputs [..., out] of several linear layers for the same x [..., in], which may share work.
+
+    Adapters of one kind share a product. Without gradients, 8-bit products share the codes of x; with gradients, the
+    compiler finds that they are the same.
+    """
+    first, *others = layers
+    if own := getattr(type(first), "together", None):
+        return own(layers, x) if all(type(other) is type(first) for other in others) else [each(x) for each in layers]
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    if needs_gradient or not all(isinstance(each, FrozenLinear) and each.shares(first, x) for each in layers):
+        return [each(x) for each in layers]
+    frozen: list[Any] = list(layers)
+    codes = eight_bit.quantised(x.flatten(0, -2), frozen[0].codes)
+    return [each.product_of(codes, x) for each in frozen]
 
 
 def set_products(network: nn.Module, device: torch.device, *, in_8_bits: bool) -> None:
@@ -100,9 +135,17 @@ def product(
     x: Tensor, bias: Tensor | None, form: Format, weight: Sequence[Tensor], codes: torch.dtype | None
 ) -> Tensor:
     """y [..., out] of x [..., in]. `weight` has the format's tensors; the other arguments are those of FrozenLinear."""
+    if codes is None and torch.compiler.is_compiling() and x.numel() <= _FEW * x.shape[-1] and form == EightBits():
+        return _few_rows(x, bias, *weight)
     if codes is None:
         return functional.linear(x, form.dequantise(weight, x.dtype), bias)
     return eight_bit.product(x, eight_bit.coded(form, weight, codes, x.dtype), bias)
+
+
+def _few_rows(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
+    """y [..., out] of one or two rows x [..., in]. Compiled, it reads each code once and writes no dequantised weight."""
+    y = (x.unsqueeze(-2).float() * codes.float()).sum(-1) * scale.flatten()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def input_gradient(gradient: Tensor, form: Format, weight: Sequence[Tensor], codes: torch.dtype | None) -> Tensor:

@@ -9,6 +9,7 @@ never change a result.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -218,10 +219,5 @@ def _seconds(tiles: Tiles, launch: Callable[[Tiles], None]) -> float:
 
 def _on(tensor: Tensor) -> Any:
     """A context in which the tensor's device is the current one: Triton launches there."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else _Nowhere()
-
-
-class _Nowhere:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    is_elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if is_elsewhere else nullcontext()
