@@ -46,6 +46,21 @@ for tokens, weight, scales, added, backward in ((a, b, b_scale, bias, False), (g
         eight_bit.Coded(tokens, a_scale), weight, scales, added, torch.float32, backward=backward
     )
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-2)
+
+from trainer_core.qwen_image import query_key, query_key_kernels
+
+for dtype in (torch.float32, torch.bfloat16):
+    x, gradient = (torch.randn(1, 21, 3, 64, generator=draws).to(dtype) for _ in range(2))
+    weight, angles = torch.rand(64, generator=draws).to(dtype), torch.randn(21, 32, 2, generator=draws)
+    wanted, found = torch.empty_like(x), torch.full_like(x, torch.nan)
+    query_key._plain_forward(x, weight, angles, 1e-6, out=wanted)
+    query_key_kernels.forward(x, weight, angles, 1e-6, out=found)
+    of_x = query_key._plain_backward(gradient, x, weight, angles, 1e-6)
+    rounding = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, wanted, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(
+        query_key_kernels.backward(gradient, x, weight, angles, 1e-6), of_x, rtol=rounding, atol=rounding
+    )
 print("same")
 """
 

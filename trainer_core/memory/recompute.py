@@ -21,16 +21,18 @@ from .offload import HostCopies
 from .streaming import BlockStream
 
 
-class KeptAttention:
+class Kept:
     """What a block's first forward pass leaves for its second one, in the backward pass.
 
-    `tensors` are attention's output and the log-sum-exp of each pair; empty before the first pass, and if attention is
-    to be computed again. `is_second`: the block is in its second pass. Nothing reads its output there, only its
-    gradients count.
+    `attention` has attention's output and the log-sum-exp of each pair; empty before the first pass, and if attention
+    is to be computed again. `modulation` has that of picture and prompt; empty before the first pass, and if it is
+    trained. `is_second`: the block is in its second pass. Nothing reads its output there, only its gradients count.
     """
 
-    def __init__(self, tensors: Sequence[Tensor] = (), *, is_second: bool = False) -> None:
-        self.tensors, self.is_second = tuple(tensors), is_second
+    def __init__(
+        self, attention: Sequence[Tensor] = (), modulation: Sequence[Tensor] = (), *, is_second: bool = False
+    ) -> None:
+        self.attention, self.modulation, self.is_second = tuple(attention), tuple(modulation), is_second
 
 
 class Recomputation:
@@ -85,15 +87,16 @@ class _Recomputed(torch.autograd.Function):
         ctx.random = _RandomState.of(inputs) if how.dropout else None
         ctx.needed = [each.requires_grad for each in inputs]
         ctx.kept = [how.keep(each) for each in inputs]
-        attention = KeptAttention()
+        kept = Kept()
         if how.dropout:
             # With gradients, so that both passes run the same compiled code: another graph may draw in another order.
             with how.held(block, forward=True), torch.enable_grad():
-                outputs = tuple(each.detach() for each in block(*_inputs(inputs, ctx.needed), shared, attention))
+                outputs = tuple(each.detach() for each in block(*_inputs(inputs, ctx.needed), shared, kept))
         else:
             with torch.no_grad():
-                outputs = block(picture, prompt, shared, attention)
-        ctx.attention = [how.keep(each) for each in attention.tensors] if how.keeps_attention else []
+                outputs = block(picture, prompt, shared, kept)
+        ctx.attention = [how.keep(each) for each in kept.attention] if how.keeps_attention else []
+        ctx.modulation = kept.modulation  # a few numbers per pair
         return outputs
 
     @staticmethod
@@ -104,7 +107,7 @@ class _Recomputed(torch.autograd.Function):
         inputs = _inputs([how.fetch(each) for each in reversed(ctx.kept)][::-1], ctx.needed)
         ctx.kept = ctx.attention = None
         # With dropout, the second pass must draw in the order of the first one.
-        kept = KeptAttention(attention, is_second=not how.dropout)
+        kept = Kept(attention, ctx.modulation, is_second=not how.dropout)
         with how.held(ctx.block):
             with torch.enable_grad(), nullcontext() if ctx.random is None else ctx.random.again():
                 outputs = ctx.block(*inputs, ctx.shared, kept)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..memory.recompute import KeptAttention
+from ..memory.recompute import Kept
 from .attention_kernels import Kernel, kernel_for
 
 
@@ -25,7 +25,7 @@ class OfPair(NamedTuple):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, pairs: Sequence[OfPair] | None = None, kept: KeptAttention | None = None
+    query: Tensor, key: Tensor, value: Tensor, pairs: Sequence[OfPair] | None = None, kept: Kept | None = None
 ) -> Tensor:
     """Attention of queries [1, M, H, d] over keys and values [1, N, H, d]: [1, M, H, d]. Each pair sees only itself.
 
@@ -46,15 +46,15 @@ class _Attention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         pairs: Sequence[OfPair] | None,
-        kept: KeptAttention | None,
+        kept: Kept | None,
         kernel: Kernel,
     ) -> Tensor:
-        if kept is not None and kept.tensors:
-            out, *lengths = kept.tensors
+        if kept is not None and kept.attention:
+            out, *lengths = kept.attention
         else:
             out, lengths = _forward(kernel, query, key, value, pairs)
             if kept is not None:
-                kept.tensors = out, *lengths
+                kept.attention = out, *lengths
         ctx.save_for_backward(query, key, value, out, *lengths)
         ctx.pairs, ctx.kernel = pairs, kernel
         return out.view_as(out)

@@ -1,10 +1,10 @@
 """Qwen-Image's double-stream block for frozen weights: equal to diffusers' block, with less work and less memory.
 
 A block holds the layers of diffusers' block under the same names, so weight files and adapters fit both. It takes the
-tokens of several pairs one after another, without padding. Attention stands between its two compiled parts:
+tokens of several pairs one after another, without padding. Attention stands between two compiled parts:
 
-    queries, keys, values = before_attention(picture, prompt)
-    picture, prompt = after_attention(picture, prompt, attention(queries, keys, values))
+    queries, keys, values = before_attention(picture, prompt, modulation)
+    picture, prompt = after_attention(picture, prompt, modulation, attention(queries, keys, values))
 
 Shapes: T prompt tokens and L picture tokens of all pairs, N = T + L, D width, H heads, d head width, R rows of the
 noise level's embedding.
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..memory.recompute import KeptAttention
-from ..precision.frozen_linear import gradient_only
+from ..memory.recompute import Kept
+from ..precision.frozen_linear import gradient_only, together
 from .attention import OfPair, attend
 from .query_key import define_operators, joined
 
@@ -57,6 +57,7 @@ class EditBlock(nn.Module):
 
     # For the compiler: the methods that it compiles, with the dimension of each argument that counts tokens.
     COMPILED: ClassVar[dict[str, tuple[int | None, ...]]] = {
+        "modulation": (None, None),
         "before_attention": (1, 1, None, None, 0, 0, 0),
         "after_attention": (1, 1, 1, None, None, 0, 0, None),
     }
@@ -70,37 +71,48 @@ class EditBlock(nn.Module):
         self.img_mlp, self.txt_mlp = block.img_mlp, block.txt_mlp
 
     def forward(
-        self, picture: Tensor, prompt: Tensor, shared: Shared, kept: KeptAttention | None = None
+        self, picture: Tensor, prompt: Tensor, shared: Shared, kept: Kept | None = None
     ) -> tuple[Tensor, Tensor]:
         """picture [1, L, D] and prompt [1, T, D] after this block."""
-        rows = shared.picture_rows, shared.prompt_rows
-        query, key, value, of_picture, of_prompt = self.before_attention(
-            picture, prompt, shared.time, shared.prompt_time, shared.angles, *rows
-        )
+        modulation, rows = self._modulation(shared, kept), (shared.picture_rows, shared.prompt_rows)
+        query, key, value = self.before_attention(picture, prompt, *modulation, shared.angles, *rows)
         out = attend(query, key, value, shared.pairs, kept)
-        return self.after_attention(
-            picture, prompt, out, of_picture, of_prompt, *rows, kept is not None and kept.is_second
-        )
+        return self.after_attention(picture, prompt, out, *modulation, *rows, kept is not None and kept.is_second)
+
+    def _modulation(self, shared: Shared, kept: Kept | None) -> tuple[Tensor, Tensor]:
+        """`modulation`, or what the first pass kept of it. Its layers are a third of the block's weights."""
+        if kept is not None and kept.modulation:
+            picture, prompt = kept.modulation
+            return picture, prompt
+        picture, prompt = self.modulation(shared.time, shared.prompt_time)
+        weights = (*self.img_mod.parameters(), *self.txt_mod.parameters())
+        if kept is not None and not any(each.requires_grad for each in weights):
+            kept.modulation = picture, prompt
+        return picture, prompt
+
+    def modulation(self, time: Tensor, prompt_time: Tensor) -> tuple[Tensor, Tensor]:
+        """The modulation [R, 6 D] of picture and prompt."""
+        return self.img_mod(time), self.txt_mod(prompt_time)
 
     def before_attention(
         self,
         picture: Tensor,
         prompt: Tensor,
-        time: Tensor,
-        prompt_time: Tensor,
+        modulation: Tensor,
+        prompt_modulation: Tensor,
         angles: Tensor,
         picture_rows: Tensor | None,
         prompt_rows: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values [1, N, H, d], and the modulation [R, 6 D] of picture and prompt."""
-        modulation, prompt_modulation = self.img_mod(time), self.txt_mod(prompt_time)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [1, N, H, d]."""
         picture = _modulated(picture, modulation, 0, picture_rows)
         prompt = _modulated(prompt, prompt_modulation, 0, prompt_rows)
         attn = self.attn
-        query = self._joined("q", attn.add_q_proj(prompt), attn.to_q(picture), angles)
-        key = self._joined("k", attn.add_k_proj(prompt), attn.to_k(picture), angles)
-        value = self._by_head(torch.cat([attn.add_v_proj(prompt), attn.to_v(picture)], dim=1))
-        return query, key, value, modulation, prompt_modulation
+        of_prompt = together((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), prompt)
+        of_picture = together((attn.to_q, attn.to_k, attn.to_v), picture)
+        (queries, keys, values) = zip(of_prompt, of_picture, strict=True)
+        value = self._by_head(torch.cat(values, dim=1))
+        return self._joined("q", *queries, angles), self._joined("k", *keys, angles), value
 
     def after_attention(
         self,
@@ -158,12 +170,13 @@ class LastBlock(EditBlock):
         self.attn.to_add_out, self.txt_mlp = nn.Identity(), nn.Identity()
 
     def forward(
-        self, picture: Tensor, prompt: Tensor, shared: Shared, kept: KeptAttention | None = None
+        self, picture: Tensor, prompt: Tensor, shared: Shared, kept: Kept | None = None
     ) -> tuple[Tensor, Tensor]:
         """The targets' tokens of the picture after this block, and the prompt as it was."""
-        modulation, rows, attn = self.img_mod(shared.time), shared.picture_rows, self.attn
+        (modulation, prompt_modulation), rows = self._modulation(shared, kept), shared.picture_rows
+        attn = self.attn
         inner = _modulated(picture, modulation, 0, rows)
-        inner_prompt = _modulated(prompt, self.txt_mod(shared.prompt_time), 0, shared.prompt_rows)
+        inner_prompt = _modulated(prompt, prompt_modulation, 0, shared.prompt_rows)
         value = self._by_head(torch.cat([attn.add_v_proj(inner_prompt), attn.to_v(inner)], dim=1))
         key = self._joined("k", attn.add_k_proj(inner_prompt), attn.to_k(inner), shared.angles)
         of_targets = attn.to_q(inner[:, shared.targets])

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ def backward(gradient: Tensor, x: Tensor, weight: Tensor, angles: Tensor, eps: f
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], x: Tensor, eps: float) -> None:
     _, tokens, heads, width = x.shape
     if rows := tokens * heads:
-        with torch.cuda.device(x.device):
+        is_elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+        with torch.cuda.device(x.device) if is_elsewhere else nullcontext():
             grid = (triton.cdiv(rows, _HEADS),)
             kernel[grid](*tensors, rows, eps, HEADS=heads, WIDTH=width, BLOCK=_HEADS, num_warps=4)
