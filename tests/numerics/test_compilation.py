@@ -92,8 +92,8 @@ def step(transformer: nn.Module, lora: dict[str, nn.Parameter], size: tuple[int,
 
 @pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb"])
 def test_seven_graphs_serve_all_sizes_with_equal_results(precision: BaseModelPrecision) -> None:
-    """For the modulation and the parts before and after attention one with gradients and one without, and for the second
-    pass of the part after attention one more, because it leaves out a product."""
+    """For the modulation and the parts before and after attention one with gradients and one without. The second pass
+    of the part after attention has one more, because it leaves out a product."""
     transformer, lora, blocks = built(precision, recomputed=1)
     wanted = [step(transformer, lora, size) for size in SIZES]
     blocks.start()

@@ -143,7 +143,7 @@ def product(
 
 
 def _few_rows(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
-    """y [..., out] of one or two rows x [..., in]. Compiled, it reads each code once and writes no dequantised weight."""
+    """y [..., out] of one or two rows x [..., in]. Compiled, it reads each code once and writes no weight."""
     y = (x.unsqueeze(-2).float() * codes.float()).sum(-1) * scale.flatten()
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
