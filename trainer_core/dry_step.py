@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .conditioning.batches import BatchLoader
-from .config import TrainConfig
+from .config import MatmulPrecision, TrainConfig
 from .device import peak_bytes
 from .events import SILENT, Observer
 from .memory.compilation import can_compile, start_compiler
@@ -69,13 +69,19 @@ def _expected_saving(prepared: Preparation, device: torch.device, done: int) -> 
 
 
 def dry_step(
-    prepared: Preparation, networks: Networks, loader: BatchLoader, done: int, observer: Observer = SILENT
+    prepared: Preparation,
+    networks: Networks,
+    loader: BatchLoader,
+    done: int,
+    observer: Observer = SILENT,
+    products: MatmulPrecision = "auto",
 ) -> None:
     """On CUDA, run the largest micro-batch forward and backward, so that too little memory shows up at once.
 
     Tries CUDA graphs if they fit beside ordinary steps. Then compiles the blocks if `compile_blocks` says so; `auto`
     compiles if that takes less time than it saves in the steps after `done`, and keeps compiled blocks only if they fit
-    into memory and are faster. Logs the memory, and tells the observer how long the run takes.
+    into memory and are faster. Logs the memory, and tells the observer how long the run takes. `products`: the run's
+    choice, for the estimates.
 
     Raises:
         OutOfMemoryError: the memory does not suffice.
@@ -83,7 +89,8 @@ def dry_step(
     if networks.device.type != "cuda":
         return
     config = prepared.config
-    run = (config, prepared.model.size, prepared.work)
+    chosen = dataclasses.replace(config, model=dataclasses.replace(config.model, matmul_precision=products))
+    run = (chosen, prepared.model.size, prepared.work)
     draws = largest_draws(prepared.encoded, prepared.work)
 
     def one() -> dict[str, Tensor]:
@@ -104,8 +111,11 @@ def dry_step(
 
     measured, wish = measure(), config.memory.compile_blocks
     left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
-    if left >= _CAPTURING_SECONDS and not observer.should_stop() and has_room_for_graphs(prepared, networks.device):
-        measured = _graphs_if_faster(networks, measure, measured)
+    if left >= _CAPTURING_SECONDS and not observer.should_stop():
+        if reason := no_graphs_because(prepared, networks.device):
+            _LOG.info("Steps run without CUDA graphs, because %s.", reason)
+        else:
+            measured = _graphs_if_faster(networks, measure, measured)
     if wish != "off" and not observer.should_stop():
         left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
         saved = left * _saved_share(compiled_seconds(*run, networks.device), measured.seconds)
@@ -153,6 +163,7 @@ def _compiled_if_right(
     Returns what was measured with the blocks that are kept.
     """
     networks.compilation.start()
+    had_graphs = networks.graphs.is_active
     networks.graphs.forget()
     compiled, reason = measure(), ""
     if wrong := wrong_gradients(compiled.gradients, uncompiled.gradients, dropout=config.lora.lora_dropout > 0):
@@ -164,25 +175,31 @@ def _compiled_if_right(
     if networks.compilation.is_active:  # else they failed or did not fit
         networks.compilation.stop(reason)
     networks.graphs.forget()
+    if had_graphs:  # they may have stopped with the compiled blocks, but worked before
+        networks.graphs.start()
     return uncompiled
 
 
-def has_room_for_graphs(prepared: Preparation, device: torch.device) -> bool:
-    """Whether CUDA graphs can hold all passes, and their memory fits beside that of ordinary steps.
+def no_graphs_because(prepared: Preparation, device: torch.device) -> str:
+    """Why the run's steps can't be CUDA graphs; empty if they can.
 
     Dropout draws new values in every pass. References that are encoded on the fly come from another thread, which
-    measures the free memory: it can't tell what graphs hold.
+    measures the free memory: it can't tell what graphs hold. CUDA's own allocator gives back no memory of graphs when
+    a validation needs it, and runs out of it only while a graph runs.
     """
     config, work = prepared.config, prepared.work
-    if config.lora.lora_dropout > 0 or work.on_the_fly_pixels:
-        return False
+    if config.lora.lora_dropout > 0:
+        return "dropout draws new values in every step"
+    if work.on_the_fly_pixels:
+        return "references are encoded on the fly"
+    if torch.cuda.get_allocator_backend() != "native":
+        return "torch uses CUDA's allocator (start ComfyUI with --disable-cuda-malloc to change that)"
     card = config.memory.vram_gib
     usable = budget_of(device, card).device_bytes + (0 if card > 0 else torch.cuda.memory_allocated(device))
     planned = plan_memory(config, prepared.model.size, work, graphs=True).needed_device_bytes
     if planned > usable:
-        text = "Steps run without CUDA graphs, which would need %.1f GiB of VRAM. %.1f GiB can be used."
-        _LOG.info(text, planned / GIB, usable / GIB)
-    return planned <= usable
+        return f"they would need {planned / GIB:.1f} GiB of VRAM, and {usable / GIB:.1f} GiB can be used"
+    return ""
 
 
 def _graphs_if_faster(networks: Networks, measure: Callable[[], Measured], ordinary: Measured) -> Measured:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .conditioning.batches import BatchLoader
 from .config import MatmulPrecision, ModelConfig
-from .dry_step import has_room_for_graphs
+from .dry_step import no_graphs_because
 from .errors import TrainerError
 from .memory.streaming import weights_on_device
 from .planning.advice import STEP
@@ -42,10 +42,12 @@ class Likeness(NamedTuple):
 def kept_choice(model: ModelConfig, run: RunFolder) -> MatmulPrecision:
     """The numbers that this run multiplies; `auto` if that is not decided yet.
 
-    A run that an older version has begun goes on with bf16.
+    A run that an older version has begun goes on with bf16, and `auto` rounds nothing in a run in float32.
     """
     if model.matmul_precision != "auto":
         return model.matmul_precision
+    if model.mixed_precision == "no":
+        return "bf16"
     known = run.state().get(_SETTING)
     return known if known in ("bf16", "8bit") else "bf16" if run.steps_done() else "auto"
 
@@ -64,8 +66,9 @@ def check_choice(model: ModelConfig, run: RunFolder, device: torch.device) -> No
 
 def choose_products(
     prepared: Preparation, networks: Networks, loader: BatchLoader, run: RunFolder, ranks: Ranks
-) -> None:
+) -> MatmulPrecision:
     """Let the network multiply as `matmul_precision` says. With `auto`, choose once, write it to run.json and log why.
+    Returns the choice.
 
     `auto` takes 8 bits if a layer's products are faster that way at this run's size, and if the adapter's gradients of
     the largest pairs stay alike. Every process of `ranks` gets the leader's choice.
@@ -76,7 +79,7 @@ def choose_products(
     """
     layers = [layer for layer in networks.transformer.modules() if isinstance(layer, FrozenLinear)]
     if not layers:
-        return
+        return "bf16"
     choice = kept_choice(prepared.config.model, run)
     if choice == "auto":
         is_able = all(able for (able,) in ranks.all_gather_ints([_is_able(networks.device)]))
@@ -85,6 +88,7 @@ def choose_products(
         choice = "8bit" if ranks.all_gather_ints([wants])[0][0] else "bf16"
     set_products(networks.transformer, networks.device, in_8_bits=choice == "8bit")
     run.write_state(**{_SETTING: choice})
+    return choice
 
 
 def _is_able(device: torch.device) -> bool:
@@ -108,10 +112,13 @@ def _wants_8_bits(prepared: Preparation, networks: Networks, loader: BatchLoader
         _LOG.info("Quantised layers multiply bf16 numbers: %s in bf16.", times)
         return False
     right, ours = (_rehearsed(prepared, networks, loader, in_8_bits=on) for on in (False, True))
-    if ours.seconds >= right.seconds and not has_room_for_graphs(prepared, networks.device):
-        # 8-bit products launch more kernels. CUDA graphs launch them at once, but this run can't have any.
-        text = "Quantised layers multiply bf16 numbers: a step takes %.2f s in 8 bits and %.2f s in bf16."
-        _LOG.info(text, ours.seconds, right.seconds)
+    if ours.seconds >= right.seconds and (reason := no_graphs_because(prepared, networks.device)):
+        # 8-bit products launch more kernels. CUDA graphs would launch them all at once.
+        text = (
+            "Quantised layers multiply bf16 numbers: a step takes %.2f s in 8 bits and %.2f s in bf16, and it can't be "
+            "a CUDA graph, because %s."
+        )
+        _LOG.info(text, ours.seconds, right.seconds, reason)
         return False
     alike = likeness(ours.gradients, right.gradients)
     is_alike = alike.cosine >= LEAST_COSINE

@@ -176,8 +176,8 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
             encoded, plan, encode_reference=encode_reference, in_background=networks.device.type != "mps"
         ) as loader,
     ):
-        choose_products(prepared, networks, loader, parts.run, parts.ranks)
-        dry_step(prepared, networks, loader, done, parts.observer)
+        products = choose_products(prepared, networks, loader, parts.run, parts.ranks)
+        dry_step(prepared, networks, loader, done, parts.observer, products)
         try:
             while done < config.max_train_steps:
                 during, kept = f"in step {done + 1}", f"The run is saved up to step {done}."

@@ -103,7 +103,7 @@ def test_without_an_estimate_little_is_saved() -> None:
 
 
 def networks_with(weight: nn.Parameter) -> SimpleNamespace:
-    graphs = SimpleNamespace(forget=lambda: None)
+    graphs = SimpleNamespace(forget=lambda: None, is_active=False)
     return SimpleNamespace(compilation=Compilation([]), optimizer=torch.optim.SGD([weight], lr=1), graphs=graphs)
 
 
@@ -140,6 +140,21 @@ def test_compiled_blocks_that_are_right_and_faster_are_kept(
     assert found is (compiled if kept else uncompiled)
     assert networks.compilation.is_active == kept
     assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
+def test_graphs_that_worked_come_back_if_compiled_ones_fail() -> None:
+    """Capturing the compiled passes turned graphs off, and bare compiled steps are slower than uncompiled graphs."""
+    networks = networks_with(nn.Parameter(torch.zeros(1)))
+    networks.graphs = graphs = SimpleNamespace(is_active=True, forget=lambda: None)
+    graphs.start = lambda: setattr(graphs, "is_active", True)
+
+    def measure() -> Measured:
+        graphs.is_active = False
+        return Measured(9.0, 2, RIGHT)
+
+    uncompiled = Measured(3.0, 1, RIGHT)
+    found = dry_step._compiled_if_right(networks, measure, uncompiled, config_with("auto"))  # type: ignore[arg-type]
+    assert found is uncompiled and graphs.is_active and not networks.compilation.is_active
 
 
 def test_gradients_of_one_block_are_compared() -> None:

@@ -29,7 +29,7 @@ Timed = Callable[[float, float], None]
 
 @pytest.fixture
 def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
-    model = dataclasses.replace(model, base_model_precision="int8-quanto")
+    model = dataclasses.replace(model, base_model_precision="int8-quanto", mixed_precision="bf16")
     return dataclasses.replace(twelve_steps(encoded, model, tmp_path / "run"), max_train_steps=4)
 
 
@@ -40,7 +40,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Timed:
     def set_times(exact: float, fast: float) -> None:
         monkeypatch.setattr(products, "_is_able", lambda _: True)
         monkeypatch.setattr(products, "_layer_seconds", lambda *_, in_8_bits: fast if in_8_bits else exact)
-        monkeypatch.setattr(products, "has_room_for_graphs", lambda *_: True)
+        monkeypatch.setattr(products, "no_graphs_because", lambda *_: "")
 
     return set_times
 
@@ -72,6 +72,13 @@ def test_auto_takes_what_is_faster_and_says_why(
     assert not equal(exact, fast)
 
 
+def test_auto_rounds_nothing_in_a_run_in_float32(config: TrainConfig, timed: Timed) -> None:
+    timed(0.003, 0.002)
+    exact = named(config, "float32", model=dataclasses.replace(config.model, mixed_precision="no"))
+    train_lora(exact)
+    assert choice(exact) == "bf16"
+
+
 @pytest.mark.parametrize(("has_room", "taken"), [(True, "8bit"), (False, "bf16")])
 def test_steps_that_launch_too_much_must_be_cuda_graphs(
     has_room: bool,
@@ -90,10 +97,12 @@ def test_steps_that_launch_too_much_must_be_cuda_graphs(
         return rehearsed(*given, in_8_bits=in_8_bits)._replace(seconds=0.9 if in_8_bits else 0.6)  # type: ignore[arg-type]
 
     monkeypatch.setattr(products, "_rehearsed", slow)
-    monkeypatch.setattr(products, "has_room_for_graphs", lambda *_: has_room)
+    monkeypatch.setattr(products, "no_graphs_because", lambda *_: "" if has_room else "there is no room")
     train_lora(config)
     assert choice(config) == taken
-    assert ("a step takes 0.90 s in 8 bits and 0.60 s in bf16" in caplog.text) == (not has_room)
+    assert ("0.90 s in 8 bits and 0.60 s in bf16, and it can't be a CUDA graph, because there" in caplog.text) == (
+        not has_room
+    )
 
 
 def test_auto_stays_with_bf16_if_gradients_change(

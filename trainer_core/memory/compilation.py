@@ -40,6 +40,7 @@ class Compilation:
         self._options = {"fallback_random": True} if dropout else None
         self.is_active = False
         self.is_forward_only = False  # see `forward_only`
+        self.on_stop: Callable[[], None] = lambda: None  # called when blocks run uncompiled again
 
     def start(self) -> None:
         """Run the blocks compiled from now on. Each graph is compiled when it is first needed."""
@@ -52,6 +53,7 @@ class Compilation:
         for block, name, _ in self._parts():
             delattr(block, name)
         self.is_active = False
+        self.on_stop()
         _LOG.warning("The transformer's blocks run uncompiled from now on, because %s.", reason)
 
     def _parts(self) -> Iterator[tuple[nn.Module, str, tuple[int | None, ...]]]:

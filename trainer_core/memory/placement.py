@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
 
-_AHEAD = 3  # tensors that are fetched ahead: those of a block
+_LARGE = 2  # tensors that a block keeps besides attention's output; as many are fetched ahead as a block keeps
 
 
 def recomputed_blocks(memory: MemoryConfig, num_layers: int, *, checkpointing: bool) -> int:
@@ -60,7 +60,11 @@ def apply_memory(
     """Set up recomputation and activation offload of the transformer's blocks. Returns what copies during a step."""
     blocks = list(transformer.transformer_blocks)
     again = recomputed_blocks(config.memory, len(blocks), checkpointing=config.gradient_checkpointing)
-    offload = HostCopies(device, ahead=_AHEAD) if again and config.memory.activation_offload else None
+    offload = (
+        HostCopies(device, ahead=_LARGE + (not config.memory.recompute_attention))
+        if again and config.memory.activation_offload
+        else None
+    )
     if again:
         how = Recomputation(
             blocks,

@@ -179,7 +179,10 @@ def _beside_product(network: NetworkSize, tokens: Tokens, products: MatmulPrecis
     exact = dequantised_bytes(network, copies=1)
     if products == "bf16" or network.precision == "none":
         return exact
-    codes = (4 * network.width + tokens.batch * tokens.image) * network.width  # of the gradient, and transposed weights
+    copies = (
+        1 if network.precision in ("int8-quanto", "fp8-quanto", "file") else 2
+    )  # of the codes: made, and transposed
+    codes = (4 * copies * network.width + tokens.batch * tokens.image) * network.width  # and those of the gradient
     return codes if products == "8bit" else max(exact, codes)
 
 

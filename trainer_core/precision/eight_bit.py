@@ -139,6 +139,8 @@ def _failure(device: torch.device) -> str:
         x = torch.ones(32, 32, device=device, dtype=torch.bfloat16)
         tokens = quantised(x, torch.int8)
         _on_card(tokens.codes, tokens.codes, tokens.scales, None, None, True, x.dtype).tolist()  # noqa: FBT003
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a compiler raises
         return f"{type(error).__name__}: {reason_of(error)}"
     return ""
@@ -160,6 +162,8 @@ def multiplies_fp8(device: torch.device) -> bool:
     codes, scales = torch.zeros(32, 32, dtype=FP8, device=device), torch.ones(32, device=device)
     try:
         return torch.is_tensor(_fp8_product(codes, codes, scales, scales, None, torch.bfloat16))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, NotImplementedError):
         return False
 

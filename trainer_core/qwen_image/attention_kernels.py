@@ -45,7 +45,10 @@ def kernel_for(query: Tensor, key: Tensor) -> Kernel | None:
         usable = [kernel for kernel in CUDA if _runs(kernel, query)]
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed now
             return usable[0] if usable else None
-        _chosen[key_] = _fastest(usable, query, key) if usable else ""
+        try:
+            _chosen[key_] = _fastest(usable, query, key) if usable else ""
+        except torch.OutOfMemoryError:  # a pass forward and backward doesn't fit now, for example in a preview
+            return usable[0]
     return next((kernel for kernel in CUDA if kernel.name == _chosen[key_]), None)
 
 
@@ -59,6 +62,8 @@ def _runs(kernel: Kernel, like: Tensor) -> bool:
     try:
         out, length = kernel.forward(short, short, short)
         kernel.backward(out, short, short, short, out, length)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return True
@@ -67,7 +72,7 @@ def _runs(kernel: Kernel, like: Tensor) -> bool:
 @torch.no_grad()
 def _fastest(kernels: list[Kernel], query: Tensor, key: Tensor) -> str:
     """The name of the kernel with the shortest forward and backward pass."""
-    inputs = query.detach(), key.detach(), torch.randn_like(key)
+    inputs = query.detach(), key.detach(), key.detach()  # new values would change torch's random state
     best, shortest = kernels[0].name, math.inf
     for kernel in kernels:
         if len(kernels) > 1 and (seconds := _seconds(kernel, *inputs)) < _FASTER * shortest:

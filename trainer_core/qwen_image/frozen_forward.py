@@ -18,7 +18,7 @@ from .positions import follows_comfyui
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
 
-_LAYOUTS_HELD = 32  # combinations of sizes and prompt lengths whose indices are kept on the device
+_LAYOUTS_HELD = 8  # combinations of sizes and prompt lengths whose indices are kept on the device
 Through = Callable[..., Tensor]  # calls a function of tensors that has a backward pass: see memory/step_graphs.py
 
 

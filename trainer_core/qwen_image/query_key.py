@@ -8,6 +8,7 @@ Shapes: T prompt tokens, L picture tokens, H heads, d head width.
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import cache
 from importlib import import_module
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..text import reason_of
+
+_LOG = logging.getLogger(__name__)
 _NAMESPACE = re.sub(r"\W", "_", __name__)  # of the operators; two copies of the pack in a process have their own
 
 
@@ -105,12 +109,27 @@ def _complex(angles: Tensor) -> Tensor:
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return x.is_cuda and not x.shape[-1] & (x.shape[-1] - 1) and _has_triton()
+    return x.is_cuda and _kernels_work(x.device, x.dtype, x.shape[-1])
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _kernels_work(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the kernels run on a card. Triton may be missing, find no C compiler, or not support the card."""
+    is_power_of_2 = not width & (width - 1)
+    if find_spec("triton") is None or not is_power_of_2:
+        return False
+    x, weight = torch.ones(1, 2, 3, width, device=device, dtype=dtype), torch.ones(width, device=device, dtype=dtype)
+    angles = torch.ones(2, width // 2, 2, device=device)
+    try:
+        _kernels().forward(x, weight, angles, 1e-6, out=torch.empty_like(x))
+        _kernels().backward(x, x, weight, angles, 1e-6)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+        text = "Queries and keys are computed without Triton, which fails on this machine (%s: %s)."
+        _LOG.info(text, type(error).__name__, reason_of(error))
+        return False
+    return True
 
 
 @cache

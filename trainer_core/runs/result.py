@@ -122,14 +122,17 @@ def refuse_other_rules(run: RunFolder, config: TrainConfig, encoded: EncodedData
     Raises:
         RunFolderError: the older version computes something of these settings in another way.
     """
-    if run.state().get("rules", 1) == RULES:
+    rules = run.state().get("rules", 1)
+    if rules == RULES:
         return
-    differing = {
-        "the loss by huber_schedule snr": config.noise.loss_type != "l2" and config.noise.huber_schedule == "snr",
-        "the average of the weights (use_ema)": config.ema.use_ema,
-        "the noise levels by preprocessing diffusers": encoded.preprocessing == "diffusers",
+    huber = config.noise.loss_type != "l2" and config.noise.huber_schedule == "snr"
+    differing = {  # the rules since when something is computed as today, and whether this run has it
+        "the loss by huber_schedule snr": (2, huber),
+        "the average of the weights (use_ema)": (2, config.ema.use_ema),
+        "the noise levels by preprocessing diffusers": (2, encoded.preprocessing == "diffusers"),
+        "the order of the pairs (train_batch_size above 1)": (3, config.batching.train_batch_size > 1),
     }
-    if found := [name for name, differs in differing.items() if differs]:
+    if found := [name for name, (since, has) in differing.items() if has and rules < since]:
         raise RunFolderError(
             f"The run {run.path.name!r} was started by another version of this program, which computes "
             f"{' and '.join(found)} differently. Its further steps would not fit its {run.steps_done()} steps. "

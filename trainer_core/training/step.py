@@ -108,6 +108,7 @@ def build_networks(
     optimizer = build_optimizer(list(weights.masters.values()))
     compilation = Compilation(list(transformer.transformer_blocks), dropout=config.lora.lora_dropout > 0)
     graphs = StepGraphs(weights.masters.values(), CapturePool(device, copies))
+    compilation.on_stop = graphs.forget  # those of compiled blocks, and what was seen with them
     average = start_ema(weights.masters, config.ema)
     return Networks(transformer, weights, optimizer, device, compilation, graphs, average)
 
