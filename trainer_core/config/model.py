@@ -68,7 +68,7 @@ class ModelConfig(Settings):
         "How quantised layers multiply in training. bf16: weights are dequantised to the precision of mixed_precision. "
         "8bit: weights, inputs and gradients are 8-bit numbers, which is usually faster and less accurate; needs an "
         "RTX 30 or newer and Triton. auto: 8bit if it is faster on this GPU and hardly changes the gradients; a run "
-        "keeps this choice. Previews always use bf16.",
+        "keeps this choice. Previews never use 8bit.",
     )
     quantised_cache_gb: float = setting(
         0.0,

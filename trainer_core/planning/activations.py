@@ -179,10 +179,9 @@ def _beside_product(network: NetworkSize, tokens: Tokens, products: MatmulPrecis
     exact = dequantised_bytes(network, copies=1)
     if products == "bf16" or network.precision == "none":
         return exact
-    copies = (
-        1 if network.precision in ("int8-quanto", "fp8-quanto", "file") else 2
-    )  # of the codes: made, and transposed
-    codes = (4 * copies * network.width + tokens.batch * tokens.image) * network.width  # and those of the gradient
+    # Of the weight's codes: transposed, and before that made, unless they are stored.
+    copies = 1 if network.precision in ("int8-quanto", "fp8-quanto", "file") else 2
+    codes = (4 * copies * network.width + tokens.batch * tokens.image) * network.width  # with those of the gradient
     return codes if products == "8bit" else max(exact, codes)
 
 

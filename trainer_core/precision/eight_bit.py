@@ -5,8 +5,8 @@
 
 x and g have a scale per token, W has one per output row. In the backward pass the sum runs over the rows of W, so their
 scales are folded into the gradient before it is rounded. Codes are int8, or fp8 (e4m3) where the weight has fp8 codes
-and the card multiplies them. Sums are exact in int32, or in float32; scales and bias are applied in float32, and the
-result is rounded once.
+and the card multiplies them. int8 codes are summed exactly in int32, fp8 codes in float32, of which a card keeps fewer
+bits (see `_fp8_product`). Scales and bias are applied in float32, and the result is rounded once.
 
 On a CUDA device operators that the compiler does not look into compute the codes and the product, with Triton: the
 compiler's own code for the codes reads and activates wide rows twice. Elsewhere plain torch does; the results agree up
