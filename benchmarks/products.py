@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[3072, 12288])
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    eight_bit.define_operator()
+    eight_bit.define_operators()
     versions = [f"{name} {sys.modules[name].__version__}" for name in ("torch", "triton") if name in sys.modules]
     print(torch.cuda.get_device_name(device), *versions, f"Python {platform.python_version()}", sep=", ")
     print("| rows x in x out | product | forward ms | TOP/s | error | backward ms | TOP/s | error |")

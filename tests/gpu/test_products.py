@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.support.both_passes import quantised_layer
 from tests.support.random_base import relative_error
@@ -15,16 +17,28 @@ from trainer_core.config import BaseModelPrecision
 from trainer_core.memory.compilation import _compiled
 from trainer_core.precision import eight_bit
 from trainer_core.precision.formats import EightBits, QuantisedWeight
-from trainer_core.precision.frozen_linear import FrozenLinear, set_products
+from trainer_core.precision.frozen_linear import FrozenLinear, mlp, set_products
 from trainer_core.rng import stream
 
 pytest.importorskip("triton")
 from trainer_core.precision import kernels
 
 CUDA = torch.device("cuda")
-FORMATS = ("int8-quanto", "fp8-quanto", "nf4-bnb", "int4-quanto", "int2-quanto", "rotated", "fp8, one scale")
+FORMATS = (
+    "int8-quanto",
+    "fp8-quanto",
+    "nf4-bnb",
+    "int4-quanto",
+    "int2-quanto",
+    "rotated",
+    "fp8, one scale",
+    "int8, one scale",
+)
 # Codes that lie between two may be rounded to either side: a division or a sum differs in its last bit.
 ROUNDED = 4e-3
+TILES = dict.fromkeys(
+    tiles for rows in (300, 8000) for tiles in kernels.candidates(torch.cuda.get_device_capability(), rows)
+)
 pytestmark = pytest.mark.skipif(
     torch.cuda.get_device_capability() < (8, 0), reason="int8 products need compute capability 8.0"
 )
@@ -32,16 +46,17 @@ pytestmark = pytest.mark.skipif(
 
 def layer_of(form: str, columns: int, rows: int, dtype: torch.dtype = torch.bfloat16) -> FrozenLinear:
     """A layer with random weights [rows, columns] and a bias, in a format, on the card."""
-    if form not in ("rotated", "fp8, one scale"):
+    if form not in ("rotated", "fp8, one scale", "int8, one scale"):
         precision: BaseModelPrecision = form  # type: ignore[assignment]
         made = quantised_layer(precision, columns, rows, "cuda", dtype).quantised
     elif form == "rotated":
         made = quantised_layer("int8-quanto", columns, rows, "cuda", dtype).quantised
         made = QuantisedWeight(dataclasses.replace(made.format, rotation=64), made.tensors)
     else:
-        weight = torch.randn(rows, columns, generator=stream(0, "one scale")) / columns**0.5
-        codes = weight.to(CUDA).to(torch.float8_e4m3fn)
-        made = QuantisedWeight(EightBits(), {"codes": codes, "scale": torch.ones((), device=CUDA)})
+        weight = torch.randn(rows, columns, generator=stream(0, "one scale")).to(CUDA)
+        scale = torch.tensor(columns**-0.5 / 20, device=CUDA)
+        codes = (20 * weight).to(torch.float8_e4m3fn if form.startswith("fp8") else torch.int8)
+        made = QuantisedWeight(EightBits(), {"codes": codes, "scale": scale})
     bias = torch.randn(rows, generator=stream(0, "bias")).to(dtype)
     return FrozenLinear(made, bias.to(CUDA))
 
@@ -85,7 +100,7 @@ def of(layer: FrozenLinear) -> tuple[EightBits, torch.dtype, torch.device]:
     return layer.format, layer.weight.dtype, CUDA
 
 
-@pytest.mark.parametrize("tiles", kernels.candidates(torch.cuda.get_device_capability()), ids=str)
+@pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(8422, 3072, 3072), (300, 200, 176), (17, 3072, 12288)])
 def test_all_tiles_give_the_same_bits(
     rows: int, columns: int, depth: int, tiles: kernels.Tiles, monkeypatch: pytest.MonkeyPatch
@@ -100,7 +115,13 @@ def test_all_tiles_give_the_same_bits(
     monkeypatch.setattr(kernels, "_chosen", lambda *_: tiles)
     found = kernels.int8_product(a, b, a_scale, b_scale, bias, torch.float32)
     exact = (a.double() @ b.double().T).float() * a_scale[:, None]  # float64 holds these sums exactly
-    torch.testing.assert_close(found, exact * b_scale + bias.float(), rtol=1e-6, atol=1e-2)
+    wanted = exact * b_scale + bias.float()
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-2)
+    inner, up = (
+        torch.randn(each, 3 * 16, device=CUDA, generator=draws).bfloat16()[:, 16:32] for each in (rows, columns)
+    )
+    found = kernels.int8_product(a, b, a_scale, b_scale, bias, torch.float32, inner, up)
+    torch.testing.assert_close(found, wanted + (inner.double() @ up.double().T).float(), rtol=1e-6, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -118,6 +139,53 @@ def test_codes_of_tokens_are_those_of_plain_torch(dtype: torch.dtype) -> None:
         eight_bit.quantised(x.cuda()[:, ::2], dtype).codes.cpu().float(),
         eight_bit.quantised(x[:, ::2], dtype).codes.float(),
     )
+
+
+def test_gelu_is_rounded_with_the_codes() -> None:
+    """Numbers between two codes, and those of bfloat16, may be rounded to either side."""
+    h, g = (torch.randn(100, 12288, generator=stream(each, "gelu")).bfloat16() for each in (0, 1))
+    factors = torch.rand(12288, generator=stream(2, "gelu"))
+    for x, others in ((h, {"gelu": True}), (g, {"before": h, "factors": factors})):
+        wanted = eight_bit.quantised(x, torch.int8, **others)
+        there = {name: each.cuda() if isinstance(each, Tensor) else each for name, each in others.items()}
+        found = eight_bit.quantised(x.cuda(), torch.int8, **there)
+        values = (each.codes.cpu().float() * each.scales.cpu()[:, None] for each in (found, wanted))
+        assert relative_error(*values) < ROUNDED
+
+
+@pytest.mark.parametrize("precision", ["int8-quanto", "fp8-quanto"])
+def test_an_mlp_equals_its_layers_one_by_one(precision: BaseModelPrecision) -> None:
+    first, last = layer_of(precision, 448, 320), layer_of(precision, 320, 192)
+    set_products(nn.ModuleList([first, last]), CUDA, in_8_bits=True)
+
+    def fused(x: Tensor) -> Tensor:
+        return mlp(first, last, x, gradient_only=False)
+
+    def one_by_one(x: Tensor) -> Tensor:
+        return last(functional.gelu(first(x), approximate="tanh"))
+
+    x, g = (torch.randn(1, 77, wide, device=CUDA, dtype=torch.bfloat16) for wide in (448, 192))
+    wanted = passes_of(one_by_one, x, g)
+    for forward in (fused, _compiled(fused, None)):
+        for found, right in zip(passes_of(forward, x, g), wanted, strict=True):
+            assert relative_error(found.float(), right.float()) < 2 * ROUNDED
+
+
+def passes_of(forward: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """y and dx."""
+    x = x.detach().requires_grad_()
+    y = forward(x)
+    return y.detach(), torch.autograd.grad(y, x, g)[0]
+
+
+@pytest.mark.parametrize("form", ["int8-quanto", "fp8, one scale"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_few_rows_compiled_equal_the_dequantised_weight(form: str, rows: int) -> None:
+    layer = layer_of(form, 3072, 18432)
+    x = torch.randn(1, rows, 3072, device=CUDA, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = functional.linear(x.double(), layer.dequantised(torch.float32).double(), layer.bias.double())
+        assert relative_error(_compiled(layer.forward, None)(x).double(), exact) < 3e-3
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])

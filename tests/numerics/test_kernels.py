@@ -19,7 +19,11 @@ from trainer_core.precision import kernels
 
 # KiB of shared memory that a program can have, by compute capability
 SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (12, 0): 99}
-CASES = [(card, tiles) for card in SHARED for tiles in kernels.candidates(card)]
+CASES = [
+    (card, tiles)
+    for card in SHARED
+    for tiles in dict.fromkeys((*kernels.candidates(card, 300), *kernels.candidates(card, 8000)))
+]
 INTERPRETED = """
 import torch
 from trainer_core.precision import eight_bit, kernels
@@ -27,12 +31,27 @@ from trainer_core.precision import eight_bit, kernels
 draws = torch.Generator().manual_seed(0)
 x, factors = torch.randn(37, 200, generator=draws).bfloat16(), torch.rand(200, generator=draws)
 x[3], x[5, 7] = 0, 1000.0
+before = torch.randn(37, 200, generator=draws).bfloat16()
 for each in (None, factors):
-    wanted = eight_bit.quantised(x, torch.int8, each)
-    codes, scales = kernels.quantise(x, torch.int8, each, 127.0)
-    assert torch.equal(codes, wanted.codes) and torch.equal(scales, wanted.scales)
+    for kind, others in enumerate(({}, {"gelu": True}, {"before": before})):
+        wanted = eight_bit.quantised(x, torch.int8, each, **others)
+        codes, scales = kernels.quantise(x, torch.int8, 127.0, each, kind, others.get("before"))
+        if kind == 0:
+            assert torch.equal(codes, wanted.codes) and torch.equal(scales, wanted.scales)
+            continue
+        # torch's gelu and the kernel's may differ in the last bit that bfloat16 keeps, also that of the largest number.
+        found, right = (each.float() * scale.unsqueeze(1) for each, scale in ((codes, scales), wanted[:2]))
+        assert ((found - right).abs() <= 0.51 * (scales + wanted.scales).unsqueeze(1) + 2**-7 * right.abs()).all()
+        assert (codes == wanted.codes).float().mean() > 0.9
 x[2, 3], x[4, 4] = torch.nan, torch.inf
-assert kernels.quantise(x, torch.int8, None, 127.0)[1].isfinite().logical_not().nonzero().flatten().tolist() == [2, 4]
+_, scales = kernels.quantise(x, torch.int8, 127.0, None, 0, None)
+assert scales.isfinite().logical_not().nonzero().flatten().tolist() == [2, 4]
+
+few, matrix = torch.randn(2, 200, generator=draws), torch.randint(-127, 128, (90, 200), dtype=torch.int8, generator=draws)
+rows = torch.rand(90, 1, generator=draws)
+for bias in (None, torch.rand(90, generator=draws)):
+    found = kernels.few_rows(few, matrix, rows.flatten(), bias)
+    torch.testing.assert_close(found, eight_bit.few_rows(few, bias, matrix, rows), rtol=1e-5, atol=1e-3)
 
 a, b, g = (
     torch.randint(-127, 128, shape, dtype=torch.int8, generator=draws) for shape in ((37, 200), (90, 200), (37, 90))
@@ -44,6 +63,14 @@ for tokens, weight, scales, added, backward in ((a, b, b_scale, bias, False), (g
     found = kernels.int8_product(tokens, operand, a_scale, scales, added, torch.float32)
     wanted = eight_bit._multiplied(
         eight_bit.Coded(tokens, a_scale), weight, scales, added, torch.float32, backward=backward
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-2)
+for rank in (4, 16, 48):
+    inner = torch.randn(37, 2 * rank, generator=draws)[:, rank:].half()  # the interpreter multiplies no bfloat16
+    change = eight_bit.Change(inner, torch.randn(90, rank, generator=draws).half())
+    found = kernels.int8_product(a, b, a_scale, b_scale, bias, torch.float32, *change)
+    wanted = eight_bit._multiplied(
+        eight_bit.Coded(a, a_scale), b, b_scale, bias, torch.float32, change=change, backward=False
     )
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-2)
 
@@ -74,14 +101,21 @@ def test_the_interpreter_finds_what_plain_torch_computes() -> None:
 
 
 @pytest.mark.parametrize(("card", "tiles"), CASES, ids=str)
-@pytest.mark.parametrize("depth", [3072, 3088])
-def test_tiles_fit_every_card_and_use_its_tensor_cores(card: tuple[int, int], tiles: kernels.Tiles, depth: int) -> None:
+@pytest.mark.parametrize(("depth", "rank"), [(3072, 0), (3072, 16), (3072, 64), (3088, 0)])
+def test_tiles_fit_every_card_and_use_its_tensor_cores(
+    card: tuple[int, int], tiles: kernels.Tiles, depth: int, rank: int
+) -> None:
     pointers = {"a": "*i8", "b": "*i8", "y": "*bf16", "a_scale": "*fp32", "b_scale": "*fp32", "bias": "*bf16"}
+    pointers |= {"inner": "*bf16", "up": "*bf16"}
     fixed = {"depth": depth, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "GROUP": 8}
-    fixed |= {"HAS_SCALE": True, "HAS_BIAS": True}
-    signature = {**pointers, "rows": "i32", "columns": "i32", **dict.fromkeys(fixed, "constexpr")}
+    fixed |= {"HAS_SCALE": True, "HAS_BIAS": True, "RANK": rank, "PADDED_RANK": max(16, rank)}
+    signature = {
+        **pointers,
+        **dict.fromkeys(("inner_stride", "rows", "columns"), "i32"),
+        **dict.fromkeys(fixed, "constexpr"),
+    }
     # Addresses are multiples of 16, and so is the number of columns.
-    aligned = {(place,): [["tt.divisibility", 16]] for place in (0, 1, 2, 3, 4, 5, 7)}
+    aligned = {(place,): [["tt.divisibility", 16]] for place in (*range(9), 10)}
     source = ASTSource(kernels.int8_product_kernel, signature, constexprs=fixed, attrs=aligned)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     made = triton.compile(source, target=GPUTarget("cuda", 10 * card[0] + card[1], 32), options=options)

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.support.both_passes import quantised_layer
+from tests.support.random_base import relative_error
 from tests.support.runs import StopAfter, equal, lora_tensors, named, twelve_steps
+from trainer_core.adapters.lora import LoraLinear
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import BaseModelPrecision, ModelConfig, TrainConfig
 from trainer_core.precision import eight_bit
 from trainer_core.precision.formats import EightBits, QuantisedWeight
-from trainer_core.precision.frozen_linear import FrozenLinear, exact_products, rounded_tokens, set_products
+from trainer_core.precision.frozen_linear import (
+    FrozenLinear,
+    exact_products,
+    mlp,
+    rounded_tokens,
+    set_products,
+    together,
+)
 from trainer_core.rng import stream
 from trainer_core.run import train_lora
 from trainer_core.training import validation as validation_module
@@ -194,3 +206,59 @@ def test_a_stopped_run_continues_bit_by_bit_and_previews_are_exact(
     exact = dataclasses.replace(config.model, matmul_precision="bf16")
     assert not equal(lora_tensors(train_lora(named(config, "exact", model=exact))), lora_tensors(unbroken))
     assert len(in_8_bits) > 20 and not any(in_8_bits)
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+@pytest.mark.parametrize("form", ["int8-quanto", "fp8-quanto", "nf4-bnb", "rotated"])
+def test_an_mlp_equals_its_layers_one_by_one(form: str, gradient_only: bool) -> None:
+    """Bit for bit: gelu between 8-bit products is part of their rounding, and computes the same."""
+    first, last = layer_of(form, torch.bfloat16), square_layer(form)
+    if form != "rotated":  # the rotation lies between gelu and the rounding
+        last.forward = None  # type: ignore[assignment,method-assign]
+    x, _ = inputs(torch.bfloat16)
+    g = torch.randn(2, TOKENS, last.out_features, generator=stream(0, "g")).bfloat16()
+    y = mlp(first, last, x, gradient_only=gradient_only)
+    (dx,) = torch.autograd.grad(y, x, g)
+    wanted = FrozenLinear.forward(last, functional.gelu(first(x), approximate="tanh"))
+    assert gradient_only or torch.equal(y, wanted)
+    assert torch.equal(dx, torch.autograd.grad(wanted, x, g)[0])
+
+
+def square_layer(form: str) -> FrozenLinear:
+    """A layer that takes the outputs of `layer_of`."""
+    if form == "rotated":
+        made = quantised_layer("int8-quanto", ROWS, ROWS, "cpu").quantised
+        layer = FrozenLinear(QuantisedWeight(EightBits(rotation=64), made.tensors), None)
+    else:
+        layer = quantised_layer(form, ROWS, ROWS, "cpu")  # type: ignore[arg-type]
+    set_products(layer, CPU, in_8_bits=True)
+    return layer
+
+
+@pytest.mark.parametrize("alpha", [4, 6], ids=["scale 1", "scale 1.5"])
+def test_an_adapter_that_a_product_takes_along_computes_the_same(alpha: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to rounding to bfloat16: the product rounds the sum once. Alone, and as one of several with the same input."""
+    layers = nn.ModuleDict({name: layer_of("int8-quanto", torch.bfloat16) for name in "qkv"})
+    settings = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=list("qkv"))
+    settings._register_custom_module({nn.Linear: LoraLinear})
+    adapted: Any = peft.inject_adapter_in_model(settings, layers)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=stream(0, name)).bfloat16() / 10
+    x, g = (each.detach() for each in inputs(torch.bfloat16))
+    every = list(adapted.values())
+    for call in (lambda x: [each(x) for each in every], lambda x: together(every, x)):
+        found = []
+        for fused in (False, True):
+            monkeypatch.setattr(eight_bit, "adds_changes", lambda *_, fused=fused: fused)
+            leaf = x.clone().requires_grad_()
+            outputs = call(leaf)
+            adapted.zero_grad()
+            torch.autograd.backward(outputs, [g] * 3)
+            with torch.no_grad():
+                assert all(map(torch.equal, call(leaf), outputs))
+            gradients = {name: each.grad for name, each in adapted.named_parameters() if each.grad is not None}
+            found.append({**dict(enumerate(outputs)), "x": leaf.grad, **gradients})
+        assert len(found[0]) == 3 + 1 + 6
+        for name, wanted in found[0].items():
+            assert relative_error(found[1][name], wanted) < 6e-3, name

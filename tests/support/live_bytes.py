@@ -129,18 +129,21 @@ def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBy
 def products_of_a_card() -> AbstractContextManager[Any]:
     """Patch 8-bit products to allocate what a card's kernels do: codes, scales, transposed codes and results."""
 
-    def quantised(x: Tensor, dtype: torch.dtype, factors: Tensor | None = None) -> Coded:
+    def quantised(x: Tensor, dtype: torch.dtype, factors: Tensor | None = None, **_gelu: Any) -> Coded:
         return Coded(torch.empty_like(x, dtype=dtype), torch.empty(len(x), device=x.device))
 
     def multiplied(
-        tokens: Coded, weight: Tensor, scales: Any, bias: Any, dtype: torch.dtype, *, backward: bool
+        tokens: Coded, weight: Tensor, scales: Any, bias: Any, dtype: torch.dtype, *, backward: bool, change: Any = None
     ) -> Tensor:
         transposed = torch.empty_like(weight) if backward else None
         result = tokens.codes.new_empty(len(tokens.codes), weight.shape[1 if backward else 0], dtype=dtype)
         del transposed
         return result
 
-    return mock.patch.multiple(eight_bit, quantised=quantised, _multiplied=multiplied)
+    def adds_changes(codes: torch.dtype, x: Tensor) -> bool:
+        return codes == torch.int8 and x.dtype.itemsize == 2
+
+    return mock.patch.multiple(eight_bit, quantised=quantised, _multiplied=multiplied, adds_changes=adds_changes)
 
 
 def _host_memory(slots: Any, size: int) -> tuple[Any, Tensor]:

@@ -10,7 +10,10 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..precision.frozen_linear import gradient_only, together
+from ..precision.eight_bit import Change
+from ..precision.frozen_linear import FrozenLinear, only_gradients, together
+
+_FUSED_RANK = 64  # largest rank of a change that 8-bit products take along: larger ones need too much shared memory
 
 
 class LoraLinear(Linear):
@@ -25,13 +28,15 @@ class LoraLinear(Linear):
         (name,) = self.lora_A
         if self.disable_adapters or self.merged or x.dtype != self.lora_A[name].weight.dtype:
             return super().forward(x, *args, **kwargs)
-        return self._plus_change(self.base_layer(x), x)  # first, as in peft: the order decides how gradients add up
+        if self._is_fused(x):
+            return self.base_layer.with_change(x, self._change(self._inner(x)))
+        return self._plus_up(self.base_layer(x), self._inner(x))  # as in peft: the order decides how gradients add up
 
-    def gradient_only(self, x: Tensor) -> Tensor:
+    def only_gradients(self, x: Tensor) -> Tensor:
         """A tensor like the output, with the same gradients but other values: see `precision.frozen_linear`."""
         if self.disable_adapters or self.merged:
-            return gradient_only(self.base_layer, x)
-        return self._plus_change(gradient_only(self.base_layer, x), x)
+            return only_gradients(self.base_layer, x)
+        return self._plus_up(only_gradients(self.base_layer, x), self._inner(x))
 
     @staticmethod
     def together(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
@@ -47,16 +52,28 @@ class LoraLinear(Linear):
             if layer.disable_adapters or layer.merged or not is_plain:
                 return [each(x) for each in layers]
             downs, sizes = [*downs, down], [*sizes, len(down)]
-        results = together([layer.base_layer for layer in layers], x)
-        inner = functional.linear(x, torch.cat(downs)).split(sizes, dim=-1)
+        inner, bases = functional.linear(x, torch.cat(downs)).split(sizes, dim=-1), [each.base_layer for each in layers]
+        if all(layer._is_fused(x) for layer in layers):
+            return together(bases, x, [layer._change(each) for layer, each in zip(layers, inner, strict=True)])
+        results = together(bases, x)
         return [layer._plus_up(result, each) for layer, result, each in zip(layers, results, inner, strict=True)]
 
-    def _plus_change(self, result: Tensor, x: Tensor) -> Tensor:
-        """`result` [..., out] plus s · B · A · dropout(x), for x [..., in]."""
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether the base layer's product of x takes the change along."""
+        (rank,) = self.r.values()
+        return rank <= _FUSED_RANK and isinstance(self.base_layer, FrozenLinear) and self.base_layer.adds_changes(x)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """A · dropout(x) [..., rank] of x [..., in]."""
         (name,) = self.lora_A
         dropout = self.lora_dropout[name]
-        dropped = x if isinstance(dropout, nn.Identity) else dropout(x)
-        return self._plus_up(result, functional.linear(dropped, self.lora_A[name].weight))
+        return functional.linear(x if isinstance(dropout, nn.Identity) else dropout(x), self.lora_A[name].weight)
+
+    def _change(self, inner: Tensor) -> Change:
+        """The change of the base layer's result for inner [..., rank]."""
+        (name,) = self.lora_A
+        up, scale = self.lora_B[name].weight, self.scaling[name]
+        return Change(inner, up if scale == 1 else up * scale)
 
     def _plus_up(self, result: Tensor, inner: Tensor) -> Tensor:
         """`result` [..., out] plus s · B · inner, for inner [..., rank]."""

@@ -51,7 +51,6 @@ def eight_bit_rate(model: ModelConfig, network: NetworkSize, tokens: int, device
         eight_bit.check_device(device, "An 8-bit product")
     except TrainerError:
         return None
-    eight_bit.define_operator()
     dtype = torch.bfloat16 if network.element_bytes == 2 else torch.float32
     codes = eight_bit.FP8 if network.precision == "fp8-quanto" and eight_bit.multiplies_fp8(device) else torch.int8
     x, gradient, rows = (

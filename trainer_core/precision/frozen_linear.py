@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import zip_longest
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from .formats import EightBits, Format, QuantisedWeight
 
 _PADDING = (None,) * 6  # a format has at most six tensors
 _FEW = 2  # rows
+Gelu = Literal["", "before", "after"]  # whether gelu comes before or after a product
 
 
 class FrozenLinear(nn.Linear):
@@ -33,6 +35,7 @@ class FrozenLinear(nn.Linear):
 
     def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
+        eight_bit.define_operators()
         self.out_features, self.in_features = weight.shape
         self.format = weight.format
         tensors = dict(weight.tensors)
@@ -56,62 +59,107 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """x [..., in] to y [..., out]."""
-        codes = self.codes if input.numel() > eight_bit.FEW_ROWS * self.in_features else None
-        rounds = self.rounds_input and codes is None
-        x = _Rounded.apply(input, self.weight.dtype) if rounds else input  # type: ignore[no-untyped-call]
+        return self._product(input, self._codes_for(input))
+
+    def with_change(self, x: Tensor, change: eight_bit.Change) -> Tensor:
+        """`forward` plus a change of the result, in one kernel. Call it if `adds_changes`."""
+        return self._product(x, self.codes, change)
+
+    def adds_changes(self, x: Tensor) -> bool:
+        """Whether the product of x [..., in] takes a change of its result along."""
+        codes = self._codes_for(x)
+        return codes is not None and eight_bit.adds_changes(codes, x)
+
+    def _codes_for(self, x: Tensor) -> torch.dtype | None:
+        """The type of codes in which x [..., in] is multiplied; None if it is not rounded."""
+        return self.codes if x.numel() > eight_bit.FEW_ROWS * self.in_features else None
+
+    def _all_tensors(self) -> list[Any]:
         # Looks buffers up directly: nn.Module's attribute access is slow, and NF4 has five.
-        tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
-        if not (x.requires_grad and torch.is_grad_enabled()):
-            return product(x, self.bias, self.format, tensors, codes)  # type: ignore[arg-type]
-        others = _PADDING[len(tensors) :]
-        return _Product.apply(x, self.bias, self.format, codes, 0, *tensors, *others)  # type: ignore[no-untyped-call]
+        return [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
+
+    def _product(
+        self, x: Tensor, codes: torch.dtype | None, change: eight_bit.Change | None = None, gelu: Gelu = ""
+    ) -> Tensor:
+        if self.rounds_input and codes is None:
+            x = _Rounded.apply(x, self.weight.dtype)  # type: ignore[no-untyped-call]
+        tensors = self._all_tensors()
+        inner, up = change or (None, None)
+        if not torch.is_grad_enabled() or not (x.requires_grad or (up is not None and up.requires_grad)):
+            return product(x, self.bias, self.format, tensors, codes, change, gelu)
+        how = self.format, codes, gelu, 0
+        return _Product.apply(x, self.bias, inner, up, *how, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
 
     def shares(self, other: nn.Module, x: Tensor) -> bool:
         """Whether this layer and another one multiply the same 8-bit codes of x."""
-        is_coded = self.codes is not None and x.numel() > eight_bit.FEW_ROWS * self.in_features
-        return is_coded and isinstance(other, FrozenLinear) and self.codes == other.codes and not self.rotation
+        return self.is_coded(x) and isinstance(other, FrozenLinear) and self.codes == other.codes and not self.rotation
+
+    def is_coded(self, x: Tensor) -> bool:
+        """Whether x [..., in] is rounded to 8-bit codes."""
+        return self._codes_for(x) is not None
 
     @property
     def rotation(self) -> int:
         """The rotation of the weight's columns, 0 for none; see StoredWeight."""
         return self.format.rotation if isinstance(self.format, EightBits) else 0
 
-    def product_of(self, tokens: eight_bit.Coded, x: Tensor) -> Tensor:
-        """y [..., out] of x [..., in] with these codes, without gradients."""
+    def product_of(self, tokens: eight_bit.Coded, x: Tensor, change: eight_bit.Change | None) -> Tensor:
+        """y [..., out] of x [..., in] with these codes, plus a change, without gradients."""
         assert self.codes is not None
-        tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
-        weight = eight_bit.coded(self.format, tensors, self.codes, x.dtype)  # type: ignore[arg-type]
-        return eight_bit.product(x, weight, self.bias, tokens)
+        weight = eight_bit.coded(self.format, self._all_tensors(), self.codes, x.dtype)
+        return eight_bit.product(x, weight, self.bias, tokens, change)
 
-    def gradient_only(self, x: Tensor) -> Tensor:
+    def only_gradients(self, x: Tensor, gelu: Gelu = "") -> Tensor:
         """See the function of the same name."""
-        tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
-        codes = self.codes if x.numel() > eight_bit.FEW_ROWS * self.in_features else None
-        given = None, self.format, codes, self.out_features
-        return _Product.apply(x, *given, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
+        tensors, how = self._all_tensors(), (self.format, self._codes_for(x), gelu, self.out_features)
+        return _Product.apply(x, None, None, None, *how, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
+
+    def before_gelu(self, x: Tensor) -> Tensor:
+        """y [..., out] of x [..., in] for a layer that calls `after_gelu` with it. Both need codes.
+
+        In the backward pass, this layer takes the gradient of gelu(y): one kernel can then round the gradient of y.
+        """
+        return self._product(x, self.codes, gelu="after")
+
+    def after_gelu(self, x: Tensor, *, gradient_only: bool) -> Tensor:
+        """`forward` of gelu(x), or what `only_gradients` says of it. The gradient is that of gelu(x)."""
+        return self.only_gradients(x, "before") if gradient_only else self._product(x, self.codes, gelu="before")
 
 
-def together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+def together(layers: Sequence[nn.Module], x: Tensor, changes: Sequence[eight_bit.Change] = ()) -> list[Tensor]:
     """The outputs [..., out] of several linear layers for the same x [..., in], which may share work.
 
     Adapters of one kind share a product. Without gradients, 8-bit products share the codes of x; with gradients, the
-    compiler finds that they are the same.
+    compiler finds that they are the same. Frozen layers that add changes can be given one for each.
     """
     first, *others = layers
     if own := getattr(type(first), "together", None):
         return own(layers, x) if all(type(other) is type(first) for other in others) else [each(x) for each in layers]
-    needs_gradient = x.requires_grad and torch.is_grad_enabled()
-    if needs_gradient or not all(isinstance(each, FrozenLinear) and each.shares(first, x) for each in layers):
-        return [each(x) for each in layers]
     frozen: list[Any] = list(layers)
-    codes = eight_bit.quantised(x.flatten(0, -2), frozen[0].codes)
-    return [each.product_of(codes, x) for each in frozen]
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or any(each.up.requires_grad for each in changes))
+    if not needs_gradient and all(isinstance(each, FrozenLinear) and each.shares(first, x) for each in layers):
+        codes = eight_bit.quantised(x.flatten(0, -2), frozen[0].codes)
+        return [each.product_of(codes, x, change) for each, change in zip_longest(frozen, changes)]
+    if changes:
+        return [layer.with_change(x, change) for layer, change in zip(frozen, changes, strict=True)]
+    return [each(x) for each in layers]
+
+
+def mlp(first: nn.Module, last: nn.Module, x: Tensor, *, gradient_only: bool) -> Tensor:
+    """last(gelu(first(x))) [..., out] of x [..., in], or what `only_gradients` says of it. gelu is the approximation
+    with tanh.
+
+    Between two 8-bit products, gelu and the rounding are one kernel in each direction.
+    """
+    both = isinstance(first, FrozenLinear) and isinstance(last, FrozenLinear) and first.codes == last.codes
+    if both and first.is_coded(x) and not last.rotation:
+        return last.after_gelu(first.before_gelu(x), gradient_only=gradient_only)
+    inner = functional.gelu(first(x), approximate="tanh")
+    return only_gradients(last, inner) if gradient_only else last(inner)
 
 
 def set_products(network: nn.Module, device: torch.device, *, in_8_bits: bool) -> None:
     """Let the quantised layers of `network` multiply 8-bit codes on `device`, or numbers of their input's dtype."""
-    if in_8_bits and device.type == "cuda":
-        eight_bit.define_operator()
     for layer in network.modules():
         if isinstance(layer, FrozenLinear):
             layer.codes = eight_bit.code_dtype(layer.format, layer.weight.dtype, device) if in_8_bits else None
@@ -132,24 +180,31 @@ def exact_products(network: nn.Module) -> Iterator[None]:
 
 
 def product(
-    x: Tensor, bias: Tensor | None, form: Format, weight: Sequence[Tensor], codes: torch.dtype | None
+    x: Tensor,
+    bias: Tensor | None,
+    form: Format,
+    weight: Sequence[Tensor],
+    codes: torch.dtype | None,
+    change: eight_bit.Change | None = None,
+    gelu: Gelu = "",
 ) -> Tensor:
     """y [..., out] of x [..., in]. `weight` has the format's tensors; the other arguments are those of FrozenLinear."""
-    if codes is None and torch.compiler.is_compiling() and x.numel() <= _FEW * x.shape[-1] and form == EightBits():
-        return _few_rows(x, bias, *weight)
-    if codes is None:
-        return functional.linear(x, form.dequantise(weight, x.dtype), bias)
-    return eight_bit.product(x, eight_bit.coded(form, weight, codes, x.dtype), bias)
+    if codes is not None:
+        coded = eight_bit.coded(form, weight, codes, x.dtype)
+        return eight_bit.product(x, coded, bias, change=change, gelu=gelu == "before")
+    if torch.compiler.is_compiling() and x.numel() <= _FEW * x.shape[-1] and form == EightBits():
+        return eight_bit.few_rows(x, bias, *weight)
+    return functional.linear(x, form.dequantise(weight, x.dtype), bias)
 
 
-def _few_rows(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
-    """y [..., out] of one or two rows x [..., in]. Compiled, it reads each code once and writes no weight."""
-    y = (x.unsqueeze(-2).float() * codes.float()).sum(-1) * scale.flatten()
-    return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-def input_gradient(gradient: Tensor, form: Format, weight: Sequence[Tensor], codes: torch.dtype | None) -> Tensor:
-    """dx [..., in] of a gradient [..., out], with the arguments of `product`."""
+def input_gradient(
+    gradient: Tensor,
+    form: Format,
+    weight: Sequence[Tensor],
+    codes: torch.dtype | None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """dx [..., in] of a gradient [..., out], with the arguments of `product`. `before` is that of `eight_bit`."""
     if torch.compiler.is_compiling() and not (codes is not None and eight_bit.is_coded(form, weight, codes)):
         # Adds zero. The compiler sees that the whole weight depends on the gradient. Otherwise it would compute the
         # weight, or its unpacked codes, in the forward pass and keep them until the backward pass. torch can't add
@@ -161,7 +216,7 @@ def input_gradient(gradient: Tensor, form: Format, weight: Sequence[Tensor], cod
         ]
     if codes is None:
         return gradient @ form.dequantise(weight, gradient.dtype)
-    return eight_bit.input_gradient(gradient, eight_bit.coded(form, weight, codes, gradient.dtype))
+    return eight_bit.input_gradient(gradient, eight_bit.coded(form, weight, codes, gradient.dtype), before)
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,8 +245,11 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
+        inner: Tensor | None,
+        up: Tensor | None,
         form: Format,
         codes: torch.dtype | None,
+        gelu: Gelu,
         out_features: int,
         a: Tensor,
         b: Tensor,
@@ -200,25 +258,35 @@ class _Product(torch.autograd.Function):
         e: Tensor | None,
         f: Tensor | None,
     ) -> Tensor:
-        """`a` to `f` are the format's tensors. With `out_features`, the product is skipped: see `gradient_only`."""
-        ctx.save_for_backward(a, b, c, d, e, f)
+        """`a` to `f` are the format's tensors. With `out_features`, the product is skipped: see `only_gradients`."""
         ctx.form, ctx.codes = form, codes
         if out_features:
-            return x.new_zeros(()).expand(*x.shape[:-1], out_features)
-        return product(x, bias, form, [each for each in (a, b, c, d, e, f) if each is not None], codes)
+            y = x.new_zeros(()).expand(*x.shape[:-1], out_features)
+        else:
+            change = None if inner is None or up is None else eight_bit.Change(inner, up)
+            tensors = [each for each in (a, b, c, d, e, f) if each is not None]
+            y = product(x, bias, form, tensors, codes, change, gelu)
+        ctx.save_for_backward(y if gelu == "after" else None, inner, up, a, b, c, d, e, f)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight = [each for each in ctx.saved_tensors if each is not None]
-        return input_gradient(gradients[0], ctx.form, weight, ctx.codes), None, None, None, None, *_PADDING
+        (gradient,) = gradients
+        y, inner, up, *tensors = ctx.saved_tensors
+        of_inner, of_up = None, None
+        if inner is not None:
+            of_inner, of_up = gradient @ up, gradient.flatten(0, -2).T @ inner.flatten(0, -2)
+        weight = [each for each in tensors if each is not None]
+        of_x = input_gradient(gradient, ctx.form, weight, ctx.codes, y) if ctx.needs_input_grad[0] else None
+        return of_x, None, of_inner, of_up, None, None, None, None, *_PADDING
 
 
-def gradient_only(layer: nn.Module, x: Tensor) -> Tensor:
+def only_gradients(layer: nn.Module, x: Tensor) -> Tensor:
     """A tensor like `layer(x)` with the same gradient of x, but whose values mean nothing: it skips the product.
 
     For the last layer of a block that is computed again only for its gradients. Layers of other kinds compute all.
     """
-    if own := getattr(layer, "gradient_only", None):
+    if own := getattr(layer, "only_gradients", None):
         return own(x)
     if type(layer) is nn.Linear and not layer.weight.requires_grad:
         return _NoProduct.apply(x, layer.weight)  # type: ignore[no-untyped-call]

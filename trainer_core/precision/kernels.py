@@ -4,6 +4,7 @@
 never change a result.
 """
 
+# ruff: noqa: ANN202 - a kernel has no return type
 # pyright: reportMissingParameterType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
@@ -34,32 +35,28 @@ class Tiles(NamedTuple):
 # By compute capability, the best guess first. A program holds tiles of both operands in shared memory, of which a
 # multiprocessor has 227 KiB (9.0), 163 KiB (8.0) or 99 KiB (8.6, 8.9, 12.0) for one program. The first tiles of 9.0
 # were the fastest there for pictures of 2278 and 8422 tokens. Other cards were not measured; the timing decides.
-_FEW = Tiles(64, 64, 128, 4, 4)  # for a prompt, whose few tokens would give most multiprocessors no larger tile
-_HOPPER = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 128, 8, 3), _FEW)
-_AMPERE = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 4, 4), _FEW)
-_SMALL = (
-    Tiles(128, 128, 64, 4, 4),
-    Tiles(128, 256, 64, 8, 3),
-    Tiles(128, 128, 128, 8, 3),
-    Tiles(128, 256, 128, 8, 3),
-    _FEW,
-)
+_HOPPER = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 128, 8, 3))
+_AMPERE = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 4, 4))
+_SMALL = (Tiles(128, 128, 64, 4, 4), Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 128, 8, 3), Tiles(128, 256, 128, 8, 3))
+# For a prompt, whose few tokens would give most multiprocessors no larger tile.
+_FEW = (Tiles(64, 128, 128, 4, 4), Tiles(64, 128, 128, 4, 5), Tiles(64, 64, 128, 4, 4))
+_FEW_ROWS = 512
 
 
-def candidates(capability: tuple[int, int]) -> tuple[Tiles, ...]:
-    """Tile sizes to try on a card, the best guess first."""
-    if capability[0] == 9:
-        return _HOPPER
-    return _AMPERE if capability == (8, 0) else _SMALL
+def candidates(capability: tuple[int, int], rows: int) -> tuple[Tiles, ...]:
+    """Tile sizes to try on a card for a product with so many rows, the best guess first."""
+    large = _HOPPER if capability[0] == 9 else _AMPERE if capability == (8, 0) else _SMALL
+    return (*_FEW, large[0]) if rows <= _FEW_ROWS else (*large, _FEW[0])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def int8_product_kernel(
-    a, b, y, a_scale, b_scale, bias, rows, columns, depth: tl.constexpr,
+    a, b, y, a_scale, b_scale, bias, inner, up, inner_stride, rows, columns, depth: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, RANK: tl.constexpr, PADDED_RANK: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, columns] = a [rows, depth] · b [columns, depth]ᵀ · scales + bias, one rounding to y's dtype."""
+    """y [rows, columns] = a [rows, depth] · b [columns, depth]ᵀ · scales + bias + inner [rows, RANK] · up [columns,
+    RANK]ᵀ, one rounding to y's dtype. RANK 0: without the last product."""
     # Programs that run at the same time share GROUP rows of tiles, whose operands then stay in the L2 cache.
     program, down, across = tl.program_id(0), tl.cdiv(rows, BM), tl.cdiv(columns, BN)
     first = program // (GROUP * across) * GROUP
@@ -85,6 +82,13 @@ def int8_product_kernel(
         values *= tl.load(b_scale + at_n)[None, :]
     if HAS_BIAS:
         values += tl.load(bias + at_n).to(tl.float32)[None, :]
+    if RANK:
+        r = tl.arange(0, PADDED_RANK)
+        left = tl.load(
+            inner + at_m[:, None].to(tl.int64) * inner_stride + r[None, :], mask=(r < RANK)[None, :], other=0
+        )
+        right = tl.load(up + at_n[None, :] * RANK + r[:, None], mask=(r < RANK)[:, None], other=0)
+        values = tl.dot(left, right, values)
     y_at = y + m[:, None].to(tl.int64) * columns + n[None, :]
     tl.store(y_at, values.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
 
@@ -100,46 +104,93 @@ def transposed_kernel(source, target, rows, columns, BM: tl.constexpr, BN: tl.co
 
 @triton.jit
 def quantise_kernel(
-    x, factors, codes, scales, columns: tl.constexpr, stride,
-    LARGEST: tl.constexpr, LEAST: tl.constexpr, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr,
+    x, factors, before, codes, scales, columns: tl.constexpr, stride, before_stride,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr, HAS_FACTORS: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of x to its codes and its scale."""
-    row = tl.program_id(0).to(tl.int64)
-    x += row * stride
-    codes += row * columns
-    largest, not_finite = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        values = tl.load(x + at, mask=at < columns, other=0).to(tl.float32)
-        if HAS_FACTORS:
-            values *= tl.load(factors + at, mask=at < columns, other=0)
-        largest = tl.maximum(largest, tl.abs(values))
-        not_finite += values * 0  # a maximum ignores NaN, but the loss must become NaN
-    scale = tl.maximum(tl.math.div_rn(tl.max(largest), LARGEST), LEAST) + tl.sum(not_finite)
+    """One row of x to its codes and its scale. GELU 1: of gelu(x); 2: of x · gelu'(before)."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    is_in = at < columns
+    given = tl.load(x + row * stride + at, mask=is_in, other=0)
+    values = given.to(tl.float32)
+    if GELU == 1:
+        values = values * _gate(values)
+    if GELU == 2:
+        values = values * _gelu_slope(tl.load(before + row * before_stride + at, mask=is_in, other=0).to(tl.float32))
+    if GELU:
+        values = values.to(given.dtype).to(tl.float32)  # rounded where torch's own operations round
+    if HAS_FACTORS:
+        values *= tl.load(factors + at, mask=is_in, other=0)
+    # A maximum ignores NaN, but the loss must become NaN.
+    scale = tl.maximum(tl.math.div_rn(tl.max(tl.abs(values)), LARGEST), LEAST) + tl.sum(values * 0)
     tl.store(scales + row, scale)
-    for start in range(0, columns, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        values = tl.load(x + at, mask=at < columns, other=0).to(tl.float32)
-        if HAS_FACTORS:
-            values *= tl.load(factors + at, mask=at < columns, other=0)
-        values = tl.math.div_rn(values, tl.zeros((BLOCK,), dtype=tl.float32) + scale)
-        if codes.dtype.element_ty == tl.int8:
-            values = (values + 12582912.0) - 12582912.0  # 1.5 · 2²³: rounds to the nearest integer, half to even
-        tl.store(codes + at, values.to(codes.dtype.element_ty), mask=at < columns)
+    values *= tl.math.div_rn(1.0, scale)
+    if codes.dtype.element_ty == tl.int8:
+        values = (values + 12582912.0) - 12582912.0  # 1.5 · 2²³: rounds to the nearest integer, half to even
+    tl.store(codes + row * columns + at, values.to(codes.dtype.element_ty), mask=is_in)
 
 
-def quantise(x: Tensor, dtype: torch.dtype, factors: Tensor | None, largest: float) -> tuple[Tensor, Tensor]:
-    """Codes [rows, columns] and scales [rows] of x [rows, columns] · factors [columns], see `eight_bit.quantised`."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
+@triton.jit
+def _gate(x):
+    """gelu(x) / x: (1 + tanh(√(2/π) · (x + 0.044715 x³))) / 2."""
+    return tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def _gelu_slope(x):
+    """The derivative of gelu."""
+    gate = _gate(x)
+    return gate + x * gate * (1 - gate) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+
+
+@triton.jit
+def few_rows_kernel(
+    x, codes, scales, bias, y, columns, depth: tl.constexpr,
+    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """y [ROWS, columns] = x [ROWS, depth] · codes [columns, depth]ᵀ · scales + bias. Reads each code once."""
+    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    is_in = n < columns
+    at = codes + n[:, None].to(tl.int64) * depth + k[None, :]
+    factors = tl.load(scales + n, mask=is_in, other=0)
+    for row in tl.static_range(ROWS):
+        total = tl.zeros((BN, BK), dtype=tl.float32)
+        for start in range(0, depth, BK):
+            is_here = k < depth - start
+            weight = tl.load(at + start, mask=is_in[:, None] & is_here[None, :], other=0).to(tl.float32)
+            total += weight * tl.load(x + row * depth + start + k, mask=is_here, other=0).to(tl.float32)[None, :]
+        values = tl.sum(total, axis=1) * factors
+        if HAS_BIAS:
+            values += tl.load(bias + n, mask=is_in, other=0).to(tl.float32)
+        tl.store(y + row * columns + n, values.to(y.dtype.element_ty), mask=is_in)
+
+
+def quantise(
+    x: Tensor, dtype: torch.dtype, largest: float, factors: Tensor | None, gelu: int, before: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes [rows, columns] and scales [rows] of x [rows, columns], see `eight_bit.quantised`."""
+    x, before = (each if each is None or each.stride(-1) == 1 else each.contiguous() for each in (x, before))
     rows, columns = x.shape
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     with _on(x):
         quantise_kernel[(rows,)](
-            x, factors, codes, scales, columns, x.stride(0),
-            LARGEST=largest, LEAST=torch.finfo(torch.float32).tiny, HAS_FACTORS=factors is not None, BLOCK=1024,
+            x, factors, before, codes, scales, columns, x.stride(0), 0 if before is None else before.stride(0),
+            LARGEST=largest, LEAST=torch.finfo(torch.float32).tiny, HAS_FACTORS=factors is not None, GELU=gelu,
+            BLOCK=triton.next_power_of_2(columns), num_warps=4 if columns <= 4096 else 8,
         )  # fmt: skip
     return codes, scales
+
+
+def few_rows(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """y [rows, out] of a few rows x [rows, in], 8-bit codes [out, in] and their scales [out]."""
+    (rows, depth), columns = x.shape, len(codes)
+    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    with _on(x):
+        few_rows_kernel[(triton.cdiv(columns, 8),)](
+            x.contiguous(), codes, scales, bias, y, columns, depth,
+            ROWS=rows, HAS_BIAS=bias is not None, BN=8, BK=512, num_warps=4,
+        )  # fmt: skip
+    return y
 
 
 def transposed(codes: Tensor) -> Tensor:
@@ -157,40 +208,52 @@ def transposed(codes: Tensor) -> Tensor:
 
 
 def int8_product(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    inner: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """a [rows, depth] · b [columns, depth]ᵀ times a_scale [rows] and b_scale [columns], plus bias [columns], as dtype.
+    """a [rows, depth] · b [columns, depth]ᵀ times a_scale [rows] and b_scale [columns], plus bias [columns], plus
+    inner [rows, rank] · up [columns, rank]ᵀ, as dtype.
 
     Both operands are contiguous int8 codes: tensor cores read 8-bit operands along the summed dimension only.
     """
     (rows, depth), columns = a.shape, b.shape[0]
     y = torch.empty(rows, columns, dtype=dtype, device=a.device)
+    rank = 0 if inner is None else inner.shape[1]
+    inner, up = (each if each is None or each.stride(-1) == 1 else each.contiguous() for each in (inner, up))
 
     def launch(tiles: Tiles) -> None:
         grid = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
         int8_product_kernel[(grid,)](
-            a, b, y, a_scale, b_scale, bias, rows, columns, depth,
-            BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, GROUP=8,
-            HAS_SCALE=b_scale is not None, HAS_BIAS=bias is not None,
+            a, b, y, a_scale, b_scale, bias, inner, up, 0 if inner is None else inner.stride(0), rows, columns, depth,
+            BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, GROUP=8, HAS_SCALE=b_scale is not None,
+            HAS_BIAS=bias is not None, RANK=rank, PADDED_RANK=max(16, triton.next_power_of_2(rank)),
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
     with _on(a):
-        launch(_chosen(a.device, rows, columns, depth, launch))
+        launch(_chosen(a.device, rows, columns, depth, rank, launch))
     return y
 
 
 _CHOSEN: dict[tuple[Any, ...], Tiles] = {}
 
 
-def _chosen(device: torch.device, rows: int, columns: int, depth: int, launch: Callable[[Tiles], None]) -> Tiles:
+def _chosen(
+    device: torch.device, rows: int, columns: int, depth: int, rank: int, launch: Callable[[Tiles], None]
+) -> Tiles:
     """The fastest tiles for products of about this size on this card, timed at the first one."""
     if device.type != "cuda":  # Triton's interpreter
         return Tiles(32, 32, 32, 4, 1)
     # Numbers of rows up to the next power of two share a choice: prompts and pictures differ in length.
-    key = (device.index, triton.next_power_of_2(rows), columns, depth)
+    key = (device.index, triton.next_power_of_2(rows), columns, depth, rank)
     if key not in _CHOSEN:
-        tried = candidates(_capability(device))
+        tried = candidates(_capability(device), rows)
         if torch.cuda.is_current_stream_capturing():  # a CUDA graph is recorded: nothing can be timed
             return tried[0]
         _CHOSEN[key] = min(tried, key=lambda tiles: _seconds(tiles, launch))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..memory.recompute import Kept
-from ..precision.frozen_linear import gradient_only, together
+from ..precision.frozen_linear import mlp, together
 from .attention import OfPair, attend
 from .query_key import define_operators, joined
 
@@ -128,12 +128,17 @@ class EditBlock(nn.Module):
         """picture [1, L, D] and prompt [1, T, D] after this block, from those before it and attention's output."""
         out, tokens = out.flatten(2), prompt.shape[1]
         picture = self._stream(
-            picture, self.attn.to_out[0](out[:, tokens:]), self.img_mlp, modulation, picture_rows, is_second=is_second
+            picture,
+            self.attn.to_out[0](out[:, tokens:]),
+            self.img_mlp.net,
+            modulation,
+            picture_rows,
+            is_second=is_second,
         )
         prompt = self._stream(
             prompt,
             self.attn.to_add_out(out[:, :tokens]),
-            self.txt_mlp,
+            self.txt_mlp.net,
             prompt_modulation,
             prompt_rows,
             is_second=is_second,
@@ -149,14 +154,13 @@ class EditBlock(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
     def _stream(
-        self, x: Tensor, out: Tensor, mlp: Any, modulation: Tensor, rows: Tensor | None, *, is_second: bool
+        self, x: Tensor, out: Tensor, layers: Any, modulation: Tensor, rows: Tensor | None, *, is_second: bool
     ) -> Tensor:
         """x [1, tokens, D] plus attention's output and then plus the MLP's."""
         x = _plus(x, out, modulation, 2, rows)
-        first, last = mlp.net[0], mlp.net[2]
-        inner = functional.gelu(first.proj(_modulated(x, modulation, 3, rows)), approximate="tanh")
         # A trained gate's gradient needs the last layer's output.
-        out = gradient_only(last, inner) if is_second and not modulation.requires_grad else last(inner)
+        gradient_only = is_second and not modulation.requires_grad
+        out = mlp(layers[0].proj, layers[2], _modulated(x, modulation, 3, rows), gradient_only=gradient_only)
         return _plus(x, out, modulation, 5, rows)
 
 
@@ -185,7 +189,9 @@ class LastBlock(EditBlock):
         out = attend(query, key, value, shared.last_pairs, kept).flatten(2)
         targets, rows = picture[:, shared.targets], None if rows is None else rows[shared.targets]
         is_second = kept is not None and kept.is_second
-        return self._stream(targets, attn.to_out[0](out), self.img_mlp, modulation, rows, is_second=is_second), prompt
+        return self._stream(
+            targets, attn.to_out[0](out), self.img_mlp.net, modulation, rows, is_second=is_second
+        ), prompt
 
 
 def _modulated(x: Tensor, modulation: Tensor, first: int, rows: Tensor | None) -> Tensor:
@@ -196,7 +202,9 @@ def _modulated(x: Tensor, modulation: Tensor, first: int, rows: Tensor | None) -
     """
     normed = functional.layer_norm(x, x.shape[-1:], eps=_EPS)
     shifts, scales = modulation.chunk(6, dim=-1)[first : first + 2]
-    return _times(normed, 1 + scales, rows) + (shifts if rows is None else shifts[rows])
+    if rows is not None:
+        shifts = _Rows.apply(shifts, rows)  # type: ignore[no-untyped-call]
+    return _times(normed, 1 + scales, rows) + shifts
 
 
 def _plus(x: Tensor, change: Tensor, modulation: Tensor, gate: int, rows: Tensor | None) -> Tensor:
@@ -211,6 +219,21 @@ def _times(x: Tensor, factors: Tensor, rows: Tensor | None) -> Tensor:
     return _TimesRow.apply(x, factors, rows)  # type: ignore[no-untyped-call]
 
 
+class _Rows(torch.autograd.Function):
+    """`values[rows]`. The gradients of a row are added up in a fixed order, which compiled indexing doesn't."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = len(values)
+        return values[rows]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        return _row_sums(gradients[0].flatten(0, -2), rows, ctx.count), None
+
+
 class _TimesRow(torch.autograd.Function):
     """Keeps no factors per token for the backward pass, which would be as large as x."""
 
@@ -222,8 +245,11 @@ class _TimesRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, factors, rows = ctx.saved_tensors
-        of_factors = None
-        if x is not None:
-            is_row = rows == torch.arange(len(factors), device=rows.device).unsqueeze(1)
-            of_factors = is_row.to(x.dtype) @ (gradients[0] * x).squeeze(0)
+        of_factors = None if x is None else _row_sums((gradients[0] * x).squeeze(0), rows, len(factors))
         return gradients[0] * factors[rows], of_factors, None
+
+
+def _row_sums(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The sums [count, D] of those values [tokens, D] that belong to each row."""
+    is_row = rows == torch.arange(count, device=rows.device).unsqueeze(1)
+    return is_row.to(values.dtype) @ values
