@@ -47,7 +47,7 @@ x[2, 3], x[4, 4] = torch.nan, torch.inf
 _, scales = kernels.quantise(x, torch.int8, 127.0, None, 0, None)
 assert scales.isfinite().logical_not().nonzero().flatten().tolist() == [2, 4]
 
-few, matrix = torch.randn(2, 200, generator=draws), torch.randint(-127, 128, (90, 200), dtype=torch.int8, generator=draws)
+few, matrix = torch.randn(2, 200, generator=draws), torch.randint(-127, 128, (90, 200), generator=draws).to(torch.int8)
 rows = torch.rand(90, 1, generator=draws)
 for bias in (None, torch.rand(90, generator=draws)):
     found = kernels.few_rows(few, matrix, rows.flatten(), bias)
