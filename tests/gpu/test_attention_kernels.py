@@ -79,7 +79,6 @@ def test_each_backward_pass_fits_each_forward_pass(queries: int) -> None:
         for second in (each for each in kernels if each.backward is not no_pass):
             gradients = second.backward(gradient, *tensors, found, length)
             for each, other in zip(gradients, wanted, strict=True):
-                # of a single query, a large part of the gradient of queries and keys is rounding of the output
                 error = relative_error(each.float(), other.float())
                 assert error < bound, (first.name, second.name, error)
 
