@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from .planning.disk_space import check_disk, run_use
 from .planning.preparation import Preparation, PreparedModel, prepare_training
 from .precision.frozen_linear import exact_products
 from .products import check_choice, choose_products
+from .qwen_image.attention_choice import kept_choices
 from .ranks import SINGLE_PROCESS, Ranks
 from .runs.folder import Checkpoint, RunFolder
 from .runs.metrics import metrics_writer
@@ -92,7 +93,7 @@ def _prepare_and_train(
     if ranks.leads and validator.unmeasured:
         observer.on_note(validator.unmeasured)
     device = pick_device(config.model.device)
-    with _open_run(config, prepared.encoded, ranks) as run, compiled_code_kept(device):
+    with _open_run(config, prepared.encoded, ranks) as run, compiled_code_kept(device), _attention_kept(run):
         stop = how_to_start(run, config, prepared.encoded, continue_kept=continue_kept)
         run.write_config(to_json(config))
         if run.writes:
@@ -120,6 +121,11 @@ def _open_run(config: TrainConfig, encoded: EncodedDataset, ranks: Ranks) -> Ite
     with RunFolder.open(path, key, encoded) if ranks.leads else nullcontext(RunFolder(path, writes=False)) as run:
         ranks.wait()
         yield run
+
+
+def _attention_kept(run: RunFolder) -> AbstractContextManager[None]:
+    """A context in which the run goes on with the attention kernels that it began with."""
+    return kept_choices(run.state().get("attention_kernels"), lambda names: run.write_state(attention_kernels=names))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ from tests.support.failing_backward import Doubled
 from trainer_core import dry_step
 from trainer_core.config import LoraConfig, TrainConfig
 from trainer_core.memory.compilation import Compilation
-from trainer_core.qwen_image import attention_kernels, query_key
+from trainer_core.qwen_image import attention_choice, query_key
+from trainer_core.qwen_image.attention_kernels import Kernel
 
 CPU = torch.device("cpu")
 
@@ -40,9 +41,9 @@ def test_memory_that_runs_out_says_nothing_about_a_kernel(monkeypatch: pytest.Mo
     def no_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    kernel = attention_kernels.Kernel("full", no_memory, no_memory)  # type: ignore[arg-type]
+    kernel = Kernel("full", no_memory, no_memory)  # type: ignore[arg-type]
     with pytest.raises(torch.OutOfMemoryError):
-        attention_kernels._runs(kernel, torch.zeros(1, 4, 2, 8))
+        attention_choice._tested(kernel, CPU, torch.float32, 8)
     query_key._kernels_work.cache_clear()
     monkeypatch.setattr(query_key, "find_spec", lambda _: True)
     monkeypatch.setattr(query_key, "_kernels", lambda: SimpleNamespace(forward=no_memory))

@@ -24,7 +24,8 @@ from trainer_core.memory.placement import apply_memory, blocks_on_host, stream_b
 from trainer_core.memory.step_graphs import StepGraphs
 from trainer_core.precision.frozen_linear import set_products
 from trainer_core.precision.quantise import quantise
-from trainer_core.qwen_image import attention_kernels
+from trainer_core.qwen_image import attention_choice
+from trainer_core.qwen_image.attention_kernels import Kernel
 from trainer_core.qwen_image.base_model import empty_transformer
 from trainer_core.qwen_image.frozen_forward import optimise_frozen_forward
 from trainer_core.qwen_image.transformer import SENSITIVE_LAYERS, predict_velocities
@@ -146,13 +147,14 @@ GRAPHED = [
 @pytest.fixture
 def no_late_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention's kernel is chosen before a capture, so that a replay uses that of ordinary steps."""
-    runs = attention_kernels._runs
+    on_card = attention_choice._on_card
 
-    def checked(kernel: attention_kernels.Kernel, like: Tensor) -> bool:
-        assert not torch.cuda.is_current_stream_capturing()
-        return runs(kernel, like)
+    def chosen(query: Tensor, key: Tensor, *, in_8_bits: bool) -> Kernel | None:
+        kernel = on_card(query, key, in_8_bits=in_8_bits)
+        assert kernel is None or "/" in kernel.name, "without a choice, a capture uses the first of torch's kernels"
+        return kernel
 
-    monkeypatch.setattr(attention_kernels, "_runs", checked)
+    monkeypatch.setattr(attention_choice, "_on_card", chosen)
 
 
 @pytest.mark.usefixtures("no_late_choice")

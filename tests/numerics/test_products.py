@@ -28,6 +28,7 @@ from trainer_core.precision.frozen_linear import (
     set_products,
     together,
 )
+from trainer_core.qwen_image import block
 from trainer_core.rng import stream
 from trainer_core.run import train_lora
 from trainer_core.training import validation as validation_module
@@ -192,15 +193,25 @@ def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> Train
 def test_a_stopped_run_continues_bit_by_bit_and_previews_are_exact(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_8_bits = []
-    loss = validation_module.Validator.loss
+    in_8_bits, attention, previewed = [], [], []
+    loss, attend = validation_module.Validator.loss, block.attend
 
     def seen(self, transformer, *others):
         in_8_bits.extend(layer.codes for layer in transformer.modules() if isinstance(layer, FrozenLinear))
-        return loss(self, transformer, *others)
+        before = len(attention)
+        try:
+            return loss(self, transformer, *others)
+        finally:
+            previewed.extend(attention[before:])
+
+    def attended(*given, in_8_bits):
+        attention.append(in_8_bits)
+        return attend(*given, in_8_bits=in_8_bits)
 
     monkeypatch.setattr(validation_module.Validator, "loss", seen)
+    monkeypatch.setattr(block, "attend", attended)
     unbroken, broken = train_lora(config), named(config, "broken")
+    assert any(attention) and previewed and not any(previewed)
     assert train_lora(broken, StopAfter(7)).lora_file is None
     assert equal(lora_tensors(train_lora(broken)), lora_tensors(unbroken))
     exact = dataclasses.replace(config.model, matmul_precision="bf16")

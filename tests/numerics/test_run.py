@@ -28,6 +28,8 @@ from trainer_core.config import (
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import DatasetError, NonFiniteLossError
 from trainer_core.events import SILENT, Stop
+from trainer_core.qwen_image import attention, attention_choice
+from trainer_core.qwen_image.attention_kernels import CPU
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import TrainResult, train_lora
 from trainer_core.training import optimizer as optimizer_module
@@ -56,6 +58,37 @@ def test_stopped_at_every_moment_and_continued_equals_the_unbroken_run(
     assert equal(lora_tensors(result), lora_tensors(unbroken))
     without_time = [{**row, "seconds": 0} for row in read_rows(Path(broken.run_dir) / "metrics.jsonl")]
     assert without_time == [{**row, "seconds": 0} for row in read_rows(unbroken.run_dir / "metrics.jsonl")]
+
+
+def test_a_continued_run_computes_attention_as_before(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels that are equally fast on a card change places in the next timing. Here the CPU counts as a card."""
+
+    def rounded(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, length = CPU.forward(*tensors)
+        return 1.001 * out, length
+
+    def start(fastest: int) -> None:
+        """As a new process would, in which one of the kernels is faster."""
+        attention_choice._of_process.clear()
+        attention_choice._in_use[0].kernels.clear()
+        monkeypatch.setattr(attention_choice, "_shortest", lambda kernels, _: kernels[fastest])
+
+    kernels = CPU, dataclasses.replace(CPU, name="rounded", forward=rounded)
+    monkeypatch.setattr(attention, "kernel_for", attention_choice._on_card)
+    monkeypatch.setattr(attention_choice, "CUDA", kernels)
+    monkeypatch.setattr(attention_choice, "installed_kernels", lambda **_: ())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    config = dataclasses.replace(config, max_train_steps=6)
+    unbroken = []
+    for fastest in (0, 1):
+        start(fastest)
+        unbroken.append(lora_tensors(train_lora(named(config, f"unbroken {fastest}"))))
+    assert not equal(*unbroken)
+    start(1)
+    assert train_lora(named(config, "broken"), StopAfter(9)).lora_file is None
+    start(0)
+    assert equal(lora_tensors(train_lora(named(config, "broken"))), unbroken[1])
+    start(0)
 
 
 def test_killed_at_arbitrary_moments_and_continued_equals_the_unbroken_run(config: TrainConfig, tmp_path: Path) -> None:

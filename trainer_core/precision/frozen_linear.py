@@ -165,6 +165,11 @@ def set_products(network: nn.Module, device: torch.device, *, in_8_bits: bool) -
             layer.codes = eight_bit.code_dtype(layer.format, layer.weight.dtype, device) if in_8_bits else None
 
 
+def multiplies_8_bits(layer: nn.Module) -> bool:
+    """Whether a layer, with or without an adapter, multiplies 8-bit codes."""
+    return getattr(getattr(layer, "base_layer", layer), "codes", None) is not None
+
+
 @contextmanager
 def exact_products(network: nn.Module) -> Iterator[None]:
     """A context in which no layer of `network` multiplies 8-bit codes."""

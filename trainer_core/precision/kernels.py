@@ -225,7 +225,8 @@ def int8_product(
     (rows, depth), columns = a.shape, b.shape[0]
     y = torch.empty(rows, columns, dtype=dtype, device=a.device)
     rank = 0 if inner is None else inner.shape[1]
-    inner, up = (each if each is None or each.stride(-1) == 1 else each.contiguous() for each in (inner, up))
+    if inner is not None and up is not None:
+        inner, up = inner if inner.stride(-1) == 1 else inner.contiguous(), up.contiguous()
 
     def launch(tiles: Tiles) -> None:
         grid = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)

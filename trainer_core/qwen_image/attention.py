@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..memory.recompute import Kept
-from .attention_kernels import Kernel, kernel_for
+from .attention_choice import kernel_for
+from .attention_kernels import Kernel
 
 
 class OfPair(NamedTuple):
@@ -25,14 +26,20 @@ class OfPair(NamedTuple):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, pairs: Sequence[OfPair] | None = None, kept: Kept | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pairs: Sequence[OfPair] | None = None,
+    kept: Kept | None = None,
+    *,
+    in_8_bits: bool = False,
 ) -> Tensor:
     """Attention of queries [1, M, H, d] over keys and values [1, N, H, d]: [1, M, H, d]. Each pair sees only itself.
 
     `pairs` None: all tokens belong to one pair. With `kept`, the first pass stores its results there, and a second
-    pass returns them instead of computing them again.
+    pass returns them instead of computing them again. `in_8_bits`: queries, keys and values may be rounded to 8 bits.
     """
-    kernel = kernel_for(query, key)
+    kernel = kernel_for(query, key, in_8_bits=in_8_bits)
     if kernel is None:
         return _without_kernel(query, key, value, pairs)
     return _Attention.apply(query, key, value, pairs, kept, kernel)  # type: ignore[no-untyped-call]

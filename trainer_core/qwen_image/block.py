@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..memory.recompute import Kept
-from ..precision.frozen_linear import mlp, together
+from ..precision.frozen_linear import mlp, multiplies_8_bits, together
 from .attention import OfPair, attend
 from .query_key import define_operators, joined
 
@@ -76,7 +76,7 @@ class EditBlock(nn.Module):
         """picture [1, L, D] and prompt [1, T, D] after this block."""
         modulation, rows = self._modulation(shared, kept), (shared.picture_rows, shared.prompt_rows)
         query, key, value = self.before_attention(picture, prompt, *modulation, shared.angles, *rows)
-        out = attend(query, key, value, shared.pairs, kept)
+        out = attend(query, key, value, shared.pairs, kept, in_8_bits=multiplies_8_bits(self.attn.to_v))
         return self.after_attention(picture, prompt, out, *modulation, *rows, kept is not None and kept.is_second)
 
     def _modulation(self, shared: Shared, kept: Kept | None) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ class LastBlock(EditBlock):
         of_targets = attn.to_q(inner[:, shared.targets])
         angles = shared.angles[prompt.shape[1] :][shared.targets]
         query = self._joined("q", of_targets[:, :0], of_targets, angles)
-        out = attend(query, key, value, shared.last_pairs, kept).flatten(2)
+        out = attend(query, key, value, shared.last_pairs, kept, in_8_bits=multiplies_8_bits(attn.to_v)).flatten(2)
         targets, rows = picture[:, shared.targets], None if rows is None else rows[shared.targets]
         is_second = kept is not None and kept.is_second
         return self._stream(
