@@ -187,6 +187,15 @@ def test_8_bit_products_are_alike_in_every_place_and_near_exact_ones(precision: 
         assert_close(found, wanted, 6e-2)
 
 
+@pytest.mark.parametrize("precision", ["nf4-bnb", "int4-quanto"])
+def test_compiled_blocks_keep_no_codes_of_weights(precision: BaseModelPrecision) -> None:
+    """Codes for 8-bit products, made in the forward pass, would take a byte per weight until the backward pass."""
+    kept = list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        step(precision, "lora", targets="attention", in_8_bits=True, compiled=True)
+    assert len(kept) > 50 and not any(each.dtype == torch.int8 for each in kept)
+
+
 def case_name(value: object) -> str:
     """A parameter's name in the test's id."""
     names = {id(KEPT): "kept", id(OFFLOADED): "offloaded", id(STREAMED): "streamed"}

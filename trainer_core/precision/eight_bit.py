@@ -28,7 +28,7 @@ from ..errors import ConfigError
 from ..packages import need_triton
 from ..text import reason_of
 from ..weights.stored import hadamard
-from .formats import EightBits, Format
+from .formats import EightBits, Format, Nf4, depending_on
 
 LEAST_CAPABILITY = (8, 0)  # Triton compiles no int8 products for older cards
 FP8 = torch.float8_e4m3fn
@@ -38,11 +38,12 @@ _NAMESPACE = re.sub(r"\W", "_", __name__)  # of the operator; two copies of the 
 
 class Coded(NamedTuple):
     """Numbers as 8-bit codes [rows, columns] with a float32 scale for each row [rows]. `rotation` is that of
-    StoredWeight."""
+    StoredWeight. If `is_transposed`, the codes are [columns, rows]."""
 
     codes: Tensor
     scales: Tensor
     rotation: int = 0
+    is_transposed: bool = False
 
 
 def product(x: Tensor, weight: Coded, bias: Tensor | None, tokens: Coded | None = None) -> Tensor:
@@ -55,7 +56,7 @@ def product(x: Tensor, weight: Coded, bias: Tensor | None, tokens: Coded | None 
 def input_gradient(gradient: Tensor, weight: Coded) -> Tensor:
     """dx [..., in] of a gradient [..., out] and a weight [out, in], in the gradient's dtype."""
     tokens = quantised(gradient.flatten(0, -2), weight.codes.dtype, weight.scales)
-    dx = _multiplied(tokens, weight.codes, None, None, gradient.dtype, backward=True)
+    dx = _multiplied(tokens, weight.codes, None, None, gradient.dtype, backward=not weight.is_transposed)
     return rotated(dx.view(*gradient.shape[:-1], dx.shape[-1]), weight.rotation)
 
 
@@ -90,16 +91,36 @@ def rotated(x: Tensor, rotation: int) -> Tensor:
     return (x.unflatten(-1, (-1, rotation)) @ hadamard(rotation, x.device).to(x.dtype)).flatten(-2)
 
 
-def coded(form: Format, tensors: Sequence[Tensor], dtype: torch.dtype, compute: torch.dtype) -> Coded:
+def coded(form: Format, tensors: Sequence[Tensor], dtype: torch.dtype, gradient: Tensor | None = None) -> Coded:
     """A weight [out, in] of any format as codes of `dtype`.
 
-    Codes of that type are taken as they are. Others, such as NF4, are dequantised to `compute` and rounded, with
-    a scale per row.
+    Codes of that type are taken as they are. Others, such as NF4, are dequantised to float32 and rounded, with a scale
+    per row. `gradient`: the one that is multiplied with the weight in a backward pass. Codes that are made for it may
+    be transposed.
     """
-    if not is_coded(form, tensors, dtype):
-        return quantised(form.dequantise(tensors, compute), dtype)
-    codes, scale = tensors
-    return Coded(codes, scale.float().expand(len(codes), 1).reshape(-1), form.rotation)  # type: ignore[union-attr]
+    if is_coded(form, tensors, dtype):
+        codes, scale = tensors
+        return Coded(codes, scale.float().expand(len(codes), 1).reshape(-1), form.rotation)  # type: ignore[union-attr]
+    if _is_on_card(tensors[0]) and (known := _kernel_sizes(form, tensors[0])):
+        codes, scales = _operator("quantise_weight")(list(tensors), *known, gradient)
+        return Coded(codes, scales, is_transposed=gradient is not None)
+    tensors = tensors if gradient is None else depending_on(gradient, tensors)
+    return quantised(form.dequantise(tensors, torch.float32), dtype)
+
+
+def _is_on_card(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _kernel_sizes(form: Format, codes: Tensor) -> tuple[str, list[int], list[int]] | None:
+    """The kind, shape and sizes of `weight_kernels.quantise` for a weight; None if there is no kernel for it, or rows
+    and blocks are not whole words."""
+    if isinstance(form, EightBits):
+        return None if form.rotation or codes.shape[1] % 4 else ("fp8", list(codes.shape), [])
+    shape = [form.rows, form.columns]
+    if isinstance(form, Nf4):
+        return None if form.columns % 8 else ("nf4", shape, [form.blocksize, form.nested_blocksize])
+    return None if form.group % 4 else ("packed", shape, [form.bits, form.group])
 
 
 def is_coded(form: Format, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -191,6 +212,23 @@ def _quantised_shapes(x: Tensor, factors: Tensor | None, dtype: torch.dtype) -> 
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
+def _quantised_weight_on_card(
+    tensors: list[Tensor], kind: str, shape: list[int], sizes: list[int], gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The operator on a CUDA device. The compiler must think that it needs the gradient: otherwise it would make the
+    codes of all weights in the forward pass and keep them until the backward pass."""
+    largest, transposed = largest_code(torch.int8), gradient is not None
+    return _kernels("weight_kernels").quantise(kind, shape, sizes, tensors, largest, transposed=transposed)
+
+
+def _quantised_weight_shapes(
+    tensors: list[Tensor], _kind: str, shape: list[int], _sizes: list[int], gradient: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows, columns = shape
+    codes = tensors[0].new_empty((rows, columns) if gradient is None else (columns, rows), dtype=torch.int8)
+    return codes, tensors[0].new_empty(rows, dtype=torch.float32)
+
+
 def _on_card(
     a: Tensor,
     b: Tensor,
@@ -235,8 +273,8 @@ def _result(a: Tensor, b: Tensor, a_scale: Tensor, *others: Any) -> Tensor:  # n
 
 
 @cache
-def _kernels() -> Any:
-    return import_module(".kernels", __package__)
+def _kernels(module: str = "kernels") -> Any:
+    return import_module(f".{module}", __package__)
 
 
 class _Operators:
@@ -254,10 +292,16 @@ def define_operator() -> None:
             "ScalarType dtype) -> Tensor"
         )
         library.define("quantise(Tensor x, Tensor? factors, ScalarType dtype) -> (Tensor, Tensor)")
+        library.define(
+            "quantise_weight(Tensor[] tensors, str kind, int[] shape, int[] sizes, Tensor? gradient) "
+            "-> (Tensor, Tensor)"
+        )
         library.impl("product", _on_card, "CUDA")
         library.impl("quantise", _quantised_on_card, "CUDA")
+        library.impl("quantise_weight", _quantised_weight_on_card, "CUDA")
         torch.library.register_fake(f"{_NAMESPACE}::product", _result, lib=library)
         torch.library.register_fake(f"{_NAMESPACE}::quantise", _quantised_shapes, lib=library)
+        torch.library.register_fake(f"{_NAMESPACE}::quantise_weight", _quantised_weight_shapes, lib=library)
         _Operators.library = library
 
 

@@ -123,3 +123,19 @@ class QuantisedWeight(NamedTuple):
             rows, columns = self.tensors["codes"].shape
             return rows, columns
         return self.format.rows, self.format.columns
+
+
+def depending_on(gradient: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of a format, for its `dequantise` in a backward pass: for the compiler, they need the gradient.
+
+    Otherwise it would compute the weight, or its unpacked codes, in the forward pass and keep them until the backward
+    pass.
+    """
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    zero = gradient.flatten()[:0].sum()
+    # torch can't add fp8 codes, and they need no unpacking.
+    return [
+        each if each.dtype.itemsize == 1 and each.is_floating_point() else each + zero.to(each.dtype)
+        for each in tensors
+    ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import eight_bit
-from .formats import EightBits, Format, QuantisedWeight
+from .formats import EightBits, Format, QuantisedWeight, depending_on
 
 _PADDING = (None,) * 6  # a format has at most six tensors
 _FEW = 2  # rows
@@ -80,7 +80,7 @@ class FrozenLinear(nn.Linear):
         """y [..., out] of x [..., in] with these codes, without gradients."""
         assert self.codes is not None
         tensors = [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
-        weight = eight_bit.coded(self.format, tensors, self.codes, x.dtype)  # type: ignore[arg-type]
+        weight = eight_bit.coded(self.format, tensors, self.codes)  # type: ignore[arg-type]
         return eight_bit.product(x, weight, self.bias, tokens)
 
     def gradient_only(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def product(
         return _few_rows(x, bias, *weight)
     if codes is None:
         return functional.linear(x, form.dequantise(weight, x.dtype), bias)
-    return eight_bit.product(x, eight_bit.coded(form, weight, codes, x.dtype), bias)
+    return eight_bit.product(x, eight_bit.coded(form, weight, codes), bias)
 
 
 def _few_rows(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
@@ -150,18 +150,9 @@ def _few_rows(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> T
 
 def input_gradient(gradient: Tensor, form: Format, weight: Sequence[Tensor], codes: torch.dtype | None) -> Tensor:
     """dx [..., in] of a gradient [..., out], with the arguments of `product`."""
-    if torch.compiler.is_compiling() and not (codes is not None and eight_bit.is_coded(form, weight, codes)):
-        # Adds zero. The compiler sees that the whole weight depends on the gradient. Otherwise it would compute the
-        # weight, or its unpacked codes, in the forward pass and keep them until the backward pass. torch can't add
-        # fp8 codes, and they need no unpacking. Codes that are multiplied as they are need no computation either.
-        zero = gradient.flatten()[:0].sum()
-        weight = [
-            each if each.dtype.itemsize == 1 and each.is_floating_point() else each + zero.to(each.dtype)
-            for each in weight
-        ]
     if codes is None:
-        return gradient @ form.dequantise(weight, gradient.dtype)
-    return eight_bit.input_gradient(gradient, eight_bit.coded(form, weight, codes, gradient.dtype))
+        return gradient @ form.dequantise(depending_on(gradient, weight), gradient.dtype)
+    return eight_bit.input_gradient(gradient, eight_bit.coded(form, weight, codes, gradient))
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
