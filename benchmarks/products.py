@@ -27,6 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from trainer_core.precision import eight_bit
+from trainer_core.precision.card_operators import define_operators
 from trainer_core.precision.eight_bit import FP8, Coded
 
 Call = Callable[[], Tensor]
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[3072, 12288])
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    eight_bit.define_operators()
+    define_operators()
     versions = [f"{name} {sys.modules[name].__version__}" for name in ("torch", "triton") if name in sys.modules]
     print(torch.cuda.get_device_name(device), *versions, f"Python {platform.python_version()}", sep=", ")
     print("| rows x in x out | product | forward ms | TOP/s | error | backward ms | TOP/s | error |")

@@ -112,7 +112,11 @@ def assert_inert(result: dict) -> None:
 
 
 # Imported only where Triton is installed.
-NEED_TRITON = {"trainer_core.precision.kernels", "trainer_core.qwen_image.query_key_kernels"}
+NEED_TRITON = {
+    "trainer_core.precision.kernels",
+    "trainer_core.precision.weight_kernels",
+    "trainer_core.qwen_image.query_key_kernels",
+}
 
 
 def core_modules() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -176,6 +177,15 @@ def test_graphs_are_bit_equal(
     assert [name for name, each in found.gradients.items() if not torch.equal(each, wanted.gradients[name])] == []
 
 
+@pytest.fixture
+def in_fixed_order() -> Iterator[None]:
+    """Attention's backward pass adds up the gradient of a query in a fixed order."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # noqa: FBT003
+    yield
+    torch.use_deterministic_algorithms(False)  # noqa: FBT003
+
+
+@pytest.mark.usefixtures("in_fixed_order")
 @pytest.mark.parametrize("precision", ["int8-quanto", "fp8-quanto", "nf4-bnb"])
 def test_8_bit_products_are_alike_in_every_place_and_near_exact_ones(precision: BaseModelPrecision) -> None:
     exact, wanted = plain(precision, "lora", "attention"), step(precision, "lora", targets="attention", in_8_bits=True)
@@ -187,6 +197,15 @@ def test_8_bit_products_are_alike_in_every_place_and_near_exact_ones(precision: 
     compiled = step(precision, "lora", STREAMED, targets="attention", in_8_bits=True, compiled=True)
     for found in (compiled, exact):
         assert_close(found, wanted, 6e-2)
+
+
+@pytest.mark.parametrize("precision", ["nf4-bnb", "int4-quanto"])
+def test_compiled_blocks_keep_no_codes_of_weights(precision: BaseModelPrecision) -> None:
+    """Codes for 8-bit products, made in the forward pass, would take a byte per weight until the backward pass."""
+    kept = list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        step(precision, "lora", targets="attention", in_8_bits=True, compiled=True)
+    assert len(kept) > 50 and not any(each.dtype == torch.int8 for each in kept)
 
 
 def case_name(value: object) -> str:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.support import weight_codes
 from tests.support.both_passes import quantised_layer
 from tests.support.random_base import relative_error
 from trainer_core.config import BaseModelPrecision
 from trainer_core.memory.compilation import _compiled
-from trainer_core.precision import eight_bit
+from trainer_core.precision import card_operators, eight_bit
 from trainer_core.precision.formats import EightBits, QuantisedWeight
 from trainer_core.precision.frozen_linear import FrozenLinear, mlp, set_products
 from trainer_core.rng import stream
@@ -198,9 +199,10 @@ def test_a_number_that_is_not_finite_is_not_hidden(wrong: float) -> None:
     assert not finite[7].any() and finite[:7].all() and finite[8:].all()
 
 
-def test_the_backward_pass_keeps_no_activations() -> None:
-    """Neither x nor its codes, also compiled; the weight itself is the layer's."""
-    layer = layer_of("int8-quanto", 3072, 3072)
+@pytest.mark.parametrize("form", ["int8-quanto", "nf4-bnb", "int4-quanto"])
+def test_the_backward_pass_keeps_nothing(form: str) -> None:
+    """Neither x nor its codes nor those of the weight, also compiled. The stored weight itself is the layer's."""
+    layer = layer_of(form, 3072, 3072)
     set_products(layer, CUDA, in_8_bits=True)
     for forward in (layer.forward, _compiled(layer.forward, None)):
         x = torch.randn(1, 4096, 3072, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
@@ -208,6 +210,29 @@ def test_the_backward_pass_keeps_no_activations() -> None:
         before = torch.cuda.memory_allocated()
         y = forward(x)
         assert torch.cuda.memory_allocated() - before <= y.nbytes + 2**16
+
+
+@pytest.mark.parametrize("form", weight_codes.FORMATS)
+@pytest.mark.parametrize(("rows", "columns"), [(320, 448), (37, 200), (3072, 3072), (12288, 3072), (3072, 12288)])
+def test_codes_of_weights_are_those_of_plain_torch(form: str, rows: int, columns: int) -> None:
+    weight_codes.assert_codes_are_those_of_plain_torch(weight_codes.quantised_weight(form, rows, columns, "cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nf4_is_dequantised_alike_on_card_and_cpu(dtype: torch.dtype) -> None:
+    layer = layer_of("nf4-bnb", 3072, 1024)
+    assert torch.equal(layer.dequantised(dtype).cpu(), on_the_cpu(layer).dequantised(dtype))
+
+
+@pytest.mark.parametrize("form", ["fp8-quanto", "fp8, one scale"])
+def test_fp8_weights_where_the_card_has_no_fp8(form: str) -> None:
+    """They are rounded to int8."""
+    layer = layer_of(form, 448, 320)
+    layer.codes = torch.int8
+    card_operators.define_operators()
+    wanted = both_passes(on_the_cpu(layer), 77, torch.bfloat16)
+    for found, right in zip(both_passes(layer, 77, torch.bfloat16), wanted, strict=True):
+        assert relative_error(found, right) < ROUNDED
 
 
 def test_transposed_codes() -> None:

@@ -104,8 +104,8 @@ def test_products_equal_their_definition_in_float64(form: str, dtype: torch.dtyp
     x, g = (each.detach().double() for each in inputs(dtype))
     weight = turned(layer.dequantised(torch.float32).double(), rotation)  # turned once more: as it is stored
     if layer.weight.dtype != codes:
-        weight = rounded(layer.dequantised(dtype).double(), codes)
-    scales = eight_bit.coded(layer.format, layer._tensors(), codes, dtype).scales.double()
+        weight = rounded(layer.dequantised(torch.float32).double(), codes)
+    scales = eight_bit.coded(layer.format, layer._tensors(), codes).scales.double()
     y = rounded(turned(x, rotation).to(dtype).double(), codes) @ weight.T + layer.bias.double()
     dx = turned(rounded(g * scales, codes) @ (weight / scales[:, None]), rotation)
     for found, wanted in zip(both_passes(layer, dtype), (y, dx), strict=True):
@@ -120,7 +120,7 @@ def test_no_result_is_further_from_the_exact_product_than_rounding_explains(form
     """int8: half a scale for each number. fp8: a sixteenth of each number, or half of the least step."""
     layer = layer_of(form, dtype)
     exact = layer.dequantised(torch.float32).double()
-    coded = eight_bit.coded(layer.format, layer._tensors(), layer.codes, dtype)
+    coded = eight_bit.coded(layer.format, layer._tensors(), layer.codes)
     stored = coded.codes.double() * coded.scales.double()[:, None]
     of_weight = (turned(exact, coded.rotation) - stored).abs()
     x, g = (each.detach().double() for each in inputs(dtype))

@@ -151,6 +151,18 @@ def test_the_backward_pass_uses_the_weights_of_the_forward_pass(precision: BaseM
     assert torch.equal(backward, forward)
 
 
+@pytest.mark.parametrize(("columns", "rows"), [(96, 10), (32, 64), (160, 40), (200, 37), (24, 3)])
+def test_blocks_of_nf4_may_begin_within_a_row(columns: int, rows: int):
+    """bitsandbytes' code for CPUs with AVX-512 takes wrong scales there."""
+    layer = quantised_layer("nf4-bnb", columns, rows, "cpu")
+    codes, absmax, quant_map, nested_absmax, nested_map, offset = layer.quantised.tensors.values()
+    scales = nested_map[absmax.int()] * nested_absmax.repeat_interleave(256)[: len(absmax)] + offset
+    values = quant_map[torch.stack([codes >> 4, codes & 15], dim=-1).flatten().int()]
+    wanted = values * scales.repeat_interleave(64)[: len(values)]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(layer.dequantised(dtype), wanted.view(rows, columns).to(dtype))
+
+
 @pytest.mark.parametrize(("precision", "bits"), [("int4-quanto", 4), ("int2-quanto", 2)])
 def test_packed_codes_are_quantos_plain_ones_on_every_device(
     monkeypatch: pytest.MonkeyPatch, precision: BaseModelPrecision, bits: int

@@ -9,7 +9,7 @@ import gc
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tests.support.full_size_step import Setting, our_step
 from trainer_core.memory.offload import HostCopies
 from trainer_core.precision import eight_bit
 from trainer_core.precision.eight_bit import Coded
+from trainer_core.precision.formats import QuantisedWeight
 
 META = torch.device("meta")
 
@@ -128,6 +129,16 @@ def traced_step(setting: Setting, layers: int, *, names: bool = False) -> LiveBy
 
 def products_of_a_card() -> AbstractContextManager[Any]:
     """Patch 8-bit products to allocate what a card's kernels do: codes, scales, transposed codes and results."""
+    as_they_are = eight_bit.coded
+
+    def coded(form: Any, tensors: Sequence[Tensor], dtype: torch.dtype, gradient: Tensor | None = None) -> Coded:
+        if eight_bit.is_coded(form, tensors, dtype):
+            return as_they_are(form, tensors, dtype)
+        layer = QuantisedWeight(form, dict(zip(form.names, tensors, strict=True)))
+        rows, columns = layer.shape
+        is_transposed = gradient is not None
+        codes = torch.empty((columns, rows) if is_transposed else (rows, columns), dtype=dtype, device=META)
+        return Coded(codes, torch.empty(rows, device=META), is_transposed=is_transposed)
 
     def quantised(x: Tensor, dtype: torch.dtype, factors: Tensor | None = None, **_gelu: Any) -> Coded:
         return Coded(torch.empty_like(x, dtype=dtype), torch.empty(len(x), device=x.device))
@@ -143,7 +154,8 @@ def products_of_a_card() -> AbstractContextManager[Any]:
     def adds_changes(codes: torch.dtype, x: Tensor) -> bool:
         return codes == torch.int8 and x.dtype.itemsize == 2
 
-    return mock.patch.multiple(eight_bit, quantised=quantised, _multiplied=multiplied, adds_changes=adds_changes)
+    patched = {"coded": coded, "quantised": quantised, "_multiplied": multiplied, "adds_changes": adds_changes}
+    return mock.patch.multiple(eight_bit, **patched)
 
 
 def _host_memory(slots: Any, size: int) -> tuple[Any, Tensor]:

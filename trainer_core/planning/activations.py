@@ -179,16 +179,14 @@ def _beside_product(network: NetworkSize, tokens: Tokens, products: MatmulPrecis
     exact = dequantised_bytes(network, copies=1)
     if products == "bf16" or network.precision == "none":
         return exact
-    # Of the weight's codes: transposed, and before that made, unless they are stored.
-    copies = 1 if network.precision in ("int8-quanto", "fp8-quanto", "file") else 2
-    codes = (4 * copies * network.width + tokens.batch * tokens.image) * network.width  # with those of the gradient
+    # The weight's codes: transposed, or made of another format. With those of the gradient.
+    codes = (4 * network.width + tokens.batch * tokens.image) * network.width
     return codes if products == "8bit" else max(exact, codes)
 
 
 def _before_product(network: NetworkSize, products: MatmulPrecision) -> int:
-    """Bytes that an MLP layer's weight needs until it can be multiplied. Codes of int8 are multiplied as they are;
-    others may be rounded to int8 first."""
-    return 0 if products == "8bit" and network.precision == "int8-quanto" else dequantised_bytes(network)
+    """Bytes that an MLP layer's weight needs until it can be multiplied. 8-bit codes are made at once."""
+    return 0 if products == "8bit" else dequantised_bytes(network)
 
 
 def dequantised_bytes(network: NetworkSize, element_bytes: int = 0, copies: float = 0) -> int:

@@ -5,22 +5,18 @@
 
 x and g have a scale per token, by whose reciprocal they are multiplied before they are rounded; W has one per output
 row. In the backward pass the sum runs over the rows of W, so their scales are folded into the gradient before it is
-rounded. Codes are int8, or fp8 (e4m3) where the weight has fp8 codes
-and the card multiplies them. int8 codes are summed exactly in int32, fp8 codes in float32, of which a card keeps fewer
-bits (see `_fp8_product`). Scales and bias are applied in float32, and the result is rounded once.
+rounded. Codes are int8, or fp8 (e4m3) where the weight has fp8 codes and the card multiplies them. int8 codes are
+summed exactly in int32, fp8 codes in float32, of which a card keeps fewer bits (see `fp8_product`). Scales, bias and
+an adapter's change are applied in float32, and the result is rounded once.
 
-On a CUDA device operators that the compiler does not look into compute the codes and the product, with Triton: the
-compiler's own code for the codes reads and activates wide rows twice. Elsewhere plain torch does; the results agree up
-to rounding.
+Plain torch computes them, and on a CUDA device `card_operators`; the results agree up to rounding.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import cache
-from importlib import import_module
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,21 +26,24 @@ from ..errors import ConfigError
 from ..packages import need_triton
 from ..text import reason_of
 from ..weights.stored import hadamard
-from .formats import EightBits, Format
+from .card_operators import NAMESPACE, define_operators, fp8_product, largest_code
+from .formats import EightBits, Format, Nf4, depending_on
+from .operators import operator
 
 LEAST_CAPABILITY = (8, 0)  # Triton compiles no int8 products for older cards
 FP8 = torch.float8_e4m3fn
 FEW_ROWS = 16  # products of so few rows, such as the modulation's, only read the weight: 8 bits would save no time
-_NAMESPACE = re.sub(r"\W", "_", __name__)  # of the operator; two copies of the pack in a process have their own
+_FEWEST_ROWS = 2  # rows for which `few_rows` is faster
 
 
 class Coded(NamedTuple):
     """Numbers as 8-bit codes [rows, columns] with a float32 scale for each row [rows]. `rotation` is that of
-    StoredWeight."""
+    StoredWeight. If `is_transposed`, the codes are [columns, rows]."""
 
     codes: Tensor
     scales: Tensor
     rotation: int = 0
+    is_transposed: bool = False
 
 
 class Change(NamedTuple):
@@ -79,7 +78,7 @@ def input_gradient(gradient: Tensor, weight: Coded, before: Tensor | None = None
     """
     before = None if before is None else before.flatten(0, -2)
     tokens = quantised(gradient.flatten(0, -2), weight.codes.dtype, weight.scales, before=before)
-    dx = _multiplied(tokens, weight.codes, None, None, gradient.dtype, backward=True)
+    dx = _multiplied(tokens, weight.codes, None, None, gradient.dtype, backward=not weight.is_transposed)
     return rotated(dx.view(*gradient.shape[:-1], dx.shape[-1]), weight.rotation)
 
 
@@ -94,7 +93,7 @@ def quantised(
     A row with NaN or infinite numbers gets the scale NaN or infinite.
     """
     if x.is_cuda:
-        return Coded(*_operator("quantise")(x, factors, before, gelu, dtype))
+        return Coded(*operator(NAMESPACE, "quantise")(x, factors, before, gelu, dtype))
     if gelu:
         x = functional.gelu(x, approximate="tanh")
     if before is not None:
@@ -105,14 +104,19 @@ def quantised(
     return Coded((values if dtype.is_floating_point else values.round()).to(dtype), scales.flatten())
 
 
+def reads_few_rows(x: Tensor, form: Format, codes: torch.dtype) -> bool:
+    """Whether `few_rows` computes a product of x [..., in] with a weight in this format."""
+    return x.numel() <= _FEWEST_ROWS * x.shape[-1] and form == EightBits() and codes in (torch.int8, FP8)
+
+
 def few_rows(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
     """y [..., out] of one or two rows x [..., in]: on a card, it reads each 8-bit code once and writes no weight.
 
     `codes` [out, in] and `scale` [out, 1] or [] are the tensors of EightBits.
     """
-    codes, scales, _ = stored(codes, scale)
+    codes, scales, *_ = stored(codes, scale)
     if x.is_cuda:
-        return _operator("few_rows")(x.flatten(0, -2), codes, scales, bias).view(*x.shape[:-1], len(codes))
+        return operator(NAMESPACE, "few_rows")(x.flatten(0, -2), codes, scales, bias).view(*x.shape[:-1], len(codes))
     y = x.float() @ codes.float().T * scales
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
@@ -123,11 +127,6 @@ def token_scales(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.abs().amax(-1, keepdim=True).float() / largest_code(dtype)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def largest_code(dtype: torch.dtype) -> float:
-    """The largest number that a code stands for."""
-    return float(torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max)
-
-
 def rotated(x: Tensor, rotation: int) -> Tensor:
     """x [..., columns] with each group of `rotation` columns multiplied with the Hadamard matrix; 0 changes nothing."""
     if not rotation:
@@ -135,20 +134,40 @@ def rotated(x: Tensor, rotation: int) -> Tensor:
     return (x.unflatten(-1, (-1, rotation)) @ hadamard(rotation, x.device).to(x.dtype)).flatten(-2)
 
 
-def coded(form: Format, tensors: Sequence[Tensor], dtype: torch.dtype, compute: torch.dtype) -> Coded:
+def coded(form: Format, tensors: Sequence[Tensor], dtype: torch.dtype, gradient: Tensor | None = None) -> Coded:
     """A weight [out, in] of any format as codes of `dtype`.
 
-    Codes of that type are taken as they are. Others, such as NF4, are dequantised to `compute` and rounded, with
-    a scale per row.
+    Codes of that type are taken as they are. Others, such as NF4, are dequantised to float32 and rounded, with a scale
+    per row. `gradient`: the one that is multiplied with the weight in a backward pass. Codes that are made for it may
+    be transposed.
     """
-    if not is_coded(form, tensors, dtype):
-        return quantised(form.dequantise(tensors, compute), dtype)
-    return stored(*tensors, form.rotation)  # type: ignore[union-attr]
+    if is_coded(form, tensors, dtype):
+        return stored(*tensors, form.rotation)  # type: ignore[union-attr]
+    if _is_on_card(tensors[0]) and (known := _kernel_sizes(form, tensors[0])):
+        codes, scales = operator(NAMESPACE, "quantise_weight")(list(tensors), *known, gradient)
+        return Coded(codes, scales, is_transposed=gradient is not None)
+    tensors = tensors if gradient is None else depending_on(gradient, tensors)
+    return quantised(form.dequantise(tensors, torch.float32), dtype)
 
 
 def stored(codes: Tensor, scale: Tensor, rotation: int = 0) -> Coded:
     """The tensors of EightBits, whose scale [out, 1] or [] is one for each row, as a kernel reads them."""
     return Coded(codes, scale.float().expand(len(codes), 1).flatten().contiguous(), rotation)
+
+
+def _is_on_card(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _kernel_sizes(form: Format, codes: Tensor) -> tuple[str, list[int], list[int]] | None:
+    """The kind, shape and sizes of `weight_kernels.quantise` for a weight; None if there is no kernel for it, or rows
+    and blocks are not whole words."""
+    if isinstance(form, EightBits):
+        return None if form.rotation or codes.shape[1] % 4 else ("fp8", list(codes.shape), [])
+    shape = [form.rows, form.columns]
+    if isinstance(form, Nf4):
+        return None if form.columns % 8 else ("nf4", shape, [form.blocksize, form.nested_blocksize])
+    return None if form.group % 4 else ("packed", shape, [form.bits, form.group])
 
 
 def is_coded(form: Format, tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -187,8 +206,7 @@ def _failure(device: torch.device) -> str:
     define_operators()
     try:
         x = torch.ones(32, 32, device=device, dtype=torch.bfloat16)
-        tokens = quantised(x, torch.int8)
-        _operator("product")(tokens.codes, tokens.codes, tokens.scales, None, None, None, None, True, x.dtype).tolist()  # noqa: FBT003
+        input_gradient(x, quantised(x, torch.int8)).tolist()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a compiler raises
@@ -211,7 +229,7 @@ def multiplies_fp8(device: torch.device) -> bool:
     """
     codes, scales = torch.zeros(32, 32, dtype=FP8, device=device), torch.ones(32, device=device)
     try:
-        return torch.is_tensor(_fp8_product(codes, codes, scales, scales, None, torch.bfloat16))
+        return torch.is_tensor(fp8_product(codes, codes, scales, scales, None, torch.bfloat16))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, NotImplementedError):
@@ -237,7 +255,9 @@ def _multiplied(
     bias and the change."""
     if weight.is_cuda:
         inner, up = (None, None) if change is None else (change.inner.flatten(0, -2), change.up)
-        return _operator("product")(tokens.codes, weight, tokens.scales, scales, bias, inner, up, backward, dtype)
+        return operator(NAMESPACE, "product")(
+            tokens.codes, weight, tokens.scales, scales, bias, inner, up, backward, dtype
+        )
     values = weight.float()
     y = tokens.codes.float() @ (values if backward else values.T)
     y *= tokens.scales.unsqueeze(-1)
@@ -248,109 +268,3 @@ def _multiplied(
     if change is not None:
         y = y + change.inner.flatten(0, -2).float() @ change.up.float().T
     return y.to(dtype)
-
-
-def _quantised_on_card(
-    x: Tensor,
-    factors: Tensor | None,
-    before: Tensor | None,
-    gelu: bool,  # noqa: FBT001 - an operator's arguments have no names
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    kind = 2 if before is not None else int(gelu)
-    return _kernels().quantise(x, dtype, largest_code(dtype), factors, kind, before)
-
-
-def _quantised_shapes(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=others[-1]), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-def _on_card(  # noqa: PLR0913
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor | None,
-    bias: Tensor | None,
-    inner: Tensor | None,
-    up: Tensor | None,
-    backward: bool,  # noqa: FBT001
-    dtype: torch.dtype,
-) -> Tensor:
-    """The operator on a CUDA device. In the backward pass it copies the weight's codes, transposed."""
-    if backward:
-        b = _kernels().transposed(b)
-    if a.dtype == torch.int8:
-        return _kernels().int8_product(a, b, a_scale, b_scale, bias, dtype, inner, up)
-    assert inner is None, "only int8 products take a change along"
-    b_scale = torch.ones(len(b), device=b.device) if b_scale is None else b_scale
-    return _fp8_product(a, b, a_scale, b_scale, bias, dtype)
-
-
-def _few_rows_on_card(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    return _kernels().few_rows(x, codes, scales, bias)
-
-
-def _few_rows_shape(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
-    return x.new_empty(x.shape[0], codes.shape[0])
-
-
-def _fp8_product(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    # Fast accumulation keeps fewer bits of partial sums. On an H200 it is 1.2 times as fast, with an error of 3.1e-3
-    # instead of 1.7e-3; rounding the operands to fp8 costs ten times that.
-    y = torch._scaled_mm(  # pyright: ignore[reportPrivateUsage]
-        a,
-        b.T,
-        scale_a=a_scale.unsqueeze(1),
-        scale_b=b_scale.unsqueeze(0),
-        bias=bias if dtype == torch.bfloat16 else None,
-        out_dtype=torch.bfloat16,  # the only one for scales per row
-        use_fast_accum=True,
-    )
-    if dtype == torch.bfloat16:
-        return y
-    return (y.float() if bias is None else y.float() + bias).to(dtype)
-
-
-def _result(a: Tensor, b: Tensor, a_scale: Tensor, *others: Any) -> Tensor:  # noqa: ARG001
-    """What the operator returns, for the compiler: an empty tensor."""
-    *_, backward, dtype = others
-    return a.new_empty(a.shape[0], b.shape[1 if backward else 0], dtype=dtype)
-
-
-@cache
-def _kernels() -> Any:
-    return import_module(".kernels", __package__)
-
-
-class _Operators:
-    """The library that holds the operators, which torch forgets with it."""
-
-    library: torch.library.Library | None = None
-
-
-def define_operators() -> None:
-    """Make the operators known to torch, once in a process. Quantised layers need them on a card."""
-    if _Operators.library is None:
-        library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-        library.define(
-            "product(Tensor a, Tensor b, Tensor a_scale, Tensor? b_scale, Tensor? bias, Tensor? inner, Tensor? up, "
-            "bool backward, ScalarType dtype) -> Tensor"
-        )
-        library.define(
-            "quantise(Tensor x, Tensor? factors, Tensor? before, bool gelu, ScalarType dtype) -> (Tensor, Tensor)"
-        )
-        library.define("few_rows(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor")
-        for name, compute, shape in (
-            ("product", _on_card, _result),
-            ("quantise", _quantised_on_card, _quantised_shapes),
-            ("few_rows", _few_rows_on_card, _few_rows_shape),
-        ):
-            library.impl(name, compute, "CUDA")
-            torch.library.register_fake(f"{_NAMESPACE}::{name}", shape, lib=library)
-        _Operators.library = library
-
-
-def _operator(name: str) -> Any:
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default

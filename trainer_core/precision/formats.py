@@ -47,7 +47,12 @@ class Nf4:
         scales = library.dequantize_blockwise.default(
             absmax, nested_absmax, nested_map, self.nested_blocksize, torch.float32
         ).add_(offset)
-        return library.dequantize_4bit.default(codes, scales, self.blocksize, "nf4", (self.rows, self.columns), dtype)
+        # bitsandbytes is given the blocks as rows. On a CPU with AVX-512, version 0.50 takes wrong scales for rows that
+        # are not whole blocks.
+        numbers = self.rows * self.columns
+        shape = (1, numbers) if numbers % self.blocksize else (numbers // self.blocksize, self.blocksize)
+        weight = library.dequantize_4bit.default(codes, scales, self.blocksize, "nf4", shape, dtype)
+        return weight.view(self.rows, self.columns)
 
     def _in_one_kernel(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """`dequantise` in operations that the compiler fuses; bitsandbytes needs four kernels."""
@@ -118,3 +123,19 @@ class QuantisedWeight(NamedTuple):
             rows, columns = self.tensors["codes"].shape
             return rows, columns
         return self.format.rows, self.format.columns
+
+
+def depending_on(gradient: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of a format, for its `dequantise` in a backward pass: for the compiler, they need the gradient.
+
+    Otherwise it would compute the weight, or its unpacked codes, in the forward pass and keep them until the backward
+    pass.
+    """
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    zero = gradient.flatten()[:0].sum()
+    # torch can't add fp8 codes, and they need no unpacking.
+    return [
+        each if each.dtype.itemsize == 1 and each.is_floating_point() else each + zero.to(each.dtype)
+        for each in tensors
+    ]

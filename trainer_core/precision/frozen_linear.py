@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import eight_bit
-from .formats import EightBits, Format, QuantisedWeight
+from .card_operators import define_operators
+from .formats import EightBits, Format, QuantisedWeight, depending_on
 
 _PADDING = (None,) * 6  # a format has at most six tensors
-_FEW = 2  # rows
 Gelu = Literal["", "before", "after"]  # whether gelu comes before or after a product
 
 
@@ -35,7 +35,7 @@ class FrozenLinear(nn.Linear):
 
     def __init__(self, weight: QuantisedWeight, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
-        eight_bit.define_operators()
+        define_operators()
         self.out_features, self.in_features = weight.shape
         self.format = weight.format
         tensors = dict(weight.tensors)
@@ -106,7 +106,7 @@ class FrozenLinear(nn.Linear):
     def product_of(self, tokens: eight_bit.Coded, x: Tensor, change: eight_bit.Change | None) -> Tensor:
         """y [..., out] of x [..., in] with these codes, plus a change, without gradients."""
         assert self.codes is not None
-        weight = eight_bit.coded(self.format, self._all_tensors(), self.codes, x.dtype)
+        weight = eight_bit.coded(self.format, self._all_tensors(), self.codes)
         return eight_bit.product(x, weight, self.bias, tokens, change)
 
     def only_gradients(self, x: Tensor, gelu: Gelu = "") -> Tensor:
@@ -195,9 +195,9 @@ def product(
 ) -> Tensor:
     """y [..., out] of x [..., in]. `weight` has the format's tensors; the other arguments are those of FrozenLinear."""
     if codes is not None:
-        coded = eight_bit.coded(form, weight, codes, x.dtype)
-        return eight_bit.product(x, coded, bias, change=change, gelu=gelu == "before")
-    if torch.compiler.is_compiling() and x.numel() <= _FEW * x.shape[-1] and form == EightBits():
+        weights = eight_bit.coded(form, weight, codes)
+        return eight_bit.product(x, weights, bias, change=change, gelu=gelu == "before")
+    if torch.compiler.is_compiling() and eight_bit.reads_few_rows(x, form, weight[0].dtype):
         return eight_bit.few_rows(x, bias, *weight)
     return functional.linear(x, form.dequantise(weight, x.dtype), bias)
 
@@ -210,18 +210,9 @@ def input_gradient(
     before: Tensor | None = None,
 ) -> Tensor:
     """dx [..., in] of a gradient [..., out], with the arguments of `product`. `before` is that of `eight_bit`."""
-    if torch.compiler.is_compiling() and not (codes is not None and eight_bit.is_coded(form, weight, codes)):
-        # Adds zero. The compiler sees that the whole weight depends on the gradient. Otherwise it would compute the
-        # weight, or its unpacked codes, in the forward pass and keep them until the backward pass. torch can't add
-        # fp8 codes, and they need no unpacking. Codes that are multiplied as they are need no computation either.
-        zero = gradient.flatten()[:0].sum()
-        weight = [
-            each if each.dtype.itemsize == 1 and each.is_floating_point() else each + zero.to(each.dtype)
-            for each in weight
-        ]
     if codes is None:
-        return gradient @ form.dequantise(weight, gradient.dtype)
-    return eight_bit.input_gradient(gradient, eight_bit.coded(form, weight, codes, gradient.dtype), before)
+        return gradient @ form.dequantise(depending_on(gradient, weight), gradient.dtype)
+    return eight_bit.input_gradient(gradient, eight_bit.coded(form, weight, codes, gradient), before)
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ Shapes: T prompt tokens, L picture tokens, H heads, d head width.
 from __future__ import annotations
 
 import logging
-import re
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision.operators import define, namespace_of, operator
 from ..text import reason_of
 
 _LOG = logging.getLogger(__name__)
-_NAMESPACE = re.sub(r"\W", "_", __name__)  # of the operators; two copies of the pack in a process have their own
+_NAMESPACE = namespace_of(__name__)
 
 
 def joined(
@@ -43,12 +43,12 @@ class _Joined(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(prompt, picture, prompt_weight, weight, angles)
         ctx.eps = eps
-        forward = _operator("forward") if torch.compiler.is_compiling() else _forward
+        forward = operator(_NAMESPACE, "forward") if torch.compiler.is_compiling() else _forward
         return forward(prompt, picture, prompt_weight, weight, angles, eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _operator("backward") if torch.compiler.is_compiling() else _backward
+        backward = operator(_NAMESPACE, "backward") if torch.compiler.is_compiling() else _backward
         prompt, picture, prompt_weight, weight, angles = ctx.saved_tensors
         of_inputs = backward(gradients[0], prompt, picture, prompt_weight, weight, angles, ctx.eps)
         return *of_inputs, None, None, None, None
@@ -137,28 +137,7 @@ def _kernels() -> Any:
     return import_module(".query_key_kernels", __package__)
 
 
-class _Operators:
-    """The library that holds the operators, which torch forgets with it."""
-
-    library: torch.library.Library | None = None
-
-
-def define_operators() -> None:
-    """Make the operators known to torch, once in a process. Compiled blocks need them."""
-    if _Operators.library is not None:
-        return
-    library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-    inputs = "Tensor prompt, Tensor picture, Tensor prompt_weight, Tensor weight, Tensor angles, float eps"
-    library.define(f"forward({inputs}) -> Tensor")
-    library.define(f"backward(Tensor gradient, {inputs}) -> (Tensor, Tensor)")
-    for name, compute, shape in (("forward", _forward, _joined_shape), ("backward", _backward, _parts_shape)):
-        library.impl(name, compute, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", shape, lib=library)
-    _Operators.library = library
-
-
 def _joined_shape(prompt: Tensor, picture: Tensor, *_: Any) -> Tensor:
-    """What the forward operator returns, for the compiler: an empty tensor."""
     return picture.new_empty(1, prompt.shape[1] + picture.shape[1], *picture.shape[2:])
 
 
@@ -169,5 +148,13 @@ def _parts_shape(gradient: Tensor, prompt: Tensor, picture: Tensor, *_: Any) -> 
     )
 
 
-def _operator(name: str) -> Any:
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+_INPUTS = "Tensor prompt, Tensor picture, Tensor prompt_weight, Tensor weight, Tensor angles, float eps"
+_OPERATORS = {
+    f"forward({_INPUTS}) -> Tensor": (_forward, _joined_shape),
+    f"backward(Tensor gradient, {_INPUTS}) -> (Tensor, Tensor)": (_backward, _parts_shape),
+}
+
+
+def define_operators() -> None:
+    """Make the operators known to torch, once in a process. Compiled blocks need them."""
+    define(_NAMESPACE, "CompositeExplicitAutograd", _OPERATORS)
