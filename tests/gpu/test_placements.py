@@ -180,9 +180,9 @@ def test_graphs_are_bit_equal(
 @pytest.fixture
 def in_fixed_order() -> Iterator[None]:
     """Attention's backward pass adds up the gradient of a query in a fixed order."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # noqa: FBT003
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
-    torch.use_deterministic_algorithms(False)  # noqa: FBT003
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("in_fixed_order")
