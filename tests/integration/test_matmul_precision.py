@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,8 +113,8 @@ def test_auto_stays_with_bf16_if_gradients_change(
     timed(0.003, 0.002)
     quantised = eight_bit.quantised
 
-    def coarse(x: torch.Tensor, dtype: torch.dtype, factors: torch.Tensor | None = None) -> eight_bit.Coded:
-        coded = quantised(x, dtype, factors)
+    def coarse(x: torch.Tensor, dtype: torch.dtype, *others: Any, **gelu: Any) -> eight_bit.Coded:
+        coded = quantised(x, dtype, *others, **gelu)
         return coded._replace(codes=coded.codes // 32 * 32)
 
     monkeypatch.setattr(eight_bit, "quantised", coarse)
