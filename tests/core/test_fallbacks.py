@@ -65,7 +65,7 @@ def test_blocks_that_run_uncompiled_again_tell_it() -> None:
     [
         (0.1, 0, "native", "dropout draws new values"),
         (0.0, 1024, "native", "encoded on the fly"),
-        (0.0, 0, "cudaMallocAsync", "--disable-cuda-malloc"),
+        (0.0, 0, "pluggable", "allocator pluggable is not known"),
     ],
 )
 def test_why_there_are_no_graphs(
