@@ -17,6 +17,7 @@ from .conditioning.batches import BatchLoader
 from .config import MatmulPrecision, TrainConfig
 from .device import peak_bytes
 from .events import SILENT, Observer
+from .memory.capture_guard import unfinished_capture
 from .memory.compilation import can_compile, start_compiler
 from .planning.advice import STEP
 from .planning.choose import budget_of
@@ -194,6 +195,8 @@ def no_graphs_because(prepared: Preparation, device: torch.device) -> str:
         return "references are encoded on the fly"
     if (allocator := torch.cuda.get_allocator_backend()) not in ("native", "cudaMallocAsync"):
         return f"torch's allocator {allocator} is not known to work with them"
+    if allocator != "native" and (note := unfinished_capture()):
+        return f"the program ended while it captured one before (delete {note} to try again)"
     card = config.memory.vram_gib
     usable = budget_of(device, card).device_bytes + (0 if card > 0 else torch.cuda.memory_allocated(device))
     planned = plan_memory(config, prepared.model.size, work, graphs=True).needed_device_bytes

@@ -1,6 +1,32 @@
-"""Settings of the GPU tests."""
+"""Settings and fixtures of the GPU tests."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
+import torch
 
 # Each pytest process compiles; with torch's default, each would also start one compiler process per core.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+
+
+@pytest.fixture
+def same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test computes attention with another kernel than the tests before it, and none with cuDNN's, whose backward
+    pass adds in no fixed order."""
+    from trainer_core.qwen_image import attention_choice
+
+    kernels = tuple(each for each in attention_choice.CUDA if each.name == "efficient")
+    monkeypatch.setattr(attention_choice, "CUDA", kernels)
+    monkeypatch.setattr(attention_choice, "_of_process", {})
+    monkeypatch.setattr(attention_choice, "_in_use", [attention_choice._Choices({}, lambda _: None)])
+    monkeypatch.setattr(attention_choice, "installed_kernels", lambda **_: ())
+
+
+@pytest.fixture
+def in_fixed_order(same_attention: None) -> Iterator[None]:
+    """Equal steps have equal bits, also with so many tokens that attention's backward pass divides them."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.use_deterministic_algorithms(False)

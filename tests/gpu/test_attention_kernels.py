@@ -25,13 +25,15 @@ PACKAGES = {
 }
 
 
-def tested(kernel: Kernel) -> Kernel:
+def right_passes(kernel: Kernel) -> Kernel:
     return attention_choice._tested(kernel, CARD, torch.bfloat16, WIDTH)
 
 
 def usable() -> list[Kernel]:
     """All kernels of this machine, without the passes that don't run or are wrong."""
-    return [tested(each) for each in (*CUDA, *installed_kernels(in_8_bits=False), *installed_kernels(in_8_bits=True))]
+    return [
+        right_passes(each) for each in (*CUDA, *installed_kernels(in_8_bits=False), *installed_kernels(in_8_bits=True))
+    ]
 
 
 def inputs(queries: int, keys: int) -> list[Tensor]:
@@ -50,7 +52,7 @@ def in_use() -> Iterator[dict[attention_choice.Place, Kernel | None]]:
 
 def test_torch_has_a_kernel_here() -> None:
     """Which ones depends on the card and on torch, but the flash kernel is for all since RTX 30."""
-    found = {each.name: (each.forward is not no_pass, each.backward is not no_pass) for each in map(tested, CUDA)}
+    found = {each.name: (each.forward is not no_pass, each.backward is not no_pass) for each in map(right_passes, CUDA)}
     assert found["flash"] == found["efficient"] == (True, True)
     assert found["cudnn"][0] == found["cudnn"][1]
 

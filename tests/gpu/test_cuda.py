@@ -85,6 +85,7 @@ def test_quantised_bases_train(config: TrainConfig, precision: str, mixed_precis
     torch.testing.assert_close(torch.tensor(quantised), torch.tensor(losses(config)), rtol=bound, atol=bound)
 
 
+@pytest.mark.usefixtures("in_fixed_order")
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
 def test_stopped_and_continued(config: TrainConfig, optimizer: str) -> None:
     settings = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, optimizer=optimizer))
@@ -94,6 +95,7 @@ def test_stopped_and_continued(config: TrainConfig, optimizer: str) -> None:
     assert equal(lora_tensors(train_lora(broken)), lora_tensors(unbroken))
 
 
+@pytest.mark.usefixtures("in_fixed_order")
 @pytest.mark.parametrize("precision", ["int8-quanto", "nf4-bnb"])
 def test_a_run_with_8_bit_products_takes_the_same_course_after_a_stop(config: TrainConfig, precision: str) -> None:
     model = {"base_model_precision": precision, "mixed_precision": "bf16"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -34,6 +33,7 @@ from trainer_core.qwen_image.types import Condition
 from trainer_core.rng import seeded_globally
 
 LAYERS = 4
+pytestmark = pytest.mark.usefixtures("same_attention")
 PRECISIONS = [each for each in get_args(BaseModelPrecision) if each != "file"]  # its layers are those of fp8 and int8
 STREAMED = MemoryConfig(memory="manual", blocks_to_stream=3)
 OFFLOADED = MemoryConfig(memory="manual", gradient_checkpointing_blocks=3, activation_offload=True)
@@ -175,14 +175,6 @@ def test_graphs_are_bit_equal(
     assert torch.equal(found.velocity, wanted.velocity)
     assert found.gradients.keys() == wanted.gradients.keys() and len(wanted.gradients) > 50
     assert [name for name, each in found.gradients.items() if not torch.equal(each, wanted.gradients[name])] == []
-
-
-@pytest.fixture
-def in_fixed_order() -> Iterator[None]:
-    """Attention's backward pass adds up the gradient of a query in a fixed order."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("in_fixed_order")

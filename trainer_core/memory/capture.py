@@ -17,7 +17,7 @@ import gc
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..device import release_memory
+from .capture_guard import noted_capture
 from .graph_memory import (
     Allocations,
     allocations,
@@ -119,7 +120,8 @@ class CapturePool:
             _prepare_libraries(self.device)
         gc.collect()  # not in a capture, which freeing some things would end
         before = self._reserved()
-        passes = CapturedPasses(compute, inputs, like, self)
+        with noted_capture() if uses_graph_memory() else nullcontext():
+            passes = CapturedPasses(compute, inputs, like, self)
         self._pool_bytes += max(0, self._reserved() - before)
         return passes
 
