@@ -17,7 +17,6 @@ from .conditioning.batches import BatchLoader
 from .config import MatmulPrecision, TrainConfig
 from .device import peak_bytes
 from .events import SILENT, Observer
-from .memory.capture_guard import unfinished_capture
 from .memory.compilation import can_compile, start_compiler
 from .planning.advice import STEP
 from .planning.choose import budget_of
@@ -185,18 +184,16 @@ def no_graphs_because(prepared: Preparation, device: torch.device) -> str:
     """Why the run's steps can't be CUDA graphs; empty if they can.
 
     Dropout draws new values in every pass. References that are encoded on the fly come from another thread, which
-    measures the free memory: it can't tell what graphs hold. Other allocators than torch's two may free memory that a
-    graph uses.
+    measures the free memory: it can't tell what graphs hold. CUDA's own allocator gives back no memory of graphs when
+    a validation needs it, and runs out of it only while a graph runs.
     """
     config, work = prepared.config, prepared.work
     if config.lora.lora_dropout > 0:
         return "dropout draws new values in every step"
     if work.on_the_fly_pixels:
         return "references are encoded on the fly"
-    if (allocator := torch.cuda.get_allocator_backend()) not in ("native", "cudaMallocAsync"):
-        return f"torch's allocator {allocator} is not known to work with them"
-    if allocator != "native" and (note := unfinished_capture()):
-        return f"the program ended while it captured one before (delete {note} to try again)"
+    if torch.cuda.get_allocator_backend() != "native":
+        return "torch uses CUDA's allocator (start ComfyUI with --disable-cuda-malloc to change that)"
     card = config.memory.vram_gib
     usable = budget_of(device, card).device_bytes + (0 if card > 0 else torch.cuda.memory_allocated(device))
     planned = plan_memory(config, prepared.model.size, work, graphs=True).needed_device_bytes

@@ -37,12 +37,11 @@ class FakePool:
         self.captured: list[FakePasses] = []
         self.held_bytes = self.freed = 0
 
-    def capture(self, compute: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], like: Tensor) -> FakePasses:
+    def capture(self, compute: Callable[..., Tensor], inputs: tuple[Tensor | None, ...]) -> FakePasses:
         if self.error and self.at == len(self.captured):
             raise self.error
         passes = FakePasses(compute)
         out = passes.forward(inputs)
-        assert (out.shape, out.dtype, out.stride()) == (like.shape, like.dtype, like.stride())
         passes.backward(torch.zeros_like(out))
         passes.replays = 0
         self.captured.append(passes)

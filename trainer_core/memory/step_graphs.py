@@ -41,7 +41,7 @@ class StepGraphs:
         most: int = MOST_GRAPHS,
     ) -> None:
         self._weights, self._pool, self._most = list(weights), pool, most
-        self._seen: dict[Hashable, Tensor] = {}  # an empty tensor like the output for each size that came
+        self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, CapturedPasses] = {}
         self._places: list[tuple[nn.Parameter, Tensor]] = []  # where graphs find the gradient of each weight
         self.is_active = False
@@ -59,11 +59,9 @@ class StepGraphs:
         if not torch.is_grad_enabled():
             return compute(*inputs)
         key = (kind, *(None if each is None else (each.shape, each.dtype) for each in inputs))
-        if key not in self._seen:
-            output = compute(*inputs)
-            self._seen[key] = torch.empty_like(output, device="meta")
-            return output
-        if not self.is_active:
+        is_new = key not in self._seen
+        self._seen.add(key)
+        if not self.is_active or is_new:
             return compute(*inputs)
         if key not in self._graphs and len(self._graphs) < self._most:
             self._add(key, compute, inputs)
@@ -117,7 +115,7 @@ class StepGraphs:
         try:
             self._place_gradients()
             versions = [place._version for _, place in self._places]
-            self._graphs[key] = self._pool.capture(compute, inputs, self._seen[key])
+            self._graphs[key] = self._pool.capture(compute, inputs)
             self._leave_out_unused(versions)
         except torch.OutOfMemoryError:
             reason = "graphs need more VRAM than is free"
