@@ -25,14 +25,16 @@ CASES = [
     for tiles in dict.fromkeys((*kernels.candidates(card, 300), *kernels.candidates(card, 8000)))
 ]
 INTERPRETED = """
+import itertools
+
 import torch
 from trainer_core.precision import eight_bit, kernels
 
 draws = torch.Generator().manual_seed(0)
-x, factors = torch.randn(37, 200, generator=draws).bfloat16(), torch.rand(200, generator=draws)
-x[3], x[5, 7] = 0, 1000.0
-before = torch.randn(37, 200, generator=draws).bfloat16()
-for each in (None, factors):
+for columns, has_factors in itertools.product((200, 192, 210), (False, True)):  # also three blocks, whole or not
+    x, before = (torch.randn(37, columns, generator=draws).bfloat16() for _ in range(2))
+    x[3], x[5, 7] = 0, 1000.0
+    each = torch.rand(columns, generator=draws) if has_factors else None
     for kind, others in enumerate(({}, {"gelu": True}, {"before": before})):
         wanted = eight_bit.quantised(x, torch.int8, each, **others)
         codes, scales = kernels.quantise(x, torch.int8, 127.0, each, kind, others.get("before"))
@@ -122,3 +124,17 @@ def test_tiles_fit_every_card_and_use_its_tensor_cores(
     assert made.metadata.shared <= SHARED[card] * 1024
     instruction = r"wgmma\.mma_async[\w.]*\.s32\.s8\.s8" if card == (9, 0) else r"mma\.sync[\w.]*\.s32\.s8\.s8\.s32"
     assert re.search(instruction, made.asm["ptx"])
+
+
+@pytest.mark.parametrize("card", SHARED, ids=str)
+@pytest.mark.parametrize("gelu", [0, 1, 2])
+def test_rounding_compiles_for_every_card(card: tuple[int, int], gelu: int) -> None:
+    pointers = {"x": "*bf16", "factors": "*fp32", "before": "*bf16", "codes": "*i8", "scales": "*fp32"}
+    fixed = {"columns": 12288, "LARGEST": 127.0, "LEAST": 2.0**-126, "HAS_FACTORS": True, "GELU": gelu}
+    fixed |= {"BLOCK": 4096, "IS_THREE": True}
+    numbers = dict.fromkeys(("stride", "before_stride"), "i32")
+    signature = {**pointers, **numbers, **dict.fromkeys(fixed, "constexpr")}
+    source = ASTSource(kernels.quantise_kernel, signature, constexprs=fixed)
+    options = {"num_warps": 8, **kernels.AS_TORCH}
+    made = triton.compile(source, target=GPUTarget("cuda", 10 * card[0] + card[1], 32), options=options)
+    assert "fma.rn" not in made.asm["ptx"]  # plain torch rounds a product before it adds to it

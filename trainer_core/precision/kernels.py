@@ -6,6 +6,7 @@ never change a result.
 
 # ruff: noqa: ANN202 - a kernel has no return type
 # pyright: reportMissingParameterType=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -106,28 +107,61 @@ def transposed_kernel(source, target, rows, columns, BM: tl.constexpr, BN: tl.co
 @triton.jit
 def quantise_kernel(
     x, factors, before, codes, scales, columns: tl.constexpr, stride, before_stride,
-    LARGEST: tl.constexpr, LEAST: tl.constexpr, HAS_FACTORS: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr, HAS_FACTORS: tl.constexpr, GELU: tl.constexpr,
+    BLOCK: tl.constexpr, IS_THREE: tl.constexpr,
 ):  # fmt: skip
-    """One row of x to its codes and its scale. GELU 1: of gelu(x); 2: of x · gelu'(before)."""
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    """One row of x to its codes and its scale. GELU 1: of gelu(x); 2: of x · gelu'(before). With IS_THREE, a row is
+    three blocks: the network's widths are three times a power of two, and a larger block would be empty in part."""
+    row = tl.program_id(0).to(tl.int64)
+    x, before, codes = x + row * stride, before + row * before_stride if GELU == 2 else before, codes + row * columns
+    one = _row_part(x, factors, before, 0, columns, HAS_FACTORS, GELU, BLOCK)
+    largest = _magnitudes(one)
+    if IS_THREE:
+        two = _row_part(x, factors, before, BLOCK, columns, HAS_FACTORS, GELU, BLOCK)
+        three = _row_part(x, factors, before, 2 * BLOCK, columns, HAS_FACTORS, GELU, BLOCK)
+        largest = tl.maximum(largest, tl.maximum(_magnitudes(two), _magnitudes(three)))
+    scale = tl.math.div_rn(tl.max(largest, axis=0).to(tl.float32, bitcast=True), LARGEST)
+    scale = tl.where(scale < LEAST, LEAST, scale)  # NaN stays: the loss must become NaN
+    tl.store(scales + row, scale)
+    inverse = tl.math.div_rn(1.0, scale)
+    _store_codes(codes, one * inverse, 0, columns, BLOCK)
+    if IS_THREE:
+        _store_codes(codes, two * inverse, BLOCK, columns, BLOCK)
+        _store_codes(codes, three * inverse, 2 * BLOCK, columns, BLOCK)
+
+
+@triton.jit
+def _row_part(x, factors, before, start, columns: tl.constexpr, HAS_FACTORS: tl.constexpr, GELU: tl.constexpr,
+              BLOCK: tl.constexpr):  # fmt: skip
+    """The numbers of a block of a row that are rounded, in float32."""
+    at = start + tl.arange(0, BLOCK)
     is_in = at < columns
-    given = tl.load(x + row * stride + at, mask=is_in, other=0)
+    given = tl.load(x + at, mask=is_in, other=0)
     values = given.to(tl.float32)
     if GELU == 1:
         values = values * _gate(values)
     if GELU == 2:
-        values = values * _gelu_slope(tl.load(before + row * before_stride + at, mask=is_in, other=0).to(tl.float32))
+        values = values * _gelu_slope(tl.load(before + at, mask=is_in, other=0).to(tl.float32))
     if GELU:
         values = values.to(given.dtype).to(tl.float32)  # rounded where torch's own operations round
     if HAS_FACTORS:
         values *= tl.load(factors + at, mask=is_in, other=0)
-    # A maximum ignores NaN, but the loss must become NaN.
-    scale = tl.maximum(tl.math.div_rn(tl.max(tl.abs(values)), LARGEST), LEAST) + tl.sum(values * 0)
-    tl.store(scales + row, scale)
-    values *= tl.math.div_rn(1.0, scale)
+    return values
+
+
+@triton.jit
+def _magnitudes(values):
+    """Bits that are in the order of the numbers without their signs, with those of NaN last."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _store_codes(codes, values, start, columns: tl.constexpr, BLOCK: tl.constexpr):
+    at = start + tl.arange(0, BLOCK)
     if codes.dtype.element_ty == tl.int8:
-        values = (values + 12582912.0) - 12582912.0  # 1.5 · 2²³: rounds to the nearest integer, half to even
-    tl.store(codes + row * columns + at, values.to(codes.dtype.element_ty), mask=is_in)
+        # 1.5 · 2²³: rounds to the nearest integer, half to even, whose last byte is the code.
+        values = (values + 12582912.0).to(tl.int32, bitcast=True)
+    tl.store(codes + at, values.to(codes.dtype.element_ty), mask=at < columns)
 
 
 @triton.jit
@@ -182,11 +216,13 @@ def quantise(
     rows, columns = x.shape
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    is_three = columns % 3 == 0
+    block = triton.next_power_of_2(columns // 3 if is_three else columns)
     with _on(x):
         quantise_kernel[(rows,)](
             x, factors, before, codes, scales, columns, x.stride(0), 0 if before is None else before.stride(0),
             LARGEST=largest, LEAST=torch.finfo(torch.float32).tiny, HAS_FACTORS=factors is not None, GELU=gelu,
-            BLOCK=triton.next_power_of_2(columns), num_warps=4 if columns <= 4096 else 8, **AS_TORCH,
+            BLOCK=block, IS_THREE=is_three, num_warps=4 if columns <= 4096 else 8, **AS_TORCH,
         )  # fmt: skip
     return codes, scales
 
