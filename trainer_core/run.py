@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -103,15 +103,20 @@ def _prepare_and_train(
             start_compiler_early(prepared, device, run.steps_done())
         with prepared.explain_memory_errors(STEP, "while the model was loaded", "Nothing is lost."):
             networks = build_networks(config, base, prepared.model.adapter, prepared.encoded.preprocessing, observer)
-        parts = _Parts(prepared, run, networks, validator, observer, ranks, began)
-        done = _restore(parts)
-        check_same_start(ranks, done, networks.lora)
-        if not stop:  # else only the export is missing
-            _validate_if_missed(parts, done)
-            done, stop = _train(parts, done)
-        result = _finish(parts, done, stop, extra_check)
+        with closing(networks):
+            result = _run(_Parts(prepared, run, networks, validator, observer, ranks, began), stop, extra_check)
         ranks.wait()  # until the leader has written the file
         return result
+
+
+def _run(parts: _Parts, stop: Stop, extra_check: ExtraCheck | None) -> TrainResult:
+    """Restore, train and export. With `stop`, only the export is missing."""
+    done = _restore(parts)
+    check_same_start(parts.ranks, done, parts.networks.lora)
+    if not stop:
+        _validate_if_missed(parts, done)
+        done, stop = _train(parts, done)
+    return _finish(parts, done, stop, extra_check)
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from trainer_core.config import (
     EmaConfig,
     ExportConfig,
     LoraConfig,
+    MemoryConfig,
     ModelConfig,
     NoiseConfig,
     OptimizerConfig,
@@ -220,3 +223,35 @@ def test_checkpoints_are_limited_and_a_cut_one_is_passed_over(config: TrainConfi
     again = Steps()
     assert equal(lora_tensors(train_lora(config, again)), lora_tensors(unbroken))
     assert [report.step for report in again.reports] == [10, 11, 12]
+
+
+@pytest.mark.parametrize("ends", ["finished", "failed"])
+def test_the_network_is_freed_whatever_refers_to_its_blocks(
+    ends: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code may. Streamed weights in host memory and kept activations go with it."""
+    memory = MemoryConfig(memory="manual", blocks_to_stream=1, activation_offload=True)
+    config = dataclasses.replace(config, memory=memory, max_train_steps=3)
+    build, blocks, freed = step_module.apply_memory, [], []
+
+    def watched(transformer: Any, stream: Any, *others: Any) -> Any:
+        copies = build(transformer, stream, *others)
+        blocks.extend(transformer.transformer_blocks)
+        layer = blocks[0].attn.to_q.base_layer
+        freed.extend(map(weakref.ref, (stream, copies.offload, layer.weight, blocks[-1].attn.to_v.base_layer.weight)))
+        return copies
+
+    monkeypatch.setattr(step_module, "apply_memory", watched)
+    if ends == "failed":
+        monkeypatch.setattr(run_module, "update_weights", lambda *_: 1 / 0)
+    gc.collect()
+    gc.disable()
+    try:
+        if ends == "finished":
+            train_lora(config)
+        else:
+            with pytest.raises(ZeroDivisionError):
+                train_lora(config)
+        assert len(blocks) > 1 and [each() for each in freed] == [None] * 4
+    finally:
+        gc.enable()

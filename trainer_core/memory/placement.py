@@ -78,6 +78,18 @@ def apply_memory(
     return Copies(stream, offload)
 
 
+def take_apart(transformer: QwenImageTransformer2DModel) -> None:
+    """Free all memory of a transformer that is of no more use, whatever still refers to its blocks.
+
+    torch's compiler may: what it has traced is freed late, after several passes of Python's garbage collector.
+    """
+    again = vars(transformer).get("_gradient_checkpointing_func")
+    if isinstance(again, Recomputation):
+        again.stream = again.offload = None
+    for module in list(transformer.modules()):
+        vars(module).clear()
+
+
 def check_compiler(memory: MemoryConfig, device: torch.device) -> None:
     """Check that blocks can be compiled, if `compile_blocks` is on.
 

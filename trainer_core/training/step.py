@@ -24,7 +24,7 @@ from ..errors import Interrupted, NonFiniteLossError
 from ..events import Observer, StepReport, Stop, raise_if_stopped
 from ..memory.capture import CapturePool
 from ..memory.compilation import Compilation
-from ..memory.placement import apply_memory, blocks_on_host, stream_blocks
+from ..memory.placement import apply_memory, blocks_on_host, stream_blocks, take_apart
 from ..memory.step_graphs import StepGraphs
 from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.positions import follow_comfyui
@@ -62,6 +62,11 @@ class Networks:
     def lora(self) -> dict[str, nn.Parameter]:
         """The adapter's float32 master weights by name. After changing them, call `weights.publish`."""
         return self.weights.masters
+
+    def close(self) -> None:
+        """Free the memory of the transformer and of CUDA graphs. The trained weights stay."""
+        self.graphs.clear()
+        take_apart(self.transformer)
 
     def weights_to_use(self) -> AbstractContextManager[None]:
         """Puts the trained weights, in the form to validate and export, into the network while the context lasts."""
