@@ -27,6 +27,8 @@ def same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_fixed_order(same_attention: None) -> Iterator[None]:
     """Equal steps have equal bits, also with so many tokens that attention's backward pass divides them."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
+    torch.utils.deterministic.fill_uninitialized_memory = fills
     torch.use_deterministic_algorithms(False)

@@ -101,10 +101,10 @@ def of(layer: FrozenLinear) -> tuple[EightBits, torch.dtype, torch.device]:
     return layer.format, layer.weight.dtype, CUDA
 
 
-@pytest.mark.parametrize("tiles", TILES, ids=str)
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(8422, 3072, 3072), (300, 200, 176), (17, 3072, 12288)])
+@pytest.mark.parametrize("rank", [0, 16, 64])
 def test_all_tiles_give_the_same_bits(
-    rows: int, columns: int, depth: int, tiles: kernels.Tiles, monkeypatch: pytest.MonkeyPatch
+    rows: int, columns: int, depth: int, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draws = torch.Generator("cuda").manual_seed(0)
     a, b = (
@@ -113,16 +113,18 @@ def test_all_tiles_give_the_same_bits(
     )
     a_scale, b_scale = (torch.rand(each, device=CUDA, generator=draws) for each in (rows, columns))
     bias = torch.randn(columns, device=CUDA, generator=draws, dtype=torch.bfloat16)
-    monkeypatch.setattr(kernels, "_chosen", lambda *_: tiles)
-    found = kernels.int8_product(a, b, a_scale, b_scale, bias, torch.float32)
-    exact = (a.double() @ b.double().T).float() * a_scale[:, None]  # float64 holds these sums exactly
-    wanted = exact * b_scale + bias.float()
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-2)
-    inner, up = (
-        torch.randn(each, 3 * 16, device=CUDA, generator=draws).bfloat16()[:, 16:32] for each in (rows, columns)
-    )
-    found = kernels.int8_product(a, b, a_scale, b_scale, bias, torch.float32, inner, up)
-    torch.testing.assert_close(found, wanted + (inner.double() @ up.double().T).float(), rtol=1e-6, atol=1e-2)
+    wanted = (a.double() @ b.double().T).float() * a_scale[:, None] * b_scale + bias.float()  # the sums are exact
+    change = []
+    if rank:
+        wide = (torch.randn(each, 3 * rank, device=CUDA, generator=draws).bfloat16() for each in (rows, columns))
+        change = [each[:, rank : 2 * rank] for each in wide]
+        wanted += (change[0].double() @ change[1].double().T).float()
+    results = []
+    for tiles in TILES:
+        monkeypatch.setattr(kernels, "_chosen", lambda *_, tiles=tiles: tiles)
+        results.append(kernels.int8_product(a, b, a_scale, b_scale, bias, torch.float32, *change))
+    torch.testing.assert_close(results[0], wanted, rtol=1e-6, atol=1e-2)
+    assert [tiles for tiles, found in zip(TILES, results, strict=True) if not torch.equal(found, results[0])] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -146,7 +148,7 @@ def test_gelu_is_rounded_with_the_codes() -> None:
     """Numbers between two codes, and those of bfloat16, may be rounded to either side."""
     h, g = (torch.randn(100, 12288, generator=stream(each, "gelu")).bfloat16() for each in (0, 1))
     factors = torch.rand(12288, generator=stream(2, "gelu"))
-    for x, others in ((h, {"gelu": True}), (g, {"before": h, "factors": factors})):
+    for x, others in ((h, {"gelu": True}), (g, {"gelu_input": h, "factors": factors})):
         wanted = eight_bit.quantised(x, torch.int8, **others)
         there = {name: each.cuda() if isinstance(each, Tensor) else each for name, each in others.items()}
         found = eight_bit.quantised(x.cuda(), torch.int8, **there)

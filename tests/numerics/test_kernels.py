@@ -35,9 +35,9 @@ for columns, has_factors in itertools.product((200, 192, 210), (False, True)):  
     x, before = (torch.randn(37, columns, generator=draws).bfloat16() for _ in range(2))
     x[3], x[5, 7] = 0, 1000.0
     each = torch.rand(columns, generator=draws) if has_factors else None
-    for kind, others in enumerate(({}, {"gelu": True}, {"before": before})):
+    for kind, others in enumerate(({}, {"gelu": True}, {"gelu_input": before})):
         wanted = eight_bit.quantised(x, torch.int8, each, **others)
-        codes, scales = kernels.quantise(x, torch.int8, 127.0, each, kind, others.get("before"))
+        codes, scales = kernels.quantise(x, torch.int8, 127.0, each, kind, others.get("gelu_input"))
         if kind == 0:
             assert torch.equal(codes, wanted.codes) and torch.equal(scales, wanted.scales)
             continue
@@ -70,7 +70,7 @@ for tokens, weight, scales, added, backward in ((a, b, b_scale, bias, False), (g
 for rank in (4, 16, 48):
     inner = torch.randn(37, 2 * rank, generator=draws)[:, rank:].half()  # the interpreter multiplies no bfloat16
     change = eight_bit.Change(inner, torch.randn(90, rank, generator=draws).half())
-    found = kernels.int8_product(a, b, a_scale, b_scale, bias, torch.float32, *change)
+    found = kernels.int8_product(a, b, a_scale, b_scale, bias, torch.float32, *change[:2])
     wanted = eight_bit._multiplied(
         eight_bit.Coded(a, a_scale), b, b_scale, bias, torch.float32, change=change, backward=False
     )

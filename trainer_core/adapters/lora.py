@@ -13,11 +13,13 @@ from torch.nn import functional
 from ..precision.eight_bit import Change
 from ..precision.frozen_linear import FrozenLinear, only_gradients, together
 
-_FUSED_RANK = 64  # largest rank of a change that 8-bit products take along: larger ones need too much shared memory
+_FUSED_RANK = 64  # largest rank of a change that 8-bit products add: larger ones need too much shared memory
 
 
 class LoraLinear(Linear):
     """peft's LoRA layer with one adapter: y = base(x) + s · B · A · dropout(x), bit-equal to peft's.
+
+    An int8 product of the base layer adds the change itself, before it rounds the sum.
 
     For every call, peft's own forward loops over adapters, looks for variants, and calls a module for each factor. An
     uncompiled step with few tokens takes as long as the host needs to launch its kernels, so this matters.
@@ -36,7 +38,11 @@ class LoraLinear(Linear):
         """A tensor like the output, with the same gradients but other values: see `precision.frozen_linear`."""
         if self.disable_adapters or self.merged:
             return only_gradients(self.base_layer, x)
-        return self._plus_up(only_gradients(self.base_layer, x), self._inner(x))
+        result, inner = only_gradients(self.base_layer, x), self._inner(x)
+        if self._is_fused(x):  # with the gradients of the fused form, to the last bit
+            change = self._change(inner)
+            return result + functional.linear(inner, change.scaled_up())
+        return self._plus_up(result, inner)
 
     @staticmethod
     def together(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
@@ -52,14 +58,16 @@ class LoraLinear(Linear):
             if layer.disable_adapters or layer.merged or not is_plain:
                 return [each(x) for each in layers]
             downs, sizes = [*downs, down], [*sizes, len(down)]
-        inner, bases = functional.linear(x, torch.cat(downs)).split(sizes, dim=-1), [each.base_layer for each in layers]
+        bases = [layer.base_layer for layer in layers]
         if all(layer._is_fused(x) for layer in layers):
+            inner = functional.linear(x, torch.cat(downs)).split(sizes, dim=-1)
             return together(bases, x, [layer._change(each) for layer, each in zip(layers, inner, strict=True)])
-        results = together(bases, x)
+        results = together(bases, x)  # first: the order decides how gradients add up
+        inner = functional.linear(x, torch.cat(downs)).split(sizes, dim=-1)
         return [layer._plus_up(result, each) for layer, result, each in zip(layers, results, inner, strict=True)]
 
     def _is_fused(self, x: Tensor) -> bool:
-        """Whether the base layer's product of x takes the change along."""
+        """Whether the base layer's product of x adds the change."""
         (rank,) = self.r.values()
         return rank <= _FUSED_RANK and isinstance(self.base_layer, FrozenLinear) and self.base_layer.adds_changes(x)
 
@@ -72,8 +80,7 @@ class LoraLinear(Linear):
     def _change(self, inner: Tensor) -> Change:
         """The change of the base layer's result for inner [..., rank]."""
         (name,) = self.lora_A
-        up, scale = self.lora_B[name].weight, self.scaling[name]
-        return Change(inner, up if scale == 1 else up * scale)
+        return Change(inner, self.lora_B[name].weight, self.scaling[name])
 
     def _plus_up(self, result: Tensor, inner: Tensor) -> Tensor:
         """`result` [..., out] plus s · B · inner, for inner [..., rank]."""

@@ -1,9 +1,9 @@
 """Activation memory of a transformer block: what it saves for its backward pass, and its working memory.
 
-Derived from `qwen_image/block.py`. A frozen linear layer without an adapter saves
-nothing: only a gradient of its weight would need its input. A compiled block saves the same, except
-tensors that it computes again in the backward pass. tests/numerics/test_memory_plan.py compares the numbers with the
-tensors that real blocks save.
+Derived from `qwen_image/block.py`. A frozen linear layer without an adapter saves nothing: only a gradient of its
+weight would need its input. Between 8-bit products, an MLP's first layer saves its result in place of gelu. A compiled
+block saves the same, except tensors that it computes again in the backward pass. tests/numerics/test_memory_plan.py
+compares the numbers with the tensors that real blocks save.
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ def largest_code(dtype: torch.dtype) -> float:
 def _quantised(
     x: Tensor,
     factors: Tensor | None,
-    before: Tensor | None,
+    gelu_input: Tensor | None,
     gelu: bool,  # noqa: FBT001 - an operator's arguments have no names
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    kind = 2 if before is not None else int(gelu)
-    return _kernels().quantise(x, dtype, largest_code(dtype), factors, kind, before)
+    kind = 2 if gelu_input is not None else int(gelu)
+    return _kernels().quantise(x, dtype, largest_code(dtype), factors, kind, gelu_input)
 
 
 def _quantised_shapes(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ NAMESPACE = namespace_of(__name__)
 _OPERATORS = {
     "product(Tensor a, Tensor b, Tensor a_scale, Tensor? b_scale, Tensor? bias, Tensor? inner, Tensor? up, "
     "bool backward, ScalarType dtype) -> Tensor": (_product, _product_shape),
-    "quantise(Tensor x, Tensor? factors, Tensor? before, bool gelu, ScalarType dtype) -> (Tensor, Tensor)": (
+    "quantise(Tensor x, Tensor? factors, Tensor? gelu_input, bool gelu, ScalarType dtype) -> (Tensor, Tensor)": (
         _quantised,
         _quantised_shapes,
     ),

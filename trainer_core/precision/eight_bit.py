@@ -32,8 +32,8 @@ from .operators import operator
 
 LEAST_CAPABILITY = (8, 0)  # Triton compiles no int8 products for older cards
 FP8 = torch.float8_e4m3fn
-FEW_ROWS = 16  # products of so few rows, such as the modulation's, only read the weight: 8 bits would save no time
-_FEWEST_ROWS = 2  # rows for which `few_rows` is faster
+UNROUNDED_ROWS = 16  # so few, as the modulation has, only read the weight: 8 bits would save no time
+_FEW_ROWS = 2  # the most rows that `few_rows` computes
 
 
 class Coded(NamedTuple):
@@ -47,10 +47,15 @@ class Coded(NamedTuple):
 
 
 class Change(NamedTuple):
-    """An adapter's change of a product: inner [..., rank] · up [out, rank]ᵀ."""
+    """An adapter's change of a product: scale · inner [..., rank] · up [out, rank]ᵀ."""
 
     inner: Tensor
     up: Tensor
+    scale: float = 1.0
+
+    def scaled_up(self) -> Tensor:
+        """scale · up."""
+        return self.up if self.scale == 1 else self.up * self.scale
 
 
 def product(
@@ -71,33 +76,38 @@ def product(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def input_gradient(gradient: Tensor, weight: Coded, before: Tensor | None = None) -> Tensor:
+def input_gradient(gradient: Tensor, weight: Coded, gelu_input: Tensor | None = None) -> Tensor:
     """dx [..., in] of a gradient [..., out] and a weight [out, in], in the gradient's dtype.
 
-    With `before` [..., out], the product's result, `gradient` is that of gelu(before).
+    With `gelu_input` [..., out], the product's result, `gradient` is that of gelu(gelu_input).
     """
-    before = None if before is None else before.flatten(0, -2)
-    tokens = quantised(gradient.flatten(0, -2), weight.codes.dtype, weight.scales, before=before)
+    gelu_input = None if gelu_input is None else gelu_input.flatten(0, -2)
+    tokens = quantised(gradient.flatten(0, -2), weight.codes.dtype, weight.scales, gelu_input=gelu_input)
     dx = _multiplied(tokens, weight.codes, None, None, gradient.dtype, backward=not weight.is_transposed)
     return rotated(dx.view(*gradient.shape[:-1], dx.shape[-1]), weight.rotation)
 
 
 def quantised(
-    x: Tensor, dtype: torch.dtype, factors: Tensor | None = None, *, gelu: bool = False, before: Tensor | None = None
+    x: Tensor,
+    dtype: torch.dtype,
+    factors: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    gelu_input: Tensor | None = None,
 ) -> Coded:
     """x [rows, columns] times `factors` [columns], as codes of `dtype`: a row's largest number gets the largest code.
 
-    `gelu`: the codes are those of gelu(x). `before` [rows, columns]: x is the gradient of gelu(before), and the codes
-    are those of the gradient of `before`. gelu is the approximation with tanh, and its result is rounded to x's dtype.
+    `gelu`: the codes are those of gelu(x). `gelu_input` [rows, columns]: x is the gradient of gelu(gelu_input), and the
+    codes are those of the gradient of gelu_input. gelu is the approximation with tanh, rounded to x's dtype.
 
     A row with NaN or infinite numbers gets the scale NaN or infinite.
     """
     if x.is_cuda:
-        return Coded(*operator(NAMESPACE, "quantise")(x, factors, before, gelu, dtype))
+        return Coded(*operator(NAMESPACE, "quantise")(x, factors, gelu_input, gelu, dtype))
     if gelu:
         x = functional.gelu(x, approximate="tanh")
-    if before is not None:
-        x = torch.ops.aten.gelu_backward.default(x, before, approximate="tanh")
+    if gelu_input is not None:
+        x = torch.ops.aten.gelu_backward.default(x, gelu_input, approximate="tanh")
     values = x if factors is None else x * factors
     scales = token_scales(values, dtype)
     values = values * scales.reciprocal()
@@ -106,7 +116,7 @@ def quantised(
 
 def reads_few_rows(x: Tensor, form: Format, codes: torch.dtype) -> bool:
     """Whether `few_rows` computes a product of x [..., in] with a weight in this format."""
-    return x.numel() <= _FEWEST_ROWS * x.shape[-1] and form == EightBits() and codes in (torch.int8, FP8)
+    return x.numel() <= _FEW_ROWS * x.shape[-1] and form == EightBits() and codes in (torch.int8, FP8)
 
 
 def few_rows(x: Tensor, bias: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
@@ -202,16 +212,27 @@ def check_device(device: torch.device, needed_for: str, instead: str = "Set it t
 
 @cache
 def _failure(device: torch.device) -> str:
-    """Why a small product fails on a CUDA device, for example because Triton finds no C compiler; empty if it works."""
+    """Why small products fail on a CUDA device, for example because Triton finds no C compiler; empty if they work."""
     define_operators()
     try:
-        x = torch.ones(32, 32, device=device, dtype=torch.bfloat16)
-        input_gradient(x, quantised(x, torch.int8)).tolist()
+        x = torch.ones(64, 64, device=device, dtype=torch.bfloat16)
+        stored_codes, nf4 = quantised(x, torch.int8), _small_nf4(device)
+        for weight in (stored_codes, coded(*nf4, torch.int8)):
+            product(x, weight, None, change=Change(x[:, :16], x[:, :16]), gelu=True)
+        for weight in (stored_codes, coded(*nf4, torch.int8, x)):
+            input_gradient(x, weight, x).tolist()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a compiler raises
         return f"{type(error).__name__}: {reason_of(error)}"
     return ""
+
+
+def _small_nf4(device: torch.device) -> tuple[Nf4, list[Tensor]]:
+    """A weight [64, 64] of zeros in NF4."""
+    codes, absmax = (torch.zeros(count, dtype=torch.uint8, device=device) for count in (2048, 64))
+    others = [torch.zeros(shape, device=device) for shape in ((16,), (1,), (256,), ())]
+    return Nf4(64, 64, 64, 256), [codes, absmax, *others]
 
 
 def code_dtype(form: Format, codes: torch.dtype, device: torch.device) -> torch.dtype:
@@ -237,7 +258,7 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 
 def adds_changes(codes: torch.dtype, x: Tensor) -> bool:
-    """Whether a card's product of such codes takes a Change of x's dtype along: on others, that saves nothing."""
+    """Whether the kernel that multiplies such codes adds a Change of x's dtype: int8's does, on a card."""
     return codes == torch.int8 and x.is_cuda and x.dtype.itemsize == 2
 
 
@@ -254,7 +275,7 @@ def _multiplied(
     """tokens · weightᵀ for a weight [out, in], or tokens · weight if `backward`. Applies the tokens' scales, `scales`,
     bias and the change."""
     if weight.is_cuda:
-        inner, up = (None, None) if change is None else (change.inner.flatten(0, -2), change.up)
+        inner, up = (None, None) if change is None else (change.inner.flatten(0, -2), change.scaled_up())
         return operator(NAMESPACE, "product")(
             tokens.codes, weight, tokens.scales, scales, bias, inner, up, backward, dtype
         )
@@ -266,5 +287,5 @@ def _multiplied(
     if bias is not None:
         y = y + bias
     if change is not None:
-        y = y + change.inner.flatten(0, -2).float() @ change.up.float().T
+        y = y + change.inner.flatten(0, -2).float() @ change.scaled_up().float().T
     return y.to(dtype)

@@ -16,11 +16,11 @@ from .card_operators import define_operators
 from .formats import EightBits, Format, QuantisedWeight, depending_on
 
 _PADDING = (None,) * 6  # a format has at most six tensors
-Gelu = Literal["", "before", "after"]  # whether gelu comes before or after a product
+Place = Literal["", "before gelu", "after gelu"]  # of a layer in an MLP
 
 
 class FrozenLinear(nn.Linear):
-    """y = x · dequantised(weight)ᵀ + bias, x [..., in], y [..., out]. Only x gets a gradient.
+    """y = x · dequantised(weight)ᵀ + bias, x [..., in], y [..., out]. The weight gets no gradient.
 
     Forward and backward each dequantise the weight to x's dtype, so that only the quantised weight stays in memory. x
     is not kept for the backward pass, because a frozen weight has no gradient. The parameter `weight` holds the codes,
@@ -28,7 +28,7 @@ class FrozenLinear(nn.Linear):
 
     With `rounds_input`, x is rounded to the codes' 8-bit format first, with one scale per token. The backward pass
     ignores the rounding (a straight-through estimator). With `codes`, a type of 8-bit codes, both passes multiply such
-    codes, as `eight_bit` defines it; that rounds x in the same way. `set_products` sets it.
+    codes, as `eight_bit` defines it, which rounds x too. `set_products` sets it.
     """
 
     rounds_input = False
@@ -62,32 +62,32 @@ class FrozenLinear(nn.Linear):
         return self._product(input, self._codes_for(input))
 
     def with_change(self, x: Tensor, change: eight_bit.Change) -> Tensor:
-        """`forward` plus a change of the result, in one kernel. Call it if `adds_changes`."""
+        """`forward` of x [..., in] plus a change, in one kernel. Call it if `adds_changes`."""
         return self._product(x, self.codes, change)
 
     def adds_changes(self, x: Tensor) -> bool:
-        """Whether the product of x [..., in] takes a change of its result along."""
+        """Whether the kernel for the product of x [..., in] adds an adapter's change."""
         codes = self._codes_for(x)
         return codes is not None and eight_bit.adds_changes(codes, x)
 
     def _codes_for(self, x: Tensor) -> torch.dtype | None:
         """The type of codes in which x [..., in] is multiplied; None if it is not rounded."""
-        return self.codes if x.numel() > eight_bit.FEW_ROWS * self.in_features else None
+        return self.codes if x.numel() > eight_bit.UNROUNDED_ROWS * self.in_features else None
 
     def _all_tensors(self) -> list[Any]:
         # Looks buffers up directly: nn.Module's attribute access is slow, and NF4 has five.
         return [self.weight, *(self._buffers[name] for name in self.format.names[1:])]
 
     def _product(
-        self, x: Tensor, codes: torch.dtype | None, change: eight_bit.Change | None = None, gelu: Gelu = ""
+        self, x: Tensor, codes: torch.dtype | None, change: eight_bit.Change | None = None, place: Place = ""
     ) -> Tensor:
         if self.rounds_input and codes is None:
             x = _Rounded.apply(x, self.weight.dtype)  # type: ignore[no-untyped-call]
         tensors = self._all_tensors()
-        inner, up = change or (None, None)
+        inner, up, scale = change or (None, None, 1.0)
         if not torch.is_grad_enabled() or not (x.requires_grad or (up is not None and up.requires_grad)):
-            return product(x, self.bias, self.format, tensors, codes, change, gelu)
-        how = self.format, codes, gelu, 0
+            return product(x, self.bias, self.format, tensors, codes, change, place)
+        how = scale, self.format, codes, place, 0
         return _Product.apply(x, self.bias, inner, up, *how, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
 
     def shares(self, other: nn.Module, x: Tensor) -> bool:
@@ -109,9 +109,9 @@ class FrozenLinear(nn.Linear):
         weight = eight_bit.coded(self.format, self._all_tensors(), self.codes)
         return eight_bit.product(x, weight, self.bias, tokens, change)
 
-    def only_gradients(self, x: Tensor, gelu: Gelu = "") -> Tensor:
+    def only_gradients(self, x: Tensor, place: Place = "") -> Tensor:
         """See the function of the same name."""
-        tensors, how = self._all_tensors(), (self.format, self._codes_for(x), gelu, self.out_features)
+        tensors, how = self._all_tensors(), (1.0, self.format, self._codes_for(x), place, self.out_features)
         return _Product.apply(x, None, None, None, *how, *tensors, *_PADDING[len(tensors) :])  # type: ignore[no-untyped-call]
 
     def before_gelu(self, x: Tensor) -> Tensor:
@@ -119,11 +119,13 @@ class FrozenLinear(nn.Linear):
 
         In the backward pass, this layer takes the gradient of gelu(y): one kernel can then round the gradient of y.
         """
-        return self._product(x, self.codes, gelu="after")
+        return self._product(x, self.codes, place="before gelu")
 
     def after_gelu(self, x: Tensor, *, gradient_only: bool) -> Tensor:
         """`forward` of gelu(x), or what `only_gradients` says of it. The gradient is that of gelu(x)."""
-        return self.only_gradients(x, "before") if gradient_only else self._product(x, self.codes, gelu="before")
+        return (
+            self.only_gradients(x, "after gelu") if gradient_only else self._product(x, self.codes, place="after gelu")
+        )
 
 
 def together(layers: Sequence[nn.Module], x: Tensor, changes: Sequence[eight_bit.Change] = ()) -> list[Tensor]:
@@ -191,12 +193,13 @@ def product(
     weight: Sequence[Tensor],
     codes: torch.dtype | None,
     change: eight_bit.Change | None = None,
-    gelu: Gelu = "",
+    place: Place = "",
 ) -> Tensor:
-    """y [..., out] of x [..., in]. `weight` has the format's tensors; the other arguments are those of FrozenLinear."""
+    """y [..., out] of x [..., in]. `weight` has the format's tensors, `codes` is that of FrozenLinear, and `place` says
+    where gelu is. Only products of codes take a change or gelu."""
     if codes is not None:
         weights = eight_bit.coded(form, weight, codes)
-        return eight_bit.product(x, weights, bias, change=change, gelu=gelu == "before")
+        return eight_bit.product(x, weights, bias, change=change, gelu=place == "after gelu")
     if torch.compiler.is_compiling() and eight_bit.reads_few_rows(x, form, weight[0].dtype):
         return eight_bit.few_rows(x, bias, *weight)
     return functional.linear(x, form.dequantise(weight, x.dtype), bias)
@@ -207,12 +210,12 @@ def input_gradient(
     form: Format,
     weight: Sequence[Tensor],
     codes: torch.dtype | None,
-    before: Tensor | None = None,
+    gelu_input: Tensor | None = None,
 ) -> Tensor:
-    """dx [..., in] of a gradient [..., out], with the arguments of `product`. `before` is that of `eight_bit`."""
+    """dx [..., in] of a gradient [..., out], with the arguments of `product`. `gelu_input` is that of `eight_bit`."""
     if codes is None:
         return gradient @ form.dequantise(depending_on(gradient, weight), gradient.dtype)
-    return eight_bit.input_gradient(gradient, eight_bit.coded(form, weight, codes, gradient), before)
+    return eight_bit.input_gradient(gradient, eight_bit.coded(form, weight, codes, gradient), gelu_input)
 
 
 def rounded_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -243,9 +246,10 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         inner: Tensor | None,
         up: Tensor | None,
+        scale: float,
         form: Format,
         codes: torch.dtype | None,
-        gelu: Gelu,
+        place: Place,
         out_features: int,
         a: Tensor,
         b: Tensor,
@@ -254,15 +258,18 @@ class _Product(torch.autograd.Function):
         e: Tensor | None,
         f: Tensor | None,
     ) -> Tensor:
-        """`a` to `f` are the format's tensors. With `out_features`, the product is skipped: see `only_gradients`."""
-        ctx.form, ctx.codes = form, codes
+        """`inner` [..., rank], `up` [out, rank] and `scale` are those of a Change, `a` to `f` the format's tensors.
+
+        With `out_features`, the product is skipped: see `only_gradients`.
+        """
+        ctx.form, ctx.codes, ctx.scale = form, codes, scale
         if out_features:
             y = x.new_zeros(()).expand(*x.shape[:-1], out_features)
         else:
-            change = None if inner is None or up is None else eight_bit.Change(inner, up)
+            change = None if inner is None or up is None else eight_bit.Change(inner, up, scale)
             tensors = [each for each in (a, b, c, d, e, f) if each is not None]
-            y = product(x, bias, form, tensors, codes, change, gelu)
-        ctx.save_for_backward(y if gelu == "after" else None, inner, up, a, b, c, d, e, f)
+            y = product(x, bias, form, tensors, codes, change, place)
+        ctx.save_for_backward(y if place == "before gelu" else None, inner, up, a, b, c, d, e, f)
         return y
 
     @staticmethod
@@ -271,10 +278,12 @@ class _Product(torch.autograd.Function):
         y, inner, up, *tensors = ctx.saved_tensors
         of_inner, of_up = None, None
         if inner is not None:
-            of_inner, of_up = gradient @ up, gradient.flatten(0, -2).T @ inner.flatten(0, -2)
+            change = eight_bit.Change(inner, up, ctx.scale)
+            of_inner, of_up = gradient @ change.scaled_up(), gradient.flatten(0, -2).T @ inner.flatten(0, -2)
+            of_up = of_up if ctx.scale == 1 else of_up * ctx.scale
         weight = [each for each in tensors if each is not None]
         of_x = input_gradient(gradient, ctx.form, weight, ctx.codes, y) if ctx.needs_input_grad[0] else None
-        return of_x, None, of_inner, of_up, None, None, None, None, *_PADDING
+        return of_x, None, of_inner, of_up, None, None, None, None, None, *_PADDING
 
 
 def only_gradients(layer: nn.Module, x: Tensor) -> Tensor:

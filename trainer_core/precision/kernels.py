@@ -1,7 +1,7 @@
 """Triton kernels for products of 8-bit codes. Import it only where Triton is installed.
 
 `eight_bit` defines what they compute. int8 products are exact in int32, so the tile sizes, which are chosen by timing,
-never change a result.
+don't change a result. An adapter's change is added in float32; `tests/gpu` checks that tiles don't change that either.
 """
 
 # ruff: noqa: ANN202 - a kernel has no return type
@@ -41,14 +41,14 @@ _HOPPER = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 128, 8, 3))
 _AMPERE = (Tiles(128, 128, 128, 4, 3), Tiles(128, 256, 64, 8, 4), Tiles(128, 128, 64, 4, 4))
 _SMALL = (Tiles(128, 128, 64, 4, 4), Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 128, 8, 3), Tiles(128, 256, 128, 8, 3))
 # For a prompt, whose few tokens would give most multiprocessors no larger tile.
-_FEW = (Tiles(64, 128, 128, 4, 4), Tiles(64, 128, 128, 4, 5), Tiles(64, 64, 128, 4, 4))
-_FEW_ROWS = 512
+_FOR_PROMPTS = (Tiles(64, 128, 128, 4, 4), Tiles(64, 128, 128, 4, 5), Tiles(64, 64, 128, 4, 4))
+_PROMPT_ROWS = 512  # the most
 
 
 def candidates(capability: tuple[int, int], rows: int) -> tuple[Tiles, ...]:
     """Tile sizes to try on a card for a product with so many rows, the best guess first."""
     large = _HOPPER if capability[0] == 9 else _AMPERE if capability == (8, 0) else _SMALL
-    return (*_FEW, large[0]) if rows <= _FEW_ROWS else (*large, _FEW[0])
+    return (*_FOR_PROMPTS, large[0]) if rows <= _PROMPT_ROWS else (*large, _FOR_PROMPTS[0])
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -115,13 +115,12 @@ def quantise_kernel(
     row = tl.program_id(0).to(tl.int64)
     x, before, codes = x + row * stride, before + row * before_stride if GELU == 2 else before, codes + row * columns
     one = _row_part(x, factors, before, 0, columns, HAS_FACTORS, GELU, BLOCK)
-    largest = _magnitudes(one)
+    largest = magnitudes(one)
     if IS_THREE:
         two = _row_part(x, factors, before, BLOCK, columns, HAS_FACTORS, GELU, BLOCK)
         three = _row_part(x, factors, before, 2 * BLOCK, columns, HAS_FACTORS, GELU, BLOCK)
-        largest = tl.maximum(largest, tl.maximum(_magnitudes(two), _magnitudes(three)))
-    scale = tl.math.div_rn(tl.max(largest, axis=0).to(tl.float32, bitcast=True), LARGEST)
-    scale = tl.where(scale < LEAST, LEAST, scale)  # NaN stays: the loss must become NaN
+        largest = tl.maximum(largest, tl.maximum(magnitudes(two), magnitudes(three)))
+    scale = scale_of(tl.max(largest, axis=0), LARGEST, LEAST)
     tl.store(scales + row, scale)
     inverse = tl.math.div_rn(1.0, scale)
     _store_codes(codes, one * inverse, 0, columns, BLOCK)
@@ -150,17 +149,29 @@ def _row_part(x, factors, before, start, columns: tl.constexpr, HAS_FACTORS: tl.
 
 
 @triton.jit
-def _magnitudes(values):
+def magnitudes(values):
     """Bits that are in the order of the numbers without their signs, with those of NaN last."""
     return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def scale_of(largest, LARGEST: tl.constexpr, LEAST: tl.constexpr):
+    """The scale of a row whose `magnitudes` are at most this."""
+    scale = tl.math.div_rn(largest.to(tl.float32, bitcast=True), LARGEST)
+    return tl.where(scale < LEAST, LEAST, scale)  # NaN stays: the loss must become NaN
+
+
+@triton.jit
+def nearest(values):
+    """Integers whose last byte is the number nearest to the value, half to even."""
+    return (values + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 · 2²³
 
 
 @triton.jit
 def _store_codes(codes, values, start, columns: tl.constexpr, BLOCK: tl.constexpr):
     at = start + tl.arange(0, BLOCK)
     if codes.dtype.element_ty == tl.int8:
-        # 1.5 · 2²³: rounds to the nearest integer, half to even, whose last byte is the code.
-        values = (values + 12582912.0).to(tl.int32, bitcast=True)
+        values = nearest(values)
     tl.store(codes + at, values.to(codes.dtype.element_ty), mask=at < columns)
 
 
@@ -191,27 +202,27 @@ def few_rows_kernel(
     ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, IS_FP8: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """y [ROWS, columns] = x [ROWS, depth] · codes [columns, depth]ᵀ · scales + bias. Reads each code once."""
-    n, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    n, k, row = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, ROWS)
     is_in = n < columns
     at = codes + n[:, None].to(tl.int64) * depth + k[None, :]
-    factors = tl.load(scales + n, mask=is_in, other=0)
-    for row in tl.static_range(ROWS):
-        total = tl.zeros((BN, BK), dtype=tl.float32)
-        for start in range(0, depth, BK):
-            is_here = k < depth - start
-            code = tl.load(at + start, mask=is_in[:, None] & is_here[None, :], other=0)
-            weight = e4m3_numbers(code.to(tl.int32) & 255) if IS_FP8 else code.to(tl.float32)
-            total += weight * tl.load(x + row * depth + start + k, mask=is_here, other=0).to(tl.float32)[None, :]
-        values = tl.sum(total, axis=1) * factors
-        if HAS_BIAS:
-            values += tl.load(bias + n, mask=is_in, other=0).to(tl.float32)
-        tl.store(y + row * columns + n, values.to(y.dtype.element_ty), mask=is_in)
+    total = tl.zeros((ROWS, BN, BK), dtype=tl.float32)
+    for start in range(0, depth, BK):
+        is_here = k < depth - start
+        code = tl.load(at + start, mask=is_in[:, None] & is_here[None, :], other=0)
+        weight = e4m3_numbers(code.to(tl.int32) & 255) if IS_FP8 else code.to(tl.float32)
+        tokens = tl.load(x + row[:, None] * depth + (start + k)[None, :], mask=is_here[None, :], other=0)
+        total += weight[None, :, :] * tokens.to(tl.float32)[:, None, :]
+    values = tl.sum(total, axis=2) * tl.load(scales + n, mask=is_in, other=0)[None, :]
+    if HAS_BIAS:
+        values += tl.load(bias + n, mask=is_in, other=0).to(tl.float32)[None, :]
+    tl.store(y + row[:, None] * columns + n[None, :], values.to(y.dtype.element_ty), mask=is_in[None, :])
 
 
 def quantise(
     x: Tensor, dtype: torch.dtype, largest: float, factors: Tensor | None, gelu: int, before: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Codes [rows, columns] and scales [rows] of x [rows, columns], see `eight_bit.quantised`."""
+    """Codes [rows, columns] and scales [rows] of x [rows, columns], see `eight_bit.quantised`; of gelu(x) if `gelu` is
+    1, and with x as the gradient of gelu(before) if it is 2."""
     x, before = (each if each is None or each.stride(-1) == 1 else each.contiguous() for each in (x, before))
     rows, columns = x.shape
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -228,7 +239,7 @@ def quantise(
 
 
 def few_rows(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """y [rows, out] of a few rows x [rows, in], 8-bit codes [out, in] and their scales [out]."""
+    """y [rows, out] of one or two rows x [rows, in], 8-bit codes [out, in] and their scales [out]."""
     (rows, depth), columns = x.shape, len(codes)
     y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     with _on(x):

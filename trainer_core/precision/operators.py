@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_DEFINING = threading.Lock()
 _LIBRARIES: dict[str, torch.library.Library] = {}  # by namespace; torch forgets the operators with their library
 
 
@@ -16,21 +18,24 @@ def namespace_of(module: str) -> str:
     return re.sub(r"\W", "_", module)
 
 
-def define(namespace: str, device: str, operators: dict[str, tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
+def define(
+    namespace: str, dispatch_key: str, operators: dict[str, tuple[Callable[..., Any], Callable[..., Any]]]
+) -> None:
     """Make operators known to torch, once in a process.
 
-    `operators` has for each signature, such as "double(Tensor x) -> Tensor", what computes it on `device`, a dispatch
-    key, and what tells the compiler its result: empty tensors of the right shapes.
+    `operators` has for each signature, such as "double(Tensor x) -> Tensor", what computes it for `dispatch_key`,
+    such as CUDA, and what tells the compiler its result: empty tensors of the right shapes.
     """
-    if namespace in _LIBRARIES:
-        return
-    library = torch.library.Library(namespace, "FRAGMENT")
-    for signature, (compute, shapes) in operators.items():
-        name = signature.partition("(")[0]
-        library.define(signature)
-        library.impl(name, compute, device)
-        torch.library.register_fake(f"{namespace}::{name}", shapes, lib=library)
-    _LIBRARIES[namespace] = library
+    with _DEFINING:
+        if namespace in _LIBRARIES:
+            return
+        library = torch.library.Library(namespace, "FRAGMENT")
+        for signature, (compute, shapes) in operators.items():
+            name = signature.partition("(")[0]
+            library.define(signature)
+            library.impl(name, compute, dispatch_key)
+            torch.library.register_fake(f"{namespace}::{name}", shapes, lib=library)
+        _LIBRARIES[namespace] = library
 
 
 def operator(namespace: str, name: str) -> Any:

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import AS_TORCH, e4m3_numbers
+from .kernels import AS_TORCH, e4m3_numbers, magnitudes, nearest, scale_of
 
 # A program that transposes reads a sector of memory of each of its rows, and writes as wide as a line of the cache.
 ROWS, SECTOR = 128, 8  # rows, words
-_PER_THREAD = 32  # numbers; the fastest of 8, 16 and 32 on an H200
+_PER_THREAD, _PER_THREAD_TRANSPOSED = 32, 16  # numbers; the fastest of 8, 16 and 32 on an H200
 
 
 def numbers_in_word(kind: str) -> int:
@@ -81,10 +81,9 @@ def numbers_of(row, n, is_in, codes, a, b, c, d, e, height, WORDS: tl.constexpr,
 
 @triton.jit
 def int8_codes(values, scale):
-    """The codes of `values` for a scale in int32, as `eight_bit.quantised` rounds them: to the nearest, half to even.
-    Only the last byte counts."""
+    """Integers whose last byte is the code of each value, as `eight_bit.quantised` rounds them."""
     inverse = tl.math.div_rn(tl.zeros_like(scale) + 1.0, scale)
-    return (values * inverse + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 · 2²³
+    return nearest(values * inverse)
 
 
 @triton.jit
@@ -97,10 +96,7 @@ def quantise_rows_kernel(
     row, is_in = tl.program_id(0) + tl.zeros_like(n), n < WORDS
     values = numbers_of(row, n, is_in, inputs, a, b, c, d, e, height, WORDS, KIND, FIRST, SECOND)
     values = tl.where(is_in[:, None], values, 0.0)
-    # The bits of numbers without a sign are in the order of the numbers, and those of NaN come last.
-    bits = tl.max(tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0)
-    scale = tl.math.div_rn(bits.to(tl.float32, bitcast=True), LARGEST)
-    scale = tl.where(scale < LEAST, LEAST, scale)
+    scale = scale_of(tl.max(tl.max(magnitudes(values), axis=1), axis=0), LARGEST, LEAST)
     if WRITES:
         COUNT: tl.constexpr = values.shape[1] // 4
         found = tl.reshape(int8_codes(values, scale) & 255, (BLOCK, COUNT, 4)) << (tl.arange(0, 4) * 8)[None, None, :]
@@ -152,15 +148,16 @@ def quantise(
     with torch.cuda.device_of(codes):
         quantise_rows_kernel[(rows,)](
             *inputs, words, kind, first, second, largest, torch.finfo(torch.float32).tiny, block, not transposed,
-            **options(block * count),
+            **options(block * count // _PER_THREAD),
         )  # fmt: skip
         if transposed:
             quantise_transposed_kernel[(triton.cdiv(words, SECTOR), triton.cdiv(rows, ROWS))](
-                *inputs, rows, words, kind, first, second, ROWS, SECTOR, **options(ROWS * SECTOR * count)
+                *inputs, rows, words, kind, first, second, ROWS, SECTOR,
+                **options(ROWS * SECTOR * count // _PER_THREAD_TRANSPOSED),
             )  # fmt: skip
     return result, scales
 
 
-def options(numbers: int) -> dict[str, int]:
-    """How Triton compiles a program for so many numbers."""
-    return {"num_warps": min(16, max(1, numbers // (32 * _PER_THREAD))), **AS_TORCH}
+def options(threads: int) -> dict[str, int]:
+    """How Triton compiles a program for about so many threads."""
+    return {"num_warps": min(16, max(1, threads // 32)), **AS_TORCH}

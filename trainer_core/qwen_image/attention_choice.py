@@ -58,6 +58,7 @@ class _Choices:
     def __init__(self, names: Mapping[str, str], keep: Callable[[dict[str, str]], None]) -> None:
         self.names, self.keep = dict(names), keep
         self.kernels: dict[Place, Kernel | None] = {}
+        self.untimed: dict[Place, Kernel] = {}  # while memory didn't suffice to time them
 
 
 _of_process: dict[Place, Kernel] = {}  # what was timed
@@ -72,11 +73,12 @@ def kept_choices(names: object, keep: Callable[[dict[str, str]], None]) -> Itera
     """
     known = names if isinstance(names, dict) else {}
     known = {size: kernel for size, kernel in known.items() if isinstance(kernel, str)}
-    _in_use.append(_Choices(known, keep))
+    mine = _Choices(known, keep)
+    _in_use.append(mine)
     try:
         yield
     finally:
-        _in_use.pop()
+        _in_use.remove(mine)
 
 
 def kernel_for(query: Tensor, key: Tensor, *, in_8_bits: bool = False) -> Kernel | None:
@@ -99,7 +101,7 @@ def _on_card(query: Tensor, key: Tensor, *, in_8_bits: bool) -> Kernel | None:
     choices = _in_use[-1]
     if place not in choices.kernels:
         if torch.cuda.is_current_stream_capturing():  # nothing can be tested or timed now
-            return CUDA[0]
+            return choices.untimed.get(place, CUDA[0])
         forwards, backwards = _usable(place)
         if not forwards or not backwards:
             choices.kernels[place] = None
@@ -107,7 +109,8 @@ def _on_card(query: Tensor, key: Tensor, *, in_8_bits: bool) -> Kernel | None:
         try:
             choices.kernels[place] = _chosen(choices, place, forwards, backwards, (query.detach(), key.detach()))
         except torch.OutOfMemoryError:  # a pass doesn't fit now, for example in a preview
-            return _joined(forwards[0], backwards[0])
+            choices.untimed[place] = _joined(forwards[0], backwards[0])
+            return choices.untimed[place]
     return choices.kernels[place]
 
 
@@ -218,7 +221,9 @@ def _fault(
         errors = [_relative_error(*each) for each in zip(call(*mine), wanted, strict=True)]
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - a package may raise anything
+    except Exception as error:
+        if "out of memory" in str(error) or "ALLOC_FAILED" in str(error):  # of CUDA's libraries
+            raise torch.OutOfMemoryError(str(error)) from error
         return "" if kernel in CUDA else f"it fails ({type(error).__name__}: {reason_of(error)})"
     bound = _EXACT_ERROR if kernel.is_exact else _8_BIT_ERROR
     if not all(each <= bound for each in errors):  # NaN is wrong, too

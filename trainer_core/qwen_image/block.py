@@ -231,7 +231,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
-        return _row_sums(gradients[0].flatten(0, -2), rows, ctx.count), None
+        return _row_sums(gradients[0], rows, ctx.count), None
 
 
 class _TimesRow(torch.autograd.Function):
