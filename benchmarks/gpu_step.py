@@ -65,7 +65,7 @@ from tests.support.full_size_step import (
 )
 from tests.support.kernel_groups import profiled
 from trainer_core.adapters.plan import TARGET_PATTERNS
-from trainer_core.memory.placement import recomputed_blocks
+from trainer_core.memory.placement import recomputed_blocks, take_apart
 from trainer_core.planning.duration import probed_speed, training_seconds
 from trainer_core.planning.operations import training_operations
 from trainer_core.qwen_image.latents import pack, token_shape
@@ -154,7 +154,7 @@ def measure(setting: Setting, arguments: argparse.Namespace, device: torch.devic
     """Measure a setting. Weights and inputs are the same in all settings of the same sizes."""
     torch.manual_seed(0)
     began = time.perf_counter()
-    _transformer, step = (our_step if setting.step == "ours" else plain_step)(setting, arguments.layers, device)
+    transformer, step = (our_step if setting.step == "ours" else plain_step)(setting, arguments.layers, device)
     wait(device)
     built, weights = time.perf_counter() - began, allocated(device)
     torch.manual_seed(0)
@@ -175,6 +175,8 @@ def measure(setting: Setting, arguments: argparse.Namespace, device: torch.devic
     peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
     work = profiled(timed, device) if arguments.profile else None
     compared = arguments.against and isinstance(step, OurStep)
+    gradients = adapter_gradients(step, *inputs) if compared else None
+    take_apart(transformer)  # compiled code may be freed after the next row
     return Measured(
         seconds=median,
         estimated=estimated_seconds(setting, arguments.layers, device),
@@ -186,7 +188,7 @@ def measure(setting: Setting, arguments: argparse.Namespace, device: torch.devic
         reserved=peaks[1],
         host=host_bytes(),
         built=built,
-        gradients=adapter_gradients(step, *inputs) if compared else None,
+        gradients=gradients,
         profile=profile_tables(work, median, setting.rank) if work else "",
     )
 
