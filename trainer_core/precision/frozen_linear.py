@@ -132,7 +132,7 @@ def together(layers: Sequence[nn.Module], x: Tensor, changes: Sequence[eight_bit
     """The outputs [..., out] of several linear layers for the same x [..., in], which may share work.
 
     Adapters of one kind share a product. Without gradients, 8-bit products share the codes of x; with gradients, the
-    compiler finds that they are the same. Frozen layers that add changes can be given one for each.
+    compiler finds that they are the same. `changes`: one for each layer; all are frozen then, and add changes.
     """
     first, *others = layers
     if own := getattr(type(first), "together", None):

@@ -65,8 +65,10 @@ class Networks:
 
     def close(self) -> None:
         """Free the memory of the transformer and of CUDA graphs. The trained weights stay."""
-        self.graphs.clear()
-        take_apart(self.transformer)
+        try:
+            self.graphs.clear()
+        finally:
+            take_apart(self.transformer)
 
     def weights_to_use(self) -> AbstractContextManager[None]:
         """Puts the trained weights, in the form to validate and export, into the network while the context lasts."""
