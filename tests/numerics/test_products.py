@@ -284,3 +284,8 @@ def test_an_adapter_that_a_product_takes_along_computes_the_same(alpha: int, mon
         alone = alone or found[1]
         for name, wanted in found[0].items():
             assert relative_error(found[1][name], wanted) < 6e-3, name
+
+
+def test_the_small_products_that_try_a_machine_run() -> None:
+    """On the CPU in plain torch, with the shapes that a card gets."""
+    assert eight_bit._failure.__wrapped__(CPU) == ""
