@@ -280,27 +280,31 @@ def test_killed_while_run_json_was_first_written(config: TrainConfig, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("changes", "differing"),
+    ("changes", "differing", "since"),
     [
-        ({}, ""),
-        ({"noise": NoiseConfig(loss_type="huber")}, "the loss by huber_schedule snr"),
-        ({"noise": NoiseConfig(loss_type="huber", huber_schedule="constant")}, ""),
-        ({"ema": EmaConfig(use_ema=True)}, "the average of the weights"),
-        ({"batching": BatchingConfig(train_batch_size=2)}, "the order of the pairs"),
+        ({}, "", 0),
+        ({"noise": NoiseConfig(loss_type="huber")}, "the loss by huber_schedule snr", 2),
+        ({"noise": NoiseConfig(loss_type="huber", huber_schedule="constant")}, "", 0),
+        ({"ema": EmaConfig(use_ema=True)}, "the average of the weights", 2),
+        ({"batching": BatchingConfig(train_batch_size=2)}, "the order of the pairs", 3),
+        ({"products": "8bit"}, "the rounding of 8-bit products", 4),
     ],
 )
 def test_a_run_of_an_older_version_goes_on_only_if_its_steps_fit(
-    changes: dict[str, Any], differing: str, encoded: EncodedDataset, model: ModelConfig, tmp_path: Path
+    changes: dict[str, Any], differing: str, since: int, encoded: EncodedDataset, model: ModelConfig, tmp_path: Path
 ) -> None:
-    """Since rules 2 the width of huber_schedule snr and the start of an average are others, since 3 batches."""
+    """It counts by which rules something was first computed as it is today."""
+    if products := changes.get("products"):
+        model = dataclasses.replace(model, base_model_precision="int8-quanto", matmul_precision=products)
+    others = {name: each for name, each in changes.items() if name != "products"}
     config = TrainConfig(
-        run_dir=str(tmp_path / "run"), encoded=str(encoded.manifest), model=model, max_train_steps=2, **changes
+        run_dir=str(tmp_path / "run"), encoded=str(encoded.manifest), model=model, max_train_steps=2, **others
     )
     pause = PauseAt(1)
     assert train_lora(config, pause).steps_done == 1
     state = Path(config.run_dir, "run.json")
     values = json.loads(state.read_text())
-    assert values.pop("rules") == 3
+    assert values.pop("rules") == 4
     state.write_text(json.dumps(values))  # as older versions wrote it
     before = content(Path(config.run_dir))
     if differing:
@@ -308,7 +312,7 @@ def test_a_run_of_an_older_version_goes_on_only_if_its_steps_fit(
             with pytest.raises(RunFolderError, match=f"computes {differing}.*further steps would not fit its 1 steps"):
                 call()
         assert content(Path(config.run_dir)) == before
-        state.write_text(json.dumps({**values, "rules": 2 if "batching" not in changes else 3}))
+        state.write_text(json.dumps({**values, "rules": since}))
     assert train_lora(config).steps_done == 2
     state.write_text(json.dumps({key: each for key, each in json.loads(state.read_text()).items() if key != "rules"}))
     assert train_lora(config).steps_done == 2, "a finished run keeps its result"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from diffusers import QwenImageTransformer2DModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +22,8 @@ from trainer_core.precision.formats import Packed
 from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer
+from trainer_core.rng import stream
+from trainer_core.weights.stored import StoredWeight
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,21 @@ def test_blocks_of_nf4_may_begin_within_a_row(columns: int, rows: int):
     wanted = values * scales.repeat_interleave(64)[: len(values)]
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.equal(layer.dequantised(dtype), wanted.view(rows, columns).to(dtype))
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(160, 40), (24, 3), (128, 8)])
+def test_files_in_nf4_are_read_alike(columns: int, rows: int) -> None:
+    """Their blocks, too, may begin within a row."""
+    layer, (codes, state) = quantised_layer("nf4-bnb", columns, rows, "cpu"), nf4_of_a_file(columns, rows)
+    read = StoredWeight(codes, nf4=state).dequantise(torch.bfloat16)
+    assert torch.equal(read, layer.dequantised(torch.bfloat16))
+
+
+def nf4_of_a_file(columns: int, rows: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The weight of `quantised_layer` as bitsandbytes stores it."""
+    weight = torch.randn(rows, columns, generator=stream(0, "both passes")) / columns**0.5
+    codes, state = quantize_4bit(weight.bfloat16(), quant_type="nf4", compress_statistics=True)
+    return codes, state.as_dict(packed=True)
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("int4-quanto", 4), ("int2-quanto", 2)])

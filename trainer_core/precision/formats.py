@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..weights.stored import dequantise
+from ..weights.stored import dequantise, nf4_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,7 @@ class Nf4:
         scales = library.dequantize_blockwise.default(
             absmax, nested_absmax, nested_map, self.nested_blocksize, torch.float32
         ).add_(offset)
-        # bitsandbytes is given the blocks as rows. On a CPU with AVX-512, version 0.50 takes wrong scales for rows that
-        # are not whole blocks.
-        numbers = self.rows * self.columns
-        shape = (1, numbers) if numbers % self.blocksize else (numbers // self.blocksize, self.blocksize)
+        shape = nf4_shape(self.rows * self.columns, self.blocksize)
         weight = library.dequantize_4bit.default(codes, scales, self.blocksize, "nf4", shape, dtype)
         return weight.view(self.rows, self.columns)
 

@@ -50,7 +50,7 @@ from .lock import LOCK, locked
 from .records import STATE, is_row, read_row, read_state
 
 FORMAT = 1
-RULES = 3  # raise it when the same settings train other weights, and say in result.py which settings do
+RULES = 4  # raise it when the same settings train other weights, and say in result.py which settings do
 _FOLDERS = ("samples", "checkpoints", "tensorboard", "base_pictures")
 _FILES = (STATE, DATASET, "config.json", "metrics.jsonl", LOCK)
 _LOG = logging.getLogger(__name__)

@@ -131,6 +131,7 @@ def refuse_other_rules(run: RunFolder, config: TrainConfig, encoded: EncodedData
         "the average of the weights (use_ema)": (2, config.ema.use_ema),
         "the noise levels by preprocessing diffusers": (2, encoded.preprocessing == "diffusers"),
         "the order of the pairs (train_batch_size above 1)": (3, config.batching.train_batch_size > 1),
+        "the rounding of 8-bit products": (4, run.state().get("matmul_precision") == "8bit"),
     }
     if found := [name for name, (since, has) in differing.items() if has and rules < since]:
         raise RunFolderError(
