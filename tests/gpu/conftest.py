@@ -1,5 +1,6 @@
 """Settings and fixtures of the GPU tests."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -24,8 +25,20 @@ def same_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def in_fixed_order(same_attention: None) -> Iterator[None]:
+def in_fixed_order(same_attention: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Equal steps have equal bits, also with so many tokens that attention's backward pass divides them."""
+    from trainer_core.qwen_image import attention_choice
+
+    (kernel,) = attention_choice.CUDA
+
+    def backward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        torch.use_deterministic_algorithms(True)  # with warn_only, torch's attention keeps its order
+        try:
+            return kernel.backward(*tensors)
+        finally:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+
+    monkeypatch.setattr(attention_choice, "CUDA", (dataclasses.replace(kernel, backward=backward),))
     torch.use_deterministic_algorithms(True, warn_only=True)
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
