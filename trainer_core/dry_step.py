@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .conditioning.batches import BatchLoader
-from .config import MatmulPrecision, TrainConfig
+from .config import MatmulPrecision, MemoryConfig, TrainConfig
 from .device import peak_bytes
 from .events import SILENT, Observer
 from .memory.compilation import can_compile, start_compiler
+from .memory.step_graphs import allocator_allows_graphs
 from .planning.advice import STEP
 from .planning.choose import budget_of
 from .planning.duration import compiled_seconds, duration, in_words, measured_speed, probed_speed, time_in_words
@@ -32,17 +33,22 @@ _LOG = logging.getLogger(__name__)
 _COMPILING_SECONDS, _LEAST_SAVED = 60, 0.08
 # Capturing takes about as long as five steps, once for each size of pictures and prompts.
 _CAPTURING_SECONDS, _LEAST_FASTER = 60, 0.95  # the shortest run that it is tried in; and the time of a step, relatively
+_ALL_LAUNCHED = 0.97  # share of a step's time
+_FASTER = (
+    "Steps wait for the processor. Start ComfyUI with --disable-cuda-malloc to make them faster: CUDA graphs need it."
+)
 _WRONG = 0.5  # relative error of gradients that compiled blocks and CUDA graphs must not have
 _IN_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
 class Measured(NamedTuple):
-    """A micro-batch forward and backward: its seconds, its peak of device memory in bytes, and the adapter's gradients
-    in one block."""
+    """A micro-batch forward and backward: its seconds, its peak of device memory in bytes, the adapter's gradients in
+    one block, and the seconds until the processor had launched all kernels."""
 
     seconds: float
     peak_bytes: int
     gradients: dict[str, Tensor]
+    launched: float = 0.0
 
 
 def start_compiler_early(prepared: Preparation, device: torch.device, done: int) -> None:
@@ -93,21 +99,23 @@ def dry_step(
     run = (chosen, prepared.model.size, prepared.work)
     draws = largest_draws(prepared.encoded, prepared.work)
 
-    def one() -> dict[str, Tensor]:
+    def one() -> tuple[dict[str, Tensor], float]:
         gradients = attempt(networks, lambda: rehearse(networks, loader.read(draws), config))
+        launched = time.perf_counter()
         torch.cuda.synchronize(networks.device)
-        return gradients
+        return gradients, launched
 
     def measure() -> Measured:
         with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
             # Slower than the next: libraries choose their kernels, or the blocks are compiled.
-            gradients = of_first_block(one())
+            gradients = of_first_block(one()[0])
             if networks.graphs.is_active:
                 one()  # captures
             torch.cuda.reset_peak_memory_stats(networks.device)
             began = time.perf_counter()
-            one()
-            return Measured(time.perf_counter() - began, peak_bytes(networks.device), gradients)
+            _, launched = one()
+            seconds = time.perf_counter() - began
+            return Measured(seconds, peak_bytes(networks.device), gradients, launched - began)
 
     measured, wish = measure(), config.memory.compile_blocks
     left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
@@ -125,7 +133,19 @@ def dry_step(
     _log_memory(prepared, networks, measured.peak_bytes + networks.graphs.held_bytes)
     torch.cuda.empty_cache()  # gives back what only compiling, or only uncompiled blocks, needed
     speed = measured_speed(*run, measured.seconds, probed_speed(*run, networks.device))
-    observer.on_note(time_in_words(*run, speed, done=done))
+    observer.on_note(" ".join(filter(None, (time_in_words(*run, speed, done=done), _advice(measured, config.memory)))))
+
+
+def _advice(measured: Measured, memory: MemoryConfig) -> str:
+    """What to do if the card waits for the processor, and only the allocator is in the way of CUDA graphs.
+
+    The card waits if it has run nearly all kernels when the processor has launched the last one. A slower card still
+    has about 1,000 of a step's 9,000 kernels to run then: CUDA queues no more. Where tensors are copied between host
+    and device, the processor waits too, so nothing is said.
+    """
+    has_copies = memory.blocks_to_stream > 0 or memory.activation_offload
+    waits = measured.launched > _ALL_LAUNCHED * measured.seconds and not has_copies
+    return _FASTER if waits and not allocator_allows_graphs() else ""
 
 
 def _saved_share(compiled: float | None, uncompiled: float) -> float:
@@ -184,15 +204,14 @@ def no_graphs_because(prepared: Preparation, device: torch.device) -> str:
     """Why the run's steps can't be CUDA graphs; empty if they can.
 
     Dropout draws new values in every pass. References that are encoded on the fly come from another thread, which
-    measures the free memory: it can't tell what graphs hold. CUDA's own allocator gives back no memory of graphs when
-    a validation needs it, and runs out of it only while a graph runs.
+    measures the free memory: it can't tell what graphs hold. For the allocator see `allocator_allows_graphs`.
     """
     config, work = prepared.config, prepared.work
     if config.lora.lora_dropout > 0:
         return "dropout draws new values in every step"
     if work.on_the_fly_pixels:
         return "references are encoded on the fly"
-    if torch.cuda.get_allocator_backend() != "native":
+    if not allocator_allows_graphs():
         return "torch uses CUDA's allocator (start ComfyUI with --disable-cuda-malloc to change that)"
     card = config.memory.vram_gib
     usable = budget_of(device, card).device_bytes + (0 if card > 0 else torch.cuda.memory_allocated(device))

@@ -22,6 +22,12 @@ T = TypeVar("T")
 MOST_GRAPHS = 16  # sizes of inputs with graphs. Each needs memory for its kernels' parameters
 
 
+def allocator_allows_graphs() -> bool:
+    """Whether torch uses its own allocator. CUDA's gives back no memory of graphs when something else needs it, and
+    runs out of it only while a graph runs."""
+    return torch.cuda.get_allocator_backend() == "native"
+
+
 class StepGraphs:
     """Replays the passes of micro-batches whose size came before; runs the others as usual. Off until `start`.
 

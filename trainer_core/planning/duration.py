@@ -12,6 +12,7 @@ import torch
 from ..config import RolloutConfig, TrainConfig
 from ..memory.compilation import can_compile
 from ..memory.placement import recomputed_blocks
+from ..memory.step_graphs import allocator_allows_graphs
 from ..text import counted
 from ..training.rollout import rollout_probability
 from ..training.validation_work import Passes, validation_work
@@ -20,9 +21,10 @@ from .operations import LINEAR_AGAIN, block_operations, training_operations
 from .probes import eight_bit_rate, rates
 from .workload import Workload, picture_tokens, resolution_in_words
 
-# Fitted to steps on an H200 at 1024 and 512 pixels with one reference, with CUDA graphs. Uncompiled, then compiled:
+# Fitted to steps on an H200 at 1024 and 512 pixels with one reference. Uncompiled, then compiled:
 _EFFICIENCY = (0.66, 0.72)  # fraction of the device's measured speed that a step reaches
-_LAUNCH = (1.6e-3, 1.2e-3)  # seconds that one block's forward or backward pass takes at least
+_LAUNCH = (1.6e-3, 1.0e-3)  # seconds that one block's forward or backward pass takes at least, with CUDA graphs
+_LAUNCHED_SINGLY = 2.4e-3  # the same without: the processor's time, compiled or not
 # Fraction of the measured speed of a matrix product that encoding reaches. Fitted to 18 pictures of 1024 x 1024 pixels
 # in 1.3 s, and to 48 short prompts, each with a reference of 384 x 384 pixels, in 3.3 s: on an H200, without loading.
 # There the text encoder is far from the card's limit, so estimates for slower cards are probably too long. Streaming
@@ -116,7 +118,7 @@ def probed_speed(config: TrainConfig, network: NetworkSize, work: Workload, devi
         attention_backward=backward / efficiency,
         vae=product / _VAE,
         text_encoder=product / _TEXT_ENCODER,
-        launch=_LAUNCH[compiled],
+        launch=_LAUNCH[compiled] if allocator_allows_graphs() else _LAUNCHED_SINGLY,
         copy=copy,
         is_estimate=True,
     )

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..config import ModelConfig
 from ..errors import TrainerError
 from ..precision import eight_bit
+from ..qwen_image.attention import attend
 from .network import NetworkSize
 from .operations import block_operations
 
@@ -18,22 +18,25 @@ _COPIED = 2**26  # bytes of the measured copy
 
 
 def rates(network: NetworkSize, tokens: int, device: torch.device) -> tuple[float, float, float, float]:
-    """Seconds per operation of a matrix product and of attention forward and backward, and per byte of a copy."""
+    """Seconds per operation of a matrix product and of attention forward and backward, and per byte of a copy.
+
+    Attention has the kernels that a run would choose.
+    """
     dtype = torch.bfloat16 if network.element_bytes == 2 else torch.float32
     width, attention = network.width, block_operations(network.width, tokens)[1]
     x = torch.randn(tokens, width, device=device, dtype=dtype)
     weight = torch.randn(width, 4 * width, device=device, dtype=dtype)
     q, k, v = (
-        torch.randn(1, network.heads, tokens, width // network.heads, device=device, dtype=dtype, requires_grad=True)
+        torch.randn(1, tokens, network.heads, width // network.heads, device=device, dtype=dtype, requires_grad=True)
         for _ in range(3)
     )
-    attended = scaled_dot_product_attention(q, k, v)
+    attended = attend(q, k, v)
     grad = torch.randn_like(attended)
     host = torch.empty(_COPIED, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty_like(host, device=device)
     return (
         seconds_on_device(device, lambda: x @ weight) / (8 * tokens * width**2),
-        seconds_on_device(device, lambda: scaled_dot_product_attention(q, k, v)) / attention,
+        seconds_on_device(device, lambda: attend(q, k, v)) / attention,
         seconds_on_device(device, lambda: torch.autograd.grad(attended, (q, k, v), grad, retain_graph=True))
         / (2 * attention),
         seconds_on_device(device, lambda: there.copy_(host, non_blocking=True)) / _COPIED,
