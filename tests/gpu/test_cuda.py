@@ -17,6 +17,7 @@ from tests.support.both_passes import quantised_layer, weights_of_both_passes
 from tests.support.failing_backward import Doubled, check_failing_backward
 from tests.support.narrow import small_encoding
 from tests.support.runs import Steps, StopAfter, equal, lora_tensors
+from trainer_core import dry_step
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     BaseModelPrecision,
@@ -111,6 +112,16 @@ def test_auto_decides_and_says_why(config: TrainConfig, caplog: pytest.LogCaptur
     train_lora(elsewhere(config, "auto", base_model_precision="int8-quanto", mixed_precision="bf16"))
     said = [message for message in caplog.messages if message.startswith("Quantised layers multiply ")]
     assert len(said) == 1 and "ms in 8 bits" in said[0]
+
+
+def test_who_waits_for_the_processor_is_told_what_to_do(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card always waits for the kernels of so narrow a model."""
+    monkeypatch.setattr(dry_step, "allocator_allows_graphs", lambda: False)
+    notes: list[str] = []
+    observer = Steps()
+    monkeypatch.setattr(observer, "on_note", notes.append)
+    train_lora(config, observer)
+    assert [note for note in notes if "Start ComfyUI with --disable-cuda-malloc" in note]
 
 
 def test_memory_that_cannot_be_locked_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
