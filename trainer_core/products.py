@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .conditioning.batches import BatchLoader
 from .config import MatmulPrecision, ModelConfig
+from .device import seconds_on_device
 from .dry_step import no_graphs_because
 from .errors import TrainerError
 from .memory.streaming import weights_on_device
 from .planning.advice import STEP
 from .planning.preparation import Preparation
-from .planning.probes import seconds_on_device
 from .planning.workload import largest_draws
 from .precision.eight_bit import check_device
 from .precision.frozen_linear import FrozenLinear, set_products

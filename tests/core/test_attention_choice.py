@@ -39,7 +39,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
 
         return call if call is no_pass else noting
 
-    def timed(call: Callable[[], object]) -> float:
+    def timed(_: torch.device, call: Callable[[], object]) -> float:
         call()
         return seconds.get(last[-1], 1.0)
 
@@ -53,7 +53,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
 
     real = attention_choice.installed_kernels
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(attention_choice, "_seconds", timed)
+    monkeypatch.setattr(attention_choice, "seconds_on_device", timed)
     monkeypatch.setattr(attention_choice, "CUDA", (noting(replace(CPU, name="flash")),))
     monkeypatch.setattr(attention_choice, "installed_kernels", installed)
     forget()
@@ -309,7 +309,7 @@ def test_a_choice_that_means_nothing_is_made_again(names: object, times: dict[st
 
 
 def test_memory_that_runs_out_decides_nothing(times: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(call: Callable[[], object]) -> float:
+    def full(_: torch.device, call: Callable[[], object]) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     kept: list[dict[str, str]] = []
@@ -317,6 +317,6 @@ def test_memory_that_runs_out_decides_nothing(times: dict[str, float], monkeypat
     times["flash-attn 2 forward"] = 0.5
     with kept_choices({}, kept.append):
         with monkeypatch.context() as patched:
-            patched.setattr(attention_choice, "_seconds", full)
+            patched.setattr(attention_choice, "seconds_on_device", full)
             assert chosen() == "flash/flash" and kept == []
         assert chosen() == "flash-attn 2/flash"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from trainer_core.config import (
     TrainConfig,
     ValidationConfig,
 )
+from trainer_core.device import seconds_on_device
 from trainer_core.geometry import Size
 from trainer_core.planning import duration as planning_duration
 from trainer_core.planning import probes
@@ -297,24 +299,31 @@ def test_the_device_is_measured_in_the_mode_in_which_comfyui_runs_nodes(monkeypa
 
 
 def test_the_card_that_computes_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the current one, which is cuda:0 also for a run on cuda:1."""
-    recorded = []
+    """Not the current one, which is cuda:0 also for a run on cuda:1. It waits until the call is enqueued."""
+    current, done = ["cuda:0"], []
 
     class Event:
         def __init__(self, **_: object) -> None: ...
 
-        def record(self, stream: str) -> None:
-            recorded.append(stream)
+        def record(self) -> None:
+            done.append(f"event on {current[-1]}")
 
         def synchronize(self) -> None: ...
 
         def elapsed_time(self, _: Event) -> float:
             return 2000.0
 
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.pop()
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    assert probes.seconds_on_device(torch.device("cuda:1"), lambda: None) == 2.0
-    assert set(recorded) == {"stream of cuda:1"}
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"{current[-1]} waits"))
+    assert seconds_on_device(torch.device("cuda:1"), lambda: done.append("call"), times=3) == 2.0
+    assert done == 5 * ["cuda:1 waits", "event on cuda:1", "call", "event on cuda:1"]
 
 
 @pytest.mark.parametrize(

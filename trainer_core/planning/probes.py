@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
-
 import torch
 
 from ..config import ModelConfig
+from ..device import seconds_on_device
 from ..errors import TrainerError
 from ..precision import eight_bit
 from ..qwen_image.attention import attend
@@ -63,17 +61,3 @@ def eight_bit_rate(model: ModelConfig, network: NetworkSize, tokens: int, device
     weight = eight_bit.quantised(rows, codes)
     calls = (lambda: eight_bit.product(x, weight, None)), (lambda: eight_bit.input_gradient(gradient, weight))
     return sum(seconds_on_device(device, call) for call in calls) / (16 * tokens * network.width**2)
-
-
-def seconds_on_device(device: torch.device, call: Callable[[], object], times: int = 4) -> float:
-    """Median seconds that a call takes on a CUDA device, after two calls that are not counted."""
-    taken = []
-    stream = torch.cuda.current_stream(device)  # an event without a stream would time the current device
-    for _ in range(2 + times):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(stream)
-        call()
-        end.record(stream)
-        end.synchronize()
-        taken.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(taken[2:])

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import seconds_on_device
 from .launch import cdiv, launch, power_of_2
 
-_TIMES = 3  # timed launches of each candidate
 AS_TORCH = {"enable_fp_fusion": False}  # for Triton: a product is rounded before something is added to it
 
 
@@ -324,15 +324,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _seconds(device: torch.device, tiles: Tiles, compute: Callable[[Tiles], None]) -> float:
     """Seconds that a product takes after the first one, which compiles; infinite if the card can't run these tiles."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    stream = torch.cuda.current_stream(device)
     try:
-        compute(tiles)
-        begin.record(stream)
-        for _ in range(_TIMES):
-            compute(tiles)
-        end.record(stream)
+        return seconds_on_device(device, lambda: compute(tiles))
     except Exception:  # noqa: BLE001 - whatever the compiler raises; if no tiles work, the product itself raises it
         return float("inf")
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000 / _TIMES

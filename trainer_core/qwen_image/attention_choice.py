@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,13 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..device import seconds_on_device
 from ..rng import stream
 from ..text import reason_of
 from .attention_kernels import CPU, CUDA, Kernel, no_pass
 from .attention_packages import installed_kernels
 
 _LOG = logging.getLogger(__name__)
-_WARM, _TIMED = 2, 5  # passes
 _FASTER = 0.95  # a later kernel is taken if it needs at most this fraction of the time of the ones before it
 # Largest relative errors in a test with random numbers, where torch's CPU kernel in bfloat16 has 0.005, scores that are
 # a tenth too large give 0.14, and a binary logarithm gives 0.44.
@@ -152,21 +151,21 @@ def _fastest(
 ) -> Kernel:
     """The fastest forward pass with the fastest backward pass of these queries and keys."""
     inputs = query, key, key  # new values would change torch's random state
-    forward = _shortest(forwards, lambda each: each.forward(*inputs))
+    forward = _shortest(place.device, forwards, lambda each: each.forward(*inputs))
     out, length = forward.forward(*inputs)
-    backward = _shortest(backwards, lambda each: each.backward(out, *inputs, out, length))
+    backward = _shortest(place.device, backwards, lambda each: each.backward(out, *inputs, out, length))
     if {each.name for each in (*forwards, *backwards)} - {each.name for each in CUDA}:
         text = "Attention of up to %d queries and %d keys uses %s forward and %s backward."
         _LOG.info(text, place.queries, place.keys, forward.name, backward.name)
     return _joined(forward, backward)
 
 
-def _shortest(kernels: Sequence[Kernel], call: Callable[[Kernel], object]) -> Kernel:
+def _shortest(device: torch.device, kernels: Sequence[Kernel], call: Callable[[Kernel], object]) -> Kernel:
     """The kernel whose call takes the shortest time."""
     best, shortest = kernels[0], math.inf
     for kernel in kernels if len(kernels) > 1 else ():
         try:
-            seconds = _seconds(lambda kernel=kernel: call(kernel))
+            seconds = seconds_on_device(device, lambda kernel=kernel: call(kernel))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a package may raise anything
@@ -175,20 +174,6 @@ def _shortest(kernels: Sequence[Kernel], call: Callable[[Kernel], object]) -> Ke
         if seconds < _FASTER * shortest:
             best, shortest = kernel, seconds
     return best
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    """Median seconds of a call on the current CUDA device."""
-    times: list[float] = []
-    for number in range(_WARM + _TIMED):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        call()
-        ended.record()
-        if number >= _WARM:
-            ended.synchronize()
-            times.append(began.elapsed_time(ended) / 1e3)
-    return statistics.median(times)
 
 
 @cache
