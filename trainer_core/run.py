@@ -20,7 +20,7 @@ from .config import TrainConfig, resume_key, to_json
 from .device import pick_device
 from .disk import disk_errors
 from .dry_step import dry_step, start_compiler_early
-from .errors import ExportError, Interrupted, RunFolderError
+from .errors import ExportError, Interrupted, NonFiniteLossError, RunFolderError
 from .events import SILENT, VALIDATION_LOSSES, Observer, SampleReport, StepReport, Stop
 from .memory.compilation import compiled_code_kept
 from .planning.advice import STEP, VALIDATION
@@ -194,10 +194,14 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
                 during, kept = f"in step {done + 1}", f"The run is saved up to step {done}."
                 with prepared.explain_memory_errors(STEP, during, kept):
                     gradients = step_gradients(networks, loader, done, config, parts.observer)
-                report = None  # half-updated weights must not be saved
+                before, report = report, None  # half-updated weights must not be saved
                 kept = "The run resumes from its last checkpoint."
-                with prepared.explain_memory_errors(STEP, f"{during}, while the weights were updated", kept):
-                    report = update_weights(networks, gradients, config)
+                try:
+                    with prepared.explain_memory_errors(STEP, f"{during}, while the weights were updated", kept):
+                        report = update_weights(networks, gradients, config)
+                except NonFiniteLossError:  # nothing was updated
+                    report = before
+                    raise
                 done = report.step
                 if done % config.checkpoints.checkpoint_step_interval == 0:
                     _save(parts, report)

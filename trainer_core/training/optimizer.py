@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import OptimizerConfig, OptimizerName
 from ..errors import ConfigError, MissingPackageError
@@ -88,6 +88,17 @@ def _schedule_free(settings: dict[str, Any], config: OptimizerConfig) -> Builder
         return optimizer
 
     return build
+
+
+def skip_update_if(optimizer: torch.optim.Optimizer, is_wrong: Tensor) -> bool:
+    """Let the optimizer's next step change nothing if `is_wrong` [] is 1, which the device finds out without the host.
+
+    Returns whether the optimizer can do that: torch's fused ones can, for gradient scaling.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    optimizer.found_inf = is_wrong  # type: ignore[attr-defined]
+    return True
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:

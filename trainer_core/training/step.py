@@ -34,7 +34,7 @@ from ..rng import seeded_globally
 from .edit_weight import combined_weights
 from .ema import average_in_place, start_ema, update_ema
 from .objective import add_noise, loss_by_sigma, penalty_at, velocity_loss
-from .optimizer import optimizer_builder, set_learning_rate
+from .optimizer import optimizer_builder, set_learning_rate, skip_update_if
 from .optimizer_state import weights_to_use
 from .reduce import add_up_step
 from .rollout import RolledOut, draw_offsets, reflexflow_loss, roll_out, rollout_probability
@@ -122,14 +122,15 @@ def build_networks(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Gradients:
-    """Results of a step's forward and backward passes. The clipped gradients are in the parameters."""
+    """Results of a step's forward and backward passes. The clipped gradients are in the parameters.
+
+    `numbers` [3 * pairs + 1] are the losses of all pairs, their noise levels, their extra forward passes, and the
+    gradients' norm. They are on the device, which may still compute them, or in host memory.
+    """
 
     done: int  # number of steps before this one
     learning_rate: float
-    loss: float
-    grad_norm: float
-    loss_by_sigma: dict[str, float]
-    extra_forwards: int | None
+    numbers: Tensor
     began: float  # time.perf_counter() at the start of the step, in seconds
 
 
@@ -140,7 +141,7 @@ def step_gradients(
 
     Raises:
         Interrupted: the observer of any process wants to stop.
-        NonFiniteLossError: the loss or a gradient is NaN or infinite.
+        NonFiniteLossError: the loss or a gradient is NaN or infinite, and the optimizer can't skip the update itself.
         LostRankError: another process has ended or hangs.
     """
     began = time.perf_counter()
@@ -152,40 +153,38 @@ def step_gradients(
         networks.optimizer.zero_grad(set_to_none=True)
         raise
     grad_norm = clip_grad_norm_(networks.lora.values(), config.optimizer.max_grad_norm or math.inf)
-    # This transfer is the only device sync per step.
-    *numbers, norm = torch.cat([accumulated.flatten(), grad_norm.float().view(1)]).tolist()
-    count = accumulated.shape[1]
-    losses, sigmas, forwards = (numbers[row * count : (row + 1) * count] for row in range(3))
-    loss = sum(losses) / count
-    _raise_if_not_finite(loss, norm, done, config)
-    return Gradients(
-        done=done,
-        learning_rate=learning_rate,
-        loss=loss,
-        grad_norm=norm,
-        loss_by_sigma=loss_by_sigma(losses, sigmas),
-        extra_forwards=round(sum(forwards)) if rollout_probability(done, config.rollout) else None,
-        began=began,
-    )
+    numbers = torch.cat([accumulated.flatten(), grad_norm.float().view(1)])
+    if not skip_update_if(networks.optimizer, 1 - numbers.isfinite().all().float()):
+        numbers = numbers.cpu()
+        _raise_if_not_finite(numbers, done, config)
+    return Gradients(done=done, learning_rate=learning_rate, numbers=numbers, began=began)
 
 
 def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig) -> StepReport:
-    """Second part of a step. After an error in here the weights may be half updated: don't save them."""
+    """Second part of a step. After another error than this one the weights may be half updated: don't save them.
+
+    Raises:
+        NonFiniteLossError: the loss or a gradient is NaN or infinite. Weights, EMA and optimizer state are unchanged.
+    """
     step = gradients.done + 1
     networks.optimizer.step()
     networks.weights.publish()
     networks.optimizer.zero_grad(set_to_none=True)
+    # The only wait for the device per step. The update is already enqueued, so the device makes no pause before it.
+    numbers = gradients.numbers.cpu()
+    _raise_if_not_finite(numbers, gradients.done, config)
     update_ema(networks.ema, networks.lora, step, config.ema)
+    losses, sigmas, forwards = numbers[:-1].view(3, -1).tolist()
     return StepReport(
         step=step,
         num_steps=config.max_train_steps,
-        loss=gradients.loss,
-        grad_norm=gradients.grad_norm,
+        loss=sum(losses) / len(losses),
+        grad_norm=numbers[-1].item(),
         learning_rate=gradients.learning_rate,
-        loss_by_sigma=gradients.loss_by_sigma,
+        loss_by_sigma=loss_by_sigma(losses, sigmas),
         seconds=time.perf_counter() - gradients.began,
         peak_bytes=peak_bytes(networks.device) + networks.graphs.held_bytes,
-        extra_forwards=gradients.extra_forwards,
+        extra_forwards=round(sum(forwards)) if rollout_probability(gradients.done, config.rollout) else None,
     )
 
 
@@ -319,9 +318,11 @@ def _dropout(config: TrainConfig, index: int, device: torch.device) -> AbstractC
     return seeded_globally(config.seed, "dropout", index, device)
 
 
-def _raise_if_not_finite(loss: float, grad_norm: float, done: int, config: TrainConfig) -> None:
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+def _raise_if_not_finite(numbers: Tensor, done: int, config: TrainConfig) -> None:
+    """`numbers` are those of Gradients, in host memory."""
+    if numbers.isfinite().all():
         return
+    loss, grad_norm = numbers[:-1].view(3, -1)[0].mean().item(), numbers[-1].item()
     raise NonFiniteLossError(
         f"The loss or its gradient became NaN or infinite in step {done + 1} (loss {loss}, gradient norm {grad_norm}). "
         f"The run keeps the weights of step {done}. Lower learning_rate (now {config.optimizer.learning_rate}) and "
