@@ -241,12 +241,3 @@ def test_transposed_codes() -> None:
     for dtype in (torch.int8, torch.float8_e4m3fn):
         codes = torch.randint(-100, 100, (12288, 3080), device=CUDA, dtype=torch.int8).view(dtype)
         assert torch.equal(kernels.transposed(codes).view(torch.int8), codes.view(torch.int8).T)
-
-
-def test_tensors_that_begin_at_any_address() -> None:
-    """Code that was compiled for a multiple of 16 bytes reads in larger steps."""
-    whole = torch.randn(40, 257, device=CUDA, dtype=torch.bfloat16)
-    for start in (0, 1, 0, 1):
-        x = whole[:, start : start + 256]
-        found, right = (eight_bit.quantised(each, torch.int8) for each in (x, x.cpu()))
-        assert torch.equal(found.codes.cpu(), right.codes) and torch.equal(found.scales.cpu(), right.scales)

@@ -126,6 +126,13 @@ def test_tiles_fit_every_card_and_use_its_tensor_cores(
     assert re.search(instruction, made.asm["ptx"])
 
 
+def test_sizes_are_rounded_up_as_triton_does() -> None:
+    for size in (1, 2, 3, 4, 5, 127, 128, 129, 12288):
+        assert kernels.cdiv(size, 8) == triton.cdiv(size, 8)
+        assert kernels.power_of_2(size) == triton.next_power_of_2(size)
+    assert kernels.power_of_2(0) == 1
+
+
 @pytest.mark.parametrize("card", SHARED, ids=str)
 @pytest.mark.parametrize("gelu", [0, 1, 2])
 def test_rounding_compiles_for_every_card(card: tuple[int, int], gelu: int) -> None:

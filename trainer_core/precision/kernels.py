@@ -11,6 +11,7 @@ don't change a result. An adapter's change is added in float32; `tests/gpu` chec
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import seconds_on_device
-from .launch import cdiv, launch, power_of_2
 
 AS_TORCH = {"enable_fp_fusion": False}  # for Triton: a product is rounded before something is added to it
 
@@ -107,8 +107,8 @@ def transposed_kernel(source, target, rows, columns, BM: tl.constexpr, BN: tl.co
 
 @triton.jit
 def quantise_kernel(
-    x, factors, before, codes, scales, stride, before_stride,
-    columns: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr, HAS_FACTORS: tl.constexpr, GELU: tl.constexpr,
+    x, factors, before, codes, scales, columns: tl.constexpr, stride, before_stride,
+    LARGEST: tl.constexpr, LEAST: tl.constexpr, HAS_FACTORS: tl.constexpr, GELU: tl.constexpr,
     BLOCK: tl.constexpr, IS_THREE: tl.constexpr,
 ):  # fmt: skip
     """One row of x to its codes and its scale. GELU 1: of gelu(x); 2: of x · gelu'(before). With IS_THREE, a row is
@@ -219,6 +219,16 @@ def few_rows_kernel(
     tl.store(y + row[:, None] * columns + n[None, :], values.to(y.dtype.element_ty), mask=is_in[None, :])
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own function and its `next_power_of_2` take ten times as long, in each launch."""
+    return -(-a // b)
+
+
+def power_of_2(least: int) -> int:
+    """The smallest power of two that is at least this."""
+    return 1 << max(0, least - 1).bit_length()
+
+
 def quantise(
     x: Tensor, dtype: torch.dtype, largest: float, factors: Tensor | None, gelu: int, before: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -230,12 +240,12 @@ def quantise(
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     is_three = columns % 3 == 0
     block = power_of_2(columns // 3 if is_three else columns)
-    launch(
-        quantise_kernel, (rows, 1, 1),
-        x, factors, before, codes, scales, x.stride(0), 0 if before is None else before.stride(0),
-        columns=columns, LARGEST=largest, LEAST=torch.finfo(torch.float32).tiny, HAS_FACTORS=factors is not None,
-        GELU=gelu, BLOCK=block, IS_THREE=is_three, options={"num_warps": 4 if columns <= 4096 else 8, **AS_TORCH},
-    )  # fmt: skip
+    with _on(x):
+        quantise_kernel[(rows,)](
+            x, factors, before, codes, scales, columns, x.stride(0), 0 if before is None else before.stride(0),
+            LARGEST=largest, LEAST=torch.finfo(torch.float32).tiny, HAS_FACTORS=factors is not None, GELU=gelu,
+            BLOCK=block, IS_THREE=is_three, num_warps=4 if columns <= 4096 else 8, **AS_TORCH,
+        )  # fmt: skip
     return codes, scales
 
 
@@ -243,11 +253,11 @@ def few_rows(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> T
     """y [rows, out] of one or two rows x [rows, in], 8-bit codes [out, in] and their scales [out]."""
     (rows, depth), columns = x.shape, len(codes)
     y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-    launch(
-        few_rows_kernel, (cdiv(columns, 8), 1, 1), x.contiguous(), codes.view(torch.int8), scales, bias, y, columns,
-        depth=depth, ROWS=rows, HAS_BIAS=bias is not None, IS_FP8=codes.dtype.is_floating_point, BN=8, BK=512,
-        options={"num_warps": 4},
-    )  # fmt: skip
+    with _on(x):
+        few_rows_kernel[(cdiv(columns, 8),)](
+            x.contiguous(), codes.view(torch.int8), scales, bias, y, columns, depth,
+            ROWS=rows, HAS_BIAS=bias is not None, IS_FP8=codes.dtype.is_floating_point, BN=8, BK=512, num_warps=4,
+        )  # fmt: skip
     return y
 
 
@@ -259,8 +269,9 @@ def transposed(codes: Tensor) -> Tensor:
     rows, columns = codes.shape
     result = torch.empty(columns, rows, dtype=codes.dtype, device=codes.device)
     source, target = (each.view(torch.int8) for each in (codes.contiguous(), result))
-    grid = cdiv(rows, 64), cdiv(columns, 128), 1
-    launch(transposed_kernel, grid, source, target, rows, columns, BM=64, BN=128, options={"num_warps": 4})
+    with _on(codes):
+        grid = cdiv(rows, 64), cdiv(columns, 128)
+        transposed_kernel[grid](source, target, rows, columns, BM=64, BN=128, num_warps=4)
     return result
 
 
@@ -285,16 +296,17 @@ def int8_product(
     if inner is not None and up is not None:
         inner, up = inner if inner.stride(-1) == 1 else inner.contiguous(), up.contiguous()
 
-    def with_tiles(tiles: Tiles) -> None:
-        launch(
-            int8_product_kernel, (cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns), 1, 1),
-            a, b, y, a_scale, b_scale, bias, inner, up, 0 if inner is None else inner.stride(0), rows, columns,
-            depth=depth, BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, GROUP=8, HAS_SCALE=b_scale is not None,
+    def launch(tiles: Tiles) -> None:
+        grid = cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns)
+        int8_product_kernel[(grid,)](
+            a, b, y, a_scale, b_scale, bias, inner, up, 0 if inner is None else inner.stride(0), rows, columns, depth,
+            BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, GROUP=8, HAS_SCALE=b_scale is not None,
             HAS_BIAS=bias is not None, RANK=rank, PADDED_RANK=max(16, power_of_2(rank)),
-            options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
-    with_tiles(_chosen(a.device, rows, columns, depth, rank, with_tiles))
+    with _on(a):
+        launch(_chosen(a.device, rows, columns, depth, rank, launch))
     return y
 
 
@@ -302,7 +314,7 @@ _CHOSEN: dict[tuple[Any, ...], Tiles] = {}
 
 
 def _chosen(
-    device: torch.device, rows: int, columns: int, depth: int, rank: int, compute: Callable[[Tiles], None]
+    device: torch.device, rows: int, columns: int, depth: int, rank: int, launch: Callable[[Tiles], None]
 ) -> Tiles:
     """The fastest tiles for products of about this size on this card, timed at the first one."""
     if device.type != "cuda":  # Triton's interpreter
@@ -313,7 +325,7 @@ def _chosen(
         tried = candidates(_capability(device), rows)
         if torch.cuda.is_current_stream_capturing():  # a CUDA graph is recorded: nothing can be timed
             return tried[0]
-        _CHOSEN[key] = min(tried, key=lambda tiles: _seconds(device, tiles, compute))
+        _CHOSEN[key] = min(tried, key=lambda tiles: _seconds(device, tiles, launch))
     return _CHOSEN[key]
 
 
@@ -322,9 +334,15 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _seconds(device: torch.device, tiles: Tiles, compute: Callable[[Tiles], None]) -> float:
-    """Seconds that a product takes after the first one, which compiles; infinite if the card can't run these tiles."""
+def _seconds(device: torch.device, tiles: Tiles, launch: Callable[[Tiles], None]) -> float:
+    """Seconds that a launch takes after the first one, which compiles; infinite if the card can't run these tiles."""
     try:
-        return seconds_on_device(device, lambda: compute(tiles))
+        return seconds_on_device(device, lambda: launch(tiles))
     except Exception:  # noqa: BLE001 - whatever the compiler raises; if no tiles work, the product itself raises it
         return float("inf")
+
+
+def _on(tensor: Tensor) -> Any:
+    """A context in which the tensor's device is the current one: Triton launches there."""
+    is_elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if is_elsewhere else nullcontext()

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import AS_TORCH, e4m3_numbers, magnitudes, nearest, scale_of
-from .launch import Options, cdiv, launch, power_of_2
+from .kernels import AS_TORCH, cdiv, e4m3_numbers, magnitudes, nearest, power_of_2, scale_of
 
 # A program that transposes reads a sector of memory of each of its rows, and writes as wide as a line of the cache.
 ROWS, SECTOR = 128, 8  # rows, words
@@ -145,19 +144,20 @@ def quantise(
     count = numbers_in_word(kind)
     words = columns // count
     first, second = sizes or (codes.dtype == torch.float8_e5m2, others[0].numel() > 1)
-    block, how = power_of_2(words), {"WORDS": words, "KIND": kind, "FIRST": first, "SECOND": second}
-    launch(
-        quantise_rows_kernel, (rows, 1, 1), *inputs, **how, LARGEST=largest, LEAST=torch.finfo(torch.float32).tiny,
-        BLOCK=block, WRITES=not transposed, options=options(block * count // _PER_THREAD),
-    )  # fmt: skip
-    if transposed:
-        launch(
-            quantise_transposed_kernel, (cdiv(words, SECTOR), cdiv(rows, ROWS), 1), *inputs, rows, **how, BM=ROWS,
-            BW=SECTOR, options=options(ROWS * SECTOR * count // _PER_THREAD_TRANSPOSED),
+    block = power_of_2(words)
+    with torch.cuda.device_of(codes):
+        quantise_rows_kernel[(rows,)](
+            *inputs, words, kind, first, second, largest, torch.finfo(torch.float32).tiny, block, not transposed,
+            **options(block * count // _PER_THREAD),
         )  # fmt: skip
+        if transposed:
+            quantise_transposed_kernel[(cdiv(words, SECTOR), cdiv(rows, ROWS))](
+                *inputs, rows, words, kind, first, second, ROWS, SECTOR,
+                **options(ROWS * SECTOR * count // _PER_THREAD_TRANSPOSED),
+            )  # fmt: skip
     return result, scales
 
 
-def options(threads: int) -> Options:
+def options(threads: int) -> dict[str, int]:
     """How Triton compiles a program for about so many threads."""
     return {"num_warps": min(16, max(1, threads // 32)), **AS_TORCH}

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..precision.launch import cdiv, launch
+from ..precision.kernels import cdiv
 
 _HEADS = 16  # rows of a program: heads of one or more tokens
 
@@ -73,5 +74,7 @@ def backward(gradient: Tensor, x: Tensor, weight: Tensor, angles: Tensor, eps: f
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], x: Tensor, eps: float) -> None:
     _, tokens, heads, width = x.shape
     if rows := tokens * heads:
-        grid, options = (cdiv(rows, _HEADS), 1, 1), {"num_warps": 4}
-        launch(kernel, grid, *tensors, rows, eps, HEADS=heads, WIDTH=width, BLOCK=_HEADS, options=options)
+        is_elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+        with torch.cuda.device(x.device) if is_elsewhere else nullcontext():
+            grid = (cdiv(rows, _HEADS),)
+            kernel[grid](*tensors, rows, eps, HEADS=heads, WIDTH=width, BLOCK=_HEADS, num_warps=4)
