@@ -29,7 +29,7 @@ from .training.step import Networks, attempt, rehearse
 
 _LOG = logging.getLogger(__name__)
 # Measured on an H200 with the full-size transformer (benchmarks/gpu_step_h200_2026-11.md): compiling takes 15 to 53 s,
-# longer on a slower processor. It saves 0.08 of a step's time at 1024 pixels, and 0.23 at 512, with CUDA graphs.
+# longer on a slower processor. It saves 0.08 of a step's time at 1024 pixels, and 0.21 at 512, with CUDA graphs.
 _COMPILING_SECONDS, _LEAST_SAVED = 60, 0.08
 # Capturing takes about as long as five steps, once for each size of pictures and prompts.
 _CAPTURING_SECONDS, _LEAST_FASTER = 60, 0.95  # the shortest run that it is tried in; and the time of a step, relatively
@@ -133,19 +133,30 @@ def dry_step(
     _log_memory(prepared, networks, measured.peak_bytes + networks.graphs.held_bytes)
     torch.cuda.empty_cache()  # gives back what only compiling, or only uncompiled blocks, needed
     speed = measured_speed(*run, measured.seconds, probed_speed(*run, networks.device))
-    observer.on_note(" ".join(filter(None, (time_in_words(*run, speed, done=done), _advice(measured, config.memory)))))
+    note = time_in_words(*run, speed, done=done)
+    if (
+        left >= _CAPTURING_SECONDS
+        and _waits_for_processor(measured, config.memory)
+        and _would_be_graphs(prepared, networks.device)
+    ):
+        note = f"{note} {_FASTER}"
+    observer.on_note(note)
 
 
-def _advice(measured: Measured, memory: MemoryConfig) -> str:
-    """What to do if the card waits for the processor, and only the allocator is in the way of CUDA graphs.
+def _waits_for_processor(measured: Measured, memory: MemoryConfig) -> bool:
+    """Whether the card has run nearly all kernels when the processor has launched the last one.
 
-    The card waits if it has run nearly all kernels when the processor has launched the last one. A slower card still
-    has about 1,000 of a step's 9,000 kernels to run then: CUDA queues no more. Where tensors are copied between host
-    and device, the processor waits too, so nothing is said.
+    A slower card still has about 1,000 of a step's 9,000 kernels to run then, because CUDA queues that many: on an H200
+    at 1024 pixels all were launched after 0.91 of the step. Where tensors are copied between host and device, the
+    processor waits for them too, so nothing is known.
     """
     has_copies = memory.blocks_to_stream > 0 or memory.activation_offload
-    waits = measured.launched > _ALL_LAUNCHED * measured.seconds and not has_copies
-    return _FASTER if waits and not allocator_allows_graphs() else ""
+    return measured.launched > _ALL_LAUNCHED * measured.seconds and not has_copies
+
+
+def _would_be_graphs(prepared: Preparation, device: torch.device) -> bool:
+    """Whether only the allocator keeps the run's steps from being CUDA graphs."""
+    return not allocator_allows_graphs() and not no_graphs_because(prepared, device, any_allocator=True)
 
 
 def _saved_share(compiled: float | None, uncompiled: float) -> float:
@@ -200,8 +211,8 @@ def _compiled_if_right(
     return uncompiled
 
 
-def no_graphs_because(prepared: Preparation, device: torch.device) -> str:
-    """Why the run's steps can't be CUDA graphs; empty if they can.
+def no_graphs_because(prepared: Preparation, device: torch.device, *, any_allocator: bool = False) -> str:
+    """Why the run's steps can't be CUDA graphs; empty if they can. `any_allocator`: leave the allocator out.
 
     Dropout draws new values in every pass. References that are encoded on the fly come from another thread, which
     measures the free memory: it can't tell what graphs hold. For the allocator see `allocator_allows_graphs`.
@@ -211,7 +222,7 @@ def no_graphs_because(prepared: Preparation, device: torch.device) -> str:
         return "dropout draws new values in every step"
     if work.on_the_fly_pixels:
         return "references are encoded on the fly"
-    if not allocator_allows_graphs():
+    if not any_allocator and not allocator_allows_graphs():
         return "torch uses CUDA's allocator (start ComfyUI with --disable-cuda-malloc to change that)"
     card = config.memory.vram_gib
     usable = budget_of(device, card).device_bytes + (0 if card > 0 else torch.cuda.memory_allocated(device))

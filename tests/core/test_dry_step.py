@@ -22,8 +22,10 @@ from trainer_core.planning.duration import compiled_seconds
 from trainer_core.planning.workload import Workload, pair_size
 
 CUDA = torch.device("cuda")
-# Seconds per operation of a matrix product and of attention forward and backward, and per copied byte, on an H200.
-H200 = (1 / 790e12, 1 / 594e12, 1 / 523e12, 1 / 50e9)
+# Seconds per operation of a matrix product and of attention forward and backward, and per copied byte, on an H200. The
+# planner counts a backward pass of attention as twice the forward pass, the benchmark's table as 2.5 times.
+H200 = (1 / 790e12, 1 / 615e12, 1 / 435e12, 1 / 55e9)
+H200_AT_512 = (1 / 732e12, 1 / 391e12, 1 / 301e12, 1 / 55e9)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_auto_compiles_where_that_is_possible_and_shortens_the_run(
     [
         ("auto", True, 1024, 2000, True),
         ("auto", True, 1024, 20, False),
-        ("auto", True, 512, 400, True),
+        ("auto", True, 512, 1500, True),
         ("auto", True, 512, 20, False),
         ("on", True, 1024, 20, True),
         ("off", True, 1024, 2000, False),
@@ -80,42 +82,47 @@ def test_the_compiler_starts_while_the_model_is_loaded_if_it_will_be_needed(
     assert bool(started) == starts
 
 
-# Steps measured on an H200 (benchmarks/gpu_step_h200_2026-11.md): weights, products, pixels per side, seconds
-# uncompiled and compiled.
-STEPS = [("none", "bf16", 1024, 0.995, 0.914), ("int8-quanto", "8bit", 1024, 0.835, 0.738)]
+# Steps measured on an H200 (series G of benchmarks/gpu_step_h200_2026-11.md): weights, products, pixels per side,
+# seconds uncompiled and compiled. CUDA graphs: the compiled step in bf16, and both at 512 pixels.
+STEPS = [
+    ("none", "bf16", 1024, 0.995, 0.918),
+    ("int8-quanto", "8bit", 1024, 0.835, 0.738),
+    ("int8-quanto", "8bit", 512, 0.223, 0.176),
+]
 
 
 @pytest.mark.parametrize(("precision", "products", "side", "uncompiled", "compiled"), STEPS)
-def test_the_estimated_saving_is_near_the_measured_one(
+def test_the_estimate_is_near_the_measured_step(
     precision: str, products: str, side: int, uncompiled: float, compiled: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning_duration, "rates", lambda *_: H200)
-    monkeypatch.setattr(planning_duration, "eight_bit_rate", lambda *_: 1 / 1100e12 if products == "8bit" else None)
+    monkeypatch.setattr(planning_duration, "rates", lambda *_: H200 if side == 1024 else H200_AT_512)
+    monkeypatch.setattr(planning_duration, "eight_bit_rate", lambda *_: 1 / 1073e12 if products == "8bit" else None)
     monkeypatch.setattr(planning_duration, "allocator_allows_graphs", lambda: True)
+    monkeypatch.setattr(planning_duration, "can_compile", lambda _: False)
     model = ModelConfig(base_model_precision=precision, matmul_precision=products)
     network = planned_size({"num_layers": 60}, model, LoraConfig())
-    pair = pair_size(Size(side, side), [Size(side, side)], 230)
+    work = Workload(train=pair_size(Size(side, side), [Size(side, side)], 230), batch=1)
     config = TrainConfig(run_dir="run", encoded="data", model=model, memory=MemoryConfig(memory="manual"))
-    estimate = compiled_seconds(config, network, Workload(train=pair, batch=1), CUDA)
-    assert dry_step._saved_share(estimate, uncompiled) == pytest.approx(1 - compiled / uncompiled, abs=0.05)
+    estimate = compiled_seconds(config, network, work, CUDA)
+    assert estimate == pytest.approx(compiled, rel=0.08)
+    speed = planning_duration.probed_speed(config, network, work, CUDA)
+    assert speed is not None
+    plain = planning_duration.training_seconds(config, network, speed, work.tokens.image + work.tokens.text)
+    assert plain == pytest.approx(uncompiled, rel=0.08)
+    assert dry_step._saved_share(estimate, uncompiled) == pytest.approx(1 - compiled / uncompiled, abs=0.07)
 
 
 @pytest.mark.parametrize(
-    ("launched", "memory", "has_graphs", "advises"),
+    ("launched", "memory", "waits"),
     [
-        (0.99, MemoryConfig(), False, True),
-        (0.99, MemoryConfig(), True, False),
-        (0.90, MemoryConfig(), False, False),
-        (0.99, MemoryConfig(memory="manual", blocks_to_stream=20), False, False),
-        (0.99, MemoryConfig(memory="manual", activation_offload=True), False, False),
+        (0.99, MemoryConfig(), True),
+        (0.91, MemoryConfig(), False),
+        (0.99, MemoryConfig(memory="manual", blocks_to_stream=20), False),
+        (0.99, MemoryConfig(memory="manual", activation_offload=True), False),
     ],
 )
-def test_who_waits_for_the_processor_is_told_how_to_get_graphs(
-    launched: float, memory: MemoryConfig, has_graphs: bool, advises: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dry_step, "allocator_allows_graphs", lambda: has_graphs)
-    advice = dry_step._advice(Measured(2.0, 1, {}, 2.0 * launched), memory)
-    assert ("--disable-cuda-malloc" in advice) == advises and bool(advice) == advises
+def test_when_a_card_waits_for_the_processor(launched: float, memory: MemoryConfig, waits: bool) -> None:
+    assert dry_step._waits_for_processor(Measured(2.0, 1, {}, 2.0 * launched), memory) == waits
 
 
 def test_without_an_estimate_little_is_saved() -> None:

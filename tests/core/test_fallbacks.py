@@ -12,6 +12,7 @@ from tests.support.failing_backward import Doubled
 from trainer_core import dry_step
 from trainer_core.config import LoraConfig, TrainConfig
 from trainer_core.memory.compilation import Compilation
+from trainer_core.planning.choose import Budget
 from trainer_core.qwen_image import attention_choice, query_key
 from trainer_core.qwen_image.attention_kernels import Kernel
 
@@ -75,3 +76,26 @@ def test_why_there_are_no_graphs(
     config = TrainConfig(run_dir="run", encoded="data", lora=LoraConfig(lora_dropout=dropout))
     prepared = SimpleNamespace(config=config, work=SimpleNamespace(on_the_fly_pixels=pixels))
     assert words in dry_step.no_graphs_because(prepared, torch.device("cuda"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dropout", "pixels", "allocator", "room", "is_so"),
+    [
+        (0.0, 0, "cudaMallocAsync", 100, True),
+        (0.0, 0, "native", 100, False),
+        (0.1, 0, "cudaMallocAsync", 100, False),
+        (0.0, 1024, "cudaMallocAsync", 100, False),
+        (0.0, 0, "cudaMallocAsync", 10, False),
+    ],
+)
+def test_whether_only_the_allocator_is_in_the_way(
+    dropout: float, pixels: int, allocator: str, room: int, is_so: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+    monkeypatch.setattr(dry_step, "budget_of", lambda *_: Budget(room, 0))
+    monkeypatch.setattr(dry_step, "plan_memory", lambda *_, graphs: SimpleNamespace(needed_device_bytes=20 * graphs))
+    config = TrainConfig(run_dir="run", encoded="data", lora=LoraConfig(lora_dropout=dropout))
+    work = SimpleNamespace(on_the_fly_pixels=pixels)
+    prepared = SimpleNamespace(config=config, work=work, model=SimpleNamespace(size=None))
+    assert dry_step._would_be_graphs(prepared, torch.device("cuda")) == is_so  # type: ignore[arg-type]

@@ -117,6 +117,7 @@ def test_auto_decides_and_says_why(config: TrainConfig, caplog: pytest.LogCaptur
 def test_who_waits_for_the_processor_is_told_what_to_do(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A card always waits for the kernels of so narrow a model."""
     monkeypatch.setattr(dry_step, "allocator_allows_graphs", lambda: False)
+    monkeypatch.setattr(dry_step, "_CAPTURING_SECONDS", 0)  # a short run gets no graphs
     notes: list[str] = []
     observer = Steps()
     monkeypatch.setattr(observer, "on_note", notes.append)

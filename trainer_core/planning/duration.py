@@ -22,8 +22,8 @@ from .probes import eight_bit_rate, rates
 from .workload import Workload, picture_tokens, resolution_in_words
 
 # Fitted to steps on an H200 at 1024 and 512 pixels with one reference. Uncompiled, then compiled:
-_EFFICIENCY = (0.66, 0.72)  # fraction of the device's measured speed that a step reaches
-_LAUNCH = (1.6e-3, 1.0e-3)  # seconds that one block's forward or backward pass takes at least, with CUDA graphs
+_EFFICIENCY = (0.72, 0.79)  # fraction of the device's measured speed that a step reaches
+_LAUNCH = (1.2e-3, 1.0e-3)  # seconds that one block's forward or backward pass takes at least, with CUDA graphs
 _LAUNCHED_SINGLY = 2.4e-3  # the same without: the processor's time, compiled or not
 # Fraction of the measured speed of a matrix product that encoding reaches. Fitted to 18 pictures of 1024 x 1024 pixels
 # in 1.3 s, and to 48 short prompts, each with a reference of 384 x 384 pixels, in 3.3 s: on an H200, without loading.

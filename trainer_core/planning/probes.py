@@ -18,7 +18,7 @@ _COPIED = 2**26  # bytes of the measured copy
 def rates(network: NetworkSize, tokens: int, device: torch.device) -> tuple[float, float, float, float]:
     """Seconds per operation of a matrix product and of attention forward and backward, and per byte of a copy.
 
-    Attention has the kernels that a run would choose.
+    Attention has the kernels that a run would choose. If other packages have some, the first call tests them.
     """
     dtype = torch.bfloat16 if network.element_bytes == 2 else torch.float32
     width, attention = network.width, block_operations(network.width, tokens)[1]

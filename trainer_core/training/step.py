@@ -161,16 +161,17 @@ def step_gradients(
 
 
 def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig) -> StepReport:
-    """Second part of a step. After another error than this one the weights may be half updated: don't save them.
+    """Second part of a step. After an error in here the weights may be half updated: don't save them.
 
     Raises:
-        NonFiniteLossError: the loss or a gradient is NaN or infinite. Weights, EMA and optimizer state are unchanged.
+        NonFiniteLossError: the loss or a gradient is NaN or infinite. After this error only, weights, EMA and optimizer
+            state are unchanged.
     """
     step = gradients.done + 1
     networks.optimizer.step()
     networks.weights.publish()
     networks.optimizer.zero_grad(set_to_none=True)
-    # The only wait for the device per step. The update is already enqueued, so the device makes no pause before it.
+    # Waits for the device, which goes on with the update meanwhile. Numbers in host memory were waited for before it.
     numbers = gradients.numbers.cpu()
     _raise_if_not_finite(numbers, gradients.done, config)
     update_ema(networks.ema, networks.lora, step, config.ema)
