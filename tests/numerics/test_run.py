@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.forked import Forked
 from tests.support.narrow import make_pairs, networks_of, read_rows, small_encoding
@@ -18,6 +19,7 @@ from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     BatchingConfig,
+    EmaConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
@@ -163,7 +165,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
     config: TrainConfig, optimizer: OptimizerName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """AdamW skips the update itself; the loop waits before the update of others."""
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, optimizer=optimizer))
+    chosen = dataclasses.replace(config.optimizer, optimizer=optimizer)
+    config = dataclasses.replace(config, optimizer=chosen, ema=EmaConfig(use_ema=True))
     original = step_module.velocity_loss
 
     class Poisoner(Steps):
@@ -177,8 +180,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
     monkeypatch.setattr(step_module, "velocity_loss", original)
     checkpoints = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
     assert checkpoints[-1] == "step-000004"
-    unbroken = train_lora(dataclasses.replace(config, run_dir=str(tmp_path / "unbroken")))
-    assert equal(lora_tensors(train_lora(config)), lora_tensors(unbroken))
+    found, unbroken = (
+        train_lora(each) for each in (config, dataclasses.replace(config, run_dir=str(tmp_path / "unbroken")))
+    )
+    assert equal(lora_tensors(found), lora_tensors(unbroken))
+    assert found.ema_file and unbroken.ema_file and equal(load_file(found.ema_file), load_file(unbroken.ema_file))
 
 
 def test_a_line_lost_between_checkpoint_and_metrics_comes_back(config: TrainConfig, unbroken: TrainResult) -> None:
