@@ -8,6 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -97,26 +98,7 @@ def dry_step(
     config = prepared.config
     chosen = dataclasses.replace(config, model=dataclasses.replace(config.model, matmul_precision=products))
     run = (chosen, prepared.model.size, prepared.work)
-    draws = largest_draws(prepared.encoded, prepared.work)
-
-    def one() -> tuple[dict[str, Tensor], float]:
-        gradients = attempt(networks, lambda: rehearse(networks, loader.read(draws), config))
-        launched = time.perf_counter()
-        torch.cuda.synchronize(networks.device)
-        return gradients, launched
-
-    def measure() -> Measured:
-        with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
-            # Slower than the next: libraries choose their kernels, or the blocks are compiled.
-            gradients = of_first_block(one()[0])
-            if networks.graphs.is_active:
-                one()  # captures
-            torch.cuda.reset_peak_memory_stats(networks.device)
-            began = time.perf_counter()
-            _, launched = one()
-            seconds = time.perf_counter() - began
-            return Measured(seconds, peak_bytes(networks.device), gradients, launched - began)
-
+    measure = partial(_measured, prepared, networks, loader)
     measured, wish = measure(), config.memory.compile_blocks
     left = duration(*run, measured_speed(*run, measured.seconds), done=done).total
     if left >= _CAPTURING_SECONDS and not observer.should_stop():
@@ -133,14 +115,38 @@ def dry_step(
     _log_memory(prepared, networks, measured.peak_bytes + networks.graphs.held_bytes)
     torch.cuda.empty_cache()  # gives back what only compiling, or only uncompiled blocks, needed
     speed = measured_speed(*run, measured.seconds, probed_speed(*run, networks.device))
-    note = time_in_words(*run, speed, done=done)
-    if (
-        left >= _CAPTURING_SECONDS
-        and _waits_for_processor(measured, config.memory)
-        and _would_be_graphs(prepared, networks.device)
-    ):
-        note = f"{note} {_FASTER}"
-    observer.on_note(note)
+    is_long = left >= _CAPTURING_SECONDS
+    advice = f" {_FASTER}" if is_long and _would_gain_from_graphs(prepared, networks.device, measured) else ""
+    observer.on_note(time_in_words(*run, speed, done=done) + advice)
+
+
+def _measured(prepared: Preparation, networks: Networks, loader: BatchLoader) -> Measured:
+    """The largest micro-batch forward and backward, after passes that may be slower."""
+    draws = largest_draws(prepared.encoded, prepared.work)
+
+    def one() -> tuple[dict[str, Tensor], float]:
+        gradients = attempt(networks, lambda: rehearse(networks, loader.read(draws), prepared.config))
+        launched = time.perf_counter()
+        torch.cuda.synchronize(networks.device)
+        return gradients, launched
+
+    with prepared.explain_memory_errors(STEP, "in a dry step of the largest pairs", "Nothing is lost."):
+        # Slower than the next: libraries choose their kernels, or the blocks are compiled.
+        gradients = of_first_block(one()[0])
+        if networks.graphs.is_active:
+            one()  # captures
+        torch.cuda.reset_peak_memory_stats(networks.device)
+        began = time.perf_counter()
+        _, launched = one()
+        seconds = time.perf_counter() - began
+        return Measured(seconds, peak_bytes(networks.device), gradients, launched - began)
+
+
+def _would_gain_from_graphs(prepared: Preparation, device: torch.device, measured: Measured) -> bool:
+    """Whether only the allocator keeps steps, which wait for the processor, from being CUDA graphs."""
+    if allocator_allows_graphs() or not _waits_for_processor(measured, prepared.config.memory):
+        return False
+    return not no_graphs_because(prepared, device, any_allocator=True)
 
 
 def _waits_for_processor(measured: Measured, memory: MemoryConfig) -> bool:
@@ -152,11 +158,6 @@ def _waits_for_processor(measured: Measured, memory: MemoryConfig) -> bool:
     """
     has_copies = memory.blocks_to_stream > 0 or memory.activation_offload
     return measured.launched > _ALL_LAUNCHED * measured.seconds and not has_copies
-
-
-def _would_be_graphs(prepared: Preparation, device: torch.device) -> bool:
-    """Whether only the allocator keeps the run's steps from being CUDA graphs."""
-    return not allocator_allows_graphs() and not no_graphs_because(prepared, device, any_allocator=True)
 
 
 def _saved_share(compiled: float | None, uncompiled: float) -> float:

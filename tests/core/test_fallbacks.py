@@ -79,17 +79,24 @@ def test_why_there_are_no_graphs(
 
 
 @pytest.mark.parametrize(
-    ("dropout", "pixels", "allocator", "room", "is_so"),
+    ("dropout", "pixels", "allocator", "room", "launched", "is_so"),
     [
-        (0.0, 0, "cudaMallocAsync", 100, True),
-        (0.0, 0, "native", 100, False),
-        (0.1, 0, "cudaMallocAsync", 100, False),
-        (0.0, 1024, "cudaMallocAsync", 100, False),
-        (0.0, 0, "cudaMallocAsync", 10, False),
+        (0.0, 0, "cudaMallocAsync", 100, 0.99, True),
+        (0.0, 0, "native", 100, 0.99, False),
+        (0.1, 0, "cudaMallocAsync", 100, 0.99, False),
+        (0.0, 1024, "cudaMallocAsync", 100, 0.99, False),
+        (0.0, 0, "cudaMallocAsync", 10, 0.99, False),
+        (0.0, 0, "cudaMallocAsync", 100, 0.91, False),
     ],
 )
-def test_whether_only_the_allocator_is_in_the_way(
-    dropout: float, pixels: int, allocator: str, room: int, is_so: bool, monkeypatch: pytest.MonkeyPatch
+def test_whether_a_run_would_gain_from_graphs(
+    dropout: float,
+    pixels: int,
+    allocator: str,
+    room: int,
+    launched: float,
+    is_so: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
@@ -98,4 +105,6 @@ def test_whether_only_the_allocator_is_in_the_way(
     config = TrainConfig(run_dir="run", encoded="data", lora=LoraConfig(lora_dropout=dropout))
     work = SimpleNamespace(on_the_fly_pixels=pixels)
     prepared = SimpleNamespace(config=config, work=work, model=SimpleNamespace(size=None))
-    assert dry_step._would_be_graphs(prepared, torch.device("cuda")) == is_so  # type: ignore[arg-type]
+    measured = dry_step.Measured(2.0, 1, {}, 2.0 * launched)
+    found = dry_step._would_gain_from_graphs(prepared, torch.device("cuda"), measured)  # type: ignore[arg-type]
+    assert found == is_so
