@@ -32,7 +32,7 @@ def in_fixed_order(same_attention: None, monkeypatch: pytest.MonkeyPatch) -> Ite
     (kernel,) = attention_choice.CUDA
 
     def backward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        torch.use_deterministic_algorithms(True)  # with warn_only, torch's attention keeps its order
+        torch.use_deterministic_algorithms(True)  # with warn_only, torch's attention adds in any order
         try:
             return kernel.backward(*tensors)
         finally:

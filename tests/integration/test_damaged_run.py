@@ -293,7 +293,7 @@ def test_killed_while_run_json_was_first_written(config: TrainConfig, tmp_path: 
 def test_a_run_of_an_older_version_goes_on_only_if_its_steps_fit(
     changes: dict[str, Any], differing: str, since: int, encoded: EncodedDataset, model: ModelConfig, tmp_path: Path
 ) -> None:
-    """It counts by which rules something was first computed as it is today."""
+    """`since`: the first rules with which the setting computes what it computes today."""
     if products := changes.get("products"):
         model = dataclasses.replace(model, base_model_precision="int8-quanto", matmul_precision=products)
     others = {name: each for name, each in changes.items() if name != "products"}

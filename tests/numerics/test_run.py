@@ -172,8 +172,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
     class Poisoner(Steps):
         def on_step(self, report: StepReport) -> None:
             if report.step == 4:
-                wrong = lambda *tensors: original(*tensors) * float("nan")  # noqa: E731
-                monkeypatch.setattr(step_module, "velocity_loss", wrong)
+                monkeypatch.setattr(step_module, "velocity_loss", lambda *tensors: original(*tensors) * float("nan"))
 
     with pytest.raises(NonFiniteLossError, match=r"in step 5.*loss nan.*weights of step 4.*learning_rate"):
         train_lora(config, Poisoner())

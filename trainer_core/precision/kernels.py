@@ -240,7 +240,7 @@ def quantise(
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     is_three = columns % 3 == 0
     block = power_of_2(columns // 3 if is_three else columns)
-    with _on(x):
+    with on_device_of(x):
         quantise_kernel[(rows,)](
             x, factors, before, codes, scales, columns, x.stride(0), 0 if before is None else before.stride(0),
             LARGEST=largest, LEAST=torch.finfo(torch.float32).tiny, HAS_FACTORS=factors is not None, GELU=gelu,
@@ -253,7 +253,7 @@ def few_rows(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> T
     """y [rows, out] of one or two rows x [rows, in], 8-bit codes [out, in] and their scales [out]."""
     (rows, depth), columns = x.shape, len(codes)
     y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-    with _on(x):
+    with on_device_of(x):
         few_rows_kernel[(cdiv(columns, 8),)](
             x.contiguous(), codes.view(torch.int8), scales, bias, y, columns, depth,
             ROWS=rows, HAS_BIAS=bias is not None, IS_FP8=codes.dtype.is_floating_point, BN=8, BK=512, num_warps=4,
@@ -269,7 +269,7 @@ def transposed(codes: Tensor) -> Tensor:
     rows, columns = codes.shape
     result = torch.empty(columns, rows, dtype=codes.dtype, device=codes.device)
     source, target = (each.view(torch.int8) for each in (codes.contiguous(), result))
-    with _on(codes):
+    with on_device_of(codes):
         grid = cdiv(rows, 64), cdiv(columns, 128)
         transposed_kernel[grid](source, target, rows, columns, BM=64, BN=128, num_warps=4)
     return result
@@ -305,7 +305,7 @@ def int8_product(
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
 
-    with _on(a):
+    with on_device_of(a):
         launch(_chosen(a.device, rows, columns, depth, rank, launch))
     return y
 
@@ -342,7 +342,7 @@ def _seconds(device: torch.device, tiles: Tiles, launch: Callable[[Tiles], None]
         return float("inf")
 
 
-def _on(tensor: Tensor) -> Any:
+def on_device_of(tensor: Tensor) -> Any:
     """A context in which the tensor's device is the current one: Triton launches there."""
     is_elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
     return torch.cuda.device(tensor.device) if is_elsewhere else nullcontext()

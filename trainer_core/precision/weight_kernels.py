@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import AS_TORCH, cdiv, e4m3_numbers, magnitudes, nearest, power_of_2, scale_of
+from .kernels import AS_TORCH, cdiv, e4m3_numbers, magnitudes, nearest, on_device_of, power_of_2, scale_of
 
 # A program that transposes reads a sector of memory of each of its rows, and writes as wide as a line of the cache.
 ROWS, SECTOR = 128, 8  # rows, words
@@ -145,7 +145,7 @@ def quantise(
     words = columns // count
     first, second = sizes or (codes.dtype == torch.float8_e5m2, others[0].numel() > 1)
     block = power_of_2(words)
-    with torch.cuda.device_of(codes):
+    with on_device_of(codes):
         quantise_rows_kernel[(rows,)](
             *inputs, words, kind, first, second, largest, torch.finfo(torch.float32).tiny, block, not transposed,
             **options(block * count // _PER_THREAD),

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..precision.kernels import cdiv
+from ..precision.kernels import cdiv, on_device_of
 
 _HEADS = 16  # rows of a program: heads of one or more tokens
 
@@ -74,7 +73,6 @@ def backward(gradient: Tensor, x: Tensor, weight: Tensor, angles: Tensor, eps: f
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], x: Tensor, eps: float) -> None:
     _, tokens, heads, width = x.shape
     if rows := tokens * heads:
-        is_elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-        with torch.cuda.device(x.device) if is_elsewhere else nullcontext():
+        with on_device_of(x):
             grid = (cdiv(rows, _HEADS),)
             kernel[grid](*tensors, rows, eps, HEADS=heads, WIDTH=width, BLOCK=_HEADS, num_warps=4)
