@@ -151,6 +151,20 @@ def test_a_wish_to_stop_is_agreed_on(job: Path, store: dist.TCPStore) -> None:
     assert state["state"] == "paused" and kept is not None and kept.step == state["steps"] >= 2
 
 
+def test_a_loss_that_is_not_finite_ends_all_processes_before_the_weights_are_spoilt(
+    job: Path, store: dist.TCPStore
+) -> None:
+    settings = ("batching.gradient_accumulation_steps=2", "optimizer.learning_rate=0.9", "run_dir=runs/wild")
+    settings += ("lora.lora_alpha=1e18",)  # numbers overflow as soon as the adapter changes something
+    ends = [(each.communicate()[1], each.returncode) for each in forked(job, store, settings, settings)]
+    steps = [re.findall(r"NaN or infinite in step (\d+).*keeps the weights of step (\d+)", err) for err, _ in ends]
+    run = RunFolder(job.parent / "runs" / "wild")
+    kept = run.latest_checkpoint()
+    assert [code for _, code in ends] == [1, 1] and kept is not None, ends
+    assert steps == 2 * [[(str(kept.step + 1), str(kept.step))]], ends
+    assert all(each.isfinite().all() for each in kept.lora.values())
+
+
 def test_processes_that_do_not_start_alike_are_refused(job: Path, store: dist.TCPStore) -> None:
     """As on two machines without a shared disk: process 0 would resume at step 2, process 1 would start at step 0."""
     settings = ("batching.gradient_accumulation_steps=2", "optimizer.lr_scheduler=constant")
