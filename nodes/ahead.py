@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..trainer_core.errors import Problems, SettingsError, TrainerError
-from . import choose_model, host_server, model, reference_settings, settings, short_train, size_settings
+from . import choose_model, host_server, model, model_lora, reference_settings, settings, short_train, size_settings
 from .composed import AUTOMATIC, UNKNOWN_MODEL, compose
 from .graph_values import GraphValues, Link, UnknownError
 from .raw_values import entries, is_link
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _MIX = "QwenEdit_MixPairs"
 LATER = ("model", "encoded", "validation_encoded")  # inputs of a training that are known when its pairs are encoded
-_MODELS = (choose_model.ChooseModel, model.LoadModel, model.LoadModelFiles)
+_MODELS = (choose_model.ChooseModel, model.LoadModel, model.LoadModelFiles, model_lora.AddModelLora)
 _MORE = (short_train.MoreSettings, size_settings.SizeSettings, reference_settings.ReferenceSettings)
 FROM_WIDGETS = {f"{ID_PREFIX}{node.__name__}": node for node in (*settings.NODES, *_MODELS, *_MORE)}
 

@@ -10,11 +10,23 @@ from ..trainer_core.config import EncodingConfig, ModelConfig, ValidationConfig
 from ..trainer_core.errors import ConfigError
 from . import host_call, host_folders, sockets
 from .schema import Node, new_input, new_output, node_schema, setting_input
+from .settings import few_step_file, few_step_inputs
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+
+
+_NAMES = {  # of validation's settings on this node
+    "validation_num_inference_steps": "num_inference_steps",
+    "validation_guidance": "guidance",
+    "validation_schedule": "schedule",
+    "validation_shift": "shift",
+    "validation_lora": "few_step_lora",
+    "validation_lora_strength": "few_step_strength",
+    "validation_lora_steps": "few_step_steps",
+}
 
 
 class SampleEdit(Node):
@@ -33,9 +45,10 @@ class SampleEdit(Node):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
-        """Check that the LoRA is listed."""
-        return lora_name in (None, host_folders.NO_LORA) or bool(host_folders.lora_path(lora_name))
+    def validate_inputs(cls, lora_name: str | None = None, few_step_lora: str | None = None) -> bool | str:
+        """Check that the LoRAs are listed."""
+        names = (lora_name, few_step_lora)
+        return all(name in (None, host_folders.NO_LORA) or host_folders.lora_path(name) for name in names)
 
     @classmethod
     def execute(cls, model: ModelConfig, reference_1: torch.Tensor, **values: Any) -> io.NodeOutput:
@@ -48,7 +61,16 @@ class SampleEdit(Node):
         references = tuple(image_to_picture(image) for image in images if image is not None)
         lora_file = _lora_file(values.pop("lora_name"), values.pop("run", None))
         size = bucket_size(Size(*references[0].size), values.pop("resolution"))
-        request = SampleRequest(model=model, references=references, lora_file=lora_file, size=size, **values)
+        sampling = {setting: values.pop(name) for setting, name in _NAMES.items() if name in values}
+        sampling["validation_lora"] = few_step_file(sampling.get("validation_lora", host_folders.NO_LORA))
+        request = SampleRequest(
+            model=model,
+            references=references,
+            lora_file=lora_file,
+            size=size,
+            sampling=ValidationConfig(**sampling),
+            **values,
+        )
         with host_call.long_call() as observer:
             return io.NodeOutput(picture_to_image(sample_edit(request, observer)))
 
@@ -86,6 +108,7 @@ def _inputs() -> list[io.Input]:
         new_input(sockets.Run, "run", optional=True, tooltip="Use the LoRA of this run, from Train Qwen Edit LoRA."),
         new_input(io.Image, "reference_2", optional=True, tooltip=f"Second {reference}"),
         new_input(io.Image, "reference_3", optional=True, tooltip=f"Third {reference}"),
+        *few_step_inputs(_NAMES),
     ]
 
 

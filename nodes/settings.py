@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
@@ -19,7 +20,7 @@ from ..trainer_core.config import (
     ValidationConfig,
 )
 from . import host_folders, sockets
-from .schema import Node, fields_of, lines, new_input, new_output, node_schema, setting_input, setting_inputs
+from .schema import Node, fields_of, help_of, lines, new_input, new_output, node_schema, setting_input, setting_inputs
 
 _FOR = "For Qwen Edit More Settings and Train Qwen Edit LoRA (advanced)."
 
@@ -208,14 +209,52 @@ class ValidationSettings(Node):
                     ValidationConfig, "validation_resolution", optional=True, placeholder="1024x1024, 768x768"
                 ),
                 setting_input(ValidationConfig, "validation_loras_total_limit", optional=True),
+                *few_step_inputs(),
             ],
             outputs=[new_output(sockets.ValidationSettings, "validation_settings", _FOR)],
         )
 
     @classmethod
-    def execute(cls, **widgets: Any) -> io.NodeOutput:
+    def validate_inputs(cls, validation_lora: str | None = None) -> bool | str:
+        """Check that the LoRA is listed."""
+        few_step_file(validation_lora or host_folders.NO_LORA)  # raises
+        return True
+
+    @classmethod
+    def execute(cls, validation_lora: str = host_folders.NO_LORA, **widgets: Any) -> io.NodeOutput:
         """Outputs a ValidationConfig."""
-        return io.NodeOutput(ValidationConfig(**widgets))
+        return io.NodeOutput(ValidationConfig(**widgets, validation_lora=few_step_file(validation_lora)))
+
+
+def few_step_inputs(named: Mapping[str, str] | None = None) -> list[io.Input]:
+    """Optional widgets for the schedule and few-step LoRA of pictures. `named`: their names, if not the settings'."""
+    names = named or {}
+    schedule, shift, strength, steps = (
+        setting_input(ValidationConfig, name, names.get(name, name), optional=True)
+        for name in ("validation_schedule", "validation_shift", "validation_lora_strength", "validation_lora_steps")
+    )
+    menu = new_input(
+        io.Combo,
+        names.get("validation_lora", "validation_lora"),
+        optional=True,
+        options=host_folders.lora_names(),
+        default=host_folders.NO_LORA,
+        tooltip=help_of(ValidationConfig, "validation_lora"),
+    )
+    for each, differs in ((schedule, False), (strength, True), (steps, True)):
+        none = [host_folders.NO_LORA]
+        condition = {"setting": menu.id, "equals": [] if differs else none, "differs": none if differs else []}
+        each.extra_dict = {"qwen_edit_used": {"if": [condition], "unused": None}}
+    return [schedule, shift, menu, strength, steps]
+
+
+def few_step_file(name: str) -> str:
+    """`validation_lora` for a name in the menu.
+
+    Raises:
+        ConfigError: the LoRA is not listed.
+    """
+    return "" if name == host_folders.NO_LORA else str(host_folders.lora_path(name))
 
 
 class MemorySettings(Node):

@@ -236,8 +236,7 @@ def _sample(options: argparse.Namespace, observer: ConsoleObserver) -> int:
         resolution=job.encoding.resolution,
         lora_file=options.lora,
         lora_strength=options.strength,
-        num_inference_steps=job.validation.validation_num_inference_steps,
-        guidance=job.validation.validation_guidance,
+        sampling=job.validation,
         seed=options.seed,
     )
     problems.attempt(lambda: _refuse_existing(options.out))

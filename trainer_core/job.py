@@ -98,11 +98,16 @@ def resolve_job(job: JobConfig, folder: Path) -> JobConfig:
     model = job.model
     base = model.base if model.base == DEMO_MODEL else resolved_path("model.base", model.base)
     files = {name: resolved_path(f"model.{name}", getattr(model, name)) for name in _MODEL_FILES}
+    frozen = tuple(
+        dataclasses.replace(lora, file=resolved_path("model.frozen_loras", lora.file)) for lora in model.frozen_loras
+    )
+    few_steps = resolved_path("validation.validation_lora", job.validation.validation_lora)
     cache_dir = resolved_path("cache_dir", job.cache_dir)
     kept = resolved_path("model.quantised_cache_dir", model.quantised_cache_dir) or str(Path(cache_dir) / "quantised")
     found = dataclasses.replace(
         job,
-        model=dataclasses.replace(model, base=base, quantised_cache_dir=kept, **files),
+        model=dataclasses.replace(model, base=base, quantised_cache_dir=kept, frozen_loras=frozen, **files),
+        validation=dataclasses.replace(job.validation, validation_lora=few_steps),
         lora=dataclasses.replace(job.lora, init_lora=resolved_path("lora.init_lora", job.lora.init_lora)),
         dataset=resolved(job.dataset, "dataset") if job.dataset else None,
         datasets=tuple(

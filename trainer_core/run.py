@@ -89,7 +89,7 @@ def _prepare_and_train(
     if ranks.leads:
         for note in check_disk([run_use(config, prepared.model.size, prepared.work)]):
             _LOG.warning("%s", note)
-    validator = Validator(prepared.held_out, base, config.validation)
+    validator = Validator(prepared.held_out, base, config.validation, few_step_lora=prepared.model.few_step_lora)
     if ranks.leads and validator.unmeasured:
         observer.on_note(validator.unmeasured)
     device = pick_device(config.model.device)
@@ -275,15 +275,16 @@ def _losses_and_samples(parts: _Parts, done: int) -> tuple[dict[str, float], Sam
     for name, weights in variants.items():
         with weights():
             losses[_LOSS_OF[name]] = parts.validator.loss(networks.transformer, networks.device, observer)
-    samples = parts.validator.sample(
-        networks.transformer,
-        networks.device,
-        variants,
-        step=done,
-        grid_file=run.grid_file(done),
-        base_folder=run.base_pictures,
-        observer=observer,
-    )
+    with networks.compilation.paused() if parts.prepared.model.few_step_lora else nullcontext():
+        samples = parts.validator.sample(
+            networks.transformer,
+            networks.device,
+            variants,
+            step=done,
+            grid_file=run.grid_file(done),
+            base_folder=run.base_pictures,
+            observer=observer,
+        )
     _keep_loras(parts, done, variants, losses, samples)
     return losses, samples
 

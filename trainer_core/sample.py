@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .adapters.frozen_loras import load_with_frozen_loras, read_frozen_loras
 from .adapters.inject import load_parts
 from .adapters.plan import read_parts
 from .adapters.reader import AdapterPart
+from .adapters.second_lora import read_second_lora, with_second_lora
 from .conditioning.caption_lengths import too_long
 from .conditioning.pictures import View, plan_reference, render, to_picture, vision_picture
-from .config import EncodingConfig, ModelConfig, Preprocessing, TrainConfig
+from .config import EncodingConfig, ModelConfig, Preprocessing, TrainConfig, ValidationConfig
 from .data.pairing import too_narrow
 from .device import pick_device, release_memory
 from .errors import ConfigError, Problems
@@ -29,10 +31,9 @@ from .qwen_image.base_model import BaseModel
 from .qwen_image.flavours import FLAVOURS
 from .qwen_image.latents import LATENT_CHANNELS, VAE_FACTOR
 from .qwen_image.positions import follow_comfyui
-from .qwen_image.sampling import load_scheduler, sample_latents
+from .qwen_image.sampling import sample_latents, schedule_of
 from .qwen_image.stops import stop_before_each
 from .qwen_image.text_encoder import check_text_encoder, load_text_encoder
-from .qwen_image.transformer import load_transformer
 from .qwen_image.types import Condition
 from .qwen_image.vae import check_vae, decode_latents, encode_picture, load_vae
 from .rng import stream
@@ -49,7 +50,8 @@ class SampleRequest:
 
     `references`: RGB pictures in order. `size`: of the result in pixels, multiples of 16; None for the first
     reference's aspect ratio with an area of `resolution`². `lora_file`: None for the base model alone. `memory_of`:
-    stream the transformer's blocks from host memory as this run does; None keeps all on the device.
+    stream the transformer's blocks from host memory as this run does; None keeps all on the device. `sampling`: steps,
+    guidance, schedule and few-step LoRA, as for validation; its other settings are not used.
     """
 
     model: ModelConfig
@@ -62,8 +64,7 @@ class SampleRequest:
     lora_strength: float = 1.0
     size: Size | None = None
     resolution: int = 1024
-    num_inference_steps: int = 30
-    guidance: float = 4.0
+    sampling: ValidationConfig = field(default_factory=ValidationConfig)
     seed: int = 0
     memory_of: TrainConfig | None = None
 
@@ -87,7 +88,7 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
         Interrupted: the observer wants to stop.
     """
     base = BaseModel(request.model)
-    size, device, lora = _checked(request, base)
+    size, device, loras = _checked(request, base)
     views = [_views(picture, request, size) for picture in request.references]
     references = _reference_latents(request, base, [view for view, _ in views], device, observer)
     release_memory()
@@ -95,7 +96,7 @@ def sample_edit(request: SampleRequest, observer: Observer = SILENT) -> Image.Im
     prompts = _prompts(request, base, [view for _, view in views], device, observer)
     release_memory()
     raise_if_stopped(observer)
-    latents = _draw(request, base, lora, references, prompts, size, device, observer)
+    latents = _draw(request, base, loras, references, prompts, size, device, observer)
     release_memory()
     return to_picture(decode_latents(load_vae(base, device, observer), latents))
 
@@ -109,29 +110,40 @@ def check_sample(request: SampleRequest) -> None:
     _checked(request, BaseModel(request.model))
 
 
-def _checked(request: SampleRequest, base: BaseModel) -> tuple[Size, torch.device, Mapping[str, AdapterPart]]:
-    """Find all problems before a network is loaded. Returns the result's size, the device and the LoRA."""
+class _Loras(NamedTuple):
+    """The weight changes of the LoRA and of the few-step LoRA; empty without one."""
+
+    lora: Mapping[str, AdapterPart]
+    few_step: Mapping[str, AdapterPart]
+
+
+def _checked(request: SampleRequest, base: BaseModel) -> tuple[Size, torch.device, _Loras]:
+    """Find all problems before a network is loaded. Returns the result's size, the device and the LoRAs."""
     problems = Problems()
     size = problems.attempt(lambda: _checked_size(request))
     device = problems.attempt(lambda: pick_device(request.model.device))
     problems.attempt(lambda: converter(request.model.base_model_precision))
     problems.attempt(lambda: check_vae(base))
     problems.attempt(lambda: check_text_encoder(base, request.preprocessing))
-    problems.attempt(lambda: load_scheduler(base.folder.scheduler))
-    lora = problems.attempt(lambda: _lora(request, base))
+    problems.attempt(lambda: schedule_of(base, request.sampling.drawing))
+    loras = problems.attempt(lambda: _loras(request, base))
     for name in ("prompt", "negative_prompt"):
         problems.attempt(partial(_check_prompt, name, getattr(request, name), base))
     problems.raise_all()
     assert size is not None
     assert device is not None
-    assert lora is not None
-    return size, device, lora
+    assert loras is not None
+    return size, device, loras
 
 
-def _lora(request: SampleRequest, base: BaseModel) -> Mapping[str, AdapterPart]:
-    """The LoRA's weight changes; empty without a LoRA. Checks the transformer's headers in both cases."""
-    network = base.network
-    return {} if request.lora_file is None else read_parts(network, request.lora_file)
+def _loras(request: SampleRequest, base: BaseModel) -> _Loras:
+    """Reads the LoRAs. Checks the transformer's headers, also without a LoRA, and the frozen LoRAs."""
+    network, few_step = base.network, request.sampling.validation_lora
+    read_frozen_loras(base)
+    return _Loras(
+        {} if request.lora_file is None else read_parts(network, request.lora_file),
+        read_second_lora(network, Path(few_step)) if few_step else {},
+    )
 
 
 def _check_prompt(name: str, text: str, base: BaseModel) -> None:
@@ -199,7 +211,7 @@ def load_with_lora(
     if memory_of is not None:
         checkpointing = memory_of.gradient_checkpointing
         on_host = blocks_on_host(memory_of.memory, base.num_blocks, checkpointing=checkpointing)
-    transformer = load_transformer(base, device, observer, on_host=on_host)
+    transformer = load_with_frozen_loras(base, device, observer, on_host=on_host)
     stream = stream_blocks(transformer, on_host, device, memory_of.memory) if memory_of else None
     stop_before_each(transformer.transformer_blocks, observer)
     if preprocessing == "comfyui":
@@ -213,7 +225,7 @@ def load_with_lora(
 def _draw(
     request: SampleRequest,
     base: BaseModel,
-    lora: Mapping[str, AdapterPart],
+    loras: _Loras,
     references: tuple[Tensor, ...],
     prompts: list[Tensor],
     size: Size,
@@ -222,21 +234,22 @@ def _draw(
 ) -> Tensor:
     """Latents [C, H, W] of the result."""
     transformer = load_with_lora(
-        base, device, lora, request.lora_strength, request.preprocessing, observer, request.memory_of
+        base, device, loras.lora, request.lora_strength, request.preprocessing, observer, request.memory_of
     )
     conditions = [Condition(references, prompt.unsqueeze(0)).to(device) for prompt in prompts]
     shape = (1, LATENT_CHANNELS, size.height // VAE_FACTOR, size.width // VAE_FACTOR)
     noise = torch.randn(shape, generator=stream(request.seed, "sample")).to(device)
-    steps = request.num_inference_steps
-    drawn = sample_latents(
-        transformer,
-        noise,
-        conditions[0],
-        scheduler=load_scheduler(base.folder.scheduler),
-        num_steps=steps,
-        guidance=request.guidance,
-        negative=conditions[1],
-        observer=observer,
-        on_step=lambda done: observer.on_progress("Sampling", done, steps),
-    )
+    drawing = request.sampling.drawing
+    with with_second_lora(transformer, loras.few_step, request.sampling.validation_lora_strength, device):
+        drawn = sample_latents(
+            transformer,
+            noise,
+            conditions[0],
+            scheduler=schedule_of(base, drawing),
+            num_steps=drawing.steps,
+            guidance=drawing.guidance,
+            negative=conditions[1],
+            observer=observer,
+            on_step=lambda done: observer.on_progress("Sampling", done, drawing.steps),
+        )
     return drawn[0].cpu()

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from .adapters.plan import read_parts
+from .adapters.second_lora import read_second_lora
 from .conditioning.encoded import EncodedDataset, load_encoded
 from .conditioning.entry import EncodedEntry
 from .conditioning.pictures import to_picture
@@ -156,7 +157,9 @@ def try_lora(trial: Trial, folder: Path, observer: Observer = SILENT) -> Tried:
     assert shot is not None
     config, encoded = trial.run.config, trial.run.encoded
     device = pick_device(trial.model.device)
-    validator = Validator(encoded, base, config.validation, [shot])
+    few_step = config.validation.validation_lora
+    few_step_lora = read_second_lora(network, Path(few_step)) if few_step else None
+    validator = Validator(encoded, base, config.validation, [shot], few_step_lora)
     transformer = load_with_lora(base, device, parts, trial.strength, encoded.preprocessing, observer, config)
     report = validator.sample(
         transformer,
@@ -214,8 +217,7 @@ def _request(trial: Trial, shot: Shot | None, lora_file: Path) -> SampleRequest:
         lora_strength=trial.strength,
         size=size,
         resolution=side,
-        num_inference_steps=config.validation.validation_num_inference_steps,
-        guidance=config.validation.validation_guidance,
+        sampling=config.validation,
         seed=config.validation.validation_seed,
         memory_of=config,
     )

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.narrow import picture
 from trainer_core import sample as sample_module
-from trainer_core.config import ModelConfig
+from trainer_core.config import ModelConfig, ValidationConfig
 from trainer_core.errors import ConfigError, Interrupted, JobError
 from trainer_core.events import SilentObserver, Stop
 from trainer_core.geometry import Size
@@ -20,7 +20,8 @@ from trainer_core.sample import SampleRequest, check_sample, sample_edit
 
 def request(model: ModelConfig, **changes: Any) -> SampleRequest:
     values = {"references": (picture(0, (128, 64)),), "prompt": "a negative", "resolution": 64, **changes}
-    return SampleRequest(model=model, num_inference_steps=2, guidance=1.0, **values)
+    sampling = ValidationConfig(validation_num_inference_steps=2, validation_guidance=1.0)
+    return SampleRequest(model=model, sampling=sampling, **values)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from trainer_core.config import (
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
+    ValidationConfig,
 )
 from trainer_core.device import release_memory
 from trainer_core.events import SILENT
@@ -275,6 +276,6 @@ def test_sampling_with_the_lora(config: TrainConfig) -> None:
         lora_file=result.lora_file,
         resolution=96,
         match_target_res=small_encoding().match_target_res,
-        num_inference_steps=4,
+        sampling=ValidationConfig(validation_num_inference_steps=4),
     )
     assert sample_edit(request).size == (96, 96)

@@ -23,7 +23,7 @@ from PIL import Image
 import trainer_core.sample
 from tests.support.narrow import picture
 from trainer_core.conditioning.pictures import plan_reference, vision_picture
-from trainer_core.config import EncodingConfig, ModelConfig
+from trainer_core.config import EncodingConfig, ModelConfig, ValidationConfig
 from trainer_core.geometry import Box, Size
 from trainer_core.qwen_image.base_model import BaseModel, compute_dtype
 from trainer_core.qwen_image.flavours import FLAVOURS
@@ -123,9 +123,13 @@ def our_sample(
 ) -> torch.Tensor:
     """Pixels [3, H, W] in 0..1 that `sample_edit` samples, before they become bytes."""
     monkeypatch.setattr(trainer_core.sample, "to_picture", lambda pixels: pixels)
-    settings = {"seed": 5, "num_inference_steps": 4, "preprocessing": "diffusers", "prompt": PROMPT, "size": SIZE}
+    settings = {"seed": 5, "preprocessing": "diffusers", "prompt": PROMPT, "size": SIZE}
     request = SampleRequest(
-        model=model, references=tuple(references), negative_prompt=NEGATIVE, guidance=4.0, **{**settings, **changes}
+        model=model,
+        references=tuple(references),
+        negative_prompt=NEGATIVE,
+        sampling=ValidationConfig(validation_num_inference_steps=changes.pop("steps", 4), validation_guidance=4.0),
+        **{**settings, **changes},
     )
     return sample_edit(request)  # type: ignore[return-value]
 

@@ -42,6 +42,11 @@ class LowRank:
     dora_scale: Tensor | None = None
     magnitude: Tensor | None = None
 
+    def to(self, device: torch.device) -> LowRank:
+        """The same change on another device."""
+        rows = [None if each is None else each.to(device) for each in (self.dora_scale, self.magnitude)]
+        return LowRank(self.down.to(device), self.up.to(device), self.scale, *rows)
+
     @property
     def kind(self) -> LoraType:
         """The adapter's type, as a value of `lora_type`."""
@@ -68,6 +73,10 @@ class Kronecker:
     first: Tensor
     second: tuple[Tensor, ...]
     scale: float = 1.0
+
+    def to(self, device: torch.device) -> Kronecker:
+        """The same change on another device."""
+        return Kronecker(self.first.to(device), tuple(matrix.to(device) for matrix in self.second), self.scale)
 
     @property
     def kind(self) -> LoraType:

@@ -22,6 +22,7 @@ from ..files import read_tensors, write_tensors, written_beside
 from ..packages import explained_imports
 from ..qwen_image.flavours import FLAVOURS
 from ..text import shown
+from .frozen_loras import in_words
 from .reader import LORA_TYPE, AdapterPart, Kronecker, LowRank, adapter_parts
 
 ExtraCheck = Callable[[Path], None]
@@ -63,6 +64,8 @@ class LoraMetadata:
             "qwen_edit_trainer.flavour": flavour.name,
             "qwen_edit_trainer.config_digest": digest(resume_key(config)),
         }
+        if config.model.frozen_loras:
+            header["qwen_edit_trainer.frozen_loras"] = in_words(config.model.frozen_loras)
         if config.export.trigger_words:
             header["modelspec.trigger_phrase"] = config.export.trigger_words
             header["trainedWords"] = config.export.trigger_words

@@ -22,7 +22,15 @@ from .dataset import (
 from .ema import EmaConfig
 from .job import JobConfig, TrainConfig, completed_key, resume_key, unused_settings
 from .memory import MemoryConfig
-from .model import DEMO_MODEL, BaseModelPrecision, FlavourName, MatmulPrecision, MixedPrecision, ModelConfig
+from .model import (
+    DEMO_MODEL,
+    BaseModelPrecision,
+    FlavourName,
+    FrozenLoraConfig,
+    MatmulPrecision,
+    MixedPrecision,
+    ModelConfig,
+)
 from .optimizer import ENDLESS, OptimizerConfig, OptimizerName, SchedulerName
 from .training import (
     BatchingConfig,
@@ -37,4 +45,4 @@ from .training import (
     RolloutSampler,
     SigmaDistribution,
 )
-from .validation import ValidationConfig
+from .validation import Drawing, ValidationConfig, ValidationSchedule

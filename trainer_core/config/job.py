@@ -185,6 +185,8 @@ def resume_key(config: TrainConfig, num_ranks: int = 1) -> dict[str, Any]:
         del model[name]
     model["base"], model["tokenizer"] = Path(config.model.base).name, ""
     model["transformer_file"] = Path(config.model.transformer_file).name
+    for lora in model["frozen_loras"]:
+        lora["file"] = Path(lora["file"]).name
     key["lora"]["init_lora"] = Path(config.lora.init_lora).name
     return key
 

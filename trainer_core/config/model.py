@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..settings import If, Limits, Settings, check, setting
+from ..settings import If, Limits, Settings, check, required, setting
 
 DEMO_MODEL = "demo"
 
@@ -15,6 +15,16 @@ EIGHT_BITS: tuple[BaseModelPrecision, ...] = ("int8-quanto", "fp8-quanto")
 QuantizeVia = Literal["accelerator", "cpu"]
 MixedPrecision = Literal["bf16", "no"]
 MatmulPrecision = Literal["auto", "bf16", "8bit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenLoraConfig(Settings):
+    """A LoRA that is part of the frozen base model."""
+
+    file: str = required(
+        "LoRA, DoRA or LoKr file in any format that ComfyUI loads.", Limits(valid=bool, allowed="a file")
+    )
+    strength: float = setting(1.0, "Strength of the LoRA.", Limits(soft_min=-2, soft_max=2, step=0.05))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +87,11 @@ class ModelConfig(Settings):
         Limits(min=0, unit="GB", soft_max=1000, step=1),
     )
     quantised_cache_dir: str = setting("", "Folder of the cache of quantised weights. Empty: a folder in cache_dir.")
+    frozen_loras: tuple[FrozenLoraConfig, ...] = setting(
+        (),
+        "LoRAs that are added to the base model before it is quantised, such as a Lightning LoRA or a style. They are "
+        "not trained and not part of the saved LoRA: use it together with them, at the same strengths.",
+    )
     device: str = setting("auto", "Device to compute on: auto, cpu, cuda, cuda:1 or mps.")
 
     # SimpleTuner's name for none

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from ..geometry import Size
-from ..settings import Limits, Settings, setting
+from ..settings import If, Limits, Settings, setting
+
+ValidationSchedule = Literal["diffusers", "comfyui"]
 
 _SIZE = re.compile(r"(\d+)(?:[xX](\d+))?")
+_STEPS_IN_NAME = re.compile(r"(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
+_FEW_STEPS = 4  # of a few-step LoRA whose name doesn't tell
+_OTHERWISE = If("validation_lora", ("",))
+_FEW = If("validation_lora", differs=("",))
 SIZE_STEP = 16  # pixels: one token is 2 x 2 latents, one latent 8 x 8 pixels
 
 
@@ -29,6 +36,15 @@ def _is_size(size: str) -> bool:
     return all(64 <= side <= 4096 for side in sides) and (len(sides) == 1 or not any(s % SIZE_STEP for s in sides))
 
 
+class Drawing(NamedTuple):
+    """How validation pictures are sampled. `shift` is that of the schedule `comfyui`; 0: as in ComfyUI's template."""
+
+    steps: int
+    guidance: float
+    schedule: ValidationSchedule
+    shift: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationConfig(Settings):
     """Sample pictures and loss of validation pairs during training. They do not change the training."""
@@ -37,12 +53,13 @@ class ValidationConfig(Settings):
         250, "Steps between validations. 0 validates only at the end.", Limits(min=0, soft_max=1_000_000)
     )
     validation_num_inference_steps: int = setting(
-        30, "Number of sampling steps of a validation picture.", Limits(min=1, soft_max=1000)
+        30, "Number of sampling steps of a validation picture.", Limits(min=1, soft_max=1000), used_if=(_OTHERWISE,)
     )
     validation_guidance: float = setting(
         4.0,
         "True classifier-free guidance scale. 3.5 to 4.5 suits Qwen-Image-Edit; 1 turns guidance off.",
         Limits(min=1, soft_max=30, step=0.1),
+        used_if=(_OTHERWISE,),
     )
     validation_seed: int = setting(
         42, "Seed of the sampling noise of validation pictures.", Limits(soft_min=0, soft_max=2**32 - 1)
@@ -70,12 +87,51 @@ class ValidationConfig(Settings):
         Limits(min=0, soft_max=1000),
     )
 
+    validation_schedule: ValidationSchedule = setting(
+        "diffusers",
+        "Noise levels and guidance of validation pictures. diffusers: as in its Qwen edit pipelines. comfyui: as in "
+        "ComfyUI's edit templates, with sampler euler, scheduler simple, ModelSamplingAuraFlow and CFGNorm. A picture "
+        "then equals the one that such a graph draws with the LoRA.",
+        used_if=(_OTHERWISE,),
+    )
+    validation_shift: float = setting(
+        0.0,
+        "Shift of ModelSamplingAuraFlow, for the schedule comfyui. 0: that of ComfyUI's template, 3 for edit-v1 and "
+        "edit-v2 and 3.1 for edit-v3.",
+        Limits(min=0, usual="0 or 1 to 5", soft_max=20, step=0.1),
+    )
+    validation_lora: str = setting(
+        "",
+        "LoRA file for few-step previews, such as a Lightning LoRA for this release of the model. Validation pictures "
+        "are drawn with it in 4 or 8 steps, without guidance and with ComfyUI's schedule. It is not trained, not part "
+        "of the training, and not saved.",
+    )
+    validation_lora_strength: float = setting(
+        1.0, "Strength of validation_lora.", Limits(soft_min=-2, soft_max=2, step=0.05), used_if=(_FEW,)
+    )
+    validation_lora_steps: int = setting(
+        0,
+        "Sampling steps with validation_lora. 0: the number in the file's name, such as 8 in ...-8steps-..., or 4.",
+        Limits(min=0, soft_max=50),
+        used_if=(_FEW,),
+    )
+
     @staticmethod
     def prepare_json(values: dict[str, Any]) -> dict[str, Any]:
         """Accepts a number as validation_resolution."""
         size = values.get("validation_resolution")
         is_side = type(size) is int and 0 < size < 10**6  # str() raises for numbers of more than 4,300 digits
         return {**values, "validation_resolution": str(size)} if is_side else values
+
+    @property
+    def drawing(self) -> Drawing:
+        """How pictures are sampled: with the few-step LoRA if there is one."""
+        if not self.validation_lora:
+            steps, guidance = self.validation_num_inference_steps, self.validation_guidance
+            return Drawing(steps, guidance, self.validation_schedule, self.validation_shift)
+        named = _STEPS_IN_NAME.search(Path(self.validation_lora).stem)
+        in_name = int(named[1]) if named else 0
+        return Drawing(self.validation_lora_steps or in_name or _FEW_STEPS, 1.0, "comfyui", self.validation_shift)
 
     @property
     def sizes(self) -> tuple[Size | int, ...]:

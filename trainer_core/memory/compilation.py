@@ -80,6 +80,16 @@ class Compilation:
         return compute()
 
     @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which the blocks run uncompiled, for a few passes of a network with other layers."""
+        parts = [(block, name, vars(block).pop(name)) for block, name, _ in self._parts()] if self.is_active else []
+        try:
+            yield
+        finally:
+            for block, name, part in parts:
+                setattr(block, name, part)
+
+    @contextmanager
     def forward_only(self) -> Iterator[None]:
         """A context for forward passes without gradients. If a block's compiled code fails there, that block and all
         later ones run uncompiled at once, so nothing has to be repeated."""

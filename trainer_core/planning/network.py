@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..adapters.plan import AdapterPlan, LayerPlan, lokr_shapes
+from ..adapters.reader import AdapterPart
+from ..adapters.second_lora import second_lora_bytes
 from ..config import BaseModelPrecision, LoraConfig, ModelConfig
 from ..precision.weight_bytes import WeightShapes, stored_bytes
 from ..qwen_image.base_model import compute_dtype
@@ -32,7 +34,8 @@ class AdaptedLayer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSize:
     """`adapted`: each adapted layer by its name within a block. `adapter_shapes`: of all blocks' adapter weights.
-    `element_bytes`: of an unquantised weight. `file_bytes_per_weight`: used by the precision `file`."""
+    `element_bytes`: of an unquantised weight. `file_bytes_per_weight`: used by the precision `file`. `few_step_bytes`:
+    of the few-step LoRA's matrices on the device, while validation pictures are drawn."""
 
     num_blocks: int
     width: int
@@ -47,6 +50,7 @@ class NetworkSize:
     file_bytes_per_weight: float
     adapted: Mapping[str, AdaptedLayer]
     adapter_shapes: tuple[tuple[int, ...], ...]
+    few_step_bytes: int = 0
 
     @property
     def adapter_weights(self) -> int:
@@ -79,9 +83,16 @@ class NetworkSize:
 
 
 def network_size(
-    network: QwenImageTransformer2DModel, adapter: AdapterPlan, model: ModelConfig, file_bytes_per_weight: float = 0.0
+    network: QwenImageTransformer2DModel,
+    adapter: AdapterPlan,
+    model: ModelConfig,
+    file_bytes_per_weight: float = 0.0,
+    few_step_lora: Mapping[str, AdapterPart] | None = None,
 ) -> NetworkSize:
-    """The sizes of a transformer, which may be on the meta device, with the adapter it is going to get."""
+    """The sizes of a transformer, which may be on the meta device, with the adapter it is going to get.
+
+    `few_step_lora`: the weight changes of `validation_lora`, by layer.
+    """
     blocks, config = list(network.transformer_blocks), network.config
     adapted: dict[str, AdaptedLayer] = {}
     for name, layer in adapter.layers.items():
@@ -102,6 +113,7 @@ def network_size(
         file_bytes_per_weight=file_bytes_per_weight,
         adapted=adapted,
         adapter_shapes=adapter.shapes(),
+        few_step_bytes=second_lora_bytes(few_step_lora or {}, compute_dtype(model).itemsize),
     )
 
 

@@ -38,7 +38,7 @@ _LOADED_PAIRS = GIB  # host memory of the encoded pairs that the loader holds
 _FETCHED_AHEAD = 1  # blocks whose offloaded activations are back on the device before they are needed
 _EXACT = (  # parts that are counted, not estimated
     *("frozen weights", "streaming buffers", "adapter", "running average", "optimizer state"),
-    *("VAE", "VAE for references"),
+    *("VAE", "VAE for references", "few-step LoRA"),
 )
 
 
@@ -229,6 +229,8 @@ def _validation(
         "forward pass": forward_bytes(network, tokens) + _layer_bytes(network),
         "latents and embeddings": latent_and_embedding_bytes(network, tokens),
     }
+    if network.few_step_bytes:
+        sampling["few-step LoRA"] = network.few_step_bytes
     height, width = pair.target.height, pair.target.width
     decoding = {
         "VAE": VAE_WEIGHTS * network.element_bytes,
@@ -250,6 +252,7 @@ def _host(
         "offloaded activations": offloaded,
         "encoded pairs": _LOADED_PAIRS,
         "running average": ema_bytes([(network.adapter_weights,)], config.ema)[0],
+        "few-step LoRA": network.few_step_bytes,
         # A streamed block that was not quantised on the device is copied into one piece of memory.
         "layers being loaded": max(2 * network.largest_layer_weights * FLOAT32, network.block_bytes if streamed else 0),
     }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..adapters.frozen_loras import read_frozen_loras
 from ..adapters.plan import AdapterPlan, plan_adapter
+from ..adapters.reader import AdapterPart
+from ..adapters.second_lora import read_second_lora
 from ..conditioning.batches import check_empty_captions
 from ..conditioning.encoded import EncodedDataset, check_alike, load_encoded
 from ..conditioning.encoding_plan import PlannedDataset
@@ -20,7 +23,7 @@ from ..precision.eight_bit import check_device
 from ..precision.quantise import converter
 from ..qwen_image.base_model import BaseModel
 from ..qwen_image.flavours import title_of
-from ..qwen_image.sampling import load_scheduler
+from ..qwen_image.sampling import schedule_of
 from ..qwen_image.vae import check_vae
 from ..runs.metrics import check_tensorboard
 from ..training.optimizer import optimizer_builder
@@ -37,11 +40,13 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PreparedModel:
-    """The base model, the plan of its adapter, and the size of both."""
+    """The base model, the plan of its adapter, and the size of both. `few_step_lora`: the weight changes of
+    `validation_lora`; empty without one."""
 
     base: BaseModel
     adapter: AdapterPlan
     size: NetworkSize
+    few_step_lora: Mapping[str, AdapterPart]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +77,18 @@ def prepare_model(config: TrainConfig, base: BaseModel) -> PreparedModel:
 
     Raises:
         ConfigError: a layer pattern matches nothing, or `init_lora` doesn't match the settings.
-        ModelFileError: the transformer's files are missing or wrong, or `init_lora` belongs to another model.
+        ModelFileError: the transformer's files are missing or wrong, or a LoRA file belongs to another model.
+        JobError: several of these.
     """
-    adapter = plan_adapter(base.network, config.lora)
-    return PreparedModel(base, adapter, network_size(base.network, adapter, base.config, base.bytes_per_weight))
+    network, problems, name = base.network, Problems(), config.validation.validation_lora
+    adapter = problems.attempt(lambda: plan_adapter(network, config.lora))
+    problems.attempt(lambda: read_frozen_loras(base))
+    few_step = problems.attempt(lambda: read_second_lora(network, Path(name)) if name else {})
+    problems.raise_all()
+    assert adapter is not None
+    assert few_step is not None
+    size = network_size(network, adapter, base.config, base.bytes_per_weight, few_step)
+    return PreparedModel(base, adapter, size, few_step)
 
 
 def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
@@ -101,7 +114,7 @@ def check_training(config: TrainConfig, base: BaseModel) -> PreparedModel:
     if config.memory.memory == "manual":  # auto only chooses possible values
         problems.attempt(lambda: blocks_on_host(config.memory, base.num_blocks, checkpointing=checkpointing))
     problems.attempt(lambda: check_vae(base))
-    problems.attempt(lambda: load_scheduler(base.folder.scheduler))
+    problems.attempt(lambda: schedule_of(base, config.validation.drawing))
     model = problems.attempt(lambda: prepare_model(config, base))
     if model is not None:
         problems.attempt(lambda: _check_codes(config.model, base))

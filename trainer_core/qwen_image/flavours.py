@@ -45,6 +45,7 @@ class Flavour:
     reference_area: int
     comfyui_reference_step: int  # ComfyUI's node rounds a reference's sides to multiples of this
     zero_cond_t: bool  # references are modulated at timestep zero
+    comfyui_shift: float  # of ModelSamplingAuraFlow in ComfyUI's template
 
     @property
     def title(self) -> str:
@@ -69,6 +70,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
             reference_area=MEGAPIXEL,
             comfyui_reference_step=1,
             zero_cond_t=False,
+            comfyui_shift=3.0,
         ),
         Flavour(
             name="edit-v2",
@@ -84,6 +86,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
             reference_area=MEGAPIXEL,
             comfyui_reference_step=8,
             zero_cond_t=False,
+            comfyui_shift=3.0,
         ),
         Flavour(
             name="edit-v3",
@@ -99,6 +102,7 @@ FLAVOURS: dict[FlavourName, Flavour] = {
             reference_area=MEGAPIXEL,
             comfyui_reference_step=8,
             zero_cond_t=True,
+            comfyui_shift=3.1,
         ),
     )
 }

@@ -22,8 +22,9 @@ _QUANTISERS = ("optimum-quanto", "bitsandbytes")
 def quantised_entry(config: ModelConfig, source: WeightSource, placement: Placement) -> QuantisedCache | None:
     """The cache entry for the network in `source` under `placement`; None if the cache is off.
 
-    The key covers everything that determines the codes: the model file, precision, dtype, unquantised layers, type of
-    the quantising device (also its model, see `_card`), and the versions of torch and the quantising packages.
+    The key covers everything that determines the codes: the model file, frozen LoRAs, precision, dtype, unquantised
+    layers, type of the quantising device (also its model, see `_card`), and the versions of torch and the quantising
+    packages.
 
     Raises:
         ConfigError: the cache is on, but has no folder.
@@ -37,7 +38,8 @@ def quantised_entry(config: ModelConfig, source: WeightSource, placement: Placem
         )
     settings = [placement.precision, str(placement.dtype), placement.keep, placement.quantise_on.type]
     versions = [torch.__version__, *map(_version, _QUANTISERS), *_card(source, placement)]
-    key = digest([_FORMAT, weights_digest(source.place), *settings, *versions])
+    loras = [[weights_digest(Path(lora.file)), lora.strength] for lora in config.frozen_loras]
+    key = digest([_FORMAT, weights_digest(source.place), *settings, *versions, *loras])
     return QuantisedCache(Path(config.quantised_cache_dir), key, int(config.quantised_cache_gb * 1e9))
 
 

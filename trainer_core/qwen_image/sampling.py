@@ -1,14 +1,19 @@
-"""Euler sampling of the rectified flow with true classifier-free guidance, as in diffusers' Qwen edit pipelines."""
+"""Euler sampling of the rectified flow with true classifier-free guidance.
+
+Noise levels and guidance are those of diffusers' Qwen edit pipelines, or of ComfyUI's graphs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..config import Drawing
 from ..device import free_bytes
 from ..errors import ModelFileError
 from ..events import SILENT, Observer, raise_if_stopped
@@ -16,6 +21,8 @@ from ..memory.compilation import is_compiled
 from ..packages import explained_imports
 from ..settings import is_plain
 from ..text import brief, shown
+from .base_model import BaseModel
+from .flavours import FLAVOURS
 from .folder import read_json
 from .latents import pack, token_shape, unpack
 from .positions import follows_comfyui
@@ -42,7 +49,15 @@ QWEN_SCHEDULE = {
 # Compiled blocks would gain 0.04 s at 512 px, but be compiled again for the batch, which takes 18 s.
 TOGETHER_TOKENS = 4096
 FORWARD_WIDTHS = 14  # peak memory of a forward pass without gradients, in widths of the network per token
+_COMFYUI_LEVELS = 1000  # noise levels among which ComfyUI's scheduler simple chooses
 _USABLE = 0.9  # of free memory, because the peak is an estimate
+
+
+@dataclass(frozen=True, slots=True)
+class ComfySchedule:
+    """Sampler euler and scheduler simple of ComfyUI, ModelSamplingAuraFlow with `shift`, and CFGNorm at strength 1."""
+
+    shift: float
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
@@ -66,14 +81,32 @@ def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler.from_config({**QWEN_SCHEDULE, **stored})
 
 
+def schedule_of(base: BaseModel, drawing: Drawing) -> FlowMatchEulerDiscreteScheduler | ComfySchedule:
+    """The base model's own scheduler, or ComfyUI's.
+
+    Raises:
+        ModelFileError: as `load_scheduler`.
+    """
+    if drawing.schedule == "diffusers":
+        return load_scheduler(base.folder.scheduler)
+    return ComfySchedule(drawing.shift or FLAVOURS[base.config.flavour].comfyui_shift)
+
+
 def dynamic_shift(num_tokens: int, config: Mapping[str, Any]) -> float:
     """The schedule's shift mu for a picture of `num_tokens` tokens: linear between the config's two anchor points."""
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     return config["base_shift"] + slope * (num_tokens - config["base_image_seq_len"])
 
 
-def sigma_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, num_tokens: int) -> Tensor:
+def sigma_schedule(
+    scheduler: FlowMatchEulerDiscreteScheduler | ComfySchedule, num_steps: int, num_tokens: int
+) -> Tensor:
     """Noise levels [num_steps + 1] from 1 down to 0."""
+    if isinstance(scheduler, ComfySchedule):
+        levels = torch.arange(1, _COMFYUI_LEVELS + 1) / _COMFYUI_LEVELS
+        shifted = scheduler.shift * levels / (1 + (scheduler.shift - 1) * levels)
+        chosen = [-(1 + int(step * (_COMFYUI_LEVELS / num_steps))) for step in range(num_steps)]
+        return torch.cat([shifted[chosen], torch.zeros(1)])
     if num_steps == 1:
         return torch.tensor([1.0, 0.0])  # diffusers' terminal shift would divide zero by zero
     sigmas = torch.linspace(1.0, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
@@ -88,6 +121,17 @@ def guided_velocity(conditional: Tensor, negative: Tensor, guidance: float) -> T
     norms = [pack(velocity).norm(dim=-1, keepdim=True) for velocity in (conditional, combined)]
     ratio = (norms[0] / norms[1]).expand(-1, -1, pack(combined).shape[-1])
     return combined * unpack(ratio, *combined.shape[-2:])
+
+
+def cfg_norm_velocity(conditional: Tensor, negative: Tensor, guidance: float, latents: Tensor, sigma: Tensor) -> Tensor:
+    """Guided velocity [1, C, H, W] as with ComfyUI's CFGNorm: the guided picture latents - sigma · velocity has in no
+    latent position a larger norm than the conditional one."""
+    pictures = [
+        latents - sigma * velocity for velocity in (conditional, negative + guidance * (conditional - negative))
+    ]
+    norms = [picture.norm(dim=1, keepdim=True) for picture in pictures]
+    picture = pictures[1] * (norms[0] / (norms[1] + 1e-8)).clamp(0, 1)
+    return (latents - picture) / sigma
 
 
 def guides_together(transformer: QwenImageTransformer2DModel, condition: Condition, latents_1CHW: Tensor) -> bool:
@@ -108,7 +152,7 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
     noise_1CHW: Tensor,
     condition: Condition,
     *,
-    scheduler: FlowMatchEulerDiscreteScheduler,
+    scheduler: FlowMatchEulerDiscreteScheduler | ComfySchedule,
     num_steps: int,
     guidance: float = 1.0,
     negative: Condition | None = None,
@@ -149,7 +193,12 @@ def sample_latents(  # noqa: PLR0913 - the usual arguments of a sampler
         if velocities is None:
             velocities = [predict_velocity(transformer, latents, sigma, each) for each in conditions]
         first, *others = (each.to(dtype) for each in velocities)
-        velocity = guided_velocity(first, *others, guidance) if others else first
+        if not others:
+            velocity = first
+        elif isinstance(scheduler, ComfySchedule):
+            velocity = cfg_norm_velocity(first, *others, guidance, latents, sigmas[index])
+        else:
+            velocity = guided_velocity(first, *others, guidance)
         latents = (latents.float() + lengths[index] * velocity).to(dtype)
         if on_step is not None:
             on_step(index + 1)

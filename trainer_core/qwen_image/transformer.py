@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..events import SILENT, Observer
 from ..precision.materialise import Placement, materialise
+from ..weights.stored import WeightSource
 from .base_model import BaseModel, compute_dtype
 from .frozen_forward import PairShape, Through, predict_tokens
 from .latents import pack, pad_to_patches, token_shape, unpack
@@ -24,11 +25,17 @@ SENSITIVE_LAYERS = ("img_in", "txt_in", "time_text_embed.*", "norm_out.*", "proj
 
 
 def load_transformer(
-    base: BaseModel, device: torch.device, observer: Observer = SILENT, *, on_host: Collection[int] = ()
+    base: BaseModel,
+    device: torch.device,
+    observer: Observer = SILENT,
+    *,
+    on_host: Collection[int] = (),
+    source: WeightSource | None = None,
 ) -> QwenImageTransformer2DModel:
     """Load a base model's transformer block by block onto `device`, frozen and in the configured precision.
 
     Blocks with numbers in `on_host` go to host memory. The network's forward is that of `optimise_frozen_forward`.
+    `source`: the weights; None for those of the model's file.
 
     Raises:
         ModelFileError: the transformer is missing, damaged, another model, or of another flavour.
@@ -37,7 +44,7 @@ def load_transformer(
     """
     config = base.config
     network = base.new_network()  # first, because it raises for a wrong model before a large file is opened
-    source = base.transformer_weights
+    source = source or base.transformer_weights
     placement = Placement(
         precision=config.base_model_precision,
         dtype=compute_dtype(config),

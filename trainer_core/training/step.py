@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from ..adapters.frozen_loras import load_with_frozen_loras
 from ..adapters.inject import inject_lora, without_dropout
 from ..adapters.master_weights import MasterWeights, master_weights
 from ..adapters.plan import AdapterPlan
@@ -28,7 +29,7 @@ from ..memory.placement import apply_memory, blocks_on_host, stream_blocks, take
 from ..memory.step_graphs import StepGraphs
 from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.positions import follow_comfyui
-from ..qwen_image.transformer import load_transformer, predict_velocities, predict_velocity
+from ..qwen_image.transformer import predict_velocities, predict_velocity
 from ..qwen_image.types import Condition
 from ..rng import seeded_globally
 from .edit_weight import combined_weights
@@ -103,7 +104,7 @@ def build_networks(
     device = pick_device(config.model.device)
     build_optimizer = optimizer_builder(config.optimizer, device)  # before loading, so that errors come at once
     on_host = blocks_on_host(config.memory, base.num_blocks, checkpointing=config.gradient_checkpointing)
-    transformer = load_transformer(base, device, observer, on_host=on_host)
+    transformer = load_with_frozen_loras(base, device, observer, on_host=on_host)
     stream = stream_blocks(transformer, on_host, device, config.memory)  # first: the adapter must stay on the device
     raise_if_stopped(observer)
     if preprocessing == "comfyui":

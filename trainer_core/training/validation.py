@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from ..adapters.inject import without_dropout, without_lora
+from ..adapters.reader import AdapterPart
+from ..adapters.second_lora import with_second_lora
 from ..conditioning.encoded import EncodedDataset
 from ..config import ValidationConfig, digest
 from ..device import release_memory
 from ..events import Observer, SampleReport, raise_if_stopped
 from ..qwen_image.base_model import BaseModel
-from ..qwen_image.sampling import load_scheduler, sample_latents
+from ..qwen_image.folder import weights_digest
+from ..qwen_image.sampling import ComfySchedule, sample_latents, schedule_of
 from ..qwen_image.transformer import predict_velocity
 from ..qwen_image.vae import load_vae
 from ..rng import stream
@@ -39,10 +42,13 @@ class Validator:
         base: BaseModel,
         config: ValidationConfig,
         shots: Sequence[Shot] | None = None,
+        few_step_lora: Mapping[str, AdapterPart] | None = None,
     ) -> None:
-        """`shots`: the pictures to draw; None for all that the settings ask for."""
+        """`shots`: the pictures to draw; None for all that the settings ask for. `few_step_lora`: the weight changes of
+        `validation_lora`, if there is one."""
         self._encoded, self._base_model, self._config = encoded, base, config
-        self._scheduler = load_scheduler(base.folder.scheduler)
+        self._drawing, self._few_step_lora = config.drawing, few_step_lora or {}
+        self._scheduler = schedule_of(base, self._drawing)
         self._shots = validation_shots(encoded, config) if shots is None else tuple(shots)
         self._base: dict[Shot, Tensor] = {}
         self._standards: dict[Shot, Standard] = {}
@@ -92,7 +98,8 @@ class Validator:
     ) -> SampleReport | None:
         """Sample the shots with the base model and with each of `variants`, and save the grid. None without shots.
 
-        The base model's latents are read from `base_folder`, and drawn only if that lacks them.
+        The base model's latents are read from `base_folder`, and drawn only if that lacks them. With a few-step LoRA,
+        the transformer must run uncompiled.
 
         Raises:
             Interrupted: the observer wants to stop.
@@ -104,7 +111,8 @@ class Validator:
         missing = [shot for shot in self._shots if shot not in self._base]
         total = len(missing) + len(self._shots) * len(variants)
         places = ((number, total) for number in range(total))
-        with without_dropout(transformer):
+        strength = self._config.validation_lora_strength
+        with without_dropout(transformer), with_second_lora(transformer, self._few_step_lora, strength, device):
             with without_lora(transformer):
                 for shot in missing:
                     self._base[shot] = self._draw(transformer, shot, device, observer, next(places))
@@ -132,7 +140,7 @@ class Validator:
 
         `place` is the number of shots before this one and of all shots, for the progress report.
         """
-        steps, (number, total) = self._config.validation_num_inference_steps, place
+        steps, (number, total) = self._drawing.steps, place
         pair = self._encoded.load(shot.entry)
         prompt, negative = (self._encoded.load_prompt(shot.entry, key) for key in (shot.prompt, shot.entry.negative))
         latents = sample_latents(
@@ -141,7 +149,7 @@ class Validator:
             pair.condition(prompt).to(device),
             scheduler=self._scheduler,
             num_steps=steps,
-            guidance=self._config.validation_guidance,
+            guidance=self._drawing.guidance,
             negative=pair.condition(negative).to(device),
             observer=observer,
             on_step=lambda done: observer.on_progress(
@@ -153,16 +161,25 @@ class Validator:
     def _base_name(self, shot: Shot) -> str:
         """Name of the file of the base model's latents: a digest of all that determines them."""
         model, config = self._base_model.config, self._config
-        schedule = {name: each for name, each in self._scheduler.config.items() if not name.startswith("_")}
+        schedule = self._scheduler_key()
         determining = [
             _DRAWN_BY,
             self._base_model.transformer_digest,
             *(model.flavour, model.base_model_precision, model.quantize_via, model.quantize_activations),
             *(model.mixed_precision, self._encoded.preprocessing, schedule),
-            *(config.validation_num_inference_steps, config.validation_guidance, config.validation_seed),
+            *(self._drawing.steps, self._drawing.guidance, config.validation_seed),
             *(shot.prompt, shot.entry.negative, shot.entry.references, _noise_index(shot), shot.latents_shape),
         ]
+        determining += [[weights_digest(Path(lora.file)), lora.strength] for lora in model.frozen_loras]
+        if self._few_step_lora:
+            determining += [weights_digest(Path(config.validation_lora)), config.validation_lora_strength]
         return f"{digest(determining)}.safetensors"
+
+    def _scheduler_key(self) -> object:
+        """All that determines the noise levels."""
+        if isinstance(self._scheduler, ComfySchedule):
+            return ["comfyui", self._scheduler.shift]
+        return {name: each for name, each in self._scheduler.config.items() if not name.startswith("_")}
 
     def _noise(self, purpose: str, index: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Noise [1, C, H, W] for a `shape` [C, H, W]."""

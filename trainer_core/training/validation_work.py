@@ -60,7 +60,8 @@ def validation_work(
     losses, shots = tuple(held_out), tuple(pictures)
     if not losses:  # nothing is validated then
         return ValidationWork((), (), 0)
-    drawing = _times(shots, config.validation_num_inference_steps * (2 if config.validation_guidance > 1 else 1))
+    how = config.drawing
+    drawing = _times(shots, how.steps * (2 if how.guidance > 1 else 1))
     variants = len(weights_to_validate(nullcontext, nullcontext, ema))
     interval = config.validation_step_interval or max_train_steps
     last = max_train_steps > done and max_train_steps % interval > 0
