@@ -15,6 +15,7 @@ from ..trainer_core.config import (
     MixedPrecision,
     ModelConfig,
     TrainConfig,
+    encoding_for,
     to_json,
 )
 from ..trainer_core.errors import Problems
@@ -184,6 +185,4 @@ def _encoding(preset: str, more: MoreSettingsGiven, config: TrainConfig) -> Enco
         given["num_eval_images"] = more.num_eval_images
     if more.validation_negative_prompt:
         given["validation_negative_prompt"] = more.validation_negative_prompt
-    if config.batching.caption_dropout_probability > 0:
-        given["encode_empty_caption"] = True
-    return dataclasses.replace(encoding_preset(preset), **given)
+    return encoding_for(dataclasses.replace(encoding_preset(preset), **given), config)

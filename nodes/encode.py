@@ -14,7 +14,7 @@ from .cache_watch import CACHE_WATCH
 from .graph_values import ForeseenPairs
 from .queued_runs import runs_fed_by
 from .refused import with_other_problems
-from .schema import Node, help_of, new_input, new_output, node_schema, setting_input, setting_inputs
+from .schema import Node, help_of, lines, new_input, new_output, node_schema, setting_input, setting_inputs
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoders import Encoders
@@ -83,6 +83,15 @@ class EncodePairs(Node):
                 ),
                 setting_input(EncodingConfig, "train_eval_images", optional=True, advanced=True),
                 setting_input(EncodingConfig, "tokenizer_max_length", optional=True, advanced=True),
+                new_input(
+                    io.String,
+                    "preservation_prompts",
+                    optional=True,
+                    multiline=True,
+                    default="",
+                    tooltip="Instructions of other edits, one per line. Training with preservation_probability above 0 "
+                    "keeps what the base model does with them. They are encoded for every trained pair.",
+                ),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA (advanced)."),
@@ -132,8 +141,8 @@ def _planned(
     """The dataset with what the cache lacks."""
     from ..trainer_core.conditioning.encode import plan_dataset
 
-    prompts = filter(None, map(str.strip, widgets.pop("validation_prompts", "").splitlines()))
+    prompts = {name: lines(widgets.pop(name, "")) for name in ("validation_prompts", "preservation_prompts")}
     sizes = widgets.pop("size_settings", None) or SizeConfig()
     seen = widgets.pop("reference_settings", None) or sockets.ReferencesSeen()
-    encoding = EncodingConfig(sizes=sizes, validation_prompts=tuple(prompts), **widgets, **seen.encoding)
+    encoding = EncodingConfig(sizes=sizes, **prompts, **widgets, **seen.encoding)
     return plan_dataset(dataset, BaseModel(model), encoding, host_folders.cache_dir(), encoders, observer=observer)

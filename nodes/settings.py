@@ -15,6 +15,7 @@ from ..trainer_core.config import (
     MemoryConfig,
     NoiseConfig,
     OptimizerConfig,
+    PreservationConfig,
     RolloutConfig,
     TrainConfig,
     ValidationConfig,
@@ -146,6 +147,7 @@ class TrainingSettings(Node):
                     "edit_weight mode_scale stratified_sigmas loss_type huber_c huber_schedule",
                     optional=True,
                 ),
+                *setting_inputs(PreservationConfig, "preservation_probability preservation_weight", optional=True),
             ],
             outputs=[new_output(sockets.TrainingSettings, "training_settings", _FOR)],
         )
@@ -158,6 +160,7 @@ class TrainingSettings(Node):
                 noise=NoiseConfig(**fields_of(NoiseConfig, widgets)),
                 batching=BatchingConfig(**fields_of(BatchingConfig, widgets)),
                 checkpoints=CheckpointConfig(**fields_of(CheckpointConfig, widgets)),
+                preservation=PreservationConfig(**fields_of(PreservationConfig, widgets)),
                 gradient_checkpointing=gradient_checkpointing,
             )
         )

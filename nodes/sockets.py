@@ -21,6 +21,7 @@ from ..trainer_core.config import (
     ModelConfig,
     NoiseConfig,
     OptimizerConfig,
+    PreservationConfig,
     RolloutConfig,
     SizeConfig,
     ValidationConfig,
@@ -62,6 +63,7 @@ class LoopSettings:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preservation: PreservationConfig = field(default_factory=PreservationConfig)
     gradient_checkpointing: bool = True
 
 

@@ -33,7 +33,9 @@ class Stop(Enum):
 class StepReport:
     """One optimizer step. `loss` is the mean over the step's pairs; `peak_bytes` is 0 if the device doesn't report it.
 
-    `extra_forwards` counts the forward passes of rollouts; None if this step can't have any. The validation fields are
+    Turns that preserve have a loss of their own, `preservation_loss`; None if the step has none. In a step of only such
+    turns, `loss` equals it. `extra_forwards` counts the forward passes of rollouts and of the base model; None if this
+    step can't have any. The validation fields are
     None in a step without validation. The drift fields (see SampleReport) are also None if drift can't be measured.
     """
 
@@ -48,6 +50,7 @@ class StepReport:
     validation_loss: float | None = None
     ema_validation_loss: float | None = None
     extra_forwards: int | None = None
+    preservation_loss: float | None = None
     drift_shift: float | None = None
     drift_zoom: float | None = None
     drift_colour: float | None = None

@@ -177,7 +177,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
     """Train until max_train_steps or until the user stops. Returns the number of steps and the user's wish."""
     prepared, networks, config, encoded = parts.prepared, parts.networks, parts.prepared.config, parts.prepared.encoded
-    whole = BatchPlan(encoded, config.batching, config.seed)
+    whole = BatchPlan(encoded, config.batching, config.seed, config.preservation)
     plan = RankPlan(whole, parts.ranks, config.batching.gradient_accumulation_steps)
     report = None
     with (

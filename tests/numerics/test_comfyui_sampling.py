@@ -1,4 +1,4 @@
-"""With the schedule `comfyui`, a preview equals what ComfyUI's KSampler draws from the same noise with the saved file."""
+"""With the schedule `comfyui`, a preview equals what ComfyUI's KSampler draws from the same noise with the LoRA."""
 
 from __future__ import annotations
 

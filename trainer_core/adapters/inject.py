@@ -193,17 +193,21 @@ def for_file(transformer: nn.Module, parameters: Mapping[str, Tensor]) -> dict[s
 
 @contextmanager
 def without_lora(transformer: nn.Module) -> Iterator[None]:
-    """Disables the adapter while the context lasts, so that the transformer computes the base model's output."""
+    """Disables the adapter while the context lasts, so that the transformer computes the base model's output.
+
+    Sets peft's flag itself: `enable_adapters` also changes requires_grad of every parameter, which takes long and would
+    disturb a step that goes on with them.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[Any] = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
-        layer.enable_adapters(enabled=False)
+        layer._disable_adapters = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(enabled=True)
+            layer._disable_adapters = False
 
 
 @contextmanager

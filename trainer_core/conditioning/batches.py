@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import BatchingConfig
+from ..config import BatchingConfig, PreservationConfig
 from ..errors import ConfigError
 from ..ranks import Ranks
 from ..rng import stream
@@ -27,6 +27,9 @@ MEMORY_BYTES = 1 << 30  # host memory for encoded pairs, so that a small dataset
 class Draw:
     """One use of a pair in training. `pair` is its number; `caption` is a caption's number or EMPTY_CAPTION.
 
+    A turn that `preserves` trains what the base model predicts: with one of the pair's preservation prompts, of which
+    `caption` is the number, or with a caption of regularisation data.
+
     `index` counts draws from the start of the run and seeds all randomness of this one. `reference_set` is the number
     of the reference to show, for pairs that show one reference at a time.
     """
@@ -35,6 +38,7 @@ class Draw:
     caption: int
     index: int
     reference_set: int = 0
+    preserves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +64,19 @@ class BatchPlan:
     (seed, epoch).
 
     Raises:
-        ConfigError: caption dropout is on, but the empty caption was not encoded.
+        ConfigError: caption dropout is on, but the empty caption was not encoded; turns shall preserve, but no prompts
+            for that were encoded.
     """
 
-    def __init__(self, encoded: EncodedDataset, batching: BatchingConfig, seed: int) -> None:
-        check_empty_captions(encoded, batching)
+    def __init__(
+        self,
+        encoded: EncodedDataset,
+        batching: BatchingConfig,
+        seed: int,
+        preservation: PreservationConfig = PreservationConfig(),  # noqa: B008 - frozen
+    ) -> None:
+        check_prompts(encoded, batching, preservation)
+        self._preserved = preservation.preservation_probability
         self._pairs = encoded.pairs
         self._size = batching.train_batch_size
         self._dropout = batching.caption_dropout_probability
@@ -88,14 +100,20 @@ class BatchPlan:
     def _draw(self, index: int) -> Draw:
         epoch, position = self._place(index)
         turn = self._turns(epoch)[position]
-        captions = len(self._pairs[turn.pair].captions)
+        pair = self._pairs[turn.pair]
+        if self._preserved and not pair.is_regularisation:
+            generator = stream(self._seed, "preservation", index)
+            if float(torch.rand((), generator=generator)) < self._preserved:
+                prompt = int(torch.randint(pair.num_preservation, (), generator=generator))
+                return Draw(turn.pair, prompt, index, turn.reference_set, preserves=True)
+        captions = len(pair.captions)
         caption = int(torch.randint(captions, (), generator=stream(self._seed, "caption", index)))
         if (
             self._dropout
             and float(torch.rand((), generator=stream(self._seed, "caption dropout", index))) < self._dropout
         ):
             caption = EMPTY_CAPTION
-        return Draw(turn.pair, caption, index, turn.reference_set)
+        return Draw(turn.pair, caption, index, turn.reference_set, preserves=pair.is_regularisation)
 
     def _place(self, index: int) -> tuple[int, int]:
         """The epoch of a turn and its position in that epoch."""
@@ -128,8 +146,15 @@ class BatchPlan:
         return [pair for pair in self._all_turns if drawn[pair] < self._pairs[pair].probability]
 
 
-def check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> None:
-    """Raise ConfigError if captions are to be dropped, but the dataset has no empty caption."""
+def check_prompts(encoded: EncodedDataset, batching: BatchingConfig, preservation: PreservationConfig) -> None:
+    """Raise ConfigError if the dataset lacks the empty caption or the preservation prompts that training needs."""
+    edits = [pair for pair in encoded.pairs if not pair.is_regularisation]
+    if preservation.preservation_probability > 0 and not all(pair.num_preservation for pair in edits):
+        raise ConfigError(
+            f"preservation_probability is {preservation.preservation_probability:g}, but the dataset was encoded "
+            "without preservation_prompts. Write some there and encode it again (nothing else is encoded again), or "
+            "set preservation_probability to 0."
+        )
     if batching.caption_dropout_probability > 0 and not all(pair.has_empty for pair in encoded.pairs):
         raise ConfigError(
             f"caption_dropout_probability is {batching.caption_dropout_probability}, but the dataset was encoded "
@@ -179,7 +204,7 @@ class BatchLoader:
         self.plan = plan
         self._encoded = encoded
         self._encode_reference = encode_reference
-        self._held: OrderedDict[tuple[int, int, int], EncodedPair] = OrderedDict()
+        self._held: OrderedDict[tuple[int, int, int, bool], EncodedPair] = OrderedDict()
         self._held_bytes = 0
         # One thread reads everything, because the cache of pairs and the VAE are not thread-safe.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if in_background else None
@@ -213,12 +238,18 @@ class BatchLoader:
         return Batch(draws, tuple(map(self._pair, draws)))
 
     def _pair(self, draw: Draw) -> EncodedPair:
-        key = (draw.pair, draw.caption, draw.reference_set)
+        key = (draw.pair, draw.caption, draw.reference_set, draw.preserves)
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key]
         entry = self._encoded.pairs[draw.pair]
-        pair = self._encoded.load(entry, draw.caption, draw.reference_set, encode_reference=self._encode_reference)
+        pair = self._encoded.load(
+            entry,
+            draw.caption,
+            draw.reference_set,
+            preserves=draw.preserves and not entry.is_regularisation,
+            encode_reference=self._encode_reference,
+        )
         self._held[key] = pair
         self._held_bytes += _num_bytes(pair)
         while self._held_bytes > MEMORY_BYTES and len(self._held) > 1:

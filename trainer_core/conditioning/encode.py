@@ -168,8 +168,9 @@ def _networks(
 def _check_captions(dataset: EditDataset, encoding: EncodingConfig, tokenizer: Path, observer: Observer) -> None:
     """Raise DatasetError if a prompt can't be encoded; lists all."""
     validated = ("validation prompts", (*encoding.validation_prompts, encoding.validation_negative_prompt))
+    kept = ("preservation prompts", encoding.preservation_prompts)
     unreferenced = {pair.key for pair in dataset.pairs if not pair.references}  # their prompts have no placeholders
-    every = [*((pair.key, pair.captions) for pair in dataset.pairs), validated]
+    every = [*((pair.key, pair.captions) for pair in dataset.pairs), validated, kept]
     prompts = [(place, caption) for place, captions in every for caption in captions]
     problems = [
         f"{shown(place)}: the caption {beginning(caption)} contains {PICTURE_TOKEN}, a picture placeholder. Remove it."

@@ -64,9 +64,13 @@ class EncodedDataset:
         caption: int = 0,
         reference_set: int = 0,
         *,
+        preserves: bool = False,
         encode_reference: EncodeReference | None = None,
     ) -> EncodedPair:
         """The tensors of a pair with one of its captions or with EMPTY_CAPTION.
+
+        With `preserves`, `caption` is the number of one of its preservation prompts. The target is then the first
+        reference, as if nothing had been edited, or the target if their sizes differ, and it has no mask.
 
         Raises:
             ConfigError: its references are encoded on the fly, and `encode_reference` is None.
@@ -74,12 +78,16 @@ class EncodedDataset:
                 encoded again.
         """
         entry = entry.seen(reference_set)
+        references = self._references(entry, encode_reference)
+        unedited = preserves and entry.reference_shapes[:1] == (entry.shape,)
         return EncodedPair(
             key=entry.key,
-            target_latents=self._tensor("latents", entry.target, entry),
-            reference_latents=self._references(entry, encode_reference),
-            prompt_embeds=self._tensor("prompt", entry.prompt(caption), entry),
-            loss_weights=self._tensor("mask", entry.mask, entry) if entry.mask else None,
+            target_latents=references[0] if unedited else self._tensor("latents", entry.target, entry),
+            reference_latents=references,
+            prompt_embeds=self._tensor(
+                "prompt", entry.preservation[caption] if preserves else entry.prompt(caption), entry
+            ),
+            loss_weights=self._tensor("mask", entry.mask, entry) if entry.mask and not preserves else None,
         )
 
     def load_prompt(self, entry: EncodedEntry, key: str) -> Any:

@@ -55,6 +55,7 @@ class PlannedPair:
     plan: PairPlan
     entry: EncodedEntry
     negative_prompt: str
+    preservation_prompts: tuple[str, ...] = ()
 
     def latent_tasks(self) -> Iterator[LatentTask]:
         """The pictures to encode now: the target, and references unless they are encoded on the fly."""
@@ -71,6 +72,7 @@ class PlannedPair:
             yield self.entry.negative, self.negative_prompt
         if self.entry.empty:
             yield self.entry.empty, ""
+        yield from zip(self.entry.preservation, self.preservation_prompts, strict=True)
 
 
 class MissingWork(NamedTuple):
@@ -125,7 +127,8 @@ def plan_encoding(
     entry = _entry(pair, plan, digests, encoding, keep_pictures=validated)
     if encoding.reference_latents == "on_the_fly" and not validated:
         entry = dataclasses.replace(entry, reference_files=tuple(_reference_files(pair, plan)))
-    return PlannedPair(pair, plan, entry, encoding.validation_negative_prompt)
+    kept = encoding.preservation_prompts if entry.preservation else ()
+    return PlannedPair(pair, plan, entry, encoding.validation_negative_prompt, kept)
 
 
 def _reference_files(pair: EditPair, plan: PairPlan) -> Iterator[ReferenceFile]:
@@ -159,6 +162,7 @@ def _entry(
         validation_prompts=tuple(map(prompt_key, encoding.validation_prompts)) if keep_pictures else (),
         pictures=tuple(digest(["picture", *file]) for file in files) if keep_pictures else (),
         empty=prompt_key("") if encoding.encode_empty_caption else "",
+        preservation=() if keep_pictures else tuple(map(prompt_key, encoding.preservation_prompts)),
         mask=digest(["mask", pair.mask.digest, list(mask_box(pair, plan)), shapes[0]]) if pair.mask else "",
     )
 

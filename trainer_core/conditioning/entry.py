@@ -25,10 +25,12 @@ class EncodedEntry:
     of the target's latents [C, H, W], `reference_shapes` are those of the references.
 
     Only held-out pairs have `negative`, `pictures`, and `validation_captions` with their `validation_prompts`, which
-    are sampled in addition to the captions. `repeats` (extra turns per epoch) and `probability` (of being drawn in an
-    epoch) come from a mix. A pair that shows one reference at a time has `prompts_by_reference` and
-    `empty_by_reference` instead of `prompts` and `empty`. A pair whose references are encoded on the fly has
-    `reference_files`; its `references` are then not in the cache.
+    are sampled in addition to the captions. Only trained pairs have `preservation`, the prompts of other edits that
+    training keeps. `repeats` (extra turns per epoch) and `probability` (of being drawn in an
+    epoch) come from a mix, and so does `is_regularisation`: the pair is trained towards what the base model predicts. A
+    pair that shows one reference at a time has `prompts_by_reference`, `empty_by_reference` and
+    `preservation_by_reference` instead of `prompts`, `empty` and `preservation`. A pair whose references are encoded on
+    the fly has `reference_files`; its `references` are then not in the cache.
     """
 
     key: str
@@ -49,6 +51,9 @@ class EncodedEntry:
     prompts_by_reference: tuple[tuple[str, ...], ...] = ()
     empty_by_reference: tuple[str, ...] = ()
     reference_files: tuple[ReferenceFile, ...] = ()
+    preservation: tuple[str, ...] = ()
+    preservation_by_reference: tuple[tuple[str, ...], ...] = ()
+    is_regularisation: bool = False
 
     def seen(self, reference_set: int) -> EncodedEntry:
         """The pair as one turn sees it: unchanged, or with only reference number `reference_set` and its prompts."""
@@ -62,14 +67,21 @@ class EncodedEntry:
             reference_files=self.reference_files[one],
             prompts=self.prompts_by_reference[reference_set],
             empty=self.empty_by_reference[reference_set] if self.empty_by_reference else "",
+            preservation=self.preservation_by_reference[reference_set] if self.preservation_by_reference else (),
             prompts_by_reference=(),
             empty_by_reference=(),
+            preservation_by_reference=(),
         )
 
     @property
     def has_empty(self) -> bool:
         """Whether the empty prompt was encoded."""
         return bool(self.empty or self.empty_by_reference)
+
+    @property
+    def num_preservation(self) -> int:
+        """Number of prompts that training can keep with this pair's references."""
+        return len(self.preservation_by_reference[0] if self.preservation_by_reference else self.preservation)
 
     def prompt(self, caption: int) -> str:
         """Cache key of the prompt of caption number `caption`, or of EMPTY_CAPTION."""
@@ -85,7 +97,8 @@ class EncodedEntry:
         latents = (self.target,) if self.reference_files else (self.target, *self.references)
         by_reference = (key for prompts in self.prompts_by_reference for key in prompts)
         prompts = (*self.prompts, *self.validation_prompts, *by_reference, self.negative)
-        prompts += (self.empty, *self.empty_by_reference)
+        prompts += (self.empty, *self.empty_by_reference, *self.preservation)
+        prompts += tuple(key for keys in self.preservation_by_reference for key in keys)
         kinds = {"latents": latents, "prompt": prompts, "picture": self.pictures, "mask": (self.mask,)}
         return ((kind, key) for kind, keys in kinds.items() for key in keys if key)
 

@@ -59,4 +59,6 @@ def _together(entries: tuple[EncodedEntry, ...]) -> EncodedEntry:
         empty="",
         prompts_by_reference=tuple(entry.prompts for entry in entries),
         empty_by_reference=tuple(entry.empty for entry in entries if entry.empty),
+        preservation=(),
+        preservation_by_reference=tuple(entry.preservation for entry in entries if entry.preservation),
     )

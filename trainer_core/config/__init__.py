@@ -20,7 +20,7 @@ from .dataset import (
     SizeConfig,
 )
 from .ema import EmaConfig
-from .job import JobConfig, TrainConfig, completed_key, resume_key, unused_settings
+from .job import JobConfig, TrainConfig, completed_key, encoding_for, resume_key, unused_settings
 from .memory import MemoryConfig
 from .model import (
     DEMO_MODEL,
@@ -32,6 +32,7 @@ from .model import (
     ModelConfig,
 )
 from .optimizer import ENDLESS, OptimizerConfig, OptimizerName, SchedulerName
+from .preservation import USUAL_PROMPTS, PreservationConfig
 from .training import (
     BatchingConfig,
     CheckpointConfig,

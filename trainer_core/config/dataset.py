@@ -247,6 +247,16 @@ class EncodingConfig(Settings):
             allowed="a list of edit instructions",
         ),
     )
+    preservation_prompts: tuple[str, ...] = setting(
+        (),
+        "Instructions of other edits, which training with preservation_probability keeps. They are encoded together "
+        "with the references of every trained pair. Empty in a job that preserves: a list of six common edits.",
+        Limits(
+            longest=LONGEST_PROMPT,
+            valid=lambda prompts: not any(map(is_blank, prompts)),
+            allowed="a list of edit instructions",
+        ),
+    )
     tokenizer_max_length: int = setting(
         1024,
         "Maximum length of a caption or prompt in tokens; a token is about four letters of English. A longer one is an "

@@ -16,6 +16,7 @@ from .ema import EmaConfig, check_ema
 from .memory import MemoryConfig
 from .model import ModelConfig
 from .optimizer import ENDLESS, OptimizerConfig, check_warmup
+from .preservation import USUAL_PROMPTS, PreservationConfig
 from .training import (
     BatchingConfig,
     CheckpointConfig,
@@ -56,6 +57,7 @@ class TrainingSettings(Settings):
     rollout: RolloutConfig = setting(RolloutConfig(), "Scheduled sampling.")
     memory: MemoryConfig = setting(MemoryConfig(), "The use of memory.")
     ema: EmaConfig = setting(EmaConfig(), "The moving average of the adapter's weights.")
+    preservation: PreservationConfig = setting(PreservationConfig(), "What keeps the base model's other edits.")
 
     def check_combinations(self) -> None:
         """Checks that the parts work together, and that the LoRA file's name is not too long."""
@@ -67,6 +69,15 @@ class TrainingSettings(Settings):
         check(fits, named_in, name, allowed)
         check_warmup(self.optimizer, self.max_train_steps)
         check_ema(self.ema, self.optimizer)
+
+
+def encoding_for(encoding: EncodingConfig, training: TrainingSettings) -> EncodingConfig:
+    """The encoding, with the prompts that this training needs besides the captions."""
+    if training.batching.caption_dropout_probability > 0:
+        encoding = dataclasses.replace(encoding, encode_empty_caption=True)
+    if training.preservation.preservation_probability > 0 and not encoding.preservation_prompts:
+        encoding = dataclasses.replace(encoding, preservation_prompts=USUAL_PROMPTS)
+    return encoding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +144,7 @@ class JobConfig(TrainingSettings):
         )
 
     def _encoding(self, encoding: EncodingConfig, part_id: str = "") -> EncodingConfig:
-        if self.batching.caption_dropout_probability > 0:
-            encoding = dataclasses.replace(encoding, encode_empty_caption=True)
+        encoding = encoding_for(encoding, self)
         if not self.eval_dataset_id:
             return encoding
         count = -1 if part_id in self.eval_dataset_id else 0

@@ -12,7 +12,7 @@ from ..adapters.frozen_loras import read_frozen_loras
 from ..adapters.plan import AdapterPlan, plan_adapter
 from ..adapters.reader import AdapterPart
 from ..adapters.second_lora import read_second_lora
-from ..conditioning.batches import check_empty_captions
+from ..conditioning.batches import check_prompts
 from ..conditioning.encoded import EncodedDataset, check_alike, load_encoded
 from ..conditioning.encoding_plan import PlannedDataset
 from ..config import ModelConfig, TrainConfig, ValidationConfig
@@ -222,4 +222,4 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
         )
     if not held_out.validation_pairs and held_out is not encoded:
         raise DatasetError("The validation dataset has no held-out pairs. Encode it with num_eval_images -1.")
-    check_empty_captions(encoded, config.batching)
+    check_prompts(encoded, config.batching, config.preservation)

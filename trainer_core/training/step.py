@@ -6,7 +6,8 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -14,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from ..adapters.frozen_loras import load_with_frozen_loras
-from ..adapters.inject import inject_lora, without_dropout
+from ..adapters.inject import inject_lora
 from ..adapters.master_weights import MasterWeights, master_weights
 from ..adapters.plan import AdapterPlan
 from ..conditioning.batches import Batch, BatchLoader, Draw
-from ..conditioning.types import EncodedPair
 from ..config import Preprocessing, TrainConfig
 from ..device import peak_bytes, pick_device
 from ..errors import Interrupted, NonFiniteLossError
@@ -29,16 +29,13 @@ from ..memory.placement import apply_memory, blocks_on_host, stream_blocks, take
 from ..memory.step_graphs import StepGraphs
 from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.positions import follow_comfyui
-from ..qwen_image.transformer import predict_velocities, predict_velocity
-from ..qwen_image.types import Condition
-from ..rng import seeded_globally
-from .edit_weight import combined_weights
 from .ema import average_in_place, start_ema, update_ema
-from .objective import add_noise, loss_by_sigma, penalty_at, velocity_loss
+from .objective import loss_by_sigma
 from .optimizer import optimizer_builder, set_learning_rate, skip_update_if
 from .optimizer_state import weights_to_use
+from .pair_losses import pair_losses
 from .reduce import add_up_step
-from .rollout import RolledOut, draw_offsets, reflexflow_loss, roll_out, rollout_probability
+from .rollout import rollout_probability
 from .schedule import learning_rate_at
 
 if TYPE_CHECKING:
@@ -132,6 +129,7 @@ class Gradients:
     done: int  # number of steps before this one
     learning_rate: float
     numbers: Tensor
+    preserves: list[bool]  # for each of the pairs
     began: float  # time.perf_counter() at the start of the step, in seconds
 
 
@@ -158,7 +156,8 @@ def step_gradients(
     if not skip_update_if(networks.optimizer, 1 - numbers.isfinite().all().float()):
         numbers = numbers.cpu()
         _raise_if_not_finite(numbers, done, config)
-    return Gradients(done=done, learning_rate=learning_rate, numbers=numbers, began=began)
+    preserves = [draw.preserves for draw in loader.plan.draws_of_step(done)]
+    return Gradients(done=done, learning_rate=learning_rate, numbers=numbers, preserves=preserves, began=began)
 
 
 def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig) -> StepReport:
@@ -177,16 +176,21 @@ def update_weights(networks: Networks, gradients: Gradients, config: TrainConfig
     _raise_if_not_finite(numbers, gradients.done, config)
     update_ema(networks.ema, networks.lora, step, config.ema)
     losses, sigmas, forwards = numbers[:-1].view(3, -1).tolist()
+    edits = [number for number, preserves in enumerate(gradients.preserves) if not preserves]
+    kept = [loss for loss, preserves in zip(losses, gradients.preserves, strict=True) if preserves]
+    may_preserve = config.preservation.preservation_probability > 0 or bool(kept)
+    counts = may_preserve or rollout_probability(gradients.done, config.rollout) > 0
     return StepReport(
         step=step,
         num_steps=config.max_train_steps,
-        loss=sum(losses) / len(losses),
+        loss=fmean(losses[number] for number in edits) if edits else fmean(kept),
+        preservation_loss=fmean(kept) if kept else None,
         grad_norm=numbers[-1].item(),
         learning_rate=gradients.learning_rate,
-        loss_by_sigma=loss_by_sigma(losses, sigmas),
+        loss_by_sigma=loss_by_sigma([losses[number] for number in edits], [sigmas[number] for number in edits]),
         seconds=time.perf_counter() - gradients.began,
         peak_bytes=peak_bytes(networks.device) + networks.graphs.held_bytes,
-        extra_forwards=round(sum(forwards)) if rollout_probability(gradients.done, config.rollout) else None,
+        extra_forwards=round(sum(forwards)) if counts else None,
     )
 
 
@@ -233,9 +237,9 @@ def _passes(networks: Networks, batch: Batch, step_turns: range, done: int, conf
     Nothing of autograd's graph outlives the call. The next micro-batch may be captured on another stream, and must not
     find nodes of the weights that autograd made on this one.
     """
-    losses, numbers = _pair_losses(networks, batch, step_turns, done, config)
-    (losses.sum() / len(step_turns)).backward()
-    return torch.cat([losses.detach().unsqueeze(0), numbers])
+    found = pair_losses(networks, batch, step_turns, done, config)
+    (found.weighted.sum() / len(step_turns)).backward()
+    return torch.cat([found.losses.detach().unsqueeze(0), found.numbers])
 
 
 def attempt(networks: Networks, compute: Callable[[], T]) -> T:
@@ -248,76 +252,10 @@ def attempt(networks: Networks, compute: Callable[[], T]) -> T:
 def rehearse(networks: Networks, batch: Batch, config: TrainConfig) -> dict[str, Tensor]:
     """Forward and backward passes of a micro-batch. Returns the adapter's gradients by name, and clears them."""
     turns = range(batch.draws[0].index, batch.draws[-1].index + 1)
-    losses, _ = _pair_losses(networks, batch, turns, 0, config)
-    losses.sum().backward()
+    pair_losses(networks, batch, turns, 0, config).weighted.sum().backward()
     gradients = {name: each.grad for name, each in networks.lora.items() if each.grad is not None}
     networks.optimizer.zero_grad(set_to_none=True)
     return gradients
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Input:
-    """A pair's part of a micro-batch on the device. `weights` are its loss weights, None if all are 1."""
-
-    latents: Tensor
-    condition: Condition
-    weights: Tensor | None
-    rolled: RolledOut
-
-
-def _pair_losses(
-    networks: Networks, batch: Batch, step_turns: range, done: int, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """Losses [pairs] of a micro-batch, and its pairs' noise levels and extra forward passes (rollouts) [2, pairs]."""
-    inputs = [
-        _input(networks, pair, draw.index, step_turns, done, config)
-        for draw, pair in zip(batch.draws, batch.pairs, strict=True)
-    ]
-    latents, sigmas = zip(*((each.rolled.noisy.latents, each.rolled.noisy.sigma) for each in inputs), strict=True)
-    sigma = torch.cat(sigmas)
-    with _dropout(config, batch.draws[0].index, networks.device):
-        conditions = [each.condition for each in inputs]
-        velocities = predict_velocities(networks.transformer, latents, sigma, conditions, networks.graphs)
-    losses = [_loss(velocity, each, config) for velocity, each in zip(velocities, inputs, strict=True)]
-    forwards = torch.zeros_like(sigma)
-    forwards[0] = sum(each.rolled.forwards for each in inputs)  # only the sum over all pairs is used
-    return torch.cat(losses), torch.stack([sigma, forwards])
-
-
-def _input(
-    networks: Networks, pair: EncodedPair, index: int, step_turns: range, done: int, config: TrainConfig
-) -> _Input:
-    """Draw noise for a pair's turn, and roll it out, using the current weights without dropout."""
-    latents = pair.target_latents.unsqueeze(0).to(networks.device, non_blocking=True)
-    condition = pair.condition().to(networks.device)
-    weights = None if pair.loss_weights is None else pair.loss_weights.unsqueeze(0).to(networks.device)
-    noisy = add_noise(latents, config.noise, config.seed, [index], step_turns)
-    (offset,) = draw_offsets(config.rollout, done, config.seed, [index])
-
-    def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-        return predict_velocity(networks.transformer, latents, sigma, condition)
-
-    with without_dropout(networks.transformer) if offset else nullcontext():
-        rolled = roll_out(velocity, noisy, offset, config.rollout)
-    weights = combined_weights(latents, condition.reference_latents, weights, config.noise.edit_weight)
-    return _Input(latents, condition, weights, rolled)
-
-
-def _loss(velocity: Tensor, pair: _Input, config: TrainConfig) -> Tensor:
-    """The loss [1] of a pair's predicted velocity."""
-    noisy, weights = pair.rolled.noisy, pair.weights
-    penalty = penalty_at(noisy.sigma, config.noise)
-    if not (pair.rolled.forwards and config.rollout.scheduled_sampling_reflexflow):
-        return velocity_loss(velocity, noisy.target_velocity, weights, penalty)
-    return reflexflow_loss(
-        velocity, pair.latents, pair.rolled, weights=weights, penalty=penalty, rollout=config.rollout
-    )
-
-
-def _dropout(config: TrainConfig, index: int, device: torch.device) -> AbstractContextManager[None]:
-    if config.lora.lora_dropout == 0:
-        return nullcontext()
-    return seeded_globally(config.seed, "dropout", index, device)
 
 
 def _raise_if_not_finite(numbers: Tensor, done: int, config: TrainConfig) -> None:
