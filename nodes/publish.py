@@ -91,13 +91,19 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def run_ui(
-    result: TrainResult, lora_name: str, ema_name: str | None = None, *, seconds: float, notes: Sequence[str] = ()
+    result: TrainResult,
+    lora_name: str,
+    ema_name: str | None = None,
+    best_name: str | None = None,
+    *,
+    seconds: float,
+    notes: Sequence[str] = (),
 ) -> dict[str, list[Any]]:
     """The node's UI output, also in /history: figures, lines of text and the grid. Paths are relative to the output
     folder.
 
-    `ema_name` is the listed name of the EMA LoRA, None without EMA. `seconds` is the total time of all training steps,
-    including those before an interruption. `notes` follow the text.
+    `ema_name` and `best_name` are the listed names of the EMA LoRA and of the best step's; None without. `seconds` is
+    the total time of all training steps, including those before an interruption. `notes` follow the text.
     """
     samples = result.samples
     ratios = {name: _finite(getattr(samples, name)) if samples else None for name in (*_RATIOS, *_DRIFT)}
@@ -108,6 +114,8 @@ def run_ui(
         "lora_name": lora_name,
         "ema_file": host_folders.output_name(host_folders.lora_dir() / ema_name) if ema_name else None,
         "ema_lora_name": ema_name,
+        "best_lora_name": best_name,
+        "strength": result.strength,
         "steps": result.steps_done,
         "stopped": result.stopped.value,
         "seconds": round(seconds, 1),
@@ -117,6 +125,10 @@ def run_ui(
     lines = [f"Saved {lora_name} after {result.steps_done} steps."]
     if ema_name:
         lines.append(f"Saved its EMA {ema_name}.")
+    if best_name:
+        lines.append(f"The run was better before its end: saved its best step as {best_name}.")
+    if result.strength is not None:
+        lines.append(f"Use {best_name or lora_name} at strength {result.strength:g}.")
     if samples and (measured := samples.as_text()):
         lines.append(measured)
     if result.lora_file is not None and (note := _readers(result.lora_file)):

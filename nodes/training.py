@@ -93,6 +93,7 @@ def output(result: TrainResult, *, is_new: bool, notes: Sequence[str] = ()) -> i
     assert result.lora_file is not None
     lora_name = publish.place_lora(result.lora_file, result.run_dir.name)
     ema_name = publish.place_lora(result.ema_file, result.run_dir.name) if result.ema_file else None
+    best_name = publish.place_lora(result.best_file, result.run_dir.name) if result.best_file else None
     if is_new:
         host_server.send_message("qwen_edit_trainer.lora", {"run_name": result.run_dir.name, "lora_name": lora_name})
     rows = RunFolder(result.run_dir).metrics()
@@ -105,5 +106,5 @@ def output(result: TrainResult, *, is_new: bool, notes: Sequence[str] = ()) -> i
         lora_name,
         grid,
         run,
-        ui=publish.run_ui(result, lora_name, ema_name, seconds=seconds, notes=notes),
+        ui=publish.run_ui(result, lora_name, ema_name, best_name, seconds=seconds, notes=notes),
     )

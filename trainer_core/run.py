@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
-from .adapters.inject import for_file
-from .adapters.writer import LoraMetadata, export_lora
 from .conditioning.batches import BatchLoader, BatchPlan, RankPlan
 from .conditioning.encoded import EncodedDataset
 from .conditioning.on_the_fly import reference_encoder
@@ -20,32 +18,29 @@ from .config import TrainConfig, resume_key, to_json
 from .device import pick_device
 from .disk import disk_errors
 from .dry_step import dry_step, start_compiler_early
-from .errors import ExportError, Interrupted, NonFiniteLossError, RunFolderError
-from .events import SILENT, VALIDATION_LOSSES, Observer, SampleReport, StepReport, Stop
+from .errors import Interrupted, NonFiniteLossError, RunFolderError
+from .events import SILENT, VALIDATION_LOSSES, Observer, SampleReport, Stop
 from .memory.compilation import compiled_code_kept
 from .planning.advice import STEP, VALIDATION
 from .planning.disk_space import check_disk, run_use
-from .planning.preparation import Preparation, PreparedModel, prepare_training
+from .planning.preparation import PreparedModel, prepare_training
 from .precision.frozen_linear import exact_products
 from .products import check_choice, choose_products
 from .qwen_image.attention_choice import kept_choices
 from .ranks import SINGLE_PROCESS, Ranks
-from .runs.folder import Checkpoint, RunFolder
+from .results import ExtraCheck, RunParts, best_step, finish, keep_step_loras, save
+from .runs.folder import RunFolder
 from .runs.metrics import metrics_writer
-from .runs.result import TrainResult, find_result, how_to_start, recorded_samples
-from .runs.step_loras import EMA, LORA, delete_old, results_header, step_folder
-from .text import reason_of
-from .training.ema import AVERAGE, TRAINED, Weights, restore_ema, weights_to_validate
-from .training.optimizer_state import optimizer_tensors, restore_optimizer
+from .runs.result import TrainResult, find_result, how_to_start
+from .training.ema import AVERAGE, TRAINED, restore_ema, weights_to_validate
+from .training.optimizer_state import restore_optimizer
 from .training.reduce import check_same_start
-from .training.step import Networks, build_networks, step_gradients, update_weights
+from .training.step import build_networks, step_gradients, update_weights
 from .training.validation import Validator
 from .training.validation_work import validation_is_due
 
-ExtraCheck = Callable[[Path, int], None]  # (LoRA file, number of the model's blocks); raises if it can't be loaded
 _LOG = logging.getLogger(__name__)
-_LOSS_OF = {TRAINED: VALIDATION_LOSSES[0], AVERAGE: VALIDATION_LOSSES[1]}
-_FILE_OF = {TRAINED: LORA, AVERAGE: EMA}
+LOSS_OF = {TRAINED: VALIDATION_LOSSES[0], AVERAGE: VALIDATION_LOSSES[1]}
 
 
 def train_lora(
@@ -104,19 +99,19 @@ def _prepare_and_train(
         with prepared.explain_memory_errors(STEP, "while the model was loaded", "Nothing is lost."):
             networks = build_networks(config, base, prepared.model.adapter, prepared.encoded.preprocessing, observer)
         with closing(networks):
-            result = _run(_Parts(prepared, run, networks, validator, observer, ranks, began), stop, extra_check)
+            result = _run(RunParts(prepared, run, networks, validator, observer, ranks, began), stop, extra_check)
         ranks.wait()  # until the leader has written the file
         return result
 
 
-def _run(parts: _Parts, stop: Stop, extra_check: ExtraCheck | None) -> TrainResult:
+def _run(parts: RunParts, stop: Stop, extra_check: ExtraCheck | None) -> TrainResult:
     """Restore, train and export. With `stop`, only the export is missing."""
     done = _restore(parts)
     check_same_start(parts.ranks, done, parts.networks.lora)
     if not stop:
         _validate_if_missed(parts, done)
         done, stop = _train(parts, done)
-    return _finish(parts, done, stop, extra_check)
+    return finish(parts, done, stop, extra_check)
 
 
 @contextmanager
@@ -133,24 +128,7 @@ def _attention_kept(run: RunFolder) -> AbstractContextManager[None]:
     return kept_choices(run.state().get("attention_kernels"), lambda names: run.write_state(attention_kernels=names))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Parts:
-    """What every stage of a run needs. In the functions below, `done` is the number of finished steps."""
-
-    prepared: Preparation
-    run: RunFolder
-    networks: Networks
-    validator: Validator
-    observer: Observer
-    ranks: Ranks
-    began: float  # time.monotonic() at this start of the run
-
-    def seconds(self) -> float:
-        """How long the run has worked in all its starts that ended by themselves."""
-        return round(float(self.run.state().get("seconds", 0.0)) + time.monotonic() - self.began, 1)
-
-
-def _restore(parts: _Parts) -> int:
+def _restore(parts: RunParts) -> int:
     """Load the newest checkpoint, if there is one. Returns its number of steps."""
     checkpoint, networks = parts.run.latest_checkpoint(), parts.networks
     parts.run.metrics_until(checkpoint)
@@ -174,7 +152,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
+def _train(parts: RunParts, done: int) -> tuple[int, Stop]:
     """Train until max_train_steps or until the user stops. Returns the number of steps and the user's wish."""
     prepared, networks, config, encoded = parts.prepared, parts.networks, parts.prepared.config, parts.prepared.encoded
     whole = BatchPlan(encoded, config.batching, config.seed, config.preservation)
@@ -204,9 +182,11 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
                     raise
                 done = report.step
                 if done % config.checkpoints.checkpoint_step_interval == 0:
-                    _save(parts, report)
+                    save(parts, report)
                 if _validation_is_due(parts, done):
                     report = dataclasses.replace(report, **_validate(parts, done))
+                    if best_step(parts) == done:
+                        save(parts, report)
                 write_metrics(report)
                 parts.observer.on_step(report)
                 if stop := parts.ranks.agree(parts.observer.should_stop()):  # all processes leave after the same step
@@ -215,25 +195,17 @@ def _train(parts: _Parts, done: int) -> tuple[int, Stop]:
             return done, Stop.KEEP if stopped.keep else Stop.PAUSE
         finally:
             networks.graphs.clear()
-            _save(parts, report)
+            save(parts, report)
     return done, Stop.NO
 
 
-def _save(parts: _Parts, report: StepReport | None) -> None:
-    """Save a checkpoint. None (before the first step or during an update) saves nothing."""
-    if report is not None:
-        optimizer = optimizer_tensors(parts.networks.optimizer, parts.networks.lora)
-        state = Checkpoint(report.as_dict(), dict(parts.networks.lora), optimizer, parts.networks.ema)
-        parts.run.save_checkpoint(state, parts.prepared.config.checkpoints.checkpoints_total_limit)
-
-
-def _validation_is_due(parts: _Parts, done: int) -> bool:
+def _validation_is_due(parts: RunParts, done: int) -> bool:
     """Whether to validate after this step."""
     config = parts.prepared.config
     return validation_is_due(config.validation, done, config.max_train_steps)
 
 
-def _validate_if_missed(parts: _Parts, done: int) -> None:
+def _validate_if_missed(parts: RunParts, done: int) -> None:
     """Validate the restored step if a stop or a kill cut its validation short."""
     is_missed = done > 0 and _validation_is_due(parts, done) and parts.run.state().get("validated") != done
     if is_missed and (found := _validate(parts, done)):
@@ -241,7 +213,7 @@ def _validate_if_missed(parts: _Parts, done: int) -> None:
         parts.run.write_metrics([*rows, {**last, **found}])
 
 
-def _validate(parts: _Parts, done: int) -> dict[str, float]:
+def _validate(parts: RunParts, done: int) -> dict[str, float]:
     """Losses and drift of a step for its report; empty without held-out pairs, in a process that doesn't lead, or
     if the user stops. Saves the pictures and shows them to the observer."""
     run, observer = parts.run, parts.observer
@@ -268,13 +240,13 @@ def _validate(parts: _Parts, done: int) -> dict[str, float]:
     return {**found, **(samples.drift() if samples else {})}
 
 
-def _losses_and_samples(parts: _Parts, done: int) -> tuple[dict[str, float], SampleReport | None]:
+def _losses_and_samples(parts: RunParts, done: int) -> tuple[dict[str, float], SampleReport | None]:
     """The validation losses of a step by their names in a report, and its pictures."""
     networks, run, observer, losses = parts.networks, parts.run, parts.observer, dict[str, float]()
     variants = weights_to_validate(networks.weights_to_use, networks.average_to_use, parts.prepared.config.ema)
     for name, weights in variants.items():
         with weights():
-            losses[_LOSS_OF[name]] = parts.validator.loss(networks.transformer, networks.device, observer)
+            losses[LOSS_OF[name]] = parts.validator.loss(networks.transformer, networks.device, observer)
     with networks.compilation.paused() if parts.prepared.model.few_step_lora else nullcontext():
         samples = parts.validator.sample(
             networks.transformer,
@@ -285,75 +257,5 @@ def _losses_and_samples(parts: _Parts, done: int) -> tuple[dict[str, float], Sam
             base_folder=run.base_pictures,
             observer=observer,
         )
-    _keep_loras(parts, done, variants, losses, samples)
+    keep_step_loras(parts, done, variants, {name: losses[LOSS_OF[name]] for name in variants}, samples)
     return losses, samples
-
-
-def _keep_loras(
-    parts: _Parts,
-    done: int,
-    variants: Mapping[str, Weights],
-    losses: Mapping[str, float],
-    samples: SampleReport | None,
-) -> None:
-    """Keep the LoRA of a validated step beside its pictures. If that fails, the training goes on."""
-    limit, folder = parts.prepared.config.validation.validation_loras_total_limit, parts.run.samples
-    if not limit:
-        return
-    psnr = {TRAINED: samples.psnr_lora, AVERAGE: samples.psnr_ema} if samples else {}
-    try:
-        for name, weights in variants.items():
-            suffix = "-ema" if name == AVERAGE else ""
-            results = results_header(psnr.get(name), losses[_LOSS_OF[name]])
-            path, title = step_folder(folder, done) / _FILE_OF[name], f"{_lora_name(parts)}{suffix}-step-{done}"
-            _export(parts, weights, path, done, title=title, more=results)
-        delete_old(folder, done, limit)
-    except (OSError, ExportError) as error:  # the disk is full, or the weights are NaN
-        parts.observer.on_note(f"The LoRA of step {done} is not kept: {reason_of(error)}")
-
-
-def _finish(parts: _Parts, done: int, stop: Stop, extra_check: ExtraCheck | None) -> TrainResult:
-    """Export the LoRA, unless the run was paused, and record the result in the run folder."""
-    run, networks, export = parts.run, parts.networks, parts.prepared.config.export
-    if stop is Stop.PAUSE or done == 0:
-        run.write_state(state="paused", steps=done, seconds=parts.seconds())
-        return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
-    name, kept = _lora_name(parts), stop is Stop.KEEP
-    lora_file = run.path / f"{name}.safetensors"
-    ema_file = run.path / f"{name}-ema.safetensors" if networks.ema else None
-    _export(parts, networks.weights_to_use, lora_file, done, extra_check=extra_check)
-    result = {"lora_file": lora_file.name, "steps": done, "kept": kept, "export": to_json(export)}
-    if ema_file is not None:
-        _export(parts, networks.average_to_use, ema_file, done, extra_check=extra_check)
-        result["ema_file"] = ema_file.name
-    run.write_state(state="kept" if kept else "finished", steps=done, result=result, seconds=parts.seconds())
-    samples = recorded_samples(run)
-    return TrainResult(
-        run_dir=run.path, steps_done=done, stopped=stop, lora_file=lora_file, ema_file=ema_file, samples=samples
-    )
-
-
-def _lora_name(parts: _Parts) -> str:
-    """Name of the run's LoRA file, without extension."""
-    return parts.prepared.config.export.lora_name or parts.run.path.name
-
-
-def _export(
-    parts: _Parts,
-    weights: Weights,
-    path: Path,
-    done: int,
-    *,
-    title: str = "",
-    more: Mapping[str, str] | None = None,
-    extra_check: ExtraCheck | None = None,
-) -> None:
-    """Write these weights to a LoRA file. Its header has the title, by default the file's name, and `more`."""
-    if not parts.run.writes:
-        return
-    export = dataclasses.replace(parts.prepared.config.export, lora_name=title or path.stem)
-    metadata = LoraMetadata(dataclasses.replace(parts.prepared.config, export=export), done, more or {})
-    num_blocks = parts.prepared.model.base.num_blocks
-    with weights():
-        tensors = for_file(parts.networks.transformer, parts.networks.lora)
-        export_lora(tensors, path, metadata, extra_check and (lambda file: extra_check(file, num_blocks)))

@@ -52,7 +52,9 @@ def test_before_the_model_is_loaded(
     changes = {**changes, "model": dataclasses.replace(model, **changes.get("model", {}))}
     if case in LOOKED_UP_IN:
         monkeypatch.setattr(f"trainer_core.{LOOKED_UP_IN[case]}.find_spec", without(case))
-    monkeypatch.setattr("trainer_core.training.step.load_transformer", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "trainer_core.adapters.frozen_loras.load_transformer", lambda *_, **__: pytest.fail("it was loaded")
+    )
     config = TrainConfig(
         run_dir=str(tmp_path / "run"), encoded=str(encoded.manifest), gradient_checkpointing=False, **changes
     )

@@ -34,6 +34,7 @@ from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.ranks import SINGLE_PROCESS
 from trainer_core.run import TrainResult, train_lora
 from trainer_core.runs.folder import RunFolder
+from trainer_core.training import pair_losses as losses_module
 from trainer_core.training import step as step_module
 from trainer_core.training import validation as validation_module
 
@@ -86,7 +87,7 @@ def test_out_of_memory_in_a_step_keeps_the_steps_before_it(
     unbroken = train_lora(config)
     broken = named(config, "broken")
     with monkeypatch.context() as patch:
-        runs_out_at(6, patch, step_module, "predict_velocities")
+        runs_out_at(6, patch, losses_module, "predict_velocities")
         with pytest.raises(OutOfMemoryError, match=r"in step 3\. The run is saved up to step 2\. What helps most: "):
             train_lora(broken)
     kept = RunFolder(Path(broken.run_dir)).latest_checkpoint()

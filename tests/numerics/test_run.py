@@ -35,7 +35,7 @@ from trainer_core.qwen_image import attention, attention_choice
 from trainer_core.qwen_image.attention_kernels import CPU
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import TrainResult, train_lora
-from trainer_core.training import step as step_module
+from trainer_core.training import pair_losses as losses_module
 from trainer_core.training import validation as validation_module
 
 
@@ -167,16 +167,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoilt(
     """AdamW skips the update itself; the loop waits before the update of others."""
     chosen = dataclasses.replace(config.optimizer, optimizer=optimizer)
     config = dataclasses.replace(config, optimizer=chosen, ema=EmaConfig(use_ema=True))
-    original = step_module.velocity_loss
+    original = losses_module.velocity_loss
 
     class Poisoner(Steps):
         def on_step(self, report: StepReport) -> None:
             if report.step == 4:
-                monkeypatch.setattr(step_module, "velocity_loss", lambda *tensors: original(*tensors) * float("nan"))
+                monkeypatch.setattr(losses_module, "velocity_loss", lambda *tensors: original(*tensors) * float("nan"))
 
     with pytest.raises(NonFiniteLossError, match=r"in step 5.*loss nan.*weights of step 4.*learning_rate"):
         train_lora(config, Poisoner())
-    monkeypatch.setattr(step_module, "velocity_loss", original)
+    monkeypatch.setattr(losses_module, "velocity_loss", original)
     checkpoints = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
     assert checkpoints[-1] == "step-000004"
     found, unbroken = (

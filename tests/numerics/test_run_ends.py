@@ -31,6 +31,7 @@ from trainer_core.config import (
 from trainer_core.errors import OutOfMemoryError, RunFolderError
 from trainer_core.events import SilentObserver, StepReport, Stop
 from trainer_core.run import TrainResult, find_result, train_lora
+from trainer_core.training import pair_losses as losses_module
 from trainer_core.training import step as step_module
 
 
@@ -122,14 +123,14 @@ def test_a_folder_that_is_no_run_is_left_alone(config: TrainConfig) -> None:
 
 def test_a_crash_keeps_the_last_whole_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(1000))
-    original = step_module.predict_velocities
+    original = losses_module.predict_velocities
 
     def out_of_memory(*arguments: Any) -> Any:
         if next(calls) == 9:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(*arguments)
 
-    monkeypatch.setattr(step_module, "predict_velocities", out_of_memory)
+    monkeypatch.setattr(losses_module, "predict_velocities", out_of_memory)
     with pytest.raises(OutOfMemoryError, match=r"in step 5\. The run is saved up to step 4"):
         train_lora(config)
     assert (Path(config.run_dir) / "checkpoints" / "step-000004").is_dir()
@@ -212,6 +213,7 @@ def test_fewer_steps_than_are_done_are_refused_before_the_model_is_read(
 
 
 def test_checkpoints_are_limited_and_a_cut_one_is_passed_over(config: TrainConfig, unbroken: TrainResult) -> None:
+    config = dataclasses.replace(config, validation=dataclasses.replace(config.validation, keep_best=False))
     train_lora(config, StopAfter(10**9))
     folders = sorted((Path(config.run_dir) / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-000009", "step-000012"]

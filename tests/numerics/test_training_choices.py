@@ -27,7 +27,7 @@ from trainer_core.events import SILENT
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 from trainer_core.runs.folder import RunFolder
-from trainer_core.training import step as step_module
+from trainer_core.training import pair_losses as losses_module
 from trainer_core.training.validation import Validator
 
 NOISE: dict[str, dict[str, Any]] = {
@@ -136,8 +136,8 @@ def validation_loss_of(config: TrainConfig, lora: dict[str, torch.Tensor]) -> fl
 @pytest.mark.parametrize("row", ROLLOUTS)
 def test_rollouts(config: TrainConfig, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rollout draws no dropout, and the reported number of extra forward passes is right."""
-    calls, original = [], step_module.predict_velocity
-    monkeypatch.setattr(step_module, "predict_velocity", lambda *a: calls.append(a[1].shape[0]) or original(*a))
+    calls, original = [], losses_module.predict_velocity
+    monkeypatch.setattr(losses_module, "predict_velocity", lambda *a: calls.append(a[1].shape[0]) or original(*a))
     dropping = dataclasses.replace(config, lora=LoraConfig(lora_rank=4, lora_dropout=0.2))
     chosen = dataclasses.replace(dropping, rollout=rollout_config(max_step_offset=3, **ROLLOUTS[row]))
     seen = stopped_and_continued(chosen)

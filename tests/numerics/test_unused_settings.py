@@ -75,7 +75,7 @@ def rolled(config: RolloutConfig) -> list[Any]:
             (offset,) = draw_offsets(config, step, 0, [index])
             out = roll_out(lambda point, sigma: point * sigma.view(-1, 1, 1, 1) + 0.1, noisy, offset, config)
             found += [offset, out.noisy.latents.tolist()]
-            if out.forwards and config.scheduled_sampling_reflexflow:  # as training/step.py
+            if out.forwards and config.scheduled_sampling_reflexflow:  # as training/pair_losses.py
                 loss = reflexflow_loss(latents, latents, out, weights=None, penalty=torch.square, rollout=config)
                 found.append(loss.tolist())
     return found

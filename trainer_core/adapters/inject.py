@@ -191,6 +191,11 @@ def for_file(transformer: nn.Module, parameters: Mapping[str, Tensor]) -> dict[s
     return tensors
 
 
+def is_dora(module: nn.Module) -> bool:
+    """Whether a module is a layer with a DoRA."""
+    return ADAPTER in getattr(module, "lora_magnitude_vector", ())
+
+
 @contextmanager
 def without_lora(transformer: nn.Module) -> Iterator[None]:
     """Disables the adapter while the context lasts, so that the transformer computes the base model's output.

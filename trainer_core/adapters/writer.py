@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import LayerPrefix, LoraConfig, LoraType, TrainConfig, digest, resume_key
 from ..errors import ExportError
-from ..files import read_tensors, write_tensors, written_beside
+from ..files import read_metadata, read_tensors, write_tensors, written_beside
 from ..packages import explained_imports
 from ..qwen_image.flavours import FLAVOURS
 from ..text import shown
@@ -50,8 +50,7 @@ class LoraMetadata:
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": f"qwen_image-{flavour.name}/lora",
             "modelspec.implementation": "diffusers",
-            "modelspec.title": name,
-            "ss_output_name": name,
+            **titled(name),
             "ss_base_model_version": "qwen_image",
             "ss_sd_model_name": flavour.released_as,
             "ss_network_module": "peft",
@@ -93,6 +92,24 @@ def export_lora(
         if extra_check is not None:
             extra_check(temporary)
     return path
+
+
+def titled(name: str) -> dict[str, str]:
+    """The header's entries for the name of a file."""
+    return {"modelspec.title": name, "ss_output_name": name}
+
+
+def copy_lora(source: Path, path: Path, header: Mapping[str, str], extra_check: ExtraCheck | None = None) -> None:
+    """Copy a LoRA file that `export_lora` wrote. `header` replaces entries of its header; `extra_check` is as there.
+
+    Raises:
+        ExportError: `extra_check` refuses the file.
+        DamagedFileError, OSError: `source` can't be read.
+    """
+    with written_beside(path) as temporary:
+        write_tensors(temporary, read_tensors(source), {**read_metadata(source), **header})
+        if extra_check is not None:
+            extra_check(temporary)
 
 
 def check_file(path: Path, tensors: Mapping[str, Tensor], lora: LoraConfig, tolerance: float) -> None:

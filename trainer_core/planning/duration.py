@@ -224,6 +224,7 @@ def _micro_batch(config: TrainConfig, network: NetworkSize, work: Workload, spee
     """Mean seconds of a micro-batch, from an epoch's pairs of all sizes."""
     largest = Passes(work.train.image_tokens, work.train.text_tokens, 1)
     forwards, together = _rollout_forwards(config.rollout, config.max_train_steps), config.batching.train_batch_size
+    forwards += work.regularised + (1 - work.regularised) * config.preservation.preservation_probability
     seconds, turns = 0.0, 0
     for pairs in work.training or (largest,):
         tokens = pairs.image + pairs.text

@@ -66,7 +66,8 @@ class Workload:
     `on_the_fly_pixels`: pixels of the largest reference that is encoded on the fly; 0 if all are in the cache.
     `encoding`: what the cache lacks.
     `training`: tokens of the pairs of each size, and their turns per epoch. `held_out` and `pictures`: tokens and
-    number of the held-out pairs and of the validation pictures that one set of weights draws, for `validation_work`."""
+    number of the held-out pairs and of the validation pictures that one set of weights draws, for `validation_work`.
+    `regularised`: the share of the turns that regularisation data has."""
 
     train: PairSize
     batch: int
@@ -76,6 +77,7 @@ class Workload:
     training: tuple[Passes, ...] = ()
     held_out: tuple[Passes, ...] = ()
     pictures: tuple[Passes, ...] = ()
+    regularised: float = 0.0
 
     @property
     def tokens(self) -> Tokens:
@@ -114,7 +116,14 @@ def workload_of_encoded(
         on_the_fly_pixels=VAE_FACTOR**2 * max((math.prod(shape[-2:]) for shape in flying), default=0),
         held_out=_passes(_sizes(held_out, held_out.validation_pairs)),
         pictures=_passes(_at_sizes(drawn, validation)),
+        regularised=_share(encoded.pairs),
     )
+
+
+def _share(entries: Sequence[EncodedEntry]) -> float:
+    """The share of an epoch's turns that regularisation data has."""
+    turns = [(entry.probability * (1 + entry.repeats), entry.is_regularisation) for entry in entries]
+    return sum(each for each, is_regularisation in turns if is_regularisation) / sum(each for each, _ in turns)
 
 
 def resolution_in_words(side: int, work: Workload) -> str:

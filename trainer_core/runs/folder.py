@@ -271,8 +271,9 @@ class RunFolder:
         if self.writes:
             write_atomically(self.path / "config.json", json.dumps(config, indent=1, ensure_ascii=False).encode())
 
-    def save_checkpoint(self, checkpoint: Checkpoint, limit: int) -> None:
-        """Write a checkpoint under a temporary name, rename it, and keep the newest `limit` up to its step.
+    def save_checkpoint(self, checkpoint: Checkpoint, limit: int, best: int = 0) -> None:
+        """Write a checkpoint under a temporary name, rename it, and keep the newest `limit` up to its step, and that of
+        the step `best`.
 
         A complete checkpoint of the same step is kept as it is; an incomplete one is set aside. Checkpoints of later
         steps are incomplete, or the run would have resumed from them, so they don't count.
@@ -292,7 +293,8 @@ class RunFolder:
         _flush_folder(self.checkpoints)
         self.write_state(saved=checkpoint.step)
         for old in [each for each in self._checkpoint_folders() if _step_of(each) <= checkpoint.step][:-limit]:
-            _delete(old)
+            if _step_of(old) != best:
+                _delete(old)
 
     def steps_done(self) -> int:
         """Steps of the newest complete checkpoint; 0 without one."""

@@ -17,8 +17,9 @@ from .folder import RULES, RunFolder
 class TrainResult:
     """How a run ended.
 
-    `lora_file` and `ema_file` are None if it was paused, `ema_file` also without use_ema. `samples` is None without
-    validation pictures.
+    `lora_file` and `ema_file` are None if it was paused, `ema_file` also without use_ema. `best_file`: the LoRA of the
+    best step; None if that is the last one, or not known. `strength`: the one to use `best_file` at, or else
+    `lora_file`; None if none was compared. `samples` is None without validation pictures.
     """
 
     run_dir: Path
@@ -26,6 +27,8 @@ class TrainResult:
     stopped: Stop
     lora_file: Path | None = None
     ema_file: Path | None = None
+    best_file: Path | None = None
+    strength: float | None = None
     samples: SampleReport | None = None
 
 
@@ -45,8 +48,9 @@ def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: 
     stays_kept = 0 < kept_at(run) <= config.max_train_steps and not continue_kept
     lora_file = run.path / result["lora_file"]
     ema_file = run.path / result["ema_file"] if result.get("ema_file") else None
+    best_file = run.path / result["best_file"] if result.get("best_file") else None
     is_complete = result["steps"] == config.max_train_steps or stays_kept
-    if not is_complete or not all(is_whole(file) for file in (lora_file, ema_file) if file):
+    if not is_complete or not all(is_whole(file) for file in (lora_file, ema_file, best_file) if file):
         return None
     return TrainResult(
         run_dir=run.path,
@@ -54,6 +58,8 @@ def find_result(config: TrainConfig, *, continue_kept: bool = False, num_ranks: 
         stopped=Stop.KEEP if result["kept"] else Stop.NO,
         lora_file=lora_file,
         ema_file=ema_file,
+        best_file=best_file,
+        strength=result.get("strength"),
         samples=recorded_samples(run),
     )
 

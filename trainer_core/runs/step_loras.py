@@ -17,11 +17,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..config import PairCheckConfig
 from ..files import is_whole, read_metadata
 from ..text import reason_of
 
 LORA, EMA = "lora.safetensors", "ema.safetensors"
-_PSNR, _LOSS = "qwen_edit_trainer.psnr", "qwen_edit_trainer.validation_loss"
+_PSNR, _LOSS, _DRIFT = (f"qwen_edit_trainer.{name}" for name in ("psnr", "validation_loss", "drift"))
+# Differences of validations that mean little: a fraction of the lowest loss, and of PSNR in dB.
+_LOSS_RANGE, _PSNR_RANGE = 0.02, 0.1
 _FOLDER = re.compile(r"step-([0-9]{1,12})")
 _LOG = logging.getLogger(__name__)
 
@@ -30,13 +33,15 @@ _LOG = logging.getLogger(__name__)
 class StepLora:
     """The LoRAs of a validated step. `files`: the trained weights, their average, or both in this order.
 
-    `psnr` (dB) and `loss` are those of the first file's validation; None if they were not measured.
+    `psnr` (dB), `loss` and `drift` are those of the first file's validation; None if they were not measured. `drift` is
+    the sum of shift, zoom and colour in units of what the pair checker allows.
     """
 
     step: int
     files: tuple[Path, ...]
     psnr: float | None
     loss: float | None
+    drift: float | None
 
 
 def step_folder(samples: Path, step: int) -> Path:
@@ -44,9 +49,12 @@ def step_folder(samples: Path, step: int) -> Path:
     return samples / f"step-{step:06d}"
 
 
-def results_header(psnr: float | None, loss: float | None) -> dict[str, str]:
-    """What the header of a step's LoRA says about its validation."""
-    found = {_PSNR: psnr, _LOSS: loss}
+def results_header(psnr: float | None, loss: float | None, drift: Mapping[str, float]) -> dict[str, str]:
+    """What the header of a step's LoRA says about its validation. `drift`: the fields of a SampleReport, or empty."""
+    allowed = PairCheckConfig()
+    limits = {"shift": allowed.max_shift, "zoom": allowed.max_zoom_percent, "colour": allowed.max_colour_offset}
+    summed = sum(drift[f"drift_{name}"] / limit for name, limit in limits.items()) if drift else None
+    found = {_PSNR: psnr, _LOSS: loss, _DRIFT: summed}
     return {name: repr(float(value)) for name, value in found.items() if value is not None}
 
 
@@ -65,7 +73,7 @@ def _step_lora(folder: Path) -> StepLora | None:
         header = read_metadata(files[0])
     except (OSError, SafetensorError):  # deleted meanwhile
         return None
-    return StepLora(int(number[1]), files, _number(header, _PSNR), _number(header, _LOSS))
+    return StepLora(int(number[1]), files, *(_number(header, name) for name in (_PSNR, _LOSS, _DRIFT)))
 
 
 def _number(header: Mapping[str, str], name: str) -> float | None:
@@ -77,10 +85,25 @@ def _number(header: Mapping[str, str], name: str) -> float | None:
 
 
 def best_of(loras: Sequence[StepLora]) -> StepLora | None:
-    """The one with the highest PSNR, or if none has one, with the lowest validation loss; the later of equal ones."""
-    compared = [(lora.psnr, lora.step, lora) for lora in loras if lora.psnr is not None]
-    compared = compared or [(-lora.loss, lora.step, lora) for lora in loras if lora.loss is not None]
-    return max(compared, key=lambda each: each[:2])[2] if compared else None
+    """The step at which the run was best; None if nothing was measured.
+
+    Of the steps whose validation loss is near the lowest, those whose PSNR is near the highest, and of these the one
+    with the least drift. Without drift, the highest PSNR decides, without PSNR the lowest loss; then the later step.
+    """
+    lowest = min((lora.loss for lora in loras if lora.loss is not None), default=None)
+    if lowest is not None:
+        loras = [lora for lora in loras if lora.loss is not None and lora.loss <= lowest + _LOSS_RANGE * abs(lowest)]
+    highest = max((lora.psnr for lora in loras if lora.psnr is not None), default=None)
+    if highest is not None:
+        loras = [lora for lora in loras if lora.psnr is not None and lora.psnr >= highest - _PSNR_RANGE]
+    if lowest is None and highest is None:
+        return None
+
+    def rank(lora: StepLora) -> tuple[float, float, float, int]:
+        drift = lora.drift if all(each.drift is not None for each in loras) else None
+        return -(drift or 0.0), lora.psnr or 0.0, -(lora.loss or 0.0), lora.step
+
+    return max(loras, key=rank)
 
 
 def delete_old(samples: Path, step: int, limit: int) -> None:
@@ -90,7 +113,7 @@ def delete_old(samples: Path, step: int, limit: int) -> None:
     """
     loras = [each for each in step_loras(samples) if each.step <= step]
     best = best_of(loras)
-    for old in loras[:-limit]:
+    for old in loras[: max(0, len(loras) - limit)]:
         for file in old.files if old != best else ():
             try:
                 file.unlink(missing_ok=True)

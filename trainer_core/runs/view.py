@@ -61,9 +61,15 @@ def summary(folder: Path) -> dict[str, Any]:
             "psnr": {name: _number(samples.get(f"psnr_{name}")) for name in ("base", "lora", "ema", "vae")},
             "unmeasured": samples.get("unmeasured", ""),
             "seconds": _number(state.get("seconds")),
+            "best_step": _result(state, "best_step"),
+            "strength": _number(_result(state, "strength")),
             "kept_step": (state.get("result") or {}).get("steps") if state.get("state") == "kept" else None,
         }
     )
+
+
+def _result(state: Mapping[str, Any], name: str) -> Any:
+    return (state.get("result") or {}).get(name)
 
 
 def _state_or_problem(folder: Path) -> tuple[dict[str, Any], str]:

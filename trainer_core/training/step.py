@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from ..adapters.frozen_loras import load_with_frozen_loras
-from ..adapters.inject import inject_lora
+from ..adapters.inject import ADAPTER, inject_lora, is_dora, put_start
 from ..adapters.master_weights import MasterWeights, master_weights
-from ..adapters.plan import AdapterPlan
+from ..adapters.plan import AdapterPlan, LayerPlan
+from ..adapters.reader import AdapterPart
 from ..conditioning.batches import Batch, BatchLoader, Draw
 from ..config import Preprocessing, TrainConfig
 from ..device import peak_bytes, pick_device
@@ -29,10 +30,10 @@ from ..memory.placement import apply_memory, blocks_on_host, stream_blocks, take
 from ..memory.step_graphs import StepGraphs
 from ..qwen_image.base_model import BaseModel, compute_dtype
 from ..qwen_image.positions import follow_comfyui
-from .ema import average_in_place, start_ema, update_ema
+from .ema import Weights, average_in_place, start_ema, update_ema
 from .objective import loss_by_sigma
 from .optimizer import optimizer_builder, set_learning_rate, skip_update_if
-from .optimizer_state import weights_to_use
+from .optimizer_state import restored_after, weights_to_use
 from .pair_losses import pair_losses
 from .reduce import add_up_step
 from .rollout import rollout_probability
@@ -75,6 +76,39 @@ class Networks:
     def average_to_use(self) -> AbstractContextManager[None]:
         """Puts the moving average into the network while the context lasts."""
         return self._published(average_in_place(self.lora, self.ema))
+
+    @contextmanager
+    def at_strength(self, weights: Weights, strength: float) -> Iterator[None]:
+        """Puts these weights, with their weight changes times `strength`, into the network while the context lasts."""
+        doras = [module.lora_magnitude_vector[ADAPTER] for module in self.transformer.modules() if is_dora(module)]
+        scaled = (
+            {}
+            if doras
+            else {name: copy for name, copy in self.weights.copies.items() if name.endswith((".lora_B", ".lokr_w1"))}
+        )
+        with weights(), restored_after(scaled), torch.no_grad():
+            for copy in scaled.values():
+                copy.mul_(strength)
+            for magnitude in doras:
+                magnitude.strength = strength
+            try:
+                yield
+            finally:
+                for magnitude in doras:
+                    magnitude.strength = 1.0
+
+    def file_to_use(
+        self, changes: Mapping[str, AdapterPart], layers: Mapping[str, LayerPlan]
+    ) -> AbstractContextManager[None]:
+        """Puts the weight changes of one of this run's LoRA files into the network while the context lasts."""
+        return self._published(self._of_file(changes, layers))
+
+    @contextmanager
+    def _of_file(self, changes: Mapping[str, AdapterPart], layers: Mapping[str, LayerPlan]) -> Iterator[None]:
+        with restored_after(self.lora), torch.no_grad():
+            for name, part in changes.items():
+                put_start(self.transformer, self.lora, name, dataclasses.replace(layers[name], start=part))
+            yield
 
     @contextmanager
     def _published(self, masters_replaced: AbstractContextManager[None]) -> Iterator[None]:

@@ -24,7 +24,16 @@ from ..qwen_image.vae import load_vae
 from ..rng import stream
 from .ema import Weights
 from .objective import noisy_latents, velocity_loss
-from .validation_pictures import Shot, Standard, incomparable, keep_base, read_base, report_pictures, validation_shots
+from .validation_pictures import (
+    Shot,
+    Standard,
+    incomparable,
+    keep_base,
+    mean_psnr,
+    read_base,
+    report_pictures,
+    validation_shots,
+)
 
 if TYPE_CHECKING:
     from diffusers import QwenImageTransformer2DModel
@@ -83,6 +92,31 @@ class Validator:
                     velocity = predict_velocity(transformer, noisy.latents, noisy.sigma, condition)
                     losses.append(velocity_loss(velocity, noisy.target_velocity, weights))
         return float(torch.cat(losses).mean())
+
+    @property
+    def draws_targets(self) -> bool:
+        """Whether pictures are drawn that can be compared with their targets."""
+        return any(shot.has_target for shot in self._shots)
+
+    @torch.no_grad()
+    def psnr(self, transformer: QwenImageTransformer2DModel, device: torch.device, observer: Observer) -> float | None:
+        """Mean PSNR (dB) of the pictures that the network draws now; None if none can be compared with its target.
+
+        Raises:
+            Interrupted: the observer wants to stop.
+        """
+        shots = [shot for shot in self._shots if shot.has_target]
+        strength = self._config.validation_lora_strength
+        with without_dropout(transformer), with_second_lora(transformer, self._few_step_lora, strength, device):
+            drawn = {
+                shot: self._draw(transformer, shot, device, observer, (number, len(shots)))
+                for number, shot in enumerate(shots)
+            }
+        vae = load_vae(self._base_model, device, observer)
+        found = mean_psnr(self._encoded, vae, drawn, self._standards)
+        del vae
+        release_memory()
+        return found
 
     @torch.no_grad()
     def sample(

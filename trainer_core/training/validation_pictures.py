@@ -191,6 +191,19 @@ def report_pictures(
     return _report(measured, ceiling, incomparable(tuple(drawn["base"])), step, grid_file)
 
 
+def mean_psnr(
+    encoded: EncodedDataset, vae: AutoencoderKLQwenImage, drawn: Mapping[Shot, Tensor], standards: dict[Shot, Standard]
+) -> float | None:
+    """Mean PSNR (dB) of decoded latents [C, H, W] by shot; None without any. Adds what `standards` lacks."""
+    found = []
+    for shot, latents in drawn.items():
+        if shot not in standards:
+            target, *references = (to_picture(each.float() / 255) for each in encoded.load_pictures(shot.entry))
+            standards[shot] = _standard(encoded, vae, shot, target, references)
+        found.append(psnr(decode_latents(vae, latents), to_tensor(standards[shot].target)))
+    return _mean(found)
+
+
 def _report(
     measured: Mapping[str, Sequence[Measured]], vae_psnr: float | None, unmeasured: str, step: int, grid_file: Path
 ) -> SampleReport:

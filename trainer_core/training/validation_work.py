@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..config import EmaConfig, ValidationConfig
 from .ema import weights_to_validate
+from .strengths import STRENGTHS
 from .validation import LOSS_SIGMAS
 
 
@@ -24,16 +25,18 @@ class Passes:
 @dataclass(frozen=True, slots=True)
 class ValidationWork:
     """Forward passes of a run's validations. `each`: those of every validation. `first`: what the run's very first
-    validation adds for the base model's pictures, which are then kept. `times`: how often the run still validates."""
+    validation adds for the base model's pictures, which are then kept. `last`: the comparison of strengths at the end.
+    `times`: how often the run still validates."""
 
     each: tuple[Passes, ...]
     first: tuple[Passes, ...]
+    last: tuple[Passes, ...]
     times: int
 
     @property
     def total(self) -> tuple[Passes, ...]:
         """The passes of all validations together."""
-        return (*self.first, *_times(self.each, self.times))
+        return (*self.first, *_times(self.each, self.times), *self.last)
 
 
 def validation_is_due(config: ValidationConfig, step: int, max_train_steps: int) -> bool:
@@ -59,16 +62,20 @@ def validation_work(
     """
     losses, shots = tuple(held_out), tuple(pictures)
     if not losses:  # nothing is validated then
-        return ValidationWork((), (), 0)
+        return ValidationWork((), (), (), 0)
     how = config.drawing
     drawing = _times(shots, how.steps * (2 if how.guidance > 1 else 1))
     variants = len(weights_to_validate(nullcontext, nullcontext, ema))
+    sweep = config.strength_sweep
+    compared = _times(losses, len(LOSS_SIGMAS)) if sweep != "none" else ()
+    compared += drawing if sweep == "pictures" else ()
     interval = config.validation_step_interval or max_train_steps
     last = max_train_steps > done and max_train_steps % interval > 0
     times = max(0, max_train_steps // interval - done // interval) + last
     return ValidationWork(
         each=_times((*_times(losses, len(LOSS_SIGMAS)), *drawing), variants),
         first=drawing if times and done < interval else (),
+        last=_times(compared, len(STRENGTHS)) if times else (),
         times=times,
     )
 

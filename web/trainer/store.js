@@ -12,7 +12,8 @@
  *   problem?: string, phase?: string, phase_done?: number, phase_total?: number, stopping?: boolean,
  *   node_id?: string|null, changed?: number, has_graph?: boolean, psnr?: Record<string, number|null>,
  *   unmeasured?: string, curve?: Curve, samples?: Sample[], loras?: StepLora[], lora_name?: string,
- *   seconds?: number|null, kept_step?: number|null, revision: number}} Run
+ *   seconds?: number|null, kept_step?: number|null, best_step?: number|null, strength?: number|null,
+ *   revision: number}} Run
  * @typedef {{step: number, psnr: number|null, validation_loss: number|null, best: boolean}} StepLora
  */
 import { isMeasured } from "./chart_data.js";

@@ -1,0 +1,169 @@
+"""The best step of a run: its checkpoint and LoRA are kept and exported. And which strength to use."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.runs import PauseAt, equal, lora_tensors, named, twelve_steps
+from trainer_core.conditioning.encoded import EncodedDataset
+from trainer_core.config import LoraConfig, LoraType, ModelConfig, TrainConfig
+from trainer_core.events import SilentObserver
+from trainer_core.files import read_metadata
+from trainer_core.run import train_lora
+from trainer_core.runs.result import find_result
+from trainer_core.training import validation as validation_module
+from trainer_core.training.strengths import STRENGTHS, Measured, advised
+
+
+class Notes(SilentObserver):
+    def __init__(self) -> None:
+        self.all: list[str] = []
+
+    def on_note(self, text: str) -> None:
+        self.all.append(text)
+
+
+@pytest.fixture
+def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
+    return twelve_steps(encoded, model, tmp_path / "run")
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Validation losses that runs get, one after the other: of steps 5, 10 and 12, and then of the strengths."""
+    given: list[float] = []
+    monkeypatch.setattr(validation_module.Validator, "loss", lambda *_: given.pop(0))
+    return given
+
+
+def test_the_best_step_is_exported_beside_the_last(config: TrainConfig, losses: list[float]) -> None:
+    losses += [0.3, 0.1, 0.2, *(0.09 + 0.01 * abs(strength - 0.8) for strength in STRENGTHS)]
+    notes = Notes()
+    result = train_lora(config, notes)
+    run = result.run_dir
+    assert result.best_file == run / "run-best.safetensors" and result.strength == 0.8
+    assert equal(load_file(result.best_file), load_file(run / "samples/step-000010/lora.safetensors"))
+    header = read_metadata(result.best_file)
+    assert (header["modelspec.title"], header["ss_steps"]) == ("run-best", "10")
+    assert header["qwen_edit_trainer.strength"] == "0.8" and header["modelspec.usage_hint"] == "Use at strength 0.8."
+    assert result.lora_file and "qwen_edit_trainer.strength" not in read_metadata(result.lora_file)
+    assert any("best at step 10 of 12 (validation loss 0.1000" in note for note in notes.all)
+    assert any("Use the LoRA at strength 0.8." in note for note in notes.all)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000010", "step-000012"]
+    assert find_result(config) == result
+    result.best_file.unlink()
+    assert find_result(config) is None
+
+
+def test_the_last_step_can_be_the_best(config: TrainConfig, losses: list[float]) -> None:
+    losses += [0.3, 0.2, 0.1, *[0.1] * len(STRENGTHS)]
+    result = train_lora(config)
+    assert result.best_file is None and result.strength == 1 and result.lora_file
+    assert read_metadata(result.lora_file)["qwen_edit_trainer.strength"] == "1"
+    assert not list(result.run_dir.glob("*-best*"))
+
+
+def test_the_checkpoint_of_the_best_step_stays(config: TrainConfig, losses: list[float]) -> None:
+    """With a limit of one checkpoint, whether or not checkpoints are due at that step."""
+    losses += [0.1, 0.2, 0.3, *[0.1] * len(STRENGTHS)]
+    checkpoints = dataclasses.replace(config.checkpoints, checkpoints_total_limit=1)
+    result = train_lora(dataclasses.replace(config, checkpoints=checkpoints))
+    names = sorted(path.name for path in (result.run_dir / "checkpoints").iterdir())
+    assert names == ["step-000005", "step-000012"]
+
+
+def test_neither_is_done_if_not_asked_for(config: TrainConfig, losses: list[float]) -> None:
+    losses += [0.1, 0.2, 0.3]
+    validation = dataclasses.replace(
+        config.validation, keep_best=False, strength_sweep="none", validation_loras_total_limit=0
+    )
+    result = train_lora(dataclasses.replace(config, validation=validation))
+    assert result.best_file is None and result.strength is None and not losses
+    assert not list(result.run_dir.glob("samples/*/*.safetensors"))
+
+
+def test_the_best_alone_can_be_kept(config: TrainConfig, losses: list[float]) -> None:
+    losses += [0.3, 0.1, 0.2, *[0.1] * len(STRENGTHS)]
+    validation = dataclasses.replace(config.validation, validation_loras_total_limit=0)
+    result = train_lora(dataclasses.replace(config, validation=validation))
+    kept = [path.parent.name for path in result.run_dir.glob("samples/*/*.safetensors")]
+    assert kept == ["step-000010"]
+
+
+@pytest.mark.parametrize("lora_type", ["lora", "dora", "lokr"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_strength_scales_the_weight_change(
+    lora_type: LoraType, precision: Any, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network at strength s predicts what it predicts with the exported file at strength s, which ComfyUI's
+    LoRA loader does too. Afterwards it is unchanged."""
+    from trainer_core.adapters.frozen_loras import load_with_frozen_loras
+    from trainer_core.adapters.inject import load_into
+    from trainer_core.qwen_image.base_model import BaseModel
+
+    config = dataclasses.replace(
+        config,
+        max_train_steps=5,
+        model=dataclasses.replace(config.model, mixed_precision=precision),
+        lora=LoraConfig(lora_rank=4, lora_type=lora_type, lora_targets="attention"),
+        validation=dataclasses.replace(config.validation, num_validation_images=0),
+    )
+    original, found = validation_module.Validator.loss, []
+
+    def kept(self: Any, transformer: Any, device: torch.device, observer: Any) -> float:
+        found.append(original(self, transformer, device, observer))
+        return found[-1]
+
+    monkeypatch.setattr(validation_module.Validator, "loss", kept)
+    seen: list[Any] = []
+    init = validation_module.Validator.__init__
+    monkeypatch.setattr(
+        validation_module.Validator, "__init__", lambda self, *a, **k: (seen.append(self), init(self, *a, **k))[1]
+    )
+    result = train_lora(config)
+    assert result.lora_file
+    last, *swept = found
+    assert swept[STRENGTHS.index(1.0)] == last and len(set(swept)) == len(STRENGTHS)
+    device = torch.device("cpu")
+    for strength, loss in zip(STRENGTHS, swept, strict=True):
+        if strength in (0.6, 1.2):
+            transformer = load_with_frozen_loras(BaseModel(config.model), device)
+            from trainer_core.qwen_image.positions import follow_comfyui
+
+            follow_comfyui(transformer)
+            load_into(transformer, result.lora_file, strength)
+            wanted = original(seen[0], transformer, device, SilentObserver())
+            assert loss == pytest.approx(wanted, rel=2e-3 if precision == "bf16" else 1e-5)
+
+
+def test_the_sweep_changes_nothing_of_the_run(config: TrainConfig) -> None:
+    validation = dataclasses.replace(config.validation, keep_best=False, strength_sweep="none")
+    without = train_lora(named(config, "without", validation=validation))
+    pictures = dataclasses.replace(config.validation, strength_sweep="pictures")
+    with_pictures = train_lora(named(config, "pictures", validation=pictures), PauseAt(6))
+    assert with_pictures.lora_file is None
+    with_pictures = train_lora(named(config, "pictures", validation=pictures))
+    assert equal(lora_tensors(without), lora_tensors(with_pictures))
+    assert with_pictures.strength in STRENGTHS
+    header = read_metadata(with_pictures.best_file or with_pictures.lora_file)  # type: ignore[arg-type]
+    assert header["qwen_edit_trainer.strengths"].startswith("PSNR ")
+
+
+def measured(*results: tuple[float, float | None]) -> list[Measured]:
+    return [Measured(strength, *each) for strength, each in zip(STRENGTHS, results, strict=True)]
+
+
+def test_which_strength_is_advised() -> None:
+    flat: list[tuple[float, float | None]] = [(0.1, None)] * 6
+    assert advised(measured(*flat)) == 1
+    assert advised(measured((0.0997, None), *flat[1:])) == 1  # gains too little
+    assert advised(measured((0.0990, None), *flat[1:])) == 0.6
+    pictures: list[tuple[float, float | None]] = [(0.1, 20.0)] * 6
+    assert advised(measured((0.05, 20.05), *pictures[1:])) == 1  # pictures decide, if there are any
+    assert advised(measured(*pictures[:5], (0.2, 20.2))) == 1.2
