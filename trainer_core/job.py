@@ -296,7 +296,12 @@ def _together(
         return parts[0][1], None
     kinds: dict[bool, list[MixPart]] = {False: [], True: []}
     for part, encoded in parts:
-        turns = MixPart(encoded=encoded, repeats=part.repeats, probability=part.probability)
+        turns = MixPart(
+            encoded=encoded,
+            repeats=part.repeats,
+            probability=part.probability,
+            is_regularisation=part.is_regularisation_data,
+        )
         kinds[part.id in job.eval_dataset_id].append(turns)
     cache_dir = Path(job.cache_dir)
     validation = mix(kinds[True], cache_dir, validation_only=True) if kinds[True] else None

@@ -239,6 +239,16 @@ def test_masks_and_several_data_sets():
     assert "cache" in line(imported, "text:") and "probability" in line(imported, "more.probability:")
 
 
+@pytest.mark.parametrize("key", ["is_regularisation_data", "is_regularization_data"])
+def test_regularisation_data_is_marked(key: str):
+    data = json.loads(plain_json(EDIT_V1))
+    imported = read(datasets=[*data, {**data[0], "id": "keep", key: True}])
+    assert [part.is_regularisation_data for part in imported.job.datasets] == [False, True]
+    assert "base model's own prediction" in line(imported, f"keep.{key}:")
+    with pytest.raises(ConfigError, match="nothing to learn"):
+        read(**{key: True})
+
+
 def test_what_data_sets_share_stands_once_and_can_be_changed():
     data = json.loads(plain_json(EDIT_V2))
     data.append({**data[0], "id": "more", "crop": True})

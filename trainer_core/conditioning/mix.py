@@ -18,12 +18,14 @@ class MixPart:
     """One dataset of a mix. `repeats` is the number of extra turns of every pair per epoch.
 
     `probability` is the chance of each pair to be drawn in an epoch. With 0 none of them is trained on, but the
-    held-out pairs are still used.
+    held-out pairs are still used. Pairs with `is_regularisation` are trained towards the base model's own prediction.
+    Their held-out pairs are not validated, because they show none of the edits.
     """
 
     encoded: EncodedDataset
     repeats: int = 0
     probability: float = 1.0
+    is_regularisation: bool = False
 
     def __post_init__(self) -> None:
         check_turns(self.repeats, self.probability)
@@ -73,6 +75,7 @@ def plan_mix(parts: Sequence[MixPart], cache_dir: Path, *, validation_only: bool
         validation_pairs=tuple(
             dataclasses.replace(entry, key=_key(number, entry.key))
             for number, part in enumerate(parts, 1)
+            if validation_only or not part.is_regularisation
             for entry in part.encoded.validation_pairs
         ),
         left_out=tuple(_key(number, key) for number, part in enumerate(parts, 1) for key in part.encoded.left_out),
@@ -86,6 +89,7 @@ def _entry(entry: EncodedEntry, number: int, part: MixPart) -> EncodedEntry:
         key=_key(number, entry.key),
         repeats=(1 + entry.repeats) * (1 + part.repeats) - 1,
         probability=entry.probability * part.probability,
+        is_regularisation=entry.is_regularisation or part.is_regularisation,
     )
 
 

@@ -273,6 +273,11 @@ class DatasetPartConfig(Settings):
         "Fraction of the pairs that each epoch draws at random. 1 for all, 0 for none.",
         Limits(min=0.01, max=1, also=0, step=0.01),
     )
+    is_regularisation_data: bool = setting(
+        False,
+        "Train the pairs towards the base model's own prediction, not towards their targets, so that it keeps its "
+        "abilities. None of them is held out, except in a dataset of eval_dataset_id.",
+    )
 
 
 def check_turns(repeats: int, probability: float) -> None:

@@ -193,7 +193,8 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
 
     Raises:
         ConfigError: a dataset is for another flavour, they were encoded differently, or empty captions are missing.
-        DatasetError: there is no pair to train on, or the validation dataset has no held-out pair.
+        DatasetError: there is no pair to train on, all are regularisation data, or the validation dataset has no
+            held-out pair.
     """
     for each in (encoded, held_out):
         if each.flavour != config.model.flavour:
@@ -206,6 +207,11 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
     if not encoded.pairs:
         raise DatasetError(
             "The dataset has no pairs to train on: all are held out. Set num_eval_images lower, to 0 or more."
+        )
+    if encoded.pairs and all(pair.is_regularisation for pair in encoded.pairs):
+        raise DatasetError(
+            "All pairs to train on are regularisation data, from which the model learns nothing new. Add a dataset of "
+            "edits, or turn is_regularisation_data off."
         )
     if not held_out.validation_pairs and held_out is not encoded:
         raise DatasetError("The validation dataset has no held-out pairs. Encode it with num_eval_images -1.")

@@ -74,6 +74,11 @@ def read_data(
 
 def _job_values(parts: list[dict[str, Any]], evals: list[str], notes: list[str]) -> dict[str, Any]:
     """One data set as `dataset`, several as `datasets`. The settings that all share go into `encoding`."""
+    if all(part.get("is_regularisation_data") for part in parts if part["id"] not in evals):
+        raise ConfigError(
+            "is_regularisation_data is true in all data sets, so there is nothing to learn. Set it to false in those "
+            "that show edits."
+        )
     if len(parts) == 1:
         part = parts[0]
         if part.get("repeats", 0) or part.get("probability", 1) != 1:
@@ -124,7 +129,7 @@ def _part(backends: Backends, section: Section, references: list[str], masks: li
     encoding = {**_sizes(section), **_image_embeds(backends, section, name)}
     if section.truth("disable_validation"):
         encoding |= {"num_eval_images": 0, "train_eval_images": False}
-    return {"id": name, "dataset": dataset, "encoding": encoding, **_turns(section)}
+    return {"id": name, "dataset": dataset, "encoding": encoding, **_turns(section), **_regularisation(section)}
 
 
 def _image_embeds(backends: Backends, section: Section, name: str) -> dict[str, Any]:
@@ -155,6 +160,18 @@ def _turns(section: Section) -> dict[str, Any]:
         turns["probability"] = probability
         section.note("probability", "the share of the pairs that each epoch draws, anew every time.")
     return turns
+
+
+def _regularisation(section: Section) -> dict[str, Any]:
+    """is_regularisation_data, if it is true."""
+    spellings = ("is_regularisation_data", "is_regularization_data")
+    if not section.truth(*spellings):
+        return {}
+    section.note(
+        next(each for each in spellings if each in section),
+        "its pairs are trained towards the base model's own prediction. SimpleTuner does so with LyCORIS only.",
+    )
+    return {"is_regularisation_data": True}
 
 
 def _linked(

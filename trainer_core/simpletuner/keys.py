@@ -26,7 +26,7 @@ _DATA = {
     "no picture is ever deleted": "delete_unwanted_images delete_problematic_images delete_nsfw_images",
     "captions are used unchanged": "caption_shuffle caption_filter_list fallback_caption_column captions",
     "references are separate pictures, not made from the targets": "conditioning conditioning_config",
-    "one LoRA is trained on all pairs alike": "is_regularisation_data is_regularization_data slider_strength",
+    "one LoRA is trained on all pairs alike": "slider_strength",
     "only local pictures are read": "aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id "
     "aws_secret_access_key aws_data_prefix csv_cache_dir csv_url_column huggingface webshart dataset_name config "
     "memory_filesystem_path memory_filesystem_size memory_filesystem_sudo aws_session_token hf_token revision split "
