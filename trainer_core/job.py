@@ -301,6 +301,7 @@ def _together(
             repeats=part.repeats,
             probability=part.probability,
             is_regularisation=part.is_regularisation_data,
+            timestep_sampling_offset=part.timestep_sampling_offset,
         )
         kinds[part.id in job.eval_dataset_id].append(turns)
     cache_dir = Path(job.cache_dir)

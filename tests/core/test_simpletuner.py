@@ -249,6 +249,26 @@ def test_regularisation_data_is_marked(key: str):
         read(**{key: True})
 
 
+def test_each_data_set_keeps_its_offset():
+    def data(*offsets: float | None) -> list[dict]:
+        first, *others = json.loads(plain_json(EDIT_V1))
+        sets = [{**first, "id": f"set{number}"} for number in range(len(offsets))]
+        return [one | {"timestep_sampling_offset": each} for one, each in zip(sets, offsets, strict=True)] + others
+
+    imported = read({"flow_sigmoid_scale": 2.0}, data(-0.5, 1, None))
+    assert [part.timestep_sampling_offset for part in imported.job.datasets] == [-0.5, 1.0, 0.0]
+    assert (imported.job.noise.logit_mean, imported.job.noise.logit_std) == (0.0, 2.0)
+    alike = read({"flow_sigmoid_scale": 2.0}, data(-0.5, -0.5)).job
+    assert alike.noise.logit_mean == -1.0 and {part.timestep_sampling_offset for part in alike.datasets} == {0.0}
+    validated = read({"eval_dataset_id": "set1"}, data(-0.5, 1)).job
+    assert validated.noise.logit_mean == -0.5 and {part.timestep_sampling_offset for part in validated.datasets} == {
+        0.0
+    }
+    uniform = read({"flow_use_uniform_schedule": True}, data(-0.5, 1))
+    assert {part.timestep_sampling_offset for part in uniform.job.datasets} == {0.0}
+    assert "SimpleTuner ignores it" in line(uniform, "timestep_sampling_offset:")
+
+
 def test_what_data_sets_share_stands_once_and_can_be_changed():
     data = json.loads(plain_json(EDIT_V2))
     data.append({**data[0], "id": "more", "crop": True})

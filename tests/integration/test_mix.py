@@ -23,6 +23,7 @@ from trainer_core.config import (
     JobConfig,
     LoraConfig,
     ModelConfig,
+    NoiseConfig,
     TrainConfig,
     ValidationConfig,
     from_json,
@@ -59,8 +60,11 @@ def large(model: ModelConfig, pairs: EditDataset, cache: Path) -> EncodedDataset
 
 @pytest.fixture
 def drawn(small: EncodedDataset, large: EncodedDataset) -> EncodedDataset:
-    """Large pairs twice per epoch, small ones with a probability of 0.3 per epoch."""
-    parts = [MixPart(encoded=small, probability=0.3), MixPart(encoded=large, repeats=1)]
+    """Large pairs twice per epoch with lower noise levels, small ones with a probability of 0.3 per epoch."""
+    parts = [
+        MixPart(encoded=small, probability=0.3),
+        MixPart(encoded=large, repeats=1, timestep_sampling_offset=-0.5),
+    ]
     return mix_encoded(parts, small.cache_dir)
 
 
@@ -133,6 +137,27 @@ def test_no_regularisation_data_is_held_out_unless_it_is_only_validated() -> Non
     assert (edits.num_eval_images, kept.num_eval_images) == (0, -1)
 
 
+def test_offsets_are_kept_per_pair_and_shift_what_is_trained(
+    small: EncodedDataset, large: EncodedDataset, model: ModelConfig, tmp_path: Path
+) -> None:
+    parts = [MixPart(encoded=small), MixPart(encoded=large, timestep_sampling_offset=9.0)]
+    mix = mix_encoded(parts, small.cache_dir)
+    assert load_encoded(mix.manifest) == mix and "timestep_sampling_offset 9: 3." in encoding_report(mix)
+    rows = json.loads(mix.manifest.read_text())["pairs"]
+    assert [row.get("timestep_sampling_offset") for row in rows] == [None] * 3 + [9.0] * 3
+    assert [mix.load(entry).timestep_sampling_offset for entry in mix.pairs] == [0.0] * 3 + [9.0] * 3
+    (inner, *_), outer = mix.pairs[3:], MixPart(encoded=mix, timestep_sampling_offset=0.5)
+    assert plan_mix([outer], small.cache_dir).pairs[3].timestep_sampling_offset == inner.timestep_sampling_offset + 0.5
+    config = TrainConfig(model=model, encoded=str(mix.manifest), run_dir=str(tmp_path / "run"), max_train_steps=1)
+    batching = BatchingConfig(train_batch_size=6, gradient_accumulation_steps=1)
+    train_lora(dataclasses.replace(config, batching=batching, validation=ValidationConfig(num_validation_images=0)))
+    (row, *_) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert "0.8-1.0" in row["loss_by_sigma"] and len(row["loss_by_sigma"]) > 1
+    uniform = dataclasses.replace(config, noise=NoiseConfig(sigma_distribution="uniform"))
+    with pytest.raises(ConfigError, match="timestep_sampling_offset of the pair '2/00.' is 9, but .* is uniform"):
+        check_datasets(uniform, mix, mix)
+
+
 def test_a_plain_mix_has_the_order_of_the_dataset_alone(small: EncodedDataset) -> None:
     mix = mix_encoded([MixPart(encoded=small)], small.cache_dir)
     plans = [BatchPlan(each, BatchingConfig(train_batch_size=2), 3) for each in (small, mix)]
@@ -182,7 +207,7 @@ def test_what_cannot_be_mixed(small: EncodedDataset) -> None:
         mix_encoded([MixPart(encoded=small)], small.cache_dir.parent / "elsewhere")
     with pytest.raises(ConfigError, match="nothing to mix"):
         mix_encoded([], small.cache_dir)
-    for wrong in ({"repeats": -1}, {"probability": 1.5}, {"probability": 0.001}):
+    for wrong in ({"repeats": -1}, {"probability": 1.5}, {"probability": 0.001}, {"timestep_sampling_offset": 11.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             MixPart(encoded=small, **wrong)
 

@@ -80,6 +80,7 @@ class EncodedDataset:
             reference_latents=self._references(entry, encode_reference),
             prompt_embeds=self._tensor("prompt", entry.prompt(caption), entry),
             loss_weights=self._tensor("mask", entry.mask, entry) if entry.mask else None,
+            timestep_sampling_offset=entry.timestep_sampling_offset,
         )
 
     def load_prompt(self, entry: EncodedEntry, key: str) -> Any:

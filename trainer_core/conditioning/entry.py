@@ -25,9 +25,9 @@ class EncodedEntry:
     of the target's latents [C, H, W], `reference_shapes` are those of the references.
 
     Only held-out pairs have `negative`, `pictures`, and `validation_captions` with their `validation_prompts`, which
-    are sampled in addition to the captions. `repeats` (extra turns per epoch) and `probability` (of being drawn in an
-    epoch) come from a mix, and so does `is_regularisation`: the pair is trained towards the base model's own prediction.
-    A pair that shows one reference at a time has `prompts_by_reference` and
+    are sampled in addition to the captions. A mix sets `repeats` (extra turns per epoch), `probability` (of being
+    drawn in an epoch), `is_regularisation` (the pair is trained towards the base model's own prediction) and
+    `timestep_sampling_offset` (to the pair's noise levels, see `objective.with_offset`). A pair that shows one reference at a time has `prompts_by_reference` and
     `empty_by_reference` instead of `prompts` and `empty`. A pair whose references are encoded on the fly has
     `reference_files`; its `references` are then not in the cache.
     """
@@ -51,6 +51,7 @@ class EncodedEntry:
     empty_by_reference: tuple[str, ...] = ()
     reference_files: tuple[ReferenceFile, ...] = ()
     is_regularisation: bool = False
+    timestep_sampling_offset: float = 0.0
 
     def seen(self, reference_set: int) -> EncodedEntry:
         """The pair as one turn sees it: unchanged, or with only reference number `reference_set` and its prompts."""

@@ -278,12 +278,19 @@ class DatasetPartConfig(Settings):
         "Train the pairs towards the base model's own prediction, not towards their targets, so that it keeps its "
         "abilities. None of them is held out, except in a dataset of eval_dataset_id.",
     )
+    timestep_sampling_offset: float = setting(
+        0.0,
+        "Shift of this dataset's noise levels with sigma_distribution logit_normal: logit_mean is raised by this many "
+        "times logit_std. Below 0 trains more on detail, above 0 more on composition. -1 to 1 is typical.",
+        Limits(min=-10, max=10, step=0.05),
+    )
 
 
-def check_turns(repeats: int, probability: float) -> None:
-    """Raises ConfigError if these are no valid `repeats` and `probability` of a DatasetPartConfig."""
+def check_part(repeats: int, probability: float, timestep_sampling_offset: float) -> None:
+    """Raises ConfigError if these are no valid values of the settings that a DatasetPartConfig has for a mix."""
     check_setting(DatasetPartConfig, "repeats", repeats)
     check_setting(DatasetPartConfig, "probability", probability)
+    check_setting(DatasetPartConfig, "timestep_sampling_offset", timestep_sampling_offset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

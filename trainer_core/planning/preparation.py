@@ -23,6 +23,7 @@ from ..qwen_image.flavours import title_of
 from ..qwen_image.sampling import load_scheduler
 from ..qwen_image.vae import check_vae
 from ..runs.metrics import check_tensorboard
+from ..text import shown
 from ..training.optimizer import optimizer_builder
 from ..training.validation_pictures import incomparable, validation_shots
 from .advice import STEP, VALIDATION, memory_advice, memory_errors_explained
@@ -192,7 +193,8 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
     `held_out` is the dataset with the held-out pairs; it can be the same as `encoded`.
 
     Raises:
-        ConfigError: a dataset is for another flavour, they were encoded differently, or empty captions are missing.
+        ConfigError: a dataset is for another flavour, they were encoded differently, empty captions are missing, or
+            noise levels are shifted that are not logit-normal.
         DatasetError: there is no pair to train on, all are regularisation data, or the validation dataset has no
             held-out pair.
     """
@@ -216,3 +218,10 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
     if not held_out.validation_pairs and held_out is not encoded:
         raise DatasetError("The validation dataset has no held-out pairs. Encode it with num_eval_images -1.")
     check_empty_captions(encoded, config.batching)
+    shifted = next((pair for pair in encoded.pairs if pair.timestep_sampling_offset), None)
+    if shifted is not None and config.noise.sigma_distribution != "logit_normal":
+        raise ConfigError(
+            f"timestep_sampling_offset of the pair {shown(shifted.key)!r} is {shifted.timestep_sampling_offset:g}, but "
+            f"sigma_distribution is {config.noise.sigma_distribution}. Set timestep_sampling_offset to 0 or "
+            "sigma_distribution to logit_normal."
+        )

@@ -31,7 +31,7 @@ class ImportedData:
     """What the data file contributes to a job.
 
     `values` has `dataset` or `datasets`, `encoding` and `eval_dataset_id` of the job's JSON, `name` is a name for the
-    run, and `offset` is the mean of the logit-normal noise distribution in units of its standard deviation.
+    run, and `offset` is the timestep_sampling_offset of all data sets; 0 if `datasets` has one for each.
     """
 
     values: dict[str, Any]
@@ -67,7 +67,9 @@ def read_data(
             _other(backends, other, used, cut, known, notes)
     first = next(iter(offsets))
     if len(set(offsets.values())) > 1:
-        notes.append(f"timestep_sampling_offset: that of {first} is used, because one value applies to the whole run.")
+        for part in parts:
+            part |= {"timestep_sampling_offset": each} if (each := offsets.get(part["id"])) else {}
+        offsets[first] = 0.0
     evals = [name for name in names if name in backends.eval_ids]
     return ImportedData(values=_job_values(parts, evals, notes), name=first, offset=offsets[first])
 

@@ -33,7 +33,7 @@ from ..qwen_image.types import Condition
 from ..rng import seeded_globally
 from .edit_weight import combined_weights
 from .ema import average_in_place, start_ema, update_ema
-from .objective import add_noise, loss_by_sigma, penalty_at, velocity_loss
+from .objective import add_noise, loss_by_sigma, penalty_at, velocity_loss, with_offset
 from .optimizer import optimizer_builder, set_learning_rate, skip_update_if
 from .optimizer_state import weights_to_use
 from .reduce import add_up_step
@@ -290,7 +290,8 @@ def _input(
     latents = pair.target_latents.unsqueeze(0).to(networks.device, non_blocking=True)
     condition = pair.condition().to(networks.device)
     weights = None if pair.loss_weights is None else pair.loss_weights.unsqueeze(0).to(networks.device)
-    noisy = add_noise(latents, config.noise, config.seed, [index], step_turns)
+    noise = with_offset(config.noise, pair.timestep_sampling_offset)
+    noisy = add_noise(latents, noise, config.seed, [index], step_turns)
     (offset,) = draw_offsets(config.rollout, done, config.seed, [index])
 
     def velocity(latents: Tensor, sigma: Tensor) -> Tensor:
