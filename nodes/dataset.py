@@ -55,7 +55,8 @@ class PairFolders(Node):
                     io.String,
                     "reference_folder_1",
                     default="my_edit/reference",
-                    tooltip=f"Folder of the pictures to edit, named like the targets. {_BELOW.format('reference')}",
+                    tooltip=f"Folder of the pictures to edit, named like the targets. {_BELOW.format('reference')} "
+                    "Empty: the targets are trained as text-to-image.",
                 ),
                 setting_input(DatasetConfig, "caption_strategy"),
                 setting_input(DatasetConfig, "instance_prompt", multiline=True),
@@ -94,7 +95,7 @@ class PairFolders(Node):
 
         ComfyUI shows the message once for each argument of this method, so `execute` checks the other inputs.
         """
-        named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1}
+        named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1 or None}
         folders_below({label: name for label, name in named.items() if name is not None}, host_folders.dataset_roots())
         return True
 
@@ -133,7 +134,9 @@ def _dataset_config(
     **references: str,
 ) -> DatasetConfig:
     roots = host_folders.dataset_roots()
-    given = {label: name for label, name in sorted(references.items()) if name or label == "reference_folder_1"}
+    given = {label: name for label, name in sorted(references.items()) if name}
+    if given:  # a further folder without the first is a mistake, which the error says
+        given = {"reference_folder_1": references["reference_folder_1"], **given}
     types = (reference_settings or sockets.ReferencesSeen()).conditioning_types
     masks = {"mask_folder": mask_folder} if mask_folder else {}
     folders = folders_below({"target_folder": target_folder, **given, **masks}, roots)

@@ -160,7 +160,7 @@ class CheckedJob:
     """What the checks of a job found. What could not be made because of `problems` is missing.
 
     `planned`: the datasets, with what the cache lacks. `disk`: what will be written. `notes`: sentences about tight
-    disk space, and about validation pictures that can't be measured.
+    disk space, pairs without references, and validation pictures that can't be measured.
     """
 
     problems: Problems

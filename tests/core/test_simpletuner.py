@@ -227,15 +227,16 @@ def test_masks_and_several_data_sets():
     data.append({"id": "text", "dataset_type": "text_embeds", "cache_dir": "cache/text", "type": "local"})
     changes = {"eval_dataset_id": "held-out", "num_eval_images": 3}
     imported = read(changes, data, conditioning_data=["m", "my-reference-images"], crop=False, disable_validation=True)
-    first, more, held_out = imported.job.datasets
+    first, more, held_out, plain = imported.job.datasets
     assert first.dataset.mask_dir == str(ROOT / "masks") and not more.dataset.mask_dir
     assert first.dataset.reference_dirs == more.dataset.reference_dirs == (str(Path("/datasets/reference-images")),)
-    assert [part.encoding.resolution for part in imported.job.datasets] == [1024, 512, 1024]
-    assert [part.encoding.sizes.crop for part in imported.job.datasets] == [False, True, False]
+    assert [part.encoding.resolution for part in imported.job.datasets] == [1024, 512, 1024, 1024]
+    assert [part.encoding.sizes.crop for part in imported.job.datasets] == [False, True, False, False]
     assert (more.repeats, more.probability, first.repeats) == (3, 0.4, 0)
     assert imported.job.eval_dataset_id == ("held-out",) and held_out.id == "held-out"
     assert imported.job.validation.num_validation_images == 3
-    assert "conditioning_data" in line(imported, "plain: LEFT OUT") and "No data set" in line(imported, "spare: LEFT")
+    assert plain.dataset.reference_dirs == () and "text-to-image" in line(imported, "plain.conditioning_data:")
+    assert "No data set" in line(imported, "spare: LEFT")
     assert "cache" in line(imported, "text:") and "probability" in line(imported, "more.probability:")
 
 
@@ -247,6 +248,24 @@ def test_regularisation_data_is_marked(key: str):
     assert "base model's own prediction" in line(imported, f"keep.{key}:")
     with pytest.raises(ConfigError, match="nothing to learn"):
         read(**{key: True})
+
+
+def test_a_data_set_without_references_is_text_to_image_beside_one_with():
+    data = json.loads(plain_json(EDIT_V1))
+    plain = {"id": "plain", "instance_data_dir": "plain", "is_regularisation_data": True}
+    imported = read({"num_eval_images": 3}, [*data, plain])
+    edits, kept = imported.job.datasets
+    assert (edits.dataset.reference_dirs, kept.dataset.reference_dirs) == (
+        (str(Path("/datasets/reference-images")),),
+        (),
+    )
+    assert (edits.encoding.num_eval_images, kept.encoding.num_eval_images) == (3, 0), "SimpleTuner samples edits only"
+    assert not [each for each in imported.report if "LEFT OUT" in each]
+    with pytest.raises(ConfigError, match="No data set to train on"):
+        read({}, [{**data[0], "conditioning_data": None}, *data[1:]])
+    mask = {"id": "m", "conditioning_type": "mask", "instance_data_dir": "masks"}
+    with pytest.raises(ConfigError, match="only masks"):
+        read({}, [*data, {**plain, "conditioning_data": "m"}, mask])
 
 
 def test_each_data_set_keeps_its_offset():

@@ -154,7 +154,7 @@ def test_offsets_are_kept_per_pair_and_shift_what_is_trained(
     (row, *_) = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert "0.8-1.0" in row["loss_by_sigma"] and len(row["loss_by_sigma"]) > 1
     uniform = dataclasses.replace(config, noise=NoiseConfig(sigma_distribution="uniform"))
-    with pytest.raises(ConfigError, match="timestep_sampling_offset of the pair '2/00.' is 9, but .* is uniform"):
+    with pytest.raises(ConfigError, match=r"timestep_sampling_offset of the pair '2/00.' is 9, but .* is uniform"):
         check_datasets(uniform, mix, mix)
 
 

@@ -27,9 +27,9 @@ class EncodedEntry:
     Only held-out pairs have `negative`, `pictures`, and `validation_captions` with their `validation_prompts`, which
     are sampled in addition to the captions. A mix sets `repeats` (extra turns per epoch), `probability` (of being
     drawn in an epoch), `is_regularisation` (the pair is trained towards the base model's own prediction) and
-    `timestep_sampling_offset` (to the pair's noise levels, see `objective.with_offset`). A pair that shows one reference at a time has `prompts_by_reference` and
-    `empty_by_reference` instead of `prompts` and `empty`. A pair whose references are encoded on the fly has
-    `reference_files`; its `references` are then not in the cache.
+    `timestep_sampling_offset` (of its noise levels). A pair that shows one reference at a time has
+    `prompts_by_reference` and `empty_by_reference` instead of `prompts` and `empty`. A pair whose references are
+    encoded on the fly has `reference_files`; its `references` are then not in the cache.
     """
 
     key: str

@@ -63,8 +63,8 @@ class DatasetConfig(Settings):
         "Folder of the pictures that the model should produce.", Limits(valid=bool, allowed="a folder of pictures")
     )
     reference_dirs: tuple[str, ...] = required(
-        "One to three folders of the pictures to edit.",
-        Limits(valid=lambda folders: 1 <= len(folders) <= 3, allowed="one, two or three folders"),
+        "One to three folders of the pictures to edit. An empty list trains the targets as text-to-image.",
+        Limits(valid=lambda folders: len(folders) <= 3, allowed="one, two or three folders, or an empty list"),
     )
     caption_strategy: CaptionStrategy = setting(
         "textfile",

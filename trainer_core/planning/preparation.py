@@ -187,6 +187,13 @@ def check_memory(
         choose_memory(config, network, work, budget)
 
 
+def without_references(encoded: EncodedDataset) -> str:
+    """A sentence that says that the run learns no edits, because no pair has a reference; "" if one has."""
+    if any(pair.references for pair in encoded.pairs):
+        return ""
+    return "No pair to train on has a reference, so the run trains text-to-image and no edits."
+
+
 def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: EncodedDataset) -> None:
     """Check that the datasets match the model and each other. Their pairs need not be encoded yet.
 

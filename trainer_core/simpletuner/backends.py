@@ -72,15 +72,16 @@ class Backends:
         raise ConfigError(f"{key} refers to {brief(name)}. {there}{did_you_mean(name, known)}")
 
     def main(self) -> tuple[str, ...]:
-        """Ids of the data sets with references, for training and validation.
+        """Ids of the data sets for training and validation. Those without references are text-to-image.
 
         Raises:
-            ConfigError: there is no data set to train on.
+            ConfigError: there is no data set with references to train on.
         """
         candidates = self.of_kind("image", "eval")
         paired = tuple(name for name in candidates if self.entries[name].get("conditioning_data") or self.made_of(name))
         if set(paired) - set(self.eval_ids):
-            return paired
+            linked = [each for entry in self.entries.values() for each in ids_of(entry.get("conditioning_data"))]
+            return tuple(name for name in candidates if name in paired or name not in linked)
         candidates = tuple(name for name in candidates if name not in self.eval_ids)
         references = ", ".join(self.of_kind("conditioning")) or "none in this file"
         raise ConfigError(

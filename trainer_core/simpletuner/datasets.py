@@ -126,10 +126,11 @@ def _part(backends: Backends, section: Section, references: list[str], masks: li
     section.knows("conditioning_type", "source_dataset_id")  # only references and masks have them
     _captions(section, dataset, root)
     kinds = [backends.entries[each].get("conditioning_type") or "auto" for each in references]
-    if set(kinds) != {"auto"}:
+    if set(kinds) - {"auto"}:
         dataset["conditioning_type"] = kinds if len(set(kinds)) > 1 else kinds[0]
     encoding = {**_sizes(section), **_image_embeds(backends, section, name)}
-    if section.truth("disable_validation"):
+    # SimpleTuner samples no data set without references
+    if section.truth("disable_validation") or not (references or name in backends.eval_ids):
         encoding |= {"num_eval_images": 0, "train_eval_images": False}
     return {"id": name, "dataset": dataset, "encoding": encoding, **_turns(section), **_regularisation(section)}
 
@@ -194,12 +195,15 @@ def _linked(
             )
     masks = [each for each in ids if backends.entries[each].get("conditioning_type") in MASKS]
     references = [each for each in ids if each not in masks]
-    if not references:
+    if masks and not references:
         raise ConfigError(
             f"{name}.conditioning_data has only masks. Add references, because an edit starts from a picture."
         )
     taken = ", ".join(references[:max_references])
-    section.note("conditioning_data", f"references, in this order: {taken}.")
+    section.note(
+        "conditioning_data",
+        f"references, in this order: {taken}." if references else "none, so the pictures are trained as text-to-image.",
+    )
     cut = dict.fromkeys(references[max_references:], _too_many(name, max_references))
     cut |= dict.fromkeys(
         masks[1:], f"{name} refers to it, but only one set of masks is used, {masks[0]}" if masks else ""
@@ -358,8 +362,6 @@ def _other(
             else "in one cache for all data sets"
         )
         notes.append(f"{called}: {kind} are stored {place}.")
-    elif kind in ("image", "eval"):
-        notes.append(f"{called}: LEFT OUT. It has no conditioning_data, but an edit starts from a picture.")
     elif kind == "conditioning":
         notes.append(f"{called}: LEFT OUT. No data set refers to it in conditioning_data.")
     else:
