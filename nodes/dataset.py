@@ -12,7 +12,7 @@ from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
 from . import host_call, host_folders, sockets
 from .refused import with_other_problems
-from .schema import Node, new_input, new_output, node_schema, setting_input, setting_inputs
+from .schema import Node, lines, new_input, new_output, node_schema, setting_input, setting_inputs
 from .untrusted import file_below, folders_below
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class CaptionSettings(Node):
         return node_schema(
             "CaptionSettings",
             "Qwen Edit Caption Settings",
-            description="Reads captions from a table and adds a prefix and suffix to every caption. Without this node, "
+            description="Reads captions from a table, makes variants, and adds a prefix and suffix. Without this node, "
             "each line of a .txt file is one caption, used as written.",
             search_aliases=["trigger word", "csv captions", "parquet", "jsonl"],
             inputs=[
@@ -174,6 +174,14 @@ class CaptionSettings(Node):
                     "disable_multiline_split prepend_instance_prompt caption_prefix caption_suffix caption_file "
                     "caption_column filename_column",
                 ),
+                *setting_inputs(
+                    CaptionConfig,
+                    "caption_shuffle_count caption_shuffle_seed caption_shuffle_split_on "
+                    "caption_shuffle_position_start caption_shuffle_include_original more_instance_prompts "
+                    "fallback_caption_column caption_filter_list",
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[new_output(sockets.CaptionSettings, "caption_settings", "For Pair Edit Folders.")],
         )
@@ -181,7 +189,8 @@ class CaptionSettings(Node):
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """Outputs a CaptionConfig."""
-        return io.NodeOutput(CaptionConfig(**widgets))
+        lists = {name: lines(widgets.get(name, "")) for name in ("more_instance_prompts", "caption_filter_list")}
+        return io.NodeOutput(CaptionConfig(**{**widgets, **lists}))
 
 
 class PreviewPairs(Node):

@@ -202,13 +202,52 @@ def test_what_conditioning_and_validation_say_is_carried_over():
 
 def test_tables_of_captions():
     table = {"path": "captions.jsonl", "filename_column": "id", "caption_column": "text", "width_column": "w"}
+    table["fallback_caption_column"] = "tags"
     imported = read(caption_strategy="parquet", parquet=table)
     dataset = imported.job.dataset
     assert "read from the pictures" in line(imported, "my-edited-images.parquet.width_column:")
     assert dataset.caption_strategy == "jsonl" and dataset.captions.caption_file == "captions.jsonl"
     assert (dataset.captions.filename_column, dataset.captions.caption_column) == ("id", "text")
+    assert dataset.captions.fallback_caption_column == "tags"
     dataset = read(caption_strategy="csv", csv_file="c.csv", csv_caption_column="text").job.dataset
     assert Path(dataset.captions.caption_file) == ROOT / "c.csv" and dataset.captions.caption_column == "text"
+
+
+def test_variants_of_captions():
+    shuffle = {"enable": True, "count": 3, "seed": 42, "split_on": "period", "position_start": 1}
+    captions = read(caption_shuffle={**shuffle, "include_original": False}).job.dataset.captions
+    assert (captions.caption_shuffle_count, captions.caption_shuffle_seed) == (3, 42)
+    assert (captions.caption_shuffle_split_on, captions.caption_shuffle_position_start) == ("period", 1)
+    assert not captions.caption_shuffle_include_original
+    assert read(caption_shuffle={**shuffle, "enable": False}).job.dataset.captions.caption_shuffle_count == 0
+    assert read(caption_shuffle={"enable": "true"}).job.dataset.captions.caption_shuffle_count == 1
+    odd = read(caption_shuffle={"enable": True, "count": 500, "split_on": "tab", "sed": 1})
+    assert odd.job.dataset.captions.caption_shuffle_count == 100
+    assert "100" in line(odd, "my-edited-images.caption_shuffle.count:")
+    assert "comma" in line(odd, "my-edited-images.caption_shuffle.split_on:")
+    assert "Did you mean 'seed'" in line(odd, "my-edited-images.caption_shuffle.sed:")
+    several = read(caption_strategy="instanceprompt", instance_prompt=["one", "", "two"]).job.dataset
+    assert (several.instance_prompt, several.captions.more_instance_prompts) == ("one", ("two",))
+    first = read(prepend_instance_prompt=True, instance_prompt=["one", "two"])
+    assert first.job.dataset.instance_prompt == "one" and not first.job.dataset.captions.more_instance_prompts
+    assert "the first prompt" in line(first, "my-edited-images.instance_prompt:")
+
+
+def test_texts_that_simpletuner_takes_out_of_captions():
+    def data(found: Any, **more: Any) -> list[dict]:
+        first, *others = json.loads(plain_json(EDIT_V1))
+        others = [each for each in others if each.get("dataset_type") != "text_embeds"]
+        embeds = {"id": "words", "dataset_type": "text_embeds", "default": True, "caption_filter_list": found}
+        return [{**first, **more}, *others, embeds, {"id": "none", "dataset_type": "text_embeds"}]
+
+    imported = read({}, data(["arafed ", "s/a/b/", "x(y)", ""]))
+    assert imported.job.dataset.captions.caption_filter_list == ("arafed ", "s/a/b/", "x(y)")
+    assert any("plain text" in each and "'x(y)'" in each for each in imported.report)
+    assert not read({}, data(["a"], text_embeds="none")).job.dataset.captions.caption_filter_list
+    file = read({}, data("filters.txt"))
+    assert "LEFT OUT. Copy the lines of 'filters.txt'" in line(file, "my-edited-images.caption_filter_list:")
+    with pytest.raises(ConfigError, match="list of texts or a file"):
+        read({}, data([1]))
 
 
 def test_the_other_name_of_the_folder():

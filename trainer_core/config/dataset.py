@@ -15,10 +15,12 @@ CropAspect = Literal["square", "preserve"]
 CropStyle = Literal["center", "random", "corner"]
 Preprocessing = Literal["comfyui", "diffusers"]
 ConditioningType = Literal["auto", "reference_strict", "reference_loose"]
+ShuffleSplit = Literal["comma", "space", "period"]
 ColorProfiles = Literal["convert", "ignore"]
 MultidatasetSampling = Literal["combined", "random"]
 ReferenceLatents = Literal["cached", "on_the_fly"]
 _CROPS = If("crop", (True,))
+_SHUFFLES = If("caption_shuffle_count", differs=(0,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,44 @@ class CaptionConfig(Settings):
         "Column with the path of the target relative to target_dir, with or without extension. Several rows for one "
         "target give it several captions.",
         Limits(valid=bool, allowed="the name of a column"),
+    )
+    caption_shuffle_count: int = setting(
+        0,
+        "How many variants of each caption to make with its tags in another order. Each is one more caption of the "
+        "pair, and is encoded. 0 for none.",
+        Limits(min=0, max=100),
+    )
+    caption_shuffle_seed: int = setting(
+        0, "Seed of the order of tags.", Limits(soft_min=0, soft_max=2**32 - 1), used_if=(_SHUFFLES,)
+    )
+    caption_shuffle_split_on: ShuffleSplit = setting("comma", "What separates tags.", used_if=(_SHUFFLES,))
+    caption_shuffle_position_start: int = setting(
+        0,
+        "How many tags at the start of a caption keep their places.",
+        Limits(min=0, soft_max=1000),
+        used_if=(_SHUFFLES,),
+    )
+    caption_shuffle_include_original: bool = setting(
+        True, "Also use the caption as it was written.", used_if=(_SHUFFLES,)
+    )
+    more_instance_prompts: tuple[str, ...] = setting(
+        (),
+        "More edit instructions with caption_strategy instanceprompt, one per line. Each is one more caption of every "
+        "pair.",
+        Limits(
+            longest=LONGEST_PROMPT,
+            valid=lambda prompts: not any(map(is_blank, prompts)),
+            allowed="a list of edit instructions",
+        ),
+    )
+    fallback_caption_column: str = setting(
+        "", "Column of a caption table that is used where caption_column is empty. Empty for none."
+    )
+    caption_filter_list: tuple[str, ...] = setting(
+        (),
+        "Texts to take out of every caption, one per line. ^ and $ stand for its start and end, .* for anything on a "
+        "line. s/text/other/ replaces the first text by the other. instance_prompt, prefix and suffix stay.",
+        Limits(valid=lambda lines: not any(map(is_blank, lines)), allowed="a list of texts"),
     )
 
 

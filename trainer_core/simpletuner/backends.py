@@ -58,6 +58,12 @@ class Backends:
         names = (entry.get("conditioning_image_embeds") for entry in self.entries.values())
         return {name for name in names if isinstance(name, str)}
 
+    def text_embeds_of(self, name: object) -> str:
+        """Id of the text_embeds entry that a data set uses: the named one, or else the default; "" if there is none."""
+        known = self.of_kind("text_embeds")
+        default = (each for each in known if self.entries[each].get("default"))
+        return name if isinstance(name, str) and name in known else next(default, known[0] if len(known) == 1 else "")
+
     def named(self, name: object, key: str, known: Sequence[str]) -> str:
         """Return `name` if it is one of `known`.
 

@@ -11,7 +11,8 @@ from ..errors import ConfigError
 from ..settings import is_plain_name
 from ..text import brief, shown
 from .backends import CACHES, MASKS, Backends, ids_of
-from .keys import DATA_REASONS, TABLE_REASONS
+from .captions import read_captions
+from .keys import DATA_REASONS
 from .section import Section, path_of, words
 
 _SIZE_LIMITS = ("maximum_image_size", "target_downsample_size")
@@ -124,7 +125,7 @@ def _part(backends: Backends, section: Section, references: list[str], masks: li
         section.note("conditioning_data", f"masks from {masks[0]}: white counts in the loss, black does not.")
     section.settle("type", "disabled", "disable", "dataset_type", "instance_data_dir", "instance_data_root")
     section.knows("conditioning_type", "source_dataset_id")  # only references and masks have them
-    _captions(section, dataset, root)
+    read_captions(backends, section, dataset, root)
     kinds = [backends.entries[each].get("conditioning_type") or "auto" for each in references]
     if set(kinds) - {"auto"}:
         dataset["conditioning_type"] = kinds if len(set(kinds)) > 1 else kinds[0]
@@ -227,47 +228,6 @@ def _folder(entry: dict[str, Any], name: str, root: Path) -> str:
     if not isinstance(folder, str) or not folder:
         raise ConfigError(f"{name}.instance_data_dir must be a folder of pictures, got {brief(folder)}.")
     return path_of(folder, root, f"{name}.instance_data_dir")
-
-
-def _captions(section: Section, dataset: dict[str, Any], root: Path) -> None:
-    """caption_strategy and its settings."""
-    strategy = section.text("caption_strategy")
-    strategy = {"instance_prompt": "instanceprompt"}.get(strategy or "", strategy)
-    if not strategy:
-        strategy = "filename"
-        why = (
-            "null, which is no caption in SimpleTuner. Every pair needs an edit instruction here, so"
-            if section.is_null("caption_strategy")
-            else "not given, so filename, SimpleTuner's default:"
-        )
-        section.note("caption_strategy", f"{why} captions are the file names.")
-    captions: dict[str, Any] = {}
-    prompt = section.take("instance_prompt")
-    if isinstance(prompt, list):
-        section.note("instance_prompt", "is a list; the first prompt is used.")
-        prompt = prompt[0] if prompt else None
-    if section.truth("only_instance_prompt"):
-        strategy = "instanceprompt"
-    section.knows("parquet", "csv_file", "csv_caption_column")  # read only with their caption_strategy
-    table = section.inside("parquet") if strategy == "parquet" else None
-    if table is not None:
-        columns = {key: table.text(key) for key in ("caption_column", "filename_column")}
-        captions = {"caption_file": table.text("path") or "", **{key: name for key, name in columns.items() if name}}
-        strategy = "jsonl" if captions["caption_file"].endswith((".jsonl", ".json")) else "parquet"
-        section.note("parquet.path", "a relative path starts at the target folder.")
-        table.explain(TABLE_REASONS)
-    if strategy == "csv":
-        file, column = section.path(root, "csv_file"), section.text("csv_caption_column")
-        captions = {"caption_file": file}
-        captions |= {"caption_column": column} if column else {}
-    for key in ("disable_multiline_split", "prepend_instance_prompt"):
-        if section.truth(key):
-            captions[key] = True
-    dataset["caption_strategy"] = strategy
-    if prompt and (strategy == "instanceprompt" or captions.get("prepend_instance_prompt")):
-        dataset["instance_prompt"] = prompt
-    if captions:
-        dataset["captions"] = captions
 
 
 def _sizes(section: Section) -> dict[str, Any]:
