@@ -12,7 +12,7 @@ from ..trainer_core.config import CaptionConfig, DatasetConfig
 from ..trainer_core.config.dataset import CAPTION_TABLES
 from . import host_call, host_folders, sockets
 from .refused import with_other_problems
-from .schema import Node, new_input, new_output, node_schema, setting_input, setting_inputs
+from .schema import Node, lines, new_input, new_output, node_schema, setting_input, setting_inputs
 from .untrusted import file_below, folders_below
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class PairFolders(Node):
                     io.String,
                     "reference_folder_1",
                     default="my_edit/reference",
-                    tooltip=f"Folder of the pictures to edit, named like the targets. {_BELOW.format('reference')}",
+                    tooltip=f"Folder of the pictures to edit, named like the targets. {_BELOW.format('reference')} "
+                    "Empty: the targets are trained as text-to-image.",
                 ),
                 setting_input(DatasetConfig, "caption_strategy"),
                 setting_input(DatasetConfig, "instance_prompt", multiline=True),
@@ -94,7 +95,7 @@ class PairFolders(Node):
 
         ComfyUI shows the message once for each argument of this method, so `execute` checks the other inputs.
         """
-        named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1}
+        named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1 or None}
         folders_below({label: name for label, name in named.items() if name is not None}, host_folders.dataset_roots())
         return True
 
@@ -133,7 +134,9 @@ def _dataset_config(
     **references: str,
 ) -> DatasetConfig:
     roots = host_folders.dataset_roots()
-    given = {label: name for label, name in sorted(references.items()) if name or label == "reference_folder_1"}
+    given = {label: name for label, name in sorted(references.items()) if name}
+    if given:  # a further folder without the first is a mistake, which the error says
+        given = {"reference_folder_1": references["reference_folder_1"], **given}
     types = (reference_settings or sockets.ReferencesSeen()).conditioning_types
     masks = {"mask_folder": mask_folder} if mask_folder else {}
     folders = folders_below({"target_folder": target_folder, **given, **masks}, roots)
@@ -162,7 +165,7 @@ class CaptionSettings(Node):
         return node_schema(
             "CaptionSettings",
             "Qwen Edit Caption Settings",
-            description="Reads captions from a table and adds a prefix and suffix to every caption. Without this node, "
+            description="Reads captions from a table, makes variants, and adds a prefix and suffix. Without this node, "
             "each line of a .txt file is one caption, used as written.",
             search_aliases=["trigger word", "csv captions", "parquet", "jsonl"],
             inputs=[
@@ -171,6 +174,14 @@ class CaptionSettings(Node):
                     "disable_multiline_split prepend_instance_prompt caption_prefix caption_suffix caption_file "
                     "caption_column filename_column",
                 ),
+                *setting_inputs(
+                    CaptionConfig,
+                    "caption_shuffle_count caption_shuffle_seed caption_shuffle_split_on "
+                    "caption_shuffle_position_start caption_shuffle_include_original more_instance_prompts "
+                    "fallback_caption_column caption_filter_list",
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[new_output(sockets.CaptionSettings, "caption_settings", "For Pair Edit Folders.")],
         )
@@ -178,7 +189,10 @@ class CaptionSettings(Node):
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
         """Outputs a CaptionConfig."""
-        return io.NodeOutput(CaptionConfig(**widgets))
+        lists: dict[str, Any] = {
+            name: lines(widgets.get(name, "")) for name in ("more_instance_prompts", "caption_filter_list")
+        }
+        return io.NodeOutput(CaptionConfig(**{**widgets, **lists}))
 
 
 class PreviewPairs(Node):

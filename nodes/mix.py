@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from ..trainer_core.events import Observer
 
 MOST_PARTS = 4
+_HELP = {
+    "is_regularisation_data": {
+        "tooltip": "Train the pairs towards the base model's own prediction, not towards their targets, so that it "
+        "keeps its abilities. Their held-out pairs are not validated: encode them with num_eval_images 0."
+    }
+}
 
 
 class MixPairs(Node):
@@ -29,8 +35,11 @@ class MixPairs(Node):
             "Mix Encoded Pairs",
             description="Combines up to four encoded datasets, or the same pairs encoded at several resolutions, into "
             "one. Reports how often each is used.",
-            search_aliases=["multi dataset", "repeats", "probability", "multi resolution"],
-            inputs=[each for number in range(1, MOST_PARTS + 1) for each in _part_inputs(number)],
+            search_aliases=["multi dataset", "repeats", "probability", "multi resolution", "regularization"],
+            inputs=[
+                *(each for number in range(1, MOST_PARTS + 1) for each in _part_inputs(number)),
+                *(each for number in range(1, MOST_PARTS + 1) for each in _training_inputs(number)),
+            ],
             outputs=[
                 new_output(
                     sockets.Encoded, "encoded", "All pairs, for Train Qwen Edit LoRA (advanced) or another mix."
@@ -86,6 +95,15 @@ def _part_inputs(number: int) -> list[io.Input]:
     ]
 
 
+def _training_inputs(number: int) -> list[io.Input]:
+    """How the pairs of a part are trained."""
+    names = ("timestep_sampling_offset", "is_regularisation_data")
+    return [
+        setting_input(DatasetPartConfig, name, f"{name}_{number}", optional=True, advanced=True, **_HELP.get(name, {}))
+        for name in names
+    ]
+
+
 def _parts(widgets: dict[str, Any]) -> list[MixPart]:
     from ..trainer_core.conditioning.mix import MixPart
 
@@ -94,6 +112,8 @@ def _parts(widgets: dict[str, Any]) -> list[MixPart]:
             encoded=encoded,
             repeats=widgets.get(f"repeats_{number}", 0),
             probability=widgets.get(f"probability_{number}", 1.0),
+            is_regularisation=widgets.get(f"is_regularisation_data_{number}", False),
+            timestep_sampling_offset=widgets.get(f"timestep_sampling_offset_{number}", 0.0),
         )
         for number in range(1, MOST_PARTS + 1)
         if (encoded := widgets.get(f"encoded_{number}")) is not None

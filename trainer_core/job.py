@@ -165,7 +165,7 @@ class CheckedJob:
     """What the checks of a job found. What could not be made because of `problems` is missing.
 
     `planned`: the datasets, with what the cache lacks. `disk`: what will be written. `notes`: sentences about tight
-    disk space, and about validation pictures that can't be measured.
+    disk space, pairs without references, and validation pictures that can't be measured.
     """
 
     problems: Problems
@@ -301,7 +301,13 @@ def _together(
         return parts[0][1], None
     kinds: dict[bool, list[MixPart]] = {False: [], True: []}
     for part, encoded in parts:
-        turns = MixPart(encoded=encoded, repeats=part.repeats, probability=part.probability)
+        turns = MixPart(
+            encoded=encoded,
+            repeats=part.repeats,
+            probability=part.probability,
+            is_regularisation=part.is_regularisation_data,
+            timestep_sampling_offset=part.timestep_sampling_offset,
+        )
         kinds[part.id in job.eval_dataset_id].append(turns)
     cache_dir = Path(job.cache_dir)
     validation = mix(kinds[True], cache_dir, validation_only=True) if kinds[True] else None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from trainer_core.config import CaptionConfig, DatasetConfig
+from trainer_core.data.caption_edits import edited
 from trainer_core.data.caption_table import key_of
 from trainer_core.data.pairing import folder_state, pair_folders, scan_folders
 from trainer_core.errors import ConfigError, DatasetError, MissingPackageError
@@ -59,6 +61,92 @@ def test_words_before_and_behind(folders: Path) -> None:
     assert captions(config(folders, "instanceprompt", "blue", **settings))["a"] == ("QWE: blue now",)
 
 
+def test_shuffled_tags_are_further_captions(folders: Path) -> None:
+    for key in ("a", "b/c"):
+        write(folders / "after" / f"{key}.txt", "dog, running,park , sunny day\nonly, two")
+    plain = ("dog, running,park , sunny day", "only, two")
+    shuffle = {"caption_shuffle_count": 3, "caption_shuffle_position_start": 1, "caption_shuffle_seed": 5}
+    settings = config(folders, "textfile", caption_prefix="X ", **shuffle)
+    found = captions(settings)["a"]
+    assert (found[0], found[-1]) == ("X dog, running,park , sunny day", "X only, two") and len(found) == 4
+    tags = [each.removeprefix("X ").split(", ") for each in found[1:3]]
+    assert all(each[0] == "dog" and sorted(each) == ["dog", "park", "running", "sunny day"] for each in tags)
+    assert len({*found}) == 4, "two of the three variants are equal"
+    assert captions(settings)["a"] == found, "the order is a function of seed and caption"
+    other = captions(config(folders, "textfile", caption_prefix="X ", **{**shuffle, "caption_shuffle_seed": 6}))["a"]
+    assert other != found
+    alone = captions(config(folders, "textfile", **shuffle, caption_shuffle_include_original=False))["a"]
+    assert plain[0] not in alone and plain[1] in alone, "one tag after the fixed one can't be shuffled"
+    assert captions(config(folders, "textfile", caption_shuffle_count=0))["a"] == plain
+    words = captions(
+        config(folders, "instanceprompt", "a b", caption_shuffle_count=9, caption_shuffle_split_on="space")
+    )
+    assert set(words["a"]) == {"a b", "b a"}
+    dots = captions(
+        config(folders, "instanceprompt", "A. B.", caption_shuffle_count=9, caption_shuffle_split_on="period")
+    )
+    assert set(dots["a"]) == {"A. B.", "B. A."}
+
+
+def test_several_instance_prompts(folders: Path) -> None:
+    settings = config(folders, "instanceprompt", "one", more_instance_prompts=("two", " three "))
+    assert captions(settings)["a"] == ("one", "two", "three")
+
+
+@pytest.mark.parametrize(
+    ("lines", "before", "after"),
+    [
+        (("arafed ",), "an arafed dog and arafed cat", "an dog and cat"),
+        (("arafed",), "an arafed dog", "an dog"),
+        (("this .* has a",), "so this old dog has a bone and has a tail", "so tail"),
+        (("this .* has a",), "has a dog this", "has a dog this"),
+        (("^there is ",), "there is a dog, there is a cat", "a dog, there is a cat"),
+        (("^there is ",), "and there is a dog", "and there is a dog"),
+        ((" dog$",), "dog and dog", "dog and"),
+        (("^dog$",), "dog dog", "dog dog"),
+        (("a.*b.*c$",), "x a-b-c-c", "x"),
+        (("a.*b.*c$",), "x a-c-b", "x a-c-b"),
+        ((", in.*",), "a dog, in a park", "a dog"),
+        (("s/dog/cat/",), "dog dog", "cat dog"),
+        (("s/dog/cat", "s/^cat/a bird/"), "dog dog", "a bird dog"),
+        (("s/a/b/c/",), "s/a/b/c/x", "x"),
+        (("(photo)", "c++"), "a (photo) of c++ code", "a of code"),
+        (("$", "^"), "same  spaces", "same  spaces"),
+        (("aba",), "ababa", "ba"),
+    ],
+)
+def test_texts_that_are_taken_out(lines: tuple[str, ...], before: str, after: str) -> None:
+    assert edited((before,), CaptionConfig(caption_filter_list=lines)) == (after,)
+
+
+def test_filters_apply_to_each_line_before_the_prefix(folders: Path) -> None:
+    for key in ("a", "b/c"):
+        write(folders / "after" / f"{key}.txt", "^one\nend")
+    settings = {"disable_multiline_split": True, "caption_prefix": "one: "}
+    found = captions(config(folders, "textfile", **settings, caption_filter_list=("one.*end", "^^", "end$")))
+    assert found["a"] == ("one: one",), "anything does not pass a line's end"
+    gone = config(folders, "instanceprompt", "one", caption_filter_list=("^one",))
+    with pytest.raises(DatasetError, match="takes out the whole caption"):
+        pair_folders(gone)
+    with pytest.raises(ConfigError, match="caption_filter_list"):
+        CaptionConfig(caption_filter_list=(" ",))
+
+
+def test_filters_take_linear_time() -> None:
+    hard = CaptionConfig(caption_filter_list=("a.*" * 200 + "b", ".*".join("ab" * 300) + "$"))
+    began = time.perf_counter()
+    assert edited(("a" * 20_000,), hard) == ("a" * 20_000,)
+    assert time.perf_counter() - began < 5
+
+
+def test_a_column_for_rows_without_a_caption(folders: Path) -> None:
+    write(folders / "after" / "t.csv", "filename,caption,tags\na,,red\nb/c,blue,other\n")
+    table = {"caption_file": "t.csv", "fallback_caption_column": "tags"}
+    assert captions(config(folders, "csv", **table)) == {"a": ("red",), "b/c": ("blue",)}
+    with pytest.raises(DatasetError, match=r"no column 'none'.*or fallback_caption_column"):
+        pair_folders(config(folders, "csv", caption_file="t.csv", fallback_caption_column="none"))
+
+
 def test_csv(folders: Path) -> None:
     table = '\ufeffpicture,words\r\na.PNG," one, ""two"" "\r\nb\\c,"[""x"", ""y""]"\r\n./a,three\r\nz,unused\r\n'
     write(folders / "after" / "table.csv", table)
@@ -87,10 +175,10 @@ def test_without_a_parquet_package_the_error_says_what_to_install(
 def test_parquet(folders: Path) -> None:
     pyarrow = importlib.import_module("pyarrow")
     parquet = importlib.import_module("pyarrow.parquet")
-    table = pyarrow.table({"filename": ["a.png", "b/c"], "caption": [["one", "two"], ["three"]]})
+    table = pyarrow.table({"filename": ["a.png", "b/c"], "caption": [["one", "two"], None], "tags": ["x", "y"]})
     parquet.write_table(table, folders / "after" / "t.parquet")
-    found = captions(config(folders, "parquet", caption_file="t.parquet"))
-    assert found == {"a": ("one", "two"), "b/c": ("three",)}
+    found = captions(config(folders, "parquet", caption_file="t.parquet", fallback_caption_column="tags"))
+    assert found == {"a": ("one", "two"), "b/c": ("y",)}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,10 @@ def test_json_round_trip() -> None:
         ({"lora": {"lora_rank": "16"}}, ["lora.lora_rank", "'16'", "whole number"]),
         ({"lora": {"lora_rank": True}}, ["lora.lora_rank", "True"]),
         ({"dataset": {"target_dir": "a", "reference_dirs": 5}}, ["reference_dirs", "5", "list"]),
-        ({"dataset": {"target_dir": "a", "reference_dirs": ["b"] * 4}}, ["reference_dirs", "one, two or three"]),
+        (
+            {"dataset": {"target_dir": "a", "reference_dirs": ["b"] * 4}},
+            ["reference_dirs", "one, two or three folders, or an empty list"],
+        ),
         ({"dataset": {"reference_dirs": ["b"]}}, ["dataset.target_dir"]),
         ({"optimizer": {"learning_rate": 3}}, ["learning_rate", "3"]),
         ({"export": {"lora_name": "../up"}}, ["lora_name", "../up", "without folders"]),

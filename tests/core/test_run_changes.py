@@ -115,6 +115,12 @@ CASES: list[tuple[str, tuple[EncodedEntry, ...], list[str]]] = [
         ["the prompts of 5 pairs ('a', 'b', 'c' and 2 more) were encoded in another way"],
     ),
     ("repeats", changed("a", repeats=3), ["repeats or probability of 1 pair ('a') changed"]),
+    ("kept", changed("a", is_regularisation=True), ["is_regularisation_data of 1 pair ('a') changed"]),
+    (
+        "shifted",
+        changed("a", timestep_sampling_offset=0.5),
+        ["timestep_sampling_offset of 1 pair ('a') changed"],
+    ),
     ("order", PAIRS[::-1], ["the pairs are in another order"]),
     (
         "several",

@@ -23,6 +23,7 @@ from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import CheckpointConfig, EmaConfig, ModelConfig, OptimizerConfig
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import DiskError
+from trainer_core.job import load_job, pair_job, plan_parts
 from trainer_core.planning import disk_space
 from trainer_core.planning.disk_space import DiskUse, cache_use, check_disk, run_use
 from trainer_core.planning.preparation import prepare_training
@@ -156,6 +157,19 @@ def test_the_plan_says_what_is_needed_and_free(job: Path, free: Any, capsys: pyt
     said = capsys.readouterr().out
     assert "for the cache of encoded pairs, 5.0 GB free in" in said
     assert "for 1 checkpoint of" in said
+
+
+def test_variants_of_captions_count_as_what_is_encoded(job: Path) -> None:
+    texts, sizes = [], []
+    for changes in (
+        [],
+        ["dataset.captions.caption_shuffle_count=4", "dataset.captions.caption_shuffle_split_on=space"],
+    ):
+        loaded = load_job(job, changes)
+        ((_, planned),) = plan_parts(loaded, pair_job(loaded))
+        texts.append(sum(len(prompts) for _, prompts in planned.missing.prompts))
+        sizes.append(sum(use.size for use in cache_use([planned])))
+    assert texts[1] >= texts[0] + 3 * 3 and sizes[1] > sizes[0]
 
 
 def test_a_folder_that_is_read_only_is_refused_before_the_start(

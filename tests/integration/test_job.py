@@ -74,6 +74,16 @@ def test_one_of_the_datasets_is_no_mix_and_without_eval_pairs_are_held_out_of_ea
     assert (len(encoded.pairs), len(encoded.validation_pairs)) == (2 + 2 + 1, 3)
 
 
+def test_a_job_of_text_to_image_says_that_it_learns_no_edits(
+    model: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    job = write_job(tmp_path, model, dataset={"reference_dirs": []})
+    assert main(["plan", str(job)]) == 0 and "trains text-to-image and no edits" in capsys.readouterr().out
+    assert main(["train", str(job)]) == 0 and "trains text-to-image and no edits" in caplog.text
+    assert (tmp_path / "runs" / "first" / "first.safetensors").is_file()
+
+
 def test_problems_of_all_datasets_come_at_once(job: Path) -> None:
     (job.parent / "pairs" / "reference_1" / "001.png").unlink()
     (job.parent / "more" / "target" / "000.txt").write_text("\n")

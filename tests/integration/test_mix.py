@@ -15,19 +15,23 @@ from tests.support.narrow import make_pairs, read_rows, small_encoding
 from trainer_core.conditioning.batches import BatchPlan, Draw
 from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
-from trainer_core.conditioning.mix import MixPart, mix_encoded
+from trainer_core.conditioning.mix import MixPart, mix_encoded, plan_mix
 from trainer_core.conditioning.report import encoding_report
 from trainer_core.config import (
     BatchingConfig,
     CheckpointConfig,
+    JobConfig,
     LoraConfig,
     ModelConfig,
+    NoiseConfig,
     TrainConfig,
     ValidationConfig,
+    from_json,
 )
 from trainer_core.data.pairing import EditDataset, pair_folders
 from trainer_core.errors import ConfigError, DatasetError
 from trainer_core.events import SilentObserver, StepReport, Stop
+from trainer_core.planning.preparation import check_datasets
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 
@@ -56,8 +60,11 @@ def large(model: ModelConfig, pairs: EditDataset, cache: Path) -> EncodedDataset
 
 @pytest.fixture
 def drawn(small: EncodedDataset, large: EncodedDataset) -> EncodedDataset:
-    """Large pairs twice per epoch, small ones with a probability of 0.3 per epoch."""
-    parts = [MixPart(encoded=small, probability=0.3), MixPart(encoded=large, repeats=1)]
+    """Large pairs twice per epoch with lower noise levels, small ones with a probability of 0.3 per epoch."""
+    parts = [
+        MixPart(encoded=small, probability=0.3),
+        MixPart(encoded=large, repeats=1, timestep_sampling_offset=-0.5),
+    ]
     return mix_encoded(parts, small.cache_dir)
 
 
@@ -96,6 +103,59 @@ def test_repeats_are_extra_turns(small: EncodedDataset, large: EncodedDataset) -
     twice = mix_encoded([MixPart(encoded=mix, repeats=1, probability=0.5)], small.cache_dir)
     assert [pair.repeats for pair in twice.pairs] == [5, 5, 5, 1, 1, 1]
     assert {pair.probability for pair in twice.pairs} == {0.5}
+
+
+def test_regularisation_pairs_are_marked_and_not_validated(small: EncodedDataset, large: EncodedDataset) -> None:
+    parts = [MixPart(encoded=small), MixPart(encoded=large, is_regularisation=True)]
+    mix = mix_encoded(parts, small.cache_dir)
+    assert [entry.is_regularisation for entry in mix.pairs] == [False] * 3 + [True] * 3
+    assert [entry.key for entry in mix.validation_pairs] == [f"1/{small.validation_pairs[0].key}"]
+    assert load_encoded(mix.manifest) == mix, "the manifest keeps the marks"
+    rows = json.loads(mix.manifest.read_text())["pairs"]
+    assert ["is_regularisation" in row for row in rows] == [False] * 3 + [True] * 3
+    assert "own prediction: 3." in encoding_report(mix)
+    again = plan_mix([MixPart(encoded=mix, repeats=1)], small.cache_dir)
+    assert [entry.is_regularisation for entry in again.pairs] == [False] * 3 + [True] * 3
+
+
+def test_regularisation_data_alone_is_refused(model: ModelConfig, small: EncodedDataset, tmp_path: Path) -> None:
+    mix = mix_encoded([MixPart(encoded=small, is_regularisation=True)], small.cache_dir)
+    config = TrainConfig(model=model, encoded=str(mix.manifest), run_dir=str(tmp_path))
+    with pytest.raises(DatasetError, match="learns nothing new"):
+        check_datasets(config, mix, mix)
+
+
+def test_no_regularisation_data_is_held_out_unless_it_is_only_validated() -> None:
+    values = {"model": {"base": "demo", "flavour": "edit-v1"}, "cache_dir": "c", "run_dir": "r"}
+    dataset = {"target_dir": "t", "reference_dirs": "s"}
+    parts: list[dict] = [{"id": "edits", "dataset": dataset}, {"id": "keep", "dataset": dataset}]
+    parts[1] |= {"is_regularisation_data": True, "encoding": {"num_eval_images": 5, "train_eval_images": True}}
+    values |= {"datasets": parts}
+    edits, kept = (part.encoding for part in from_json(JobConfig, values).parts())
+    assert (edits.num_eval_images, kept.num_eval_images, kept.train_eval_images) == (2, 0, False)
+    edits, kept = (part.encoding for part in from_json(JobConfig, values | {"eval_dataset_id": ["keep"]}).parts())
+    assert (edits.num_eval_images, kept.num_eval_images) == (0, -1)
+
+
+def test_offsets_are_kept_per_pair_and_shift_what_is_trained(
+    small: EncodedDataset, large: EncodedDataset, model: ModelConfig, tmp_path: Path
+) -> None:
+    parts = [MixPart(encoded=small), MixPart(encoded=large, timestep_sampling_offset=9.0)]
+    mix = mix_encoded(parts, small.cache_dir)
+    assert load_encoded(mix.manifest) == mix and "timestep_sampling_offset 9: 3." in encoding_report(mix)
+    rows = json.loads(mix.manifest.read_text())["pairs"]
+    assert [row.get("timestep_sampling_offset") for row in rows] == [None] * 3 + [9.0] * 3
+    assert [mix.load(entry).timestep_sampling_offset for entry in mix.pairs] == [0.0] * 3 + [9.0] * 3
+    (inner, *_), outer = mix.pairs[3:], MixPart(encoded=mix, timestep_sampling_offset=0.5)
+    assert plan_mix([outer], small.cache_dir).pairs[3].timestep_sampling_offset == inner.timestep_sampling_offset + 0.5
+    config = TrainConfig(model=model, encoded=str(mix.manifest), run_dir=str(tmp_path / "run"), max_train_steps=1)
+    batching = BatchingConfig(train_batch_size=6, gradient_accumulation_steps=1)
+    train_lora(dataclasses.replace(config, batching=batching, validation=ValidationConfig(num_validation_images=0)))
+    (row, *_) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert "0.8-1.0" in row["loss_by_sigma"] and len(row["loss_by_sigma"]) > 1
+    uniform = dataclasses.replace(config, noise=NoiseConfig(sigma_distribution="uniform"))
+    with pytest.raises(ConfigError, match=r"timestep_sampling_offset of the pair '2/00.' is 9, but .* is uniform"):
+        check_datasets(uniform, mix, mix)
 
 
 def test_a_plain_mix_has_the_order_of_the_dataset_alone(small: EncodedDataset) -> None:
@@ -147,7 +207,7 @@ def test_what_cannot_be_mixed(small: EncodedDataset) -> None:
         mix_encoded([MixPart(encoded=small)], small.cache_dir.parent / "elsewhere")
     with pytest.raises(ConfigError, match="nothing to mix"):
         mix_encoded([], small.cache_dir)
-    for wrong in ({"repeats": -1}, {"probability": 1.5}, {"probability": 0.001}):
+    for wrong in ({"repeats": -1}, {"probability": 1.5}, {"probability": 0.001}, {"timestep_sampling_offset": 11.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             MixPart(encoded=small, **wrong)
 

@@ -1,4 +1,4 @@
-"""References that are optional per pair: edits and text-to-image in one run."""
+"""References that are optional per pair or left out for a data set: edits and text-to-image in one run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from PIL import Image
 from tests.support.narrow import make_pairs, small_encoding
 from trainer_core.conditioning.batches import BatchPlan
 from trainer_core.conditioning.encode import encode_dataset
+from trainer_core.conditioning.encoded import EncodedDataset
+from trainer_core.conditioning.mix import MixPart, mix_encoded
 from trainer_core.conditioning.report import encoding_report
 from trainer_core.config import (
     BatchingConfig,
     DatasetConfig,
     LoraConfig,
     ModelConfig,
+    NoiseConfig,
     PairCheckConfig,
     TrainConfig,
     ValidationConfig,
@@ -28,8 +31,10 @@ from trainer_core.errors import DatasetError
 from trainer_core.pictures.check_report import check_sheet
 from trainer_core.pictures.contact_sheet import contact_sheet, report
 from trainer_core.pictures.rows import pair_thumbnails
+from trainer_core.planning.preparation import without_references
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
+from trainer_core.training.edit_weight import edit_weight_preview
 
 
 @pytest.fixture
@@ -123,3 +128,51 @@ def test_edit_v1_without_any_reference(model: ModelConfig, tmp_path: Path) -> No
     (entry,) = encoded.validation_pairs
     assert len(encoded.load_pictures(entry)) == 1 and entry.reference_shapes == ()
     assert encoded.load(entry).reference_latents == ()
+
+
+@pytest.mark.parametrize("preprocessing", ["comfyui", "diffusers"])
+@pytest.mark.parametrize("flavour", ["edit-v1", "edit-v2"])
+def test_a_data_set_without_reference_folders(
+    base_of: Callable[[str], ModelConfig], tmp_path: Path, flavour: str, preprocessing: str
+) -> None:
+    """It has masks and is mixed with edits. Its prompts are those of targets that lack an optional reference."""
+    edits = make_pairs(tmp_path / "edits", 2)
+    lacking = dataclasses.replace(make_pairs(tmp_path / "plain", 3), mask_dir=str(tmp_path / "masks"))
+    (tmp_path / "masks").mkdir()
+    for number in range(3):
+        Image.new("L", (96, 96), 255).save(tmp_path / "masks" / f"00{number}.png")
+    for path in Path(lacking.reference_dirs[0]).iterdir():
+        path.unlink()
+    alone = dataclasses.replace(lacking, reference_dirs=(), conditioning_type=())
+    model, cache = base_of(flavour), tmp_path / "cache"
+    encoding = small_encoding(preprocessing=preprocessing, num_eval_images=1)
+
+    def encoded_of(config: DatasetConfig) -> EncodedDataset:
+        return encode_dataset(pair_folders(config), BaseModel(model), encoding, cache)
+
+    plain = encoded_of(alone)
+    assert plain.pairs == encoded_of(dataclasses.replace(lacking, references_optional=True)).pairs
+    assert all(entry.mask and not entry.references for entry in plain.pairs)
+    dataset = pair_folders(alone)
+    assert report(dataset).startswith("3 pairs without references, which are trained as text-to-image.")
+    assert (
+        contact_sheet(dataset).width > 0 and [len(pair_thumbnails(dataset, each)) for each in dataset.pairs] == [1] * 3
+    )
+    assert check_sheet(dataset, check_pairs(dataset, PairCheckConfig()), PairCheckConfig()).width > 0
+    assert edit_weight_preview(plain, 0.5).width > 0
+    assert "no edits" in without_references(plain)
+    mix = mix_encoded([MixPart(encoded=encoded_of(edits)), MixPart(encoded=plain, is_regularisation=True)], cache)
+    assert not without_references(mix) and "trained as text-to-image: 2." in encoding_report(mix)
+    for number, encoded in enumerate((mix, plain)):
+        config = TrainConfig(
+            run_dir=str(tmp_path / f"run{number}"),
+            encoded=str(encoded.manifest),
+            model=model,
+            max_train_steps=1,
+            lora=LoraConfig(lora_rank=2),
+            batching=BatchingConfig(train_batch_size=3, gradient_accumulation_steps=1),
+            noise=NoiseConfig(edit_weight=0.5),
+            validation=ValidationConfig(validation_num_inference_steps=1, num_validation_images=1),
+        )
+        result = train_lora(config)
+        assert result.lora_file is not None and result.samples is not None and result.samples.grid_file.is_file()

@@ -93,14 +93,12 @@ def test_the_target_is_the_base_models_prediction(
 
         def predict(transformer: Any, latents: Any, sigma: Tensor, conditions: Any, *through: Any) -> list[Tensor]:
             if not torch.is_grad_enabled():
+                assert not transformer.training
+                found = predicted(transformer, latents, sigma, conditions)
                 with without_lora(transformer):
-                    wanted.extend(predicted(transformer.eval(), latents, sigma, conditions))
-                transformer.train()
-                for base, each in zip(
-                    wanted, predicted_now := predicted(transformer, latents, sigma, conditions), strict=True
-                ):
-                    assert torch.equal(base, each)
-                return predicted_now
+                    wanted.extend(predicted(transformer, latents, sigma, conditions))
+                assert all(torch.equal(base, each) for base, each in zip(wanted, found, strict=True))
+                return found
             return predicted(transformer, latents, sigma, conditions, *through)
 
         with monkeypatch.context() as patch:
@@ -157,9 +155,7 @@ def test_regularisation_data_is_trained_towards_the_base(
     """Its own pictures and captions, without a probability; the pairs of other data sets are edits."""
     dataset = pair_folders(make_pairs(tmp_path / "more", 3))
     other = encode_dataset(dataset, BaseModel(model), small_encoding(), keeping.cache_dir)
-    mix = mix_encoded(
-        [MixPart(encoded=keeping), MixPart(encoded=other, is_regularisation_data=True)], keeping.cache_dir
-    )
+    mix = mix_encoded([MixPart(encoded=keeping), MixPart(encoded=other, is_regularisation=True)], keeping.cache_dir)
     plan = BatchPlan(mix, BatchingConfig(train_batch_size=2), 3)
     draws = [draw for number in range(40) for draw in plan[number]]
     assert {draw.preserves for draw in draws} == {True, False}

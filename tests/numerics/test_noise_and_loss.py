@@ -19,6 +19,7 @@ from trainer_core.training.objective import (
     penalty_at,
     sigma_of_quantile,
     velocity_loss,
+    with_offset,
 )
 
 DISTRIBUTIONS: dict[str, dict[str, Any]] = {
@@ -101,6 +102,22 @@ def test_without_strata_the_step_a_turn_is_in_changes_nothing() -> None:
     latents = torch.randn(2, 16, 4, 4)
     plain, in_step = (add_noise(latents, noise_of("mode"), 7, [3, 4], turns) for turns in (None, range(3, 9)))
     assert torch.equal(plain.sigma, in_step.sigma)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_an_offset_is_added_to_the_normal_number(*, stratified: bool) -> None:
+    """SimpleTuner's σ = sigmoid(scale · (normal + offset)), before the shift."""
+    noise = noise_of("logit_normal", stratified_sigmas=stratified, flow_schedule_shift=1.0)
+    turns, latents = range(10, 16), torch.zeros(6, 16, 4, 4)
+    plain, shifted = (
+        torch.logit(add_noise(latents, with_offset(noise, offset), 7, list(turns), turns).sigma.double())
+        for offset in (0.0, -0.75)
+    )
+    torch.testing.assert_close((shifted + 0.4) / 0.8, (plain + 0.4) / 0.8 - 0.75, rtol=0, atol=2e-5)
+    normal = torch.randn((), generator=stream(7, "sigma", 10))
+    if not stratified:
+        torch.testing.assert_close(shifted[0], (-0.4 + 0.8 * (normal - 0.75)).double(), rtol=0, atol=1e-5)
+    assert with_offset(noise, 0.0) is noise, "a run without offsets draws the same bits as before"
 
 
 @pytest.mark.parametrize("c", [0.05, 0.1, 0.5])

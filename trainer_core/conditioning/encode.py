@@ -84,7 +84,7 @@ def plan_dataset(
     problems.attempt(lambda: encoders.check(encoding))
     problems.attempt(lambda: _check_captions(dataset, encoding, base.folder.tokenizer, observer))
     used = problems.attempt(lambda: _used_pairs(dataset, encoding))
-    networks = problems.attempt(lambda: _networks(base, encoding, encoders, cache_dir, dataset.reference_dirs[0]))
+    networks = problems.attempt(lambda: _networks(base, encoding, encoders, cache_dir, dataset.reference_dirs))
     problems.raise_all()
     assert used is not None
     assert networks is not None
@@ -152,7 +152,7 @@ class _Networks(NamedTuple):
 
 
 def _networks(
-    base: BaseModel, encoding: EncodingConfig, encoders: Encoders, cache_dir: Path, reference_dir: Path
+    base: BaseModel, encoding: EncodingConfig, encoders: Encoders, cache_dir: Path, references: Sequence[Path]
 ) -> _Networks:
     """The networks, after a check of the base model's parts that they need."""
     device = pick_device(base.config.device)
@@ -162,7 +162,7 @@ def _networks(
         check_vae(base)
     vae, text_encoder = encoders.pictures or own_pictures(base, device), encoders.prompts
     text_encoder = text_encoder or own_prompts(base, encoding, device)
-    return _Networks(vae, text_encoder, open_image_embeds(encoding, cache_dir, reference_dir, text_encoder))
+    return _Networks(vae, text_encoder, open_image_embeds(encoding, cache_dir, references, text_encoder))
 
 
 def _check_captions(dataset: EditDataset, encoding: EncodingConfig, tokenizer: Path, observer: Observer) -> None:

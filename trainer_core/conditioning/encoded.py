@@ -88,6 +88,7 @@ class EncodedDataset:
                 "prompt", entry.preservation[caption] if preserves else entry.prompt(caption), entry
             ),
             loss_weights=self._tensor("mask", entry.mask, entry) if entry.mask and not preserves else None,
+            timestep_sampling_offset=entry.timestep_sampling_offset,
         )
 
     def load_prompt(self, entry: EncodedEntry, key: str) -> Any:

@@ -26,9 +26,9 @@ class EncodedEntry:
 
     Only held-out pairs have `negative`, `pictures`, and `validation_captions` with their `validation_prompts`, which
     are sampled in addition to the captions. Only trained pairs have `preservation`, the prompts of other edits that
-    training keeps. `repeats` (extra turns per epoch) and `probability` (of being drawn in an
-    epoch) come from a mix, and so does `is_regularisation`: the pair is trained towards what the base model predicts. A
-    pair that shows one reference at a time has `prompts_by_reference`, `empty_by_reference` and
+    training keeps. A mix sets `repeats` (extra turns per epoch), `probability` (of being drawn in an epoch),
+    `is_regularisation` (the pair is trained towards the base model's own prediction) and `timestep_sampling_offset` (of
+    its noise levels). A pair that shows one reference at a time has `prompts_by_reference`, `empty_by_reference` and
     `preservation_by_reference` instead of `prompts`, `empty` and `preservation`. A pair whose references are encoded on
     the fly has `reference_files`; its `references` are then not in the cache.
     """
@@ -54,6 +54,7 @@ class EncodedEntry:
     preservation: tuple[str, ...] = ()
     preservation_by_reference: tuple[tuple[str, ...], ...] = ()
     is_regularisation: bool = False
+    timestep_sampling_offset: float = 0.0
 
     def seen(self, reference_set: int) -> EncodedEntry:
         """The pair as one turn sees it: unchanged, or with only reference number `reference_set` and its prompts."""

@@ -7,6 +7,7 @@ several datasets can share one.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class ImageEmbeds:
 
 
 def open_image_embeds(
-    encoding: EncodingConfig, cache_dir: Path, reference_dir: Path, encoder: PromptEncoder
+    encoding: EncodingConfig, cache_dir: Path, reference_dirs: Sequence[Path], encoder: PromptEncoder
 ) -> ImageEmbeds:
     """The cache named in conditioning_image_embeds, or else a default named after the first reference folder.
 
@@ -76,7 +77,7 @@ def open_image_embeds(
     """
     name, folder = encoding.conditioning_image_embeds, cache_dir / FOLDER
     if not name:
-        own = reference_dir.resolve().name
+        own = reference_dirs[0].resolve().name if reference_dirs else ""
         return ImageEmbeds(cache_dir, own if is_plain_name(own) else "references", encoder.visual_digest)
     if not encoder.visual_digest:
         raise ConfigError(

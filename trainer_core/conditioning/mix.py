@@ -1,4 +1,4 @@
-"""Combine several encoded datasets into one, each with its repeats and probability."""
+"""Combine several encoded datasets into one, each with its repeats, probability and noise levels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.dataset import check_turns
+from ..config.dataset import check_part
 from ..errors import ConfigError, DatasetError
 from .encoded import EncodedDataset, check_alike, name_dataset, save_manifest
 from .entry import EncodedEntry
@@ -18,15 +18,19 @@ class MixPart:
     """One dataset of a mix. `repeats` is the number of extra turns of every pair per epoch.
 
     `probability` is the chance of each pair to be drawn in an epoch. With 0 none of them is trained on, but the
-    held-out pairs are still used.
+    held-out pairs are still used. Pairs with `is_regularisation` are trained towards the base model's own prediction.
+    Their held-out pairs are not validated, because they show none of the edits.
+    `timestep_sampling_offset` shifts the noise levels of all pairs.
     """
 
     encoded: EncodedDataset
     repeats: int = 0
     probability: float = 1.0
+    is_regularisation: bool = False
+    timestep_sampling_offset: float = 0.0
 
     def __post_init__(self) -> None:
-        check_turns(self.repeats, self.probability)
+        check_part(self.repeats, self.probability, self.timestep_sampling_offset)
 
 
 def mix_encoded(parts: Sequence[MixPart], cache_dir: Path, *, validation_only: bool = False) -> EncodedDataset:
@@ -73,6 +77,7 @@ def plan_mix(parts: Sequence[MixPart], cache_dir: Path, *, validation_only: bool
         validation_pairs=tuple(
             dataclasses.replace(entry, key=_key(number, entry.key))
             for number, part in enumerate(parts, 1)
+            if validation_only or not part.is_regularisation
             for entry in part.encoded.validation_pairs
         ),
         left_out=tuple(_key(number, key) for number, part in enumerate(parts, 1) for key in part.encoded.left_out),
@@ -80,12 +85,14 @@ def plan_mix(parts: Sequence[MixPart], cache_dir: Path, *, validation_only: bool
 
 
 def _entry(entry: EncodedEntry, number: int, part: MixPart) -> EncodedEntry:
-    """The entry as part of the mix. Multiplies its repeats and probability with those of an inner mix."""
+    """The entry as part of the mix. Multiplies its repeats and probability with those of an inner mix, adds offsets."""
     return dataclasses.replace(
         entry,
         key=_key(number, entry.key),
         repeats=(1 + entry.repeats) * (1 + part.repeats) - 1,
         probability=entry.probability * part.probability,
+        is_regularisation=entry.is_regularisation or part.is_regularisation,
+        timestep_sampling_offset=entry.timestep_sampling_offset + part.timestep_sampling_offset,
     )
 
 

@@ -108,6 +108,10 @@ def _epoch(encoded: EncodedDataset) -> list[str]:
     if any(pair.repeats or pair.probability < 1 for pair in encoded.pairs):
         turns = sum((1 + pair.repeats) * pair.probability for pair in encoded.pairs)
         lines.append(f"An epoch uses about {turns:.0f} pairs, because of repeats and probability.")
+    if regularising := sum(pair.is_regularisation for pair in encoded.pairs):
+        lines.append(f"Regularisation pairs, trained towards the base model's own prediction: {regularising}.")
+    offsets = Counter(pair.timestep_sampling_offset for pair in encoded.pairs if pair.timestep_sampling_offset)
+    lines += [f"Pairs with timestep_sampling_offset {each:g}: {count}." for each, count in sorted(offsets.items())]
     several = Counter(len(pair.prompts_by_reference) for pair in encoded.pairs if pair.prompts_by_reference)
     lines += [f"Pairs that show one of {sets} references per use: {count}." for sets, count in sorted(several.items())]
     flying = sum(len(pair.reference_files) for pair in encoded.pairs)

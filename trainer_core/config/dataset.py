@@ -15,10 +15,12 @@ CropAspect = Literal["square", "preserve"]
 CropStyle = Literal["center", "random", "corner"]
 Preprocessing = Literal["comfyui", "diffusers"]
 ConditioningType = Literal["auto", "reference_strict", "reference_loose"]
+ShuffleSplit = Literal["comma", "space", "period"]
 ColorProfiles = Literal["convert", "ignore"]
 MultidatasetSampling = Literal["combined", "random"]
 ReferenceLatents = Literal["cached", "on_the_fly"]
 _CROPS = If("crop", (True,))
+_SHUFFLES = If("caption_shuffle_count", differs=(0,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,44 @@ class CaptionConfig(Settings):
         "target give it several captions.",
         Limits(valid=bool, allowed="the name of a column"),
     )
+    caption_shuffle_count: int = setting(
+        0,
+        "How many variants of each caption to make with its tags in another order. Each is one more caption of the "
+        "pair, and is encoded. 0 for none.",
+        Limits(min=0, max=100),
+    )
+    caption_shuffle_seed: int = setting(
+        0, "Seed of the order of tags.", Limits(soft_min=0, soft_max=2**32 - 1), used_if=(_SHUFFLES,)
+    )
+    caption_shuffle_split_on: ShuffleSplit = setting("comma", "What separates tags.", used_if=(_SHUFFLES,))
+    caption_shuffle_position_start: int = setting(
+        0,
+        "How many tags at the start of a caption keep their places.",
+        Limits(min=0, soft_max=1000),
+        used_if=(_SHUFFLES,),
+    )
+    caption_shuffle_include_original: bool = setting(
+        True, "Also use the caption as it was written.", used_if=(_SHUFFLES,)
+    )
+    more_instance_prompts: tuple[str, ...] = setting(
+        (),
+        "More edit instructions with caption_strategy instanceprompt, one per line. Each is one more caption of every "
+        "pair.",
+        Limits(
+            longest=LONGEST_PROMPT,
+            valid=lambda prompts: not any(map(is_blank, prompts)),
+            allowed="a list of edit instructions",
+        ),
+    )
+    fallback_caption_column: str = setting(
+        "", "Column of a caption table that is used where caption_column is empty. Empty for none."
+    )
+    caption_filter_list: tuple[str, ...] = setting(
+        (),
+        "Texts to take out of every caption, one per line. ^ and $ stand for its start and end, .* for anything on a "
+        "line. s/text/other/ replaces the first text by the other. instance_prompt, prefix and suffix stay.",
+        Limits(valid=lambda lines: not any(map(is_blank, lines)), allowed="a list of texts"),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +103,8 @@ class DatasetConfig(Settings):
         "Folder of the pictures that the model should produce.", Limits(valid=bool, allowed="a folder of pictures")
     )
     reference_dirs: tuple[str, ...] = required(
-        "One to three folders of the pictures to edit.",
-        Limits(valid=lambda folders: 1 <= len(folders) <= 3, allowed="one, two or three folders"),
+        "One to three folders of the pictures to edit. An empty list trains the targets as text-to-image.",
+        Limits(valid=lambda folders: len(folders) <= 3, allowed="one, two or three folders, or an empty list"),
     )
     caption_strategy: CaptionStrategy = setting(
         "textfile",
@@ -283,12 +323,24 @@ class DatasetPartConfig(Settings):
         "Fraction of the pairs that each epoch draws at random. 1 for all, 0 for none.",
         Limits(min=0.01, max=1, also=0, step=0.01),
     )
+    is_regularisation_data: bool = setting(
+        False,
+        "Train the pairs towards the base model's own prediction, not towards their targets, so that it keeps its "
+        "abilities. None of them is held out, except in a dataset of eval_dataset_id.",
+    )
+    timestep_sampling_offset: float = setting(
+        0.0,
+        "Shift of this dataset's noise levels with sigma_distribution logit_normal: logit_mean is raised by this many "
+        "times logit_std. Below 0 trains more on detail, above 0 more on composition. -1 to 1 is typical.",
+        Limits(min=-10, max=10, step=0.05),
+    )
 
 
-def check_turns(repeats: int, probability: float) -> None:
-    """Raises ConfigError if these are no valid `repeats` and `probability` of a DatasetPartConfig."""
+def check_part(repeats: int, probability: float, timestep_sampling_offset: float) -> None:
+    """Raises ConfigError if these are no valid values of the settings that a DatasetPartConfig has for a mix."""
     check_setting(DatasetPartConfig, "repeats", repeats)
     check_setting(DatasetPartConfig, "probability", probability)
+    check_setting(DatasetPartConfig, "timestep_sampling_offset", timestep_sampling_offset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,18 +136,19 @@ class JobConfig(TrainingSettings):
         """The datasets to encode. `dataset` gets the id "dataset".
 
         Their encoding includes empty captions if the training needs them, and holds out pairs as eval_dataset_id says.
+        No regularisation data is held out otherwise.
         """
         if self.dataset is not None:
             return (DatasetPartConfig(id="dataset", dataset=self.dataset, encoding=self._encoding(self.encoding)),)
-        return tuple(
-            dataclasses.replace(part, encoding=self._encoding(part.encoding, part.id)) for part in self.datasets
-        )
+        return tuple(dataclasses.replace(part, encoding=self._encoding(part.encoding, part)) for part in self.datasets)
 
-    def _encoding(self, encoding: EncodingConfig, part_id: str = "") -> EncodingConfig:
+    def _encoding(self, encoding: EncodingConfig, part: DatasetPartConfig | None = None) -> EncodingConfig:
         encoding = encoding_for(encoding, self)
-        if not self.eval_dataset_id:
+        if part is not None and part.is_regularisation_data:  # which preserves with its own captions
+            encoding = dataclasses.replace(encoding, preservation_prompts=())
+        if part is None or not (self.eval_dataset_id or part.is_regularisation_data):
             return encoding
-        count = -1 if part_id in self.eval_dataset_id else 0
+        count = -1 if part.id in self.eval_dataset_id else 0
         return dataclasses.replace(encoding, num_eval_images=count, train_eval_images=False)
 
     def train_config(self, encoded: str, validation_encoded: str = "") -> TrainConfig:

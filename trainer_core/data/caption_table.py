@@ -73,8 +73,7 @@ def key_of(name: str) -> str:
 
 
 def _named_captions(path: Path, number: int, row: Row, config: DatasetConfig) -> tuple[str, list[str]]:
-    values = []
-    for setting in ("filename_column", "caption_column"):
+    def cell_of(setting: str) -> object:
         column = getattr(config.captions, setting)
         if column not in row:
             raise DatasetError(
@@ -82,11 +81,15 @@ def _named_captions(path: Path, number: int, row: Row, config: DatasetConfig) ->
                 f"{', '.join(shown(str(key)) for key in list(row)[:_MAX_COLUMNS_SHOWN]) or 'none'}. Correct the table "
                 f"or {setting}."
             )
-        values.append(row[column])
-    name, cell = values
+        return row[column]
+
+    name, cells = cell_of("filename_column"), [cell_of("caption_column")]
+    if config.captions.fallback_caption_column:
+        cells.append(cell_of("fallback_caption_column"))
     if not isinstance(name, str) or not name.strip():
         raise DatasetError(f"{shown(path)}, row {number}: the file name must be text, got {brief(name)}.")
-    return key_of(name), [text.strip() for text in _texts(path, number, cell) if not is_blank(text)]
+    found = ([text.strip() for text in _texts(path, number, cell) if not is_blank(text)] for cell in cells)
+    return key_of(name), next(filter(None, found), [])
 
 
 def _texts(path: Path, number: int, cell: object) -> list[str]:
@@ -142,8 +145,9 @@ def _parquet_rows(path: Path, config: DatasetConfig) -> Iterable[Row]:
 
 
 def _arrow_rows(path: Path, config: DatasetConfig) -> Iterable[Row]:
-    """The two columns of a Parquet file, through pyarrow or else pandas, which also works with fastparquet."""
-    wanted = {config.captions.filename_column, config.captions.caption_column}
+    """The needed columns of a Parquet file, through pyarrow or else pandas, which also works with fastparquet."""
+    captions = config.captions
+    wanted = {captions.filename_column, captions.caption_column, captions.fallback_caption_column} - {""}
     try:
         from pyarrow import ArrowException, parquet  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:

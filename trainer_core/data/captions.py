@@ -10,6 +10,7 @@ from ..config import DatasetConfig
 from ..config.dataset import CAPTION_TABLES
 from ..errors import DatasetError
 from ..text import beginning, is_blank, shown, text_problem
+from .caption_edits import edited
 
 MAX_CAPTION_FILE_BYTES = 1_000_000
 
@@ -17,7 +18,7 @@ MAX_CAPTION_FILE_BYTES = 1_000_000
 def captions_of(
     target: Path, text_file: Path | None, config: DatasetConfig, listed: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """The captions of a pair, at least one, with the configured prefix and suffix.
+    """The captions of a pair, at least one, with their variants and the configured prefix and suffix.
 
     `text_file` is the target's .txt file, or None if it has none; `listed` holds the captions from the table.
 
@@ -28,16 +29,25 @@ def captions_of(
     first = settings.caption_prefix
     if settings.prepend_instance_prompt and config.caption_strategy != "instanceprompt":
         first += config.instance_prompt.strip() + " "
-    captions = tuple(first + each + settings.caption_suffix for each in _written(target, text_file, config, listed))
+    written = _written(target, text_file, config, listed)
+    _check(written, target)
+    written = edited(written, settings)
+    if not written:
+        raise DatasetError(f"{shown(target)}: caption_filter_list takes out the whole caption. Change one of them.")
+    captions = tuple(first + each + settings.caption_suffix for each in written)
+    _check(captions, target)
+    return captions
+
+
+def _check(captions: tuple[str, ...], target: Path) -> None:
     for caption in captions:
         if problem := text_problem(caption):
             raise DatasetError(f"{shown(target)}: a caption {problem}: {beginning(caption)}. Correct it.")
-    return captions
 
 
 def _written(target: Path, text_file: Path | None, config: DatasetConfig, listed: tuple[str, ...]) -> tuple[str, ...]:
     if config.caption_strategy == "instanceprompt":
-        return (config.instance_prompt.strip(),)
+        return tuple(each.strip() for each in (config.instance_prompt, *config.captions.more_instance_prompts))
     if config.caption_strategy == "filename":
         return (_caption_from_name(target),)
     if config.caption_strategy in CAPTION_TABLES:

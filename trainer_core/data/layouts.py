@@ -134,7 +134,7 @@ def _references_beside_targets(
 
     Such a picture has neither a caption nor references of its own.
     """
-    if config.references_optional and config.caption_strategy != "textfile":
+    if (config.references_optional or not config.reference_dirs) and config.caption_strategy != "textfile":
         return  # they may be targets without references
     found = [
         each

@@ -346,7 +346,7 @@ def reference_types(config: DatasetConfig, present: Sequence[bool]) -> tuple[Con
     `present` says for each reference folder whether the pair has a picture in it.
     """
     kinds = config.conditioning_type
-    if set(kinds) == {"auto"}:
+    if set(kinds) <= {"auto"}:
         return ()
     if len(kinds) == 1:
         kinds *= len(config.reference_dirs)

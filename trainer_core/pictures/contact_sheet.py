@@ -43,7 +43,7 @@ def contact_sheet(dataset: EditDataset, *, max_pairs: int = 12, observer: Observ
 
 def report(dataset: EditDataset) -> str:
     """Number of pairs, sizes, captions, and the dataset's notes."""
-    lines = [f"{counted(len(dataset.pairs), 'pair')} with {_references(dataset)} each."]
+    lines = [f"{counted(len(dataset.pairs), 'pair')} {_references(dataset)}."]
     if dataset.pairs:
         lines.append(_sizes("Targets", [pair.sizes[0] for pair in dataset.pairs]))
         numbers = [dataset.references_by_folder(pair) for pair in dataset.pairs]
@@ -74,9 +74,10 @@ def _row(dataset: EditDataset, pair: EditPair, *, masked: bool) -> PictureRow:
 
 def _references(dataset: EditDataset) -> str:
     counts = {len(pair.references) for pair in dataset.pairs} or {len(dataset.reference_dirs)}
-    if len(counts) == 1:
-        return counted(max(counts), "reference")
-    return f"{min(counts)} to {counted(max(counts), 'reference')}"
+    if counts == {0}:
+        return "without references, which are trained as text-to-image"
+    fewest = f"{min(counts)} to " if len(counts) > 1 else ""
+    return f"with {fewest}{counted(max(counts), 'reference')} each"
 
 
 def _sizes(name: str, sizes: Sequence[Size]) -> str:

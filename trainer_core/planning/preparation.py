@@ -26,6 +26,7 @@ from ..qwen_image.flavours import title_of
 from ..qwen_image.sampling import schedule_of
 from ..qwen_image.vae import check_vae
 from ..runs.metrics import check_tensorboard
+from ..text import shown
 from ..training.optimizer import optimizer_builder
 from ..training.validation_pictures import incomparable, validation_shots
 from .advice import STEP, VALIDATION, memory_advice, memory_errors_explained
@@ -199,14 +200,23 @@ def check_memory(
         choose_memory(config, network, work, budget)
 
 
+def without_references(encoded: EncodedDataset) -> str:
+    """A sentence that says that the run learns no edits, because no pair has a reference; "" if one has."""
+    if any(pair.references for pair in encoded.pairs):
+        return ""
+    return "No pair to train on has a reference, so the run trains text-to-image and no edits."
+
+
 def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: EncodedDataset) -> None:
     """Check that the datasets match the model and each other. Their pairs need not be encoded yet.
 
     `held_out` is the dataset with the held-out pairs; it can be the same as `encoded`.
 
     Raises:
-        ConfigError: a dataset is for another flavour, they were encoded differently, or empty captions are missing.
-        DatasetError: there is no pair to train on, or the validation dataset has no held-out pair.
+        ConfigError: a dataset is for another flavour, they were encoded differently, empty captions are missing, or
+            noise levels are shifted that are not logit-normal.
+        DatasetError: there is no pair to train on, all are regularisation data, or the validation dataset has no
+            held-out pair.
     """
     for each in (encoded, held_out):
         if each.flavour != config.model.flavour:
@@ -220,6 +230,18 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
         raise DatasetError(
             "The dataset has no pairs to train on: all are held out. Set num_eval_images lower, to 0 or more."
         )
+    if encoded.pairs and all(pair.is_regularisation for pair in encoded.pairs):
+        raise DatasetError(
+            "All pairs to train on are regularisation data, from which the model learns nothing new. Add a dataset of "
+            "edits, or turn is_regularisation_data off."
+        )
     if not held_out.validation_pairs and held_out is not encoded:
         raise DatasetError("The validation dataset has no held-out pairs. Encode it with num_eval_images -1.")
     check_prompts(encoded, config.batching, config.preservation)
+    shifted = next((pair for pair in encoded.pairs if pair.timestep_sampling_offset), None)
+    if shifted is not None and config.noise.sigma_distribution != "logit_normal":
+        raise ConfigError(
+            f"timestep_sampling_offset of the pair {shown(shifted.key)!r} is {shifted.timestep_sampling_offset:g}, but "
+            f"sigma_distribution is {config.noise.sigma_distribution}. Set timestep_sampling_offset to 0 or "
+            "sigma_distribution to logit_normal."
+        )

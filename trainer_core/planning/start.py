@@ -21,7 +21,7 @@ from .disk_space import DiskUse, cache_use, check_disk, run_use
 from .duration import Speed, duration, until_first_pictures
 from .network import NetworkSize
 from .plan import MemoryPlan, plan_memory
-from .preparation import PreparedModel, check_datasets, check_memory, check_training, unmeasured
+from .preparation import PreparedModel, check_datasets, check_memory, check_training, unmeasured, without_references
 from .workload import Workload, workload_of_pairs
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class CheckedRun:
     """What `check_run` found besides problems.
 
     `is_finished`: there is nothing left to train. `disk`: what will be written. `notes`: sentences about tight disk
-    space, and about validation pictures that can't be measured. `model` is None if it has problems.
+    space, pairs without references, and validation pictures that can't be measured. `model` is None if it has problems.
     """
 
     is_finished: bool
@@ -99,7 +99,7 @@ def check_run(
         encoded, held_out = data.encoded, data.held_out or data.encoded
         if trains_here:
             attempt(lambda: check_datasets(config, encoded, held_out))
-        notes += filter(None, [unmeasured(held_out, config.validation)])
+        notes += filter(None, [without_references(encoded), unmeasured(held_out, config.validation)])
     is_finished = trains_here and bool(attempt(lambda: _is_finished(config, data, continue_kept=continue_kept)))
     prepared = None
     if model is not None:

@@ -142,6 +142,11 @@ _KINDS: tuple[tuple[Callable[[Row, Row], bool], Callable[[list[tuple[Row, Row]]]
     ),
     (_differ("mask"), lambda changed: f"{_of(changed)} {_have(changed)} another mask"),
     (_encoded_otherwise, lambda changed: f"the prompts of {_of(changed)} were encoded in another way"),
+    (_differ("is_regularisation"), lambda changed: f"is_regularisation_data of {_of(changed)} changed"),
+    (
+        _differ("timestep_sampling_offset"),
+        lambda changed: f"timestep_sampling_offset of {_of(changed)} changed",
+    ),
     (_differ("repeats", "probability"), lambda changed: f"repeats or probability of {_of(changed)} changed"),
 )
 

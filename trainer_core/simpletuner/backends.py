@@ -58,6 +58,12 @@ class Backends:
         names = (entry.get("conditioning_image_embeds") for entry in self.entries.values())
         return {name for name in names if isinstance(name, str)}
 
+    def text_embeds_of(self, name: object) -> str:
+        """Id of the text_embeds entry that a data set uses: the named one, or else the default; "" if there is none."""
+        known = self.of_kind("text_embeds")
+        default = (each for each in known if self.entries[each].get("default"))
+        return name if isinstance(name, str) and name in known else next(default, known[0] if len(known) == 1 else "")
+
     def named(self, name: object, key: str, known: Sequence[str]) -> str:
         """Return `name` if it is one of `known`.
 
@@ -72,15 +78,16 @@ class Backends:
         raise ConfigError(f"{key} refers to {brief(name)}. {there}{did_you_mean(name, known)}")
 
     def main(self) -> tuple[str, ...]:
-        """Ids of the data sets with references, for training and validation.
+        """Ids of the data sets for training and validation. Those without references are text-to-image.
 
         Raises:
-            ConfigError: there is no data set to train on.
+            ConfigError: there is no data set with references to train on.
         """
         candidates = self.of_kind("image", "eval")
         paired = tuple(name for name in candidates if self.entries[name].get("conditioning_data") or self.made_of(name))
         if set(paired) - set(self.eval_ids):
-            return paired
+            linked = [each for entry in self.entries.values() for each in ids_of(entry.get("conditioning_data"))]
+            return tuple(name for name in candidates if name in paired or name not in linked)
         candidates = tuple(name for name in candidates if name not in self.eval_ids)
         references = ", ".join(self.of_kind("conditioning")) or "none in this file"
         raise ConfigError(

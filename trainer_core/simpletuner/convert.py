@@ -287,6 +287,12 @@ def _noise(section: Section, values: dict[str, Any], offset: float) -> None:
         put(values, "noise.flow_schedule_shift", shift)
     if section.truth("flow_use_uniform_schedule"):
         put(values, "noise.sigma_distribution", "uniform")
+        ignored = [part.pop("timestep_sampling_offset", 0) for part in values.get("datasets", ())]
+        if any(ignored):
+            section.note(
+                "timestep_sampling_offset",
+                "left out, because flow_use_uniform_schedule is true. SimpleTuner ignores it.",
+            )
     if offset:
         put(values, "noise.logit_mean", offset * values.get("noise", {}).get("logit_std", 1.0))
 

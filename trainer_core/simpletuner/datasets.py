@@ -11,7 +11,8 @@ from ..errors import ConfigError
 from ..settings import is_plain_name
 from ..text import brief, shown
 from .backends import CACHES, MASKS, Backends, ids_of
-from .keys import DATA_REASONS, TABLE_REASONS
+from .captions import read_captions
+from .keys import DATA_REASONS
 from .section import Section, path_of, words
 
 _SIZE_LIMITS = ("maximum_image_size", "target_downsample_size")
@@ -31,7 +32,7 @@ class ImportedData:
     """What the data file contributes to a job.
 
     `values` has `dataset` or `datasets`, `encoding` and `eval_dataset_id` of the job's JSON, `name` is a name for the
-    run, and `offset` is the mean of the logit-normal noise distribution in units of its standard deviation.
+    run, and `offset` is the timestep_sampling_offset of all data sets; 0 if `datasets` has one for each.
     """
 
     values: dict[str, Any]
@@ -67,13 +68,20 @@ def read_data(
             _other(backends, other, used, cut, known, notes)
     first = next(iter(offsets))
     if len(set(offsets.values())) > 1:
-        notes.append(f"timestep_sampling_offset: that of {first} is used, because one value applies to the whole run.")
+        for part in parts:
+            part |= {"timestep_sampling_offset": each} if (each := offsets.get(part["id"])) else {}
+        offsets[first] = 0.0
     evals = [name for name in names if name in backends.eval_ids]
     return ImportedData(values=_job_values(parts, evals, notes), name=first, offset=offsets[first])
 
 
 def _job_values(parts: list[dict[str, Any]], evals: list[str], notes: list[str]) -> dict[str, Any]:
     """One data set as `dataset`, several as `datasets`. The settings that all share go into `encoding`."""
+    if all(part.get("is_regularisation_data") for part in parts if part["id"] not in evals):
+        raise ConfigError(
+            "is_regularisation_data is true in all data sets, so there is nothing to learn. Set it to false in those "
+            "that show edits."
+        )
     if len(parts) == 1:
         part = parts[0]
         if part.get("repeats", 0) or part.get("probability", 1) != 1:
@@ -117,14 +125,15 @@ def _part(backends: Backends, section: Section, references: list[str], masks: li
         section.note("conditioning_data", f"masks from {masks[0]}: white counts in the loss, black does not.")
     section.settle("type", "disabled", "disable", "dataset_type", "instance_data_dir", "instance_data_root")
     section.knows("conditioning_type", "source_dataset_id")  # only references and masks have them
-    _captions(section, dataset, root)
+    read_captions(backends, section, dataset, root)
     kinds = [backends.entries[each].get("conditioning_type") or "auto" for each in references]
-    if set(kinds) != {"auto"}:
+    if set(kinds) - {"auto"}:
         dataset["conditioning_type"] = kinds if len(set(kinds)) > 1 else kinds[0]
     encoding = {**_sizes(section), **_image_embeds(backends, section, name)}
-    if section.truth("disable_validation"):
+    # SimpleTuner samples no data set without references
+    if section.truth("disable_validation") or not (references or name in backends.eval_ids):
         encoding |= {"num_eval_images": 0, "train_eval_images": False}
-    return {"id": name, "dataset": dataset, "encoding": encoding, **_turns(section)}
+    return {"id": name, "dataset": dataset, "encoding": encoding, **_turns(section), **_regularisation(section)}
 
 
 def _image_embeds(backends: Backends, section: Section, name: str) -> dict[str, Any]:
@@ -157,6 +166,18 @@ def _turns(section: Section) -> dict[str, Any]:
     return turns
 
 
+def _regularisation(section: Section) -> dict[str, Any]:
+    """is_regularisation_data, if it is true."""
+    spellings = ("is_regularisation_data", "is_regularization_data")
+    if not section.truth(*spellings):
+        return {}
+    section.note(
+        next(each for each in spellings if each in section),
+        "its pairs are trained towards the base model's own prediction. SimpleTuner does so with LyCORIS only.",
+    )
+    return {"is_regularisation_data": True}
+
+
 def _linked(
     backends: Backends, section: Section, name: str, max_references: int
 ) -> tuple[list[str], list[str], dict[str, str]]:
@@ -175,12 +196,15 @@ def _linked(
             )
     masks = [each for each in ids if backends.entries[each].get("conditioning_type") in MASKS]
     references = [each for each in ids if each not in masks]
-    if not references:
+    if masks and not references:
         raise ConfigError(
             f"{name}.conditioning_data has only masks. Add references, because an edit starts from a picture."
         )
     taken = ", ".join(references[:max_references])
-    section.note("conditioning_data", f"references, in this order: {taken}.")
+    section.note(
+        "conditioning_data",
+        f"references, in this order: {taken}." if references else "none, so the pictures are trained as text-to-image.",
+    )
     cut = dict.fromkeys(references[max_references:], _too_many(name, max_references))
     cut |= dict.fromkeys(
         masks[1:], f"{name} refers to it, but only one set of masks is used, {masks[0]}" if masks else ""
@@ -204,47 +228,6 @@ def _folder(entry: dict[str, Any], name: str, root: Path) -> str:
     if not isinstance(folder, str) or not folder:
         raise ConfigError(f"{name}.instance_data_dir must be a folder of pictures, got {brief(folder)}.")
     return path_of(folder, root, f"{name}.instance_data_dir")
-
-
-def _captions(section: Section, dataset: dict[str, Any], root: Path) -> None:
-    """caption_strategy and its settings."""
-    strategy = section.text("caption_strategy")
-    strategy = {"instance_prompt": "instanceprompt"}.get(strategy or "", strategy)
-    if not strategy:
-        strategy = "filename"
-        why = (
-            "null, which is no caption in SimpleTuner. Every pair needs an edit instruction here, so"
-            if section.is_null("caption_strategy")
-            else "not given, so filename, SimpleTuner's default:"
-        )
-        section.note("caption_strategy", f"{why} captions are the file names.")
-    captions: dict[str, Any] = {}
-    prompt = section.take("instance_prompt")
-    if isinstance(prompt, list):
-        section.note("instance_prompt", "is a list; the first prompt is used.")
-        prompt = prompt[0] if prompt else None
-    if section.truth("only_instance_prompt"):
-        strategy = "instanceprompt"
-    section.knows("parquet", "csv_file", "csv_caption_column")  # read only with their caption_strategy
-    table = section.inside("parquet") if strategy == "parquet" else None
-    if table is not None:
-        columns = {key: table.text(key) for key in ("caption_column", "filename_column")}
-        captions = {"caption_file": table.text("path") or "", **{key: name for key, name in columns.items() if name}}
-        strategy = "jsonl" if captions["caption_file"].endswith((".jsonl", ".json")) else "parquet"
-        section.note("parquet.path", "a relative path starts at the target folder.")
-        table.explain(TABLE_REASONS)
-    if strategy == "csv":
-        file, column = section.path(root, "csv_file"), section.text("csv_caption_column")
-        captions = {"caption_file": file}
-        captions |= {"caption_column": column} if column else {}
-    for key in ("disable_multiline_split", "prepend_instance_prompt"):
-        if section.truth(key):
-            captions[key] = True
-    dataset["caption_strategy"] = strategy
-    if prompt and (strategy == "instanceprompt" or captions.get("prepend_instance_prompt")):
-        dataset["instance_prompt"] = prompt
-    if captions:
-        dataset["captions"] = captions
 
 
 def _sizes(section: Section) -> dict[str, Any]:
@@ -339,8 +322,6 @@ def _other(
             else "in one cache for all data sets"
         )
         notes.append(f"{called}: {kind} are stored {place}.")
-    elif kind in ("image", "eval"):
-        notes.append(f"{called}: LEFT OUT. It has no conditioning_data, but an edit starts from a picture.")
     elif kind == "conditioning":
         notes.append(f"{called}: LEFT OUT. No data set refers to it in conditioning_data.")
     else:

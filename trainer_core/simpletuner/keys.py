@@ -11,7 +11,7 @@ _DATA = {
     "all data sets share one cache, cache_dir, so no other folder needs to be named": "cache_dir cache_dir_vae "
     "cache_dir_conditioning_image_embeds vae_cache_clear_each_epoch vae_cache_ondemand vae_cache_disable "
     "text_cache_ondemand text_cache_disable hash_filenames skip_file_discovery preserve_data_backend_cache "
-    "cache_file_suffix text_embeds image_embeds default compress_cache vae_cache_scan_behaviour scan_for_errors "
+    "cache_file_suffix image_embeds default compress_cache vae_cache_scan_behaviour scan_for_errors "
     "shorten_filenames csv_shorten_filenames csv_hash_filenames",
     "pictures are read and written by threads, without settings": "image_processing_batch_size max_workers "
     "read_batch_size aws_max_pool_connections",
@@ -24,9 +24,10 @@ _DATA = {
     "sizes are read from the pictures themselves": "metadata_backend metadata_update_interval",
     "all pairs in the folder are used": "max_num_samples",
     "no picture is ever deleted": "delete_unwanted_images delete_problematic_images delete_nsfw_images",
-    "captions are used unchanged": "caption_shuffle caption_filter_list fallback_caption_column captions",
+    "captions are read from files, or one text is used for all pairs": "captions",
+    "it counts in an entry of type text_embeds": "caption_filter_list",
     "references are separate pictures, not made from the targets": "conditioning conditioning_config",
-    "one LoRA is trained on all pairs alike": "is_regularisation_data is_regularization_data slider_strength",
+    "one LoRA is trained on all pairs alike": "slider_strength",
     "only local pictures are read": "aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id "
     "aws_secret_access_key aws_data_prefix csv_cache_dir csv_url_column huggingface webshart dataset_name config "
     "memory_filesystem_path memory_filesystem_size memory_filesystem_sudo aws_session_token hf_token revision split "
@@ -36,7 +37,6 @@ _DATA = {
 
 _TABLE = {
     "sizes are read from the pictures themselves": "width_column height_column",
-    "every target needs its row": "fallback_caption_column",
     "targets are found with or without an extension": "identifier_includes_extension",
     "only pictures are supported": "bbox_column",
 }

@@ -7,6 +7,7 @@ Rectified Flow Transformers", 2024).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,11 @@ def shift_for(num_tokens: int, noise: NoiseConfig) -> float:
     if not noise.flow_schedule_auto_shift:
         return noise.flow_schedule_shift
     return math.exp(dynamic_shift(num_tokens, QWEN_SCHEDULE))
+
+
+def with_offset(noise: NoiseConfig, offset: float) -> NoiseConfig:
+    """The noise settings for a pair with this timestep_sampling_offset: σ = sigmoid(mean + std · (normal + offset))."""
+    return dataclasses.replace(noise, logit_mean=noise.logit_mean + noise.logit_std * offset) if offset else noise
 
 
 def draw_sigma(

@@ -18,7 +18,7 @@ from ..qwen_image.transformer import predict_velocities, predict_velocity
 from ..qwen_image.types import Condition
 from ..rng import seeded_globally
 from .edit_weight import combined_weights
-from .objective import add_noise, penalty_at, velocity_loss
+from .objective import add_noise, penalty_at, velocity_loss, with_offset
 from .rollout import RolledOut, draw_offsets, reflexflow_loss, roll_out
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def _input(
     """
     latents = pair.target_latents.unsqueeze(0).to(networks.device, non_blocking=True)
     condition = pair.condition().to(networks.device)
-    noisy = add_noise(latents, config.noise, config.seed, [draw.index], step_turns)
+    noise = with_offset(config.noise, pair.timestep_sampling_offset)
+    noisy = add_noise(latents, noise, config.seed, [draw.index], step_turns)
     if draw.preserves:
         return _Input(latents, condition, None, RolledOut(noisy), preserves=True)
     weights = None if pair.loss_weights is None else pair.loss_weights.unsqueeze(0).to(networks.device)
