@@ -186,4 +186,6 @@ def _encoding(preset: str, more: MoreSettingsGiven, config: TrainConfig) -> Enco
         given["validation_negative_prompt"] = more.validation_negative_prompt
     if config.batching.caption_dropout_probability > 0:
         given["encode_empty_caption"] = True
+    if config.noise.needs_pixels:
+        given["encode_pixel_difference"] = True
     return dataclasses.replace(encoding_preset(preset), **given)

@@ -83,6 +83,7 @@ class EncodePairs(Node):
                 ),
                 setting_input(EncodingConfig, "train_eval_images", optional=True, advanced=True),
                 setting_input(EncodingConfig, "tokenizer_max_length", optional=True, advanced=True),
+                setting_input(EncodingConfig, "encode_pixel_difference", optional=True, advanced=True),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA (advanced)."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,12 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import BatchingConfig
+from ..config import BatchingConfig, NoiseConfig
 from ..errors import ConfigError
 from ..ranks import Ranks
 from ..rng import stream
+from ..text import counted, shown
 from .encoded import EncodedDataset, EncodeReference
-from .entry import EMPTY_CAPTION
+from .entry import EMPTY_CAPTION, EncodedEntry
 from .types import EncodedPair
 
 MEMORY_BYTES = 1 << 30  # host memory for encoded pairs, so that a small dataset is read only once
@@ -138,6 +140,17 @@ def check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> N
         )
 
 
+def check_differences(pairs: Sequence[EncodedEntry], noise: NoiseConfig) -> None:
+    """Raise ConfigError if the edit weight needs the pixel differences of pairs that were encoded without them."""
+    lacking = [pair.key for pair in pairs if pair.references and not pair.differences]
+    if noise.needs_pixels and lacking:
+        raise ConfigError(
+            f"edit_weight_from is pixels, but {counted(len(lacking), 'pair')} (the first is {shown(lacking[0])!r}) "
+            "had no pixel difference encoded. Encode the dataset again with encode_pixel_difference on (nothing else "
+            "is encoded again), or set edit_weight_from to latents."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class RankPlan:
     """The micro-batches of this process, `per_step` per step.
@@ -228,5 +241,5 @@ class BatchLoader:
 
 
 def _num_bytes(pair: EncodedPair) -> int:
-    weights = () if pair.loss_weights is None else (pair.loss_weights,)
-    return sum(each.nbytes for each in (pair.target_latents, pair.prompt_embeds, *pair.reference_latents, *weights))
+    maps = (each for each in (pair.loss_weights, pair.difference) if each is not None)
+    return sum(each.nbytes for each in (pair.target_latents, pair.prompt_embeds, *pair.reference_latents, *maps))

@@ -80,6 +80,7 @@ class EncodedDataset:
             reference_latents=self._references(entry, encode_reference),
             prompt_embeds=self._tensor("prompt", entry.prompt(caption), entry),
             loss_weights=self._tensor("mask", entry.mask, entry) if entry.mask else None,
+            difference=self._tensor("difference", entry.differences[0], entry) if entry.differences else None,
         )
 
     def load_prompt(self, entry: EncodedEntry, key: str) -> Any:

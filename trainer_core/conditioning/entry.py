@@ -28,7 +28,8 @@ class EncodedEntry:
     are sampled in addition to the captions. `repeats` (extra turns per epoch) and `probability` (of being drawn in an
     epoch) come from a mix. A pair that shows one reference at a time has `prompts_by_reference` and
     `empty_by_reference` instead of `prompts` and `empty`. A pair whose references are encoded on the fly has
-    `reference_files`; its `references` are then not in the cache.
+    `reference_files`; its `references` are then not in the cache. `differences` (pixels of target and reference) are of
+    the first reference, or of each one if the pair shows one at a time.
     """
 
     key: str
@@ -49,6 +50,7 @@ class EncodedEntry:
     prompts_by_reference: tuple[tuple[str, ...], ...] = ()
     empty_by_reference: tuple[str, ...] = ()
     reference_files: tuple[ReferenceFile, ...] = ()
+    differences: tuple[str, ...] = ()
 
     def seen(self, reference_set: int) -> EncodedEntry:
         """The pair as one turn sees it: unchanged, or with only reference number `reference_set` and its prompts."""
@@ -60,6 +62,7 @@ class EncodedEntry:
             references=self.references[one],
             reference_shapes=self.reference_shapes[one],
             reference_files=self.reference_files[one],
+            differences=self.differences[one],
             prompts=self.prompts_by_reference[reference_set],
             empty=self.empty_by_reference[reference_set] if self.empty_by_reference else "",
             prompts_by_reference=(),
@@ -87,6 +90,7 @@ class EncodedEntry:
         prompts = (*self.prompts, *self.validation_prompts, *by_reference, self.negative)
         prompts += (self.empty, *self.empty_by_reference)
         kinds = {"latents": latents, "prompt": prompts, "picture": self.pictures, "mask": (self.mask,)}
+        kinds["difference"] = self.differences
         return ((kind, key) for kind, keys in kinds.items() for key in keys if key)
 
     def as_row(self) -> dict[str, Any]:

@@ -23,7 +23,8 @@ class EncodedPair:
     """One pair with one of its captions; all tensors are float32 on the CPU, and latents are normalised.
 
     `target_latents` [C, H, W], `reference_latents` [C, h, w] each, and `prompt_embeds` [L, D] without padding.
-    `loss_weights` [1, H, W] have mean 1; None if all are 1.
+    `loss_weights` [1, H, W] have mean 1; None if all are 1. `difference` [1, H, W]: the mean difference of the pixels of
+    target and first reference, in 8-bit steps; None if it was not encoded.
     """
 
     key: str
@@ -31,6 +32,7 @@ class EncodedPair:
     reference_latents: tuple[Tensor, ...]
     prompt_embeds: Tensor
     loss_weights: Tensor | None = None
+    difference: Tensor | None = None
 
     def condition(self, prompt: Tensor | None = None) -> Condition:
         """The transformer's inputs besides the noisy latents, with this prompt [L, D] in place of the pair's."""

@@ -124,7 +124,8 @@ class JobConfig(TrainingSettings):
     def parts(self) -> tuple[DatasetPartConfig, ...]:
         """The datasets to encode. `dataset` gets the id "dataset".
 
-        Their encoding includes empty captions if the training needs them, and holds out pairs as eval_dataset_id says.
+        Their encoding includes empty captions and pixel differences if the training needs them, and holds out pairs as
+        eval_dataset_id says.
         """
         if self.dataset is not None:
             return (DatasetPartConfig(id="dataset", dataset=self.dataset, encoding=self._encoding(self.encoding)),)
@@ -135,6 +136,8 @@ class JobConfig(TrainingSettings):
     def _encoding(self, encoding: EncodingConfig, part_id: str = "") -> EncodingConfig:
         if self.batching.caption_dropout_probability > 0:
             encoding = dataclasses.replace(encoding, encode_empty_caption=True)
+        if self.noise.needs_pixels:
+            encoding = dataclasses.replace(encoding, encode_pixel_difference=True)
         if not self.eval_dataset_id:
             return encoding
         count = -1 if part_id in self.eval_dataset_id else 0

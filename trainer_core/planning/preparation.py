@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..adapters.plan import AdapterPlan, plan_adapter
-from ..conditioning.batches import check_empty_captions
+from ..conditioning.batches import check_differences, check_empty_captions
 from ..conditioning.encoded import EncodedDataset, check_alike, load_encoded
 from ..conditioning.encoding_plan import PlannedDataset
 from ..config import ModelConfig, TrainConfig, ValidationConfig
@@ -192,8 +192,10 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
     `held_out` is the dataset with the held-out pairs; it can be the same as `encoded`.
 
     Raises:
-        ConfigError: a dataset is for another flavour, they were encoded differently, or empty captions are missing.
+        ConfigError: a dataset is for another flavour, they were encoded differently, or empty captions or pixel
+            differences are missing.
         DatasetError: there is no pair to train on, or the validation dataset has no held-out pair.
+        JobError: both empty captions and pixel differences are missing.
     """
     for each in (encoded, held_out):
         if each.flavour != config.model.flavour:
@@ -209,4 +211,7 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
         )
     if not held_out.validation_pairs and held_out is not encoded:
         raise DatasetError("The validation dataset has no held-out pairs. Encode it with num_eval_images -1.")
-    check_empty_captions(encoded, config.batching)
+    problems = Problems()
+    problems.attempt(lambda: check_empty_captions(encoded, config.batching))
+    problems.attempt(lambda: check_differences(encoded.pairs, config.noise))
+    problems.raise_all()
