@@ -31,7 +31,7 @@ def encode_masks(missing: dict[str, PlannedPair], cache_dir: Path, observer: Obs
 
 
 def encode_differences(missing: dict[str, PlannedPair], cache_dir: Path, observer: Observer) -> list[str]:
-    """Write the pixel differences of `missing` pairs by their cache keys. Returns the problems of unreadable pictures."""
+    """Write the pixel differences of `missing` pairs by their cache keys. Returns the problems of unreadable files."""
     return _write_maps("difference", missing, _difference, cache_dir, observer, "Comparing pixels")
 
 
@@ -43,7 +43,7 @@ def _write_maps(
     observer: Observer,
     stage: str,
 ) -> list[str]:
-    """Write what `make` returns for each of the `missing` pairs, by cache key. Returns the problems of unreadable files."""
+    """Write what `make` returns for each of the `missing` pairs. Returns the problems of unreadable files."""
     problems = []
     with write_behind() as write:
         found = read_ahead(missing.items(), or_error(lambda item: make(item[1])))

@@ -23,8 +23,8 @@ class EncodedPair:
     """One pair with one of its captions; all tensors are float32 on the CPU, and latents are normalised.
 
     `target_latents` [C, H, W], `reference_latents` [C, h, w] each, and `prompt_embeds` [L, D] without padding.
-    `loss_weights` [1, H, W] have mean 1; None if all are 1. `difference` [1, H, W]: the mean difference of the pixels of
-    target and first reference, in 8-bit steps; None if it was not encoded.
+    `loss_weights` [1, H, W] have mean 1; None if all are 1. `difference` [1, H, W] is the mean difference of the pixels
+    of target and first reference, in 8-bit steps; None if it was not encoded.
     """
 
     key: str

@@ -254,7 +254,8 @@ class EncodingConfig(Settings):
         Limits(min=1, max=4096, unit="tokens"),
     )
     encode_pixel_difference: bool = setting(
-        False, "Also store where the pixels of target and reference differ. Needed for edit_weight_from pixels in training."
+        False,
+        "Also store where the pixels of target and reference differ. Needed for edit_weight_from pixels in training.",
     )
 
 
