@@ -198,9 +198,9 @@ class NoiseConfig(Settings):
     )
     edit_weight_from: EditWeightFrom = setting(
         "latents",
-        "Where edit_weight looks for the edit: in the latents of target and first reference, or in their pixels. In "
-        "ComfyUI, pixels needs encode_pixel_difference of Encode Edit Pairs; the short path and the command line turn "
-        "it on.",
+        "Where edit_weight looks for the edit: in the latents of target and first reference, or in their pixels. "
+        "pixels needs encode_pixel_difference of Encode Edit Pairs; Train Qwen Edit LoRA and the command line turn it "
+        "on.",
         used_if=(_WEIGHTS_EDIT,),
     )
 
