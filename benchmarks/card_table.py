@@ -20,6 +20,7 @@ _COLUMN_OF = {
     "Checking": PICTURES,
     "Encoding pictures": PICTURES,
     "Encoding masks": PICTURES,
+    "Comparing pixels": PICTURES,
     "Loading the text encoder": PROMPTS,
     "Encoding prompts": PROMPTS,
     "preparing": LOAD,

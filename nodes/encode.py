@@ -92,6 +92,7 @@ class EncodePairs(Node):
                     tooltip="Instructions of other edits, one per line. Training with preservation_probability above 0 "
                     "keeps what the base model does with them. They are encoded for every trained pair.",
                 ),
+                setting_input(EncodingConfig, "encode_pixel_difference", optional=True, advanced=True),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA (advanced)."),

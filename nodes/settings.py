@@ -144,7 +144,8 @@ class TrainingSettings(Node):
                 setting_input(BatchingConfig, "caption_dropout_probability", optional=True),
                 *setting_inputs(
                     NoiseConfig,
-                    "edit_weight mode_scale stratified_sigmas loss_type huber_c huber_schedule",
+                    "edit_weight mode_scale stratified_sigmas loss_type huber_c huber_schedule edit_weight_kind "
+                    "edit_weight_from",
                     optional=True,
                 ),
                 *setting_inputs(PreservationConfig, "preservation_probability preservation_weight", optional=True),

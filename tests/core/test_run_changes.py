@@ -109,6 +109,7 @@ CASES: list[tuple[str, tuple[EncodedEntry, ...], list[str]]] = [
         ["2 pairs ('a', 'd') have other pictures or crops"],
     ),
     ("mask", changed("c", mask="new"), ["1 pair ('c') has another mask"]),
+    ("differences", changed("c", differences=("new",)), ["1 pair ('c') has other pixel differences"]),
     (
         "text encoder",
         changed("a", "b", "c", "d", "e", prompts=("other",)),

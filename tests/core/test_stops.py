@@ -13,7 +13,7 @@ from tests.support.narrow import make_pairs, picture, small_encoding
 from trainer_core.conditioning.encode import plan_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.conditioning.pictures import to_tensor
-from trainer_core.config import ModelConfig, PairCheckConfig
+from trainer_core.config import ModelConfig, NoiseConfig, PairCheckConfig
 from trainer_core.data.graph_pairs import pair_pictures
 from trainer_core.data.pair_check import check_pairs
 from trainer_core.data.pairing import pair_folders
@@ -122,7 +122,7 @@ def test_loops_over_files_and_pictures_hear_a_stop(encoded: EncodedDataset, tmp_
         "pairing": lambda observer: pair_folders(config, observer),
         "contact sheet": lambda observer: contact_sheet(dataset, observer=observer),
         "check": lambda observer: check_sheet(dataset, check, PairCheckConfig(), observer=observer),
-        "edit weight": lambda observer: edit_weight_preview(encoded, 0.5, observer=observer),
+        "edit weight": lambda observer: edit_weight_preview(encoded, NoiseConfig(edit_weight=0.5), observer=observer),
         "graph": lambda observer: pair_pictures(pictures, [pictures], ["Red."], tmp_path / "graph", observer=observer),
     }
     for name, call in calls.items():

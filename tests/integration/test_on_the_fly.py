@@ -20,7 +20,15 @@ from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset, load_encoded
 from trainer_core.conditioning.encoders import EncodePictures, Encoders, PictureEncoder
 from trainer_core.conditioning.on_the_fly import reference_encoder
-from trainer_core.config import BatchingConfig, DatasetConfig, LoraConfig, ModelConfig, TrainConfig, ValidationConfig
+from trainer_core.config import (
+    BatchingConfig,
+    DatasetConfig,
+    LoraConfig,
+    ModelConfig,
+    NoiseConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from trainer_core.data.pairing import pair_folders
 from trainer_core.errors import ConfigError, DatasetError
 from trainer_core.events import Observer
@@ -173,4 +181,4 @@ def test_another_vae_is_refused(folders: DatasetConfig, model: ModelConfig, tmp_
     with pytest.raises(ConfigError, match=r"on_the_fly.*disconnect vae"):
         given.check(small_encoding(reference_latents="on_the_fly"))
     with pytest.raises(ConfigError, match="reference_latents to cached"):
-        edit_weight_preview(encoded, 0.5)
+        edit_weight_preview(encoded, NoiseConfig(edit_weight=0.5))

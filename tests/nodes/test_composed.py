@@ -71,5 +71,10 @@ def test_a_short_run_shortens_the_presets_warm_up(found: dict[str, Any]) -> None
     )
 
 
+def test_pixel_differences_are_encoded_if_the_training_needs_them(found: dict[str, Any]) -> None:
+    assert found["others"]["pixels"]["encodes_difference"]
+    assert not found["others"]["overridden"]["encodes_difference"]
+
+
 def test_the_nodes_are_called_so(found: dict[str, Any]) -> None:
     assert set(found["by"].values()) == set(found["names"])

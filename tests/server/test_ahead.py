@@ -150,6 +150,11 @@ def test_all_that_can_be_known_is_refused_before_encoding(studio: PackServer, fr
     assert "matches no layer" in found
     found = refused_before_encoding(studio, changed(prompt, "loop", caption_dropout_probability=0.1))
     assert "encode_empty_caption" in found
+    pixels = changed(prompt, "loop", edit_weight=0.3, edit_weight_from="pixels")
+    assert "encode_pixel_difference" in refused_before_encoding(studio, pixels)
+    found = refused_before_encoding(studio, changed(pixels, "loop", caption_dropout_probability=0.1))
+    assert "encode_empty_caption" in found
+    assert "encode_pixel_difference" in found
     found = refused_before_encoding(studio, changed(prompt, ENCODE, num_eval_images=-1))
     assert "no pairs to train on" in found
     run_dir(studio, "ahead-all").mkdir(parents=True)

@@ -38,6 +38,7 @@ def main(_tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> tuple[dic
             "rank": found.config.lora.lora_rank,
             "resolution": found.encoding.resolution,
             "warmup": found.config.optimizer.lr_warmup_steps,
+            "encodes_difference": found.encoding.encode_pixel_difference,
             "run": Path(found.config.run_dir).name,
             "held": found.from_preset,
             "overridden": list(map(str, found.overridden)),
@@ -48,6 +49,9 @@ def main(_tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> tuple[dic
         with mock.patch.object(device, "card_gib", return_value=gib):
             cards[str(gib)] = described(model)
     with mock.patch.object(device, "card_gib", return_value=23.6):
+        loop = {"batching": config.BatchingConfig(), "checkpoints": config.CheckpointConfig()}
+        noise = config.NoiseConfig(edit_weight=0.3, edit_weight_from="pixels")
+        pixels = sockets.LoopSettings(noise=noise, gradient_checkpointing=True, **loop)
         more = sockets.MoreSettingsGiven(lora_settings=config.LoraConfig(lora_rank=4), resolution=512)
         others = {
             "overridden": described(model, more_settings=more, max_train_steps=10),
@@ -57,6 +61,7 @@ def main(_tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> tuple[dic
             "quality": described(model, "quality", max_train_steps=50),
             "chosen precision": described(config.ModelConfig(base="/no/such", base_model_precision="none")),
             "demo": described(config.ModelConfig(mixed_precision="no")),
+            "pixels": described(model, more_settings=sockets.MoreSettingsGiven(training_settings=pixels)),
         }
     schemas = [node.define_schema().display_name for node in _nodes()]
     return {}, {"cards": cards, "others": others, "names": schemas, "by": composed.SETTINGS_NODES}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,12 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import BatchingConfig, PreservationConfig
+from ..config import BatchingConfig, NoiseConfig, PreservationConfig
 from ..errors import ConfigError
 from ..ranks import Ranks
 from ..rng import stream
+from ..text import counted, shown
 from .encoded import EncodedDataset, EncodeReference
-from .entry import EMPTY_CAPTION
+from .entry import EMPTY_CAPTION, EncodedEntry
 from .types import EncodedPair
 
 MEMORY_BYTES = 1 << 30  # host memory for encoded pairs, so that a small dataset is read only once
@@ -75,7 +77,8 @@ class BatchPlan:
         seed: int,
         preservation: PreservationConfig = PreservationConfig(),  # noqa: B008 - frozen
     ) -> None:
-        check_prompts(encoded, batching, preservation)
+        check_empty_captions(encoded, batching)
+        check_preservation(encoded, preservation)
         self._preserved = preservation.preservation_probability
         self._pairs = encoded.pairs
         self._size = batching.train_batch_size
@@ -146,8 +149,8 @@ class BatchPlan:
         return [pair for pair in self._all_turns if drawn[pair] < self._pairs[pair].probability]
 
 
-def check_prompts(encoded: EncodedDataset, batching: BatchingConfig, preservation: PreservationConfig) -> None:
-    """Raise ConfigError if the dataset lacks the empty caption or the preservation prompts that training needs."""
+def check_preservation(encoded: EncodedDataset, preservation: PreservationConfig) -> None:
+    """Raise ConfigError if turns shall preserve, but a pair lacks the prompts for that."""
     edits = [pair for pair in encoded.pairs if not pair.is_regularisation]
     if preservation.preservation_probability > 0 and not all(pair.num_preservation for pair in edits):
         raise ConfigError(
@@ -155,11 +158,26 @@ def check_prompts(encoded: EncodedDataset, batching: BatchingConfig, preservatio
             "without preservation_prompts. Write some there and encode it again (nothing else is encoded again), or "
             "set preservation_probability to 0."
         )
+
+
+def check_empty_captions(encoded: EncodedDataset, batching: BatchingConfig) -> None:
+    """Raise ConfigError if captions are to be dropped, but the dataset has no empty caption."""
     if batching.caption_dropout_probability > 0 and not all(pair.has_empty for pair in encoded.pairs):
         raise ConfigError(
             f"caption_dropout_probability is {batching.caption_dropout_probability}, but the dataset was encoded "
             "without the empty caption. Encode it again with encode_empty_caption on (nothing else is encoded again), "
             "or set caption_dropout_probability to 0, which suits most edits."
+        )
+
+
+def check_differences(pairs: Sequence[EncodedEntry], noise: NoiseConfig) -> None:
+    """Raise ConfigError if the edit weight needs the pixel differences of pairs that were encoded without them."""
+    lacking = [pair.key for pair in pairs if pair.references and not pair.differences]
+    if noise.needs_pixels and lacking:
+        raise ConfigError(
+            f"edit_weight_from is pixels, but {counted(len(lacking), 'pair')} (the first is {shown(lacking[0])!r}) "
+            "had no pixel difference encoded. Encode the dataset again with encode_pixel_difference on (nothing else "
+            "is encoded again), or set edit_weight_from to latents."
         )
 
 
@@ -259,5 +277,5 @@ class BatchLoader:
 
 
 def _num_bytes(pair: EncodedPair) -> int:
-    weights = () if pair.loss_weights is None else (pair.loss_weights,)
-    return sum(each.nbytes for each in (pair.target_latents, pair.prompt_embeds, *pair.reference_latents, *weights))
+    maps = (each for each in (pair.loss_weights, pair.difference) if each is not None)
+    return sum(each.nbytes for each in (pair.target_latents, pair.prompt_embeds, *pair.reference_latents, *maps))

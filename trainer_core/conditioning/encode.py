@@ -29,7 +29,7 @@ from ..qwen_image.vae import check_vae
 from ..ranks import SINGLE_PROCESS, Ranks
 from ..text import beginning, counted, shown
 from .caption_lengths import too_long
-from .encode_pictures import encode_latents, encode_masks
+from .encode_pictures import encode_differences, encode_latents, encode_masks
 from .encode_prompts import encode_prompts
 from .encoded import EncodedDataset, save_manifest
 from .encoders import Encoders, PictureEncoder, PromptEncoder, own_pictures, own_prompts
@@ -129,6 +129,7 @@ def encode_planned(planned: PlannedDataset, observer: Observer = SILENT) -> Enco
         planned.image_embeds.create()
     before = dataset_states(planned.dataset) if any(missing) else {}
     problems = encode_masks(missing.masks, cache_dir, observer)
+    problems += encode_differences(missing.differences, cache_dir, observer)
     with _memory_errors_explained("pictures", "Lower resolution, or the size of the references"):
         problems += encode_latents(missing.latents, planned.picture_encoder, cache_dir, observer)
     release_memory()

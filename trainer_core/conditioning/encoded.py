@@ -89,6 +89,7 @@ class EncodedDataset:
             ),
             loss_weights=self._tensor("mask", entry.mask, entry) if entry.mask and not preserves else None,
             timestep_sampling_offset=entry.timestep_sampling_offset,
+            difference=self._tensor("difference", entry.differences[0], entry) if entry.differences else None,
         )
 
     def load_prompt(self, entry: EncodedEntry, key: str) -> Any:

@@ -76,9 +76,11 @@ class PlannedPair:
 
 
 class MissingWork(NamedTuple):
-    """What the cache lacks: masks and latents by cache key, and pairs with their missing prompts (text by key)."""
+    """What the cache lacks: masks, pixel differences and latents by cache key, and pairs with their missing prompts
+    (text by key)."""
 
     masks: dict[str, PlannedPair]
+    differences: dict[str, PlannedPair]
     latents: dict[str, LatentTask]
     prompts: list[tuple[PlannedPair, dict[str, str]]]
 
@@ -164,6 +166,7 @@ def _entry(
         empty=prompt_key("") if encoding.encode_empty_caption else "",
         preservation=() if keep_pictures else tuple(map(prompt_key, encoding.preservation_prompts)),
         mask=digest(["mask", pair.mask.digest, list(mask_box(pair, plan)), shapes[0]]) if pair.mask else "",
+        differences=(digest(["difference", *files[:2]]),) if encoding.encode_pixel_difference and files[1:] else (),
     )
 
 
@@ -188,10 +191,13 @@ def find_missing(planned: list[PlannedPair], cache_dir: Path, observer: Observer
     def lacks(kind: str, key: str) -> bool:
         return bool(key) and not is_whole(entry_path(cache_dir, kind, key))
 
-    missing, asked = MissingWork({}, {}, []), set[str]()
+    missing, asked = MissingWork({}, {}, {}, []), set[str]()
     for each in watched(planned, observer):
         if lacks("mask", each.entry.mask):
             missing.masks[each.entry.mask] = each
+        for key in each.entry.differences:
+            if lacks("difference", key):
+                missing.differences[key] = each
         for task in each.latent_tasks():
             if lacks("latents", task.key) or lacks("picture", task.picture):
                 # pairs may share a picture; keep its pixels if any of them is validated

@@ -30,7 +30,8 @@ class EncodedEntry:
     `is_regularisation` (the pair is trained towards the base model's own prediction) and `timestep_sampling_offset` (of
     its noise levels). A pair that shows one reference at a time has `prompts_by_reference`, `empty_by_reference` and
     `preservation_by_reference` instead of `prompts`, `empty` and `preservation`. A pair whose references are encoded on
-    the fly has `reference_files`; its `references` are then not in the cache.
+    the fly has `reference_files`; its `references` are then not in the cache. `differences` (pixels of target and
+    reference) are of the first reference, or of each one if the pair shows one at a time.
     """
 
     key: str
@@ -55,6 +56,7 @@ class EncodedEntry:
     preservation_by_reference: tuple[tuple[str, ...], ...] = ()
     is_regularisation: bool = False
     timestep_sampling_offset: float = 0.0
+    differences: tuple[str, ...] = ()
 
     def seen(self, reference_set: int) -> EncodedEntry:
         """The pair as one turn sees it: unchanged, or with only reference number `reference_set` and its prompts."""
@@ -66,6 +68,7 @@ class EncodedEntry:
             references=self.references[one],
             reference_shapes=self.reference_shapes[one],
             reference_files=self.reference_files[one],
+            differences=self.differences[one],
             prompts=self.prompts_by_reference[reference_set],
             empty=self.empty_by_reference[reference_set] if self.empty_by_reference else "",
             preservation=self.preservation_by_reference[reference_set] if self.preservation_by_reference else (),
@@ -101,6 +104,7 @@ class EncodedEntry:
         prompts += (self.empty, *self.empty_by_reference, *self.preservation)
         prompts += tuple(key for keys in self.preservation_by_reference for key in keys)
         kinds = {"latents": latents, "prompt": prompts, "picture": self.pictures, "mask": (self.mask,)}
+        kinds["difference"] = self.differences
         return ((kind, key) for kind, keys in kinds.items() for key in keys if key)
 
     def as_row(self) -> dict[str, Any]:

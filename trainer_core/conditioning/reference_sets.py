@@ -55,6 +55,7 @@ def _together(entries: tuple[EncodedEntry, ...]) -> EncodedEntry:
         references=tuple(key for entry in entries for key in entry.references),
         reference_shapes=tuple(shape for entry in entries for shape in entry.reference_shapes),
         reference_files=tuple(file for entry in entries for file in entry.reference_files),
+        differences=tuple(key for entry in entries for key in entry.differences),
         prompts=(),
         empty="",
         prompts_by_reference=tuple(entry.prompts for entry in entries),

@@ -24,6 +24,8 @@ class EncodedPair:
 
     `target_latents` [C, H, W], `reference_latents` [C, h, w] each, and `prompt_embeds` [L, D] without padding.
     `loss_weights` [1, H, W] have mean 1; None if all are 1. `timestep_sampling_offset` is that of the EncodedEntry.
+    `difference` [1, H, W] is the mean difference of the pixels of target and first reference, in 8-bit steps; None if
+    it was not encoded.
     """
 
     key: str
@@ -32,6 +34,7 @@ class EncodedPair:
     prompt_embeds: Tensor
     loss_weights: Tensor | None = None
     timestep_sampling_offset: float = 0.0
+    difference: Tensor | None = None
 
     def condition(self, prompt: Tensor | None = None) -> Condition:
         """The transformer's inputs besides the noisy latents, with this prompt [L, D] in place of the pair's."""

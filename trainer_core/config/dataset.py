@@ -303,6 +303,10 @@ class EncodingConfig(Settings):
         "error; it is never cut.",
         Limits(min=1, max=4096, unit="tokens"),
     )
+    encode_pixel_difference: bool = setting(
+        False,
+        "Also store where the pixels of target and reference differ. Needed for edit_weight_from pixels in training.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,6 +75,8 @@ def encoding_for(encoding: EncodingConfig, training: TrainingSettings) -> Encodi
     """The encoding, with the prompts that this training needs besides the captions."""
     if training.batching.caption_dropout_probability > 0:
         encoding = dataclasses.replace(encoding, encode_empty_caption=True)
+    if training.noise.needs_pixels:
+        encoding = dataclasses.replace(encoding, encode_pixel_difference=True)
     if training.preservation.preservation_probability > 0 and not encoding.preservation_prompts:
         encoding = dataclasses.replace(encoding, preservation_prompts=USUAL_PROMPTS)
     return encoding
@@ -135,8 +137,8 @@ class JobConfig(TrainingSettings):
     def parts(self) -> tuple[DatasetPartConfig, ...]:
         """The datasets to encode. `dataset` gets the id "dataset".
 
-        Their encoding includes empty captions if the training needs them, and holds out pairs as eval_dataset_id says.
-        No regularisation data is held out otherwise.
+        Their encoding includes all that the training needs besides the captions, and holds out pairs as eval_dataset_id
+        says. No regularisation data is held out otherwise.
         """
         if self.dataset is not None:
             return (DatasetPartConfig(id="dataset", dataset=self.dataset, encoding=self._encoding(self.encoding)),)

@@ -19,12 +19,15 @@ LoraTargets = Literal["image-attention", "attention", "attention-mlp", "all", "p
 SigmaDistribution = Literal["logit_normal", "uniform", "mode", "cosmap"]
 LossType = Literal["l2", "huber", "smooth_l1"]
 HuberSchedule = Literal["snr", "exponential", "constant"]
+EditWeightKind = Literal["linear", "logarithmic"]
+EditWeightFrom = Literal["latents", "pixels"]
 RolloutStrategy = Literal["uniform", "biased_early", "biased_late"]
 RolloutSampler = Literal["unipc", "euler", "dpm", "rk4"]
 RampShape = Literal["linear", "cosine"]
 LARGEST_MODE_SCALE = 2 / (math.pi - 2)  # above it the mapping of noise levels is no longer monotonic
 _LOW_RANK = If("lora_type", ("lora", "dora"))
 _LOGIT_NORMAL = If("sigma_distribution", ("logit_normal",))
+_WEIGHTS_EDIT = If("edit_weight", differs=(0.0,))
 _HUBER = If("loss_type", ("huber", "smooth_l1"))
 _ROLLS_OUT = If("scheduled_sampling_max_step_offset", differs=(0,))
 
@@ -187,6 +190,24 @@ class NoiseConfig(Settings):
         "SimpleTuner. exponential: falls from 1 to huber_c, as huber_c^σ. constant: huber_c at all levels.",
         used_if=(_HUBER,),
     )
+    edit_weight_kind: EditWeightKind = setting(
+        "linear",
+        "Weights at edit_weight 1. linear: they grow with the difference, to ten times that of an unchanged spot. "
+        "logarithmic: all of the changed region gets the weight 1 + log2(whole area / changed area), the rest 1.",
+        used_if=(_WEIGHTS_EDIT,),
+    )
+    edit_weight_from: EditWeightFrom = setting(
+        "latents",
+        "Where edit_weight looks for the edit: in the latents of target and first reference, or in their pixels. "
+        "pixels needs encode_pixel_difference of Encode Edit Pairs; Train Qwen Edit LoRA and the command line turn it "
+        "on.",
+        used_if=(_WEIGHTS_EDIT,),
+    )
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether training needs the pixel differences of its pairs."""
+        return self.edit_weight > 0 and self.edit_weight_from == "pixels"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

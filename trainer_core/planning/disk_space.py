@@ -47,6 +47,8 @@ def cache_use(parts: Sequence[PlannedDataset]) -> list[DiskUse]:
         width, network_bytes = part.base.prompt_width, compute_dtype(part.base.config).itemsize
         for key, planned in part.missing.masks.items():
             sizes["mask", key] = _FLOAT32 * prod(planned.entry.shape[1:])
+        for key, planned in part.missing.differences.items():
+            sizes["difference", key] = _FLOAT32 * prod(planned.entry.shape[1:])
         for key, task in part.missing.latents.items():
             sizes["latents", key] = _FLOAT32 * prod(latents_shape(task.view))
             if task.picture:

@@ -12,10 +12,10 @@ from ..adapters.frozen_loras import read_frozen_loras
 from ..adapters.plan import AdapterPlan, plan_adapter
 from ..adapters.reader import AdapterPart
 from ..adapters.second_lora import read_second_lora
-from ..conditioning.batches import check_prompts
+from ..conditioning.batches import check_differences, check_empty_captions, check_preservation
 from ..conditioning.encoded import EncodedDataset, check_alike, load_encoded
 from ..conditioning.encoding_plan import PlannedDataset
-from ..config import ModelConfig, TrainConfig, ValidationConfig
+from ..config import ModelConfig, NoiseConfig, TrainConfig, ValidationConfig
 from ..device import pick_device
 from ..errors import ConfigError, DatasetError, Problems
 from ..memory.placement import blocks_on_host, check_compiler
@@ -213,10 +213,11 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
     `held_out` is the dataset with the held-out pairs; it can be the same as `encoded`.
 
     Raises:
-        ConfigError: a dataset is for another flavour, they were encoded differently, empty captions are missing, or
-            noise levels are shifted that are not logit-normal.
+        ConfigError: a dataset is for another flavour, they were encoded differently, prompts or pixel differences are
+            missing, or noise levels are shifted that are not logit-normal.
         DatasetError: there is no pair to train on, all are regularisation data, or the validation dataset has no
             held-out pair.
+        JobError: several of these.
     """
     for each in (encoded, held_out):
         if each.flavour != config.model.flavour:
@@ -237,11 +238,19 @@ def check_datasets(config: TrainConfig, encoded: EncodedDataset, held_out: Encod
         )
     if not held_out.validation_pairs and held_out is not encoded:
         raise DatasetError("The validation dataset has no held-out pairs. Encode it with num_eval_images -1.")
-    check_prompts(encoded, config.batching, config.preservation)
+    problems = Problems()
+    problems.attempt(lambda: check_empty_captions(encoded, config.batching))
+    problems.attempt(lambda: check_preservation(encoded, config.preservation))
+    problems.attempt(lambda: check_differences(encoded.pairs, config.noise))
+    problems.attempt(lambda: _check_offsets(encoded, config.noise))
+    problems.raise_all()
+
+
+def _check_offsets(encoded: EncodedDataset, noise: NoiseConfig) -> None:
     shifted = next((pair for pair in encoded.pairs if pair.timestep_sampling_offset), None)
-    if shifted is not None and config.noise.sigma_distribution != "logit_normal":
+    if shifted is not None and noise.sigma_distribution != "logit_normal":
         raise ConfigError(
             f"timestep_sampling_offset of the pair {shown(shifted.key)!r} is {shifted.timestep_sampling_offset:g}, but "
-            f"sigma_distribution is {config.noise.sigma_distribution}. Set timestep_sampling_offset to 0 or "
+            f"sigma_distribution is {noise.sigma_distribution}. Set timestep_sampling_offset to 0 or "
             "sigma_distribution to logit_normal."
         )

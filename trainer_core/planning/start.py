@@ -141,7 +141,7 @@ def pairs_to_encode(parts: Sequence[PlannedDataset]) -> int:
     number = 0
     for part in parts:
         lacking = {planned.pair.key for planned, _ in part.missing.prompts}
-        lacking |= {planned.pair.key for planned in part.missing.masks.values()}
+        lacking |= {planned.pair.key for planned in (*part.missing.masks.values(), *part.missing.differences.values())}
         every = {planned.pair.key: planned for planned in (*part.pairs, *part.validation_pairs)}
         tasks = {key: {task.key for task in planned.latent_tasks()} for key, planned in every.items()}
         number += len(lacking | {key for key, keys in tasks.items() if not keys.isdisjoint(part.missing.latents)})

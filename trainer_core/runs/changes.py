@@ -141,6 +141,7 @@ _KINDS: tuple[tuple[Callable[[Row, Row], bool], Callable[[list[tuple[Row, Row]]]
         lambda changed: f"{_of(changed)} {_have(changed)} other pictures or crops",
     ),
     (_differ("mask"), lambda changed: f"{_of(changed)} {_have(changed)} another mask"),
+    (_differ("differences"), lambda changed: f"{_of(changed)} {_have(changed)} other pixel differences"),
     (_encoded_otherwise, lambda changed: f"the prompts of {_of(changed)} were encoded in another way"),
     (_differ("is_regularisation"), lambda changed: f"is_regularisation_data of {_of(changed)} changed"),
     (

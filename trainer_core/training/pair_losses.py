@@ -95,7 +95,8 @@ def _input(
 
     with without_dropout(networks.transformer) if offset else nullcontext():
         rolled = roll_out(velocity, noisy, offset, config.rollout)
-    weights = combined_weights(latents, condition.reference_latents, weights, config.noise.edit_weight)
+    difference = None if pair.difference is None else pair.difference.unsqueeze(0).to(networks.device)
+    weights = combined_weights(latents, condition.reference_latents, difference, weights, config.noise)
     return _Input(latents, condition, weights, rolled, preserves=False)
 
 
