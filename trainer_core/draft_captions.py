@@ -34,7 +34,7 @@ from .planning.disk_space import DiskUse, check_disk
 from .qwen_image.base_model import BaseModel
 from .qwen_image.vision import MERGE, PATCH
 from .qwen_image.writer import Answer, Writer, check_writer, load_writer
-from .text import counted, is_blank, shown, some_of, text_problem, to_fix
+from .text import counted, is_blank, shown, text_problem, to_fix
 
 LARGEST_AREA = 768 * 768
 """Pixels at which the model sees a picture; smaller ones keep their size. Four are 3,000 tokens, fewer than encoding

@@ -328,8 +328,8 @@ class CaptionDraftConfig(Settings):
 
     hint: str = setting(
         "",
-        "What you know about the edits, or how to word the captions. The model reads it for each pair. For example: The "
-        "edit removes people.",
+        "What you know about the edits, or how to word the captions. The model reads it with each pair. For example: "
+        "The edit removes people.",
         Limits(valid=lambda text: "<|" not in text, allowed="a text without <|, which begins the model's own marks"),
     )
     max_tokens: int = setting(
