@@ -28,9 +28,16 @@ def small_writer(seed: int = 7) -> Qwen2_5_VLForConditionalGeneration:
     return network
 
 
-def make_writing_base(folder: Path, base: ModelConfig, seed: int = 7) -> ModelConfig:
-    """A copy of a narrow base model whose text encoder is `small_writer`."""
+def make_writing_base(folder: Path, base: ModelConfig, *, shouts: bool = False) -> ModelConfig:
+    """A copy of a narrow base model whose text encoder is `small_writer`.
+
+    With `shouts` it answers every question with exclamation marks, which end a sentence: all its logits are 0, and the
+    first token is "!".
+    """
     shutil.copytree(base.base, folder)
     shutil.rmtree(folder / "text_encoder")
-    small_writer(seed).save_pretrained(folder / "text_encoder")
+    network = small_writer()
+    if shouts:
+        torch.nn.init.zeros_(network.model.language_model.norm.weight)
+    network.save_pretrained(folder / "text_encoder")
     return dataclasses.replace(base, base=str(folder))
