@@ -22,7 +22,27 @@ if TYPE_CHECKING:
 _BELOW = "A path below ComfyUI's input or output folder, such as my_edit/{}, or below another folder the server allows."
 
 
-def _more_references(number: int, ordinal: str) -> io.Input:
+def folder_inputs() -> list[io.Input]:
+    """The folders of the targets and of the first references."""
+    return [
+        new_input(
+            io.String,
+            "target_folder",
+            default="my_edit/target",
+            tooltip=f"Folder of the pictures that the model should produce. {_BELOW.format('target')}",
+        ),
+        new_input(
+            io.String,
+            "reference_folder_1",
+            default="my_edit/reference",
+            tooltip=f"Folder of the pictures to edit, named like the targets. {_BELOW.format('reference')} "
+            "Empty: the targets are trained as text-to-image.",
+        ),
+    ]
+
+
+def more_references(number: int, ordinal: str) -> io.Input:
+    """The folder of further references."""
     return new_input(
         io.String,
         f"reference_folder_{number}",
@@ -45,23 +65,11 @@ class PairFolders(Node):
             search_aliases=["dataset", "training pairs", "before after"],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             inputs=[
-                new_input(
-                    io.String,
-                    "target_folder",
-                    default="my_edit/target",
-                    tooltip=f"Folder of the pictures that the model should produce. {_BELOW.format('target')}",
-                ),
-                new_input(
-                    io.String,
-                    "reference_folder_1",
-                    default="my_edit/reference",
-                    tooltip=f"Folder of the pictures to edit, named like the targets. {_BELOW.format('reference')} "
-                    "Empty: the targets are trained as text-to-image.",
-                ),
+                *folder_inputs(),
                 setting_input(DatasetConfig, "caption_strategy"),
                 setting_input(DatasetConfig, "instance_prompt", multiline=True),
-                _more_references(2, "second"),
-                _more_references(3, "third"),
+                more_references(2, "second"),
+                more_references(3, "third"),
                 new_input(
                     sockets.CaptionSettings,
                     "caption_settings",
@@ -95,18 +103,12 @@ class PairFolders(Node):
 
         ComfyUI shows the message once for each argument of this method, so `execute` checks the other inputs.
         """
-        named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1 or None}
-        folders_below({label: name for label, name in named.items() if name is not None}, host_folders.dataset_roots())
-        return True
+        return check_folders(target_folder, reference_folder_1)
 
     @classmethod
     def fingerprint_inputs(cls, **widgets: Any) -> str | float:
         """A value that changes when a file in one of the folders changes."""
-        from ..trainer_core.data.pairing import folder_state
-
-        if any("folder" in name and value is None for name, value in widgets.items()):
-            return math.nan  # equals nothing: a linked folder is not known yet
-        return folder_state(_dataset_config(**widgets))
+        return state_of_folders(**widgets)
 
     @classmethod
     def execute(cls, **widgets: Any) -> io.NodeOutput:
@@ -119,10 +121,30 @@ class PairFolders(Node):
         """The outputs, without a running graph."""
         from ..trainer_core.data.pairing import pair_folders
 
-        return (pair_folders(_dataset_config(**widgets), observer, checked_dir=host_folders.checked_dir()),)
+        return (pair_folders(dataset_config(**widgets), observer, checked_dir=host_folders.checked_dir()),)
 
 
-def _dataset_config(
+def check_folders(target_folder: str | None, reference_folder_1: str | None) -> bool:
+    """Check that these folders are allowed and exist. None, and no references, are not checked.
+
+    Raises:
+        ConfigError: they don't; names both.
+    """
+    named = {"target_folder": target_folder, "reference_folder_1": reference_folder_1 or None}
+    folders_below({label: name for label, name in named.items() if name is not None}, host_folders.dataset_roots())
+    return True
+
+
+def state_of_folders(**widgets: Any) -> str | float:
+    """A value that changes when a file in one of the folders of `dataset_config` changes."""
+    from ..trainer_core.data.pairing import folder_state
+
+    if any("folder" in name and value is None for name, value in widgets.items()):
+        return math.nan  # equals nothing: a linked folder is not known yet
+    return folder_state(dataset_config(**widgets))
+
+
+def dataset_config(
     target_folder: str = "",
     caption_strategy: str = "textfile",
     instance_prompt: str = "",
@@ -133,6 +155,11 @@ def _dataset_config(
     color_profiles: str = "convert",
     **references: str,
 ) -> DatasetConfig:
+    """The dataset for the widgets of **Pair Edit Folders**.
+
+    Raises:
+        ConfigError: a folder is not allowed or does not exist, or settings don't work together.
+    """
     roots = host_folders.dataset_roots()
     given = {label: name for label, name in sorted(references.items()) if name}
     if given:  # a further folder without the first is a mistake, which the error says

@@ -11,6 +11,7 @@ from . import (
     check,
     choose_model,
     dataset,
+    draft_captions,
     edit_pairs,
     edit_weight,
     encode,
@@ -63,6 +64,7 @@ NODES: list[type[io.ComfyNode]] = [
     edit_pairs.EditPairs,
     short_train.Train,
     short_train.MoreSettings,
+    draft_captions.DraftCaptions,
 ]
 
 

@@ -42,6 +42,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
         "**Pair Edit Folders** and **Encode Edit Pairs** for each, and **Mix Encoded Pairs**.",
     ),
     (config.PairCheckConfig, "pair_check", "**Check Edit Pairs**."),
+    (config.CaptionDraftConfig, "caption_drafts", "**Draft Edit Captions**."),
     (config.LoraConfig, "lora", "**Qwen Edit LoRA Settings**."),
     (config.OptimizerConfig, "optimizer", "**Qwen Edit Optimizer Settings**."),
     (config.NoiseConfig, "noise", "**Qwen Edit Training Settings**."),

@@ -1,4 +1,4 @@
-"""The trainer without ComfyUI: `python -m trainer_core check|encode|train|plan|sample|import-simpletuner CONFIG.json`.
+"""The trainer without ComfyUI: `python -m trainer_core COMMAND CONFIG.json`; --help lists the commands.
 
 The configuration is one JSON file; see docs/settings.md. Ctrl-C pauses a run, and the same command resumes it.
 """
@@ -152,6 +152,17 @@ def _check(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     return EXIT_OK
 
 
+def _caption(options: argparse.Namespace, observer: ConsoleObserver) -> int:
+    from .draft_captions import plan_drafts, write_drafts
+
+    job = _job(options)
+    parts = {part.id: part.dataset for part in job.parts()}
+    plan = plan_drafts(parts, job.model, observer, checked_dir=Path(job.cache_dir) / "checked")
+    text = plan.as_text() if options.dry_run else write_drafts(plan, job.caption_drafts, observer)
+    sys.stdout.write(f"{text}\n")
+    return EXIT_OK
+
+
 def _encode(options: argparse.Namespace, observer: ConsoleObserver) -> int:
     from .conditioning.report import encoding_report
     from .job import encode_job
@@ -281,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     described = {
         "check": (_check, "Find all that encoding and training would refuse, and print a report on the pairs."),
+        "caption": (_caption, "Draft a caption for each pair that has none. No file is replaced."),
         "encode": (_encode, "Encode the dataset and print the manifest's path."),
         "train": (_train, "Encode missing pairs, train, and print the LoRA file's path."),
         "plan": (_plan, "Estimate the VRAM and RAM of training, without loading anything."),
@@ -297,6 +309,8 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="NAME=VALUE", help="Change a setting; repeatable."
         )
         sub.set_defaults(command=command)
+        if name == "caption":
+            sub.add_argument("--dry-run", action="store_true", help="Only list the pairs. Loads and writes nothing.")
         if name == "train":
             sub.add_argument("--continue-kept", action="store_true", help="Continue a run that was ended early.")
         if name == "plan":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import io
@@ -40,6 +41,8 @@ _OLDER_TEMPORARY = re.compile(r"\.[a-z0-9_]{8}\.partial")  # a copy of a LoRA by
 _SET_ASIDE = re.compile(r".+\.damaged(-\d+)?", re.DOTALL)
 _ABANDONED_SECONDS = 7 * 86_400  # no write takes that long
 _CLOCK_SECONDS = 600  # how far the clock of a network drive may be off
+# What systems answer where a disk has no hard links.
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
 # On Windows, nothing can be renamed while another program, such as a virus scanner, has it open: wait for that program.
 _RENAME_SECONDS = 10.0 if os.name == "nt" else 0.0
 
@@ -169,6 +172,50 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Write a file that does not exist yet, atomically. Returns False, and changes nothing, if it exists by now.
+
+    Disks without hard links, such as FAT, have no atomic way of that: there, a power cut may leave a part of the file.
+
+    Raises:
+        DiskError: as `write_atomically`.
+    """
+    temporary = temporary_beside(path)
+    with disk_errors(path, len(data)):
+        try:
+            _write_flushed(temporary, data)
+            place = os.rename if os.name == "nt" else os.link  # neither replaces a file
+            try:
+                place(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _written_exclusively(path, data)
+        finally:
+            remove(temporary)
+    return True
+
+
+def _written_exclusively(path: Path, data: bytes) -> bool:
+    try:
+        _write_flushed(path, data)
+    except FileExistsError:
+        return False
+    except OSError:
+        remove(path)  # what there is of it is ours
+        raise
+    return True
+
+
+def _write_flushed(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -29,7 +29,7 @@ ROWS = (
     ("adapters", "pictures", "data_sets"),
     ("training", "runs"),
     ("planning",),
-    ("run", "results", "dry_step", "products", "sample", "try_lora", "job", "example"),
+    ("run", "results", "dry_step", "products", "sample", "try_lora", "draft_captions", "job", "example"),
     ("__main__",),
 )
 LEVEL = {part: level for level, row in enumerate(ROWS) for part in row}

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.forked import Forked
 from tests.support.jobs import write_job
+from tests.support.writers import make_writing_base
 from trainer_core.__main__ import main
 from trainer_core.config import ModelConfig
 from trainer_core.files import read_metadata
@@ -49,6 +50,29 @@ def test_check_encode_train_and_sample(job: Path) -> None:
     assert out.is_file()
     again = trainer(*sampled)
     assert again.returncode == 1 and "nothing is overwritten" in again.stderr
+
+
+def test_captions_are_drafted(model: ModelConfig, tmp_path: Path) -> None:
+    writing = make_writing_base(tmp_path / "base", model, shouts=True)
+    job = write_job(tmp_path, writing, caption_drafts={"max_tokens": 8})
+    captions = tmp_path / "pairs" / "target"
+    before = (captions / "000.txt").read_text()
+    for key in ("001", "002"):
+        (captions / f"{key}.txt").unlink()
+    listed = trainer("caption", job, "--dry-run")
+    assert listed.returncode == 0 and "2 pairs without a caption:\n  - 001\n  - 002\n" in listed.stdout, listed
+    assert not (captions / "001.txt").exists()
+    unread = trainer("caption", job, "--set", "dataset.caption_strategy=filename")
+    assert unread.returncode == 0 and "Nothing to draft" in unread.stdout and not (captions / "001.txt").exists()
+    drafted = trainer("caption", job)
+    assert drafted.returncode == 0 and "2 captions drafted" in drafted.stdout, drafted
+    assert "Drafting captions: 2 of 2" in drafted.stderr
+    assert [(captions / f"{key}.txt").read_text() for key in ("000", "001", "002")] == [before, *["!!!!!!!!\n"] * 2]
+    again = trainer("caption", job)
+    assert again.returncode == 0 and "No pair lacks a caption" in again.stdout and "Loading" not in again.stderr
+    (captions / "001.txt").unlink()
+    demo = trainer("caption", job, "--set", "model.base=demo", "--set", f"model.tokenizer={writing.base}/tokenizer")
+    assert demo.returncode == 1 and "The demo model can't write captions" in demo.stderr, demo
 
 
 def test_all_mistakes_of_a_sample_are_in_one_report(job: Path) -> None:

@@ -47,6 +47,7 @@ EXPECTED = {
     "QwenEdit_SampleEdit",
     "QwenEdit_ApplyLora",
     "QwenEdit_PlotLoss",
+    "QwenEdit_DraftCaptions",
 }
 
 

@@ -48,7 +48,7 @@ def test_streamed_layers_change_no_bit(
     layers = text_encoder_size(base, 4, precision).layers
     assert layers >= 2
     numbers = spread(layers // 2 if half else layers, layers)
-    monkeypatch.setattr(text_encoder, "_streamed_layers", lambda *_: numbers)
+    monkeypatch.setattr(text_encoder, "_streamed_layers", lambda *_, **__: numbers)
     loaded = encoder(model, precision)
     assert torch.equal(embeddings(loaded), wanted) and torch.equal(embeddings(loaded), wanted)
     held = [next(layer.parameters()).untyped_storage() for layer in loaded.network.model.language_model.layers]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from ..settings import digest, from_json, to_json
 from .dataset import (
     CaptionConfig,
+    CaptionDraftConfig,
     CaptionStrategy,
     ConditioningType,
     DatasetConfig,

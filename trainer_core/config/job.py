@@ -11,7 +11,7 @@ from typing import Any
 from ..disk import MAX_NAME_BYTES
 from ..errors import ConfigError
 from ..settings import Limits, Settings, check, merged, required, setting, to_json, unused_fields
-from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
+from .dataset import CaptionDraftConfig, DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
 from .ema import EmaConfig, check_ema
 from .memory import MemoryConfig
 from .model import ModelConfig
@@ -101,6 +101,7 @@ class JobConfig(TrainingSettings):
     cache_dir: str = required("Folder of the encoded pairs.")
     encoding: EncodingConfig = setting(EncodingConfig(), "The encoding.")
     pair_check: PairCheckConfig = setting(PairCheckConfig(), "Limits of the `check` command.")
+    caption_drafts: CaptionDraftConfig = setting(CaptionDraftConfig(), "Settings of the `caption` command.")
     datasets: tuple[DatasetPartConfig, ...] = setting((), "Several datasets in one run, instead of `dataset`.")
     eval_dataset_id: tuple[str, ...] = setting(
         (),

@@ -111,6 +111,14 @@ def recognise(
     return layout
 
 
+def captions_elsewhere(target: Folder, references: Sequence[Folder]) -> list[str]:
+    """Problems that say where the captions of targets without one probably are; empty if nothing suggests a place."""
+    layout = Layout()
+    _captions_elsewhere(target, references, layout)
+    _table_instead_of_texts(target, layout)
+    return layout.problems
+
+
 class _Partner(NamedTuple):
     """The keys of a reference and a target that are named alike except for endings, and the reference's ending."""
 

@@ -21,7 +21,8 @@ _SYSTEM_WITHOUT_PICTURE = (
 )
 
 
-def _chat(system: str, user: str) -> str:
+def chat(system: str, user: str) -> str:
+    """A conversation in Qwen2.5-VL's template, up to where its answer begins."""
     return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -63,8 +64,8 @@ FLAVOURS: dict[FlavourName, Flavour] = {
             comfyui_file="qwen_image_edit_fp8_e4m3fn.safetensors",
             pipeline="QwenImageEditPipeline",
             max_references=1,
-            template=_chat(_SYSTEM, VISION_PICTURE + "{}"),
-            template_without_reference=_chat(_SYSTEM_WITHOUT_PICTURE, "{}"),
+            template=chat(_SYSTEM, VISION_PICTURE + "{}"),
+            template_without_reference=chat(_SYSTEM_WITHOUT_PICTURE, "{}"),
             picture_marker="",
             vision_area=MEGAPIXEL,
             reference_area=MEGAPIXEL,
@@ -79,8 +80,8 @@ FLAVOURS: dict[FlavourName, Flavour] = {
             comfyui_file="qwen_image_edit_2509_fp8_e4m3fn.safetensors",
             pipeline="QwenImageEditPlusPipeline",
             max_references=3,
-            template=_chat(_SYSTEM, "{}"),
-            template_without_reference=_chat(_SYSTEM, "{}"),
+            template=chat(_SYSTEM, "{}"),
+            template_without_reference=chat(_SYSTEM, "{}"),
             picture_marker="Picture {}: " + VISION_PICTURE,
             vision_area=384 * 384,
             reference_area=MEGAPIXEL,
@@ -95,8 +96,8 @@ FLAVOURS: dict[FlavourName, Flavour] = {
             comfyui_file="qwen_image_edit_2511_bf16.safetensors",
             pipeline="QwenImageEditPlusPipeline",
             max_references=3,
-            template=_chat(_SYSTEM, "{}"),
-            template_without_reference=_chat(_SYSTEM, "{}"),
+            template=chat(_SYSTEM, "{}"),
+            template_without_reference=chat(_SYSTEM, "{}"),
             picture_marker="Picture {}: " + VISION_PICTURE,
             vision_area=384 * 384,
             reference_area=MEGAPIXEL,

@@ -232,18 +232,31 @@ def load_text_encoder(
         Interrupted: the observer wants to stop.
     """
     folder, config = base.folder, base.config
-    is_demo = folder.text_encoder.is_relative_to(DEMO_FOLDER)
-    network = _demo_network(base, device, observer) if is_demo else _stored_network(base, device, observer)
-    attend_in_batches(network.model.visual)
-    stop_before_each([*network.model.visual.blocks, *network.model.language_model.layers], observer)
     return TextEncoder(
-        network=network.eval().requires_grad_(False),  # noqa: FBT003
+        network=load_network(base, device, observer),
         tokenizer=prompt.load_tokenizer(folder.tokenizer),
         flavour=FLAVOURS[config.flavour],
         preprocessing=preprocessing,
         processor_folder=folder.processor,
         batch_tokens=BATCH_TOKENS if device.type == "cuda" else 0,
     )
+
+
+def load_network(
+    base: BaseModel, device: torch.device, observer: Observer, *, with_head: bool = False
+) -> Qwen2_5_VLForConditionalGeneration:
+    """The network of `load_text_encoder`, which asks the observer before each layer. `with_head`: it can write text.
+
+    Raises:
+        ModelFileError, Interrupted: as `load_text_encoder`.
+    """
+    if base.folder.text_encoder.is_relative_to(DEMO_FOLDER):
+        network = _demo_network(base, device, observer)
+    else:
+        network = _stored_network(base, device, observer, with_head=with_head)
+    attend_in_batches(network.model.visual)
+    stop_before_each([*network.model.visual.blocks, *network.model.language_model.layers], observer)
+    return network.eval().requires_grad_(False)  # noqa: FBT003
 
 
 def _demo_network(base: BaseModel, device: torch.device, observer: Observer) -> Qwen2_5_VLForConditionalGeneration:
@@ -254,11 +267,13 @@ def _demo_network(base: BaseModel, device: torch.device, observer: Observer) -> 
     return network.to(device)
 
 
-def _stored_network(base: BaseModel, device: torch.device, observer: Observer) -> Qwen2_5_VLForConditionalGeneration:
+def _stored_network(
+    base: BaseModel, device: torch.device, observer: Observer, *, with_head: bool
+) -> Qwen2_5_VLForConditionalGeneration:
     config, place = base.config, base.folder.text_encoder
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" and device.type != "cpu" else torch.float32
-    streamed = _streamed_layers(base, dtype, device)
-    network = load_by_layers(config, place, dtype, device, observer, streamed)
+    streamed = _streamed_layers(base, dtype, device, with_head=with_head)
+    network = load_by_layers(config, place, dtype, device, observer, streamed, with_head=with_head)
     if streamed:
         layers = network.model.language_model.layers
         _LOG.info("%d of the text encoder's %d layers are streamed from host memory.", len(streamed), len(layers))
@@ -266,8 +281,10 @@ def _stored_network(base: BaseModel, device: torch.device, observer: Observer) -
     return network
 
 
-def _streamed_layers(base: BaseModel, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
+def _streamed_layers(
+    base: BaseModel, dtype: torch.dtype, device: torch.device, *, with_head: bool = False
+) -> tuple[int, ...]:
     if device.type != "cuda":
         return ()
-    size = text_encoder_size(base, dtype.itemsize, base.config.text_encoder_precision)
+    size = text_encoder_size(base, dtype.itemsize, base.config.text_encoder_precision, with_head=with_head)
     return spread(size.streamed_layers(free_bytes(device)), size.layers)

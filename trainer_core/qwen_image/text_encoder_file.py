@@ -24,7 +24,8 @@ from .recognise import instead_of, wrong_kind
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-KEPT_LAYERS = ("lm_head", "model.visual.merger.*")  # connects vision and language; 1 % of the weights
+LANGUAGE_HEAD = "lm_head.weight"
+KEPT_LAYERS = ("lm_head", "model.visual.merger.*")  # the merger connects vision and language; 1 % of the weights
 LAYERS, TOKEN_EMBEDDINGS = "model.language_model.layers", "model.language_model.embed_tokens"
 _MARK = "model.layers.0.self_attn.k_proj.bias"
 # Prefixes that ComfyUI's and other programs' files put before all weight names.
@@ -82,18 +83,20 @@ def load_by_layers(
     device: torch.device,
     observer: Observer,
     on_host: Collection[int] = (),
+    *,
+    with_head: bool = False,
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Load the network layer by layer onto `device`, in its precision and without its unused language head.
+    """Load the network layer by layer onto `device`, in its precision. Only writing text needs the language head.
 
     The token embeddings stay in host memory, because a prompt needs only few of their rows. So do the language model's
     layers with numbers in `on_host`.
 
     Raises:
-        ModelFileError: not a Qwen2.5-VL, or a single file that is not the 7B model.
+        ModelFileError: not a Qwen2.5-VL, a single file that is not the 7B model, or the head is needed and missing.
         MissingPackageError: the precision or file format needs a package that is not installed.
         Interrupted: the observer wants to stop.
     """
-    network, source = _empty(place)
+    network, source = _empty(place, with_head=with_head)
     quantise_on = torch.device("cpu") if config.quantize_via == "cpu" else device
     placement = Placement(
         precision=config.text_encoder_precision,
@@ -110,8 +113,8 @@ def load_by_layers(
     return network
 
 
-def _empty(place: Path) -> tuple[Qwen2_5_VLForConditionalGeneration, WeightSource]:
-    """The network on the meta device, without its language head, and its weights, which are complete.
+def _empty(place: Path, *, with_head: bool) -> tuple[Qwen2_5_VLForConditionalGeneration, WeightSource]:
+    """The network on the meta device, and its weights, which are complete.
 
     Raises:
         ModelFileError: as `load_by_layers`.
@@ -123,27 +126,44 @@ def _empty(place: Path) -> tuple[Qwen2_5_VLForConditionalGeneration, WeightSourc
     settings = qwen25_vl_7b() if place.is_file() else dict(read_json(config))
     with config_errors(config), torch.device("meta"):
         network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
-    network.lm_head = nn.Identity()
+    if with_head:
+        _check_head(network, source)
+    else:
+        network.lm_head = nn.Identity()
     check_weight_shapes(network, source)
     return network, source
 
 
-def stored_shapes(place: Path) -> dict[str, tuple[int, ...]]:
+def _check_head(network: Any, source: WeightSource) -> None:
+    """Check that the file has a language head, with which the network writes text."""
+    if LANGUAGE_HEAD in source.shapes:
+        return
+    why = "Prompts can be encoded without it."
+    if network.config.tie_word_embeddings:
+        why = "tie_word_embeddings in its config.json is true, which Qwen-Image's text encoder never has."
+    raise ModelFileError(
+        f"{source.place.name} can't write captions, because it has no language head, {LANGUAGE_HEAD}. {why} "
+        f"{instead_of('text_encoder')}"
+    )
+
+
+def stored_shapes(place: Path, *, with_head: bool = False) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights that `load_by_layers` loads, by transformers' names. Reads headers only.
 
     Raises:
         ModelFileError: not a Qwen2.5-VL.
     """
-    return {name: tuple(shape) for name, shape in _open(place).shapes.items() if not name.startswith("lm_head")}
+    shapes = {name: tuple(shape) for name, shape in _open(place).shapes.items()}
+    return {name: shape for name, shape in shapes.items() if with_head or not name.startswith("lm_head")}
 
 
-def check_text_encoder_file(place: Path) -> None:
+def check_text_encoder_file(place: Path, *, with_head: bool = False) -> None:
     """Check by the files' headers that this is a whole Qwen2.5-VL, and that a single file is the 7B model.
 
     Raises:
-        ModelFileError: it is not.
+        ModelFileError: it is not, or the head is needed and missing.
     """
-    _empty(place)
+    _empty(place, with_head=with_head)
 
 
 def _open(place: Path) -> _Renamed:

@@ -55,8 +55,12 @@ class TextEncoderSize:
         return next(fitting, self.layers)
 
 
-def text_encoder_size(base: BaseModel, element_bytes: int, precision: BaseModelPrecision) -> TextEncoderSize:
+def text_encoder_size(
+    base: BaseModel, element_bytes: int, precision: BaseModelPrecision, *, with_head: bool = False
+) -> TextEncoderSize:
     """The size of a base model's text encoder in a precision, from its files' headers. 0 for the demo's small one.
+
+    `with_head`: its language head is loaded too. It counts as one of the `others`.
 
     Raises:
         ModelFileError: the files aren't those of a Qwen2.5-VL.
@@ -64,7 +68,7 @@ def text_encoder_size(base: BaseModel, element_bytes: int, precision: BaseModelP
     place = base.folder.text_encoder
     if place.is_relative_to(DEMO_FOLDER):
         return TextEncoderSize(layers=0, layer=0, embeddings=0, others=0, dequantised=0, element_bytes=element_bytes)
-    shapes = stored_shapes(place)
+    shapes = stored_shapes(place, with_head=with_head)
     files = [place] if place.is_file() else list(place.glob("*.safetensors"))
     in_file = sum(file.stat().st_size for file in files) / sum(map(math.prod, shapes.values()))
 

@@ -10,6 +10,7 @@ const HEIGHT = 120; // pixels of a node that is not listed
 /** Nodes with a report, and the pixels that they keep free for it, so that a node never grows over others. */
 const HEIGHTS = /** @type {Record<string, number>} */ ({
   QwenEdit_CheckPairs: 150,
+  QwenEdit_DraftCaptions: 150,
   QwenEdit_PlanMemory: 240,
   QwenEdit_PreviewPairs: 90,
   QwenEdit_TryLora: 60,
