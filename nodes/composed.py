@@ -34,7 +34,7 @@ UNKNOWN_MODEL = ModelConfig(base="-")
 NAME_LABEL = "name of the edit"
 """What the page calls run_name in the short path."""
 MODEL_NODE, TRAIN_NODE, MORE_NODE = "Qwen Edit Model", "Train Qwen Edit LoRA", "Qwen Edit More Settings"
-_SETTINGS = ("lora", "optimizer", "training", "validation", "memory", "ema", "rollout")
+_SETTINGS = ("lora", "optimizer", "training", "validation", "memory", "ema", "rollout", "preservation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +183,8 @@ def _encoding(preset: str, more: MoreSettingsGiven, config: TrainConfig) -> Enco
         given["resolution"] = more.resolution
     if more.num_eval_images is not None:
         given["num_eval_images"] = more.num_eval_images
+    if more.preservation_settings is not None and more.preservation_settings.config.preservation_probability:
+        given["preservation_prompts"] = more.preservation_settings.prompts
     if more.validation_negative_prompt:
         given["validation_negative_prompt"] = more.validation_negative_prompt
     return encoding_for(dataclasses.replace(encoding_preset(preset), **given), config)

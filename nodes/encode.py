@@ -15,6 +15,7 @@ from .graph_values import ForeseenPairs
 from .queued_runs import runs_fed_by
 from .refused import with_other_problems
 from .schema import Node, help_of, lines, new_input, new_output, node_schema, setting_input, setting_inputs
+from .train_config import settings_input
 
 if TYPE_CHECKING:
     from ..trainer_core.conditioning.encoders import Encoders
@@ -83,16 +84,8 @@ class EncodePairs(Node):
                 ),
                 setting_input(EncodingConfig, "train_eval_images", optional=True, advanced=True),
                 setting_input(EncodingConfig, "tokenizer_max_length", optional=True, advanced=True),
-                new_input(
-                    io.String,
-                    "preservation_prompts",
-                    optional=True,
-                    multiline=True,
-                    default="",
-                    tooltip="Instructions of other edits, one per line. Training with preservation_probability above 0 "
-                    "keeps what the base model does with them. They are encoded for every trained pair.",
-                ),
                 setting_input(EncodingConfig, "encode_pixel_difference", optional=True, advanced=True),
+                settings_input("preservation_settings"),
             ],
             outputs=[
                 new_output(sockets.Encoded, "encoded", "The encoded pairs, for Train Qwen Edit LoRA (advanced)."),
@@ -142,7 +135,11 @@ def _planned(
     """The dataset with what the cache lacks."""
     from ..trainer_core.conditioning.encode import plan_dataset
 
-    prompts = {name: lines(widgets.pop(name, "")) for name in ("validation_prompts", "preservation_prompts")}
+    kept = widgets.pop("preservation_settings", None) or sockets.PreservationGiven()
+    prompts = {
+        "validation_prompts": lines(widgets.pop("validation_prompts", "")),
+        "preservation_prompts": kept.prompts if kept.config.preservation_probability else (),
+    }
     sizes = widgets.pop("size_settings", None) or SizeConfig()
     seen = widgets.pop("reference_settings", None) or sockets.ReferencesSeen()
     encoding = EncodingConfig(sizes=sizes, **prompts, **widgets, **seen.encoding)

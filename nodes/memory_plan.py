@@ -55,6 +55,7 @@ class PlanMemory(Node):
                 validation_input(),
                 settings_input("ema_settings"),
                 settings_input("rollout_settings"),
+                settings_input("preservation_settings"),
             ],
             outputs=[
                 new_output(io.String, "plan", "The plan as text: memory by phase, settings, whether it fits, and time.")

@@ -42,7 +42,9 @@ class AddModelLora(Node):
                 ),
             ],
             outputs=[
-                new_output(sockets.Model, "model", "The model with the LoRA, for the encode, train and sample nodes.")
+                new_output(
+                    sockets.Model, "model_with_lora", "The model with the LoRA, for the encode, train and sample nodes."
+                )
             ],
         )
 

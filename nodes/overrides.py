@@ -20,6 +20,7 @@ SETTINGS_NODES = {
     "rollout": "Qwen Edit Rollout Settings",
     "memory": "Qwen Edit Memory Settings",
     "ema": "Qwen Edit EMA Settings",
+    "preservation": "Qwen Edit Preservation Settings",
 }
 """The display name of the node that sets each part of a configuration."""
 

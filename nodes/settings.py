@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainer_core.config import (
+    USUAL_PROMPTS,
     BatchingConfig,
     CheckpointConfig,
     EmaConfig,
@@ -148,7 +149,6 @@ class TrainingSettings(Node):
                     "edit_weight_from",
                     optional=True,
                 ),
-                *setting_inputs(PreservationConfig, "preservation_probability preservation_weight", optional=True),
             ],
             outputs=[new_output(sockets.TrainingSettings, "training_settings", _FOR)],
         )
@@ -161,7 +161,6 @@ class TrainingSettings(Node):
                 noise=NoiseConfig(**fields_of(NoiseConfig, widgets)),
                 batching=BatchingConfig(**fields_of(BatchingConfig, widgets)),
                 checkpoints=CheckpointConfig(**fields_of(CheckpointConfig, widgets)),
-                preservation=PreservationConfig(**fields_of(PreservationConfig, widgets)),
                 gradient_checkpointing=gradient_checkpointing,
             )
         )
@@ -261,6 +260,45 @@ def few_step_file(name: str) -> str:
     return "" if name == host_folders.NO_LORA else str(host_folders.lora_path(name))
 
 
+class PreservationSettings(Node):
+    """Choose what keeps the base model's other edits."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "PreservationSettings",
+            "Qwen Edit Preservation Settings",
+            description="Keeps what the model does with other instructions: some turns train its own answer to one of "
+            "these prompts instead of the edit. Without this node: off.",
+            search_aliases=["prior preservation", "regularization", "forgetting", "keep abilities"],
+            inputs=[
+                setting_input(PreservationConfig, "preservation_probability", default=0.25),
+                setting_input(PreservationConfig, "preservation_weight"),
+                new_input(
+                    io.String,
+                    "preservation_prompts",
+                    multiline=True,
+                    default="\n".join(USUAL_PROMPTS),
+                    tooltip="Instructions of other edits, one per line. They are encoded together with the references "
+                    "of every trained pair.",
+                ),
+            ],
+            outputs=[
+                new_output(
+                    sockets.PreservationSettings,
+                    "preservation_settings",
+                    "For Qwen Edit More Settings; or for Encode Edit Pairs and Train Qwen Edit LoRA (advanced), both.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, preservation_prompts: str, **widgets: Any) -> io.NodeOutput:
+        """Outputs a PreservationGiven."""
+        prompts = lines(preservation_prompts) or USUAL_PROMPTS
+        return io.NodeOutput(sockets.PreservationGiven(config=PreservationConfig(**widgets), prompts=prompts))
+
+
 class MemorySettings(Node):
     """Choose what stays on the device during training."""
 
@@ -324,6 +362,7 @@ NODES: tuple[type[Node], ...] = (
     TrainingSettings,
     RolloutSettings,
     ValidationSettings,
+    PreservationSettings,
     MemorySettings,
     EmaSettings,
 )

@@ -288,6 +288,7 @@ class MoreSettings(Node):
                     default="",
                     tooltip=f"{help_of(EncodingConfig, 'validation_negative_prompt')} Empty: the preset's.",
                 ),
+                settings_input("preservation_settings", "Default: the preset's."),
             ],
             outputs=[new_output(sockets.MoreSettings, "more_settings", "For Train Qwen Edit LoRA.")],
         )

@@ -42,6 +42,7 @@ TrainingSettings = io.Custom("QWEN_EDIT_TRAINING_SETTINGS")  # LoopSettings
 RolloutSettings = io.Custom("QWEN_EDIT_ROLLOUT_SETTINGS")  # RolloutConfig
 MemorySettings = io.Custom("QWEN_EDIT_MEMORY_SETTINGS")  # MemoryConfig
 EmaSettings = io.Custom("QWEN_EDIT_EMA_SETTINGS")  # EmaConfig
+PreservationSettings = io.Custom("QWEN_EDIT_PRESERVATION_SETTINGS")  # PreservationGiven
 ValidationSettings = io.Custom("QWEN_EDIT_VALIDATION_SETTINGS")  # ValidationConfig
 Run = io.Custom("QWEN_EDIT_RUN")  # FinishedRun
 Imported = io.Custom("QWEN_EDIT_IMPORTED")  # ImportedJob
@@ -63,8 +64,15 @@ class LoopSettings:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
-    preservation: PreservationConfig = field(default_factory=PreservationConfig)
     gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreservationGiven:
+    """Output of the preservation settings node: for the training, and the prompts to encode."""
+
+    config: PreservationConfig = field(default_factory=PreservationConfig)
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +93,7 @@ class MoreSettingsGiven:
     rollout_settings: RolloutConfig | None = None
     size_settings: SizeConfig | None = None
     reference_settings: ReferencesSeen | None = None
+    preservation_settings: PreservationGiven | None = None
     clip: Any = None
     resolution: int = 0
     num_eval_images: int | None = None
@@ -135,6 +144,7 @@ def value_class(kind: str) -> type | None:
         "QWEN_EDIT_ROLLOUT_SETTINGS": config.RolloutConfig,
         "QWEN_EDIT_MEMORY_SETTINGS": config.MemoryConfig,
         "QWEN_EDIT_EMA_SETTINGS": config.EmaConfig,
+        "QWEN_EDIT_PRESERVATION_SETTINGS": PreservationGiven,
         "QWEN_EDIT_VALIDATION_SETTINGS": config.ValidationConfig,
         "QWEN_EDIT_RUN": FinishedRun,
         "QWEN_EDIT_IMPORTED": ImportedJob,

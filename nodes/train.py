@@ -95,6 +95,7 @@ def _inputs() -> list[io.Input]:
         settings_input("memory_settings"),
         settings_input("ema_settings"),
         setting_input(ExportConfig, "layer_prefix", optional=True, advanced=True),
+        settings_input("preservation_settings"),
     ]
 
 

@@ -55,6 +55,10 @@ _SETTINGS = {
         sockets.EmaSettings,
         "Exponential moving average of the weights, exported as a second LoRA. Default: none.",
     ),
+    "preservation_settings": (
+        sockets.PreservationSettings,
+        "Keeps what the model does with other instructions. Default: off.",
+    ),
 }
 
 
@@ -117,6 +121,7 @@ def train_config(
     preset: str = NO_PRESET,
     memory_settings: MemoryConfig | None = None,
     ema_settings: EmaConfig | None = None,
+    preservation_settings: sockets.PreservationGiven | None = None,
 ) -> TrainConfig:
     """Combine the settings: import or preset, overridden by connected settings nodes, then by the node's `own` widgets.
 
@@ -133,6 +138,7 @@ def train_config(
         "rollout": rollout_settings,
         "memory": memory_settings,
         "ema": ema_settings,
+        "preservation": preservation_settings and preservation_settings.config,
     }
     sections = {key: section for key, section in connected.items() if section is not None}
     if training_settings is not None:

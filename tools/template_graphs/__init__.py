@@ -8,7 +8,7 @@ from __future__ import annotations
 from trainer_core.qwen_image.flavours import FLAVOURS
 
 from .node import Blueprint, Node, Template
-from .short import demo, in_one_node, train
+from .short import demo, few_step_previews, in_one_node, preservation, train
 from .steps import FOLDERS, SCENES, imported, pair_folders, steps, two_datasets
 from .use import use
 
@@ -23,6 +23,8 @@ _RELEASES = (  # flavour, end of the names of its API prompts, name of its examp
 TEMPLATES: tuple[Template, ...] = (
     demo(),
     *(train(flavour, f"train_{end}", run_name) for flavour, end, run_name in _RELEASES),
+    few_step_previews(FLAVOURS["edit-v2"]),
+    preservation(FLAVOURS["edit-v3"]),
     steps("Train with all settings", "train_all_settings", _2509, pair_folders("pairs", FOLDERS), "my_edit_2509"),
     steps(
         "Train with three references",

@@ -84,6 +84,12 @@ def model(name: str) -> dict[str, str]:
 
 
 HUB = "https://huggingface.co"
+LIGHTNING = {  # of ComfyUI's template for 2509
+    "name": "Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors",
+    "url": f"{HUB}/lightx2v/Qwen-Image-Lightning/resolve/main/Qwen-Image-Edit-2509/"
+    "Qwen-Image-Edit-2509-Lightning-4steps-V1.0-bf16.safetensors",
+    "directory": "loras",
+}
 TEXT_ENCODER = model(template_files("text_encoders")[0])
 VAE = model(template_files("vae")[0])
 TO_STOP = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from trainer_core.qwen_image.flavours import Flavour
 from trainer_core.qwen_image.recognise import download
 
-from .node import PREVIEW, TEXT_ENCODER, TITLE, VAE, Blueprint, Node, Template, model, note
+from .node import LIGHTNING, PREVIEW, TEXT_ENCODER, TITLE, VAE, Blueprint, Node, Template, model, note
 
 _DEMO = "demo (embedded)"
 _TRAIN_LINKS = {"model": ("model", "edit model"), "dataset": ("pairs", "dataset")}
@@ -63,6 +63,64 @@ def train(flavour: Flavour, name: str, run_name: str) -> Template:
         models=downloads,
         app_inputs=_DECISIONS,
         app_outputs=("train", "try"),
+    )
+
+
+def with_settings(flavour: Flavour, title: str, name: str, run_name: str, settings: Node, text: str) -> Template:
+    """The four nodes with one settings node, which Qwen Edit More Settings passes on. `text`: the note's file."""
+    downloads = (model(flavour.comfyui_file), TEXT_ENCODER, VAE)
+    kind = f"{settings.key}_settings"
+    more = Node(key="more", kind="QwenEdit_MoreSettings", size=(340, 480), links={kind: (settings.key, kind)})
+    train = Node(
+        key="train",
+        kind="QwenEdit_Train",
+        size=(440, 620),
+        values={"run_name": run_name},
+        links={**_TRAIN_LINKS, "more_settings": ("more", "more_settings")},
+    )
+    return Template(
+        title=f"{TITLE}{title}",
+        name=name,
+        columns=(
+            (note(title, text, 560, release=flavour.release, url=LIGHTNING["url"], name=LIGHTNING["name"]),),
+            (
+                Node(
+                    key="model",
+                    kind="QwenEdit_ChooseModel",
+                    values={"model": flavour.comfyui_file},
+                    models=downloads,
+                ),
+                Node(key="pairs", kind="QwenEdit_EditPairs", values={"data_set": "my_edit"}),
+            ),
+            (settings, more),
+            (train,),
+            (Node(key="try", kind="QwenEdit_TryLora", size=(400, 500), links={"run": ("train", "run")}),),
+        ),
+        models=(*downloads, *settings.models),
+        app_inputs=_DECISIONS,
+        app_outputs=("train", "try"),
+    )
+
+
+def few_step_previews(flavour: Flavour) -> Template:
+    """The short path with a Lightning LoRA for its previews. `flavour`: 2509, for which the LoRA is."""
+    settings = Node(
+        key="validation",
+        kind="QwenEdit_ValidationSettings",
+        size=(340, 300),
+        values={"validation_lora": LIGHTNING["name"]},
+        models=(LIGHTNING,),
+    )
+    return with_settings(
+        flavour, "Train with few-step previews", "train_few_step_previews", "my_edit_few_steps", settings, "few_steps"
+    )
+
+
+def preservation(flavour: Flavour) -> Template:
+    """The short path with turns that keep the model's other edits."""
+    settings = Node(key="preservation", kind="QwenEdit_PreservationSettings", size=(340, 280))
+    return with_settings(
+        flavour, "Train and keep other edits", "train_preservation", "my_edit_preserving", settings, "preservation"
     )
 
 
