@@ -138,6 +138,8 @@ def write_drafts(plan: DraftPlan, config: CaptionDraftConfig, observer: Observer
     """
     drafts: list[Draft] = []
     if plan.missing:
+        for note in plan.notes:  # such as that the sides look swapped
+            observer.on_note(note)
         for folder in plan.folders:
             clean_leftovers(folder)
         with _memory_errors_explained():
@@ -188,7 +190,7 @@ def _check_no_captions_elsewhere(config: DatasetConfig, observer: Observer) -> N
         problems = captions_elsewhere(target, references)
     if problems:
         summary = f"Captions seem to be there already, {to_fix(len(problems))}"
-        raise DatasetError(summary, [f"{each} If they are not, move them to another folder." for each in problems])
+        raise DatasetError(summary, [f"{each} If these are no captions, move them away." for each in problems])
 
 
 def _unusable(path: Path) -> str:
@@ -296,9 +298,8 @@ def _in_words(drafts: Sequence[Draft], left: Sequence[Draft], notes: Sequence[st
     unwritten = [draft for draft in drafts if not draft.text]
     head = f"{counted(len(written), 'caption')} drafted. Read and correct them before you train."
     if not written:
-        head = "No captions written." if unwritten else "No pair lacks a caption, so nothing was loaded or written."
-        if not drafts and not left:
-            head = "Nothing to draft."
+        nothing = "Nothing to draft" if any(draft.why for draft in left) or not left else "No pair lacks a caption"
+        head = "No captions written." if unwritten else f"{nothing}, so nothing was loaded or written."
     return "\n".join(
         [
             head,

@@ -108,9 +108,12 @@ def test_missing_captions_are_written_and_the_others_left(
 def test_with_captions_for_all_nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft_captions, "load_writer", None)
     nowhere = ModelConfig(base="/nowhere")
-    plan = planned(make_pairs(tmp_path / "pairs", 2), nowhere, tmp_path)
+    pairs = make_pairs(tmp_path / "pairs", 2)
+    plan = planned(pairs, nowhere, tmp_path)
     assert "No pair lacks a caption, so nothing was loaded" in write_drafts(plan, SETTINGS)
     assert "No pair lacks a caption" in plan.as_text()
+    text(pairs, "001").write_text("")
+    assert "Nothing to draft, so nothing was loaded" in planned(pairs, nowhere, tmp_path).as_text()
 
 
 def test_a_stop_keeps_what_is_written_and_the_next_call_goes_on(
@@ -124,6 +127,20 @@ def test_a_stop_keeps_what_is_written_and_the_next_call_goes_on(
     write_drafts(planned(pairs, base, tmp_path), SETTINGS)
     assert len(made.asked) == 2
     assert text(pairs, "001").read_text() == "first 1\n" and text(pairs, "003").read_text() == "second 2\n"
+
+
+def test_folders_that_look_swapped_are_told_before_the_first_draft(
+    pairs: DatasetConfig, base: ModelConfig, tmp_path: Path, answers: Any
+) -> None:
+    folders = tmp_path / "pairs"
+    before, after = (folders / part for part in ("before", "after"))
+    Path(pairs.target_dir).rename(before)
+    Path(pairs.reference_dirs[0]).rename(after)
+    answers(lambda _: "Make it blue.")
+    told = Told()
+    swapped = dataclasses.replace(pairs, target_dir=str(before), reference_dirs=(str(after),))
+    report = write_drafts(planned(swapped, base, tmp_path), SETTINGS, told)
+    assert "Are the two folders swapped?" in told.notes[0] and "Are the two folders swapped?" in report
 
 
 @pytest.mark.parametrize("name", ["001.txt", "001.caption", "001.png.txt"])
@@ -178,7 +195,7 @@ def test_all_problems_are_told_at_once(pairs: DatasetConfig, model: ModelConfig,
         planned(pairs, wrong, tmp_path)
     said = str(caught.value)
     assert "there is no reference" in said and "device is 'nonsense'" in said and "The tokenizer folder" in said
-    assert "(002.txt)" in said and "If they are not, move them to another folder." in said
+    assert "(002.txt)" in said and "If these are no captions, move them away." in said
 
 
 def test_a_text_encoder_without_a_head_is_named(pairs: DatasetConfig, model: ModelConfig, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from trainer_core.config import CaptionConfig, DatasetConfig
 from trainer_core.data.caption_table import key_of, read_caption_table
 from trainer_core.data.captions import read_caption_file
 from trainer_core.data.pairing import scan_folders
+from trainer_core.draft_captions import caption_from
 from trainer_core.errors import TrainerError
+from trainer_core.qwen_image.writer import Answer
 
 LETTERS = st.characters(
     categories=("L", "N", "P", "S", "Zs"), exclude_characters="[\u115f\u1160\u2800\u3164\uffa0"
@@ -38,6 +40,26 @@ VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=20), LINES),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
     max_leaves=6,
+)
+
+DRAFT_PARTS = (
+    "The edit:",
+    "Caption: ",
+    '"',
+    "'",
+    "“",
+    "”",
+    "**",
+    "- ",
+    "1. ",
+    "\n",
+    " ",
+    "Make",
+    "。",
+    ".",
+    "\ufffd",
+    "\x00",
+    "\u2028",
 )
 
 
@@ -201,3 +223,16 @@ def test_every_target_is_used_or_there_is_a_problem(
     pictures = {name.removesuffix(".png") for name in target if name.endswith(".png")}
     assert {pair.key for pair in scan.dataset.pairs} == pictures or scan.problems
     assert all(pair.captions and all(pair.captions) for pair in scan.dataset.pairs)
+
+
+@given(
+    text=st.text(max_size=300) | st.lists(st.sampled_from(DRAFT_PARTS), max_size=12).map("".join), whole=st.booleans()
+)
+def test_an_answer_becomes_one_caption_or_a_reason(text: str, whole: bool):
+    caption, why = caption_from(Answer(text, is_whole=whole))
+    assert bool(caption) != bool(why)
+    if caption:
+        assert caption.isprintable() and caption == caption.strip()
+        with folder() as place:
+            (place / "draft.txt").write_bytes(f"{caption}\n".encode())
+            assert read_caption_file(place / "draft.txt") == (caption,), "what is written is read as one caption"

@@ -65,7 +65,8 @@ class Writer:
             from transformers import GenerationConfig
 
         inputs = self.inputs(question, pictures)
-        # `generate` would take what this leaves out from the network, which has no settings of a download.
+        # What this leaves out has transformers' defaults: the settings in a download's generation_config.json are for
+        # sampling, and are not read.
         greedy = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_tokens,
