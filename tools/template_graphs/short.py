@@ -70,13 +70,13 @@ def with_settings(flavour: Flavour, title: str, name: str, run_name: str, settin
     """The four nodes with one settings node, which Qwen Edit More Settings passes on. `text`: the note's file."""
     downloads = (model(flavour.comfyui_file), TEXT_ENCODER, VAE)
     kind = f"{settings.key}_settings"
-    more = Node(key="more", kind="QwenEdit_MoreSettings", size=(340, 480), links={kind: (settings.key, kind)})
+    more = Node(key="more", kind="QwenEdit_MoreSettings", size=(340, 480), links={kind: (settings.key, kind.replace("_", " "))})
     train = Node(
         key="train",
         kind="QwenEdit_Train",
         size=(440, 620),
         values={"run_name": run_name},
-        links={**_TRAIN_LINKS, "more_settings": ("more", "more_settings")},
+        links={**_TRAIN_LINKS, "more_settings": ("more", "more settings")},
     )
     return Template(
         title=f"{TITLE}{title}",
