@@ -53,12 +53,13 @@ NEW: dict[str, tuple[str, Callable[[Image.Image], Image.Image]]] = {
 
 @dataclass(frozen=True)
 class Training:
-    """A training of `edit` with changes to the demo preset's job. `repeats` of the row differ in the seed."""
+    """A training of `edit` with changes to the demo preset's job. `with_old`: old edits are measured too."""
 
     row: str
     edit: str
     seed: int
     changes: Mapping[str, Any] = field(default_factory=dict)
+    with_old: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,9 @@ def job_of(folder: Path, training: Training, tokenizer: Path) -> JobConfig:
             part("new", f"{training.edit}/trained"),
             *extra,
             part("held_out", f"{training.edit}/held_out"),
-            part("old", "old_held_out"),
+            *([part("old", "old_held_out")] if training.with_old else []),
         ],
-        "eval_dataset_id": ["held_out", "old"],
+        "eval_dataset_id": ["held_out", "old"] if training.with_old else ["held_out"],
         "validation": {
             "validation_step_interval": 0,
             "num_validation_images": 100,
