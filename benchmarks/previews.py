@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.sampling import conditions, wait
 from tests.support.full_size_step import GIB, PROMPT_TOKENS, Setting, our_step
 from trainer_core.adapters.inject import without_dropout
-from trainer_core.adapters.plan import linear_layers
 from trainer_core.adapters.reader import AdapterPart, LowRank
 from trainer_core.adapters.second_lora import second_lora_bytes, with_second_lora
 from trainer_core.precision.frozen_linear import exact_products
@@ -38,8 +37,7 @@ HEAD = "| weights | side | memory | tokens | picture | seconds | peak allocated 
 def few_step_lora(transformer: Any) -> dict[str, AdapterPart]:
     """Random weight changes of all linear layers in the blocks, in host memory."""
     parts: dict[str, AdapterPart] = {}
-    for name in linear_layers(transformer):
-        layer = transformer.get_submodule(name)
+    for name, layer in transformer.named_modules():
         if isinstance(layer, nn.Linear) and name.startswith("transformer_blocks.") and "lora_" not in name:
             down = torch.randn(RANK, layer.in_features, dtype=torch.bfloat16)
             up = torch.randn(layer.out_features, RANK, dtype=torch.bfloat16)
