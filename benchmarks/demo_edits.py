@@ -7,10 +7,11 @@ with one thread. All share a cache, which is complete before the first of them s
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -172,13 +173,16 @@ def _means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
-def run_all(folder: Path, tokenizer: Path, trainings: Sequence[Training], jobs: int) -> list[Outcome]:
-    """All outcomes, from `jobs` processes. Encodes first what any of the trainings needs."""
+def run_all(folder: Path, tokenizer: Path, trainings: Sequence[Training], jobs: int) -> Iterator[list[Outcome]]:
+    """The outcomes of each row, from `jobs` processes. Encodes first what any of the trainings needs."""
     write_sets(folder)
     for training in trainings:
         encode_job(job_of(folder, training, tokenizer))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(partial(run, folder, tokenizer), trainings))
+        for _, outcomes in groupby(
+            pool.map(partial(run, folder, tokenizer), trainings), lambda each: each.training.row
+        ):
+            yield list(outcomes)
 
 
 def mean_and_spread(values: Iterable[float]) -> str:

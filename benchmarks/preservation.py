@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,24 +51,23 @@ ROWS: dict[str, Mapping[str, Any]] = {
 }
 
 
-def table(outcomes: list[Outcome]) -> list[str]:
-    """The table's lines."""
-    lines = ["| preservation | new edit, dB | old colours, dB | lost, dB | mirror, dB | lost, dB |", "| --- " * 6 + "|"]
-    for row in dict.fromkeys(each.training.row for each in outcomes):
-        found = [each for each in outcomes if each.training.row == row]
+HEAD = "| preservation | new edit, dB | old colours, dB | lost, dB | mirror, dB | lost, dB |\n" + "| --- " * 6 + "|"
 
-        def mean(values: Mapping[str, float]) -> float:
-            return statistics.fmean(values[name] for name in _COLOURS)
 
-        cells = [
-            mean_and_spread(each.lora[each.training.edit] for each in found),
-            mean_and_spread(mean(each.lora) for each in found),
-            mean_and_spread(mean(each.base) - mean(each.lora) for each in found),
-            mean_and_spread(each.lora["mirror"] for each in found),
-            mean_and_spread(each.base["mirror"] - each.lora["mirror"] for each in found),
-        ]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return lines
+def line(found: list[Outcome]) -> str:
+    """The table's line for the outcomes of a row."""
+
+    def mean(values: Mapping[str, float]) -> float:
+        return statistics.fmean(values[name] for name in _COLOURS)
+
+    cells = [
+        mean_and_spread(each.lora[each.training.edit] for each in found),
+        mean_and_spread(mean(each.lora) for each in found),
+        mean_and_spread(mean(each.base) - mean(each.lora) for each in found),
+        mean_and_spread(each.lora["mirror"] for each in found),
+        mean_and_spread(each.base["mirror"] - each.lora["mirror"] for each in found),
+    ]
+    return f"| {found[0].training.row} | {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -78,20 +76,14 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the Qwen2.5 tokenizer")
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with one thread")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--edits", nargs="+", default=["negative"], choices=list(NEW))
+    parser.add_argument("--edit", default="negative", choices=list(NEW))
     parser.add_argument("--rows", nargs="+", default=list(ROWS))
     options = parser.parse_args()
-    trainings = [
-        Training(row, edit, seed, ROWS[row])
-        for edit in options.edits
-        for row in options.rows
-        for seed in range(options.seeds)
-    ]
+    trainings = [Training(row, options.edit, seed, ROWS[row]) for row in options.rows for seed in range(options.seeds)]
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = run_all(Path(folder), options.tokenizer, trainings, options.jobs)
-    for edit in options.edits:
-        sys.stdout.write(f"\nNew edit: {edit}\n\n")
-        sys.stdout.write("\n".join(table([each for each in outcomes if each.training.edit == edit])) + "\n")
+        print(HEAD)
+        for outcomes in run_all(Path(folder), options.tokenizer, trainings, options.jobs):
+            print(line(outcomes), flush=True)
 
 
 if __name__ == "__main__":

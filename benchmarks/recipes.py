@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,24 +50,20 @@ ROWS: dict[str, Mapping[str, Any]] = {
 }
 
 
-def table(outcomes: Sequence[Outcome], edits: Sequence[str]) -> list[str]:
-    """The table's lines: for each edit, dB and the difference to the first row."""
+def head(edits: Sequence[str]) -> str:
+    """The table's first two lines."""
     heads = [cell for edit in edits for cell in (f"{edit}, dB", "difference")]
-    lines = [f"| setting | {' | '.join(heads)} | s per step |", "| --- " * (len(heads) + 2) + "|"]
-    rows = list(dict.fromkeys(each.training.row for each in outcomes))
-    found = {
-        (row, edit): [each.lora[edit] for each in outcomes if each.training.row == row and each.training.edit == edit]
-        for row in rows
-        for edit in edits
-    }
-    for row in rows:
-        cells = []
-        for edit in edits:
-            values, first = found[row, edit], found[rows[0], edit]
-            cells += [mean_and_spread(values), _difference(values, first) if row != rows[0] else ""]
-        seconds = statistics.median(each.seconds for each in outcomes if each.training.row == row)
-        lines.append(f"| {row} | {' | '.join(cells)} | {seconds:.3f} |")
-    return lines
+    return f"| setting | {' | '.join(heads)} | s per step |\n" + "| --- " * (len(heads) + 2) + "|"
+
+
+def line(outcomes: Sequence[Outcome], first: Sequence[Outcome], edits: Sequence[str]) -> str:
+    """The table's line for the outcomes of a row: for each edit, dB and the difference to the `first` row's."""
+    cells = []
+    for edit in edits:
+        values, others = ([each.lora[edit] for each in row if each.training.edit == edit] for row in (outcomes, first))
+        cells += [mean_and_spread(values), "" if outcomes is first else _difference(values, others)]
+    seconds = statistics.median(each.seconds for each in outcomes)
+    return f"| {outcomes[0].training.row} | {' | '.join(cells)} | {seconds:.3f} |"
 
 
 def _difference(values: Sequence[float], first: Sequence[float]) -> str:
@@ -95,8 +90,12 @@ def main() -> None:
         for seed in range(options.seeds)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = run_all(Path(folder), options.tokenizer, trainings, options.jobs)
-    sys.stdout.write("\n".join(table(outcomes, options.edits)) + "\n")
+        first: list[Outcome] = []
+        for outcomes in run_all(Path(folder), options.tokenizer, trainings, options.jobs):
+            if not first:
+                first = outcomes
+                print(head(options.edits))
+            print(line(outcomes, first, options.edits), flush=True)
 
 
 if __name__ == "__main__":
