@@ -37,6 +37,7 @@ from trainer_core.planning.workload import Workload, pair_size
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer
 from trainer_core.settings import Settings, hint_of, limits_of, unused_fields
+from trainer_core.training.edit_weight import combined_weights
 from trainer_core.training.ema import ema_bytes, start_ema, update_ema, weights_to_validate
 from trainer_core.training.objective import add_noise, penalty_at
 from trainer_core.training.optimizer import optimizer_builder, set_learning_rate
@@ -63,7 +64,9 @@ def trained(config: OptimizerConfig) -> list[float]:
 
 def noised(config: NoiseConfig) -> list[Any]:
     noisy = add_noise(LATENTS, config, 0, [0, 1], range(2))
-    return [noisy.sigma.tolist(), penalty_at(noisy.sigma, config)(LATENTS).flatten().tolist()]
+    weights = combined_weights(LATENTS, (LATENTS.flip(3),), LATENTS[:, :1].abs(), None, config)
+    penalty = penalty_at(noisy.sigma, config)(LATENTS).flatten().tolist()
+    return [noisy.sigma.tolist(), penalty, None if weights is None else weights.tolist()]
 
 
 def rolled(config: RolloutConfig) -> list[Any]:
