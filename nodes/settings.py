@@ -272,7 +272,7 @@ class PreservationSettings(Node):
             "these prompts instead of the edit. Without this node: off.",
             search_aliases=["prior preservation", "regularization", "forgetting", "keep abilities"],
             inputs=[
-                setting_input(PreservationConfig, "preservation_probability", default=0.25),
+                setting_input(PreservationConfig, "preservation_probability", default=0.5),
                 setting_input(PreservationConfig, "preservation_weight"),
                 new_input(
                     io.String,

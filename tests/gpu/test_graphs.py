@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.narrow import make_pairs, small_encoding
 from tests.support.runs import Steps, StopAfter, equal, lora_tensors
 from trainer_core import dry_step
+from trainer_core.conditioning.encode import encode_dataset
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     BatchingConfig,
@@ -20,13 +22,16 @@ from trainer_core.config import (
     MemoryConfig,
     ModelConfig,
     OptimizerConfig,
+    PreservationConfig,
     RolloutConfig,
     TrainConfig,
     ValidationConfig,
 )
+from trainer_core.data.pairing import pair_folders
 from trainer_core.device import release_memory
 from trainer_core.memory.capture import CapturedPasses, CapturePool, Copies
 from trainer_core.memory.step_graphs import StepGraphs
+from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.run import train_lora
 
 CUDA, GIB = torch.device("cuda"), 2**30
@@ -54,6 +59,14 @@ def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> Train
         validation=ValidationConfig(validation_step_interval=4, num_validation_images=0),
         memory=KEPT,
     )
+
+
+@pytest.fixture(scope="module")
+def keeping(model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> EncodedDataset:
+    """Pairs with preservation prompts."""
+    folder = tmp_path_factory.mktemp("keeping")
+    encoding = small_encoding(preservation_prompts=("make it night", "draw it in ink"))
+    return encode_dataset(pair_folders(make_pairs(folder / "pairs", 4)), BaseModel(model), encoding, folder / "cache")
 
 
 @pytest.fixture
@@ -117,6 +130,50 @@ def test_rolled_out_pairs_are_replayed_too(
     assert replays and [report.loss for report in observer.reports] == losses
 
 
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_turns_that_preserve_with_graphs_and_compiled_blocks(
+    compiled: str, keeping: EncodedDataset, config: TrainConfig, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base model's passes run beside the graphs, with the adapter disabled, and leave everything as it was."""
+    settings = dataclasses.replace(
+        config,
+        encoded=str(keeping.manifest),
+        max_train_steps=10,
+        preservation=PreservationConfig(preservation_probability=0.5),
+        memory=dataclasses.replace(KEPT, compile_blocks=compiled),
+        validation=ValidationConfig(validation_step_interval=0, num_validation_images=0, strength_sweep="none"),
+    )
+    observer, uncompiled = Steps(), dataclasses.replace(settings, memory=KEPT)
+    tensors, losses = ordinary(uncompiled, monkeypatch)
+    graphed = train_lora(settings, observer)
+    assert replays and any(report.preservation_loss for report in observer.reports)
+    if compiled == "off":
+        assert equal(lora_tensors(graphed), tensors) and [report.loss for report in observer.reports] == losses
+    else:  # compiled code rounds at other places
+        assert [report.loss for report in observer.reports] == pytest.approx(losses, rel=0.05)
+
+
+def test_previews_with_a_few_step_lora_of_compiled_blocks(
+    config: TrainConfig, model: ModelConfig, tmp_path: Path
+) -> None:
+    """Blocks are uncompiled for the pictures and compiled again afterwards. The training stays the same."""
+    from tests.integration.test_second_loras import write_lora
+
+    file = write_lora(tmp_path / "few-4steps.safetensors", dataclasses.replace(model, mixed_precision="bf16"))
+    memory = dataclasses.replace(KEPT, compile_blocks="on", gradient_checkpointing_blocks=-1, blocks_to_stream=2)
+    plain = dataclasses.replace(
+        config,
+        memory=memory,
+        validation=ValidationConfig(
+            validation_step_interval=3, num_validation_images=1, validation_num_inference_steps=2
+        ),
+    )
+    few = dataclasses.replace(plain, validation=dataclasses.replace(plain.validation, validation_lora=str(file)))
+    first, second = train_lora(elsewhere(plain, "plain")), train_lora(elsewhere(few, "few"))
+    assert equal(lora_tensors(first), lora_tensors(second))
+    assert first.samples and second.samples and first.samples.psnr_base != second.samples.psnr_base
+
+
 def test_a_run_that_was_stopped_between_replays_continues_alike(
     config: TrainConfig, replays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +211,7 @@ def test_a_pass_that_cannot_be_captured_runs_as_usual(
     calls: list[int] = []
 
     def failing(x: Tensor, *others: Tensor) -> Tensor:
-        if torch.cuda.is_current_stream_capturing() and (calls.append(1) or len(calls) == 40):
+        if torch.cuda.is_current_stream_capturing() and (calls.append(1) or len(calls) == 8):
             if failure == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             float(x.sum())  # the host waits for the device

@@ -70,7 +70,9 @@ def with_settings(flavour: Flavour, title: str, name: str, run_name: str, settin
     """The four nodes with one settings node, which Qwen Edit More Settings passes on. `text`: the note's file."""
     downloads = (model(flavour.comfyui_file), TEXT_ENCODER, VAE)
     kind = f"{settings.key}_settings"
-    more = Node(key="more", kind="QwenEdit_MoreSettings", size=(340, 480), links={kind: (settings.key, kind.replace("_", " "))})
+    more = Node(
+        key="more", kind="QwenEdit_MoreSettings", size=(340, 480), links={kind: (settings.key, kind.replace("_", " "))}
+    )
     train = Node(
         key="train",
         kind="QwenEdit_Train",
