@@ -28,8 +28,8 @@ class PreservationConfig(Settings):
     preservation_probability: float = setting(
         0.0,
         "Fraction of the turns that train what the base model does with one of preservation_prompts, instead of the "
-        "edit. 0.25 to 0.5 is typical; 0.5 with twice as many steps keeps most of what the model can do. Such a turn needs "
-        "a forward pass more. 0 is off.",
+        "edit. 0.25 to 0.5 is typical; 0.5 with twice as many steps keeps most of what the model can do. Such a turn "
+        "needs a forward pass more. 0 is off.",
         Limits(min=0, max=0.9, step=0.05),
     )
     preservation_weight: float = setting(
