@@ -267,9 +267,10 @@ function createEnding({ tryIt, use }) {
       const early = run.kept_step ? [t("Ended early at step {step}.", { step: run.kept_step })] : [];
       const saved = t("LoRA saved: {name}", { name: String(run.lora_name) });
       const best = run.best_step ? [t("The run was best at step {step}: file …-best.", { step: run.best_step })] : [];
-      const strength = typeof run.strength === "number" ? [t("Use at strength {strength}.", run)] : [];
+      const { strength } = run;
+      const advice = typeof strength === "number" ? [t("Use at strength {strength}.", { strength })] : [];
       const took = run.seconds ? [t("Total time: {time}", { time: format.duration(run.seconds) })] : [];
-      setText(line, [sentences([...early, saved, ...best, ...strength]), ...took].join(" · "));
+      setText(line, [sentences([...early, saved, ...best, ...advice]), ...took].join(" · "));
       button.hidden = endOf(run) === undefined || !run.samples?.length;
     },
   };
