@@ -203,9 +203,9 @@ class ValidationSettings(Node):
             "and at the end.",
             search_aliases=["samples", "validation images"],
             inputs=[
-                *setting_inputs(
-                    ValidationConfig, "validation_step_interval validation_num_inference_steps validation_guidance"
-                ),
+                setting_input(ValidationConfig, "validation_step_interval"),
+                _used_without("validation_lora", setting_input(ValidationConfig, "validation_num_inference_steps")),
+                _used_without("validation_lora", setting_input(ValidationConfig, "validation_guidance")),
                 setting_input(ValidationConfig, "validation_seed", control_after_generate=False),
                 setting_input(ValidationConfig, "num_validation_images"),
                 setting_input(
@@ -245,11 +245,19 @@ def few_step_inputs(named: Mapping[str, str] | None = None) -> list[io.Input]:
         default=host_folders.NO_LORA,
         tooltip=help_of(ValidationConfig, "validation_lora"),
     )
-    for each, differs in ((schedule, False), (strength, True), (steps, True)):
-        none = [host_folders.NO_LORA]
-        condition = {"setting": menu.id, "equals": [] if differs else none, "differs": none if differs else []}
-        each.extra_dict = {"qwen_edit_used": {"if": [condition], "unused": None}}
-    return [schedule, shift, menu, strength, steps]
+    few = [_used_without(menu.id, each, is_used=False) for each in (strength, steps)]
+    return [_used_without(menu.id, schedule), shift, menu, *few]
+
+
+def _used_without(menu: str, each: io.Input, *, is_used: bool = True) -> io.Input:
+    """The widget, which is used only if no LoRA is chosen in the menu, or with `is_used` off only if one is.
+
+    The setting's own condition says "" for no LoRA, which the menu doesn't have.
+    """
+    none = [host_folders.NO_LORA]
+    condition = {"setting": menu, "equals": none if is_used else [], "differs": [] if is_used else none}
+    each.extra_dict = {"qwen_edit_used": {"if": [condition], "unused": None}}
+    return each
 
 
 def few_step_file(name: str) -> str:

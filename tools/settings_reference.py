@@ -32,6 +32,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
         "`run_dir` is named after `run_name` of **Train Qwen Edit LoRA (advanced)**, `cache_dir` is fixed.",
     ),
     (config.ModelConfig, "model", "**Load Qwen Edit Model**; ComfyUI chooses the tokenizer and the device."),
+    (config.FrozenLoraConfig, "model.frozen_loras[]", "**Add LoRA To Qwen Edit Model**."),
     (config.DatasetConfig, "dataset", "**Pair Edit Folders**, as `target_folder` and `reference_folder_1` to `_3`."),
     (config.CaptionConfig, "dataset.captions", "**Qwen Edit Caption Settings**."),
     (config.EncodingConfig, "encoding", "**Encode Edit Pairs** and **Qwen Edit Reference Settings**."),
@@ -47,10 +48,19 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.OptimizerConfig, "optimizer", "**Qwen Edit Optimizer Settings**."),
     (config.NoiseConfig, "noise", "**Qwen Edit Training Settings**."),
     (config.RolloutConfig, "rollout", "**Qwen Edit Rollout Settings**."),
+    (
+        config.PreservationConfig,
+        "preservation",
+        "**Qwen Edit Preservation Settings**, which also sets `preservation_prompts` of the encoding.",
+    ),
     (config.EmaConfig, "ema", "**Qwen Edit EMA Settings**, which turns `use_ema` on."),
     (config.BatchingConfig, "batching", "**Qwen Edit Training Settings**."),
     (config.CheckpointConfig, "checkpoints", "**Qwen Edit Training Settings**."),
-    (config.ValidationConfig, "validation", "**Qwen Edit Validation Settings**."),
+    (
+        config.ValidationConfig,
+        "validation",
+        "**Qwen Edit Validation Settings**, without `keep_best` and `strength_sweep`, which have their defaults.",
+    ),
     (config.MemoryConfig, "memory", "**Qwen Edit Memory Settings**."),
     (
         config.ExportConfig,

@@ -13,7 +13,7 @@ from trainer_core.settings import If
 
 DEPENDS_ON_FOLDERS = {"base_model", "lora_name", "init_lora", "transformer_file", "text_encoder_file", "vae_file"}
 DEPENDS_ON_FOLDERS |= {"model", "text_encoder", "vae", "data_set"}
-DEPENDS_ON_FOLDERS |= {"picture", "run_name"}
+DEPENDS_ON_FOLDERS |= {"picture", "run_name", "validation_lora", "few_step_lora"}
 _SECTIONS = re.compile(r"## Inputs\n.*?(?=\n## Typical values\n)", re.DOTALL)
 _WIDGETS = {"COMBO", "STRING", "INT", "FLOAT", "BOOLEAN"}
 

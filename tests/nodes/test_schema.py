@@ -12,6 +12,8 @@ from .help_lists import lists, lists_in, with_lists
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "schema.json"
 DEPENDS_ON_FOLDERS = {("QwenEdit_LoadModel", "base_model"), ("QwenEdit_SampleEdit", "lora_name")}
+DEPENDS_ON_FOLDERS |= {("QwenEdit_SampleEdit", "few_step_lora"), ("QwenEdit_ValidationSettings", "validation_lora")}
+DEPENDS_ON_FOLDERS |= {("QwenEdit_AddModelLora", "lora_name")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_ImportSimpleTuner", "base_model")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_LoraSettings", "init_lora"), ("QwenEdit_EditPairs", "data_set")}
 DEPENDS_ON_FOLDERS |= {("QwenEdit_TryLora", name) for name in ("run_name", "picture")}
@@ -48,6 +50,8 @@ EXPECTED = {
     "QwenEdit_ApplyLora",
     "QwenEdit_PlotLoss",
     "QwenEdit_DraftCaptions",
+    "QwenEdit_AddModelLora",
+    "QwenEdit_PreservationSettings",
 }
 
 
@@ -106,6 +110,17 @@ def test_every_socket_is_explained(our_nodes: dict[str, Any]):
             assert len(options.get("tooltip", "")) > 10, (name, input_id)
             assert options.get("display_name"), (name, input_id)
         assert all(len(tip or "") > 10 for tip in info["output_tooltips"]), name
+
+
+def test_conditions_name_values_that_menus_have(our_nodes: dict[str, Any]):
+    """Otherwise a setting would never be shown, or always."""
+    for name, info in our_nodes.items():
+        menus = {each: options["options"] for _, each, kind, options in inputs(info) if kind == "COMBO"}
+        for _, input_id, _, options in inputs(info):
+            for condition in options.get("qwen_edit_used", {}).get("if", ()):
+                if condition["setting"] in menus:
+                    values = {*condition["equals"], *condition["differs"]}
+                    assert values <= set(menus[condition["setting"]]), (name, input_id)
 
 
 def test_ids_are_unique_between_inputs_and_outputs(our_nodes: dict[str, Any]):

@@ -83,8 +83,8 @@ class ValidationConfig(Settings):
 
     validation_loras_total_limit: int = setting(
         4,
-        "Number of validated steps whose LoRA is kept beside its pictures. That of the best step is kept too: the one "
-        "that keep_best means. Older ones are deleted. 0 keeps only that of the best step, or none without keep_best.",
+        "Number of validated steps whose LoRA is kept beside its pictures. That of the best step is kept too. Older "
+        "ones are deleted. 0 keeps only the best step's, or none if keep_best is off.",
         Limits(min=0, soft_max=1000),
     )
 
@@ -102,9 +102,9 @@ class ValidationConfig(Settings):
     )
     validation_schedule: ValidationSchedule = setting(
         "diffusers",
-        "Noise levels and guidance of validation pictures. diffusers: as in its Qwen edit pipelines. comfyui: as in "
-        "ComfyUI's edit templates, with sampler euler, scheduler simple, ModelSamplingAuraFlow and CFGNorm. A picture "
-        "then equals the one that such a graph draws with the LoRA.",
+        "Noise levels and guidance of the pictures. diffusers: as in its Qwen edit pipelines. comfyui: as in ComfyUI's "
+        "edit templates, with sampler euler, scheduler simple, ModelSamplingAuraFlow and CFGNorm. A picture then "
+        "equals the one that such a graph draws from the same noise.",
         used_if=(_OTHERWISE,),
     )
     validation_shift: float = setting(
@@ -115,16 +115,16 @@ class ValidationConfig(Settings):
     )
     validation_lora: str = setting(
         "",
-        "LoRA file for few-step previews, such as a Lightning LoRA for this release of the model. Validation pictures "
-        "are drawn with it in 4 or 8 steps, without guidance and with ComfyUI's schedule. It is not trained, not part "
-        "of the training, and not saved.",
+        "Few-step LoRA: a LoRA file with which pictures need only 4 or 8 steps, such as a Lightning LoRA for this "
+        "release of the model. They are drawn without guidance and with ComfyUI's schedule. The LoRA is not trained, "
+        "not part of the training, and not saved.",
     )
     validation_lora_strength: float = setting(
-        1.0, "Strength of validation_lora.", Limits(soft_min=-2, soft_max=2, step=0.05), used_if=(_FEW,)
+        1.0, "Strength of the few-step LoRA.", Limits(soft_min=-2, soft_max=2, step=0.05), used_if=(_FEW,)
     )
     validation_lora_steps: int = setting(
         0,
-        "Sampling steps with validation_lora. 0: the number in the file's name, such as 8 in ...-8steps-..., or 4.",
+        "Sampling steps with the few-step LoRA. 0: the number in the file's name, such as 8 in ...-8steps-..., or 4.",
         Limits(min=0, soft_max=50),
         used_if=(_FEW,),
     )
