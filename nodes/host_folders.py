@@ -251,12 +251,32 @@ def model_here(config: ModelConfig, run_name: str) -> ModelConfig:
                 f"The run {run_name!r} was trained with {brief(place.name)}, which is not in ComfyUI's model folders. "
                 "Put it there and train again, or sample with Load Qwen Edit Model and Sample With Qwen Edit LoRA."
             )
+    loras = [dataclasses.replace(lora, file=lora_here(lora.file, run_name)) for lora in config.frozen_loras]
     return dataclasses.replace(
         config,
+        frozen_loras=tuple(loras),
         device=device_name(),
         tokenizer=tokenizer_dir() if config.tokenizer else "",
         quantised_cache_dir=str(cache_dir() / "quantised"),
     )
+
+
+def lora_here(file: str, run_name: str) -> str:
+    """The LoRA in a run's settings as ComfyUI lists it now. Empty if the run had none.
+
+    Raises:
+        ModelFileError: ComfyUI lists no LoRA of this name, or several. A run folder may come from someone else.
+    """
+    if not file:
+        return ""
+    same = [name for name in lora_names()[1:] if Path(name).name == Path(file).name]
+    paths = [path for name in same if (path := folder_paths.get_full_path("loras", name))]
+    if _plain(file) in map(_plain, paths):
+        return file
+    if len(paths) == 1:
+        return paths[0]
+    problem = f"lists {len(paths)} times. Keep one of them" if paths else "does not list. Put it into models/loras"
+    raise ModelFileError(f"The run {run_name!r} used the LoRA {brief(Path(file).name)}, which ComfyUI {problem}.")
 
 
 def _absolute(place: str) -> Path:

@@ -213,6 +213,7 @@ class ValidationSettings(Node):
                 ),
                 setting_input(ValidationConfig, "validation_loras_total_limit", optional=True),
                 *few_step_inputs(),
+                *setting_inputs(ValidationConfig, "keep_best strength_sweep", optional=True),
             ],
             outputs=[new_output(sockets.ValidationSettings, "validation_settings", _FOR)],
         )

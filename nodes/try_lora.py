@@ -78,6 +78,8 @@ class TryLora(Node):
         if name == host_folders.NO_FILE:
             raise ConfigError("There is no run with a LoRA yet. Train one first, or connect a run.")
         found = tried_run(run_folder(name), host_folders.cache_dir())
+        few_step = host_folders.lora_here(found.config.validation.validation_lora, name)
+        found = found.with_few_step_lora(few_step)
         trial = Trial(
             run=found,
             model=host_folders.model_here(found.config.model, name),

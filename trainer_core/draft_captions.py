@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .conditioning.pictures import to_tensor
 from .config import CaptionConfig, CaptionDraftConfig, DatasetConfig, ModelConfig
-from .config.dataset import CaptionLanguage
+from .config.caption_drafts import CaptionLanguage
 from .data.captions import read_caption_file
 from .data.folders import CAPTION_SUFFIXES, scan_folder
 from .data.images import open_checked_picture

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .adapters.inject import for_file
 from .adapters.plan import read_parts
 from .adapters.writer import LoraMetadata, copy_lora, export_lora, titled
 from .config import to_json
-from .errors import ExportError, Interrupted
+from .errors import ExportError, Interrupted, TrainerError
 from .events import Observer, SampleReport, StepReport, Stop
-from .planning.advice import VALIDATION
 from .planning.preparation import Preparation
 from .precision.frozen_linear import exact_products
 from .ranks import Ranks
@@ -82,7 +83,8 @@ def keep_step_loras(
     try:
         for name, weights in variants.items():
             suffix = "-ema" if name == AVERAGE else ""
-            results = results_header(psnr.get(name), losses[name], samples.drift() if samples else {})
+            drift = samples.drift() if samples else {}
+            results = results_header(psnr.get(name), losses[name], drift, parts.validator.measured_as)
             path, title = step_folder(folder, done) / _FILE_OF[name], f"{_lora_name(parts)}{suffix}-step-{done}"
             _export(parts, weights, path, done, title=title, more=results)
         delete_old(folder, done, limit)
@@ -93,36 +95,42 @@ def keep_step_loras(
 def finish(parts: RunParts, done: int, stop: Stop, extra_check: ExtraCheck | None) -> TrainResult:
     """Export the LoRA, unless the run was paused, and record the result in the run folder.
 
-    A run that has ended by itself also tells which strength to use, and exports its best step.
+    A run that has ended by itself also exports its best step. When all is saved, the leader compares strengths and
+    writes the best one into the header of the file to use.
     """
     run, networks, export = parts.run, parts.networks, parts.prepared.config.export
     if stop is Stop.PAUSE or done == 0:
         run.write_state(state="paused", steps=done, seconds=parts.seconds())
         return TrainResult(run_dir=run.path, steps_done=done, stopped=stop or Stop.PAUSE)
     name, kept = _lora_name(parts), stop is Stop.KEEP
-    best = _earlier_best(parts, done)
-    strength = {} if kept else _strength_header(parts, best)
-    lora_file = run.path / f"{name}.safetensors"
-    ema_file = run.path / f"{name}-ema.safetensors" if networks.ema else None
-    more = {} if best else strength
-    _export(parts, networks.weights_to_use, lora_file, done, more=more, extra_check=extra_check)
-    result: dict[str, Any] = {"lora_file": lora_file.name, "steps": done, "kept": kept, "export": to_json(export)}
-    if ema_file is not None:
-        _export(parts, networks.average_to_use, ema_file, done, more=more, extra_check=extra_check)
-        result["ema_file"] = ema_file.name
-    best_file = run.path / f"{name}-best.safetensors"
+    files = {TRAINED: run.path / f"{name}.safetensors"}
+    _export(parts, networks.weights_to_use, files[TRAINED], done, extra_check=extra_check)
+    result: dict[str, Any] = {
+        "lora_file": files[TRAINED].name,
+        "steps": done,
+        "kept": kept,
+        "export": to_json(export),
+    }
+    if networks.ema:
+        files[AVERAGE] = run.path / f"{name}-ema.safetensors"
+        _export(parts, networks.average_to_use, files[AVERAGE], done, extra_check=extra_check)
+        result["ema_file"] = files[AVERAGE].name
+    best, best_file = _earlier_best(parts, done), run.path / f"{name}-best.safetensors"
+    _rename_outdated_best(parts, best)
     if best:
-        _copy_best(parts, best, best_file, strength, extra_check)
+        _copy_best(parts, best, best_file, extra_check)
         result |= {"best_file": best_file.name, "best_step": best.step}
-    if _STRENGTH in strength:
-        result["strength"] = float(strength[_STRENGTH])
     run.write_state(state="kept" if kept else "finished", steps=done, result=result, seconds=parts.seconds())
+    parts.ranks.wait()  # what follows takes long, and only the leader does it
+    if not kept and (strength := _compare_strengths(parts, best, files, best_file)):
+        result["strength"] = strength
+        run.write_state(result=result, seconds=parts.seconds())
     return TrainResult(
         run_dir=run.path,
         steps_done=done,
         stopped=stop,
-        lora_file=lora_file,
-        ema_file=ema_file,
+        lora_file=files[TRAINED],
+        ema_file=files.get(AVERAGE),
         best_file=best_file if best else None,
         strength=result.get("strength"),
         samples=recorded_samples(run),
@@ -148,49 +156,67 @@ def _measured_in_words(lora: StepLora) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
-def _copy_best(
-    parts: RunParts, best: StepLora, path: Path, more: Mapping[str, str], extra_check: ExtraCheck | None
-) -> None:
-    """Copy the LoRA of the best step to the run folder. Its header gets the file's name and `more`."""
+def _rename_outdated_best(parts: RunParts, best: StepLora | None) -> None:
+    """Give the file of an earlier end of the run, which had another best step, a name that says its step."""
+    before = parts.run.state().get("result") or {}
+    step, file = before.get("best_step"), parts.run.path / str(before.get("best_file"))
+    if step and parts.run.writes and (best is None or best.step != step) and file.is_file():
+        target = file.with_name(f"{_lora_name(parts)}-step-{step}.safetensors")
+        if target.exists():
+            file.unlink()
+        else:
+            file.rename(target)
+
+
+def _copy_best(parts: RunParts, best: StepLora, path: Path, extra_check: ExtraCheck | None) -> None:
+    """Copy the LoRA of the best step to the run folder. Its header gets the file's name."""
     num_blocks = parts.prepared.model.base.num_blocks
-    check = extra_check and (lambda file: extra_check(file, num_blocks))
-    copy_lora(best.files[0], path, {**titled(path.stem), **more}, check)
+    copy_lora(best.files[0], path, titled(path.stem), extra_check and (lambda file: extra_check(file, num_blocks)))
 
 
-def _strength_header(parts: RunParts, best: StepLora | None) -> dict[str, str]:
-    """What the header says about the strength to use: of the best step, or else of the last one. Empty if none was
-    compared. Tells the user."""
+def _compare_strengths(
+    parts: RunParts, best: StepLora | None, files: Mapping[str, Path], best_file: Path
+) -> float | None:
+    """The strength to use `best_file` at, or else the file of the weights that validation shows; None if none was
+    compared. Writes it into that file's header and tells the user. The run is saved, so an error is only told."""
     config, networks = parts.prepared.config, parts.networks
-    if config.validation.strength_sweep == "none" or not parts.validator or not parts.run.writes:
-        return {}
-    variants = weights_to_validate(networks.weights_to_use, networks.average_to_use, config.ema)
-    weights = next(iter(variants.values()))
-    if best:
-        changes = read_parts(parts.prepared.model.base.network, best.files[0])
-        weights = partial(networks.file_to_use, changes, parts.prepared.model.adapter.layers)
+    sweep = config.validation.strength_sweep
+    if sweep == "none" or not parts.validator or not parts.run.writes:
+        return None
+    shown, weights = next(
+        iter(weights_to_validate(networks.weights_to_use, networks.average_to_use, config.ema).items())
+    )
+    file = best_file if best else files[shown]
     arguments = networks.transformer, networks.device, parts.observer
-    with_pictures = config.validation.strength_sweep == "pictures" and parts.validator.draws_targets
-    kept = "The run is saved. To finish it without comparing strengths, set strength_sweep to none."
+    draws = sweep == "pictures" and parts.validator.draws_targets
     try:
-        with (
-            parts.prepared.explain_memory_errors(VALIDATION, "while strengths were compared", kept),
-            networks.compilation.paused(),
-            exact_products(networks.transformer),
-        ):
+        if best:
+            changes = read_parts(parts.prepared.model.base.network, best.files[0])
+            weights = partial(networks.file_to_use, changes, parts.prepared.model.adapter.layers)
+        with networks.compilation.paused(), exact_products(networks.transformer):
             measured = compare(
                 partial(networks.at_strength, weights),
                 partial(parts.validator.loss, *arguments),
-                partial(parts.validator.psnr, *arguments) if with_pictures else None,
+                partial(parts.validator.psnr, *arguments) if draws else None,
             )
+        strength = advised(measured)
+        copy_lora(
+            file,
+            file,
+            {
+                _STRENGTH: f"{strength:g}",
+                "qwen_edit_trainer.strengths": in_words(measured),
+                "modelspec.usage_hint": f"Use at strength {strength:g}.",
+            },
+        )
     except Interrupted:
-        return {}
-    strength = advised(measured)
-    parts.observer.on_note(f"Use the LoRA at strength {strength:g}. Measured on held-out pairs: {in_words(measured)}.")
-    return {
-        _STRENGTH: f"{strength:g}",
-        "qwen_edit_trainer.strengths": in_words(measured),
-        "modelspec.usage_hint": f"Use at strength {strength:g}.",
-    }
+        parts.observer.on_note("Strengths were not compared, because you stopped. The LoRA is saved.")
+        return None
+    except (TrainerError, OSError, torch.OutOfMemoryError) as error:
+        parts.observer.on_note(f"Strengths were not compared ({reason_of(error)}). The LoRA is saved.")
+        return None
+    parts.observer.on_note(f"Use {file.name} at strength {strength:g}. On held-out pairs: {in_words(measured)}.")
+    return strength
 
 
 def _lora_name(parts: RunParts) -> str:

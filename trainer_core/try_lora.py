@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -62,6 +62,11 @@ class TriedRun:
     folder: RunFolder
     config: TrainConfig
     encoded: EncodedDataset
+
+    def with_few_step_lora(self, file: str) -> TriedRun:
+        """The run with its few-step LoRA at this path; empty if it has none."""
+        validation = replace(self.config.validation, validation_lora=file)
+        return replace(self, config=replace(self.config, validation=validation))
 
     @property
     def shots(self) -> tuple[Shot, ...]:

@@ -130,7 +130,8 @@ def test_a_step_is_the_mean_of_all_sizes(network: NetworkSize) -> None:
 
 
 def test_previews_are_the_forward_passes_of_all_validations(network: NetworkSize) -> None:
-    config = config_of(validation=ValidationConfig(validation_step_interval=250, validation_num_inference_steps=30))
+    validation = ValidationConfig(validation_step_interval=250, validation_num_inference_steps=30)
+    config = config_of(validation=dataclasses.replace(validation, strength_sweep="none"))
     speed = measured_speed(config, network, SHOWN, 1.2)
     rate = training_operations(WIDTH, 8192 + TEXT, BLOCKS, BLOCKS) / 1.2
     drawing = 2 * 30 * 2  # pictures, steps, guidance
@@ -138,6 +139,10 @@ def test_previews_are_the_forward_passes_of_all_validations(network: NetworkSize
     assert (whole.times, whole.pictures) == (4, 2)
     passes = drawing + 4 * (drawing + 3 * 4)  # the base model's pictures once; losses of 3 pairs at 4 noise levels
     assert whole.previews == pytest.approx(passes * forward_operations(8192 + TEXT) / rate)
+    for sweep, more in (("loss", 3 * 4), ("pictures", 3 * 4 + drawing)):
+        compared = config_of(validation=dataclasses.replace(validation, strength_sweep=sweep))
+        found = duration(compared, network, SHOWN, speed).previews
+        assert found == pytest.approx((passes + 6 * more) * forward_operations(8192 + TEXT) / rate)
     later = duration(config, network, SHOWN, speed, done=750)
     assert (later.steps, later.times) == (250, 1)
     assert later.previews == pytest.approx((drawing + 3 * 4) * forward_operations(8192 + TEXT) / rate)

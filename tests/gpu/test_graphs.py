@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.support.lora_files import write_lora
 from tests.support.narrow import make_pairs, small_encoding
 from tests.support.runs import Steps, StopAfter, equal, lora_tensors
 from trainer_core import dry_step
@@ -150,15 +151,13 @@ def test_turns_that_preserve_with_graphs_and_compiled_blocks(
     if compiled == "off":
         assert equal(lora_tensors(graphed), tensors) and [report.loss for report in observer.reports] == losses
     else:  # compiled code rounds at other places
-        assert [report.loss for report in observer.reports] == pytest.approx(losses, rel=0.05)
+        assert [report.loss for report in observer.reports] == pytest.approx(losses, rel=0.05, abs=0.01)
 
 
 def test_previews_with_a_few_step_lora_of_compiled_blocks(
     config: TrainConfig, model: ModelConfig, tmp_path: Path
 ) -> None:
     """Blocks are uncompiled for the pictures and compiled again afterwards. The training stays the same."""
-    from tests.integration.test_second_loras import write_lora
-
     file = write_lora(tmp_path / "few-4steps.safetensors", dataclasses.replace(model, mixed_precision="bf16"))
     memory = dataclasses.replace(KEPT, compile_blocks="on", gradient_checkpointing_blocks=-1, blocks_to_stream=2)
     plain = dataclasses.replace(

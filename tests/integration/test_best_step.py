@@ -54,7 +54,7 @@ def test_the_best_step_is_exported_beside_the_last(config: TrainConfig, losses: 
     assert header["qwen_edit_trainer.strength"] == "0.8" and header["modelspec.usage_hint"] == "Use at strength 0.8."
     assert result.lora_file and "qwen_edit_trainer.strength" not in read_metadata(result.lora_file)
     assert any("best at step 10 of 12 (validation loss 0.1000" in note for note in notes.all)
-    assert any("Use the LoRA at strength 0.8." in note for note in notes.all)
+    assert any("Use run-best.safetensors at strength 0.8." in note for note in notes.all)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000010", "step-000012"]
     assert find_result(config) == result
     result.best_file.unlink()
@@ -140,6 +140,69 @@ def test_a_strength_scales_the_weight_change(
             load_into(transformer, result.lora_file, strength)
             wanted = original(seen[0], transformer, device, SilentObserver())
             assert loss == pytest.approx(wanted, rel=2e-3 if precision == "bf16" else 1e-5)
+
+
+@pytest.mark.parametrize("lora_type", ["lora", "dora", "lokr"])
+def test_the_best_step_is_compared_with_its_own_weights(
+    lora_type: LoraType, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16: at strength 1, its loss is that of the step's validation."""
+    config = dataclasses.replace(
+        config,
+        max_train_steps=10,
+        model=dataclasses.replace(config.model, mixed_precision="bf16"),
+        lora=LoraConfig(lora_rank=4, lora_type=lora_type, lora_targets="attention"),
+        validation=dataclasses.replace(config.validation, num_validation_images=0),
+    )
+    original, found = validation_module.Validator.loss, []
+
+    def worse_at_last(self: Any, *arguments: Any) -> float:
+        found.append(original(self, *arguments))
+        return found[-1] + (len(found) == 2)
+
+    monkeypatch.setattr(validation_module.Validator, "loss", worse_at_last)
+    result = train_lora(config)
+    assert result.best_file and "step-000010" not in str(result.best_file)
+    first, _, *swept = found
+    assert swept[STRENGTHS.index(1.0)] == pytest.approx(first, rel=1e-5)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), OSError(28, "The disk is full")])
+def test_an_error_while_strengths_are_compared_keeps_the_result(
+    error: Exception, config: TrainConfig, losses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses += [0.3, 0.2, 0.1]
+
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("trainer_core.results.compare", fails)
+    notes = Notes()
+    result = train_lora(config, notes)
+    assert result.lora_file and result.strength is None and find_result(config) == result
+    assert any("Strengths were not compared (" in note and "The LoRA is saved." in note for note in notes.all)
+
+
+def test_an_earlier_best_file_does_not_stay_under_that_name(config: TrainConfig, losses: list[float]) -> None:
+    """The run goes on, and its new last step is the best."""
+    constant = dataclasses.replace(config.optimizer, lr_scheduler="constant")
+    config = dataclasses.replace(config, optimizer=constant)
+    losses += [0.1, 0.2, 0.3, *[0.1] * len(STRENGTHS), 0.05, 0.04, *[0.04] * len(STRENGTHS)]
+    first = train_lora(config)
+    assert first.best_file and first.best_file.is_file()
+    second = train_lora(dataclasses.replace(config, max_train_steps=16))
+    assert second.best_file is None and not first.best_file.exists()
+    assert (second.run_dir / "run-step-5.safetensors").is_file()
+
+
+def test_pictures_drawn_otherwise_are_not_compared(config: TrainConfig, losses: list[float]) -> None:
+    """A run that goes on with other validation settings has its best step among those that have them."""
+    losses += [0.05, 0.2, 0.3, *[0.3] * len(STRENGTHS)]
+    train_lora(config, PauseAt(6))
+    other = dataclasses.replace(config.validation, validation_num_inference_steps=3)
+    result = train_lora(dataclasses.replace(config, validation=other))
+    assert result.best_file and "run-best" in result.best_file.name
+    assert read_metadata(result.best_file)["ss_steps"] == "10"
 
 
 def test_the_sweep_changes_nothing_of_the_run(config: TrainConfig) -> None:

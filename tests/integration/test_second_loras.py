@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.support.lora_files import write_lora
 from tests.support.runs import PauseAt, equal, lora_tensors, named, twelve_steps
 from trainer_core.adapters.frozen_loras import load_with_frozen_loras
-from trainer_core.adapters.inject import inject_lora
-from trainer_core.adapters.plan import plan_adapter, read_parts
+from trainer_core.adapters.plan import read_parts
 from trainer_core.adapters.reader import changed_weight
-from trainer_core.adapters.writer import LoraMetadata, export_lora
 from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
+    BaseModelPrecision,
     FrozenLoraConfig,
-    LoraConfig,
     LoraType,
+    MemoryConfig,
     ModelConfig,
     TrainConfig,
     ValidationConfig,
@@ -36,7 +36,6 @@ from trainer_core.planning.preparation import prepare_model
 from trainer_core.precision.frozen_linear import FrozenLinear
 from trainer_core.qwen_image.base_model import BaseModel
 from trainer_core.qwen_image.transformer import load_transformer
-from trainer_core.rng import stream
 from trainer_core.run import train_lora
 from trainer_core.training import validation as validation_module
 
@@ -46,21 +45,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> TrainConfig:
     return twelve_steps(encoded, model, tmp_path / "run")
-
-
-def write_lora(path: Path, model: ModelConfig, lora_type: LoraType = "lora") -> Path:
-    """An exported adapter with random weights on all kinds of layers."""
-    lora = LoraConfig(lora_rank=4, lora_type=lora_type, lora_targets="all")
-    transformer = load_transformer(BaseModel(dataclasses.replace(model, frozen_loras=())), CPU)
-    weights = inject_lora(transformer, plan_adapter(transformer, lora), seed=0)
-    for name, weight in weights.items():
-        if not name.endswith("dora_scale"):
-            drawn = torch.randn(weight.shape, generator=stream(0, path.name, name))
-            weight.data.copy_(drawn * 0.2)
-    metadata = LoraMetadata(TrainConfig(run_dir="run", encoded="none", model=model, lora=lora), 1)
-    from trainer_core.adapters.inject import for_file
-
-    return export_lora(for_file(transformer, weights), path, metadata)
 
 
 def frozen(model: ModelConfig, *files: Path, strength: float = 0.7, **changes: Any) -> ModelConfig:
@@ -109,6 +93,8 @@ def test_previews_take_few_steps_and_the_training_stays_the_same(
         ("turbo.safetensors", 0, 4),
         ("my-4stepsons-2511.safetensors", 0, 4),
         ("Lightning-4steps.safetensors", 6, 6),
+        ("face-250 steps.safetensors", 0, 4),
+        ("edit-12008-steps.safetensors", 0, 4),
     ],
 )
 def test_the_number_of_steps(name: str, given: int, steps: int) -> None:
@@ -126,6 +112,26 @@ def test_the_few_step_lora_is_counted(config: TrainConfig, model: ModelConfig, t
     sampling, training = plan.phase("sampling"), plan.phase("training")
     assert sampling and training and sampling.parts["few-step LoRA"] == 4 * numbers == plan.host["few-step LoRA"]
     assert "few-step LoRA" not in training.parts
+
+
+@pytest.mark.parametrize("lora_type", ["lora", "dora", "lokr"])
+@pytest.mark.parametrize("precision", ["none", "int8-quanto"])
+def test_every_kind_of_adapter_has_few_step_previews(
+    lora_type: LoraType, precision: BaseModelPrecision, config: TrainConfig, model: ModelConfig, tmp_path: Path
+) -> None:
+    """With streamed blocks. The training is the same as without."""
+    file = write_lora(tmp_path / "few-2steps.safetensors", model)
+    config = dataclasses.replace(
+        config,
+        max_train_steps=3,
+        model=dataclasses.replace(model, base_model_precision=precision, mixed_precision="bf16"),
+        lora=LoraConfig(lora_rank=4, lora_type=lora_type, lora_targets="attention"),
+        memory=MemoryConfig(memory="manual", blocks_to_stream=1),
+    )
+    few = dataclasses.replace(config.validation, validation_lora=str(file))
+    first, second = train_lora(named(config, "plain")), train_lora(named(config, "few", validation=few))
+    assert equal(lora_tensors(first), lora_tensors(second))
+    assert first.samples and second.samples and first.samples.psnr_lora != second.samples.psnr_lora
 
 
 def test_what_cannot_be_switched_is_refused(config: TrainConfig, model: ModelConfig, tmp_path: Path) -> None:

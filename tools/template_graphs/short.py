@@ -73,6 +73,7 @@ def with_settings(flavour: Flavour, title: str, name: str, run_name: str, settin
     more = Node(
         key="more", kind="QwenEdit_MoreSettings", size=(340, 480), links={kind: (settings.key, kind.replace("_", " "))}
     )
+    words = {"release": flavour.release, "url": LIGHTNING["url"], "name": LIGHTNING["name"]}
     train = Node(
         key="train",
         kind="QwenEdit_Train",
@@ -84,7 +85,7 @@ def with_settings(flavour: Flavour, title: str, name: str, run_name: str, settin
         title=f"{TITLE}{title}",
         name=name,
         columns=(
-            (note(title, text, 560, release=flavour.release, url=LIGHTNING["url"], name=LIGHTNING["name"]),),
+            (note(title, text, 560, repository=flavour.released_as, **words),),
             (
                 Node(
                     key="model",

@@ -48,7 +48,9 @@ def with_second_lora(
     changed: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for name, part in parts.items():
-            owner, own = _place(transformer, name)
+            # Around the trained adapter, not inside: a DoRA reads the weight of the layer that it holds.
+            parent, _, own = name.rpartition(".")
+            owner = transformer.get_submodule(parent)
             layer: nn.Module = getattr(owner, own)
             setattr(owner, own, _Changed(layer, part, strength, device, dtype))
             changed.append((owner, own, layer))
@@ -58,17 +60,8 @@ def with_second_lora(
             setattr(owner, own, layer)
 
 
-def _place(transformer: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds the frozen layer `name`, and the layer's name there. A trained layer holds its own."""
-    layer = transformer.get_submodule(name)
-    if hasattr(layer, "base_layer"):
-        return layer, "base_layer"
-    parent, _, own = name.rpartition(".")
-    return transformer.get_submodule(parent), own
-
-
 class _Changed(nn.Module):
-    """A frozen linear layer plus a weight change: x [..., in] to y [..., out]."""
+    """A linear layer, with or without a trained adapter, plus a weight change: x [..., in] to y [..., out]."""
 
     def __init__(
         self, layer: nn.Module, part: AdapterPart, strength: float, device: torch.device, dtype: torch.dtype
@@ -81,7 +74,7 @@ class _Changed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """That of the frozen layer, which other code asks for its dtype."""
+        """That of the layer, which other code asks for its dtype."""
         weight: Any = self.layer.weight
         return weight
 

@@ -155,8 +155,8 @@ def check_preservation(encoded: EncodedDataset, preservation: PreservationConfig
     if preservation.preservation_probability > 0 and not all(pair.num_preservation for pair in edits):
         raise ConfigError(
             f"preservation_probability is {preservation.preservation_probability:g}, but the dataset was encoded "
-            "without preservation_prompts. Write some there and encode it again (nothing else is encoded again), or "
-            "set preservation_probability to 0."
+            "without preservation_prompts. Encode it again with some (nothing else is encoded again): in ComfyUI, "
+            "connect Qwen Edit Preservation Settings to Encode Edit Pairs too. Or set preservation_probability to 0."
         )
 
 

@@ -8,15 +8,14 @@ docs/settings.md and in the tooltips of the nodes: effect, unit and typical valu
 from __future__ import annotations
 
 from ..settings import digest, from_json, to_json
+from .caption_drafts import CaptionDraftConfig
 from .dataset import (
     CaptionConfig,
-    CaptionDraftConfig,
     CaptionStrategy,
     ConditioningType,
     DatasetConfig,
     DatasetPartConfig,
     EncodingConfig,
-    PairCheckConfig,
     Preprocessing,
     SizeConfig,
 )
@@ -33,6 +32,7 @@ from .model import (
     ModelConfig,
 )
 from .optimizer import ENDLESS, OptimizerConfig, OptimizerName, SchedulerName
+from .pair_check import PairCheckConfig
 from .preservation import USUAL_PROMPTS, PreservationConfig
 from .training import (
     BatchingConfig,

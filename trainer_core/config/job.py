@@ -11,11 +11,13 @@ from typing import Any
 from ..disk import MAX_NAME_BYTES
 from ..errors import ConfigError
 from ..settings import Limits, Settings, check, merged, required, setting, to_json, unused_fields
-from .dataset import CaptionDraftConfig, DatasetConfig, DatasetPartConfig, EncodingConfig, PairCheckConfig
+from .caption_drafts import CaptionDraftConfig
+from .dataset import DatasetConfig, DatasetPartConfig, EncodingConfig
 from .ema import EmaConfig, check_ema
 from .memory import MemoryConfig
 from .model import ModelConfig
 from .optimizer import ENDLESS, OptimizerConfig, check_warmup
+from .pair_check import PairCheckConfig
 from .preservation import USUAL_PROMPTS, PreservationConfig
 from .training import (
     BatchingConfig,

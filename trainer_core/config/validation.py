@@ -14,7 +14,7 @@ ValidationSchedule = Literal["diffusers", "comfyui"]
 StrengthSweep = Literal["none", "loss", "pictures"]
 
 _SIZE = re.compile(r"(\d+)(?:[xX](\d+))?")
-_STEPS_IN_NAME = re.compile(r"(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
+_STEPS_IN_NAME = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
 _FEW_STEPS = 4  # of a few-step LoRA whose name doesn't tell
 _OTHERWISE = If("validation_lora", ("",))
 _FEW = If("validation_lora", differs=("",))
@@ -83,8 +83,8 @@ class ValidationConfig(Settings):
 
     validation_loras_total_limit: int = setting(
         4,
-        "Number of validated steps whose LoRA is kept beside its pictures. That of the best step is kept too. Older "
-        "ones are deleted. 0 keeps only the best step's, or none if keep_best is off.",
+        "Number of validated steps whose LoRA is kept beside its pictures. That of the best step is kept too: the one "
+        "that keep_best means. Older ones are deleted. 0 keeps only that of the best step, or none without keep_best.",
         Limits(min=0, soft_max=1000),
     )
 

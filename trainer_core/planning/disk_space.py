@@ -70,22 +70,29 @@ def run_use(config: TrainConfig, network: NetworkSize, work: Workload) -> DiskUs
     checkpoint = _FLOAT32 * weights * averages + optimizer_bytes(config.optimizer.optimizer, network.adapter_shapes)
     saved = -(-config.max_train_steps // config.checkpoints.checkpoint_step_interval)
     kept = min(saved, config.checkpoints.checkpoints_total_limit + 1)  # an old one goes after the new one is complete
+    best = config.validation.keep_best and bool(work.held_out) and _validations(config) > 1
+    kept += best
     shown = sum(each.count for each in work.pictures)
     latents = LATENT_CHANNELS * prod(work.validation.target) // VAE_FACTOR**2 if work.validation else 0
     lora = compute_dtype(config.model).itemsize * weights
-    loras = averages + _step_loras(config, work)
+    loras = averages + _step_loras(config, work) + best
     total = kept * checkpoint + loras * lora + _FLOAT32 * shown * latents - _bytes_in(folder)
     files = "the LoRA file" if loras == 1 else f"{counted(loras, 'LoRA file')} of {size_in_words(lora)}"
     what = f"{counted(kept, 'checkpoint')} of {size_in_words(checkpoint)} and {files}"
     return DiskUse(folder, what, max(0, total))
 
 
+def _validations(config: TrainConfig) -> int:
+    """How often the run validates."""
+    return -(-config.max_train_steps // (config.validation.validation_step_interval or config.max_train_steps))
+
+
 def _step_loras(config: TrainConfig, work: Workload) -> int:
     """The largest number of LoRA files of validated steps that a run has at a time."""
     validation = config.validation
-    if not work.held_out or not validation.validation_loras_total_limit:
+    if not work.held_out or not (validation.validation_loras_total_limit or validation.keep_best):
         return 0
-    times = -(-config.max_train_steps // (validation.validation_step_interval or config.max_train_steps))
+    times = _validations(config)
     variants = len(weights_to_validate(nullcontext, nullcontext, config.ema))
     return variants * min(times, validation.validation_loras_total_limit + 2)  # the best, and the new one
 

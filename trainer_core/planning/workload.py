@@ -169,7 +169,8 @@ def workload_of_pairs(
 
 
 def _planned_size(planned: PlannedPair, prompt_tokens: Callable[[PairPlan, int], int]) -> PairSize:
-    letters = max(map(len, (*planned.pair.captions, *planned.entry.validation_captions)), default=0)
+    others = (*planned.entry.validation_captions, *planned.preservation_prompts)
+    letters = max(map(len, (*planned.pair.captions, *others)), default=0)
     references = [view.size for view in planned.plan.references]
     return pair_size(planned.plan.target.size, references, prompt_tokens(planned.plan, letters))
 
@@ -251,7 +252,11 @@ def _sizes(encoded: EncodedDataset, entries: Sequence[EncodedEntry]) -> list[Pai
     sizes = []
     for pictures, turns in _turns_by_size(entries).items():
         read = [turn.seen for turn in turns[:_PROMPTS_READ]]
-        text = max(encoded.prompt_tokens(key) for seen in read for key in (*seen.prompts, *seen.validation_prompts))
+        text = max(
+            encoded.prompt_tokens(key)
+            for seen in read
+            for key in (*seen.prompts, *seen.validation_prompts, *seen.preservation)
+        )
         target, *references = pictures
         sizes.append(pair_size(target, references, text, turns=sum(1 + turn.seen.repeats for turn in turns)))
     return sizes
@@ -261,12 +266,13 @@ def largest_draws(encoded: EncodedDataset, work: Workload) -> tuple[Draw, ...]:
     """The largest micro-batch of a run: pairs of the size of `work.train`, those with the longest prompts first."""
     longest = []
     for turn in _turns_by_size(encoded.pairs)[work.train.group][:_PROMPTS_READ]:
-        tokens, caption = max((encoded.prompt_tokens(key), number) for number, key in enumerate(turn.seen.prompts))
-        longest.append((tokens, turn, caption))
-    longest.sort(key=lambda each: each[0], reverse=True)
+        prompts = [(key, number, False) for number, key in enumerate(turn.seen.prompts)]
+        prompts += [(key, number, True) for number, key in enumerate(turn.seen.preservation)]
+        longest.append((turn, *max((encoded.prompt_tokens(key), *which) for key, *which in prompts)))
+    longest.sort(key=lambda each: each[1], reverse=True)
     return tuple(
-        Draw(turn.pair, caption, index, turn.reference_set)
-        for index, (_, turn, caption) in zip(range(work.batch), cycle(longest), strict=False)
+        Draw(turn.pair, caption, index, turn.reference_set, preserves=preserves)
+        for index, (turn, _, caption, preserves) in zip(range(work.batch), cycle(longest), strict=False)
     )
 
 

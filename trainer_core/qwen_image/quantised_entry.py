@@ -37,21 +37,23 @@ def quantised_entry(config: ModelConfig, source: WeightSource, placement: Placem
             "folder, or quantised_cache_gb to 0."
         )
     settings = [placement.precision, str(placement.dtype), placement.keep, placement.quantise_on.type]
-    versions = [torch.__version__, *map(_version, _QUANTISERS), *_card(source, placement)]
+    versions = [torch.__version__, *map(_version, _QUANTISERS), *_card(config, source, placement)]
     loras = [[weights_digest(Path(lora.file)), lora.strength] for lora in config.frozen_loras]
     key = digest([_FORMAT, weights_digest(source.place), *settings, *versions, *loras])
     return QuantisedCache(Path(config.quantised_cache_dir), key, int(config.quantised_cache_gb * 1e9))
 
 
-def _card(source: WeightSource, placement: Placement) -> list[Any]:
+def _card(config: ModelConfig, source: WeightSource, placement: Placement) -> list[Any]:
     """The compute capability of the quantising card, where the codes depend on it; otherwise empty.
 
     bitsandbytes is compiled with --use_fast_math, so its kernel divides approximately, in a way that each generation of
-    cards has for itself. The rotation of a rotated int8 file is undone by a product of matrices, whose order of
-    summation depends on the card. quanto's codes, and the other formats of files, come from single float32 operations,
-    which IEEE 754 defines to the last bit.
+    cards has for itself. The rotation of a rotated int8 file is undone by a product of matrices, and a frozen LoRA is
+    one: their order of summation depends on the card. quanto's codes, and the other formats of files, come from single
+    float32 operations, which IEEE 754 defines to the last bit.
     """
-    if placement.quantise_on.type == "cuda" and (placement.precision == "nf4-bnb" or source.is_rotated):
+    if placement.quantise_on.type == "cuda" and (
+        placement.precision == "nf4-bnb" or source.is_rotated or config.frozen_loras
+    ):
         return [torch.cuda.get_device_capability(placement.quantise_on)]
     return []
 

@@ -23,6 +23,7 @@ from ..text import reason_of
 
 LORA, EMA = "lora.safetensors", "ema.safetensors"
 _PSNR, _LOSS, _DRIFT = (f"qwen_edit_trainer.{name}" for name in ("psnr", "validation_loss", "drift"))
+_MEASURED_AS = "qwen_edit_trainer.measured_as"
 # Differences of validations that mean little: a fraction of the lowest loss, and of PSNR in dB.
 _LOSS_RANGE, _PSNR_RANGE = 0.02, 0.1
 _FOLDER = re.compile(r"step-([0-9]{1,12})")
@@ -34,7 +35,8 @@ class StepLora:
     """The LoRAs of a validated step. `files`: the trained weights, their average, or both in this order.
 
     `psnr` (dB), `loss` and `drift` are those of the first file's validation; None if they were not measured. `drift` is
-    the sum of shift, zoom and colour in units of what the pair checker allows.
+    the sum of shift, zoom and colour in units of what the pair checker allows. Only results with equal `measured_as`
+    can be compared.
     """
 
     step: int
@@ -42,6 +44,7 @@ class StepLora:
     psnr: float | None
     loss: float | None
     drift: float | None
+    measured_as: str = ""
 
 
 def step_folder(samples: Path, step: int) -> Path:
@@ -49,13 +52,17 @@ def step_folder(samples: Path, step: int) -> Path:
     return samples / f"step-{step:06d}"
 
 
-def results_header(psnr: float | None, loss: float | None, drift: Mapping[str, float]) -> dict[str, str]:
-    """What the header of a step's LoRA says about its validation. `drift`: the fields of a SampleReport, or empty."""
+def results_header(
+    psnr: float | None, loss: float | None, drift: Mapping[str, float], measured_as: str = ""
+) -> dict[str, str]:
+    """What the header of a step's LoRA says about its validation. `drift`: the fields of a SampleReport, or empty.
+    `measured_as`: a digest of the pairs and settings that determine the results."""
     allowed = PairCheckConfig()
     limits = {"shift": allowed.max_shift, "zoom": allowed.max_zoom_percent, "colour": allowed.max_colour_offset}
     summed = sum(drift[f"drift_{name}"] / limit for name, limit in limits.items()) if drift else None
     found = {_PSNR: psnr, _LOSS: loss, _DRIFT: summed}
-    return {name: repr(float(value)) for name, value in found.items() if value is not None}
+    numbers = {name: repr(float(value)) for name, value in found.items() if value is not None}
+    return {**numbers, **({_MEASURED_AS: measured_as} if measured_as else {})}
 
 
 def step_loras(samples: Path) -> list[StepLora]:
@@ -73,7 +80,8 @@ def _step_lora(folder: Path) -> StepLora | None:
         header = read_metadata(files[0])
     except (OSError, SafetensorError):  # deleted meanwhile
         return None
-    return StepLora(int(number[1]), files, *(_number(header, name) for name in (_PSNR, _LOSS, _DRIFT)))
+    psnr, loss, drift = (_number(header, name) for name in (_PSNR, _LOSS, _DRIFT))
+    return StepLora(int(number[1]), files, psnr, loss, drift, header.get(_MEASURED_AS, ""))
 
 
 def _number(header: Mapping[str, str], name: str) -> float | None:
@@ -89,7 +97,9 @@ def best_of(loras: Sequence[StepLora]) -> StepLora | None:
 
     Of the steps whose validation loss is near the lowest, those whose PSNR is near the highest, and of these the one
     with the least drift. Without drift, the highest PSNR decides, without PSNR the lowest loss; then the later step.
+    Steps that were validated otherwise than the last one don't count.
     """
+    loras = [lora for lora in loras if lora.measured_as == loras[-1].measured_as]
     lowest = min((lora.loss for lora in loras if lora.loss is not None), default=None)
     if lowest is not None:
         loras = [lora for lora in loras if lora.loss is not None and lora.loss <= lowest + _LOSS_RANGE * abs(lowest)]

@@ -106,8 +106,10 @@ class Networks:
     @contextmanager
     def _of_file(self, changes: Mapping[str, AdapterPart], layers: Mapping[str, LayerPlan]) -> Iterator[None]:
         with restored_after(self.lora), torch.no_grad():
-            for name, part in changes.items():
-                put_start(self.transformer, self.lora, name, dataclasses.replace(layers[name], start=part))
+            for _ in range(2):  # the norms of a DoRA are computed from the other weights, which the network must have
+                for name, part in changes.items():
+                    put_start(self.transformer, self.lora, name, dataclasses.replace(layers[name], start=part))
+                self.weights.publish()
             yield
 
     @contextmanager

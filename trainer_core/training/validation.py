@@ -94,6 +94,12 @@ class Validator:
         return float(torch.cat(losses).mean())
 
     @property
+    def measured_as(self) -> str:
+        """A digest of what determines a validation's results, besides the weights."""
+        shots = [self._base_name(shot) for shot in self._shots]
+        return digest([self._encoded.manifest.stem.partition("-")[2], self._config.validation_seed, *shots])[:16]
+
+    @property
     def draws_targets(self) -> bool:
         """Whether pictures are drawn that can be compared with their targets."""
         return any(shot.has_target for shot in self._shots)
