@@ -185,7 +185,7 @@ def test_an_error_while_strengths_are_compared_keeps_the_result(
 
 def test_an_earlier_best_file_does_not_stay_under_that_name(config: TrainConfig, losses: list[float]) -> None:
     """The run goes on, and its new last step is the best."""
-    constant = dataclasses.replace(config.optimizer, lr_scheduler="constant")
+    constant = dataclasses.replace(config.optimizer, lr_scheduler="constant_with_warmup")
     config = dataclasses.replace(config, optimizer=constant)
     losses += [0.1, 0.2, 0.3, *[0.1] * len(STRENGTHS), 0.05, 0.04, *[0.04] * len(STRENGTHS)]
     first = train_lora(config)

@@ -21,6 +21,7 @@ from trainer_core.conditioning.encoded import EncodedDataset
 from trainer_core.config import (
     BaseModelPrecision,
     FrozenLoraConfig,
+    LoraConfig,
     LoraType,
     MemoryConfig,
     ModelConfig,
