@@ -56,11 +56,7 @@ SECTIONS: tuple[tuple[type, str | None, str], ...] = (
     (config.EmaConfig, "ema", "**Qwen Edit EMA Settings**, which turns `use_ema` on."),
     (config.BatchingConfig, "batching", "**Qwen Edit Training Settings**."),
     (config.CheckpointConfig, "checkpoints", "**Qwen Edit Training Settings**."),
-    (
-        config.ValidationConfig,
-        "validation",
-        "**Qwen Edit Validation Settings**, without `keep_best` and `strength_sweep`, which have their defaults.",
-    ),
+    (config.ValidationConfig, "validation", "**Qwen Edit Validation Settings**."),
     (config.MemoryConfig, "memory", "**Qwen Edit Memory Settings**."),
     (
         config.ExportConfig,

@@ -268,6 +268,7 @@ NEEDED = {
     "cache_dir": "c",
     "encoded": "e",
     "id": "i",
+    "file": "f",
     "model": ModelConfig(),
     "dataset": DatasetConfig(target_dir="a", reference_dirs=("b",)),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from trainer_core.qwen_image.flavours import Flavour
 from trainer_core.qwen_image.recognise import download
@@ -43,19 +43,14 @@ def demo() -> Template:
     )
 
 
-def _listed(downloads: Sequence[Mapping[str, str]]) -> str:
-    """The files to download, for a note."""
-    return "\n".join(
-        f"- [{each['name']}]({each['url']}), {download(each['name']).gigabytes:g} GB, into *models/{each['directory']}*"
-        for each in downloads
-    )
-
-
 def train(flavour: Flavour, name: str, run_name: str) -> Template:
     """The four nodes, for one release of the model. `name`: of the API prompt. `run_name`: of the example run."""
     release, file = flavour.release, flavour.comfyui_file
     downloads = (model(file), TEXT_ENCODER, VAE)
-    listed = _listed(downloads)
+    listed = "\n".join(
+        f"- [{each['name']}]({each['url']}), {download(each['name']).gigabytes:g} GB, into *models/{each['directory']}*"
+        for each in downloads
+    )
     return Template(
         title=f"{TITLE}Train LoRA {release}",
         name=name,
@@ -78,6 +73,7 @@ def with_settings(flavour: Flavour, title: str, name: str, run_name: str, settin
     more = Node(
         key="more", kind="QwenEdit_MoreSettings", size=(340, 480), links={kind: (settings.key, kind.replace("_", " "))}
     )
+    words = {"release": flavour.release, "url": LIGHTNING["url"], "name": LIGHTNING["name"]}
     train = Node(
         key="train",
         kind="QwenEdit_Train",
@@ -89,18 +85,7 @@ def with_settings(flavour: Flavour, title: str, name: str, run_name: str, settin
         title=f"{TITLE}{title}",
         name=name,
         columns=(
-            (
-                note(
-                    title,
-                    text,
-                    680,
-                    release=flavour.release,
-                    repository=flavour.released_as,
-                    downloads=_listed(downloads),
-                    url=LIGHTNING["url"],
-                    name=LIGHTNING["name"],
-                ),
-            ),
+            (note(title, text, 560, repository=flavour.released_as, **words),),
             (
                 Node(
                     key="model",

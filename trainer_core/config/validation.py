@@ -83,8 +83,8 @@ class ValidationConfig(Settings):
 
     validation_loras_total_limit: int = setting(
         4,
-        "Number of validated steps whose LoRA is kept beside its pictures. That of the best step is kept too. Older "
-        "ones are deleted. 0 keeps only the best step's, or none if keep_best is off.",
+        "Number of validated steps whose LoRA is kept beside its pictures. That of the best step is kept too: the one "
+        "that keep_best means. Older ones are deleted. 0 keeps only that of the best step, or none without keep_best.",
         Limits(min=0, soft_max=1000),
     )
 

@@ -266,10 +266,9 @@ function createEnding({ tryIt, use }) {
       if (box.hidden) return;
       const early = run.kept_step ? [t("Ended early at step {step}.", { step: run.kept_step })] : [];
       const saved = t("LoRA saved: {name}", { name: String(run.lora_name) });
-      const step = run.best_step;
-      const best = step ? [t("The run was best at step {step}: use the file …-best.", { step })] : [];
-      const { strength } = run;
-      const advice = typeof strength === "number" ? [t("Use it at strength {strength}.", { strength })] : [];
+      const { best_step: step, strength } = run;
+      const best = step ? [t("It was best at step {step}: use the file …-best.", { step })] : [];
+      const advice = typeof strength === "number" ? [t("Best strength: {strength}.", { strength })] : [];
       const took = run.seconds ? [t("Total time: {time}", { time: format.duration(run.seconds) })] : [];
       setText(line, [sentences([...early, saved, ...best, ...advice]), ...took].join(" · "));
       button.hidden = endOf(run) === undefined || !run.samples?.length;
