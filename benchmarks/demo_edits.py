@@ -100,7 +100,8 @@ def _write(folder: Path, stem: str, reference: Image.Image, target: Image.Image,
 def job_of(folder: Path, training: Training, tokenizer: Path) -> JobConfig:
     """The job of a training. It validates only at the end, with the held-out pictures of the new edit and the old ones.
 
-    `extra_sets` among the changes: further data sets, each with its `place` below `folder`.
+    `extra_sets` among the changes: further data sets, each with its `place` below `folder`; `trained`: the place of the
+    pairs to learn, if not all of the edit's.
     """
     name = f"{training.row}-{training.edit}-{training.seed}".replace(" ", "_").replace("/", "-")
 
@@ -110,6 +111,7 @@ def job_of(folder: Path, training: Training, tokenizer: Path) -> JobConfig:
         return {"id": identity, "dataset": dataset, **more}
 
     changes = dict(training.changes)
+    trained = changes.pop("trained", f"{training.edit}/trained")
     extra = [part(each.pop("id"), **each) for each in map(dict, changes.pop("extra_sets", ()))]
     values = {
         "run_dir": str(folder / "runs" / name),
@@ -117,7 +119,7 @@ def job_of(folder: Path, training: Training, tokenizer: Path) -> JobConfig:
         "model": {"base": "demo", "flavour": "edit-v2", "tokenizer": str(tokenizer), "device": "cpu"},
         "seed": training.seed,
         "datasets": [
-            part("new", f"{training.edit}/trained"),
+            part("new", trained),
             *extra,
             part("held_out", f"{training.edit}/held_out"),
             *([part("old", "old_held_out")] if training.with_old else []),
