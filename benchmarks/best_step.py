@@ -2,8 +2,8 @@
 
 Trains a demo edit for longer than it needs, on many pairs and on a few that it learns by heart, with several seeds. It
 prints a Markdown table as mean ± standard deviation over seeds: PSNR of held-out pictures at the last step, at the step
-that `keep_best` chooses, and at the best of all validated steps; the strength that `strength_sweep` advises for the
-chosen step by loss and by pictures, and PSNR with it.
+that `keep_best` chooses, at the step with the lowest validation loss, and at the best step; the strength for the chosen
+step by validation loss, the one that `strength_sweep` advises, and PSNR with each.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from trainer_core import results
-from trainer_core.events import SampleReport, SilentObserver
+from trainer_core.events import SampleReport, SilentObserver, StepReport
 from trainer_core.job import encode_job
 from trainer_core.run import train_lora
-from trainer_core.training.strengths import Measured, advised, compare
+from trainer_core.training.strengths import STRENGTHS, Measured, advised, compare
 
 from .demo_edits import Training, job_of, mean_and_spread, write_sets
 
@@ -37,23 +37,30 @@ _LONG: dict[str, Any] = {
     "optimizer": {"lr_scheduler": "constant_with_warmup"},
     "validation": {"validation_step_interval": 30, "strength_sweep": "pictures", "num_validation_images": 4},
 }
-_COLUMNS = "pairs", "last step, dB", "keep_best: step", "dB", "best of all, dB", "by loss: strength", "dB"
-HEAD = f"| {' | '.join((*_COLUMNS, 'by pictures: strength', 'dB'))} |"
+_COLUMNS = "pairs", "last step, dB", "keep_best: step", "dB", "lowest loss, dB", "best of all, dB"
+HEAD = f"| {' | '.join((*_COLUMNS, 'strength by loss', 'dB', 'by pictures', 'dB'))} |"
 
 
 @dataclass(frozen=True)
 class Found:
-    """Results of a training. `psnr`: by validated step, in dB."""
+    """Results of a training: PSNR (dB) and validation loss by validated step, and by strength of the `chosen` step."""
 
     row: str
     psnr: dict[int, float]
+    losses: dict[int, float]
     chosen: int
     measured: list[Measured]
+    losses_at: dict[float, float]
 
 
-class _Pictures(SilentObserver):
+class _Seen(SilentObserver):
     def __init__(self) -> None:
         self.psnr: dict[int, float] = {}
+        self.losses: dict[int, float] = {}
+
+    def on_step(self, report: StepReport) -> None:
+        if report.validation_loss is not None:
+            self.losses[report.step] = report.validation_loss
 
     def on_samples(self, report: SampleReport) -> None:
         self.psnr[report.step] = report.psnr_lora or 0.0
@@ -64,32 +71,37 @@ def run(folder: Path, tokenizer: Path, which: tuple[str, int]) -> Found:
     torch.set_num_threads(1)
     row, seed = which
     training = Training(f"best-{row}", "negative", seed, {**_LONG, "trained": ROWS[row]}, with_old=False)
-    job, pictures, measured = job_of(folder, training, tokenizer), _Pictures(), list[Measured]()
+    job, seen, measured, losses = job_of(folder, training, tokenizer), _Seen(), list[Measured](), dict[float, float]()
 
-    def recorded(*arguments: Any) -> list[Measured]:
-        measured.extend(compare(*arguments))
+    def recorded(at_strength: Any, psnr: Any) -> list[Measured]:
+        validator = psnr.func.__self__
+        for strength in STRENGTHS:
+            with at_strength(strength):
+                losses[strength] = validator.loss(*psnr.args)
+        measured.extend(compare(at_strength, psnr))
         return measured
 
     results.compare = recorded
     encoded, held_out = encode_job(job)
-    result = train_lora(job.train_config(str(encoded.manifest), str(held_out.manifest) if held_out else ""), pictures)
+    result = train_lora(job.train_config(str(encoded.manifest), str(held_out.manifest) if held_out else ""), seen)
     state = json.loads((result.run_dir / "run.json").read_text(encoding="utf-8"))
     chosen = state["result"].get("best_step", result.steps_done)
-    return Found(row, pictures.psnr, int(chosen), measured)
+    return Found(row, seen.psnr, seen.losses, int(chosen), measured, losses)
 
 
 def line(found: Sequence[Found]) -> str:
     """The table's line for the seeds of a row."""
 
     def at(each: Found, strength: float) -> float:
-        return next(one.psnr or 0.0 for one in each.measured if one.strength == strength)
+        return next(one.psnr for one in each.measured if one.strength == strength)
 
-    by_loss = [advised([one._replace(psnr=None) for one in each.measured]) for each in found]
+    by_loss = [min(each.losses_at, key=each.losses_at.__getitem__) for each in found]
     by_pictures = [advised(each.measured) for each in found]
     cells = [
         mean_and_spread(list(each.psnr.values())[-1] for each in found),
         ", ".join(str(each.chosen) for each in found),
         mean_and_spread(each.psnr[each.chosen] for each in found),
+        mean_and_spread(each.psnr[min(each.losses, key=each.losses.__getitem__)] for each in found),
         mean_and_spread(max(each.psnr.values()) for each in found),
         ", ".join(f"{strength:g}" for strength in by_loss),
         mean_and_spread(at(each, strength) for each, strength in zip(found, by_loss, strict=True)),

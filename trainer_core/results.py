@@ -180,15 +180,13 @@ def _compare_strengths(
     """The strength to use `best_file` at, or else the file of the weights that validation shows; None if none was
     compared. Writes it into that file's header and tells the user. The run is saved, so an error is only told."""
     config, networks = parts.prepared.config, parts.networks
-    sweep = config.validation.strength_sweep
-    if sweep == "none" or not parts.validator or not parts.run.writes:
+    if not (config.validation.compares_strengths and parts.validator.draws_targets and parts.run.writes):
         return None
     shown, weights = next(
         iter(weights_to_validate(networks.weights_to_use, networks.average_to_use, config.ema).items())
     )
     file = best_file if best else files[shown]
     arguments = networks.transformer, networks.device, parts.observer
-    draws = sweep == "pictures" and parts.validator.draws_targets
     try:
         if best:
             changes = read_parts(parts.prepared.model.base.network, best.files[0])
@@ -196,8 +194,7 @@ def _compare_strengths(
         with networks.compilation.paused(), exact_products(networks.transformer):
             measured = compare(
                 partial(networks.at_strength, weights),
-                partial(parts.validator.loss, *arguments),
-                partial(parts.validator.psnr, *arguments) if draws else None,
+                partial(parts.validator.psnr, *arguments),
             )
         strength = advised(measured)
         copy_lora(

@@ -11,10 +11,11 @@ from ..geometry import Size
 from ..settings import If, Limits, Settings, setting
 
 ValidationSchedule = Literal["diffusers", "comfyui"]
-StrengthSweep = Literal["none", "loss", "pictures"]
+StrengthSweep = Literal["auto", "none", "pictures"]
 
 _SIZE = re.compile(r"(\d+)(?:[xX](\d+))?")
 _STEPS_IN_NAME = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])", re.IGNORECASE)
+_FEW_PASSES = 16  # of a picture that may be drawn with six strengths without being asked
 _FEW_STEPS = 4  # of a few-step LoRA whose name doesn't tell
 _OTHERWISE = If("validation_lora", ("",))
 _FEW = If("validation_lora", differs=("",))
@@ -91,14 +92,14 @@ class ValidationConfig(Settings):
     keep_best: bool = setting(
         True,
         "Keep the checkpoint of the best validated step, and save its LoRA as ...-best.safetensors if it isn't the "
-        "last step. Best: the highest PSNR of the pictures among the steps whose validation loss is at most 2 % above "
-        "the lowest; of nearly equal ones, that with the least drift.",
+        "last step. Best: the highest PSNR of the pictures, among nearly equal ones the least drift; without PSNR the "
+        "lowest validation loss.",
     )
     strength_sweep: StrengthSweep = setting(
-        "loss",
-        "Compare strengths of the finished LoRA from 0.6 to 1.2 on the held-out pairs, and write the best one into its "
-        "header. loss: by validation loss, which takes little time. pictures: by PSNR of pictures drawn with each "
-        "strength, which takes as long as six validations. none: don't.",
+        "auto",
+        "Compare strengths of the finished LoRA from 0.6 to 1.2 by pictures of the held-out pairs, and write the best "
+        "one into its header. It takes as long as six validations. auto: if a picture takes at most 16 forward passes, "
+        "as with a few-step LoRA. pictures: always. none: never.",
     )
     validation_schedule: ValidationSchedule = setting(
         "diffusers",
@@ -145,6 +146,12 @@ class ValidationConfig(Settings):
         named = _STEPS_IN_NAME.search(Path(self.validation_lora).stem)
         in_name = int(named[1]) if named else 0
         return Drawing(self.validation_lora_steps or in_name or _FEW_STEPS, 1.0, "comfyui", self.validation_shift)
+
+    @property
+    def compares_strengths(self) -> bool:
+        """Whether strengths are compared at the end, if there are pictures."""
+        passes = self.drawing.steps * (2 if self.drawing.guidance > 1 else 1)
+        return self.strength_sweep == "pictures" or (self.strength_sweep == "auto" and passes <= _FEW_PASSES)
 
     @property
     def sizes(self) -> tuple[Size | int, ...]:

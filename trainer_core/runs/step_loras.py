@@ -24,8 +24,7 @@ from ..text import reason_of
 LORA, EMA = "lora.safetensors", "ema.safetensors"
 _PSNR, _LOSS, _DRIFT = (f"qwen_edit_trainer.{name}" for name in ("psnr", "validation_loss", "drift"))
 _MEASURED_AS = "qwen_edit_trainer.measured_as"
-# Differences of validations that mean little: a fraction of the lowest loss, and of PSNR in dB.
-_LOSS_RANGE, _PSNR_RANGE = 0.02, 0.1
+_PSNR_RANGE = 0.1  # a difference in dB that means little
 _FOLDER = re.compile(r"step-([0-9]{1,12})")
 _LOG = logging.getLogger(__name__)
 
@@ -95,25 +94,17 @@ def _number(header: Mapping[str, str], name: str) -> float | None:
 def best_of(loras: Sequence[StepLora]) -> StepLora | None:
     """The step at which the run was best; None if nothing was measured.
 
-    Of the steps whose validation loss is near the lowest, those whose PSNR is near the highest, and of these the one
-    with the least drift. Without drift, the highest PSNR decides, without PSNR the lowest loss; then the later step.
-    Steps that were validated otherwise than the last one don't count.
+    Of the steps whose PSNR is near the highest, the one with the least drift. Without drift, the highest PSNR decides,
+    without PSNR the lowest loss; then the later step. Only steps that were validated like the last one count.
     """
     loras = [lora for lora in loras if lora.measured_as == loras[-1].measured_as]
-    lowest = min((lora.loss for lora in loras if lora.loss is not None), default=None)
-    if lowest is not None:
-        loras = [lora for lora in loras if lora.loss is not None and lora.loss <= lowest + _LOSS_RANGE * abs(lowest)]
     highest = max((lora.psnr for lora in loras if lora.psnr is not None), default=None)
-    if highest is not None:
-        loras = [lora for lora in loras if lora.psnr is not None and lora.psnr >= highest - _PSNR_RANGE]
-    if lowest is None and highest is None:
-        return None
-
-    def rank(lora: StepLora) -> tuple[float, float, float, int]:
-        drift = lora.drift if all(each.drift is not None for each in loras) else None
-        return -(drift or 0.0), lora.psnr or 0.0, -(lora.loss or 0.0), lora.step
-
-    return max(loras, key=rank)
+    if highest is None:
+        losses = [(-lora.loss, lora.step, lora) for lora in loras if lora.loss is not None]
+        return max(losses, key=lambda each: each[:2])[2] if losses else None
+    near = [lora for lora in loras if lora.psnr is not None and lora.psnr >= highest - _PSNR_RANGE]
+    has_drift = all(lora.drift is not None for lora in near)
+    return max(near, key=lambda lora: (-(lora.drift or 0.0) if has_drift else 0.0, lora.psnr or 0.0, lora.step))
 
 
 def delete_old(samples: Path, step: int, limit: int) -> None:

@@ -66,9 +66,7 @@ def validation_work(
     how = config.drawing
     drawing = _times(shots, how.steps * (2 if how.guidance > 1 else 1))
     variants = len(weights_to_validate(nullcontext, nullcontext, ema))
-    sweep = config.strength_sweep
-    compared = _times(losses, len(LOSS_SIGMAS)) if sweep != "none" else ()
-    compared += drawing if sweep == "pictures" else ()
+    compared = drawing if config.compares_strengths else ()
     interval = config.validation_step_interval or max_train_steps
     last = max_train_steps > done and max_train_steps % interval > 0
     times = max(0, max_train_steps // interval - done // interval) + last
