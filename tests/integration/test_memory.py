@@ -50,7 +50,10 @@ def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> Train
         lora=LoraConfig(lora_rank=2, lora_dropout=0.1),
         batching=BatchingConfig(gradient_accumulation_steps=2),
         validation=ValidationConfig(
-            validation_step_interval=2, validation_num_inference_steps=1, num_validation_images=1
+            validation_step_interval=2,
+            validation_num_inference_steps=1,
+            num_validation_images=1,
+            strength_sweep="none",
         ),
     )
 

@@ -29,6 +29,7 @@ SETTINGS = ValidationConfig(
     validation_guidance=3.0,
     num_validation_images=1,
     validation_resolution="96,64x128,96x96",  # 96 is 96x96 here
+    strength_sweep="none",
 )
 DATASET = small_encoding(num_eval_images=2, validation_prompts=PROMPTS)
 

@@ -18,6 +18,7 @@ from trainer_core.adapters.inject import inject_lora
 from trainer_core.adapters.plan import plan_adapter
 from trainer_core.conditioning.sizes import large_enough, target_box, target_size
 from trainer_core.config import (
+    CaptionConfig,
     EmaConfig,
     EncodingConfig,
     LoraConfig,
@@ -28,7 +29,9 @@ from trainer_core.config import (
     RolloutConfig,
     SizeConfig,
     TrainConfig,
+    ValidationConfig,
 )
+from trainer_core.data.caption_edits import edited
 from trainer_core.errors import ConfigError, DatasetError
 from trainer_core.geometry import Size
 from trainer_core.planning.choose import Budget
@@ -124,6 +127,15 @@ def planned(config: MemoryConfig) -> str:
     return str(foreseen_plan(settings, network, work, budget).device)
 
 
+def drawn_as(config: ValidationConfig) -> list[Any]:
+    """How pictures are drawn, and with which LoRA."""
+    return [config.drawing, config.validation_lora and config.validation_lora_strength]
+
+
+def captioned(config: CaptionConfig) -> tuple[str, ...]:
+    return edited(("one, two, three. four, five six, seven",), config)
+
+
 OUTCOMES: dict[type[Settings], Callable[[Any], Any]] = {
     OptimizerConfig: trained,
     NoiseConfig: noised,
@@ -132,6 +144,8 @@ OUTCOMES: dict[type[Settings], Callable[[Any], Any]] = {
     EmaConfig: averaged,
     SizeConfig: cropped,
     MemoryConfig: planned,
+    ValidationConfig: drawn_as,
+    CaptionConfig: captioned,
 }
 # Values with which the settings above have an effect, and with which every choice is accepted.
 BASE: dict[type[Settings], dict[str, Any]] = {
@@ -155,7 +169,7 @@ def values_of(cls: type[Settings], name: str) -> list[Any]:
         return [False, True]
     if hint is str:
         return [default, r".*\.attn\.to_k"]
-    limits, others = limits_of(cls, name), (3,) if hint is int else (0.25, 0.75)
+    limits, others = limits_of(cls, name), (3,) if hint is int else (0.25, 0.75, 2.5)
     return [default, next(each for each in others if each != default and limits.accept(hint(each)))]
 
 

@@ -25,7 +25,7 @@ class Passes:
 @dataclass(frozen=True, slots=True)
 class ValidationWork:
     """Forward passes of a run's validations. `each`: those of every validation. `first`: what the run's very first
-    validation adds for the base model's pictures, which are then kept. `last`: the comparison of strengths at the end.
+    validation adds for the base model's pictures, which are then kept. `last`: at most what comparing strengths takes.
     `times`: how often the run still validates."""
 
     each: tuple[Passes, ...]
