@@ -92,7 +92,8 @@ def test_a_preset_trains_a_lora_in_one_node(trained: dict[str, Any], studio: Pac
     assert config["model"]["mixed_precision"] == "no"
     text = trained[TRAIN]["text"][0].splitlines()
     assert text[0] == f"Saved {NAME}/{NAME}.safetensors after 2 steps."
-    assert text[1].startswith("Likeness to the targets (PSNR, higher is better): "), text
+    assert text[1].startswith(f"Use {NAME}/{NAME}.safetensors at strength "), text
+    assert text[2].startswith("Likeness to the targets (PSNR, higher is better): "), text
     assert "Preset demo, because the model is the demo model." in text
     assert "- resolution is 96, set by Qwen Edit More Settings. The preset has 128." in text
     assert "- max_train_steps is 2, set by Train Qwen Edit LoRA. The preset has 120." in text

@@ -110,7 +110,8 @@ def few_step_previews(flavour: Flavour) -> Template:
     settings = Node(
         key="validation",
         kind="QwenEdit_ValidationSettings",
-        size=(340, 300),
+        size=(340, 520),
+        room=760,
         values={"validation_lora": LIGHTNING["name"]},
         models=(LIGHTNING,),
     )

@@ -168,7 +168,9 @@ function addSettingsNodes(lite, train, values, all = false) {
     const node = kind && lite.createNode(kind[0]);
     if (!node) return;
     const { changed, left } = setWidgets(node, values);
-    const isOff = input.name === "ema_settings" && !values.use_ema; // no node means off, but the node's default is on
+    // No node means off, but the defaults of these nodes are on.
+    const noAverage = input.name === "ema_settings" && !values.use_ema;
+    const isOff = noAverage || (input.name === "preservation_settings" && !values.preservation_probability);
     if (all && !(node.widgets ?? []).some((/** @type {any} */ each) => each.name in values)) return;
     if (!imported && (isOff || changed + left.length === 0)) return;
     node.pos = [train.pos[0] - node.size[0] - 60, train.pos[1] + made * 260];
