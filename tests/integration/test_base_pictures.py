@@ -42,7 +42,9 @@ def config(encoded: EncodedDataset, model: ModelConfig, tmp_path: Path) -> Train
         max_train_steps=2,
         lora=LoraConfig(lora_rank=2),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        validation=ValidationConfig(validation_step_interval=1, validation_num_inference_steps=2),
+        validation=ValidationConfig(
+            validation_step_interval=1, validation_num_inference_steps=2, strength_sweep="none"
+        ),
     )
 
 
