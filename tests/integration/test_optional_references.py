@@ -159,7 +159,7 @@ def test_a_data_set_without_reference_folders(
         contact_sheet(dataset).width > 0 and [len(pair_thumbnails(dataset, each)) for each in dataset.pairs] == [1] * 3
     )
     assert check_sheet(dataset, check_pairs(dataset, PairCheckConfig()), PairCheckConfig()).width > 0
-    assert edit_weight_preview(plain, 0.5).width > 0
+    assert edit_weight_preview(plain, NoiseConfig(edit_weight=0.5)).width > 0
     assert "no edits" in without_references(plain)
     mix = mix_encoded([MixPart(encoded=encoded_of(edits)), MixPart(encoded=plain, is_regularisation=True)], cache)
     assert not without_references(mix) and "trained as text-to-image: 2." in encoding_report(mix)

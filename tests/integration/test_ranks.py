@@ -113,7 +113,7 @@ def test_two_processes_train_what_one_does_with_twice_the_accumulation(
     caplog.clear()
     caplog.set_level(logging.INFO)
     assert main(arguments(job, two, f"max_train_steps={STEPS + 1}")) == 0
-    assert re.findall(r"step (\d+) of", caplog.text) == [str(STEPS + 1)]
+    assert re.findall(r"step (\d+) of \d+  loss", caplog.text) == [str(STEPS + 1)]
 
 
 def test_a_lost_process_ends_the_run_with_its_last_step_kept(job: Path, store: dist.TCPStore) -> None:

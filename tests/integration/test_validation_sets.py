@@ -49,7 +49,12 @@ def encoded(pairs: EditDataset, model: ModelConfig, cache: Path) -> EncodedDatas
 
 
 def config_of(encoded: EncodedDataset, model: ModelConfig, run: Path, **validation: Any) -> TrainConfig:
-    quick = {"validation_step_interval": 2, "validation_num_inference_steps": 1, "validation_guidance": 1.0}
+    quick = {
+        "validation_step_interval": 2,
+        "validation_num_inference_steps": 1,
+        "validation_guidance": 1.0,
+        "strength_sweep": "none",
+    }
     return TrainConfig(
         run_dir=str(run),
         encoded=str(encoded.manifest),
